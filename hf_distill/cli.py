@@ -1,0 +1,133 @@
+"""The command line: the one place that prints. Exit codes: 0 done, 1 the run failed, 2 the input was wrong."""
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import DistillError
+
+app = typer.Typer(
+    name="hf-distill",
+    help="Distil language models with the Hugging Face Trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes")
+
+_Recipe = Annotated[str, typer.Argument(help="A .yaml file, or the name of a packaged recipe.")]
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=20.")]
+_Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny random models of the same families: proves the plumbing.")]
+
+out = Console()
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False) -> None:
+    if version:
+        from .version import __version__
+
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    smoke: _Smoke = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Distil: load, train, evaluate, leave a run folder."""
+    from .recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    from .progress import RichProgress
+    from .recipe.run import run_recipe
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    with RichProgress(out) as progress:
+        result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
+    out.print(results_table(result.models))
+    out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
+
+
+def results_table(models: dict[str, dict[str, float]]) -> Table:
+    """Teacher, student before and after, and control, side by side."""
+    table = Table(title="Held-out text")
+    for heading in ("", "perplexity", "KL to teacher (nats/token)", "top-1 agreement"):
+        table.add_column(heading, justify="right" if heading else "left")
+    names = {"before": "student before", "student": "student after", "control": "control, hard labels alone"}
+    table.add_row("teacher", f"{models['before']['teacher_perplexity']:.2f}", "0", "1")
+    for key, name in names.items():
+        if key in models:
+            m = models[key]
+            table.add_row(name, f"{m['perplexity']:.2f}", f"{m['kl']:.4f}", f"{m['agreement']:.3f}")
+    return table
+
+
+@recipes.command("list")
+def list_command() -> None:
+    """Packaged recipes, each with its first line."""
+    from .recipe.load import list_recipes
+
+    table = Table(box=None, show_header=False)
+    for name, title in list_recipes().items():
+        table.add_row(f"[bold]{name}[/bold]", title)
+    out.print(table)
+
+
+@recipes.command()
+def show(recipe: _Recipe) -> None:
+    """The YAML of a recipe; raw where it is piped."""
+    from .recipe.load import recipe_text
+
+    text = recipe_text(recipe)
+    if out.is_terminal:
+        from rich.syntax import Syntax
+
+        out.print(Syntax(text, "yaml", background_color="default"))
+    else:
+        sys.stdout.write(text)
+
+
+@recipes.command()
+def validate(recipe: _Recipe, overrides: _Overrides = None, smoke: _Smoke = False) -> None:
+    """Check a recipe without loading anything."""
+    from .recipe.load import load_recipe
+
+    load_recipe(recipe, overrides or [], smoke=smoke)
+    out.print(f"{recipe} is a valid recipe.")
+
+
+@recipes.command()
+def schema() -> None:
+    """The JSON Schema of recipes, for editors."""
+    import json
+
+    from .recipe.schema import packaged_schema
+
+    sys.stdout.write(json.dumps(packaged_schema(), indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the program; wrong input is told in words, with exit code 2."""
+    try:
+        app()
+    except DistillError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,75 @@
+"""The arguments of a distillation, beside those of any training."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from .distiller import Term, objective
+from .errors import DistillError
+
+
+@dataclass
+class DistillFields:
+    """What distilling adds to a trainer's arguments, with its defaults.
+
+    Raises:
+        DistillError: a value out of range, an unknown loss or option; all of them at once.
+    """
+
+    temperature: float = field(
+        default=2.0,
+        metadata={"help": "Divides the logits of teacher and student; the divergence is multiplied by its square."},
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the teacher's soft labels, in [0, 1]; the hard labels get 1 - alpha."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "Name of the loss between the two distributions; forward_kl is KL(teacher || student)."},
+    )
+    losses: list | str | None = field(
+        default=None,
+        metadata={"help": "More terms, a list (or its JSON) of {name, weight, **options}."},
+    )
+    teacher_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "How to load a teacher given as id or path: a dict (or its JSON) for from_pretrained."},
+    )
+
+    def __post_init__(self):
+        self.losses = _parsed("losses", self.losses, list)
+        self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
+        self.terms()
+
+    def terms(self, label_smoothing: float = 0.0) -> list[Term]:
+        """The terms of the objective."""
+        losses: Any = self.losses or ()
+        return objective(self.alpha, self.temperature, self.divergence, losses, label_smoothing)
+
+
+@dataclass
+class DistillConfig(DistillFields, TrainingArguments):
+    """`transformers.TrainingArguments` and the fields of a distillation.
+
+    Every field can be set from a command line through `HfArgumentParser`.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_init_kwargs"]
+
+    def __post_init__(self):
+        DistillFields.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+
+def _parsed(name: str, value: Any, kind: type) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DistillError(f"{name} is not JSON ({error.msg} at character {error.pos}): {value!r}") from None
+    if value is not None and not isinstance(value, kind):
+        raise DistillError(f"{name} must be a {kind.__name__} or its JSON; got {value!r}")
+    return value

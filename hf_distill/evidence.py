@@ -1,0 +1,61 @@
+"""What a run proved: `evidence.json` and `metrics.jsonl` of a run folder."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .version import __version__
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine, for whoever reads the numbers later."""
+    return {
+        "hf_distill": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "device": device,
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    half = path.with_suffix(".json.half")
+    half.write_text(json.dumps(values, indent=1) + "\n")
+    half.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The values of a JSON file; empty if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log of a trainer to a file of JSON lines, `{"run": ..., "step": ..., ...}`.
+
+    A resumed training takes back the lines that came after its checkpoint.
+    """
+
+    def __init__(self, path: Path, run: str):
+        self.path, self.run = path, run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Drop this run's lines beyond the step that training starts from."""
+        if state.is_world_process_zero and self.path.is_file():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            kept = [line for line in lines if line["run"] != self.run or line["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Append one line."""
+        if state.is_world_process_zero:
+            with self.path.open("a") as f:
+                f.write(json.dumps({"run": self.run, "step": state.global_step, **(logs or {})}) + "\n")

@@ -1,0 +1,79 @@
+"""A training's progress in a terminal."""
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+
+class RichProgress(TrainerCallback):
+    """A bar for training steps and one for evaluation batches, with the newest losses; lines for stages."""
+
+    def __init__(self, console: Console):
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            transient=True,
+        )
+        self._console = console
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "RichProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    def stage(self, text: str) -> None:
+        """Say what begins."""
+        self._console.print(f"[bold]·[/bold] {text}")
+
+    def _start(self, name: str, total: int | None) -> None:
+        self._bars[name] = self._progress.add_task(name, total=total, losses="")
+
+    def _remove(self, name: str) -> None:
+        if name in self._bars:
+            self._progress.remove_task(self._bars.pop(name))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Show the bar of training steps."""
+        self._start("training", state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Advance it."""
+        self._progress.update(self._bars["training"], completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest losses beside it."""
+        shown = [
+            f"{k.removesuffix('_loss')} {v:.3f}" for k, v in (logs or {}).items() if k in ("soft_loss", "hard_loss")
+        ]
+        if shown and "training" in self._bars:
+            self._progress.update(self._bars["training"], losses=" · ".join(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Take the bar away."""
+        self._remove("training")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Show or advance the bar of evaluation batches."""
+        if "evaluating" not in self._bars:
+            self._start("evaluating", len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None)
+        self._progress.advance(self._bars["evaluating"])
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Take the bar away."""
+        self._remove("evaluating")

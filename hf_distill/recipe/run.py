@@ -1,0 +1,244 @@
+"""Run a recipe: load, distil, train the control, evaluate all of them, leave a run folder.
+
+The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretrained` loads them, `metrics.jsonl`,
+`evidence.json`, `checkpoint-*`.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..config import DistillConfig
+from ..data import causal_rows, hold_out, load_documents
+from ..errors import DistillError
+from ..evidence import MetricsFile, environment, read_json, write_json
+from ..student import block_influence, cut_student, find_blocks, most_influential
+from ..teachers import FrozenTeacher
+from ..trainer import DistillTrainer
+from .models import resolve_model
+from .schema import Recipe
+
+logger = logging.get_logger(__name__)
+_CALIBRATION_ROWS = 8
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, and the metrics of each model ("before", "student", "control")."""
+
+    folder: Path
+    models: dict[str, dict[str, float]]
+
+
+def run_recipe(
+    recipe: Recipe,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_stage: Callable[[str], None] = logger.info,
+) -> RunResult:
+    """Run a recipe from loading to evidence.
+
+    Args:
+        recipe: see `load_recipe`.
+        resume: go on from the newest whole checkpoint of the recipe's run folder; start afresh if there is none.
+        callbacks: for the trainers.
+        on_stage: told in a few words what begins.
+
+    Returns:
+        the run's folder and metrics.
+
+    Raises:
+        DistillError: the folder holds another run, or an input is wrong.
+    """
+    folder = claim(recipe, resume)
+    evidence = read_json(folder / "evidence.json") if resume else {}
+    models = evidence.setdefault("models", {})
+    if evidence.get("status") == "done":
+        on_stage("This run is over already.")
+        return RunResult(folder, models)
+    run = _Run(recipe, folder, list(callbacks), on_stage)
+    evidence |= run.describe()
+
+    def keep(name: str, metrics: dict[str, float]) -> None:
+        models[name] = metrics
+        if run.args.should_save:
+            write_json(folder / "evidence.json", evidence)
+
+    if "before" not in models:
+        on_stage("Evaluating teacher and student")
+        keep("before", run.evaluate(run.student))
+    initial = copy.deepcopy(run.student) if recipe.control else None
+    if "student" not in models:
+        on_stage("Distilling")
+        keep("student", run.train(run.student, "student"))
+    if initial is not None and "control" not in models:
+        on_stage("Training the control on hard labels alone")
+        keep("control", run.train(initial, "control", alpha=0.0, losses=None))
+    evidence["status"] = "done"
+    keep("student", models["student"])
+    return RunResult(folder, models)
+
+
+def claim(recipe: Recipe, resume: bool) -> Path:
+    """The run's folder, with the resolved recipe in it.
+
+    Raises:
+        DistillError: it holds a run and `resume` is off, or it holds the run of another recipe.
+    """
+    folder = Path(recipe.train.output_dir)
+    resolved = recipe.model_dump(exclude_none=True)
+    file = folder / "recipe.yaml"
+    if file.is_file() and not resume:
+        if recipe.teacher.model.startswith("smoke:"):
+            shutil.rmtree(folder)
+        else:
+            raise DistillError(
+                f"{folder} holds a run already. Add --resume to go on with it, or set train.output_dir to another "
+                "folder."
+            )
+    if file.is_file():
+        before = yaml.safe_load(file.read_text())
+        changed = [key for key in sorted(resolved.keys() | before.keys()) if resolved.get(key) != before.get(key)]
+        if set(changed) - {"train"}:
+            raise DistillError(
+                f"{folder} holds a run of another recipe: {', '.join(changed)} differ. Resume it with its own recipe "
+                f"({file}), or set train.output_dir to another folder."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(resolved, sort_keys=False))
+    return folder
+
+
+class _Run:
+    """A recipe's models, data and arguments, loaded."""
+
+    def __init__(self, recipe: Recipe, folder: Path, callbacks: list, on_stage: Callable[[str], None]):
+        self.folder, self.callbacks, self.on_stage = folder, callbacks, on_stage
+        train = recipe.train.model_dump(exclude_unset=True)
+        losses = [loss.model_dump() for loss in recipe.losses]
+        self.args = DistillConfig(**train, **recipe.distill.model_dump(), losses=losses or None)
+        self.args.dataloader_pin_memory &= torch.accelerator.is_available()
+        set_seed(self.args.seed)
+        spec = recipe.teacher
+        on_stage(f"Loading {spec.model}")
+        path = resolve_model(spec.model)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=spec.revision)
+        self.train_rows, self.eval_rows = self._rows(recipe)
+        model = AutoModelForCausalLM.from_pretrained(path, revision=spec.revision, dtype=spec.dtype).to(
+            self.args.device
+        )
+        self.teacher = FrozenTeacher(model, processing_class=self.tokenizer)
+        self.influence: list[float] | None = None
+        self.student = self._student(recipe, model)
+
+    def _rows(self, recipe: Recipe) -> tuple[Any, Any]:
+        data = recipe.data
+        documents = load_documents(**data.task.model_dump())
+        if data.eval.holdout:
+            documents, held_out = hold_out(documents, data.eval.holdout, self.args.seed)
+        else:
+            held_out = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        rows = causal_rows(documents, self.tokenizer, data.max_length)
+        eval_rows = causal_rows(held_out, self.tokenizer, data.max_length)
+        return rows, eval_rows.select(range(min(len(eval_rows), data.eval.max_rows or len(eval_rows))))
+
+    def _student(self, recipe: Recipe, teacher: nn.Module) -> nn.Module:
+        spec = recipe.student
+        cut = spec.from_teacher
+        if cut is None:
+            path = resolve_model(str(spec.model))
+            return AutoModelForCausalLM.from_pretrained(path, revision=spec.revision, dtype="float32")
+        layers = cut.layers or []
+        if cut.keep_layers is not None:
+            self.on_stage("Measuring the influence of each block")
+            rows = self.train_rows.select(range(min(_CALIBRATION_ROWS, len(self.train_rows))))
+            self.influence = block_influence(teacher, (default_data_collator([row]) for row in rows))
+            layers = most_influential(self.influence, cut.keep_layers)
+        self.layers = layers
+        return cut_student(teacher, layers).float()
+
+    def _trainer(self, model: nn.Module, name: str, **changes) -> DistillTrainer:
+        folder = self.folder if name == "student" else self.folder / name
+        args = copy.deepcopy(self.args)
+        for key, value in {"output_dir": str(folder), **changes}.items():
+            setattr(args, key, value)
+        trainer = DistillTrainer(
+            model,
+            args,
+            teacher=self.teacher,
+            train_dataset=self.train_rows,
+            eval_dataset=self.eval_rows,
+            data_collator=default_data_collator,
+            processing_class=self.tokenizer,
+            callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self.callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        return trainer
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out metrics under the recipe's objective, without the `eval_` prefix."""
+        metrics = self._trainer(model, "evaluation", output_dir=str(self.folder)).evaluate()
+        timing = ("runtime", "per_second", "preparation_time")
+        return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(timing)}
+
+    def train(self, model: nn.Module, name: str, **changes) -> dict[str, float]:
+        """Train, save `RUN/name`, evaluate."""
+        trainer = self._trainer(model, name, **changes)
+        checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+        self.on_stage(
+            f"{name}: from step {checkpoint.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
+        )
+        set_seed(self.args.seed)  # equal data order for student and control
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(self.folder / name))
+        return {**self.evaluate(model), "train_seconds": output.metrics["train_runtime"]}
+
+    def describe(self) -> dict[str, Any]:
+        """What evidence says beside the metrics."""
+        facts: dict[str, Any] = {
+            "environment": environment(str(self.args.device)),
+            "teacher": _size(self.teacher.model),
+            "student": _size(self.student),
+            "data": {
+                "train_rows": len(self.train_rows),
+                "eval_rows": len(self.eval_rows),
+                "tokens_per_row": len(self.train_rows[0]["input_ids"]),
+            },
+        }
+        if hasattr(self, "layers"):
+            facts["student"]["layers_kept"] = self.layers
+        if self.influence is not None:
+            facts["teacher"]["block_influence"] = self.influence
+        return facts
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a folder that was written to its end; None if there is none."""
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
+        shutil.rmtree(checkpoint)  # cut off while it was written
+        return newest_checkpoint(folder)
+    return checkpoint
+
+
+def _size(model: nn.Module) -> dict[str, int]:
+    return {"parameters": sum(p.numel() for p in model.parameters()), "blocks": len(find_blocks(model)[1])}

@@ -1,0 +1,92 @@
+"""The same recipe in seconds: tiny random models of the same families, packaged text, a few steps, no download."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+SMOKE = "smoke:"
+_TEACHER_DEPTH = 4
+# A word in a model's id -> its model_type; the first that occurs counts.
+_FAMILIES = {
+    "smollm3": "smollm3",
+    "smollm": "llama",
+    "llama": "llama",
+    "qwen3": "qwen3",
+    "qwen": "qwen2",
+    "mistral": "mistral",
+    "gemma-3": "gemma3_text",
+    "gemma": "gemma2",
+    "gpt2": "gpt2",
+    "pythia": "gpt_neox",
+    "olmo": "olmo2",
+    "phi": "phi3",
+}
+
+
+def family_of(reference: str) -> str:
+    """The model_type of a model: from a local folder's config, else from a word in its name, else llama."""
+    config = Path(reference) / "config.json"
+    if config.is_file():
+        return json.loads(config.read_text())["model_type"]
+    return next((kind for word, kind in _FAMILIES.items() if word in reference.lower()), "llama")
+
+
+def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
+    """A validated recipe's values, made small; what is not about size stays."""
+    values = deepcopy(values)
+    student, teacher, train = values["student"], values["teacher"], values["train"]
+    teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
+    if student.get("from_teacher"):
+        cut = student["from_teacher"]
+        cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}
+    else:
+        student |= {"model": f"{SMOKE}{family_of(student['model'])}/student", "revision": None}
+    values["data"] = {
+        "task": {"path": "package:pydoc_data.topics"},
+        "eval": {"holdout": 0.1, "max_rows": 4},
+        "max_length": 64,
+    }
+    for key in ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim"):
+        train.pop(key, None)
+    train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    train |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "push_to_hub": False}
+    return values
+
+
+def build_tiny(reference: str, folder: Path) -> None:
+    """Write a tiny random model and a byte-level tokenizer, `smoke:family/role`, into a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    family, _, role = reference.removeprefix(SMOKE).partition("/")
+    width, depth = (64, _TEACHER_DEPTH) if role == "teacher" else (32, 2)
+    tokenizer = byte_tokenizer()
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the 256 bytes, an end-of-text and a padding token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")

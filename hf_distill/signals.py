@@ -1,0 +1,133 @@
+"""What passes between the parts: which tokens are asked, and what a model said about them.
+
+Shape legend, used in every docstring of the package:
+    B batch rows · S positions of a row · V vocabulary (or classes) · T asked tokens of a batch · H hidden width
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import DistillError
+
+IGNORE_INDEX = -100
+
+
+def asked_labels(inputs: dict, shift: bool) -> Tensor:
+    """The label that each position of the logits predicts, -100 where none is asked.
+
+    Args:
+        inputs: the collator's batch; `labels` [B, S] or [B], or `shift_labels` [B, S] where a collator made them.
+        shift: True when the prediction at position i is for the label at i + 1 (causal language models). The first
+            token of a left-padded row is not asked then: it would be predicted from padding.
+
+    Returns:
+        [B, S] or [B].
+
+    Raises:
+        DistillError: no labels.
+    """
+    if shift and inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"]
+    labels = inputs.get("labels")
+    if labels is None:
+        raise DistillError(
+            f"The batch has no `labels`, only {sorted(inputs)}. Distillation asks for the tokens whose label is not "
+            "-100: use a collator that makes labels, such as DataCollatorForLanguageModeling(mlm=False)."
+        )
+    if not shift:
+        return labels
+    labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+    return labels
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The asked tokens of a batch: those whose label is not -100, after the one shift that causal models need.
+
+    labels:    [T] the id to be predicted
+    positions: [T] where its prediction stands among the B*S rows of the flattened logits
+    rows:      [T] the batch row it belongs to
+    shape:     (B, S) of the logits, or (B,) for a classifier of whole sequences
+    """
+
+    labels: Tensor
+    positions: Tensor
+    rows: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def from_batch(cls, inputs: dict, shift: bool) -> "Targets":
+        """Read the targets of a batch; see `asked_labels`.
+
+        Raises:
+            DistillError: no labels, or labels that are not ids.
+        """
+        labels = asked_labels(inputs, shift)
+        if labels.is_floating_point():
+            raise DistillError(
+                f"`labels` has dtype {labels.dtype}: a regression or multi-label head has no distribution over classes "
+                "to distil. Use integer labels, or train it without a teacher."
+            )
+        flat = labels.reshape(-1)
+        positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
+        width = labels.shape[1] if labels.dim() > 1 else 1
+        return cls(flat[positions], positions, positions // width, labels.shape)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Asked rows of `values` [*shape, ...] as [T, ...].
+
+        Raises:
+            DistillError: `values` does not have one row a position.
+        """
+        lead = len(self.shape)
+        if values.shape[:lead] != self.shape:
+            raise DistillError(
+                f"The model answered with shape {tuple(values.shape)} for labels of shape {tuple(self.shape)}: "
+                "predictions and labels must stand at the same positions."
+            )
+        return values.flatten(0, lead - 1)[self.positions.to(values.device)]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse labels that the student cannot predict.
+
+        Raises:
+            DistillError: a label below 0 or at least `vocab_size`.
+        """
+        wrong = self.labels[(self.labels < 0) | (self.labels >= vocab_size)]
+        if len(wrong):
+            raise DistillError(
+                f"{len(wrong)} labels are outside the student's {vocab_size} ids (first: {int(wrong[0])}). Check that "
+                "the data was tokenised with the student's tokenizer, or resize the student's embeddings."
+            )
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A source of logits that holds them: `values` [T, V]."""
+
+    values: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.values.shape[-1]
+
+    def project(self, rows: slice = slice(None)) -> Tensor:
+        """The logits of some asked tokens, [t, V], in float32 or better."""
+        chunk = self.values[rows]
+        return chunk if chunk.dtype == torch.float64 else chunk.float()
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a loss may see of one model."""
+
+    logits: Logits

@@ -1,0 +1,95 @@
+"""A teacher that does not move."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from ..errors import DistillError
+from ..forward import forward, parameters_of
+from ..signals import Signals, Targets
+from ..tasks import Task, task_of
+from .base import Teacher
+from .vocabulary import check_classes, check_vocabulary
+
+
+class FrozenTeacher(Teacher):
+    """A model in eval mode, without gradients, never in the optimizer and never in the student's checkpoint.
+
+    Args:
+        model: a model (frozen in place), or the path or id of one, loaded in the student's auto class.
+        processing_class: its tokenizer, compared with the student's. Without it the one beside the model's files is
+            read, if there is one on this machine.
+        init_kwargs: passed to `from_pretrained` (dtype, revision, device_map, quantization_config, ...).
+
+    Raises:
+        DistillError: `init_kwargs` beside a model that is loaded already.
+    """
+
+    def __init__(self, model: nn.Module | str, *, processing_class: Any = None, **init_kwargs):
+        if not isinstance(model, str) and init_kwargs:
+            raise DistillError(
+                f"teacher_init_kwargs {sorted(init_kwargs)} were given beside a model that is loaded already: give the "
+                "model's id or path instead, or load it with them yourself."
+            )
+        self._path = model if isinstance(model, str) else None
+        self._init_kwargs = init_kwargs
+        self.processing_class = processing_class
+        self.model = None if isinstance(model, str) else model
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Check that the model fits the student, load it if need be, freeze it, move it once."""
+        task = task_of(student)
+        if self.model is student:
+            raise DistillError(
+                "Teacher and student are the same object: freezing the teacher would freeze the student. Load the "
+                "model twice, or copy it."
+            )
+        self._check_fit(student, task, processing_class)
+        if self.model is None:
+            self.model = task.load(str(self._path), **self._init_kwargs)
+        if (own := task_of(self.model)) is not task:
+            raise DistillError(
+                f"The teacher is a {own.name} and the student a {task.name}: use two models of one kind."
+            )
+        self.model.requires_grad_(False).eval()
+        if (
+            getattr(self.model, "hf_device_map", None) is None
+            and getattr(self.model, "quantization_method", None) is None
+        ):
+            self.model.to(device)
+
+    def _check_fit(self, student: nn.Module, task: Task, processing_class: Any) -> None:
+        if self.model is not None:
+            config, path = self.model.config, self.model.name_or_path
+        else:
+            path = self._path
+            config = AutoConfig.from_pretrained(path, revision=self._init_kwargs.get("revision"))
+        if not task.vocabulary:
+            check_classes(config, student.config)
+            return
+        check_vocabulary(
+            self.processing_class or local_tokenizer(path),
+            processing_class or local_tokenizer(student.name_or_path),
+            config.get_text_config().vocab_size,
+            student.config.get_text_config().vocab_size,
+        )
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict, targets: Targets) -> Signals:
+        """One forward of the frozen model."""
+        named = parameters_of(self.model.__class__)
+        inputs = {k: v for k, v in inputs.items() if k in named}
+        logits, _ = forward(self.model, inputs, targets)
+        return Signals(logits)
+
+
+def local_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model's files, from this machine alone; None where there is none."""
+    if not path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None

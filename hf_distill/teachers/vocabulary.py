@@ -1,0 +1,72 @@
+"""Checks that the ids of teacher and student mean the same.
+
+Models of one family often pad one tokenizer's vocabulary to different sizes (151936 and 152064): that works, over the
+ids both have. Different tokenizers do not: a divergence over ids that mean different tokens teaches nonsense.
+"""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from ..errors import DistillError
+
+logger = logging.get_logger(__name__)
+
+
+def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size: int) -> None:
+    """Compare two tokenizers over the ids that both models have.
+
+    Args:
+        teacher: the teacher's tokenizer, or None if unknown.
+        student: the student's tokenizer, or None if unknown.
+        teacher_size: V_t.
+        student_size: V_s.
+
+    Raises:
+        DistillError: some shared ids mean different tokens, or the tokenizers split text differently.
+    """
+    if not (hasattr(teacher, "get_vocab") and hasattr(student, "get_vocab")):
+        unknown = " and ".join(n for n, t in (("teacher", teacher), ("student", student)) if t is None)
+        logger.warning_once(
+            f"The tokenizer of the {unknown or 'models'} is not known: ids below {min(teacher_size, student_size)} are "
+            "assumed to mean the same tokens for both. Pass processing_class to the trainer and to FrozenTeacher to "
+            "have it checked."
+        )
+        return
+    tokens_t, tokens_s = ({i: token for token, i in tok.get_vocab().items()} for tok in (teacher, student))
+    shared = range(min(teacher_size, student_size))
+    differ = [i for i in shared if i in tokens_t and i in tokens_s and tokens_t[i] != tokens_s[i]]
+    if differ:
+        i = differ[0]
+        raise DistillError(
+            f"Teacher has {teacher_size} ids and student {student_size}; {len(differ)} ids differ in meaning (first: "
+            f"{i} {tokens_t[i]!r} / {tokens_s[i]!r}). Use a teacher and a student with the same tokenizer."
+        )
+    probe = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
+    if teacher(probe, add_special_tokens=False)["input_ids"] != student(probe, add_special_tokens=False)["input_ids"]:
+        raise DistillError(
+            "Teacher and student share a vocabulary but split text into tokens differently. Use a teacher and a "
+            "student with the same tokenizer."
+        )
+
+
+def check_classes(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    """Compare the classes of two classifiers.
+
+    Raises:
+        DistillError: different numbers of classes, or different names for the same index.
+    """
+    if teacher.num_labels != student.num_labels:
+        raise DistillError(
+            f"The teacher tells {teacher.num_labels} classes apart and the student {student.num_labels}: load the "
+            f"student with num_labels={teacher.num_labels} and the teacher's id2label."
+        )
+    names = [c.id2label for c in (teacher, student)]
+    named = [n for n in names if not all(str(label).startswith("LABEL_") for label in n.values())]
+    if len(named) == 2 and named[0] != named[1]:
+        i = next(i for i in named[0] if named[0][i] != named[1].get(i))
+        raise DistillError(
+            f"Class {i} is {named[0][i]!r} for the teacher and {named[1].get(i)!r} for the student: give both the same "
+            "id2label, in the same order as the labels of the data."
+        )

@@ -1,0 +1,211 @@
+"""Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .config import DistillConfig, DistillFields
+from .distiller import Distiller, Step
+from .errors import DistillError
+from .signals import asked_labels
+from .tasks import bare, task_of
+from .teachers import FrozenTeacher, Teacher
+
+logger = logging.get_logger(__name__)
+
+
+_Base: Any = Trainer if TYPE_CHECKING else object
+
+
+class DistillMixin(_Base):
+    """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
+
+    Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit.
+    """
+
+    teacher: Any
+
+    def __init__(self, model: nn.Module | None = None, args: Any = None, *more, teacher: Any = None, **kwargs):
+        fields = args if isinstance(args, DistillFields) else DistillFields()
+        wanted = fields.alpha > 0 or bool(fields.losses)
+        if teacher is None and fields.losses:
+            raise DistillError("`losses` are set but there is no teacher: pass `teacher=` to the trainer.")
+        if teacher is None and wanted:
+            logger.warning_once("No teacher: this trains on the hard labels alone. Pass `teacher=` to distil.")
+        self.distilling = teacher is not None and wanted
+        self.teacher = _as_teacher(teacher, fields) if self.distilling else None
+        super().__init__(model, args, *more, **kwargs)
+        self._train_sums: dict[str, torch.Tensor] = {}
+        self._eval_rows: list[torch.Tensor] = []
+        self._eval_names: list[str] = []
+        self._keep_logits = False
+        if self.distilling:
+            _refuse(self)
+            self.distiller = Distiller(fields.terms(self.args.label_smoothing_factor))
+            self.teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+            # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
+            self.model_accepts_loss_kwargs = True
+            self.loss_is_scaled_for_ga = True
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The Trainer's count, of the tokens that the step asks."""
+        if self.distilling:
+            shift = task_of(self.model).shift
+            batch_samples = [
+                {**batch, "shift_labels": asked_labels(batch, shift)} if "labels" in batch else batch
+                for batch in batch_samples
+            ]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective, summed over asked tokens and divided by `num_items_in_batch`; see `Distiller`.
+
+        Without a teacher: the Trainer's own loss.
+        """
+        if not self.distilling:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        training = model.training
+        step = self.distiller(
+            model,
+            self.teacher,
+            inputs,
+            num_items=num_items_in_batch,
+            keep_logits=self._keep_logits if not training else return_outputs,
+            statistics=not training,
+        )
+        if training:
+            self._add_train_sums(step)
+        else:
+            self._add_eval_rows(step)
+        loss = step.loss
+        if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, step.outputs) if return_outputs else loss
+
+    def _add_train_sums(self, step: Step) -> None:
+        for name, values in step.per_token.items():
+            self._train_sums[name] = self._train_sums.get(name, 0.0) + values.sum()
+        asked = torch.tensor(float(len(step.targets)), device=step.loss.device)
+        self._train_sums["asked"] = self._train_sums.get("asked", 0.0) + asked
+
+    def _add_eval_rows(self, step: Step) -> None:
+        """Sums of each batch row, so that rows repeated to fill the last distributed batch can be dropped."""
+        rows = step.targets.rows
+        per_token = {**step.per_token, "asked": torch.ones_like(rows, dtype=torch.float64)}
+        table = torch.zeros(step.targets.shape[0], len(per_token), dtype=torch.float64, device=rows.device)
+        for column, values in enumerate(per_token.values()):
+            table[:, column].index_add_(0, rows, values.double())
+        self._eval_names = list(per_token)
+        self._eval_rows.append(self.gather_function(table).sum(0))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As the Trainer's; the head runs on all positions only where somebody wants the logits."""
+        self._keep_logits = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As the Trainer's, and metrics over the asked tokens of the whole set; see `docs/metrics.md`."""
+        self._eval_rows = []
+        output = super().evaluation_loop(
+            dataloader,
+            description,
+            prediction_loss_only=prediction_loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
+        if self._eval_rows:
+            sums = dict(zip(self._eval_names, torch.stack(self._eval_rows).sum(0).tolist(), strict=True))
+            for name, value in self._eval_metrics(sums).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def _eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        asked = max(sums.pop("asked"), 1.0)
+        mean = {name: total / asked for name, total in sums.items()}
+        metrics = {"loss": sum(t.weight * mean[t.name] for t in self.distiller.terms)}
+        metrics |= {f"{t.name}_loss": mean[t.name] for t in self.distiller.terms}
+        metrics |= {"kl": mean["kl"], "agreement": mean["agreement"]}
+        if task_of(self.model).vocabulary:
+            metrics |= {"perplexity": _exp(mean["student_ce"]), "teacher_perplexity": _exp(mean["teacher_ce"])}
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; training logs also get each term, averaged over the asked tokens since the last log."""
+        if "loss" in logs and self._train_sums:
+            sums = self.accelerator.reduce(torch.stack(list(self._train_sums.values())).double(), "sum").tolist()
+            sums = dict(zip(self._train_sums, sums, strict=True))
+            asked = max(sums.pop("asked"), 1.0)
+            logs |= {f"{name}_loss": total / asked for name, total in sums.items()}
+            self._train_sums = {}
+        super().log(logs, start_time)
+
+
+class DistillTrainer(DistillMixin, Trainer):
+    """`transformers.Trainer` with a teacher.
+
+    Args:
+        teacher: a model, the id or path of one, or a `Teacher`; None trains without.
+        args: a `DistillConfig`, or plain `TrainingArguments` (then the defaults: temperature 2, alpha 0.5).
+        everything else: as in `Trainer`, in its place.
+
+    Raises:
+        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+    """
+
+
+def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
+    if not isinstance(teacher, Teacher):
+        options: Any = fields.teacher_init_kwargs or {}
+        return FrozenTeacher(teacher, **options)
+    if fields.teacher_init_kwargs:
+        raise DistillError("teacher_init_kwargs were given beside a Teacher: give them to the Teacher itself.")
+    return teacher
+
+
+def _refuse(trainer: Any) -> None:
+    """Arguments of Trainer that would be ignored, or would ignore the teacher."""
+    args, problems = trainer.args, []
+    if trainer.compute_loss_func is not None:
+        problems.append(
+            "compute_loss_func replaces the whole loss, so the teacher would be ignored: register it with "
+            "@hf_distill.loss and name it in `losses`"
+        )
+    if args.use_liger_kernel:
+        problems.append(
+            "use_liger_kernel fuses the head with its own cross entropy, which hides the logits: leave it off"
+        )
+    if args.torch_compile:
+        problems.append("torch_compile would keep the head that is swapped for each step: leave it off")
+    if args.n_gpu > 1:
+        problems.append(
+            f"DataParallel over {args.n_gpu} GPUs cannot share a teacher: start with "
+            f"`torchrun --nproc_per_node {args.n_gpu} script.py` or `accelerate launch script.py`"
+        )
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        problems.append(
+            "context and sequence parallelism split the rows that the teacher must see whole: switch them off"
+        )
+    if args.label_names is not None and args.label_names != ["labels"]:
+        problems.append(f"label_names is {args.label_names}; targets are read from `labels`: rename the column")
+    for name in ("train_dataset", "eval_dataset"):
+        data = getattr(trainer, name)
+        if data is not None and hasattr(data, "__len__") and len(data) == 0:
+            problems.append(f"{name} is empty")
+    if problems:
+        raise DistillError("; ".join(problems))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+__all__ = ["DistillConfig", "DistillMixin", "DistillTrainer"]

@@ -1,0 +1,36 @@
+"""No network, no trackers, one place for trainers of tiny models."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+from tiny import build, collate, rows
+
+from hf_distill import DistillConfig, DistillTrainer
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when cores are busy
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """`make_trainer("llama", alpha=0.3)`: a trainer of a tiny pair; what is no config field goes to the trainer."""
+
+    def make(kind: str = "llama", *, folder: str = "out", cls=DistillTrainer, **options):
+        passed = {k: options.pop(k) for k in list(options) if k not in DistillConfig.__dataclass_fields__}
+        fields = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"} | options
+        arguments = {
+            "model": None if "model_init" in passed else build(kind, 0),
+            "train_dataset": rows(kind, 32),
+            "eval_dataset": rows(kind, 7, seed=5),
+            "data_collator": collate,
+        } | passed
+        if cls is DistillTrainer and "teacher" not in passed:
+            arguments["teacher"] = build(kind, 1, layers=3, width=48)
+        return cls(args=DistillConfig(str(tmp_path / folder), dataloader_pin_memory=False, **fields), **arguments)
+
+    return make

@@ -1,0 +1,148 @@
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from hf_distill import DistillError
+from hf_distill.recipe import list_recipes, load_recipe
+from hf_distill.recipe.load import recipe_text, validate
+
+GOOD = """
+student: {from_teacher: {keep_layers: 2}}
+teacher: {model: some/model}
+data: {task: {path: some/data}, eval: {holdout: 0.1}}
+train: {output_dir: runs/x, learning_rate: 1e-4, eval_strategy: no}
+"""
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def problems_of(change) -> list[str]:
+    values = yaml.safe_load(GOOD)
+    change(values)
+    with pytest.raises(DistillError) as caught:
+        validate(values)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_defaults_are_the_missions(good):
+    recipe = load_recipe(str(good))
+    assert (recipe.distill.temperature, recipe.distill.alpha, recipe.distill.divergence) == (2.0, 0.5, "forward_kl")
+
+
+def test_yaml_traps_are_read_as_meant(good):
+    """PyYAML reads 1e-4 as a string and a bare `no` as False."""
+    recipe = load_recipe(str(good))
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.train.eval_strategy == "no"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_packaged_recipes_are_valid(name):
+    assert load_recipe(name).train.output_dir
+    assert load_recipe(name, smoke=True).teacher.model.startswith("smoke:")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_packaged_recipes_tell_command_hardware_time_and_result(name):
+    header = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    for word in ("command:", "hardware:", "time:", "result:"):
+        assert any(line.startswith(f"# {word}") for line in header)
+
+
+def test_overrides_beat_the_file_and_smoke(good):
+    assert load_recipe(str(good), ["train.max_steps=7", "distill.alpha=1"]).distill.alpha == 1
+    assert load_recipe(str(good), ["train.max_steps=7"], smoke=True).train.max_steps == 7
+    assert load_recipe(str(good), smoke=True).train.max_steps == 4
+
+
+def test_smoke_keeps_the_objective_and_the_kind_of_student(good):
+    recipe = load_recipe(str(good), ["student={model: Qwen/Qwen2.5-0.5B}"], smoke=False)
+    assert recipe.student.model == "Qwen/Qwen2.5-0.5B"
+    small = load_recipe(str(good), ["distill.temperature=3"], smoke=True)
+    assert small.distill.temperature == 3
+    assert small.student.from_teacher.keep_layers == 3
+
+
+def test_every_problem_is_told_at_once_with_its_place():
+    def spoil(values):
+        values["student"] = {"modle": "x"}
+        values["data"]["task"]["splt"] = "train"
+        values["distill"] = {"alpha": 2, "temperature": 0, "divergence": "forward_lk"}
+        values["losses"] = [{"name": "foo"}, {"name": "forward_kl", "temp": 3}]
+        values["train"] = {"lerning_rate": 1, "max_steps": "many", "save_strategy": "often"}
+        values["contrl"] = "sft"
+
+    problems = problems_of(spoil)
+    for start in (
+        "student.modle: unknown key; did you mean 'model'?",
+        "data.task.splt: unknown key; did you mean 'split'?",
+        "distill.alpha: Input should be less than or equal to 1 (given: 2)",
+        "distill.temperature: Input should be greater than 0 (given: 0)",
+        "distill.divergence: unknown loss 'forward_lk'; did you mean 'forward_kl'?",
+        "losses.0: unknown loss 'foo'",
+        "losses.1: loss 'forward_kl' has no option 'temp'; its options: temperature",
+        "train.output_dir: missing",
+        "train.max_steps: Input should be a valid integer",
+        "train.save_strategy: Input should be 'no', 'steps', 'epoch' or 'best' (given: 'often')",
+        "train.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        "contrl: unknown key; did you mean 'control'?",
+    ):
+        assert any(problem.startswith(start) for problem in problems), (start, problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda v: v.pop("teacher"), "teacher: missing"),
+        (lambda v: v["student"].update(model="x"), "student: give either model or from_teacher"),
+        (lambda v: v["student"]["from_teacher"].update(layers=[1]), "student.from_teacher: give either keep_layers"),
+        (lambda v: v["data"]["eval"].update(path="x"), "data.eval: give either path or holdout"),
+        (lambda v: v["teacher"].update(kind="frozn"), "teacher.kind: Input should be 'frozen'"),
+    ],
+)
+def test_contradictions_are_told(change, problem):
+    assert any(p.startswith(problem) for p in problems_of(change))
+
+
+@pytest.mark.parametrize(
+    ("reference", "overrides", "message"),
+    [
+        ("nowhere.yaml", [], "There is no recipe file 'nowhere.yaml'"),
+        ("quickstrat", [], "did you mean 'quickstart'"),
+        ("quickstart", ["train.max_steps"], "write key=value"),
+        ("quickstart", ["control.x.y=1"], "'control' is not a mapping"),
+        ("quickstart", ["train.max_steps=[1"], "is not YAML"),
+    ],
+)
+def test_what_is_not_a_recipe_is_told(reference, overrides, message):
+    with pytest.raises(DistillError, match=message):
+        load_recipe(reference, overrides)
+
+
+def test_a_file_that_is_no_mapping_is_told(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(DistillError, match="is not a mapping"):
+        load_recipe(str(path))
+
+
+def test_validation_imports_no_torch():
+    code = "import sys, hf_distill.recipe as r; r.load_recipe('quickstart'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_packaged_schema_is_the_one_that_the_code_makes():
+    import json
+
+    from hf_distill.recipe.generate import schema
+
+    packaged = files("hf_distill.recipe").joinpath("schema.json").read_text()
+    assert json.loads(packaged) == json.loads(json.dumps(schema())), "run: python -m hf_distill.recipe.generate"

@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_distill.cli import app, main
+from hf_distill.recipe import list_recipes
+
+runner = CliRunner()
+
+
+def program(*arguments, **kwargs):
+    return subprocess.run([sys.executable, "-m", "hf_distill", *arguments], capture_output=True, text=True, **kwargs)
+
+
+def test_run_smoke_shows_the_table_and_exits_0(tmp_path):
+    done = program("run", "quickstart", "--smoke", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("teacher", "student before", "student after", "control", "KL to teacher", "Run folder"):
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "{'loss'" not in done.stdout
+    again = program("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "over already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "quickstart", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["run", "nowhere.yaml"], "no recipe file"),
+        (["recipes", "validate", "quickstart", "distill.alpha=3"], "less than or equal to 1"),
+        (["recipes", "show", "quickstrat"], "did you mean 'quickstart'"),
+        (["run"], "Missing argument"),
+        (["rum"], "No such command"),
+    ],
+)
+def test_wrong_input_exits_2_with_words_and_no_traceback(arguments, words):
+    done = program(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_show_is_raw_yaml_when_piped():
+    from hf_distill.recipe.load import recipe_text
+
+    assert program("recipes", "show", "quickstart").stdout == recipe_text("quickstart")
+
+
+def test_list_validate_and_schema():
+    listed = runner.invoke(app, ["recipes", "list"])
+    assert all(name in listed.output for name in list_recipes())
+    assert "valid" in runner.invoke(app, ["recipes", "validate", "quickstart", "--smoke"]).output
+    import json
+
+    assert "train" in json.loads(runner.invoke(app, ["recipes", "schema"]).output)["properties"]
+
+
+def test_a_failure_of_the_run_exits_1(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr("hf_distill.recipe.run.run_recipe", broken)
+    monkeypatch.setattr(sys, "argv", ["hf-distill", "run", "quickstart", "--smoke"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
