@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from .distiller import Term, objective
 from .errors import DistillError
+from .objective import Term, objective
 
 
 @dataclass
@@ -26,13 +26,17 @@ class DistillFields:
         default=0.5,
         metadata={"help": "Weight of the teacher's soft labels, in [0, 1]; the hard labels get 1 - alpha."},
     )
-    divergence: str = field(
+    divergence: dict | str | None = field(
         default="forward_kl",
-        metadata={"help": "Name of the loss between the two distributions; forward_kl is KL(teacher || student)."},
+        metadata={"help": "Loss between the two distributions: a name, or {name, **options} (or its JSON)."},
     )
     losses: list | str | None = field(
         default=None,
         metadata={"help": "More terms, a list (or its JSON) of {name, weight, **options}."},
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Asked tokens a chunk of the fused head: memory, not accuracy. None: 150 MiB on a CPU."},
     )
     teacher_init_kwargs: dict | str | None = field(
         default=None,
@@ -40,14 +44,18 @@ class DistillFields:
     )
 
     def __post_init__(self):
+        if isinstance(self.divergence, str) and self.divergence.startswith("{"):
+            self.divergence = _parsed("divergence", self.divergence, dict)
         self.losses = _parsed("losses", self.losses, list)
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
         self.terms()
 
     def terms(self, label_smoothing: float = 0.0) -> list[Term]:
         """The terms of the objective."""
         losses: Any = self.losses or ()
-        return objective(self.alpha, self.temperature, self.divergence, losses, label_smoothing)
+        return objective(self.alpha, self.temperature, self.divergence or "forward_kl", losses, label_smoothing)
 
 
 @dataclass
@@ -57,7 +65,7 @@ class DistillConfig(DistillFields, TrainingArguments):
     Every field can be set from a command line through `HfArgumentParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "divergence", "teacher_init_kwargs"]
 
     def __post_init__(self):
         DistillFields.__post_init__(self)

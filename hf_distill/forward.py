@@ -1,45 +1,104 @@
-"""One forward of a model, reduced to the logits of its asked tokens.
+"""One forward of a model whose output head sees asked tokens only, or is not run at all.
 
-The output head is called on asked tokens only: its `forward` is swapped for the call, inside the model's own forward,
-so wrappers (DDP, ZeRO-3, FSDP) gather its weights as they always do and scalings that follow the head still apply.
+The head's `forward` is swapped for the call, inside the model's own forward, so wrappers (DDP, ZeRO-3, FSDP) gather its
+weights as they always do. What the swapped head returns travels on through the model; what is meant for us is taken
+from the head's output by a hook, as wrappers left it.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from .signals import Logits, Targets
+from .signals import Targets
+from .sources import Head, Logits, Scaling
+from .sweep import HeadJob
 from .tasks import bare
 
+logger = logging.get_logger(__name__)
+_as_declared: WeakSet[nn.Module] = WeakSet()  # heads whose scaling is known to be all that follows them
+_otherwise: WeakSet[nn.Module] = WeakSet()  # heads that something else follows: their logits are made whole
 
-def forward(model: nn.Module, inputs: dict, targets: Targets, keep_logits: bool = False) -> tuple[Logits, dict]:
-    """Run `model` without its own loss.
+
+def teacher_source(model: nn.Module, inputs: dict, targets: Targets) -> Head | Logits:
+    """What a teacher says about the asked tokens, as hidden states and head where it has one, without running it.
+
+    Args:
+        model: a model in eval mode; the caller turns gradients off.
+        inputs: the collator's batch.
+        targets: the asked tokens.
+    """
+    found: list[Head] = []
+
+    def keep(head: Head) -> Tensor:
+        found.append(head)
+        return head.hidden.new_full((1, 1, 1), 3.0)
+
+    outputs = _run(model, inputs, targets, keep)
+    return found[0] if found else Logits(targets.pick(outputs.logits))
+
+
+def student_loss(model: nn.Module, inputs: dict, job: HeadJob, keep_logits: bool = False) -> tuple[Tensor, Any]:
+    """The sum of the objective over asked tokens, [], and the student's outputs.
 
     Args:
         model: as prepared, wrappers included.
-        inputs: the batch; labels are taken out, decoder inputs made from them where the model does so itself.
-        targets: the asked tokens.
-        keep_logits: keep the logits of all positions in the outputs (metrics need them).
-
-    Returns:
-        (logits of the asked tokens [T, V], the model's outputs). The outputs' logits are [1, T, V] without
-        `keep_logits`.
+        inputs: the collator's batch.
+        job: what to compute; it finds the per-token values.
+        keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
     """
+    found: list[Tensor] = []
+
+    def fuse(head: Head) -> Tensor:
+        return job.from_hidden(head).reshape(1, 1, 1)
+
+    outputs = _run(model, inputs, job.targets, None if keep_logits else fuse, found.append)
+    if found:
+        return found[0].reshape(()), outputs
+    return job.from_logits(job.targets.pick(outputs.logits)), outputs
+
+
+def _run(
+    model: nn.Module,
+    inputs: dict,
+    targets: Targets,
+    on_head: Callable[[Head], Tensor] | None,
+    on_output: Callable[[Tensor], None] = lambda _: None,
+) -> Any:
     inner = bare(model)
     inputs = _prepare(inner, inputs)
-    head = None if keep_logits else _output_head(inner)
-    if head is None:
+    head = _fusable_head(inner) if on_head else None
+    if head is None or on_head is None:
+        return model(**inputs)
+    scaling = Scaling.of(inner.config)
+    own, sent = head.__dict__.get("forward"), []
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden, weight, bias = _as_autocast(targets.pick(hidden), head.weight, head.bias)
+        sent.append(on_head(Head(hidden, weight, bias, scaling)))
+        return sent[-1]
+
+    received: list[Tensor] = []
+    hook = head.register_forward_hook(lambda _module, _args, output: received.append(output))
+    head.forward = forward
+    try:
         outputs = model(**inputs)
-        return Logits(targets.pick(outputs.logits)), outputs
-    with _asked_only(head, targets) as calls:
-        outputs = model(**inputs)
-    if not calls:
-        return Logits(targets.pick(outputs.logits)), outputs
-    return Logits(outputs.logits[0]), outputs
+    finally:
+        hook.remove()
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+    if sent and not _follows_declared(head, scaling, sent[-1], outputs.logits):
+        return _run(model, inputs, targets, None)
+    if received:
+        on_output(received[-1])
+    return outputs
 
 
 def _prepare(model: nn.Module, inputs: dict) -> dict:
@@ -58,26 +117,44 @@ def parameters_of(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def _fusable_head(model: nn.Module) -> Any:
+    """The model's linear output head; None where it has none, or something other than a plain product."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
-    return head if isinstance(head, nn.Module) else None
+    if head is None or head in _otherwise:
+        return None
+    if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
+        logger.warning_once(
+            f"The output head of {type(model).__name__} is a {type(head).__name__}, no plain linear layer (an adapter, "
+            "or quantised): its logits are made whole. The objective is the same; the memory is not."
+        )
+        return None
+    return head
 
 
-@contextmanager
-def _asked_only(head: nn.Module, targets: Targets) -> Iterator[list]:
-    calls: list[bool] = []
-    original, own = head.forward, head.__dict__.get("forward")
+def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as autocast would hand them to a linear layer."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
-    def asked_forward(hidden: Tensor) -> Tensor:
-        calls.append(True)
-        return original(targets.pick(hidden))[None]
 
-    head.forward = asked_forward
-    try:
-        yield calls
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
+@torch.no_grad()
+def _follows_declared(head: nn.Module, scaling: Scaling, sent: Tensor, logits: Tensor) -> bool:
+    """Whether the model did to what the head sent just what its `Scaling` says; looked at until it is known."""
+    if head in _as_declared:
+        return True
+    value = sent.detach().flatten()[:1].double()
+    expected = scaling.apply_(value.clone())
+    if not torch.allclose(logits.detach().flatten()[:1].double(), expected, rtol=2e-2):
+        _otherwise.add(head)
+        logger.warning_once(
+            "Something that hf_distill does not know follows the output head: its logits are made whole. The objective "
+            "is the same; the memory is not."
+        )
+        return False
+    if value.abs() > 0.1:
+        _as_declared.add(head)
+    return True

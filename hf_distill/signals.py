@@ -2,6 +2,7 @@
 
 Shape legend, used in every docstring of the package:
     B batch rows · S positions of a row · V vocabulary (or classes) · T asked tokens of a batch · H hidden width
+    K ids of a sparse teacher · t, r asked tokens of a chunk, of a block
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError
+from .sources import Head, Logits, Sparse
 
 IGNORE_INDEX = -100
 
@@ -108,26 +110,13 @@ class Targets:
                 "the data was tokenised with the student's tokenizer, or resize the student's embeddings."
             )
 
-
-@dataclass(frozen=True)
-class Logits:
-    """A source of logits that holds them: `values` [T, V]."""
-
-    values: Tensor
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.values.shape[-1]
-
-    def project(self, rows: slice = slice(None)) -> Tensor:
-        """The logits of some asked tokens, [t, V], in float32 or better."""
-        chunk = self.values[rows]
-        return chunk if chunk.dtype == torch.float64 else chunk.float()
+    def block(self, rows: slice) -> "Targets":
+        """The same for some of the asked tokens."""
+        return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape)
 
 
 @dataclass(frozen=True)
 class Signals:
     """What a loss may see of one model."""
 
-    logits: Logits
+    logits: Logits | Head | Sparse

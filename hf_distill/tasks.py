@@ -23,6 +23,13 @@ class Task:
     shift: bool
     vocabulary: bool
 
+    def size(self, model: nn.Module) -> int:
+        """V: how many ids or classes an unwrapped model tells apart."""
+        if not self.vocabulary:
+            return model.config.num_labels
+        head = model.get_output_embeddings()
+        return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
+
     def load(self, path: str, **kwargs) -> nn.Module:
         """`AutoModelFor...from_pretrained(path, **kwargs)` for this kind."""
         return getattr(transformers, self.auto_class).from_pretrained(path, **kwargs)

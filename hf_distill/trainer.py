@@ -16,6 +16,7 @@ from .tasks import bare, task_of
 from .teachers import FrozenTeacher, Teacher
 
 logger = logging.get_logger(__name__)
+_STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T = 1
 
 
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -45,7 +46,7 @@ class DistillMixin(_Base):
         self._keep_logits = False
         if self.distilling:
             _refuse(self)
-            self.distiller = Distiller(fields.terms(self.args.label_smoothing_factor))
+            self.distiller = Distiller(fields.terms(self.args.label_smoothing_factor), fields.chunk_tokens)
             self.teacher.prepare(bare(self.model), self.args.device, self.processing_class)
             # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
             self.model_accepts_loss_kwargs = True
@@ -77,7 +78,7 @@ class DistillMixin(_Base):
             inputs,
             num_items=num_items_in_batch,
             keep_logits=self._keep_logits if not training else return_outputs,
-            statistics=not training,
+            statistics=True,
         )
         if training:
             self._add_train_sums(step)
@@ -127,23 +128,26 @@ class DistillMixin(_Base):
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Terms and statistics, averaged over the asked tokens, under the names that users see."""
+        mean = {name: total / max(sums["asked"], 1.0) for name, total in sums.items()}
+        terms = {f"{term.name}_loss": mean[term.name] for term in self.distiller.terms}
+        return terms | {name: mean[name] for name in _STATISTICS if name in mean}
+
     def _eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        asked = max(sums.pop("asked"), 1.0)
-        mean = {name: total / asked for name, total in sums.items()}
-        metrics = {"loss": sum(t.weight * mean[t.name] for t in self.distiller.terms)}
-        metrics |= {f"{t.name}_loss": mean[t.name] for t in self.distiller.terms}
-        metrics |= {"kl": mean["kl"], "agreement": mean["agreement"]}
+        means = self._means(sums)
+        metrics = {"loss": sum(t.weight * means[f"{t.name}_loss"] for t in self.distiller.terms), **means}
         if task_of(self.model).vocabulary:
-            metrics |= {"perplexity": _exp(mean["student_ce"]), "teacher_perplexity": _exp(mean["teacher_ce"])}
+            for name, of in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
+                if of in sums:
+                    metrics[name] = _exp(sums[of] / max(sums["asked"], 1.0))
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; training logs also get each term, averaged over the asked tokens since the last log."""
+        """As the Trainer's; training logs also get terms and statistics, over the asked tokens since the last log."""
         if "loss" in logs and self._train_sums:
             sums = self.accelerator.reduce(torch.stack(list(self._train_sums.values())).double(), "sum").tolist()
-            sums = dict(zip(self._train_sums, sums, strict=True))
-            asked = max(sums.pop("asked"), 1.0)
-            logs |= {f"{name}_loss": total / asked for name, total in sums.items()}
+            logs |= self._means(dict(zip(self._train_sums, sums, strict=True)))
             self._train_sums = {}
         super().log(logs, start_time)
 

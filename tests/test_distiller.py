@@ -5,7 +5,8 @@ from tiny import KINDS, build, collate, rows
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_distill import DistillError, FrozenTeacher
-from hf_distill.distiller import Distiller, objective
+from hf_distill.distiller import Distiller
+from hf_distill.objective import objective
 from hf_distill.tasks import task_of
 
 
@@ -83,14 +84,16 @@ def test_a_batch_with_nothing_asked_has_loss_zero_and_a_graph(kind):
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
 
 
-def test_the_head_runs_on_asked_tokens_only_and_is_whole_afterwards():
-    student, seen = build("llama", 0), []
-    handle = student.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape))
-    batch = collate(rows("llama", 4))
+def test_the_head_gets_asked_tokens_only_and_is_whole_afterwards(monkeypatch):
+    from hf_distill.sweep import HeadJob
+
+    student, batch, seen = build("llama", 0), collate(rows("llama", 4)), []
+    original = HeadJob.from_hidden
+    monkeypatch.setattr(HeadJob, "from_hidden", lambda job, head: seen.append(head.hidden.shape) or original(job, head))
     step = Distiller(objective(0.5, 2.0))(student, teacher_of(build("llama", 1), student), batch)
-    assert seen == [(1, len(step.targets), 97)]
-    handle.remove()
+    assert seen == [(len(step.targets), 32)]
     assert "forward" not in vars(student.lm_head)
+    assert not student.lm_head._forward_hooks
     assert student(input_ids=batch["input_ids"]).logits.shape == (4, 12, 97)
 
 
@@ -177,7 +180,10 @@ def test_statistics_are_those_of_dense_logits():
     asked = batch["labels"][:, 1:] != -100
     s, t = (m(**inputs).logits[:, :-1][asked] for m in (student, teacher))
     labels = batch["labels"][:, 1:][asked]
+    log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
     expected = {
+        "teacher_entropy": -(log_t.exp() * log_t).sum(-1),
+        "student_entropy": -(log_s.exp() * log_s).sum(-1),
         "kl": F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1),
         "agreement": (s.argmax(-1) == t.argmax(-1)).float(),
         "student_ce": F.cross_entropy(s, labels, reduction="none"),

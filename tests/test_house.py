@@ -13,9 +13,12 @@ ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
     {"version", "errors"},
+    {"sources"},
     {"signals", "tasks"},
     {"losses"},
-    {"forward", "student", "data"},
+    {"objective"},
+    {"sweep"},
+    {"head", "forward", "student", "data"},
     {"teachers"},
     {"distiller"},
     {"config"},

@@ -1,7 +1,24 @@
 """Losses. Each returns one number per asked token, [T]; the distiller alone weights, sums and divides."""
 
-from .divergence import forward_kl
+from . import closed as _closed  # registers the closed forms
+from .divergence import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hard import cross_entropy
-from .registry import LOSSES, Loss, get_loss, loss
+from .registry import LOSSES, Loss, get_loss, gradient_of, loss
 
-__all__ = ["LOSSES", "Loss", "cross_entropy", "forward_kl", "get_loss", "loss"]
+del _closed
+
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "adaptive_kl",
+    "cross_entropy",
+    "forward_kl",
+    "get_loss",
+    "gradient_of",
+    "js",
+    "loss",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..signals import Signals, Targets
 from .registry import loss
+from .support import dense
 
 
 @loss("cross_entropy", needs=())
@@ -25,5 +26,5 @@ def cross_entropy(
         [T] nats. The same numbers as `torch.nn.functional.cross_entropy(..., reduction="none")`.
     """
     return torch.nn.functional.cross_entropy(
-        student.logits.project(), targets.labels, reduction="none", label_smoothing=label_smoothing
+        dense(student), targets.labels, reduction="none", label_smoothing=label_smoothing
     )

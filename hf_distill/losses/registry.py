@@ -1,5 +1,6 @@
 """The table of losses. A function's keyword parameters are the options that a config or a recipe may set."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ class Loss:
     needs:    what it asks of the teacher: "logits", or nothing
     paper:    arXiv id
     options:  name -> default, read from the function's signature
+    gradient: its closed form, if it has one; see `gradient_of`
     """
 
     name: str
@@ -25,6 +27,7 @@ class Loss:
     needs: tuple[str, ...]
     paper: str
     options: dict[str, Any]
+    gradient: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def check(self, options: dict[str, Any]) -> None:
         """Refuse options that the function does not have.
@@ -60,6 +63,21 @@ def loss(name: str, needs: tuple[str, ...] = ("logits",), paper: str = "") -> Ca
         if name in LOSSES and LOSSES[name].function.__qualname__ != function.__qualname__:
             raise DistillError(f"A loss {name!r} is registered already: choose another name.")
         LOSSES[name] = Loss(name, function, tuple(needs), paper, {p.name: p.default for p in parameters})
+        return function
+
+    return register
+
+
+def gradient_of(of: Callable) -> Callable[[Callable], Callable]:
+    """Register the closed form of a registered loss, which the fused head uses in place of autograd.
+
+    The function takes `(pair, **options)`, a `Pair` of logits [r, V] in float32 or better over the same V, and returns
+    the loss [r] and its gradient by the student's logits, a new tensor [r, V].
+    """
+
+    def register(function: Callable) -> Callable:
+        name = next(name for name, loss in LOSSES.items() if loss.function is of)
+        LOSSES[name] = dataclasses.replace(LOSSES[name], gradient=function)
         return function
 
     return register

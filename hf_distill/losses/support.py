@@ -3,24 +3,41 @@
 import torch
 from torch import Tensor
 
-from ..signals import Logits, Signals
+from ..errors import DistillError
+from ..signals import Signals
+from ..sources import Logits, Sparse
+
+_NONE = -1e4  # log of no mass: exp of it is 0, and 0 times it is 0
 
 
-def align(student: Signals | Tensor, teacher: Signals | Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of both models over the ids that both have, at one temperature.
+def align(
+    student: Signals | Tensor, teacher: Signals | Tensor, temperature: float, sampled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of both models over one support, at one temperature.
 
-    Equals `log_softmax(logits[:, :V] / temperature)` of each, V = min(V_student, V_teacher): the padding rows that only
-    one vocabulary has are left out and the rest renormalised.
+    A dense teacher: `log_softmax(logits[:, :V] / temperature)` of each, V = min(V_student, V_teacher); padding rows
+    that only one vocabulary has are left out and the rest renormalised. A sparse one: its K ids, and one more entry for
+    all the mass outside them.
 
     Args:
         student: signals, or logits [T, V_s].
         teacher: signals, or logits [T, V_t]; no gradient reaches it.
         temperature: divides both logits.
+        sampled: whether the caller is right for a sampled teacher, which knows no mass outside its draws.
 
     Returns:
-        (student [T, V], teacher [T, V]), float32 or better.
+        (student, teacher), each [T, V], or [T, K + 1], or [T, K] for a sampled teacher; float32 or better.
+
+    Raises:
+        DistillError: temperature not positive; a sparse teacher stored at another temperature; a sampled one where it
+            would be biased.
     """
-    s, t = _logits(student), _logits(teacher).detach()
+    if not temperature > 0:
+        raise DistillError(f"temperature is {temperature}; it must be a positive number")
+    s = dense(student)
+    if isinstance(teacher, Signals) and isinstance(teacher.logits, Sparse):
+        return _align_sparse(s, teacher.logits, temperature, sampled)
+    t = dense(teacher).detach()
     shared = min(s.shape[-1], t.shape[-1])
     return (
         torch.log_softmax(s[..., :shared] / temperature, dim=-1),
@@ -28,5 +45,31 @@ def align(student: Signals | Tensor, teacher: Signals | Tensor, temperature: flo
     )
 
 
-def _logits(source: Signals | Tensor) -> Tensor:
-    return (source.logits if isinstance(source, Signals) else Logits(source)).project()
+def _align_sparse(s: Tensor, teacher: Sparse, temperature: float, sampled: bool) -> tuple[Tensor, Tensor]:
+    if teacher.temperature != temperature:
+        raise DistillError(
+            f"The teacher's probabilities were stored at temperature {teacher.temperature} and are asked for at "
+            f"{temperature}: set temperature to {teacher.temperature}."
+        )
+    if teacher.log_tail is None and not sampled:
+        raise DistillError("A sampled teacher gives an unbiased forward_kl and no other divergence: use forward_kl.")
+    log_s = torch.log_softmax(s / temperature, dim=-1).gather(-1, teacher.ids)
+    log_t = teacher.log_probs.to(s.dtype).clamp(min=_NONE)
+    if teacher.log_tail is None or teacher.ids.shape[-1] == s.shape[-1]:
+        return log_s, log_t
+    floor = torch.finfo(s.dtype).eps
+    tail = (1 - log_s.exp().sum(-1, keepdim=True)).clamp(min=floor).log()
+    return torch.cat([log_s, tail], -1), torch.cat([log_t, teacher.log_tail[:, None].to(s.dtype).clamp(min=_NONE)], -1)
+
+
+def dense(source: Signals | Tensor) -> Tensor:
+    """The logits of a model over its whole vocabulary, [T, V], in float32 or better.
+
+    Raises:
+        DistillError: the source is sparse.
+    """
+    if isinstance(source, Tensor):
+        return Logits(source).project()
+    if isinstance(source.logits, Sparse):
+        raise DistillError("A sparse teacher has no logits over the whole vocabulary.")
+    return source.logits.project()

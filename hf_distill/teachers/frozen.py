@@ -7,9 +7,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import DistillError
-from ..forward import forward, parameters_of
+from ..forward import parameters_of, teacher_source
 from ..signals import Signals, Targets
-from ..tasks import Task, task_of
+from ..tasks import Task, bare, task_of
 from .base import Teacher
 from .vocabulary import check_classes, check_vocabulary
 
@@ -78,11 +78,10 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: dict, targets: Targets) -> Signals:
-        """One forward of the frozen model."""
-        named = parameters_of(self.model.__class__)
-        inputs = {k: v for k, v in inputs.items() if k in named}
-        logits, _ = forward(self.model, inputs, targets)
-        return Signals(logits)
+        """One forward of the frozen model; inputs that its class does not name are left out."""
+        named = parameters_of(bare(self.model).__class__)
+        inputs = {k: v for k, v in inputs.items() if k in named or k == "labels"}
+        return Signals(teacher_source(self.model, inputs, targets))
 
 
 def local_tokenizer(path: str) -> Any:

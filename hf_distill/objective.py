@@ -1,0 +1,118 @@
+"""The objective: which losses, how much of each, at which temperature."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DistillError
+from .losses import Loss, get_loss
+from .losses.closed import Pair
+from .losses.support import dense
+from .signals import Signals, Targets
+from .sources import Logits
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective: `weight * scale * loss(student, teacher, targets, **options)`.
+
+    scale: T^2 for a loss with a temperature, else 1
+    """
+
+    name: str
+    loss: Loss
+    weight: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """T^2, so that gradients keep their size as the temperature grows."""
+        return self.options.get("temperature", 1.0) ** 2
+
+    def __call__(self, student: Signals, teacher: Signals | None, targets: Targets) -> Tensor:
+        """The scaled, unweighted loss of each asked token, [T]."""
+        values = self.loss.function(student, teacher, targets, **self.options)
+        if values.shape != targets.labels.shape:
+            raise DistillError(
+                f"Loss {self.loss.name!r} returned shape {tuple(values.shape)}; it must return one number per asked "
+                f"token, {tuple(targets.labels.shape)}, neither summed nor averaged."
+            )
+        return values * self.scale
+
+    def with_gradient(self, student: Signals, teacher: Signals | None, targets: Targets, pair: Pair | None):
+        """The same, and the gradient of its sum by the student's logits, [T, V], as (values, gradient, factor).
+
+        The weighted term's gradient is factor * gradient: the factor is left to whoever adds gradients up.
+
+        Args:
+            student: signals with `Logits`.
+            teacher: signals, or None.
+            targets: the asked tokens.
+            pair: the same logits for closed forms, if they apply; else autograd is asked.
+        """
+        if pair is not None and self.loss.gradient is not None:
+            values, gradient = self.loss.gradient(pair, **self.options)
+            return values * self.scale, gradient, self.weight * self.scale
+        with torch.enable_grad():
+            logits = dense(student).detach().requires_grad_()
+            values = self(Signals(Logits(logits)), teacher, targets)
+            (gradient,) = torch.autograd.grad(values.sum(), logits)
+        return values.detach(), gradient, self.weight
+
+
+def objective(
+    alpha: float,
+    temperature: float,
+    divergence: str | dict = "forward_kl",
+    losses: Iterable[dict] = (),
+    label_smoothing: float = 0.0,
+) -> list[Term]:
+    """The terms of `alpha * soft + (1 - alpha) * hard + sum(weight * others)`.
+
+    Args:
+        alpha: weight of the soft term, in [0, 1].
+        temperature: of the soft term, and of other terms that have one and do not set their own.
+        divergence: name of the soft term's loss, or `{name, **options}`.
+        losses: more terms, each `{name, weight, **options}`.
+        label_smoothing: of the hard term, in [0, 1].
+
+    Raises:
+        DistillError: a value out of range, an unknown loss or option; all of them at once.
+    """
+    problems = []
+    if not 0 <= alpha <= 1:
+        problems.append(f"alpha is {alpha}; it must lie in [0, 1] (0: hard labels alone, 1: the teacher alone)")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        problems.append(f"temperature is {temperature}; it must be a positive number")
+    soft = divergence if isinstance(divergence, dict) else {"name": divergence}
+    specs = [{**soft, "weight": alpha}, *losses]
+    terms = [Term("hard", get_loss("cross_entropy"), 1 - alpha, {"label_smoothing": label_smoothing})]
+    for i, spec in enumerate(specs):
+        try:
+            terms.append(_term(spec, temperature, "soft" if i == 0 else None))
+        except DistillError as error:
+            problems.append(str(error))
+    if problems:
+        raise DistillError("; ".join(problems))
+    return [terms[1], terms[0], *terms[2:]]
+
+
+def _term(spec: dict, temperature: float, name: str | None) -> Term:
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise DistillError(f"A loss is written {{name: ..., weight: ..., options...}}; got {spec!r}")
+    options = {k: v for k, v in spec.items() if k not in ("name", "weight")}
+    loss, weight = get_loss(spec["name"]), spec.get("weight", 1.0)
+    loss.check(options)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise DistillError(f"Loss {loss.name!r} has weight {weight!r}; it must be a number")
+    if name == "soft" and "logits" not in loss.needs:
+        raise DistillError(f"divergence is {loss.name!r}, which does not look at the teacher's logits")
+    if "temperature" in loss.options:
+        options.setdefault("temperature", temperature)
+        if not options["temperature"] > 0:
+            raise DistillError(f"Loss {loss.name!r} has temperature {options['temperature']}; it must be positive")
+    return Term(name or loss.name, loss, weight, options)

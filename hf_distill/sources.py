@@ -1,0 +1,140 @@
+"""Sources of logits: held, made from hidden states chunk by chunk, or sparse. Shape letters: see `signals.py`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where a tensor has it, else float32: losses are never computed in less."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A source of logits that holds them: `values` [T, V]."""
+
+    values: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.values.shape[-1]
+
+    def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """The logits of some asked tokens, [t, V], in float32 or better; in the buffer `out` if given."""
+        chunk = self.values[rows]
+        return chunk.to(compute_dtype(chunk)) if out is None else out[: len(chunk)].copy_(chunk)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What follows the head in some models: `softcap * tanh(scale * z / softcap)`, or `scale * z` without a cap.
+
+    scale:   Cohere's `logit_scale`, one over Granite's `logits_scaling`
+    softcap: Gemma's `final_logit_softcapping`
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "Scaling":
+        """Read it from a model's config."""
+        config = config.get_text_config()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative, by the logits that `apply_` returned."""
+        if self.softcap is None:
+            return self.scale
+        return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A source of logits that makes them: `scaling(hidden @ weight.T + bias)`, chunk by chunk, never whole.
+
+    hidden [T, H], weight [V, H], bias [V] or None
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scaling: Scaling = Scaling()
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """The logits of some asked tokens, [t, V], in float32 or better, accumulated in it too.
+
+        Args:
+            rows: which of the asked tokens.
+            out: a buffer [at least t, V] to be written.
+        """
+        hidden = self.hidden[rows]
+        if out is None:
+            out = hidden.new_empty(len(hidden), self.vocab_size, dtype=compute_dtype(hidden, self.weight))
+        out = matmul(hidden, self.weight, out[: len(hidden)])
+        if self.bias is not None:
+            out.add_(self.bias)
+        return self.scaling.apply_(out)
+
+
+_TILE = 4096  # rows of the head that are held in float32 at a time
+
+
+def matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`hidden @ weight.T` into `out` [t, V], in the precision of `out` whatever the dtype of the factors."""
+    if hidden.dtype == weight.dtype == out.dtype:
+        return torch.mm(hidden, weight.t(), out=out)
+    if hidden.is_cuda and hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    hidden = hidden.to(out.dtype)
+    for v in range(0, len(weight), _TILE):
+        torch.mm(hidden, weight[v : v + _TILE].to(out.dtype).t(), out=out[:, v : v + _TILE])
+    return out
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What a teacher said about some ids of each asked token.
+
+    ids:         [T, K]
+    log_probs:   [T, K], -inf where a row has fewer; of sampled teachers: logs of the draws' unbiased weights, sum 1
+    log_tail:    [T] log of the mass outside `ids`; None for a sampled teacher
+    temperature: at which the probabilities were taken
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor | None
+    temperature: float = 1.0
+
+    def block(self, rows: slice) -> "Sparse":
+        """The same for some of the asked tokens."""
+        tail = None if self.log_tail is None else self.log_tail[rows]
+        return Sparse(self.ids[rows], self.log_probs[rows], tail, self.temperature)
+
+
+def backward_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`gradient @ weight` added to `out` [t, H], in the precision of `out`."""
+    if weight.dtype == out.dtype:
+        return out.addmm_(gradient, weight)
+    for v in range(0, len(weight), _TILE):
+        out.addmm_(gradient[:, v : v + _TILE], weight[v : v + _TILE].to(out.dtype))
+    return out

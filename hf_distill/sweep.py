@@ -1,0 +1,234 @@
+"""The sweep over asked tokens: exact losses without logits, in four matrix products.
+
+Chunk by chunk: logits of student and teacher into two buffers, every term of the objective and its gradient by the
+student's logits (written over them), and from it the gradients of hidden states, weight and bias. All of this happens
+in the forward; the backward scales. So the memory is that of one chunk, whatever the vocabulary and the tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DistillError
+from .losses.closed import Pair
+from .objective import Term
+from .signals import Signals, Targets
+from .sources import Head, Logits, Scaling, Sparse, backward_matmul, compute_dtype
+
+_WORKSPACE = 150 * 2**20  # bytes of the two buffers on a CPU
+_CACHE = 3 * 2**20  # bytes of a block of rows that a CPU's cache holds
+
+
+@dataclass
+class HeadJob:
+    """What to compute over the asked tokens, and what was found.
+
+    teacher:      source of the teacher's logits, or None where no term needs one
+    targets:      T asked tokens
+    terms:        of the objective
+    statistics:   also `kl` (T = 1), `agreement` and the entropies and cross entropies of both models
+    chunk_tokens: asked tokens a chunk; None: as many as the workspace holds
+    per_token:    name -> [T], filled by a run
+    """
+
+    teacher: Logits | Head | Sparse | None
+    targets: Targets
+    terms: list[Term]
+    statistics: bool = False
+    chunk_tokens: int | None = None
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None.")
+
+    def from_hidden(self, head: Head) -> Tensor:
+        """The objective's sum over asked tokens, [], of a student whose logits are made from hidden states."""
+        wanted = torch.is_grad_enabled()
+        return _Fused.apply(head.hidden, head.weight, head.bias, head.scaling, wanted, self)
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        """The same of a student whose logits [T, V] are there already."""
+        wanted = torch.is_grad_enabled() and logits.requires_grad
+        return _Dense.apply(logits, wanted, self)
+
+    def sweep(self, student: Logits | Head, on_gradient=None) -> Tensor:
+        """Run over all chunks.
+
+        Args:
+            student: source of the student's logits.
+            on_gradient: called with (rows, gradient [t, V]) for each chunk, the gradient by what the head itself puts
+                out; a buffer that the next chunk overwrites. None: no gradient is computed.
+
+        Returns:
+            [] sum over asked tokens of the weighted terms.
+        """
+        count, device = len(self.targets), self.targets.labels.device
+        chunk = self.chunk_tokens or chunk_of_workspace(student, self.teacher)
+        buffers = [_buffer(source, min(chunk, count)) for source in (student, self.teacher)]
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, count, chunk):
+            rows = slice(start, min(start + chunk, count))
+            logits = student.project(rows, out=buffers[0])
+            told = self._told(rows, buffers[1], logits.device)
+            for block in _blocks(logits):
+                self._block(logits[block], _part(told, block), rows.start + block.start, student, on_gradient, found)
+            if on_gradient is not None:
+                on_gradient(rows, logits)
+        empty = torch.zeros(0, dtype=torch.float32, device=device)
+        names = found or {term.name: [empty] for term in self.terms}
+        self.per_token = {name: torch.cat(values) for name, values in names.items()}
+        total = torch.zeros((), dtype=compute_dtype(*self.per_token.values()), device=device)
+        for term in self.terms:
+            if term.weight:
+                total = total + term.weight * self.per_token[term.name].sum()
+        return total
+
+    def _told(self, rows: slice, buffer: Tensor | None, device: torch.device) -> Tensor | Sparse | None:
+        if self.teacher is None or isinstance(self.teacher, Sparse):
+            return self.teacher and self.teacher.block(rows)
+        return self.teacher.project(rows, out=buffer).to(device)
+
+    def _block(self, logits, told, start, student, on_gradient, found) -> None:
+        targets = self.targets.block(slice(start, start + len(logits)))
+        labels = targets.labels
+        own = both = Pair(logits, told if isinstance(told, Tensor) else None, labels)
+        if isinstance(told, Tensor) and told.shape != logits.shape:
+            shared = min(told.shape[1], logits.shape[1])
+            both = Pair(logits[:, :shared], told[:, :shared], labels)
+        said = Signals(Logits(logits))
+        heard = None if told is None else Signals(Logits(told) if isinstance(told, Tensor) else told)
+        if self.statistics:
+            for name, values in _statistics(own, both, told).items():
+                found.setdefault(name, []).append(values)
+        gradients = []
+        for term in self.terms:
+            if on_gradient is None or term.weight == 0:
+                values = term(said, heard, targets)
+            else:
+                pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
+                values, *gradient = term.with_gradient(said, heard, targets, pair)
+                gradients.append(gradient)
+            found.setdefault(term.name, []).append(values)
+        if on_gradient is not None:
+            scaling = student.scaling if isinstance(student, Head) else Scaling()
+            _write(logits, gradients, scaling)
+
+
+def _write(logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: Scaling) -> None:
+    """The sum of (gradient [r, v], factor), by what the head puts out, over the logits [r, V]."""
+    slope = scaling.slope(logits)
+    gradients = sorted(gradients, key=lambda item: item[0].shape[1], reverse=True)
+    for i, (gradient, factor) in enumerate(gradients):
+        width = gradient.shape[1]
+        if i == 0:
+            torch.mul(gradient, factor, out=logits[:, :width])
+            logits[:, width:] = 0
+        else:
+            logits[:, :width].add_(gradient, alpha=factor)
+    if isinstance(slope, Tensor) or slope != 1.0:
+        logits.mul_(slope)
+
+
+def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str, Tensor]:
+    """Per token, at T = 1, from softmaxes that the terms use too."""
+    z, p, lse = own.p()
+    label_logit = z.gather(1, own.labels[:, None])
+    found = {"student_ce": (lse - label_logit)[:, 0], "student_entropy": lse[:, 0] - torch.linalg.vecdot(p, z)}
+    if not isinstance(told, Tensor):
+        return found
+    y, q, lse_t = both.q()
+    z, _, lse = both.p()
+    found["kl"] = torch.linalg.vecdot(q, y - z) + (lse - lse_t)[:, 0]
+    known = own.labels < told.shape[1]
+    label_logit = told.gather(1, (own.labels * known)[:, None])
+    whole = lse_t if told.shape == both.q().logits.shape else torch.logsumexp(told, 1, keepdim=True)
+    found["teacher_ce"] = torch.where(known, (whole - label_logit)[:, 0], torch.inf)
+    found["teacher_entropy"] = lse_t[:, 0] - torch.linalg.vecdot(q, y)
+    found["agreement"] = (own.student.argmax(-1) == told.argmax(-1)).to(z.dtype)
+    return found
+
+
+class _Fused(torch.autograd.Function):
+    """hidden [T, H], weight [V, H], bias [V] or None -> the sum of the terms; gradients are taken in the forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, scaling, wanted, job):
+        head = Head(hidden, weight, bias, scaling)
+        needs = [wanted and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        dtype = compute_dtype(hidden, weight)
+        shapes = [None if t is None else t.shape for t in (hidden, weight, bias)]
+        ctx.gradients = [
+            hidden.new_zeros(shape, dtype=dtype) if need else None for need, shape in zip(needs, shapes, strict=True)
+        ]
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        by_hidden, by_weight, by_bias = ctx.gradients
+
+        def on_gradient(rows: slice, gradient: Tensor) -> None:
+            if by_hidden is not None:
+                backward_matmul(gradient, weight, by_hidden[rows])
+            if by_weight is not None:
+                by_weight.addmm_(gradient.t(), hidden[rows].to(dtype))
+            if by_bias is not None:
+                by_bias.add_(gradient.sum(0))
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            return job.sweep(head, on_gradient if any(needs) else None)
+
+    @staticmethod
+    def backward(ctx, by_total):
+        if ctx.gradients is None:
+            raise RuntimeError("The fused head's gradients were used already: run the forward again.")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [g if g is None else g.mul_(by_total).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
+        return (*scaled, None, None, None)
+
+
+class _Dense(torch.autograd.Function):
+    """logits [T, V] -> the sum of the terms; the gradient is taken in the forward."""
+
+    @staticmethod
+    def forward(ctx, logits, wanted, job):
+        by_logits: Any = torch.empty_like(logits) if wanted else None
+
+        def on_gradient(rows: slice, gradient: Tensor) -> None:
+            by_logits[rows] = gradient
+
+        ctx.by_logits = by_logits
+        with torch.autocast(logits.device.type, enabled=False):
+            return job.sweep(Logits(logits), on_gradient if wanted else None)
+
+    @staticmethod
+    def backward(ctx, by_total):
+        return ctx.by_logits * by_total, None, None
+
+
+def chunk_of_workspace(student: Logits | Head, teacher: Logits | Head | Sparse | None) -> int:
+    """How many asked tokens the buffers hold: 150 MiB on a CPU, an eighth of the free memory on a GPU."""
+    values = student.hidden if isinstance(student, Head) else student.values
+    row = values.element_size() if values.dtype == torch.float64 else 4
+    row *= student.vocab_size + (0 if teacher is None or isinstance(teacher, Sparse) else teacher.vocab_size)
+    if values.is_cuda:
+        free = torch.cuda.mem_get_info(values.device)[0] // 8
+        return max(16, free // (3 * row))  # blocks are whole chunks there, and their temporaries as large again
+    return max(16, _WORKSPACE // row)
+
+
+def _buffer(source: Logits | Head | Sparse | None, rows: int) -> Tensor | None:
+    if source is None or isinstance(source, Sparse):
+        return None
+    like = source.hidden if isinstance(source, Head) else source.values
+    weight = source.weight if isinstance(source, Head) else like
+    return like.new_empty(rows, source.vocab_size, dtype=compute_dtype(like, weight))
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    count, width = logits.shape
+    size = count if logits.is_cuda else max(1, _CACHE // (width * logits.element_size()))
+    return [slice(i, min(i + size, count)) for i in range(0, count, max(size, 1))]
+
+
+def _part(told: Tensor | Sparse | None, block: slice) -> Tensor | Sparse | None:
+    return told.block(block) if isinstance(told, Sparse) else None if told is None else told[block]
