@@ -70,14 +70,10 @@ class Distiller:
         targets = Targets.from_batch(inputs, task.shift)
         targets.check_ids(task.size(model))
         told = teacher(inputs, targets).logits
-        job = HeadJob(told, targets, self.terms, statistics, self.chunk_tokens)
-        total, outputs = student_loss(student, inputs, job, keep_logits)
-        count = torch.as_tensor(len(targets) if num_items is None else num_items, device=total.device)
-        loss = (total + _router_loss(model, outputs) * len(targets)) / count.clamp(min=1)
+        job = HeadJob(told, targets, self.terms, statistics, self.chunk_tokens, num_items)
+        loss, outputs = student_loss(student, inputs, job, keep_logits)
+        if outputs.get("aux_loss") is not None:
+            # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
+            share = 1.0 if num_items is None else len(targets) / num_items
+            loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
         return Step(loss, job.per_token, targets, outputs)
-
-
-def _router_loss(model: nn.Module, outputs: Any) -> Tensor | float:
-    """A mixture-of-experts router's load-balancing loss, as the model itself would add it."""
-    aux = outputs.get("aux_loss")
-    return 0.0 if aux is None else model.config.router_aux_loss_coef * aux

@@ -39,12 +39,12 @@ def teacher_source(model: nn.Module, inputs: dict, targets: Targets) -> Head | L
         found.append(head)
         return head.hidden.new_full((1, 1, 1), 3.0)
 
-    outputs = _run(model, inputs, targets, keep)
-    return found[0] if found else Logits(targets.pick(outputs.logits))
+    outputs, sent_on = _run(model, inputs, targets, keep)
+    return Logits(targets.pick(outputs.logits)) if sent_on is None else found[0]
 
 
 def student_loss(model: nn.Module, inputs: dict, job: HeadJob, keep_logits: bool = False) -> tuple[Tensor, Any]:
-    """The sum of the objective over asked tokens, [], and the student's outputs.
+    """The objective over asked tokens / num_items, [], and the student's outputs.
 
     Args:
         model: as prepared, wrappers included.
@@ -52,29 +52,25 @@ def student_loss(model: nn.Module, inputs: dict, job: HeadJob, keep_logits: bool
         job: what to compute; it finds the per-token values.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
     """
-    found: list[Tensor] = []
 
     def fuse(head: Head) -> Tensor:
         return job.from_hidden(head).reshape(1, 1, 1)
 
-    outputs = _run(model, inputs, job.targets, None if keep_logits else fuse, found.append)
-    if found:
-        return found[0].reshape(()), outputs
-    return job.from_logits(job.targets.pick(outputs.logits)), outputs
+    outputs, loss = _run(model, inputs, job.targets, None if keep_logits else fuse)
+    if loss is None:
+        return job.from_logits(job.targets.pick(outputs.logits)), outputs
+    return loss.reshape(()), outputs
 
 
 def _run(
-    model: nn.Module,
-    inputs: dict,
-    targets: Targets,
-    on_head: Callable[[Head], Tensor] | None,
-    on_output: Callable[[Tensor], None] = lambda _: None,
-) -> Any:
+    model: nn.Module, inputs: dict, targets: Targets, on_head: Callable[[Head], Tensor] | None
+) -> tuple[Any, Tensor | None]:
+    """(outputs, what `on_head` sent through the head; None where the head made logits)."""
     inner = bare(model)
     inputs = _prepare(inner, inputs)
     head = _fusable_head(inner) if on_head else None
     if head is None or on_head is None:
-        return model(**inputs)
+        return model(**inputs), None
     scaling = Scaling.of(inner.config)
     own, sent = head.__dict__.get("forward"), []
 
@@ -96,9 +92,7 @@ def _run(
             head.forward = own
     if sent and not _follows_declared(head, scaling, sent[-1], outputs.logits):
         return _run(model, inputs, targets, None)
-    if received:
-        on_output(received[-1])
-    return outputs
+    return outputs, received[-1] if sent else None
 
 
 def _prepare(model: nn.Module, inputs: dict) -> dict:

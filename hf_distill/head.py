@@ -63,10 +63,9 @@ def fused_distillation_loss(
     told = Head(
         targets.pick(teacher_hidden.detach()), teacher_weight.detach(), _detached(teacher_bias), teacher_scaling
     )
-    job = HeadJob(told, targets, terms, chunk_tokens=chunk_tokens)
+    job = HeadJob(told, targets, terms, chunk_tokens=chunk_tokens, num_items=num_items)
     said = Head(targets.pick(student_hidden), student_weight, student_bias, student_scaling)
-    count = torch.as_tensor(len(targets) if num_items is None else num_items, device=labels.device)
-    loss = job.from_hidden(said) / count.clamp(min=1)
+    loss = job.from_hidden(said)
     if (debug or not loss.is_cuda) and not torch.isfinite(loss):
         _name_not_finite(labels, student=student_hidden, teacher=teacher_hidden)
     return loss

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError
-from .losses.closed import Pair
+from .losses.closed import Pair, Scratch
 from .objective import Term
 from .signals import Signals, Targets
 from .sources import Head, Logits, Scaling, Sparse, backward_matmul, compute_dtype
 
 _WORKSPACE = 150 * 2**20  # bytes of the two buffers on a CPU
-_CACHE = 3 * 2**20  # bytes of a block of rows that a CPU's cache holds
+_CACHE = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
 
 
 @dataclass
@@ -30,6 +30,7 @@ class HeadJob:
     terms:        of the objective
     statistics:   also `kl` (T = 1), `agreement` and the entropies and cross entropies of both models
     chunk_tokens: asked tokens a chunk; None: as many as the workspace holds
+    num_items:    what the sum is divided by; None: T
     per_token:    name -> [T], filled by a run
     """
 
@@ -38,21 +39,27 @@ class HeadJob:
     terms: list[Term]
     statistics: bool = False
     chunk_tokens: int | None = None
+    num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
+        self._scratch = Scratch()
+        items = torch.as_tensor(len(self.targets) if self.num_items is None else self.num_items).clamp(min=1)
+        # Known on a CPU, so that gradients come out divided; elsewhere reading it would wait for the device.
+        self._inside = 1 / float(items) if items.device.type == "cpu" else 1.0
+        self._outside = 1.0 if items.device.type == "cpu" else 1 / items
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None.")
 
     def from_hidden(self, head: Head) -> Tensor:
-        """The objective's sum over asked tokens, [], of a student whose logits are made from hidden states."""
+        """The objective over asked tokens / num_items, [], of a student whose logits are made from hidden states."""
         wanted = torch.is_grad_enabled()
-        return _Fused.apply(head.hidden, head.weight, head.bias, head.scaling, wanted, self)
+        return self._outside * _Fused.apply(head.hidden, head.weight, head.bias, head.scaling, wanted, self)
 
     def from_logits(self, logits: Tensor) -> Tensor:
         """The same of a student whose logits [T, V] are there already."""
         wanted = torch.is_grad_enabled() and logits.requires_grad
-        return _Dense.apply(logits, wanted, self)
+        return self._outside * _Dense.apply(logits, wanted, self)
 
     def sweep(self, student: Logits | Head, on_gradient=None) -> Tensor:
         """Run over all chunks.
@@ -63,55 +70,60 @@ class HeadJob:
                 out; a buffer that the next chunk overwrites. None: no gradient is computed.
 
         Returns:
-            [] sum over asked tokens of the weighted terms.
+            [] sum over asked tokens of the weighted terms, divided by num_items where that is known on the CPU.
         """
         count, device = len(self.targets), self.targets.labels.device
         chunk = self.chunk_tokens or chunk_of_workspace(student, self.teacher)
         buffers = [_buffer(source, min(chunk, count)) for source in (student, self.teacher)]
-        found: dict[str, list[Tensor]] = {}
+        self.per_token = {}
         for start in range(0, count, chunk):
             rows = slice(start, min(start + chunk, count))
             logits = student.project(rows, out=buffers[0])
             told = self._told(rows, buffers[1], logits.device)
             for block in _blocks(logits):
-                self._block(logits[block], _part(told, block), rows.start + block.start, student, on_gradient, found)
+                self._block(logits[block], _part(told, block), rows.start + block.start, student, on_gradient)
             if on_gradient is not None:
                 on_gradient(rows, logits)
-        empty = torch.zeros(0, dtype=torch.float32, device=device)
-        names = found or {term.name: [empty] for term in self.terms}
-        self.per_token = {name: torch.cat(values) for name, values in names.items()}
         total = torch.zeros((), dtype=compute_dtype(*self.per_token.values()), device=device)
         for term in self.terms:
+            self.per_token.setdefault(term.name, total.new_empty(0))
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
-        return total
+        return total * self._inside
+
+    def _keep(self, name: str, start: int, values: Tensor) -> None:
+        """Into one tensor for all tokens: small ones kept among a block's large temporaries would scatter the heap."""
+        if name not in self.per_token:
+            self.per_token[name] = values.new_empty(len(self.targets))
+        self.per_token[name][start : start + len(values)] = values.detach()
 
     def _told(self, rows: slice, buffer: Tensor | None, device: torch.device) -> Tensor | Sparse | None:
         if self.teacher is None or isinstance(self.teacher, Sparse):
             return self.teacher and self.teacher.block(rows)
         return self.teacher.project(rows, out=buffer).to(device)
 
-    def _block(self, logits, told, start, student, on_gradient, found) -> None:
+    def _block(self, logits, told, start, student, on_gradient) -> None:
         targets = self.targets.block(slice(start, start + len(logits)))
         labels = targets.labels
-        own = both = Pair(logits, told if isinstance(told, Tensor) else None, labels)
+        self._scratch.give_back()
+        own = both = Pair(logits, told if isinstance(told, Tensor) else None, labels, self._scratch)
         if isinstance(told, Tensor) and told.shape != logits.shape:
             shared = min(told.shape[1], logits.shape[1])
-            both = Pair(logits[:, :shared], told[:, :shared], labels)
+            both = Pair(logits[:, :shared], told[:, :shared], labels, self._scratch)
         said = Signals(Logits(logits))
         heard = None if told is None else Signals(Logits(told) if isinstance(told, Tensor) else told)
         if self.statistics:
             for name, values in _statistics(own, both, told).items():
-                found.setdefault(name, []).append(values)
+                self._keep(name, start, values)
         gradients = []
         for term in self.terms:
             if on_gradient is None or term.weight == 0:
                 values = term(said, heard, targets)
             else:
                 pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
-                values, *gradient = term.with_gradient(said, heard, targets, pair)
-                gradients.append(gradient)
-            found.setdefault(term.name, []).append(values)
+                values, gradient, factor = term.with_gradient(said, heard, targets, pair)
+                gradients.append((gradient, factor * self._inside))
+            self._keep(term.name, start, values)
         if on_gradient is not None:
             scaling = student.scaling if isinstance(student, Head) else Scaling()
             _write(logits, gradients, scaling)
@@ -136,18 +148,21 @@ def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str
     """Per token, at T = 1, from softmaxes that the terms use too."""
     z, p, lse = own.p()
     label_logit = z.gather(1, own.labels[:, None])
-    found = {"student_ce": (lse - label_logit)[:, 0], "student_entropy": lse[:, 0] - torch.linalg.vecdot(p, z)}
+    found = {"student_ce": (lse - label_logit)[:, 0], "student_entropy": lse[:, 0] - own.dot(p, z)}
     if not isinstance(told, Tensor):
         return found
     y, q, lse_t = both.q()
     z, _, lse = both.p()
-    found["kl"] = torch.linalg.vecdot(q, y - z) + (lse - lse_t)[:, 0]
+    found["kl"] = both.dot(q, y - z) + (lse - lse_t)[:, 0]
     known = own.labels < told.shape[1]
     label_logit = told.gather(1, (own.labels * known)[:, None])
     whole = lse_t if told.shape == both.q().logits.shape else torch.logsumexp(told, 1, keepdim=True)
     found["teacher_ce"] = torch.where(known, (whole - label_logit)[:, 0], torch.inf)
-    found["teacher_entropy"] = lse_t[:, 0] - torch.linalg.vecdot(q, y)
-    found["agreement"] = (own.student.argmax(-1) == told.argmax(-1)).to(z.dtype)
+    found["teacher_entropy"] = lse_t[:, 0] - both.dot(q, y)
+    best = told.argmax(-1, keepdim=True)
+    inside = best < own.student.shape[1]
+    hit = own.student.gather(1, best * inside) >= own.student.amax(-1, keepdim=True)
+    found["agreement"] = (hit & inside)[:, 0].to(z.dtype)
     return found
 
 
@@ -182,8 +197,10 @@ class _Fused(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("The fused head's gradients were used already: run the forward again.")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [g if g is None else g.mul_(by_total).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
-        return (*scaled, None, None, None)
+        if by_total.device.type != "cpu" or by_total != 1:
+            gradients = [g if g is None else g.mul_(by_total) for g in gradients]
+        gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (*gradients, None, None, None)
 
 
 class _Dense(torch.autograd.Function):

@@ -147,7 +147,9 @@ def test_bf16_models_lose_nothing_but_the_rounding_of_their_gradients(divergence
 
 
 def job(terms, teacher, labels, **options):
-    return HeadJob(teacher, Targets.from_batch({"labels": labels}, shift=False), terms, **options)
+    """A job whose result is a sum."""
+    targets = Targets.from_batch({"labels": labels}, shift=False)
+    return HeadJob(teacher, targets, terms, num_items=1, **options)
 
 
 def picked(hs, ws, labels):

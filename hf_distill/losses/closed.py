@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from . import divergence, hard
 from .registry import gradient_of
@@ -22,6 +21,32 @@ class Softmax(NamedTuple):
     lse: Tensor
 
 
+class Scratch:
+    """Memory that blocks use again and again: an allocator that gave and took it would fault every page anew."""
+
+    def __init__(self):
+        self._kept: list[Tensor] = []
+        self._lent = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised tensor of that shape and dtype, until `give_back`."""
+        if self._lent == len(self._kept):
+            self._kept.append(like.new_empty(0))
+        kept = self._kept[self._lent]
+        if kept.numel() < like.numel() or kept.dtype != like.dtype:
+            kept = self._kept[self._lent] = like.new_empty(like.numel())
+        self._lent += 1
+        return kept[: like.numel()].view(like.shape)
+
+    def give_back_last(self) -> None:
+        """What was lent last is free again."""
+        self._lent -= 1
+
+    def give_back(self) -> None:
+        """All that was lent is free again."""
+        self._lent = 0
+
+
 class Pair:
     """The logits of both models for a block of asked tokens, and their softmaxes, each made once.
 
@@ -29,8 +54,8 @@ class Pair:
     labels:           [r]
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor):
-        self.student, self.teacher, self.labels = student, teacher, labels
+    def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Scratch):
+        self.student, self.teacher, self.labels, self._scratch = student, teacher, labels, scratch
         self._made: dict[tuple[bool, float], Softmax] = {}
 
     def p(self, temperature: float = 1.0) -> Softmax:
@@ -41,19 +66,29 @@ class Pair:
         """The teacher's; not to be written to."""
         return self._softmax(False, temperature)
 
+    def take(self) -> Tensor:
+        """A tensor [r, V] to write to, as long as the block lasts."""
+        return self._scratch.take(self.student)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """The dot product of each row, [r]."""
+        product = torch.mul(a, b, out=self.take())
+        self._scratch.give_back_last()
+        return product.sum(-1)
+
     def _softmax(self, student: bool, temperature: float) -> Softmax:
         if (student, temperature) not in self._made:
             logits: Any = self.student if student else self.teacher
-            z = logits if temperature == 1.0 else logits / temperature
-            probs = torch.softmax(z, -1)
+            z = logits if temperature == 1.0 else torch.div(logits, temperature, out=self.take())
+            probs = torch.softmax(z, -1, out=self.take())
             lse = z.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
             self._made[student, temperature] = Softmax(z, probs, lse)
         return self._made[student, temperature]
 
 
-def _by_logits(p: Tensor, g: Tensor, factor: float) -> Tensor:
+def _by_logits(pair: Pair, p: Tensor, g: Tensor, factor: float) -> Tensor:
     """factor * p * (g - sum(p * g)), written over g."""
-    g.sub_(vecdot(p, g)[:, None]).mul_(p)
+    g.sub_(pair.dot(p, g)[:, None]).mul_(p)
     return g if factor == 1.0 else g.mul_(factor)
 
 
@@ -63,11 +98,14 @@ def cross_entropy(pair: Pair, *, label_smoothing: float = 0.0) -> tuple[Tensor, 
     z, p, lse = pair.p()
     values = lse[:, 0] - z.gather(1, pair.labels[:, None])[:, 0]
     hit = torch.full_like(pair.labels, 1.0, dtype=p.dtype)[:, None]
+    by_logits = (
+        torch.sub(p, label_smoothing / z.shape[-1], out=pair.take()) if label_smoothing else pair.take().copy_(p)
+    )
+    by_logits.scatter_add_(1, pair.labels[:, None], (label_smoothing - 1) * hit)
     if not label_smoothing:
-        return values, p.scatter_add(1, pair.labels[:, None], -hit)
+        return values, by_logits
     values = (1 - label_smoothing) * values + label_smoothing * (lse[:, 0] - z.mean(-1))
-    by_logits = p - label_smoothing / z.shape[-1]
-    return values, by_logits.scatter_add_(1, pair.labels[:, None], (label_smoothing - 1) * hit)
+    return values, by_logits
 
 
 @gradient_of(divergence.forward_kl)
@@ -75,8 +113,8 @@ def forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     """(p - q) / temperature."""
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
-    difference = y - z
-    values = vecdot(q, difference) + (lse_s - lse_t)[:, 0]
+    difference = torch.sub(y, z, out=pair.take())
+    values = pair.dot(q, difference) + (lse_s - lse_t)[:, 0]
     torch.sub(p, q, out=difference)
     return values, difference if temperature == 1.0 else difference.div_(temperature)
 
@@ -86,13 +124,14 @@ def reverse_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     """p * (log p - log q - KL(p || q)) / temperature."""
     z, p, lse_s = pair.p(temperature)
     y, _, lse_t = pair.q(temperature)
-    ratio = (z - y).sub_(lse_s - lse_t)
-    return vecdot(p, ratio), _by_logits(p, ratio, 1 / temperature)
+    ratio = torch.sub(z, y, out=pair.take()).sub_(lse_s - lse_t)
+    return pair.dot(p, ratio), _by_logits(pair, p, ratio, 1 / temperature)
 
 
-def _mixture(p: Tensor, q: Tensor, q_share: float) -> Tensor:
+def _mixture(pair: Pair, temperature: float, q_share: float) -> Tensor:
     """q_share * q + (1 - q_share) * p, kept above 0."""
-    return torch.lerp(p, q, q_share).clamp_(min=torch.finfo(p.dtype).tiny)
+    p, q = pair.p(temperature).probs, pair.q(temperature).probs
+    return torch.lerp(p, q, q_share, out=pair.take()).clamp_(min=torch.finfo(p.dtype).tiny)
 
 
 @gradient_of(divergence.js)
@@ -100,11 +139,11 @@ def js(pair: Pair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tens
     """(1 - beta) * p * (log p - log m - KL(p || m)) / temperature."""
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
-    log_m = _mixture(p, q, beta).log_()
-    from_t = vecdot(q, y - log_m) - lse_t[:, 0]
+    log_m = _mixture(pair, temperature, beta).log_()
+    from_t = pair.dot(q, torch.sub(y, log_m, out=pair.take())) - lse_t[:, 0]
     ratio = torch.sub(z, log_m, out=log_m).sub_(lse_s)
-    values = beta * from_t + (1 - beta) * vecdot(p, ratio)
-    return values, _by_logits(p, ratio, (1 - beta) / temperature)
+    values = beta * from_t + (1 - beta) * pair.dot(p, ratio)
+    return values, _by_logits(pair, p, ratio, (1 - beta) / temperature)
 
 
 @gradient_of(divergence.skew_kl)
@@ -112,30 +151,30 @@ def skew_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[
     """g = -(1 - lam) * q / m."""
     p = pair.p(temperature).probs
     y, q, lse_t = pair.q(temperature)
-    m = _mixture(p, q, lam)
-    g = q / m
-    values = vecdot(q, torch.sub(y, m.log_(), out=m)) - lse_t[:, 0]
-    return values, _by_logits(p, g, (lam - 1) / temperature)
+    m = _mixture(pair, temperature, lam)
+    g = torch.div(q, m, out=pair.take())
+    values = pair.dot(q, torch.sub(y, m.log_(), out=m)) - lse_t[:, 0]
+    return values, _by_logits(pair, p, g, (lam - 1) / temperature)
 
 
 @gradient_of(divergence.skew_reverse_kl)
 def skew_reverse_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
     """g = log p - log m - lam * p / m."""
     z, p, lse_s = pair.p(temperature)
-    m = _mixture(p, pair.q(temperature).probs, 1 - lam)
-    share = p / m
+    m = _mixture(pair, temperature, 1 - lam)
+    share = torch.div(p, m, out=pair.take())
     ratio = torch.sub(z, m.log_(), out=m).sub_(lse_s)
-    values = vecdot(p, ratio)
-    return values, _by_logits(p, ratio.sub_(share, alpha=lam), 1 / temperature)
+    values = pair.dot(p, ratio)
+    return values, _by_logits(pair, p, ratio.sub_(share, alpha=lam), 1 / temperature)
 
 
 @gradient_of(divergence.total_variation)
 def total_variation(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """g = sign(p - q) / 2."""
     p = pair.p(temperature).probs
-    difference = p - pair.q(temperature).probs
+    difference = torch.sub(p, pair.q(temperature).probs, out=pair.take())
     values = 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
-    return values, _by_logits(p, difference.sign_(), 0.5 / temperature)
+    return values, _by_logits(pair, p, difference.sign_(), 0.5 / temperature)
 
 
 @gradient_of(divergence.adaptive_kl)

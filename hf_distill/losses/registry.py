@@ -72,7 +72,7 @@ def gradient_of(of: Callable) -> Callable[[Callable], Callable]:
     """Register the closed form of a registered loss, which the fused head uses in place of autograd.
 
     The function takes `(pair, **options)`, a `Pair` of logits [r, V] in float32 or better over the same V, and returns
-    the loss [r] and its gradient by the student's logits, a new tensor [r, V].
+    the loss [r] and its gradient by the student's logits, [r, V] in a tensor of its own (`pair.take()` lends one).
     """
 
     def register(function: Callable) -> Callable:

@@ -79,8 +79,10 @@ class FrozenTeacher(Teacher):
     @torch.no_grad()
     def __call__(self, inputs: dict, targets: Targets) -> Signals:
         """One forward of the frozen model; inputs that its class does not name are left out."""
-        named = parameters_of(bare(self.model).__class__)
-        inputs = {k: v for k, v in inputs.items() if k in named or k == "labels"}
+        model = bare(self.model)
+        named = parameters_of(model.__class__)
+        if model.main_input_name in named:
+            inputs = {k: v for k, v in inputs.items() if k in named or k == "labels"}
         return Signals(teacher_source(self.model, inputs, targets))
 
 

@@ -1,0 +1,70 @@
+"""Fresh processes, peaks of resident memory, versions and machine: shared by the benchmarks."""
+
+import ctypes
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "hf-distill")
+
+
+def _status(field: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
+
+
+def peak_and_seconds(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of a call, and MiB of its peak over what is resident before it."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_mib": _status("VmHWM") - before}
+
+
+def interleaved(script: str, cases: Iterable[dict], rounds: int) -> list[dict]:
+    """Run each case in a fresh process, all cases once a round; medians of what the processes print as JSON."""
+    cases = list(cases)
+    seen: list[list[dict]] = [[] for _ in cases]
+    for number in range(rounds):
+        for i, case in enumerate(cases):
+            done = subprocess.run([sys.executable, script, json.dumps(case)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{case}\n{done.stderr[-3000:]}")
+            seen[i].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"round {number + 1}", case, seen[i][-1], flush=True)
+    return [
+        {**case, **{key: median(run[key] for run in runs) for key in runs[0]}, "runs": runs}
+        for case, runs in zip(cases, seen, strict=True)
+    ]
+
+
+def save(name: str, results: dict) -> None:
+    """Write `results/NAME.json` with versions and machine."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
+    machine = {
+        "cpu": cpu.partition(":")[2].strip(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"versions": versions, "machine": machine, **results}, indent=1) + "\n"
+    )
