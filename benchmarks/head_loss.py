@@ -5,6 +5,7 @@ python benchmarks/head_loss.py [rounds]
 
 import json
 import sys
+from functools import partial
 
 import torch
 from measure import interleaved, peak_and_seconds, save
@@ -95,11 +96,10 @@ def accuracy() -> list[dict]:
             low = tensors("S1", 512, dtype=dtype)
             exact = [x if x.dtype == torch.long else x.detach().double().requires_grad_(x.requires_grad) for x in low]
             ours(*exact, chunk=None, divergence=divergence)
-            calls = {
-                f"ours, chunk {c}": (lambda c=c: ours(*low, chunk=c, divergence=divergence)) for c in (64, 256, None)
-            }
+            chunks = (64, 256, None)
+            calls = {f"ours, chunk {c}": partial(ours, *low, chunk=c, divergence=divergence) for c in chunks}
             if dtype is torch.bfloat16 and divergence in betas:
-                calls |= {name: (lambda f=f: f(*low, betas[divergence])) for name, f in peers.items()}
+                calls |= {name: partial(peer, *low, betas[divergence]) for name, peer in peers.items()}
             for name, call in calls.items():
                 low[0].grad = low[1].grad = None
                 try:

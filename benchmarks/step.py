@@ -15,7 +15,7 @@ import torch
 from measure import interleaved, save
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-STEPS, WARM, BATCH = 10, 2, 8
+STEPS, WARM, BATCH = 6, 2, 8
 ARGUMENTS = dict(
     max_steps=STEPS, per_device_train_batch_size=BATCH, save_strategy="no", logging_steps=1000, report_to="none",
     dataloader_pin_memory=False, remove_unused_columns=False, disable_tqdm=True, seed=0,
@@ -41,7 +41,7 @@ def tokenizer():
 
 
 def conversations(asked: str) -> list[dict]:
-    """Ragged rows from Python's documentation; "most": the answer is long, "quarter": about 25 % of tokens are asked."""
+    """Ragged rows from Python's documentation; "most": long answers, "quarter": about a quarter of tokens asked."""
     paragraphs = [p for text in topics.values() for p in text.split("\n\n") if 200 < len(p) < 900]
     rows = []
     for i in range(0, STEPS * BATCH * 2, 2):
@@ -62,6 +62,8 @@ class Clock(TrainerCallback):
 
 
 class FourProducts(torch.autograd.Function):
+    """The matrix products of a head and nothing else; the loss is 1 and the gradients are 0."""
+
     @staticmethod
     def forward(ctx, hidden, weight, told, told_weight):
         chunk = 400
@@ -81,6 +83,8 @@ class FourProducts(torch.autograd.Function):
 
 
 class FloorTrainer(Trainer):
+    """A Trainer whose head is `FourProducts`."""
+
     teacher: LlamaForCausalLM
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

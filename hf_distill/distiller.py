@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .forward import student_loss
@@ -50,7 +49,7 @@ class Distiller:
         inputs: dict,
         num_items: Tensor | int | None = None,
         keep_logits: bool = False,
-        statistics: bool = False,
+        statistics: int = 0,
     ) -> Step:
         """One forward of both models and their loss.
 
@@ -60,7 +59,8 @@ class Distiller:
             inputs: the collator's batch with `labels`.
             num_items: asked tokens of the whole global batch; None: those of this batch.
             keep_logits: keep the student's logits of all positions in `outputs`.
-            statistics: also `kl` (T = 1), `agreement`, entropies and cross entropies of both models per token.
+            statistics: also `kl` (T = 1), `agreement`, entropies and cross entropies of both models, for every so
+                manieth block of tokens (0: none, 1: all); see `HeadJob`.
 
         Raises:
             DistillError: labels missing, not ids, or outside the student's vocabulary.

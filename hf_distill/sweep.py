@@ -28,7 +28,9 @@ class HeadJob:
     teacher:      source of the teacher's logits, or None where no term needs one
     targets:      T asked tokens
     terms:        of the objective
-    statistics:   also `kl` (T = 1), `agreement` and the entropies and cross entropies of both models
+    statistics:   also `kl` (T = 1), `agreement` and the entropies and cross entropies of both models, for every
+                  so manieth block of tokens: 0 for none, 1 for all; `measured` is 1 where they were taken, and they
+                  are 0 elsewhere
     chunk_tokens: asked tokens a chunk; None: as many as the workspace holds
     num_items:    what the sum is divided by; None: T
     per_token:    name -> [T], filled by a run
@@ -37,7 +39,7 @@ class HeadJob:
     teacher: Logits | Head | Sparse | None
     targets: Targets
     terms: list[Term]
-    statistics: bool = False
+    statistics: int = 0
     chunk_tokens: int | None = None
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class HeadJob:
         count, device = len(self.targets), self.targets.labels.device
         chunk = self.chunk_tokens or chunk_of_workspace(student, self.teacher)
         buffers = [_buffer(source, min(chunk, count)) for source in (student, self.teacher)]
-        self.per_token = {}
+        self.per_token, self._number = {}, 0
         for start in range(0, count, chunk):
             rows = slice(start, min(start + chunk, count))
             logits = student.project(rows, out=buffers[0])
@@ -94,7 +96,7 @@ class HeadJob:
     def _keep(self, name: str, start: int, values: Tensor) -> None:
         """Into one tensor for all tokens: small ones kept among a block's large temporaries would scatter the heap."""
         if name not in self.per_token:
-            self.per_token[name] = values.new_empty(len(self.targets))
+            self.per_token[name] = values.new_zeros(len(self.targets))
         self.per_token[name][start : start + len(values)] = values.detach()
 
     def _told(self, rows: slice, buffer: Tensor | None, device: torch.device) -> Tensor | Sparse | None:
@@ -112,17 +114,20 @@ class HeadJob:
             both = Pair(logits[:, :shared], told[:, :shared], labels, self._scratch)
         said = Signals(Logits(logits))
         heard = None if told is None else Signals(Logits(told) if isinstance(told, Tensor) else told)
-        if self.statistics:
+        self._number += 1
+        if self.statistics and (self._number - 1) % self.statistics == 0:
             for name, values in _statistics(own, both, told).items():
                 self._keep(name, start, values)
         gradients = []
         for term in self.terms:
-            if on_gradient is None or term.weight == 0:
+            pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
+            closed = pair is not None and term.loss.gradient is not None
+            if on_gradient is None or (term.weight == 0 and not closed):
                 values = term(said, heard, targets)
             else:
-                pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
                 values, gradient, factor = term.with_gradient(said, heard, targets, pair)
-                gradients.append((gradient, factor * self._inside))
+                if term.weight:
+                    gradients.append((gradient, factor * self._inside))
             self._keep(term.name, start, values)
         if on_gradient is not None:
             scaling = student.scaling if isinstance(student, Head) else Scaling()
@@ -148,7 +153,11 @@ def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str
     """Per token, at T = 1, from softmaxes that the terms use too."""
     z, p, lse = own.p()
     label_logit = z.gather(1, own.labels[:, None])
-    found = {"student_ce": (lse - label_logit)[:, 0], "student_entropy": lse[:, 0] - own.dot(p, z)}
+    found = {
+        "measured": torch.ones_like(lse[:, 0]),
+        "student_ce": (lse - label_logit)[:, 0],
+        "student_entropy": lse[:, 0] - own.dot(p, z),
+    }
     if not isinstance(told, Tensor):
         return found
     y, q, lse_t = both.q()
