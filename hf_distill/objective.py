@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -98,7 +99,18 @@ def objective(
             problems.append(str(error))
     if problems:
         raise DistillError("; ".join(problems))
-    return [terms[1], terms[0], *terms[2:]]
+    return _named_apart([terms[1], terms[0], *terms[2:]])
+
+
+def _named_apart(terms: list[Term]) -> list[Term]:
+    """A loss that is used twice, or that is called as something else that is logged, gets a number behind its name."""
+    taken = {"kl", "agreement", "measured", "asked"}
+    result = []
+    for term in terms:
+        name = next(n for n in chain([term.name], (f"{term.name}_{i}" for i in count(2))) if n not in taken)
+        taken.add(name)
+        result.append(replace(term, name=name))
+    return result
 
 
 def _term(spec: dict, temperature: float, name: str | None) -> Term:

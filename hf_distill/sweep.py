@@ -17,6 +17,8 @@ from .objective import Term
 from .signals import Signals, Targets
 from .sources import Head, Logits, Scaling, Sparse, backward_matmul, compute_dtype
 
+STUDENT_STATISTICS = ("measured", "student_ce", "student_entropy")
+PAIR_STATISTICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 _WORKSPACE = 150 * 2**20  # bytes of the two buffers on a CPU
 _CACHE = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
 
@@ -77,7 +79,9 @@ class HeadJob:
         count, device = len(self.targets), self.targets.labels.device
         chunk = self.chunk_tokens or chunk_of_workspace(student, self.teacher)
         buffers = [_buffer(source, min(chunk, count)) for source in (student, self.teacher)]
-        self.per_token, self._number = {}, 0
+        dtype = compute_dtype(student.hidden if isinstance(student, Head) else student.values)
+        self.per_token = {name: torch.zeros(count, dtype=dtype, device=device) for name in self._names()}
+        self._number = 0
         for start in range(0, count, chunk):
             rows = slice(start, min(start + chunk, count))
             logits = student.project(rows, out=buffers[0])
@@ -86,17 +90,22 @@ class HeadJob:
                 self._block(logits[block], _part(told, block), rows.start + block.start, student, on_gradient)
             if on_gradient is not None:
                 on_gradient(rows, logits)
-        total = torch.zeros((), dtype=compute_dtype(*self.per_token.values()), device=device)
+        total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
-            self.per_token.setdefault(term.name, total.new_empty(0))
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
         return total * self._inside
 
+    def _names(self) -> list[str]:
+        """What `per_token` will hold, whatever is asked: every rank and batch must agree on it."""
+        names = [term.name for term in self.terms]
+        if self.statistics:
+            names += STUDENT_STATISTICS
+            names += PAIR_STATISTICS if isinstance(self.teacher, Logits | Head) else ()
+        return names
+
     def _keep(self, name: str, start: int, values: Tensor) -> None:
         """Into one tensor for all tokens: small ones kept among a block's large temporaries would scatter the heap."""
-        if name not in self.per_token:
-            self.per_token[name] = values.new_zeros(len(self.targets))
         self.per_token[name][start : start + len(values)] = values.detach()
 
     def _told(self, rows: slice, buffer: Tensor | None, device: torch.device) -> Tensor | Sparse | None:

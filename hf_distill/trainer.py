@@ -42,7 +42,7 @@ class DistillMixin(_Base):
         self.teacher = _as_teacher(teacher, fields) if self.distilling else None
         super().__init__(model, args, *more, **kwargs)
         self._train_sums: dict[str, torch.Tensor] = {}
-        self._eval_rows: list[torch.Tensor] = []
+        self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         self._keep_logits = False
         if self.distilling:
@@ -83,8 +83,8 @@ class DistillMixin(_Base):
         )
         if training:
             self._add_train_sums(step)
-        else:
-            self._add_eval_rows(step)
+        elif self._eval_rows is not None:
+            self._eval_rows.append(self._row_sums(step))
         loss = step.loss
         if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -96,7 +96,7 @@ class DistillMixin(_Base):
         asked = torch.tensor(float(len(step.targets)), device=step.loss.device)
         self._train_sums["asked"] = self._train_sums.get("asked", 0.0) + asked
 
-    def _add_eval_rows(self, step: Step) -> None:
+    def _row_sums(self, step: Step) -> torch.Tensor:
         """Sums of each batch row, so that rows repeated to fill the last distributed batch can be dropped."""
         rows = step.targets.rows
         per_token = {**step.per_token, "asked": torch.ones_like(rows, dtype=torch.float64)}
@@ -104,7 +104,7 @@ class DistillMixin(_Base):
         for column, values in enumerate(per_token.values()):
             table[:, column].index_add_(0, rows, values.double())
         self._eval_names = list(per_token)
-        self._eval_rows.append(self.gather_function(table).sum(0))
+        return self.gather_function(table).sum(0)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As the Trainer's; the head runs on all positions only where somebody wants the logits."""
@@ -123,8 +123,9 @@ class DistillMixin(_Base):
             ignore_keys=ignore_keys,
             metric_key_prefix=metric_key_prefix,
         )
-        if self._eval_rows:
-            sums = dict(zip(self._eval_names, torch.stack(self._eval_rows).sum(0).tolist(), strict=True))
+        batches, self._eval_rows = self._eval_rows, None
+        if batches:
+            sums = dict(zip(self._eval_names, torch.stack(batches).sum(0).tolist(), strict=True))
             for name, value in self._eval_metrics(sums).items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output

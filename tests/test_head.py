@@ -226,6 +226,22 @@ def test_without_gradients_there_is_no_backward_work(monkeypatch):
     assert not value.requires_grad
 
 
+def test_one_loss_used_twice_counts_twice():
+    hs, ws, _, ht, wt, labels = inputs()
+    twice = [{"name": "js", "weight": 0.5, "beta": 0.2}, {"name": "js", "weight": 2.0, "beta": 0.7}]
+    told = Head(ht[labels != -100], wt)
+    pair = job(objective(0.0, 1.0, losses=twice), told, labels)
+    got = pair.from_hidden(picked(hs, ws, labels))
+    options = {"divergence": "js"}
+    expected = (labels != -100).sum() * (
+        dense(hs, ws, None, ht, wt, labels, alpha=0.0)
+        + 0.5 * dense(hs, ws, None, ht, wt, labels, **options, beta=0.2)
+        + 2.0 * dense(hs, ws, None, ht, wt, labels, **options, beta=0.7)
+    )
+    torch.testing.assert_close(got, expected)
+    assert set(pair.per_token) == {"soft", "hard", "js", "js_2"}
+
+
 def test_nothing_asked_is_zero_with_a_graph():
     hs, ws, _, ht, wt, labels = inputs()
     value = fused_distillation_loss(hs, ws, ht, wt, torch.full_like(labels, -100))

@@ -232,10 +232,20 @@ def test_plain_training_arguments_get_the_defaults(tmp_path):
 def test_every_field_parses_from_a_command_line(tmp_path):
     losses = [{"name": "forward_kl", "weight": 0.5, "temperature": 1.0}]
     (config,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--temperature", "3", "--alpha", "0.25", "--divergence", "forward_kl"]
-        + ["--losses", json.dumps(losses), "--teacher_init_kwargs", '{"dtype": "bfloat16"}']
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--temperature",
+            "3",
+            "--alpha",
+            "0.25",
+            "--divergence",
+            '{"name": "js", "beta": 0.25}',
+        ]
+        + ["--losses", json.dumps(losses), "--chunk_tokens", "64", "--teacher_init_kwargs", '{"dtype": "bfloat16"}']
     )
     assert (config.temperature, config.alpha, config.losses) == (3.0, 0.25, losses)
+    assert (config.divergence, config.chunk_tokens) == ({"name": "js", "beta": 0.25}, 64)
     assert config.teacher_init_kwargs == {"dtype": "bfloat16"}
 
 
@@ -276,6 +286,8 @@ def test_what_cannot_work_is_refused_with_its_reason(make_trainer, options, mess
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"divergence": "kl"}, "Unknown loss 'kl'"),
         ({"losses": [{"name": "forward_kl", "weight": "much"}]}, "must be a number"),
+        ({"divergence": '{"name": "js", "bta": 1}'}, "no option 'bta'; did you mean 'beta'"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"losses": "[{"}, "losses is not JSON"),
         ({"losses": {"name": "forward_kl"}}, "losses must be a list"),
         ({"teacher_init_kwargs": "[1]"}, "teacher_init_kwargs must be a dict"),

@@ -65,6 +65,21 @@ def test_evaluation_weights_tokens_not_rows(make_trainer):
         assert metrics[2][name] == pytest.approx(metrics[7][name], rel=1e-6)
 
 
+def test_batches_with_nothing_asked_change_no_mean(make_trainer):
+    """Every batch and rank must agree on what is summed, also where there is nothing to sum."""
+    data = rows("llama", 4, seed=5)
+    silent = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data[:2]]
+    expected = make_trainer(eval_dataset=data).evaluate()
+    trainer = make_trainer(
+        per_device_eval_batch_size=2, eval_dataset=[*data, *silent], train_dataset=silent * 4, max_steps=2
+    )
+    got = trainer.evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_perplexity", "eval_teacher_entropy"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-6)
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == 0
+
+
 def test_evaluation_equals_dense_arithmetic(make_trainer):
     trainer = make_trainer(alpha=0.3, temperature=2.0)
     metrics = trainer.evaluate()

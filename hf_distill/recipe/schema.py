@@ -133,12 +133,17 @@ class Distill(Part):
 
     temperature: float = Field(2.0, gt=0)
     alpha: float = Field(0.5, ge=0, le=1)
-    divergence: str = "forward_kl"
+    divergence: str | dict[str, Any] = Field("forward_kl", description="Name of a loss, or {name, options}.")
 
     @field_validator("divergence")
     @classmethod
-    def _known(cls, value: str) -> str:
-        return _known_loss(value)
+    def _known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, str):
+            _known_loss(value)
+        else:
+            options = {k: v for k, v in value.items() if k != "name"}
+            _known_loss(str(value.get("name")), options)
+        return value
 
 
 class TrainBase(Part):

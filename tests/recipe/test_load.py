@@ -105,6 +105,8 @@ def test_every_problem_is_told_at_once_with_its_place():
         (lambda v: v["student"].update(model="x"), "student: give either model or from_teacher"),
         (lambda v: v["student"]["from_teacher"].update(layers=[1]), "student.from_teacher: give either keep_layers"),
         (lambda v: v["data"]["eval"].update(path="x"), "data.eval: give either path or holdout"),
+        (lambda v: v.update(distill={"divergence": {"name": "js", "bta": 1}}), "distill.divergence: loss 'js' has no"),
+        (lambda v: v.update(distill={"divergence": {"beta": 1}}), "distill.divergence: unknown loss"),
         (lambda v: v["teacher"].update(kind="frozn"), "teacher.kind: Input should be 'frozen'"),
     ],
 )

