@@ -1,4 +1,4 @@
-"""Where a chunk's time goes: the four products, and the passes of forward KL over blocks of rows (ms a 256-token chunk).
+"""Where a chunk's time goes: the four products, and the passes of forward KL over blocks (ms a chunk of 256 tokens).
 
 python benchmarks/head_profile.py
 """
