@@ -8,7 +8,7 @@ import time
 import torch
 from measure import save
 
-VOCAB, H_S, H_T, CHUNK, ROWS = 49152, 576, 960, 256, 13
+VOCAB, H_S, H_T, CHUNK, ROWS = 49152, 576, 960, 256, 12
 
 
 def milliseconds(call, repeats=7) -> float:

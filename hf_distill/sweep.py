@@ -131,12 +131,13 @@ class HeadJob:
         for term in self.terms:
             pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
             closed = pair is not None and term.loss.gradient is not None
-            if on_gradient is None or (term.weight == 0 and not closed):
-                values = term(said, heard, targets)
-            else:
+            wanted = on_gradient is not None and term.weight != 0
+            if closed or wanted:  # a closed form is the shortest way to the values, too
                 values, gradient, factor = term.with_gradient(said, heard, targets, pair)
-                if term.weight:
+                if wanted:
                     gradients.append((gradient, factor * self._inside))
+            else:
+                values = term(said, heard, targets)
             self._keep(term.name, start, values)
         if on_gradient is not None:
             scaling = student.scaling if isinstance(student, Head) else Scaling()
@@ -171,7 +172,7 @@ def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str
         return found
     y, q, lse_t = both.q()
     z, _, lse = both.p()
-    found["kl"] = both.dot(q, y - z) + (lse - lse_t)[:, 0]
+    found["kl"] = both.dot(q, torch.sub(y, z, out=both.take())) + (lse - lse_t)[:, 0]
     known = own.labels < told.shape[1]
     label_logit = told.gather(1, (own.labels * known)[:, None])
     whole = lse_t if told.shape == both.q().logits.shape else torch.logsumexp(told, 1, keepdim=True)
@@ -260,8 +261,11 @@ def _buffer(source: Logits | Head | Sparse | None, rows: int) -> Tensor | None:
 
 
 def _blocks(logits: Tensor) -> list[slice]:
+    """Rows that fit the cache, as many for each thread; on a GPU all of them."""
     count, width = logits.shape
-    size = count if logits.is_cuda else max(1, _CACHE // (width * logits.element_size()))
+    threads = torch.get_num_threads()
+    per_thread = max(1, _CACHE // (width * logits.element_size() * threads))
+    size = count if logits.is_cuda else per_thread * threads
     return [slice(i, min(i + size, count)) for i in range(0, count, max(size, 1))]
 
 
