@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .errors import DistillError
 from .objective import Term, objective
+from .projectors import Projectors
 
 
 @dataclass
@@ -38,6 +39,13 @@ class DistillFields:
         default=None,
         metadata={"help": "Asked tokens a chunk of the fused head: memory, not accuracy. None: 150 MiB on a CPU."},
     )
+    projectors: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Between hidden states: linear, mlp or none, or {kind, init, learning_rate, weight_decay} (or its "
+            "JSON). None: linear where widths differ."
+        },
+    )
     teacher_init_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "How to load a teacher given as id or path: a dict (or its JSON) for from_pretrained."},
@@ -46,11 +54,20 @@ class DistillFields:
     def __post_init__(self):
         if isinstance(self.divergence, str) and self.divergence.startswith("{"):
             self.divergence = _parsed("divergence", self.divergence, dict)
+        if isinstance(self.projectors, str) and self.projectors.startswith("{"):
+            self.projectors = _parsed("projectors", self.projectors, dict)
         self.losses = _parsed("losses", self.losses, list)
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
-        self.terms()
+        problems = []
+        for check in (self.terms, lambda: Projectors.of(self.projectors)):
+            try:
+                check()
+            except DistillError as error:
+                problems.append(str(error))
+        if problems:
+            raise DistillError("; ".join(problems))
 
     def terms(self, label_smoothing: float = 0.0) -> list[Term]:
         """The terms of the objective."""
@@ -65,7 +82,7 @@ class DistillConfig(DistillFields, TrainingArguments):
     Every field can be set from a command line through `HfArgumentParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "divergence", "teacher_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "divergence", "projectors", "teacher_init_kwargs"]
 
     def __post_init__(self):
         DistillFields.__post_init__(self)

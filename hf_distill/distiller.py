@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .features import Features
 from .forward import student_loss
 from .objective import Term
 from .signals import Targets
@@ -37,10 +38,11 @@ class Distiller:
     Args:
         terms: see `objective`.
         chunk_tokens: asked tokens a chunk of the fused head; None: what a workspace of 150 MiB holds.
+        features: the terms on features, matched to student and teacher; the student wears their sidecar.
     """
 
-    def __init__(self, terms: list[Term], chunk_tokens: int | None = None):
-        self.terms, self.chunk_tokens = terms, chunk_tokens
+    def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
+        self.terms, self.chunk_tokens, self.features = terms, chunk_tokens, features
 
     def __call__(
         self,
@@ -69,11 +71,15 @@ class Distiller:
         task = task_of(model)
         targets = Targets.from_batch(inputs, task.shift)
         targets.check_ids(task.size(model))
-        told = teacher(inputs, targets).logits
-        job = HeadJob(told, targets, self.terms, statistics, self.chunk_tokens, num_items)
-        loss, outputs = student_loss(student, inputs, job, keep_logits)
+        features = self.features and self.features.job(inputs, targets, num_items)
+        told = teacher(inputs, targets, features.teacher_taps() if features else {})
+        on_logits = [term for term in self.terms if not term.loss.feature]
+        job = HeadJob(told.logits, targets, on_logits, statistics, self.chunk_tokens, num_items)
+        if features:
+            features.told = told.features
+        loss, outputs = student_loss(student, inputs, job, keep_logits, features)
         if outputs.get("aux_loss") is not None:
             # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
             share = 1.0 if num_items is None else len(targets) / num_items
             loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
-        return Step(loss, job.per_token, targets, outputs)
+        return Step(loss, job.per_token | (features.per_token if features else {}), targets, outputs)

@@ -6,7 +6,8 @@ from the head's output by a hook, as wrappers left it.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -15,51 +16,79 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .signals import Targets
+from .capture import capture
+from .features import FeatureJob
+from .sidecar import sidecar_of
+from .signals import Signals, Tap, Targets
 from .sources import Head, Logits, Scaling
 from .sweep import HeadJob
-from .tasks import bare
+from .tasks import bare, unwrapped
 
 logger = logging.get_logger(__name__)
 _as_declared: WeakSet[nn.Module] = WeakSet()  # heads whose scaling is known to be all that follows them
 _otherwise: WeakSet[nn.Module] = WeakSet()  # heads that something else follows: their logits are made whole
 
 
-def teacher_source(model: nn.Module, inputs: dict, targets: Targets) -> Head | Logits:
+def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
     """What a teacher says about the asked tokens, as hidden states and head where it has one, without running it.
 
     Args:
         model: a model in eval mode; the caller turns gradients off.
         inputs: the collator's batch.
         targets: the asked tokens.
+        wanted: features to be kept, with their tokens.
     """
-    found: list[Head] = []
+    heads: list[Head] = []
 
     def keep(head: Head) -> Tensor:
-        found.append(head)
+        heads.append(head)
         return head.hidden.new_full((1, 1, 1), 3.0)
 
-    outputs, sent_on = _run(model, inputs, targets, keep)
-    return Logits(targets.pick(outputs.logits)) if sent_on is None else found[0]
+    with capture(model, wanted) as found:
+        outputs, sent_on = _run(model, inputs, targets, keep)
+    return Signals(Logits(targets.pick(outputs.logits)) if sent_on is None else heads[0], found)
 
 
-def student_loss(model: nn.Module, inputs: dict, job: HeadJob, keep_logits: bool = False) -> tuple[Tensor, Any]:
+def student_loss(
+    model: nn.Module, inputs: dict, job: HeadJob, keep_logits: bool = False, features: FeatureJob | None = None
+) -> tuple[Tensor, Any]:
     """The objective over asked tokens / num_items, [], and the student's outputs.
 
     Args:
-        model: as prepared, wrappers included.
+        model: as prepared, wrappers included; with features, its sidecar attached.
         inputs: the collator's batch.
-        job: what to compute; it finds the per-token values.
+        job: what to compute of logits; it finds the per-token values.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
+        features: what to compute of features.
     """
 
     def fuse(head: Head) -> Tensor:
         return job.from_hidden(head).reshape(1, 1, 1)
 
-    outputs, loss = _run(model, inputs, job.targets, None if keep_logits else fuse)
-    if loss is None:
-        return job.from_logits(job.targets.pick(outputs.logits)), outputs
-    return loss.reshape(()), outputs
+    on_head = None if keep_logits else fuse
+    if features is None:
+        outputs, loss = _run(model, inputs, job.targets, on_head)
+    else:
+        with capture(model, features.student_taps()) as found, _comparing(model, features, found):
+            outputs, loss = _run(model, inputs, job.targets, on_head)
+    loss = job.from_logits(job.targets.pick(outputs.logits)) if loss is None else loss.reshape(())
+    return (loss, outputs) if features is None else (loss + outputs["loss"], outputs)
+
+
+@contextmanager
+def _comparing(model: nn.Module, features: FeatureJob, found: Mapping[Tap, Tensor]) -> Iterator[None]:
+    """Compare features at the end of the model's forward, and send the sum out as its `loss`: DDP looks for it there."""
+    sidecar: Any = sidecar_of(model)
+
+    def compare(_module: nn.Module, _args: Any, outputs: Any) -> Any:
+        outputs["loss"] = sidecar(lambda its: features.total(found, its))
+        return outputs
+
+    hook = unwrapped(model).register_forward_hook(compare)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _run(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError
+from .layers import check_layers
 from .losses import Loss, get_loss
 from .losses.closed import Pair
+from .losses.registry import FEATURE_OPTIONS
 from .losses.support import dense
 from .signals import Signals, Targets
 from .sources import Logits
@@ -21,21 +23,25 @@ from .sources import Logits
 class Term:
     """One summand of the objective: `weight * scale * loss(student, teacher, targets, **options)`.
 
-    scale: T^2 for a loss with a temperature, else 1
+    scale:  T^2 for a loss with a temperature, else 1
+    layers: of a loss on features: the mapping, see `layers.map_layers`
+    stack:  of a loss on features: "encoder" or "decoder" of a model that has both
     """
 
     name: str
     loss: Loss
     weight: float
     options: dict[str, Any] = field(default_factory=dict)
+    layers: Any = None
+    stack: str | None = None
 
     @property
     def scale(self) -> float:
         """T^2, so that gradients keep their size as the temperature grows."""
         return self.options.get("temperature", 1.0) ** 2
 
-    def __call__(self, student: Signals, teacher: Signals | None, targets: Targets) -> Tensor:
-        """The scaled, unweighted loss of each asked token, [T]."""
+    def __call__(self, student: Any, teacher: Any, targets: Targets) -> Tensor:
+        """The scaled, unweighted loss of each asked token, [T]; see `losses.loss` for what student and teacher are."""
         values = self.loss.function(student, teacher, targets, **self.options)
         if values.shape != targets.labels.shape:
             raise DistillError(
@@ -123,8 +129,13 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
         raise DistillError(f"Loss {loss.name!r} has weight {weight!r}; it must be a number")
     if name == "soft" and "logits" not in loss.needs:
         raise DistillError(f"divergence is {loss.name!r}, which does not look at the teacher's logits")
+    layers, stack = (options.pop(k, v) if loss.feature else None for k, v in FEATURE_OPTIONS.items())
+    if loss.feature:
+        check_layers(layers)
+        if stack not in (None, "encoder", "decoder"):
+            raise DistillError(f"Loss {loss.name!r} has stack {stack!r}; it must be encoder or decoder")
     if "temperature" in loss.options:
         options.setdefault("temperature", temperature)
         if not options["temperature"] > 0:
             raise DistillError(f"Loss {loss.name!r} has temperature {options['temperature']}; it must be positive")
-    return Term(name or loss.name, loss, weight, options)
+    return Term(name or loss.name, loss, weight, options, layers, stack)

@@ -2,10 +2,12 @@
 
 Shape legend, used in every docstring of the package:
     B batch rows · S positions of a row · V vocabulary (or classes) · T asked tokens of a batch · H hidden width
-    K ids of a sparse teacher · t, r asked tokens of a chunk, of a block
+    K ids of a sparse teacher · t, r asked tokens of a chunk, of a block · N tokens whose features are compared
+    h attention heads · L layers
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,12 +57,16 @@ class Targets:
     positions: [T] where its prediction stands among the B*S rows of the flattened logits
     rows:      [T] the batch row it belongs to
     shape:     (B, S) of the logits, or (B,) for a classifier of whole sequences
+    documents: [B, S] for features: which document of its row a token belongs to, counted from 1; 0 for padding
+    causal:    for features: whether a token sees none after it
     """
 
     labels: Tensor
     positions: Tensor
     rows: Tensor
     shape: torch.Size
+    documents: Tensor | None = None
+    causal: bool = False
 
     @classmethod
     def from_batch(cls, inputs: dict, shift: bool) -> "Targets":
@@ -114,9 +120,82 @@ class Targets:
         """The same for some of the asked tokens."""
         return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape)
 
+    def tokens(self, inputs: dict, causal: bool, encoder: bool = False) -> "Targets":
+        """The N tokens whose features are compared: the asked ones; or, where the asked are not among the tokens (a
+        class of a whole row, the encoder of a decoder's tokens), every token of the rows that ask.
+
+        Args:
+            inputs: the collator's batch.
+            causal: whether a token sees none after it.
+            encoder: whether the features are those of the encoder of a model that has a decoder too.
+        """
+        ids = inputs.get("inputs_embeds", inputs.get("input_ids"))
+        aligned = len(self.shape) == 2 and not encoder
+        if not aligned or (ids is not None and ids.shape[:2] == self.shape):
+            mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+            documents = _documents(ids.shape[:2], mask, position_ids, self.labels.device)
+        else:  # a decoder's side: its padding comes last, and causality hides it
+            documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, self.labels.device)
+        if aligned:
+            return replace(self, documents=documents, causal=causal)
+        asks = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)
+        asks[self.rows] = True
+        positions = ((documents > 0) & asks[:, None]).flatten().nonzero().squeeze(1)
+        labels = torch.full_like(positions, IGNORE_INDEX)
+        return Targets(labels, positions, positions // documents.shape[1], documents.shape, documents, causal)
+
+    def visible(self) -> Tensor:
+        """Which positions of its row each of N tokens may see, [N, S]: its document, up to itself where causal."""
+        assert self.documents is not None, "only `tokens()` knows what is padding"
+        width = self.documents.shape[1]
+        own = self.documents.flatten()[self.positions]
+        seen = self.documents[self.rows] == own[:, None]
+        if self.causal:
+            seen &= torch.arange(width, device=seen.device) <= (self.positions % width)[:, None]
+        return seen
+
+    def spread(self, values: Tensor, asked: "Targets") -> Tensor:
+        """Values of N tokens as [T] of the asked ones: as they are where these are the asked, else means of rows."""
+        if self.positions is asked.positions:
+            return values
+        sums = values.new_zeros(self.shape[0]).index_add(0, self.rows, values)
+        counts = torch.bincount(self.rows, minlength=self.shape[0]).clamp(min=1)
+        return (sums / counts)[asked.rows]
+
+
+def _documents(shape: torch.Size, mask: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Tensor:
+    """[B, S]: documents of packed rows counted from 1, where positions start again; 0 for padding."""
+    documents = torch.ones(shape, dtype=torch.long, device=device)
+    if position_ids is not None and position_ids.shape == shape:
+        documents = (position_ids == 0).cumsum(1)
+    if mask is not None and mask.shape == shape:
+        documents = documents * (mask != 0)
+    return documents
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A feature of one layer of a model.
+
+    kind:  "hidden": what the block puts out, [N, H]
+           "attention": its attention's maps, rows of the N tokens, [N, h, S]
+           "values": its attention's values, [B, h, S, H / h]
+    layer: index of the block
+    stack: "encoder" or "decoder" of a model that has both, else None
+    """
+
+    kind: str
+    layer: int
+    stack: str | None = None
+
 
 @dataclass(frozen=True)
 class Signals:
-    """What a loss may see of one model."""
+    """What a model said about a batch.
+
+    logits:   of the asked tokens
+    features: of the taps that were asked for
+    """
 
     logits: Logits | Head | Sparse
+    features: Mapping[Tap, Tensor] = field(default_factory=dict)

@@ -7,30 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .blocks import find_blocks
 from .errors import DistillError
 from .tasks import bare
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The model's transformer blocks and their name inside it.
-
-    The blocks are the outermost `nn.ModuleList` with `config.num_hidden_layers` members, so no table of model names is
-    needed.
-
-    Raises:
-        DistillError: there is none, or more than one (an encoder and a decoder).
-    """
-    model = bare(model)
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    found = {n: m for n, m in lists.items() if len(m) == depth and not any(n.startswith(f"{o}.") for o in lists)}
-    if len(found) != 1:
-        seen = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
-        raise DistillError(
-            f"{type(model).__name__} has {len(found)} lists of {depth} blocks; exactly one is needed. Lists found: "
-            f"{seen}."
-        )
-    return next(iter(found.items()))
 
 
 @torch.no_grad()

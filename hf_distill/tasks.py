@@ -61,11 +61,16 @@ _BY_LOSS = {
 }
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The transformers model inside parallel, compiled and PEFT wrappers (never to be called: that skips DDP)."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside parallel and compiled wrappers, its adapters included."""
     from accelerate.utils import extract_model_from_parallel
 
-    model = extract_model_from_parallel(model)
+    return extract_model_from_parallel(model)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside parallel, compiled and PEFT wrappers (never to be called: that skips DDP)."""
+    model = unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -1,7 +1,7 @@
 """Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from transformers.utils import logging
 from .config import DistillConfig, DistillFields
 from .distiller import Distiller, Step
 from .errors import DistillError
+from .features import Features
+from .projectors import Projectors
+from .sidecar_trainer import SidecarMixin
 from .signals import asked_labels
 from .tasks import bare, task_of
 from .teachers import FrozenTeacher, Teacher
@@ -20,10 +23,7 @@ _STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T 
 _EVERY = 4  # in training they are taken on every fourth block of tokens, in evaluation on all
 
 
-_Base: Any = Trainer if TYPE_CHECKING else object
-
-
-class DistillMixin(_Base):
+class DistillMixin(SidecarMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit.
@@ -45,10 +45,15 @@ class DistillMixin(_Base):
         self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         self._keep_logits = False
+        self.wear(None)
         if self.distilling:
             _refuse(self)
-            self.distiller = Distiller(fields.terms(self.args.label_smoothing_factor), fields.chunk_tokens)
             self.teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+            terms, features = fields.terms(self.args.label_smoothing_factor), None
+            if any(term.loss.feature for term in terms):
+                features = Features(terms, self.model, self.teacher.stack, Projectors.of(fields.projectors))
+            self.distiller = Distiller(terms, fields.chunk_tokens, features)
+            self.wear(features)
             # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
             self.model_accepts_loss_kwargs = True
             self.loss_is_scaled_for_ga = True
@@ -150,7 +155,7 @@ class DistillMixin(_Base):
         """As the Trainer's; training logs also get terms and statistics, over the asked tokens since the last log."""
         if "loss" in logs and self._train_sums:
             sums = self.accelerator.reduce(torch.stack(list(self._train_sums.values())).double(), "sum").tolist()
-            logs |= self._means(dict(zip(self._train_sums, sums, strict=True)))
+            logs |= self._means(dict(zip(self._train_sums, sums, strict=True))) | self.learned_layers()
             self._train_sums = {}
         super().log(logs, start_time)
 

@@ -254,7 +254,7 @@ def test_a_teacher_that_is_a_user_class_is_asked(make_trainer):
     from hf_distill.signals import Logits, Signals
 
     class Uniform(Teacher):
-        def __call__(self, inputs, targets):
+        def __call__(self, inputs, targets, wanted):
             return Signals(Logits(torch.zeros(len(targets), 97)))
 
     metrics = make_trainer(teacher=Uniform()).evaluate()

@@ -1,8 +1,10 @@
 """Losses. Each returns one number per asked token, [T]; the distiller alone weights, sums and divides."""
 
 from . import closed as _closed  # registers the closed forms
+from .attention import attention_kl, value_relation
 from .divergence import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hard import cross_entropy
+from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
 from .registry import LOSSES, Loss, get_loss, gradient_of, loss
 
 del _closed
@@ -11,14 +13,20 @@ __all__ = [
     "LOSSES",
     "Loss",
     "adaptive_kl",
+    "attention_kl",
     "cross_entropy",
     "forward_kl",
     "get_loss",
     "gradient_of",
+    "hidden_cosine",
+    "hidden_mse",
+    "hidden_normalized_mse",
+    "hidden_relation",
     "js",
     "loss",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "total_variation",
+    "value_relation",
 ]

@@ -11,12 +11,17 @@ from torch import Tensor
 from ..errors import DistillError, did_you_mean
 
 
+FEATURES = ("hidden", "attention", "values")
+FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: which layers, of which stack
+
+
 @dataclass(frozen=True)
 class Loss:
     """A registered loss.
 
     function: (student, teacher, targets, **options) -> [T], in nats per asked token for divergences
-    needs:    what it asks of the teacher: "logits", or nothing
+    needs:    what it looks at: "logits", or one kind of feature, or nothing of the teacher's
+    project:  whether the student's hidden states are brought to the teacher's width first
     paper:    arXiv id
     options:  name -> default, read from the function's signature
     gradient: its closed form, if it has one; see `gradient_of`
@@ -28,6 +33,12 @@ class Loss:
     paper: str
     options: dict[str, Any]
     gradient: Callable[..., tuple[Tensor, Tensor]] | None = None
+    project: bool = False
+
+    @property
+    def feature(self) -> str | None:
+        """The kind of feature that it compares; None for a loss on logits or labels."""
+        return next((need for need in self.needs if need in FEATURES), None)
 
     def check(self, options: dict[str, Any]) -> None:
         """Refuse options that the function does not have.
@@ -35,24 +46,38 @@ class Loss:
         Raises:
             DistillError: an unknown option.
         """
+        known = [*self.options, *(FEATURE_OPTIONS if self.feature else ())]
         for name in options:
-            if name not in self.options:
-                raise DistillError(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, self.options)}")
+            if name not in known:
+                raise DistillError(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, known)}")
 
 
 LOSSES: dict[str, Loss] = {}
 
 
-def loss(name: str, needs: tuple[str, ...] = ("logits",), paper: str = "") -> Callable[[Callable], Callable]:
+def loss(
+    name: str, needs: tuple[str, ...] = ("logits",), paper: str = "", project: bool = False
+) -> Callable[[Callable], Callable]:
     """Register a loss: `@loss("my_kl", needs=("logits",), paper="1503.02531")`.
 
-    The function takes `(student, teacher, targets, *, options...)`, two `Signals` (the teacher's is None where `needs`
-    is empty) and `Targets`, and returns one number per asked token, [T], neither masked nor weighted nor averaged. A
-    parameter called `temperature` gets the run's temperature, and the distiller multiplies by its square.
+    The function takes `(student, teacher, targets, *, options...)` and returns one number per asked token, [T], neither
+    masked nor weighted nor averaged. A parameter called `temperature` gets the run's temperature, and the distiller
+    multiplies by its square. What student and teacher are:
+
+        needs ("logits",)     two `Signals`; needs () the same, and the teacher's may be None
+        needs ("hidden",)     two tensors [N, H_s] and [N, H_t], the outputs of one pair of layers; with `project` the
+                              student's is brought to H_t first
+        needs ("attention",)  [N, h_s, S] and [N, h_t, S], rows of attention maps
+        needs ("values",)     [B, h_s, S, H_s / h_s] and [B, h_t, S, H_t / h_t], values of the attention
+
+    A loss on features returns [N], one number for each token of `targets`, and its term is the mean over the pairs of
+    layers.
 
     Raises:
-        DistillError: the name is taken, or the function swallows unknown options with **kwargs.
+        DistillError: the name is taken, needs are unknown or mixed, or the function swallows unknown options.
     """
+    if not set(needs) <= {"logits", *FEATURES} or len(needs) > 1:
+        raise DistillError(f"Loss {name!r} needs {needs}; a loss needs nothing, or one of: logits, {', '.join(FEATURES)}.")
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())[3:]
@@ -62,7 +87,8 @@ def loss(name: str, needs: tuple[str, ...] = ("logits",), paper: str = "") -> Ca
             )
         if name in LOSSES and LOSSES[name].function.__qualname__ != function.__qualname__:
             raise DistillError(f"A loss {name!r} is registered already: choose another name.")
-        LOSSES[name] = Loss(name, function, tuple(needs), paper, {p.name: p.default for p in parameters})
+        options = {p.name: p.default for p in parameters}
+        LOSSES[name] = Loss(name, function, tuple(needs), paper, options, project=project)
         return function
 
     return register

@@ -13,7 +13,7 @@ _NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list:
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of recipes: the pydantic model, the fields of TrainingArguments and the registered losses."""
-    from ..losses import LOSSES
+    from ..losses.registry import FEATURE_OPTIONS, LOSSES
     from .schema import Recipe
 
     result = Recipe.model_json_schema()
@@ -24,7 +24,9 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": ["output_dir"],
     }
-    result["$defs"]["LossSpec"]["x-losses"] = {name: dict(loss.options) for name, loss in sorted(LOSSES.items())}
+    result["$defs"]["LossSpec"]["x-losses"] = {
+        name: loss.options | (FEATURE_OPTIONS if loss.feature else {}) for name, loss in sorted(LOSSES.items())
+    }
     return result
 
 

@@ -30,11 +30,12 @@ from ..config import DistillConfig
 from ..data import causal_rows, hold_out, load_documents
 from ..errors import DistillError
 from ..evidence import MetricsFile, environment, read_json, write_json
+from ..losses import get_loss
 from ..student import block_influence, cut_student, find_blocks, most_influential
 from ..teachers import FrozenTeacher
 from ..trainer import DistillTrainer
 from .models import resolve_model
-from .schema import Recipe
+from .schema import Recipe, Student, TeacherSpec
 
 logger = logging.get_logger(__name__)
 _CALIBRATION_ROWS = 8
@@ -84,14 +85,14 @@ def run_recipe(
 
     if "before" not in models:
         on_stage("Evaluating teacher and student")
-        keep("before", run.evaluate(run.student))
+        keep("before", run.evaluate(run.trainer(run.student, "evaluation", output_dir=str(folder))))
     initial = copy.deepcopy(run.student) if recipe.control else None
     if "student" not in models:
         on_stage("Distilling")
-        keep("student", run.train(run.student, "student"))
+        keep("student", run.distil())
     if initial is not None and "control" not in models:
         on_stage("Training the control on hard labels alone")
-        keep("control", run.train(initial, "control", alpha=0.0, losses=None))
+        keep("control", run.control(initial))
     evidence["status"] = "done"
     keep("student", models["student"])
     return RunResult(folder, models)
@@ -134,7 +135,9 @@ class _Run:
         self.folder, self.callbacks, self.on_stage = folder, callbacks, on_stage
         train = recipe.train.model_dump(exclude_unset=True)
         losses = [loss.model_dump() for loss in recipe.losses]
-        self.args = DistillConfig(**train, **recipe.distill.model_dump(), losses=losses or None)
+        projectors = recipe.model_dump(include={"projectors"})["projectors"]
+        distill = recipe.distill.model_dump()
+        self.args = DistillConfig(**train, **distill, losses=losses or None, projectors=projectors)
         self.args.dataloader_pin_memory &= torch.accelerator.is_available()
         set_seed(self.args.seed)
         spec = recipe.teacher
@@ -142,9 +145,7 @@ class _Run:
         path = resolve_model(spec.model)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=spec.revision)
         self.train_rows, self.eval_rows = self._rows(recipe)
-        model = AutoModelForCausalLM.from_pretrained(path, revision=spec.revision, dtype=spec.dtype).to(
-            self.args.device
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **_loading(spec)).to(self.args.device)
         self.teacher = FrozenTeacher(model, processing_class=self.tokenizer)
         self.influence: list[float] | None = None
         self.student = self._student(recipe, model)
@@ -165,7 +166,7 @@ class _Run:
         cut = spec.from_teacher
         if cut is None:
             path = resolve_model(str(spec.model))
-            return AutoModelForCausalLM.from_pretrained(path, revision=spec.revision, dtype="float32")
+            return AutoModelForCausalLM.from_pretrained(path, dtype="float32", **_loading(spec))
         layers = cut.layers or []
         if cut.keep_layers is not None:
             self.on_stage("Measuring the influence of each block")
@@ -173,9 +174,13 @@ class _Run:
             self.influence = block_influence(teacher, (default_data_collator([row]) for row in rows))
             layers = most_influential(self.influence, cut.keep_layers)
         self.layers = layers
-        return cut_student(teacher, layers).float()
+        student = cut_student(teacher, layers).float()
+        if spec.attn_implementation:
+            student.set_attn_implementation(spec.attn_implementation)
+        return student
 
-    def _trainer(self, model: nn.Module, name: str, **changes) -> DistillTrainer:
+    def trainer(self, model: nn.Module, name: str, **changes) -> DistillTrainer:
+        """A trainer with some arguments changed; its logs go to metrics.jsonl under that name."""
         folder = self.folder if name == "student" else self.folder / name
         args = copy.deepcopy(self.args)
         for key, value in {"output_dir": str(folder), **changes}.items():
@@ -194,15 +199,14 @@ class _Run:
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out metrics under the recipe's objective, without the `eval_` prefix."""
-        metrics = self._trainer(model, "evaluation", output_dir=str(self.folder)).evaluate()
+    def evaluate(self, trainer: DistillTrainer) -> dict[str, float]:
+        """Held-out metrics, without the `eval_` prefix."""
+        metrics = trainer.evaluate()
         timing = ("runtime", "per_second", "preparation_time")
         return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(timing)}
 
-    def train(self, model: nn.Module, name: str, **changes) -> dict[str, float]:
-        """Train, save `RUN/name`, evaluate."""
-        trainer = self._trainer(model, name, **changes)
+    def train(self, trainer: DistillTrainer, name: str) -> float:
+        """Train and save `RUN/name`; seconds that it took."""
         checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
         self.on_stage(
             f"{name}: from step {checkpoint.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
@@ -210,7 +214,20 @@ class _Run:
         set_seed(self.args.seed)  # equal data order for student and control
         output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(self.folder / name))
-        return {**self.evaluate(model), "train_seconds": output.metrics["train_runtime"]}
+        return output.metrics["train_runtime"]
+
+    def distil(self) -> dict[str, float]:
+        """Train the student; its metrics, with the projectors that it was trained with."""
+        trainer = self.trainer(self.student, "student")
+        seconds = self.train(trainer, "student")
+        return {**self.evaluate(trainer), "train_seconds": seconds}
+
+    def control(self, model: nn.Module) -> dict[str, float]:
+        """Train on hard labels alone; its metrics under the recipe's objective, but for features: it has no projectors."""
+        seconds = self.train(self.trainer(model, "control", alpha=0.0, losses=None), "control")
+        losses = [spec for spec in self.args.losses or () if get_loss(spec["name"]).feature is None]
+        trainer = self.trainer(model, "evaluation", output_dir=str(self.folder), losses=losses or None)
+        return {**self.evaluate(trainer), "train_seconds": seconds}
 
     def describe(self) -> dict[str, Any]:
         """What evidence says beside the metrics."""
@@ -229,6 +246,12 @@ class _Run:
         if self.influence is not None:
             facts["teacher"]["block_influence"] = self.influence
         return facts
+
+
+def _loading(spec: Student | TeacherSpec) -> dict[str, Any]:
+    """Arguments of from_pretrained; what is not given is left to it."""
+    given = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from ..errors import did_you_mean
+from ..layers import check_layers
 
 _JSON_TYPES: dict[str, Any] = {
     "integer": int,
@@ -48,11 +49,15 @@ class FromTeacher(Part):
         return self
 
 
+_ATTENTION = "Implementation of attention; eager where a loss needs attention maps."
+
+
 class Student(Part):
     """The model to be trained."""
 
     model: str | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
+    attn_implementation: str | None = Field(None, description=f"{_ATTENTION} None: as the teacher, or the default.")
     from_teacher: FromTeacher | None = Field(None, description="Cut it from the teacher instead.")
 
     @model_validator(mode="after")
@@ -69,6 +74,7 @@ class TeacherSpec(Part):
     model: str = Field(description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="In which to load it.")
+    attn_implementation: str | None = Field(None, description=_ATTENTION)
 
 
 class Source(Part):
@@ -124,8 +130,20 @@ class LossSpec(BaseModel):
 
     @model_validator(mode="after")
     def _known(self):
-        _known_loss(self.name, self.model_extra or {})
+        extra = self.model_extra or {}
+        _known_loss(self.name, extra)
+        if "layers" in extra:
+            check_layers(extra["layers"])
         return self
+
+
+class ProjectorSpec(Part):
+    """What stands between hidden states of student and teacher."""
+
+    kind: Literal["auto", "linear", "mlp", "none"] = Field("auto", description="auto: linear where widths differ.")
+    init: Literal["orthogonal", "identity"] = "orthogonal"
+    learning_rate: float | None = Field(None, ge=0, description="None: the run's.")
+    weight_decay: float | None = Field(None, ge=0, description="None: the run's.")
 
 
 class Distill(Part):
@@ -182,6 +200,7 @@ class Recipe(Part):
     data: Data
     distill: Distill = Field(default_factory=lambda: Distill.model_validate({}))
     losses: list[LossSpec] = Field(default_factory=list)
+    projectors: ProjectorSpec | Literal["auto", "linear", "mlp", "none"] | None = None
     train: Train
     control: Literal["sft"] | None = Field(
         None, description="sft: train the same student on the hard labels alone too."

@@ -42,6 +42,11 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}
     else:
         student |= {"model": f"{SMOKE}{family_of(student['model'])}/student", "revision": None}
+    for loss in values.get("losses", ()):
+        if isinstance(loss.get("layers"), list):
+            loss["layers"] = "stretch"
+        elif str(loss.get("layers")).startswith("last:"):
+            loss["layers"] = "last:1"
     values["data"] = {
         "task": {"path": "package:pydoc_data.topics"},
         "eval": {"holdout": 0.1, "max_rows": 4},

@@ -1,12 +1,15 @@
 """The interface of a teacher, and the only base class that a user plugs into."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..signals import Signals, Targets
+from ..blocks import Stack
+from ..errors import DistillError
+from ..signals import Signals, Tap, Targets
 
 
 class Teacher(ABC):
@@ -15,16 +18,28 @@ class Teacher(ABC):
     model: Any = None
 
     @abstractmethod
-    def __call__(self, inputs: dict, targets: Targets) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """Answer a batch, without gradient.
 
         Args:
             inputs: the collator's batch, [B, S] tensors on the student's device.
             targets: the asked tokens.
+            wanted: features to tell, with their tokens; empty where `stack` raises.
 
         Returns:
-            signals whose logits are [T, V_t].
+            signals whose logits are [T, V_t], with a feature for each tap.
         """
+
+    def stack(self, which: str | None = None) -> Stack:
+        """The blocks whose features it can tell; see `blocks.stack_of`.
+
+        Raises:
+            DistillError: it tells logits alone.
+        """
+        raise DistillError(
+            f"A {type(self).__name__} tells logits and no features: leave the losses on hidden states and attention out, "
+            "or use a FrozenTeacher."
+        )
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:  # noqa: B027
         """Be ready for calls; called once, before the first of them.

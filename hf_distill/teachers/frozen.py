@@ -1,14 +1,16 @@
 """A teacher that does not move."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from ..blocks import Stack, stack_of
 from ..errors import DistillError
-from ..forward import parameters_of, teacher_source
-from ..signals import Signals, Targets
+from ..forward import parameters_of, teacher_signals
+from ..signals import Signals, Tap, Targets
 from ..tasks import Task, bare, task_of
 from .base import Teacher
 from .vocabulary import check_classes, check_vocabulary
@@ -76,14 +78,18 @@ class FrozenTeacher(Teacher):
             student.config.get_text_config().vocab_size,
         )
 
+    def stack(self, which: str | None = None) -> Stack:
+        """The model's blocks, or those of its encoder or decoder."""
+        return stack_of(self.model, which)
+
     @torch.no_grad()
-    def __call__(self, inputs: dict, targets: Targets) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the frozen model; inputs that its class does not name are left out."""
         model = bare(self.model)
         named = parameters_of(model.__class__)
         if model.main_input_name in named:
             inputs = {k: v for k, v in inputs.items() if k in named or k == "labels"}
-        return Signals(teacher_source(self.model, inputs, targets))
+        return teacher_signals(self.model, inputs, targets, wanted)
 
 
 def local_tokenizer(path: str) -> Any:

@@ -25,7 +25,7 @@ def metrics(folder, run="student"):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timing = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
     lines = [{k: v for k, v in line.items() if k not in timing} for line in lines if line["run"] == run]
-    return [line for line in lines if "train_loss" not in line]
+    return [line for line in lines if "loss" in line]
 
 
 def weights(folder):

@@ -1,0 +1,175 @@
+"""The terms on features: which layers they compare, and their sum, taken inside the student's forward."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Stack, stack_of
+from .errors import DistillError
+from .layers import LEARNED, Pairs, map_layers
+from .objective import Term
+from .projectors import LayerMixture, Projectors
+from .sidecar import Sidecar
+from .signals import Tap, Targets
+
+StackOf = Callable[[str | None], Stack]
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A term, and the layers that it compares in one student and one teacher.
+
+    pairs:   (student, teacher) layers; of a learned mapping: where it starts
+    student: the student's stack
+    teacher: the teacher's
+    """
+
+    term: Term
+    pairs: Pairs
+    student: Stack
+    teacher: Stack
+
+    @property
+    def learned(self) -> bool:
+        """Whether each student layer learns from a trained mixture of all teacher layers."""
+        return self.term.layers == LEARNED
+
+    def student_tap(self, layer: int) -> Tap:
+        """What the term looks at in the student."""
+        return Tap(str(self.term.loss.feature), layer, self.term.stack)
+
+    teacher_tap = student_tap
+
+    def teacher_layers(self) -> Iterable[int]:
+        """Layers of the teacher that it looks at."""
+        return range(len(self.teacher.blocks)) if self.learned else {t for _, t in self.pairs}
+
+    def __call__(self, student: Mapping[Tap, Tensor], teacher: Mapping[Tap, Tensor], tokens: Targets, sidecar: Sidecar):
+        """Mean over the pairs of the scaled, unweighted loss of each token, [N]."""
+        projectors = sidecar.part("projectors", self.term.name)
+        shares = sidecar.part("mappings", self.term.name)() if self.learned else None
+        total = None
+        for i, (s_layer, t_layer) in enumerate(self.pairs):
+            said = student[self.student_tap(s_layer)]
+            said = said if projectors is None else projectors[f"{s_layer}-{t_layer}"](said)
+            if shares is None:
+                heard = teacher[self.teacher_tap(t_layer)].to(said.device)
+            else:
+                layers = [teacher[self.teacher_tap(j)].to(said.device) for j in self.teacher_layers()]
+                heard = sum(share * layer for share, layer in zip(shares[i], layers, strict=True))
+            values = self.term(said, heard, tokens)
+            total = values if total is None else total + values
+        assert total is not None, "a mapping has at least one pair"
+        return total / len(self.pairs)
+
+
+@dataclass
+class FeatureJob:
+    """What to compare in one batch, and what was found.
+
+    tokens:    stack -> the N tokens whose features are kept
+    targets:   T asked tokens
+    num_items: what the sum is divided by; None: T
+    told:      the teacher's features
+    per_token: name -> [T], filled by a run
+    """
+
+    terms: list[FeatureTerm]
+    tokens: dict[str | None, Targets]
+    targets: Targets
+    num_items: Tensor | int | None = None
+    told: Mapping[Tap, Tensor] = field(default_factory=dict)
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+    def student_taps(self) -> dict[Tap, Targets]:
+        """What to capture in the student."""
+        taps = (term.student_tap(layer) for term in self.terms for layer, _ in term.pairs)
+        return {tap: self.tokens[tap.stack] for tap in taps}
+
+    def teacher_taps(self) -> dict[Tap, Targets]:
+        """What to ask of the teacher."""
+        taps = (term.teacher_tap(layer) for term in self.terms for layer in term.teacher_layers())
+        return {tap: self.tokens[tap.stack] for tap in taps}
+
+    def total(self, said: Mapping[Tap, Tensor], sidecar: Sidecar) -> Tensor:
+        """Sum over asked tokens of the weighted terms / num_items, []."""
+        total = torch.zeros((), device=self.targets.labels.device)
+        for term in self.terms:
+            tokens = self.tokens[term.term.stack]
+            values = tokens.spread(term(said, self.told, tokens, sidecar), self.targets)
+            self.per_token[term.term.name] = values.detach()
+            total = total + term.term.weight * values.sum()
+        items = len(self.targets) if self.num_items is None else self.num_items
+        return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
+class Features:
+    """The terms on features of an objective, matched to a student and a teacher.
+
+    Args:
+        terms: of the objective; those on logits are left out.
+        student: the model.
+        teacher: what tells the teacher's stacks: the `stack` of a prepared `Teacher`.
+        projectors: what stands between hidden states.
+
+    Raises:
+        DistillError: layers that a model does not have, widths or attention that do not fit; all of it at once.
+    """
+
+    def __init__(self, terms: Iterable[Term], student: nn.Module, teacher: StackOf, projectors: Projectors):
+        self.projectors = projectors
+        self.terms: list[FeatureTerm] = []
+        problems = []
+        for term in terms:
+            if term.loss.feature is None:
+                continue
+            try:
+                self.terms.append(_matched(term, student, teacher))
+            except DistillError as error:
+                problems.append(str(error))
+        try:
+            self.sidecar(0)
+        except DistillError as error:
+            problems.append(str(error))
+        if problems:
+            raise DistillError("; ".join(problems))
+
+    def sidecar(self, seed: int) -> Sidecar:
+        """New projectors and mixtures for these terms."""
+        generator = torch.Generator().manual_seed(seed)
+        projectors, mappings = {}, {}
+        for term in self.terms:
+            if term.term.loss.project:
+                widths = (term.student.width, term.teacher.width)
+                built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in term.pairs}
+                if None not in built.values():
+                    projectors[term.term.name] = nn.ModuleDict(built)
+            if term.learned:
+                mappings[term.term.name] = LayerMixture(term.pairs, len(term.teacher.blocks))
+        return Sidecar({"projectors": projectors, "mappings": mappings})
+
+    def job(self, inputs: dict, targets: Targets, num_items: Tensor | int | None = None) -> FeatureJob:
+        """The comparison of one batch."""
+        tokens = {}
+        for term in self.terms:
+            encoder = term.term.stack == "encoder"
+            tokens[term.term.stack] = targets.tokens(inputs, term.student.causal, encoder)
+        return FeatureJob(self.terms, tokens, targets, num_items)
+
+
+def _matched(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
+    own, other = stack_of(student, term.stack), teacher(term.stack)
+    if term.loss.feature == "attention":
+        for who, stack in (("student", own), ("teacher", other)):
+            if stack.attention != "eager":
+                raise DistillError(
+                    f"{term.loss.name} needs attention maps, which the {who}'s {stack.attention} attention never makes: "
+                    f"load the {who} with attn_implementation='eager', or use value_relation, which needs none."
+                )
+    try:
+        pairs = map_layers(term.layers, len(own.blocks), len(other.blocks))
+    except DistillError as error:
+        raise DistillError(f"{term.name}: {error}") from None
+    return FeatureTerm(term, pairs, own, other)

@@ -1,0 +1,97 @@
+"""Losses on hidden states of one pair of layers. In float32 at least; [N] numbers, one a token."""
+
+import torch
+from torch import Tensor
+
+from ..signals import Targets
+from ..sources import compute_dtype
+from .registry import loss
+
+
+@loss("hidden_mse", needs=("hidden",), paper="1412.6550", project=True)
+def hidden_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+    """Mean over the width of the squared difference.
+
+    Args:
+        student: [N, H], projected to the teacher's width.
+        teacher: [N, H].
+        targets: not used.
+
+    Returns:
+        [N]. 0 for equal states. As `torch.nn.functional.mse_loss(..., reduction="none").mean(-1)`.
+
+    Source: FitNets, arXiv 1412.6550.
+    """
+    student, teacher = _exact(student, teacher)
+    return (student - teacher).square().mean(-1)
+
+
+@loss("hidden_cosine", needs=("hidden",), paper="1910.01108", project=True)
+def hidden_cosine(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+    """1 - cos(student, teacher).
+
+    Args:
+        student: [N, H], projected to the teacher's width.
+        teacher: [N, H].
+        targets: not used.
+
+    Returns:
+        [N], in [0, 2]. 0 for states of one direction, whatever their lengths.
+
+    Source: DistilBERT, arXiv 1910.01108.
+    """
+    s, t = _unit(*_exact(student, teacher))
+    # Half the squared distance of unit vectors: exactly 0 for equal ones, where 1 - cos is a rounding error.
+    return (s - t).square().sum(-1) / 2
+
+
+@loss("hidden_normalized_mse", needs=("hidden",), project=True)
+def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+    """Mean over the width of the squared difference of unit vectors: 2 (1 - cos) / H.
+
+    Args:
+        student: [N, H], projected to the teacher's width.
+        teacher: [N, H].
+        targets: not used.
+
+    Returns:
+        [N]. `hidden_cosine` times 2 / H, so its weight has to grow with the width.
+    """
+    s, t = _unit(*_exact(student, teacher))
+    return (s - t).square().mean(-1)
+
+
+@loss("hidden_relation", needs=("hidden",), paper="1907.09682")
+def hidden_relation(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+    """Mean over the tokens u of its document of (cos(s_n, s_u) - cos(t_n, t_u))^2, for each token n.
+
+    Widths may differ: no projector is needed.
+
+    Args:
+        student: [N, H_s].
+        teacher: [N, H_t].
+        targets: the N tokens; only they are related to each other.
+
+    Returns:
+        [N]. 0 where states have equal angles among themselves.
+
+    Source: similarity-preserving distillation, arXiv 1907.09682, with tokens for its examples.
+    """
+    s, t = _unit(*_exact(student, teacher))
+    own = targets.documents.flatten()[targets.positions] if targets.documents is not None else targets.rows
+    of_rows = torch.unique_consecutive(targets.rows, return_counts=True)[1].tolist()
+    values = [s.new_zeros(0)]
+    for s_row, t_row, document in zip(s.split(of_rows), t.split(of_rows), own.split(of_rows), strict=True):
+        together = (document[:, None] == document).to(s.dtype)
+        difference = (s_row @ s_row.T - t_row @ t_row.T).square() * together
+        values.append(difference.sum(-1) / together.sum(-1))
+    return torch.cat(values)
+
+
+def _exact(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(student)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _unit(*states: Tensor) -> list[Tensor]:
+    return [torch.nn.functional.normalize(state, dim=-1) for state in states]
