@@ -12,12 +12,14 @@ from .tasks import bare, task_of
 class Stack:
     """A model's blocks, or those of its encoder or decoder.
 
+    name:      "encoder" or "decoder" of a model that has both, else None
     blocks:    in the order in which they run
     width:     H, of what they put out
     causal:    whether a position sees none after it
     attention: its attention's implementation: "sdpa", "eager", ...
     """
 
+    name: str | None
     blocks: nn.ModuleList
     width: int
     causal: bool
@@ -45,7 +47,7 @@ def stack_of(model: nn.Module, which: str | None = None) -> Stack:
     _, blocks = find_blocks(root, which)
     causal = task_of(model).shift or any(getattr(module, "is_causal", False) for module in blocks[0].modules())
     config = root.config.get_text_config()
-    return Stack(blocks, config.hidden_size, causal, config._attn_implementation)
+    return Stack(which, blocks, config.hidden_size, causal, config._attn_implementation)
 
 
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:

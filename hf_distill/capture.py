@@ -20,7 +20,7 @@ from .signals import Tap, Targets
 
 @contextmanager
 def capture(model: nn.Module, wanted: Mapping[Tap, Targets]) -> Iterator[dict[Tap, Tensor]]:
-    """`with capture(model, wanted) as found: model(...)` fills `found` as the blocks run.
+    """Keep features while a model runs, in a `with` block.
 
     Args:
         model: a transformers model, in wrappers or not.
@@ -71,7 +71,9 @@ def _feature(tap: Tap, tokens: Targets, output: Any, seen: Any, block: nn.Module
     if tap.kind == "values":
         return values
     if maps is None:
-        raise DistillError(f"The attention of {type(block).__name__} makes no maps: load with attn_implementation='eager'.")
+        raise DistillError(
+            f"The attention of {type(block).__name__} makes no maps: load with attn_implementation='eager'."
+        )
     return tokens.pick(maps.transpose(1, 2))
 
 
@@ -102,8 +104,8 @@ def _listening(inside: Mapping[nn.Module, nn.Module], running: dict) -> Iterator
 
         return listen
 
-    AttentionInterface.get_interface = get_listening  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_listening
     try:
         yield
     finally:
-        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+        AttentionInterface.get_interface = get_interface

@@ -82,7 +82,12 @@ class DistillConfig(DistillFields, TrainingArguments):
     Every field can be set from a command line through `HfArgumentParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "divergence", "projectors", "teacher_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "divergence",
+        "projectors",
+        "teacher_init_kwargs",
+    ]
 
     def __post_init__(self):
         DistillFields.__post_init__(self)

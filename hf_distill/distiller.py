@@ -71,7 +71,7 @@ class Distiller:
         task = task_of(model)
         targets = Targets.from_batch(inputs, task.shift)
         targets.check_ids(task.size(model))
-        features = self.features and self.features.job(inputs, targets, num_items)
+        features = self.features.job(inputs, targets, num_items) if self.features else None
         told = teacher(inputs, targets, features.teacher_taps() if features else {})
         on_logits = [term for term in self.terms if not term.loss.feature]
         job = HeadJob(told.logits, targets, on_logits, statistics, self.chunk_tokens, num_items)

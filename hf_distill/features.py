@@ -154,8 +154,7 @@ class Features:
         """The comparison of one batch."""
         tokens = {}
         for term in self.terms:
-            encoder = term.term.stack == "encoder"
-            tokens[term.term.stack] = targets.tokens(inputs, term.student.causal, encoder)
+            tokens[term.term.stack] = targets.tokens(inputs, term.student.causal, term.student.name)
         return FeatureJob(self.terms, tokens, targets, num_items)
 
 
@@ -165,8 +164,8 @@ def _matched(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
         for who, stack in (("student", own), ("teacher", other)):
             if stack.attention != "eager":
                 raise DistillError(
-                    f"{term.loss.name} needs attention maps, which the {who}'s {stack.attention} attention never makes: "
-                    f"load the {who} with attn_implementation='eager', or use value_relation, which needs none."
+                    f"{term.loss.name} needs maps, which the {who}'s {stack.attention} attention never makes. Load the "
+                    f"{who} with attn_implementation='eager', or use value_relation, which needs none."
                 )
     try:
         pairs = map_layers(term.layers, len(own.blocks), len(other.blocks))

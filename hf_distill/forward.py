@@ -77,7 +77,7 @@ def student_loss(
 
 @contextmanager
 def _comparing(model: nn.Module, features: FeatureJob, found: Mapping[Tap, Tensor]) -> Iterator[None]:
-    """Compare features at the end of the model's forward, and send the sum out as its `loss`: DDP looks for it there."""
+    """Compare features at the end of the model's forward, and send the sum out as its `loss`, where DDP sees it."""
     sidecar: Any = sidecar_of(model)
 
     def compare(_module: nn.Module, _args: Any, outputs: Any) -> Any:

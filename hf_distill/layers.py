@@ -56,7 +56,8 @@ def check_layers(spec: Any) -> None:
     elif isinstance(spec, Sequence) and spec and all(_is_pair(pair) for pair in spec):
         return
     raise DistillError(
-        f"layers is {spec!r}; it must be uniform, stretch, last:N, learned, or pairs of layers such as [[3, 9], [7, 19]]"
+        f"layers is {spec!r}; it must be uniform, stretch, last:N, learned, or [student, teacher] pairs such as "
+        "[[3, 9], [7, 19]]"
     )
 
 

@@ -34,7 +34,9 @@ class Projectors:
     def __post_init__(self):
         for name, known in (("kind", KINDS), ("init", INITS)):
             if getattr(self, name) not in known:
-                raise DistillError(f"projectors has {name} {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise DistillError(
+                    f"projectors has {name} {getattr(self, name)!r}; it must be one of {', '.join(known)}"
+                )
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):

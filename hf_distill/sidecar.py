@@ -48,7 +48,8 @@ def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
 
 def sidecar_of(model: nn.Module) -> Sidecar | None:
     """The sidecar of a student, in wrappers or not."""
-    return unwrapped(model)._modules.get(_NAME)  # type: ignore[return-value]
+    sidecar: Any = unwrapped(model)._modules.get(_NAME)
+    return sidecar
 
 
 def split(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,8 +90,8 @@ def load_sidecar(sidecar: Sidecar, folder: str) -> None:
         shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (own, state)]
         if shapes[0] != shapes[1]:
             raise DistillError(
-                f"{file} holds {shapes[1]} and this run has {shapes[0]}: resume with the `losses` and `projectors` of the "
-                "run that wrote it, or start afresh."
+                f"{file} holds {shapes[1]} and this run has {shapes[0]}: resume with the `losses` and `projectors` of "
+                "the run that wrote it, or start afresh."
             )
         for name, parameter in own.items():
             parameter.data.copy_(_like(state[name], parameter))

@@ -63,7 +63,7 @@ class SidecarMixin(_Base):
         sidecar, features = self._sidecar, self._features
         if sidecar is None or features is None:
             return optimizer
-        if features.projectors.own_group or brought and not _holds(optimizer, sidecar):
+        if features.projectors.own_group or (brought and not _holds(optimizer, sidecar)):
             settings = features.projectors
             own_group(optimizer, sidecar, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         return optimizer
@@ -79,9 +79,9 @@ class SidecarMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called on resume under every strategy, after the model has been loaded."""
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._sidecar is not None:
             load_sidecar(self._sidecar, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -93,7 +93,7 @@ class SidecarMixin(_Base):
         sidecar = self._sidecar
         if sidecar is None or "mappings" not in sidecar.parts:
             return {}
-        found = {}
+        found: dict[str, float] = {}
         for name, mixture in sidecar.parts["mappings"].items():
             shares: Any = mixture.shares
             means = shares @ torch.arange(shares.shape[1], dtype=shares.dtype, device=shares.device)

@@ -120,22 +120,21 @@ class Targets:
         """The same for some of the asked tokens."""
         return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape)
 
-    def tokens(self, inputs: dict, causal: bool, encoder: bool = False) -> "Targets":
+    def tokens(self, inputs: dict, causal: bool, stack: str | None = None) -> "Targets":
         """The N tokens whose features are compared: the asked ones; or, where the asked are not among the tokens (a
         class of a whole row, the encoder of a decoder's tokens), every token of the rows that ask.
 
         Args:
             inputs: the collator's batch.
             causal: whether a token sees none after it.
-            encoder: whether the features are those of the encoder of a model that has a decoder too.
+            stack: "encoder" or "decoder" of a model that has both: whose features.
         """
-        ids = inputs.get("inputs_embeds", inputs.get("input_ids"))
-        aligned = len(self.shape) == 2 and not encoder
-        if not aligned or (ids is not None and ids.shape[:2] == self.shape):
-            mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-            documents = _documents(ids.shape[:2], mask, position_ids, self.labels.device)
-        else:  # a decoder's side: its padding comes last, and causality hides it
-            documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, self.labels.device)
+        aligned, device = len(self.shape) == 2 and stack != "encoder", self.labels.device
+        if aligned and stack == "decoder":
+            documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, device)
+        else:
+            ids = inputs["inputs_embeds"] if "input_ids" not in inputs else inputs["input_ids"]
+            documents = _documents(ids.shape[:2], inputs.get("attention_mask"), inputs.get("position_ids"), device)
         if aligned:
             return replace(self, documents=documents, causal=causal)
         asks = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..errors import DistillError, did_you_mean
 
-
 FEATURES = ("hidden", "attention", "values")
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: which layers, of which stack
 
@@ -77,7 +76,9 @@ def loss(
         DistillError: the name is taken, needs are unknown or mixed, or the function swallows unknown options.
     """
     if not set(needs) <= {"logits", *FEATURES} or len(needs) > 1:
-        raise DistillError(f"Loss {name!r} needs {needs}; a loss needs nothing, or one of: logits, {', '.join(FEATURES)}.")
+        raise DistillError(
+            f"Loss {name!r} needs {needs}; a loss needs nothing, or one of: logits, {', '.join(FEATURES)}."
+        )
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())[3:]

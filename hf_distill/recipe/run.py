@@ -223,9 +223,10 @@ class _Run:
         return {**self.evaluate(trainer), "train_seconds": seconds}
 
     def control(self, model: nn.Module) -> dict[str, float]:
-        """Train on hard labels alone; its metrics under the recipe's objective, but for features: it has no projectors."""
+        """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features."""
         seconds = self.train(self.trainer(model, "control", alpha=0.0, losses=None), "control")
-        losses = [spec for spec in self.args.losses or () if get_loss(spec["name"]).feature is None]
+        losses: Any = self.args.losses or ()
+        losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
         trainer = self.trainer(model, "evaluation", output_dir=str(self.folder), losses=losses or None)
         return {**self.evaluate(trainer), "train_seconds": seconds}
 

@@ -37,8 +37,8 @@ class Teacher(ABC):
             DistillError: it tells logits alone.
         """
         raise DistillError(
-            f"A {type(self).__name__} tells logits and no features: leave the losses on hidden states and attention out, "
-            "or use a FrozenTeacher."
+            f"A {type(self).__name__} tells logits and no features: leave the losses on hidden states and attention "
+            "out, or use a FrozenTeacher."
         )
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:  # noqa: B027

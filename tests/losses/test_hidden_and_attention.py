@@ -34,8 +34,8 @@ def naive_hidden(name, s, t, where):
             found.append(((s[n] - t[n]) ** 2).mean())
         elif name == "hidden_relation":
             same = [u for u in range(len(s)) if where.rows[u] == where.rows[n]]
-            cos = lambda x, u: F.cosine_similarity(x[n], x[u], dim=0)  # noqa: E731
-            found.append(torch.stack([(cos(s, u) - cos(t, u)) ** 2 for u in same]).mean())
+            cos_s, cos_t = (F.cosine_similarity(x[n], x[same], dim=1) for x in (s, t))
+            found.append((cos_s - cos_t).square().mean())
         else:
             cos = F.cosine_similarity(s[n], t[n], dim=0)
             found.append(1 - cos if name == "hidden_cosine" else 2 * (1 - cos) / s.shape[1])
