@@ -44,6 +44,7 @@ $(VENV)-bench/installed: setup.cfg
 bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_loss.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python step.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python features.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_profile.py
 
 clean:

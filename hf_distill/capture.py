@@ -94,8 +94,8 @@ def _listening(inside: Mapping[nn.Module, nn.Module], running: dict) -> Iterator
             if block is not None and block not in running:
                 if gradients and not torch.is_grad_enabled():
                     raise DistillError(
-                        "Reentrant gradient checkpointing hides the graph of a block's attention: set "
-                        'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                        "Reentrant activation checkpointing hides the graph of a block's attention: set "
+                        'activation_checkpointing_kwargs={"use_reentrant": False}.'
                     )
                 if maps is not None and dropout and module.training:  # what was dropped is no distribution
                     maps = attend(module, query, key, value, *args, dropout=0.0, **kwargs)[1]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .features import Features
+from .features import FeatureJob, Features
 from .forward import student_loss
 from .objective import Term
 from .signals import Targets
@@ -42,7 +42,9 @@ class Distiller:
     """
 
     def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
-        self.terms, self.chunk_tokens, self.features = terms, chunk_tokens, features
+        self.terms, self.chunk_tokens = terms, chunk_tokens
+        self.features = Features() if features is None else features
+        self._on_logits = [term for term in terms if not term.loss.feature]
 
     def __call__(
         self,
@@ -71,15 +73,13 @@ class Distiller:
         task = task_of(model)
         targets = Targets.from_batch(inputs, task.shift)
         targets.check_ids(task.size(model))
-        features = self.features.job(inputs, targets, num_items) if self.features else None
-        told = teacher(inputs, targets, features.teacher_taps() if features else {})
-        on_logits = [term for term in self.terms if not term.loss.feature]
-        job = HeadJob(told.logits, targets, on_logits, statistics, self.chunk_tokens, num_items)
-        if features:
-            features.told = told.features
-        loss, outputs = student_loss(student, inputs, job, keep_logits, features)
+        tokens = self.features.tokens(inputs, targets)
+        told = teacher(inputs, targets, self.features.wanted(tokens))
+        head = HeadJob(told.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
+        features = FeatureJob(self.features.terms, told.features, tokens, targets, num_items)
+        loss, outputs = student_loss(student, inputs, head, features, keep_logits)
         if outputs.get("aux_loss") is not None:
             # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
             share = 1.0 if num_items is None else len(targets) / num_items
             loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
-        return Step(loss, job.per_token | (features.per_token if features else {}), targets, outputs)
+        return Step(loss, head.per_token | features.per_token, targets, outputs)

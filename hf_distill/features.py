@@ -36,11 +36,9 @@ class FeatureTerm:
         """Whether each student layer learns from a trained mixture of all teacher layers."""
         return self.term.layers == LEARNED
 
-    def student_tap(self, layer: int) -> Tap:
-        """What the term looks at in the student."""
+    def tap(self, layer: int) -> Tap:
+        """What the term looks at in a layer of either model."""
         return Tap(str(self.term.loss.feature), layer, self.term.stack)
-
-    teacher_tap = student_tap
 
     def teacher_layers(self) -> Iterable[int]:
         """Layers of the teacher that it looks at."""
@@ -52,12 +50,12 @@ class FeatureTerm:
         shares = sidecar.part("mappings", self.term.name)() if self.learned else None
         total = None
         for i, (s_layer, t_layer) in enumerate(self.pairs):
-            said = student[self.student_tap(s_layer)]
+            said = student[self.tap(s_layer)]
             said = said if projectors is None else projectors[f"{s_layer}-{t_layer}"](said)
             if shares is None:
-                heard = teacher[self.teacher_tap(t_layer)].to(said.device)
+                heard = teacher[self.tap(t_layer)].to(said.device)
             else:
-                layers = [teacher[self.teacher_tap(j)].to(said.device) for j in self.teacher_layers()]
+                layers = [teacher[self.tap(j)].to(said.device) for j in self.teacher_layers()]
                 heard = sum(share * layer for share, layer in zip(shares[i], layers, strict=True))
             values = self.term(said, heard, tokens)
             total = values if total is None else total + values
@@ -69,93 +67,95 @@ class FeatureTerm:
 class FeatureJob:
     """What to compare in one batch, and what was found.
 
-    tokens:    stack -> the N tokens whose features are kept
+    terms:     on features
+    told:      the teacher's features
+    tokens:    stack -> the N tokens whose features are compared
     targets:   T asked tokens
     num_items: what the sum is divided by; None: T
-    told:      the teacher's features
     per_token: name -> [T], filled by a run
     """
 
     terms: list[FeatureTerm]
-    tokens: dict[str | None, Targets]
+    told: Mapping[Tap, Tensor]
+    tokens: Mapping[str | None, Targets]
     targets: Targets
     num_items: Tensor | int | None = None
-    told: Mapping[Tap, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def student_taps(self) -> dict[Tap, Targets]:
+    def wanted(self) -> dict[Tap, Targets]:
         """What to capture in the student."""
-        taps = (term.student_tap(layer) for term in self.terms for layer, _ in term.pairs)
-        return {tap: self.tokens[tap.stack] for tap in taps}
-
-    def teacher_taps(self) -> dict[Tap, Targets]:
-        """What to ask of the teacher."""
-        taps = (term.teacher_tap(layer) for term in self.terms for layer in term.teacher_layers())
+        taps = (matched.tap(layer) for matched in self.terms for layer, _ in matched.pairs)
         return {tap: self.tokens[tap.stack] for tap in taps}
 
     def total(self, said: Mapping[Tap, Tensor], sidecar: Sidecar) -> Tensor:
         """Sum over asked tokens of the weighted terms / num_items, []."""
         total = torch.zeros((), device=self.targets.labels.device)
-        for term in self.terms:
-            tokens = self.tokens[term.term.stack]
-            values = tokens.spread(term(said, self.told, tokens, sidecar), self.targets)
-            self.per_token[term.term.name] = values.detach()
-            total = total + term.term.weight * values.sum()
-        items = len(self.targets) if self.num_items is None else self.num_items
-        return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+        for matched in self.terms:
+            tokens, term = self.tokens[matched.term.stack], matched.term
+            values = tokens.spread(matched(said, self.told, tokens, sidecar), self.targets)
+            self.per_token[term.name] = values.detach()
+            total = total + term.weight * values.sum()
+        return total / self.targets.items(self.num_items).to(total.device)
 
 
+@dataclass(frozen=True)
 class Features:
-    """The terms on features of an objective, matched to a student and a teacher.
+    """The terms on features of an objective, matched to a student and a teacher; none of them by default.
 
-    Args:
-        terms: of the objective; those on logits are left out.
-        student: the model.
-        teacher: what tells the teacher's stacks: the `stack` of a prepared `Teacher`.
-        projectors: what stands between hidden states.
-
-    Raises:
-        DistillError: layers that a model does not have, widths or attention that do not fit; all of it at once.
+    terms:      matched
+    projectors: what stands between hidden states
     """
 
-    def __init__(self, terms: Iterable[Term], student: nn.Module, teacher: StackOf, projectors: Projectors):
-        self.projectors = projectors
-        self.terms: list[FeatureTerm] = []
-        problems = []
-        for term in terms:
-            if term.loss.feature is None:
-                continue
+    terms: list[FeatureTerm] = field(default_factory=list)
+    projectors: Projectors = field(default_factory=Projectors)
+
+    @classmethod
+    def match(cls, terms: Iterable[Term], student: nn.Module, teacher: StackOf, projectors: Projectors) -> "Features":
+        """Match terms to two models.
+
+        Args:
+            terms: of the objective; those on logits are left out.
+            student: the model.
+            teacher: what tells the teacher's stacks: the `stack` of a prepared `Teacher`.
+            projectors: what stands between hidden states.
+
+        Raises:
+            DistillError: layers that a model does not have, widths or attention that do not fit; all of it at once.
+        """
+        matched, problems = [], []
+        for term in (term for term in terms if term.loss.feature):
             try:
-                self.terms.append(_matched(term, student, teacher))
+                matched.append(_matched(term, student, teacher))
+                cls(matched[-1:], projectors).sidecar(0)
             except DistillError as error:
                 problems.append(str(error))
-        try:
-            self.sidecar(0)
-        except DistillError as error:
-            problems.append(str(error))
         if problems:
             raise DistillError("; ".join(problems))
+        return cls(matched, projectors)
 
     def sidecar(self, seed: int) -> Sidecar:
         """New projectors and mixtures for these terms."""
         generator = torch.Generator().manual_seed(seed)
         projectors, mappings = {}, {}
-        for term in self.terms:
-            if term.term.loss.project:
-                widths = (term.student.width, term.teacher.width)
-                built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in term.pairs}
+        for matched in self.terms:
+            if matched.term.loss.project:
+                widths = (matched.student.width, matched.teacher.width)
+                built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in matched.pairs}
                 if None not in built.values():
-                    projectors[term.term.name] = nn.ModuleDict(built)
-            if term.learned:
-                mappings[term.term.name] = LayerMixture(term.pairs, len(term.teacher.blocks))
+                    projectors[matched.term.name] = nn.ModuleDict(built)
+            if matched.learned:
+                mappings[matched.term.name] = LayerMixture(matched.pairs, len(matched.teacher.blocks))
         return Sidecar({"projectors": projectors, "mappings": mappings})
 
-    def job(self, inputs: dict, targets: Targets, num_items: Tensor | int | None = None) -> FeatureJob:
-        """The comparison of one batch."""
-        tokens = {}
-        for term in self.terms:
-            tokens[term.term.stack] = targets.tokens(inputs, term.student.causal, term.student.name)
-        return FeatureJob(self.terms, tokens, targets, num_items)
+    def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, Targets]:
+        """Of each stack that is looked at, the N tokens whose features are compared."""
+        stacks = {matched.term.stack: matched.student for matched in self.terms}
+        return {key: targets.tokens(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
+
+    def wanted(self, tokens: Mapping[str | None, Targets]) -> dict[Tap, Targets]:
+        """What to ask of the teacher."""
+        taps = (matched.tap(layer) for matched in self.terms for layer in matched.teacher_layers())
+        return {tap: tokens[tap.stack] for tap in taps}
 
 
 def _matched(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:

@@ -50,34 +50,33 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
 
 
 def student_loss(
-    model: nn.Module, inputs: dict, job: HeadJob, keep_logits: bool = False, features: FeatureJob | None = None
+    model: nn.Module, inputs: dict, head: HeadJob, features: FeatureJob, keep_logits: bool = False
 ) -> tuple[Tensor, Any]:
     """The objective over asked tokens / num_items, [], and the student's outputs.
 
     Args:
         model: as prepared, wrappers included; with features, its sidecar attached.
         inputs: the collator's batch.
-        job: what to compute of logits; it finds the per-token values.
+        head: what to compute of logits; it finds the per-token values.
+        features: the same of features.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
-        features: what to compute of features.
     """
 
-    def fuse(head: Head) -> Tensor:
-        return job.from_hidden(head).reshape(1, 1, 1)
+    def fuse(source: Head) -> Tensor:
+        return head.from_hidden(source).reshape(1, 1, 1)
 
-    on_head = None if keep_logits else fuse
-    if features is None:
-        outputs, loss = _run(model, inputs, job.targets, on_head)
-    else:
-        with capture(model, features.student_taps()) as found, _comparing(model, features, found):
-            outputs, loss = _run(model, inputs, job.targets, on_head)
-    loss = job.from_logits(job.targets.pick(outputs.logits)) if loss is None else loss.reshape(())
-    return (loss, outputs) if features is None else (loss + outputs["loss"], outputs)
+    with capture(model, features.wanted()) as found, _comparing(model, features, found):
+        outputs, loss = _run(model, inputs, head.targets, None if keep_logits else fuse)
+    loss = head.from_logits(head.targets.pick(outputs.logits)) if loss is None else loss.reshape(())
+    return (loss + outputs["loss"] if features.terms else loss), outputs
 
 
 @contextmanager
 def _comparing(model: nn.Module, features: FeatureJob, found: Mapping[Tap, Tensor]) -> Iterator[None]:
     """Compare features at the end of the model's forward, and send the sum out as its `loss`, where DDP sees it."""
+    if not features.terms:
+        yield
+        return
     sidecar: Any = sidecar_of(model)
 
     def compare(_module: nn.Module, _args: Any, outputs: Any) -> Any:

@@ -16,19 +16,16 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 class SidecarMixin(_Base):
     """For any Trainer whose student may wear a sidecar; without one everything is the Trainer's."""
 
-    _features: Features | None = None
+    _features = Features()
 
-    def wear(self, features: Features | None) -> None:
+    def wear(self, features: Features) -> None:
         """Attach new projectors and mixtures for these features to the model, in the place of earlier ones.
 
         Raises:
             DistillError: they would not be optimized as asked.
         """
         self._features = features
-        if features is None:
-            attach(self.model, None)
-            return
-        attach(self.model, features.sidecar(self.args.seed).to(self.args.device))
+        self._attach(self.model)
         if self._sidecar is None:
             return
         if self.optimizer is not None and self.lr_scheduler is not None:
@@ -46,25 +43,25 @@ class SidecarMixin(_Base):
     @property
     def _sidecar(self) -> Sidecar | None:
         """What the model wears, if there is something in it to train."""
-        sidecar = sidecar_of(self.model) if self._features is not None else None
+        sidecar = sidecar_of(self.model)
         return sidecar if sidecar is not None and any(True for _ in sidecar.parameters()) else None
+
+    def _attach(self, model: nn.Module) -> None:
+        made = self._features.sidecar(self.args.seed).to(self.args.device) if self._features.terms else None
+        attach(model, made)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's; each new model gets new projectors."""
         model = super().call_model_init(trial)
-        if self._features is not None:
-            attach(model, self._features.sidecar(self.args.seed).to(self.args.device))
+        self._attach(model)
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's; projectors get a group of their own where their settings ask for one."""
         brought = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        sidecar, features = self._sidecar, self._features
-        if sidecar is None or features is None:
-            return optimizer
-        if features.projectors.own_group or (brought and not _holds(optimizer, sidecar)):
-            settings = features.projectors
+        sidecar, settings = self._sidecar, self._features.projectors
+        if sidecar is not None and (settings.own_group or (brought and not _holds(optimizer, sidecar))):
             own_group(optimizer, sidecar, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         return optimizer
 

@@ -89,6 +89,10 @@ class Targets:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def items(self, num_items: Tensor | int | None) -> Tensor:
+        """What a sum over asked tokens is divided by, []: `num_items` of the whole global batch; None: these."""
+        return torch.as_tensor(len(self) if num_items is None else num_items).clamp(min=1)
+
     def pick(self, values: Tensor) -> Tensor:
         """Asked rows of `values` [*shape, ...] as [T, ...].
 

@@ -48,7 +48,7 @@ class HeadJob:
 
     def __post_init__(self):
         self._scratch = Scratch()
-        items = torch.as_tensor(len(self.targets) if self.num_items is None else self.num_items).clamp(min=1)
+        items = self.targets.items(self.num_items)
         # Known on a CPU, so that gradients come out divided; elsewhere reading it would wait for the device.
         self._inside = 1 / float(items) if items.device.type == "cpu" else 1.0
         self._outside = 1.0 if items.device.type == "cpu" else 1 / items

@@ -45,13 +45,12 @@ class DistillMixin(SidecarMixin):
         self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         self._keep_logits = False
-        self.wear(None)
+        self.wear(Features())
         if self.distilling:
             _refuse(self)
             self.teacher.prepare(bare(self.model), self.args.device, self.processing_class)
-            terms, features = fields.terms(self.args.label_smoothing_factor), None
-            if any(term.loss.feature for term in terms):
-                features = Features(terms, self.model, self.teacher.stack, Projectors.of(fields.projectors))
+            terms = fields.terms(self.args.label_smoothing_factor)
+            features = Features.match(terms, self.model, self.teacher.stack, Projectors.of(fields.projectors))
             self.distiller = Distiller(terms, fields.chunk_tokens, features)
             self.wear(features)
             # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.

@@ -83,7 +83,7 @@ def test_a_term_is_the_mean_over_pairs_of_its_loss_on_what_the_models_return(mak
         (projectors[f"{s}-{t}"](found["s", s])[asked] - found["t", t][asked]).square().mean()
         for s, t in ((0, 1), (1, 2))
     ]
-    assert metrics["eval_hidden_mse_loss"] == pytest.approx(float(sum(terms) / 2), rel=1e-5)
+    assert metrics["eval_hidden_mse_loss"] == pytest.approx((sum(terms) / 2).item(), rel=1e-5)
     others = 0.5 * metrics["eval_soft_loss"] + 0.5 * metrics["eval_hard_loss"]
     assert metrics["eval_loss"] == pytest.approx(others + metrics["eval_hidden_mse_loss"], rel=1e-6)
 
@@ -241,9 +241,9 @@ def test_an_optimizer_of_ones_own_gets_the_projectors(make):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_gradient_checkpointing_changes_nothing(make, kind):
+def test_activation_checkpointing_changes_nothing(make, kind):
     plain, gradient = one_step(make, kind, 4, 1)
-    again, same = one_step(make, kind, 4, 1, gradient_checkpointing=True)
+    again, same = one_step(make, kind, 4, 1, activation_checkpointing=True)
     assert again["loss"] == pytest.approx(plain["loss"], rel=1e-6)
     for name in gradient:
         torch.testing.assert_close(same[name], gradient[name], rtol=1e-4, atol=1e-6)
@@ -251,8 +251,8 @@ def test_gradient_checkpointing_changes_nothing(make, kind):
 
 def test_reentrant_checkpointing_is_refused_where_it_would_hide_the_graph(make):
     trainer = make(
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": True},
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": True},
         losses=[{"name": "value_relation"}],
     )
     with pytest.raises(DistillError, match='"use_reentrant": False'):
@@ -321,6 +321,17 @@ def test_evaluation_with_logits_kept_says_the_same(make):
     short, whole = make().evaluate(), make(compute_metrics=lambda p: {}).evaluate()
     for name in ("loss", *(f"{n}_loss" for n in NAMES)):
         assert whole[f"eval_{name}"] == pytest.approx(short[f"eval_{name}"], rel=1e-6)
+
+
+def test_mixed_precision_compares_features_in_float32(make):
+    logs = []
+    for bf16 in (False, True):
+        trainer = make(bf16=bf16, use_cpu=True, max_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    for name in NAMES:
+        assert logs[1][f"{name}_loss"] == pytest.approx(logs[0][f"{name}_loss"], rel=0.03)
 
 
 class LogitsAlone(Teacher):

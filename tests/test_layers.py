@@ -35,7 +35,7 @@ def test_pairs_are_taken_as_they_are():
         ([[4, 9]], r"\[\[4, 9\]\] do not exist: .* 0 to 3 and the teacher 0 to 9"),
         ([[-1, 9]], "do not exist"),
         ("last:5", "last:5 needs 5 layers of each model; the student has 4 and the teacher 10"),
-        ("last:0", "it must be uniform, stretch, last:N, learned, or pairs"),
+        ("last:0", "it must be uniform, stretch, last:N, learned, or .student, teacher. pairs"),
         ("strech", "it must be uniform, stretch"),
         ([], "it must be"),
         ([[1, 2, 3]], "it must be"),

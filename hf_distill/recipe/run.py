@@ -5,14 +5,12 @@ The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretra
 """
 
 import copy
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,17 +21,16 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..config import DistillConfig
 from ..data import causal_rows, hold_out, load_documents
-from ..errors import DistillError
 from ..evidence import MetricsFile, environment, read_json, write_json
 from ..losses import get_loss
 from ..student import block_influence, cut_student, find_blocks, most_influential
 from ..teachers import FrozenTeacher
 from ..trainer import DistillTrainer
+from .folder import claim, newest_checkpoint
 from .models import resolve_model
 from .schema import Recipe, Student, TeacherSpec
 
@@ -96,36 +93,6 @@ def run_recipe(
     evidence["status"] = "done"
     keep("student", models["student"])
     return RunResult(folder, models)
-
-
-def claim(recipe: Recipe, resume: bool) -> Path:
-    """The run's folder, with the resolved recipe in it.
-
-    Raises:
-        DistillError: it holds a run and `resume` is off, or it holds the run of another recipe.
-    """
-    folder = Path(recipe.train.output_dir)
-    resolved = recipe.model_dump(exclude_none=True)
-    file = folder / "recipe.yaml"
-    if file.is_file() and not resume:
-        if recipe.teacher.model.startswith("smoke:"):
-            shutil.rmtree(folder)
-        else:
-            raise DistillError(
-                f"{folder} holds a run already. Add --resume to go on with it, or set train.output_dir to another "
-                "folder."
-            )
-    if file.is_file():
-        before = yaml.safe_load(file.read_text())
-        changed = [key for key in sorted(resolved.keys() | before.keys()) if resolved.get(key) != before.get(key)]
-        if set(changed) - {"train"}:
-            raise DistillError(
-                f"{folder} holds a run of another recipe: {', '.join(changed)} differ. Resume it with its own recipe "
-                f"({file}), or set train.output_dir to another folder."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(resolved, sort_keys=False))
-    return folder
 
 
 class _Run:
@@ -253,15 +220,6 @@ def _loading(spec: Student | TeacherSpec) -> dict[str, Any]:
     """Arguments of from_pretrained; what is not given is left to it."""
     given = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
     return {key: value for key, value in given.items() if value is not None}
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a folder that was written to its end; None if there is none."""
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
-        shutil.rmtree(checkpoint)  # cut off while it was written
-        return newest_checkpoint(folder)
-    return checkpoint
 
 
 def _size(model: nn.Module) -> dict[str, int]:

@@ -200,8 +200,13 @@ class Recipe(Part):
     data: Data
     distill: Distill = Field(default_factory=lambda: Distill.model_validate({}))
     losses: list[LossSpec] = Field(default_factory=list)
-    projectors: ProjectorSpec | Literal["auto", "linear", "mlp", "none"] | None = None
+    projectors: ProjectorSpec | None = Field(None, description="Between hidden states; a bare word is its kind.")
     train: Train
     control: Literal["sft"] | None = Field(
         None, description="sft: train the same student on the hard labels alone too."
     )
+
+    @field_validator("projectors", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value

@@ -1,6 +1,6 @@
 """A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
 
-python ddp_run.py FOLDER [features] [zero3]
+python ddp_run.py FOLDER [features] [zero3] [resume]
 """
 
 import json
@@ -30,7 +30,7 @@ FEATURES = [
 ]
 
 
-def run(name: str, resume: str | None = None) -> tuple[DistillTrainer, dict]:
+def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     """Train, evaluate, and say what was seen."""
     student, teacher = build("llama", 0), build("llama", 1, layers=3, width=48)
     for model in (student, teacher):
@@ -73,10 +73,9 @@ def run(name: str, resume: str | None = None) -> tuple[DistillTrainer, dict]:
 
 
 if __name__ == "__main__":
-    trainer, seen = run("straight")
-    if "features" in variants:
-        trainer, seen["resumed"] = run("resumed", resume=str(folder / "straight" / "checkpoint-2"))
+    name = "resumed" if "resume" in variants else "straight"
+    trainer, seen = run(name, str(folder / "straight" / "checkpoint-2") if "resume" in variants else None)
     if trainer.is_world_process_zero():
-        (folder / "seen.json").write_text(json.dumps(seen))
+        (folder / f"{name}.json").write_text(json.dumps(seen))
     trainer.accelerator.wait_for_everyone()
     trainer.end()

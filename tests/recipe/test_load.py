@@ -71,12 +71,19 @@ def test_smoke_keeps_the_objective_and_the_kind_of_student(good):
     assert small.student.from_teacher.keep_layers == 3
 
 
+def test_smoke_fits_layers_to_the_small_models():
+    layers = [[loss.model_extra["layers"] for loss in load_recipe("features", smoke=s).losses] for s in (False, True)]
+    assert layers == [[[[2, 4], [9, 17], [16, 26], [19, 29]], "last:2"], ["stretch", "last:1"]]
+
+
 def test_every_problem_is_told_at_once_with_its_place():
     def spoil(values):
         values["student"] = {"modle": "x"}
         values["data"]["task"]["splt"] = "train"
         values["distill"] = {"alpha": 2, "temperature": 0, "divergence": "forward_lk"}
         values["losses"] = [{"name": "foo"}, {"name": "forward_kl", "temp": 3}]
+        values["losses"] += [{"name": "hidden_mse", "layers": "strech"}]
+        values["projectors"] = {"knd": "mlp"}
         values["train"] = {"lerning_rate": 1, "max_steps": "many", "save_strategy": "often"}
         values["contrl"] = "sft"
 
@@ -89,6 +96,8 @@ def test_every_problem_is_told_at_once_with_its_place():
         "distill.divergence: unknown loss 'forward_lk'; did you mean 'forward_kl'?",
         "losses.0: unknown loss 'foo'",
         "losses.1: loss 'forward_kl' has no option 'temp'; its options: temperature",
+        "losses.2: layers is 'strech'; it must be uniform, stretch, last:N, learned, or [student, teacher] pairs",
+        "projectors.knd: unknown key; did you mean 'kind'?",
         "train.output_dir: missing",
         "train.max_steps: Input should be a valid integer",
         "train.save_strategy: Input should be 'no', 'steps', 'epoch' or 'best' (given: 'often')",

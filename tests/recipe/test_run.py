@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.recipe.run import newest_checkpoint
+from hf_distill.recipe.folder import newest_checkpoint
 
 
 @pytest.fixture
@@ -80,6 +80,28 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_metrics(folder, tmp_
         straight, resumed = weights(tmp_path / "straight" / name), weights(folder / name)
         assert all(torch.equal(straight[key], resumed[key]) for key in straight)
     assert metrics(folder) == metrics(tmp_path / "straight")
+
+
+def test_features_run_resume_and_leave_no_projector_in_the_model(tmp_path):
+    """Widths 32 and 64: with projectors. The control is compared without them."""
+    overrides = ["student={model: 'smoke:llama/student', attn_implementation: eager}", "control=sft"]
+
+    def features(name, **kwargs):
+        recipe = load_recipe("features", [f"train.output_dir={tmp_path / name}", *overrides], smoke=True)
+        return run_recipe(recipe, **kwargs)
+
+    straight = features("straight")
+    assert {"hidden_cosine_loss", "attention_kl_loss"} <= straight.models["student"].keys()
+    assert "hidden_cosine_loss" not in straight.models["control"]
+    with pytest.raises(KeyboardInterrupt):
+        features("cut", callbacks=[StopAt(3)])
+    resumed = features("cut", resume=True)
+    assert {k: v for k, v in resumed.models["student"].items() if k != "train_seconds"} == {
+        k: v for k, v in straight.models["student"].items() if k != "train_seconds"
+    }
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "student", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not list((tmp_path / "cut" / "student").glob("sidecar*"))
 
 
 def test_resume_starts_afresh_without_a_checkpoint_and_does_nothing_after_the_end(folder):

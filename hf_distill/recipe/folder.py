@@ -1,0 +1,49 @@
+"""A run's folder: whose it is, and what in it is whole."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import DistillError
+from .schema import Recipe
+
+
+def claim(recipe: Recipe, resume: bool) -> Path:
+    """The run's folder, with the resolved recipe in it.
+
+    Raises:
+        DistillError: it holds a run and `resume` is off, or it holds the run of another recipe.
+    """
+    folder = Path(recipe.train.output_dir)
+    resolved = recipe.model_dump(exclude_none=True)
+    file = folder / "recipe.yaml"
+    if file.is_file() and not resume:
+        if recipe.teacher.model.startswith("smoke:"):
+            shutil.rmtree(folder)
+        else:
+            raise DistillError(
+                f"{folder} holds a run already. Add --resume to go on with it, or set train.output_dir to another "
+                "folder."
+            )
+    if file.is_file():
+        before = yaml.safe_load(file.read_text())
+        changed = [key for key in sorted(resolved.keys() | before.keys()) if resolved.get(key) != before.get(key)]
+        if set(changed) - {"train"}:
+            raise DistillError(
+                f"{folder} holds a run of another recipe: {', '.join(changed)} differ. Resume it with its own recipe "
+                f"({file}), or set train.output_dir to another folder."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(resolved, sort_keys=False))
+    return folder
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a folder that was written to its end; None if there is none."""
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
+        shutil.rmtree(checkpoint)  # cut off while it was written
+        return newest_checkpoint(folder)
+    return checkpoint
