@@ -68,7 +68,10 @@ def student_loss(
     with capture(model, features.wanted()) as found, _comparing(model, features, found):
         outputs, loss = _run(model, inputs, head.targets, None if keep_logits else fuse)
     loss = head.from_logits(head.targets.pick(outputs.logits)) if loss is None else loss.reshape(())
-    return (loss + outputs["loss"] if features.terms else loss), outputs
+    if features.terms:
+        loss = loss + outputs["loss"]
+        outputs["loss"] = loss.detach()
+    return loss, outputs
 
 
 @contextmanager

@@ -58,11 +58,9 @@ class RichProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the newest losses beside it."""
-        shown = [
-            f"{k.removesuffix('_loss')} {v:.3f}" for k, v in (logs or {}).items() if k in ("soft_loss", "hard_loss")
-        ]
-        if shown and "training" in self._bars:
-            self._progress.update(self._bars["training"], losses=" · ".join(shown))
+        if logs and "loss" in logs and "training" in self._bars:
+            terms = (f"{k.removesuffix('_loss')} {v:.3f}" for k, v in logs.items() if k.endswith("_loss"))
+            self._progress.update(self._bars["training"], losses=" · ".join(terms))
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take the bar away."""

@@ -99,6 +99,12 @@ def test_a_student_that_is_its_teacher_below_the_cut_costs_exactly_nothing(make_
     assert metrics["eval_kl"] > 0
 
 
+def test_the_loss_in_the_outputs_is_the_whole_loss(make):
+    trainer = make()
+    loss, outputs = trainer.compute_loss(trainer.model, collate(trainer.eval_dataset), return_outputs=True)
+    assert outputs["loss"] == loss
+
+
 def test_a_projector_is_built_where_widths_differ_or_where_asked_for(make_trainer):
     def parts(width, **options):
         trainer = make_trainer(teacher=build("llama", 1, width=width), losses=[{"name": "hidden_mse"}], **options)
