@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +245,13 @@ def test_an_optimizer_of_ones_own_gets_the_projectors(make):
     scheduler = torch.optim.lr_scheduler.LambdaLR(own, lambda _: 1.0)
     with pytest.raises(DistillError, match="scheduler that was made before the projectors"):
         make(model=student, optimizers=(own, scheduler))
+
+
+def test_an_optimizer_made_by_deepspeed_is_refused_beside_settings_of_projectors(make):
+    trainer = make(projectors={"learning_rate": 0.5})
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
+    with pytest.raises(DistillError, match="DeepSpeed's config makes the optimizer: remove its `optimizer` section"):
+        trainer.wear(trainer.distiller.features)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
