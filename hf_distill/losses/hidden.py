@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..errors import DistillError
 from ..signals import Targets
 from ..sources import compute_dtype
 from .registry import loss
@@ -20,9 +21,12 @@ def hidden_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     Returns:
         [N]. 0 for equal states. As `torch.nn.functional.mse_loss(..., reduction="none").mean(-1)`.
 
+    Raises:
+        DistillError: the shapes differ.
+
     Source: FitNets, arXiv 1412.6550.
     """
-    student, teacher = _exact(student, teacher)
+    student, teacher = _alike(student, teacher)
     return (student - teacher).square().mean(-1)
 
 
@@ -38,9 +42,12 @@ def hidden_cosine(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     Returns:
         [N], in [0, 2]. 0 for states of one direction, whatever their lengths.
 
+    Raises:
+        DistillError: the shapes differ.
+
     Source: DistilBERT, arXiv 1910.01108.
     """
-    s, t = _unit(*_exact(student, teacher))
+    s, t = _unit(*_alike(student, teacher))
     # Half the squared distance of unit vectors: exactly 0 for equal ones, where 1 - cos is a rounding error.
     return (s - t).square().sum(-1) / 2
 
@@ -56,8 +63,11 @@ def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) ->
 
     Returns:
         [N]. `hidden_cosine` times 2 / H, so its weight has to grow with the width.
+
+    Raises:
+        DistillError: the shapes differ.
     """
-    s, t = _unit(*_exact(student, teacher))
+    s, t = _unit(*_alike(student, teacher))
     return (s - t).square().mean(-1)
 
 
@@ -91,6 +101,15 @@ def hidden_relation(student: Tensor, teacher: Tensor, targets: Targets) -> Tenso
 def _exact(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(student)
     return student.to(dtype), teacher.to(dtype)
+
+
+def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape:
+        raise DistillError(
+            f"Hidden states of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared number by "
+            "number: project the student's to the teacher's width first, or use hidden_relation."
+        )
+    return _exact(student, teacher)
 
 
 def _unit(*states: Tensor) -> list[Tensor]:

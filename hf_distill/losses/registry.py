@@ -73,8 +73,13 @@ def loss(
     layers.
 
     Raises:
-        DistillError: the name is taken, needs are unknown or mixed, or the function swallows unknown options.
+        DistillError: the name is taken or no identifier, needs are unknown or mixed, or the function swallows
+            unknown options.
     """
+    if not name.isidentifier():
+        raise DistillError(
+            f"A loss cannot be called {name!r}: logs and modules carry its name, so letters, digits and _ only."
+        )
     if not set(needs) <= {"logits", *FEATURES} or len(needs) > 1:
         raise DistillError(
             f"Loss {name!r} needs {needs}; a loss needs nothing, or one of: logits, {', '.join(FEATURES)}."

@@ -54,6 +54,12 @@ def test_equal_states_cost_exactly_nothing(name):
     assert LOSSES[name].function(s, s.clone(), tokens()).eq(0).all()
 
 
+@pytest.mark.parametrize("name", ["hidden_mse", "hidden_cosine", "hidden_normalized_mse"])
+def test_states_of_different_widths_are_refused_and_not_broadcast(name):
+    with pytest.raises(DistillError, match=r"shape \(14, 1\) and \(14, 8\) cannot be compared"):
+        LOSSES[name].function(states(1), states(8), tokens())
+
+
 def test_the_published_form_is_normalized_mse():
     """mse_loss of unit vectors, averaged over tokens and width."""
     s, t = states(8), states(8, seed=1)

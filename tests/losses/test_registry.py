@@ -41,3 +41,25 @@ def test_a_name_cannot_be_taken_twice():
         @loss("forward_kl")
         def other(student, teacher, targets):
             return student
+
+
+@pytest.mark.parametrize("name", ["my.loss", "my loss", ""])
+def test_a_name_that_no_module_could_carry_is_refused(name):
+    with pytest.raises(DistillError, match="letters, digits and _ only"):
+        loss(name)
+
+
+@pytest.mark.parametrize("needs", [("hiden",), ("logits", "hidden")])
+def test_needs_that_nothing_can_give_are_refused(needs):
+    with pytest.raises(DistillError, match="needs nothing, or one of: logits, hidden, attention, values"):
+        loss("mine", needs=needs)
+
+
+def test_a_loss_of_ones_own_on_hidden_states_is_trained(make_trainer):
+    @loss("hidden_l1", needs=("hidden",), project=True)
+    def hidden_l1(student, teacher, targets):
+        return (student - teacher).abs().mean(-1)
+
+    trainer = make_trainer(losses=[{"name": "hidden_l1", "layers": "last:1"}], max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["hidden_l1_loss"] > 0
