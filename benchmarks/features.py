@@ -105,7 +105,7 @@ CASES = [
 ]
 
 
-def seed_example() -> dict:
+def large_example() -> dict:
     """10 layers of a 70B teacher, H 8192, 16 rows of 2048 tokens, 2 bytes a number: GB, all kept and 4 pairs kept."""
     tokens, width, student = 16 * 2048, 8192, 4096
     return {"ten_layers_gb": 10 * tokens * width * 2 / 1e9, "four_pairs_gb": 4 * tokens * (width + student) * 2 / 1e9}
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     else:
         rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
         cases = interleaved(__file__, CASES, rounds)
-        save("features", {"seed_example": seed_example(), "cases": cases})
-        print(seed_example())
+        save("features", {"large_example": large_example(), "cases": cases})
+        print(large_example())
         for case in cases:
             print({k: v for k, v in case.items() if k != "runs"})
