@@ -1,5 +1,6 @@
 """Where a model keeps its transformer blocks, found without a table of model names."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -65,8 +66,8 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     model = bare(model)
     config = model.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
     depth = config.num_hidden_layers
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    found = {n: m for n, m in lists.items() if len(m) == depth and not any(n.startswith(f"{o}.") for o in lists)}
+    lists = dict(_outermost_lists(model))
+    found = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
     if len(found) != 1:
         seen = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
         raise DistillError(
@@ -74,3 +75,12 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
             f"{seen}."
         )
     return next(iter(found.items()))
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists that are in no list; what is inside them is not walked, so that this may be asked at each step."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield prefix + name, child
+        else:
+            yield from _outermost_lists(child, f"{prefix}{name}.")

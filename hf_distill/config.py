@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from .errors import DistillError
+from .errors import DistillError, noted, tell
 from .objective import Term, objective
 from .projectors import Projectors
 
@@ -60,14 +60,12 @@ class DistillFields:
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
-        problems = []
-        for check in (self.terms, lambda: Projectors.of(self.projectors)):
-            try:
-                check()
-            except DistillError as error:
-                problems.append(str(error))
-        if problems:
-            raise DistillError("; ".join(problems))
+        problems: list[str] = []
+        with noted(problems):
+            self.terms()
+        with noted(problems):
+            Projectors.of(self.projectors)
+        tell(problems)
 
     def terms(self, label_smoothing: float = 0.0) -> list[Term]:
         """The terms of the objective."""

@@ -1,11 +1,27 @@
 """The one exception that bad input raises, and the words that help to mend it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class DistillError(ValueError):
     """Bad input: the message says what was given, what is possible, and what to do."""
+
+
+@contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Note a DistillError of the block among `problems`, and go on; `tell` raises all of them at once."""
+    try:
+        yield
+    except DistillError as error:
+        problems.append(str(error))
+
+
+def tell(problems: list[str]) -> None:
+    """Raise a DistillError of all problems, if there are any."""
+    if problems:
+        raise DistillError("; ".join(problems))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Stack, stack_of
-from .errors import DistillError
+from .errors import DistillError, noted, tell
 from .layers import LEARNED, Pairs, map_layers
 from .objective import Term
 from .projectors import LayerMixture, Projectors
@@ -48,15 +48,13 @@ class FeatureTerm:
         """Mean over the pairs of the scaled, unweighted loss of each token, [N]."""
         projectors = sidecar.part("projectors", self.term.name)
         shares = sidecar.part("mappings", self.term.name)() if self.learned else None
+        device = tokens.positions.device
+        told = {j: teacher[self.tap(j)].to(device) for j in self.teacher_layers()}
         total = None
         for i, (s_layer, t_layer) in enumerate(self.pairs):
-            said = student[self.tap(s_layer)]
+            said = student[self.tap(s_layer)].to(device)
             said = said if projectors is None else projectors[f"{s_layer}-{t_layer}"](said)
-            if shares is None:
-                heard = teacher[self.tap(t_layer)].to(said.device)
-            else:
-                layers = [teacher[self.tap(j)].to(said.device) for j in self.teacher_layers()]
-                heard = sum(share * layer for share, layer in zip(shares[i], layers, strict=True))
+            heard = told[t_layer] if shares is None else sum(shares[i, j] * layer for j, layer in told.items())
             values = self.term(said, heard, tokens)
             total = values if total is None else total + values
         assert total is not None, "a mapping has at least one pair"
@@ -122,15 +120,14 @@ class Features:
         Raises:
             DistillError: layers that a model does not have, widths or attention that do not fit; all of it at once.
         """
-        matched, problems = [], []
+        matched: list[FeatureTerm] = []
+        problems: list[str] = []
         for term in (term for term in terms if term.loss.feature):
-            try:
+            with noted(problems):
                 matched.append(_matched(term, student, teacher))
-                cls(matched[-1:], projectors).sidecar(0)
-            except DistillError as error:
-                problems.append(str(error))
-        if problems:
-            raise DistillError("; ".join(problems))
+                if term.loss.project:
+                    projectors.between(matched[-1].student.width, matched[-1].teacher.width)
+        tell(problems)
         return cls(matched, projectors)
 
     def sidecar(self, seed: int) -> Sidecar:
@@ -138,11 +135,10 @@ class Features:
         generator = torch.Generator().manual_seed(seed)
         projectors, mappings = {}, {}
         for matched in self.terms:
-            if matched.term.loss.project:
-                widths = (matched.student.width, matched.teacher.width)
+            widths = (matched.student.width, matched.teacher.width)
+            if matched.term.loss.project and self.projectors.between(*widths):
                 built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in matched.pairs}
-                if None not in built.values():
-                    projectors[matched.term.name] = nn.ModuleDict(built)
+                projectors[matched.term.name] = nn.ModuleDict(built)
             if matched.learned:
                 mappings[matched.term.name] = LayerMixture(matched.pairs, len(matched.teacher.blocks))
         return Sidecar({"projectors": projectors, "mappings": mappings})

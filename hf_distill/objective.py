@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DistillError
+from .errors import DistillError, noted, tell
 from .layers import check_layers
 from .losses import Loss, get_loss
 from .losses.closed import Pair
@@ -90,7 +90,7 @@ def objective(
     Raises:
         DistillError: a value out of range, an unknown loss or option; all of them at once.
     """
-    problems = []
+    problems: list[str] = []
     if not 0 <= alpha <= 1:
         problems.append(f"alpha is {alpha}; it must lie in [0, 1] (0: hard labels alone, 1: the teacher alone)")
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -99,12 +99,9 @@ def objective(
     specs = [{**soft, "weight": alpha}, *losses]
     terms = [Term("hard", get_loss("cross_entropy"), 1 - alpha, {"label_smoothing": label_smoothing})]
     for i, spec in enumerate(specs):
-        try:
+        with noted(problems):
             terms.append(_term(spec, temperature, "soft" if i == 0 else None))
-        except DistillError as error:
-            problems.append(str(error))
-    if problems:
-        raise DistillError("; ".join(problems))
+    tell(problems)
     return _named_apart([terms[1], terms[0], *terms[2:]])
 
 

@@ -60,19 +60,21 @@ class Projectors:
         """Whether the optimizer treats them otherwise than the student."""
         return self.learning_rate is not None or self.weight_decay is not None
 
-    def build(self, from_width: int, to_width: int, generator: torch.Generator) -> nn.Module | None:
-        """A projector [N, from_width] -> [N, to_width]; None where states are compared as they are.
+    def between(self, from_width: int, to_width: int) -> bool:
+        """Whether a projector stands between these widths.
 
         Raises:
-            DistillError: no projector is wanted and the widths differ.
+            DistillError: none is wanted and the widths differ.
         """
         if self.kind == "none" and from_width != to_width:
             raise DistillError(
                 f"projectors is none, but the student's hidden states are {from_width} wide and the teacher's "
                 f"{to_width}: leave projectors out, or use a loss that needs none (hidden_relation)."
             )
-        if self.kind == "none" or (self.kind == "auto" and from_width == to_width):
-            return None
+        return self.kind in ("linear", "mlp") or (self.kind == "auto" and from_width != to_width)
+
+    def build(self, from_width: int, to_width: int, generator: torch.Generator) -> nn.Module:
+        """A projector [N, from_width] -> [N, to_width]."""
         layers = [self._linear(from_width, to_width, generator)]
         if self.kind == "mlp":
             layers += [nn.GELU(), self._linear(to_width, to_width, generator)]

@@ -6,6 +6,7 @@ Checkpoints hold it in a file of its own.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _whole(sidecar: Sidecar, modify: bool = False) -> Any:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
-        return torch.no_grad()
+        return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(sidecar.parameters()), modifier_rank=0 if modify else None)

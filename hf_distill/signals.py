@@ -8,6 +8,7 @@ Shape legend, used in every docstring of the package:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -147,12 +148,22 @@ class Targets:
         labels = torch.full_like(positions, IGNORE_INDEX)
         return Targets(labels, positions, positions // documents.shape[1], documents.shape, documents, causal)
 
+    def own_documents(self) -> Tensor:
+        """The document of each of N tokens, within its row, [N]."""
+        assert self.documents is not None, "only `tokens()` knows documents"
+        return self.documents.flatten()[self.positions]
+
+    def by_row(self) -> list[tuple[int, slice]]:
+        """Each batch row that has some of the N tokens, and which of them, in order."""
+        rows, counts = torch.unique_consecutive(self.rows, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        return [(row, slice(*span)) for row, span in zip(rows.tolist(), pairwise([0, *ends]), strict=True)]
+
     def visible(self) -> Tensor:
         """Which positions of its row each of N tokens may see, [N, S]: its document, up to itself where causal."""
         assert self.documents is not None, "only `tokens()` knows what is padding"
         width = self.documents.shape[1]
-        own = self.documents.flatten()[self.positions]
-        seen = self.documents[self.rows] == own[:, None]
+        seen = self.documents[self.rows] == self.own_documents()[:, None]
         if self.causal:
             seen &= torch.arange(width, device=seen.device) <= (self.positions % width)[:, None]
         return seen

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .config import DistillConfig, DistillFields
 from .distiller import Distiller, Step
-from .errors import DistillError
+from .errors import DistillError, tell
 from .features import Features
 from .projectors import Projectors
 from .sidecar_trainer import SidecarMixin
@@ -45,17 +45,17 @@ class DistillMixin(SidecarMixin):
         self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         self._keep_logits = False
-        self.wear(Features())
+        features = Features()
         if self.distilling:
             _refuse(self)
             self.teacher.prepare(bare(self.model), self.args.device, self.processing_class)
             terms = fields.terms(self.args.label_smoothing_factor)
             features = Features.match(terms, self.model, self.teacher.stack, Projectors.of(fields.projectors))
             self.distiller = Distiller(terms, fields.chunk_tokens, features)
-            self.wear(features)
             # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
             self.model_accepts_loss_kwargs = True
             self.loss_is_scaled_for_ga = True
+        self.wear(features)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The Trainer's count, of the tokens that the step asks."""
@@ -211,8 +211,7 @@ def _refuse(trainer: Any) -> None:
         data = getattr(trainer, name)
         if data is not None and hasattr(data, "__len__") and len(data) == 0:
             problems.append(f"{name} is empty")
-    if problems:
-        raise DistillError("; ".join(problems))
+    tell(problems)
 
 
 def _exp(nats: float) -> float:

@@ -65,8 +65,7 @@ def value_relation(student: Tensor, teacher: Tensor, targets: Targets, *, heads:
     s, t = (_split(values.to(dtype), heads) for values in (student, teacher))
     hidden, columns = ~targets.visible(), targets.positions % length
     result = [s.new_zeros(0)]
-    for row in targets.rows.unique().tolist():
-        of_row = targets.rows == row
+    for row, of_row in targets.by_row():
         log_s, log_t = (_relation(values[row], columns[of_row], hidden[of_row]) for values in (s, t))
         result.append((log_t.exp() * (log_t - log_s)).sum(-1).mean(0))
     return torch.cat(result)

@@ -67,8 +67,7 @@ def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) ->
     Raises:
         DistillError: the shapes differ.
     """
-    s, t = _unit(*_alike(student, teacher))
-    return (s - t).square().mean(-1)
+    return hidden_cosine(student, teacher, targets) * (2 / teacher.shape[-1])
 
 
 @loss("hidden_relation", needs=("hidden",), paper="1907.09682")
@@ -88,12 +87,10 @@ def hidden_relation(student: Tensor, teacher: Tensor, targets: Targets) -> Tenso
     Source: similarity-preserving distillation, arXiv 1907.09682, with tokens for its examples.
     """
     s, t = _unit(*_exact(student, teacher))
-    own = targets.documents.flatten()[targets.positions] if targets.documents is not None else targets.rows
-    of_rows = torch.unique_consecutive(targets.rows, return_counts=True)[1].tolist()
-    values = [s.new_zeros(0)]
-    for s_row, t_row, document in zip(s.split(of_rows), t.split(of_rows), own.split(of_rows), strict=True):
-        together = (document[:, None] == document).to(s.dtype)
-        difference = (s_row @ s_row.T - t_row @ t_row.T).square() * together
+    own, values = targets.own_documents(), [s.new_zeros(0)]
+    for _, row in targets.by_row():
+        together = (own[row, None] == own[row]).to(s.dtype)
+        difference = (s[row] @ s[row].T - t[row] @ t[row].T).square() * together
         values.append(difference.sum(-1) / together.sum(-1))
     return torch.cat(values)
 

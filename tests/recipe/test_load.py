@@ -150,6 +150,15 @@ def test_validation_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_recipes_know_the_settings_of_projectors():
+    from hf_distill.projectors import INITS, KINDS, Projectors
+    from hf_distill.recipe.schema import ProjectorSpec
+
+    assert ProjectorSpec().model_dump() == vars(Projectors())
+    known = ProjectorSpec.model_json_schema()["properties"]
+    assert (tuple(known["kind"]["enum"]), tuple(known["init"]["enum"])) == (KINDS, INITS)
+
+
 def test_the_packaged_schema_is_the_one_that_the_code_makes():
     import json
 
