@@ -65,6 +65,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside parallel and compiled wrappers, its adapters included."""
     from accelerate.utils import extract_model_from_parallel
 
+    if isinstance(model, transformers.PreTrainedModel):  # no wrapper; accelerate would look through all of its modules
+        return model
     return extract_model_from_parallel(model)
 
 
