@@ -1,5 +1,6 @@
 """From a path or a packaged name to a validated recipe."""
 
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..errors import DistillError, did_you_mean
+from ..errors import DistillError, did_you_mean, noted
 from .schema import Recipe, packaged_schema
 from .smoke import smoke_values
 
@@ -62,6 +63,14 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
             _set(values, override)
     except yaml.YAMLError as error:
         raise DistillError(f"{reference} is not YAML: {error}") from None
+    problems: list[str] = []
+    with noted(problems):
+        validate(values)
+    for part in ("teacher", "train"):
+        with noted(problems):
+            _read_deepspeed(values.get(part), part, Path(reference).parent)
+    if problems:
+        raise DistillError("\n".join(problems))
     return validate(values)
 
 
@@ -77,6 +86,27 @@ def validate(values: dict[str, Any]) -> Recipe:
         problems = "\n".join(f"  {_problem(item)}" for item in error.errors())
         count = error.error_count()
         raise DistillError(f"{count} problem{'s' if count > 1 else ''} in the recipe:\n{problems}") from None
+
+
+def _read_deepspeed(values: Any, part: str, folder: Path) -> None:
+    """Put the content of a DeepSpeed JSON in the place of its name, so that a run's folder says all of it."""
+    name = values.get("deepspeed") if isinstance(values, dict) else None
+    if not isinstance(name, str):
+        return
+    packaged = files("hf_distill.recipes").joinpath("deepspeed")
+    found = next((f for f in (folder / name, packaged.joinpath(name)) if f.is_file()), None)
+    if found is None:
+        known = [f.name for f in packaged.iterdir()]
+        raise DistillError(
+            f"  {part}.deepspeed: there is no file {name!r} beside the recipe ({folder.resolve()}), and no packaged "
+            f"one{did_you_mean(name, known)}"
+        )
+    try:
+        values["deepspeed"] = json.loads(found.read_text())
+    except json.JSONDecodeError as error:
+        raise DistillError(f"  {part}.deepspeed: {name} is not JSON: {error}") from None
+    if not isinstance(values["deepspeed"], dict):
+        raise DistillError(f"  {part}.deepspeed: {name} is not a DeepSpeed config, a mapping")
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -50,6 +50,18 @@ class FromTeacher(Part):
 
 
 _ATTENTION = "Implementation of attention; eager where a loss needs attention maps."
+_QUANTIZATION = "nf4 (4 bits, double quantisation) or int8, by bitsandbytes; a quantised checkpoint needs none."
+_Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_Quantization = Literal["nf4", "int8"]
+
+
+class Lora(Part):
+    """Adapters that are trained instead of the model; names are those of peft.LoraConfig."""
+
+    r: int = Field(16, gt=0, description="Rank.")
+    lora_alpha: float = Field(32, gt=0, description="The adapter counts lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field("all-linear", description="Which layers get one.")
 
 
 class Student(Part):
@@ -57,6 +69,9 @@ class Student(Part):
 
     model: str | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
+    dtype: _Dtype = Field("float32", description="In which to load it; float32 but for adapters and DeepSpeed's bf16.")
+    quantization: _Quantization | None = Field(None, description=f"{_QUANTIZATION} With lora: QLoRA (2305.14314).")
+    lora: Lora | None = Field(None, description="Train adapters (2106.09685) instead of the whole model.")
     attn_implementation: str | None = Field(None, description=f"{_ATTENTION} None: as the teacher, or the default.")
     from_teacher: FromTeacher | None = Field(None, description="Cut it from the teacher instead.")
 
@@ -64,6 +79,10 @@ class Student(Part):
     def _one_way(self):
         if (self.model is None) == (self.from_teacher is None):
             raise ValueError("give either model or from_teacher")
+        if self.quantization and self.lora is None:
+            raise ValueError("a quantised student cannot be trained: add lora (QLoRA), or leave quantization out")
+        if self.quantization and self.from_teacher:
+            raise ValueError("a student cut from its teacher is made in full precision: leave quantization out")
         return self
 
 
@@ -73,8 +92,31 @@ class TeacherSpec(Part):
     kind: Literal["frozen"] = Field("frozen", description="frozen: it does not move.")
     model: str = Field(description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="In which to load it.")
+    dtype: _Dtype = Field("auto", description="In which to load it; in which a quantised one computes.")
     attn_implementation: str | None = Field(None, description=_ATTENTION)
+    quantization: _Quantization | None = Field(None, description=_QUANTIZATION)
+    deepspeed: str | dict[str, Any] | None = Field(
+        None,
+        description="Shard it by ZeRO-3: a JSON file beside the recipe, a packaged one, or its content.",
+    )
+    fsdp: bool = Field(False, description="Shard it by FSDP2 over all processes.")
+    device_map: str | dict[str, str | int] | None = Field(
+        None, description="Spread it over the GPUs, CPU memory and disk of one process: auto, or module: device."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        given = [name for name in ("quantization", "deepspeed", "fsdp") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} exclude each other: choose quantization (each process holds the whole "
+                "teacher in 4 or 8 bits), deepspeed or fsdp (each holds a share of it in its dtype)"
+            )
+        if self.device_map and (self.deepspeed or self.fsdp):
+            raise ValueError(
+                "device_map spreads a teacher over the devices of one process; deepspeed and fsdp over processes"
+            )
+        return self
 
 
 class Source(Part):
