@@ -33,7 +33,7 @@ def schema() -> dict[str, Any]:
 def _training_fields() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
     return {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
