@@ -48,14 +48,24 @@ class DistillFields:
     )
     teacher_init_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "How to load a teacher given as id or path: a dict (or its JSON) for from_pretrained."},
+        metadata={
+            "help": "How to load a teacher given as id or path: a dict (or its JSON) for from_pretrained, and "
+            "quantization: nf4 or int8."
+        },
     )
+    teacher_deepspeed: dict | str | None = field(
+        default=None,
+        metadata={"help": "Shard the teacher by ZeRO-3: a config, its path, or a packaged one (zero3-teacher.json)."},
+    )
+    teacher_fsdp: bool = field(default=False, metadata={"help": "Shard the teacher by FSDP2 over all processes."})
 
     def __post_init__(self):
         if isinstance(self.divergence, str) and self.divergence.startswith("{"):
             self.divergence = _parsed("divergence", self.divergence, dict)
         if isinstance(self.projectors, str) and self.projectors.startswith("{"):
             self.projectors = _parsed("projectors", self.projectors, dict)
+        if isinstance(self.teacher_deepspeed, str) and self.teacher_deepspeed.startswith("{"):
+            self.teacher_deepspeed = _parsed("teacher_deepspeed", self.teacher_deepspeed, dict)
         self.losses = _parsed("losses", self.losses, list)
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -85,6 +95,7 @@ class DistillConfig(DistillFields, TrainingArguments):
         "divergence",
         "projectors",
         "teacher_init_kwargs",
+        "teacher_deepspeed",
     ]
 
     def __post_init__(self):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class DistillError(ValueError):
@@ -31,3 +32,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(known)}" if len(known) <= 20 else ""
+
+
+def need(package: str, extra: str, purpose: str) -> None:
+    """Raise a DistillError with the command to run where an optional package is not installed."""
+    if find_spec(package) is None:
+        raise DistillError(f'{purpose} needs {package}, which is not installed: pip install "hf-distill[{extra}]"')

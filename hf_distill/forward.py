@@ -8,6 +8,7 @@ from the head's output by a hook, as wrappers left it.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -41,12 +42,16 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
     heads: list[Head] = []
 
     def keep(head: Head) -> Tensor:
-        heads.append(head)
+        # Aliases, which live on where a wrapper takes gathered or offloaded weights back after the forward.
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        heads.append(replace(head, weight=weight, bias=bias))
         return head.hidden.new_full((1, 1, 1), 3.0)
 
     with capture(model, wanted) as found:
         outputs, sent_on = _run(model, inputs, targets, keep)
-    return Signals(Logits(targets.pick(outputs.logits)) if sent_on is None else heads[0], found)
+    device = targets.labels.device  # of the student; a teacher may be spread over several
+    features = {tap: feature.to(device) for tap, feature in found.items()}
+    return Signals(Logits(targets.pick(outputs.logits)) if sent_on is None else heads[0], features)
 
 
 def student_loss(
@@ -103,7 +108,9 @@ def _run(
     if head is None or on_head is None:
         return model(**inputs), None
     scaling = Scaling.of(inner.config)
-    own, sent = head.__dict__.get("forward"), []
+    # accelerate's hooks, which bring weights and inputs to a device, stand in `forward` and call `_old_forward`.
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    own, sent = head.__dict__.get(name), []
 
     def forward(hidden: Tensor) -> Tensor:
         hidden, weight, bias = _as_autocast(targets.pick(hidden), head.weight, head.bias)
@@ -112,15 +119,15 @@ def _run(
 
     received: list[Tensor] = []
     hook = head.register_forward_hook(lambda _module, _args, output: received.append(output))
-    head.forward = forward
+    setattr(head, name, forward)
     try:
         outputs = model(**inputs)
     finally:
         hook.remove()
         if own is None:
-            del head.forward
+            delattr(head, name)
         else:
-            head.forward = own
+            setattr(head, name, own)
     if sent and not _follows_declared(head, scaling, sent[-1], outputs.logits):
         return _run(model, inputs, targets, None)
     return outputs, received[-1] if sent else None

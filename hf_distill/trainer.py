@@ -173,11 +173,16 @@ class DistillTrainer(DistillMixin, Trainer):
 
 
 def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
+    ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
+    init_kwargs: Any = fields.teacher_init_kwargs or {}
+    options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}
     if not isinstance(teacher, Teacher):
-        options: Any = fields.teacher_init_kwargs or {}
         return FrozenTeacher(teacher, **options)
-    if fields.teacher_init_kwargs:
-        raise DistillError("teacher_init_kwargs were given beside a Teacher: give them to the Teacher itself.")
+    if options:
+        raise DistillError(
+            f"{sorted(options)} of teacher_init_kwargs, teacher_deepspeed and teacher_fsdp were given beside a "
+            "Teacher: give them to the Teacher itself."
+        )
     return teacher
 
 

@@ -1,6 +1,5 @@
 """From a path or a packaged name to a validated recipe."""
 
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import DistillError, did_you_mean, noted
+from ..zero import check_teacher_config, read_deepspeed
 from .schema import Recipe, packaged_schema
 from .smoke import smoke_values
 
@@ -68,10 +68,21 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
         validate(values)
     for part in ("teacher", "train"):
         with noted(problems):
-            _read_deepspeed(values.get(part), part, Path(reference).parent)
+            _inline_deepspeed(values.get(part), part, Path(reference).parent)
     if problems:
         raise DistillError("\n".join(problems))
     return validate(values)
+
+
+def _inline_deepspeed(values: Any, part: str, folder: Path) -> None:
+    """Put the content of a DeepSpeed JSON in the place of its name: a run's recipe.yaml says all of it."""
+    if isinstance(values, dict) and isinstance(values.get("deepspeed"), str | dict):
+        try:
+            values["deepspeed"] = read_deepspeed(values["deepspeed"], folder)
+            if part == "teacher":
+                check_teacher_config(values["deepspeed"])
+        except DistillError as error:
+            raise DistillError(f"  {part}.deepspeed: {error}") from None
 
 
 def validate(values: dict[str, Any]) -> Recipe:
@@ -86,27 +97,6 @@ def validate(values: dict[str, Any]) -> Recipe:
         problems = "\n".join(f"  {_problem(item)}" for item in error.errors())
         count = error.error_count()
         raise DistillError(f"{count} problem{'s' if count > 1 else ''} in the recipe:\n{problems}") from None
-
-
-def _read_deepspeed(values: Any, part: str, folder: Path) -> None:
-    """Put the content of a DeepSpeed JSON in the place of its name, so that a run's folder says all of it."""
-    name = values.get("deepspeed") if isinstance(values, dict) else None
-    if not isinstance(name, str):
-        return
-    packaged = files("hf_distill.recipes").joinpath("deepspeed")
-    found = next((f for f in (folder / name, packaged.joinpath(name)) if f.is_file()), None)
-    if found is None:
-        known = [f.name for f in packaged.iterdir()]
-        raise DistillError(
-            f"  {part}.deepspeed: there is no file {name!r} beside the recipe ({folder.resolve()}), and no packaged "
-            f"one{did_you_mean(name, known)}"
-        )
-    try:
-        values["deepspeed"] = json.loads(found.read_text())
-    except json.JSONDecodeError as error:
-        raise DistillError(f"  {part}.deepspeed: {name} is not JSON: {error}") from None
-    if not isinstance(values["deepspeed"], dict):
-        raise DistillError(f"  {part}.deepspeed: {name} is not a DeepSpeed config, a mapping")
 
 
 def _set(values: dict[str, Any], override: str) -> None:

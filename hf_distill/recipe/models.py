@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..errors import DistillError
+from ..errors import DistillError, need
 from ..version import __version__
 from .smoke import SMOKE, build_tiny
 
@@ -48,8 +48,7 @@ def _from_package(reference: str) -> Path:
     if file.suffix != ".gguf" or not file.is_file():
         there = sorted(f.name for f in file.parent.glob("*.gguf")) or "none"
         raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {there}.")
-    if find_spec("gguf") is None:
-        raise DistillError('Reading a GGUF file needs a package that is not installed: pip install "hf-distill[gguf]"')
+    need("gguf", "gguf", "Reading a GGUF file")
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return _cached(f"{file.stem}-{digest[:16]}", lambda to: _convert(file, to))

@@ -1,0 +1,198 @@
+"""How a frozen teacher is held: whole, quantised, spread over devices, or sharded over processes.
+
+Whatever holds it, `from_pretrained` puts it there while it loads, so that what does not fit is never whole.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.integrations import deepspeed as integration
+
+from ..errors import DistillError, need, noted, tell
+from ..tasks import Task
+from ..zero import check_teacher_config, fill_teacher_config, read_deepspeed
+
+QUANTIZATIONS = ("nf4", "int8")
+_FIGHT = (
+    "{given} spreads one teacher over devices for which {count} processes would fight: start one process, or shard the "
+    "teacher (deepspeed='zero3-teacher.json' or fsdp=True)"
+)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a teacher is to be loaded and held.
+
+    quantization: "nf4" (double quantisation, 2305.14314) or "int8" (2208.07339), by bitsandbytes; but its head
+    deepspeed:    shard it by ZeRO-3 (1910.02054): a config, the path of one, or the name of a packaged one
+    fsdp:         shard it by FSDP2 over all processes
+    init_kwargs:  of from_pretrained: dtype (in which a quantised model computes), revision, device_map, ...
+    """
+
+    quantization: str | None = None
+    deepspeed: str | dict | None = None
+    fsdp: bool = False
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        problems = []
+        if self.quantization not in (None, *QUANTIZATIONS):
+            problems.append(f"quantization is {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}")
+        quantized: Any = self.quantization or self.init_kwargs.get("quantization_config")
+        ways = {"quantization": quantized, "deepspeed": self.deepspeed, "fsdp": self.fsdp}
+        given = [name for name, value in ways.items() if value]
+        if len(given) > 1:
+            problems.append(
+                f"a teacher cannot be held by {' and '.join(given)} at once: choose quantization (each process "
+                "holds all of it, in 4 or 8 bits), or deepspeed or fsdp (each holds a share of it, in its dtype)"
+            )
+        device_map = self.init_kwargs.get("device_map")
+        if device_map is not None and (self.deepspeed or self.fsdp):
+            problems.append(
+                "device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many"
+            )
+        if device_map is not None and processes() > 1 and _spreads(device_map):
+            problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=processes()))
+        if quantized:
+            with noted(problems):
+                need("bitsandbytes", "quant", f"quantization={self.quantization!r}")
+        if self.deepspeed:
+            with noted(problems):
+                need("deepspeed", "deepspeed", "A ZeRO-3 teacher")
+        tell(problems)
+
+    def load(self, task: Task, path: str, config: PretrainedConfig, device: torch.device) -> nn.Module:
+        """The model, frozen, in eval mode, ready for calls.
+
+        Args:
+            task: whose auto class loads it.
+            path: or id.
+            config: the model's.
+            device: of this process.
+
+        Raises:
+            DistillError: a quantised checkpoint is to be sharded or quantised again; too few processes to shard over.
+        """
+        kwargs = dict(self.init_kwargs)
+        before = getattr(config, "quantization_config", None)
+        if before is not None and (self.quantization or self.deepspeed or self.fsdp):
+            raise DistillError(
+                f"{path} is a quantised checkpoint already: it is loaded as it is, on each process, and neither "
+                "quantised again nor sharded. Leave quantization, deepspeed and fsdp out, or name the checkpoint that "
+                "it was made from."
+            )
+        if self.quantization:
+            kwargs["quantization_config"] = quantization_config(self.quantization, dtype_of(config, kwargs))
+        if device.type != "cpu" and (before is not None or "quantization_config" in kwargs):
+            kwargs.setdefault("device_map", {"": device})
+        if self.fsdp:
+            from transformers.distributed import DistributedConfig
+
+            _check_processes("fsdp", 2)
+            kwargs["distributed_config"] = DistributedConfig(fsdp_size=processes())
+        if not self.deepspeed:
+            with _deepspeed(None):
+                return task.load(path, **kwargs)
+        with _deepspeed(self._zero3(config)):
+            return task.load(path, **kwargs)
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """A frozen model where it stays: in DeepSpeed's engine, where it was spread or sharded, or on the device.
+
+        A model that is partitioned because it was loaded while a student's ZeRO-3 config was alive gets an engine too.
+
+        Raises:
+            DistillError: the model is spread over devices, and there are several processes.
+        """
+        if isinstance(model, PreTrainedModel) and (self.deepspeed or partitioned(model)):
+            return engine(model, self._zero3(model.config))
+        spread = getattr(model, "hf_device_map", None)
+        if spread is not None and processes() > 1 and _spreads(spread):
+            raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=processes()))
+        fixed = spread is not None or getattr(model, "quantization_method", None) is not None
+        if fixed or partitioned(model) or is_fsdp_managed_module(model):
+            return model
+        return model.to(device)
+
+    def _zero3(self, config: PretrainedConfig) -> dict[str, Any]:
+        zero = read_deepspeed(self.deepspeed or "zero3-teacher.json")
+        check_teacher_config(zero)
+        _check_processes("deepspeed", 1 if "offload_param" in zero["zero_optimization"] else 2)
+        dtype = str(dtype_of(config, self.init_kwargs)).removeprefix("torch.")
+        return fill_teacher_config(zero, config.get_text_config().hidden_size, dtype)
+
+
+def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for "nf4" or "int8"; NF4 computes in `dtype`."""
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def dtype_of(config: PretrainedConfig, init_kwargs: dict[str, Any]) -> torch.dtype:
+    """In which dtype `from_pretrained` loads: the one given, else the checkpoint's."""
+    given = init_kwargs.get("dtype", "auto")
+    if given == "auto":
+        given = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, given) if isinstance(given, str) else given
+
+
+def engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """DeepSpeed's engine around a teacher: gathers layer by layer in the forward, no optimizer.
+
+    Args:
+        model: partitioned by `zero.Init`, or whole: it is partitioned here then.
+        config: a filled ZeRO-3 config.
+    """
+    import deepspeed
+
+    wrapped = deepspeed.initialize(model=model, config=config)[0]
+    wrapped.eval()
+    return wrapped
+
+
+def partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds shares of a model's parameters, and no engine gathers them."""
+    return isinstance(model, nn.Module) and any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def processes() -> int:
+    """Of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def _deepspeed(config: dict[str, Any] | None) -> Iterator[None]:
+    """`from_pretrained` shards for this config, or for none, whatever the student's is."""
+    before = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    mine = config and integration.HfDeepSpeedConfig(config)  # a weak reference is kept: it lives as long as this does
+    try:
+        yield
+    finally:
+        del mine
+        integration._hf_deepspeed_config_weak_ref = before
+
+
+def _check_processes(way: str, least: int) -> None:
+    launched = "RANK" in os.environ
+    if processes() < least or not launched:
+        more = "" if least > 1 else ", which may be a single one since its weights are offloaded"
+        raise DistillError(
+            f"A teacher held by {way} is sharded over processes{more}; this is {processes()} process"
+            f"{'' if launched else ' without a launcher'}. Start with `torchrun --nproc_per_node {max(least, 2)} ...` "
+            "or `accelerate launch ...`, or hold it on one GPU with quantization='nf4'."
+        )
+
+
+def _spreads(device_map: Any) -> bool:
+    return not isinstance(device_map, dict) or len(set(map(str, device_map.values()))) > 1

@@ -1,0 +1,139 @@
+"""Two processes against one, for real: DDP, DeepSpeed's ZeRO and FSDP2 over gloo, for students and for teachers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import build
+from transformers import AutoModelForCausalLM
+
+from hf_distill.sidecar import FILE
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def seen(folder: Path, ranks: int, *variants: str) -> dict:
+    """Run the script on some ranks and read what rank 0 saw."""
+    folder.mkdir(exist_ok=True)
+    launch = [sys.executable, str(SCRIPT), str(folder), *variants]
+    if ranks > 1:
+        launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
+    assert done.returncode == 0, done.stderr[:6000]
+    return json.loads((folder / ("resumed.json" if "resume" in variants else "straight.json")).read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny student and a teacher whose vocabulary is padded, in `models`."""
+    folder = tmp_path_factory.mktemp("strategies")
+    build("llama", 0).save_pretrained(folder / "models" / "student")
+    build("llama", 1, layers=3, width=48, vocab=101).save_pretrained(folder / "models" / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(place) -> Callable[..., dict]:
+    """`alone("features")`: what one process sees, in `one` and `one-features`; each run once."""
+    known: dict[tuple, dict] = {}
+
+    def run(*variants: str) -> dict:
+        if variants not in known:
+            known[variants] = seen(place / "-".join(["one", *variants]), 1, *variants)
+        return known[variants]
+
+    return run
+
+
+def assert_equal(two: dict, one: dict, rel: float = 1e-5) -> None:
+    assert (one["world"], two["world"], len(two["log"])) == (1, 2, 10)
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert b == pytest.approx(a, rel=rel)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=rel)
+
+
+def assert_same_plain_folder(two: Path, one: Path) -> None:
+    """Saved weights of both runs, as `from_pretrained` loads them."""
+    loaded, weights = AutoModelForCausalLM.from_pretrained(two, output_loading_info=True)
+    assert not any(weights.values())
+    reference = AutoModelForCausalLM.from_pretrained(one).state_dict()
+    for name, value in loaded.state_dict().items():
+        assert (value - reference[name]).abs().max() < 1e-4, name
+
+
+def test_two_ranks_train_and_evaluate_as_one(place, alone):
+    """7 evaluation rows on 2 ranks: rows repeated to fill the last batch must not count twice."""
+    two = seen(place / "ddp", 2)
+    assert_equal(two, alone())
+    assert two["teacher_held"] == 1.0
+    assert_same_plain_folder(place / "ddp" / "straight-saved", place / "one" / "straight-saved")
+
+
+@pytest.mark.parametrize("strategy", [(), ("zero3",)], ids=["ddp", "zero3"])
+def test_features_on_two_ranks_are_those_on_one_and_resume_as_if_nothing_had_been(place, alone, strategy):
+    """Under ZeRO-3 the script loads the teacher while the student's config is alive, so it comes sharded."""
+    folder = place / "-".join(["features", *strategy])
+    one, two = alone("features"), seen(folder, 2, "features", *strategy)
+    assert {"hidden_mse_loss", "attention_kl_loss", "grad_norm"} <= one["log"][0].keys()
+    assert_equal(two, one)
+    assert two["teacher_held"] <= (0.55 if strategy else 1.0)
+    saved = [load_file(at / "straight" / "checkpoint-10" / FILE) for at in (place / "one-features", folder)]
+    assert saved[0].keys() == saved[1].keys()
+    for name, value in saved[0].items():
+        assert (saved[1][name] - value).abs().max() < 1e-5
+    assert not any("sidecar" in n for n in load_file(folder / "straight-saved" / "model.safetensors"))
+    resumed = seen(folder, 2, "features", *strategy, "resume")
+    assert resumed["metrics"] == two["metrics"]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ("features", "teacher=zero3"),
+        ("zero1", "teacher=zero3"),
+        ("zero2", "teacher=zero3"),
+        ("features", "zero3", "teacher=zero3"),
+        ("features", "teacher=fsdp2"),
+        ("features", "fsdp2", "teacher=fsdp2"),
+    ],
+    ids="-".join,
+)
+def test_a_sharded_teacher_teaches_a_student_of_any_strategy_as_a_whole_one(place, alone, strategy):
+    folder = place / "-".join(strategy)
+    one, two = alone(*(["features"] if "features" in strategy else [])), seen(folder, 2, *strategy)
+    assert_equal(two, one)
+    assert two["teacher_held"] <= 0.55
+    reference = place / ("one-features" if "features" in strategy else "one")
+    assert_same_plain_folder(folder / "straight-saved", reference / "straight-saved")
+
+
+@pytest.mark.parametrize("fate", ["die", "hang"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message(place, fate):
+    """No launcher that would kill the other: it has to notice by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch = [sys.executable, str(SCRIPT), str(place / fate), "teacher=zero3", fate]
+    (place / fate).mkdir()
+    processes = [
+        subprocess.Popen(launch, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        message = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+    assert processes[0].returncode not in (0, -9)
+    expected = "Timed out" if fate == "hang" else "by peer"
+    assert expected in message, message[-3000:]

@@ -1,0 +1,126 @@
+"""A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
+
+python two_ranks.py FOLDER [features] [resume] [zero1|zero2|zero3|fsdp2] [teacher=zero3|fsdp2] [die|hang]
+
+The student's strategy is a bare word; the teacher's comes behind `teacher=`. Rank 1 dies or hangs in the second step.
+Models are read from FOLDER/../models.
+"""
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from tiny import collate, rows
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.distributed import DistributedConfig
+
+from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.zero import read_deepspeed
+
+folder, variants, global_batch = Path(sys.argv[1]), sys.argv[2:], 8
+models = folder.parent / "models"
+world = int(os.environ.get("WORLD_SIZE", 1))
+ZERO = next((v for v in variants if v.startswith("zero")), None)
+TEACHER = next((v.removeprefix("teacher=") for v in variants if v.startswith("teacher=")), None)
+FEATURES = [
+    {"name": "hidden_mse", "weight": 0.1},
+    {"name": "hidden_cosine", "layers": "learned"},
+    {"name": "attention_kl", "layers": "last:1"},
+    {"name": "value_relation", "layers": "last:1"},
+]
+
+
+def share_held(model: nn.Module) -> float:
+    """Of a model's parameters the share that this rank holds between two steps."""
+    here = whole = 0
+    for p in model.parameters():
+        local = p.to_local() if hasattr(p, "to_local") else p
+        here += max(local.numel(), p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0)
+        whole += p.ds_numel if hasattr(p, "ds_numel") else p.numel()
+    return here / whole
+
+
+load = partial(AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
+
+
+class Fate(TrainerCallback):
+    """What happens to rank 1."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 1:
+            if "die" in variants:
+                os._exit(13)
+            if "hang" in variants:
+                time.sleep(600)
+
+
+def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
+    """Train, evaluate, and say what was seen."""
+    if "hang" in variants:  # transformers hands ddp_timeout on for GPUs alone
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
+    args = DistillConfig(
+        str(folder / name),
+        max_steps=10,
+        per_device_train_batch_size=global_batch // world // 2,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=2,
+        logging_steps=1,
+        save_strategy="steps" if "features" in variants and "fsdp2" not in variants else "no",
+        save_steps=5,
+        learning_rate=1e-3,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+        losses=FEATURES if "features" in variants else None,
+        projectors={"learning_rate": 1e-2} if "features" in variants else None,
+        deepspeed=read_deepspeed(f"{ZERO}-student.json") if ZERO else None,
+        teacher_init_kwargs={"attn_implementation": "eager"} if TEACHER in ("zero3", "fsdp2") else None,
+        teacher_deepspeed="zero3-teacher.json" if TEACHER == "zero3" else None,
+        teacher_fsdp=TEACHER == "fsdp2",
+    )
+    teacher: Any = str(models / "teacher")
+    if TEACHER not in ("zero3", "fsdp2"):
+        teacher = load(teacher)  # under ZeRO-3 sharded, as the student is, since the config is alive
+    if "fsdp2" in variants:
+        student = load(models / "student", distributed_config=DistributedConfig(fsdp_size=world))
+    else:
+        student = load(models / "student")
+    trainer = DistillTrainer(
+        student,
+        args,
+        teacher=teacher,
+        train_dataset=rows("llama", 32),
+        eval_dataset=rows("llama", 7, seed=5),
+        data_collator=collate,
+        callbacks=[Fate()],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    held = share_held(trainer.teacher.model)
+    metrics = trainer.evaluate()
+    trainer.save_model(str(folder / f"{name}-saved"))
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    keys = [k for k in logs[0] if k.endswith("loss") or k == "grad_norm"]
+    return trainer, {
+        "world": trainer.accelerator.num_processes,
+        "teacher_held": held,
+        "log": [{k: float(log[k]) for k in keys} for log in logs],
+        "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},
+    }
+
+
+if __name__ == "__main__":
+    name = "resumed" if "resume" in variants else "straight"
+    trainer, seen = run(name, str(folder / "straight" / "checkpoint-5") if "resume" in variants else None)
+    if trainer.is_world_process_zero():
+        (folder / f"{name}.json").write_text(json.dumps(seen))
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()

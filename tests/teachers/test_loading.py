@@ -1,0 +1,150 @@
+"""Ways to hold a teacher that one process can go; those over several are in tests/distributed."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tiny import build, collate, rows
+
+from hf_distill import DistillError, FrozenTeacher
+from hf_distill.signals import Tap, Targets
+from hf_distill.zero import fill_teacher_config, read_deepspeed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a tiny teacher with an untied head."""
+    build("llama", 1, layers=3, width=64, vocab=101).save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def prepared(model, **options):
+    teacher = FrozenTeacher(model, **options)
+    teacher.prepare(build("llama", 0), torch.device("cpu"))
+    return teacher
+
+
+def signals_equal_the_models_own(teacher: FrozenTeacher) -> None:
+    """Logits and a hidden state, against a plain forward of the same model."""
+    inputs = collate(rows("llama", 4))
+    targets = Targets.from_batch(inputs, shift=True)
+    tap = Tap("hidden", 1)
+    told = teacher(inputs, targets, {tap: targets})
+    with torch.no_grad():
+        plain = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = teacher.model(**plain, use_cache=False, output_hidden_states=True)
+    torch.testing.assert_close(told.logits.project(), targets.pick(outputs.logits).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(told.features[tap], targets.pick(outputs.hidden_states[2]))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_teacher_has_small_blocks_and_a_whole_head_and_teaches(make_trainer, saved, quantization):
+    trainer = make_trainer(teacher=saved, teacher_init_kwargs={"quantization": quantization, "dtype": "float32"})
+    model = trainer.teacher.model
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.weight.dtype == (torch.uint8 if quantization == "nf4" else torch.int8)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight.dtype == torch.float32
+    signals_equal_the_models_own(trainer.teacher)
+    trainer.train()
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    whole = make_trainer(teacher=saved, folder="whole").evaluate()
+    assert trainer.evaluate()["eval_teacher_perplexity"] == pytest.approx(whole["eval_teacher_perplexity"], rel=0.5)
+
+
+def test_nf4_quantises_its_constants_too_and_computes_in_the_dtype_asked_for(saved):
+    model = prepared(saved, quantization="nf4", dtype="bfloat16").model
+    state = model.model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+    assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_a_quantised_checkpoint_is_loaded_as_it_is_and_not_quantised_again(make_trainer, saved, tmp_path):
+    quantised = str(tmp_path / "quantised")
+    prepared(saved, quantization="nf4").model.save_pretrained(quantised)
+    teacher = prepared(quantised)
+    assert teacher.model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    signals_equal_the_models_own(teacher)
+    for way in ({"quantization": "int8"}, {"deepspeed": "zero3-teacher.json"}, {"fsdp": True}):
+        with pytest.raises(DistillError, match="is a quantised checkpoint already"):
+            prepared(quantised, **way)
+
+
+def test_a_teacher_whose_head_lies_on_disk_tells_the_same(saved, tmp_path):
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+    device_map = dict.fromkeys(parts, "cpu") | dict.fromkeys(("model.layers.1", "model.layers.2", "lm_head"), "disk")
+    teacher = prepared(saved, device_map=device_map, offload_folder=str(tmp_path / "offload"))
+    assert teacher.model.lm_head.weight.device.type == "meta"
+    signals_equal_the_models_own(teacher)
+    inputs = collate(rows("llama", 4))
+    targets = Targets.from_batch(inputs, shift=True)
+    whole = prepared(saved)(inputs, targets, {})
+    torch.testing.assert_close(teacher(inputs, targets, {}).logits.project(), whole.logits.project())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "nf3"}, "quantization is 'nf3'; known: nf4, int8"),
+        ({"quantization": "nf4", "deepspeed": "zero3-teacher.json"}, "quantization and deepspeed at once: choose"),
+        ({"quantization": "nf4", "fsdp": True}, "quantization and fsdp at once"),
+        ({"device_map": "auto", "fsdp": True}, "device_map spreads a teacher over the devices of one process"),
+        ({"deepspeed": "zero3-teacher.json"}, "this is 1 process without a launcher. Start with `torchrun"),
+        ({"deepspeed": "zero3-teacher-offload.json"}, "may be a single one since its weights are offloaded"),
+        ({"fsdp": True}, "Start with `torchrun --nproc_per_node 2"),
+        ({"deepspeed": "zero3-techer.json"}, "did you mean 'zero3-teacher.json'"),
+        ({"deepspeed": "zero2-student.json"}, "zero_optimization.stage is 2; a teacher has no gradients"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {}}}, "no 'optimizer' section: remove it"),
+    ],
+)  # fmt: skip
+def test_ways_that_cannot_be_gone_are_told_with_those_that_can(saved, options, message):
+    with pytest.raises(DistillError, match=message.replace("(", r"\(")):
+        prepared(saved, **options)
+
+
+def test_a_device_map_is_refused_beside_other_processes_unless_it_names_one_device(saved, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for device_map in ("auto", {"model": 0, "lm_head": 1}):
+        with pytest.raises(DistillError, match="for which 2 processes would fight"):
+            FrozenTeacher(saved, device_map=device_map)
+    model = build("llama", 1)
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(DistillError, match="for which 2 processes would fight"):
+        prepared(model)
+    assert prepared(saved, device_map={"": "cpu"}).model.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("bitsandbytes", {"quantization": "int8"}), ("deepspeed", {"deepspeed": "any.json"})]
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(saved, monkeypatch, package, options):
+    monkeypatch.setattr("hf_distill.errors.find_spec", lambda name: None if name == package else find_spec(name))
+    extra = {"bitsandbytes": "quant"}.get(package, package)
+    with pytest.raises(DistillError, match=rf'needs {package}.*pip install "hf-distill\[{extra}\]"'):
+        FrozenTeacher(saved, **options)
+
+
+def test_ways_of_loading_are_refused_beside_a_model_that_is_loaded(make_trainer):
+    with pytest.raises(DistillError, match=r"'quantization'.* beside a model that is loaded already"):
+        FrozenTeacher(build("llama"), quantization="nf4")
+    with pytest.raises(DistillError, match=r"'deepspeed'.* beside a Teacher"):
+        make_trainer(teacher=FrozenTeacher(build("llama")), teacher_deepspeed="zero3-teacher.json")
+
+
+def test_auto_values_of_a_teachers_config_are_filled_from_its_width_and_dtype(tmp_path):
+    filled = fill_teacher_config(read_deepspeed("zero3-teacher.json"), 100, "bfloat16")
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["zero_optimization"]["stage3_prefetch_bucket_size"] == 9000
+    assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 1000
+    assert '"auto"' not in json.dumps(filled)
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
+    assert fill_teacher_config(read_deepspeed("own.json", tmp_path), 100, "float32") == {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    for text, message in (("{", "is not JSON"), ("[]", "holds list")):
+        (tmp_path / "own.json").write_text(text)
+        with pytest.raises(DistillError, match=message):
+            read_deepspeed("own.json", tmp_path)
