@@ -48,6 +48,7 @@ def run(
     from .recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from datasets import disable_progress_bars
     from transformers.utils import logging
@@ -69,9 +70,9 @@ def results_table(models: dict[str, dict[str, float]]) -> Table:
     for heading in ("", "perplexity", "KL to teacher (nats/token)", "top-1 agreement"):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": "control, hard labels alone"}
-    table.add_row("teacher", f"{models['before']['teacher_perplexity']:.2f}", "0", "1")
+    table.add_row("teacher", f"{models['student']['teacher_perplexity']:.2f}", "0", "1")
     for key, name in names.items():
-        if key in models:
+        if "kl" in models.get(key, {}):  # with alpha 0 nothing is compared before
             m = models[key]
             table.add_row(name, f"{m['perplexity']:.2f}", f"{m['kl']:.4f}", f"{m['agreement']:.3f}")
     return table
@@ -126,7 +127,8 @@ def main() -> None:
     try:
         app()
     except DistillError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        if os.environ.get("RANK", "0") == "0":  # the same on all of them
+            Console(stderr=True).print("[bold red]Error:[/bold red]", str(error), highlight=False, soft_wrap=True)
         sys.exit(2)
     except Exception:
         traceback.print_exc()

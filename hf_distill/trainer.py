@@ -45,16 +45,30 @@ class DistillMixin(SidecarMixin):
         self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         self._keep_logits = False
-        features = Features()
         if self.distilling:
-            _refuse(self)
-            self.teacher.prepare(bare(self.model), self.args.device, self.processing_class)
-            terms = fields.terms(self.args.label_smoothing_factor)
-            features = Features.match(terms, self.model, self.teacher.stack, Projectors.of(fields.projectors))
-            self.distiller = Distiller(terms, fields.chunk_tokens, features)
-            # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
-            self.model_accepts_loss_kwargs = True
-            self.loss_is_scaled_for_ga = True
+            self.distil_from(self.teacher, fields)
+        else:
+            self.wear(Features())
+
+    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+        """Take this teacher and objective from now on, for training and evaluation.
+
+        Args:
+            teacher: the teacher; it is prepared here.
+            fields: the objective.
+
+        Raises:
+            DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+        """
+        self.distilling, self.teacher = True, teacher
+        _refuse(self)
+        teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+        terms = fields.terms(self.args.label_smoothing_factor)
+        features = Features.match(terms, self.model, teacher.stack, Projectors.of(fields.projectors))
+        self.distiller = Distiller(terms, fields.chunk_tokens, features)
+        # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
         self.wear(features)
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -200,6 +214,11 @@ def _refuse(trainer: Any) -> None:
         )
     if args.torch_compile:
         problems.append("torch_compile would keep the head that is swapped for each step: leave it off")
+    if args.fsdp and args.device.type == "cpu":
+        problems.append(
+            "accelerate does not switch FSDP on for CPUs, so the student would be whole on each process: leave fsdp "
+            "out, or load the student with distributed_config=DistributedConfig(fsdp_size=...)"
+        )
     if args.n_gpu > 1:
         problems.append(
             f"DataParallel over {args.n_gpu} GPUs cannot share a teacher: start with "

@@ -6,7 +6,7 @@ The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretra
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,19 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..config import DistillConfig
+from ..blocks import find_blocks
+from ..config import DistillConfig, DistillFields
 from ..data import causal_rows, hold_out, load_documents
 from ..evidence import MetricsFile, environment, read_json, write_json
 from ..losses import get_loss
-from ..student import block_influence, cut_student, find_blocks, most_influential
-from ..teachers import FrozenTeacher
+from ..tasks import bare
 from ..trainer import DistillTrainer
-from .folder import claim, newest_checkpoint
+from .folder import claim, newest_checkpoint, on_main
+from .loading import Models, check_launch, train_arguments
 from .models import resolve_model
-from .schema import Recipe, Student, TeacherSpec
+from .schema import Recipe
 
 logger = logging.get_logger(__name__)
-_CALIBRATION_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -66,56 +66,64 @@ def run_recipe(
     Raises:
         DistillError: the folder holds another run, or an input is wrong.
     """
-    folder = claim(recipe, resume)
+    check_launch(recipe)
+    args = _arguments(recipe)
+    folder = on_main(lambda: claim(recipe, resume))
     evidence = read_json(folder / "evidence.json") if resume else {}
     models = evidence.setdefault("models", {})
     if evidence.get("status") == "done":
         on_stage("This run is over already.")
         return RunResult(folder, models)
-    run = _Run(recipe, folder, list(callbacks), on_stage)
-    evidence |= run.describe()
+    run = _Run(recipe, args, folder, list(callbacks), on_stage)
 
-    def keep(name: str, metrics: dict[str, float]) -> None:
-        models[name] = metrics
-        if run.args.should_save:
+    def keep(**found: dict[str, float]) -> None:
+        models.update(found)
+        evidence.update(run.facts)
+        if args.should_save:
             write_json(folder / "evidence.json", evidence)
 
-    if "before" not in models:
-        on_stage("Evaluating teacher and student")
-        keep("before", run.evaluate(run.trainer(run.student, "evaluation", output_dir=str(folder))))
-    initial = copy.deepcopy(run.student) if recipe.control else None
     if "student" not in models:
-        on_stage("Distilling")
-        keep("student", run.distil())
-    if initial is not None and "control" not in models:
+        before, student = run.distil()
+        keep(before=before, student=student)
+    if recipe.control and "control" not in models:
         on_stage("Training the control on hard labels alone")
-        keep("control", run.control(initial))
+        keep(control=run.control())
     evidence["status"] = "done"
-    keep("student", models["student"])
+    keep()
     return RunResult(folder, models)
+
+
+def _arguments(recipe: Recipe) -> DistillConfig:
+    losses = [loss.model_dump() for loss in recipe.losses]
+    projectors = recipe.model_dump(include={"projectors"})["projectors"]
+    distill = recipe.distill.model_dump()
+    args = DistillConfig(**train_arguments(recipe), **distill, losses=losses or None, projectors=projectors)
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
+    return args
 
 
 class _Run:
     """A recipe's models, data and arguments, loaded."""
 
-    def __init__(self, recipe: Recipe, folder: Path, callbacks: list, on_stage: Callable[[str], None]):
-        self.folder, self.callbacks, self.on_stage = folder, callbacks, on_stage
-        train = recipe.train.model_dump(exclude_unset=True)
-        losses = [loss.model_dump() for loss in recipe.losses]
-        projectors = recipe.model_dump(include={"projectors"})["projectors"]
-        distill = recipe.distill.model_dump()
-        self.args = DistillConfig(**train, **distill, losses=losses or None, projectors=projectors)
-        self.args.dataloader_pin_memory &= torch.accelerator.is_available()
-        set_seed(self.args.seed)
+    def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
+        self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
+        set_seed(args.seed)
         spec = recipe.teacher
         on_stage(f"Loading {spec.model}")
-        path = resolve_model(spec.model)
+        with args.main_process_first():
+            path = resolve_model(spec.model)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=spec.revision)
-        self.train_rows, self.eval_rows = self._rows(recipe)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **_loading(spec)).to(self.args.device)
-        self.teacher = FrozenTeacher(model, processing_class=self.tokenizer)
-        self.influence: list[float] | None = None
-        self.student = self._student(recipe, model)
+        with args.main_process_first():
+            self.train_rows, self.eval_rows = self._rows(recipe)
+        self.models = Models(recipe, args, path, self.tokenizer)
+        self.facts: dict[str, Any] = {
+            "environment": environment(str(args.device)),
+            "data": {
+                "train_rows": len(self.train_rows),
+                "eval_rows": len(self.eval_rows),
+                "tokens_per_row": len(self.train_rows[0]["input_ids"]),
+            },
+        }
 
     def _rows(self, recipe: Recipe) -> tuple[Any, Any]:
         data = recipe.data
@@ -128,34 +136,15 @@ class _Run:
         eval_rows = causal_rows(held_out, self.tokenizer, data.max_length)
         return rows, eval_rows.select(range(min(len(eval_rows), data.eval.max_rows or len(eval_rows))))
 
-    def _student(self, recipe: Recipe, teacher: nn.Module) -> nn.Module:
-        spec = recipe.student
-        cut = spec.from_teacher
-        if cut is None:
-            path = resolve_model(str(spec.model))
-            return AutoModelForCausalLM.from_pretrained(path, dtype="float32", **_loading(spec))
-        layers = cut.layers or []
-        if cut.keep_layers is not None:
-            self.on_stage("Measuring the influence of each block")
-            rows = self.train_rows.select(range(min(_CALIBRATION_ROWS, len(self.train_rows))))
-            self.influence = block_influence(teacher, (default_data_collator([row]) for row in rows))
-            layers = most_influential(self.influence, cut.keep_layers)
-        self.layers = layers
-        student = cut_student(teacher, layers).float()
-        if spec.attn_implementation:
-            student.set_attn_implementation(spec.attn_implementation)
-        return student
-
-    def trainer(self, model: nn.Module, name: str, **changes) -> DistillTrainer:
-        """A trainer with some arguments changed; its logs go to metrics.jsonl under that name."""
-        folder = self.folder if name == "student" else self.folder / name
+    def trainer(self, name: str, **changes) -> DistillTrainer:
+        """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
         args = copy.deepcopy(self.args)
-        for key, value in {"output_dir": str(folder), **changes}.items():
+        for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
         trainer = DistillTrainer(
-            model,
+            self.models.student(self.train_rows),
             args,
-            teacher=self.teacher,
+            teacher=self.models.teacher,
             train_dataset=self.train_rows,
             eval_dataset=self.eval_rows,
             data_collator=default_data_collator,
@@ -166,15 +155,10 @@ class _Run:
         trainer.remove_callback(ProgressCallback)
         return trainer
 
-    def evaluate(self, trainer: DistillTrainer) -> dict[str, float]:
-        """Held-out metrics, without the `eval_` prefix."""
-        metrics = trainer.evaluate()
-        timing = ("runtime", "per_second", "preparation_time")
-        return {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(timing)}
-
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train and save `RUN/name`; seconds that it took."""
-        checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+        checkpoint = on_main(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
+        trainer.args.eval_on_start = name == "student" and checkpoint is None
         self.on_stage(
             f"{name}: from step {checkpoint.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
         )
@@ -183,44 +167,49 @@ class _Run:
         trainer.save_model(str(self.folder / name))
         return output.metrics["train_runtime"]
 
-    def distil(self) -> dict[str, float]:
-        """Train the student; its metrics, with the projectors that it was trained with."""
-        trainer = self.trainer(self.student, "student")
+    def distil(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Train the student; its metrics before and after, with the projectors that it was trained with."""
+        trainer = self.trainer("student")
+        self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
-        return {**self.evaluate(trainer), "train_seconds": seconds}
+        before = next(log for log in trainer.state.log_history if "eval_loss" in log)
+        if not trainer.distilling:  # a recipe with alpha 0
+            trainer.distil_from(self.models.teacher, self._objective())
+        self._describe(trainer)
+        return _measured(before), {**_measured(trainer.evaluate()), "train_seconds": seconds}
 
-    def control(self, model: nn.Module) -> dict[str, float]:
+    def _objective(self, **changes) -> DistillFields:
+        return DistillFields(
+            **{field.name: getattr(self.args, field.name) for field in fields(DistillFields)} | changes
+        )
+
+    def _describe(self, trainer: DistillTrainer) -> None:
+        self.facts |= {"teacher": _size(trainer.teacher.model), "student": _size(trainer.model)}
+        if self.models.layers is not None:
+            self.facts["student"]["layers_kept"] = self.models.layers
+        if self.models.influence is not None:
+            self.facts["teacher"]["block_influence"] = self.models.influence
+
+    def control(self) -> dict[str, float]:
         """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features."""
-        seconds = self.train(self.trainer(model, "control", alpha=0.0, losses=None), "control")
+        trainer = self.trainer("control", alpha=0.0, losses=None)
+        seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
-        trainer = self.trainer(model, "evaluation", output_dir=str(self.folder), losses=losses or None)
-        return {**self.evaluate(trainer), "train_seconds": seconds}
-
-    def describe(self) -> dict[str, Any]:
-        """What evidence says beside the metrics."""
-        facts: dict[str, Any] = {
-            "environment": environment(str(self.args.device)),
-            "teacher": _size(self.teacher.model),
-            "student": _size(self.student),
-            "data": {
-                "train_rows": len(self.train_rows),
-                "eval_rows": len(self.eval_rows),
-                "tokens_per_row": len(self.train_rows[0]["input_ids"]),
-            },
-        }
-        if hasattr(self, "layers"):
-            facts["student"]["layers_kept"] = self.layers
-        if self.influence is not None:
-            facts["teacher"]["block_influence"] = self.influence
-        return facts
+        trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
+        return {**_measured(trainer.evaluate()), "train_seconds": seconds}
 
 
-def _loading(spec: Student | TeacherSpec) -> dict[str, Any]:
-    """Arguments of from_pretrained; what is not given is left to it."""
-    given = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
-    return {key: value for key, value in given.items() if value is not None}
+def _measured(metrics: dict[str, float]) -> dict[str, float]:
+    """Held-out metrics without the `eval_` prefix and the timing."""
+    timing = ("runtime", "per_second", "preparation_time")
+    found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}
+    return {k: v for k, v in found.items() if not k.endswith(timing)}
 
 
-def _size(model: nn.Module) -> dict[str, int]:
-    return {"parameters": sum(p.numel() for p in model.parameters()), "blocks": len(find_blocks(model)[1])}
+def _size(model: nn.Module) -> dict[str, Any]:
+    """Of the whole model, however it is held, adapters aside."""
+    config = bare(model).config
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    return {"parameters": sum(p.numel() for p in whole.parameters()), "blocks": len(find_blocks(whole)[1])}

