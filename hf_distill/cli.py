@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -58,6 +59,8 @@ def run(
 
     disable_progress_bars()
     logging.disable_progress_bar()
+    # Between libraries, at each collective of a step; nothing that the reader could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.")
     with RichProgress(out) as progress:
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
     out.print(results_table(result.models))

@@ -68,7 +68,7 @@ def student_loss(
     """
 
     def fuse(source: Head) -> Tensor:
-        return head.from_hidden(source).reshape(1, 1, 1)
+        return head.from_hidden(source).reshape(1, 1, 1).clone()  # FSDP2 warns of views, on which hooks can get lost
 
     with capture(model, features.wanted()) as found, _comparing(model, features, found):
         outputs, loss = _run(model, inputs, head.targets, None if keep_logits else fuse)

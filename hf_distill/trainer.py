@@ -17,6 +17,7 @@ from .sidecar_trainer import SidecarMixin
 from .signals import asked_labels
 from .tasks import bare, task_of
 from .teachers import FrozenTeacher, Teacher
+from .teachers.loading import launched
 
 logger = logging.get_logger(__name__)
 _STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T = 1
@@ -214,6 +215,11 @@ def _refuse(trainer: Any) -> None:
         )
     if args.torch_compile:
         problems.append("torch_compile would keep the head that is swapped for each step: leave it off")
+    if launched() > 1 and args.world_size == 1:
+        problems.append(
+            f"the launcher started {launched()} processes, but this one trains alone: on CPUs set use_cpu=True, "
+            "so that they find each other"
+        )
     if args.fsdp and args.device.type == "cpu":
         problems.append(
             "accelerate does not switch FSDP on for CPUs, so the student would be whole on each process: leave fsdp "

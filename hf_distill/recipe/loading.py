@@ -63,7 +63,7 @@ class Models:
 
         torch.manual_seed(self._args.seed)  # of the adapters
         if spec.quantization:
-            checkpointing = self._args.gradient_checkpointing
+            checkpointing = self._args.activation_checkpointing
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **spec.lora.model_dump()))
 
@@ -96,12 +96,16 @@ class Models:
 
 
 def train_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Of TrainingArguments, for the machine at hand: accelerate has FSDP for GPUs alone.
+    """Of TrainingArguments, for the machine at hand.
 
-    On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but without checkpoints to resume from.
+    accelerate has FSDP for GPUs alone. On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but
+    without checkpoints to resume from.
     """
     train = recipe.train.model_dump(exclude_unset=True)
-    if train.get("fsdp") and not torch.accelerator.is_available():
+    if torch.accelerator.is_available():
+        return train
+    train.setdefault("use_cpu", True)  # else processes do not find each other
+    if train.get("fsdp"):
         logger.warning("FSDP on CPUs: transformers shards the student as it loads, and the run writes no checkpoints.")
         train = {k: v for k, v in train.items() if k not in ("fsdp", "fsdp_config")} | {"save_strategy": "no"}
     return train

