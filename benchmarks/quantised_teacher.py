@@ -25,7 +25,8 @@ def recipe(case: dict, folder: str):
     layers = load_recipe("features").student.from_teacher.layers  # the quickstart's choice, made once
     overrides = [
         f"student.from_teacher={{layers: {layers}}}", "control=null", f"train.output_dir={folder}/run",
-        "teacher.dtype=float32", f"data.eval.max_rows={HELD_OUT}", f"train.seed={case['seed']}", "train.save_strategy=no",
+        "teacher.dtype=float32", f"data.eval.max_rows={HELD_OUT}", f"train.seed={case['seed']}",
+        "train.save_strategy=no",
     ]  # fmt: skip
     if case["teacher"] != "fp32":
         overrides.append(f"teacher.quantization={case['teacher']}")

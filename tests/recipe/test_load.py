@@ -177,7 +177,7 @@ def test_the_packaged_schema_is_the_one_that_the_code_makes():
         ({"teacher": {"model": "a/b", "device_map": "auto", "fsdp": True}}, "over the devices of one process"),
         ({"teacher": {"model": "a/b", "deepspeed": "zero3-techer.json"}}, "teacher.deepspeed: there is no file"),
         ({"teacher": {"model": "a/b", "deepspeed": {"optimizer": {}, "zero_optimization": {"stage": 3}}}}, "remove it"),
-        ({"teacher": {"model": "a/b", "deepspeed": "zero2-student.json"}}, "teacher.deepspeed: zero_optimization.stage"),
+        ({"teacher": {"model": "a/b", "deepspeed": "zero2-student.json"}}, "teacher.deepspeed: zero_opt"),
         ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),
     ],
 )  # fmt: skip
