@@ -1,7 +1,7 @@
 """What 4 and 8 bits cost a teacher, and its students: SmolLM2-135M-Instruct in fp32, INT8 and NF4 by bitsandbytes.
 
-Teachers: perplexity, KL(quantised || fp32), bytes. Students: the quickstart's (20 of 30 blocks, 36 steps of 512 tokens),
-distilled from each teacher with equal rows and steps, compared with the fp32 teacher. All on the held-out tenth of
+Teachers: perplexity, KL(quantised || fp32), bytes. Students: the quickstart's (20 of 30 blocks, 36 steps of 512
+tokens), distilled from each teacher with equal rows and steps, compared with the fp32 teacher. All on the held-out tenth of
 Python's documentation, in rows of 256 tokens. The seed picks the split of the text and the order of rows.
 
 python benchmarks/quantised_teacher.py [seeds]
@@ -48,7 +48,8 @@ def compare(student, teacher, loaded, folder: str) -> dict:
         f"{folder}/compare", report_to="none", dataloader_pin_memory=False, per_device_eval_batch_size=4, use_cpu=True
     )
     trainer = DistillTrainer(
-        student, args, teacher=teacher, eval_dataset=rows, data_collator=default_data_collator, processing_class=tokenizer,
+        student, args, teacher=teacher, eval_dataset=rows, data_collator=default_data_collator,
+        processing_class=tokenizer,
     )  # fmt: skip
     return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()} | {"rows": len(rows)}
 
