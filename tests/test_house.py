@@ -26,6 +26,7 @@ FLOORS = [
     {"trainer"},
     {"recipe"},
     {"progress"},
+    {"analysis"},
     {"cli"},
     {"__init__", "__main__"},
 ]
