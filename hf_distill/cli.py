@@ -82,15 +82,16 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     from .analysis.planner import plan as plan_recipe
-    from .analysis.show import plan_lines, plan_table
+    from .analysis.show import flops_table, legend, plan_table, verdict
 
     found = plan_recipe(loaded, gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
     if as_json:
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
         return
     out.print(plan_table(found, wide=out.width >= 100))
-    for line in plan_lines(found):
-        out.print(line, highlight=False)
+    out.print(*legend(found), sep="\n", highlight=False)
+    out.print(flops_table(found))
+    out.print(*verdict(found), sep="\n", highlight=False)
 
 
 def results_table(models: dict[str, dict[str, float]]) -> Table:

@@ -85,7 +85,8 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         DistillError: a mapping names layers that a model does not have.
     """
     spec, train = recipe.student, recipe.train
-    own = Anatomy.of(student, spec.attn_implementation or (spec.from_teacher and recipe.teacher.attn_implementation))
+    attention = spec.attn_implementation or (recipe.teacher.attn_implementation if spec.from_teacher else None)
+    own = Anatomy.of(student, attention)
     other = Anatomy.of(teacher, recipe.teacher.attn_implementation)
     wrapped = train.fsdp_config.get("activation_checkpointing", False) if isinstance(train.fsdp_config, dict) else False
     length = recipe.data.max_length
@@ -109,7 +110,7 @@ def _dtype(name: str, anatomy: Anatomy) -> torch.dtype:
 
 
 def _captured(spec: LossSpec, student: Anatomy, teacher: Anatomy, length: int) -> int:
-    """Values that a term on features keeps of each token: of each student layer that is mapped, of each teacher layer."""
+    """Values that a term on features keeps of each token, of the mapped layers of both models."""
     kind, options = get_loss(spec.name).feature, spec.model_extra or {}
     if kind is None:
         return 0

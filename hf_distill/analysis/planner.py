@@ -1,4 +1,4 @@
-"""What a recipe needs before it is paid for: memory, operations, hours, and which strategy is the cheapest that fits."""
+"""What a recipe needs before it is paid for: memory, operations, hours, and the cheapest strategy that fits."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from ..student import cut_config
 from .compute import training_rule
 from .cost import Cost, Model, cost_of, model_of
 from .job import job_of
-from .rows import GiB, Row, advice, rows_of
+from .rows import GiB, Row, advice, fewest_gpus, rows_of
 from .shapes import model_config
 from .strategy import Strategy
 
@@ -112,7 +112,7 @@ def plan(
         pretraining=pretraining,
         cheapest=cheapest,
         best=best,
-        advice=advice(rows, cheapest, best, gpus, gpu_memory),
+        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable)),
     )
 
 

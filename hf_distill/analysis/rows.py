@@ -17,6 +17,7 @@ class Row:
 
     own:           whether it is the recipe's
     fits:          whether `total` is within what may be used
+    overrides:     what makes it the recipe's own: `hf-distill run RECIPE KEY=VALUE...`
     min_gpus:      the least number of GPUs at which it fits; None: at none
     deepspeed_gib: what DeepSpeed's estimator says of the student's weights, gradients and optimizer, in GiB; None
                    for what it does not know, or without DeepSpeed
@@ -27,6 +28,7 @@ class Row:
     parts: Parts
     total: int
     fits: bool
+    overrides: list[str]
     min_gpus: int | None
     deepspeed_gib: float | None
 
@@ -44,9 +46,21 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
     rows = []
     for strategy in [own, *others]:
         parts = memory(job, strategy, gpus, usable)
-        estimate = deepspeed_estimate(job, strategy, gpus)
-        least = min_gpus(job, strategy, usable)
-        rows.append(Row(strategy, strategy == own, parts, parts.total, parts.total <= usable, least, estimate))
+        changes = [change for change in strategy.overrides if change not in own.overrides]
+        if job.checkpointing and own.student == "fsdp2" != strategy.student:
+            changes.append("train.gradient_checkpointing=true")  # the recipe's may be a part of its fsdp_config
+        rows.append(
+            Row(
+                strategy=strategy,
+                own=strategy == own,
+                parts=parts,
+                total=parts.total,
+                fits=parts.total <= usable,
+                overrides=changes,
+                min_gpus=min_gpus(job, strategy, usable),
+                deepspeed_gib=deepspeed_estimate(job, strategy, gpus),
+            )
+        )
     return sorted(rows, key=lambda row: row.strategy.order)
 
 
@@ -62,12 +76,20 @@ def min_gpus(job: Job, strategy: Strategy, usable: int) -> int | None:
     return None
 
 
+def fewest_gpus(job: Job, usable: int) -> tuple[int, Strategy] | None:
+    """The least number of GPUs that would do, and how; None where no number of them would."""
+    strategies = sorted(alternatives(job.method, 2), key=lambda strategy: strategy.order)
+    found = [(least, strategy) for strategy in strategies if (least := min_gpus(job, strategy, usable))]
+    return min(found, key=lambda pair: pair[0], default=None)
+
+
 def deepspeed_estimate(job: Job, strategy: Strategy, gpus: int) -> float | None:
     """GiB of a GPU for the student's weights, gradients and optimizer, as DeepSpeed's own estimators say.
 
-    They count 18 bytes a parameter (20 under ZeRO-2) and the largest layer in fp32 (ZeRO-3), where `memory` counts 16:
-    they hold gradients in fp32 beside those in bf16, for an optimizer step that makes them and lets them go. They know no
-    adapters, activations or reduce buckets. None without DeepSpeed, and for other strategies.
+    They count 18 bytes a parameter (20 under ZeRO-2), where `memory` counts 16: they hold gradients in fp32 beside
+    those in bf16 (ZeRO-2: of a whole process's share), which a step makes and lets go. Of what is gathered they count
+    the largest layer in fp32. They know no adapters, activations or reduce buckets. None without DeepSpeed, and for
+    other strategies.
     """
     if strategy.student not in ("zero2", "zero3") or job.lora:
         return None
@@ -87,23 +109,40 @@ def deepspeed_estimate(job: Job, strategy: Strategy, gpus: int) -> float | None:
     return zero3(student.parameters, layer, gpus, 1, offload, offload and strategy.offload_student)[1] / GiB
 
 
-def advice(rows: list[Row], cheapest: Row | None, best: Row | None, gpus: int, gpu_memory: float) -> str:
-    """What to do, in words."""
+def advice(
+    rows: list[Row], cheapest: Row | None, best: Row | None, gpus: int, least: tuple[int, Strategy] | None
+) -> str:
+    """What to do, in words.
+
+    Args:
+        rows: the strategies.
+        cheapest: the row with the fewest GPUs.
+        best: the row preferred on all of them.
+        gpus: how many there are.
+        least: what `fewest_gpus` found.
+    """
     own = next(row for row in rows if row.own)
-    said = f"The recipe's own ({own.strategy.name}) "
-    said += "fits." if own.fits else f"does not fit {gpus} of {gpu_memory:g} GiB"
-    if not own.fits:
-        said += f"; it takes {own.min_gpus} GPUs." if own.min_gpus else ", nor any number of them."
-    if cheapest is not None:
-        said += f" Cheapest that fits: {cheapest.strategy.name} on {cheapest.min_gpus}."
-        if best is not None and best is not cheapest:
-            said += f" On all {gpus}: {best.strategy.name}."
-        return said
-    later = [row for row in rows if row.min_gpus]
-    if later:
-        row = min(later, key=lambda row: (row.min_gpus, row.strategy.order))
-        return f"{said} Nothing fits {gpus}: {row.strategy.name} takes the fewest, {row.min_gpus} GPUs of this size."
-    return (
-        f"{said} Nothing fits GPUs of this size: lower train.per_device_train_batch_size or data.max_length, set "
-        "train.gradient_checkpointing=true, train adapters (student.lora), or offload (zero3-student-offload.json)."
-    )
+    said = f"The recipe's own, {own.strategy.name}, {'fits' if own.fits else 'does not fit'} {_count(gpus)}"
+    if not own.fits and own.min_gpus:
+        said += f" (it takes {own.min_gpus})"
+    if cheapest is None and least:
+        return f"{said}. Nothing here does: {least[1].name} takes the fewest, {_count(least[0])} of this size."
+    if cheapest is None:
+        return (
+            f"{said}, nor does anything here fit any number of them: lower train.per_device_train_batch_size or "
+            "data.max_length, set train.gradient_checkpointing=true, train adapters (student.lora), or offload "
+            "(train.deepspeed=zero3-student-offload.json)."
+        )
+    if cheapest.min_gpus == gpus:
+        said += "." if cheapest.own else f". What does: {cheapest.strategy.name}."
+    elif cheapest.own:
+        said += f"; {cheapest.min_gpus} would do, in as many GPU-hours."
+    else:
+        said += f". Fewest GPUs: {cheapest.strategy.name} on {cheapest.min_gpus}, in as many GPU-hours."
+    if best is not None and best is not cheapest and not best.own:
+        said += f" Preferred on all {gpus}: {best.strategy.name}."
+    return said
+
+
+def _count(gpus: int) -> str:
+    return "1 GPU" if gpus == 1 else f"{gpus} GPUs"

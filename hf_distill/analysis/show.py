@@ -36,7 +36,7 @@ def plan_table(plan: Plan, wide: bool) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     wide = wide and any(row.deepspeed_gib is not None for row in plan.rows)
     if wide:
-        table.add_column("DeepSpeed says", justify="right")
+        table.add_column("DeepSpeed's", justify="right")
     for row in plan.rows:
         mark = (">" if row.own else "") + ("*" if row is plan.cheapest else "")
         cells = [f"{mark:2} {row.strategy.name}", *(_gib(getattr(row.parts, name)) for name in parts), _gib(row.total)]
@@ -47,50 +47,59 @@ def plan_table(plan: Plan, wide: bool) -> Table:
     return table
 
 
-def plan_lines(plan: Plan) -> list[str]:
-    """What the table leaves open: its legend, operations, time, advice."""
-    cost, teacher, student = plan.cost, plan.teacher, plan.student
+def flops_table(plan: Plan) -> Table:
+    """Operations for a token and for a sequence: by formula, as torch counts them, by the rule of thumb."""
+    table = Table(title=f"Operations: GFLOP a token, TFLOP for {plan.length} tokens", box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("a token", "by formula", "torch's counter", "rule 2N, 6N"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [
+        ("teacher, forward", plan.teacher.forward, plan.teacher.counted, 2 * plan.teacher.parameters),
+        ("student, forward", plan.student.forward, plan.student.counted, 2 * plan.student.parameters),
+        ("student, training", plan.student.training, None, 6 * plan.student.parameters),
+    ]
+    for name, formula, counted, rule in rows:
+        sequences = ["" if flop is None else _number(flop * plan.length / 1e12) for flop in (formula, counted, rule)]
+        table.add_row(name, _number(formula / 1e9), *sequences)
+    return table
+
+
+def legend(plan: Plan) -> list[str]:
+    """What the memory table takes for granted."""
     lines = [
-        "> the recipe's own; * the cheapest that fits; least: GPUs of this size at which it fits. Kept free: 1 GiB for "
-        "the CUDA context and 5 %. Activations are an estimate; head takes an eighth of what is left.",
+        "> the recipe's own  * fewest GPUs  least: GPUs of this size at which it fits",
+        "Kept free: 1 GiB for the CUDA context, and 5 %. Activations are an estimate; head takes an eighth of what is "
+        "left. DeepSpeed's: its own estimate of student, grads and optim.",
         "",
     ]
-    for role, model in (("Teacher", teacher), ("Student", student)):
-        trained = "" if model.trained in (0, model.parameters) else f", {_size(model.trained)} of them in adapters"
+    for role, model in (("Teacher", plan.teacher), ("Student", plan.student)):
+        trained = "" if model.trained in (0, model.parameters) else f", {_size(model.trained)} more in adapters"
         lines.append(f"{role}: {model.name}, {_size(model.parameters)} parameters{trained}")
-        counted = "not counted" if model.counted is None else _tera(model.counted * plan.length)
-        lines.append(
-            f"  forward of {plan.length} tokens, TFLOP: {_tera(model.forward * plan.length)} by formula, {counted} by "
-            f"torch's counter, {_tera(2 * model.parameters * plan.length)} by the rule 2N"
-        )
-    lines.append(
-        f"  training on them, TFLOP: {_tera(student.training * plan.length)} by formula, "
-        f"{_tera(6 * student.parameters * plan.length)} by the rule 6N"
-    )
-    lines += ["", *_cost_lines(plan), "", plan.advice]
-    if plan.cheapest is not None and not plan.cheapest.own:
-        lines.append(f"To run {plan.cheapest.strategy.name}, add: {' '.join(plan.cheapest.strategy.overrides)}")
-    return lines
+    return [*lines, ""]
 
 
-def _cost_lines(plan: Plan) -> list[str]:
-    cost = plan.cost
-    speed = (
-        f"{cost.tokens_per_second:,.0f} tokens/s on {plan.gpus} GPUs at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s"
-    )
-    if cost.tokens is None:
-        return [
-            f"Run: epochs of data whose length is unknown, {cost.tokens_per_step:,} tokens a step; give "
-            "train.max_steps=N for its cost.",
-            speed,
+def verdict(plan: Plan) -> list[str]:
+    """Operations, hours and share of the run, and what to do."""
+    cost, speed = plan.cost, plan.cost.tokens_per_second
+    pace = f"{speed:,.0f} tokens/s on {plan.gpus} x {plan.peak_tflops:g} TFLOP/s at {plan.mfu:.0%} of peak"
+    if cost.tokens is None or cost.gpu_hours is None or cost.share is None:
+        step = f"{cost.tokens_per_step:,} tokens a step"
+        lines = [
+            f"Run: epochs of data whose length is unknown, {step}; its cost: give train.max_steps=N.",
+            f"Time: {pace}",
         ]
-    return [
-        f"Run: {cost.tokens:.3g} tokens ({cost.tokens_per_step:,} a step): {cost.flop:.3g} FLOP by formula, "
-        f"{cost.rule:.3g} by the rule 2N + 6N",
-        f"{speed}: {cost.gpu_hours:,.0f} GPU-hours, {cost.gpu_hours / plan.gpus:,.1f} hours",
-        f"{cost.share:.2%} of training the student alone on {plan.pretraining_tokens:.3g} tokens "
-        f"({plan.pretraining:.3g} FLOP by the rule 6N)",
-    ]
+    else:
+        lines = [
+            f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} a step: {cost.flop:.3g} FLOP by formula, "
+            f"{cost.rule:.3g} by the rule",
+            f"Time: {pace}: {_number(cost.gpu_hours)} GPU-hours, {_number(cost.gpu_hours / plan.gpus)} hours",
+            f"Share: {_number(100 * cost.share)} % of training the student alone on {plan.pretraining_tokens:.0e} tokens, "
+            f"{plan.pretraining:.3g} FLOP by the rule",
+        ]
+    lines = ["", *lines, "", plan.advice]
+    for row in {id(row): row for row in (plan.cheapest, plan.best) if row and not row.own}.values():
+        lines.append(f"{row.strategy.name}: {' '.join(row.overrides)}")
+    return lines
 
 
 def _style(row: Row, plan: Plan) -> str:
@@ -101,8 +110,8 @@ def _gib(count: int) -> str:
     return "-" if count == 0 else f"{count / GiB:.1f}"
 
 
-def _tera(flop: float) -> str:
-    return f"{flop / 1e12:,.3g}" if flop < 1e15 else f"{flop / 1e12:,.0f}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _size(count: int) -> str:

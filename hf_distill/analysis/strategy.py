@@ -7,8 +7,8 @@ from ..errors import DistillError
 from ..recipe.schema import Recipe
 
 SHARDED = ("zero3", "fsdp2")
-# The least loss of precision and the least communication first.
-TEACHERS = ("whole", "int8", "nf4", "zero3", "fsdp2", "device_map")
+# The least communication first.
+TEACHERS = ("whole", "int8", "nf4", "device_map", "zero3", "fsdp2")
 STUDENTS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
@@ -58,7 +58,7 @@ class Strategy:
 
     @property
     def overrides(self) -> list[str]:
-        """What to add to `hf-distill run RECIPE`."""
+        """What makes it a recipe's own."""
         offload = "-offload" if self.offload_teacher else ""
         teacher = {
             "quantization": self.teacher if self.teacher in ("nf4", "int8") else "null",
@@ -85,9 +85,10 @@ class Strategy:
         return Strategy(self.teacher, kind, self.offload_teacher)
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Smaller is to be preferred at an equal number of GPUs: what is whole, then what communicates less."""
-        return self.sharded + self.offloads, TEACHERS.index(self.teacher), STUDENTS.index(self.student)
+    def order(self) -> tuple[int, int, int, int]:
+        """Smaller is to be preferred at an equal number of GPUs: a more precise teacher, then less communication."""
+        precision = ("int8", "nf4").index(self.teacher) + 1 if self.teacher in ("int8", "nf4") else 0
+        return precision, self.offloads, TEACHERS.index(self.teacher), STUDENTS.index(self.student)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, gpus: int) -> "Strategy":
@@ -97,12 +98,12 @@ class Strategy:
             DistillError: it is sharded, and there is one GPU and no offload.
         """
         spec, train = recipe.teacher, recipe.train
+        teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
+        if spec.device_map and not spec.quantization:
+            teacher = "device_map"
         teacher_zero, zero = (
             config if isinstance(config, dict) else {} for config in (spec.deepspeed, train.deepspeed)
         )
-        teacher = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
-        if spec.device_map and not spec.quantization:
-            teacher = "device_map"
         stage = zero.get("zero_optimization", {}).get("stage", 0)
         student = f"zero{stage}" if stage else "fsdp2" if train.fsdp else "ddp"
         strategy = cls(
@@ -111,9 +112,9 @@ class Strategy:
         if strategy.sharded and not strategy.offloads and gpus == 1:
             raise DistillError(
                 f"The recipe's strategy, teacher {teacher} and student {student}, needs at least 2 processes: on one "
-                "GPU nothing is sharded. Give --gpus 2 or more; or choose teacher.quantization=nf4 with a LoRA student "
-                "(teacher.deepspeed=null, teacher.fsdp=false, train.deepspeed=null, train.fsdp=false), or an offload JSON "
-                "such as zero3-teacher-offload.json and zero3-student-offload.json."
+                f"GPU nothing is sharded. Give --gpus 2 or more; or hold the models whole "
+                f"({' '.join(cls('nf4', 'single').overrides)}, with student.lora to train adapters); or offload with "
+                "zero3-teacher-offload.json and zero3-student-offload.json."
             )
         return strategy
 

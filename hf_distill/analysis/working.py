@@ -1,7 +1,7 @@
 """What a step keeps beside weights, gradients and optimizer, in bytes: activations, the fused head.
 
-Letters: T asked tokens, S a row; H, V, L as in `signals.py`; I the width of the feed-forward layers; c bytes of a number that is
-computed with, r of one in the residual stream.
+Letters: T asked tokens, S a row; H, V, L as in `signals.py`; I the width of the feed-forward layers; c bytes of a
+number that is computed with, r of one in the residual stream.
 """
 
 import torch
@@ -48,9 +48,9 @@ def activations(job: Job, strategy: Strategy) -> int:
 def head_gradients(job: Job, strategy: Strategy) -> int:
     """What the fused head keeps beside its workspace: see `sweep._Fused`.
 
-    The asked tokens' hidden states of both models, their gradient in fp32 and then in c: T * (c * H_s + c * H_t + (4 + c) * H_s).
-    A head that is trained: its gradient in fp32, V * H * 4, and then in c where that is another. A head that is not held in
-    what it is computed with: its cast.
+    The asked tokens' hidden states of both models, and their gradient in fp32 and then in c:
+    T * (c * H_s + c * H_t + (4 + c) * H_s). A head that is trained: its gradient, V * H * (4 + c). No second copy where
+    c is 4. A head that is not held in what it is computed with: its cast, V * H * c.
     """
     student, c = job.student, job.compute
     again = c if c != 4 else 0
