@@ -5,10 +5,10 @@ from importlib import import_module
 _HOME = {
     "Anatomy": "anatomy",
     "Job": "job",
-    "Parts": "memory",
+    "Parts": "parts",
     "Plan": "planner",
     "Strategy": "strategy",
-    "memory": "memory",
+    "memory": "parts",
     "model_config": "shapes",
     "plan": "planner",
     "rule_of_thumb": "compute",

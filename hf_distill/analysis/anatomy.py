@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -104,7 +105,7 @@ class Anatomy:
             dtype=config.dtype or torch.float32,
         )
 
-    @property
+    @cached_property
     def linear_weights(self) -> int:
         """Weights of the linear layers but the head, without biases."""
         return sum(map(prod, self.linear.values()))

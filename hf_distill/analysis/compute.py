@@ -68,7 +68,8 @@ class Flops:
         """A forward and a backward.
 
         All weights: 3 forwards. Adapters: 2 for weights that only pass the gradient on, 3 for attention and for
-        themselves. Gradient checkpointing: the blocks' forward once more (1604.06174).
+        themselves. Activation checkpointing: the blocks' forward once more (1604.06174); torch leaves the last product
+        of each block out of it, which is not counted.
 
         Args:
             adapters: how many parameters adapters have; None: all weights are trained.

@@ -1,6 +1,7 @@
 """What a run asks of memory, whichever way its models are held."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PretrainedConfig
@@ -23,7 +24,7 @@ class Job:
     student_dtype: in which the student is loaded
     teacher_dtype: in which the teacher is loaded
     mixed:         whether it trains with bf16=True or fp16=True
-    checkpointing: gradient checkpointing
+    checkpointing: activation checkpointing
     lora:          the student's adapters; None: all weights are trained
     quantization:  "nf4" or "int8" of the student (QLoRA)
     captured:      values that features keep of each token, of both models
@@ -53,7 +54,7 @@ class Job:
         """full, lora or qlora."""
         return "qlora" if self.quantization else "lora" if self.lora else "full"
 
-    @property
+    @cached_property
     def adapters(self) -> int | None:
         """Parameters of the adapters; None where all weights are trained."""
         return None if self.lora is None else self.student.adapters(self.lora.r, self.lora.target_modules)
@@ -98,7 +99,7 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         student_dtype=_dtype(spec.dtype, own),
         teacher_dtype=_dtype(recipe.teacher.dtype, other),
         mixed=bool(train.bf16 or train.fp16),
-        checkpointing=bool(train.gradient_checkpointing or wrapped),
+        checkpointing=bool(train.activation_checkpointing or train.gradient_checkpointing or wrapped),
         lora=spec.lora,
         quantization=spec.quantization,
         captured=sum(_captured(loss, own, other, length) for loss in recipe.losses),

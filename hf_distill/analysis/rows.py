@@ -1,10 +1,11 @@
 """Strategies side by side, each with its memory, and which to choose."""
 
 import logging
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from .job import Job
-from .memory import Parts, memory
+from .parts import Parts, memory
 from .strategy import Strategy, alternatives
 
 GiB = 2**30
@@ -48,7 +49,7 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
         parts = memory(job, strategy, gpus, usable)
         changes = [change for change in strategy.overrides if change not in own.overrides]
         if job.checkpointing and own.student == "fsdp2" != strategy.student:
-            changes.append("train.gradient_checkpointing=true")  # the recipe's may be a part of its fsdp_config
+            changes.append("train.activation_checkpointing=true")  # the recipe's may be a part of its fsdp_config
         rows.append(
             Row(
                 strategy=strategy,
@@ -66,14 +67,10 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
 
 def min_gpus(job: Job, strategy: Strategy, usable: int) -> int | None:
     """The least number of GPUs at which a strategy fits; None if it fits at none."""
-    count = 2 if strategy.sharded and not strategy.offloads else 1
-    while count <= _MOST:
-        if memory(job, strategy.on(count), count, usable).total <= usable:
-            return count
-        if not strategy.splits:
-            return None
-        count += 1 if count < 64 else 8
-    return None
+    fewest = 2 if strategy.sharded and not strategy.offloads else 1
+    counts = range(fewest, (_MOST if strategy.splits else fewest) + 1)
+    i = bisect_left(counts, True, key=lambda n: memory(job, strategy.on(n), n, usable).total <= usable)
+    return counts[i] if i < len(counts) else None
 
 
 def fewest_gpus(job: Job, usable: int) -> tuple[int, Strategy] | None:
@@ -130,15 +127,17 @@ def advice(
     if cheapest is None:
         return (
             f"{said}, nor does anything here fit any number of them: lower train.per_device_train_batch_size or "
-            "data.max_length, set train.gradient_checkpointing=true, train adapters (student.lora), or offload "
+            "data.max_length, set train.activation_checkpointing=true, train adapters (student.lora), or offload "
             "(train.deepspeed=zero3-student-offload.json)."
         )
     if cheapest.min_gpus == gpus:
         said += "." if cheapest.own else f". What does: {cheapest.strategy.name}."
     elif cheapest.own:
-        said += f"; {cheapest.min_gpus} would do, in as many GPU-hours."
+        said += f"; {cheapest.min_gpus} would do, in as many GPU-hours for as many tokens."
     else:
-        said += f". Fewest GPUs: {cheapest.strategy.name} on {cheapest.min_gpus}, in as many GPU-hours."
+        said += (
+            f". Fewest GPUs: {cheapest.strategy.name} on {cheapest.min_gpus}, in as many GPU-hours for as many tokens."
+        )
     if best is not None and best is not cheapest and not best.own:
         said += f" Preferred on all {gpus}: {best.strategy.name}."
     return said

@@ -93,8 +93,8 @@ def verdict(plan: Plan) -> list[str]:
             f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} a step: {cost.flop:.3g} FLOP by formula, "
             f"{cost.rule:.3g} by the rule",
             f"Time: {pace}: {_number(cost.gpu_hours)} GPU-hours, {_number(cost.gpu_hours / plan.gpus)} hours",
-            f"Share: {_number(100 * cost.share)} % of training the student alone on {plan.pretraining_tokens:.0e} tokens, "
-            f"{plan.pretraining:.3g} FLOP by the rule",
+            f"Share: {_number(100 * cost.share)} % of training the student alone on {plan.pretraining_tokens:.0e} "
+            f"tokens, {plan.pretraining:.3g} FLOP by the rule",
         ]
     lines = ["", *lines, "", plan.advice]
     for row in {id(row): row for row in (plan.cheapest, plan.best) if row and not row.own}.values():

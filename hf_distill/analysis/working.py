@@ -21,7 +21,7 @@ def activations(job: Job, strategy: Strategy) -> int:
         norms * (4 + r) * H + inputs * c * H + c * (2 * heads + 2 * kv_heads) * head_dim + 4 * heads + 4 * c * I
 
     where `inputs` is 2, or 5 under autocast, which casts the input of each linear layer anew. Eager attention adds
-    heads * S * (4 + c). Gradient checkpointing keeps r * H of each block, and all of one. The teacher runs without
+    heads * S * (4 + c). Activation checkpointing keeps r * H of each block, and all of one. The teacher runs without
     gradients: 3 * c * (H + I) of one block.
 
     Source: the accounting of 2205.05198 (34 * H of a block of GPT), for the blocks of transformers.
