@@ -35,7 +35,7 @@ def test_run_smoke_shows_the_table_and_exits_0(tmp_path):
         (["recipes", "validate", "quickstart", "distill.alpha=3"], "less than or equal to 1"),
         (["recipes", "show", "quickstrat"], "did you mean 'quickstart'"),
         (["plan", "llama-70b-to-8b-zero3", "--gpus", "1"], "needs at least 2 processes"),
-        (["plan", "llama-70b-to-8b-nf4", "--gpus", "0"], "gpus is 0; it must be at least 1"),
+        (["plan", "llama-70b-to-8b-nf4", "--gpus", "0"], "gpus is 0; it must be above 0"),
         (["plan", "llama-70b-to-8b-nf5"], "did you mean 'llama-70b-to-8b-nf4'"),
         (["run"], "Missing argument"),
         (["rum"], "No such command"),

@@ -66,21 +66,21 @@ def cost_of(
 
     Args:
         recipe: its batches and steps count.
-        processes: that train.
+        processes: how many train.
         teacher: the teacher.
         student: the student.
-        speed: FLOP/s of all GPUs together.
-        gpus: how many they are.
+        speed: FLOP/s of a process.
+        gpus: how many are paid for.
         pretraining: FLOP of the student's.
     """
     train = recipe.train
     rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1) * processes
     step = rows * recipe.data.max_length
     per_token = teacher.forward + student.training
-    steps = train.max_steps or 0
-    if steps <= 0:
-        return Cost(step, None, per_token, None, None, speed / per_token, None, None)
-    tokens = steps * step
-    flop = tokens * per_token
+    per_second = processes * speed / per_token
+    if (train.max_steps or 0) <= 0:
+        return Cost(step, None, per_token, None, None, per_second, None, None)
+    tokens = train.max_steps * step
     rule = rule_of_thumb(teacher.parameters, student.parameters, tokens).total
-    return Cost(step, tokens, per_token, flop, rule, speed / per_token, flop / speed * gpus / 3600, flop / pretraining)
+    hours, flop = tokens / per_second / 3600, tokens * per_token
+    return Cost(step, tokens, per_token, flop, rule, per_second, gpus * hours, flop / pretraining)

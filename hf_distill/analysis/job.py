@@ -60,6 +60,11 @@ class Job:
         return None if self.lora is None else self.student.adapters(self.lora.r, self.lora.target_modules)
 
     @property
+    def trained_parameters(self) -> int:
+        """What has a gradient."""
+        return self.student.parameters if self.adapters is None else self.adapters
+
+    @property
     def compute(self) -> int:
         """c of the student."""
         return 2 if self.mixed else self.student_dtype.itemsize

@@ -11,6 +11,8 @@ from .working import activations, head_gradients, workspace
 _LIVE = 10**9  # stage3_max_live_parameters, DeepSpeed's default
 _BUCKET = 5 * 10**8  # reduce_bucket_size, DeepSpeed's default, in values
 _BUCKETS = {"zero1": 1, "zero2": 2}  # two where communication overlaps, as in the packaged JSON files
+_ALL = ("student", "gradients", "optimizer")
+_SPLIT = {"zero1": _ALL[2:], "zero2": _ALL[1:], "zero3": _ALL, "fsdp2": _ALL}
 
 
 @dataclass(frozen=True)
@@ -51,33 +53,35 @@ def memory(job: Job, strategy: Strategy, gpus: int, usable: int | None = None) -
     Args:
         job: the models and the batch.
         strategy: how they are held.
-        gpus: N.
+        gpus: how many there are.
         usable: bytes that may be used; the head takes an eighth of what the rest leaves. None: its least.
     """
-    world = strategy.processes(gpus)
+    world, each, trained = strategy.processes(gpus), job.trained(strategy), job.trained_parameters
     teacher = weights(job.teacher, job.teacher_dtype.itemsize, strategy.teacher)
-    teacher = ceil(teacher / gpus) if strategy.teacher in (*SHARDED, "device_map") else teacher
-    adapters, each = job.adapters, job.trained(strategy)
-    trained = job.student.parameters if adapters is None else adapters
-    student = weights(job.student, job.stored(strategy), job.quantization or "whole") + (adapters or 0) * each
-    gradients, optimizer = trained * each, trained * (12 if strategy.deepspeed else 2 * each)
-    share = {"zero1": (1, 1, world), "zero2": (1, world, world)}.get(
-        strategy.student, (world,) * 3 if strategy.student in SHARDED else (1, 1, 1)
-    )
-    student, gradients, optimizer = (ceil(x / n) for x, n in zip((student, gradients, optimizer), share, strict=True))
-    host = teacher * strategy.offload_teacher + student * strategy.offload_student
-    host += (gradients + optimizer) * strategy.offload_optimizer
+    student = weights(job.student, job.stored(strategy), job.quantization or "whole") + (job.adapters or 0) * each
+    held = {
+        "teacher": ceil(teacher / gpus) if strategy.teacher in (*SHARDED, "device_map") else teacher,
+        "student": student,
+        "gradients": trained * each,
+        "optimizer": trained * (12 if strategy.deepspeed else 2 * each),
+    }
+    for part in _SPLIT.get(strategy.student, ()):
+        held[part] = ceil(held[part] / world)
+    offloaded = {
+        "teacher": strategy.offload_teacher,
+        "student": strategy.offload_student,
+        "gradients": strategy.offload_optimizer,
+        "optimizer": strategy.offload_optimizer,
+    }
     rest = {
-        "teacher": 0 if strategy.offload_teacher else teacher,
-        "student": 0 if strategy.offload_student else student,
-        "gradients": 0 if strategy.offload_optimizer else gradients,
-        "optimizer": 0 if strategy.offload_optimizer else optimizer,
+        **{part: 0 if offloaded[part] else size for part, size in held.items()},
         "activations": activations(job, strategy),
         "features": job.captured * job.tokens * job.compute,
         "gathered": gathered(job, strategy, world),
     }
     fixed = head_gradients(job, strategy)
     left = None if usable is None else usable - fixed - sum(rest.values())
+    host = sum(size for part, size in held.items() if offloaded[part])
     return Parts(head=fixed + workspace(job, left), host=host, **rest)
 
 
@@ -114,31 +118,28 @@ def gathered(job: Job, strategy: Strategy, world: int) -> int:
     nf4:        the largest linear layer in the dtype, while it runs
     """
     student, teacher, c = job.student, job.teacher, job.compute
-    adapters = job.adapters
-    trained = student.parameters if adapters is None else adapters
-    total = 0
-    blocks = []
-    for anatomy, kind, size in (
-        (teacher, strategy.teacher, job.teacher_dtype.itemsize),
-        (student, strategy.student, c),
-    ):
-        if kind not in SHARDED:
-            continue
-        again = anatomy.block if anatomy is student and not job.lora else 0
-        live, outside = _at_a_time(anatomy, kind)
-        blocks.append(size * (live + again))
-        total += size * outside
-    total += max(blocks, default=0)
-    if strategy.student in _BUCKETS:
-        total += _BUCKETS[strategy.student] * min(_BUCKET, trained) * c
+    total = _gathered_shares(job, strategy)
+    total += _BUCKETS.get(strategy.student, 0) * min(_BUCKET, job.trained_parameters) * c
     if strategy.student == "ddp" and world > 1:
-        total += trained * job.trained(strategy)
+        total += job.trained_parameters * job.trained(strategy)
     if job.autocast(strategy) and not job.lora:
         total += c * (student.linear_weights + student.experts)
-    if "nf4" in (strategy.teacher, job.quantization):
-        held = [teacher] * (strategy.teacher == "nf4") + [student] * (job.quantization == "nf4")
-        total += 2 * max(prod(shape) for anatomy in held for shape in anatomy.linear.values())
-    return total
+    in_4_bits = [teacher] * (strategy.teacher == "nf4") + [student] * (job.quantization == "nf4")
+    return total + 2 * max((prod(shape) for anatomy in in_4_bits for shape in anatomy.linear.values()), default=0)
+
+
+def _gathered_shares(job: Job, strategy: Strategy) -> int:
+    """Blocks of the model that runs, teacher or student; what is in no block of both."""
+    blocks = outside = 0
+    for anatomy, kind, size, gradient in (
+        (job.teacher, strategy.teacher, job.teacher_dtype.itemsize, 0),
+        (job.student, strategy.student, job.compute, 0 if job.lora else job.student.block),
+    ):
+        if kind in SHARDED:
+            live, rest = _at_a_time(anatomy, kind)
+            blocks = max(blocks, size * (live + gradient))
+            outside += size * rest
+    return blocks + outside
 
 
 def _at_a_time(anatomy: Anatomy, kind: str) -> tuple[int, int]:

@@ -70,21 +70,8 @@ def plan(
     Raises:
         DistillError: a model that nobody knows, a number out of range, a sharded strategy on one GPU; all at once.
     """
-    problems: list[str] = []
-    for name, value in (("gpus", gpus), ("gpu_memory", gpu_memory), ("mfu", mfu), ("peak_tflops", peak_tflops)):
-        if value <= 0 or (name == "mfu" and value > 1):
-            wanted = {"gpus": "at least 1", "mfu": "in (0, 1]"}.get(name, "above 0")
-            problems.append(f"{name} is {value}; it must be {wanted}.")
-    with noted(problems):
-        own = Strategy.of_recipe(recipe, max(gpus, 1))
-    with noted(problems):
-        teacher_config = model_config(recipe.teacher.model, recipe.teacher.revision)
-        cut = recipe.student.from_teacher
-        student_config = _cut(cut, teacher_config) if cut else None
-    if not recipe.student.from_teacher:
-        with noted(problems):
-            student_config = model_config(str(recipe.student.model), recipe.student.revision)
-    tell(problems)
+    numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
+    own, student_config, teacher_config = _checked(recipe, numbers | {"pretraining_tokens": pretraining_tokens})
     job = job_of(recipe, student_config, teacher_config)
     memory_bytes = int(gpu_memory * GiB)
     usable = int(memory_bytes * (1 - FRAGMENTATION)) - CONTEXT
@@ -93,7 +80,7 @@ def plan(
     name = recipe.student.model or f"{recipe.teacher.model}, cut to {job.student.depth} blocks"
     student = model_of(name, student_config, job.student, job.length, job)
     pretraining = training_rule(job.student.parameters, pretraining_tokens)
-    cost = cost_of(recipe, own.processes(gpus), teacher, student, gpus * peak_tflops * 1e12 * mfu, gpus, pretraining)
+    cost = cost_of(recipe, own.processes(gpus), teacher, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
     could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
     best = next((row for row in rows if row.fits), None)
@@ -114,6 +101,24 @@ def plan(
         best=best,
         advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable)),
     )
+
+
+def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:
+    """The recipe's strategy, its student's config and its teacher's, or all that is wrong at once."""
+    problems = [f"{name} is {value:g}; it must be above 0." for name, value in numbers.items() if value <= 0]
+    if numbers["mfu"] > 1:
+        problems.append(f"mfu is {numbers['mfu']:g}; it is a share of the peak, at most 1.")
+    with noted(problems):
+        own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
+    spec = recipe.student
+    with noted(problems):
+        teacher = model_config(recipe.teacher.model, recipe.teacher.revision)
+        student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
+    if spec.model is not None:
+        with noted(problems):
+            student = model_config(spec.model, spec.revision)
+    tell(problems)
+    return own, student, teacher
 
 
 def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:
