@@ -88,8 +88,9 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
         return
-    out.print(plan_table(found, wide=out.width >= 100))
-    out.print(*legend(found), sep="\n", highlight=False)
+    wide = out.width >= 100 and any(row.deepspeed_gib is not None for row in found.rows)
+    out.print(plan_table(found, wide))
+    out.print(*legend(found, wide), sep="\n", highlight=False)
     out.print(flops_table(found))
     out.print(*verdict(found), sep="\n", highlight=False)
 

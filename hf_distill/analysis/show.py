@@ -5,45 +5,45 @@ from rich.table import Table
 from .planner import Plan
 from .rows import GiB, Row
 
-# Part -> heading
+_MIB = 2**20
+# Part -> heading, at most as wide as a number: all of them stand in 80 columns.
 _PARTS = {
-    "teacher": "teacher",
-    "student": "student",
+    "teacher": "teach",
+    "student": "stud",
     "gradients": "grads",
     "optimizer": "optim",
     "activations": "activ",
     "head": "head",
     "features": "feat",
-    "gathered": "gather",
-    "host": "host",
+    "gathered": "extra",
 }
 
 
 def plan_table(plan: Plan, wide: bool) -> Table:
-    """Memory of one GPU: a strategy a row, a part a column, in GiB; parts that nobody needs are left out.
+    """Memory of one GPU: a strategy a row, a part a column; parts that nobody needs are left out.
 
     Args:
         plan: what to show.
         wide: whether there is room for DeepSpeed's own estimates.
     """
     parts = [name for name in _PARTS if any(getattr(row.parts, name) for row in plan.rows)]
-    title = f"GiB on each of {plan.gpus} GPU{'s' if plan.gpus > 1 else ''} ({plan.usable / GiB:.1f} may be used)"
+    unit, name = (GiB, "GiB") if max(row.total for row in plan.rows) > GiB else (_MIB, "MiB")
+    title = f"{name} on each of {plan.gpus} GPU{'s' if plan.gpus > 1 else ''} ({plan.usable / GiB:.1f} GiB may be used)"
     table = Table(title=title, box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("teacher + student", no_wrap=True)
-    for name in parts:
-        table.add_column(_PARTS[name], justify="right", no_wrap=True)
-    for heading in ("total", "fits", "least"):
+    table.add_column("  teacher+student", no_wrap=True)
+    for part in parts:
+        table.add_column(_PARTS[part], justify="right", no_wrap=True)
+    for heading in ("total", "fits", "GPUs"):
         table.add_column(heading, justify="right", no_wrap=True)
-    wide = wide and any(row.deepspeed_gib is not None for row in plan.rows)
     if wide:
-        table.add_column("DeepSpeed's", justify="right")
+        table.add_column("DeepSpeed's", justify="right", no_wrap=True)
     for row in plan.rows:
         mark = (">" if row.own else "") + ("*" if row is plan.cheapest else "")
-        cells = [f"{mark:2} {row.strategy.name}", *(_gib(getattr(row.parts, name)) for name in parts), _gib(row.total)]
-        cells += ["yes" if row.fits else "no", str(row.min_gpus or "never")]
+        cells = [_amount(getattr(row.parts, part), unit) for part in parts] + [_amount(row.total, unit)]
+        cells += ["yes" if row.fits else "no", str(row.min_gpus or "-")]
         if wide:
-            cells.append("" if row.deepspeed_gib is None else f"{row.deepspeed_gib:.1f}")
-        table.add_row(*cells, style=_style(row, plan))
+            cells.append("" if row.deepspeed_gib is None else _amount(int(row.deepspeed_gib * GiB), unit))
+        table.add_row(f"{mark:2}{row.strategy.name}", *cells, style=_style(row, plan))
     return table
 
 
@@ -64,14 +64,22 @@ def flops_table(plan: Plan) -> Table:
     return table
 
 
-def legend(plan: Plan) -> list[str]:
-    """What the memory table takes for granted."""
+def legend(plan: Plan, wide: bool) -> list[str]:
+    """What the memory table takes for granted, and the two models."""
     lines = [
-        "> the recipe's own  * fewest GPUs  least: GPUs of this size at which it fits",
-        "Kept free: 1 GiB for the CUDA context, and 5 %. Activations are an estimate; head takes an eighth of what is "
-        "left. DeepSpeed's: its own estimate of student, grads and optim.",
-        "",
+        "> the recipe's own  * fewest GPUs  GPUs: the least of this size at which it fits",
+        "extra: gathered shares, buckets, casts. activ: an estimate. head: takes an eighth of what is left.",
+        "Kept free: 1 GiB for the CUDA context, and 5 % for fragmentation.",
     ]
+    if wide:
+        lines.append("DeepSpeed's: its own estimate of stud, grads and optim.")
+    hosted = [row for row in plan.rows if row.parts.host]
+    lines += [
+        f"^ offloaded: {_amount(row.parts.host, GiB)} GiB of host memory a process, "
+        f"{_amount(row.parts.host * row.strategy.processes(plan.gpus), GiB)} in all"
+        for row in hosted
+    ]
+    lines.append("")
     for role, model in (("Teacher", plan.teacher), ("Student", plan.student)):
         trained = "" if model.trained in (0, model.parameters) else f", {_size(model.trained)} more in adapters"
         lines.append(f"{role}: {model.name}, {_size(model.parameters)} parameters{trained}")
@@ -106,8 +114,9 @@ def _style(row: Row, plan: Plan) -> str:
     return "bold" if row.own or row is plan.cheapest else "" if row.fits else "dim"
 
 
-def _gib(count: int) -> str:
-    return "-" if count == 0 else f"{count / GiB:.1f}"
+def _amount(count: int, unit: int) -> str:
+    value = count / unit
+    return "-" if count == 0 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _number(value: float) -> str:
@@ -115,4 +124,4 @@ def _number(value: float) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"

@@ -33,8 +33,9 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        """In words."""
-        return f"{self.teacher} + {self.student}{' offload' if self.offloads else ''}"
+        """In words; ^ where something is in host memory."""
+        student = self.offload_student or self.offload_optimizer
+        return f"{self.teacher}{'^' * self.offload_teacher} + {self.student}{'^' * student}"
 
     @property
     def offloads(self) -> bool:
