@@ -1,9 +1,11 @@
 """The command line: the one place that prints. Exit codes: 0 done, 1 the run failed, 2 the input was wrong."""
 
+import json
 import os
 import sys
 import traceback
 import warnings
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -67,6 +69,36 @@ def run(
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
 
 
+@app.command()
+def plan(
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs there are.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GiB.")] = 80.0,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that training reaches.")] = 0.4,
+    gpu_tflops: Annotated[float, typer.Option(help="Peak of a GPU in TFLOP/s; 989: H100, bf16, dense.")] = 989.0,
+    pretraining_tokens: Annotated[float, typer.Option(help="Compare with training the student on these.")] = 2e12,
+    smoke: _Smoke = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan, in bytes and FLOP.")] = False,
+) -> None:
+    """Memory, operations and hours of a recipe, before they are paid for; no weights are downloaded."""
+    from .recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    from .analysis.planner import plan as plan_recipe
+    from .analysis.show import flops_table, legend, plan_table, verdict
+
+    found = plan_recipe(loaded, gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        return
+    wide = out.width >= 100 and any(row.deepspeed_gib is not None for row in found.rows)
+    out.print(plan_table(found, wide))
+    out.print(*legend(found, wide), sep="\n", highlight=False)
+    out.print(flops_table(found))
+    out.print(*verdict(found), sep="\n", highlight=False)
+
+
 def results_table(models: dict[str, dict[str, float]]) -> Table:
     """Teacher, student before and after, and control, side by side."""
     table = Table(title="Held-out text")
@@ -118,8 +150,6 @@ def validate(recipe: _Recipe, overrides: _Overrides = None, smoke: _Smoke = Fals
 @recipes.command()
 def schema() -> None:
     """The JSON Schema of recipes, for editors."""
-    import json
-
     from .recipe.schema import packaged_schema
 
     sys.stdout.write(json.dumps(packaged_schema(), indent=2) + "\n")

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
         raise DistillError(
             f"layers is {list(layers)}: give each block to keep once, from 0 to {depth - 1} (the teacher has {depth})."
         )
-    student = type(teacher)(_cut_config(teacher.config, keep, depth))
+    student = type(teacher)(cut_config(teacher.config, keep, depth))
     new_index = {old: new for new, old in enumerate(keep)}
     pattern = re.compile(rf"^{re.escape(name)}\.(\d+)\.")
     state = {}
@@ -110,7 +111,8 @@ def most_influential(influence: Sequence[float], keep_layers: int) -> list[int]:
     return sorted(by_influence[:keep_layers])
 
 
-def _cut_config(config, keep: list[int], depth: int):
+def cut_config(config: Any, keep: Sequence[int], depth: int) -> Any:
+    """The config of a model with only the blocks `keep` of `depth`."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in list(vars(text).items()):

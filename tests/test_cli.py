@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -33,6 +34,9 @@ def test_run_smoke_shows_the_table_and_exits_0(tmp_path):
         (["run", "nowhere.yaml"], "no recipe file"),
         (["recipes", "validate", "quickstart", "distill.alpha=3"], "less than or equal to 1"),
         (["recipes", "show", "quickstrat"], "did you mean 'quickstart'"),
+        (["plan", "llama-70b-to-8b-zero3", "--gpus", "1"], "needs at least 2 processes"),
+        (["plan", "llama-70b-to-8b-nf4", "--gpus", "0"], "gpus is 0; it must be above 0"),
+        (["plan", "llama-70b-to-8b-nf5"], "did you mean 'llama-70b-to-8b-nf4'"),
         (["run"], "Missing argument"),
         (["rum"], "No such command"),
     ],
@@ -57,6 +61,28 @@ def test_list_validate_and_schema():
     import json
 
     assert "train" in json.loads(runner.invoke(app, ["recipes", "schema"]).output)["properties"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_plan_says_what_fits_what_it_costs_and_what_to_choose(columns):
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    done = program("plan", "llama-70b-to-8b-zero3", "--gpus", "8", "--gpu-memory", "80", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    words = (">*zero3 + zero3", "nf4 + zero2", "torch's counter", "GPU-hours", "training the student alone")
+    for word in words:
+        assert word in done.stdout
+    assert ("DeepSpeed's" in done.stdout) == (columns == 120)
+
+
+def test_plan_in_json_is_nothing_but_json():
+    import json
+
+    done = program("plan", "quickstart", "--smoke", "--json", "--gpus", "2")
+    found = json.loads(done.stdout)
+    (own,) = (row for row in found["rows"] if row["own"])
+    assert own["strategy"]["student"] == "ddp"
+    assert own["total"] == sum(own["parts"].values()) - own["parts"]["host"]
 
 
 def test_a_failure_of_the_run_exits_1(monkeypatch):

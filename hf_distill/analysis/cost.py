@@ -1,0 +1,86 @@
+"""What a run computes, and how long that takes."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from ..recipe.schema import Recipe
+from .anatomy import Anatomy
+from .compute import Flops, counted_forward, rule_of_thumb
+from .job import Job
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's size and operations.
+
+    forward:  FLOP a token, by formula
+    counted:  the same, by torch's FlopCounterMode; None where torch does not count all of it
+    training: FLOP a token of a forward and a backward; 0 for the teacher
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    forward: float
+    counted: float | None
+    training: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the recipe's own strategy computes and takes.
+
+    tokens_per_step:   over all processes, accumulation included
+    tokens:            of the run; None where the recipe counts epochs, as the length of the data is unknown
+    flop_per_token:    teacher's forward and student's training
+    flop:              of the run; None as `tokens`
+    rule:              the same by the rule of thumb
+    tokens_per_second: at the share of the GPUs' peak that was given
+    gpu_hours:         of the run
+    share:             `flop` over pretraining the student
+    """
+
+    tokens_per_step: int
+    tokens: int | None
+    flop_per_token: float
+    flop: float | None
+    rule: float | None
+    tokens_per_second: float
+    gpu_hours: float | None
+    share: float | None
+
+
+def model_of(name: str, config: PretrainedConfig, anatomy: Anatomy, length: int, job: Job | None = None) -> Model:
+    """A model's operations; of the student, with the job that trains it."""
+    flops, counted = Flops.of(anatomy, length), counted_forward(config, length)
+    trained = 0 if job is None else anatomy.parameters if job.adapters is None else job.adapters
+    training = 0.0 if job is None else flops.training(job.adapters, job.checkpointing)
+    return Model(name, anatomy.parameters, trained, flops.forward, counted and counted / length, training)
+
+
+def cost_of(
+    recipe: Recipe, processes: int, teacher: Model, student: Model, speed: float, gpus: int, pretraining: float
+) -> Cost:
+    """The cost of a recipe.
+
+    Args:
+        recipe: its batches and steps count.
+        processes: how many train.
+        teacher: the teacher.
+        student: the student.
+        speed: FLOP/s of a process.
+        gpus: how many are paid for.
+        pretraining: FLOP of the student's.
+    """
+    train = recipe.train
+    rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1) * processes
+    step = rows * recipe.data.max_length
+    per_token = teacher.forward + student.training
+    per_second = processes * speed / per_token
+    if (train.max_steps or 0) <= 0:
+        return Cost(step, None, per_token, None, None, per_second, None, None)
+    tokens = train.max_steps * step
+    rule = rule_of_thumb(teacher.parameters, student.parameters, tokens).total
+    hours, flop = tokens / per_second / 3600, tokens * per_token
+    return Cost(step, tokens, per_token, flop, rule, per_second, gpus * hours, flop / pretraining)

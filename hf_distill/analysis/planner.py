@@ -1,0 +1,130 @@
+"""What a recipe needs before it is paid for: memory, operations, hours, and the cheapest strategy that fits."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from ..errors import DistillError, noted, tell
+from ..recipe.schema import FromTeacher, Recipe
+from ..student import cut_config
+from .compute import training_rule
+from .cost import Cost, Model, cost_of, model_of
+from .job import job_of
+from .rows import GiB, Row, advice, fewest_gpus, rows_of
+from .shapes import model_config
+from .strategy import Strategy
+
+CONTEXT = GiB  # the CUDA context and libraries' workspaces
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found.
+
+    length:      tokens a sequence
+    gpu_memory:  bytes of a GPU
+    usable:      of these, without the CUDA context (1 GiB) and fragmentation (5 %)
+    rows:        strategies, the preferred first
+    pretraining: FLOP of training the student on so many tokens by the rule of thumb
+    cheapest:    the row with the fewest GPUs, at most those given, and of these the one with the least communication
+    best:        the row preferred on all GPUs given
+    advice:      in words
+    """
+
+    teacher: Model
+    student: Model
+    length: int
+    gpus: int
+    gpu_memory: int
+    usable: int
+    rows: list[Row]
+    cost: Cost
+    mfu: float
+    peak_tflops: float
+    pretraining_tokens: float
+    pretraining: float
+    cheapest: Row | None
+    best: Row | None
+    advice: str
+
+
+def plan(
+    recipe: Recipe,
+    gpus: int,
+    gpu_memory: float,
+    mfu: float = 0.4,
+    peak_tflops: float = 989.0,
+    pretraining_tokens: float = 2e12,
+) -> Plan:
+    """What a recipe needs, from the configs of its models; no weights are read.
+
+    Args:
+        recipe: see `load_recipe`.
+        gpus: how many there are.
+        gpu_memory: of each, in GiB.
+        mfu: share of the peak that training reaches, recomputation counted.
+        peak_tflops: of one GPU, in TFLOP/s; 989: H100, bf16, dense.
+        pretraining_tokens: on which the student might have been trained instead.
+
+    Raises:
+        DistillError: a model that nobody knows, a number out of range, a sharded strategy on one GPU; all at once.
+    """
+    numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
+    own, student_config, teacher_config = _checked(recipe, numbers | {"pretraining_tokens": pretraining_tokens})
+    job = job_of(recipe, student_config, teacher_config)
+    memory_bytes = int(gpu_memory * GiB)
+    usable = int(memory_bytes * (1 - FRAGMENTATION)) - CONTEXT
+    rows = rows_of(job, own, gpus, usable)
+    teacher = model_of(recipe.teacher.model, teacher_config, job.teacher, job.length)
+    name = recipe.student.model or f"{recipe.teacher.model}, cut to {job.student.depth} blocks"
+    student = model_of(name, student_config, job.student, job.length, job)
+    pretraining = training_rule(job.student.parameters, pretraining_tokens)
+    cost = cost_of(recipe, own.processes(gpus), teacher, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
+    could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
+    cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
+    best = next((row for row in rows if row.fits), None)
+    return Plan(
+        teacher=teacher,
+        student=student,
+        length=job.length,
+        gpus=gpus,
+        gpu_memory=memory_bytes,
+        usable=usable,
+        rows=rows,
+        cost=cost,
+        mfu=mfu,
+        peak_tflops=peak_tflops,
+        pretraining_tokens=pretraining_tokens,
+        pretraining=pretraining,
+        cheapest=cheapest,
+        best=best,
+        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable)),
+    )
+
+
+def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:
+    """The recipe's strategy, its student's config and its teacher's, or all that is wrong at once."""
+    problems = [f"{name} is {value:g}; it must be above 0." for name, value in numbers.items() if value <= 0]
+    if numbers["mfu"] > 1:
+        problems.append(f"mfu is {numbers['mfu']:g}; it is a share of the peak, at most 1.")
+    with noted(problems):
+        own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
+    spec = recipe.student
+    with noted(problems):
+        teacher = model_config(recipe.teacher.model, recipe.teacher.revision)
+        student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
+    if spec.model is not None:
+        with noted(problems):
+            student = model_config(spec.model, spec.revision)
+    tell(problems)
+    return own, student, teacher
+
+
+def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:
+    """Which blocks are kept is known after a look at them; any do for a plan."""
+    depth = teacher.get_text_config().num_hidden_layers
+    keep = cut.layers or list(range(cut.keep_layers or 0))
+    if max(keep) >= depth:
+        raise DistillError(f"student.from_teacher keeps block {max(keep)}; the teacher has {depth}, from 0.")
+    return cut_config(teacher, keep, depth)
