@@ -92,7 +92,7 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
         return
-    wide = out.width >= 100 and any(row.deepspeed_gib is not None for row in found.rows)
+    wide = out.width >= 120
     out.print(plan_table(found, wide))
     out.print(*legend(found, wide), sep="\n", highlight=False)
     out.print(flops_table(found))

@@ -6,7 +6,7 @@ from .planner import Plan
 from .rows import GiB, Row
 
 _MIB = 2**20
-# Part -> heading, at most as wide as a number: all of them stand in 80 columns.
+# Part -> heading for 80 columns: at most as wide as a number.
 _PARTS = {
     "teacher": "teach",
     "student": "stud",
@@ -24,7 +24,7 @@ def plan_table(plan: Plan, wide: bool) -> Table:
 
     Args:
         plan: what to show.
-        wide: whether there is room for DeepSpeed's own estimates.
+        wide: whether there is room for whole words and DeepSpeed's own estimates.
     """
     parts = [name for name in _PARTS if any(getattr(row.parts, name) for row in plan.rows)]
     unit, name = (GiB, "GiB") if max(row.total for row in plan.rows) > GiB else (_MIB, "MiB")
@@ -32,16 +32,17 @@ def plan_table(plan: Plan, wide: bool) -> Table:
     table = Table(title=title, box=None, pad_edge=False, collapse_padding=True)
     table.add_column("  teacher+student", no_wrap=True)
     for part in parts:
-        table.add_column(_PARTS[part], justify="right", no_wrap=True)
+        table.add_column(part if wide else _PARTS[part], justify="right", no_wrap=True)
     for heading in ("total", "fits", "GPUs"):
         table.add_column(heading, justify="right", no_wrap=True)
-    if wide:
+    estimated = wide and any(row.deepspeed_gib is not None for row in plan.rows)
+    if estimated:
         table.add_column("DeepSpeed's", justify="right", no_wrap=True)
     for row in plan.rows:
         mark = (">" if row.own else "") + ("*" if row is plan.cheapest else "")
         cells = [_amount(getattr(row.parts, part), unit) for part in parts] + [_amount(row.total, unit)]
         cells += ["yes" if row.fits else "no", str(row.min_gpus or "-")]
-        if wide:
+        if estimated:
             cells.append("" if row.deepspeed_gib is None else _amount(int(row.deepspeed_gib * GiB), unit))
         table.add_row(f"{mark:2}{row.strategy.name}", *cells, style=_style(row, plan))
     return table
@@ -66,13 +67,14 @@ def flops_table(plan: Plan) -> Table:
 
 def legend(plan: Plan, wide: bool) -> list[str]:
     """What the memory table takes for granted, and the two models."""
+    activations, gathered = [name if wide else _PARTS[name] for name in ("activations", "gathered")]
     lines = [
         "> the recipe's own  * fewest GPUs  GPUs: the least of this size at which it fits",
-        "extra: gathered shares, buckets, casts. activ: an estimate. head: takes an eighth of what is left.",
+        f"{gathered}: shares made whole, buckets, casts. {activations}: an estimate. head: an eighth of what is left.",
         "Kept free: 1 GiB for the CUDA context, and 5 % for fragmentation.",
     ]
-    if wide:
-        lines.append("DeepSpeed's: its own estimate of stud, grads and optim.")
+    if wide and any(row.deepspeed_gib is not None for row in plan.rows):
+        lines.append("DeepSpeed's: its own estimate of student, gradients and optimizer.")
     hosted = [row for row in plan.rows if row.parts.host]
     lines += [
         f"^ offloaded: {_amount(row.parts.host, GiB)} GiB of host memory a process, "
