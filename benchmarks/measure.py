@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "hf-distill")
+_PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "deepspeed", "bitsandbytes", "peft", "hf-distill")
 
 
-def _status(field: str) -> float:
+def status_mib(field: str) -> float:
+    """A field of this process's memory, such as VmRSS or RssAnon, in MiB."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
 
@@ -23,12 +24,12 @@ def _status(field: str) -> float:
 def peak_and_seconds(call: Callable[[], object]) -> dict[str, float]:
     """Seconds of a call, and MiB of its peak over what is resident before it."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _status("VmRSS")
+    before = status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_mib": _status("VmHWM") - before}
+    return {"seconds": seconds, "peak_mib": status_mib("VmHWM") - before}
 
 
 def interleaved(script: str, cases: Iterable[dict], rounds: int) -> list[dict]:

@@ -1,8 +1,8 @@
 """What 4 and 8 bits cost a teacher, and its students: SmolLM2-135M-Instruct in fp32, INT8 and NF4 by bitsandbytes.
 
 Teachers: perplexity, KL(quantised || fp32), bytes. Students: the quickstart's (20 of 30 blocks, 36 steps of 512
-tokens), distilled from each teacher with equal rows and steps, compared with the fp32 teacher. All on the held-out tenth
-of Python's documentation, rows of 256 tokens. The seed picks the split of the text and the order of rows.
+tokens), distilled from each teacher with equal rows and steps, compared with the fp32 teacher. All on the held-out
+tenth of Python's documentation, rows of 256 tokens. The seed picks the split of the text and the order of rows.
 
 python benchmarks/quantised_teacher.py [seeds]
 """

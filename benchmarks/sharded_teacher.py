@@ -1,0 +1,161 @@
+"""What two processes hold of a sharded teacher, while it loads and while it runs; and whether the results are the same.
+
+Teacher: a random Llama of 1.25 GiB in fp32 (24 blocks, width 1024, vocabulary 32000). For each rank: the share of the
+parameters that it holds between steps; the growth of anonymous memory (RssAnon, which leaves mapped checkpoint pages
+out) while it loads; the most parameters that are whole at a time in a forward, against the largest block and the head.
+With glibc's allocator as it is, and with MALLOC_MMAP_THRESHOLD_ at 1 MiB, where freed memory is given back at once.
+Results: losses of 10 steps of a tiny pair on two processes against one, the largest relative difference.
+
+python benchmarks/sharded_teacher.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from measure import save, status_mib
+
+CONFIG = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 512,
+}  # fmt: skip
+WAYS = {"whole": {}, "zero3": {"deepspeed": "zero3-teacher.json"}, "fsdp2": {"fsdp": True}}
+ALLOCATORS = {"glibc": {}, "glibc giving back at once": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
+STRATEGIES = (
+    [], ["zero2"], ["zero3"], ["teacher=zero3"], ["zero2", "teacher=zero3"], ["zero3", "teacher=zero3"],
+    ["teacher=fsdp2"], ["fsdp2", "teacher=fsdp2"],
+)  # fmt: skip
+SCRIPT = Path(__file__).parent.parent / "tests" / "distributed" / "two_ranks.py"
+
+
+def make(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model.save_pretrained(folder / "teacher")
+    tiny = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
+    LlamaForCausalLM(LlamaConfig(**CONFIG | tiny)).save_pretrained(folder / "student")
+
+
+class Peak(threading.Thread):
+    """The most RssAnon of this process, in MiB, looked at every two milliseconds."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before = self.most = status_mib("RssAnon")
+        self.over = False
+
+    def run(self) -> None:
+        while not self.over:
+            self.most = max(self.most, status_mib("RssAnon"))
+            time.sleep(0.002)
+
+
+def whole_now(model: torch.nn.Module) -> int:
+    """Parameters of which this rank has all values at this moment."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    def available(p) -> bool:
+        return p.ds_status == ZeroParamStatus.AVAILABLE if hasattr(p, "ds_status") else not hasattr(p, "to_local")
+
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if available(p))
+
+
+def rank(folder: str, way: str) -> None:
+    """One of the processes; prints what it saw."""
+    from transformers import AutoModelForCausalLM
+
+    from hf_distill import FrozenTeacher
+    from hf_distill.blocks import find_blocks
+    from hf_distill.signals import Targets
+    from hf_distill.tasks import bare
+
+    torch.distributed.init_process_group("gloo")
+    student = AutoModelForCausalLM.from_pretrained(f"{folder}/student")
+    import deepspeed  # noqa: F401
+
+    peak = Peak()
+    peak.start()
+    teacher = FrozenTeacher(f"{folder}/teacher", dtype="float32", **WAYS[way])
+    teacher.prepare(student, torch.device("cpu"))
+    peak.over = True
+    peak.join()
+    model = bare(teacher.model)
+    parts = [p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p) for p in model.parameters()]
+    numel = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    name, blocks = find_blocks(model)
+    resting, seen = whole_now(model), []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: seen.append(whole_now(model)))
+    ids = torch.randint(3, 32000, (2, 64), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids}
+    teacher(inputs, Targets.from_batch(inputs, shift=True), {})
+    sizes = [sum(n for key, n in numel.items() if key.startswith(f"{name}.{i}.")) for i in range(len(blocks))]
+    total, head = sum(numel.values()), numel["lm_head.weight"]
+    print(json.dumps({
+        "parameter_mib": total * 4 / 2**20,
+        "resident_share": sum(p.numel() for p in parts) / total,
+        "rss_anon_before_mib": peak.before,
+        "rss_anon_growth": (peak.most - peak.before) / (total * 4 / 2**20),
+        "gathered_at_rest": resting / total,
+        "gathered_most": max(seen) / total,
+        "block_and_head": (max(sizes) + head) / total,
+    }))  # fmt: skip
+
+
+def launched(script: Path, ranks: int, *arguments: str, **variables: str) -> list[str]:
+    """Lines that the ranks print."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    if ranks == 1:
+        launch = [sys.executable]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | variables
+    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.splitlines()
+
+
+def differences() -> dict[str, float]:
+    """Strategy -> the largest relative difference of a logged loss from that of one process."""
+    sys.path.insert(0, str(SCRIPT.parent.parent))
+    from tiny import build
+
+    def losses(folder: Path, ranks: int, *variants: str) -> list[dict]:
+        folder.mkdir()
+        launched(SCRIPT, ranks, str(folder), *variants)
+        log = json.loads((folder / "straight.json").read_text())["log"]
+        return [{k: v for k, v in line.items() if k.endswith("loss")} for line in log]
+
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        build("llama", 0).save_pretrained(f"{name}/models/student")
+        build("llama", 1, layers=3, width=48, vocab=101).save_pretrained(f"{name}/models/teacher")
+        one = losses(Path(name) / "one", 1)
+        for strategy in STRATEGIES:
+            two = losses(Path(name) / "-".join(["two", *strategy]), 2, *strategy)
+            pairs = [(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in a]
+            found[" ".join(strategy) or "ddp"] = max(abs(b / a - 1) for a, b in pairs)
+            print(strategy, found[" ".join(strategy) or "ddp"], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        rank(sys.argv[1], sys.argv[2])
+    else:
+        held = {}
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder))
+            for way in WAYS:
+                for allocator, variables in ALLOCATORS.items():
+                    lines = launched(Path(__file__), 2, folder, way, **variables)
+                    case = f"{way}, {allocator}"
+                    held[case] = [json.loads(line) for line in lines if line.startswith("{")]
+                    print(case, held[case], flush=True)
+        save("sharded_teacher", {"held": held, "loss_differences": differences()})
