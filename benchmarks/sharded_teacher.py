@@ -3,7 +3,6 @@
 Teacher: a random Llama of 1.25 GiB in fp32 (24 blocks, width 1024, vocabulary 32000). For each rank: the share of the
 parameters that it holds between steps; the growth of anonymous memory (RssAnon, which leaves mapped checkpoint pages
 out) while it loads; the most parameters that are whole at a time in a forward, against the largest block and the head.
-With glibc's allocator as it is, and with MALLOC_MMAP_THRESHOLD_ at 1 MiB, where freed memory is given back at once.
 Results: losses of 10 steps of a tiny pair on two processes against one, the largest relative difference.
 
 python benchmarks/sharded_teacher.py
@@ -26,7 +25,6 @@ CONFIG = {
     "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
 WAYS = {"whole": {}, "zero3": {"deepspeed": "zero3-teacher.json"}, "fsdp2": {"fsdp": True}}
-ALLOCATORS = {"glibc": {}, "glibc giving back at once": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
 STRATEGIES = (
     [], ["zero2"], ["zero3"], ["teacher=zero3"], ["zero2", "teacher=zero3"], ["zero3", "teacher=zero3"],
     ["teacher=fsdp2"], ["fsdp2", "teacher=fsdp2"],
@@ -109,12 +107,12 @@ def rank(folder: str, way: str) -> None:
     }))  # fmt: skip
 
 
-def launched(script: Path, ranks: int, *arguments: str, **variables: str) -> list[str]:
+def launched(script: Path, ranks: int, *arguments: str) -> list[str]:
     """Lines that the ranks print."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     if ranks == 1:
         launch = [sys.executable]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -153,9 +151,7 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder))
             for way in WAYS:
-                for allocator, variables in ALLOCATORS.items():
-                    lines = launched(Path(__file__), 2, folder, way, **variables)
-                    case = f"{way}, {allocator}"
-                    held[case] = [json.loads(line) for line in lines if line.startswith("{")]
-                    print(case, held[case], flush=True)
+                lines = launched(Path(__file__), 2, folder, way)
+                held[way] = [json.loads(line) for line in lines if line.startswith("{")]
+                print(way, held[way], flush=True)
         save("sharded_teacher", {"held": held, "loss_differences": differences()})

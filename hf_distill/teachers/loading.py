@@ -3,6 +3,7 @@
 Whatever holds it, `from_pretrained` puts it there while it loads, so that what does not fit is never whole.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ..tasks import Task
 from ..zero import check_teacher_config, fill_teacher_config, read_deepspeed
 
 QUANTIZATIONS = ("nf4", "int8")
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _FIGHT = (
     "{given} spreads one teacher over devices for which {count} processes would fight: start one process, or shard the "
     "teacher (deepspeed='zero3-teacher.json' or fsdp=True)"
@@ -97,7 +99,10 @@ class Loading:
             kwargs.setdefault("device_map", {"": device})
         if self.fsdp:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=launched())
-        with sharded_for(self._zero3(config) if self.deepspeed else None):
+        if not self.deepspeed:
+            with sharded_for(None):
+                return task.load(path, **kwargs)
+        with sharded_for(self._zero3(config)), _freed_at_once():
             return task.load(path, **kwargs)
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -176,6 +181,23 @@ def sharded_for(config: dict[str, Any] | None) -> Iterator[None]:
     finally:
         del mine
         integration._hf_deepspeed_config_weak_ref = before
+
+
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """glibc gives each MiB back when it is freed, instead of keeping holes between the shards of a model.
+
+    With the holes a rank that loads into CPU memory ends up holding as much as the whole model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # where glibc itself ends up in a process with large tensors
 
 
 def _check_zero3(config: dict[str, Any]) -> None:
