@@ -20,7 +20,8 @@ from .sources import Head, Logits, Scaling, Sparse, backward_matmul, compute_dty
 STUDENT_STATISTICS = ("measured", "student_ce", "student_entropy")
 PAIR_STATISTICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 _WORKSPACE = 150 * 2**20  # bytes of the two buffers on a CPU
-_CACHE = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
+CACHE = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
+SCRATCH = 10  # blocks [r, V] of temporaries that the closed forms take at most: js at T != 1, with statistics
 
 
 @dataclass
@@ -244,11 +245,13 @@ class _Dense(torch.autograd.Function):
 def chunk_of_workspace(student: Logits | Head, teacher: Logits | Head | Sparse | None) -> int:
     """How many asked tokens the buffers hold: 150 MiB on a CPU, an eighth of the free memory on a GPU."""
     values = student.hidden if isinstance(student, Head) else student.values
-    row = values.element_size() if values.dtype == torch.float64 else 4
-    row *= student.vocab_size + (0 if teacher is None or isinstance(teacher, Sparse) else teacher.vocab_size)
+    itemsize = values.element_size() if values.dtype == torch.float64 else 4
+    row = itemsize * (
+        student.vocab_size + (0 if teacher is None or isinstance(teacher, Sparse) else teacher.vocab_size)
+    )
     if values.is_cuda:
         free = torch.cuda.mem_get_info(values.device)[0] // 8
-        return max(16, free // (3 * row))  # blocks are whole chunks there, and their temporaries as large again
+        return max(16, free // (row + SCRATCH * itemsize * student.vocab_size))  # blocks are whole chunks there
     return max(16, _WORKSPACE // row)
 
 
@@ -264,7 +267,7 @@ def _blocks(logits: Tensor) -> list[slice]:
     """Rows that fit the cache, as many for each thread; on a GPU all of them."""
     count, width = logits.shape
     threads = torch.get_num_threads()
-    per_thread = max(1, _CACHE // (width * logits.element_size() * threads))
+    per_thread = max(1, CACHE // (width * logits.element_size() * threads))
     size = count if logits.is_cuda else per_thread * threads
     return [slice(i, min(i + size, count)) for i in range(0, count, max(size, 1))]
 

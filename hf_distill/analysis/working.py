@@ -7,7 +7,7 @@ number that is computed with, r of one in the residual stream.
 import torch
 
 from ..sources import Head
-from ..sweep import chunk_of_workspace
+from ..sweep import CACHE, SCRATCH, chunk_of_workspace
 from .anatomy import Anatomy
 from .job import Job
 from .strategy import Strategy
@@ -64,10 +64,10 @@ def head_gradients(job: Job, strategy: Strategy) -> int:
 
 
 def workspace(job: Job, left: int | None) -> int:
-    """Logits of a chunk, of both models, in fp32; the rows are those of `sweep.chunk_of_workspace`.
+    """Logits of a chunk, of both models, in fp32, and temporaries; the rows are those of `sweep.chunk_of_workspace`.
 
-    On a CPU 150 MiB; on a GPU an eighth of the memory that is left, a third of it for the logits and the rest for
-    temporaries as large. At least 16 rows, at most T.
+    On a CPU 150 MiB, and temporaries of a block of rows that its cache holds; on a GPU an eighth of the memory that is
+    left, temporaries of the whole chunk included. At least 16 rows, at most T.
 
     Args:
         job: the models and the batch.
@@ -75,8 +75,9 @@ def workspace(job: Job, left: int | None) -> int:
     """
     if job.device == "cpu":
         row = 4 * (job.student.vocab + job.teacher.vocab)
-        return row * min(job.tokens, chunk_of_workspace(_head(job.student), _head(job.teacher)))
-    row = 3 * 4 * (job.student.vocab + job.teacher.vocab)
+        rows = min(job.tokens, chunk_of_workspace(_head(job.student), _head(job.teacher)))
+        return row * rows + SCRATCH * CACHE * torch.get_num_threads()
+    row = 4 * (job.student.vocab + job.teacher.vocab + SCRATCH * job.student.vocab)
     return row * min(job.tokens, max(16, max(left or 0, 0) // 8 // row))
 
 

