@@ -46,6 +46,9 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python step.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python features.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_profile.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantised_teacher.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python sharded_teacher.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python plan.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info

@@ -150,6 +150,7 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
     else:
+        torch.set_num_threads(1)  # as the runs: the head's temporaries are a block a thread
         results = []
         for setup in SETUPS:
             command = [sys.executable, str(Path(__file__)), json.dumps(setup)]

@@ -18,6 +18,7 @@ from .signals import asked_labels
 from .tasks import bare, task_of
 from .teachers import FrozenTeacher, Teacher
 from .teachers.loading import launched
+from .zero import gather_on_save
 
 logger = logging.get_logger(__name__)
 _STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T = 1
@@ -41,6 +42,8 @@ class DistillMixin(SidecarMixin):
             logger.warning_once("No teacher: this trains on the hard labels alone. Pass `teacher=` to distil.")
         self.distilling = teacher is not None and wanted
         self.teacher = _as_teacher(teacher, fields) if self.distilling else None
+        if self.distilling:
+            gather_on_save(args)
         super().__init__(model, args, *more, **kwargs)
         self._train_sums: dict[str, torch.Tensor] = {}
         self._eval_rows: list[torch.Tensor] | None = None

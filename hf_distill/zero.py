@@ -36,6 +36,17 @@ def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[
     return content
 
 
+def gather_on_save(args: Any) -> None:
+    """Let ZeRO-3 gather a student's weights when it is saved, as a folder for `from_pretrained`, unless told not to.
+
+    Args:
+        args: TrainingArguments.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None and config.is_zero3():
+        config.config["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
+
+
 def check_teacher_config(config: dict[str, Any]) -> None:
     """Refuse what a teacher cannot have: it is sharded and run, never trained.
 

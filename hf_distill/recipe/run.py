@@ -31,6 +31,7 @@ from ..losses import get_loss
 from ..tasks import bare
 from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
+from ..zero import gather_on_save
 from .folder import claim, newest_checkpoint, on_main
 from .loading import Models, check_launch, train_arguments
 from .models import resolve_model
@@ -100,6 +101,7 @@ def _arguments(recipe: Recipe) -> DistillConfig:
     distill = recipe.distill.model_dump()
     args = DistillConfig(**train_arguments(recipe), **distill, losses=losses or None, projectors=projectors)
     args.dataloader_pin_memory &= torch.accelerator.is_available()
+    gather_on_save(args)
     return args
 
 

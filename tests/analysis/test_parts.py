@@ -181,14 +181,33 @@ def test_the_head_keeps_what_the_fused_head_keeps(dtype):
 def test_the_workspace_on_a_cpu_is_what_the_sweep_takes():
     asked = replace(job(model_config(SMALL), device="cpu"), batch=16, length=1024)
     rows = 150 * 2**20 // (8 * 49152)
-    assert workspace(asked, None) == rows * 8 * 49152
-    assert workspace(replace(asked, batch=1, length=8), None) == 8 * 8 * 49152
+    assert workspace(asked, None) == rows * 8 * 49152 + 10 * 5 * 2**19 * torch.get_num_threads()
+    assert workspace(replace(asked, batch=1, length=8), None) == (8 + 10 * 4) * 8 * 49152
+
+
+def test_no_divergence_takes_more_temporaries_than_the_sweep_counts_with():
+    from hf_distill import sweep
+    from hf_distill.losses import LOSSES
+    from hf_distill.objective import objective
+    from hf_distill.signals import Targets
+    from hf_distill.sources import Head
+
+    labels = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = Targets.from_batch({"labels": labels}, shift=True)
+    hidden, weight = torch.randn(len(targets), 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
+    most = 0
+    for name in (name for name, loss in LOSSES.items() if loss.needs and not loss.feature and loss.gradient):
+        told = Head(torch.randn(len(targets), 8), torch.randn(97, 8))
+        head = sweep.HeadJob(told, targets, objective(0.5, 2.0, name, ()), statistics=1)
+        head.from_hidden(Head(hidden, weight))
+        most = max(most, len(head._scratch._kept))
+    assert most == sweep.SCRATCH
 
 
 def test_the_workspace_on_a_gpu_is_an_eighth_of_what_is_left_and_16_rows_at_least():
     asked = replace(job(model_config(SMALL)), batch=64, length=2048)
     assert workspace(asked, 8 * GiB) == pytest.approx(GiB, rel=0.01)
-    assert workspace(asked, -GiB) == workspace(asked, None) == 16 * 3 * 8 * 49152
+    assert workspace(asked, -GiB) == workspace(asked, None) == 16 * (8 + 10 * 4) * 49152
 
 
 def test_features_are_those_that_are_captured():

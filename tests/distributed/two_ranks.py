@@ -49,6 +49,13 @@ def share_held(model: nn.Module) -> float:
     return here / whole
 
 
+def student_config() -> dict[str, Any]:
+    """The packaged config, without what the trainer adds."""
+    config = read_deepspeed(f"{ZERO}-student.json")
+    config["zero_optimization"].pop("stage3_gather_16bit_weights_on_model_save", None)
+    return config
+
+
 load = partial(AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
 
 
@@ -82,7 +89,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         train_sampling_strategy="sequential",
         losses=FEATURES if "features" in variants else None,
         projectors={"learning_rate": 1e-2} if "features" in variants else None,
-        deepspeed=read_deepspeed(f"{ZERO}-student.json") if ZERO else None,
+        deepspeed=student_config() if ZERO else None,
         teacher_init_kwargs={"attn_implementation": "eager"} if TEACHER in ("zero3", "fsdp2") else None,
         teacher_deepspeed="zero3-teacher.json" if TEACHER == "zero3" else None,
         teacher_fsdp=TEACHER == "fsdp2",
