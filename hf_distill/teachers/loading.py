@@ -33,7 +33,7 @@ _FIGHT = (
 class Loading:
     """How a teacher is to be loaded and held.
 
-    quantization: "nf4" (double quantisation, 2305.14314) or "int8" (2208.07339), by bitsandbytes; but its head
+    quantization: "nf4" (double quantisation, 2305.14314) or "int8" (2208.07339), of all but its head
     deepspeed:    shard it by ZeRO-3 (1910.02054): a config, the path of one, or the name of a packaged one
     fsdp:         shard it by FSDP2 over all processes
     init_kwargs:  of from_pretrained: dtype (in which a quantised model computes), revision, device_map, ...
