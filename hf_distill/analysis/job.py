@@ -27,6 +27,7 @@ class Job:
     checkpointing: activation checkpointing
     lora:          the student's adapters; None: all weights are trained
     quantization:  "nf4" or "int8" of the student (QLoRA)
+    own_base:      the teacher is the student's base
     captured:      values that features keep of each token, of both models
     device:        "cuda" or "cpu": the head's workspace differs
     """
@@ -41,6 +42,7 @@ class Job:
     checkpointing: bool = False
     lora: Lora | None = None
     quantization: str | None = None
+    own_base: bool = False
     captured: int = 0
     device: str = "cuda"
 
@@ -102,11 +104,12 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         batch=train.per_device_train_batch_size or 8,
         length=length,
         student_dtype=_dtype(spec.dtype, own),
-        teacher_dtype=_dtype(recipe.teacher.dtype, other),
+        teacher_dtype=_dtype(recipe.teacher.dtype if recipe.teacher.model else spec.dtype, other),
         mixed=bool(train.bf16 or train.fp16),
         checkpointing=bool(train.activation_checkpointing or train.gradient_checkpointing or wrapped),
         lora=spec.lora,
         quantization=spec.quantization,
+        own_base=recipe.teacher.kind == "own_base",
         captured=sum(_captured(loss, own, other, length) for loss in recipe.losses),
     )
 

@@ -76,7 +76,7 @@ def plan(
     memory_bytes = int(gpu_memory * GiB)
     usable = int(memory_bytes * (1 - FRAGMENTATION)) - CONTEXT
     rows = rows_of(job, own, gpus, usable)
-    teacher = model_of(recipe.teacher.model, teacher_config, job.teacher, job.length)
+    teacher = model_of(recipe.base, teacher_config, job.teacher, job.length)
     name = recipe.student.model or f"{recipe.teacher.model}, cut to {job.student.depth} blocks"
     student = model_of(name, student_config, job.student, job.length, job)
     pretraining = training_rule(job.student.parameters, pretraining_tokens)
@@ -112,7 +112,7 @@ def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, Pretr
         own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
     with noted(problems):
-        teacher = model_config(recipe.teacher.model, recipe.teacher.revision)
+        teacher = model_config(recipe.base, recipe.teacher.revision or spec.revision)
         student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
     if spec.model is not None:
         with noted(problems):

@@ -41,7 +41,7 @@ def claim(recipe: Recipe, resume: bool) -> Path:
     resolved = recipe.model_dump(exclude_none=True)
     file = folder / "recipe.yaml"
     if file.is_file() and not resume:
-        if recipe.teacher.model.startswith("smoke:"):
+        if recipe.base.startswith("smoke:"):
             shutil.rmtree(folder)
         else:
             raise DistillError(

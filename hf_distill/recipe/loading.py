@@ -1,5 +1,6 @@
 """A recipe's models: the teacher as it is to be held, students as they are to be trained."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from ..config import DistillConfig
 from ..errors import need, tell
 from ..student import block_influence, cut_student, most_influential
-from ..teachers import FrozenTeacher
+from ..teachers import FrozenTeacher, OwnBaseTeacher, Teacher
 from ..teachers.loading import dtype_of, launched, quantization_config, sharded_for
 from .models import resolve_model
 from .schema import Recipe, Student, TeacherSpec
@@ -39,6 +40,9 @@ class Models:
         held = {name: getattr(self._spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
         held = {name: value for name, value in held.items() if value}
         self._whole: nn.Module | None = None
+        self.teacher: Teacher = OwnBaseTeacher()
+        if recipe.teacher.kind == "own_base":
+            return
         if not held:
             self._whole = self._load_whole().to(args.device)
         options = {"dtype": self._spec.dtype, **_named(self._spec), **held} if held else {}
@@ -55,7 +59,7 @@ class Models:
             rows: of the training data, for choosing the blocks of a student that is cut from its teacher.
         """
         spec = self._student
-        model = self._cut(rows) if spec.from_teacher else self._load_student(resolve_model(str(spec.model)))
+        model = self._base(rows, spec.quantization)
         if spec.lora is None:
             return model
         need("peft", "peft", "A student with lora")
@@ -67,14 +71,32 @@ class Models:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **spec.lora.model_dump()))
 
-    def _load_student(self, path: str) -> Any:
+    def merge(self, folder: Path, rows: Any) -> None:
+        """Turn a folder of adapters into one of the whole model with them merged in, in the student's dtype.
+
+        Merged into the weights as they were loaded, also where the student was trained on quantised ones.
+        """
+        from peft import PeftModel
+
+        with sharded_for(None):
+            base = self._base(rows, quantization=None, whole=True)
+            merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        for file in folder.glob("adapter_*"):
+            file.unlink()
+        merged.save_pretrained(folder)
+
+    def _base(self, rows: Any, quantization: str | None, whole: bool = False) -> Any:
+        """The student without adapters; `whole`: on this process alone."""
         spec, kwargs = self._student, _named(self._student)
-        if spec.quantization:
+        if spec.from_teacher:
+            return self._cut(rows)
+        path = resolve_model(str(spec.model))
+        if quantization:
             dtype = dtype_of(AutoConfig.from_pretrained(path, revision=spec.revision), {"dtype": spec.dtype})
-            kwargs["quantization_config"] = quantization_config(spec.quantization, dtype)
+            kwargs["quantization_config"] = quantization_config(quantization, dtype)
             if self._args.device.type != "cpu":
                 kwargs["device_map"] = {"": self._args.device}
-        if self._shard:
+        if self._shard and not whole:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
         return AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **kwargs)
 

@@ -110,12 +110,13 @@ class _Run:
 
     def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
         self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
+        self.merges = recipe.export == "merged"
         set_seed(args.seed)
-        spec = recipe.teacher
-        on_stage(f"Loading {spec.model}")
+        on_stage(f"Loading {recipe.base}")
         with args.main_process_first():
-            path = resolve_model(spec.model)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=spec.revision)
+            path = resolve_model(recipe.base)
+        revision = recipe.teacher.revision if recipe.teacher.model else recipe.student.revision
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
         with args.main_process_first():
             self.train_rows, self.eval_rows = self._rows(recipe)
         self.models = Models(recipe, args, path, self.tokenizer)
@@ -169,6 +170,9 @@ class _Run:
         set_seed(self.args.seed)  # equal data order for student and control
         output = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(self.folder / name))
+        if self.merges:
+            self.on_stage(f"{name}: merging its adapters")
+            on_main(lambda: self.models.merge(self.folder / name, self.train_rows))
         return output.metrics["train_runtime"]
 
     def distil(self) -> tuple[dict[str, float], dict[str, float]]:

@@ -62,6 +62,7 @@ class Lora(Part):
     lora_alpha: float = Field(32, gt=0, description="The adapter counts lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = Field("all-linear", description="Which layers get one.")
+    use_dora: bool = Field(False, description="Weights' norms are trained apart (DoRA, 2402.09353).")
 
 
 class Student(Part):
@@ -89,8 +90,10 @@ class Student(Part):
 class TeacherSpec(Part):
     """The model to learn from."""
 
-    kind: Literal["frozen"] = Field("frozen", description="frozen: it does not move.")
-    model: str = Field(description="Id, path or package: reference.")
+    kind: Literal["frozen", "own_base"] = Field(
+        "frozen", description="frozen: it does not move; own_base: the student without its adapters, at no memory."
+    )
+    model: str | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
     dtype: _Dtype = Field("auto", description="In which to load it; in which a quantised one computes.")
     attn_implementation: str | None = Field(None, description=_ATTENTION)
@@ -106,7 +109,13 @@ class TeacherSpec(Part):
 
     @model_validator(mode="after")
     def _one_way(self):
+        if (self.kind == "frozen") == (self.model is None):
+            raise ValueError(
+                "give its model" if self.model is None else "own_base is the student itself: leave model out"
+            )
         given = [name for name in ("quantization", "deepspeed", "fsdp") if getattr(self, name)]
+        if self.kind == "own_base" and (given or self.device_map):
+            raise ValueError("own_base is held as the student is: leave quantization, deepspeed, fsdp, device_map out")
         if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(given)} exclude each other: choose quantization (each process holds the whole "
@@ -247,6 +256,25 @@ class Recipe(Part):
     control: Literal["sft"] | None = Field(
         None, description="sft: train the same student on the hard labels alone too."
     )
+
+    export: Literal["adapter", "merged"] = Field(
+        "adapter", description="Of a student with lora: its adapters alone, or a whole model with them merged in."
+    )
+
+    @property
+    def base(self) -> str:
+        """The model whose tokenizer is used: the teacher, or the student that is its own."""
+        return str(self.teacher.model or self.student.model)
+
+    @model_validator(mode="after")
+    def _adapters(self):
+        if self.student.lora is None and self.teacher.kind == "own_base":
+            raise ValueError("teacher.kind own_base switches the student's adapters off: give student.lora")
+        if self.student.lora is None and self.export == "merged":
+            raise ValueError("export merged merges adapters: give student.lora, or leave export out")
+        if self.student.from_teacher and self.teacher.kind == "own_base":
+            raise ValueError("student.from_teacher needs a teacher of its own, and own_base is none")
+        return self
 
     @field_validator("projectors", mode="before")
     @classmethod

@@ -36,7 +36,8 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     """A validated recipe's values, made small; what is not about size stays."""
     values = deepcopy(values)
     student, teacher, train = values["student"], values["teacher"], values["train"]
-    teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
+    if teacher.get("model"):
+        teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
     if student.get("from_teacher"):
         cut = student["from_teacher"]
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}

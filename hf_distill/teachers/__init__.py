@@ -2,5 +2,6 @@
 
 from .base import Teacher
 from .frozen import FrozenTeacher
+from .own_base import OwnBaseTeacher
 
-__all__ = ["FrozenTeacher", "Teacher"]
+__all__ = ["FrozenTeacher", "OwnBaseTeacher", "Teacher"]

@@ -178,6 +178,11 @@ def test_the_packaged_schema_is_the_one_that_the_code_makes():
         ({"teacher": {"model": "a/b", "deepspeed": "zero3-techer.json"}}, "teacher.deepspeed: there is no file"),
         ({"teacher": {"model": "a/b", "deepspeed": {"optimizer": {}, "zero_optimization": {"stage": 3}}}}, "remove it"),
         ({"teacher": {"model": "a/b", "deepspeed": "zero2-student.json"}}, "teacher.deepspeed: zero_opt"),
+        ({"teacher": {"kind": "own_base"}}, "switches the student's adapters off: give student.lora"),
+        ({"teacher": {"kind": "own_base", "model": "a/b"}}, "own_base is the student itself: leave model out"),
+        ({"teacher": {"kind": "own_base", "fsdp": True}}, "own_base is held as the student is"),
+        ({"teacher": {"dtype": "auto"}}, "teacher: give its model"),
+        ({"export": "merged"}, "export merged merges adapters: give student.lora"),
         ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),
     ],
 )  # fmt: skip

@@ -287,3 +287,29 @@ def test_a_launch_in_which_a_strategy_cannot_run_is_refused_before_anything_is_l
 def test_a_recipe_with_alpha_0_is_measured_against_its_teacher_all_the_same(folder):
     result = run_recipe(recipe(folder, "distill.alpha=0.0", "control=null"))
     assert result.models["student"]["kl"] > 0
+
+
+LORA = "student={model: 'smoke:llama/student', lora: {r: 4, use_dora: true}}"
+
+
+@pytest.mark.parametrize("quantization", ["null", "nf4"])
+def test_adapters_are_merged_into_the_weights_as_they_were_loaded(folder, quantization):
+    overrides = [f"train.output_dir={folder}", f"student.quantization={quantization}", "train.learning_rate=0.01"]
+    run_recipe(load_recipe("llama-70b-to-8b-nf4", [*overrides, "export=merged"], smoke=True))
+    assert not list((folder / "student").glob("adapter*"))
+    merged = AutoModelForCausalLM.from_pretrained(folder / "student")
+    adapters = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-4")
+    if quantization == "null":
+        ids = torch.arange(12)[None]
+        torch.testing.assert_close(merged(ids).logits, adapters.to(merged.dtype)(ids).logits, rtol=2e-2, atol=2e-2)
+    assert getattr(merged.config, "quantization_config", None) is None
+    base = AutoModelForCausalLM.from_pretrained(adapters.config.name_or_path, dtype=merged.dtype).state_dict()
+    moved = [name for name, value in merged.state_dict().items() if not torch.equal(value, base[name])]
+    assert len(moved) == 14  # the linear layers that have adapters, and nothing else
+
+
+def test_a_student_whose_own_base_teaches_it_starts_where_the_teacher_is(folder):
+    result = run_recipe(recipe(folder, LORA, "teacher={kind: own_base}", "control=null"))
+    assert result.models["before"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert result.models["before"]["perplexity"] == pytest.approx(result.models["before"]["teacher_perplexity"])
+    assert (folder / "student" / "adapter_config.json").is_file()

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import build
+
+from hf_distill import DistillError
+from hf_distill.teachers import FrozenTeacher, OwnBaseTeacher
+
+
+def adapted(kind: str = "llama", **options):
+    """A tiny student with adapters that already say something."""
+    model = get_peft_model(build(kind, 0, dropout=0.3), LoraConfig(target_modules="all-linear", r=4, **options))
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_the_base_teaches_as_a_frozen_copy_of_it(make_trainer, options):
+    """With a term on features, and dropout in the student alone."""
+    losses = [{"name": "hidden_cosine", "weight": 0.1}]
+    args = {"losses": losses, "learning_rate": 1e-2}
+    base = build("llama", 0, dropout=0.3)
+    own = make_trainer(model=adapted(**options), teacher=OwnBaseTeacher(), folder="own", **args)
+    copied = make_trainer(model=adapted(**options), teacher=FrozenTeacher(base), folder="copied", **args)
+    for trainer in (own, copied):
+        torch.manual_seed(0)
+        trainer.train()
+    logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (own, copied)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+    assert own.evaluate()["eval_kl"] == pytest.approx(copied.evaluate()["eval_kl"], rel=1e-5)
+    for (name, a), b in zip(own.model.named_parameters(), copied.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_step_leaves_mode_adapters_and_gradients_as_they_were(make_trainer):
+    model = adapted()
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(model=model, teacher=OwnBaseTeacher())
+    trainer.train()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+    assert model.training
+    assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
+    trainer.evaluate()
+    assert not model.base_model.training
+
+
+def test_a_student_without_adapters_is_refused_with_what_to_do(make_trainer):
+    with pytest.raises(DistillError, match=r"has no adapters.*get_peft_model"):
+        make_trainer(teacher=OwnBaseTeacher())
