@@ -52,3 +52,11 @@ def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):
     done = on_two(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
     assert done.returncode != 0
     assert done.stderr.count("holds a run of another recipe") == 1
+
+
+def test_accelerate_launches_a_recipe(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*launch, "-m", "hf_distill", "run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
