@@ -1,6 +1,7 @@
 """On-policy distillation: the student writes completions by TRL's generation, the teacher judges every token."""
 
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -164,10 +165,8 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         if fraction in (0, 1) or not self.model.training:
             return [fraction > 0] * count
         before, after = (math.floor(i * fraction * count + 1e-6) for i in (step, step + 1))
-        generator = torch.Generator().manual_seed(
-            (self.args.seed << 32) + step * self.args.world_size + self.args.process_index
-        )
-        chosen = set(torch.randperm(count, generator=generator)[: after - before].tolist())
+        draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")
+        chosen = draw.sample(range(count), after - before)
         return [i in chosen for i in range(count)]
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
