@@ -74,18 +74,18 @@ def test_reverse_kl_on_generated_completions_is_trls(make):
 
 
 def naive(trainer, batch, alpha, temperature):
-    """The objective of a batch, from whole logits."""
+    """The objective of a batch and the norm of its gradient, from whole logits."""
+    student, teacher = trainer.model, trainer.teacher.model
+    student.zero_grad()
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
-    with torch.no_grad():
-        s, t = (
-            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double()
-            for model in (trainer.model, trainer.teacher.model)
-        )
+    s, t = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double() for m in (student, teacher))
     log_s, log_t = (torch.log_softmax(z / temperature, -1) for z in (s, t))
     soft = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
     hard = -torch.log_softmax(s, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     hard = hard * batch["labelled_rows"][:, None]
-    return float(((alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"])
+    loss = ((alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"]
+    loss.backward()
+    return float(loss), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
 
 
 def test_hard_labels_stand_on_the_rows_of_the_data_set_alone(make):
@@ -93,8 +93,8 @@ def test_hard_labels_stand_on_the_rows_of_the_data_set_alone(make):
     (batch,) = batches_of(trainer)
     assert batch["labelled_rows"].sum() == 2
     assert int(batch["items"]) == int((batch["labels"] != -100).sum())
-    ((loss,),) = logged(trainer, "loss")
-    assert loss == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)
+    (found,) = logged(trainer, "loss", "grad_norm")
+    assert found == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [ROWS, TEXT], ids=["messages", "text"])
