@@ -85,7 +85,7 @@ def naive(trainer, batch, alpha, temperature):
     hard = hard * batch["labelled_rows"][:, None]
     loss = ((alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"]
     loss.backward()
-    return float(loss), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
+    return loss.item(), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
 
 
 def test_hard_labels_stand_on_the_rows_of_the_data_set_alone(make):
