@@ -19,6 +19,8 @@ class DistillFields:
         DistillError: a value out of range, an unknown loss or option; all of them at once.
     """
 
+    _DICT_FIELDS: ClassVar = ["divergence", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
+
     temperature: float = field(
         default=2.0,
         metadata={"help": "Divides the logits of teacher and student; the divergence is multiplied by its square."},
@@ -90,13 +92,7 @@ class DistillConfig(DistillFields, TrainingArguments):
     Every field can be set from a command line through `HfArgumentParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "divergence",
-        "projectors",
-        "teacher_init_kwargs",
-        "teacher_deepspeed",
-    ]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
 
     def __post_init__(self):
         DistillFields.__post_init__(self)

@@ -135,7 +135,8 @@ def _run(
 
 def _prepare(model: nn.Module, inputs: dict) -> dict:
     labels = inputs.get("labels")
-    inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", "num_items_in_batch")}
+    ours = ("labels", "shift_labels", "labelled_rows", "num_items_in_batch")
+    inputs = {k: v for k, v in inputs.items() if k not in ours}
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
     if "use_cache" in parameters_of(model.__class__):

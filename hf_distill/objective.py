@@ -107,7 +107,7 @@ def objective(
 
 def _named_apart(terms: list[Term]) -> list[Term]:
     """A loss that is used twice, or that is called as something else that is logged, gets a number behind its name."""
-    taken = {"kl", "agreement", "measured", "asked"}
+    taken = {"kl", "agreement", "accuracy", "measured", "asked"}
     result = []
     for term in terms:
         name = next(n for n in chain([term.name], (f"{term.name}_{i}" for i in count(2))) if n not in taken)

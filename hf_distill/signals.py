@@ -58,6 +58,7 @@ class Targets:
     positions: [T] where its prediction stands among the B*S rows of the flattened logits
     rows:      [T] the batch row it belongs to
     shape:     (B, S) of the logits, or (B,) for a classifier of whole sequences
+    labelled:  [T] whether the label is the data's; None: all are. A completion that the student wrote has no label
     documents: [B, S] for features: which document of its row a token belongs to, counted from 1; 0 for padding
     causal:    for features: whether a token sees none after it
     """
@@ -66,12 +67,13 @@ class Targets:
     positions: Tensor
     rows: Tensor
     shape: torch.Size
+    labelled: Tensor | None = None
     documents: Tensor | None = None
     causal: bool = False
 
     @classmethod
     def from_batch(cls, inputs: dict, shift: bool) -> "Targets":
-        """Read the targets of a batch; see `asked_labels`.
+        """Read the targets of a batch; see `asked_labels`, and `labelled_rows` [B] where some rows have no labels.
 
         Raises:
             DistillError: no labels, or labels that are not ids.
@@ -85,7 +87,8 @@ class Targets:
         flat = labels.reshape(-1)
         positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
         width = labels.shape[1] if labels.dim() > 1 else 1
-        return cls(flat[positions], positions, positions // width, labels.shape)
+        rows, labelled = positions // width, inputs.get("labelled_rows")
+        return cls(flat[positions], positions, rows, labels.shape, None if labelled is None else labelled[rows])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,7 +126,8 @@ class Targets:
 
     def block(self, rows: slice) -> "Targets":
         """The same for some of the asked tokens."""
-        return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape)
+        labelled = None if self.labelled is None else self.labelled[rows]
+        return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape, labelled)
 
     def tokens(self, inputs: dict, causal: bool, stack: str | None = None) -> "Targets":
         """The N tokens whose features are compared: the asked ones; or, where the asked are not among the tokens (a
@@ -146,7 +150,8 @@ class Targets:
         asks[self.rows] = True
         positions = ((documents > 0) & asks[:, None]).flatten().nonzero().squeeze(1)
         labels = torch.full_like(positions, IGNORE_INDEX)
-        return Targets(labels, positions, positions // documents.shape[1], documents.shape, documents, causal)
+        rows = positions // documents.shape[1]
+        return Targets(labels, positions, rows, documents.shape, documents=documents, causal=causal)
 
     def own_documents(self) -> Tensor:
         """The document of each of N tokens, within its row, [N]."""

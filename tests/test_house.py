@@ -24,6 +24,7 @@ FLOORS = [
     {"config"},
     {"evidence", "sidecar_trainer"},
     {"trainer"},
+    {"trl"},
     {"recipe"},
     {"progress"},
     {"analysis"},

@@ -117,3 +117,9 @@ def rows(kind: str, n: int = 16, length: int = 12, seed: int = 1, pad: str = "ri
 def collate(batch: list[dict]) -> dict:
     """Stack rows of equal length."""
     return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+
+
+def conversation(i: int) -> list[dict]:
+    """A question and its answer, of a length that differs from row to row."""
+    answer = "It is " + "very " * (i % 5) + f"close to {i}."
+    return [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,10 @@
+"""TRL's trainers with a teacher: supervised fine-tuning, and on-policy distillation with TRL's generation."""
+
+from ..errors import need
+
+need("trl", "trl", "hf_distill.trl")
+
+from .on_policy import OnPolicyDistillConfig, OnPolicyDistillTrainer  # noqa: E402
+from .sft import DistillSFTConfig, DistillSFTTrainer  # noqa: E402
+
+__all__ = ["DistillSFTConfig", "DistillSFTTrainer", "OnPolicyDistillConfig", "OnPolicyDistillTrainer"]

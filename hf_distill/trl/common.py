@@ -1,0 +1,48 @@
+"""What both of TRL's trainers need: its names of metrics, adapters on the head."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..trainer import DistillMixin
+
+
+class TRLMixin(DistillMixin):
+    """`DistillMixin` for a trainer of TRL: what TRL logs of the student keeps its name."""
+
+    def unfit(self) -> list[str]:
+        """As the mixin's; and adapters that lengthen the rows."""
+        configs = getattr(self.model, "peft_config", {})
+        if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+            return [
+                "prompt learning (prompt tuning, prefix tuning, P-tuning) puts virtual tokens before the rows, where "
+                "the teacher has none: use an adapter of weights, such as LoRA"
+            ]
+        return []
+
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        """As the mixin's; and `mean_token_accuracy` and `entropy` of the student."""
+        means = super()._means(sums)
+        if "accuracy" in sums:
+            measured = max(sums.get("measured", 0.0), 1.0)
+            means["mean_token_accuracy"] = sums["accuracy"] / measured
+            means["entropy"] = sums["student_entropy"] / measured
+        return means
+
+
+@contextmanager
+def adapted_heads(module: Any, allowed: bool) -> Iterator[None]:
+    """While it lasts, the constructor in a module of TRL accepts an adapter on `lm_head`.
+
+    TRL refuses it because its losses multiply by `lm_head.weight` themselves. Ours run the head, adapter included.
+
+    Args:
+        module: which checks `isinstance(head, BaseTunerLayer)`.
+        allowed: False changes nothing.
+    """
+    checked = module.BaseTunerLayer
+    module.BaseTunerLayer = () if allowed else checked  # no object is an instance of ()
+    try:
+        yield
+    finally:
+        module.BaseTunerLayer = checked

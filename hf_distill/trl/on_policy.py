@@ -1,0 +1,227 @@
+"""On-policy distillation: the student writes completions by TRL's generation, the teacher judges every token."""
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import trl.trainer.distillation_trainer
+from torch import Tensor, nn
+from trl import DistillationConfig, DistillationTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import flush_left
+
+from ..config import DistillFields
+from ..errors import DistillError, noted, tell
+from ..signals import IGNORE_INDEX
+from ..teachers import Teacher
+from .common import TRLMixin, adapted_heads
+
+_FIELDS = DistillFields.__dataclass_fields__
+
+
+@dataclass
+class OnPolicyDistillConfig(DistillFields, DistillationConfig):
+    """`trl.DistillationConfig` and the fields of a distillation; by default reverse KL at T = 1, the teacher alone.
+
+    Raises:
+        DistillError: a value out of range, or a field of TRL's that another one stands for; all of them at once.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*DistillationConfig._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+
+    temperature: float = field(default=1.0, metadata=_FIELDS["temperature"].metadata)
+    alpha: float = field(default=1.0, metadata=_FIELDS["alpha"].metadata)
+    divergence: dict | str | None = field(default="reverse_kl", metadata=_FIELDS["divergence"].metadata)
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature at which the student writes completions."}
+    )
+    on_policy_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the rows, in [0, 1], whose completions the student writes; the others keep the data "
+            "set's, which alone have hard labels."
+        },
+    )
+
+    def __post_init__(self):
+        problems: list[str] = []
+        with noted(problems):
+            DistillFields.__post_init__(self)
+        if not 0 <= self.on_policy_fraction <= 1:
+            problems.append(f"on_policy_fraction is {self.on_policy_fraction}; it must lie in [0, 1]")
+        if not (self.sampling_temperature > 0 and math.isfinite(self.sampling_temperature)):
+            problems.append(f"sampling_temperature is {self.sampling_temperature}; it must be a positive number")
+        if self.alpha < 1 and self.on_policy_fraction == 1:
+            problems.append(
+                f"alpha is {self.alpha}, but hard labels stand in the data set's completions alone, and with "
+                "on_policy_fraction=1 there are none of them: use alpha=1, or a smaller fraction"
+            )
+        if self.beta != 1.0:
+            problems.append(
+                f"beta={self.beta} is TRL's way to choose the divergence: use divergence='forward_kl' (its 0), "
+                "'reverse_kl' (its 1) or {'name': 'js', 'beta': ...}"
+            )
+        theirs = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
+        if given := [name for name in theirs if getattr(self, name) is not None]:
+            problems.append(f"{', '.join(given)}: pass `teacher=` to the trainer, and use teacher_init_kwargs")
+        tell(problems)
+        DistillationConfig.__post_init__(self)
+
+
+class _Generating(DistillationTrainer):
+    """`DistillationTrainer` without its teacher, at the temperature of sampling."""
+
+    distilling = False
+    _signature_columns: Any
+
+    def __init__(self, model: Any, args: Any, **kwargs):
+        # TRL reads one temperature, while it is built, for sampling and loss. The loss is not its own here.
+        loss_temperature, args.temperature = args.temperature, args.sampling_temperature
+        try:
+            with adapted_heads(trl.trainer.distillation_trainer, self.distilling):
+                super().__init__(model, teacher_model=None, args=args, **kwargs)
+        finally:
+            args.temperature = loss_temperature
+
+
+class OnPolicyDistillTrainer(TRLMixin, _Generating):
+    """`trl.DistillationTrainer`, its generation as it is, with any teacher and any objective.
+
+    L = sum over completion tokens of (alpha * T^2 * divergence + others) and, where the completion is the data set's,
+    (1 - alpha) * cross entropy; divided by the completion tokens of the global batch, generated ones included
+
+    Rows have `prompt` and, for on_policy_fraction < 1, `completion`. In each step floor or ceil of the fraction of
+    every rank's rows are written by the student; which, follows from seed, step and rank. Evaluation generates, unless
+    the fraction is 0.
+
+    Private methods of TRL that are overridden: `_generate_and_score_completions` chooses the rows,
+    `_generate_single_turn` generates those only, `_set_signature_columns_if_needed` keeps the column `completion`.
+    Public ones beside `DistillMixin`'s: none but `compute_loss`, which turns TRL's batch into ids and labels.
+
+    Args:
+        model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
+        args: an `OnPolicyDistillConfig`.
+        teacher: a model, the id or path of one, or a `Teacher`.
+        everything else: as in `DistillationTrainer`, by name.
+
+    Raises:
+        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+    """
+
+    def __init__(self, model: Any, args: OnPolicyDistillConfig | None = None, *, teacher: Any = None, **kwargs):
+        args = OnPolicyDistillConfig() if args is None else args
+        problems = []
+        if not isinstance(args, OnPolicyDistillConfig):
+            problems.append(f"args is a {type(args).__name__}: use OnPolicyDistillConfig")
+        elif args.alpha == 0 and not args.losses:
+            problems.append("alpha is 0 and there are no losses, so nothing of the teacher's is learnt: use SFTTrainer")
+        if kwargs.pop("teacher_model", None) is not None:
+            problems.append("teacher_model is TRL's name: pass the teacher as `teacher=`")
+        elif teacher is None:
+            problems.append("on-policy distillation needs a teacher: pass `teacher=`, a model, its id or a Teacher")
+        tell(problems)
+        self._given: list[dict | None] | None = None
+        super().__init__(model, args, teacher=teacher, **kwargs)
+
+    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+        """As the mixin's; vLLM can be sent the student's weights alone."""
+        super().distil_from(teacher, fields)
+        if self.args.use_vllm and self._sidecar is not None:
+            raise DistillError(
+                "use_vllm sends every parameter of the student to vLLM, the projectors of `losses` included, which it "
+                "does not know: use losses without projectors or learned layers, or generate with transformers."
+            )
+
+    def unfit(self) -> list[str]:
+        """Rows and tools that cannot be had both ways."""
+        problems, mixed = super().unfit(), self.args.on_policy_fraction < 1
+        if self._is_vlm:
+            problems.append("images are not distilled: use a tokenizer as processing_class and rows of text")
+        if mixed and self.tools:
+            problems.append(
+                "tools would be called for the data set's completions too: use on_policy_fraction=1, or no tools"
+            )
+        for name in ("train_dataset", "eval_dataset") if self.args.on_policy_fraction == 0 else ("train_dataset",):
+            columns = getattr(getattr(self, name), "column_names", None)
+            if mixed and isinstance(columns, list) and "completion" not in columns:
+                problems.append(
+                    f"on_policy_fraction is {self.args.on_policy_fraction}, but {name} has no column `completion`, "
+                    f"only {sorted(columns)}: add it, or use on_policy_fraction=1"
+                )
+        return problems
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "completion"])]
+
+    def _own_rows(self, count: int) -> list[bool]:
+        """Which rows of this rank's batch the student completes; as many on every rank, so that all generate or none.
+
+        Equal for equal seed, step and rank; the share is exact over the steps.
+        """
+        fraction, step = self.args.on_policy_fraction, self.state.global_step
+        if fraction in (0, 1) or not self.model.training:
+            return [fraction > 0] * count
+        before, after = (math.floor(i * fraction * count + 1e-6) for i in (step, step + 1))
+        draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")
+        chosen = draw.sample(range(count), after - before)
+        return [i in chosen for i in range(count)]
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
+        own = self._own_rows(len(inputs))
+        self._given = [None if mine else row for mine, row in zip(own, inputs, strict=True)]
+        batch = super()._generate_and_score_completions(inputs)
+        return batch | {"labelled_rows": ~torch.tensor(own, device=self.accelerator.device)}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *more, **kwargs) -> list[list[int]]:
+        """As TRL's, for the rows that the student completes; later turns of tools are its own altogether."""
+        given, self._given = self._given or [None] * len(prompt_ids), None
+        own = [ids for ids, row in zip(prompt_ids, given, strict=True) if row is None]
+        written = iter(super()._generate_single_turn(own, *more, **kwargs) if own else ())
+        return [
+            next(written) if row is None else self._completion(row, ids)
+            for ids, row in zip(prompt_ids, given, strict=True)
+        ]
+
+    def _completion(self, row: dict, prompt_ids: list[int]) -> list[int]:
+        """The data set's completion of a row, as ids that follow those of its prompt; ended as SFTTrainer ends it."""
+        if is_conversational(row):
+            whole = self.processing_class.apply_chat_template(
+                row["prompt"] + row["completion"], tokenize=True, return_dict=True, **self.chat_template_kwargs
+            )["input_ids"]
+        else:
+            end = self._tokenizer.eos_token
+            text = row["completion"] if row["completion"].endswith(end) else row["completion"] + end
+            whole = self.processing_class(text=row["prompt"] + text)["input_ids"]
+            if whole[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
+                whole = prompt_ids + self.processing_class(text=text, add_special_tokens=False)["input_ids"]
+        completion = whole[len(prompt_ids) :][: self.max_completion_length]
+        if whole[: len(prompt_ids)] != prompt_ids or not completion:
+            raise DistillError(
+                f"The chat template does not continue the prompt by the completion {row['completion']!r}, or it is "
+                "empty: the student would learn another context than the one it generates from. Use a template "
+                "that renders a prompt the same way with and without its answer, or on_policy_fraction=1."
+            )
+        return completion
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective over completions; see the class. `num_items_in_batch` is TRL's count of the batch it made."""
+        items = inputs["num_items_in_batch"] if model.training else None
+        if items is not None and not self.args.average_tokens_across_devices:
+            items = items / self.accelerator.num_processes
+        return super().compute_loss(model, _as_rows(inputs), return_outputs, items)
+
+
+def _as_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """TRL's prompts [B, P] and completions [B, C] as right-padded ids, mask and labels, [B, S]."""
+    asked = batch["completion_mask"] * batch.get("tool_mask", 1)
+    asked = torch.cat([torch.zeros_like(batch["prompt_mask"]), asked], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask, ids, asked = flush_left(mask, ids, asked)
+    labels = ids.masked_fill(asked == 0, IGNORE_INDEX)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "labelled_rows": batch["labelled_rows"]}

@@ -1,0 +1,104 @@
+"""Supervised fine-tuning with a teacher: TRL's data formats, chat templates and packing under the objective."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import trl.trainer.sft_trainer
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from ..config import DistillFields
+from ..errors import DistillError
+from ..teachers import Teacher
+from .common import TRLMixin, adapted_heads
+from .packing import check_apart
+
+
+@dataclass
+class DistillSFTConfig(DistillFields, SFTConfig):
+    """`trl.SFTConfig`, with TRL's defaults, and the fields of a distillation.
+
+    Every field can be set from a command line through `HfArgumentParser` or `TrlParser`.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+
+    def __post_init__(self):
+        DistillFields.__post_init__(self)
+        SFTConfig.__post_init__(self)
+
+
+class _SFTTrainer(SFTTrainer):
+    """`SFTTrainer`, which takes an adapter on the head where it distils."""
+
+    distilling = False
+
+    def __init__(self, model: Any, args: Any = None, *more, **kwargs):
+        with adapted_heads(trl.trainer.sft_trainer, self.distilling):
+            super().__init__(model, args, *more, **kwargs)
+
+
+class DistillSFTTrainer(TRLMixin, _SFTTrainer):
+    """`trl.SFTTrainer` with a teacher.
+
+    Without one, or with alpha = 0 and no further losses, it is `SFTTrainer`, bit for bit. With one the rows that
+    `SFTTrainer` prepares have the loss of `DistillTrainer`. Overridden beside what `DistillMixin` overrides:
+    `compute_loss` and `log`, which count `num_tokens`.
+
+    Args:
+        model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
+        args: a `DistillSFTConfig`, or plain `SFTConfig` (then the defaults: temperature 2, alpha 0.5).
+        teacher: a model, the id or path of one, or a `Teacher`; None trains without.
+        everything else: as in `SFTTrainer`, in its place.
+
+    Raises:
+        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+    """
+
+    def __init__(self, model: Any, args: Any = None, *more, teacher: Any = None, **kwargs):
+        if isinstance(args, DistillFields) and not isinstance(args, SFTConfig):
+            raise DistillError(
+                f"args is a {type(args).__name__}, whose fields SFTTrainer does not know: use DistillSFTConfig."
+            )
+        self._tokens_seen: Any = 0
+        super().__init__(model, args, *more, teacher=teacher, **kwargs)
+
+    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+        """As the mixin's; with padding-free rows both models must keep documents apart."""
+        super().distil_from(teacher, fields)
+        if self.padding_free:
+            check_apart(self.model, teacher, self.data_collator, self.accelerator.autocast)
+
+    def unfit(self) -> list[str]:
+        """Arguments of SFTTrainer that would change the objective or the rows behind the teacher's back."""
+        problems, args = super().unfit(), self.args
+        if args.loss_type != "nll":
+            problems.append(
+                f"loss_type={args.loss_type!r} rewrites the cross entropy, and the hard labels of a distillation are "
+                "plain: use loss_type='nll', or register a loss with @hf_distill.loss and name it in `losses`"
+            )
+        if args.eval_packing and not self.padding_free and args.packing_strategy != "wrapped":
+            problems.append(
+                "eval_packing=True without padding-free training: TRL's collator then gives no positions, and packed "
+                "documents would see each other: set eval_packing=False, or packing=True with packing_strategy='bfd'"
+            )
+        return problems
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective, see `DistillMixin.compute_loss`; counts the tokens that the student sees."""
+        if self.distilling and model.training:
+            mask = inputs.get("attention_mask")
+            self._tokens_seen = self._tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As SFTTrainer's; `num_tokens` is summed over ranks here, not in every micro-batch."""
+        if self.distilling and "loss" in logs:
+            seen = torch.as_tensor(self._tokens_seen, device=self.args.device)
+            self._total_train_tokens += int(self.accelerator.reduce(seen, "sum")) // self._tp_size
+            self._tokens_seen = 0
+            logs["num_tokens"] = self._total_train_tokens
+        super().log(logs, start_time)

@@ -1,0 +1,82 @@
+"""TRL's trainers on two processes against one. Run as a script, this file trains, and rank 0 writes what it saw."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def train(folder: Path) -> dict[str, list]:
+    """A few steps of each trainer: the same global batch, whatever the number of ranks."""
+    from datasets import Dataset
+    from tiny import build
+
+    from hf_distill.recipe.smoke import byte_tokenizer
+    from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
+
+    tokenizer, world = byte_tokenizer(), int(os.environ.get("WORLD_SIZE", 1))
+    rows = Dataset.from_list([{"prompt": f"say {i}:", "completion": " ok " + "very " * (i % 4)} for i in range(16)])
+    common = dict(
+        max_steps=3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        use_cpu=True,
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        alpha=0.5,
+        losses=[{"name": "hidden_mse", "weight": 0.1}],
+    )
+    seen = {}
+    for name, cls, args in (
+        ("sft", DistillSFTTrainer, DistillSFTConfig(str(folder), **common)),
+        (
+            "on-policy",
+            OnPolicyDistillTrainer,
+            OnPolicyDistillConfig(str(folder), on_policy_fraction=0.0, max_completion_length=12, **common),
+        ),
+    ):
+        trainer = cls(
+            model=build("llama", 0, vocab=len(tokenizer)),
+            teacher=build("llama", 1, layers=3, width=48, vocab=len(tokenizer)),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows.select(range(7)),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        seen[name] = [log[key] for log in logs for key in ("loss", "grad_norm", "hard_loss", "num_tokens")]
+        seen[name] += [metrics["eval_loss"], metrics["eval_kl"]]
+    return seen
+
+
+def on(ranks: int, folder: Path) -> dict[str, list]:
+    launch = [sys.executable, __file__, str(folder)]
+    if ranks > 1:
+        launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "seen.json").read_text())
+
+
+def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = on(1, tmp_path / "one"), on(2, tmp_path / "two")
+    for name, expected in one.items():
+        assert two[name] == pytest.approx(expected, rel=1e-5)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    found = train(Path(sys.argv[1]))
+    if os.environ.get("RANK", "0") == "0":
+        (Path(sys.argv[1]) / "seen.json").write_text(json.dumps(found))

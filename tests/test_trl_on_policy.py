@@ -1,0 +1,203 @@
+"""`OnPolicyDistillTrainer`: TRL's generation, any objective, any share of the data set's completions."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import build, conversation
+from transformers import HfArgumentParser
+from trl import DistillationConfig, DistillationTrainer
+
+from hf_distill import DistillError
+from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
+
+ROWS = [{"prompt": conversation(i)[:1], "completion": conversation(i)[1:]} for i in range(12)]
+TEXT = [{"prompt": f"What is {i}?", "completion": f" It is {'very ' * (i % 3)}close to {i}."} for i in range(12)]
+
+
+@pytest.fixture
+def make(tmp_path, smollm2_tokenizer):
+    """`make(on_policy_fraction=0.5)`: a trainer of a tiny pair with SmolLM2's vocabulary."""
+    size = len(smollm2_tokenizer)
+
+    def make(rows=ROWS, *, cls=OnPolicyDistillTrainer, config=OnPolicyDistillConfig, folder="out", **options):
+        passed = {k: options.pop(k) for k in list(options) if k not in config.__dataclass_fields__}
+        fields = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
+        fields |= {"bf16": False, "report_to": "none", "dataloader_pin_memory": False}
+        fields |= {"max_completion_length": 6, "learning_rate": 1e-3} if config is not DistillSFTConfig else {}
+        args = config(str(tmp_path / folder), **fields | options)
+        data = Dataset.from_list(rows)
+        teacher = build("llama", 1, layers=3, width=24, vocab=size)
+        return cls(
+            args=args,
+            **{
+                "model": build("llama", 0, vocab=size, width=16),
+                "teacher_model" if cls is DistillationTrainer else "teacher": teacher,
+                "train_dataset": data,
+                "eval_dataset": data.select(range(4)),
+                "processing_class": smollm2_tokenizer,
+            }
+            | passed,
+        )
+
+    return make
+
+
+def batches_of(trainer):
+    """The batches that a run is trained on, as rows."""
+    from hf_distill.trl.on_policy import _as_rows
+
+    kept, own = [], trainer.compute_loss
+
+    def spy(model, inputs, *more, **kwargs):
+        kept.append(_as_rows(inputs) | {"items": inputs["num_items_in_batch"]})
+        return own(model, inputs, *more, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    return kept
+
+
+def logged(trainer, *names):
+    return [[log[name] for name in names] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_reverse_kl_on_generated_completions_is_trls(make):
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3)
+    theirs = make(cls=DistillationTrainer, config=DistillationConfig, temperature=1.0, **options)
+    theirs.train()
+    ours = make(**options)  # built last, for the random numbers of the generation
+    ours.train()
+    names = ("loss", "grad_norm", "entropy", "completions/mean_length", "num_tokens")
+    for found, expected in zip(logged(ours, *names), logged(theirs, *names), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def naive(trainer, batch, alpha, temperature):
+    """The objective of a batch and the norm of its gradient, from whole logits."""
+    student, teacher = trainer.model, trainer.teacher.model
+    student.zero_grad()
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
+    s, t = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double() for m in (student, teacher))
+    log_s, log_t = (torch.log_softmax(z / temperature, -1) for z in (s, t))
+    soft = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
+    hard = -torch.log_softmax(s, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    hard = hard * batch["labelled_rows"][:, None]
+    loss = ((alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"]
+    loss.backward()
+    return loss.item(), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
+
+
+def test_hard_labels_stand_on_the_rows_of_the_data_set_alone(make):
+    trainer = make(on_policy_fraction=0.5, alpha=0.4, temperature=2.0, max_steps=1, learning_rate=0.0)
+    (batch,) = batches_of(trainer)
+    assert batch["labelled_rows"].sum() == 2
+    assert int(batch["items"]) == int((batch["labels"] != -100).sum())
+    (found,) = logged(trainer, "loss", "grad_norm")
+    assert found == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [ROWS, TEXT], ids=["messages", "text"])
+def test_without_generation_it_is_the_loss_of_supervised_rows(make, rows):
+    options = dict(max_steps=1, per_device_train_batch_size=12, alpha=0.5, temperature=2.0, divergence="js")
+    options["learning_rate"] = 0.0
+    ours = make(rows, on_policy_fraction=0.0, max_completion_length=64, **options)
+    supervised = make(rows, cls=DistillSFTTrainer, config=DistillSFTConfig, folder="sft", **options)
+    ours.train()
+    supervised.train()
+    names = ("loss", "soft_loss", "hard_loss", "grad_norm")
+    assert logged(ours, *names)[0] == pytest.approx(logged(supervised, *names)[0], rel=1e-5)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(supervised.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_accumulation_changes_nothing(make):
+    found = []
+    for micro, pieces in ((4, 1), (2, 2), (1, 4)):
+        options = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=pieces, max_steps=1)
+        trainer = make(on_policy_fraction=0.5, alpha=0.5, folder=f"{micro}", **options)
+        trainer.train()
+        found += logged(trainer, "loss", "soft_loss", "hard_loss", "grad_norm")
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_the_share_of_generated_rows_is_exact_and_follows_from_the_seed(make):
+    trainer, other = (make(on_policy_fraction=0.3, seed=seed, folder=str(seed)) for seed in (1, 2))
+    chosen = {}
+    for name, one in (("own", trainer), ("again", trainer), ("other", other)):
+        chosen[name] = []
+        for step in range(10):
+            one.state.global_step = step
+            chosen[name].append(one._own_rows(4))
+    assert sum(map(sum, chosen["own"])) == 12
+    assert {sum(rows) for rows in chosen["own"]} == {1, 2}
+    assert chosen["own"] == chosen["again"] != chosen["other"]
+    trainer.model.eval()
+    assert trainer._own_rows(4) == [True] * 4
+
+
+def test_sampling_has_its_own_temperature(make):
+    trainer = make(sampling_temperature=0.7, temperature=2.0)
+    assert trainer.generation_config.temperature == 0.7
+    assert trainer.args.temperature == trainer.distiller.terms[0].options["temperature"] == 2.0
+
+
+def test_features_padded_vocabularies_and_adapters_on_the_head_work(make, smollm2_tokenizer):
+    trainer = make(
+        losses=[{"name": "hidden_mse", "weight": 0.1}, {"name": "value_relation", "weight": 0.1}],
+        divergence={"name": "skew_kl", "lam": 0.2},
+        teacher=build("llama", 1, layers=3, width=24, vocab=len(smollm2_tokenizer) + 64),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
+        on_policy_fraction=0.5,
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert any("lm_head" in name for name in moved)
+    assert any("sidecar" in name for name in moved)
+    assert all(loss > 0 for losses in logged(trainer, "hidden_mse_loss", "value_relation_loss") for loss in losses)
+    assert trainer.evaluate()["eval_kl"] > 0
+
+
+def test_a_resumed_run_is_the_straight_run(make, tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, on_policy_fraction=0.5, alpha=0.5)
+    options |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    straight, resumed = make(**options), make(**options)
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    expected = straight.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.5}, "hard labels stand in the data set's completions alone"),
+        ({"beta": 0.5, "on_policy_fraction": 2.0}, r"on_policy_fraction is 2.0.*; beta=0.5 is TRL's way"),
+        ({"sampling_temperature": 0.0, "divergence": "kll"}, "Unknown loss 'kll'.*; sampling_temperature is 0.0"),
+        ({"teacher_model_name_or_path": "x"}, "teacher_model_name_or_path: pass `teacher=`"),
+        ({"teacher_model": "x"}, "teacher_model is TRL's name"),
+        ({"teacher": None}, "needs a teacher"),
+        ({"alpha": 0.0, "on_policy_fraction": 0.5}, "nothing of the teacher's is learnt"),
+        ({"config": DistillationConfig}, "args is a DistillationConfig: use OnPolicyDistillConfig"),
+        ({"rows": [{"prompt": "x"}] * 8, "on_policy_fraction": 0.5}, "train_dataset has no column `completion`"),
+        ({"divergence": "js", "torch_compile": True}, "torch_compile would keep the head"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(make, options, message):
+    with pytest.raises(DistillError, match=message):
+        make(**options)
+
+
+def test_a_completion_that_does_not_continue_its_prompt_is_refused(make, smollm2_tokenizer, monkeypatch):
+    template = "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    monkeypatch.setattr(smollm2_tokenizer, "chat_template", template)
+    with pytest.raises(DistillError, match="does not continue the prompt by the completion"):
+        make(on_policy_fraction=0.0).train()
+
+
+def test_every_field_is_an_option_of_a_command_line(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--on_policy_fraction", "0.25", "--bf16", "false", "--divergence", "js"]
+    (config,) = HfArgumentParser(OnPolicyDistillConfig).parse_args_into_dataclasses(words)
+    assert (config.on_policy_fraction, config.alpha, config.temperature, config.divergence) == (0.25, 1.0, 1.0, "js")
+    assert config.learning_rate == 1e-6
