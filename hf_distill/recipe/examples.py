@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from ..data import Collator, Examples, hold_out, load_documents, mix, pack, rows_of, tag
-from .sources import Data, Source
+from .data import Data, Source
 
 
 @dataclass(frozen=True)

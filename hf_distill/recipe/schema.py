@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
 from ..errors import did_you_mean
 from ..layers import check_layers
-from .sources import Data, Part
+from .data import Data, Part
 
 _JSON_TYPES: dict[str, Any] = {
     "integer": int,
