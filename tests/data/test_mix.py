@@ -102,7 +102,8 @@ class Seen(TrainerCallback):
         self.stop = stop
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.stop
+        if state.global_step == self.stop:
+            control.should_training_stop = True
 
 
 class Recording(Collator):
