@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from ..errors import DistillError, did_you_mean
 from .formats import TEXT, format_of
@@ -46,9 +47,9 @@ def load_documents(
         data: Any = _PACKAGED[path]()
     else:
         data = _load(path, split, name, streaming)
-    if streaming and isinstance(data, Dataset):
+    if streaming and isinstance(data, Dataset) and len(data):
         data = data.to_iterable_dataset()
-    first = next(iter(data), None)
+    first = None if data is None else next(iter(data), None)
     if first is None:
         raise DistillError(f"{path} (split {split!r}) has no documents.")
     if format_of(list(first), column, path) == TEXT:
@@ -64,8 +65,13 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     if suffix in _BUILDERS:
         if not place.is_file():
             raise DistillError(f"There is no file {path!r} (looked in {Path.cwd()}).")
+        if place.stat().st_size == 0:
+            return None
         how = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-        return load_dataset(_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **how)
+        try:
+            return load_dataset(_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **how)
+        except DatasetGenerationError as error:
+            raise DistillError(f"{path} cannot be read as {suffix}: {error.__cause__ or error}") from error
     if (place / "state.json").is_file():
         return load_from_disk(path)
     if (place / "dataset_dict.json").is_file():

@@ -84,7 +84,9 @@ def _rows(documents: Examples, source: Source, tokenizer: Any, max_length: int) 
 
 
 def _first(rows: Any, count: int | None) -> Any:
-    return rows if count is None else rows.take(count)
+    if count is None or (isinstance(rows, Dataset) and len(rows) <= count):
+        return rows
+    return rows.take(count)
 
 
 def _mean_length(rows: Dataset) -> float:

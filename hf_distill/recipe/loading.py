@@ -1,5 +1,6 @@
 """A recipe's models: the teacher as it is to be held, students as they are to be trained."""
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Models:
         if self.layers is None:
             self.layers = cut.layers
         if self.layers is None:
-            ids = ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows.take(_CALIBRATION_ROWS))
+            ids = ({"input_ids": torch.tensor([row["input_ids"]])} for row in islice(rows, _CALIBRATION_ROWS))
             self.influence = block_influence(whole, ids)
             self.layers = most_influential(self.influence, int(cut.keep_layers or 0))
         student = cut_student(whole, self.layers)
