@@ -47,9 +47,10 @@ def load_documents(
         data: Any = _PACKAGED[path]()
     else:
         data = _load(path, split, name, streaming)
-    if streaming and isinstance(data, Dataset) and len(data):
+    empty = data is None or (isinstance(data, Dataset) and len(data) == 0)
+    if streaming and isinstance(data, Dataset) and not empty:
         data = data.to_iterable_dataset()
-    first = None if data is None else next(iter(data), None)
+    first = None if empty else next(iter(data), None)
     if first is None:
         raise DistillError(f"{path} (split {split!r}) has no documents.")
     if format_of(list(first), column, path) == TEXT:

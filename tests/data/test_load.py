@@ -44,14 +44,12 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path):
         ("x.jsonl", {}, r"has the columns \['body', 'n'\], which are none of the four formats"),
         ("x.jsonl", {"column": "txt"}, r"has no column 'txt'; it has \['body', 'n'\]"),
         ("splits", {"split": "trian"}, "has no split 'trian'; did you mean 'train'"),
-        ("empty", {}, "has no documents"),
         ("broken.csv", {}, "broken.csv cannot be read as .csv"),
         ("blank.jsonl", {}, "has no documents"),
         ("blank.csv", {}, "has no documents"),
     ],
 )
 def test_bad_sources_are_told(files, name, options, message):
-    Dataset.from_dict({"text": []}).save_to_disk(files / "empty")
     for blank in ("blank.jsonl", "blank.csv"):
         (files / blank).write_text("")
     (files / "broken.csv").write_text("text\na,b,c\nd,e,f,g,h\n")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_mix import NAMES, numbers, sources
 from tiny import build
 from transformers import BloomConfig, BloomForCausalLM
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.data import Collator, check_isolation, documents_of, mix, pack
-from test_mix import NAMES, numbers, sources
 
 
 def naive_documents(rows):
