@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import nn
 
 from ..errors import DistillError, need
@@ -10,13 +11,16 @@ from ..forward import parameters_of
 from ..tasks import bare
 from .load import Examples
 
+_BUFFER = 1000  # what is packed at a time
 
-def pack(rows: Examples, max_length: int) -> Examples:
+
+def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
     """Rows of several documents each, by best-fit decreasing (2404.10830).
 
     Args:
         rows: `input_ids` and `labels` of at most `max_length` tokens; with `source` of several sources.
         max_length: tokens.
+        seed: of a stream's order. Packing sorts by length, which a trainer's own shuffling undoes for data sets alone.
 
     Returns:
         rows with `seq_lengths`, the lengths of their documents; `source` becomes one a token.
@@ -27,7 +31,8 @@ def pack(rows: Examples, max_length: int) -> Examples:
     columns = rows.column_names or list(next(iter(rows)))
     if "source" in columns:
         rows = rows.map(_spread_source, remove_columns=["source"]).rename_column("sources", "source")
-    return pack_dataset(rows, max_length, strategy="bfd")
+    packed = pack_dataset(rows, max_length, strategy="bfd")
+    return packed.shuffle(seed=seed, buffer_size=_BUFFER) if isinstance(packed, IterableDataset) else packed
 
 
 def _spread_source(row: dict) -> dict:

@@ -57,7 +57,7 @@ def mix_and_pack(data: Data, rows: dict[str, Examples], seed: int) -> Examples:
     """Rows of all sources as a recipe mixes and packs them."""
     weights = {name: source.weight for name, source in data.sources.items()}
     mixed = mix(rows, weights, seed, data.stopping_strategy)
-    return pack(mixed, data.max_length) if data.packing else mixed
+    return pack(mixed, data.max_length, seed) if data.packing else mixed
 
 
 def collator_of(data: Data, tokenizer: Any) -> Collator:
