@@ -41,7 +41,7 @@ def compare(student, teacher, loaded, folder: str) -> dict:
     from hf_distill.recipe.models import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(TEACHER))
-    documents = load_documents(**loaded.data.task.model_dump())
+    documents = load_documents(loaded.data.task.path)
     _, held_out = hold_out(documents, loaded.data.eval.holdout, loaded.train.seed)
     rows = causal_rows(held_out, tokenizer, loaded.data.max_length)
     args = DistillConfig(

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .errors import DistillError
 
@@ -145,6 +146,31 @@ def validate(recipe: _Recipe, overrides: _Overrides = None, smoke: _Smoke = Fals
 
     load_recipe(recipe, overrides or [], smoke=smoke)
     out.print(f"{recipe} is a valid recipe.")
+
+
+@recipes.command()
+def preview(
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    smoke: _Smoke = False,
+) -> None:
+    """The first rows of a recipe as training sees them: what is asked is green, or between «» where it is piped."""
+    from .recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    from datasets import disable_progress_bars
+
+    from .recipe.preview import preview_rows
+
+    disable_progress_bars()
+    for document in preview_rows(loaded, rows):
+        counts = f"row {document.row} · {document.source} · {document.tokens} tokens · {document.asked} asked"
+        out.print(counts, style="bold", highlight=False)
+        if out.is_terminal:
+            out.print(Text.assemble(*((text, "green" if asked else "dim") for text, asked in document.spans)))
+        else:
+            sys.stdout.write("".join(f"«{text}»" if asked else text for text, asked in document.spans) + "\n")
 
 
 @recipes.command()

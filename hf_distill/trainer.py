@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from .by_source import of_sources, source_means
 from .config import DistillConfig, DistillFields
 from .distiller import Distiller, Step
 from .errors import DistillError, tell
@@ -92,8 +93,9 @@ class DistillMixin(SidecarMixin):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective, summed over asked tokens and divided by `num_items_in_batch`; see `Distiller`.
 
-        Without a teacher: the Trainer's own loss.
+        Without a teacher: the Trainer's own loss. `source` of a batch is for the logs, not for models.
         """
+        source, inputs = inputs.get("source"), {k: v for k, v in inputs.items() if k != "source"}
         if not self.distilling:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -107,6 +109,7 @@ class DistillMixin(SidecarMixin):
             keep_logits=self._keep_logits if not training else return_outputs,
             statistics=_EVERY if training else 1,
         )
+        step.per_token.update(of_sources(step, source, self._sources))
         if training:
             self._add_train_sums(step)
         elif self._eval_rows is not None:
@@ -115,6 +118,10 @@ class DistillMixin(SidecarMixin):
         if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, step.outputs) if return_outputs else loss
+
+    @property
+    def _sources(self) -> tuple[str, ...]:
+        return getattr(self.data_collator, "sources", ())
 
     def _add_train_sums(self, step: Step) -> None:
         for name, values in step.per_token.items():
@@ -161,7 +168,8 @@ class DistillMixin(SidecarMixin):
         mean = {name: total / max(sums["asked"], 1.0) for name, total in sums.items()}
         terms = {f"{term.name}_loss": mean[term.name] for term in self.distiller.terms}
         measured = max(sums.get("measured", 0.0), 1.0)
-        return terms | {name: sums[name] / measured for name in _STATISTICS if name in sums}
+        statistics = {name: sums[name] / measured for name in _STATISTICS if name in sums}
+        return terms | source_means(sums, self._sources) | statistics
 
     def _eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         means = self._means(sums)

@@ -112,7 +112,7 @@ def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, Pretr
         own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
     with noted(problems):
-        teacher = model_config(recipe.base, recipe.teacher.revision or spec.revision)
+        teacher = model_config(recipe.base, recipe.base_revision)
         student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
     if spec.model is not None:
         with noted(problems):

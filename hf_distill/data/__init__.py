@@ -1,5 +1,22 @@
-"""Data: from documents to rows of tokens."""
+"""Data: from sources to rows of tokens and batches."""
 
-from .text import causal_rows, hold_out, load_documents
+from .collate import Collator, documents_of
+from .load import Examples, hold_out, load_documents
+from .mix import mix, tag
+from .packing import check_isolation, pack
+from .rows import causal_rows, example_rows, rows_of
 
-__all__ = ["causal_rows", "hold_out", "load_documents"]
+__all__ = [
+    "Collator",
+    "Examples",
+    "causal_rows",
+    "check_isolation",
+    "documents_of",
+    "example_rows",
+    "hold_out",
+    "load_documents",
+    "mix",
+    "pack",
+    "rows_of",
+    "tag",
+]

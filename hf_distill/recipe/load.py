@@ -126,7 +126,8 @@ def _keys_at(loc: tuple) -> list[str]:
     schema = packaged_schema()
     node = schema
     for part in loc:
-        node = node["items"] if isinstance(part, int) else node["properties"][part]
+        known = node.get("properties", {})
+        node = node["items"] if isinstance(part, int) else known.get(part) or node["additionalProperties"]
         for option in [node, *node.get("anyOf", [])]:
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]

@@ -1,11 +1,12 @@
 """A recipe's models: the teacher as it is to be held, students as they are to be trained."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -107,8 +108,8 @@ class Models:
         if self.layers is None:
             self.layers = cut.layers
         if self.layers is None:
-            rows = rows.select(range(min(_CALIBRATION_ROWS, len(rows))))
-            self.influence = block_influence(whole, (default_data_collator([row]) for row in rows))
+            ids = ({"input_ids": torch.tensor([row["input_ids"]])} for row in islice(rows, _CALIBRATION_ROWS))
+            self.influence = block_influence(whole, ids)
             self.layers = most_influential(self.influence, int(cut.keep_layers or 0))
         student = cut_student(whole, self.layers)
         student.to(dtype_of(whole.config, {"dtype": spec.dtype}))

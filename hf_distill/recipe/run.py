@@ -18,20 +18,20 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    default_data_collator,
     set_seed,
 )
 from transformers.utils import logging
 
 from ..blocks import find_blocks
 from ..config import DistillConfig, DistillFields
-from ..data import causal_rows, hold_out, load_documents
+from ..data import check_isolation
 from ..evidence import MetricsFile, environment, read_json, write_json
 from ..losses import get_loss
 from ..tasks import bare
 from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
 from ..zero import gather_on_save
+from .examples import prepare_data
 from .folder import claim, newest_checkpoint, on_main
 from .loading import Models, check_launch, train_arguments
 from .models import resolve_model
@@ -115,49 +115,36 @@ class _Run:
         on_stage(f"Loading {recipe.base}")
         with args.main_process_first():
             path = resolve_model(recipe.base)
-        revision = recipe.teacher.revision if recipe.teacher.model else recipe.student.revision
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=recipe.base_revision)
         with args.main_process_first():
-            self.train_rows, self.eval_rows = self._rows(recipe)
+            self.data = prepare_data(recipe.data, self.tokenizer, args.seed)
+        self.packing = recipe.data.packing
         self.models = Models(recipe, args, path, self.tokenizer)
-        self.facts: dict[str, Any] = {
-            "environment": environment(str(args.device)),
-            "data": {
-                "train_rows": len(self.train_rows),
-                "eval_rows": len(self.eval_rows),
-                "tokens_per_row": len(self.train_rows[0]["input_ids"]),
-            },
-        }
-
-    def _rows(self, recipe: Recipe) -> tuple[Any, Any]:
-        data = recipe.data
-        documents = load_documents(**data.task.model_dump())
-        if data.eval.holdout:
-            documents, held_out = hold_out(documents, data.eval.holdout, self.args.seed)
-        else:
-            held_out = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
-        rows = causal_rows(documents, self.tokenizer, data.max_length)
-        eval_rows = causal_rows(held_out, self.tokenizer, data.max_length)
-        return rows, eval_rows.select(range(min(len(eval_rows), data.eval.max_rows or len(eval_rows))))
+        self.facts: dict[str, Any] = {"environment": environment(str(args.device)), "data": self.data.facts()}
 
     def trainer(self, name: str, **changes) -> DistillTrainer:
         """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
         args = copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
+        args.remove_unused_columns = False  # rows have what the collator reads, and nothing else
         trainer = DistillTrainer(
-            self.models.student(self.train_rows),
+            self.models.student(self.data.train),
             args,
             teacher=self.models.teacher,
-            train_dataset=self.train_rows,
-            eval_dataset=self.eval_rows,
-            data_collator=default_data_collator,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.held_out,
+            data_collator=self.data.collator,
             processing_class=self.tokenizer,
             callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self.callbacks],
         )
         self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        if self.packing:
+            check_isolation(trainer.model, "student")
+            if trainer.teacher is not None:
+                check_isolation(trainer.teacher.model, "teacher")
         return trainer
 
     def train(self, trainer: DistillTrainer, name: str) -> float:
@@ -172,7 +159,7 @@ class _Run:
         trainer.save_model(str(self.folder / name))
         if self.merges:
             self.on_stage(f"{name}: merging its adapters")
-            on_main(lambda: self.models.merge(self.folder / name, self.train_rows))
+            on_main(lambda: self.models.merge(self.folder / name, self.data.train))
         return output.metrics["train_runtime"]
 
     def distil(self) -> tuple[dict[str, float], dict[str, float]]:

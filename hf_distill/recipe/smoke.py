@@ -48,16 +48,21 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
             loss["layers"] = "stretch"
         elif str(loss.get("layers")).startswith("last:"):
             loss["layers"] = "last:1"
-    values["data"] = {
-        "task": {"path": "package:pydoc_data.topics"},
-        "eval": {"holdout": 0.1, "max_rows": 4},
-        "max_length": 64,
-    }
+    values["data"] = {name: _small(name, part) for name, part in values["data"].items()} | {"max_length": 64}
     for key in ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim"):
         train.pop(key, None)
     train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
     train |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "push_to_hub": False}
     return values
+
+
+def _small(name: str, part: Any) -> Any:
+    """A part of `data`: sources become packaged text, with their weights."""
+    if name == "eval":
+        return {"holdout": 0.1, "max_rows": 4}
+    if not isinstance(part, dict):
+        return part
+    return {"path": "package:pydoc_data.topics"} | ({"weight": part["weight"]} if "weight" in part else {})
 
 
 def build_tiny(reference: str, folder: Path) -> None:

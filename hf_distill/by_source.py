@@ -1,0 +1,41 @@
+"""Losses of each source of a mixture, beside those of all."""
+
+import torch
+from torch import Tensor
+
+from .distiller import Step
+
+_TERMS = ("soft", "hard")
+
+
+def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """What a step found of each source's asked tokens, zero for the others' tokens, so that sums tell them apart.
+
+    Args:
+        step: see `Step`.
+        source: [B, S] index of each token's source; None: unknown.
+        names: of the sources; a single one has nothing to be told apart from.
+
+    Returns:
+        {"soft@NAME", "hard@NAME" (as far as the objective has them), "asked@NAME"} -> [T].
+    """
+    if source is None or len(names) < 2:
+        return {}
+    own = step.targets.pick(source)
+    found = {}
+    for index, name in enumerate(names):
+        mine = own == index
+        found[f"asked@{name}"] = mine.to(torch.float32)
+        found |= {f"{term}@{name}": step.per_token[term] * mine for term in _TERMS if term in step.per_token}
+    return found
+
+
+def source_means(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    """`soft_loss_NAME` and `hard_loss_NAME`, means over the asked tokens of each source that has any."""
+    asked = {name: sums.get(f"asked@{name}", 0.0) for name in names}
+    return {
+        f"{term}_loss_{name}": sums[f"{term}@{name}"] / asked[name]
+        for name in names
+        for term in _TERMS
+        if asked[name] and f"{term}@{name}" in sums
+    }

@@ -1,0 +1,121 @@
+"""Sources: where examples come from, and the share of them that is held out."""
+
+import sys
+import sysconfig
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from ..errors import DistillError, did_you_mean
+from .formats import TEXT, format_of
+
+Examples: TypeAlias = Dataset | IterableDataset
+
+_BUILDERS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+
+
+def load_documents(
+    path: str, split: str = "train", name: str | None = None, column: str | None = None, streaming: bool = False
+) -> Examples:
+    """Examples of a source, in one of the formats of `format_of`; text is one column, `text`.
+
+    Args:
+        path: id of a data set; a local .txt (its paragraphs are the documents), .jsonl, .json, .csv, .parquet or .arrow
+            file; a folder of `save_to_disk`; or a packaged text: `package:pydoc_data.topics`, the chapters of Python's
+            own documentation, or `package:stdlib`, the modules of its library, both of which every Python has.
+        split: of a data set with splits.
+        name: configuration of a data set.
+        column: the column that holds the text; None: the format is told by the columns.
+        streaming: read it while training.
+
+    Raises:
+        DistillError: no such file, column or format, or no examples.
+    """
+    if path.startswith("package:"):
+        if path not in _PACKAGED:
+            raise DistillError(f"{path!r} is no packaged text{did_you_mean(path, _PACKAGED)}")
+        data: Any = _PACKAGED[path]()
+    else:
+        data = _load(path, split, name, streaming)
+    empty = data is None or (isinstance(data, Dataset) and len(data) == 0)
+    if streaming and isinstance(data, Dataset) and not empty:
+        data = data.to_iterable_dataset()
+    first = None if empty else next(iter(data), None)
+    if first is None:
+        raise DistillError(f"{path} (split {split!r}) has no documents.")
+    if format_of(list(first), column, path) == TEXT:
+        column = column or TEXT
+        data = data.select_columns([column])
+        if column != TEXT:
+            data = data.rename_columns({column: TEXT})
+    return data
+
+
+def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
+    place, suffix = Path(path), Path(path).suffix
+    if suffix in _BUILDERS:
+        if not place.is_file():
+            raise DistillError(f"There is no file {path!r} (looked in {Path.cwd()}).")
+        if place.stat().st_size == 0:
+            return None
+        how = {"sample_by": "paragraph"} if suffix == ".txt" else {}
+        try:
+            return load_dataset(_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **how)
+        except DatasetGenerationError as error:
+            raise DistillError(f"{path} cannot be read as {suffix}: {error.__cause__ or error}") from error
+    if (place / "state.json").is_file():
+        return load_from_disk(path)
+    if (place / "dataset_dict.json").is_file():
+        splits: Any = load_from_disk(path)
+        if split not in splits:
+            raise DistillError(f"{path} has no split {split!r}{did_you_mean(split, splits)}")
+        return splits[split]
+    return load_dataset(path, name, split=split, streaming=streaming)
+
+
+def _python_topics() -> Dataset:
+    """Chapters quote each other: a paragraph counts where it stands first, so that held-out text is unseen text."""
+    seen: set[str] = set()
+    documents = []
+    for _, text in sorted(import_module("pydoc_data.topics").topics.items()):
+        new = []
+        for paragraph in text.split("\n\n"):
+            if paragraph.strip() and paragraph.strip() not in seen:
+                seen.add(paragraph.strip())
+                new.append(paragraph)
+        documents.append("\n\n".join(new))
+    return Dataset.from_dict({TEXT: [d for d in documents if d]})
+
+
+def _python_modules() -> Dataset:
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = (folder / f"{name}.py" for name in sorted(sys.stdlib_module_names))
+    return Dataset.from_dict({TEXT: [f.read_text(encoding="utf-8") for f in files if f.is_file()]})
+
+
+_PACKAGED = {"package:pydoc_data.topics": _python_topics, "package:stdlib": _python_modules}
+
+
+def hold_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split whole documents into (training, held-out), the same way for the same seed.
+
+    Raises:
+        DistillError: too few documents for the share.
+    """
+    if not 1 <= round(share * len(documents)) < len(documents):
+        raise DistillError(
+            f"A held-out share of {share} of {len(documents)} documents leaves one side empty. Give `eval` a path of "
+            "its own, or a source with more documents (in a .txt file each paragraph is one)."
+        )
+    parts = documents.train_test_split(test_size=share, seed=seed)
+    return parts["train"], parts["test"]

@@ -1,0 +1,106 @@
+"""Rows of tokens: text is joined and cut into whole rows; of every other format an example is a row."""
+
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers.utils import logging
+
+from ..errors import DistillError
+from ..signals import IGNORE_INDEX
+from .formats import TEXT, encoder, format_of
+from .load import Examples
+
+logger = logging.get_logger(__name__)
+
+ROW = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
+
+
+def rows_of(
+    documents: Examples,
+    tokenizer: Any,
+    max_length: int,
+    assistant_only: bool | None = None,
+    long: str = "truncate",
+) -> Examples:
+    """Rows of at most `max_length` tokens of examples in any format; see `causal_rows` and `example_rows`.
+
+    Raises:
+        DistillError: see there; options of conversations for text.
+    """
+    columns = documents.column_names or list(next(iter(documents)))
+    if format_of(columns) != TEXT:
+        return example_rows(documents, tokenizer, max_length, assistant_only, long)
+    if assistant_only:
+        raise DistillError("assistant_only is true, but the source is text, which has no turns: leave it out.")
+    return causal_rows(documents, tokenizer, max_length)
+
+
+def causal_rows(documents: Examples, tokenizer: Any, max_length: int) -> Examples:
+    """Rows of exactly `max_length` tokens: documents joined with end-of-text tokens, then cut; the rest is dropped.
+
+    Returns:
+        a data set with `input_ids` and `labels`, each row a list of `max_length` ids.
+
+    Raises:
+        DistillError: the tokenizer has no end-of-text token, or there is too little text for one row.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DistillError("The tokenizer has no eos_token to put between documents: set one.")
+
+    def cut(batch: dict) -> dict:
+        tokens: list[int] = []
+        for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
+            tokens += [*ids, tokenizer.eos_token_id]
+        rows = [tokens[i : i + max_length] for i in range(0, len(tokens) - max_length + 1, max_length)]
+        return {"input_ids": rows, "labels": rows}
+
+    rows = documents.map(cut, batched=True, remove_columns=documents.column_names, features=ROW)
+    if isinstance(rows, Dataset) and len(rows) == 0:
+        raise DistillError(f"{len(documents)} documents hold fewer than max_length={max_length} tokens in all.")
+    return rows
+
+
+def example_rows(
+    documents: Examples, tokenizer: Any, max_length: int, assistant_only: bool | None = None, long: str = "truncate"
+) -> Examples:
+    """A row for each example that asks something, of at most `max_length` tokens.
+
+    Args:
+        documents: `messages`, `prompt` + `completion`, or `input_ids`.
+        tokenizer: the student's.
+        max_length: tokens.
+        assistant_only: see `encoder`.
+        long: what becomes of longer ones: "truncate" keeps their start, "drop" leaves them out.
+
+    Returns:
+        a data set with `input_ids` and `labels`, [S] each.
+
+    Raises:
+        DistillError: see `encoder`; or no example asks anything.
+    """
+    columns = documents.column_names or list(next(iter(documents)))
+    encode = encoder(format_of(columns), tokenizer, assistant_only)
+    rows = documents.map(encode, remove_columns=[c for c in columns if c not in ROW], features=ROW)
+    whole = len(rows) if isinstance(rows, Dataset) else None
+    if isinstance(rows, Dataset):
+        longer = pc.sum(pc.greater(pc.list_value_length(rows.data.column("input_ids")), max_length)).as_py()
+        if longer:
+            done = "dropped" if long == "drop" else "truncated"
+            logger.warning(f"{longer} of {whole} examples are longer than max_length={max_length} and are {done}.")
+    if long == "drop":
+        rows = rows.filter(lambda row: len(row["input_ids"]) <= max_length)
+    else:
+        rows = rows.map(lambda row: {name: row[name][:max_length] for name in ROW}, features=ROW)
+    before = len(rows) if isinstance(rows, Dataset) else None
+    rows = rows.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:]))
+    if isinstance(rows, IterableDataset):
+        return rows
+    if len(rows) == 0:
+        raise DistillError(
+            f"None of {whole} examples asks a token within max_length={max_length}: look at them with `hf-distill "
+            "recipes preview`, or raise max_length."
+        )
+    if before != len(rows):
+        logger.warning(f"{int(before or 0) - len(rows)} of {before} examples ask nothing and are left out.")
+    return rows

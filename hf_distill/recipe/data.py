@@ -1,0 +1,94 @@
+"""What a recipe may say about data. Imports no torch, as `schema` does not."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..errors import did_you_mean
+
+
+class Part(BaseModel):
+    """A mapping of a recipe in which every key is known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Source(Part):
+    """Examples: a data set id, a local file or save_to_disk folder, package:pydoc_data.topics or package:stdlib.
+
+    The columns tell the format: input_ids, messages, prompt and completion, or text; the first that is there counts.
+    """
+
+    path: str = Field(description="Id; .txt, .jsonl, .json, .csv, .parquet or .arrow file; folder; package: reference.")
+    split: str = "train"
+    name: str | None = Field(None, description="Configuration of the data set.")
+    column: str | None = Field(None, description="The column that holds the text; None: the columns tell the format.")
+    weight: float = Field(1.0, gt=0, description="How often an example is drawn from it, beside other sources.")
+    assistant_only: bool | None = Field(
+        None, description="Ask the turns that the chat template marks as generated alone; None: where it marks any."
+    )
+    long: Literal["truncate", "drop"] = Field("truncate", description="What becomes of examples beyond max_length.")
+    streaming: bool = Field(False, description="Read it while training, in its own order; needs train.max_steps.")
+
+
+class Eval(Part):
+    """Held-out examples: a source of its own, read as `task` is, or a share of those of each source."""
+
+    path: str | None = None
+    split: str = "test"
+    name: str | None = None
+    column: str | None = None
+    holdout: float | None = Field(None, gt=0, lt=1, description="Share of each source's examples that is held out.")
+    max_rows: int | None = Field(None, gt=0, description="At most so many rows of each source.")
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.path is None) == (self.holdout is None):
+            raise ValueError("give either path or holdout")
+        return self
+
+
+class Data(Part):
+    """A source, `task`, and any number of others under names of their own, mixed by their weights.
+
+    Text is tokenised, joined with end-of-text tokens and cut into rows of max_length; else an example is a row.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Source]
+
+    task: Source
+    eval: Eval
+    max_length: int = Field(512, gt=1, description="Tokens a row.")
+    packing: bool = Field(False, description="Put several examples into a row, without padding; they stay apart.")
+    stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
+        "first_exhausted", description="When the mixture ends; as in datasets.interleave_datasets."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_are_mappings(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            known = cls.model_fields
+            wrong = [key for key, value in values.items() if key not in known and not isinstance(value, dict | Source)]
+            if wrong:
+                raise ValueError(
+                    "; ".join(f"unknown key {key!r}{did_you_mean(str(key), known)}" for key in wrong)
+                    + " (a further source is a mapping with a path)"
+                )
+        return values
+
+    @model_validator(mode="after")
+    def _names_and_streams(self):
+        bad = [name for name in self.sources if not name.isidentifier()]
+        if bad:
+            raise ValueError(f"names of sources are letters, digits and _, for they become part of metrics: {bad}")
+        streams = [name for name, source in self.sources.items() if source.streaming]
+        if streams and self.eval.holdout:
+            raise ValueError(f"nothing can be held out of a stream ({', '.join(streams)}): give eval a path")
+        return self
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """All sources by name, `task` first."""
+        return {"task": self.task, **(self.__pydantic_extra__ or {})}

