@@ -76,6 +76,11 @@ def bare(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds shares of a model's parameters; without an engine around it such a model cannot run."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def task_of(model: nn.Module) -> Task:
     """The kind of `model`, from its class; for classes outside transformers, from its `loss_type`.
 

@@ -142,7 +142,8 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if self.packing:
-            check_isolation(trainer.model, "student")
+            with trainer.accelerator.autocast():
+                check_isolation(trainer.model, "student")
             if trainer.teacher is not None:
                 check_isolation(trainer.teacher.model, "teacher")
         return trainer

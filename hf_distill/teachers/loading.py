@@ -18,7 +18,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
 
 from ..errors import DistillError, need, noted, tell
-from ..tasks import Task
+from ..tasks import Task, partitioned
 from ..zero import check_teacher_config, fill_teacher_config, read_deepspeed
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -158,11 +158,6 @@ def engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     wrapped = deepspeed.initialize(model=model, config=config)[0]
     wrapped.eval()
     return wrapped
-
-
-def partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds shares of a model's parameters, and no engine gathers them."""
-    return isinstance(model, nn.Module) and any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def launched() -> int:

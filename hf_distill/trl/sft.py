@@ -9,10 +9,10 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from ..config import DistillFields
+from ..data import check_isolation
 from ..errors import DistillError
 from ..teachers import Teacher
 from .common import TRLMixin, adapted_heads
-from .packing import check_apart
 
 
 @dataclass
@@ -68,7 +68,10 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         """As the mixin's; with padding-free rows both models must keep documents apart."""
         super().distil_from(teacher, fields)
         if self.padding_free:
-            check_apart(self.model, teacher, self.data_collator, self.accelerator.autocast)
+            with self.accelerator.autocast():
+                check_isolation(self.model, "student")
+            if teacher.model is not None:
+                check_isolation(teacher.model, "teacher")
 
     def unfit(self) -> list[str]:
         """Arguments of SFTTrainer that would change the objective or the rows behind the teacher's back."""
