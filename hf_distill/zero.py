@@ -1,4 +1,4 @@
-"""DeepSpeed configs: where they are found, and which of them a teacher can have. Imports no torch."""
+"""Ways to hold a teacher that exclude each other; DeepSpeed configs: found, checked, filled. Imports no torch."""
 
 import json
 from importlib.resources import files
@@ -6,6 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DistillError, did_you_mean, tell
+
+
+def check_ways(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) -> None:
+    """Refuse ways to hold a teacher that exclude each other; each is falsy where it is not gone.
+
+    Raises:
+        DistillError: which were given, and which to choose.
+    """
+    ways = {"quantization": quantization, "deepspeed": deepspeed, "fsdp": fsdp}
+    given, problems = [name for name, value in ways.items() if value], []
+    if len(given) > 1:
+        problems.append(
+            f"a teacher cannot be held by {' and '.join(given)} at once: choose quantization (each process holds all "
+            "of it, in 4 or 8 bits), deepspeed or fsdp (each holds a share of it, in its dtype); they exclude each other"
+        )
+    if device_map and (deepspeed or fsdp):
+        problems.append("device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many")
+    tell(problems)
 
 
 def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[str, Any]:

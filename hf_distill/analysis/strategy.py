@@ -113,10 +113,11 @@ class Strategy:
             teacher, student, _offloads(teacher_zero, "param"), _offloads(zero, "param"), _offloads(zero, "optimizer")
         ).on(gpus)
         if strategy.sharded and not strategy.offloads and gpus == 1:
+            whole = [change for change in cls("nf4", "single").overrides if change not in strategy.overrides]
             raise DistillError(
                 f"The recipe's strategy, teacher {teacher} and student {student}, needs at least 2 processes: on one "
                 f"GPU nothing is sharded. Give --gpus 2 or more; or hold the models whole "
-                f"({' '.join(cls('nf4', 'single').overrides)}, with student.lora to train adapters); or offload with "
+                f"({' '.join(whole)}, with student.lora to train adapters); or offload with "
                 "zero3-teacher-offload.json and zero3-student-offload.json."
             )
         return strategy

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..errors import DistillError, did_you_mean, noted
+from ..errors import DistillError, did_you_mean
 from ..zero import check_teacher_config, read_deepspeed
 from .schema import Recipe, packaged_schema
 from .smoke import smoke_values
@@ -53,50 +53,53 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
     Raises:
         DistillError: not found, not YAML, or not a recipe; every problem is listed with its place.
     """
+    folder = Path(reference).parent
     try:
         values = yaml.safe_load(recipe_text(reference))
         if not isinstance(values, dict):
             raise DistillError(f"{reference} is not a mapping of student, teacher, data, distill, train.")
         if smoke:
-            values = smoke_values(validate(values).model_dump(exclude_unset=True))
+            values = smoke_values(validate(values, folder).model_dump(exclude_unset=True))
         for override in overrides:
             _set(values, override)
     except yaml.YAMLError as error:
         raise DistillError(f"{reference} is not YAML: {error}") from None
-    problems: list[str] = []
-    with noted(problems):
-        validate(values)
-    for part in ("teacher", "train"):
-        with noted(problems):
-            _inline_deepspeed(values.get(part), part, Path(reference).parent)
-    if problems:
-        raise DistillError("\n".join(problems))
-    return validate(values)
+    return validate(values, folder)
 
 
-def _inline_deepspeed(values: Any, part: str, folder: Path) -> None:
-    """Put the content of a DeepSpeed JSON in the place of its name: a run's recipe.yaml says all of it."""
-    if isinstance(values, dict) and isinstance(values.get("deepspeed"), str | dict):
-        try:
-            values["deepspeed"] = read_deepspeed(values["deepspeed"], folder)
-            if part == "teacher":
-                check_teacher_config(values["deepspeed"])
-        except DistillError as error:
-            raise DistillError(f"  {part}.deepspeed: {error}") from None
-
-
-def validate(values: dict[str, Any]) -> Recipe:
+def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
     """A recipe from plain values.
+
+    Args:
+        values: of the YAML.
+        folder: where the names of DeepSpeed files start.
 
     Raises:
         DistillError: every problem, a line each: its place, what is wrong, what is near.
     """
+    problems: list[str] = []
+    for part in ("teacher", "train"):
+        if isinstance(given := values.get(part), dict) and isinstance(given.get("deepspeed"), str | dict):
+            try:
+                values = {**values, part: {**given, "deepspeed": _deepspeed(given["deepspeed"], part, folder)}}
+            except DistillError as error:
+                problems.append(f"{part}.deepspeed: {error}")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_problem(item)}" for item in error.errors())
-        count = error.error_count()
-        raise DistillError(f"{count} problem{'s' if count > 1 else ''} in the recipe:\n{problems}") from None
+        problems += [_problem(item) for item in error.errors()]
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe:\n{lines}")
+    return recipe
+
+
+def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON, in the place of its name: a run's recipe.yaml says all of it."""
+    content = read_deepspeed(config, folder)
+    if part == "teacher":
+        check_teacher_config(content)
+    return content
 
 
 def _set(values: dict[str, Any], override: str) -> None:

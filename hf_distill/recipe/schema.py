@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
 from ..errors import did_you_mean
 from ..layers import check_layers
+from ..zero import check_ways
 from .data import Data, Part
 
 _JSON_TYPES: dict[str, Any] = {
@@ -108,18 +109,9 @@ class TeacherSpec(Part):
             raise ValueError(
                 "give its model" if self.model is None else "own_base is the student itself: leave model out"
             )
-        given = [name for name in ("quantization", "deepspeed", "fsdp") if getattr(self, name)]
-        if self.kind == "own_base" and (given or self.device_map):
+        if self.kind == "own_base" and (self.quantization or self.deepspeed or self.fsdp or self.device_map):
             raise ValueError("own_base is held as the student is: leave quantization, deepspeed, fsdp, device_map out")
-        if len(given) > 1:
-            raise ValueError(
-                f"{' and '.join(given)} exclude each other: choose quantization (each process holds the whole "
-                "teacher in 4 or 8 bits), deepspeed or fsdp (each holds a share of it in its dtype)"
-            )
-        if self.device_map and (self.deepspeed or self.fsdp):
-            raise ValueError(
-                "device_map spreads a teacher over the devices of one process; deepspeed and fsdp over processes"
-            )
+        check_ways(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self
 
 

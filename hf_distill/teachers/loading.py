@@ -19,7 +19,7 @@ from transformers.integrations import deepspeed as integration
 
 from ..errors import DistillError, need, noted, tell
 from ..tasks import Task, partitioned
-from ..zero import check_teacher_config, fill_teacher_config, read_deepspeed
+from ..zero import check_teacher_config, check_ways, fill_teacher_config, read_deepspeed
 
 QUANTIZATIONS = ("nf4", "int8")
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -49,18 +49,9 @@ class Loading:
         if self.quantization not in (None, *QUANTIZATIONS):
             problems.append(f"quantization is {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}")
         quantized: Any = self.quantization or self.init_kwargs.get("quantization_config")
-        ways = {"quantization": quantized, "deepspeed": self.deepspeed, "fsdp": self.fsdp}
-        given = [name for name, value in ways.items() if value]
-        if len(given) > 1:
-            problems.append(
-                f"a teacher cannot be held by {' and '.join(given)} at once: choose quantization (each process "
-                "holds all of it, in 4 or 8 bits), or deepspeed or fsdp (each holds a share of it, in its dtype)"
-            )
         device_map = self.init_kwargs.get("device_map")
-        if device_map is not None and (self.deepspeed or self.fsdp):
-            problems.append(
-                "device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many"
-            )
+        with noted(problems):
+            check_ways(quantized, self.deepspeed, self.fsdp, device_map)
         if device_map is not None and launched() > 1 and _spreads(device_map):
             problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=launched()))
         with noted(problems):
