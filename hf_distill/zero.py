@@ -19,7 +19,7 @@ def check_ways(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) ->
     if len(given) > 1:
         problems.append(
             f"a teacher cannot be held by {' and '.join(given)} at once: choose quantization (each process holds all "
-            "of it, in 4 or 8 bits), deepspeed or fsdp (each holds a share of it, in its dtype); they exclude each other"
+            "of it, in 4 or 8 bits), deepspeed or fsdp (each holds a share, in its dtype); they exclude each other"
         )
     if device_map and (deepspeed or fsdp):
         problems.append("device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many")
