@@ -186,8 +186,8 @@ def main() -> None:
     try:
         app()
     except DistillError as error:
-        if os.environ.get("RANK", "0") == "0":  # the same on all of them
-            Console(stderr=True).print("[bold red]Error:[/bold red]", str(error), highlight=False, soft_wrap=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine see the same
+            Console(stderr=True).print(Text("Error: ", "bold red").append(str(error), "default"), soft_wrap=True)
         sys.exit(2)
     except Exception:
         traceback.print_exc()

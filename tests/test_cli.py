@@ -85,6 +85,20 @@ def test_plan_in_json_is_nothing_but_json():
     assert own["total"] == sum(own["parts"].values()) - own["parts"]["host"]
 
 
+def test_an_error_is_shown_with_its_brackets(monkeypatch, capsys):
+    """`hf-distill[quant]` is a command to type, no markup."""
+    from hf_distill import DistillError, cli
+
+    def broken():
+        raise DistillError('pip install "hf-distill[quant]", or [/this]')
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert 'Error: pip install "hf-distill[quant]", or [/this]' in capsys.readouterr().err
+
+
 def test_a_failure_of_the_run_exits_1(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the machine is on fire")
