@@ -1,6 +1,7 @@
 """A training's progress in a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -39,7 +40,7 @@ class RichProgress(TrainerCallback):
 
     def stage(self, text: str) -> None:
         """Say what begins."""
-        self._console.print(f"[bold]·[/bold] {text}")
+        self._console.print(f"[bold]·[/bold] {escape(text)}")
 
     def _start(self, name: str, total: int | None) -> None:
         self._bars[name] = self._progress.add_task(name, total=total, losses="")
