@@ -44,6 +44,8 @@ $(VENV)-bench/installed: setup.cfg
 bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_loss.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python step.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python trl_sft.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python data.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python features.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_profile.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantised_teacher.py

@@ -41,12 +41,13 @@ def tokenizer():
 
 
 def conversations(asked: str) -> list[dict]:
-    """Ragged rows from Python's documentation; "most": long answers, "quarter": about a quarter of tokens asked."""
+    """Ragged rows from Python's documentation; "most": long answers, "half", "quarter": so much of the tokens asked."""
     paragraphs = [p for text in topics.values() for p in text.split("\n\n") if 200 < len(p) < 900]
     rows = []
     for i in range(0, STEPS * BATCH * 2, 2):
         one, two = paragraphs[i % len(paragraphs)], paragraphs[(i + 1) % len(paragraphs)]
-        question, answer = ("Explain.", one + two) if asked == "most" else (one + two, two[: len(one + two) // 4])
+        short = two[: len(one + two) // 4]
+        question, answer = {"most": ("Explain.", one + two), "half": (one, one), "quarter": (one + two, short)}[asked]
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return rows
 

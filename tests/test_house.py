@@ -13,7 +13,7 @@ ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
     {"version", "errors"},
-    {"sources", "layers", "projectors", "zero"},
+    {"sources", "layers", "projectors", "schedule", "zero"},
     {"signals", "tasks"},
     {"losses", "blocks"},
     {"objective", "capture", "sidecar"},

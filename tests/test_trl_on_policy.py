@@ -8,7 +8,8 @@ from tiny import build, conversation
 from transformers import HfArgumentParser
 from trl import DistillationConfig, DistillationTrainer
 
-from hf_distill import DistillError
+from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill.data import Collator, example_rows
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 ROWS = [{"prompt": conversation(i)[:1], "completion": conversation(i)[1:]} for i in range(12)]
@@ -24,7 +25,8 @@ def make(tmp_path, smollm2_tokenizer):
         passed = {k: options.pop(k) for k in list(options) if k not in config.__dataclass_fields__}
         fields = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"}
         fields |= {"bf16": False, "report_to": "none", "dataloader_pin_memory": False}
-        fields |= {"max_completion_length": 6, "learning_rate": 1e-3} if config is not DistillSFTConfig else {}
+        if config in (OnPolicyDistillConfig, DistillationConfig):
+            fields |= {"max_completion_length": 6, "learning_rate": 1e-3}
         args = config(str(tmp_path / folder), **fields | options)
         data = Dataset.from_list(rows)
         teacher = build("llama", 1, layers=3, width=24, vocab=size)
@@ -128,12 +130,51 @@ def test_the_share_of_generated_rows_is_exact_and_follows_from_the_seed(make):
         chosen[name] = []
         for step in range(10):
             one.state.global_step = step
-            chosen[name].append(one._own_rows(4))
+            chosen[name].append(one._own_rows(ROWS[:4]))
     assert sum(map(sum, chosen["own"])) == 12
     assert {sum(rows) for rows in chosen["own"]} == {1, 2}
     assert chosen["own"] == chosen["again"] != chosen["other"]
-    trainer.model.eval()
-    assert trainer._own_rows(4) == [True] * 4
+
+
+def test_a_schedule_of_the_share_is_followed(make):
+    trainer = make(on_policy_fraction=[[0.0, 0.0], [0.5, 1.0]], max_steps=20)
+    trainer.state.max_steps = 20
+    written = []
+    for step in range(20):
+        trainer.state.global_step = step
+        written.append(sum(trainer._own_rows(ROWS[:4])))
+    assert written[0] == 0
+    assert written[10:] == [4] * 10
+    assert sum(written[:10]) == 20
+    assert written[:10] == sorted(written[:10])
+
+
+def test_conversations_are_prompts_and_their_last_turns(make):
+    talks = [{"messages": row["prompt"] + row["completion"]} for row in ROWS]
+    options = dict(on_policy_fraction=0.5, alpha=0.5, max_steps=2)
+    found = []
+    for rows in (talks, ROWS):
+        trainer = make(rows, folder=f"{len(found)}", **options)
+        trainer.train()
+        found.append(logged(trainer, "loss", "grad_norm"))
+    assert found[0] == found[1]
+
+
+def test_evaluation_is_on_the_data_sets_completions_where_it_has_them(make, smollm2_tokenizer):
+    """Equal to DistillTrainer on the same answers as rows of tokens, and to those rows given as they are."""
+    rows = example_rows(Dataset.from_list(ROWS[:4]), smollm2_tokenizer, 64, assistant_only=False)
+    trainer = make(on_policy_fraction=1.0, max_completion_length=64, per_device_eval_batch_size=4)
+    options = dict(alpha=1.0, divergence="reverse_kl", temperature=1.0, per_device_eval_batch_size=4)
+    options |= dict(eval_dataset=rows, data_collator=Collator(0))
+    plain = make(cls=DistillTrainer, config=DistillConfig, folder="plain", **options)
+    names = ("eval_loss", "eval_perplexity", "eval_kl", "eval_agreement", "eval_hard_loss")
+    found, expected = trainer.evaluate(), plain.evaluate()
+    assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
+    trainer.args.remove_unused_columns = False
+    found = trainer.evaluate(rows)
+    assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS[:4]])
+    assert trainer.evaluate(prompts)["eval_loss"] != pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
 def test_sampling_has_its_own_temperature(make):
@@ -197,7 +238,16 @@ def test_a_completion_that_does_not_continue_its_prompt_is_refused(make, smollm2
 
 
 def test_every_field_is_an_option_of_a_command_line(tmp_path):
-    words = ["--output_dir", str(tmp_path), "--on_policy_fraction", "0.25", "--bf16", "false", "--divergence", "js"]
+    words = [
+        "--output_dir",
+        str(tmp_path),
+        "--on_policy_fraction",
+        "[[0, 0.25]]",
+        "--bf16",
+        "false",
+        "--divergence",
+        "js",
+    ]
     (config,) = HfArgumentParser(OnPolicyDistillConfig).parse_args_into_dataclasses(words)
     assert (config.on_policy_fraction, config.alpha, config.temperature, config.divergence) == (0.25, 1.0, 1.0, "js")
     assert config.learning_rate == 1e-6

@@ -164,6 +164,16 @@ def test_a_lora_student_starts_at_the_loss_of_its_base_and_trains_its_adapter(ma
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
 
 
+def test_peft_need_not_be_installed(make_sft, monkeypatch):
+    """Without it TRL's module lacks the name."""
+    import trl.trainer.sft_trainer
+
+    monkeypatch.delattr(trl.trainer.sft_trainer, "BaseTunerLayer")
+    monkeypatch.setattr(trl.trainer.sft_trainer, "is_peft_available", lambda: False)
+    monkeypatch.setattr(trl.trainer.sft_trainer, "is_peft_model", lambda model: False)
+    assert make_sft().distilling
+
+
 def test_without_distilling_an_adapter_on_the_head_is_refused_as_by_trl(make_sft):
     config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):

@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
-from ..recipe.schema import Lora, LossSpec, Recipe
+from ..recipe.pair import Lora
+from ..recipe.schema import LossSpec, Recipe
 from .anatomy import Anatomy
 from .strategy import Strategy
 

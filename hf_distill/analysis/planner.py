@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from ..errors import DistillError, noted, tell
-from ..recipe.schema import FromTeacher, Recipe
+from ..recipe.pair import FromTeacher
+from ..recipe.schema import Recipe
 from ..student import cut_config
 from .compute import training_rule
 from .cost import Cost, Model, cost_of, model_of

@@ -2,8 +2,9 @@
 
 from .collate import Collator, documents_of
 from .load import Examples, hold_out, load_documents
-from .mix import mix, tag
+from .mix import mix, mix_scheduled, tag
 from .packing import check_isolation, pack
+from .prompts import prompt_rows
 from .rows import causal_rows, example_rows, rows_of
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "hold_out",
     "load_documents",
     "mix",
+    "mix_scheduled",
     "pack",
+    "prompt_rows",
     "rows_of",
     "tag",
 ]

@@ -1,5 +1,7 @@
 """Sources: where examples come from, and the share of them that is held out."""
 
+import builtins
+import inspect
 import sys
 import sysconfig
 from importlib import import_module
@@ -10,7 +12,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import DistillError, did_you_mean
-from .formats import TEXT, format_of
+from .formats import MESSAGES, TEXT, format_of
 
 Examples: TypeAlias = Dataset | IterableDataset
 
@@ -32,7 +34,8 @@ def load_documents(
     Args:
         path: id of a data set; a local .txt (its paragraphs are the documents), .jsonl, .json, .csv, .parquet or .arrow
             file; a folder of `save_to_disk`; or a packaged text: `package:pydoc_data.topics`, the chapters of Python's
-            own documentation, or `package:stdlib`, the modules of its library, both of which every Python has.
+            own documentation, `package:stdlib`, the modules of its library, or `package:builtins`, questions about
+            its builtins with what help() answers; every Python has them.
         split: of a data set with splits.
         name: configuration of a data set.
         column: the column that holds the text; None: the format is told by the columns.
@@ -103,7 +106,29 @@ def _python_modules() -> Dataset:
     return Dataset.from_dict({TEXT: [f.read_text(encoding="utf-8") for f in files if f.is_file()]})
 
 
-_PACKAGED = {"package:pydoc_data.topics": _python_topics, "package:stdlib": _python_modules}
+def _python_builtins() -> Dataset:
+    """What help() says of each builtin and of the methods of builtin types, as an answer to a question."""
+    named = {name: thing for name, thing in vars(builtins).items() if not name.startswith("_")}
+    types = {name: thing for name, thing in named.items() if isinstance(thing, type)}
+    for owner, kind in types.items():
+        own = {name: thing for name, thing in vars(kind).items() if not name.startswith("_")}
+        named |= {f"{owner}.{name}": thing for name, thing in own.items()}
+    seen: set[str] = set()
+    rows = []
+    for name, thing in sorted(named.items()):
+        text = inspect.getdoc(thing)
+        if text and text not in seen:
+            seen.add(text)
+            question = f"What does `{name}` do in Python?" if callable(thing) else f"What is `{name}` in Python?"
+            rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": text}])
+    return Dataset.from_dict({MESSAGES: rows})
+
+
+_PACKAGED = {
+    "package:pydoc_data.topics": _python_topics,
+    "package:stdlib": _python_modules,
+    "package:builtins": _python_builtins,
+}
 
 
 def hold_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Features, IterableDataset, Value, interleave_datasets
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from transformers.utils import logging
 
 from ..errors import DistillError
+from ..schedule import Points, value_at
 from .load import Examples
-from .rows import ROW
 
 logger = logging.get_logger(__name__)
 
@@ -32,8 +33,12 @@ def shares(weights: Mapping[str, float]) -> list[float]:
 
 def tag(rows: Examples, source: int) -> Examples:
     """The same rows, each with its source's index in `source`."""
-    features = Features({**ROW, "source": Value("int64")})
-    return rows.map(lambda batch: {"source": [source] * len(batch["input_ids"])}, batched=True, features=features)
+    features = None if rows.features is None else Features({**rows.features, "source": Value("int64")})
+
+    def own(batch: dict) -> dict:
+        return {"source": [source] * len(next(iter(batch.values())))}
+
+    return rows.map(own, batched=True, features=features)
 
 
 def mix(
@@ -61,3 +66,38 @@ def mix(
     probabilities = shares({name: weights[name] for name in rows})
     strategy: Any = stopping_strategy
     return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy=strategy)
+
+
+def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], seed: int, count: int) -> Dataset:
+    """Rows of all sources, drawn with shares that change on the way; a source that is exhausted begins again.
+
+    Args:
+        rows: name of a source -> its rows, which are shuffled.
+        weights: name of a source -> its weight over progress, see `schedule`; they need not sum to 1.
+        seed: of the order.
+        count: how many rows, which must be trained in their order; row i is drawn at progress i / count.
+
+    Returns:
+        the rows, with `source`, the index of the source.
+
+    Raises:
+        DistillError: at some moment all weights are 0.
+    """
+    moments = sorted({0.0, 1.0, *(at for points in weights.values() for at, _ in points)})
+    empty = [moment for moment in moments if sum(value_at(points, moment) for points in weights.values()) <= 0]
+    if empty:
+        raise DistillError(f"At progress {empty[0]:g} all weights of sources are 0: one of them must be above.")
+    progress = np.arange(count) / max(count, 1)
+    curves = [np.array(weights[name]).T for name in rows]
+    heights = np.stack([np.interp(progress, at, height) for at, height in curves])
+    limits = heights.cumsum(0) / heights.sum(0)
+    source = (np.random.default_rng(seed).random(count) >= limits[:-1]).sum(0)
+    parts = [tag(part.shuffle(seed=seed), index) for index, part in enumerate(rows.values())]
+    chosen, start = np.empty(count, dtype=np.int64), 0
+    for index, (name, part) in enumerate(zip(rows, parts, strict=True)):
+        own = np.flatnonzero(source == index)
+        if len(own) > len(part):
+            logger.warning(f"Source {name}: {len(own)} rows are drawn of {len(part)}, which repeat.")
+        chosen[own] = start + np.arange(len(own)) % len(part)
+        start += len(part)
+    return concatenate_datasets(parts).select(chosen)

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import did_you_mean
+from ..schedule import points_of
 
 
 class Part(BaseModel):
@@ -23,12 +24,24 @@ class Source(Part):
     split: str = "train"
     name: str | None = Field(None, description="Configuration of the data set.")
     column: str | None = Field(None, description="The column that holds the text; None: the columns tell the format.")
-    weight: float = Field(1.0, gt=0, description="How often an example is drawn from it, beside other sources.")
+    weight: float | list[tuple[float, float]] = Field(
+        1.0,
+        description="How often an example is drawn from it, beside other sources; or [[progress, weight], ...], with "
+        "straight lines between.",
+    )
     assistant_only: bool | None = Field(
         None, description="Ask the turns that the chat template marks as generated alone; None: where it marks any."
     )
     long: Literal["truncate", "drop"] = Field("truncate", description="What becomes of examples beyond max_length.")
     streaming: bool = Field(False, description="Read it while training, in its own order; needs train.max_steps.")
+
+    @field_validator("weight")
+    @classmethod
+    def _weighs(cls, value: Any) -> Any:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("must be above 0: leave a source out to give it none")
+        points_of(value, "it", low=0)
+        return value
 
 
 class Eval(Part):
@@ -87,6 +100,26 @@ class Data(Part):
         if streams and self.eval.holdout:
             raise ValueError(f"nothing can be held out of a stream ({', '.join(streams)}): give eval a path")
         return self
+
+    @model_validator(mode="after")
+    def _schedules(self):
+        if not self.scheduled:
+            return self
+        problems = []
+        if self.packing:
+            problems.append("packing puts rows of different moments together: leave it out")
+        if streams := [name for name, source in self.sources.items() if source.streaming]:
+            problems.append(f"rows of a stream ({', '.join(streams)}) cannot be drawn in advance: leave streaming out")
+        if "stopping_strategy" in self.model_fields_set:
+            problems.append("sources repeat until train.max_steps: leave stopping_strategy out")
+        if problems:
+            raise ValueError(f"a weight over progress and {'; '.join(problems)}")
+        return self
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a weight changes over progress."""
+        return any(isinstance(source.weight, list) for source in self.sources.values())
 
     @property
     def sources(self) -> dict[str, Source]:

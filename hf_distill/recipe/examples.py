@@ -5,7 +5,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from ..data import Collator, Examples, hold_out, load_documents, mix, pack, rows_of, tag
+from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, rows_of, tag
+from ..schedule import points_of
 from .data import Data, Source
 
 
@@ -32,15 +33,21 @@ class Prepared:
         return facts
 
 
-def prepare_data(data: Data, tokenizer: Any, seed: int) -> Prepared:
+def prepare_data(data: Data, tokenizer: Any, seed: int, count: int) -> Prepared:
     """Load, split, tokenise, mix and pack what a recipe names.
 
+    Args:
+        data: of the recipe.
+        tokenizer: the student's.
+        seed: of the split and the mixture.
+        count: rows that the training takes; counts where weights change over its progress.
+
     Raises:
-        DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`.
+        DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`, `mix_scheduled`.
     """
     train, held_out = {}, []
     for index, (name, source) in enumerate(data.sources.items()):
-        documents: Any = _load(source)
+        documents: Any = load_source(source)
         if data.eval.holdout:
             documents, own = hold_out(documents, data.eval.holdout, seed)
             rows = _first(_rows(own, source, tokenizer, data.max_length), data.eval.max_rows)
@@ -49,14 +56,22 @@ def prepare_data(data: Data, tokenizer: Any, seed: int) -> Prepared:
     if data.eval.path:
         own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         held_out = [_first(_rows(own, data.task, tokenizer, data.max_length), data.eval.max_rows)]
-    rows = mix_and_pack(data, train, seed)
+    rows = mix_and_pack(data, train, seed, count)
     return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
 
 
-def mix_and_pack(data: Data, rows: dict[str, Examples], seed: int) -> Examples:
+def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
+    """Rows of all sources as a recipe mixes them."""
+    weights: Any = {name: source.weight for name, source in data.sources.items()}
+    if data.scheduled:
+        points = {name: points_of(weight, f"data.{name}.weight", low=0) for name, weight in weights.items()}
+        return mix_scheduled(rows, points, seed, count)
+    return mix(rows, weights, seed, data.stopping_strategy)
+
+
+def mix_and_pack(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
     """Rows of all sources as a recipe mixes and packs them."""
-    weights = {name: source.weight for name, source in data.sources.items()}
-    mixed = mix(rows, weights, seed, data.stopping_strategy)
+    mixed = mix_sources(data, rows, seed, count)
     return pack(mixed, data.max_length, seed) if data.packing else mixed
 
 
@@ -69,13 +84,14 @@ def collator_of(data: Data, tokenizer: Any) -> Collator:
 def first_rows(data: Data, tokenizer: Any, seed: int, examples: int) -> Examples:
     """Rows as training gets them, of the first examples of each source, nothing held out."""
     rows = {
-        name: _rows(_first(_load(source), examples), source, tokenizer, data.max_length)
+        name: _rows(_first(load_source(source), examples), source, tokenizer, data.max_length)
         for name, source in data.sources.items()
     }
-    return mix_and_pack(data, rows, seed)
+    return mix_and_pack(data, rows, seed, examples)
 
 
-def _load(source: Source) -> Examples:
+def load_source(source: Source) -> Examples:
+    """Examples of a recipe's source."""
     return load_documents(source.path, source.split, source.name, source.column, source.streaming)
 
 

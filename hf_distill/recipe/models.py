@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import DistillError, need
-from ..version import __version__
+from . import smoke
 from .smoke import SMOKE, build_tiny
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,8 @@ def resolve_model(reference: str) -> str:
     if reference.startswith(PACKAGE):
         return str(_from_package(reference))
     if reference.startswith(SMOKE):
-        name = f"{reference.replace(':', '-').replace('/', '-')}-{__version__}"
+        made_by = hashlib.sha256(Path(str(smoke.__file__)).read_bytes()).hexdigest()[:16]
+        name = f"{reference.replace(':', '-').replace('/', '-')}-{made_by}"
         return str(_cached(name, lambda to: build_tiny(reference, to)))
     return reference
 

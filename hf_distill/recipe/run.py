@@ -35,6 +35,7 @@ from .examples import prepare_data
 from .folder import claim, newest_checkpoint, on_main
 from .loading import Models, check_launch, train_arguments
 from .models import resolve_model
+from .on_policy import on_policy_arguments, prepare_prompts
 from .schema import Recipe
 
 logger = logging.get_logger(__name__)
@@ -95,12 +96,14 @@ def run_recipe(
     return RunResult(folder, models)
 
 
-def _arguments(recipe: Recipe) -> DistillConfig:
+def _arguments(recipe: Recipe, on_policy: bool = False) -> Any:
     losses = [loss.model_dump() for loss in recipe.losses]
     projectors = recipe.model_dump(include={"projectors"})["projectors"]
-    distill = recipe.distill.model_dump()
-    args = DistillConfig(**train_arguments(recipe), **distill, losses=losses or None, projectors=projectors)
+    given = train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
+    args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
     args.dataloader_pin_memory &= torch.accelerator.is_available()
+    if recipe.data.scheduled:
+        args.train_sampling_strategy = "sequential"
     gather_on_save(args)
     return args
 
@@ -116,32 +119,39 @@ class _Run:
         with args.main_process_first():
             path = resolve_model(recipe.base)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=recipe.base_revision)
+        count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with args.main_process_first():
-            self.data = prepare_data(recipe.data, self.tokenizer, args.seed)
-        self.packing = recipe.data.packing
+            self.data = prepare_data(recipe.data, self.tokenizer, args.seed, count)
+            self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
+        self.recipe = recipe
         self.models = Models(recipe, args, path, self.tokenizer)
         self.facts: dict[str, Any] = {"environment": environment(str(args.device)), "data": self.data.facts()}
 
-    def trainer(self, name: str, **changes) -> DistillTrainer:
+    def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
         """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
-        args = copy.deepcopy(self.args)
+        args = _arguments(self.recipe, on_policy=True) if on_policy else copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
         args.remove_unused_columns = False  # rows have what the collator reads, and nothing else
-        trainer = DistillTrainer(
+        kind: Any = DistillTrainer
+        rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
+        if on_policy:
+            from ..trl import OnPolicyDistillTrainer as kind
+
+            rows = {"train_dataset": self.prompts}
+        trainer = kind(
             self.models.student(self.data.train),
             args,
             teacher=self.models.teacher,
-            train_dataset=self.data.train,
             eval_dataset=self.data.held_out,
-            data_collator=self.data.collator,
+            **rows,
             processing_class=self.tokenizer,
             callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self.callbacks],
         )
         self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        if self.packing:
+        if self.recipe.data.packing:
             with trainer.accelerator.autocast():
                 check_isolation(trainer.model, "student")
             if trainer.teacher is not None:
@@ -165,7 +175,7 @@ class _Run:
 
     def distil(self) -> tuple[dict[str, float], dict[str, float]]:
         """Train the student; its metrics before and after, with the projectors that it was trained with."""
-        trainer = self.trainer("student")
+        trainer = self.trainer("student", on_policy=self.recipe.on_policy is not None)
         self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)

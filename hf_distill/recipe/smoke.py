@@ -48,7 +48,11 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
             loss["layers"] = "stretch"
         elif str(loss.get("layers")).startswith("last:"):
             loss["layers"] = "last:1"
-    values["data"] = {name: _small(name, part) for name, part in values["data"].items()} | {"max_length": 64}
+    text, length = "package:pydoc_data.topics", 64
+    if values.get("on_policy"):
+        text, length = "package:builtins", 128
+        values["on_policy"] |= {"max_completion_length": 8, "vllm": None}
+    values["data"] = {name: _small(name, part, text) for name, part in values["data"].items()} | {"max_length": length}
     for key in ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim"):
         train.pop(key, None)
     train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
@@ -56,13 +60,13 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _small(name: str, part: Any) -> Any:
-    """A part of `data`: sources become packaged text, with their weights."""
+def _small(name: str, part: Any, text: str) -> Any:
+    """A part of `data`: sources become packaged ones, with their weights."""
     if name == "eval":
         return {"holdout": 0.1, "max_rows": 4}
     if not isinstance(part, dict):
         return part
-    return {"path": "package:pydoc_data.topics"} | ({"weight": part["weight"]} if "weight" in part else {})
+    return {"path": text} | ({"weight": part["weight"]} if "weight" in part else {})
 
 
 def build_tiny(reference: str, folder: Path) -> None:
@@ -92,7 +96,7 @@ def build_tiny(reference: str, folder: Path) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer whose tokens are the 256 bytes, an end-of-text and a padding token."""
+    """A tokenizer of the 256 bytes, an end-of-text and a padding token, whose chat template marks answers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -100,4 +104,13 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    made.chat_template = _TEMPLATE
+    return made
+
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content }}<|end|>{% endgeneration %}{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)

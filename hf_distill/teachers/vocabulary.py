@@ -49,6 +49,12 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
             "Teacher and student share a vocabulary but split text into tokens differently. Use a teacher and a "
             "student with the same tokenizer."
         )
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher, student)]
+    if None not in templates and templates[0] != templates[1]:
+        logger.warning_once(
+            "Teacher and student have different chat templates. Conversations are written by the student's, which the "
+            "teacher was not trained on: give the student's tokenizer the teacher's chat_template, unless you mean it."
+        )
 
 
 def check_classes(teacher: PretrainedConfig, student: PretrainedConfig) -> None:

@@ -37,11 +37,14 @@ def adapted_heads(module: Any, allowed: bool) -> Iterator[None]:
     TRL refuses it because its losses multiply by `lm_head.weight` themselves. Ours run the head, adapter included.
 
     Args:
-        module: which checks `isinstance(head, BaseTunerLayer)`.
+        module: which checks `isinstance(head, BaseTunerLayer)`, a name that it has where peft is installed.
         allowed: False changes nothing.
     """
-    checked = module.BaseTunerLayer
-    module.BaseTunerLayer = () if allowed else checked  # no object is an instance of ()
+    checked = vars(module).get("BaseTunerLayer")
+    if checked is None or not allowed:
+        yield
+        return
+    module.BaseTunerLayer = ()  # no object is an instance of it
     try:
         yield
     finally:

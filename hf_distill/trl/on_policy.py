@@ -2,72 +2,23 @@
 
 import math
 import random
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import trl.trainer.distillation_trainer
 from torch import Tensor, nn
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import flush_left
 
 from ..config import DistillFields
-from ..errors import DistillError, noted, tell
+from ..data import Collator, prompt_rows
+from ..errors import DistillError, tell
+from ..schedule import integral
 from ..signals import IGNORE_INDEX
 from ..teachers import Teacher
 from .common import TRLMixin, adapted_heads
-
-_FIELDS = DistillFields.__dataclass_fields__
-
-
-@dataclass
-class OnPolicyDistillConfig(DistillFields, DistillationConfig):
-    """`trl.DistillationConfig` and the fields of a distillation; by default reverse KL at T = 1, the teacher alone.
-
-    Raises:
-        DistillError: a value out of range, or a field of TRL's that another one stands for; all of them at once.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar = [*DistillationConfig._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
-
-    temperature: float = field(default=1.0, metadata=_FIELDS["temperature"].metadata)
-    alpha: float = field(default=1.0, metadata=_FIELDS["alpha"].metadata)
-    divergence: dict | str | None = field(default="reverse_kl", metadata=_FIELDS["divergence"].metadata)
-    sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature at which the student writes completions."}
-    )
-    on_policy_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the rows, in [0, 1], whose completions the student writes; the others keep the data "
-            "set's, which alone have hard labels."
-        },
-    )
-
-    def __post_init__(self):
-        problems: list[str] = []
-        with noted(problems):
-            DistillFields.__post_init__(self)
-        if not 0 <= self.on_policy_fraction <= 1:
-            problems.append(f"on_policy_fraction is {self.on_policy_fraction}; it must lie in [0, 1]")
-        if not (self.sampling_temperature > 0 and math.isfinite(self.sampling_temperature)):
-            problems.append(f"sampling_temperature is {self.sampling_temperature}; it must be a positive number")
-        if self.alpha < 1 and self.on_policy_fraction == 1:
-            problems.append(
-                f"alpha is {self.alpha}, but hard labels stand in the data set's completions alone, and with "
-                "on_policy_fraction=1 there are none of them: use alpha=1, or a smaller fraction"
-            )
-        if self.beta != 1.0:
-            problems.append(
-                f"beta={self.beta} is TRL's way to choose the divergence: use divergence='forward_kl' (its 0), "
-                "'reverse_kl' (its 1) or {'name': 'js', 'beta': ...}"
-            )
-        theirs = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
-        if given := [name for name in theirs if getattr(self, name) is not None]:
-            problems.append(f"{', '.join(given)}: pass `teacher=` to the trainer, and use teacher_init_kwargs")
-        tell(problems)
-        DistillationConfig.__post_init__(self)
+from .on_policy_config import OnPolicyDistillConfig
 
 
 class _Generating(DistillationTrainer):
@@ -92,9 +43,10 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
     L = sum over completion tokens of (alpha * T^2 * divergence + others) and, where the completion is the data set's,
     (1 - alpha) * cross entropy; divided by the completion tokens of the global batch, generated ones included
 
-    Rows have `prompt` and, for on_policy_fraction < 1, `completion`. In each step floor or ceil of the fraction of
-    every rank's rows are written by the student; which, follows from seed, step and rank. Evaluation generates, unless
-    the fraction is 0.
+    Rows have `prompt` and, for on_policy_fraction < 1, `completion`; or `messages`, whose last turn is the completion.
+    In each step the student writes floor or ceil of the fraction of every rank's rows; which, follows from seed, step
+    and rank. Evaluation asks the data set's completions where the rows have them, and else generates; rows with
+    `input_ids` and `labels` are evaluated as they are.
 
     Private methods of TRL that are overridden: `_generate_and_score_completions` chooses the rows,
     `_generate_single_turn` generates those only, `_set_signature_columns_if_needed` keeps the column `completion`.
@@ -123,6 +75,8 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             problems.append("on-policy distillation needs a teacher: pass `teacher=`, a model, its id or a Teacher")
         tell(problems)
         self._given: list[dict | None] | None = None
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = _prompted(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
 
     def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
@@ -136,41 +90,45 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
 
     def unfit(self) -> list[str]:
         """Rows and tools that cannot be had both ways."""
-        problems, mixed = super().unfit(), self.args.on_policy_fraction < 1
+        problems, mixed = super().unfit(), self.args.mixes
         if self._is_vlm:
             problems.append("images are not distilled: use a tokenizer as processing_class and rows of text")
         if mixed and self.tools:
             problems.append(
                 "tools would be called for the data set's completions too: use on_policy_fraction=1, or no tools"
             )
-        for name in ("train_dataset", "eval_dataset") if self.args.on_policy_fraction == 0 else ("train_dataset",):
-            columns = getattr(getattr(self, name), "column_names", None)
-            if mixed and isinstance(columns, list) and "completion" not in columns:
-                problems.append(
-                    f"on_policy_fraction is {self.args.on_policy_fraction}, but {name} has no column `completion`, "
-                    f"only {sorted(columns)}: add it, or use on_policy_fraction=1"
-                )
+        columns = getattr(self.train_dataset, "column_names", None)
+        if mixed and isinstance(columns, list) and "completion" not in columns:
+            problems.append(
+                f"on_policy_fraction is {self.args.on_policy_fraction}, but train_dataset has no column `completion`, "
+                f"only {sorted(columns)}: add it, or use on_policy_fraction=1"
+            )
         return problems
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, "completion"])]
 
-    def _own_rows(self, count: int) -> list[bool]:
+    def _own_rows(self, rows: list[dict]) -> list[bool]:
         """Which rows of this rank's batch the student completes; as many on every rank, so that all generate or none.
 
         Equal for equal seed, step and rank; the share is exact over the steps.
         """
-        fraction, step = self.args.on_policy_fraction, self.state.global_step
-        if fraction in (0, 1) or not self.model.training:
-            return [fraction > 0] * count
-        before, after = (math.floor(i * fraction * count + 1e-6) for i in (step, step + 1))
+        if not self.model.training:
+            return ["completion" not in row or bool(self.tools) for row in rows]
+        step, steps, count = self.state.global_step, max(self.state.max_steps, 1), len(rows)
+        before, after = (
+            math.floor(integral(self.args.fraction, i / steps) * steps * count + 1e-6) for i in (step, step + 1)
+        )
         draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")
         chosen = draw.sample(range(count), after - before)
         return [i in chosen for i in range(count)]
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
-        own = self._own_rows(len(inputs))
+        if "labels" in inputs[0]:
+            batch = Collator(self._tokenizer.pad_token_id)(inputs)
+            return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        own = self._own_rows(inputs)
         self._given = [None if mine else row for mine, row in zip(own, inputs, strict=True)]
         batch = super()._generate_and_score_completions(inputs)
         return batch | {"labelled_rows": ~torch.tensor(own, device=self.accelerator.device)}
@@ -213,7 +171,16 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         items = inputs["num_items_in_batch"] if model.training else None
         if items is not None and not self.args.average_tokens_across_devices:
             items = items / self.accelerator.num_processes
-        return super().compute_loss(model, _as_rows(inputs), return_outputs, items)
+        rows = inputs if "labels" in inputs else _as_rows(inputs)
+        return super().compute_loss(model, rows, return_outputs, items)
+
+
+def _prompted(rows: Any, name: str) -> Any:
+    """Data sets with prompts, from whatever TRL takes as one."""
+    if isinstance(rows, dict):
+        return {key: _prompted(part, f"{name}[{key!r}]") for key, part in rows.items()}
+    tokens = name.startswith("eval") and {"input_ids", "labels"} <= {*(getattr(rows, "column_names", None) or ())}
+    return rows if tokens or not hasattr(rows, "column_names") else prompt_rows(rows, name)
 
 
 def _as_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:

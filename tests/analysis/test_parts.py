@@ -13,7 +13,7 @@ from hf_distill.analysis.job import job_of
 from hf_distill.analysis.parts import weights
 from hf_distill.analysis.rows import GiB
 from hf_distill.analysis.working import activations, head_gradients, workspace
-from hf_distill.recipe.schema import Lora
+from hf_distill.recipe.pair import Lora
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

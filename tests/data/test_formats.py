@@ -150,8 +150,10 @@ def test_the_first_format_counts_and_a_named_column_beats_it():
 
 @pytest.mark.parametrize("example", [{"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:2]}])
 def test_conversations_need_a_template(example):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
     with pytest.raises(DistillError, match="has no chat_template"):
-        one(example, byte_tokenizer())
+        one(example, tokenizer)
 
 
 def test_what_is_no_conversation_is_told(tokenizer):

@@ -9,7 +9,7 @@ from tiny import VOCAB, build
 from transformers import TrainerCallback
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.data import Collator, mix
+from hf_distill.data import Collator, mix, mix_scheduled
 from hf_distill.data.mix import shares
 
 NAMES = ("task", "general")
@@ -185,3 +185,30 @@ def test_one_source_has_no_losses_of_its_own_and_no_teacher_needs_no_source(tmp_
     plain.train()
     assert "loss" in plain.state.log_history[0]
     assert "soft_loss_task" not in plain.state.log_history[0]
+
+
+def test_scheduled_weights_are_realised_along_the_way():
+    parts = {name: numbers(0, 3000) for name in NAMES}
+    rows = mix_scheduled(parts, {"task": ((0.0, 1.0), (0.5, 0.0)), "general": ((0.0, 1.0),)}, seed=0, count=8000)
+    source = torch.tensor(rows["source"]).double()
+    for start, end in ((0, 1000), (1000, 3000), (4000, 8000)):
+        middle = (start + end) / 2 / 8000
+        expected = (1 - 2 * middle) / (2 - 2 * middle) if middle < 0.5 else 0.0
+        assert 1 - source[start:end].mean() == pytest.approx(expected, abs=0.05)
+    again = mix_scheduled(parts, {"task": ((0.0, 1.0), (0.5, 0.0)), "general": ((0.0, 1.0),)}, seed=0, count=8000)
+    assert again["source"] == rows["source"]
+
+
+def test_an_exhausted_source_of_a_scheduled_mixture_begins_again():
+    rows = mix_scheduled(sources(10), {"task": ((0.0, 1.0),), "general": ((0.0, 1.0),)}, seed=0, count=60)
+    own = [tuple(row["input_ids"]) for row in rows if row["source"] == 0]
+    assert len(own) > 20
+    assert own[:10] == own[10:20]
+    assert len(set(own[:10])) == 10
+
+
+def test_a_moment_without_any_source_is_refused():
+    with pytest.raises(DistillError, match=r"At progress 0\.5 all weights of sources are 0"):
+        mix_scheduled(
+            sources(), {"task": ((0.0, 1.0), (0.5, 0.0)), "general": ((0.5, 0.0), (0.6, 1.0))}, seed=0, count=10
+        )

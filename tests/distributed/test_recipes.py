@@ -54,6 +54,30 @@ def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):
     assert done.stderr.count("holds a run of another recipe") == 1
 
 
+@pytest.mark.parametrize("streaming", [True, False], ids=["stream", "map"])
+def test_two_processes_train_on_the_rows_of_one(tmp_path, streaming):
+    """A mixture of a stream and a data set: equal losses, so the same rows in every global batch."""
+    rows = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {i + i}."} for i in range(60)]
+    for name, part in (("sums", rows[:52]), ("test", rows[52:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    sums = f"{{path: sums.jsonl, weight: 0.5, streaming: {json.dumps(streaming)}}}"
+    common = ["quickstart", "--smoke", f"data.sums={sums}", "data.eval={path: test.jsonl}", "control=null"]
+    common += ["student={model: 'smoke:llama/student'}", "train.max_steps=3"]
+    two = on_two(tmp_path, *common, "train.output_dir=two", "train.per_device_train_batch_size=2")
+    assert two.returncode == 0, two.stderr[-4000:]
+    command = [sys.executable, "-m", "hf_distill", "run", *common]
+    command += ["train.output_dir=one", "train.per_device_train_batch_size=4"]
+    one = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
+    assert one.returncode == 0, one.stderr[-4000:]
+    names = ("loss", "soft_loss", "hard_loss", "soft_loss_sums", "soft_loss_task", "grad_norm")
+    found = {}
+    for run in ("one", "two"):
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        found[run] = [line[name] for line in lines if "loss" in line for name in names if name in line]
+    assert len(found["one"]) > 12
+    assert found["two"] == pytest.approx(found["one"], rel=1e-4)
+
+
 def test_accelerate_launches_a_recipe(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command = [*launch, "-m", "hf_distill", "run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]

@@ -38,9 +38,18 @@ def values(**data):
     [
         ({"max_lenght": 5}, "unknown key 'max_lenght'; did you mean 'max_length'?"),
         ({"code": {"path": "x", "weigth": 2}}, "data.code.weigth: unknown key; did you mean 'weight'?"),
-        ({"code": {"path": "x", "weight": 0}}, "data.code.weight: Input should be greater than 0"),
+        ({"code": {"path": "x", "weight": 0}}, "data.code.weight: must be above 0"),
+        ({"code": {"path": "x", "weight": [[0, 1], [2, 1]]}}, "progress must rise"),
+        (
+            {"code": {"path": "x", "weight": [[0, 1], [1, 0]]}, "stopping_strategy": "all_exhausted"},
+            "packing puts rows of different moments together: leave it out; sources repeat until train.max_steps",
+        ),
+        (
+            {"code": {"path": "x", "weight": [[0, 1], [1, 0]]}, "packing": False},
+            "a weight over progress needs to know the end: set train.max_steps",
+        ),
         ({"code": {"weight": 1}}, "data.code.path: missing"),
-        ({"task": {"path": "x", "weight": -1}}, "data.task.weight: Input should be greater than 0"),
+        ({"task": {"path": "x", "weight": -1}}, "data.task.weight: must be above 0"),
         ({"my code": {"path": "x"}}, "names of sources are letters, digits and _"),
         ({"task": {"path": "x", "long": "split"}}, "data.task.long: Input should be 'truncate' or 'drop'"),
         ({"stopping_strategy": "first"}, "data.stopping_strategy: Input should be 'first_exhausted', 'all_exhausted'"),
@@ -166,5 +175,5 @@ def test_the_shown_mixture_is_the_trained_one(file):
 
     recipe = load_recipe(file, ["data.eval={path: test.jsonl}", *SUMS], smoke=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
-    prepared = prepare_data(recipe.data, tokenizer, 0)
+    prepared = prepare_data(recipe.data, tokenizer, 0, 0)
     assert list(first_rows(recipe.data, tokenizer, 0, 200)) == list(prepared.train)

@@ -1,0 +1,73 @@
+"""The arguments of an on-policy distillation."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from trl import DistillationConfig
+
+from ..config import DistillFields
+from ..errors import noted, tell
+from ..schedule import Points, points_of
+
+_FIELDS = DistillFields.__dataclass_fields__
+
+
+@dataclass
+class OnPolicyDistillConfig(DistillFields, DistillationConfig):
+    """`trl.DistillationConfig` and the fields of a distillation; by default reverse KL at T = 1, the teacher alone.
+
+    Raises:
+        DistillError: a value out of range, or a field of TRL's that another one stands for; all of them at once.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*DistillationConfig._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+
+    temperature: float = field(default=1.0, metadata=_FIELDS["temperature"].metadata)
+    alpha: float = field(default=1.0, metadata=_FIELDS["alpha"].metadata)
+    divergence: dict | str | None = field(default="reverse_kl", metadata=_FIELDS["divergence"].metadata)
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature at which the student writes completions."}
+    )
+    on_policy_fraction: list | str | float | None = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the rows, in [0, 1], whose completions the student writes; the others keep the data "
+            "set's, which alone have hard labels. Or a schedule, [[progress, share], ...] (or its JSON)."
+        },
+    )
+
+    def __post_init__(self):
+        problems: list[str] = []
+        with noted(problems):
+            DistillFields.__post_init__(self)
+        with noted(problems):
+            points = self.fraction
+            self.on_policy_fraction = points[0][1] if len(points) == 1 else [list(point) for point in points]
+            if self.alpha < 1 and not self.mixes:
+                problems.append(
+                    f"alpha is {self.alpha}, but hard labels stand in the data set's completions alone, and with "
+                    "on_policy_fraction=1 there are none of them: use alpha=1, or a smaller fraction"
+                )
+        if not (self.sampling_temperature > 0 and math.isfinite(self.sampling_temperature)):
+            problems.append(f"sampling_temperature is {self.sampling_temperature}; it must be a positive number")
+        if self.beta != 1.0:
+            problems.append(
+                f"beta={self.beta} is TRL's way to choose the divergence: use divergence='forward_kl' (its 0), "
+                "'reverse_kl' (its 1) or {'name': 'js', 'beta': ...}"
+            )
+        theirs = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
+        if given := [name for name in theirs if getattr(self, name) is not None]:
+            problems.append(f"{', '.join(given)}: pass `teacher=` to the trainer, and use teacher_init_kwargs")
+        tell(problems)
+        DistillationConfig.__post_init__(self)
+
+    @property
+    def fraction(self) -> Points:
+        """`on_policy_fraction` as points."""
+        return points_of(self.on_policy_fraction, "on_policy_fraction", 0, 1)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some rows keep the data set's completions."""
+        return min(share for _, share in self.fraction) < 1

@@ -1,0 +1,76 @@
+"""Recipes in which the student writes."""
+
+import json
+
+import pytest
+
+from hf_distill import DistillError
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.examples import prepare_data
+from hf_distill.recipe.on_policy import prepare_prompts
+from hf_distill.recipe.smoke import byte_tokenizer
+
+
+def test_the_recipe_writes_learns_and_is_judged_on_held_out_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changed = ["on_policy.fraction=[[0, 0], [0.5, 1]]", "train.output_dir=run"]
+    result = run_recipe(load_recipe("on-policy", changed, smoke=True))
+    assert set(result.models) == {"before", "student", "control"}
+    assert {len(metrics) > 5 for metrics in result.models.values()} == {True}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lengths = [line["completions/mean_length"] for line in lines if line["run"] == "student" and "soft_loss" in line]
+    assert len(lengths) == 4
+    assert lengths[-1] <= 8
+    assert result.models["student"]["perplexity"] != result.models["before"]["perplexity"]
+
+
+def test_student_and_control_are_judged_on_the_same_rows(tmp_path, monkeypatch):
+    """Before any step the student and the control are the same model, so their metrics must be."""
+    monkeypatch.chdir(tmp_path)
+    changed = ["train.output_dir=run", "train.learning_rate=0.0", "train.max_steps=1"]
+    models = run_recipe(load_recipe("on-policy", changed, smoke=True)).models
+    names = ("loss", "perplexity", "kl", "agreement", "hard_loss", "soft_loss", "teacher_perplexity")
+    for name in names:
+        assert models["control"][name] == pytest.approx(models["student"][name], rel=1e-5), name
+
+
+def test_prompts_are_those_of_the_rows_that_are_not_held_out():
+    recipe, tokenizer = load_recipe("on-policy", ["data.max_length=512"], smoke=True), byte_tokenizer()
+    rows = prepare_data(recipe.data, tokenizer, 0, 8)
+    prompts = prepare_prompts(recipe, tokenizer, 0, 8)
+    held_out = {tokenizer.decode(ids) for ids in rows.held_out["input_ids"]}
+    trained = {tokenizer.decode(ids) for ids in rows.train["input_ids"]}
+    for row in prompts:
+        start = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
+        assert not any(text.startswith(start) for text in held_out)
+    assert len(prompts) == len(trained)
+
+
+def test_prompts_that_leave_no_room_are_left_out():
+    tokenizer = byte_tokenizer()
+    every = prepare_prompts(load_recipe("on-policy", smoke=True), tokenizer, 0, 8)
+    short = prepare_prompts(load_recipe("on-policy", ["data.max_length=56"], smoke=True), tokenizer, 0, 8)
+    assert 0 < len(short) < len(every)
+    with pytest.raises(DistillError, match=r"data\.task: all .* prompts are longer than the 2 tokens"):
+        prepare_prompts(load_recipe("on-policy", ["data.max_length=10"], smoke=True), tokenizer, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ("on_policy.max_completion_length=200", "leaves no room for a prompt: raise data.max_length"),
+        ("data.packing=true", "leave data.packing out"),
+        ("train.fsdp=full_shard", "leave train.deepspeed and fsdp out"),
+        ("on_policy={fraction: 1, max_completion_length: 8}", None),
+        ("on_policy.fraction=[[0, 2]]", r"it must lie in \[0, 1\]"),
+        ("on_policy.fractoin=1", "did you mean 'fraction'"),
+    ],
+)
+def test_what_cannot_be_is_told_with_its_place(changed, problem):
+    if problem is None:
+        assert load_recipe("on-policy", [changed]).on_policy.fraction == 1
+        with pytest.raises(DistillError, match=r"no row has hard labels: set distill\.alpha to 1"):
+            load_recipe("on-policy", [changed, "distill.alpha=0.5"])
+        return
+    with pytest.raises(DistillError, match=problem):
+        load_recipe("on-policy", [changed])
