@@ -51,7 +51,7 @@ def test_positions_start_again_and_first_tokens_are_not_asked():
 
 def one_step(folder, rows, size, attention, kind="llama", alpha=0.5, **options):
     """The first log and the gradient of a step over all rows."""
-    student, teacher = build(kind, 0), build(kind, 1, layers=3)
+    student, teacher = build(kind, 0).double(), build(kind, 1, layers=3).double()
     for model in (student, teacher):
         model.set_attn_implementation(attention)
     config = DistillConfig(
@@ -79,9 +79,11 @@ def test_packing_changes_neither_loss_nor_gradient(tmp_path, attention, options)
     names = [name for name in padded_log if "loss" in name]
     assert len(names) > (0 if options.get("alpha") == 0 else 6)
     for name in names:
-        assert packed_log[name] == pytest.approx(padded_log[name], rel=2e-6), name
+        assert packed_log[name] == pytest.approx(padded_log[name], rel=1e-6), name
     for name in padded:
-        torch.testing.assert_close(flat[name], padded[name], rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(
+            flat[name], padded[name], rtol=1e-4, atol=1e-6
+        )  # eager attention has a float32 softmax
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
