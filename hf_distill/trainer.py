@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .by_source import of_sources, source_means
@@ -67,6 +67,8 @@ class DistillMixin(SidecarMixin):
         """
         self.distilling, self.teacher = True, teacher
         _refuse(self)
+        self.pop_callback(_AfterStep)
+        self.add_callback(_AfterStep(teacher))
         teacher.prepare(bare(self.model), self.args.device, self.processing_class)
         terms = fields.terms(self.args.label_smoothing_factor)
         features = Features.match(terms, self.model, teacher.stack, Projectors.of(fields.projectors))
@@ -163,6 +165,18 @@ class DistillMixin(SidecarMixin):
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; a checkpoint also gets what a moving teacher needs to go on."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.distilling:
+            self.teacher.save(output_dir, self.args.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Called on resume under every strategy, after the model has been loaded."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.distilling:
+            self.teacher.load(checkpoint, self.args.process_index)
+
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
         """Terms and statistics, averaged over the asked tokens, under the names that users see."""
         mean = {name: total / max(sums["asked"], 1.0) for name, total in sums.items()}
@@ -185,8 +199,19 @@ class DistillMixin(SidecarMixin):
         if "loss" in logs and self._train_sums:
             sums = self.accelerator.reduce(torch.stack(list(self._train_sums.values())).double(), "sum").tolist()
             logs |= self._means(dict(zip(self._train_sums, sums, strict=True))) | self.learned_layers()
+            logs |= self.teacher.metrics()
             self._train_sums = {}
         super().log(logs, start_time)
+
+
+class _AfterStep(TrainerCallback):
+    """Tells a teacher of each step of the optimizer."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.teacher.after_step(state.global_step, state.global_step / max(state.max_steps, 1))
 
 
 class DistillTrainer(DistillMixin, Trainer):

@@ -3,5 +3,6 @@
 from .base import Teacher
 from .frozen import FrozenTeacher
 from .own_base import OwnBaseTeacher
+from .past_self import EMATeacher, SnapshotTeacher
 
-__all__ = ["FrozenTeacher", "OwnBaseTeacher", "Teacher"]
+__all__ = ["EMATeacher", "FrozenTeacher", "OwnBaseTeacher", "SnapshotTeacher", "Teacher"]

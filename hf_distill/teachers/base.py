@@ -52,3 +52,21 @@ class Teacher(ABC):
         Raises:
             DistillError: this teacher cannot teach this student.
         """
+
+    def after_step(self, step: int, progress: float) -> None:  # noqa: B027
+        """Move, if it does: called after each step of the optimizer, never between micro-batches.
+
+        Args:
+            step: of the optimizer, counted from 1.
+            progress: of the training, in [0, 1].
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """What training logs say of it."""
+        return {}
+
+    def save(self, folder: str, rank: int) -> None:  # noqa: B027
+        """Write into a checkpoint what a resumed run needs of it; called on every rank."""
+
+    def load(self, folder: str, rank: int) -> None:  # noqa: B027
+        """Read what `save` wrote; called before the first step of a resumed run."""

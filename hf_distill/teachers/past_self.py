@@ -1,0 +1,250 @@
+"""Teachers that are the student's own past: averaged (EMA) or as it was a while ago (snapshot).
+
+One model serves as both. What it was is held beside it in float32, one number for each that is trained, and takes the
+weights' place for the teacher's forward. So adapters are all that is held of a student with adapters, tied weights are
+held once, and a rank of a sharded student holds its share.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..blocks import Stack, stack_of
+from ..errors import DistillError
+from ..forward import teacher_signals
+from ..schedule import points_of, value_at
+from ..sidecar import split
+from ..signals import Signals, Tap, Targets
+from ..tasks import bare
+from .base import Teacher
+
+
+class PastSelf(Teacher):
+    """The student with weights of its own past; see the module. Classes that derive say how these move."""
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Begin as the student is when it is first asked.
+
+        Raises:
+            DistillError: nothing of the student is trained in floating point.
+        """
+        self.model = student
+        self._held: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
+        self._worn = False
+        if not self._moving():
+            raise DistillError(
+                f"{type(self).__name__}: nothing of the {type(bare(student)).__name__} is trained, so it has no past. "
+                "Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
+            )
+
+    def stack(self, which: str | None = None) -> Stack:
+        """The student's blocks."""
+        return stack_of(self.model, which)
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+        """One forward of the past self, in eval mode."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.worn():
+                return teacher_signals(self.model, inputs, targets, wanted)
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        """While it lasts, the student's weights are those of its past: to evaluate or save them."""
+        if self._worn:
+            yield
+            return
+        held = self._hold()
+        self._worn = True
+        now = self._moving()
+        own = [_put(now[name], value) for name, value in held.items()]
+        try:
+            yield
+        finally:
+            for name, value in zip(held, own, strict=True):
+                _take_back(now[name], value)
+            self._worn = False
+
+    @torch.no_grad()
+    def after_step(self, step: int, progress: float) -> None:
+        """Move, after a step of the optimizer."""
+        self._move(self._hold(), {name: _local(t) for name, t in self._moving().items()}, step, progress)
+
+    @abstractmethod
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, progress: float) -> None: ...
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
+        held = self._hold()
+        moved = torch._foreach_sub(list(held.values()), list(self._start.values()))
+        norms = [torch.stack(torch._foreach_norm(part)).norm() for part in (moved, list(self._start.values()))]
+        return {"teacher_distance": float(norms[0] / norms[1])}
+
+    def save(self, folder: str, rank: int) -> None:
+        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
+        if rank == 0 or self._sharded():
+            state = {f"held.{name}": value for name, value in self._hold().items()}
+            state |= {f"start.{name}": value for name, value in self._start.items()}
+            save_file({name: value.contiguous() for name, value in state.items()}, self._file(folder, rank))
+
+    def load(self, folder: str, rank: int) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            DistillError: the checkpoint has none.
+        """
+        file = self._file(folder, rank if self._sharded() else 0)
+        if not file.is_file():
+            raise DistillError(f"{folder} has no {file.name}: it was written by a run with another kind of teacher.")
+        state, device = load_file(file), _local(next(iter(self._moving().values()))).device
+        for kept, prefix in ((self._held, "held."), (self._start, "start.")):
+            kept.clear()
+            kept |= {k.removeprefix(prefix): v.to(device) for k, v in state.items() if k.startswith(prefix)}
+
+    def _file(self, folder: str, rank: int) -> Path:
+        return Path(folder) / (f"teacher-{rank}.safetensors" if self._sharded() else "teacher.safetensors")
+
+    def _sharded(self) -> bool:
+        return any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in self.model.parameters())
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What training changes: trained parameters of the student, and those of its buffers that are saved."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
+        if not trained:
+            return {}
+        buffers = {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, module in self.model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+        }
+        return split({**trained, **buffers})
+
+    @torch.no_grad()
+    def _hold(self) -> dict[str, Tensor]:
+        """The past, in float32; at first the present."""
+        if not self._held:
+            for name, tensor in self._moving().items():
+                self._held[name] = _local(tensor).detach().float().clone()
+                self._start[name] = self._held[name].clone()
+        return self._held
+
+
+class EMATeacher(PastSelf):
+    """The moving average of the student (Mean Teacher, 1703.01780).
+
+    After each step: held = d * held + (1 - d) * student. With d = 0 it is the student as the last step left it.
+
+    Args:
+        decay: d, in [0, 1); or points [[progress, d], ...], see `schedule`.
+        warmup: steps over which d rises in a straight line from 0; the first steps forget where training began.
+
+    Raises:
+        DistillError: a value out of range.
+    """
+
+    def __init__(self, decay: Any = 0.999, warmup: int = 0):
+        self._decay = points_of(decay, "decay", 0, 1)
+        if any(d == 1 for _, d in self._decay):
+            raise DistillError(f"decay is {decay!r}; it must lie in [0, 1): with 1 the teacher never moves.")
+        if warmup < 0:
+            raise DistillError(f"warmup is {warmup}; it must be at least 0 steps")
+        self._warmup = warmup
+
+    def decay_at(self, step: int, progress: float) -> float:
+        """d after a number of steps, at a moment of training."""
+        return value_at(self._decay, progress) * (min(1.0, step / self._warmup) if self._warmup else 1.0)
+
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, progress: float) -> None:
+        values = [now[name].detach().to(value.dtype) for name, value in held.items()]
+        torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step, progress))
+
+
+class SnapshotTeacher(PastSelf):
+    """The student as it was: taken anew every so many steps (temporal self-distillation).
+
+    Args:
+        every: steps between two snapshots; None: it stays as it begins.
+        path: a folder or id of weights to begin with, of the student's own class; None: the student as it begins.
+
+    Raises:
+        DistillError: neither is given, so that the teacher would be the start for ever; or `every` is below 1.
+    """
+
+    def __init__(self, every: int | None = None, path: str | None = None):
+        if every is None and path is None:
+            raise DistillError("A snapshot needs `every`, the steps between two of them, or the `path` of one.")
+        if every is not None and every < 1:
+            raise DistillError(f"every is {every}; it must be at least 1 step")
+        self._every, self._path = every, path
+
+    @torch.no_grad()
+    def _hold(self) -> dict[str, Tensor]:
+        fresh = not self._held
+        held = super()._hold()
+        if fresh and self._path is not None:
+            then = self._moving_of(type(bare(self.model)).from_pretrained(self._path))
+            wrong = [name for name in held if name not in then or then[name].shape != held[name].shape]
+            if wrong:
+                self._held.clear()
+                raise DistillError(
+                    f"{self._path} does not hold the student's weights: {wrong[0]} is missing or differs."
+                )
+            for name, value in held.items():
+                value.copy_(then[name])
+                self._start[name].copy_(then[name])
+        return held
+
+    def _moving_of(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
+
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, progress: float) -> None:
+        if self._every is not None and step % self._every == 0:
+            for name, value in held.items():
+                value.copy_(now[name])
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _put(tensor: Any, value: Tensor) -> Tensor:
+    """Put a value in a tensor's place; returns what was there."""
+    local = _local(tensor)
+    if local is tensor:
+        own = tensor.data
+        tensor.data = value.to(own.dtype)
+        return own
+    own = local.detach().clone()
+    _write(tensor, value)
+    return own
+
+
+def _take_back(tensor: Any, own: Tensor) -> None:
+    if _local(tensor) is tensor:
+        tensor.data = own
+    else:
+        _write(tensor, own)
+
+
+@torch.no_grad()
+def _write(tensor: Any, value: Tensor) -> None:
+    """Into a rank's share; ZeRO-3 forgets what it had gathered of the tensor."""
+    _local(tensor).copy_(value)
+    if hasattr(tensor, "ds_tensor") and tensor.ds_status.name == "AVAILABLE":
+        tensor.partition()

@@ -1,0 +1,177 @@
+"""Teachers that are the student's own past."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import build, rows
+from transformers import TrainerCallback
+
+from hf_distill import DistillError
+from hf_distill.teachers import EMATeacher, SnapshotTeacher
+
+ALONE = dict(max_steps=5, learning_rate=0.05, alpha=0.5, lr_scheduler_type="constant")
+
+
+class Weights(TrainerCallback):
+    """The student's weights before the first step and after each."""
+
+    def __init__(self, teacher):
+        self.teacher, self.student, self.held = teacher, [], []
+
+    def note(self, model):
+        self.student.append({name: p.detach().clone().float() for name, p in model.named_parameters()})
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+        self.held.append({name: value.clone() for name, value in self.teacher._hold().items()})
+
+
+def run(make_trainer, teacher, **options):
+    seen = Weights(teacher)
+    trainer = make_trainer(**{"teacher": teacher, **ALONE, **options})
+    trainer.add_callback(seen)
+    trainer.train()
+    return trainer, seen
+
+
+@pytest.mark.parametrize(
+    ("decay", "warmup", "rates"),
+    [
+        (0.9, 0, [0.9] * 5),
+        (0.9, 4, [0.225, 0.45, 0.675, 0.9, 0.9]),
+        ([[0, 0.0], [1, 0.5]], 0, [0.1, 0.2, 0.3, 0.4, 0.5]),
+    ],
+)
+def test_the_average_is_the_closed_form_over_five_steps(make_trainer, decay, warmup, rates):
+    teacher = EMATeacher(decay, warmup)
+    _, seen = run(make_trainer, teacher)
+    expected = seen.student[0]
+    for step, rate in enumerate(rates):
+        expected = {n: rate * v.double() + (1 - rate) * seen.student[step + 1][n].double() for n, v in expected.items()}
+        for name, value in seen.held[step].items():
+            torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_with_decay_zero_the_teacher_is_the_student_as_the_last_step_left_it(make_trainer):
+    trainer, seen = run(make_trainer, EMATeacher(0.0), gradient_accumulation_steps=2)
+    for held, student in zip(seen.held, seen.student[1:], strict=True):
+        assert all(torch.equal(value, student[name]) for name, value in held.items())
+    assert all(log["kl"] == pytest.approx(0, abs=1e-6) for log in trainer.state.log_history if "kl" in log)
+
+
+def test_the_teacher_says_what_a_model_with_its_weights_says(make_trainer):
+    teacher = EMATeacher(0.5)
+    trainer, seen = run(make_trainer, teacher)
+    copy = build("llama", 0)
+    copy.load_state_dict(seen.held[-1], strict=False)
+    other = make_trainer(model=trainer.model, teacher=copy, folder="other", alpha=0.5)
+    names = ("eval_loss", "eval_kl", "eval_teacher_perplexity", "eval_agreement")
+    found, expected = trainer.evaluate(), other.evaluate()
+    assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-5)
+    assert found["eval_kl"] > 1e-4
+    with teacher.worn():
+        assert all(torch.equal(p, seen.held[-1][n]) for n, p in trainer.model.named_parameters())
+    assert all(torch.equal(p, seen.student[-1][n]) for n, p in trainer.model.named_parameters())
+
+
+def test_the_average_is_kept_in_float32_where_bfloat16_would_stand_still(make_trainer):
+    teacher = EMATeacher(0.999)
+    student = build("llama", 0).to(torch.bfloat16)
+    trainer, seen = run(make_trainer, teacher, model=student, max_steps=3)
+    assert {value.dtype for value in seen.held[0].values()} == {torch.float32}
+    moved = [float((a - b).abs().max()) for a, b in zip(seen.held[0].values(), seen.held[2].values(), strict=True)]
+    assert min(moved) > 0
+    assert trainer.model.dtype == torch.bfloat16
+    assert trainer.state.log_history[-2]["teacher_distance"] > 0
+
+
+def test_tied_weights_are_held_once_and_buffers_too(make_trainer):
+    student = build("llama", 0)
+    student.config.tie_word_embeddings = True
+    student.tie_weights()
+    student.register_buffer("mean", torch.zeros(3))
+    teacher = EMATeacher(0.5)
+    run(make_trainer, teacher, model=student)
+    assert "lm_head.weight" not in teacher._held
+    assert "mean" in teacher._held
+
+
+def test_of_a_student_with_adapters_the_adapters_alone_are_averaged(make_trainer):
+    student = get_peft_model(build("llama", 0), LoraConfig(target_modules="all-linear", r=2))
+    teacher = EMATeacher(0.5)
+    trainer, _ = run(make_trainer, teacher, model=student)
+    assert {name.split(".")[-3] for name in teacher._held if "lora" in name} == {"lora_A", "lora_B"}
+    assert all("lora" in name for name in teacher._held)
+    assert trainer.evaluate()["eval_kl"] > 0
+
+
+def test_hidden_terms_compare_with_the_past(make_trainer):
+    losses = [{"name": "hidden_mse", "weight": 0.1}]
+    trainer, _ = run(make_trainer, EMATeacher(0.9), losses=losses)
+    logs = [log["hidden_mse_loss"] for log in trainer.state.log_history if "hidden_mse_loss" in log]
+    assert logs[0] == pytest.approx(0, abs=1e-9)
+    assert logs[-1] > 1e-6
+    assert not any("sidecar" in name for name in trainer.teacher._held)
+
+
+def test_a_snapshot_is_taken_every_so_many_steps(make_trainer):
+    _, seen = run(make_trainer, SnapshotTeacher(every=2))
+    for held, step in zip(seen.held, (0, 2, 2, 4, 4), strict=True):
+        assert all(torch.equal(value, seen.student[step][name]) for name, value in held.items())
+
+
+def test_a_snapshot_begins_with_the_weights_of_a_folder(make_trainer, tmp_path):
+    build("llama", 3).save_pretrained(tmp_path / "then")
+    teacher = SnapshotTeacher(path=str(tmp_path / "then"))
+    trainer, seen = run(make_trainer, teacher, max_steps=2)
+    expected = dict(build("llama", 3).named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in seen.held[-1].items() if name in expected)
+    assert trainer.evaluate()["eval_kl"] > 0.01
+    build("llama", 3, width=64).save_pretrained(tmp_path / "wide")
+    with pytest.raises(DistillError, match="does not hold the student's weights"):
+        make_trainer(teacher=SnapshotTeacher(path=str(tmp_path / "wide")), folder="wide-run").train()
+
+
+@pytest.mark.parametrize("kind", [lambda: EMATeacher(0.9, warmup=3), lambda: SnapshotTeacher(every=3)])
+def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path, kind):
+    options = dict(
+        max_steps=6, save_strategy="steps", save_steps=2, learning_rate=0.05, train_dataset=rows("llama", 32)
+    )
+    straight, resumed = (make_trainer(teacher=kind(), **options) for _ in range(2))
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    expected = dict(straight.model.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
+    assert all(torch.equal(v, straight.teacher._held[name]) for name, v in resumed.teacher._held.items())
+    distances = [trainer.state.log_history[-2]["teacher_distance"] for trainer in (straight, resumed)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-5)
+    assert distances[0] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: EMATeacher(1.0), r"decay is 1.0; it must lie in \[0, 1\): with 1 the teacher never moves"),
+        (lambda: EMATeacher(-0.1), r"decay is -0.1; it must lie in \[0, 1\]"),
+        (lambda: EMATeacher(0.9, warmup=-1), "warmup is -1"),
+        (lambda: SnapshotTeacher(), "needs `every`"),
+        (lambda: SnapshotTeacher(every=0), "every is 0; it must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, problem):
+    with pytest.raises(DistillError, match=problem):
+        make()
+
+
+def test_a_student_that_trains_nothing_has_no_past(make_trainer):
+    with pytest.raises(DistillError, match="nothing of the LlamaForCausalLM is trained, so it has no past"):
+        make_trainer(model=build("llama", 0).requires_grad_(False), teacher=EMATeacher())
+
+
+def test_a_checkpoint_of_another_kind_of_teacher_is_refused(make_trainer, tmp_path):
+    make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(DistillError, match=r"has no teacher\.safetensors"):
+        make_trainer(teacher=EMATeacher()).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
