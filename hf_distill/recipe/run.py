@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -133,6 +134,8 @@ class _Run:
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
         args.remove_unused_columns = False  # rows have what the collator reads, and nothing else
+        if isinstance(self.data.train, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            args.accelerator_config.dispatch_batches = False  # else batches of different lengths would be joined
         kind: Any = DistillTrainer
         rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
         if on_policy:

@@ -8,6 +8,7 @@ held once, and a rank of a sharded student holds its share.
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..forward import teacher_signals
 from ..schedule import points_of, value_at
 from ..sidecar import split
 from ..signals import Signals, Tap, Targets
+from ..sources import Head
 from ..tasks import bare
 from .base import Teacher
 
@@ -37,7 +39,7 @@ class PastSelf(Teacher):
         self.model = student
         self._held: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
-        self._worn = False
+        self._worn = self._resharded = False
         if not self._moving():
             raise DistillError(
                 f"{type(self).__name__}: nothing of the {type(bare(student)).__name__} is trained, so it has no past. "
@@ -55,7 +57,8 @@ class PastSelf(Teacher):
         self.model.eval()
         try:
             with self.worn():
-                return teacher_signals(self.model, inputs, targets, wanted)
+                told = teacher_signals(self.model, inputs, targets, wanted)
+                return replace(told, logits=_own_head(told.logits)) if self._resharded else told
         finally:
             self.model.train(training)
 
@@ -74,6 +77,7 @@ class PastSelf(Teacher):
         finally:
             for name, value in zip(held, own, strict=True):
                 _take_back(now[name], value)
+            self._reshard()
             self._worn = False
 
     @torch.no_grad()
@@ -89,8 +93,11 @@ class PastSelf(Teacher):
         """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
         held = self._hold()
         moved = torch._foreach_sub(list(held.values()), list(self._start.values()))
-        norms = [torch.stack(torch._foreach_norm(part)).norm() for part in (moved, list(self._start.values()))]
-        return {"teacher_distance": float(norms[0] / norms[1])}
+        parts = (moved, list(self._start.values()))
+        squares = torch.stack([torch.stack(torch._foreach_norm(part)).square().sum() for part in parts])
+        if self._sharded():
+            torch.distributed.all_reduce(squares)
+        return {"teacher_distance": float((squares[0] / squares[1]).sqrt())}
 
     def save(self, folder: str, rank: int) -> None:
         """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
@@ -119,8 +126,16 @@ class PastSelf(Teacher):
     def _sharded(self) -> bool:
         return any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in self.model.parameters())
 
+    def _reshard(self) -> None:
+        """Of FSDP2, which keeps what it gathered for a forward: the past's weights must not be taken for now's."""
+        for module in self.model.modules():
+            if hasattr(module, "reshard"):
+                self._resharded = True
+                module.reshard()
+
     def _moving(self) -> dict[str, Tensor]:
         """What training changes: trained parameters of the student, and those of its buffers that are saved."""
+        self._reshard()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
         if not trained:
             return {}
@@ -214,6 +229,13 @@ class SnapshotTeacher(PastSelf):
         if self._every is not None and step % self._every == 0:
             for name, value in held.items():
                 value.copy_(now[name])
+
+
+def _own_head(source: Any) -> Any:
+    """A head whose weights are its own, where gathering again would write over them."""
+    if not isinstance(source, Head):
+        return source
+    return replace(source, weight=source.weight.clone(), bias=None if source.bias is None else source.bias.clone())
 
 
 def _local(tensor: Any) -> Tensor:

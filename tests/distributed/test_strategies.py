@@ -26,7 +26,7 @@ def seen(folder: Path, ranks: int, *variants: str) -> dict:
     if ranks > 1:
         launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
-    assert done.returncode == 0, done.stderr[:6000]
+    assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / ("resumed.json" if "resume" in variants else "straight.json")).read_text())
 
 
@@ -91,6 +91,19 @@ def test_features_on_two_ranks_are_those_on_one_and_resume_as_if_nothing_had_bee
     assert not any("sidecar" in n for n in load_file(folder / "straight-saved" / "model.safetensors"))
     resumed = seen(folder, 2, "features", *strategy, "resume")
     assert resumed["metrics"] == two["metrics"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_the_average_of_a_sharded_student_is_that_of_a_whole_one(place, alone, strategy):
+    """Each rank averages its share; a resumed run goes on as if nothing had been."""
+    folder, variants = place / f"ema-{strategy}", [] if strategy == "ddp" else [strategy]
+    one, two = alone("ema"), seen(folder, 2, "ema", *variants)
+    assert one["log"][-1]["teacher_distance"] > 0.01
+    assert one["metrics"]["eval_kl"] > 1e-4
+    assert_equal(two, one, rel=1e-3)
+    if strategy == "zero3":
+        resumed = seen(folder, 2, "ema", *variants, "resume")
+        assert resumed["metrics"] == two["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
 
-python two_ranks.py FOLDER [features] [resume] [zero1|zero2|zero3|fsdp2] [teacher=zero3|fsdp2] [die|hang]
+python two_ranks.py FOLDER [features] [ema] [resume] [zero1|zero2|zero3|fsdp2] [teacher=zero3|fsdp2] [die|hang]
 
-The student's strategy is a bare word; the teacher's comes behind `teacher=`. Rank 1 dies or hangs in the second step.
+With ema the student's average teaches. The student's strategy is a bare word; the teacher's comes behind `teacher=`.
+Rank 1 dies or hangs in the second step.
 Models are read from FOLDER/../models.
 """
 
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.teachers import EMATeacher
 from hf_distill.zero import read_deepspeed
 
 folder, variants, global_batch = Path(sys.argv[1]), sys.argv[2:], 8
@@ -81,9 +83,9 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=2,
         logging_steps=1,
-        save_strategy="steps" if "features" in variants and "fsdp2" not in variants else "no",
+        save_strategy="steps" if {"features", "ema"} & {*variants} and "fsdp2" not in variants else "no",
         save_steps=5,
-        learning_rate=1e-3,
+        learning_rate=1e-2 if "ema" in variants else 1e-3,
         use_cpu=True,
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
@@ -101,6 +103,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         student = load(models / "student", distributed_config=DistributedConfig(fsdp_size=world))
     else:
         student = load(models / "student")
+    if "ema" in variants:
+        teacher = EMATeacher(decay=0.5)
     trainer = DistillTrainer(
         student,
         args,
@@ -115,7 +119,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / f"{name}-saved"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    keys = [k for k in logs[0] if k.endswith("loss") or k == "grad_norm"]
+    keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_distance")]
     return trainer, {
         "world": trainer.accelerator.num_processes,
         "teacher_held": held,
