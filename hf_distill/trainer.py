@@ -33,6 +33,7 @@ class DistillMixin(SidecarMixin):
     """
 
     teacher: Any
+    sources: tuple[str, ...] = ()  # of a mixture, where no collator names them
 
     def __init__(self, model: nn.Module | None = None, args: Any = None, *more, teacher: Any = None, **kwargs):
         fields = args if isinstance(args, DistillFields) else DistillFields()
@@ -123,7 +124,7 @@ class DistillMixin(SidecarMixin):
 
     @property
     def _sources(self) -> tuple[str, ...]:
-        return getattr(self.data_collator, "sources", ())
+        return self.sources or getattr(self.data_collator, "sources", ())
 
     def _add_train_sums(self, step: Step) -> None:
         for name, values in step.per_token.items():
@@ -169,7 +170,7 @@ class DistillMixin(SidecarMixin):
         """As the Trainer's; a checkpoint also gets what a moving teacher needs to go on."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.distilling:
-            self.teacher.save(output_dir, self.args.process_index)
+            self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called on resume under every strategy, after the model has been loaded."""

@@ -55,9 +55,12 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
         documents: Any = load_source(source)
         if data.eval.holdout:
             documents, _ = hold_out(documents, data.eval.holdout, seed)
-        rows[name] = _that_fit(
-            prompt_rows(documents, name), name, tokenizer, data.max_length - spec.max_completion_length
-        )
+        prompts = prompt_rows(documents, f"data.{name}")
+        rows[name] = _that_fit(prompts, name, tokenizer, data.max_length - spec.max_completion_length)
+    firsts = {name: next(iter(part)) for name, part in rows.items()}
+    kinds = {name: "texts" if isinstance(row["prompt"], str) else "messages" for name, row in firsts.items()}
+    if len({*kinds.values()}) > 1:
+        raise DistillError(f"Prompts of one mixture must be all texts or all messages: {kinds}.")
     return mix_sources(data, rows, seed, count)
 
 

@@ -152,6 +152,7 @@ class _Run:
             callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self.callbacks],
         )
         self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
+        trainer.sources = self.data.collator.sources
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if self.recipe.data.packing:

@@ -187,8 +187,8 @@ class Recipe(Part):
             problems.append("completions have no length before they are written: leave data.packing out")
         if self.train.deepspeed or self.train.fsdp:
             problems.append("run it from a script with OnPolicyDistillTrainer, or leave train.deepspeed and fsdp out")
-        highest = points_of(self.on_policy.fraction, "it", 0, 1)
-        if self.distill.alpha < 1 and min(share for _, share in highest) == 1:
+        lowest = min(share for _, share in points_of(self.on_policy.fraction, "it", 0, 1))
+        if self.distill.alpha < 1 and lowest == 1:
             problems.append("no row has hard labels: set distill.alpha to 1, or fraction below 1")
         if problems:
             raise ValueError(f"on_policy: {'; '.join(problems)}")

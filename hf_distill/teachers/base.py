@@ -65,8 +65,14 @@ class Teacher(ABC):
         """What training logs say of it."""
         return {}
 
-    def save(self, folder: str, rank: int) -> None:  # noqa: B027
-        """Write into a checkpoint what a resumed run needs of it; called on every rank."""
+    def save(self, folder: str, rank: int, write: bool) -> None:  # noqa: B027
+        """Write into a checkpoint what a resumed run needs of it; called on every rank.
+
+        Args:
+            folder: of the checkpoint.
+            rank: of this process.
+            write: whether this rank writes what all ranks have.
+        """
 
     def load(self, folder: str, rank: int) -> None:  # noqa: B027
         """Read what `save` wrote; called before the first step of a resumed run."""

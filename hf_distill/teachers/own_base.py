@@ -1,19 +1,17 @@
 """The student's own base as the teacher: no second model in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..blocks import Stack, stack_of
 from ..errors import DistillError, need
-from ..forward import teacher_signals
-from ..signals import Signals, Tap, Targets
-from .base import Teacher
+from .itself import ItselfTeacher
 
 
-class OwnBaseTeacher(Teacher):
+class OwnBaseTeacher(ItselfTeacher):
     """A student with adapters learns from itself with the adapters switched off.
 
     It learns its task from the hard labels while the soft ones keep it near the model that it was: the teacher is the
@@ -38,23 +36,17 @@ class OwnBaseTeacher(Teacher):
                 "peft.get_peft_model, set student.lora in a recipe, or use a FrozenTeacher of the same weights."
             )
 
-    def stack(self, which: str | None = None) -> Stack:
-        """The student's blocks."""
-        return stack_of(self.model, which)
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
-        """One forward of the base."""
-        training = self.model.training
+    @contextmanager
+    def other_state(self) -> Iterator[None]:
+        """The adapters are off."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.eval()
         for layer in self._adapters:
             layer.enable_adapters(False)
         try:
-            return teacher_signals(self.model, inputs, targets, wanted)
+            yield
         finally:
             for layer in self._adapters:
                 layer.enable_adapters(True)
-            self.model.requires_grad_(False).train(training)
+            self.model.requires_grad_(False)
             for p in trained:
                 p.requires_grad_(True)

@@ -6,8 +6,8 @@ held once, and a rank of a sharded student holds its share.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from ..blocks import Stack, stack_of
 from ..errors import DistillError
-from ..forward import teacher_signals
 from ..schedule import points_of, value_at
 from ..sidecar import split
-from ..signals import Signals, Tap, Targets
+from ..signals import Signals
 from ..sources import Head
 from ..tasks import bare
-from .base import Teacher
+from .itself import ItselfTeacher
+
+_SAMPLED = 4096
 
 
-class PastSelf(Teacher):
+class PastSelf(ItselfTeacher):
     """The student with weights of its own past; see the module. Classes that derive say how these move."""
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
@@ -46,21 +47,17 @@ class PastSelf(Teacher):
                 "Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
             )
 
-    def stack(self, which: str | None = None) -> Stack:
-        """The student's blocks."""
-        return stack_of(self.model, which)
+    def other_state(self) -> AbstractContextManager[None]:
+        """The past's weights are in place."""
+        return self.worn()
 
-    @torch.no_grad()
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
-        """One forward of the past self, in eval mode."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.worn():
-                told = teacher_signals(self.model, inputs, targets, wanted)
-                return replace(told, logits=_own_head(told.logits)) if self._resharded else told
-        finally:
-            self.model.train(training)
+    def _told(self, signals: Signals) -> Signals:
+        """Where gathering the student's weights again would write over the head's, the head has its own."""
+        source = signals.logits
+        if not self._resharded or not isinstance(source, Head):
+            return signals
+        bias = None if source.bias is None else source.bias.clone()
+        return replace(signals, logits=replace(source, weight=source.weight.clone(), bias=bias))
 
     @contextmanager
     def worn(self) -> Iterator[None]:
@@ -90,18 +87,23 @@ class PastSelf(Teacher):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
+        """`teacher_distance`: how far it has moved, as a share of the norm of where it began.
+
+        Told by a sample of thousands of numbers of each tensor: another copy of the model would be too dear.
+        """
         held = self._hold()
-        moved = torch._foreach_sub(list(held.values()), list(self._start.values()))
-        parts = (moved, list(self._start.values()))
-        squares = torch.stack([torch.stack(torch._foreach_norm(part)).square().sum() for part in parts])
+        squares = torch.zeros(2, dtype=torch.float64, device=next(iter(held.values())).device)
+        for name, start in self._start.items():
+            moved = _sample(held[name]) - start
+            share = held[name].numel() / max(start.numel(), 1)
+            squares += share * torch.stack([moved.square().sum(), start.square().sum()]).double()
         if self._sharded():
             torch.distributed.all_reduce(squares)
         return {"teacher_distance": float((squares[0] / squares[1]).sqrt())}
 
-    def save(self, folder: str, rank: int) -> None:
+    def save(self, folder: str, rank: int, write: bool) -> None:
         """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
-        if rank == 0 or self._sharded():
+        if write or self._sharded():
             state = {f"held.{name}": value for name, value in self._hold().items()}
             state |= {f"start.{name}": value for name, value in self._start.items()}
             save_file({name: value.contiguous() for name, value in state.items()}, self._file(folder, rank))
@@ -112,7 +114,7 @@ class PastSelf(Teacher):
         Raises:
             DistillError: the checkpoint has none.
         """
-        file = self._file(folder, rank if self._sharded() else 0)
+        file = self._file(folder, rank)
         if not file.is_file():
             raise DistillError(f"{folder} has no {file.name}: it was written by a run with another kind of teacher.")
         state, device = load_file(file), _local(next(iter(self._moving().values()))).device
@@ -129,7 +131,7 @@ class PastSelf(Teacher):
     def _reshard(self) -> None:
         """Of FSDP2, which keeps what it gathered for a forward: the past's weights must not be taken for now's."""
         for module in self.model.modules():
-            if hasattr(module, "reshard"):
+            if isinstance(module, FSDPModule):
                 self._resharded = True
                 module.reshard()
 
@@ -153,7 +155,7 @@ class PastSelf(Teacher):
         if not self._held:
             for name, tensor in self._moving().items():
                 self._held[name] = _local(tensor).detach().float().clone()
-                self._start[name] = self._held[name].clone()
+                self._start[name] = _sample(self._held[name]).clone()
         return self._held
 
 
@@ -210,6 +212,11 @@ class SnapshotTeacher(PastSelf):
         fresh = not self._held
         held = super()._hold()
         if fresh and self._path is not None:
+            if self._sharded():
+                raise DistillError(
+                    f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
+                    "`every`, or use a FrozenTeacher of the path, which can be sharded."
+                )
             then = self._moving_of(type(bare(self.model)).from_pretrained(self._path))
             wrong = [name for name in held if name not in then or then[name].shape != held[name].shape]
             if wrong:
@@ -219,7 +226,7 @@ class SnapshotTeacher(PastSelf):
                 )
             for name, value in held.items():
                 value.copy_(then[name])
-                self._start[name].copy_(then[name])
+                self._start[name] = _sample(value).clone()
         return held
 
     def _moving_of(self, model: nn.Module) -> dict[str, Tensor]:
@@ -231,11 +238,10 @@ class SnapshotTeacher(PastSelf):
                 value.copy_(now[name])
 
 
-def _own_head(source: Any) -> Any:
-    """A head whose weights are its own, where gathering again would write over them."""
-    if not isinstance(source, Head):
-        return source
-    return replace(source, weight=source.weight.clone(), bias=None if source.bias is None else source.bias.clone())
+def _sample(values: Tensor) -> Tensor:
+    """About every k-th number of a tensor, thousands of them."""
+    flat = values.flatten()
+    return flat[:: max(1, len(flat) // _SAMPLED)]
 
 
 def _local(tensor: Any) -> Tensor:

@@ -125,13 +125,16 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         return [i in chosen for i in range(count)]
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
-        if "labels" in inputs[0]:
-            batch = Collator(self._tokenizer.pad_token_id)(inputs)
+        if "labels" in inputs[0] and not self.model.training:
+            batch = Collator(self._tokenizer.pad_token_id, self.sources)(inputs)
             return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         own = self._own_rows(inputs)
         self._given = [None if mine else row for mine, row in zip(own, inputs, strict=True)]
         batch = super()._generate_and_score_completions(inputs)
-        return batch | {"labelled_rows": ~torch.tensor(own, device=self.accelerator.device)}
+        batch["labelled_rows"] = ~torch.tensor(own, device=self.accelerator.device)
+        if "source" in inputs[0]:
+            batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
+        return batch
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *more, **kwargs) -> list[list[int]]:
         """As TRL's, for the rows that the student completes; later turns of tools are its own altogether."""
@@ -191,4 +194,5 @@ def _as_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask, ids, asked = flush_left(mask, ids, asked)
     labels = ids.masked_fill(asked == 0, IGNORE_INDEX)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "labelled_rows": batch["labelled_rows"]}
+    rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "labelled_rows": batch["labelled_rows"]}
+    return rows | ({"source": batch["source"][:, None].expand_as(ids)} if "source" in batch else {})

@@ -24,6 +24,26 @@ def test_the_recipe_writes_learns_and_is_judged_on_held_out_answers(tmp_path, mo
     assert result.models["student"]["perplexity"] != result.models["before"]["perplexity"]
 
 
+def test_losses_of_each_source_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changed = ["data.more={path: 'package:builtins'}", "on_policy.fraction=0.5", "train.output_dir=run", "control=null"]
+    models = run_recipe(load_recipe("on-policy", changed, smoke=True)).models
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "soft_loss" in line and "loss" in line]
+    assert {"task", "more"} == {name for name in ("task", "more") if any(f"soft_loss_{name}" in x for x in logged)}
+    for found in (models["student"], *(x for x in logged if "soft_loss_task" in x and "soft_loss_more" in x)):
+        low, high = sorted((found["soft_loss_task"], found["soft_loss_more"]))
+        assert low - 1e-6 <= found["soft_loss"] <= high + 1e-6
+
+
+def test_prompts_of_two_kinds_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 20)
+    recipe = load_recipe("on-policy", ["data.sums={path: sums.jsonl}"], smoke=True)
+    with pytest.raises(DistillError, match=r"must be all texts or all messages: .*'sums': 'texts'"):
+        prepare_prompts(recipe, byte_tokenizer(), 0, 8)
+
+
 def test_student_and_control_are_judged_on_the_same_rows(tmp_path, monkeypatch):
     """Before any step the student and the control are the same model, so their metrics must be."""
     monkeypatch.chdir(tmp_path)

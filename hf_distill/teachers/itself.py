@@ -1,0 +1,39 @@
+"""What teachers have in common that are the student itself, in another state: no second model in memory."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import torch
+
+from ..blocks import Stack, stack_of
+from ..forward import teacher_signals
+from ..signals import Signals, Tap, Targets
+from .base import Teacher
+
+
+class ItselfTeacher(Teacher):
+    """The student in eval mode and in a state that classes which derive say; `prepare` sets `model` to it."""
+
+    @abstractmethod
+    def other_state(self) -> AbstractContextManager[None]:
+        """While it lasts, the student is the teacher."""
+
+    def stack(self, which: str | None = None) -> Stack:
+        """The student's blocks."""
+        return stack_of(self.model, which)
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+        """One forward of the student as the teacher."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.other_state():
+                return self._told(teacher_signals(self.model, inputs, targets, wanted))
+        finally:
+            self.model.train(training)
+
+    def _told(self, signals: Signals) -> Signals:
+        """What is handed on of what was said, while the state lasts."""
+        return signals
