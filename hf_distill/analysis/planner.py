@@ -85,6 +85,7 @@ def plan(
     could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
     best = next((row for row in rows if row.fits), None)
+    uncounted = "\nNot counted: the time and the cache of writing completions." if recipe.on_policy else ""
     return Plan(
         teacher=teacher,
         student=student,
@@ -100,7 +101,7 @@ def plan(
         pretraining=pretraining,
         cheapest=cheapest,
         best=best,
-        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable)),
+        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable)) + uncounted,
     )
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, rows_of, tag
+from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
 from ..schedule import points_of
 from .data import Data, Source
+from .schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Prepared:
         return facts
 
 
-def prepare_data(data: Data, tokenizer: Any, seed: int, count: int) -> Prepared:
-    """Load, split, tokenise, mix and pack what a recipe names.
+def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepared:
+    """Load, split, tokenise, mix and pack what a recipe names; of an on-policy recipe completions alone are asked.
 
     Args:
-        data: of the recipe.
+        recipe: the recipe.
         tokenizer: the student's.
         seed: of the split and the mixture.
         count: rows that the training takes; counts where weights change over its progress.
@@ -45,9 +46,9 @@ def prepare_data(data: Data, tokenizer: Any, seed: int, count: int) -> Prepared:
     Raises:
         DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`, `mix_scheduled`.
     """
-    train, held_out = {}, []
+    data, train, held_out = recipe.data, {}, []
     for index, (name, source) in enumerate(data.sources.items()):
-        documents: Any = load_source(source)
+        documents: Any = load_source(recipe, name)
         if data.eval.holdout:
             documents, own = hold_out(documents, data.eval.holdout, seed)
             rows = _first(_rows(own, source, tokenizer, data.max_length), data.eval.max_rows)
@@ -55,6 +56,7 @@ def prepare_data(data: Data, tokenizer: Any, seed: int, count: int) -> Prepared:
         train[name] = _rows(documents, source, tokenizer, data.max_length)
     if data.eval.path:
         own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        own = prompt_rows(own, "data.eval") if recipe.on_policy else own
         held_out = [_first(_rows(own, data.task, tokenizer, data.max_length), data.eval.max_rows)]
     rows = mix_and_pack(data, train, seed, count)
     return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
@@ -81,18 +83,21 @@ def collator_of(data: Data, tokenizer: Any) -> Collator:
     return Collator(pad, tuple(data.sources))
 
 
-def first_rows(data: Data, tokenizer: Any, seed: int, examples: int) -> Examples:
+def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Examples:
     """Rows as training gets them, of the first examples of each source, nothing held out."""
+    data = recipe.data
     rows = {
-        name: _rows(_first(load_source(source), examples), source, tokenizer, data.max_length)
+        name: _rows(_first(load_source(recipe, name), examples), source, tokenizer, data.max_length)
         for name, source in data.sources.items()
     }
     return mix_and_pack(data, rows, seed, examples)
 
 
-def load_source(source: Source) -> Examples:
-    """Examples of a recipe's source."""
-    return load_documents(source.path, source.split, source.name, source.column, source.streaming)
+def load_source(recipe: Recipe, name: str) -> Examples:
+    """Examples of one of a recipe's sources; prompts and completions where the student writes these."""
+    source = recipe.data.sources[name]
+    documents = load_documents(source.path, source.split, source.name, source.column, source.streaming)
+    return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
 
 
 def _rows(documents: Examples, source: Source, tokenizer: Any, max_length: int) -> Any:

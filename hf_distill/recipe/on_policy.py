@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..data import Examples, hold_out, prompt_rows
+from ..data import Examples, hold_out
 from ..errors import DistillError, need
 from .examples import load_source, mix_sources
 from .schema import Recipe
@@ -51,12 +51,11 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
     data, spec = recipe.data, recipe.on_policy
     assert spec is not None
     rows = {}
-    for name, source in data.sources.items():
-        documents: Any = load_source(source)
+    for name in data.sources:
+        documents: Any = load_source(recipe, name)
         if data.eval.holdout:
             documents, _ = hold_out(documents, data.eval.holdout, seed)
-        prompts = prompt_rows(documents, f"data.{name}")
-        rows[name] = _that_fit(prompts, name, tokenizer, data.max_length - spec.max_completion_length)
+        rows[name] = _that_fit(documents, name, tokenizer, data.max_length - spec.max_completion_length)
     firsts = {name: next(iter(part)) for name, part in rows.items()}
     kinds = {name: "texts" if isinstance(row["prompt"], str) else "messages" for name, row in firsts.items()}
     if len({*kinds.values()}) > 1:

@@ -44,7 +44,7 @@ def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(recipe.base), revision=recipe.base_revision)
     seed = 42 if recipe.train.seed is None else recipe.train.seed
-    found = first_rows(recipe.data, tokenizer, seed, _EXAMPLES)
+    found = first_rows(recipe, tokenizer, seed, _EXAMPLES)
     return [
         document
         for number, row in enumerate(islice(found, rows))

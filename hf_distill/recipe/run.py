@@ -122,7 +122,7 @@ class _Run:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=recipe.base_revision)
         count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         with args.main_process_first():
-            self.data = prepare_data(recipe.data, self.tokenizer, args.seed, count)
+            self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
         self.models = Models(recipe, args, path, self.tokenizer)

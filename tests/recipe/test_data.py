@@ -175,5 +175,5 @@ def test_the_shown_mixture_is_the_trained_one(file):
 
     recipe = load_recipe(file, ["data.eval={path: test.jsonl}", *SUMS], smoke=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
-    prepared = prepare_data(recipe.data, tokenizer, 0, 0)
-    assert list(first_rows(recipe.data, tokenizer, 0, 200)) == list(prepared.train)
+    prepared = prepare_data(recipe, tokenizer, 0, 0)
+    assert list(first_rows(recipe, tokenizer, 0, 200)) == list(prepared.train)

@@ -56,7 +56,7 @@ def test_student_and_control_are_judged_on_the_same_rows(tmp_path, monkeypatch):
 
 def test_prompts_are_those_of_the_rows_that_are_not_held_out():
     recipe, tokenizer = load_recipe("on-policy", ["data.max_length=512"], smoke=True), byte_tokenizer()
-    rows = prepare_data(recipe.data, tokenizer, 0, 8)
+    rows = prepare_data(recipe, tokenizer, 0, 8)
     prompts = prepare_prompts(recipe, tokenizer, 0, 8)
     held_out = {tokenizer.decode(ids) for ids in rows.held_out["input_ids"]}
     trained = {tokenizer.decode(ids) for ids in rows.train["input_ids"]}
@@ -64,6 +64,16 @@ def test_prompts_are_those_of_the_rows_that_are_not_held_out():
         start = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
         assert not any(text.startswith(start) for text in held_out)
     assert len(prompts) == len(trained)
+
+
+def test_held_out_rows_and_the_controls_ask_the_answers_alone(smollm2_tokenizer):
+    """Whatever the chat template: SmolLM2's marks no turns, and puts a system prompt before each conversation."""
+    data = prepare_data(load_recipe("on-policy"), smollm2_tokenizer, 0, 8)
+    for rows in (data.held_out, data.train):
+        for row in rows.select(range(8)):
+            asked = smollm2_tokenizer.decode([label for label in row["labels"] if label != -100])
+            whole = smollm2_tokenizer.decode(row["input_ids"])
+            assert whole.endswith("assistant\n" + asked)
 
 
 def test_prompts_that_leave_no_room_are_left_out():
