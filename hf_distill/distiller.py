@@ -1,5 +1,6 @@
 """The step: one batch in, one loss out. A plain object that runs without a Trainer."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from .features import FeatureJob, Features
 from .forward import student_loss
 from .objective import Term
-from .signals import Targets
+from .signals import Signals, Targets
+from .sources import Head, Logits
 from .sweep import HeadJob
 from .tasks import bare, task_of
 from .teachers import Teacher
@@ -74,12 +76,22 @@ class Distiller:
         targets = Targets.from_batch(inputs, task.shift)
         targets.check_ids(task.size(model))
         tokens = self.features.tokens(inputs, targets)
-        told = teacher(inputs, targets, self.features.wanted(tokens))
+        wanted = self.features.wanted(tokens)
+        beside = teacher.beside(inputs, targets, wanted, num_items)
+        told = Signals(None) if beside else teacher(inputs, targets, wanted)
         head = HeadJob(told.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
         features = FeatureJob(self.features.terms, told.features, tokens, targets, num_items)
-        loss, outputs = student_loss(student, inputs, head, features, keep_logits)
+
+        def inside(said: Head | Logits) -> Tensor:
+            own = beside(said)
+            head.teacher, features.told = beside.told.logits, beside.told.features
+            return own
+
+        with beside.around(student) if beside else nullcontext():
+            loss, outputs = student_loss(student, inputs, head, features, keep_logits, inside if beside else None)
         if outputs.get("aux_loss") is not None:
             # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
             share = 1.0 if num_items is None else len(targets) / num_items
             loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
-        return Step(loss, head.per_token | features.per_token, targets, outputs)
+        found = head.per_token | features.per_token | (beside.per_token if beside else {})
+        return Step(loss, found, targets, outputs)

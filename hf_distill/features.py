@@ -130,10 +130,11 @@ class Features:
         tell(problems)
         return cls(matched, projectors)
 
-    def sidecar(self, seed: int) -> Sidecar:
-        """New projectors and mixtures for these terms."""
+    def parts(self, seed: int) -> dict[str, dict[str, nn.Module]]:
+        """New projectors and mixtures for these terms, for a sidecar."""
         generator = torch.Generator().manual_seed(seed)
-        projectors, mappings = {}, {}
+        projectors: dict[str, nn.Module] = {}
+        mappings: dict[str, nn.Module] = {}
         for matched in self.terms:
             widths = (matched.student.width, matched.teacher.width)
             if matched.term.loss.project and self.projectors.between(*widths):
@@ -141,7 +142,7 @@ class Features:
                 projectors[matched.term.name] = nn.ModuleDict(built)
             if matched.learned:
                 mappings[matched.term.name] = LayerMixture(matched.pairs, len(matched.teacher.blocks))
-        return Sidecar({"projectors": projectors, "mappings": mappings})
+        return {"projectors": projectors, "mappings": mappings}
 
     def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, Targets]:
         """Of each stack that is looked at, the N tokens whose features are compared."""

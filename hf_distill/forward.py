@@ -6,9 +6,7 @@ from the head's output by a hook, as wrappers left it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -42,9 +40,7 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
     heads: list[Head] = []
 
     def keep(head: Head) -> Tensor:
-        # Aliases, which live on where a wrapper takes gathered or offloaded weights back after the forward.
-        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        heads.append(replace(head, weight=weight, bias=bias))
+        heads.append(head.detach())
         return head.hidden.new_full((1, 1, 1), 3.0)
 
     with capture(model, wanted) as found:
@@ -55,7 +51,12 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
 
 
 def student_loss(
-    model: nn.Module, inputs: dict, head: HeadJob, features: FeatureJob, keep_logits: bool = False
+    model: nn.Module,
+    inputs: dict,
+    head: HeadJob,
+    features: FeatureJob,
+    keep_logits: bool = False,
+    inside: Callable[[Head | Logits], Tensor | None] | None = None,
 ) -> tuple[Tensor, Any]:
     """The objective over asked tokens / num_items, [], and the student's outputs.
 
@@ -65,37 +66,43 @@ def student_loss(
         head: what to compute of logits; it finds the per-token values.
         features: the same of features.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
+        inside: called once in the model's forward with the source of its logits, before the two jobs are done, which it
+            may complete; a loss that it returns is added.
     """
+    heard: list[Tensor | None] = []  # what `inside` returned in this forward
+
+    def listen(said: Head | Logits) -> Tensor | None:
+        heard.append(inside(said) if inside else None)
+        return heard[-1]
 
     def fuse(source: Head) -> Tensor:
-        return head.from_hidden(source).reshape(1, 1, 1).clone()  # FSDP2 warns of views, on which hooks can get lost
+        own = listen(source)
+        loss = head.from_hidden(source)
+        loss = loss if own is None else loss + own
+        return loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views, on which hooks can get lost
 
-    with capture(model, features.wanted()) as found, _comparing(model, features, found):
-        outputs, loss = _run(model, inputs, head.targets, None if keep_logits else fuse)
+    def at_end(_module: nn.Module, _args: Any, outputs: Any) -> Any:
+        """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
+        parts = [] if heard or not inside else [listen(Logits(head.targets.pick(outputs.logits)))]
+        heard.clear()
+        if features.terms:
+            sidecar: Any = sidecar_of(model)
+            parts.append(sidecar(lambda its: features.total(found, its)))
+        if losses := [part for part in parts if part is not None]:
+            outputs["loss"] = torch.stack(losses).sum()
+        return outputs
+
+    hook = unwrapped(model).register_forward_hook(at_end)
+    try:
+        with capture(model, features.wanted()) as found:
+            outputs, loss = _run(model, inputs, head.targets, None if keep_logits else fuse)
+    finally:
+        hook.remove()
     loss = head.from_logits(head.targets.pick(outputs.logits)) if loss is None else loss.reshape(())
-    if features.terms:
+    if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
     return loss, outputs
-
-
-@contextmanager
-def _comparing(model: nn.Module, features: FeatureJob, found: Mapping[Tap, Tensor]) -> Iterator[None]:
-    """Compare features at the end of the model's forward, and send the sum out as its `loss`, where DDP sees it."""
-    if not features.terms:
-        yield
-        return
-    sidecar: Any = sidecar_of(model)
-
-    def compare(_module: nn.Module, _args: Any, outputs: Any) -> Any:
-        outputs["loss"] = sidecar(lambda its: features.total(found, its))
-        return outputs
-
-    hook = unwrapped(model).register_forward_hook(compare)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _run(

@@ -56,9 +56,9 @@ class Projectors:
         return cls(**(value or {}))
 
     @property
-    def own_group(self) -> bool:
-        """Whether the optimizer treats them otherwise than the student."""
-        return self.learning_rate is not None or self.weight_decay is not None
+    def options(self) -> dict[str, float | None]:
+        """Of their own in the optimizer; None: as the student's."""
+        return {"lr": self.learning_rate, "weight_decay": self.weight_decay}
 
     def between(self, from_width: int, to_width: int) -> bool:
         """Whether a projector stands between these widths.

@@ -1,6 +1,6 @@
 """The sidecar: every trained module that is not the student.
 
-It hangs on the student as a submodule, so optimizers, clipping, DDP, ZeRO and FSDP find its parameters, and it runs
+Projectors, a teacher that trains. It hangs on the student as a submodule, so optimizers, clipping, DDP, ZeRO and FSDP find its parameters, and it runs
 inside the student's forward. It has no part in the student's state dict: whatever saves the student saves it without.
 Checkpoints hold it in a file of its own.
 """
@@ -66,10 +66,19 @@ def save_sidecar(sidecar: Sidecar, folder: str, write: bool) -> None:
         folder: of a checkpoint.
         write: whether this rank writes.
     """
-    with _whole(sidecar):
-        state = {name: _full(p.detach()).cpu().contiguous() for name, p in sidecar.named_parameters()}
+    state = whole_state(sidecar)
     if write:
         save_file(state, Path(folder) / FILE)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """A trained module's parameters, tied ones once, and the buffers that it saves; called on every rank.
+
+    Args:
+        module: of a sidecar, whole or sharded.
+    """
+    with _whole(module):
+        return {name: _full(t.detach()).cpu().contiguous().clone() for name, t in _kept(module).items()}
 
 
 @torch.no_grad()
@@ -82,37 +91,42 @@ def load_sidecar(sidecar: Sidecar, folder: str) -> None:
     file = Path(folder) / FILE
     if not file.is_file():
         raise DistillError(
-            f"{folder} has no {FILE}: it was written by a run without projectors. Resume with the `losses` and "
-            "`projectors` of that run, or start afresh."
+            f"{folder} has no {FILE}: it was written by a run without projectors or a teacher that trains. Resume with "
+            "the `losses`, `projectors` and teacher of that run, or start afresh."
         )
     state = load_file(file)
     with _whole(sidecar, modify=True):
-        own = dict(sidecar.named_parameters())
+        own = _kept(sidecar)
         shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (own, state)]
         if shapes[0] != shapes[1]:
             raise DistillError(
-                f"{file} holds {shapes[1]} and this run has {shapes[0]}: resume with the `losses` and `projectors` of "
-                "the run that wrote it, or start afresh."
+                f"{file} holds {_few(shapes[1], shapes[0])} and this run has {_few(shapes[0], shapes[1])}: resume with "
+                "the `losses`, `projectors` and teacher of the run that wrote it, or start afresh."
             )
         for name, parameter in own.items():
             parameter.data.copy_(_like(state[name], parameter))
 
 
-def own_group(optimizer: torch.optim.Optimizer, sidecar: Sidecar, **options: float | None) -> None:
-    """Move the sidecar's parameters into a group of their own.
+def own_groups(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], options: dict[str, float]) -> None:
+    """Move parameters into groups of their own, one beside each group that they are in.
 
     Args:
-        optimizer: any; parameters that it lacks are added.
-        sidecar: whose parameters.
-        options: of the group (lr, weight_decay); None: as the optimizer's first group.
+        optimizer: any; parameters that it lacks join those of its first group, which is the one with decay.
+        parameters: of a sidecar.
+        options: "lr" of the new groups, "weight_decay" of the first of them; else as the group beside.
     """
-    mine = list(sidecar.parameters())
-    ids = {id(p) for p in mine}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-    given = {key: value for key, value in options.items() if value is not None}
-    first = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-    optimizer.add_param_group({**first, **given, "params": mine})
+    mine, given = {id(p): p for p in parameters}, dict(options)
+    lacking = mine.keys() - {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in mine]
+        group["params"] = [p for p in group["params"] if id(p) not in mine]
+        if group is optimizer.param_groups[0]:
+            moved += [mine[key] for key in mine if key in lacking]
+        else:
+            given.pop("weight_decay", None)
+        if moved:
+            beside = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            optimizer.add_param_group({**beside, **given, "params": moved})
 
 
 def _leave_out(module: nn.Module, state_dict: dict, prefix: str, _metadata: Any) -> None:
@@ -124,7 +138,17 @@ def _not_missing(_module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if _NAME not in key.split(".")]
 
 
-def _whole(sidecar: Sidecar, modify: bool = False) -> Any:
+def _kept(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and buffers that are saved."""
+    named = dict(module.named_parameters())
+    for prefix, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                named[f"{prefix}.{name}" if prefix else name] = buffer
+    return named
+
+
+def _whole(module: nn.Module, modify: bool = False) -> Any:
     """A context in which parameters that ZeRO-3 has partitioned are whole."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -132,7 +156,13 @@ def _whole(sidecar: Sidecar, modify: bool = False) -> Any:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(sidecar.parameters()), modifier_rank=0 if modify else None)
+    return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0 if modify else None)
+
+
+def _few(shapes: dict[str, tuple], others: dict[str, tuple]) -> str:
+    """The first few of the shapes that the others lack or have otherwise."""
+    differ = {name: shape for name, shape in shapes.items() if others.get(name) != shape}
+    return f"{dict(list(differ.items())[:3])}{' and more' if len(differ) > 3 else ''}"
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The sidecar's life in a Trainer: made with the model, optimized, saved with checkpoints, restored, never exported."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,8 @@ from transformers import Trainer
 
 from .errors import DistillError
 from .features import Features
-from .sidecar import Sidecar, attach, load_sidecar, own_group, save_sidecar, sidecar_of, split
+from .sidecar import Sidecar, attach, load_sidecar, own_groups, save_sidecar, sidecar_of, split
+from .teachers import Teacher
 
 _Base: Any = Trainer if TYPE_CHECKING else object
 
@@ -17,26 +19,40 @@ class SidecarMixin(_Base):
     """For any Trainer whose student may wear a sidecar; without one everything is the Trainer's."""
 
     _features = Features()
+    _trained: nn.Module | None = None  # of the teacher
+    _clipped: float | None = None
+    _groups: dict[tuple[str, ...], Mapping[str, float | None]] = {}  # kinds of parts -> options in the optimizer
 
-    def wear(self, features: Features) -> None:
-        """Attach new projectors and mixtures for these features to the model, in the place of earlier ones.
+    def wear(self, features: Features, teacher: Teacher | None = None) -> None:
+        """Attach what is trained beside the model to it, in the place of an earlier sidecar.
+
+        Args:
+            features: of which new projectors and mixtures are made.
+            teacher: a prepared one, of which something may be trained.
 
         Raises:
-            DistillError: they would not be optimized as asked.
+            DistillError: it would not be optimized as asked.
         """
         self._features = features
+        self._groups = {("projectors", "mappings"): features.projectors.options}
+        self._trained = self._clipped = None
+        if teacher is not None and teacher.trained is not None:
+            self._trained, self._clipped = teacher.trained, teacher.clipped
+            self._groups[("teacher",)] = teacher.options
         self._attach(self.model)
         if self._sidecar is None:
             return
         if self.optimizer is not None and self.lr_scheduler is not None:
             raise DistillError(
-                "`optimizers` brings a scheduler that was made before the projectors, whose learning rate it would not "
-                "set: pass (optimizer, None), or `optimizer_cls_and_kwargs`."
+                "`optimizers` brings a scheduler that was made before what is trained beside the student (projectors, "
+                "a teacher), whose learning rate it would not set: pass (optimizer, None), or "
+                "`optimizer_cls_and_kwargs`."
             )
         config = getattr(self.args, "hf_deepspeed_config", None)
-        if features.projectors.own_group and config is not None and "optimizer" in config.config:
+        own = [kinds[0] for kinds, given in self._groups.items() if any(v is not None for v in given.values())]
+        if own and config is not None and "optimizer" in config.config:
             raise DistillError(
-                "projectors have a learning_rate or weight_decay of their own, but DeepSpeed's config makes the "
+                f"The {own[0]} has a learning_rate or weight_decay of its own, but DeepSpeed's config makes the "
                 "optimizer: remove its `optimizer` section, and the Trainer's optimizer is used."
             )
 
@@ -47,8 +63,10 @@ class SidecarMixin(_Base):
         return sidecar if sidecar is not None and any(True for _ in sidecar.parameters()) else None
 
     def _attach(self, model: nn.Module) -> None:
-        made = self._features.sidecar(self.args.seed).to(self.args.device) if self._features.terms else None
-        attach(model, made)
+        parts: dict[str, dict[str, nn.Module]] = self._features.parts(self.args.seed) if self._features.terms else {}
+        if self._trained is not None:
+            parts["teacher"] = {"model": self._trained}
+        attach(model, Sidecar(parts).to(self.args.device) if parts else None)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As the Trainer's; each new model gets new projectors."""
@@ -57,13 +75,28 @@ class SidecarMixin(_Base):
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer's; projectors get a group of their own where their settings ask for one."""
+        """As the Trainer's; what hangs in the sidecar gets groups of its own where its settings ask for them."""
         brought = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        sidecar, settings = self._sidecar, self._features.projectors
-        if sidecar is not None and (settings.own_group or (brought and not _holds(optimizer, sidecar))):
-            own_group(optimizer, sidecar, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        sidecar = self._sidecar
+        for kinds, options in self._groups.items() if sidecar is not None else ():
+            parts = [sidecar.parts[kind] for kind in kinds if kind in sidecar.parts]
+            trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+            given = {key: value for key, value in options.items() if value is not None}
+            if given or (brought and not _holds(optimizer, trained)):
+                own_groups(optimizer, trained, given)
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the Trainer's; a teacher may be clipped apart, so that neither model's gradient scales the other's."""
+        if self._clipped is None or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        assert self._trained is not None
+        apart = {id(p): p for p in self._trained.parameters()}
+        self.accelerator.unscale_gradients()
+        torch.nn.utils.clip_grad_norm_(apart.values(), self._clipped)
+        own = [p for p in model.parameters() if id(p) not in apart]
+        return torch.nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; a checkpoint also gets the sidecar."""
@@ -98,6 +131,6 @@ class SidecarMixin(_Base):
         return found
 
 
-def _holds(optimizer: torch.optim.Optimizer, sidecar: Sidecar) -> bool:
+def _holds(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return all(id(p) in held for p in sidecar.parameters())
+    return all(id(p) in held for p in parameters)

@@ -212,9 +212,9 @@ class Tap:
 class Signals:
     """What a model said about a batch.
 
-    logits:   of the asked tokens
+    logits:   of the asked tokens; None: it says nothing about them
     features: of the taps that were asked for
     """
 
-    logits: Logits | Head | Sparse
+    logits: Logits | Head | Sparse | None
     features: Mapping[Tap, Tensor] = field(default_factory=dict)

@@ -23,6 +23,10 @@ class Logits:
         """V."""
         return self.values.shape[-1]
 
+    def detach(self) -> "Logits":
+        """The same without its graph."""
+        return Logits(self.values.detach())
+
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """The logits of some asked tokens, [t, V], in float32 or better; in the buffer `out` if given."""
         chunk = self.values[rows]
@@ -78,6 +82,11 @@ class Head:
     def vocab_size(self) -> int:
         """V."""
         return self.weight.shape[0]
+
+    def detach(self) -> "Head":
+        """The same without its graph: aliases, which outlive a wrapper that takes gathered weights back."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.hidden.detach(), self.weight.detach(), bias, self.scaling)
 
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """The logits of some asked tokens, [t, V], in float32 or better, accumulated in it too.

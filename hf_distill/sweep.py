@@ -150,6 +150,9 @@ class HeadJob:
 
 def _write(logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: Scaling) -> None:
     """The sum of (gradient [r, v], factor), by what the head puts out, over the logits [r, V]."""
+    if not gradients:
+        logits.zero_()
+        return
     slope = scaling.slope(logits)
     gradients = sorted(gradients, key=lambda item: item[0].shape[1], reverse=True)
     for i, (gradient, factor) in enumerate(gradients):

@@ -37,7 +37,7 @@ class DistillMixin(SidecarMixin):
 
     def __init__(self, model: nn.Module | None = None, args: Any = None, *more, teacher: Any = None, **kwargs):
         fields = args if isinstance(args, DistillFields) else DistillFields()
-        wanted = fields.alpha > 0 or bool(fields.losses)
+        wanted = fields.alpha > 0 or bool(fields.losses) or (isinstance(teacher, Teacher) and not teacher.soft)
         if teacher is None and fields.losses:
             raise DistillError("`losses` are set but there is no teacher: pass `teacher=` to the trainer.")
         if teacher is None and wanted:
@@ -68,16 +68,18 @@ class DistillMixin(SidecarMixin):
         """
         self.distilling, self.teacher = True, teacher
         _refuse(self)
-        self.pop_callback(_AfterStep)
-        self.add_callback(_AfterStep(teacher))
+        self.pop_callback(_Clock)
+        self.add_callback(_Clock(teacher))
         teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+        tell(teacher.unfit(self.args))
         terms = fields.terms(self.args.label_smoothing_factor)
+        teacher.learn(terms)
         features = Features.match(terms, self.model, teacher.stack, Projectors.of(fields.projectors))
         self.distiller = Distiller(terms, fields.chunk_tokens, features)
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.wear(features)
+        self.wear(features, teacher)
 
     def unfit(self) -> list[str]:
         """Why this trainer cannot distil, beside what no Trainer can: for classes with arguments of their own."""
@@ -181,7 +183,8 @@ class DistillMixin(SidecarMixin):
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
         """Terms and statistics, averaged over the asked tokens, under the names that users see."""
         mean = {name: total / max(sums["asked"], 1.0) for name, total in sums.items()}
-        terms = {f"{term.name}_loss": mean[term.name] for term in self.distiller.terms}
+        learnt = [*self.distiller.terms, *self.teacher.terms]
+        terms = {f"{term.name}_loss": mean[term.name] for term in learnt}
         measured = max(sums.get("measured", 0.0), 1.0)
         statistics = {name: sums[name] / measured for name in _STATISTICS if name in sums}
         return terms | source_means(sums, self._sources) | statistics
@@ -205,14 +208,19 @@ class DistillMixin(SidecarMixin):
         super().log(logs, start_time)
 
 
-class _AfterStep(TrainerCallback):
-    """Tells a teacher of each step of the optimizer."""
+class _Clock(TrainerCallback):
+    """Tells a teacher how far training is."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.teacher.progress = state.global_step / max(state.max_steps, 1)
+        self.teacher.begin()
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.teacher.after_step(state.global_step, state.global_step / max(state.max_steps, 1))
+        self.teacher.progress = state.global_step / max(state.max_steps, 1)
+        self.teacher.after_step(state.global_step)
 
 
 class DistillTrainer(DistillMixin, Trainer):

@@ -212,7 +212,9 @@ def test_a_checkpoint_without_these_projectors_is_refused(make, tmp_path):
     with pytest.raises(DistillError, match=r"checkpoint-2 has no sidecar.safetensors"):
         make(**CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     make(folder="other", **CHECKPOINTS, losses=[{"name": "hidden_mse", "layers": "last:1"}]).train()
-    with pytest.raises(DistillError, match="resume with the `losses` and `projectors` of the run that wrote it"):
+    with pytest.raises(
+        DistillError, match="resume with the `losses`, `projectors` and teacher of the run that wrote it"
+    ):
         make(**CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2"))
 
 
@@ -260,7 +262,7 @@ def test_an_optimizer_of_ones_own_gets_the_projectors(make):
     assert [g["initial_lr"] for g in own.param_groups] == [0.1, 0.5]
     own = torch.optim.SGD(student.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(own, lambda _: 1.0)
-    with pytest.raises(DistillError, match="scheduler that was made before the projectors"):
+    with pytest.raises(DistillError, match="scheduler that was made before what is trained beside the student"):
         make(model=student, optimizers=(own, scheduler))
 
 

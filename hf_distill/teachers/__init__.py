@@ -4,5 +4,6 @@ from .base import Teacher
 from .frozen import FrozenTeacher
 from .own_base import OwnBaseTeacher
 from .past_self import EMATeacher, SnapshotTeacher
+from .peer import PeerTeacher
 
-__all__ = ["EMATeacher", "FrozenTeacher", "OwnBaseTeacher", "SnapshotTeacher", "Teacher"]
+__all__ = ["EMATeacher", "FrozenTeacher", "OwnBaseTeacher", "PeerTeacher", "SnapshotTeacher", "Teacher"]

@@ -1,21 +1,41 @@
 """The interface of a teacher, and the only base class that a user plugs into."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from ..blocks import Stack
 from ..errors import DistillError
+from ..objective import Term
 from ..signals import Signals, Tap, Targets
+from ..sources import Head, Logits
 
 
 class Teacher(ABC):
-    """Something that says, for the asked tokens of a batch, what it would predict."""
+    """Something that says, for the asked tokens of a batch, what it would predict.
+
+    model:    the model that speaks, once it is prepared; None where there is none
+    trained:  what of it is trained, in the student's sidecar and so by the student's optimizer; None: nothing
+    options:  of `trained` in the optimizer: "lr", "weight_decay"; None: as the student's
+    clipped:  the norm to which the gradient of `trained` is clipped, apart from the student's; None: with it
+    soft:     whether it has soft labels for the student, whose weight is alpha
+    terms:    what `trained` learns by, named apart from the student's terms
+    progress: of the training, in [0, 1]; the trainer keeps it
+    """
 
     model: Any = None
+    trained: nn.Module | None = None
+    options: Mapping[str, float | None] = MappingProxyType({})
+    clipped: float | None = None
+    soft: bool = True
+    terms: Sequence[Term] = ()
+    progress: float = 0.0
 
     @abstractmethod
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
@@ -53,13 +73,35 @@ class Teacher(ABC):
             DistillError: this teacher cannot teach this student.
         """
 
-    def after_step(self, step: int, progress: float) -> None:  # noqa: B027
-        """Move, if it does: called after each step of the optimizer, never between micro-batches.
+    def unfit(self, args: TrainingArguments) -> list[str]:
+        """Why it cannot teach under these arguments; called after `prepare`."""
+        return []
+
+    def learn(self, terms: Sequence[Term]) -> None:  # noqa: B027
+        """Take the student's objective; a teacher that trains makes `terms` of it.
+
+        Raises:
+            DistillError: an objective that makes no sense with this teacher.
+        """
+
+    def beside(
+        self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
+    ) -> "Beside | None":
+        """What of it runs inside the student's forward, in the place of a call before it; None: nothing.
 
         Args:
-            step: of the optimizer, counted from 1.
-            progress: of the training, in [0, 1].
+            inputs: as of a call.
+            targets: as of a call.
+            wanted: as of a call.
+            num_items: what sums over asked tokens are divided by; None: those of this batch.
         """
+        return None
+
+    def begin(self) -> None:  # noqa: B027
+        """Training begins, or goes on after `load`: the student is as its strategy holds it."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """Move, if it does: called after each step of the optimizer, counted from 1, never between micro-batches."""
 
     def metrics(self) -> dict[str, float]:
         """What training logs say of it."""
@@ -76,3 +118,22 @@ class Teacher(ABC):
 
     def load(self, folder: str, rank: int) -> None:  # noqa: B027
         """Read what `save` wrote; called before the first step of a resumed run."""
+
+
+class Beside(ABC):
+    """What a teacher does inside the student's forward, once the student's logits are known.
+
+    told:      what it says of the asked tokens, for the student; known after the call
+    per_token: name -> [T], of its own terms; known after the call
+    """
+
+    told: Signals
+    per_token: dict[str, Tensor]
+
+    def around(self, student: nn.Module) -> AbstractContextManager:
+        """What lasts while the student's forward does."""
+        return nullcontext()
+
+    @abstractmethod
+    def __call__(self, said: Head | Logits) -> Tensor:
+        """Its own loss, [], given the source of the student's logits, with the graph."""

@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..blocks import Stack, stack_of
 from ..errors import DistillError
 from ..forward import parameters_of, teacher_signals
 from ..signals import Signals, Tap, Targets
-from ..tasks import Task, bare, task_of
+from ..tasks import bare, task_of
 from .base import Teacher
 from .loading import Loading
-from .vocabulary import check_classes, check_vocabulary
+from .vocabulary import check_fit
 
 
 class FrozenTeacher(Teacher):
@@ -52,44 +51,18 @@ class FrozenTeacher(Teacher):
                 f"teacher_init_kwargs {given} were given beside a model that is loaded already: give the "
                 "model's id or path instead, or load it with them yourself."
             )
-        self._path = model if isinstance(model, str) else None
+        self._path: Any = model if isinstance(model, str) else None
         self.processing_class = processing_class
         self.model = None if isinstance(model, str) else model
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the model fits the student, load it if need be, freeze it, put it where it stays."""
-        task = task_of(student)
-        if self.model is student:
-            raise DistillError(
-                "Teacher and student are the same object: freezing the teacher would freeze the student. Load the "
-                "model twice, or copy it."
-            )
-        config = self._check_fit(student, task, processing_class)
+        revision = self._loading.init_kwargs.get("revision")
+        config = check_fit(self.model or self._path, student, self.processing_class, processing_class, revision)
         if self.model is None:
-            self.model = self._loading.load(task, str(self._path), config, device)
-        if (own := task_of(self.model)) is not task:
-            raise DistillError(
-                f"The teacher is a {own.name} and the student a {task.name}: use two models of one kind."
-            )
+            self.model = self._loading.load(task_of(student), self._path, config, device)
         self.model.requires_grad_(False).eval()
         self.model = self._loading.place(self.model, device)
-
-    def _check_fit(self, student: nn.Module, task: Task, processing_class: Any) -> PretrainedConfig:
-        if self.model is not None:
-            config, path = bare(self.model).config, bare(self.model).name_or_path
-        else:
-            path = self._path
-            config = AutoConfig.from_pretrained(path, revision=self._loading.init_kwargs.get("revision"))
-        if not task.vocabulary:
-            check_classes(config, student.config)
-            return config
-        check_vocabulary(
-            self.processing_class or local_tokenizer(path),
-            processing_class or local_tokenizer(student.name_or_path),
-            config.get_text_config().vocab_size,
-            student.config.get_text_config().vocab_size,
-        )
-        return config
 
     def stack(self, which: str | None = None) -> Stack:
         """The model's blocks, or those of its encoder or decoder."""
@@ -103,13 +76,3 @@ class FrozenTeacher(Teacher):
         if model.main_input_name in named:
             inputs = {k: v for k, v in inputs.items() if k in named or k == "labels"}
         return teacher_signals(self.model, inputs, targets, wanted)
-
-
-def local_tokenizer(path: str) -> Any:
-    """The tokenizer beside a model's files, from this machine alone; None where there is none."""
-    if not path:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return None

@@ -9,11 +9,9 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -23,9 +21,9 @@ from ..sidecar import split
 from ..signals import Signals
 from ..sources import Head
 from ..tasks import bare
+from .distance import Distance, is_shared, local
 from .itself import ItselfTeacher
-
-_SAMPLED = 4096
+from .state import load_state, save_state, state_file
 
 
 class PastSelf(ItselfTeacher):
@@ -39,7 +37,7 @@ class PastSelf(ItselfTeacher):
         """
         self.model = student
         self._held: dict[str, Tensor] = {}
-        self._start: dict[str, Tensor] = {}
+        self._distance = Distance()
         self._worn = self._resharded = False
         if not self._moving():
             raise DistillError(
@@ -77,36 +75,27 @@ class PastSelf(ItselfTeacher):
             self._reshard()
             self._worn = False
 
+    def begin(self) -> None:
+        """The past begins with the present."""
+        self._hold()
+
     @torch.no_grad()
-    def after_step(self, step: int, progress: float) -> None:
+    def after_step(self, step: int) -> None:
         """Move, after a step of the optimizer."""
-        self._move(self._hold(), {name: _local(t) for name, t in self._moving().items()}, step, progress)
+        self._move(self._hold(), {name: local(t) for name, t in self._moving().items()}, step)
 
     @abstractmethod
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, progress: float) -> None: ...
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int) -> None: ...
 
-    @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """`teacher_distance`: how far it has moved, as a share of the norm of where it began.
-
-        Told by a sample of thousands of numbers of each tensor: another copy of the model would be too dear.
-        """
-        held = self._hold()
-        squares = torch.zeros(2, dtype=torch.float64, device=next(iter(held.values())).device)
-        for name, start in self._start.items():
-            moved = _sample(held[name]) - start
-            share = held[name].numel() / max(start.numel(), 1)
-            squares += share * torch.stack([moved.square().sum(), start.square().sum()]).double()
-        if self._sharded():
-            torch.distributed.all_reduce(squares)
-        return {"teacher_distance": float((squares[0] / squares[1]).sqrt())}
+        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
+        return {"teacher_distance": self._distance.to(self._hold(), is_shared(self.model))}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
         """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
-        if write or self._sharded():
-            state = {f"held.{name}": value for name, value in self._hold().items()}
-            state |= {f"start.{name}": value for name, value in self._start.items()}
-            save_file({name: value.contiguous() for name, value in state.items()}, self._file(folder, rank))
+        shared = is_shared(self.model)
+        if write or shared:
+            save_state(state_file(folder, rank, shared), held=self._hold(), start=self._distance.start)
 
     def load(self, folder: str, rank: int) -> None:
         """Read what `save` wrote.
@@ -114,19 +103,9 @@ class PastSelf(ItselfTeacher):
         Raises:
             DistillError: the checkpoint has none.
         """
-        file = self._file(folder, rank)
-        if not file.is_file():
-            raise DistillError(f"{folder} has no {file.name}: it was written by a run with another kind of teacher.")
-        state, device = load_file(file), _local(next(iter(self._moving().values()))).device
-        for kept, prefix in ((self._held, "held."), (self._start, "start.")):
-            kept.clear()
-            kept |= {k.removeprefix(prefix): v.to(device) for k, v in state.items() if k.startswith(prefix)}
-
-    def _file(self, folder: str, rank: int) -> Path:
-        return Path(folder) / (f"teacher-{rank}.safetensors" if self._sharded() else "teacher.safetensors")
-
-    def _sharded(self) -> bool:
-        return any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in self.model.parameters())
+        file = state_file(folder, rank, is_shared(self.model))
+        state = load_state(file, local(next(iter(self._moving().values()))).device)
+        self._held, self._distance.start = state["held"], state["start"]
 
     def _reshard(self) -> None:
         """Of FSDP2, which keeps what it gathered for a forward: the past's weights must not be taken for now's."""
@@ -154,8 +133,8 @@ class PastSelf(ItselfTeacher):
         """The past, in float32; at first the present."""
         if not self._held:
             for name, tensor in self._moving().items():
-                self._held[name] = _local(tensor).detach().float().clone()
-                self._start[name] = _sample(self._held[name]).clone()
+                self._held[name] = local(tensor).detach().float().clone()
+            self._distance.begin(self._held)
         return self._held
 
 
@@ -180,13 +159,13 @@ class EMATeacher(PastSelf):
             raise DistillError(f"warmup is {warmup}; it must be at least 0 steps")
         self._warmup = warmup
 
-    def decay_at(self, step: int, progress: float) -> float:
-        """d after a number of steps, at a moment of training."""
-        return value_at(self._decay, progress) * (min(1.0, step / self._warmup) if self._warmup else 1.0)
+    def decay_at(self, step: int) -> float:
+        """d after a number of steps, at the training's progress."""
+        return value_at(self._decay, self.progress) * (min(1.0, step / self._warmup) if self._warmup else 1.0)
 
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, progress: float) -> None:
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int) -> None:
         values = [now[name].detach().to(value.dtype) for name, value in held.items()]
-        torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step, progress))
+        torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
 
 
 class SnapshotTeacher(PastSelf):
@@ -212,7 +191,7 @@ class SnapshotTeacher(PastSelf):
         fresh = not self._held
         held = super()._hold()
         if fresh and self._path is not None:
-            if self._sharded():
+            if is_shared(self.model):
                 raise DistillError(
                     f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
                     "`every`, or use a FrozenTeacher of the path, which can be sharded."
@@ -226,45 +205,32 @@ class SnapshotTeacher(PastSelf):
                 )
             for name, value in held.items():
                 value.copy_(then[name])
-                self._start[name] = _sample(value).clone()
+            self._distance.begin(held)
         return held
 
     def _moving_of(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
 
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, progress: float) -> None:
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int) -> None:
         if self._every is not None and step % self._every == 0:
             for name, value in held.items():
                 value.copy_(now[name])
 
 
-def _sample(values: Tensor) -> Tensor:
-    """About every k-th number of a tensor, thousands of them."""
-    flat = values.flatten()
-    return flat[:: max(1, len(flat) // _SAMPLED)]
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor."""
-    if hasattr(tensor, "ds_tensor"):
-        return tensor.ds_tensor
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _put(tensor: Any, value: Tensor) -> Tensor:
     """Put a value in a tensor's place; returns what was there."""
-    local = _local(tensor)
-    if local is tensor:
+    mine = local(tensor)
+    if mine is tensor:
         own = tensor.data
         tensor.data = value.to(own.dtype)
         return own
-    own = local.detach().clone()
+    own = mine.detach().clone()
     _write(tensor, value)
     return own
 
 
 def _take_back(tensor: Any, own: Tensor) -> None:
-    if _local(tensor) is tensor:
+    if local(tensor) is tensor:
         tensor.data = own
     else:
         _write(tensor, own)
@@ -273,6 +239,6 @@ def _take_back(tensor: Any, own: Tensor) -> None:
 @torch.no_grad()
 def _write(tensor: Any, value: Tensor) -> None:
     """Into a rank's share; ZeRO-3 forgets what it had gathered of the tensor."""
-    _local(tensor).copy_(value)
+    local(tensor).copy_(value)
     if hasattr(tensor, "ds_tensor") and tensor.ds_status.name == "AVAILABLE":
         tensor.partition()

@@ -6,12 +6,68 @@ ids both have. Different tokenizers do not: a divergence over ids that mean diff
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from ..errors import DistillError
+from ..tasks import bare, task_of
 
 logger = logging.get_logger(__name__)
+
+
+def check_fit(
+    teacher: nn.Module | str, student: nn.Module, tokenizer: Any, processing_class: Any, revision: str | None = None
+) -> PretrainedConfig:
+    """Refuse a model that cannot teach this student, before it is loaded where that can be told.
+
+    Args:
+        teacher: a model, or the id or path of one.
+        student: unwrapped.
+        tokenizer: the teacher's; None: the one beside its files, if there is one on this machine.
+        processing_class: the student's; None: likewise.
+        revision: of an id.
+
+    Returns:
+        the teacher's config.
+
+    Raises:
+        DistillError: it is the student itself, of another kind, of another tokenizer or of other classes.
+    """
+    if teacher is student:
+        raise DistillError(
+            "Teacher and student are the same object, and what is done to one would be done to the other. Load the "
+            "model twice, or copy it."
+        )
+    task = task_of(student)
+    if isinstance(teacher, str):
+        config, path = AutoConfig.from_pretrained(teacher, revision=revision), teacher
+    else:
+        config, path = bare(teacher).config, bare(teacher).name_or_path
+        if (own := task_of(teacher)) is not task:
+            raise DistillError(
+                f"The teacher is a {own.name} and the student a {task.name}: use two models of one kind."
+            )
+    if not task.vocabulary:
+        check_classes(config, student.config)
+        return config
+    check_vocabulary(
+        tokenizer or local_tokenizer(path),
+        processing_class or local_tokenizer(student.name_or_path),
+        config.get_text_config().vocab_size,
+        student.config.get_text_config().vocab_size,
+    )
+    return config
+
+
+def local_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model's files, from this machine alone; None where there is none."""
+    if not path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size: int) -> None:

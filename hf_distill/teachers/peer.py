@@ -1,0 +1,201 @@
+"""A teacher that is trained beside the student, by the same optimizer, in one backward."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from ..blocks import Stack, stack_of
+from ..capture import capture
+from ..errors import DistillError, tell
+from ..features import FeatureJob
+from ..forward import student_loss, teacher_signals
+from ..objective import Term
+from ..sidecar import whole_state
+from ..signals import Signals, Tap, Targets
+from ..sources import Head, Logits
+from ..sweep import HeadJob
+from ..tasks import bare, task_of
+from .base import Beside, Teacher
+from .distance import Distance, is_shared
+from .state import load_state, save_state, state_file
+from .vocabulary import check_fit
+
+logger = logging.get_logger(__name__)
+
+
+class PeerTeacher(Teacher):
+    """A second model that learns while it teaches: online distillation, or mutual learning (1706.00384).
+
+    online: the peer learns by cross entropy with the labels, and no loss of the student reaches it.
+    mutual: the peer learns as the student does, alpha * T^2 * divergence(student || peer) + (1 - alpha) * cross entropy,
+        each model from what the other one says, without gradient through it.
+
+    Args:
+        model: a model to be trained, or the path or id of one, loaded in the student's auto class in float32.
+        mutual: whether the peer learns from the student, too.
+        learning_rate: of the peer; None: the run's.
+        weight_decay: of the peer; None: the run's.
+        max_grad_norm: the peer's gradient is clipped apart from the student's, to this; None: the run's.
+        frozen_after: progress of the training, in (0, 1], from which the peer does not learn any more; None: it does.
+        processing_class: its tokenizer, compared with the student's; None: the one beside the model's files.
+        init_kwargs: passed to `from_pretrained`.
+
+    Raises:
+        DistillError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        *,
+        mutual: bool = False,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        max_grad_norm: float | None = None,
+        frozen_after: float | None = None,
+        processing_class: Any = None,
+        **init_kwargs,
+    ):
+        problems: list[str] = []
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            if value is not None and not value >= 0:
+                problems.append(f"{name} of the peer is {value}; it must be 0 or more")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            problems.append(f"max_grad_norm of the peer is {max_grad_norm}; it must be more than 0")
+        if frozen_after is not None and not 0 < frozen_after <= 1:
+            problems.append(f"frozen_after is {frozen_after}; it is a progress of the training, in (0, 1]")
+        if not isinstance(model, str) and init_kwargs:
+            problems.append(f"{sorted(init_kwargs)} were given beside a model that is loaded already: leave them out")
+        tell(problems)
+        self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
+        self.options = {"lr": learning_rate, "weight_decay": weight_decay}
+        self._max_grad_norm, self.frozen_after = max_grad_norm, frozen_after
+        self.processing_class = processing_class
+        self._distance = Distance()
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Check that the model fits the student, and load it if need be.
+
+        Raises:
+            DistillError: it does not fit, or nothing of it can be trained.
+        """
+        task, revision = task_of(student), self._init_kwargs.get("revision")
+        check_fit(self._given, student, self.processing_class, processing_class, revision)
+        if self.model is None:
+            kwargs = {"dtype": torch.float32, **self._init_kwargs}
+            self.model = self._given if isinstance(self._given, nn.Module) else task.load(self._given, **kwargs)
+        if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
+            raise DistillError(
+                f"Nothing of the peer, a {type(bare(self.model)).__name__}, can be trained: load it in float32, with "
+                "parameters that require gradients, or use a FrozenTeacher."
+            )
+        self.trained = self.model
+
+    def unfit(self, args: TrainingArguments) -> list[str]:
+        """What the strategy or the run's arguments would not do for the peer."""
+        self.clipped, problems = self._max_grad_norm or args.max_grad_norm, []
+        if args.fsdp or is_shared(self.model):
+            problems.append("a peer is trained inside the student and not sharded by FSDP: use DDP or DeepSpeed")
+        if args.deepspeed and self._max_grad_norm is not None:
+            problems.append("DeepSpeed clips all gradients together: leave the peer's max_grad_norm out")
+        if args.deepspeed and self.frozen_after is not None:
+            problems.append("DeepSpeed goes on moving what has no gradient: leave frozen_after out, or use DDP")
+        if self._max_grad_norm is not None and not args.max_grad_norm:
+            problems.append("max_grad_norm of the run is 0, which clips nothing: set it, or leave the peer's out")
+        if self.frozen_after is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = args.world_size > 1 or None  # of a peer that is frozen by then
+        return problems
+
+    def learn(self, terms: Sequence[Term]) -> None:
+        """Make the peer's terms of the student's: `peer_hard`, and `peer_soft` of a mutual one."""
+        soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
+        self.terms = [replace(hard, name="peer_hard", weight=hard.weight if self._mutual else 1.0)]
+        if self._mutual:
+            self.terms = [replace(soft, name="peer_soft"), *self.terms]
+            if hard.weight == 0:
+                logger.warning(
+                    "Mutual learning with alpha 1: each model learns from the other alone, and nothing anchors the "
+                    "pair to the data. Set alpha below 1."
+                )
+
+    def stack(self, which: str | None = None) -> Stack:
+        """The peer's blocks."""
+        return stack_of(self.model, which)
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+        """One forward of the peer as it is, in eval mode, outside of the student's."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return teacher_signals(self.model, inputs, targets, wanted)
+        finally:
+            self.model.train(training)
+
+    def beside(
+        self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
+    ) -> Beside:
+        """The peer's forward and its own loss."""
+        frozen = self.frozen_after is not None and self.progress >= self.frozen_after
+        return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
+
+    def begin(self) -> None:
+        """Note where the peer begins."""
+        if not self._distance.start:
+            self._distance.begin(dict(self.model.named_parameters()))
+
+    def metrics(self) -> dict[str, float]:
+        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
+        return {"teacher_distance": self._distance.to(dict(self.model.named_parameters()), is_shared(self.model))}
+
+    def save(self, folder: str, rank: int, write: bool) -> None:
+        """Write where it began; its weights are the sidecar's."""
+        shared = is_shared(self.model)
+        if write or shared:
+            save_state(state_file(folder, rank, shared), start=self._distance.start)
+
+    def load(self, folder: str, rank: int) -> None:
+        """Read what `save` wrote."""
+        device = next(self.model.parameters()).device
+        self._distance.start = load_state(state_file(folder, rank, is_shared(self.model)), device)["start"]
+
+    def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
+        """Write the peer as a folder of its own, as `from_pretrained` loads it.
+
+        Args:
+            folder: where to.
+            write: whether this rank writes; every rank has to call.
+        """
+        state = whole_state(self.model)
+        if write:
+            self.model.save_pretrained(folder, state_dict=state)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+
+class _PeerRun(Beside):
+    """One forward of the peer inside the student's."""
+
+    def __init__(self, model, terms, frozen, inputs, targets, wanted, num_items):
+        self.model, self.terms, self.frozen = model, terms, frozen
+        self.inputs, self.targets, self.wanted, self.num_items = inputs, targets, wanted, num_items
+
+    def __call__(self, said: Head | Logits) -> Tensor:
+        own: list[Head | Logits] = []
+        learns = any(term.loss.needs for term in self.terms)
+        job = HeadJob(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
+        nothing = FeatureJob([], {}, {}, self.targets)
+        if self.frozen:
+            self.model.eval()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            with capture(self.model, self.wanted) as found:
+                loss, _ = student_loss(self.model, self.inputs, job, nothing, inside=lambda s: own.append(s.detach()))
+        self.told = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
+        self.per_token = job.per_token
+        return loss

@@ -1,0 +1,36 @@
+"""What a teacher keeps in a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import DistillError
+
+
+def state_file(folder: str, rank: int, shared: bool) -> Path:
+    """A teacher's file in a checkpoint; `shared`: each rank has one of its own."""
+    return Path(folder) / (f"teacher-{rank}.safetensors" if shared else "teacher.safetensors")
+
+
+def save_state(file: Path, **groups: Mapping[str, Tensor]) -> None:
+    """Write groups of named tensors into one file."""
+    tensors = {f"{group}.{name}": value for group, named in groups.items() for name, value in named.items()}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+
+
+def load_state(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """Read what `save_state` wrote, on a device.
+
+    Raises:
+        DistillError: there is no such file.
+    """
+    if not file.is_file():
+        raise DistillError(f"{file.parent} has no {file.name}: it was written by a run with another kind of teacher.")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(file).items():
+        group, _, name = key.partition(".")
+        groups.setdefault(group, {})[name] = value.to(device)
+    return groups
