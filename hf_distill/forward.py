@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .capture import capture
 from .features import FeatureJob
 from .sidecar import sidecar_of
-from .signals import Signals, Tap, Targets
+from .signals import PARAPHRASED, Signals, Tap, Targets
 from .sources import Head, Logits, Scaling
 from .sweep import HeadJob
 from .tasks import bare, unwrapped
@@ -142,7 +142,7 @@ def _run(
 
 def _prepare(model: nn.Module, inputs: dict) -> dict:
     labels = inputs.get("labels")
-    ours = ("labels", "shift_labels", "labelled_rows", "num_items_in_batch")
+    ours = ("labels", "shift_labels", "labelled_rows", "num_items_in_batch", *PARAPHRASED)
     inputs = {k: v for k, v in inputs.items() if k not in ours}
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)

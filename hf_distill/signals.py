@@ -17,6 +17,7 @@ from .errors import DistillError
 from .sources import Head, Logits, Sparse
 
 IGNORE_INDEX = -100
+PARAPHRASED = ("view_input_ids", "view_attention_mask", "view_labels")  # a batch's second view of itself
 
 
 def asked_labels(inputs: dict, shift: bool) -> Tensor:

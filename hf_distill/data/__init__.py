@@ -6,14 +6,17 @@ from .mix import mix, mix_scheduled, tag
 from .packing import check_isolation, pack
 from .prompts import prompt_rows
 from .rows import causal_rows, example_rows, rows_of
+from .views import View, fill_token
 
 __all__ = [
     "Collator",
     "Examples",
+    "View",
     "causal_rows",
     "check_isolation",
     "documents_of",
     "example_rows",
+    "fill_token",
     "hold_out",
     "load_documents",
     "mix",

@@ -19,6 +19,8 @@ class Collator:
     Packed rows, which have `seq_lengths`, become one row [1, S] whose `position_ids` start again at each document, and
     whose first tokens are not asked.
 
+    Rows of two views have `view_input_ids` and `view_labels` besides, padded with a `view_attention_mask` of their own.
+
     With several sources, `source` [B, S] says of each token which one it is from; `DistillTrainer` reads it and reports
     losses of each. A script of one's own sets `remove_unused_columns=False`, so that the column gets here.
 
@@ -41,15 +43,19 @@ class Collator:
         return batch
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        batch = self._stacked(rows, "")
+        if len({len(row["input_ids"]) for row in rows}) == 1:
+            del batch["attention_mask"]
+        return batch | (self._stacked(rows, "view_") if "view_input_ids" in rows[0] else {})
+
+    def _stacked(self, rows: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
+        ids = [torch.as_tensor(row[f"{view}input_ids"]) for row in rows]
+        labels = [torch.as_tensor(row[f"{view}labels"]) for row in rows]
+        return {
+            f"{view}input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            f"{view}labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            f"{view}attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        if len({len(row) for row in ids}) > 1:
-            batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        return batch
 
 
 def documents_of(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,25 +12,29 @@ from ..signals import IGNORE_INDEX
 logger = logging.get_logger(__name__)
 
 TEXT, MESSAGES, COMPLETION, TOKENS = "text", "messages", "completion", "tokens"
+PARAPHRASE = "paraphrase"
 _NEEDED = {TOKENS: {"input_ids"}, MESSAGES: {"messages"}, COMPLETION: {"prompt", "completion"}, TEXT: {"text"}}
 _KNOWN = (
     "text; messages; prompt and completion; input_ids (with labels, completion_mask or assistant_masks, or with none)"
 )
 
 
-def format_of(columns: Sequence[str], column: str | None = None, where: str = "The source") -> str:
+def format_of(
+    columns: Sequence[str], column: str | None = None, where: str = "The source", paraphrase: bool = False
+) -> str:
     """Which format the columns are: `input_ids` counts before `messages`, `prompt` + `completion` and `text`.
 
     Args:
         columns: of the data set.
         column: the column that holds the text; None: told by the columns.
         where: for the error.
+        paraphrase: whether it must have `paraphrase`, another prompt before the same completion.
 
     Returns:
         "tokens", "messages", "completion" or "text".
 
     Raises:
-        DistillError: no such column, or none of the formats.
+        DistillError: no such column, none of the formats, or no paraphrases of prompts.
     """
     if column is not None:
         if column not in columns:
@@ -38,6 +42,11 @@ def format_of(columns: Sequence[str], column: str | None = None, where: str = "T
         return TEXT
     for kind, needed in _NEEDED.items():
         if needed <= set(columns):
+            if paraphrase and (kind != COMPLETION or PARAPHRASE not in columns):
+                raise DistillError(
+                    f"{where} is read as {kind} and has the columns {list(columns)}: paraphrases stand in a column "
+                    "`paraphrase` beside `prompt` and `completion`. Add it, or use a view without paraphrase."
+                )
             return kind
     raise DistillError(
         f"{where} has the columns {list(columns)}, which are none of the four formats: {_KNOWN}. Rename columns, or "
@@ -45,13 +54,16 @@ def format_of(columns: Sequence[str], column: str | None = None, where: str = "T
     )
 
 
-def encoder(kind: str, tokenizer: Any, assistant_only: bool | None = None) -> Callable[[dict], dict[str, list[int]]]:
+def encoder(
+    kind: str, tokenizer: Any, assistant_only: bool | None = None, paraphrase: bool = False
+) -> Callable[[dict], dict[str, list[int]]]:
     """How an example of a format becomes `{"input_ids": [S], "labels": [S]}`, -100 where nothing is asked.
 
     Args:
         kind: "messages", "completion" or "tokens"; see `format_of`.
         tokenizer: with a chat template where there are conversations.
         assistant_only: ask the turns that the template marks with {% generation %} alone; None: where it marks any.
+        paraphrase: of completions, also `view_input_ids` and `view_labels`: the completion after its other prompt.
 
     Raises:
         DistillError: a template without marks, or no template.
@@ -71,7 +83,8 @@ def encoder(kind: str, tokenizer: Any, assistant_only: bool | None = None) -> Ca
             "template that does (trl.chat_template_utils.get_training_chat_template has some), or leave the option out."
         )
     masked = marked if assistant_only is None else assistant_only
-    from_example = _from_messages if kind == MESSAGES else _from_completion
+    from_prompts = _from_two_prompts if paraphrase else _from_completion
+    from_example = _from_messages if kind == MESSAGES else from_prompts
     return lambda example: from_example(example, tokenizer, masked)
 
 
@@ -111,6 +124,18 @@ def _from_completion(example: dict, tokenizer: Any, masked: bool) -> dict[str, l
             "asked as part of the completion. End prompts where a token ends. Said once."
         )
     return _row(ids, [0] * start + [1] * (len(ids) - start), *masks)
+
+
+def _from_two_prompts(example: dict, tokenizer: Any, masked: bool) -> dict[str, list[int]]:
+    prompt, other = example["prompt"], example[PARAPHRASE]
+    if type(prompt) is not type(other):
+        raise DistillError(
+            f"A paraphrase is a text where its prompt is one, and a list of messages where that is; got {other!r} for "
+            f"{prompt!r}. Give every example one, or leave the example out."
+        )
+    view = _from_completion(example | {"prompt": other}, tokenizer, masked)
+    own = _from_completion(example, tokenizer, masked)
+    return own | {"view_input_ids": view["input_ids"], "view_labels": view["labels"]}
 
 
 def _chat(example: dict, messages: list[dict], tokenizer: Any, **options) -> Any:

@@ -56,10 +56,11 @@ def mix(
         the rows, with `source`, the index of the source; a single source is returned as it is.
 
     Raises:
-        DistillError: a weight that is not above 0.
+        DistillError: a weight that is not above 0; paraphrases in some of the sources alone.
     """
     if len(rows) == 1:
         return next(iter(rows.values()))
+    _check_paraphrases(rows)
     parts: list[Any] = [tag(part, index) for index, part in enumerate(rows.values())]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
@@ -81,8 +82,9 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
         the rows, with `source`, the index of the source.
 
     Raises:
-        DistillError: at some moment all weights are 0.
+        DistillError: at some moment all weights are 0; paraphrases in some of the sources alone.
     """
+    _check_paraphrases(rows)
     moments = sorted({0.0, 1.0, *(at for points in weights.values() for at, _ in points)})
     empty = [moment for moment in moments if sum(value_at(points, moment) for points in weights.values()) <= 0]
     if empty:
@@ -101,3 +103,13 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
         chosen[own] = start + np.arange(len(own)) % len(part)
         start += len(part)
     return concatenate_datasets(parts).select(chosen)
+
+
+def _check_paraphrases(rows: Mapping[str, Examples]) -> None:
+    columns = {name: part.column_names or list(next(iter(part), ())) for name, part in rows.items()}
+    lacking = [name for name, own in columns.items() if "view_input_ids" not in own]
+    if 0 < len(lacking) < len(rows):
+        raise DistillError(
+            f"The sources {', '.join(lacking)} have no paraphrases, and the others do: give them a column "
+            "`paraphrase`, or read none with paraphrase=True."
+        )

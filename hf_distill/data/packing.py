@@ -27,11 +27,19 @@ def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
 
     Returns:
         rows with `seq_lengths`, the lengths of their documents; `source` becomes one a token.
+
+    Raises:
+        DistillError: rows with paraphrases.
     """
     need("trl", "trl", "Packing")
     from trl import pack_dataset
 
     columns = rows.column_names or list(next(iter(rows)))
+    if "view_input_ids" in columns:
+        raise DistillError(
+            "packing: rows and their paraphrases have different lengths and cannot share packed rows. Leave packing "
+            "off, or use a view without paraphrase."
+        )
     if "source" in columns:
         rows = rows.map(_spread_source, remove_columns=["source"]).rename_column("sources", "source")
     packed = pack_dataset(rows, max_length, strategy="bfd")

@@ -14,6 +14,7 @@ from .load import Examples
 logger = logging.get_logger(__name__)
 
 ROW = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
+TWO_VIEWS = Features({**ROW, "view_input_ids": List(Value("int64")), "view_labels": List(Value("int64"))})
 
 
 def rows_of(
@@ -22,6 +23,8 @@ def rows_of(
     max_length: int,
     assistant_only: bool | None = None,
     long: str = "truncate",
+    paraphrase: bool = False,
+    where: str = "The source",
 ) -> Examples:
     """Rows of at most `max_length` tokens of examples in any format; see `causal_rows` and `example_rows`.
 
@@ -29,8 +32,8 @@ def rows_of(
         DistillError: see there; options of conversations for text.
     """
     columns = documents.column_names or list(next(iter(documents)))
-    if format_of(columns) != TEXT:
-        return example_rows(documents, tokenizer, max_length, assistant_only, long)
+    if format_of(columns, where=where, paraphrase=paraphrase) != TEXT:
+        return example_rows(documents, tokenizer, max_length, assistant_only, long, paraphrase, where)
     if assistant_only:
         raise DistillError("assistant_only is true, but the source is text, which has no turns: leave it out.")
     return causal_rows(documents, tokenizer, max_length)
@@ -62,7 +65,13 @@ def causal_rows(documents: Examples, tokenizer: Any, max_length: int) -> Example
 
 
 def example_rows(
-    documents: Examples, tokenizer: Any, max_length: int, assistant_only: bool | None = None, long: str = "truncate"
+    documents: Examples,
+    tokenizer: Any,
+    max_length: int,
+    assistant_only: bool | None = None,
+    long: str = "truncate",
+    paraphrase: bool = False,
+    where: str = "The source",
 ) -> Examples:
     """A row for each example that asks something, of at most `max_length` tokens.
 
@@ -72,26 +81,33 @@ def example_rows(
         max_length: tokens.
         assistant_only: see `encoder`.
         long: what becomes of longer ones: "truncate" keeps their start, "drop" leaves them out.
+        paraphrase: also rows of the same completion after `paraphrase`, of which the same leading tokens are asked.
+        where: for errors.
 
     Returns:
-        a data set with `input_ids` and `labels`, [S] each.
+        a data set with `input_ids` and `labels`, [S] each; with paraphrases also `view_input_ids` and `view_labels`.
 
     Raises:
         DistillError: see `encoder`; or no example asks anything.
     """
     columns = documents.column_names or list(next(iter(documents)))
-    encode = encoder(format_of(columns), tokenizer, assistant_only)
-    rows = documents.map(encode, remove_columns=[c for c in columns if c not in ROW], features=ROW)
+    features = TWO_VIEWS if paraphrase else ROW
+    kind = format_of(columns, where=where, paraphrase=paraphrase)
+    encode = encoder(kind, tokenizer, assistant_only, paraphrase)
+    rows = documents.map(encode, remove_columns=[c for c in columns if c not in features], features=features)
     whole = len(rows) if isinstance(rows, Dataset) else None
     if isinstance(rows, Dataset):
-        longer = pc.sum(pc.greater(pc.list_value_length(rows.data.column("input_ids")), max_length)).as_py()
+        lengths = [pc.list_value_length(rows.data.column(name)) for name in features]
+        longer = pc.sum(pc.greater(pc.max_element_wise(*lengths), max_length)).as_py()
         if longer:
             done = "dropped" if long == "drop" else "truncated"
             logger.warning(f"{longer} of {whole} examples are longer than max_length={max_length} and are {done}.")
     if long == "drop":
-        rows = rows.filter(lambda row: len(row["input_ids"]) <= max_length)
+        rows = rows.filter(lambda row: all(len(row[name]) <= max_length for name in features))
     else:
-        rows = rows.map(lambda row: {name: row[name][:max_length] for name in ROW}, features=ROW)
+        rows = rows.map(lambda row: {name: row[name][:max_length] for name in features}, features=features)
+    if paraphrase:
+        rows = rows.map(_asked_in_both, features=features)
     before = len(rows) if isinstance(rows, Dataset) else None
     rows = rows.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:]))
     if isinstance(rows, IterableDataset):
@@ -104,3 +120,15 @@ def example_rows(
     if before != len(rows):
         logger.warning(f"{int(before or 0) - len(rows)} of {before} examples ask nothing and are left out.")
     return rows
+
+
+def _asked_in_both(row: dict) -> dict[str, list[int]]:
+    """The labels of a row and its paraphrase, of which the leading asked tokens that they have in common stay."""
+    from trl.data_utils import common_prefix_length
+
+    names = ("labels", "view_labels")
+    places = [[i for i, label in enumerate(row[name]) if i and label != IGNORE_INDEX] for name in names]
+    asked = [[row[name][i] for i in own] for name, own in zip(names, places, strict=True)]
+    count = common_prefix_length(*asked)
+    kept = {name: set(own[:count]) for name, own in zip(names, places, strict=True)}
+    return {name: [label if i in kept[name] else IGNORE_INDEX for i, label in enumerate(row[name])] for name in names}

@@ -7,7 +7,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
 from ..schedule import points_of
-from .data import Data, Source
+from .data import Data
 from .schema import Recipe
 
 
@@ -47,17 +47,17 @@ def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepa
         DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`, `mix_scheduled`.
     """
     data, train, held_out = recipe.data, {}, []
-    for index, (name, source) in enumerate(data.sources.items()):
+    for index, name in enumerate(data.sources):
         documents: Any = load_source(recipe, name)
         if data.eval.holdout:
             documents, own = hold_out(documents, data.eval.holdout, seed)
-            rows = _first(_rows(own, source, tokenizer, data.max_length), data.eval.max_rows)
+            rows = _first(_rows(own, recipe, name, tokenizer), data.eval.max_rows)
             held_out.append(tag(rows, index) if len(data.sources) > 1 else rows)
-        train[name] = _rows(documents, source, tokenizer, data.max_length)
+        train[name] = _rows(documents, recipe, name, tokenizer)
     if data.eval.path:
         own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         own = prompt_rows(own, "data.eval") if recipe.on_policy else own
-        held_out = [_first(_rows(own, data.task, tokenizer, data.max_length), data.eval.max_rows)]
+        held_out = [_first(_rows(own, recipe, "eval", tokenizer), data.eval.max_rows)]
     rows = mix_and_pack(data, train, seed, count)
     return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
 
@@ -86,10 +86,7 @@ def collator_of(data: Data, tokenizer: Any) -> Collator:
 def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Examples:
     """Rows as training gets them, of the first examples of each source, nothing held out."""
     data = recipe.data
-    rows = {
-        name: _rows(_first(load_source(recipe, name), examples), source, tokenizer, data.max_length)
-        for name, source in data.sources.items()
-    }
+    rows = {name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizer) for name in data.sources}
     return mix_and_pack(data, rows, seed, examples)
 
 
@@ -100,8 +97,12 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
 
 
-def _rows(documents: Examples, source: Source, tokenizer: Any, max_length: int) -> Any:
-    return rows_of(documents, tokenizer, max_length, source.assistant_only, source.long)
+def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any) -> Any:
+    """Rows of a source by name; `eval` is read as `task` is."""
+    data, paraphrase = recipe.data, getattr(recipe.teacher, "wants_paraphrase", False)
+    source = data.sources.get(name, data.task)
+    options = (source.assistant_only, source.long, paraphrase, f"data.{name}")
+    return rows_of(documents, tokenizer, data.max_length, *options)
 
 
 def _first(rows: Any, count: int | None) -> Any:
