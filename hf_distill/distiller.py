@@ -82,13 +82,15 @@ class Distiller:
         head = HeadJob(told.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
         features = FeatureJob(self.features.terms, told.features, tokens, targets, num_items)
 
-        def inside(said: Head | Logits) -> Tensor:
+        def inside(said: Head | Logits) -> Tensor | None:
+            if beside is None:
+                return None
             own = beside(said)
             head.teacher, features.told = beside.told.logits, beside.told.features
             return own
 
         with beside.around(student) if beside else nullcontext():
-            loss, outputs = student_loss(student, inputs, head, features, keep_logits, inside if beside else None)
+            loss, outputs = student_loss(student, inputs, head, features, keep_logits, inside)
         if outputs.get("aux_loss") is not None:
             # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
             share = 1.0 if num_items is None else len(targets) / num_items

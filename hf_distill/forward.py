@@ -83,7 +83,7 @@ def student_loss(
 
     def at_end(_module: nn.Module, _args: Any, outputs: Any) -> Any:
         """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
-        parts = [] if heard or not inside else [listen(Logits(head.targets.pick(outputs.logits)))]
+        parts = [] if heard else [listen(Logits(head.targets.pick(outputs.logits)))]
         heard.clear()
         if features.terms:
             sidecar: Any = sidecar_of(model)

@@ -1,8 +1,8 @@
 """The sidecar: every trained module that is not the student.
 
-Projectors, a teacher that trains. It hangs on the student as a submodule, so optimizers, clipping, DDP, ZeRO and FSDP find its parameters, and it runs
-inside the student's forward. It has no part in the student's state dict: whatever saves the student saves it without.
-Checkpoints hold it in a file of its own.
+Projectors, a teacher that trains. It hangs on the student as a submodule, so optimizers, clipping, DDP, ZeRO and FSDP
+find its parameters, and it runs inside the student's forward. It has no part in the student's state dict: whatever
+saves the student saves it without. Checkpoints hold it in a file of its own.
 """
 
 from collections.abc import Callable

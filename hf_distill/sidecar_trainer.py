@@ -1,6 +1,7 @@
 """The sidecar's life in a Trainer: made with the model, optimized, saved with checkpoints, restored, never exported."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ class SidecarMixin(_Base):
     _features = Features()
     _trained: nn.Module | None = None  # of the teacher
     _clipped: float | None = None
-    _groups: dict[tuple[str, ...], Mapping[str, float | None]] = {}  # kinds of parts -> options in the optimizer
+    _groups: Mapping[tuple[str, ...], Mapping[str, float | None]] = MappingProxyType({})  # kinds of parts -> options
 
     def wear(self, features: Features, teacher: Teacher | None = None) -> None:
         """Attach what is trained beside the model to it, in the place of an earlier sidecar.
@@ -34,11 +35,13 @@ class SidecarMixin(_Base):
             DistillError: it would not be optimized as asked.
         """
         self._features = features
-        self._groups = {("projectors", "mappings"): features.projectors.options}
+        groups: dict[tuple[str, ...], Mapping[str, float | None]] = {}
+        groups[("projectors", "mappings")] = features.projectors.options
         self._trained = self._clipped = None
         if teacher is not None and teacher.trained is not None:
             self._trained, self._clipped = teacher.trained, teacher.clipped
-            self._groups[("teacher",)] = teacher.options
+            groups[("teacher",)] = teacher.options
+        self._groups = groups
         self._attach(self.model)
         if self._sidecar is None:
             return
@@ -79,7 +82,9 @@ class SidecarMixin(_Base):
         brought = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         sidecar = self._sidecar
-        for kinds, options in self._groups.items() if sidecar is not None else ():
+        for kinds, options in self._groups.items():
+            if sidecar is None:
+                break
             parts = [sidecar.parts[kind] for kind in kinds if kind in sidecar.parts]
             trained = [p for part in parts for p in part.parameters() if p.requires_grad]
             given = {key: value for key, value in options.items() if value is not None}

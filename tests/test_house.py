@@ -23,7 +23,7 @@ FLOORS = [
     {"teachers"},
     {"distiller"},
     {"config", "by_source"},
-    {"evidence", "sidecar_trainer"},
+    {"arguments", "evidence", "sidecar_trainer"},
     {"trainer"},
     {"trl"},
     {"recipe"},

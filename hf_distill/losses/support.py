@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import DistillError
 from ..signals import Signals
-from ..sources import Logits, Sparse
+from ..sources import Head, Logits, Sparse
 
 _NONE = -1e4  # log of no mass: exp of it is 0, and 0 times it is 0
 
@@ -70,6 +70,6 @@ def dense(source: Signals | Tensor) -> Tensor:
     """
     if isinstance(source, Tensor):
         return Logits(source).project()
-    if isinstance(source.logits, Sparse):
+    if not isinstance(source.logits, Logits | Head):
         raise DistillError("A sparse teacher has no logits over the whole vocabulary.")
     return source.logits.project()

@@ -33,8 +33,8 @@ class PeerTeacher(Teacher):
     """A second model that learns while it teaches: online distillation, or mutual learning (1706.00384).
 
     online: the peer learns by cross entropy with the labels, and no loss of the student reaches it.
-    mutual: the peer learns as the student does, alpha * T^2 * divergence(student || peer) + (1 - alpha) * cross entropy,
-        each model from what the other one says, without gradient through it.
+    mutual: the peer learns as the student does, alpha * T^2 * divergence + (1 - alpha) * cross entropy, and the student
+        is its teacher: each model learns from what the other one says, without gradient through that.
 
     Args:
         model: a model to be trained, or the path or id of one, loaded in the student's auto class in float32.
@@ -193,9 +193,9 @@ class _PeerRun(Beside):
         nothing = FeatureJob([], {}, {}, self.targets)
         if self.frozen:
             self.model.eval()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            with capture(self.model, self.wanted) as found:
-                loss, _ = student_loss(self.model, self.inputs, job, nothing, inside=lambda s: own.append(s.detach()))
+        learning = torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(learning), capture(self.model, self.wanted) as found:
+            loss, _ = student_loss(self.model, self.inputs, job, nothing, inside=lambda s: own.append(s.detach()))
         self.told = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
         self.per_token = job.per_token
         return loss
