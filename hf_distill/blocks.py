@@ -8,6 +8,8 @@ from torch import nn
 from .errors import DistillError
 from .tasks import bare, task_of
 
+SIDECAR = "distill_sidecar"  # the name under which modules that are not the model's own hang on it
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -80,6 +82,8 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     """Lists that are in no list; what is inside them is not walked, so that this may be asked at each step."""
     for name, child in module.named_children():
+        if name == SIDECAR:
+            continue
         if isinstance(child, nn.ModuleList):
             yield prefix + name, child
         else:

@@ -75,10 +75,11 @@ class Distiller:
         task = task_of(model)
         targets = Targets.from_batch(inputs, task.shift)
         targets.check_ids(task.size(model))
-        tokens = self.features.tokens(inputs, targets)
-        wanted = self.features.wanted(tokens)
+        wanted = self.features.wanted(self.features.tokens(inputs, targets))
         beside = teacher.beside(inputs, targets, wanted, num_items)
         told = Signals(None) if beside else teacher(inputs, targets, wanted)
+        inputs, targets = teacher.seen(inputs, targets, model.training)
+        tokens = self.features.tokens(inputs, targets)
         head = HeadJob(told.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
         features = FeatureJob(self.features.terms, told.features, tokens, targets, num_items)
 

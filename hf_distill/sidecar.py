@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .blocks import SIDECAR
 from .errors import DistillError
 from .tasks import unwrapped
 
 FILE = "sidecar.safetensors"
-_NAME = "distill_sidecar"
 
 
 class Sidecar(nn.Module):
@@ -42,20 +42,20 @@ class Sidecar(nn.Module):
 def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
     """Hang a sidecar on a student, in the place of an earlier one; None: just take that off."""
     student = unwrapped(model)
-    student._modules.pop(_NAME, None)
+    student._modules.pop(SIDECAR, None)
     if sidecar is not None:
-        student.add_module(_NAME, sidecar)
+        student.add_module(SIDECAR, sidecar)
 
 
 def sidecar_of(model: nn.Module) -> Sidecar | None:
     """The sidecar of a student, in wrappers or not."""
-    sidecar: Any = unwrapped(model)._modules.get(_NAME)
+    sidecar: Any = unwrapped(model)._modules.get(SIDECAR)
     return sidecar
 
 
 def split(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A student's state dict that was put together from parameters, without the sidecar's."""
-    return {key: value for key, value in state_dict.items() if _NAME not in key.split(".")}
+    return {key: value for key, value in state_dict.items() if SIDECAR not in key.split(".")}
 
 
 def save_sidecar(sidecar: Sidecar, folder: str, write: bool) -> None:
@@ -135,7 +135,7 @@ def _leave_out(module: nn.Module, state_dict: dict, prefix: str, _metadata: Any)
 
 
 def _not_missing(_module: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [key for key in keys.missing_keys if _NAME not in key.split(".")]
+    keys.missing_keys[:] = [key for key in keys.missing_keys if SIDECAR not in key.split(".")]
 
 
 def _kept(module: nn.Module) -> dict[str, Tensor]:

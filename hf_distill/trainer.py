@@ -216,7 +216,7 @@ class _Clock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
-        self.teacher.begin()
+        self.teacher.begin(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.teacher.progress = state.global_step / max(state.max_steps, 1)

@@ -2,8 +2,19 @@
 
 from .base import Teacher
 from .frozen import FrozenTeacher
+from .mtp import MTPTeacher
+from .multi_view import MultiViewTeacher
 from .own_base import OwnBaseTeacher
 from .past_self import EMATeacher, SnapshotTeacher
 from .peer import PeerTeacher
 
-__all__ = ["EMATeacher", "FrozenTeacher", "OwnBaseTeacher", "PeerTeacher", "SnapshotTeacher", "Teacher"]
+__all__ = [
+    "EMATeacher",
+    "FrozenTeacher",
+    "MTPTeacher",
+    "MultiViewTeacher",
+    "OwnBaseTeacher",
+    "PeerTeacher",
+    "SnapshotTeacher",
+    "Teacher",
+]

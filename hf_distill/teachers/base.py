@@ -97,8 +97,12 @@ class Teacher(ABC):
         """
         return None
 
-    def begin(self) -> None:  # noqa: B027
-        """Training begins, or goes on after `load`: the student is as its strategy holds it."""
+    def seen(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
+        """What the student sees of a batch, and the same asked tokens where they stand in it; the batch itself."""
+        return inputs, targets
+
+    def begin(self, step: int) -> None:  # noqa: B027
+        """Training begins, or goes on after `load` and so many steps: the student is as its strategy holds it."""
 
     def after_step(self, step: int) -> None:  # noqa: B027
         """Move, if it does: called after each step of the optimizer, counted from 1, never between micro-batches."""

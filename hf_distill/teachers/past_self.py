@@ -75,7 +75,7 @@ class PastSelf(ItselfTeacher):
             self._reshard()
             self._worn = False
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """The past begins with the present."""
         self._hold()
 

@@ -145,7 +145,7 @@ class PeerTeacher(Teacher):
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
         return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """Note where the peer begins."""
         if not self._distance.start:
             self._distance.begin(dict(self.model.named_parameters()))
