@@ -106,11 +106,13 @@ def results_table(models: dict[str, dict[str, float]]) -> Table:
     for heading in ("", "perplexity", "KL to teacher (nats/token)", "top-1 agreement"):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": "control, hard labels alone"}
-    table.add_row("teacher", f"{models['student']['teacher_perplexity']:.2f}", "0", "1")
+    if "teacher_perplexity" in models["student"]:
+        table.add_row("teacher", f"{models['student']['teacher_perplexity']:.2f}", "0", "1")
     for key, name in names.items():
-        if "kl" in models.get(key, {}):  # with alpha 0 nothing is compared before
-            m = models[key]
-            table.add_row(name, f"{m['perplexity']:.2f}", f"{m['kl']:.4f}", f"{m['agreement']:.3f}")
+        m = models.get(key, {})
+        if "perplexity" in m:  # with alpha 0 nothing is measured before
+            compared = (f"{m['kl']:.4f}", f"{m['agreement']:.3f}") if "kl" in m else ("-", "-")
+            table.add_row(name, f"{m['perplexity']:.2f}", *compared)
     return table
 
 

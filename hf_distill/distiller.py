@@ -78,6 +78,7 @@ class Distiller:
         wanted = self.features.wanted(self.features.tokens(inputs, targets))
         beside = teacher.beside(inputs, targets, wanted, num_items)
         told = Signals(None) if beside else teacher(inputs, targets, wanted)
+        asked = targets
         inputs, targets = teacher.seen(inputs, targets, model.training)
         tokens = self.features.tokens(inputs, targets)
         head = HeadJob(told.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
@@ -94,7 +95,7 @@ class Distiller:
             loss, outputs = student_loss(student, inputs, head, features, keep_logits, inside)
         if outputs.get("aux_loss") is not None:
             # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
-            share = 1.0 if num_items is None else len(targets) / num_items
+            share = 1.0 if num_items is None else len(asked) / num_items
             loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
         found = head.per_token | features.per_token | (beside.per_token if beside else {})
-        return Step(loss, found, targets, outputs)
+        return Step(loss, found, asked, outputs)

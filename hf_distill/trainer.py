@@ -16,7 +16,7 @@ from .errors import DistillError, tell
 from .features import Features
 from .projectors import Projectors
 from .sidecar_trainer import SidecarMixin
-from .signals import asked_labels
+from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
 from .teachers import FrozenTeacher, Teacher
 from .zero import gather_on_save
@@ -74,6 +74,7 @@ class DistillMixin(SidecarMixin):
         tell(teacher.unfit(self.args))
         terms = fields.terms(self.args.label_smoothing_factor)
         teacher.learn(terms)
+        terms = terms if teacher.soft else [term for term in terms if not term.loss.needs]
         features = Features.match(terms, self.model, teacher.stack, Projectors.of(fields.projectors))
         self.distiller = Distiller(terms, fields.chunk_tokens, features)
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
@@ -102,6 +103,7 @@ class DistillMixin(SidecarMixin):
         """
         source, inputs = inputs.get("source"), {k: v for k, v in inputs.items() if k != "source"}
         if not self.distilling:
+            inputs = {k: v for k, v in inputs.items() if k not in PARAPHRASED}
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )

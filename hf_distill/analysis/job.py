@@ -28,7 +28,7 @@ class Job:
     checkpointing: activation checkpointing
     lora:          the student's adapters; None: all weights are trained
     quantization:  "nf4" or "int8" of the student (QLoRA)
-    own_base:      the teacher is the student's base
+    own_base:      the teacher is the student itself, in another state
     captured:      values that features keep of each token, of both models
     device:        "cuda" or "cpu": the head's workspace differs
     """
@@ -110,7 +110,7 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         checkpointing=bool(train.activation_checkpointing or train.gradient_checkpointing or wrapped),
         lora=spec.lora,
         quantization=spec.quantization,
-        own_base=recipe.teacher.kind == "own_base",
+        own_base=recipe.teacher.model is None,
         captured=sum(_captured(loss, own, other, length) for loss in recipe.losses),
     )
 

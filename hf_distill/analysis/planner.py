@@ -18,6 +18,14 @@ from .strategy import Strategy
 CONTEXT = GiB  # the CUDA context and libraries' workspaces
 FRAGMENTATION = 0.05
 
+_UNCOUNTED = {
+    "online": "the peer's gradients, optimizer and activations, which are those of a student of its size",
+    "mutual": "the peer's gradients, optimizer and activations, which are those of a student of its size",
+    "ema": "the average, 4 bytes for each trained parameter",
+    "snapshot": "the snapshot, 4 bytes for each trained parameter",
+    "mtp": "the heads, each of which is a block, a projection of twice the width, and a sweep of the output head",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,7 +93,8 @@ def plan(
     could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
     best = next((row for row in rows if row.fits), None)
-    uncounted = "\nNot counted: the time and the cache of writing completions." if recipe.on_policy else ""
+    uncounted = [_UNCOUNTED[recipe.teacher.kind]] if recipe.teacher.kind in _UNCOUNTED else []
+    uncounted += ["the time and the cache of writing completions"] if recipe.on_policy else []
     return Plan(
         teacher=teacher,
         student=student,
@@ -101,7 +110,8 @@ def plan(
         pretraining=pretraining,
         cheapest=cheapest,
         best=best,
-        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable)) + uncounted,
+        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable))
+        + "".join(f"\nNot counted: {what}." for what in uncounted),
     )
 
 

@@ -102,7 +102,7 @@ class Strategy:
         teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
         if spec.device_map and not spec.quantization:
             teacher = "device_map"
-        if spec.kind == "own_base":
+        if spec.model is None:
             teacher = "own"
         teacher_zero, zero = (
             config if isinstance(config, dict) else {} for config in (spec.deepspeed, train.deepspeed)
@@ -132,7 +132,7 @@ def alternatives(method: str, gpus: int, own_base: bool = False) -> list[Strateg
     Args:
         method: "full", "lora" or "qlora".
         gpus: one of them leaves nothing to shard.
-        own_base: the teacher is the student's base.
+        own_base: the teacher is the student itself, in another state.
     """
     teachers = ("own",) if own_base else ("whole", "int8", "nf4")
     if gpus == 1:

@@ -1,5 +1,6 @@
 """A recipe's models: the teacher as it is to be held, students as they are to be trained."""
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,19 @@ from transformers.utils import logging
 from ..config import DistillConfig
 from ..errors import need, tell
 from ..student import block_influence, cut_student, most_influential
-from ..teachers import FrozenTeacher, OwnBaseTeacher, Teacher
+from ..teachers import (
+    EMATeacher,
+    FrozenTeacher,
+    MTPTeacher,
+    MultiViewTeacher,
+    OwnBaseTeacher,
+    PeerTeacher,
+    SnapshotTeacher,
+    Teacher,
+)
 from ..teachers.loading import dtype_of, launched, quantization_config, sharded_for
 from .models import resolve_model
+from .pair import FIELDS
 from .schema import Recipe, Student, TeacherSpec
 
 logger = logging.get_logger(__name__)
@@ -40,9 +51,11 @@ class Models:
         self.influence: list[float] | None = None
         held = {name: getattr(self._spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
         held = {name: value for name, value in held.items() if value}
+        self._donor: Student | TeacherSpec = self._spec if self._spec.model else self._student
         self._whole: nn.Module | None = None
-        self.teacher: Teacher = OwnBaseTeacher()
-        if recipe.teacher.kind == "own_base":
+        kind = self._spec.kind
+        if kind != "frozen":
+            self.teacher: Teacher = _moving(self._spec, self._load_peer if kind in ("online", "mutual") else None)
             return
         if not held:
             self._whole = self._load_whole().to(args.device)
@@ -51,7 +64,11 @@ class Models:
 
     def _load_whole(self) -> Any:
         with sharded_for(None):
-            return AutoModelForCausalLM.from_pretrained(self._path, dtype=self._spec.dtype, **_named(self._spec))
+            return AutoModelForCausalLM.from_pretrained(self._path, dtype=self._donor.dtype, **_named(self._donor))
+
+    def _load_peer(self) -> Any:
+        with sharded_for(None):
+            return AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32, **_named(self._spec))
 
     def student(self, rows: Any) -> nn.Module:
         """A student, ready to be trained.
@@ -116,6 +133,26 @@ class Models:
         if spec.attn_implementation:
             student.set_attn_implementation(spec.attn_implementation)
         return student
+
+
+def _moving(spec: TeacherSpec, load_peer: Callable[[], nn.Module] | None) -> Teacher:
+    """A teacher that moves, of its kind's fields."""
+    given = {name: value for name in FIELDS[spec.kind] if (value := getattr(spec, name)) is not None}
+    if load_peer is not None:
+        given = {
+            name: value for name, value in given.items() if name not in ("model", "revision", "attn_implementation")
+        }
+        return PeerTeacher(load_peer(), mutual=spec.kind == "mutual", **given)
+    if spec.view is not None:
+        given["view"] = spec.view.model_dump()
+    kinds: dict[str, Any] = {
+        "own_base": OwnBaseTeacher,
+        "ema": EMATeacher,
+        "snapshot": SnapshotTeacher,
+        "multi_view": MultiViewTeacher,
+        "mtp": MTPTeacher,
+    }
+    return kinds[spec.kind](**given)
 
 
 def train_arguments(recipe: Recipe) -> dict[str, Any]:

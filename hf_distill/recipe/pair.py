@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ..schedule import points_of
 from ..zero import check_ways
 from .data import Part
 
@@ -47,12 +48,12 @@ class Student(Part):
     quantization: _Quantization | None = Field(None, description=f"{_QUANTIZATION} With lora: QLoRA (2305.14314).")
     lora: Lora | None = Field(None, description="Train adapters (2106.09685) instead of the whole model.")
     attn_implementation: str | None = Field(None, description=f"{_ATTENTION} None: as the teacher, or the default.")
-    from_teacher: FromTeacher | None = Field(None, description="Cut it from the teacher instead.")
+    from_teacher: FromTeacher | None = Field(
+        None, description="Cut it from the teacher; from `model`, where that is a past or a view of the student."
+    )
 
     @model_validator(mode="after")
     def _one_way(self):
-        if (self.model is None) == (self.from_teacher is None):
-            raise ValueError("give either model or from_teacher")
         if self.quantization and self.lora is None:
             raise ValueError("a quantised student cannot be trained: add lora (QLoRA), or leave quantization out")
         if self.quantization and self.from_teacher:
@@ -60,11 +61,45 @@ class Student(Part):
         return self
 
 
-class TeacherSpec(Part):
-    """The model to learn from."""
+class ViewSpec(Part):
+    """How one of the two sees a batch otherwise; see docs/data.md."""
 
-    kind: Literal["frozen", "own_base"] = Field(
-        "frozen", description="frozen: it does not move; own_base: the student without its adapters, at no memory."
+    token_dropout: float = Field(0.0, ge=0, lt=1, description="Share of tokens that a filler replaces.")
+    span_deletion: float = Field(0.0, ge=0, lt=1, description="Share of the context's tokens that are hidden.")
+    span_length: int = Field(3, gt=0, description="Tokens that are hidden together.")
+    other_context: int = Field(0, ge=0, description="Tokens of another row in front of each row.")
+    paraphrase: bool = Field(False, description="The data's column `paraphrase` in the place of `prompt`.")
+
+    @model_validator(mode="after")
+    def _differs(self):
+        if not (self.token_dropout or self.span_deletion or self.other_context or self.paraphrase):
+            raise ValueError("it changes nothing: give token_dropout, span_deletion, other_context or paraphrase")
+        return self
+
+
+_WAYS = ("quantization", "deepspeed", "fsdp", "device_map")
+_PEER = ("model", "revision", "attn_implementation", "learning_rate", "weight_decay", "max_grad_norm", "frozen_after")
+# What each kind may say; those without a model are the student itself, in another state.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "frozen": ("model", "revision", "dtype", "attn_implementation", *_WAYS),
+    "own_base": (),
+    "online": _PEER,
+    "mutual": _PEER,
+    "ema": ("decay", "warmup"),
+    "snapshot": ("every", "path"),
+    "multi_view": ("view", "changed"),
+    "mtp": ("heads", "hard_weight", "soft_weight", "learning_rate"),
+}
+
+
+class TeacherSpec(Part):
+    """What to learn from."""
+
+    kind: Literal["frozen", "own_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp"] = Field(
+        "frozen",
+        description="frozen: it does not move; own_base: the student without its adapters; online, mutual: it is "
+        "trained beside the student; ema, snapshot: the student's past; multi_view: the student on another view of the "
+        "batch; mtp: the student's head teaches heads that look further ahead.",
     )
     model: str | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
@@ -79,14 +114,50 @@ class TeacherSpec(Part):
     device_map: str | dict[str, str | int] | None = Field(
         None, description="Spread it over the GPUs, CPU memory and disk of one process: auto, or module: device."
     )
+    learning_rate: float | None = Field(None, ge=0, description="Of what is trained beside the student; None: train's.")
+    weight_decay: float | None = Field(None, ge=0, description="Of a peer; None: train's.")
+    max_grad_norm: float | None = Field(None, gt=0, description="A peer is clipped apart; None: to train's.")
+    frozen_after: float | None = Field(None, gt=0, le=1, description="Progress from which a peer learns no more.")
+    decay: float | list[tuple[float, float]] = Field(
+        0.999, description="Of ema, in [0, 1); or [[progress, decay], ...]."
+    )
+    warmup: int = Field(0, ge=0, description="Steps over which ema's decay rises from 0.")
+    every: int | None = Field(None, gt=0, description="Steps between two snapshots.")
+    path: str | None = Field(None, description="Weights that a snapshot begins with.")
+    view: ViewSpec | None = Field(None, description="Of multi_view.")
+    changed: Literal["student", "teacher"] | None = Field(
+        None, description="Which of the two sees the view in training; by default the student."
+    )
+    heads: int | None = Field(None, gt=0, description="Of mtp: tokens beyond the next one that are said; by default 3.")
+    hard_weight: float | None = Field(None, ge=0, description="Of mtp: of each head's cross entropy; by default 0.3.")
+    soft_weight: float | None = Field(
+        None, ge=0, description="Of mtp: of what each head learns from the main head; by default 0.1."
+    )
+
+    @property
+    def wants_paraphrase(self) -> bool:
+        """Whether rows need a paraphrase of their prompt."""
+        return self.view is not None and self.view.paraphrase
+
+    @field_validator("decay")
+    @classmethod
+    def _below_one(cls, value: Any) -> Any:
+        if value is not None and any(d == 1 for _, d in points_of(value, "it", 0, 1)):
+            raise ValueError("it must lie in [0, 1): with 1 the average never moves")
+        return value
 
     @model_validator(mode="after")
-    def _one_way(self):
-        if (self.kind == "frozen") == (self.model is None):
-            raise ValueError(
-                "give its model" if self.model is None else "own_base is the student itself: leave model out"
-            )
-        if self.kind == "own_base" and (self.quantization or self.deepspeed or self.fsdp or self.device_map):
-            raise ValueError("own_base is held as the student is: leave quantization, deepspeed, fsdp, device_map out")
+    def _of_its_kind(self):
+        foreign = [name for name in sorted(self.model_fields_set) if name not in ("kind", *FIELDS[self.kind])]
+        foreign = [name for name in foreign if getattr(self, name) != type(self).model_fields[name].default]
+        if foreign:
+            own = ", ".join(FIELDS[self.kind]) or "nothing more"
+            raise ValueError(f"kind {self.kind} has no {', '.join(foreign)}; it takes {own}")
+        if "model" in FIELDS[self.kind] and self.model is None:
+            raise ValueError("give its model")
+        if self.kind == "multi_view" and self.view is None:
+            raise ValueError("give its view, such as {token_dropout: 0.1}")
+        if self.kind == "snapshot" and self.every is None and self.path is None:
+            raise ValueError("a snapshot needs every, the steps between two of them, or the path of one")
         check_ways(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self

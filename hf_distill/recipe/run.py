@@ -36,6 +36,7 @@ from .examples import prepare_data
 from .folder import claim, newest_checkpoint, on_main
 from .loading import Models, check_launch, train_arguments
 from .models import resolve_model
+from .moved import NoTeacher, of_moved, save_moved
 from .on_policy import on_policy_arguments, prepare_prompts
 from .schema import Recipe
 
@@ -88,7 +89,7 @@ def run_recipe(
 
     if "student" not in models:
         before, student = run.distil()
-        keep(before=before, student=student)
+        keep(before=before, student=student, **of_moved(recipe, student))
     if recipe.control and "control" not in models:
         on_stage("Training the control on hard labels alone")
         keep(control=run.control())
@@ -145,7 +146,7 @@ class _Run:
         trainer = kind(
             self.models.student(self.data.train),
             args,
-            teacher=self.models.teacher,
+            teacher=None if name == "control" else self.models.teacher,
             eval_dataset=self.data.held_out,
             **rows,
             processing_class=self.tokenizer,
@@ -186,7 +187,9 @@ class _Run:
         if not trainer.distilling:  # a recipe with alpha 0
             trainer.distil_from(self.models.teacher, self._objective())
         self._describe(trainer)
-        return _measured(before), {**_measured(trainer.evaluate()), "train_seconds": seconds}
+        after = _measured(trainer.evaluate())
+        save_moved(trainer, self.recipe.export, self.folder)
+        return _measured(before), {**after, "train_seconds": seconds}
 
     def _objective(self, **changes) -> DistillFields:
         return DistillFields(
@@ -201,12 +204,18 @@ class _Run:
             self.facts["teacher"]["block_influence"] = self.models.influence
 
     def control(self) -> dict[str, float]:
-        """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features."""
+        """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features.
+
+        Beside a teacher that moved with another student, its metrics of the labels alone.
+        """
         trainer = self.trainer("control", alpha=0.0, losses=None)
         seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
-        trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
+        if self.recipe.teacher.kind in ("frozen", "own_base"):
+            trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
+        else:
+            trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))
         return {**_measured(trainer.evaluate()), "train_seconds": seconds}
 
 

@@ -152,8 +152,10 @@ class Recipe(Part):
         None, description="sft: train the same student on the hard labels alone too."
     )
 
-    export: Literal["adapter", "merged"] = Field(
-        "adapter", description="Of a student with lora: its adapters alone, or a whole model with them merged in."
+    export: Literal["adapter", "merged", "ema", "mtp"] = Field(
+        "adapter",
+        description="adapter, merged: of a student with lora, its adapters alone, or a model with them merged in; "
+        "ema: the average too, as RUN/ema; mtp: the heads too, as RUN/student/mtp.safetensors.",
     )
 
     @property
@@ -168,12 +170,39 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _adapters(self):
-        if self.student.lora is None and self.teacher.kind == "own_base":
+        student, kind = self.student, self.teacher.kind
+        if student.lora is None and kind == "own_base":
             raise ValueError("teacher.kind own_base switches the student's adapters off: give student.lora")
-        if self.student.lora is None and self.export == "merged":
+        if student.lora is None and self.export == "merged":
             raise ValueError("export merged merges adapters: give student.lora, or leave export out")
-        if self.student.from_teacher and self.teacher.kind == "own_base":
+        if self.export in ("ema", "mtp") and self.export != kind:
+            raise ValueError(f"export {self.export} needs teacher.kind {self.export}; it is {kind}")
+        if student.from_teacher and kind == "own_base":
             raise ValueError("student.from_teacher needs a teacher of its own, and own_base is none")
+        if student.quantization and student.lora is None and kind in ("ema", "snapshot"):
+            raise ValueError(f"{kind} of a quantised student averages adapters: give student.lora")
+        return self
+
+    @model_validator(mode="after")
+    def _donor(self):
+        given, cut = self.student.model, self.student.from_teacher
+        if self.teacher.model and (given is None) == (cut is None):
+            raise ValueError("student: give either model or from_teacher")
+        if not self.teacher.model and given is None:
+            raise ValueError(f"student: give its model, for a teacher of kind {self.teacher.kind} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _ahead(self):
+        if self.teacher.kind != "mtp":
+            return self
+        if "alpha" not in self.distill.model_fields_set:
+            self.distill.alpha = 0.0
+        if self.distill.alpha or self.losses or self.student.lora or self.on_policy:
+            raise ValueError(
+                "teacher.kind mtp teaches its heads alone, of a whole student on the data's text: set distill.alpha to "
+                "0, and leave losses, student.lora and on_policy out"
+            )
         return self
 
     @model_validator(mode="after")

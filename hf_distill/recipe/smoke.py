@@ -41,8 +41,13 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     if student.get("from_teacher"):
         cut = student["from_teacher"]
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}
-    else:
-        student |= {"model": f"{SMOKE}{family_of(student['model'])}/student", "revision": None}
+    if student.get("model"):
+        role = "teacher" if student.get("from_teacher") else "student"
+        student |= {"model": f"{SMOKE}{family_of(student['model'])}/{role}", "revision": None}
+    if teacher.get("every"):
+        teacher["every"] = 2
+    if teacher.get("path"):
+        teacher |= {"path": None, "every": 2}
     for loss in values.get("losses", ()):
         if isinstance(loss.get("layers"), list):
             loss["layers"] = "stretch"

@@ -81,8 +81,8 @@ class MTPTeacher(Teacher):
         soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
         if soft.weight or len(terms) > 2:
             raise DistillError(
-                f"alpha is {soft.weight:g} and there are {len(terms) - 2} further losses, but an MTPTeacher teaches its "
-                "heads alone and has nothing for the student itself to learn from: set alpha to 0 and leave losses out."
+                f"alpha is {soft.weight:g} and there are {len(terms) - 2} further losses, but an MTPTeacher teaches "
+                "its heads alone and tells the student itself nothing: set alpha to 0 and leave losses out."
             )
         self._terms = [
             [replace(t, name=f"mtp_{t.name}_{d}", weight=self._weights[t.name]) for t in (soft, hard)]
@@ -113,8 +113,7 @@ class MTPTeacher(Teacher):
         return self.trained
 
     def metrics(self) -> dict[str, float]:
-        """`teacher_distance` of the heads from where they began, and `mtp_skipped` heads that the last batch had no
-        token for."""
+        """`teacher_distance` of the heads, and `mtp_skipped`: how many of them the last batch had no token for."""
         moved = self._distance.to(dict(self._heads.named_parameters()), is_shared(self._heads))
         return {"teacher_distance": moved, "mtp_skipped": float(self._run.skipped)}
 
