@@ -107,6 +107,27 @@ def test_the_average_of_a_sharded_student_is_that_of_a_whole_one(place, alone, s
 
 
 @pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("mutual", "ddp"),
+        ("mutual", "zero2"),
+        ("mutual", "zero3"),
+        ("multi_view", "ddp"),
+        ("multi_view", "zero3"),
+        ("mtp", "ddp"),
+        ("mtp", "zero2"),
+    ],
+)
+def test_a_teacher_that_moves_does_so_on_two_ranks_as_on_one(place, alone, kind, strategy):
+    folder, variants = place / f"{kind}-{strategy}", [] if strategy == "ddp" else [strategy]
+    one, two = alone(kind), seen(folder, 2, kind, *variants)
+    assert_equal(two, one, rel=1e-3)
+    if (kind, strategy) in (("mutual", "zero3"), ("mtp", "ddp")):
+        resumed = seen(folder, 2, kind, *variants, "resume")
+        assert resumed["metrics"] == two["metrics"]
+
+
+@pytest.mark.parametrize(
     "strategy",
     [
         ("features", "teacher=zero3"),

@@ -1,9 +1,10 @@
 """A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
 
-python two_ranks.py FOLDER [features] [ema] [resume] [zero1|zero2|zero3|fsdp2] [teacher=zero3|fsdp2] [die|hang]
+python two_ranks.py FOLDER [features] [ema|mutual|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
+    [teacher=zero3|fsdp2] [die|hang]
 
-With ema the student's average teaches. The student's strategy is a bare word; the teacher's comes behind `teacher=`.
-Rank 1 dies or hangs in the second step.
+With ema and what follows a teacher that moves teaches. The student's strategy is a bare word; the teacher's comes behind
+`teacher=`. Rank 1 dies or hangs in the second step.
 Models are read from FOLDER/../models.
 """
 
@@ -14,6 +15,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -25,7 +27,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_distill import DistillConfig, DistillTrainer
-from hf_distill.teachers import EMATeacher
+from hf_distill.teachers import EMATeacher, MTPTeacher, MultiViewTeacher, PeerTeacher, Teacher
 from hf_distill.zero import read_deepspeed
 
 folder, variants, global_batch = Path(sys.argv[1]), sys.argv[2:], 8
@@ -33,6 +35,7 @@ models = folder.parent / "models"
 world = int(os.environ.get("WORLD_SIZE", 1))
 ZERO = next((v for v in variants if v.startswith("zero")), None)
 TEACHER = next((v.removeprefix("teacher=") for v in variants if v.startswith("teacher=")), None)
+MOVING = next((v for v in variants if v in ("ema", "mutual", "multi_view", "mtp")), None)
 FEATURES = [
     {"name": "hidden_mse", "weight": 0.1},
     {"name": "hidden_cosine", "layers": "learned"},
@@ -72,6 +75,16 @@ class Fate(TrainerCallback):
                 time.sleep(600)
 
 
+def moving(model: nn.Module) -> Teacher:
+    """A teacher that moves."""
+    if MOVING == "ema":
+        return EMATeacher(decay=0.5)
+    if MOVING == "multi_view":
+        tokenizer = SimpleNamespace(mask_token_id=5)
+        return MultiViewTeacher({"token_dropout": 0.3, "span_deletion": 0.2}, processing_class=tokenizer)
+    return MTPTeacher(heads=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, learning_rate=3e-3)
+
+
 def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     """Train, evaluate, and say what was seen."""
     if "hang" in variants:  # transformers hands ddp_timeout on for GPUs alone
@@ -83,9 +96,11 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=2,
         logging_steps=1,
-        save_strategy="steps" if {"features", "ema"} & {*variants} and "fsdp2" not in variants else "no",
+        save_strategy="steps" if ("features" in variants or MOVING) and "fsdp2" not in variants else "no",
         save_steps=5,
-        learning_rate=1e-2 if "ema" in variants else 1e-3,
+        learning_rate=1e-2 if MOVING else 1e-3,
+        max_grad_norm=1e3 if MOVING else 1.0,  # DeepSpeed clips two models together
+        alpha=0.0 if MOVING == "mtp" else 0.5,
         use_cpu=True,
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
@@ -103,8 +118,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         student = load(models / "student", distributed_config=DistributedConfig(fsdp_size=world))
     else:
         student = load(models / "student")
-    if "ema" in variants:
-        teacher = EMATeacher(decay=0.5)
+    if MOVING:
+        teacher = moving(teacher)
     trainer = DistillTrainer(
         student,
         args,
@@ -120,6 +135,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     trainer.save_model(str(folder / f"{name}-saved"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
     keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_distance")]
+    if MOVING == "mutual":
+        keys.remove("grad_norm")  # of the student alone, or by DeepSpeed of both
     return trainer, {
         "world": trainer.accelerator.num_processes,
         "teacher_held": held,

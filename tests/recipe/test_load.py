@@ -47,7 +47,7 @@ def test_yaml_traps_are_read_as_meant(good):
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipes_are_valid(name):
     assert load_recipe(name).train.output_dir
-    assert load_recipe(name, smoke=True).teacher.model.startswith("smoke:")
+    assert load_recipe(name, smoke=True).base.startswith("smoke:")
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -111,12 +111,20 @@ def test_every_problem_is_told_at_once_with_its_place():
     ("change", "problem"),
     [
         (lambda v: v.pop("teacher"), "teacher: missing"),
-        (lambda v: v["student"].update(model="x"), "student: give either model or from_teacher"),
+        (lambda v: v["student"].update(model="x"), "recipe: student: give either model or from_teacher"),
         (lambda v: v["student"]["from_teacher"].update(layers=[1]), "student.from_teacher: give either keep_layers"),
         (lambda v: v["data"]["eval"].update(path="x"), "data.eval: give either path or holdout"),
         (lambda v: v.update(distill={"divergence": {"name": "js", "bta": 1}}), "distill.divergence: loss 'js' has no"),
         (lambda v: v.update(distill={"divergence": {"beta": 1}}), "distill.divergence: unknown loss"),
         (lambda v: v["teacher"].update(kind="frozn"), "teacher.kind: Input should be 'frozen'"),
+        (lambda v: v["teacher"].update(kind="mutual", decay=0.9), "teacher: kind mutual has no decay; it takes model"),
+        (lambda v: v.update(teacher={"kind": "online"}), "teacher: give its model"),
+        (lambda v: v.update(teacher={"kind": "ema", "decay": 1.0}), "teacher.decay: it must lie in [0, 1)"),
+        (lambda v: v.update(teacher={"kind": "ema"}), "recipe: student: give its model, for a teacher of kind ema"),
+        (lambda v: v.update(teacher={"kind": "snapshot"}), "teacher: a snapshot needs every"),
+        (lambda v: v.update(teacher={"kind": "multi_view"}), "teacher: give its view"),
+        (lambda v: v.update(teacher={"kind": "multi_view", "view": {}}), "teacher.view: it changes nothing"),
+        (lambda v: v.update(export="ema"), "recipe: export ema needs teacher.kind ema; it is frozen"),
     ],
 )
 def test_contradictions_are_told(change, problem):
@@ -179,8 +187,8 @@ def test_the_packaged_schema_is_the_one_that_the_code_makes():
         ({"teacher": {"model": "a/b", "deepspeed": {"optimizer": {}, "zero_optimization": {"stage": 3}}}}, "remove it"),
         ({"teacher": {"model": "a/b", "deepspeed": "zero2-student.json"}}, "teacher.deepspeed: zero_opt"),
         ({"teacher": {"kind": "own_base"}}, "switches the student's adapters off: give student.lora"),
-        ({"teacher": {"kind": "own_base", "model": "a/b"}}, "own_base is the student itself: leave model out"),
-        ({"teacher": {"kind": "own_base", "fsdp": True}}, "own_base is held as the student is"),
+        ({"teacher": {"kind": "own_base", "model": "a/b"}}, "kind own_base has no model; it takes nothing more"),
+        ({"teacher": {"kind": "own_base", "fsdp": True}}, "kind own_base has no fsdp; it takes nothing more"),
         ({"teacher": {"dtype": "auto"}}, "teacher: give its model"),
         ({"export": "merged"}, "export merged merges adapters: give student.lora"),
         ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),

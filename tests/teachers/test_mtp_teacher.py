@@ -1,0 +1,133 @@
+"""The main head teaches heads that look further ahead."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import build, collate, rows
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_distill import DistillError
+from hf_distill.mtp import MTPHeads, last_block_call, load_heads
+from hf_distill.teachers import MTPTeacher
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.found = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def naive(model, heads, batch, hard=0.3, soft=0.1, temperature=2.0):
+    """The mission's sums, token by token, divided by the asked tokens of the batch."""
+    ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with last_block_call(model) as call:
+        main = model(input_ids=ids, attention_mask=mask).logits
+    hook.remove()
+    ahead = [model.lm_head(row) for row in heads(seen[0], ids, model.get_input_embeddings(), call)]
+    asked = [
+        (b, p) for b in range(len(ids)) for p in range(ids.shape[1] - 1) if labels[b, p + 1] != -100 and mask[b, p]
+    ]
+    total = sum(F.cross_entropy(main[b, p], labels[b, p + 1]) for b, p in asked)
+    for d, logits in enumerate(ahead, 1):
+        for b, p in asked:
+            if p - d < 0 or not mask[b, p - d]:
+                continue
+            said, told = logits[b, p - d], main[b, p].detach()
+            total = total + hard * F.cross_entropy(said, labels[b, p + 1])
+            y, z = (torch.log_softmax(x / temperature, -1) for x in (told, said))
+            total = total + soft * temperature**2 * (y.exp() * (y - z)).sum()
+    return total / len(asked)
+
+
+@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_loss_and_gradients_are_those_of_the_sums(make_trainer, kind, pad):
+    seen, data = Gradients(), rows(kind, 4, pad=pad)
+    options = dict(max_steps=1, max_grad_norm=0, alpha=0.0, train_sampling_strategy="sequential")
+    trainer = make_trainer(kind, teacher=MTPTeacher(2), train_dataset=data, callbacks=[seen], **options)
+    model = build(kind, 0)
+    heads = MTPHeads(model, 2)
+    expected = naive(model, heads, collate(data))
+    expected.backward()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    for prefix, own in (("", model), ("distill_sidecar.parts.teacher.model.", heads)):
+        for name, p in own.named_parameters():
+            torch.testing.assert_close(seen.found[prefix + name], p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_packed_documents_are_never_asked_across_their_border(make_trainer):
+    one = rows("llama", 1, length=9)[0]
+    ids = torch.cat([one["input_ids"][:5], one["input_ids"][:4]])[None]
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    labels = ids.masked_fill(positions == 0, -100)
+    trainer = make_trainer(teacher=MTPTeacher(3), alpha=0.0)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    step = trainer.distiller(trainer.model, trainer.teacher, batch)
+    counts = [int((step.per_token[f"mtp_hard_{d}"] > 0).sum()) for d in (1, 2, 3)]
+    assert len(step.targets) == 4 + 3
+    assert counts == [3 + 2, 2 + 1, 1 + 0]
+
+
+def test_a_head_beyond_the_sequence_is_skipped_and_counted(make_trainer):
+    data = [{k: v[:3] for k, v in row.items()} for row in rows("llama", 8)]
+    trainer = make_trainer(teacher=MTPTeacher(4), alpha=0.0, train_dataset=data, max_steps=2)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["mtp_skipped"] == 3
+    assert log["mtp_hard_1_loss"] > 0
+    assert log["mtp_hard_4_loss"] == 0
+    assert log["loss"] > 0
+
+
+def test_a_resumed_run_is_the_straight_run(make_trainer):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2, alpha=0.0)
+    straight = make_trainer(teacher=MTPTeacher(2), folder="straight", **options)
+    straight.train()
+    again = make_trainer(teacher=MTPTeacher(2), folder="again", **options)
+    again.train(resume_from_checkpoint=f"{straight.args.output_dir}/checkpoint-3")
+    pairs = zip(straight.model.named_parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for (_, p), q in pairs)
+    logs = [[log for log in t.state.log_history if "loss" in log] for t in (straight, again)]
+    assert [log["teacher_distance"] for log in logs[0]] == [log["teacher_distance"] for log in logs[1]]
+
+
+def test_the_student_is_a_plain_folder_and_the_heads_load_beside_it(make_trainer, tmp_path):
+    trainer = make_trainer(teacher=MTPTeacher(2), alpha=0.0)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    trainer.teacher.save_pretrained(tmp_path)
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())
+    heads = load_heads(model, tmp_path)
+    for name, p in trainer.teacher.trained.named_parameters():
+        assert torch.equal(p, dict(heads.named_parameters())[name])
+
+
+def test_evaluation_tells_of_each_head_and_does_not_depend_on_kept_logits(make_trainer):
+    trainer = make_trainer(teacher=MTPTeacher(2), alpha=0.0)
+    plain = trainer.evaluate()
+    trainer.compute_metrics = lambda prediction: {}
+    kept = trainer.evaluate()
+    for name in ("eval_loss", "eval_perplexity", "eval_mtp_hard_1_loss", "eval_mtp_soft_2_loss"):
+        assert kept[name] == pytest.approx(plain[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"heads": 0}, "heads is 0"), ({"hard_weight": -1.0}, "hard_weight of the heads is -1.0; it must be 0 or more")],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(DistillError, match=message):
+        MTPTeacher(**options)
+
+
+def test_soft_labels_for_the_student_itself_are_refused(make_trainer):
+    with pytest.raises(DistillError, match="set alpha to 0 and leave losses out"):
+        make_trainer(teacher=MTPTeacher(2), alpha=0.5)
+    with pytest.raises(DistillError, match="only a causal language model"):
+        make_trainer("bert", teacher=MTPTeacher(2), alpha=0.0)

@@ -1,0 +1,113 @@
+"""The student on another view of the batch is its own teacher."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import KINDS, build, collate, rows
+from transformers import TrainerCallback
+
+from hf_distill import DistillError
+from hf_distill.data import View
+from hf_distill.signals import Targets
+from hf_distill.teachers import MultiViewTeacher
+
+TOKENIZER = SimpleNamespace(mask_token_id=7)
+
+
+def teacher(changed="student", **view) -> MultiViewTeacher:
+    return MultiViewTeacher(view or {"token_dropout": 0.3}, changed=changed, processing_class=TOKENIZER)
+
+
+def kl(told, said, temperature=2.0):
+    p, q = (torch.log_softmax(x / temperature, -1) for x in (told, said))
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("changed", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "view",
+    [{"token_dropout": 0.3}, {"span_deletion": 0.5}, {"other_context": 4}, {"token_dropout": 0.2, "other_context": 3}],
+)
+def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed):
+    data = rows("llama", 8, length=30)
+    for row in data:
+        row["labels"][:20] = -100  # a context, which span_deletion needs
+        row["labels"][-3:] = row["input_ids"][-3:]
+    options = dict(max_steps=1, train_sampling_strategy="sequential", train_dataset=data)
+    trainer = make_trainer(teacher=teacher(changed, **view), **options)
+    batch = collate(trainer.train_dataset[:4])
+    targets = Targets.from_batch(batch, shift=True)
+    seen, there = View(**view)(batch, targets, 0, 7)
+    both = [(batch, targets), (seen, there)]
+    student, other = both[::-1] if changed == "student" else both
+    model = build("llama", 0).eval()
+    said, told = (
+        t.pick(model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits) for b, t in (student, other)
+    )
+    hard = torch.nn.functional.cross_entropy(said, targets.labels)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["soft_loss"] == pytest.approx(kl(told, said).mean().item(), rel=1e-4)
+    assert log["hard_loss"] == pytest.approx(hard.item(), rel=1e-4)
+    assert log["soft_loss"] > 1e-4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sequence"])
+def test_every_kind_of_model_trains(make_trainer, kind):
+    trainer = make_trainer(kind, teacher=teacher())
+    trainer.train()
+    assert trainer.state.log_history[0]["soft_loss"] > 0
+
+
+def test_evaluation_sees_the_clean_batch_and_says_how_far_a_view_moves_it(make_trainer):
+    trainer = make_trainer(teacher=teacher())
+    found, again = trainer.evaluate(), trainer.evaluate()
+    clean = make_trainer(teacher=build("llama", 1), folder="clean").evaluate()
+    assert found["eval_perplexity"] == pytest.approx(clean["eval_perplexity"], rel=1e-5)
+    assert found["eval_kl"] == again["eval_kl"] > 1e-3
+
+
+def test_a_resumed_run_is_the_straight_run(make_trainer):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
+    straight = make_trainer(teacher=teacher(), folder="straight", **options)
+    straight.train()
+    again = make_trainer(teacher=teacher(), folder="again", **options)
+    again.train(resume_from_checkpoint=f"{straight.args.output_dir}/checkpoint-3")
+    assert all(torch.equal(p, q) for p, q in zip(straight.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_no_gradient_passes_through_the_teacher(make_trainer):
+    class Watch(TrainerCallback):
+        grads = None
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.grads = self.grads or [p.grad.clone() for p in model.parameters()]
+
+    watch = Watch()
+    options = dict(max_steps=1, max_grad_norm=0, train_sampling_strategy="sequential", alpha=1.0)
+    trainer = make_trainer(teacher=teacher(), callbacks=[watch], **options)
+    batch = collate(trainer.train_dataset[:4])
+    trainer.train()
+    targets = Targets.from_batch(batch, shift=True)
+    seen, there = View(token_dropout=0.3)(batch, targets, 0, 7)
+    model = build("llama", 0)
+    with torch.no_grad():
+        told = targets.pick(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+    said = there.pick(model(input_ids=seen["input_ids"], attention_mask=batch["attention_mask"]).logits)
+    kl(told, said).mean().backward()
+    for grad, p in zip(watch.grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_bad_options_are_refused(make_trainer):
+    with pytest.raises(DistillError, match="changed is 'both'; it must be student or teacher"):
+        teacher("both")
+    with pytest.raises(DistillError, match="view changes nothing"):
+        MultiViewTeacher({})
+    with pytest.raises(DistillError, match="token_dropout needs a tokenizer"):
+        make_trainer(teacher=MultiViewTeacher({"token_dropout": 0.1}))
+    long = make_trainer(teacher=teacher(other_context=60), train_dataset=rows("llama", 8, length=60))
+    long.train_dataset = [{k: torch.cat([v, v, v, v, v])[:60] for k, v in row.items()} for row in rows("llama", 8)]
+    with pytest.raises(DistillError, match="lower other_context"):
+        long.train()
