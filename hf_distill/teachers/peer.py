@@ -100,7 +100,7 @@ class PeerTeacher(Teacher):
     def unfit(self, args: TrainingArguments) -> list[str]:
         """What the strategy or the run's arguments would not do for the peer."""
         self.clipped, problems = self._max_grad_norm or args.max_grad_norm, []
-        if args.fsdp or is_shared(self.model):
+        if args.fsdp or any(hasattr(p, "to_local") for p in self.model.parameters()):
             problems.append("a peer is trained inside the student and not sharded by FSDP: use DDP or DeepSpeed")
         if args.deepspeed and self._max_grad_norm is not None:
             problems.append("DeepSpeed clips all gradients together: leave the peer's max_grad_norm out")

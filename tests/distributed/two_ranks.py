@@ -3,8 +3,8 @@
 python two_ranks.py FOLDER [features] [ema|mutual|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
     [teacher=zero3|fsdp2] [die|hang]
 
-With ema and what follows a teacher that moves teaches. The student's strategy is a bare word; the teacher's comes behind
-`teacher=`. Rank 1 dies or hangs in the second step.
+With ema and what follows a teacher that moves teaches. The student's strategy is a bare word; the teacher's comes
+behind `teacher=`. Rank 1 dies or hangs in the second step.
 Models are read from FOLDER/../models.
 """
 
