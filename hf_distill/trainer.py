@@ -71,7 +71,7 @@ class DistillMixin(SidecarMixin):
         self.pop_callback(_Clock)
         self.add_callback(_Clock(teacher))
         teacher.prepare(bare(self.model), self.args.device, self.processing_class)
-        tell(teacher.unfit(self.args))
+        tell(teacher.unfit(self.args) + self._renewed(teacher))
         terms = fields.terms(self.args.label_smoothing_factor)
         teacher.learn(terms)
         terms = terms if teacher.soft else [term for term in terms if not term.loss.needs]
@@ -81,6 +81,15 @@ class DistillMixin(SidecarMixin):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.wear(features, teacher)
+
+    def _renewed(self, teacher: Teacher) -> list[str]:
+        own = teacher.trained is not None or (teacher.model is not None and bare(teacher.model) is bare(self.model))
+        if self.model_init is None or not own:
+            return []
+        return [
+            f"model_init makes a new student for each training, and a {type(teacher).__name__} is bound to one: "
+            "pass model"
+        ]
 
     def unfit(self) -> list[str]:
         """Why this trainer cannot distil, beside what no Trainer can; see `arguments`."""

@@ -11,7 +11,7 @@ from hf_distill.config import DistillFields
 from hf_distill.distiller import Distiller
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.sidecar import Sidecar, attach
-from hf_distill.teachers import PeerTeacher
+from hf_distill.teachers import EMATeacher, PeerTeacher
 
 KIND = ("online", "mutual")
 
@@ -248,6 +248,9 @@ def test_a_peer_that_does_not_fit_is_refused(make_trainer, smollm2_tokenizer):
         make_trainer(model=student, teacher=PeerTeacher(student))
     with pytest.raises(DistillError, match="use two models of one kind"):
         make_trainer(teacher=PeerTeacher(build("bert", 1)))
+    for bound in (peer(), EMATeacher(0.9)):
+        with pytest.raises(DistillError, match="model_init makes a new student for each training"):
+            make_trainer(teacher=bound, model_init=lambda: build("llama", 0))
     with pytest.raises(DistillError, match="clips nothing"):
         make_trainer(teacher=peer(max_grad_norm=1.0), max_grad_norm=0.0)
 
