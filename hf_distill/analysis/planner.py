@@ -126,11 +126,11 @@ def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, Pretr
     with noted(problems):
         teacher = model_config(recipe.base, recipe.base_revision)
         student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
-    if spec.model is not None:
+    if spec.model is not None and spec.from_teacher is None:
         with noted(problems):
             student = model_config(spec.model, spec.revision)
     tell(problems)
-    return own, student, teacher
+    return own, student, teacher if recipe.teacher.model else student
 
 
 def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:

@@ -9,6 +9,7 @@ from hf_distill.analysis.job import job_of
 from hf_distill.analysis.rows import GiB, deepspeed_estimate, fewest_gpus, min_gpus
 from hf_distill.analysis.strategy import STUDENTS, alternatives
 from hf_distill.errors import DistillError
+from hf_distill.recipe import load_recipe
 
 # Strategies
 
@@ -124,3 +125,9 @@ def test_a_student_whose_own_base_teaches_it_needs_no_memory_for_a_teacher():
     assert {row.strategy.teacher for row in found.rows} == {"own"}
     assert all(row.parts.teacher == 0 for row in found.rows)
     assert found.teacher.forward == found.student.forward
+
+
+def test_a_past_of_a_cut_student_is_planned_as_the_cut_student_and_what_is_not_counted_is_said():
+    small, whole = (plan(load_recipe("ema", [f"student.from_teacher={{keep_layers: {n}}}"]), 1, 80) for n in (10, 20))
+    assert small.student.parameters == small.teacher.parameters < whole.student.parameters
+    assert "Not counted: the average" in small.advice
