@@ -16,7 +16,8 @@ def state_file(folder: str, rank: int, shared: bool) -> Path:
 
 
 def save_state(file: Path, **groups: Mapping[str, Tensor]) -> None:
-    """Write groups of named tensors into one file."""
+    """Write groups of named tensors into one file, whose folder the main process may not have made yet."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{group}.{name}": value for group, named in groups.items() for name, value in named.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)
 
