@@ -6,7 +6,8 @@ from the head's output by a hook, as wrappers left it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -26,6 +27,18 @@ from .tasks import bare, unwrapped
 logger = logging.get_logger(__name__)
 _as_declared: WeakSet[nn.Module] = WeakSet()  # heads whose scaling is known to be all that follows them
 _otherwise: WeakSet[nn.Module] = WeakSet()  # heads that something else follows: their logits are made whole
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a model that is trained is in eval mode and without gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:

@@ -118,10 +118,10 @@ class TeacherSpec(Part):
     weight_decay: float | None = Field(None, ge=0, description="Of a peer; None: train's.")
     max_grad_norm: float | None = Field(None, gt=0, description="A peer is clipped apart; None: to train's.")
     frozen_after: float | None = Field(None, gt=0, le=1, description="Progress from which a peer learns no more.")
-    decay: float | list[tuple[float, float]] = Field(
-        0.999, description="Of ema, in [0, 1); or [[progress, decay], ...]."
+    decay: float | list[tuple[float, float]] | None = Field(
+        None, description="Of ema, in [0, 1), by default 0.999; or [[progress, decay], ...]."
     )
-    warmup: int = Field(0, ge=0, description="Steps over which ema's decay rises from 0.")
+    warmup: int | None = Field(None, ge=0, description="Steps over which ema's decay rises from 0; by default none.")
     every: int | None = Field(None, gt=0, description="Steps between two snapshots.")
     path: str | None = Field(None, description="Weights that a snapshot begins with.")
     view: ViewSpec | None = Field(None, description="Of multi_view.")

@@ -4,10 +4,8 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-import torch
-
 from ..blocks import Stack, stack_of
-from ..forward import teacher_signals
+from ..forward import answering, teacher_signals
 from ..signals import Signals, Tap, Targets
 from .base import Teacher
 
@@ -23,16 +21,10 @@ class ItselfTeacher(Teacher):
         """The student's blocks."""
         return stack_of(self.model, which)
 
-    @torch.no_grad()
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the student as the teacher."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.other_state():
-                return self._told(teacher_signals(self.model, inputs, targets, wanted))
-        finally:
-            self.model.train(training)
+        with answering(self.model), self.other_state():
+            return self._told(teacher_signals(self.model, inputs, targets, wanted))
 
     def _told(self, signals: Signals) -> Signals:
         """What is handed on of what was said, while the state lasts."""

@@ -17,12 +17,11 @@ from ..signals import Signals, Tap, Targets
 from ..sources import Head, Logits, Scaling
 from ..sweep import HeadJob
 from ..tasks import bare
-from .base import Beside, Teacher
-from .distance import Distance, is_shared
-from .state import load_state, save_state, state_file
+from .base import Beside
+from .trained import TrainedTeacher
 
 
-class MTPTeacher(Teacher):
+class MTPTeacher(TrainedTeacher):
     """Multi-token prediction (2412.19437, 2.2) with the main head as the teacher of the others.
 
     L = cross entropy of the student
@@ -54,9 +53,9 @@ class MTPTeacher(Teacher):
             if not value >= 0:
                 problems.append(f"{name} of the heads is {value}; it must be 0 or more")
         tell(problems)
+        super().__init__()
         self._count, self._weights = heads, {"hard": hard_weight, "soft": soft_weight}
         self.options = {"lr": learning_rate}
-        self._distance, self._skipped = Distance(), 0
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Make the heads of the student's last block, if there are none yet.
@@ -102,31 +101,9 @@ class MTPTeacher(Teacher):
         self._run = run
         return run
 
-    def begin(self, step: int) -> None:
-        """Note where the heads begin."""
-        if not self._distance.start:
-            self._distance.begin(dict(self._heads.named_parameters()))
-
-    @property
-    def _heads(self) -> nn.Module:
-        assert self.trained is not None, "prepare() makes the heads"
-        return self.trained
-
     def metrics(self) -> dict[str, float]:
         """`teacher_distance` of the heads, and `mtp_skipped`: how many of them the last batch had no token for."""
-        moved = self._distance.to(dict(self._heads.named_parameters()), is_shared(self._heads))
-        return {"teacher_distance": moved, "mtp_skipped": float(self._run.skipped)}
-
-    def save(self, folder: str, rank: int, write: bool) -> None:
-        """Write where the heads began; their weights are the sidecar's."""
-        shared = is_shared(self._heads)
-        if write or shared:
-            save_state(state_file(folder, rank, shared), start=self._distance.start)
-
-    def load(self, folder: str, rank: int) -> None:
-        """Read what `save` wrote."""
-        file = state_file(folder, rank, is_shared(self._heads))
-        self._distance.start = load_state(file, next(self._heads.parameters()).device)["start"]
+        return super().metrics() | {"mtp_skipped": float(self._run.skipped)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`."""
@@ -161,8 +138,9 @@ class _Ahead(Beside):
         hidden = self.hidden
         rows = self.heads(hidden, self.inputs["input_ids"], self.student.get_input_embeddings(), self.block_kwargs)
         main, total = said.detach(), torch.zeros((), device=hidden.device)
+        documents = self.targets.tokens(self.inputs, causal=True).documents
         for d, (of_head, row) in enumerate(zip(self.terms, rows, strict=True), 1):
-            kept, targets = self._ahead(d)
+            kept, targets = self._ahead(d, documents.flatten())
             self.skipped += len(targets) == 0
             job = HeadJob(_rows(main, kept), targets, of_head, num_items=self.items)
             total = total + job.from_hidden(self._head(said, row.flatten(0, 1)[targets.positions]))
@@ -171,12 +149,9 @@ class _Ahead(Beside):
                 self.per_token[name] = spread.index_copy(0, kept, values)
         return total
 
-    def _ahead(self, d: int) -> tuple[Tensor, Targets]:
+    def _ahead(self, d: int, documents: Tensor) -> tuple[Tensor, Targets]:
         """Which asked tokens head d can say, and from where: d places before the main head does, in their document."""
-        asked = self.targets
-        tokens = asked.tokens(self.inputs, causal=True)
-        assert tokens.documents is not None
-        width, documents = asked.shape[1], tokens.documents.flatten()
+        asked, width = self.targets, self.targets.shape[1]
         before = (asked.positions - d).clamp(min=0)
         inside = (asked.positions % width >= d) & (documents[before] == documents[asked.positions])
         kept = inside.nonzero().squeeze(1)

@@ -14,22 +14,21 @@ from ..blocks import Stack, stack_of
 from ..capture import capture
 from ..errors import DistillError, tell
 from ..features import FeatureJob
-from ..forward import student_loss, teacher_signals
+from ..forward import answering, student_loss, teacher_signals
 from ..objective import Term
 from ..sidecar import whole_state
 from ..signals import Signals, Tap, Targets
 from ..sources import Head, Logits
 from ..sweep import HeadJob
 from ..tasks import bare, task_of
-from .base import Beside, Teacher
-from .distance import Distance, is_shared
-from .state import load_state, save_state, state_file
+from .base import Beside
+from .trained import TrainedTeacher
 from .vocabulary import check_fit
 
 logger = logging.get_logger(__name__)
 
 
-class PeerTeacher(Teacher):
+class PeerTeacher(TrainedTeacher):
     """A second model that learns while it teaches: online distillation, or mutual learning (1706.00384).
 
     online: the peer learns by cross entropy with the labels, and no loss of the student reaches it.
@@ -73,11 +72,11 @@ class PeerTeacher(Teacher):
         if not isinstance(model, str) and init_kwargs:
             problems.append(f"{sorted(init_kwargs)} were given beside a model that is loaded already: leave them out")
         tell(problems)
+        super().__init__()
         self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
         self.options = {"lr": learning_rate, "weight_decay": weight_decay}
         self._max_grad_norm, self.frozen_after = max_grad_norm, frozen_after
         self.processing_class = processing_class
-        self._distance = Distance()
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the model fits the student, and load it if need be.
@@ -128,15 +127,10 @@ class PeerTeacher(Teacher):
         """The peer's blocks."""
         return stack_of(self.model, which)
 
-    @torch.no_grad()
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
-        """One forward of the peer as it is, in eval mode, outside of the student's."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        """One forward of the peer as it is, outside of the student's."""
+        with answering(self.model):
             return teacher_signals(self.model, inputs, targets, wanted)
-        finally:
-            self.model.train(training)
 
     def beside(
         self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
@@ -144,26 +138,6 @@ class PeerTeacher(Teacher):
         """The peer's forward and its own loss."""
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
         return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
-
-    def begin(self, step: int) -> None:
-        """Note where the peer begins."""
-        if not self._distance.start:
-            self._distance.begin(dict(self.model.named_parameters()))
-
-    def metrics(self) -> dict[str, float]:
-        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
-        return {"teacher_distance": self._distance.to(dict(self.model.named_parameters()), is_shared(self.model))}
-
-    def save(self, folder: str, rank: int, write: bool) -> None:
-        """Write where it began; its weights are the sidecar's."""
-        shared = is_shared(self.model)
-        if write or shared:
-            save_state(state_file(folder, rank, shared), start=self._distance.start)
-
-    def load(self, folder: str, rank: int) -> None:
-        """Read what `save` wrote."""
-        device = next(self.model.parameters()).device
-        self._distance.start = load_state(state_file(folder, rank, is_shared(self.model)), device)["start"]
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
         """Write the peer as a folder of its own, as `from_pretrained` loads it.

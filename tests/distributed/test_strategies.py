@@ -112,6 +112,7 @@ def test_the_average_of_a_sharded_student_is_that_of_a_whole_one(place, alone, s
         ("mutual", "ddp"),
         ("mutual", "zero2"),
         ("mutual", "zero3"),
+        ("frozen", "ddp"),
         ("multi_view", "ddp"),
         ("multi_view", "zero3"),
         ("mtp", "ddp"),

@@ -1,6 +1,6 @@
 """A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
 
-python two_ranks.py FOLDER [features] [ema|mutual|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
+python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
     [teacher=zero3|fsdp2] [die|hang]
 
 With ema and what follows a teacher that moves teaches. The student's strategy is a bare word; the teacher's comes
@@ -35,7 +35,7 @@ models = folder.parent / "models"
 world = int(os.environ.get("WORLD_SIZE", 1))
 ZERO = next((v for v in variants if v.startswith("zero")), None)
 TEACHER = next((v.removeprefix("teacher=") for v in variants if v.startswith("teacher=")), None)
-MOVING = next((v for v in variants if v in ("ema", "mutual", "multi_view", "mtp")), None)
+MOVING = next((v for v in variants if v in ("ema", "mutual", "frozen", "multi_view", "mtp")), None)
 FEATURES = [
     {"name": "hidden_mse", "weight": 0.1},
     {"name": "hidden_cosine", "layers": "learned"},
@@ -76,13 +76,14 @@ class Fate(TrainerCallback):
 
 
 def moving(model: nn.Module) -> Teacher:
-    """A teacher that moves."""
+    """A teacher that moves; frozen: a mutual one that stops half way."""
     if MOVING == "ema":
         return EMATeacher(decay=0.5)
     if MOVING == "multi_view":
         tokenizer = SimpleNamespace(mask_token_id=5)
         return MultiViewTeacher({"token_dropout": 0.3, "span_deletion": 0.2}, processing_class=tokenizer)
-    return MTPTeacher(heads=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, learning_rate=3e-3)
+    options = {"frozen_after": 0.5} if MOVING == "frozen" else {"learning_rate": 3e-3}
+    return MTPTeacher(heads=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, **options)
 
 
 def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
@@ -135,7 +136,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     trainer.save_model(str(folder / f"{name}-saved"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
     keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_distance")]
-    if MOVING == "mutual":
+    if MOVING in ("mutual", "frozen"):
         keys.remove("grad_norm")  # of the student alone, or by DeepSpeed of both
     return trainer, {
         "world": trainer.accelerator.num_processes,
