@@ -51,6 +51,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantised_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python sharded_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python plan.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python moving.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info

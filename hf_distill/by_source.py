@@ -5,8 +5,6 @@ from torch import Tensor
 
 from .distiller import Step
 
-_TERMS = ("soft", "hard")
-
 
 def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
     """What a step found of each source's asked tokens, zero for the others' tokens, so that sums tell them apart.
@@ -17,7 +15,7 @@ def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dic
         names: of the sources; a single one has nothing to be told apart from.
 
     Returns:
-        {"soft@NAME", "hard@NAME" (as far as the objective has them), "asked@NAME"} -> [T].
+        {"TERM@NAME" of hard and soft terms, "asked@NAME"} -> [T].
     """
     if source is None or len(names) < 2:
         return {}
@@ -26,16 +24,20 @@ def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dic
     for index, name in enumerate(names):
         mine = own == index
         found[f"asked@{name}"] = mine.to(torch.float32)
-        found |= {f"{term}@{name}": step.per_token[term] * mine for term in _TERMS if term in step.per_token}
+        found |= {f"{term}@{name}": values * mine for term, values in step.per_token.items() if _told_apart(term)}
     return found
 
 
 def source_means(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
     """`soft_loss_NAME` and `hard_loss_NAME`, means over the asked tokens of each source that has any."""
     asked = {name: sums.get(f"asked@{name}", 0.0) for name in names}
+    parts = {key: key.split("@") for key in sums if "@" in key}
     return {
-        f"{term}_loss_{name}": sums[f"{term}@{name}"] / asked[name]
-        for name in names
-        for term in _TERMS
-        if asked[name] and f"{term}@{name}" in sums
+        f"{term}_loss_{name}": sums[key] / asked[name]
+        for key, (term, name) in parts.items()
+        if term != "asked" and asked[name]
     }
+
+
+def _told_apart(term: str) -> bool:
+    return term in ("hard", "soft") or term.startswith("soft_")

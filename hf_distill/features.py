@@ -1,7 +1,7 @@
 """The terms on features: which layers they compare, and their sum, taken inside the student's forward."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .projectors import LayerMixture, Projectors
 from .sidecar import Sidecar
 from .signals import Tap, Targets
 
-StackOf = Callable[[str | None], Stack]
+StackOf = Callable[[Term], Stack]  # of the teacher that a term follows
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,13 @@ class FeatureTerm:
         """Whether each student layer learns from a trained mixture of all teacher layers."""
         return self.term.layers == LEARNED
 
-    def tap(self, layer: int) -> Tap:
-        """What the term looks at in a layer of either model."""
+    def said(self, layer: int) -> Tap:
+        """What the term looks at in a layer of the student."""
         return Tap(str(self.term.loss.feature), layer, self.term.stack)
+
+    def told(self, layer: int) -> Tap:
+        """What the term looks at in a layer of the teacher."""
+        return replace(self.said(layer), teacher=self.term.teacher)
 
     def teacher_layers(self) -> Iterable[int]:
         """Layers of the teacher that it looks at."""
@@ -49,10 +53,10 @@ class FeatureTerm:
         projectors = sidecar.part("projectors", self.term.name)
         shares = sidecar.part("mappings", self.term.name)() if self.learned else None
         device = tokens.positions.device
-        told = {j: teacher[self.tap(j)].to(device) for j in self.teacher_layers()}
+        told = {j: teacher[self.told(j)].to(device) for j in self.teacher_layers()}
         total = None
         for i, (s_layer, t_layer) in enumerate(self.pairs):
-            said = student[self.tap(s_layer)].to(device)
+            said = student[self.said(s_layer)].to(device)
             said = said if projectors is None else projectors[f"{s_layer}-{t_layer}"](said)
             heard = told[t_layer] if shares is None else sum(shares[i, j] * layer for j, layer in told.items())
             values = self.term(said, heard, tokens)
@@ -82,7 +86,7 @@ class FeatureJob:
 
     def wanted(self) -> dict[Tap, Targets]:
         """What to capture in the student."""
-        taps = (matched.tap(layer) for matched in self.terms for layer, _ in matched.pairs)
+        taps = (matched.said(layer) for matched in self.terms for layer, _ in matched.pairs)
         return {tap: self.tokens[tap.stack] for tap in taps}
 
     def total(self, said: Mapping[Tap, Tensor], sidecar: Sidecar) -> Tensor:
@@ -114,7 +118,7 @@ class Features:
         Args:
             terms: of the objective; those on logits are left out.
             student: the model.
-            teacher: what tells the teacher's stacks: the `stack` of a prepared `Teacher`.
+            teacher: what tells the blocks that a term looks at in its teacher.
             projectors: what stands between hidden states.
 
         Raises:
@@ -151,12 +155,12 @@ class Features:
 
     def wanted(self, tokens: Mapping[str | None, Targets]) -> dict[Tap, Targets]:
         """What to ask of the teacher."""
-        taps = (matched.tap(layer) for matched in self.terms for layer in matched.teacher_layers())
+        taps = (matched.told(layer) for matched in self.terms for layer in matched.teacher_layers())
         return {tap: tokens[tap.stack] for tap in taps}
 
 
 def _matched(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
-    own, other = stack_of(student, term.stack), teacher(term.stack)
+    own, other = stack_of(student, term.stack), teacher(term)
     if term.loss.feature == "attention":
         for who, stack in (("student", own), ("teacher", other)):
             if stack.attention != "eager":

@@ -26,6 +26,7 @@ class Term:
     scale:  T^2 for a loss with a temperature, else 1
     layers: of a loss on features: the mapping, see `layers.map_layers`
     stack:  of a loss on features: "encoder" or "decoder" of a model that has both
+    teacher: of several: the name of the one it follows; None: of the only one
     """
 
     name: str
@@ -34,6 +35,7 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)
     layers: Any = None
     stack: str | None = None
+    teacher: str | None = None
 
     @property
     def scale(self) -> float:
@@ -84,7 +86,7 @@ def objective(
         alpha: weight of the soft term, in [0, 1].
         temperature: of the soft term, and of other terms that have one and do not set their own.
         divergence: name of the soft term's loss, or `{name, **options}`.
-        losses: more terms, each `{name, weight, **options}`.
+        losses: more terms, each `{name, weight, **options}`, and `teacher` where there are several.
         label_smoothing: of the hard term, in [0, 1].
 
     Raises:
@@ -119,11 +121,16 @@ def _named_apart(terms: list[Term]) -> list[Term]:
 def _term(spec: dict, temperature: float, name: str | None) -> Term:
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise DistillError(f"A loss is written {{name: ..., weight: ..., options...}}; got {spec!r}")
-    options = {k: v for k, v in spec.items() if k not in ("name", "weight")}
-    loss, weight = get_loss(spec["name"]), spec.get("weight", 1.0)
+    options = {k: v for k, v in spec.items() if k not in ("name", "weight", "teacher")}
+    loss, weight, teacher = get_loss(spec["name"]), spec.get("weight", 1.0), spec.get("teacher")
     loss.check(options)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise DistillError(f"Loss {loss.name!r} has weight {weight!r}; it must be a number")
+    if teacher is not None and not (isinstance(teacher, str) and loss.needs and name is None):
+        raise DistillError(
+            f"Loss {loss.name!r} has teacher {teacher!r}; it is the name of a teacher, of a loss among `losses` that "
+            "looks at one"
+        )
     if name == "soft" and "logits" not in loss.needs:
         raise DistillError(f"divergence is {loss.name!r}, which does not look at the teacher's logits")
     layers, stack = (options.pop(k, v) if loss.feature else None for k, v in FEATURE_OPTIONS.items())
@@ -135,4 +142,5 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
         options.setdefault("temperature", temperature)
         if not options["temperature"] > 0:
             raise DistillError(f"Loss {loss.name!r} has temperature {options['temperature']}; it must be positive")
-    return Term(name or loss.name, loss, weight, options, layers, stack)
+    name = name or (loss.name if teacher is None else f"{loss.name}_{teacher}")
+    return Term(name, loss, weight, options, layers, stack, teacher)

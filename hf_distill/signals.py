@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError
-from .sources import Head, Logits, Sparse
+from .sources import Head, Logits, Several, Sparse
 
 IGNORE_INDEX = -100
 PARAPHRASED = ("view_input_ids", "view_attention_mask", "view_labels")  # a batch's second view of itself
@@ -202,20 +202,22 @@ class Tap:
            "values": its attention's values, [B, h, S, H / h]
     layer: index of the block
     stack: "encoder" or "decoder" of a model that has both, else None
+    teacher: of several teachers: whose model it is
     """
 
     kind: str
     layer: int
     stack: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
 class Signals:
     """What a model said about a batch.
 
-    logits:   of the asked tokens; None: it says nothing about them
+    logits:   of the asked tokens; of several teachers by name; None: it says nothing about them
     features: of the taps that were asked for
     """
 
-    logits: Logits | Head | Sparse | None
+    logits: Logits | Head | Sparse | Several | None
     features: Mapping[Tap, Tensor] = field(default_factory=dict)

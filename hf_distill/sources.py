@@ -1,5 +1,6 @@
 """Sources of logits: held, made from hidden states chunk by chunk, or sparse. Shape letters: see `signals.py`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,20 @@ class Sparse:
         """The same for some of the asked tokens."""
         tail = None if self.log_tail is None else self.log_tail[rows]
         return Sparse(self.ids[rows], self.log_probs[rows], tail, self.temperature)
+
+
+@dataclass(frozen=True)
+class Several:
+    """What several teachers said of the same asked tokens, by their names; losses say which one they follow."""
+
+    sources: Mapping[str, Logits | Head | Sparse]
+
+
+def by_name(source: Logits | Head | Sparse | Several | None) -> dict[str | None, Logits | Head | Sparse]:
+    """The sources of one, several or no teachers; the name of the only one is None."""
+    if isinstance(source, Several):
+        return dict(source.sources.items())
+    return {} if source is None else {None: source}
 
 
 def backward_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ student's logits (written over them), and from it the gradients of hidden states
 in the forward; the backward scales. So the memory is that of one chunk, whatever the vocabulary and the tokens.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,9 @@ from .errors import DistillError
 from .losses.closed import Pair, Scratch
 from .objective import Term
 from .signals import Signals, Targets
-from .sources import Head, Logits, Scaling, Sparse, backward_matmul, compute_dtype
+from .sources import Head, Logits, Scaling, Several, Sparse, backward_matmul, by_name, compute_dtype
+from .statistics import OF_PAIR, OF_STUDENT, measured
 
-STUDENT_STATISTICS = ("measured", "student_ce", "student_entropy", "accuracy")
-PAIR_STATISTICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 _WORKSPACE = 150 * 2**20  # bytes of the two buffers on a CPU
 CACHE = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
 SCRATCH = 10  # blocks [r, V] of temporaries that the closed forms take at most: js at T != 1, with statistics
@@ -28,18 +28,18 @@ SCRATCH = 10  # blocks [r, V] of temporaries that the closed forms take at most:
 class HeadJob:
     """What to compute over the asked tokens, and what was found.
 
-    teacher:      source of the teacher's logits, or None where no term needs one
+    teacher:      source of the teacher's logits, or of several by name; None where no term needs one
     targets:      T asked tokens
     terms:        of the objective
     statistics:   also `kl` (T = 1), `agreement` and the entropies and cross entropies of both models, for every
                   so manieth block of tokens: 0 for none, 1 for all; `measured` is 1 where they were taken, and they
-                  are 0 elsewhere
+                  are 0 elsewhere; of several teachers the first is compared with
     chunk_tokens: asked tokens a chunk; None: as many as the workspace holds
     num_items:    what the sum is divided by; None: T
     per_token:    name -> [T], filled by a run
     """
 
-    teacher: Logits | Head | Sparse | None
+    teacher: Logits | Head | Sparse | Several | None
     targets: Targets
     terms: list[Term]
     statistics: int = 0
@@ -78,17 +78,20 @@ class HeadJob:
             [] sum over asked tokens of the weighted terms, divided by num_items where that is known on the CPU.
         """
         count, device = len(self.targets), self.targets.labels.device
-        chunk = self.chunk_tokens or chunk_of_workspace(student, self.teacher)
-        buffers = [_buffer(source, min(chunk, count)) for source in (student, self.teacher)]
+        teachers = by_name(self.teacher)
+        chunk = self.chunk_tokens or chunk_of_workspace(student, teachers.values())
+        own = _buffer(student, min(chunk, count))
+        buffers = {name: _buffer(source, min(chunk, count)) for name, source in teachers.items()}
         dtype = compute_dtype(student.hidden if isinstance(student, Head) else student.values)
         self.per_token = {name: torch.zeros(count, dtype=dtype, device=device) for name in self._names()}
         self._number = 0
         for start in range(0, count, chunk):
             rows = slice(start, min(start + chunk, count))
-            logits = student.project(rows, out=buffers[0])
-            told = self._told(rows, buffers[1], logits.device)
+            logits = student.project(rows, out=own)
+            told = {name: _told(source, rows, buffers[name], logits.device) for name, source in teachers.items()}
             for block in _blocks(logits):
-                self._block(logits[block], _part(told, block), rows.start + block.start, student, on_gradient)
+                heard = {name: _part(of_chunk, block) for name, of_chunk in told.items()}
+                self._block(logits[block], heard, rows.start + block.start, student, on_gradient)
             if on_gradient is not None:
                 on_gradient(rows, logits)
         total = torch.zeros((), dtype=dtype, device=device)
@@ -101,46 +104,38 @@ class HeadJob:
         """What `per_token` will hold, whatever is asked: every rank and batch must agree on it."""
         names = [term.name for term in self.terms]
         if self.statistics:
-            names += STUDENT_STATISTICS
-            names += PAIR_STATISTICS if isinstance(self.teacher, Logits | Head) else ()
+            names += OF_STUDENT
+            names += OF_PAIR if isinstance(next(iter(by_name(self.teacher).values()), None), Logits | Head) else ()
         return names
 
     def _keep(self, name: str, start: int, values: Tensor) -> None:
         """Into one tensor for all tokens: small ones kept among a block's large temporaries would scatter the heap."""
         self.per_token[name][start : start + len(values)] = values.detach()
 
-    def _told(self, rows: slice, buffer: Tensor | None, device: torch.device) -> Tensor | Sparse | None:
-        if self.teacher is None or isinstance(self.teacher, Sparse):
-            return self.teacher and self.teacher.block(rows)
-        return self.teacher.project(rows, out=buffer).to(device)
-
     def _block(self, logits, told, start, student, on_gradient) -> None:
         targets = self.targets.block(slice(start, start + len(logits)))
-        labels = targets.labels
         self._scratch.give_back()
-        own = both = Pair(logits, told if isinstance(told, Tensor) else None, labels, self._scratch)
-        if isinstance(told, Tensor) and told.shape != logits.shape:
-            shared = min(told.shape[1], logits.shape[1])
-            both = Pair(logits[:, :shared], told[:, :shared], labels, self._scratch)
-        said = Signals(Logits(logits))
-        heard = None if told is None else Signals(Logits(told) if isinstance(told, Tensor) else told)
+        own = Pair(logits, None, targets.labels, self._scratch)
+        pairs = {name: own.beside(heard) for name, heard in told.items() if isinstance(heard, Tensor)}
         self._number += 1
         if self.statistics and (self._number - 1) % self.statistics == 0:
-            for name, values in _statistics(own, both, told).items():
+            for name, values in measured(own, pairs.get(next(iter(told), None))).items():
                 self._keep(name, start, values)
+        said = Signals(Logits(logits))
+        heard = {name: Signals(Logits(t) if isinstance(t, Tensor) else t) for name, t in told.items()}
         gradients = []
         for term in self.terms:
-            pair = own if not term.loss.needs else both if isinstance(told, Tensor) else None
+            pair = pairs.get(term.teacher) if term.loss.needs else own
             closed = pair is not None and term.loss.gradient is not None
             wanted = on_gradient is not None and term.weight != 0
             asks = None if term.loss.needs else targets.labelled
             if closed or wanted:  # a closed form is the shortest way to the values, too
-                values, gradient, factor = term.with_gradient(said, heard, targets, pair)
+                values, gradient, factor = term.with_gradient(said, heard.get(term.teacher), targets, pair)
                 if wanted:
                     gradient = gradient if asks is None else gradient.mul_(asks[:, None])
                     gradients.append((gradient, factor * self._inside))
             else:
-                values = term(said, heard, targets)
+                values = term(said, heard.get(term.teacher), targets)
             values = values if asks is None else values * asks
             self._keep(term.name, start, values)
         if on_gradient is not None:
@@ -164,33 +159,6 @@ def _write(logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: Scali
             logits[:, :width].add_(gradient, alpha=factor)
     if isinstance(slope, Tensor) or slope != 1.0:
         logits.mul_(slope)
-
-
-def _statistics(own: Pair, both: Pair, told: Tensor | Sparse | None) -> dict[str, Tensor]:
-    """Per token, at T = 1, from softmaxes that the terms use too."""
-    z, p, lse = own.p()
-    label_logit, most = z.gather(1, own.labels[:, None]), own.student.amax(-1, keepdim=True)
-    found = {
-        "measured": torch.ones_like(lse[:, 0]),
-        "student_ce": (lse - label_logit)[:, 0],
-        "student_entropy": lse[:, 0] - own.dot(p, z),
-        "accuracy": (own.student.gather(1, own.labels[:, None]) >= most)[:, 0].to(z.dtype),
-    }
-    if not isinstance(told, Tensor):
-        return found
-    y, q, lse_t = both.q()
-    z, _, lse = both.p()
-    found["kl"] = both.dot(q, torch.sub(y, z, out=both.take())) + (lse - lse_t)[:, 0]
-    known = own.labels < told.shape[1]
-    label_logit = told.gather(1, (own.labels * known)[:, None])
-    whole = lse_t if told.shape == both.q().logits.shape else torch.logsumexp(told, 1, keepdim=True)
-    found["teacher_ce"] = torch.where(known, (whole - label_logit)[:, 0], torch.inf)
-    found["teacher_entropy"] = lse_t[:, 0] - both.dot(q, y)
-    best = told.argmax(-1, keepdim=True)
-    inside = best < own.student.shape[1]
-    hit = own.student.gather(1, best * inside) >= most
-    found["agreement"] = (hit & inside)[:, 0].to(z.dtype)
-    return found
 
 
 class _Fused(torch.autograd.Function):
@@ -249,21 +217,20 @@ class _Dense(torch.autograd.Function):
         return ctx.by_logits * by_total, None, None
 
 
-def chunk_of_workspace(student: Logits | Head, teacher: Logits | Head | Sparse | None) -> int:
+def chunk_of_workspace(student: Logits | Head, teachers: Iterable[Logits | Head | Sparse]) -> int:
     """How many asked tokens the buffers hold: 150 MiB on a CPU, an eighth of the free memory on a GPU."""
     values = student.hidden if isinstance(student, Head) else student.values
     itemsize = values.element_size() if values.dtype == torch.float64 else 4
-    row = itemsize * (
-        student.vocab_size + (0 if teacher is None or isinstance(teacher, Sparse) else teacher.vocab_size)
-    )
+    dense = [source.vocab_size for source in (student, *teachers) if not isinstance(source, Sparse)]
+    row = itemsize * sum(dense)
     if values.is_cuda:
         free = torch.cuda.mem_get_info(values.device)[0] // 8
         return max(16, free // (row + SCRATCH * itemsize * student.vocab_size))  # blocks are whole chunks there
     return max(16, _WORKSPACE // row)
 
 
-def _buffer(source: Logits | Head | Sparse | None, rows: int) -> Tensor | None:
-    if source is None or isinstance(source, Sparse):
+def _buffer(source: Logits | Head | Sparse, rows: int) -> Tensor | None:
+    if isinstance(source, Sparse):
         return None
     like = source.hidden if isinstance(source, Head) else source.values
     weight = source.weight if isinstance(source, Head) else like
@@ -279,5 +246,9 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(i, min(i + size, count)) for i in range(0, count, max(size, 1))]
 
 
-def _part(told: Tensor | Sparse | None, block: slice) -> Tensor | Sparse | None:
-    return told.block(block) if isinstance(told, Sparse) else None if told is None else told[block]
+def _told(source: Logits | Head | Sparse, rows: slice, buffer: Tensor | None, device: torch.device) -> Tensor | Sparse:
+    return source.block(rows) if isinstance(source, Sparse) else source.project(rows, out=buffer).to(device)
+
+
+def _part(told: Tensor | Sparse, block: slice) -> Tensor | Sparse:
+    return told.block(block) if isinstance(told, Sparse) else told[block]

@@ -1,6 +1,7 @@
 """Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .projectors import Projectors
 from .sidecar_trainer import SidecarMixin
 from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
-from .teachers import FrozenTeacher, Teacher
+from .teachers import FrozenTeacher, MultiTeacher, Teacher
 from .zero import gather_on_save
 
 logger = logging.get_logger(__name__)
@@ -35,9 +36,21 @@ class DistillMixin(SidecarMixin):
     teacher: Any
     sources: tuple[str, ...] = ()  # of a mixture, where no collator names them
 
-    def __init__(self, model: nn.Module | None = None, args: Any = None, *more, teacher: Any = None, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *more,
+        teacher: Any = None,
+        teachers: Any = None,
+        **kwargs,
+    ):
         fields = args if isinstance(args, DistillFields) else DistillFields()
-        wanted = fields.alpha > 0 or bool(fields.losses) or (isinstance(teacher, Teacher) and not teacher.soft)
+        if teacher is not None and teachers is not None:
+            raise DistillError("Both `teacher` and `teachers` were given: name all of them in `teachers`.")
+        teacher = teacher if teachers is None else teachers
+        given = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+        wanted = fields.alpha > 0 or bool(fields.losses) or any(isinstance(t, Teacher) and not t.soft for t in given)
         if teacher is None and fields.losses:
             raise DistillError("`losses` are set but there is no teacher: pass `teacher=` to the trainer.")
         if teacher is None and wanted:
@@ -72,10 +85,13 @@ class DistillMixin(SidecarMixin):
         self.add_callback(_Clock(teacher))
         teacher.prepare(bare(self.model), self.args.device, self.processing_class)
         tell(teacher.unfit(self.args) + self._renewed(teacher))
-        terms = fields.terms(self.args.label_smoothing_factor)
-        teacher.learn(terms)
-        terms = terms if teacher.soft else [term for term in terms if not term.loss.needs]
-        features = Features.match(terms, self.model, teacher.stack, Projectors.of(fields.projectors))
+        terms = teacher.learn(fields.terms(self.args.label_smoothing_factor))
+        features = Features.match(
+            terms,
+            self.model,
+            lambda term: teacher.named(term.teacher).stack(term.stack),
+            Projectors.of(fields.projectors),
+        )
         self.distiller = Distiller(terms, fields.chunk_tokens, features)
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
         self.model_accepts_loss_kwargs = True
@@ -83,8 +99,7 @@ class DistillMixin(SidecarMixin):
         self.wear(features, teacher)
 
     def _renewed(self, teacher: Teacher) -> list[str]:
-        own = teacher.trained is not None or (teacher.model is not None and bare(teacher.model) is bare(self.model))
-        if self.model_init is None or not own:
+        if self.model_init is None or not teacher.bound:
             return []
         return [
             f"model_init makes a new student for each training, and a {type(teacher).__name__} is bound to one: "
@@ -239,6 +254,7 @@ class DistillTrainer(DistillMixin, Trainer):
 
     Args:
         teacher: a model, the id or path of one, or a `Teacher`; None trains without.
+        teachers: several of them by name, with equal shares; a `MultiTeacher` as `teacher` weighs them.
         args: a `DistillConfig`, or plain `TrainingArguments` (then the defaults: temperature 2, alpha 0.5).
         everything else: as in `Trainer`, in its place.
 
@@ -248,6 +264,8 @@ class DistillTrainer(DistillMixin, Trainer):
 
 
 def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
+    if isinstance(teacher, Mapping):
+        return MultiTeacher({name: _as_teacher(its, fields) for name, its in teacher.items()})
     ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
     init_kwargs: Any = fields.teacher_init_kwargs or {}
     options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}

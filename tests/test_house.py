@@ -13,10 +13,11 @@ ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
     {"version", "errors"},
-    {"sources", "layers", "projectors", "schedule", "zero"},
+    {"sources", "layers", "projectors", "schedule", "zero", "kinds"},
     {"signals", "tasks"},
     {"losses", "blocks"},
     {"objective", "capture", "sidecar", "mtp"},
+    {"statistics"},
     {"sweep", "features"},
     {"head", "forward", "student", "speculative"},
     {"data"},

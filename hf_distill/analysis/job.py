@@ -94,9 +94,9 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         DistillError: a mapping names layers that a model does not have.
     """
     spec, train = recipe.student, recipe.train
-    attention = spec.attn_implementation or (recipe.teacher.attn_implementation if spec.from_teacher else None)
+    attention = spec.attn_implementation or (recipe.main.attn_implementation if spec.from_teacher else None)
     own = Anatomy.of(student, attention)
-    other = Anatomy.of(teacher, recipe.teacher.attn_implementation)
+    other = Anatomy.of(teacher, recipe.main.attn_implementation)
     wrapped = train.fsdp_config.get("activation_checkpointing", False) if isinstance(train.fsdp_config, dict) else False
     length = recipe.data.max_length
     return Job(
@@ -105,12 +105,12 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         batch=train.per_device_train_batch_size or 8,
         length=length,
         student_dtype=_dtype(spec.dtype, own),
-        teacher_dtype=_dtype(recipe.teacher.dtype if recipe.teacher.model else spec.dtype, other),
+        teacher_dtype=_dtype(recipe.main.dtype if recipe.main.model else spec.dtype, other),
         mixed=bool(train.bf16 or train.fp16),
         checkpointing=bool(train.activation_checkpointing or train.gradient_checkpointing or wrapped),
         lora=spec.lora,
         quantization=spec.quantization,
-        own_base=recipe.teacher.model is None,
+        own_base=recipe.main.model is None,
         captured=sum(_captured(loss, own, other, length) for loss in recipe.losses),
     )
 

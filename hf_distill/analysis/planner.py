@@ -86,14 +86,16 @@ def plan(
     usable = int(memory_bytes * (1 - FRAGMENTATION)) - CONTEXT
     rows = rows_of(job, own, gpus, usable)
     teacher = model_of(recipe.base, teacher_config, job.teacher, job.length)
-    name = recipe.student.model or f"{recipe.teacher.model}, cut to {job.student.depth} blocks"
+    name = recipe.student.model or f"{recipe.main.model}, cut to {job.student.depth} blocks"
     student = model_of(name, student_config, job.student, job.length, job)
     pretraining = training_rule(job.student.parameters, pretraining_tokens)
     cost = cost_of(recipe, own.processes(gpus), teacher, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
     could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
     best = next((row for row in rows if row.fits), None)
-    uncounted = [_UNCOUNTED[recipe.teacher.kind]] if recipe.teacher.kind in _UNCOUNTED else []
+    uncounted = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
+    others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.main]
+    uncounted += [f"the teacher {model} and its forward" for model in others]
     uncounted += ["the time and the cache of writing completions"] if recipe.on_policy else []
     return Plan(
         teacher=teacher,
@@ -130,7 +132,7 @@ def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, Pretr
         with noted(problems):
             student = model_config(spec.model, spec.revision)
     tell(problems)
-    return own, student, teacher if recipe.teacher.model else student
+    return own, student, teacher if recipe.main.model else student
 
 
 def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:

@@ -98,7 +98,7 @@ class Strategy:
         Raises:
             DistillError: it is sharded, and there is one GPU and no offload.
         """
-        spec, train = recipe.teacher, recipe.train
+        spec, train = recipe.main, recipe.train
         teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
         if spec.device_map and not spec.quantization:
             teacher = "device_map"

@@ -75,7 +75,7 @@ def workspace(job: Job, left: int | None) -> int:
     """
     if job.device == "cpu":
         row = 4 * (job.student.vocab + job.teacher.vocab)
-        rows = min(job.tokens, chunk_of_workspace(_head(job.student), _head(job.teacher)))
+        rows = min(job.tokens, chunk_of_workspace(_head(job.student), [_head(job.teacher)]))
         return row * rows + SCRATCH * min(CACHE * torch.get_num_threads(), 4 * job.student.vocab * rows)
     row = 4 * (job.student.vocab + job.teacher.vocab + SCRATCH * job.student.vocab)
     return row * min(job.tokens, max(16, max(left or 0, 0) // 8 // row))

@@ -52,19 +52,31 @@ class Pair:
 
     student, teacher: [r, V] in float32 or better, over the same ids; teacher is None where there is none
     labels:           [r]
+    whole:            [r, V_t] the teacher's logits over all of its ids
     """
 
     def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Scratch):
         self.student, self.teacher, self.labels, self._scratch = student, teacher, labels, scratch
-        self._made: dict[tuple[bool, float], Softmax] = {}
+        self.whole: Any = teacher
+        self._p: dict[float, Softmax] = {}
+        self._q: dict[float, Softmax] = {}
+
+    def beside(self, teacher: Tensor) -> "Pair":
+        """The same student and a teacher [r, V_t], over the ids that both have."""
+        shared = min(self.student.shape[1], teacher.shape[1])
+        pair = Pair(self.student[:, :shared], teacher[:, :shared], self.labels, self._scratch)
+        pair.whole = teacher
+        if shared == self.student.shape[1]:
+            pair._p = self._p
+        return pair
 
     def p(self, temperature: float = 1.0) -> Softmax:
         """The student's; not to be written to."""
-        return self._softmax(True, temperature)
+        return self._softmax(self._p, self.student, temperature)
 
     def q(self, temperature: float = 1.0) -> Softmax:
         """The teacher's; not to be written to."""
-        return self._softmax(False, temperature)
+        return self._softmax(self._q, self.teacher, temperature)
 
     def take(self) -> Tensor:
         """A tensor [r, V] to write to, as long as the block lasts."""
@@ -76,14 +88,13 @@ class Pair:
         self._scratch.give_back_last()
         return product.sum(-1)
 
-    def _softmax(self, student: bool, temperature: float) -> Softmax:
-        if (student, temperature) not in self._made:
-            logits: Any = self.student if student else self.teacher
+    def _softmax(self, made: dict[float, Softmax], logits: Any, temperature: float) -> Softmax:
+        if temperature not in made:
             z = logits if temperature == 1.0 else torch.div(logits, temperature, out=self.take())
             probs = torch.softmax(z, -1, out=self.take())
             lse = z.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-            self._made[student, temperature] = Softmax(z, probs, lse)
-        return self._made[student, temperature]
+            made[temperature] = Softmax(z, probs, lse)
+        return made[temperature]
 
 
 def _by_logits(pair: Pair, p: Tensor, g: Tensor, factor: float) -> Tensor:

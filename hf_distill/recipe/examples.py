@@ -99,7 +99,7 @@ def load_source(recipe: Recipe, name: str) -> Examples:
 
 def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any) -> Any:
     """Rows of a source by name; `eval` is read as `task` is."""
-    data, paraphrase = recipe.data, recipe.teacher.wants_paraphrase
+    data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
     source = data.sources.get(name, data.task)
     options = (source.assistant_only, source.long, paraphrase, f"data.{name}")
     return rows_of(documents, tokenizer, data.max_length, *options)

@@ -18,13 +18,14 @@ from ..teachers import (
     EMATeacher,
     FrozenTeacher,
     MTPTeacher,
+    MultiTeacher,
     MultiViewTeacher,
     OwnBaseTeacher,
     PeerTeacher,
     SnapshotTeacher,
     Teacher,
 )
-from ..teachers.loading import dtype_of, launched, quantization_config, sharded_for
+from ..teachers.loading import dtype_of, keep_layout, launched, quantization_config, sharded_for
 from .models import resolve_model
 from .pair import FIELDS
 from .schema import Recipe, Student, TeacherSpec
@@ -45,30 +46,39 @@ class Models:
     """
 
     def __init__(self, recipe: Recipe, args: DistillConfig, path: str, tokenizer: Any):
-        self._student, self._spec, self._args, self._path = recipe.student, recipe.teacher, args, path
+        self._student, self._spec, self._args, self._path = recipe.student, recipe.main, args, path
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # see `train_arguments`
         self.layers: list[int] | None = None
         self.influence: list[float] | None = None
-        held = {name: getattr(self._spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
-        held = {name: value for name, value in held.items() if value}
         self._donor: Student | TeacherSpec = self._spec if self._spec.model else self._student
         self._whole: nn.Module | None = None
-        kind = self._spec.kind
-        if kind != "frozen":
-            self.teacher: Teacher = _moving(self._spec, self._load_peer if kind in ("online", "mutual") else None)
-            return
-        if not held:
-            self._whole = self._load_whole().to(args.device)
-        options = {"dtype": self._spec.dtype, **_named(self._spec), **held} if held else {}
-        self.teacher = FrozenTeacher(self._whole or path, processing_class=tokenizer, **options)
+        if recipe.teacher:
+            self.teacher = self._teacher(recipe.teacher, tokenizer)
+        else:
+            self.teacher = MultiTeacher(
+                {spec.name: self._teacher(spec, tokenizer) for spec in recipe.teachers},
+                {spec.name: spec.weight for spec in recipe.teachers if spec.weight is not None},
+            )
+
+    def _teacher(self, spec: TeacherSpec, tokenizer: Any) -> Teacher:
+        """A teacher of a recipe; the one of which students may be cut is loaded now, whole, if nothing else is said."""
+        path = self._path if spec is self._spec else resolve_model(str(spec.model)) if spec.model else ""
+        if spec.kind != "frozen":
+            return _moving(spec, lambda: self._load_peer(spec, path))
+        held = {name: getattr(spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
+        held = {name: value for name, value in held.items() if value}
+        if spec is self._spec and not held:
+            self._whole = self._load_whole().to(self._args.device)
+            return FrozenTeacher(self._whole, processing_class=tokenizer)
+        return FrozenTeacher(path, processing_class=tokenizer, dtype=spec.dtype, **_named(spec), **held)
 
     def _load_whole(self) -> Any:
         with sharded_for(None):
             return AutoModelForCausalLM.from_pretrained(self._path, dtype=self._donor.dtype, **_named(self._donor))
 
-    def _load_peer(self) -> Any:
+    def _load_peer(self, spec: TeacherSpec, path: str) -> Any:
         with sharded_for(None):
-            return AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32, **_named(self._spec))
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **_named(spec))
 
     def student(self, rows: Any) -> nn.Module:
         """A student, ready to be trained.
@@ -116,7 +126,8 @@ class Models:
                 kwargs["device_map"] = {"": self._args.device}
         if self._shard and not whole:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
-        return AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **kwargs)
+        return keep_layout(model) if quantization else model
 
     def _cut(self, rows: Any) -> nn.Module:
         spec, cut = self._student, self._student.from_teacher
@@ -135,10 +146,10 @@ class Models:
         return student
 
 
-def _moving(spec: TeacherSpec, load_peer: Callable[[], nn.Module] | None) -> Teacher:
+def _moving(spec: TeacherSpec, load_peer: Callable[[], nn.Module]) -> Teacher:
     """A teacher that moves, of its kind's fields."""
     given = {name: value for name in FIELDS[spec.kind] if (value := getattr(spec, name)) is not None}
-    if load_peer is not None:
+    if spec.kind in ("online", "mutual"):
         given = {
             name: value for name, value in given.items() if name not in ("model", "revision", "attn_implementation")
         }

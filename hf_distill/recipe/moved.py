@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..signals import Signals, Tap, Targets
-from ..teachers import EMATeacher, MTPTeacher, PeerTeacher, Teacher
+from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
 from ..trainer import DistillTrainer
 from .schema import Recipe
 
@@ -22,20 +22,21 @@ class NoTeacher(Teacher):
 
 def save_moved(trainer: DistillTrainer, export: str, folder: Path) -> None:
     """Write RUN/peer of a peer, RUN/ema of an average that is to be exported, the heads into RUN/student."""
-    teacher: Any = trainer.teacher
-    if isinstance(teacher, PeerTeacher):
-        teacher.processing_class = trainer.processing_class
-        teacher.save_pretrained(folder / "peer", trainer.args.should_save)
-    if isinstance(teacher, EMATeacher) and export == "ema":
-        with teacher.worn():
-            trainer.save_model(str(folder / "ema"))
-    if isinstance(teacher, MTPTeacher) and export == "mtp" and trainer.args.should_save:
-        teacher.save_pretrained(folder / "student")
+    given: Any = trainer.teacher
+    for teacher in given if isinstance(given, MultiTeacher) else [given]:
+        if isinstance(teacher, PeerTeacher):
+            teacher.processing_class = trainer.processing_class
+            teacher.save_pretrained(folder / "peer", trainer.args.should_save)
+        if isinstance(teacher, EMATeacher) and export == "ema":
+            with teacher.worn():
+                trainer.save_model(str(folder / "ema"))
+        if isinstance(teacher, MTPTeacher) and export == "mtp" and trainer.args.should_save:
+            teacher.save_pretrained(folder / "student")
 
 
 def of_moved(recipe: Recipe, student: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Held-out metrics of the model that taught, from those of the student: "peer" or "ema"."""
-    kind = recipe.teacher.kind
+    """Held-out metrics of the model that taught, from those of the student: "peer" or "ema"; the first of several."""
+    kind = recipe.all_teachers[0].kind
     if kind not in ("online", "mutual", "ema"):
         return {}
     own = {k.removeprefix("peer_"): v for k, v in student.items() if k.startswith("peer_")}

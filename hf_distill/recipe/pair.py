@@ -148,11 +148,12 @@ class TeacherSpec(Part):
 
     @model_validator(mode="after")
     def _of_its_kind(self):
-        foreign = [name for name in sorted(self.model_fields_set) if name not in ("kind", *FIELDS[self.kind])]
+        own = ("kind", "name", "weight", *FIELDS[self.kind])
+        foreign = [name for name in sorted(self.model_fields_set) if name not in own]
         foreign = [name for name in foreign if getattr(self, name) != type(self).model_fields[name].default]
         if foreign:
-            own = ", ".join(FIELDS[self.kind]) or "nothing more"
-            raise ValueError(f"kind {self.kind} has no {', '.join(foreign)}; it takes {own}")
+            takes = ", ".join(FIELDS[self.kind]) or "nothing more"
+            raise ValueError(f"kind {self.kind} has no {', '.join(foreign)}; it takes {takes}")
         if "model" in FIELDS[self.kind] and self.model is None:
             raise ValueError("give its model")
         if self.kind == "multi_view" and self.view is None:
@@ -160,4 +161,17 @@ class TeacherSpec(Part):
         if self.kind == "snapshot" and self.every is None and self.path is None:
             raise ValueError("a snapshot needs every, the steps between two of them, or the path of one")
         check_ways(self.quantization, self.deepspeed, self.fsdp, self.device_map)
+        return self
+
+
+class NamedTeacher(TeacherSpec):
+    """One of several teachers."""
+
+    name: str = Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="By which losses and logs call it.")
+    weight: float | None = Field(None, gt=0, description="Of the soft term it has a share by its weight; None: 1.")
+
+    @model_validator(mode="after")
+    def _weighs(self):
+        if self.weight is not None and self.kind == "mtp":
+            raise ValueError("mtp has no soft labels for the student, so it has no weight: leave it out")
         return self

@@ -99,7 +99,7 @@ def run_recipe(
 
 
 def _arguments(recipe: Recipe, on_policy: bool = False) -> Any:
-    losses = [loss.model_dump() for loss in recipe.losses]
+    losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
     projectors = recipe.model_dump(include={"projectors"})["projectors"]
     given = train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
     args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
@@ -212,7 +212,7 @@ class _Run:
         seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
-        if self.recipe.teacher.kind in ("frozen", "own_base"):
+        if self.recipe.kinds <= {"frozen", "own_base"}:
             trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
         else:
             trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from ..errors import did_you_mean
+from ..kinds import ill_matched
 from ..layers import check_layers
 from ..schedule import points_of
 from .data import Data, Part
-from .pair import Student, TeacherSpec
+from .pair import NamedTeacher, Student, TeacherSpec
 
 _JSON_TYPES: dict[str, Any] = {
     "integer": int,
@@ -48,6 +49,7 @@ class LossSpec(BaseModel):
     model_config = ConfigDict(extra="allow")
     name: str
     weight: float = 1.0
+    teacher: str | None = Field(None, description="Which of several teachers it follows; None: the first.")
 
     @model_validator(mode="after")
     def _known(self):
@@ -141,7 +143,11 @@ class Recipe(Part):
     """A whole distillation."""
 
     student: Student
-    teacher: TeacherSpec
+    teacher: TeacherSpec | None = None
+    teachers: list[NamedTeacher] = Field(
+        default_factory=list,
+        description="Several in the place of one; losses say which they follow, by default the first.",
+    )
     data: Data
     distill: Distill = Field(default_factory=lambda: Distill.model_validate({}))
     losses: list[LossSpec] = Field(default_factory=list)
@@ -161,48 +167,82 @@ class Recipe(Part):
     @property
     def base(self) -> str:
         """The model whose tokenizer is used: the teacher, or the student that is its own."""
-        return str(self.teacher.model or self.student.model)
+        return str(self.main.model or self.student.model)
 
     @property
     def base_revision(self) -> str | None:
         """Of `base`."""
-        return self.teacher.revision if self.teacher.model else self.student.revision
+        return self.main.revision if self.main.model else self.student.revision
+
+    @property
+    def all_teachers(self) -> list[TeacherSpec]:
+        """The teacher, or all of several."""
+        return [self.teacher] if self.teacher else [*self.teachers]
+
+    @property
+    def main(self) -> TeacherSpec:
+        """The teacher; of several the first that is a model of its own, from which a student may be cut."""
+        return next((spec for spec in self.all_teachers if spec.model), self.all_teachers[0])
+
+    @property
+    def kinds(self) -> set[str]:
+        """Of the teachers."""
+        return {spec.kind for spec in self.all_teachers}
+
+    @model_validator(mode="after")
+    def _one_or_several(self):
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("give either teacher, or teachers: a list of two or more")
+        names = [spec.name for spec in self.teachers]
+        if len(names) == 1 or len({*names}) < len(names):
+            raise ValueError(f"teachers: two or more, of different names; got {', '.join(names)}")
+        if problems := ill_matched({spec.name: spec.kind for spec in self.teachers}):
+            raise ValueError(f"teachers: {'; '.join(problems)}")
+        for loss in self.losses:
+            if loss.teacher is not None and loss.teacher not in names:
+                raise ValueError(
+                    f"losses: {loss.name} follows the teacher {loss.teacher!r}"
+                    + (did_you_mean(loss.teacher, names) if names else ", and there is one teacher, without a name")
+                )
+        return self
 
     @model_validator(mode="after")
     def _adapters(self):
-        student, kind = self.student, self.teacher.kind
-        if student.lora is None and kind == "own_base":
+        student, kinds = self.student, self.kinds
+        if student.lora is None and "own_base" in kinds:
             raise ValueError("teacher.kind own_base switches the student's adapters off: give student.lora")
         if student.lora is None and self.export == "merged":
             raise ValueError("export merged merges adapters: give student.lora, or leave export out")
-        if self.export in ("ema", "mtp") and self.export != kind:
-            raise ValueError(f"export {self.export} needs teacher.kind {self.export}; it is {kind}")
-        if student.from_teacher and kind == "own_base":
+        if self.export in ("ema", "mtp") and self.export not in kinds:
+            raise ValueError(f"export {self.export} needs teacher.kind {self.export}; it is {', '.join(sorted(kinds))}")
+        if student.from_teacher and kinds == {"own_base"}:
             raise ValueError("student.from_teacher needs a teacher of its own, and own_base is none")
-        if student.quantization and student.lora is None and kind in ("ema", "snapshot"):
-            raise ValueError(f"{kind} of a quantised student averages adapters: give student.lora")
         return self
 
     @model_validator(mode="after")
     def _donor(self):
         given, cut = self.student.model, self.student.from_teacher
-        if self.teacher.model and (given is None) == (cut is None):
+        if self.main.model and (given is None) == (cut is None):
             raise ValueError("student: give either model or from_teacher")
-        if not self.teacher.model and given is None:
-            raise ValueError(f"student: give its model, for a teacher of kind {self.teacher.kind} has none")
+        if not self.main.model and given is None:
+            raise ValueError(f"student: give its model, for a teacher of kind {self.main.kind} has none")
         return self
 
     @model_validator(mode="after")
     def _ahead(self):
-        if self.teacher.kind != "mtp":
+        if "mtp" not in self.kinds:
+            return self
+        if self.student.lora or self.on_policy:
+            raise ValueError(
+                "teacher.kind mtp trains heads of a whole student on the data's text: leave student.lora and on_policy "
+                "out"
+            )
+        if self.teachers:
             return self
         if "alpha" not in self.distill.model_fields_set:
             self.distill.alpha = 0.0
-        if self.distill.alpha or self.losses or self.student.lora or self.on_policy:
-            raise ValueError(
-                "teacher.kind mtp teaches its heads alone, of a whole student on the data's text: set distill.alpha to "
-                "0, and leave losses, student.lora and on_policy out"
-            )
+        if self.distill.alpha or self.losses:
+            raise ValueError("teacher.kind mtp teaches its heads alone: set distill.alpha to 0, and leave losses out")
         return self
 
     @model_validator(mode="after")

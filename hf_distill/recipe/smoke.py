@@ -35,19 +35,15 @@ def family_of(reference: str) -> str:
 def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     """A validated recipe's values, made small; what is not about size stays."""
     values = deepcopy(values)
-    student, teacher, train = values["student"], values["teacher"], values["train"]
-    if teacher.get("model"):
-        teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
+    student, train = values["student"], values["train"]
+    for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
+        _small_teacher(teacher)
     if student.get("from_teacher"):
         cut = student["from_teacher"]
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}
     if student.get("model"):
         role = "teacher" if student.get("from_teacher") else "student"
         student |= {"model": f"{SMOKE}{family_of(student['model'])}/{role}", "revision": None}
-    if teacher.get("every"):
-        teacher["every"] = 2
-    if teacher.get("path"):
-        teacher |= {"path": None, "every": 2}
     for loss in values.get("losses", ()):
         if isinstance(loss.get("layers"), list):
             loss["layers"] = "stretch"
@@ -63,6 +59,15 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
     train |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "push_to_hub": False}
     return values
+
+
+def _small_teacher(teacher: dict[str, Any]) -> None:
+    if teacher.get("model"):
+        teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
+    if teacher.get("every"):
+        teacher["every"] = 2
+    if teacher.get("path"):
+        teacher |= {"path": None, "every": 2}
 
 
 def _small(name: str, part: Any, text: str) -> Any:

@@ -7,11 +7,13 @@ from .multi_view import MultiViewTeacher
 from .own_base import OwnBaseTeacher
 from .past_self import EMATeacher, SnapshotTeacher
 from .peer import PeerTeacher
+from .several import MultiTeacher
 
 __all__ = [
     "EMATeacher",
     "FrozenTeacher",
     "MTPTeacher",
+    "MultiTeacher",
     "MultiViewTeacher",
     "OwnBaseTeacher",
     "PeerTeacher",

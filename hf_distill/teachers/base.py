@@ -20,6 +20,8 @@ from ..sources import Head, Logits
 class Teacher(ABC):
     """Something that says, for the asked tokens of a batch, what it would predict.
 
+    kind:     as recipes call it; "" of a class of one's own
+    bound:    whether it cannot serve another student than the one that it was prepared for
     model:    the model that speaks, once it is prepared; None where there is none
     trained:  what of it is trained, in the student's sidecar and so by the student's optimizer; None: nothing
     options:  of `trained` in the optimizer: "lr", "weight_decay"; None: as the student's
@@ -29,6 +31,8 @@ class Teacher(ABC):
     progress: of the training, in [0, 1]; the trainer keeps it
     """
 
+    kind: str = ""
+    bound: bool = False
     model: Any = None
     trained: nn.Module | None = None
     options: Mapping[str, float | None] = MappingProxyType({})
@@ -77,12 +81,31 @@ class Teacher(ABC):
         """Why it cannot teach under these arguments; called after `prepare`."""
         return []
 
-    def learn(self, terms: Sequence[Term]) -> None:  # noqa: B027
+    def named(self, name: str | None) -> "Teacher":
+        """The teacher that a loss follows; `name` is None where it names none.
+
+        Raises:
+            DistillError: there is no such teacher.
+        """
+        if name is not None:
+            raise DistillError(
+                f"A loss names the teacher {name!r}, but there is one teacher, without a name: leave `teacher` out of "
+                "`losses`, or pass several teachers by name."
+            )
+        return self
+
+    def learn(self, terms: Sequence[Term]) -> list[Term]:
         """Take the student's objective; a teacher that trains makes `terms` of it.
+
+        Returns:
+            the objective with this teacher: a term follows what it can tell, or is left out.
 
         Raises:
             DistillError: an objective that makes no sense with this teacher.
         """
+        for term in terms:
+            self.named(term.teacher)
+        return [term for term in terms if self.soft or not term.loss.needs]
 
     def beside(
         self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None

@@ -34,6 +34,8 @@ class FrozenTeacher(Teacher):
             a model that is loaded already.
     """
 
+    kind = "frozen"
+
     def __init__(
         self,
         model: nn.Module | str,

@@ -13,6 +13,8 @@ from .base import Teacher
 class ItselfTeacher(Teacher):
     """The student in eval mode and in a state that classes which derive say; `prepare` sets `model` to it."""
 
+    bound = True
+
     @abstractmethod
     def other_state(self) -> AbstractContextManager[None]:
         """While it lasts, the student is the teacher."""

@@ -111,7 +111,7 @@ class Loading:
             raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=launched()))
         fixed = spread is not None or getattr(model, "quantization_method", None) is not None
         if fixed or partitioned(model) or is_fsdp_managed_module(model):
-            return model
+            return keep_layout(model)
         return model.to(device)
 
     def _zero3(self, config: PretrainedConfig) -> dict[str, Any]:
@@ -127,6 +127,15 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def keep_layout(model: nn.Module) -> nn.Module:
+    """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights, but not rows shorter than a block: these stay."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize:
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def dtype_of(config: PretrainedConfig, init_kwargs: dict[str, Any]) -> torch.dtype:

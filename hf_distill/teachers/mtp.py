@@ -41,6 +41,7 @@ class MTPTeacher(TrainedTeacher):
         DistillError: a value out of range.
     """
 
+    kind = "mtp"
     soft = False
 
     def __init__(
@@ -71,7 +72,7 @@ class MTPTeacher(TrainedTeacher):
         """Strategies that shard what the heads share with the student."""
         return ["MTP heads are not trained under FSDP: use DDP or DeepSpeed"] if args.fsdp else []
 
-    def learn(self, terms: Sequence[Term]) -> None:
+    def learn(self, terms: Sequence[Term]) -> list[Term]:
         """Make the heads' terms of the student's: `mtp_hard_d` and `mtp_soft_d` for each of them.
 
         Raises:
@@ -88,6 +89,7 @@ class MTPTeacher(TrainedTeacher):
             for d in range(1, self._count + 1)
         ]
         self.terms = [term for of_head in self._terms for term in of_head]
+        return super().learn(terms)
 
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """Nothing that the student itself could learn from."""

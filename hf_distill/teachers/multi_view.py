@@ -30,6 +30,8 @@ class MultiViewTeacher(ItselfTeacher):
         DistillError: an unknown field, or a value out of range.
     """
 
+    kind = "multi_view"
+
     def __init__(self, view: View | dict, *, changed: str = "student", processing_class: Any = None):
         self.view = View.of(view)
         if changed not in ("student", "teacher"):

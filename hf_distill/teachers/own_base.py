@@ -18,6 +18,8 @@ class OwnBaseTeacher(ItselfTeacher):
     base in eval mode, and costs its forward but no memory.
     """
 
+    kind = "own_base"
+
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Find the student's adapters.
 

@@ -151,6 +151,8 @@ class EMATeacher(PastSelf):
         DistillError: a value out of range.
     """
 
+    kind = "ema"
+
     def __init__(self, decay: Any = 0.999, warmup: int = 0):
         self._decay = points_of(decay, "decay", 0, 1)
         if any(d == 1 for _, d in self._decay):
@@ -178,6 +180,8 @@ class SnapshotTeacher(PastSelf):
     Raises:
         DistillError: neither is given, so that the teacher would be the start for ever; or `every` is below 1.
     """
+
+    kind = "snapshot"
 
     def __init__(self, every: int | None = None, path: str | None = None):
         if every is None and path is None:

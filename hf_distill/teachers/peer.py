@@ -74,6 +74,7 @@ class PeerTeacher(TrainedTeacher):
         tell(problems)
         super().__init__()
         self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
+        self.kind = "mutual" if mutual else "online"
         self.options = {"lr": learning_rate, "weight_decay": weight_decay}
         self._max_grad_norm, self.frozen_after = max_grad_norm, frozen_after
         self.processing_class = processing_class
@@ -111,7 +112,7 @@ class PeerTeacher(TrainedTeacher):
             args.ddp_find_unused_parameters = args.world_size > 1 or None  # of a peer that is frozen by then
         return problems
 
-    def learn(self, terms: Sequence[Term]) -> None:
+    def learn(self, terms: Sequence[Term]) -> list[Term]:
         """Make the peer's terms of the student's: `peer_hard`, and `peer_soft` of a mutual one."""
         soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
         self.terms = [replace(hard, name="peer_hard", weight=hard.weight if self._mutual else 1.0)]
@@ -122,6 +123,7 @@ class PeerTeacher(TrainedTeacher):
                     "Mutual learning with alpha 1: each model learns from the other alone, and nothing anchors the "
                     "pair to the data. Set alpha below 1."
                 )
+        return super().learn(terms)
 
     def stack(self, which: str | None = None) -> Stack:
         """The peer's blocks."""

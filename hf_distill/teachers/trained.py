@@ -10,6 +10,8 @@ from .state import load_state, save_state, state_file
 class TrainedTeacher(Teacher):
     """Classes which derive set `trained` in `prepare`. Its weights are the sidecar's; where they began is kept here."""
 
+    bound = True
+
     def __init__(self):
         self._distance = Distance()
 

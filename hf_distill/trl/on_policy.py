@@ -71,7 +71,7 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             problems.append("alpha is 0 and there are no losses, so nothing of the teacher's is learnt: use SFTTrainer")
         if kwargs.pop("teacher_model", None) is not None:
             problems.append("teacher_model is TRL's name: pass the teacher as `teacher=`")
-        elif teacher is None:
+        elif teacher is None and kwargs.get("teachers") is None:
             problems.append("on-policy distillation needs a teacher: pass `teacher=`, a model, its id or a Teacher")
         tell(problems)
         self._given: list[dict | None] | None = None

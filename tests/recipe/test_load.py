@@ -110,7 +110,7 @@ def test_every_problem_is_told_at_once_with_its_place():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda v: v.pop("teacher"), "teacher: missing"),
+        (lambda v: v.pop("teacher"), "recipe: give either teacher, or teachers"),
         (lambda v: v["student"].update(model="x"), "recipe: student: give either model or from_teacher"),
         (lambda v: v["student"]["from_teacher"].update(layers=[1]), "student.from_teacher: give either keep_layers"),
         (lambda v: v["data"]["eval"].update(path="x"), "data.eval: give either path or holdout"),
