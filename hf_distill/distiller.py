@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .features import FeatureJob, Features
-from .forward import student_loss
+from .forward import Jobs, student_loss
 from .objective import Term
 from .signals import Signals, Targets
 from .sources import Head, Logits
@@ -81,21 +81,19 @@ class Distiller:
         asked = targets
         inputs, targets = teacher.seen(inputs, targets, model.training)
         tokens = self.features.tokens(inputs, targets)
-        head = HeadJob(told.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
-        features = FeatureJob(self.features.terms, told.features, tokens, targets, num_items)
 
-        def inside(said: Head | Logits) -> Tensor | None:
-            if beside is None:
-                return None
-            own = beside(said)
-            head.teacher, features.told = beside.told.logits, beside.told.features
-            return own
+        def jobs(said: Head | Logits) -> Jobs:
+            own = None if beside is None else beside(said)
+            heard = told if beside is None else beside.told
+            head = HeadJob(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
+            return Jobs(head, FeatureJob(self.features.terms, heard.features, tokens, targets, num_items), own)
 
+        taps = self.features.said(tokens)
         with beside.around(student) if beside else nullcontext():
-            loss, outputs = student_loss(student, inputs, head, features, keep_logits, inside)
+            loss, outputs, done = student_loss(student, inputs, targets, taps, jobs, keep_logits)
         if outputs.get("aux_loss") is not None:
             # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
             share = 1.0 if num_items is None else len(asked) / num_items
             loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
-        found = head.per_token | features.per_token | (beside.per_token if beside else {})
+        found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
         return Step(loss, found, asked, outputs)

@@ -84,11 +84,6 @@ class FeatureJob:
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def wanted(self) -> dict[Tap, Targets]:
-        """What to capture in the student."""
-        taps = (matched.said(layer) for matched in self.terms for layer, _ in matched.pairs)
-        return {tap: self.tokens[tap.stack] for tap in taps}
-
     def total(self, said: Mapping[Tap, Tensor], sidecar: Sidecar) -> Tensor:
         """Sum over asked tokens of the weighted terms / num_items, []."""
         total = torch.zeros((), device=self.targets.labels.device)
@@ -152,6 +147,11 @@ class Features:
         """Of each stack that is looked at, the N tokens whose features are compared."""
         stacks = {matched.term.stack: matched.student for matched in self.terms}
         return {key: targets.tokens(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
+
+    def said(self, tokens: Mapping[str | None, Targets]) -> dict[Tap, Targets]:
+        """What to capture in the student."""
+        taps = (matched.said(layer) for matched in self.terms for layer, _ in matched.pairs)
+        return {tap: tokens[tap.stack] for tap in taps}
 
     def wanted(self, tokens: Mapping[str | None, Targets]) -> dict[Tap, Targets]:
         """What to ask of the teacher."""

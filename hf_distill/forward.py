@@ -8,6 +8,7 @@ from the head's output by a hook, as wrappers left it.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -63,59 +64,70 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
     return Signals(Logits(targets.pick(outputs.logits)) if sent_on is None else heads[0], features)
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """What is computed inside a student's forward; made there, once the source of its logits is known.
+
+    head:     of its logits
+    features: of its features
+    own:      [] a loss of a teacher that trains beside it, which leaves with the student's; None: there is none
+    """
+
+    head: HeadJob
+    features: FeatureJob
+    own: Tensor | None = None
+
+
 def student_loss(
     model: nn.Module,
     inputs: dict,
-    head: HeadJob,
-    features: FeatureJob,
+    targets: Targets,
+    taps: Mapping[Tap, Targets],
+    jobs: Callable[[Head | Logits], Jobs],
     keep_logits: bool = False,
-    inside: Callable[[Head | Logits], Tensor | None] | None = None,
-) -> tuple[Tensor, Any]:
-    """The objective over asked tokens / num_items, [], and the student's outputs.
+) -> tuple[Tensor, Any, Jobs]:
+    """The objective over asked tokens / num_items, [], the student's outputs, and the jobs, with per-token values.
 
     Args:
         model: as prepared, wrappers included; with features, its sidecar attached.
         inputs: the collator's batch.
-        head: what to compute of logits; it finds the per-token values.
-        features: the same of features.
+        targets: the asked tokens.
+        taps: features of the student to be kept, with their tokens.
+        jobs: makes what is to be computed of the source of its logits; called in the model's forward.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
-        inside: called once in the model's forward with the source of its logits, before the two jobs are done, which it
-            may complete; a loss that it returns is added.
     """
-    heard: list[Tensor | None] = []  # what `inside` returned in this forward
-
-    def listen(said: Head | Logits) -> Tensor | None:
-        heard.append(inside(said) if inside else None)
-        return heard[-1]
+    fused: list[Jobs] = []  # in this forward; a model may be run twice
+    made: list[Jobs] = []
 
     def fuse(source: Head) -> Tensor:
-        own = listen(source)
-        loss = head.from_hidden(source)
+        fused.append(jobs(source))
+        loss, own = fused[-1].head.from_hidden(source), fused[-1].own
         loss = loss if own is None else loss + own
         return loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views, on which hooks can get lost
 
     def at_end(_module: nn.Module, _args: Any, outputs: Any) -> Any:
         """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
-        parts = [] if heard else [listen(Logits(head.targets.pick(outputs.logits)))]
-        heard.clear()
-        if features.terms:
+        made.append(fused[-1] if fused else jobs(Logits(targets.pick(outputs.logits))))
+        parts = [] if fused or made[-1].own is None else [made[-1].own]
+        fused.clear()
+        if made[-1].features.terms:
             sidecar: Any = sidecar_of(model)
-            parts.append(sidecar(lambda its: features.total(found, its)))
-        if losses := [part for part in parts if part is not None]:
-            outputs["loss"] = torch.stack(losses).sum()
+            parts.append(sidecar(lambda its: made[-1].features.total(found, its)))
+        if parts:
+            outputs["loss"] = torch.stack(parts).sum()
         return outputs
 
     hook = unwrapped(model).register_forward_hook(at_end)
     try:
-        with capture(model, features.wanted()) as found:
-            outputs, loss = _run(model, inputs, head.targets, None if keep_logits else fuse)
+        with capture(model, taps) as found:
+            outputs, loss = _run(model, inputs, targets, None if keep_logits else fuse)
     finally:
         hook.remove()
-    loss = head.from_logits(head.targets.pick(outputs.logits)) if loss is None else loss.reshape(())
+    loss = made[-1].head.from_logits(targets.pick(outputs.logits)) if loss is None else loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
-    return loss, outputs
+    return loss, outputs, made[-1]
 
 
 def _run(

@@ -1,7 +1,7 @@
 """The objective: which losses, how much of each, at which temperature."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
@@ -52,6 +52,12 @@ class Term:
             )
         return values * self.scale
 
+    def closed(self, pair: Pair | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The closed form for a pair, if there is one."""
+        if pair is None:
+            return None
+        return self.loss.gradient if pair.sparse is None else self.loss.sparse
+
     def with_gradient(self, student: Signals, teacher: Signals | None, targets: Targets, pair: Pair | None):
         """The same, and the gradient of its sum by the student's logits, [T, V], as (values, gradient, factor).
 
@@ -63,8 +69,8 @@ class Term:
             targets: the asked tokens.
             pair: the same logits for closed forms, if they apply; else autograd is asked.
         """
-        if pair is not None and self.loss.gradient is not None:
-            values, gradient = self.loss.gradient(pair, **self.options)
+        if (closed := self.closed(pair)) is not None:
+            values, gradient = closed(pair, **self.options)
             return values * self.scale, gradient, self.weight * self.scale
         with torch.enable_grad():
             logits = dense(student).detach().requires_grad_()

@@ -1,5 +1,7 @@
 """A training's progress in a terminal."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -41,6 +43,16 @@ class RichProgress(TrainerCallback):
     def stage(self, text: str) -> None:
         """Say what begins."""
         self._console.print(f"[bold]·[/bold] {escape(text)}")
+
+    def stored(self, progress: Any) -> None:
+        """Show how far a cache is; see `cache.capture.Progress`."""
+        if "writing" not in self._bars:
+            self._start("writing", progress.of)
+        pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
+        self._progress.update(self._bars["writing"], completed=progress.tokens, losses=pace)
+        if not self._console.is_terminal:
+            left = f"{progress.seconds_left:,.0f} s left"
+            self.stage(f"{progress.tokens:,} of {progress.of:,} tokens · {pace} · {left}")
 
     def _start(self, name: str, total: int | None) -> None:
         self._bars[name] = self._progress.add_task(name, total=total, losses="")

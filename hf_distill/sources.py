@@ -125,20 +125,25 @@ class Sparse:
     """What a teacher said about some ids of each asked token.
 
     ids:         [T, K]
-    log_probs:   [T, K], -inf where a row has fewer; of sampled teachers: logs of the draws' unbiased weights, sum 1
+    log_probs:   [T, K], -inf where a row has fewer; of sampled teachers: logs of the draws' unbiased weights
     log_tail:    [T] log of the mass outside `ids`; None for a sampled teacher
     temperature: at which the probabilities were taken
+    expected:    [T] of a sampled teacher: sum over the draws of weight * its own log-probability, with which the value
+                 of forward KL has no bias; None: unknown, and the value is KL(weights || student)
+    vocab_size:  V of the teacher, of whose ids these are some; None: that of the student
     """
 
     ids: Tensor
     log_probs: Tensor
     log_tail: Tensor | None
     temperature: float = 1.0
+    expected: Tensor | None = None
+    vocab_size: int | None = None
 
     def block(self, rows: slice) -> "Sparse":
         """The same for some of the asked tokens."""
-        tail = None if self.log_tail is None else self.log_tail[rows]
-        return Sparse(self.ids[rows], self.log_probs[rows], tail, self.temperature)
+        tail, expected = (None if t is None else t[rows] for t in (self.log_tail, self.expected))
+        return Sparse(self.ids[rows], self.log_probs[rows], tail, self.temperature, expected, self.vocab_size)
 
 
 @dataclass(frozen=True)

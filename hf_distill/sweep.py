@@ -116,17 +116,18 @@ class HeadJob:
         targets = self.targets.block(slice(start, start + len(logits)))
         self._scratch.give_back()
         own = Pair(logits, None, targets.labels, self._scratch)
-        pairs = {name: own.beside(heard) for name, heard in told.items() if isinstance(heard, Tensor)}
+        pairs = {name: own.beside(heard) for name, heard in told.items()}
         self._number += 1
         if self.statistics and (self._number - 1) % self.statistics == 0:
-            for name, values in measured(own, pairs.get(next(iter(told), None))).items():
+            first = next(iter(pairs.values()), None)
+            for name, values in measured(own, None if first is None or first.sparse else first).items():
                 self._keep(name, start, values)
         said = Signals(Logits(logits))
         heard = {name: Signals(Logits(t) if isinstance(t, Tensor) else t) for name, t in told.items()}
         gradients = []
         for term in self.terms:
             pair = pairs.get(term.teacher) if term.loss.needs else own
-            closed = pair is not None and term.loss.gradient is not None
+            closed = term.closed(pair) is not None
             wanted = on_gradient is not None and term.weight != 0
             asks = None if term.loss.needs else targets.labelled
             if closed or wanted:  # a closed form is the shortest way to the values, too

@@ -20,7 +20,7 @@ FLOORS = [
     {"statistics"},
     {"sweep", "features"},
     {"head", "forward", "student", "speculative"},
-    {"data"},
+    {"data", "cache"},
     {"teachers"},
     {"distiller"},
     {"config", "by_source"},

@@ -260,10 +260,9 @@ def _with_lora(model):
 
 
 def _with_adapter(model):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    return model
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
 
 
 def _marked(model, holder, **marks):

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..sources import Sparse
 from . import divergence, hard
 from .registry import gradient_of
+from .support import NO_MASS, check_temperature
 
 
 class Softmax(NamedTuple):
@@ -53,19 +55,23 @@ class Pair:
     student, teacher: [r, V] in float32 or better, over the same ids; teacher is None where there is none
     labels:           [r]
     whole:            [r, V_t] the teacher's logits over all of its ids
+    sparse:           what a sparse teacher says in the place of logits
     """
 
     def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Scratch):
         self.student, self.teacher, self.labels, self._scratch = student, teacher, labels, scratch
         self.whole: Any = teacher
+        self.sparse: Any = None
         self._p: dict[float, Softmax] = {}
         self._q: dict[float, Softmax] = {}
 
-    def beside(self, teacher: Tensor) -> "Pair":
-        """The same student and a teacher [r, V_t], over the ids that both have."""
-        shared = min(self.student.shape[1], teacher.shape[1])
-        pair = Pair(self.student[:, :shared], teacher[:, :shared], self.labels, self._scratch)
-        pair.whole = teacher
+    def beside(self, teacher: Tensor | Sparse) -> "Pair":
+        """The same student and a teacher, whose logits are [r, V_t], over the ids that both have; or a sparse one."""
+        sparse, whole = (teacher, None) if isinstance(teacher, Sparse) else (None, teacher)
+        size = whole.shape[1] if whole is not None else teacher.vocab_size
+        shared = self.student.shape[1] if size is None else min(size, self.student.shape[1])
+        pair = Pair(self.student[:, :shared], whole if whole is None else whole[:, :shared], self.labels, self._scratch)
+        pair.sparse, pair.whole = sparse, whole
         if shared == self.student.shape[1]:
             pair._p = self._p
         return pair
@@ -128,6 +134,35 @@ def forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     values = pair.dot(q, difference) + (lse_s - lse_t)[:, 0]
     torch.sub(p, q, out=difference)
     return values, difference if temperature == 1.0 else difference.div_(temperature)
+
+
+@gradient_of(divergence.forward_kl, sparse=True)
+def sparse_forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """With w the teacher's mass of its ids and m all of it: (m * p - w) / temperature.
+
+    With mass w' outside its ids, where the student has p', and r = w' / p': (m * p - w) / temperature at its ids, and
+    (m - r) * p / temperature elsewhere.
+    """
+    told: Sparse = pair.sparse
+    check_temperature(told, temperature)
+    z, p, lse = pair.p(temperature)
+    logs = told.log_probs.to(p.dtype).clamp(min=NO_MASS)
+    weights, log_p = logs.exp(), z.gather(1, told.ids) - lse
+    mass = weights.sum(1)
+    tail = None if told.ids.shape[1] == p.shape[1] else told.log_tail
+    if tail is None:
+        own = (weights * logs).sum(1) if told.expected is None else told.expected.to(p.dtype)
+        values = own - (weights * log_p).sum(1)
+        by_logits = torch.mul(p, mass[:, None], out=pair.take())
+        by_logits.scatter_add_(1, told.ids, -weights)
+    else:
+        left = tail.to(p.dtype).clamp(min=NO_MASS)
+        rest = (1 - log_p.exp().sum(1)).clamp(min=torch.finfo(p.dtype).eps)
+        ratio = left.exp() / rest
+        values = (weights * (logs - log_p)).sum(1) + left.exp() * (left - rest.log())
+        by_logits = torch.mul(p, (mass + left.exp() - ratio)[:, None], out=pair.take())
+        by_logits.scatter_add_(1, told.ids, ratio[:, None] * log_p.exp() - weights)
+    return values, by_logits if temperature == 1.0 else by_logits.div_(temperature)
 
 
 @gradient_of(divergence.reverse_kl)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import DistillError
 from ..signals import Signals, Targets
+from ..sources import Sparse
 from .registry import loss
 from .support import align
 
@@ -29,9 +30,14 @@ def forward_kl(
 
     sum_v q(v) * (log q(v) - log p(v))
 
-    For a one-hot teacher: the cross entropy with its label. Source: Hinton, Vinyals, Dean, arXiv 1503.02531.
+    For a one-hot teacher: the cross entropy with its label. Of a sampled teacher (2503.16870), whose draws have the
+    weights w(v): sum_v w(v) * (log q(v) - log p(v)), whose mean over draws is the divergence, also of the gradients.
+    Source: Hinton, Vinyals, Dean, arXiv 1503.02531.
     """
     s, t = align(student, teacher, temperature, sampled=True)
+    told = teacher.logits if isinstance(teacher, Signals) else None
+    if isinstance(told, Sparse) and told.expected is not None:
+        return told.expected.to(s.dtype) - (t.exp() * s).sum(-1)
     return (t.exp() * (t - s)).sum(-1)
 
 

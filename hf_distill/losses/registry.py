@@ -24,6 +24,7 @@ class Loss:
     paper:    arXiv id
     options:  name -> default, read from the function's signature
     gradient: its closed form, if it has one; see `gradient_of`
+    sparse:   the same beside a sparse teacher
     """
 
     name: str
@@ -32,6 +33,7 @@ class Loss:
     paper: str
     options: dict[str, Any]
     gradient: Callable[..., tuple[Tensor, Tensor]] | None = None
+    sparse: Callable[..., tuple[Tensor, Tensor]] | None = None
     project: bool = False
 
     @property
@@ -100,16 +102,18 @@ def loss(
     return register
 
 
-def gradient_of(of: Callable) -> Callable[[Callable], Callable]:
+def gradient_of(of: Callable, sparse: bool = False) -> Callable[[Callable], Callable]:
     """Register the closed form of a registered loss, which the fused head uses in place of autograd.
 
     The function takes `(pair, **options)`, a `Pair` of logits [r, V] in float32 or better over the same V, and returns
-    the loss [r] and its gradient by the student's logits, [r, V] in a tensor of its own (`pair.take()` lends one).
+    the loss [r] and its gradient by the student's logits, [r, V] in a tensor of its own (`pair.take()` lends one). With
+    `sparse` it is for pairs whose teacher is `pair.sparse`.
     """
 
     def register(function: Callable) -> Callable:
         name = next(name for name, loss in LOSSES.items() if loss.function is of)
-        LOSSES[name] = dataclasses.replace(LOSSES[name], gradient=function)
+        closed: dict[str, Any] = {"sparse" if sparse else "gradient": function}
+        LOSSES[name] = dataclasses.replace(LOSSES[name], **closed)
         return function
 
     return register

@@ -7,7 +7,7 @@ from ..errors import DistillError
 from ..signals import Signals
 from ..sources import Head, Logits, Sparse
 
-_NONE = -1e4  # log of no mass: exp of it is 0, and 0 times it is 0
+NO_MASS = -1e4  # log of no mass: exp of it is 0, and 0 times it is 0
 
 
 def align(
@@ -45,21 +45,33 @@ def align(
     )
 
 
-def _align_sparse(s: Tensor, teacher: Sparse, temperature: float, sampled: bool) -> tuple[Tensor, Tensor]:
+def check_temperature(teacher: Sparse, temperature: float) -> None:
+    """Refuse to tell probabilities at another temperature than the one at which they were stored.
+
+    Raises:
+        DistillError: it is another one.
+    """
     if teacher.temperature != temperature:
         raise DistillError(
             f"The teacher's probabilities were stored at temperature {teacher.temperature} and are asked for at "
             f"{temperature}: set temperature to {teacher.temperature}."
         )
+
+
+def _align_sparse(s: Tensor, teacher: Sparse, temperature: float, sampled: bool) -> tuple[Tensor, Tensor]:
+    check_temperature(teacher, temperature)
+    s = s[..., : teacher.vocab_size]
     if teacher.log_tail is None and not sampled:
         raise DistillError("A sampled teacher gives an unbiased forward_kl and no other divergence: use forward_kl.")
     log_s = torch.log_softmax(s / temperature, dim=-1).gather(-1, teacher.ids)
-    log_t = teacher.log_probs.to(s.dtype).clamp(min=_NONE)
+    log_t = teacher.log_probs.to(s.dtype).clamp(min=NO_MASS)
     if teacher.log_tail is None or teacher.ids.shape[-1] == s.shape[-1]:
         return log_s, log_t
     floor = torch.finfo(s.dtype).eps
     tail = (1 - log_s.exp().sum(-1, keepdim=True)).clamp(min=floor).log()
-    return torch.cat([log_s, tail], -1), torch.cat([log_t, teacher.log_tail[:, None].to(s.dtype).clamp(min=_NONE)], -1)
+    return torch.cat([log_s, tail], -1), torch.cat(
+        [log_t, teacher.log_tail[:, None].to(s.dtype).clamp(min=NO_MASS)], -1
+    )
 
 
 def dense(source: Signals | Tensor) -> Tensor:

@@ -62,6 +62,11 @@ def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepa
     return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
 
 
+def taken_by(args: Any) -> int:
+    """Rows that a training with these arguments takes, where its steps are counted."""
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
     """Rows of all sources as a recipe mixes them."""
     weights: Any = {name: source.weight for name, source in data.sources.items()}

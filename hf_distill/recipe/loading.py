@@ -15,6 +15,7 @@ from ..config import DistillConfig
 from ..errors import need, tell
 from ..student import block_influence, cut_student, most_influential
 from ..teachers import (
+    CachedTeacher,
     EMATeacher,
     FrozenTeacher,
     MTPTeacher,
@@ -40,6 +41,7 @@ class Models:
     teacher:   of the trainers
     layers:    blocks of the teacher that the student is made of; None where it is a model of its own
     influence: of each of the teacher's blocks, where they were chosen by it
+    caches:    path of each cache -> what its manifest says of it
 
     Raises:
         DistillError: see `FrozenTeacher`.
@@ -50,27 +52,41 @@ class Models:
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # see `train_arguments`
         self.layers: list[int] | None = None
         self.influence: list[float] | None = None
+        self.caches: dict[str, dict[str, Any]] = {}
         self._donor: Student | TeacherSpec = self._spec if self._spec.model else self._student
         self._whole: nn.Module | None = None
+        self._tokenizer = tokenizer
+        specs = recipe.all_teachers
         if recipe.teacher:
-            self.teacher = self._teacher(recipe.teacher, tokenizer)
+            self.teacher = self._teacher(specs[0])
         else:
-            self.teacher = MultiTeacher(
-                {spec.name: self._teacher(spec, tokenizer) for spec in recipe.teachers},
-                {spec.name: spec.weight for spec in recipe.teachers if spec.weight is not None},
-            )
+            weights = {spec.name: spec.weight for spec in recipe.teachers if spec.weight is not None}
+            names = [spec.name for spec in recipe.teachers]
+            self.teacher = MultiTeacher({n: self._teacher(spec) for n, spec in zip(names, specs, strict=True)}, weights)
 
-    def _teacher(self, spec: TeacherSpec, tokenizer: Any) -> Teacher:
-        """A teacher of a recipe; the one of which students may be cut is loaded now, whole, if nothing else is said."""
-        path = self._path if spec is self._spec else resolve_model(str(spec.model)) if spec.model else ""
-        if spec.kind != "frozen":
-            return _moving(spec, lambda: self._load_peer(spec, path))
+    def _teacher(self, spec: TeacherSpec) -> Teacher:
+        """A teacher of a recipe."""
+        if spec.kind == "cached":
+            source = self._frozen(spec.speaker) if spec.fallback == "online" else None
+            cached = CachedTeacher(str(spec.path), source=source, fallback=spec.fallback or "refuse")
+            self.caches[cached.path] = cached.manifest.facts()
+            return cached
+        if spec.kind == "frozen":
+            return self._frozen(spec)
+        return _moving(spec, lambda: self._load_peer(spec, self._path_of(spec)))
+
+    def _path_of(self, spec: TeacherSpec) -> str:
+        return self._path if spec is self._spec else resolve_model(str(spec.model))
+
+    def _frozen(self, spec: TeacherSpec) -> FrozenTeacher:
+        """The one of which students may be cut is loaded now, whole, if nothing else is said."""
         held = {name: getattr(spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
         held = {name: value for name, value in held.items() if value}
         if spec is self._spec and not held:
             self._whole = self._load_whole().to(self._args.device)
-            return FrozenTeacher(self._whole, processing_class=tokenizer)
-        return FrozenTeacher(path, processing_class=tokenizer, dtype=spec.dtype, **_named(spec), **held)
+            return FrozenTeacher(self._whole, processing_class=self._tokenizer)
+        options = {"dtype": spec.dtype, **_named(spec), **held}
+        return FrozenTeacher(self._path_of(spec), processing_class=self._tokenizer, **options)
 
     def _load_whole(self) -> Any:
         with sharded_for(None):
@@ -164,22 +180,6 @@ def _moving(spec: TeacherSpec, load_peer: Callable[[], nn.Module]) -> Teacher:
         "mtp": MTPTeacher,
     }
     return kinds[spec.kind](**given)
-
-
-def train_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Of TrainingArguments, for the machine at hand.
-
-    accelerate has FSDP for GPUs alone. On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but
-    without checkpoints to resume from.
-    """
-    train = recipe.train.model_dump(exclude_unset=True)
-    if torch.accelerator.is_available():
-        return train
-    train.setdefault("use_cpu", True)  # else processes do not find each other
-    if train.get("fsdp"):
-        logger.warning("FSDP on CPUs: transformers shards the student as it loads, and the run writes no checkpoints.")
-        train = {k: v for k, v in train.items() if k not in ("fsdp", "fsdp_config")} | {"save_strategy": "no"}
-    return train
 
 
 def check_launch(recipe: Recipe) -> None:

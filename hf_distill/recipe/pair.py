@@ -89,17 +89,18 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "snapshot": ("every", "path"),
     "multi_view": ("view", "changed"),
     "mtp": ("heads", "hard_weight", "soft_weight", "learning_rate"),
+    "cached": ("path", "source", "fallback", "online"),
 }
 
 
 class TeacherSpec(Part):
     """What to learn from."""
 
-    kind: Literal["frozen", "own_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp"] = Field(
+    kind: Literal["frozen", "own_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached"] = Field(
         "frozen",
         description="frozen: it does not move; own_base: the student without its adapters; online, mutual: it is "
         "trained beside the student; ema, snapshot: the student's past; multi_view: the student on another view of the "
-        "batch; mtp: the student's head teaches heads that look further ahead.",
+        "batch; mtp: the student's head teaches heads that look further ahead; cached: what a teacher said, on disk.",
     )
     model: str | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
@@ -123,7 +124,14 @@ class TeacherSpec(Part):
     )
     warmup: int | None = Field(None, ge=0, description="Steps over which ema's decay rises from 0; by default none.")
     every: int | None = Field(None, gt=0, description="Steps between two snapshots.")
-    path: str | None = Field(None, description="Weights that a snapshot begins with.")
+    path: str | None = Field(
+        None, description="Weights that a snapshot begins with; a cache: folder or hf://datasets/org/name[@revision]."
+    )
+    source: "TeacherSpec | None" = Field(None, description="Of cached: the teacher that writes it, of kind frozen.")
+    fallback: Literal["refuse", "online"] | None = Field(
+        None, description="Of cached, for examples that it lacks: refuse (the default), or ask the source."
+    )
+    online: bool = Field(False, description="Of cached: the source teaches in the place of the cache, to compare.")
     view: ViewSpec | None = Field(None, description="Of multi_view.")
     changed: Literal["student", "teacher"] | None = Field(
         None, description="Which of the two sees the view in training; by default the student."
@@ -156,12 +164,34 @@ class TeacherSpec(Part):
             raise ValueError(f"kind {self.kind} has no {', '.join(foreign)}; it takes {takes}")
         if "model" in FIELDS[self.kind] and self.model is None:
             raise ValueError("give its model")
+        if self.kind == "cached":
+            self._check_cached()
         if self.kind == "multi_view" and self.view is None:
             raise ValueError("give its view, such as {token_dropout: 0.1}")
         if self.kind == "snapshot" and self.every is None and self.path is None:
             raise ValueError("a snapshot needs every, the steps between two of them, or the path of one")
         check_ways(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self
+
+    def _check_cached(self) -> None:
+        if self.path is None:
+            raise ValueError("give the path of the cache: a folder, or hf://datasets/org/name")
+        if self.source is not None and self.source.kind != "frozen":
+            raise ValueError(f"a cache holds what a teacher that does not move says; its source is {self.source.kind}")
+        if self.source is None and (self.online or self.fallback == "online"):
+            raise ValueError("online asks the teacher that writes the cache: give it as source")
+        if self.online and self.fallback:
+            raise ValueError("online leaves the cache out, and fallback reads it: give one of them")
+
+    @property
+    def speaker(self) -> "TeacherSpec":
+        """The model that a cache speaks for, where it is known; else the teacher itself."""
+        return self.source or self
+
+    @property
+    def spoken(self) -> "TeacherSpec":
+        """The teacher that a run asks: the source of a cache that is to be left out."""
+        return self.speaker if self.online else self
 
 
 class NamedTeacher(TeacherSpec):

@@ -31,13 +31,14 @@ from ..losses import get_loss
 from ..tasks import bare
 from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
-from ..zero import gather_on_save
-from .examples import prepare_data
+from .arguments import arguments
+from .caching import check_cached, write_missing
+from .examples import prepare_data, taken_by
 from .folder import claim, newest_checkpoint, on_main
-from .loading import Models, check_launch, train_arguments
+from .loading import Models, check_launch
 from .models import resolve_model
 from .moved import NoTeacher, of_moved, save_moved
-from .on_policy import on_policy_arguments, prepare_prompts
+from .on_policy import prepare_prompts
 from .schema import Recipe
 
 logger = logging.get_logger(__name__)
@@ -72,8 +73,9 @@ def run_recipe(
         DistillError: the folder holds another run, or an input is wrong.
     """
     check_launch(recipe)
-    args = _arguments(recipe)
+    args = arguments(recipe)
     folder = on_main(lambda: claim(recipe, resume))
+    write_missing(recipe, on_stage)
     evidence = read_json(folder / "evidence.json") if resume else {}
     models = evidence.setdefault("models", {})
     if evidence.get("status") == "done":
@@ -98,18 +100,6 @@ def run_recipe(
     return RunResult(folder, models)
 
 
-def _arguments(recipe: Recipe, on_policy: bool = False) -> Any:
-    losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
-    projectors = recipe.model_dump(include={"projectors"})["projectors"]
-    given = train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
-    args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
-    args.dataloader_pin_memory &= torch.accelerator.is_available()
-    if recipe.data.scheduled:
-        args.train_sampling_strategy = "sequential"
-    gather_on_save(args)
-    return args
-
-
 class _Run:
     """A recipe's models, data and arguments, loaded."""
 
@@ -121,7 +111,7 @@ class _Run:
         with args.main_process_first():
             path = resolve_model(recipe.base)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=recipe.base_revision)
-        count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        count = taken_by(args)
         with args.main_process_first():
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
@@ -131,7 +121,7 @@ class _Run:
 
     def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
         """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
-        args = _arguments(self.recipe, on_policy=True) if on_policy else copy.deepcopy(self.args)
+        args = arguments(self.recipe, on_policy=True) if on_policy else copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
         args.remove_unused_columns = False  # rows have what the collator reads, and nothing else
@@ -156,10 +146,12 @@ class _Run:
         trainer.sources = self.data.collator.sources
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        if trainer.teacher is not None:
+            check_cached(trainer.teacher, self.recipe, self.data, shift=True)
         if self.recipe.data.packing:
             with trainer.accelerator.autocast():
                 check_isolation(trainer.model, "student")
-            if trainer.teacher is not None:
+            if trainer.teacher is not None and trainer.teacher.model is not None:
                 check_isolation(trainer.teacher.model, "teacher")
         return trainer
 
@@ -197,11 +189,15 @@ class _Run:
         )
 
     def _describe(self, trainer: DistillTrainer) -> None:
-        self.facts |= {"teacher": _size(trainer.teacher.model), "student": _size(trainer.model)}
+        self.facts |= {"student": _size(trainer.model)}
+        if trainer.teacher.model is not None:
+            self.facts["teacher"] = _size(trainer.teacher.model)
+        if self.models.caches:
+            self.facts["caches"] = self.models.caches
         if self.models.layers is not None:
             self.facts["student"]["layers_kept"] = self.models.layers
         if self.models.influence is not None:
-            self.facts["teacher"]["block_influence"] = self.models.influence
+            self.facts.setdefault("teacher", {})["block_influence"] = self.models.influence
 
     def control(self) -> dict[str, float]:
         """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features.
@@ -212,7 +208,7 @@ class _Run:
         seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
-        if self.recipe.kinds <= {"frozen", "own_base"}:
+        if self.recipe.kinds <= {"frozen", "own_base", "cached"}:
             trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
         else:
             trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))

@@ -176,13 +176,17 @@ class Recipe(Part):
 
     @property
     def all_teachers(self) -> list[TeacherSpec]:
-        """The teacher, or all of several."""
-        return [self.teacher] if self.teacher else [*self.teachers]
+        """The teacher, or all of several; the source in the place of a cache that is to be left out."""
+        return [spec.spoken for spec in ([self.teacher] if self.teacher else self.teachers)]
 
     @property
     def main(self) -> TeacherSpec:
-        """The teacher; of several the first that is a model of its own, from which a student may be cut."""
-        return next((spec for spec in self.all_teachers if spec.model), self.all_teachers[0])
+        """The teacher; of several the first that is a model of its own, from which a student may be cut.
+
+        In the place of a cache the teacher that wrote it, where the recipe says which.
+        """
+        speakers = [spec.speaker for spec in self.all_teachers]
+        return next((spec for spec in speakers if spec.model), speakers[0])
 
     @property
     def kinds(self) -> set[str]:
@@ -222,6 +226,10 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _donor(self):
         given, cut = self.student.model, self.student.from_teacher
+        if "cached" in self.kinds and not self.main.model and (given is None or cut):
+            raise ValueError(
+                "student: a cache has no blocks: give the student's model, or teacher.source to cut it from"
+            )
         if self.main.model and (given is None) == (cut is None):
             raise ValueError("student: give either model or from_teacher")
         if not self.main.model and given is None:
@@ -250,6 +258,8 @@ class Recipe(Part):
         if self.on_policy is None:
             return self
         problems = []
+        if "cached" in self.kinds:
+            problems.append("no cache knows what the student will write: set teacher.online, or use a frozen teacher")
         if self.on_policy.max_completion_length >= self.data.max_length:
             problems.append("max_completion_length leaves no room for a prompt: raise data.max_length")
         if self.data.packing:

@@ -37,7 +37,7 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     values = deepcopy(values)
     student, train = values["student"], values["train"]
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
-        _small_teacher(teacher)
+        _small_teacher(teacher, f"{train['output_dir']}-smoke/cache")
     if student.get("from_teacher"):
         cut = student["from_teacher"]
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}
@@ -61,13 +61,15 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _small_teacher(teacher: dict[str, Any]) -> None:
+def _small_teacher(teacher: dict[str, Any], cache: str) -> None:
     if teacher.get("model"):
         teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
     if teacher.get("every"):
         teacher["every"] = 2
+    if teacher.get("source"):
+        _small_teacher(teacher["source"], "")
     if teacher.get("path"):
-        teacher |= {"path": None, "every": 2}
+        teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "every": 2}
 
 
 def _small(name: str, part: Any, text: str) -> Any:

@@ -1,6 +1,7 @@
 """Teachers: what the student learns from."""
 
 from .base import Teacher
+from .cached import CachedTeacher
 from .frozen import FrozenTeacher
 from .mtp import MTPTeacher
 from .multi_view import MultiViewTeacher
@@ -10,6 +11,7 @@ from .peer import PeerTeacher
 from .several import MultiTeacher
 
 __all__ = [
+    "CachedTeacher",
     "EMATeacher",
     "FrozenTeacher",
     "MTPTeacher",

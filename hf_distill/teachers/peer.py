@@ -14,7 +14,7 @@ from ..blocks import Stack, stack_of
 from ..capture import capture
 from ..errors import DistillError, tell
 from ..features import FeatureJob
-from ..forward import answering, student_loss, teacher_signals
+from ..forward import Jobs, answering, student_loss, teacher_signals
 from ..objective import Term
 from ..sidecar import whole_state
 from ..signals import Signals, Tap, Targets
@@ -165,13 +165,17 @@ class _PeerRun(Beside):
     def __call__(self, said: Head | Logits) -> Tensor:
         own: list[Head | Logits] = []
         learns = any(term.loss.needs for term in self.terms)
-        job = HeadJob(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
-        nothing = FeatureJob([], {}, {}, self.targets)
+
+        def jobs(its: Head | Logits) -> Jobs:
+            own.append(its.detach())
+            job = HeadJob(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
+            return Jobs(job, FeatureJob([], {}, {}, self.targets))
+
         if self.frozen:
             self.model.eval()
         learning = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learning), capture(self.model, self.wanted) as found:
-            loss, _ = student_loss(self.model, self.inputs, job, nothing, inside=lambda s: own.append(s.detach()))
+            loss, _, done = student_loss(self.model, self.inputs, self.targets, {}, jobs)
         self.told = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
-        self.per_token = job.per_token
+        self.per_token = done.head.per_token
         return loss

@@ -1,0 +1,22 @@
+"""Teachers on disk: what a teacher says of the training data, written once, verified, and read ever after."""
+
+from .examples import Example, examples_of
+from .manifest import Manifest, read_manifest
+from .store import Store, check_all
+from .write import write_cache
+
+__all__ = ["Example", "Manifest", "Store", "check_all", "examples_of", "open_cache", "read_manifest", "write_cache"]
+
+
+def open_cache(path: str) -> Store:
+    """A cache, ready to be read.
+
+    Args:
+        path: a folder, or hf://datasets/org/name[@revision], which is downloaded.
+
+    Raises:
+        DistillError: it is no whole cache.
+    """
+    from .hub import folder_of
+
+    return Store(folder_of(path))

@@ -1,0 +1,196 @@
+"""From what a teacher says to what is stored, and back."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DistillError
+from ..signals import Signals, Tap
+from ..sources import Head, Logits, Sparse
+from . import codec
+from .codec import Ragged
+from .examples import Example, seed_of
+from .manifest import Manifest
+from .store import Stored
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_WORKSPACE = 100 * 2**20  # bytes of logits at a time
+_LIFT = 64.0  # nats that are added to -log of a draw's weight, which may be below 0
+
+
+def stored_of(told: Signals, examples: Sequence[Example], manifest: Manifest) -> list[Stored]:
+    """What a cache keeps of a batch's examples.
+
+    Args:
+        told: by the teacher, of all T asked tokens: `Head` or `Logits`, and the hidden states of the cache's layers.
+        examples: of the batch.
+        manifest: says the kind and its options.
+    """
+    if manifest.kind == "hidden":
+        layers = [told.features[Tap("hidden", layer)] for layer in manifest.options["layers"]]
+        assert isinstance(told.logits, Head)
+        dtype = _DTYPES[manifest.options["dtype"]]
+        rows = [_rows(tensor.to(dtype)) for tensor in (told.logits.hidden, *layers)]
+        return [
+            Stored(e.asked.stop - e.asked.start, 0, rows[0](e.asked), [of_layer(e.asked) for of_layer in rows[1:]])
+            for e in examples
+        ]
+    assert isinstance(told.logits, Head | Logits)
+    found = _sampled(told.logits, examples, manifest) if manifest.kind == "sampled" else _top_k(told.logits, manifest)
+    return [_one(found, example.asked, manifest.vocab_size) for example in examples]
+
+
+def _rows(tensor: Tensor) -> Any:
+    whole = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return lambda asked: whole[asked].tobytes()
+
+
+def _one(found: Ragged, asked: slice, vocab_size: int) -> Stored:
+    bounds = np.concatenate([[0], np.cumsum(found.sizes, dtype=np.int64)])
+    ids = slice(bounds[asked.start], bounds[asked.stop])
+    own = Ragged(found.sizes[asked], found.ids[ids], found.values[ids], found.extra[asked])
+    return Stored(len(own), len(own.ids), codec.encode(own, vocab_size), [])
+
+
+def _chunks(source: Head | Logits, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, log-probabilities [t, V]) of all asked tokens."""
+    count = len(source.hidden if isinstance(source, Head) else source.values)
+    size = max(1, _WORKSPACE // (4 * source.vocab_size))
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        logits = source.project(rows).float()
+        logits = logits if temperature == 1 else logits.div_(temperature)
+        yield rows, logits.sub_(torch.logsumexp(logits, -1, keepdim=True))
+
+
+def _top_k(source: Head | Logits, manifest: Manifest) -> Ragged:
+    k, parts = min(manifest.options["k"], manifest.vocab_size), []
+    for _, log_probs in _chunks(source, float(manifest.temperature or 1.0)):
+        ids = log_probs.topk(k, dim=-1).indices.sort(dim=-1).values
+        kept = log_probs.gather(-1, ids)
+        tail = (-torch.expm1(torch.logsumexp(kept.double(), -1))).clamp(min=0).log()
+        parts.append([x.cpu().numpy() for x in (ids, -kept, -tail)])
+    ids, kept, tail = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sizes = np.full(len(ids), k, dtype=np.uint16)
+    return Ragged(sizes, ids.reshape(-1), codec.to_grid(kept.reshape(-1)), codec.to_grid(tail))
+
+
+def _sampled(source: Head | Logits, examples: Sequence[Example], manifest: Manifest) -> Ragged:
+    """Draws with replacement; of each distinct id how often, or its weight where the proposal is another one."""
+    draws, proposal = manifest.options["draws"], float(manifest.options["proposal"])
+    temperature = float(manifest.temperature or 1.0)
+    uniform = torch.cat([_uniform(example, draws, manifest.options["seed"]) for example in examples])
+    parts = []
+    for rows, log_probs in _chunks(source, temperature):
+        other = log_probs if proposal == temperature else torch.log_softmax(log_probs * (temperature / proposal), -1)
+        ids = _inverse(other.exp(), uniform[rows].to(log_probs.device)).sort(-1).values
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        counts = torch.zeros_like(ids).scatter_add_(1, first.cumsum(1) - 1, torch.ones_like(ids))
+        log_p = log_probs.gather(1, ids)
+        weight = log_p - other.gather(1, ids) - math.log(draws)  # of one draw
+        expected = (weight.exp() * log_p).sum(1)
+        parts.append([x.cpu().numpy() for x in (first, ids, counts, weight, expected)])
+    first, ids, counts, weight, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sizes = first.sum(1).astype(np.uint16)
+    counts = counts[np.arange(draws) < sizes[:, None]]
+    values = counts if proposal == temperature else codec.to_grid(_LIFT - weight[first] - np.log(counts))
+    return Ragged(sizes, ids[first], values, codec.to_grid(-expected))
+
+
+def _uniform(example: Example, draws: int, seed: int) -> Tensor:
+    """[T, draws] in [0, 1), which belong to the example."""
+    count = example.asked.stop - example.asked.start
+    return torch.rand(count, draws, generator=seed_of(example.key, seed), dtype=torch.float64)
+
+
+_BLOCK = 256
+
+
+def _inverse(probs: Tensor, uniform: Tensor) -> Tensor:
+    """[t, draws] ids whose share of the running sum of `probs` [t, V] the numbers in [0, 1) fall into.
+
+    The running sum is taken over blocks first and inside the blocks that were hit then: one pass over V.
+    """
+    count, vocab = probs.shape
+    short = -vocab % _BLOCK
+    blocks = torch.nn.functional.pad(probs, (0, short)) if short else probs
+    blocks = blocks.view(count, -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [t, V / 256]
+    goal = uniform * ends[:, -1:]
+    block = torch.searchsorted(ends, goal, right=True).clamp(max=ends.shape[1] - 1)
+    goal = goal - torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    inner = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).to(torch.float64).cumsum(-1)  # [t, draws, 256]
+    # Never an id without mass: not beyond the block's last one that has some, wherever rounding put the goal.
+    goal = torch.minimum(goal, inner[..., -1] * (1 - 1e-12))
+    inside = torch.searchsorted(inner, goal[..., None].clamp(min=0), right=True)[..., 0]
+    return (block * _BLOCK + inside).clamp(max=vocab - 1)
+
+
+def told_of(
+    stored: Sequence[Stored], manifest: Manifest, head: dict[str, Any], device: torch.device, ids: int
+) -> Signals:
+    """What the teacher said of the asked tokens of some examples, one example after another.
+
+    Args:
+        stored: of the examples.
+        manifest: of the cache.
+        head: weight, bias and scaling of a cache of hidden states.
+        device: where the student runs.
+        ids: V of the student; what the teacher says of others is left out.
+
+    Raises:
+        DistillError: bytes that were not written by the codec.
+    """
+    if manifest.kind == "hidden":
+        width, dtype = int(manifest.width or 0), _DTYPES[manifest.options["dtype"]]
+        hidden = _joined([s.payload for s in stored], width, dtype, device)
+        features = {
+            Tap("hidden", layer): _joined([s.layers[i] for s in stored], width, dtype, device)
+            for i, layer in enumerate(manifest.options["layers"])
+        }
+        return Signals(Head(hidden.to(head["weight"].dtype) if hidden.is_cuda else hidden, **head), features)
+    columns = ([s.payload for s in stored], [s.tokens for s in stored], [s.ids for s in stored])
+    found = codec.decode(*columns, manifest.vocab_size)
+    return Signals(_sparse(found, manifest, device, ids))
+
+
+def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size: int) -> Sparse:
+    ids, values, there = codec.padded(found)
+    there &= ids < vocab_size
+    ids[~there] = 0
+    options, temperature, extra = manifest.options, float(manifest.temperature or 1.0), -codec.from_grid(found.extra)
+    if manifest.kind == "top_k":
+        logs = -codec.from_grid(values)
+    elif options["proposal"] == temperature:
+        logs = np.log(np.maximum(values, 1) / options["draws"], dtype=np.float32)
+    else:
+        logs = _LIFT - codec.from_grid(values)
+    logs[~there] = -np.inf
+    tensors = [torch.from_numpy(x).to(device) for x in (ids, logs, extra)]
+    tail, expected = (tensors[2], None) if manifest.kind == "top_k" else (None, tensors[2])
+    return Sparse(tensors[0], tensors[1], tail, temperature, expected, manifest.vocab_size)
+
+
+def _joined(parts: Sequence[Any], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows = [torch.frombuffer(bytearray(0) if not len(p) else p, dtype=dtype).view(-1, width) for p in parts]
+    return torch.cat(rows).to(device)
+
+
+def check_kind(kind: str, told: Signals) -> None:
+    """Refuse a teacher whose signals cannot be stored in this way.
+
+    Raises:
+        DistillError: says why, and which kinds can.
+    """
+    if not isinstance(told.logits, Head | Logits):
+        raise DistillError("The teacher tells no logits of its own: give the model as `source`, of kind frozen.")
+    if kind == "hidden" and not isinstance(told.logits, Head):
+        raise DistillError(
+            "The teacher's output head is no plain linear layer that follows its last hidden state, so these do not "
+            "tell its logits: write --kind sampled or --kind top_k."
+        )

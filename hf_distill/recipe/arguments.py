@@ -1,0 +1,42 @@
+"""What a recipe says to a trainer."""
+
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..config import DistillConfig
+from ..zero import gather_on_save
+from .on_policy import on_policy_arguments
+from .schema import Recipe
+
+logger = logging.get_logger(__name__)
+
+
+def arguments(recipe: Recipe, on_policy: bool = False) -> Any:
+    """The arguments of a recipe's trainer, for the machine at hand."""
+    losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
+    projectors = recipe.model_dump(include={"projectors"})["projectors"]
+    given = train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
+    args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
+    if recipe.data.scheduled:
+        args.train_sampling_strategy = "sequential"
+    gather_on_save(args)
+    return args
+
+
+def train_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Of TrainingArguments, for the machine at hand.
+
+    accelerate has FSDP for GPUs alone. On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but
+    without checkpoints to resume from.
+    """
+    train = recipe.train.model_dump(exclude_unset=True)
+    if torch.accelerator.is_available():
+        return train
+    train.setdefault("use_cpu", True)  # else processes do not find each other
+    if train.get("fsdp"):
+        logger.warning("FSDP on CPUs: transformers shards the student as it loads, and the run writes no checkpoints.")
+        train = {k: v for k, v in train.items() if k not in ("fsdp", "fsdp_config")} | {"save_strategy": "no"}
+    return train

@@ -1,0 +1,171 @@
+"""A teacher on disk."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..blocks import Stack, stack_of
+from ..cache import examples_of, open_cache
+from ..cache.examples import Example
+from ..cache.facts import digest_of_template, digest_of_tokenizer, digest_of_weights
+from ..cache.signals import stored_of, told_of
+from ..cache.store import Stored, check_file
+from ..errors import DistillError, tell
+from ..layers import LEARNED, map_layers
+from ..objective import Term
+from ..signals import Signals, Tap, Targets
+from ..sources import Scaling
+from ..tasks import bare, task_of
+from .base import Teacher
+
+_KINDS = {
+    "sampled": "forward_kl alone, of the temperature at which it was drawn",
+    "top_k": "losses on logits, of the temperature at which it was written",
+}
+
+
+class CachedTeacher(Teacher):
+    """What a teacher said of the data, read from a cache in the place of its forward.
+
+    hidden:  equals the teacher up to the rounding of stored hidden states; every loss on logits, at every temperature
+    sampled: forward KL without bias, at the temperature of the cache
+    top_k:   losses on logits over the stored ids and the mass of the rest, at the temperature of the cache
+
+    Args:
+        path: folder of a cache, or hf://datasets/org/name[@revision].
+        source: the teacher that wrote it, a `Teacher` or what `FrozenTeacher` takes; asked with `fallback="online"`.
+        fallback: what happens to examples that the cache lacks: "refuse" raises an error, "online" asks the source,
+            whose answer is rounded, drawn or cut as the cache's are.
+
+    Raises:
+        DistillError: no whole cache, or a fallback without a source.
+    """
+
+    kind = "cached"
+
+    def __init__(self, path: str, *, source: Teacher | None = None, fallback: str = "refuse"):
+        if fallback not in ("refuse", "online"):
+            raise DistillError(f"fallback is {fallback!r}; it must be refuse or online")
+        if fallback == "online" and source is None:
+            raise DistillError("fallback online asks the teacher that wrote the cache: give it as `source`")
+        self.path, self.store = path, open_cache(path)
+        self.source = source if fallback == "online" else None
+        self._missing = 0
+
+    @property
+    def manifest(self):
+        """Of the cache."""
+        return self.store.manifest
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Check that the cache is of the student's tokenizer, and of its source.
+
+        Raises:
+            DistillError: all that differs.
+        """
+        manifest, self._device, problems = self.manifest, device, []
+        self._ids, self._depth = task_of(student).size(bare(student)), len(stack_of(student).blocks)
+        for name, there, here in (
+            ("tokenizer", manifest.tokenizer, digest_of_tokenizer(processing_class)),
+            ("chat template", manifest.chat_template, digest_of_template(processing_class)),
+        ):
+            if manifest.tokenizer is not None and processing_class is not None and there != here:
+                problems.append(f"the cache {self.path} was written with another {name} than the student's")
+        if self.source is not None:
+            self.source.prepare(student, device, processing_class)
+            self.model = self.source.model
+            own = type(bare(self.model)).__name__
+            if own != manifest.teacher["class"]:
+                problems.append(f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {own}")
+            elif digest_of_weights(bare(self.model)) != manifest.teacher["weights"]:
+                problems.append(f"{self.path} was written by a {own} with other weights (or dtype) than its source's")
+        tell(problems)
+        self._head: dict[str, Any] = {}
+        if manifest.head is not None:
+            tensors = load_file(check_file(self.store.folder, manifest.head))
+            self._head = {name: tensors[name].to(device) for name in tensors} | {"scaling": Scaling(**manifest.scaling)}
+
+    def learn(self, terms: Sequence[Term]) -> list[Term]:
+        """Refuse what the cache cannot tell.
+
+        Raises:
+            DistillError: a temperature, divergence or feature that it lacks; all of it at once.
+        """
+        manifest, problems = self.manifest, []
+        for term in terms:
+            if not term.loss.needs:
+                continue
+            if term.loss.feature:
+                problems += self._lacking(term)
+            elif manifest.temperature is not None:
+                if manifest.kind == "sampled" and term.loss.name != "forward_kl":
+                    problems.append(f"{term.name} is {term.loss.name}, and a sampled cache tells {_KINDS['sampled']}")
+                asked = term.options.get("temperature", 1.0)
+                if asked != manifest.temperature:
+                    problems.append(
+                        f"{term.name} has temperature {asked:g}, and the cache was written at "
+                        f"{manifest.temperature:g}: set that, or write a cache of kind hidden, which has all"
+                    )
+        tell([f"{self.path}: {problem}" for problem in problems])
+        return super().learn(terms)
+
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+        """Read what the teacher said of a batch.
+
+        Raises:
+            DistillError: examples or layers that the cache lacks; a shard that is damaged.
+        """
+        examples = examples_of(inputs, targets)
+        found = self._whole(inputs, targets, examples)
+        told = told_of(found, self.manifest, self._head, targets.labels.device, self._ids)
+        return Signals(told.logits, {tap: told.features[Tap("hidden", tap.layer)] for tap in wanted})
+
+    def _lacking(self, term: Term) -> list[str]:
+        layers, depth = self.manifest.options.get("layers", []), self.manifest.depth
+        if term.loss.feature != "hidden":
+            return [f"{term.name} needs {term.loss.feature} of attention, which no cache holds: use a frozen teacher"]
+        wanted = {t for _, t in map_layers(term.layers, self._depth, depth)}
+        wanted = {*range(depth)} if term.layers == LEARNED else wanted
+        if lacking := sorted(wanted - {*layers}):
+            return [
+                f"{term.name} needs hidden states of the layers {lacking}, and the cache has "
+                f"{layers or 'none but those before the head'}: write it again with this recipe, or name other layers"
+            ]
+        return []
+
+    def stack(self, which: str | None = None) -> Stack:
+        """The teacher's blocks, by number alone."""
+        blocks = nn.ModuleList(nn.Identity() for _ in range(self.manifest.depth))
+        return Stack(which, blocks, int(self.manifest.width or 0), causal=True, attention="none")
+
+    def knows(self, inputs: dict, shift: bool) -> bool:
+        """Whether all examples of a batch are there; `shift` as of `asked_labels`."""
+        found = self.store.find([e.key for e in examples_of(inputs, Targets.from_batch(inputs, shift))])
+        return None not in found
+
+    def _whole(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[Stored]:
+        """What there is of all examples, the missing ones asked of the source."""
+        found = self.store.find([example.key for example in examples])
+        if None not in found:
+            return [stored for stored in found if stored is not None]
+        missing = [i for i, stored in enumerate(found) if stored is None]
+        self._missing += len(missing)
+        if self.source is None:
+            data, example = self.manifest.data, examples[missing[0]]
+            text = inputs["input_ids"].flatten()[targets.positions[example.asked]][:12].tolist()
+            raise DistillError(
+                f"{len(missing)} of {len(examples)} examples of a batch are not in {self.path}, which has "
+                f"{data['examples']} examples with rows of {data['max_length'] or 'any'} tokens (the first that is "
+                f"missing asks the tokens {text}). Other text, max_length, chat template or labels than those that it "
+                "was written for: write it again with this recipe, or set fallback: online with a source."
+            )
+        taps = {Tap("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
+        own = stored_of(self.source(inputs, targets, taps), examples, self.manifest)
+        return [own[i] if stored is None else stored for i, stored in enumerate(found)]
+
+    def metrics(self) -> dict[str, float]:
+        """`cache_missing`: examples that were asked of the source since training began, where it may be asked."""
+        return {} if self.source is None else {"cache_missing": float(self._missing)}
