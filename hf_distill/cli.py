@@ -219,9 +219,9 @@ def write(
     options |= {"shard_rows": shard_rows} | ({} if batch_size is None else {"batch_size": batch_size})
     with RichProgress(out) as progress:
         folder, manifest = write_recipe_cache(loaded, output, progress.stage, progress.stored, **options)
+    counts = f"{manifest.data['examples']:,} examples, {manifest.data['tokens']:,} tokens of kind {manifest.kind}"
     out.print(
-        f"{folder}: {manifest.data['examples']:,} examples, {manifest.data['tokens']:,} tokens of kind {manifest.kind}, "
-        f"{manifest.bytes_per_token:.1f} bytes a token, {manifest.payload / 2**20:.1f} MiB",
+        f"{folder}: {counts}, {manifest.bytes_per_token:.1f} bytes a token, {manifest.payload / 2**20:.1f} MiB",
         soft_wrap=True,
         highlight=False,
     )
@@ -242,8 +242,13 @@ def verify(
     manifest = check_all(place)
     out.print(f"{place}: {len(manifest.files)} files are what was written.", soft_wrap=True, highlight=False)
     if against_teacher is not None:
+        from datasets import disable_progress_bars
+        from transformers.utils import logging
+
         from .recipe.caching import compare_with_teacher
 
+        disable_progress_bars()
+        logging.disable_progress_bar()
         found = compare_with_teacher(open_cache(str(place)), against_teacher)
         out.print(
             f"Of {found['examples']:.0f} examples the teacher says now, to the byte, what is stored of "

@@ -161,8 +161,6 @@ def told_of(
 
 def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size: int) -> Sparse:
     ids, values, there = codec.padded(found)
-    there &= ids < vocab_size
-    ids[~there] = 0
     options, temperature, extra = manifest.options, float(manifest.temperature or 1.0), -codec.from_grid(found.extra)
     if manifest.kind == "top_k":
         logs = -codec.from_grid(values)
@@ -171,14 +169,25 @@ def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size:
     else:
         logs = _LIFT - codec.from_grid(values)
     logs[~there] = -np.inf
+    if (beyond := ids >= vocab_size).any():  # padding of the teacher's vocabulary
+        if manifest.kind == "top_k":
+            left = np.log1p(-np.where(beyond, np.exp(logs), 0).sum(1).clip(max=1 - 1e-6))
+            logs, extra = logs - left[:, None], extra - left
+        logs[beyond], ids[beyond] = -np.inf, 0
     tensors = [torch.from_numpy(x).to(device) for x in (ids, logs, extra)]
     tail, expected = (tensors[2], None) if manifest.kind == "top_k" else (None, tensors[2])
     return Sparse(tensors[0], tensors[1], tail, temperature, expected, manifest.vocab_size)
 
 
 def _joined(parts: Sequence[Any], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    rows = [torch.frombuffer(bytearray(0) if not len(p) else p, dtype=dtype).view(-1, width) for p in parts]
-    return torch.cat(rows).to(device)
+    """[T, H] of stored rows, one example after another."""
+    bytes_each = width * dtype.itemsize
+    rows = torch.empty(sum(len(part) for part in parts) // bytes_each, width, dtype=dtype)
+    flat, start = rows.view(torch.uint8).numpy().reshape(-1), 0
+    for part in parts:
+        flat[start : start + len(part)] = np.frombuffer(part, dtype=np.uint8)
+        start += len(part)
+    return rows.to(device)
 
 
 def check_kind(kind: str, told: Signals) -> None:

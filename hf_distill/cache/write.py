@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks import find_blocks
+from ..blocks import stack_of
 from ..errors import tell
 from ..forward import answering, teacher_signals
 from ..sources import Head
@@ -25,8 +25,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
 def write_cache(
     folder: str | Path,
     teacher: Any,
-    rows: Any | Sequence[Any],
-    *,
+    *rows: Any,
     collator: Callable[[list], dict],
     kind: Kind = "hidden",
     temperature: float = 2.0,
@@ -54,7 +53,7 @@ def write_cache(
     Args:
         folder: new or empty, or of the same capture.
         teacher: a model, or a prepared `Teacher` that does not move.
-        rows: a data set of rows as the trainer gets them, or several, such as those of training and evaluation.
+        rows: data sets of rows as the trainer gets them, such as those of training and of evaluation.
         collator: the trainer's.
         kind: see above.
         temperature: of sampled and top_k; a run that reads the cache must have the same.
@@ -85,8 +84,7 @@ def write_cache(
     shift = task_of(model).shift
     device = torch.device(device or next(model.parameters()).device)
     ask: Ask = _asking(teacher) if isinstance(teacher, nn.Module) else teacher
-    parts = list(rows) if isinstance(rows, list | tuple) else [rows]
-    planned, data = plan_rows(parts, collator, batch_size, shard_rows, shift)
+    planned, data = plan_rows(rows, collator, batch_size, shard_rows, shift)
     options: dict[str, Any] = {"dtype": dtype, "layers": list(layers)}
     if kind == "sampled":
         options = {"draws": draws, "proposal": proposal or temperature, "seed": seed}
@@ -104,7 +102,7 @@ def write_cache(
         data=data | {"max_length": max_length, "batch_size": batch_size, "shard_rows": shard_rows},
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
-        depth=len(find_blocks(model)[1]),
+        depth=len(stack_of(model).blocks),
         **_tried(ask, planned, kind, device, shift, layers),
     )  # fmt: skip
     return capture(ask, planned, manifest, Path(folder), device, shift, on_progress)

@@ -66,7 +66,8 @@ def write_recipe_cache(
     manifest = write_cache(
         to,
         teacher,
-        [data.train, data.held_out],
+        data.train,
+        data.held_out,
         collator=data.collator,
         processing_class=tokenizer,
         device=args.device,

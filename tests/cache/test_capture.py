@@ -1,0 +1,207 @@
+"""A capture that is cut off goes on; what is damaged is named."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build, collate, rows
+
+from hf_distill import DistillError
+from hf_distill.cache import Store, check_all, open_cache, read_manifest, write_cache
+from hf_distill.cache import store as store_module
+
+
+def teacher():
+    return build("llama", 1, layers=3, width=48)
+
+
+def written(folder, kind="sampled", data=None, **options):
+    data = rows("llama", 40) if data is None else data
+    given = {"collator": collate, "batch_size": 4, "shard_rows": 8} | options
+    return write_cache(folder, teacher(), data, kind=kind, **given)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled", "top_k"])
+def test_a_cache_is_whole_small_and_readable_by_datasets(tmp_path, kind):
+    from datasets import load_dataset
+
+    manifest = written(tmp_path / "cache", kind)
+    assert manifest == read_manifest(tmp_path / "cache") == check_all(tmp_path / "cache")
+    head = ["head.safetensors"] if kind == "hidden" else []
+    names = {"manifest.json", "index.bin", *(shard["file"] for shard in manifest.shards), *head}
+    assert {f.name for f in (tmp_path / "cache").iterdir()} == names
+    shards = str(tmp_path / "cache" / "shard-*.arrow")
+    table = load_dataset("arrow", data_files=shards, split="train", cache_dir=tmp_path)
+    assert sum(table["tokens"]) == manifest.data["tokens"]
+    assert len(table) == manifest.data["examples"] == 40
+
+
+def _in_a_process_of_its_own(folder: Path, kind: str) -> None:
+    torch.set_num_threads(1)
+    written(folder, kind, data=rows("llama", 120), shard_rows=2, batch_size=2)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, kind):
+    """Ten times killed by SIGKILL, each time a random moment after it has written one more shard."""
+    rest, moments, folder = (
+        {"data": rows("llama", 120), "shard_rows": 2, "batch_size": 2},
+        random.Random(0),
+        tmp_path / "k",
+    )
+    written(tmp_path / "straight", kind, **rest)
+    count = 0
+    for _ in range(10):
+        child = multiprocessing.get_context("fork").Process(target=_in_a_process_of_its_own, args=(folder, kind))
+        child.start()
+        while child.is_alive() and len([*folder.glob("shard-*.arrow")]) == count:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        count = len([*folder.glob("shard-*.arrow")])
+        assert not (folder / "manifest.json").exists()
+        with pytest.raises(DistillError, match="unfinished cache"):
+            open_cache(str(folder))
+    assert 10 <= count < 60
+    written(folder, kind, **rest)
+    assert content(folder) == content(tmp_path / "straight")
+
+
+def test_what_is_whole_is_not_written_again(tmp_path):
+    written(tmp_path / "cache")
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+    written(tmp_path / "cache")
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"kind": "top_k"}, "kind is 'sampled' there and 'top_k' here"),
+        ({"draws": 3}, "options is"),
+        ({"temperature": 1.0}, "temperature is 2.0 there and 1.0 here"),
+        ({"data": rows("llama", 39)}, "data is"),
+    ],
+)
+def test_a_folder_of_another_capture_is_refused_and_left(tmp_path, options, what):
+    written(tmp_path / "cache")
+    before = content(tmp_path / "cache")
+    with pytest.raises(DistillError, match=what):
+        written(tmp_path / "cache", **options)
+    assert content(tmp_path / "cache") == before
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DistillError, match=r"holds notes.txt and no cache"):
+        written(tmp_path)
+
+
+def test_a_full_disk_leaves_whole_shards_alone_and_the_next_try_goes_on(tmp_path, monkeypatch):
+    written(tmp_path / "straight")
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(store_module.os, "fsync", full)
+    with pytest.raises(DistillError, match=r"shard-00002.arrow cannot be written .No space left on device.*goes on"):
+        written(tmp_path / "full")
+    names = {f.name for f in (tmp_path / "full").iterdir()}
+    assert names == {"capture.json", *(f"shard-0000{i}.{kind}" for i in (0, 1) for kind in ("arrow", "json"))}
+    monkeypatch.undo()
+    written(tmp_path / "full")
+    assert content(tmp_path / "full") == content(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled"])
+def test_a_hundred_of_a_hundred_flipped_bits_are_found_and_their_file_named(tmp_path, kind):
+    folder, flips = tmp_path / "cache", random.Random(1)
+    manifest = written(folder, kind)
+    files = [folder / "manifest.json", *(folder / entry["file"] for entry in manifest.files)]
+    sizes = [f.stat().st_size for f in files]
+    for _ in range(50):
+        (file,) = flips.choices(files, weights=sizes)
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[flips.randrange(len(whole))] ^= 1 << flips.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(DistillError, match=file.name):
+            check_all(folder)
+        file.write_bytes(whole)
+    assert check_all(folder) == manifest
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b + b"x", lambda b: b[:-20] + b"y" + b[-19:], None])
+def test_a_damaged_shard_is_refused_when_it_is_read(tmp_path, damage):
+    folder = tmp_path / "cache"
+    written(folder)
+    file = folder / "shard-00001.arrow"
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    store = Store(folder)
+    batch = [collate(rows("llama", 40)[i : i + 8]) for i in (0, 8)]
+    from hf_distill.cache import examples_of
+    from hf_distill.signals import Targets
+
+    keys = [[e.key for e in examples_of(b, Targets.from_batch(b, shift=True))] for b in batch]
+    assert None not in store.find(keys[0])
+    with pytest.raises(DistillError, match=r"shard-00001\.arrow is"):
+        store.find(keys[1])
+
+
+def test_what_is_no_cache_is_refused(tmp_path):
+    with pytest.raises(DistillError, match=r"is not a cache: it has no manifest\.json"):
+        open_cache(str(tmp_path))
+    with pytest.raises(DistillError, match="no address of a data set"):
+        open_cache("hf://models/org/name")
+
+
+def test_examples_that_come_twice_are_stored_once(tmp_path):
+    data = rows("llama", 12)
+    once = written(tmp_path / "once", data=data)
+    twice = written(tmp_path / "twice", data=[*data, *data[:7]])
+    assert twice.data["examples"] == once.data["examples"] == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"kind": "topk"}, "kind is 'topk'; known: hidden, sampled, top_k"),
+        ({"draws": 0}, "draws is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"kind": "hidden", "dtype": "int8"}, "dtype is 'int8'"),
+        ({"kind": "top_k", "layers": [1]}, "leave layers out"),
+        ({"data": [{**r, "labels": r["labels"] * 0 - 100} for r in rows("llama", 4)]}, "nothing to write"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_written(tmp_path, options, what):
+    with pytest.raises(DistillError, match=what):
+        written(tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_hidden_states_of_a_model_whose_head_is_no_plain_layer_are_refused(tmp_path):
+    with pytest.raises(DistillError, match="write --kind sampled or --kind top_k"):
+        write_cache(tmp_path / "c", build("sequence", 1), rows("sequence", 8), collator=collate, kind="hidden")
+    manifest = write_cache(
+        tmp_path / "d", build("sequence", 1), rows("sequence", 8), collator=collate, kind="top_k", k=5
+    )
+    assert manifest.data["tokens"] == 8

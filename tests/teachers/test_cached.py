@@ -1,0 +1,246 @@
+"""A teacher on disk teaches as the teacher itself, within what its kind promises."""
+
+import math
+
+import pytest
+import torch
+from tiny import VOCAB, build, collate, rows
+
+from hf_distill import DistillError
+from hf_distill.cache import write_cache
+from hf_distill.data import Collator
+from hf_distill.objective import objective
+from hf_distill.signals import Signals, Targets
+from hf_distill.sources import Head, Logits, Sparse
+from hf_distill.sweep import HeadJob
+from hf_distill.teachers import CachedTeacher, EMATeacher, FrozenTeacher, MultiTeacher
+
+
+def big(kind="llama", **options):
+    return build(kind, 1, **{"layers": 3, "width": 48} | options)
+
+
+def cache(folder, of="llama", *data, model=None, **options):
+    data = data or (rows(of, 32), rows(of, 7, seed=5))
+    given = {"collator": collate, "kind": "hidden", "dtype": "float32", "batch_size": 4, "shard_rows": 8}
+    write_cache(folder, big(of) if model is None else model, *data, **given | options)
+    return CachedTeacher(str(folder))
+
+
+def curve(trainer, *names):
+    trainer.train()
+    return [[log[name] for name in names or ("loss",)] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hidden_states_teach_and_measure_as_the_teacher_itself(make_trainer, tmp_path, kind, dtype):
+    """Shuffled, over two epochs, in another batch size than they were written in, with workers."""
+    options = dict(max_steps=10, per_device_train_batch_size=6, learning_rate=1e-2, divergence="js", temperature=3.0)
+    options |= {"dataloader_num_workers": 1} if kind == "llama" else {}
+    online = make_trainer(kind, teacher=big(kind), folder="online", **options)
+    cached = make_trainer(kind, teacher=cache(tmp_path / "cache", kind, dtype=dtype), folder="cached", **options)
+    bound = {"rel": 1e-6} if dtype == "float32" else {"rel": 1e-2}
+    for a, b in zip(curve(online), curve(cached), strict=True):
+        assert a == pytest.approx(b, **bound)
+    left, right = online.evaluate(), cached.evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_teacher_entropy"):
+        assert left[name] == pytest.approx(right[name], **bound)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token", "llama"])
+def test_top_k_of_all_ids_is_the_whole_distribution(make_trainer, tmp_path, kind):
+    options = dict(max_steps=4, learning_rate=1e-2, train_sampling_strategy="sequential", divergence="reverse_kl")
+    online = make_trainer(kind, teacher=big(kind), folder="online", **options)
+    teacher = cache(tmp_path / "cache", kind, model=big(kind), **{"kind": "top_k", "k": VOCAB})
+    cached = make_trainer(kind, teacher=teacher, folder="cached", **options)
+    for a, b in zip(curve(online, "soft_loss"), curve(cached, "soft_loss"), strict=True):
+        assert a == pytest.approx(b, abs=0.02)  # T^2 times half a step of the grid
+
+
+def documents(n=24):
+    g = torch.Generator().manual_seed(3)
+    lengths = torch.randint(4, 12, (n,), generator=g).tolist()
+    ids = [torch.randint(3, VOCAB, (size,), generator=g).tolist() for size in lengths]
+    return [{"input_ids": x, "labels": [-100] * (i % 2) + x[i % 2 :]} for i, x in enumerate(ids)]
+
+
+def test_packed_rows_read_what_padded_rows_wrote(make_trainer, tmp_path):
+    alone = documents()
+    packed = [
+        {
+            "input_ids": [t for d in alone[a : a + 3] for t in d["input_ids"]],
+            "labels": [t for d in alone[a : a + 3] for t in d["labels"]],
+            "seq_lengths": [len(d["input_ids"]) for d in alone[a : a + 3]],
+        }
+        for a in range(0, len(alone), 3)
+    ]
+    teacher = cache(tmp_path / "cache", "llama", alone, collator=Collator(0))
+    options = dict(
+        max_steps=4, train_dataset=packed, data_collator=Collator(0), remove_unused_columns=False, learning_rate=1e-2
+    )
+    online, cached = (make_trainer(teacher=t, folder=f, **options) for t, f in ((big(), "online"), (teacher, "cached")))
+    assert curve(online) == [pytest.approx(step, rel=1e-5) for step in curve(cached)]
+
+
+def test_losses_on_hidden_states_read_the_layers_that_were_written(make_trainer, tmp_path):
+    losses = [
+        {"name": "hidden_mse", "weight": 0.5, "layers": [[0, 1], [1, 2]]},
+        {"name": "hidden_cosine", "weight": 0.1},
+    ]
+    options = dict(max_steps=4, losses=losses, learning_rate=1e-2)
+    online = make_trainer(teacher=big(), folder="online", **options)
+    cached = make_trainer(teacher=cache(tmp_path / "cache", layers=[0, 1, 2]), folder="cached", **options)
+    assert curve(online, "hidden_mse_loss", "hidden_cosine_loss") == [
+        pytest.approx(step, rel=1e-5) for step in curve(cached, "hidden_mse_loss", "hidden_cosine_loss")
+    ]
+    with pytest.raises(
+        DistillError, match=r"hidden_mse needs hidden states of the layers \[2\], and the cache has \[0, 1\]"
+    ):
+        make_trainer(teacher=cache(tmp_path / "less", layers=[0, 1]), **options | {"losses": losses[:1]})
+    with pytest.raises(DistillError, match="attention_kl needs attention of attention, which no cache holds"):
+        make_trainer(teacher=cache(tmp_path / "cache", layers=[0, 1, 2]), losses=[{"name": "attention_kl"}])
+
+
+def gradient(job, hidden, weight):
+    head = Head(hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    loss = job.from_hidden(head)
+    return loss.item(), torch.autograd.grad(loss, (head.hidden, head.weight))
+
+
+@pytest.mark.parametrize("proposal", [2.0, 1.2])
+def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal):
+    """The mean of 64 redraws is within 2 standard errors of the whole: in loss, and along the whole's gradient."""
+    data = rows("llama", 8)
+    batch = collate(data)
+    targets = Targets.from_batch(batch, shift=True)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(len(targets), 16, generator=g), torch.randn(VOCAB, 16, generator=g)
+    terms = objective(1.0, 2.0)[:1]
+    with torch.no_grad():
+        told = Logits(targets.pick(big().eval()(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits))
+    exact, (whole, _) = gradient(HeadJob(told, targets, terms), hidden, weight)
+    losses, along = [], []
+    for seed in range(64):
+        options = {"kind": "sampled", "seed": seed, "proposal": proposal, "draws": 6}
+        teacher = cache(tmp_path / str(seed), "llama", data, **options)
+        teacher.prepare(build("llama"), torch.device("cpu"))
+        loss, (own, _) = gradient(HeadJob(teacher(batch, targets, {}).logits, targets, terms), hidden, weight)
+        losses.append(loss)
+        along.append((own * whole).sum().item() / whole.square().sum().item())
+    for values, expected in ((losses, exact), (along, 1.0)):
+        found = torch.tensor(values, dtype=torch.float64)
+        error = found.std() / math.sqrt(len(found))
+        assert 0 < error < 0.05 * expected
+        assert abs(found.mean() - expected) < 2 * error
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_closed_form_of_a_sparse_teacher_is_autograd_s(tail, temperature):
+    g = torch.Generator().manual_seed(1)
+    logits, k = torch.randn(9, 40, generator=g, dtype=torch.float64, requires_grad=True), 5
+    told = torch.log_softmax(torch.randn(9, 40, generator=g, dtype=torch.float64) / temperature, -1)
+    ids = told.topk(k).indices
+    kept = told.gather(1, ids)
+    kept[3, 2:] = -math.inf  # a token with fewer ids
+    rest = (1 - kept.exp().sum(1)).log() if tail else None
+    source = Sparse(ids, kept, rest, temperature, None if tail else (kept.exp() * told.gather(1, ids)).sum(1))
+    targets = Targets.from_batch({"labels": torch.zeros(9, dtype=torch.long)}, shift=False)
+    (term,) = objective(1.0, temperature)[:1]
+    (by_hand,) = torch.autograd.grad(term(Signals(Logits(logits)), Signals(source), targets).sum(), logits)
+    loss = HeadJob(source, targets, [term], num_items=1).from_logits(logits)
+    (closed,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, term(Signals(Logits(logits)), Signals(source), targets).sum())
+    torch.testing.assert_close(closed[:3], by_hand[:3])
+    torch.testing.assert_close(closed[4:], by_hand[4:])
+    assert (closed[3] - by_hand[3]).abs().max() < (1e-9 if not tail else 1.0)
+
+
+def test_a_padded_vocabulary_of_either_side_is_left_out(make_trainer, tmp_path):
+    for vocab in (104, 97):
+        model, student = big(vocab=vocab), build("llama", 0, vocab=201 - vocab)
+        options = dict(max_steps=3, model=student, train_sampling_strategy="sequential")
+        teacher = cache(tmp_path / str(vocab), model=model, kind="top_k", k=vocab)
+        online, cached = (
+            make_trainer(teacher=t, folder=f"{f}{vocab}", **options | {"model": build("llama", 0, vocab=201 - vocab)})
+            for t, f in ((big(vocab=vocab), "online"), (teacher, "cached"))
+        )
+        a, b = (curve(t, "soft_loss") for t in (online, cached))
+        assert a == [pytest.approx(step, abs=0.02) for step in b]
+
+
+def test_examples_that_the_cache_lacks_are_refused_or_asked_of_the_source(make_trainer, tmp_path):
+    half = cache(tmp_path / "half", "llama", rows("llama", 32)[:16], max_length=12)
+    options = dict(max_steps=4, train_sampling_strategy="sequential", per_device_train_batch_size=8, learning_rate=1e-2)
+    with pytest.raises(
+        DistillError, match=r"8 of 8 examples of a batch are not in .*which has 16 examples.* 12 tokens"
+    ):
+        make_trainer(teacher=half, **options).train()
+    asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), fallback="online")
+    online = make_trainer(teacher=big(), folder="online", **options)
+    cached = make_trainer(teacher=asking, folder="cached", **options)
+    assert curve(online) == [pytest.approx(step, rel=1e-6) for step in curve(cached)]
+    assert cached.state.log_history[-2]["cache_missing"] == 16
+
+
+def test_draws_of_missing_examples_are_those_that_would_have_been_written(make_trainer, tmp_path):
+    whole = cache(tmp_path / "whole", kind="sampled")
+    cache(tmp_path / "half", "llama", rows("llama", 32)[:12], kind="sampled")
+    asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), fallback="online")
+    a, b = (make_trainer(teacher=t, folder=str(i), max_steps=4) for i, t in enumerate((whole, asking)))
+    assert curve(a) == [pytest.approx(step, rel=1e-6) for step in curve(b)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("sampled", {"divergence": "js"}, "soft is js, and a sampled cache tells forward_kl alone"),
+        ("top_k", {"temperature": 1.0}, "soft has temperature 1, and the cache was written at 2"),
+        ("sampled", {"losses": [{"name": "hidden_mse"}]}, "hidden_mse needs hidden states of the layers"),
+    ],
+)
+def test_a_term_that_the_cache_cannot_tell_is_refused_when_the_trainer_is_made(
+    make_trainer, tmp_path, kind, options, why
+):
+    with pytest.raises(DistillError, match=why):
+        make_trainer(teacher=cache(tmp_path / "cache", kind=kind), **options)
+
+
+def test_another_tokenizer_template_source_or_weights_are_refused(make_trainer, tmp_path):
+    from hf_distill.recipe.smoke import byte_tokenizer
+
+    own, other = byte_tokenizer(), byte_tokenizer()
+    other.chat_template = "{{ messages[0].content }}"
+    teacher = cache(tmp_path / "cache", processing_class=own)
+    make_trainer(teacher=teacher, processing_class=own)
+    with pytest.raises(DistillError, match="another chat template than the student's"):
+        make_trainer(teacher=teacher, processing_class=other)
+    other.add_tokens(["<new>"])
+    with pytest.raises(DistillError, match="another tokenizer than the student's"):
+        make_trainer(teacher=teacher, processing_class=other)
+    for model, why in ((build("gpt2", 1), "its source is a GPT2LMHeadModel"), (build("llama", 9), "other weights")):
+        asking = CachedTeacher(str(tmp_path / "cache"), source=FrozenTeacher(model), fallback="online")
+        with pytest.raises(DistillError, match=why):
+            make_trainer(teacher=asking)
+    with pytest.raises(DistillError, match="give it as `source`"):
+        CachedTeacher(str(tmp_path / "cache"), fallback="online")
+
+
+def test_it_teaches_beside_the_student_s_past_and_beside_no_mutual_peer(make_trainer, tmp_path):
+    from hf_distill.teachers import PeerTeacher
+
+    teacher = cache(tmp_path / "cache")
+    trainer = make_trainer(teacher=MultiTeacher({"disk": teacher, "past": EMATeacher(0.5)}), max_steps=2)
+    assert all(a > 0 for (a,) in curve(trainer, "soft_disk_loss"))
+    with pytest.raises(DistillError, match="mutual learning is symmetric"):
+        MultiTeacher({"disk": teacher, "peer": PeerTeacher(big(), mutual=True)})
+
+
+def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
+    straight = make_trainer(teacher=cache(tmp_path / "cache", kind="sampled"), folder="straight", **options)
+    straight.train()
+    again = make_trainer(teacher=CachedTeacher(str(tmp_path / "cache")), folder="again", **options)
+    again.train(resume_from_checkpoint=f"{straight.args.output_dir}/checkpoint-3")
+    assert all(torch.equal(p, q) for p, q in zip(straight.model.parameters(), again.model.parameters(), strict=True))
