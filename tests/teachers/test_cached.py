@@ -32,15 +32,16 @@ def curve(trainer, *names):
     return [[log[name] for name in names or ("loss",)] for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, "float32") for kind in ("llama", "gpt2", "bert", "t5")] + [("llama", "bfloat16")]
+)
 def test_hidden_states_teach_and_measure_as_the_teacher_itself(make_trainer, tmp_path, kind, dtype):
     """Shuffled, over two epochs, in another batch size than they were written in, with workers."""
     options = dict(max_steps=10, per_device_train_batch_size=6, learning_rate=1e-2, divergence="js", temperature=3.0)
     options |= {"dataloader_num_workers": 1} if kind == "llama" else {}
     online = make_trainer(kind, teacher=big(kind), folder="online", **options)
     cached = make_trainer(kind, teacher=cache(tmp_path / "cache", kind, dtype=dtype), folder="cached", **options)
-    bound = {"rel": 1e-6} if dtype == "float32" else {"rel": 1e-2}
+    bound = {"rel": 1e-6} if dtype == "float32" else {"rel": 3e-3}
     for a, b in zip(curve(online), curve(cached), strict=True):
         assert a == pytest.approx(b, **bound)
     left, right = online.evaluate(), cached.evaluate()

