@@ -52,6 +52,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python sharded_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python plan.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python moving.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python cache.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info

@@ -36,9 +36,12 @@ def prepared():
 
 
 def student_of(teacher):
+    """The quickstart's: 20 blocks, chosen by their influence."""
+    from measure import RESULTS
+
     from hf_distill.student import cut_student
 
-    return cut_student(teacher, list(range(20)))
+    return cut_student(teacher, json.loads((RESULTS / "quickstart.json").read_text())["student"]["layers_kept"])
 
 
 def write(folder: Path) -> dict:
@@ -117,7 +120,7 @@ def fidelity(folder: Path) -> dict:
     batches = [collator([held[i] for i in range(a, a + 4)]) for a in range(0, len(held), 4)]
     count = HELD_OUT * (LENGTH - 1)
 
-    def of(one) -> tuple[float, torch.Tensor]:
+    def of(one, batches=batches, count=count) -> tuple[float, torch.Tensor]:
         one.prepare(student, torch.device("cpu"))
         student.zero_grad()
         loss = 0.0
@@ -133,11 +136,13 @@ def fidelity(folder: Path) -> dict:
         loss, own = of(CachedTeacher(str(folder / name)))
         cosine = torch.nn.functional.cosine_similarity(own, whole, dim=0).item()
         found[name] = {"loss_relative_error": abs(loss - exact) / exact, "gradient_cosine": cosine}
-    losses = []
+    losses, first = [], {"batches": batches[:1], "count": 4 * (LENGTH - 1)}
+    exact, whole = of(FrozenTeacher(teacher), **first)
     for seed in range(REDRAWS):
         place = tempfile.mkdtemp(dir=folder)
-        write_cache(place, teacher, held, collator=collator, temperature=1.0, seed=seed, **WRITTEN["sampled"])
-        loss, own = of(CachedTeacher(place))
+        rows = held.select(range(4))
+        write_cache(place, teacher, rows, collator=collator, temperature=1.0, seed=seed, **WRITTEN["sampled"])
+        loss, own = of(CachedTeacher(place), **first)
         losses.append(loss)
         along.append((own @ whole / whole.square().sum()).item())
         print("redraw", seed, loss, along[-1], flush=True)
@@ -227,6 +232,7 @@ if __name__ == "__main__":
 
         with tempfile.TemporaryDirectory() as folder:
             results: dict = {part: run(part=part, folder=folder) for part in ("write", "read")}
+            save("cache", results)
             names = ("sft", "sampled", "top_k", "hidden", "online", "hidden_fp32")
             trained = {name: run(part="train", folder=folder, name=name) for name in names}
             results |= {"train": trained, "summary": summary(trained)}

@@ -89,7 +89,7 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     from .analysis.planner import plan as plan_recipe
-    from .analysis.show import flops_table, legend, plan_table, verdict
+    from .analysis.show import caches_table, flops_table, legend, plan_table, verdict
 
     found = plan_recipe(loaded, gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
     if as_json:
@@ -99,6 +99,7 @@ def plan(
     out.print(plan_table(found, wide))
     out.print(*legend(found, wide), sep="\n", highlight=False)
     out.print(flops_table(found))
+    out.print(*caches_table(found), sep="\n", highlight=False)
     out.print(*verdict(found), sep="\n", highlight=False)
 
 

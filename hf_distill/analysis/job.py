@@ -11,7 +11,7 @@ from ..losses import get_loss
 from ..recipe.pair import Lora
 from ..recipe.schema import LossSpec, Recipe
 from .anatomy import Anatomy
-from .strategy import Strategy
+from .strategy import Strategy, absent_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Job:
     checkpointing: activation checkpointing
     lora:          the student's adapters; None: all weights are trained
     quantization:  "nf4" or "int8" of the student (QLoRA)
-    own_base:      the teacher is the student itself, in another state
+    absent:        why no teacher is in memory: "own", the student in another state; "cache", it is on disk; "": one is
     captured:      values that features keep of each token, of both models
     device:        "cuda" or "cpu": the head's workspace differs
     """
@@ -43,7 +43,7 @@ class Job:
     checkpointing: bool = False
     lora: Lora | None = None
     quantization: str | None = None
-    own_base: bool = False
+    absent: str = ""
     captured: int = 0
     device: str = "cuda"
 
@@ -110,7 +110,7 @@ def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig)
         checkpointing=bool(train.activation_checkpointing or train.gradient_checkpointing or wrapped),
         lora=spec.lora,
         quantization=spec.quantization,
-        own_base=recipe.main.model is None,
+        absent=absent_of(recipe),
         captured=sum(_captured(loss, own, other, length) for loss in recipe.losses),
     )
 

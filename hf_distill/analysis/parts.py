@@ -57,7 +57,11 @@ def memory(job: Job, strategy: Strategy, gpus: int, usable: int | None = None) -
         usable: bytes that may be used; the head takes an eighth of what the rest leaves. None: its least.
     """
     world, each, trained = strategy.processes(gpus), job.trained(strategy), job.trained_parameters
-    teacher = 0 if strategy.teacher == "own" else weights(job.teacher, job.teacher_dtype.itemsize, strategy.teacher)
+    size = job.teacher_dtype.itemsize
+    teacher = {"own": 0, "cache": job.teacher.head * size}.get(
+        strategy.teacher
+    )  # a cache of hidden states has the head
+    teacher = weights(job.teacher, size, strategy.teacher) if teacher is None else teacher
     student = weights(job.student, job.stored(strategy), job.quantization or "whole") + (job.adapters or 0) * each
     held = {
         "teacher": ceil(teacher / gpus) if strategy.teacher in (*SHARDED, "device_map") else teacher,

@@ -1,16 +1,19 @@
 """What a recipe needs before it is paid for: memory, operations, hours, and the cheapest strategy that fits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from ..errors import DistillError, noted, tell
+from ..layers import LEARNED, map_layers
+from ..losses import get_loss
 from ..recipe.pair import FromTeacher
 from ..recipe.schema import Recipe
 from ..student import cut_config
+from .caches import CachePlan, caches_of
 from .compute import training_rule
 from .cost import Cost, Model, cost_of, model_of
-from .job import job_of
+from .job import Job, job_of
 from .rows import GiB, Row, advice, fewest_gpus, rows_of
 from .shapes import model_config
 from .strategy import Strategy
@@ -38,6 +41,7 @@ class Plan:
     pretraining: FLOP of training the student on so many tokens by the rule of thumb
     cheapest:    the row with the fewest GPUs, at most those given, and of these the one with the least communication
     best:        the row preferred on all GPUs given
+    caches:      what a cache of the teacher would take; None of a teacher that moves
     advice:      in words
     """
 
@@ -55,6 +59,7 @@ class Plan:
     pretraining: float
     cheapest: Row | None
     best: Row | None
+    caches: CachePlan | None
     advice: str
 
 
@@ -89,7 +94,8 @@ def plan(
     name = recipe.student.model or f"{recipe.main.model}, cut to {job.student.depth} blocks"
     student = model_of(name, student_config, job.student, job.length, job)
     pretraining = training_rule(job.student.parameters, pretraining_tokens)
-    cost = cost_of(recipe, own.processes(gpus), teacher, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
+    told = replace(teacher, forward=0.0) if job.absent == "cache" else teacher
+    cost = cost_of(recipe, own.processes(gpus), told, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
     could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
     best = next((row for row in rows if row.fits), None)
@@ -112,9 +118,22 @@ def plan(
         pretraining=pretraining,
         cheapest=cheapest,
         best=best,
+        caches=_caches(recipe, job, teacher, student, cost.tokens),
         advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable))
         + "".join(f"\nNot counted: {what}." for what in uncounted),
     )
+
+
+def _caches(recipe: Recipe, job: Job, teacher: Model, student: Model, tokens: int | None) -> CachePlan | None:
+    if not recipe.kinds <= {"frozen", "cached"} or recipe.on_policy:
+        return None
+    layers: set[int] = set()
+    for loss in recipe.losses:
+        mapping = (loss.model_extra or {}).get("layers", "stretch")
+        if get_loss(loss.name).feature == "hidden":
+            pairs = map_layers(mapping, job.student.depth, job.teacher.depth)
+            layers |= {*range(job.teacher.depth)} if mapping == LEARNED else {t for _, t in pairs}
+    return caches_of(job.teacher, job.length, len(layers), teacher.forward, student.training, tokens)
 
 
 def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:

@@ -43,7 +43,7 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
         gpus: how many there are.
         usable: bytes of each.
     """
-    others = [strategy for strategy in alternatives(job.method, gpus, job.own_base) if strategy != own]
+    others = [strategy for strategy in alternatives(job.method, gpus, job.absent) if strategy != own]
     rows = []
     for strategy in [own, *others]:
         parts = memory(job, strategy, gpus, usable)
@@ -75,7 +75,7 @@ def min_gpus(job: Job, strategy: Strategy, usable: int) -> int | None:
 
 def fewest_gpus(job: Job, usable: int) -> tuple[int, Strategy] | None:
     """The least number of GPUs that would do, and how; None where no number of them would."""
-    strategies = sorted(alternatives(job.method, 2, job.own_base), key=lambda strategy: strategy.order)
+    strategies = sorted(alternatives(job.method, 2, job.absent), key=lambda strategy: strategy.order)
     found = [(least, strategy) for strategy in strategies if (least := min_gpus(job, strategy, usable))]
     return min(found, key=lambda pair: pair[0], default=None)
 

@@ -65,6 +65,26 @@ def flops_table(plan: Plan) -> Table:
     return table
 
 
+def caches_table(plan: Plan) -> list[Table | str]:
+    """What a cache of the teacher would take, and when it pays; nothing where there can be none."""
+    if plan.caches is None:
+        return []
+    table = Table(title="The teacher on disk (hf-distill cache write)", box=None, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("bytes a token", justify="right", no_wrap=True)
+    table.add_column("of the run's tokens" if plan.caches.tokens else "of 1e9 tokens", justify="right", no_wrap=True)
+    table.add_column("tells")
+    tokens = plan.caches.tokens or 10**9
+    for kind in plan.caches.kinds:
+        size = kind.bytes_per_token * tokens / GiB
+        table.add_row(kind.kind, _number(kind.bytes_per_token), f"{_number(size)} GiB", kind.tells)
+    pays = (
+        f"It saves {plan.caches.saved:.0%} of a step's operations, and pays from the second pass over the data on: an "
+        "epoch, another student, another run."
+    )
+    return [table, pays]
+
+
 def legend(plan: Plan, wide: bool) -> list[str]:
     """What the memory table takes for granted, and the two models."""
     activations, gathered = [name if wide else _PARTS[name] for name in ("activations", "gathered")]

@@ -8,7 +8,7 @@ from ..recipe.schema import Recipe
 
 SHARDED = ("zero3", "fsdp2")
 # The least communication first.
-TEACHERS = ("own", "whole", "int8", "nf4", "device_map", "zero3", "fsdp2")
+TEACHERS = ("own", "cache", "whole", "int8", "nf4", "device_map", "zero3", "fsdp2")
 STUDENTS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
@@ -16,8 +16,8 @@ STUDENTS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 class Strategy:
     """How a teacher and a student are held.
 
-    teacher:           own: the student's base; whole, int8 or nf4: a copy each process; zero3, fsdp2: a share;
-                       device_map: over the GPUs of one process
+    teacher:           own: the student's base; cache: on disk; whole, int8 or nf4: a copy each process; zero3, fsdp2:
+                       a share; device_map: over the GPUs of one process
     student:           single (one process), ddp: a copy each process; zero1: shares of the optimizer; zero2: of
                        gradients too; zero3, fsdp2: of everything
     offload_teacher:   a ZeRO-3 teacher's shares are in host memory
@@ -102,8 +102,7 @@ class Strategy:
         teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
         if spec.device_map and not spec.quantization:
             teacher = "device_map"
-        if spec.model is None:
-            teacher = "own"
+        teacher = absent_of(recipe) or teacher
         teacher_zero, zero = (
             config if isinstance(config, dict) else {} for config in (spec.deepspeed, train.deepspeed)
         )
@@ -123,7 +122,7 @@ class Strategy:
         return strategy
 
 
-def alternatives(method: str, gpus: int, own_base: bool = False) -> list[Strategy]:
+def alternatives(method: str, gpus: int, absent: str = "") -> list[Strategy]:
     """The strategies that make sense.
 
     A quantised teacher is not sharded, nor a quantised student; DeepSpeed and FSDP2 are not mixed; adapters are too
@@ -132,17 +131,24 @@ def alternatives(method: str, gpus: int, own_base: bool = False) -> list[Strateg
     Args:
         method: "full", "lora" or "qlora".
         gpus: one of them leaves nothing to shard.
-        own_base: the teacher is the student itself, in another state.
+        absent: see `Job`.
     """
-    teachers = ("own",) if own_base else ("whole", "int8", "nf4")
+    teachers = (absent,) if absent else ("whole", "int8", "nf4")
     if gpus == 1:
         return [Strategy(teacher, "single") for teacher in teachers]
     students = {"full": STUDENTS[1:], "lora": ("ddp", *SHARDED), "qlora": ("ddp",)}[method]
     found = [Strategy(teacher, student) for teacher in teachers for student in students]
-    if own_base:
+    if absent:
         return found
     found += [Strategy("zero3", student) for student in students if student != "fsdp2"]
     return found + [Strategy("fsdp2", student) for student in students if student == "fsdp2"]
+
+
+def absent_of(recipe: Recipe) -> str:
+    """Why no teacher of the recipe is in memory, see `Job`; a cache counts where it is all there is."""
+    if all(spec.kind == "cached" and not spec.fallback for spec in recipe.all_teachers):
+        return "cache"
+    return "own" if recipe.main.model is None else ""
 
 
 def _offloads(config: dict[str, Any], what: str) -> bool:

@@ -42,7 +42,7 @@ def activations(job: Job, strategy: Strategy) -> int:
     teacher = job.teacher
     working = 3 * max(job.teacher_dtype.itemsize, 2) * (teacher.hidden + teacher.intermediate)
     working += teacher.heads * job.length * (4 + job.teacher_dtype.itemsize) * teacher.eager
-    return job.tokens * max(kept, working)
+    return job.tokens * max(kept, 0 if strategy.teacher == "cache" else working)
 
 
 def head_gradients(job: Job, strategy: Strategy) -> int:

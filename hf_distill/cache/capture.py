@@ -133,6 +133,7 @@ def capture(
     run = _Run(ask, rows, manifest, folder, device, shift)
     start, stored = time.perf_counter(), 0
     ready = [(folder / _entry_name(i)).is_file() for i in range(len(rows.shards))]
+    _barrier()  # before anybody writes: all must know the same shards as whole
     before = sum(sum(rows.tokens[a:b]) for (a, b), whole in zip(rows.shards, ready, strict=True) if whole)
     world, total = _world(), sum(rows.tokens)
     for first in range(0, len(rows.shards), world):

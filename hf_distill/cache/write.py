@@ -79,7 +79,7 @@ def write_cache(
         DistillError: a value out of range, a teacher that cannot be captured in this kind, a folder that holds
             something else, a disk that is full.
     """
-    _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, shard_rows)
+    _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, shard_rows, seed)
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
     shift = task_of(model).shift
     device = torch.device(device or next(model.parameters()).device)
@@ -132,7 +132,7 @@ def _tried(ask: Ask, rows: Rows, kind: str, device: torch.device, shift: bool, l
     }
 
 
-def _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, shard_rows) -> None:
+def _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, shard_rows, seed) -> None:
     problems = []
     if kind not in KINDS:
         problems.append(f"kind is {kind!r}; known: {', '.join(KINDS)}")
@@ -142,6 +142,8 @@ def _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, sha
     for name, value in (("draws", draws), ("k", k), ("batch_size", batch_size), ("shard_rows", shard_rows)):
         if not isinstance(value, int) or not 1 <= value < 1 << 16:
             problems.append(f"{name} is {value!r}; it must be a whole number from 1 to 65535")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        problems.append(f"seed is {seed!r}; it must be a whole number, 0 or more")
     if dtype not in ("bfloat16", "float16", "float32"):
         problems.append(f"dtype is {dtype!r}; known: bfloat16, float16, float32")
     if layers and kind != "hidden":

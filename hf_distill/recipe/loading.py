@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..config import DistillConfig
-from ..errors import need, tell
+from ..errors import DistillError, need, tell
 from ..student import block_influence, cut_student, most_influential
 from ..teachers import (
     CachedTeacher,
@@ -69,6 +69,11 @@ class Models:
         if spec.kind == "cached":
             source = self._frozen(spec.speaker) if spec.fallback == "online" else None
             cached = CachedTeacher(str(spec.path), source=source, fallback=spec.fallback or "refuse")
+            own, wrote = spec.speaker.model, cached.manifest.teacher["model"]
+            if spec.source and own != wrote:
+                raise DistillError(
+                    f"{cached.path} was written by {wrote}, and its source is {own}: give the one or other."
+                )
             self.caches[cached.path] = cached.manifest.facts()
             return cached
         if spec.kind == "frozen":

@@ -1,0 +1,70 @@
+"""What a cache of a recipe's teacher would take, and when it pays."""
+
+from dataclasses import dataclass
+from math import ceil, log2
+
+from .anatomy import Anatomy
+
+DRAWS, K = 12, 64
+_ROW = 28  # bytes of an example beside its payload: its key, its counts, its place
+# Measured on SmolLM2-135M-Instruct at T = 1 (benchmarks/results/cache.json), by which ids are scaled to other sizes.
+_DISTINCT = 5.0  # ids among 12 draws
+_KEPT = {"sampled": 0.95, "top_k": 0.72}  # bits an id takes of those that its number needs
+_BESIDE = {"sampled": 2.5, "top_k": 74.0}  # bytes a token for counts and log-probabilities
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """A kind of cache.
+
+    kind:            as `hf-distill cache write --kind` says
+    bytes_per_token: expected
+    tells:           what a run can have of it
+    """
+
+    kind: str
+    bytes_per_token: float
+    tells: str
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Caches for a recipe.
+
+    kinds:        what each takes
+    saved:        share of a step's operations that is the teacher's forward, which a cache saves
+    pays_after:   passes over the data after which writing has paid for itself: an epoch of one student, or another run
+    tokens:       of the run; None where the recipe counts epochs
+    """
+
+    kinds: list[CacheCost]
+    saved: float
+    pays_after: float
+    tokens: int | None
+
+
+def caches_of(
+    teacher: Anatomy, length: int, layers: int, forward: float, training: float, tokens: int | None
+) -> CachePlan:
+    """Caches of a teacher.
+
+    Args:
+        teacher: the teacher.
+        length: tokens of a row.
+        layers: whose hidden states are stored beside the last.
+        forward: FLOP a token, of the teacher.
+        training: FLOP a token, of the student.
+        tokens: of the run.
+    """
+    row, bits = _ROW / length, ceil(log2(teacher.vocab))
+    hidden = 2 * teacher.hidden * (1 + layers) + row
+    sparse = {
+        name: count * bits * _KEPT[name] / 8 + _BESIDE[name] + row
+        for name, count in (("sampled", _DISTINCT), ("top_k", K))
+    }
+    kinds = [
+        CacheCost("hidden", hidden, "all losses on logits at every temperature, equal to the teacher's up to bf16"),
+        CacheCost("sampled", sparse["sampled"], f"forward KL without bias, by {DRAWS} draws, at one temperature"),
+        CacheCost("top_k", sparse["top_k"], f"losses on the {K} likeliest ids and the rest's mass, at one temperature"),
+    ]
+    return CachePlan(kinds, forward / (forward + training), 1.0, tokens)

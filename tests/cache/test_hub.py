@@ -1,0 +1,78 @@
+"""A cache goes to the Hub and comes back, by programs of their own: the endpoint is read when they start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from tiny import build, collate, rows
+
+from hf_distill.cache import write_cache
+
+READ = """
+import sys
+from hf_distill.cache import open_cache
+from hf_distill import DistillError
+try:
+    print(open_cache(sys.argv[1]).manifest.kind)
+except DistillError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as running:
+        yield running
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """`run(*command)`: what a program says that knows this Hub and no other."""
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp_path / "home")}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | own | {"HF_HUB_DISABLE_XET": "1"}
+
+    def called(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    return called
+
+
+def test_a_cache_is_pushed_as_a_data_set_and_read_at_its_revision(hub, run, tmp_path):
+    folder = tmp_path / "cache"
+    write_cache(folder, build("llama", 1), rows("llama", 20), collator=collate, shard_rows=8, batch_size=4)
+    code, said = run("-m", "hf_distill", "cache", "push", str(folder), "tester/signals")
+    assert code == 0, said
+    address = said.split("Pushed: ")[1].split()[0]
+    repo = hub.repos["datasets", "tester/signals"]
+    assert address == f"hf://datasets/tester/signals@{repo.branches['main']}"
+    assert {*repo.commits[repo.branches["main"]]} == {"README.md", *(f.name for f in folder.iterdir())}
+    for place in (address, "hf://datasets/tester/signals"):
+        assert run("-c", READ, place) == (0, "hidden\n")
+    assert run("-m", "hf_distill", "cache", "verify", address)[0] == 0
+
+
+def test_a_damaged_cache_is_not_pushed(hub, run, tmp_path):
+    folder = tmp_path / "cache"
+    write_cache(folder, build("llama", 1), rows("llama", 8), collator=collate)
+    shard: Path = folder / "shard-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, said = run("-m", "hf_distill", "cache", "push", str(folder), "tester/broken")
+    assert code == 2
+    assert "shard-00000.arrow is cut off" in said
+    assert ("datasets", "tester/broken") not in hub.repos
+
+
+def test_what_is_no_cache_on_the_hub_is_refused(hub, run, tmp_path):
+    (tmp_path / "push.py").write_text(
+        "from huggingface_hub import HfApi\nHfApi().create_repo('tester/empty', repo_type='dataset')\n"
+        "HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='a.txt', repo_id='tester/empty', repo_type='dataset')\n"
+    )
+    assert run(str(tmp_path / "push.py"))[0] == 0
+    code, said = run("-c", READ, "hf://datasets/tester/empty")
+    assert code == 0
+    assert "refused:" in said
+    assert "is not a cache" in said

@@ -1,0 +1,60 @@
+"""Caches on two processes: what two write is what one writes, and two read as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+DATA = ["data.task.path=texts.jsonl", "train.learning_rate=0.01"]
+
+
+def run(folder: Path, ranks: int, *words: str) -> None:
+    launch = [sys.executable, "-m", "hf_distill", *words]
+    if ranks > 1:
+        launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, timeout=600, cwd=folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def write(folder: Path, ranks: int, name: str, *more: str) -> dict[str, bytes]:
+    options = ["--smoke", "-o", name, "--kind", "sampled", "--shard-rows", "6", "--batch-size", "2"]
+    run(folder, ranks, "cache", "write", "cached", *DATA, *more, *options)
+    return {f.name: f.read_bytes() for f in sorted((folder / name).iterdir()) if f.name != "manifest.json"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches")
+    lines = [json.dumps({"text": f"The number {i} times {i} is {i * i}, and not {i * i + 1}. " * 3}) for i in range(40)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(place):
+    return write(place, 1, "one")
+
+
+def test_two_processes_write_what_one_writes(place, one):
+    assert write(place, 2, "two") == one
+    assert len(one) > 5
+
+
+def test_a_teacher_that_is_sharded_by_zero3_writes_the_same(place, one):
+    sharded = write(place, 2, "zero3", "teacher.source.deepspeed=zero3-teacher.json")
+    assert sharded == one
+
+
+def test_two_processes_read_as_one(place, one):
+    models = []
+    for ranks, batch in ((1, 4), (2, 2)):
+        options = ["--smoke", "teacher.path=one", f"train.output_dir=run{ranks}", "control=null"]
+        run(place, ranks, "run", "cached", *DATA, *options, f"train.per_device_train_batch_size={batch}",
+            "train.train_sampling_strategy=sequential")  # fmt: skip
+        models.append(json.loads((place / f"run{ranks}" / "evidence.json").read_text())["models"]["student"])
+    for name in ("perplexity", "soft_loss", "hard_loss"):
+        assert models[0][name] == pytest.approx(models[1][name], rel=1e-5)
