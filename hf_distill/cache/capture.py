@@ -4,6 +4,7 @@ Each shard is what the teacher says of the same rows in the same batches, whenev
 so a capture that was stopped and one that was not leave the same bytes.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from ..errors import DistillError
 from ..signals import Signals, Tap, Targets
 from ..sources import Head
 from .examples import Example, examples_of, fingerprint
+from .files import check_files, entry_of, writing
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .signals import stored_of
-from .store import Stored, check_file, entry_of, read_entry, write_entry, write_index, write_shard
+from .store import Stored, write_index, write_shard
 
 Ask = Callable[[dict, Targets, Mapping[Tap, Targets]], Signals]
 
@@ -172,7 +174,8 @@ class _Run:
         if number is None:
             return
         entry = write_shard(self.folder / f"shard-{number:05}.arrow", keys, stored, self.layers)
-        write_entry(self.folder / _entry_name(number), entry)
+        with writing(self.folder / _entry_name(number)) as half:
+            half.write_text(json.dumps(entry))
         self.tokens, self.bytes = self.tokens + entry["tokens"], self.bytes + entry["bytes"]
 
     def answer(self, number: int) -> tuple[Signals, list[Example]]:
@@ -199,9 +202,8 @@ def taps_of(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) 
 def write_head(file: Path, head: Head) -> None:
     """The output head of a teacher, whole or not at all."""
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    half = file.with_suffix(".half")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, half)
-    half.replace(file)
+    with writing(file) as half:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, half)
 
 
 def _claim(folder: Path, manifest: Manifest, main: bool) -> Manifest | None:
@@ -218,7 +220,7 @@ def _claim(folder: Path, manifest: Manifest, main: bool) -> Manifest | None:
                 return there
     _barrier()
     if main and not (folder / CAPTURE).is_file():
-        if others := [f.name for f in folder.iterdir()]:
+        if others := [f.name for f in folder.iterdir() if f.suffix != ".half"]:
             raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: give an empty folder.")
         manifest.write(folder / CAPTURE)
     _barrier()
@@ -228,9 +230,8 @@ def _claim(folder: Path, manifest: Manifest, main: bool) -> Manifest | None:
 def _finish(folder: Path, manifest: Manifest, count: int, main: bool) -> Manifest:
     """All shards are there: index and manifest are written, and what was of the capture alone is removed."""
     if main:
-        shards = [read_entry(folder / _entry_name(i)) for i in range(count)]
-        for shard in shards:
-            check_file(folder, shard)
+        shards = [json.loads((folder / _entry_name(i)).read_text()) for i in range(count)]
+        check_files(folder, *shards)
         head = entry_of(folder / HEAD) if (folder / HEAD).is_file() else None
         whole = replace(manifest, shards=shards, index=write_index(folder, shards), head=head)
         whole.write(folder / FILE)

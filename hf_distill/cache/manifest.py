@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DistillError
+from .files import writing
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of a capture that goes on
@@ -87,9 +88,8 @@ class Manifest:
     def write(self, file: Path) -> None:
         """Write it whole or not at all, with a checksum of itself."""
         values = json.loads(json.dumps(asdict(self)))
-        half = file.with_suffix(".half")
-        half.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1) + "\n")
-        half.replace(file)
+        with writing(file) as half:
+            half.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path, name: str = FILE) -> Manifest:

@@ -1,9 +1,7 @@
 """Shards: Arrow files of examples, memory-mapped, found by key, checked before anything in them is used."""
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import DistillError, noted, tell
 from .examples import KEY
+from .files import check_files, entry_of, writing
 from .manifest import INDEX, Manifest, read_manifest
 
 
@@ -51,60 +49,12 @@ def write_shard(file: Path, keys: Sequence[bytes], stored: Sequence[Stored], lay
     columns += [[s.layers[i] for s in stored] for i in range(len(layers))]
     schema = schema_of(layers)
     arrays = [pa.array(values, type=kind.type) for values, kind in zip(columns, schema, strict=True)]
-    half = file.with_suffix(".half")
-    try:
-        with half.open("wb") as out:
-            with pa.ipc.new_stream(out, schema) as writer:
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
-            out.flush()
-            os.fsync(out.fileno())
-        half.replace(file)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise DistillError(
-            f"{file} cannot be written ({error.strerror or error}). Shards before it are whole: make room and run the "
-            "same command again, which goes on from there."
-        ) from error
+    with writing(file) as half, half.open("wb") as out:
+        with pa.ipc.new_stream(out, schema) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        out.flush()
+        os.fsync(out.fileno())
     return entry_of(file) | {"examples": len(keys), "tokens": sum(s.tokens for s in stored)}
-
-
-def entry_of(file: Path) -> dict[str, Any]:
-    """By what a manifest knows a file."""
-    with file.open("rb") as f:
-        return {
-            "file": file.name,
-            "bytes": file.stat().st_size,
-            "sha256": hashlib.file_digest(f, "sha256").hexdigest(),
-        }
-
-
-def write_entry(file: Path, entry: dict[str, Any]) -> None:
-    """Note that a shard is whole, for a capture that goes on."""
-    half = file.with_suffix(".json.half")
-    half.write_text(json.dumps(entry))
-    half.replace(file)
-
-
-def read_entry(file: Path) -> dict[str, Any]:
-    """What `write_entry` noted."""
-    return json.loads(file.read_text())
-
-
-def check_file(folder: Path, entry: dict[str, Any]) -> Path:
-    """A file of a cache, if it is what was written.
-
-    Raises:
-        DistillError: it is missing, of another size, or has another checksum; names it.
-    """
-    file = folder / entry["file"]
-    what = f"{file} is {{}}: write the cache again, or get that file from where the cache came from."
-    if not file.is_file():
-        raise DistillError(what.format("missing"))
-    if (size := file.stat().st_size) != entry["bytes"]:
-        raise DistillError(what.format(f"cut off or longer, {size} bytes in the place of {entry['bytes']}"))
-    if entry_of(file)["sha256"] != entry["sha256"]:
-        raise DistillError(what.format("damaged, for its checksum differs"))
-    return file
 
 
 class Store:
@@ -149,15 +99,17 @@ class Store:
 
     def _table(self, shard: int) -> pa.Table:
         if shard not in self._tables:
-            file = check_file(self.folder, self.manifest.shards[shard])
-            with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
+            entry = self.manifest.shards[shard]
+            check_files(self.folder, entry)
+            with pa.ipc.open_stream(pa.memory_map(str(self.folder / entry["file"]))) as reader:
                 self._tables[shard] = reader.read_all()
         return self._tables[shard]
 
     def _sorted_keys(self) -> tuple[np.ndarray, np.ndarray]:
         """First halves of all keys in order, and [shard, row] of each."""
         assert self.manifest.index is not None
-        first = np.fromfile(check_file(self.folder, self.manifest.index), dtype="<u8")[::2]
+        check_files(self.folder, self.manifest.index)
+        first = np.fromfile(self.folder / INDEX, dtype="<u8")[::2]
         counts = [shard["examples"] for shard in self.manifest.shards]
         places = np.stack(
             [np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], 1
@@ -168,33 +120,19 @@ class Store:
 
 def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write the keys of all shards into one file; its entry in the manifest."""
-    file = folder / INDEX
-    half = file.with_suffix(".half")
-    with half.open("wb") as out:
+    with writing(folder / INDEX) as half, half.open("wb") as out:
         for shard in shards:
             with pa.ipc.open_stream(pa.memory_map(str(folder / shard["file"]))) as reader:
                 out.write(b"".join(reader.read_all()["key"].to_pylist()))
-    half.replace(file)
-    return entry_of(file)
+    return entry_of(folder / INDEX)
 
 
-def check_all(folder: Path, on_file: Callable[[str], None] = lambda name: None) -> Manifest:
-    """Check every file of a cache.
-
-    Args:
-        folder: of the cache.
-        on_file: told the name of each file that is whole.
-
-    Returns:
-        the manifest.
+def check_all(folder: Path) -> Manifest:
+    """Check every file of a cache, and return its manifest.
 
     Raises:
         DistillError: files are missing, cut off or damaged; all of them are named.
     """
     manifest = read_manifest(folder)
-    problems: list[str] = []
-    for entry in manifest.files:
-        with noted(problems):
-            on_file(check_file(folder, entry).name)
-    tell(problems)
+    check_files(folder, *manifest.files)
     return manifest

@@ -11,8 +11,10 @@ from ..blocks import Stack, stack_of
 from ..cache import examples_of, open_cache
 from ..cache.examples import Example
 from ..cache.facts import digest_of_template, digest_of_tokenizer, digest_of_weights
+from ..cache.files import check_files
+from ..cache.manifest import HEAD
 from ..cache.signals import stored_of, told_of
-from ..cache.store import Stored, check_file
+from ..cache.store import Stored
 from ..errors import DistillError, tell
 from ..layers import LEARNED, map_layers
 from ..objective import Term
@@ -85,7 +87,8 @@ class CachedTeacher(Teacher):
         tell(problems)
         self._head: dict[str, Any] = {}
         if manifest.head is not None:
-            tensors = load_file(check_file(self.store.folder, manifest.head))
+            check_files(self.store.folder, manifest.head)
+            tensors = load_file(self.store.folder / HEAD)
             self._head = {name: tensors[name].to(device) for name in tensors} | {"scaling": Scaling(**manifest.scaling)}
 
     def learn(self, terms: Sequence[Term]) -> list[Term]:
