@@ -1,7 +1,7 @@
 """From what a teacher says to what is stored, and back."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ from ..signals import Signals, Tap
 from ..sources import Head, Logits, Sparse
 from . import codec
 from .codec import Ragged
+from .drawing import blocks_of, draw
 from .examples import Example, seed_of
 from .manifest import Manifest
 from .store import Stored
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_WORKSPACE = 100 * 2**20  # bytes of logits at a time
 _LIFT = 64.0  # nats that are added to -log of a draw's weight, which may be below 0
 
 
@@ -56,23 +56,13 @@ def _one(found: Ragged, asked: slice, vocab_size: int) -> Stored:
     return Stored(len(own), len(own.ids), codec.encode(own, vocab_size), [])
 
 
-def _chunks(source: Head | Logits, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, log-probabilities [t, V]) of all asked tokens."""
-    count = len(source.hidden if isinstance(source, Head) else source.values)
-    size = max(1, _WORKSPACE // (4 * source.vocab_size))
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        logits = source.project(rows).float()
-        logits = logits if temperature == 1 else logits.div_(temperature)
-        yield rows, logits.sub_(torch.logsumexp(logits, -1, keepdim=True))
-
-
 def _top_k(source: Head | Logits, manifest: Manifest) -> Ragged:
-    k, parts = min(manifest.options["k"], manifest.vocab_size), []
-    for _, log_probs in _chunks(source, float(manifest.temperature or 1.0)):
-        ids = log_probs.topk(k, dim=-1).indices.sort(dim=-1).values
-        kept = log_probs.gather(-1, ids)
-        tail = (-torch.expm1(torch.logsumexp(kept.double(), -1))).clamp(min=0).log()
+    k, temperature, parts = min(manifest.options["k"], manifest.vocab_size), float(manifest.temperature or 1.0), []
+    for _, logits in blocks_of(source):
+        logits = logits if temperature == 1 else logits.div_(temperature)
+        ids = logits.topk(k, dim=-1).indices.sort(dim=-1).values
+        kept = (logits.gather(-1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
+        tail = (-torch.expm1(torch.logsumexp(kept, -1))).clamp(min=0).log()
         parts.append([x.cpu().numpy() for x in (ids, -kept, -tail)])
     ids, kept, tail = (np.concatenate(column) for column in zip(*parts, strict=True))
     sizes = np.full(len(ids), k, dtype=np.uint16)
@@ -85,19 +75,22 @@ def _sampled(source: Head | Logits, examples: Sequence[Example], manifest: Manif
     temperature = float(manifest.temperature or 1.0)
     uniform = torch.cat([_uniform(example, draws, manifest.options["seed"]) for example in examples])
     parts = []
-    for rows, log_probs in _chunks(source, temperature):
-        other = log_probs if proposal == temperature else torch.log_softmax(log_probs * (temperature / proposal), -1)
-        ids = _inverse(other.exp(), uniform[rows].to(log_probs.device)).sort(-1).values
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        counts = torch.zeros_like(ids).scatter_add_(1, first.cumsum(1) - 1, torch.ones_like(ids))
-        log_p = log_probs.gather(1, ids)
-        weight = log_p - other.gather(1, ids) - math.log(draws)  # of one draw
+    for rows, logits in blocks_of(source):
+        own = uniform[rows].to(logits.device)
+        if proposal == temperature:
+            ids, log_q = draw(logits if temperature == 1 else logits.div_(temperature), own)
+            log_p = log_q
+        else:
+            ids, log_q = draw(logits / proposal, own)
+            logits = logits.div_(temperature)
+            log_p = (logits.gather(1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
+        weight = log_p - log_q - math.log(draws)  # of one draw
         expected = (weight.exp() * log_p).sum(1)
-        parts.append([x.cpu().numpy() for x in (first, ids, counts, weight, expected)])
-    first, ids, counts, weight, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
+        parts.append([x.cpu().numpy() for x in (ids, weight, expected)])
+    ids, weight, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
+    first = np.diff(ids, axis=1, prepend=-1) != 0
     sizes = first.sum(1).astype(np.uint16)
-    counts = counts[np.arange(draws) < sizes[:, None]]
+    counts = np.diff(np.append(np.flatnonzero(first), first.size))
     values = counts if proposal == temperature else codec.to_grid(_LIFT - weight[first] - np.log(counts))
     return Ragged(sizes, ids[first], values, codec.to_grid(-expected))
 
@@ -106,29 +99,6 @@ def _uniform(example: Example, draws: int, seed: int) -> Tensor:
     """[T, draws] in [0, 1), which belong to the example."""
     count = example.asked.stop - example.asked.start
     return torch.rand(count, draws, generator=seed_of(example.key, seed), dtype=torch.float64)
-
-
-_BLOCK = 256
-
-
-def _inverse(probs: Tensor, uniform: Tensor) -> Tensor:
-    """[t, draws] ids whose share of the running sum of `probs` [t, V] the numbers in [0, 1) fall into.
-
-    The running sum is taken over blocks first and inside the blocks that were hit then: one pass over V.
-    """
-    count, vocab = probs.shape
-    short = -vocab % _BLOCK
-    blocks = torch.nn.functional.pad(probs, (0, short)) if short else probs
-    blocks = blocks.view(count, -1, _BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [t, V / 256]
-    goal = uniform * ends[:, -1:]
-    block = torch.searchsorted(ends, goal, right=True).clamp(max=ends.shape[1] - 1)
-    goal = goal - torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
-    inner = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).to(torch.float64).cumsum(-1)  # [t, draws, 256]
-    # Never an id without mass: not beyond the block's last one that has some, wherever rounding put the goal.
-    goal = torch.minimum(goal, inner[..., -1] * (1 - 1e-12))
-    inside = torch.searchsorted(inner, goal[..., None].clamp(min=0), right=True)[..., 0]
-    return (block * _BLOCK + inside).clamp(max=vocab - 1)
 
 
 def told_of(
