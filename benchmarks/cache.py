@@ -1,6 +1,6 @@
 """Teachers on disk: bytes, fidelity, reading, capture, a step's time, what a student learns. SmolLM2-135M-Instruct.
 
-python benchmarks/cache.py [rounds]
+python benchmarks/cache.py [read] [train] [fidelity]    with parts: capture and these again, the others as they were
 """
 
 import json
@@ -221,7 +221,7 @@ if __name__ == "__main__":
     else:
         import subprocess
 
-        from measure import save
+        from measure import RESULTS, save
 
         def run(**case) -> dict:
             done = subprocess.run(
@@ -230,13 +230,16 @@ if __name__ == "__main__":
             print(case, done.stdout.splitlines()[-1][:300], flush=True)
             return json.loads(done.stdout.splitlines()[-1])["found"]
 
+        parts = sys.argv[1:] or ["read", "train", "fidelity"]
+        file = RESULTS / "cache.json"
+        results: dict = json.loads(file.read_text()) if file.is_file() and sys.argv[1:] else {}
         with tempfile.TemporaryDirectory() as folder:
-            results: dict = {part: run(part=part, folder=folder) for part in ("write", "read")}
-            save("cache", results)
-            names = ("sft", "sampled", "top_k", "hidden", "online", "hidden_fp32")
-            trained = {name: run(part="train", folder=folder, name=name) for name in names}
-            results |= {"train": trained, "summary": summary(trained)}
-            save("cache", results)
-            results["fidelity"] = run(part="fidelity", folder=folder)
+            results["write"] = run(part="write", folder=folder)
+            if "train" in parts:
+                names = ("sft", "sampled", "top_k", "hidden", "online", "hidden_fp32")
+                trained = {name: run(part="train", folder=folder, name=name) for name in names}
+                results |= {"train": trained, "summary": summary(trained)}
+            for part in {"read", "fidelity"} & {*parts}:
+                results[part] = run(part=part, folder=folder)
         save("cache", results)
         print(json.dumps({k: v for k, v in results.items() if k != "train"}, indent=1))

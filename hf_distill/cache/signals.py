@@ -18,7 +18,7 @@ from .examples import Example, seed_of
 from .manifest import Manifest
 from .store import Stored
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LIFT = 64.0  # nats that are added to -log of a draw's weight, which may be below 0
 
 
@@ -33,7 +33,7 @@ def stored_of(told: Signals, examples: Sequence[Example], manifest: Manifest) ->
     if manifest.kind == "hidden":
         layers = [told.features[Tap("hidden", layer)] for layer in manifest.options["layers"]]
         assert isinstance(told.logits, Head)
-        dtype = _DTYPES[manifest.options["dtype"]]
+        dtype = DTYPES[manifest.options["dtype"]]
         rows = [_rows(tensor.to(dtype)) for tensor in (told.logits.hidden, *layers)]
         return [
             Stored(e.asked.stop - e.asked.start, 0, rows[0](e.asked), [of_layer(e.asked) for of_layer in rows[1:]])
@@ -117,7 +117,7 @@ def told_of(
         DistillError: bytes that were not written by the codec.
     """
     if manifest.kind == "hidden":
-        width, dtype = int(manifest.width or 0), _DTYPES[manifest.options["dtype"]]
+        width, dtype = int(manifest.width or 0), DTYPES[manifest.options["dtype"]]
         hidden = _joined([s.payload for s in stored], width, dtype, device)
         features = {
             Tap("hidden", layer): _joined([s.layers[i] for s in stored], width, dtype, device)

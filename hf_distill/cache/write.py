@@ -1,6 +1,7 @@
 """`write_cache`: what a teacher says of the training data, written once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,66 @@ from ..tasks import bare, task_of
 from .capture import Ask, Progress, Rows, batch_of, capture, plan_rows, taps_of
 from .facts import digest_of_template, digest_of_tokenizer, digest_of_weights
 from .manifest import Kind, Manifest
-from .signals import check_kind
+from .signals import DTYPES, check_kind
 
 KINDS = ("hidden", "sampled", "top_k")
 _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is stored of a teacher.
+
+    kind:        hidden: its last hidden states and, once, its output head: every divergence, at every temperature
+                 sampled: draws from its distribution (random sampling KD, 2503.16870): forward KL without bias
+                 top_k: log-probabilities of its k likeliest ids, and the mass of the rest
+    temperature: of sampled and top_k; a run that reads the cache must have the same
+    draws:       of sampled, of each token
+    proposal:    of sampled: temperature of the distribution that is drawn from, with weights p / q; None: `temperature`
+    k:           of top_k
+    dtype:       of hidden states
+    layers:      of hidden: blocks of the teacher whose outputs are stored too, for losses on hidden states
+    seed:        of the draws, which depend on it and on the example alone
+
+    Raises:
+        DistillError: values out of range; all of them at once.
+    """
+
+    kind: Kind = "hidden"
+    temperature: float = 2.0
+    draws: int = 12
+    proposal: float | None = None
+    k: int = 64
+    dtype: str = "bfloat16"
+    layers: Sequence[int] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        problems = []
+        if self.kind not in KINDS:
+            problems.append(f"kind is {self.kind!r}; known: {', '.join(KINDS)}")
+        for name, value in (("temperature", self.temperature), ("proposal", self.proposal or 1.0)):
+            if not 0 < value < float("inf"):
+                problems.append(f"{name} is {value}; it must be a positive number")
+        for name, value in (("draws", self.draws), ("k", self.k)):
+            if not isinstance(value, int) or not 1 <= value < 1 << 16:
+                problems.append(f"{name} is {value!r}; it must be a whole number from 1 to 65535")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63:
+            problems.append(f"seed is {self.seed!r}; it must be a whole number, 0 or more")
+        if self.dtype not in DTYPES:
+            problems.append(f"dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.layers and self.kind != "hidden":
+            problems.append(f"a cache of kind {self.kind} has no hidden states: leave layers out, or write kind hidden")
+        tell(problems)
+
+    def of_kind(self) -> dict[str, Any]:
+        """For the manifest."""
+        found: dict[str, dict[str, Any]] = {
+            "hidden": {"dtype": self.dtype, "layers": list(self.layers)},
+            "sampled": {"draws": self.draws, "proposal": self.proposal or self.temperature, "seed": self.seed},
+            "top_k": {"k": self.k},
+        }
+        return found[self.kind]
 
 
 def write_cache(
@@ -27,50 +84,30 @@ def write_cache(
     teacher: Any,
     *rows: Any,
     collator: Callable[[list], dict],
-    kind: Kind = "hidden",
-    temperature: float = 2.0,
-    draws: int = 12,
-    proposal: float | None = None,
-    k: int = 64,
-    dtype: str = "bfloat16",
-    layers: Sequence[int] = (),
-    seed: int = 0,
     processing_class: Any = None,
     batch_size: int = 8,
     shard_rows: int = 256,
     device: torch.device | str | None = None,
-    reference: dict[str, Any] | None = None,
+    known_as: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
-    max_length: int | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    **options,
 ) -> Manifest:
     """Write what a teacher says of the asked tokens of some rows; a capture that was cut off goes on.
-
-    hidden:  its last hidden states and, once, its output head: every divergence at every temperature, exactly
-    sampled: draws from its distribution at `temperature` (random sampling KD, 2503.16870): forward KL without bias
-    top_k:   log-probabilities at `temperature` of its k likeliest ids, and the mass of the rest
 
     Args:
         folder: new or empty, or of the same capture.
         teacher: a model, or a prepared `Teacher` that does not move.
         rows: data sets of rows as the trainer gets them, such as those of training and of evaluation.
         collator: the trainer's.
-        kind: see above.
-        temperature: of sampled and top_k; a run that reads the cache must have the same.
-        draws: of sampled, of each token.
-        proposal: temperature of the distribution that is drawn from, with weights p / q; None: `temperature`.
-        k: of top_k.
-        dtype: of hidden states.
-        layers: of hidden: blocks of the teacher whose outputs are stored too, for losses on hidden states.
-        seed: of the draws, which depend on it and on the example alone.
         processing_class: the tokenizer, so that a run with another one is refused.
         batch_size: rows of a batch.
         shard_rows: rows of a shard: what is lost at most where a capture is cut off.
         device: of the batches; None: the teacher's.
-        reference: how the teacher is called: {"model", "revision"}; None: its name_or_path.
+        known_as: how the teacher is called: {"model", "revision"}; None: its name_or_path.
         recipe: from which this is written, to be kept in the manifest.
-        max_length: of the rows, to be told where another one is asked for.
         on_progress: told after each shard.
+        options: see `Options`.
 
     Returns:
         the manifest of the whole cache.
@@ -79,32 +116,28 @@ def write_cache(
         DistillError: a value out of range, a teacher that cannot be captured in this kind, a folder that holds
             something else, a disk that is full.
     """
-    _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, shard_rows, seed)
+    wanted, sizes = Options(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
+    tell([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
     shift = task_of(model).shift
     device = torch.device(device or next(model.parameters()).device)
     ask: Ask = _asking(teacher) if isinstance(teacher, nn.Module) else teacher
     planned, data = plan_rows(rows, collator, batch_size, shard_rows, shift)
-    options: dict[str, Any] = {"dtype": dtype, "layers": list(layers)}
-    if kind == "sampled":
-        options = {"draws": draws, "proposal": proposal or temperature, "seed": seed}
-    if kind == "top_k":
-        options = {"k": k}
+    known = known_as or {"model": bare(model).name_or_path}
+    known |= {"class": type(bare(model)).__name__, "weights": digest_of_weights(model)}
     manifest = Manifest(
-        kind=kind,
-        options=options,
-        temperature=None if kind == "hidden" else temperature,
-        teacher=(reference or {"model": bare(model).name_or_path}) | {
-            "class": type(bare(model)).__name__, "weights": digest_of_weights(model)
-        },
+        kind=wanted.kind,
+        options=wanted.of_kind(),
+        temperature=None if wanted.kind == "hidden" else wanted.temperature,
+        teacher=known,
         tokenizer=digest_of_tokenizer(processing_class),
         chat_template=digest_of_template(processing_class),
-        data=data | {"max_length": max_length, "batch_size": batch_size, "shard_rows": shard_rows},
+        data=data | sizes | {"max_length": (recipe or {}).get("data", {}).get("max_length")},
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
         depth=len(stack_of(model).blocks),
-        **_tried(ask, planned, kind, device, shift, layers),
-    )  # fmt: skip
+        **_tried(ask, planned, wanted.kind, device, shift, wanted.layers),
+    )
     return capture(ask, planned, manifest, Path(folder), device, shift, on_progress)
 
 
@@ -130,22 +163,3 @@ def _tried(ask: Ask, rows: Rows, kind: str, device: torch.device, shift: bool, l
         if head is None
         else {"scale": head.scaling.scale, "softcap": head.scaling.softcap},
     }
-
-
-def _check(kind, temperature, draws, proposal, k, dtype, layers, batch_size, shard_rows, seed) -> None:
-    problems = []
-    if kind not in KINDS:
-        problems.append(f"kind is {kind!r}; known: {', '.join(KINDS)}")
-    for name, value in (("temperature", temperature), ("proposal", 1.0 if proposal is None else proposal)):
-        if not 0 < value < float("inf"):
-            problems.append(f"{name} is {value}; it must be a positive number")
-    for name, value in (("draws", draws), ("k", k), ("batch_size", batch_size), ("shard_rows", shard_rows)):
-        if not isinstance(value, int) or not 1 <= value < 1 << 16:
-            problems.append(f"{name} is {value!r}; it must be a whole number from 1 to 65535")
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        problems.append(f"seed is {seed!r}; it must be a whole number, 0 or more")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        problems.append(f"dtype is {dtype!r}; known: bfloat16, float16, float32")
-    if layers and kind != "hidden":
-        problems.append(f"a cache of kind {kind} has no hidden states: leave layers out, or write kind hidden")
-    tell(problems)

@@ -71,9 +71,8 @@ def write_recipe_cache(
         collator=data.collator,
         processing_class=tokenizer,
         device=args.device,
-        reference={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
+        known_as={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
         recipe=_kept(recipe, spec),
-        max_length=recipe.data.max_length,
         on_progress=on_progress,
         **given | options,
     )
@@ -166,8 +165,7 @@ def _speaker(recipe: Recipe) -> TeacherSpec:
 
 def _kept(recipe: Recipe, spec: TeacherSpec) -> dict[str, Any]:
     """The recipe with the teacher that spoke, as plain values."""
-    values = recipe.model_dump(exclude_none=True, exclude_defaults=True)
-    return values | {"teacher": spec.model_dump(exclude_none=True, exclude_defaults=True) | {"kind": "frozen"}}
+    return recipe.model_dump(exclude_none=True) | {"teacher": spec.model_dump(exclude_none=True)}
 
 
 def _loaded(recipe: Recipe, spec: TeacherSpec, on_stage: Callable[[str], None]) -> tuple[Any, Prepared, Any, Any]:

@@ -157,13 +157,13 @@ class CachedTeacher(Teacher):
         missing = [i for i, stored in enumerate(found) if stored is None]
         self._missing += len(missing)
         if self.source is None:
-            data, example = self.manifest.data, examples[missing[0]]
+            example = examples[missing[0]]
             text = inputs["input_ids"].flatten()[targets.positions[example.asked]][:12].tolist()
             raise DistillError(
                 f"{len(missing)} of {len(examples)} examples of a batch are not in {self.path}, which has "
-                f"{data['examples']} examples with rows of {data['max_length'] or 'any'} tokens (the first that is "
-                f"missing asks the tokens {text}). Other text, max_length, chat template or labels than those that it "
-                "was written for: write it again with this recipe, or set fallback: online with a source."
+                f"{self.manifest.data['examples']} examples (the first that is missing asks the tokens {text}). It was "
+                "written for other text, max_length, chat template or labels: write it again with this recipe, or set "
+                "fallback: online with a source."
             )
         taps = {Tap("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
         own = stored_of(self.source(inputs, targets, taps), examples, self.manifest)
