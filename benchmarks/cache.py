@@ -1,6 +1,6 @@
 """Teachers on disk: bytes, fidelity, reading, capture, a step's time, what a student learns. SmolLM2-135M-Instruct.
 
-python benchmarks/cache.py [read] [train] [fidelity]    with parts: capture and these again, the others as they were
+python benchmarks/cache.py [capture] [read] [train] [fidelity]      with parts: these again, the others as they were
 """
 
 import json
@@ -44,41 +44,41 @@ def student_of(teacher):
     return cut_student(teacher, json.loads((RESULTS / "quickstart.json").read_text())["student"]["layers_kept"])
 
 
-def write(folder: Path) -> dict:
-    """Write all kinds, and time each capture against bare forwards of the same batches, in turns."""
+def capture(folder: Path) -> dict:
+    """Speed of a capture, of bare forwards of the same batches, turn by turn."""
     import torch
 
     from hf_distill.cache import write_cache
     from hf_distill.data import Collator
 
-    teacher, tokenizer, train, held = prepared()
+    teacher, tokenizer, train, _ = prepared()
     found = {}
     for name, options in WRITTEN.items():
-        seconds = {"forward": [], "capture": []}
-        for part in range(3):  # turn by turn, so that the two are measured beside each other
-            rows = train.select(range(8 * part, 8 * part + 8))
+        forward, seconds = 0.0, 0.0
+        for part in range(3):
+            rows, told = train.select(range(8 * part, 8 * part + 8)), []
             start = time.perf_counter()
             with torch.no_grad():
-                for i in range(0, len(rows), 8):
-                    teacher(input_ids=torch.tensor(rows[i : i + 8]["input_ids"]), use_cache=False)
-            seconds["forward"].append(time.perf_counter() - start)
-            told = []
+                teacher(input_ids=torch.tensor(rows["input_ids"]), use_cache=False)
+            forward += time.perf_counter() - start
             write_cache(
                 tempfile.mkdtemp(dir=folder), teacher, rows, collator=Collator(0), processing_class=tokenizer,
                 temperature=1.0, on_progress=told.append, **options,
             )  # fmt: skip
-            seconds["capture"].append(told[-1].tokens / told[-1].tokens_per_second)
-        manifest = write_cache(
-            folder / name, teacher, train, held, collator=Collator(0), processing_class=tokenizer, temperature=1.0,
-            **options,
-        )  # fmt: skip
-        found[name] = {
-            "bytes_per_token": manifest.bytes_per_token,
-            "capture_speed_of_bare_forward": sum(seconds["forward"]) / sum(seconds["capture"]),
-            "tokens": manifest.data["tokens"],
-        }
-        print(name, found[name], flush=True)
+            seconds += told[-1].tokens / told[-1].tokens_per_second
+        found[name] = forward / seconds
     return found
+
+
+def write(folder: Path) -> dict:
+    """Write all kinds."""
+    from hf_distill.cache import write_cache
+    from hf_distill.data import Collator
+
+    teacher, tokenizer, train, held = prepared()
+    given = {"collator": Collator(0), "processing_class": tokenizer, "temperature": 1.0}
+    written = {name: write_cache(folder / name, teacher, train, held, **given, **WRITTEN[name]) for name in WRITTEN}
+    return {name: {"bytes_per_token": m.bytes_per_token, "tokens": m.data["tokens"]} for name, m in written.items()}
 
 
 def read(folder: Path) -> dict:
@@ -115,7 +115,7 @@ def fidelity(folder: Path) -> dict:
     from hf_distill.objective import objective
     from hf_distill.teachers import CachedTeacher, FrozenTeacher
 
-    teacher, _, _, held = prepared()
+    teacher, tokenizer, _, held = prepared()
     student, collator, distil = student_of(teacher), Collator(0), Distiller(objective(1.0, 1.0)[:1])
     batches = [collator([held[i] for i in range(a, a + 4)]) for a in range(0, len(held), 4)]
     count = HELD_OUT * (LENGTH - 1)
@@ -130,10 +130,13 @@ def fidelity(folder: Path) -> dict:
             loss += step.loss.item()
         return loss, torch.cat([p.grad.flatten() for p in student.parameters()]).double()
 
+    for name, options in WRITTEN.items():
+        given = {"collator": collator, "processing_class": tokenizer, "temperature": 1.0}
+        write_cache(folder / f"held-{name}", teacher, held, **given, **options)
     exact, whole = of(FrozenTeacher(teacher))
     found, along = {"loss": exact}, []
     for name in WRITTEN:
-        loss, own = of(CachedTeacher(str(folder / name)))
+        loss, own = of(CachedTeacher(str(folder / f"held-{name}")))
         cosine = torch.nn.functional.cosine_similarity(own, whole, dim=0).item()
         found[name] = {"loss_relative_error": abs(loss - exact) / exact, "gradient_cosine": cosine}
     few = collator([held[0], held[1]])
@@ -216,7 +219,7 @@ def summary(trained: dict) -> dict:
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
         case = json.loads(sys.argv[1])
-        part = {"write": write, "read": read, "fidelity": fidelity}.get(case["part"])
+        part = {"capture": capture, "write": write, "read": read, "fidelity": fidelity}.get(case["part"])
         found = part(Path(case["folder"])) if part else train(Path(case["folder"]), case["name"])
         print(json.dumps({"found": found}))
     else:
@@ -231,16 +234,18 @@ if __name__ == "__main__":
             print(case, done.stdout.splitlines()[-1][:300], flush=True)
             return json.loads(done.stdout.splitlines()[-1])["found"]
 
-        parts = sys.argv[1:] or ["read", "train", "fidelity"]
+        parts = sys.argv[1:] or ["capture", "read", "train", "fidelity"]
         file = RESULTS / "cache.json"
         results: dict = json.loads(file.read_text()) if file.is_file() and sys.argv[1:] else {}
         with tempfile.TemporaryDirectory() as folder:
-            results["write"] = run(part="write", folder=folder)
+            if {"read", "train"} & {*parts}:
+                results["write"] = run(part="write", folder=folder)
             if "train" in parts:
                 names = ("sft", "sampled", "top_k", "hidden", "online", "hidden_fp32")
                 trained = {name: run(part="train", folder=folder, name=name) for name in names}
                 results |= {"train": trained, "summary": summary(trained)}
-            for part in {"read", "fidelity"} & {*parts}:
-                results[part] = run(part=part, folder=folder)
+            for part in ("capture", "read", "fidelity"):
+                if part in parts:
+                    results[part] = run(part=part, folder=folder)
         save("cache", results)
         print(json.dumps({k: v for k, v in results.items() if k != "train"}, indent=1))
