@@ -33,13 +33,11 @@ class CachePlan:
 
     kinds:        what each takes
     saved:        share of a step's operations that is the teacher's forward, which a cache saves
-    pays_after:   passes over the data after which writing has paid for itself: an epoch of one student, or another run
     tokens:       of the run; None where the recipe counts epochs
     """
 
     kinds: list[CacheCost]
     saved: float
-    pays_after: float
     tokens: int | None
 
 
@@ -75,4 +73,4 @@ def caches_of(
             f"losses on the {K} likeliest ids and the rest's mass, at one temperature; cosine 0.997",
         ),
     ]
-    return CachePlan(kinds, forward / (forward + training), 1.0, tokens)
+    return CachePlan(kinds, forward / (forward + training), tokens)

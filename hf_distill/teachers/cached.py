@@ -23,11 +23,6 @@ from ..sources import Scaling
 from ..tasks import bare, task_of
 from .base import Teacher
 
-_KINDS = {
-    "sampled": "forward_kl alone, of the temperature at which it was drawn",
-    "top_k": "losses on logits, of the temperature at which it was written",
-}
-
 
 class CachedTeacher(Teacher):
     """What a teacher said of the data, read from a cache in the place of its forward.
@@ -68,7 +63,7 @@ class CachedTeacher(Teacher):
         Raises:
             DistillError: all that differs.
         """
-        manifest, self._device, problems = self.manifest, device, []
+        manifest, problems = self.manifest, list[str]()
         self._ids, self._depth = task_of(student).size(bare(student)), len(stack_of(student).blocks)
         for name, there, here in (
             ("tokenizer", manifest.tokenizer, digest_of_tokenizer(processing_class)),
@@ -105,7 +100,7 @@ class CachedTeacher(Teacher):
                 problems += self._lacking(term)
             elif manifest.temperature is not None:
                 if manifest.kind == "sampled" and term.loss.name != "forward_kl":
-                    problems.append(f"{term.name} is {term.loss.name}, and a sampled cache tells {_KINDS['sampled']}")
+                    problems.append(f"{term.name} is {term.loss.name}, and a sampled cache tells forward_kl alone")
                 asked = term.options.get("temperature", 1.0)
                 if asked != manifest.temperature:
                     problems.append(
