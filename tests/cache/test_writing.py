@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,36 +46,46 @@ def test_a_cache_is_whole_small_and_readable_by_datasets(tmp_path, kind):
     assert len(table) == manifest.data["examples"] == 40
 
 
-def _in_a_process_of_its_own(folder: Path, kind: str) -> None:
+LONG = {"shard_rows": 2, "batch_size": 2}
+
+
+def _dies_after(events: int, folder: Path, kind: str) -> None:
+    """Write a cache, and be killed by SIGKILL at the n-th file that is opened, synced or renamed in its folder."""
+    left, fsync = [events], os.fsync
+
+    def count() -> None:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, given: tuple) -> None:
+        if event in ("open", "os.rename") and str(folder) in str(given[0]):
+            count()
+
+    sys.addaudithook(audit)
+    store_module.os.fsync = lambda descriptor: (count(), fsync(descriptor))
     torch.set_num_threads(1)
-    written(folder, kind, data=rows("llama", 120), shard_rows=2, batch_size=2)
+    written(folder, kind, data=rows("llama", 120), **LONG)
     os._exit(0)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled"])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, kind):
-    """Ten times killed by SIGKILL, each time a random moment after it has written one more shard."""
-    rest, moments, folder = (
-        {"data": rows("llama", 120), "shard_rows": 2, "batch_size": 2},
-        random.Random(0),
-        tmp_path / "k",
-    )
-    written(tmp_path / "straight", kind, **rest)
-    count = 0
+    """Ten times killed: before a file, with half of it written, before its new name, between a shard and its entry."""
+    moments, folder = random.Random(0), tmp_path / "k"
+    written(tmp_path / "straight", kind, data=rows("llama", 120), **LONG)
     for _ in range(10):
-        child = multiprocessing.get_context("fork").Process(target=_in_a_process_of_its_own, args=(folder, kind))
+        events = moments.randrange(8, 40)
+        child = multiprocessing.get_context("fork").Process(target=_dies_after, args=(events, folder, kind))
         child.start()
-        while child.is_alive() and len([*folder.glob("shard-*.arrow")]) == count:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.05))
-        os.kill(child.pid, signal.SIGKILL)
         child.join()
-        count = len([*folder.glob("shard-*.arrow")])
+        assert child.exitcode == -signal.SIGKILL
         assert not (folder / "manifest.json").exists()
         with pytest.raises(DistillError, match="unfinished cache"):
             open_cache(str(folder))
-    assert 10 <= count < 60
-    written(folder, kind, **rest)
+    count = len([*folder.glob("shard-*.arrow")])
+    assert 0 < count < 60
+    written(folder, kind, data=rows("llama", 120), **LONG)
     assert content(folder) == content(tmp_path / "straight")
 
 
