@@ -129,7 +129,7 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
 
 def planned(setup: dict) -> dict[str, int]:
-    from hf_distill.analysis import Anatomy, Job, Strategy, memory
+    from hf_distill.planning import Anatomy, Job, Strategy, memory
     from hf_distill.recipe.models import resolve_model
     from hf_distill.recipe.schema import Lora
     from hf_distill.student import cut_config

@@ -29,6 +29,7 @@ FLOORS = [
     {"trl"},
     {"recipe"},
     {"progress"},
+    {"planning"},
     {"analysis"},
     {"cli"},
     {"__init__", "__main__"},
@@ -98,7 +99,7 @@ def test_the_wheel_holds_recipes_and_cards_and_no_package_called_recipes(tmp_pat
     names = zipfile.ZipFile(wheel).namelist()
     assert "hf_distill/recipes/quickstart.yaml" in names
     assert "hf_distill/recipe/schema.json" in names
-    assert "hf_distill/analysis/shapes.json" in names
+    assert "hf_distill/planning/shapes.json" in names
     assert "hf_distill/py.typed" in names
     assert {name.split("/")[0] for name in names if not name.startswith("hf_distill-")} <= {
         "hf_distill",

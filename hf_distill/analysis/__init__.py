@@ -1,23 +1,18 @@
-"""Before a run: what it will need."""
+"""After a run: what the teacher says, what the student has learnt of it, and what went wrong."""
 
 from importlib import import_module
 
 _HOME = {
-    "Anatomy": "anatomy",
-    "Job": "job",
-    "Parts": "parts",
-    "Plan": "planner",
-    "Strategy": "strategy",
-    "memory": "parts",
-    "model_config": "shapes",
-    "plan": "planner",
-    "rule_of_thumb": "compute",
+    "Pair": "analysis.pair",
+    "Run": "analysis.folder",
+    "open_run": "analysis.folder",
+    "plan": "planning.planner",
 }
 
-__all__ = ["Anatomy", "Job", "Parts", "Plan", "Strategy", "memory", "model_config", "plan", "rule_of_thumb"]
+__all__ = ["Pair", "Run", "open_run", "plan"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hf_distill.analysis' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f"hf_distill.{_HOME[name]}"), name)

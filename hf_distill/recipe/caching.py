@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from ..cache import Manifest, Store, write_cache
 from ..cache.capture import Progress, batch_of, plan_rows, taps_of
@@ -17,14 +15,12 @@ from ..layers import LEARNED, map_layers
 from ..losses import get_loss
 from ..tasks import task_of
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
-from .arguments import arguments
-from .examples import Prepared, prepare_data, taken_by
+from .examples import Prepared
 from .load import validate
-from .loading import Models, check_launch
 from .models import resolve_model
-from .pair import TeacherSpec
 from .schema import Recipe
 from .smoke import SMOKE
+from .speaker import load_speaker, speaker_of, with_speaker
 
 _PROBED = 16  # rows that are looked up before training begins
 
@@ -51,17 +47,19 @@ def write_recipe_cache(
     Raises:
         DistillError: a teacher that moves, losses that no cache serves, or see `write_cache`.
     """
-    spec = _speaker(recipe)
+    spec = speaker_of(recipe)
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
     if to is None or to.startswith("hf://"):
         raise DistillError("Where to? Give a folder with -o; `hf-distill cache push` brings it to the Hub.")
-    teacher, data, tokenizer, args = _loaded(recipe, spec, on_stage)
+    teacher, data, tokenizer, args = load_speaker(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
     given = {
         "temperature": recipe.distill.temperature,
         "batch_size": args.per_device_train_batch_size,
         "layers": layers,
     }
+    if not hasattr(data.train, "__len__"):
+        raise DistillError("A stream has no end to be written to: leave data.*.streaming out.")
     on_stage("Finding the rows to write")
     manifest = write_cache(
         to,
@@ -72,7 +70,7 @@ def write_recipe_cache(
         processing_class=tokenizer,
         device=args.device,
         known_as={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
-        recipe=_kept(recipe, spec),
+        recipe=with_speaker(recipe, spec),
         on_progress=on_progress,
         **given | options,
     )
@@ -109,7 +107,7 @@ def compare_with_teacher(
     if manifest.recipe is None:
         raise DistillError("This cache was written from a script, so its teacher and data are not known here.")
     recipe = validate(manifest.recipe)
-    teacher, data, _, args = _loaded(recipe, recipe.main, on_stage)
+    teacher, data, _, args = load_speaker(recipe, recipe.main, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
     shift = task_of(teacher.model).shift
     rows, facts = plan_rows([data.train, data.held_out], data.collator, size, shard_rows, shift)
@@ -149,43 +147,6 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: Prepared, shift: bool) 
                     + (f"It was written for other data: {'; '.join(differ)}. " if differ and there else "")
                     + "Write it with this recipe (`hf-distill cache write`), or set teacher.fallback to online."
                 )
-
-
-def _speaker(recipe: Recipe) -> TeacherSpec:
-    if recipe.teacher is None:
-        raise DistillError("The recipe has several teachers: write a cache for each from a recipe of its own.")
-    spec = recipe.teacher.speaker
-    if spec.kind != "frozen":
-        what = "has no source" if spec.kind == "cached" else f"is {spec.kind} and moves"
-        raise DistillError(
-            f"The recipe's teacher {what}: a cache is written by a teacher of kind frozen, or by a source."
-        )
-    return spec
-
-
-def _kept(recipe: Recipe, spec: TeacherSpec) -> dict[str, Any]:
-    """The recipe with the teacher that spoke, as plain values."""
-    return recipe.model_dump(exclude_none=True) | {"teacher": spec.model_dump(exclude_none=True)}
-
-
-def _loaded(recipe: Recipe, spec: TeacherSpec, on_stage: Callable[[str], None]) -> tuple[Any, Prepared, Any, Any]:
-    """(teacher, data, tokenizer, arguments); the student is there by its config alone."""
-    check_launch(recipe)
-    online = validate(_kept(recipe, spec))
-    args = arguments(online)
-    on_stage(f"Loading {online.base}")
-    with args.main_process_first():
-        path = resolve_model(online.base)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=online.base_revision)
-    with args.main_process_first():
-        data = prepare_data(online, tokenizer, args.seed, taken_by(args))
-    if not hasattr(data.train, "__len__"):
-        raise DistillError("A stream has no end to be written to: leave data.*.streaming out.")
-    teacher: Any = Models(online, args, path, tokenizer).teacher
-    with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=online.base_revision))
-    teacher.prepare(student, args.device, tokenizer)
-    return teacher, data, tokenizer, args
 
 
 def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:

@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.analysis import plan
 from hf_distill.cache import open_cache
 from hf_distill.cli import app
+from hf_distill.planning import plan
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.caching import compare_with_teacher, write_recipe_cache
 from hf_distill.recipe.load import validate

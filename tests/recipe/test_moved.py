@@ -65,7 +65,7 @@ export: ema
 
 
 def test_a_recipe_with_several_teachers_trains_by_their_shares_and_plans(tmp_path, monkeypatch):
-    from hf_distill.analysis import plan
+    from hf_distill.planning import plan
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "several.yaml").write_text(SEVERAL)

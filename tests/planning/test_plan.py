@@ -4,11 +4,11 @@ import pytest
 from shrunk import SMALL, job, recipe
 from transformers import AutoConfig
 
-from hf_distill.analysis import Anatomy, Strategy, memory, model_config, plan
-from hf_distill.analysis.job import job_of
-from hf_distill.analysis.rows import GiB, deepspeed_estimate, fewest_gpus, min_gpus
-from hf_distill.analysis.strategy import STUDENTS, alternatives
 from hf_distill.errors import DistillError
+from hf_distill.planning import Anatomy, Strategy, memory, model_config, plan
+from hf_distill.planning.job import job_of
+from hf_distill.planning.rows import GiB, deepspeed_estimate, fewest_gpus, min_gpus
+from hf_distill.planning.strategy import STUDENTS, alternatives
 from hf_distill.recipe import load_recipe
 
 # Strategies

@@ -8,11 +8,11 @@ from shrunk import SMALL, held, job, recipe, shrunk
 from tiny import build
 from transformers import AutoModelForCausalLM
 
-from hf_distill.analysis import Anatomy, Job, Strategy, memory, model_config
-from hf_distill.analysis.job import job_of
-from hf_distill.analysis.parts import weights
-from hf_distill.analysis.rows import GiB
-from hf_distill.analysis.working import activations, head_gradients, workspace
+from hf_distill.planning import Anatomy, Job, Strategy, memory, model_config
+from hf_distill.planning.job import job_of
+from hf_distill.planning.parts import weights
+from hf_distill.planning.rows import GiB
+from hf_distill.planning.working import activations, head_gradients, workspace
 from hf_distill.recipe.pair import Lora
 
 

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig
 
-from hf_distill.analysis import Anatomy, Job
+from hf_distill.planning import Anatomy, Job
 from hf_distill.recipe import load_recipe
 
 SMALL = "HuggingFaceTB/SmolLM2-135M"

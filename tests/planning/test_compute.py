@@ -6,9 +6,9 @@ from shrunk import SMALL, shrunk
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_distill.analysis import Anatomy, model_config, rule_of_thumb
-from hf_distill.analysis.compute import Flops, counted_forward, training_rule
-from hf_distill.analysis.shapes import known_shapes
+from hf_distill.planning import Anatomy, model_config, rule_of_thumb
+from hf_distill.planning.compute import Flops, counted_forward, training_rule
+from hf_distill.planning.shapes import known_shapes
 
 NAMES = sorted({entry["ids"][0] for entry in known_shapes().values()})
 

@@ -1,0 +1,79 @@
+"""A run's folder, as a run left it; read by every analysis, each of which leaves a JSON file of its own in it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DistillError
+from ..evidence import read_json
+from ..recipe.load import load_recipe
+from ..recipe.schema import Recipe
+
+# What an analysis leaves in the folder -> the command that writes it.
+WRITTEN_BY = {
+    "recipe.yaml": "hf-distill run RECIPE",
+    "evidence.json": "hf-distill run RECIPE",
+    "metrics.jsonl": "hf-distill run RECIPE",
+    "student": "hf-distill run RECIPE",
+    "control": "hf-distill run RECIPE control=sft",
+    "inspection.json": "hf-distill inspect RUN",
+    "diagnosis.json": "hf-distill diagnose RUN",
+    "retention.json": "hf-distill retention RUN",
+    "temperature.json": "hf-distill temperature RECIPE",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder with its recipe.
+
+    folder: of the run
+    recipe: as resolved when it ran
+    """
+
+    folder: Path
+    recipe: Recipe
+
+    def path(self, name: str) -> Path:
+        """A file or folder of the run.
+
+        Raises:
+            DistillError: it is not there; says which command writes it.
+        """
+        path = self.folder / name
+        if not path.exists():
+            command = WRITTEN_BY.get(name, "hf-distill run RECIPE").replace("RUN", str(self.folder))
+            raise DistillError(f"{path} is missing: `{command}` writes it.")
+        return path
+
+    def has(self, name: str) -> bool:
+        """Whether a file or folder is there."""
+        return (self.folder / name).exists()
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """What the run proved, from evidence.json."""
+        return read_json(self.path("evidence.json"))
+
+    def logs(self, run: str = "student") -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl of one of its trainings ("student", "control"), in order."""
+        lines = (json.loads(line) for line in self.path("metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["run"] == run]
+
+
+def open_run(folder: str | Path) -> Run:
+    """A run's folder.
+
+    Raises:
+        DistillError: it is no run's: its recipe.yaml is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DistillError(f"There is no folder {folder}: give the folder of a run, as `hf-distill run` left it.")
+    if not (folder / "recipe.yaml").is_file():
+        raise DistillError(
+            f"{folder / 'recipe.yaml'} is missing, so {folder} is not the folder of a run: "
+            f"`{WRITTEN_BY['recipe.yaml']}` writes it."
+        )
+    return Run(folder, load_recipe(str(folder / "recipe.yaml")))

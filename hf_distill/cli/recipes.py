@@ -1,0 +1,79 @@
+"""recipes list, show, validate, preview, schema."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from .app import Overrides, Recipe, Smoke, app, no_other_bars, out
+
+recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.command("list")
+def list_command() -> None:
+    """Packaged recipes, each with its first line."""
+    from ..recipe.load import list_recipes
+
+    table = Table(box=None, show_header=False)
+    for name, title in list_recipes().items():
+        table.add_row(f"[bold]{name}[/bold]", title)
+    out.print(table)
+
+
+@recipes.command()
+def show(recipe: Recipe) -> None:
+    """The YAML of a recipe; raw where it is piped."""
+    from ..recipe.load import recipe_text
+
+    text = recipe_text(recipe)
+    if out.is_terminal:
+        from rich.syntax import Syntax
+
+        out.print(Syntax(text, "yaml", background_color="default"))
+    else:
+        sys.stdout.write(text)
+
+
+@recipes.command()
+def validate(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Check a recipe without loading anything."""
+    from ..recipe.load import load_recipe
+
+    load_recipe(recipe, overrides or [], smoke=smoke)
+    out.print(f"{recipe} is a valid recipe.")
+
+
+@recipes.command()
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    smoke: Smoke = False,
+) -> None:
+    """The first rows of a recipe as training sees them: what is asked is green, or between «» where it is piped."""
+    from ..recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    from ..recipe.preview import preview_rows
+
+    no_other_bars()
+    for document in preview_rows(loaded, rows):
+        counts = f"row {document.row} · {document.source} · {document.tokens} tokens · {document.asked} asked"
+        out.print(counts, style="bold", highlight=False)
+        if out.is_terminal:
+            out.print(Text.assemble(*((text, "green" if asked else "dim") for text, asked in document.spans)))
+        else:
+            sys.stdout.write("".join(f"«{text}»" if asked else text for text, asked in document.spans) + "\n")
+
+
+@recipes.command()
+def schema() -> None:
+    """The JSON Schema of recipes, for editors."""
+    from ..recipe.schema import packaged_schema
+
+    sys.stdout.write(json.dumps(packaged_schema(), indent=2) + "\n")

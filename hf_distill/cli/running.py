@@ -1,0 +1,85 @@
+"""run and plan."""
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .app import Overrides, Recipe, Smoke, app, no_other_bars, out
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Distil: load, train, evaluate, leave a run folder."""
+    from ..recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from ..progress import RichProgress
+    from ..recipe.run import run_recipe
+
+    no_other_bars()
+    # Between libraries, at each collective of a step; nothing that the reader could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.")
+    with RichProgress(out) as progress:
+        result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
+    out.print(results_table(result.models))
+    out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs there are.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each, in GiB.")] = 80.0,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that training reaches.")] = 0.4,
+    gpu_tflops: Annotated[float, typer.Option(help="Peak of a GPU in TFLOP/s; 989: H100, bf16, dense.")] = 989.0,
+    pretraining_tokens: Annotated[float, typer.Option(help="Compare with training the student on these.")] = 2e12,
+    smoke: Smoke = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan, in bytes and FLOP.")] = False,
+) -> None:
+    """Memory, operations and hours of a recipe, before they are paid for; no weights are downloaded."""
+    from ..recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    from ..planning.planner import plan as plan_recipe
+    from ..planning.show import caches_table, flops_table, legend, plan_table, verdict
+
+    found = plan_recipe(loaded, gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        return
+    wide = out.width >= 120
+    out.print(plan_table(found, wide))
+    out.print(*legend(found, wide), sep="\n", highlight=False)
+    out.print(flops_table(found))
+    out.print(*caches_table(found), sep="\n", highlight=False)
+    out.print(*verdict(found), sep="\n", highlight=False)
+
+
+def results_table(models: dict[str, dict[str, float]]) -> Table:
+    """Teacher, student before and after, and control, side by side."""
+    table = Table(title="Held-out text")
+    for heading in ("", "perplexity", "KL to teacher (nats/token)", "top-1 agreement"):
+        table.add_column(heading, justify="right" if heading else "left")
+    names = {"before": "student before", "student": "student after", "control": "control, hard labels alone"}
+    if "teacher_perplexity" in models["student"]:
+        table.add_row("teacher", f"{models['student']['teacher_perplexity']:.2f}", "0", "1")
+    for key, name in names.items():
+        m = models.get(key, {})
+        if "perplexity" in m:  # with alpha 0 nothing is measured before
+            compared = (f"{m['kl']:.4f}", f"{m['agreement']:.3f}") if "kl" in m else ("-", "-")
+            table.add_row(name, f"{m['perplexity']:.2f}", *compared)
+    return table

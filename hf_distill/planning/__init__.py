@@ -1,0 +1,23 @@
+"""Before a run: what it will need."""
+
+from importlib import import_module
+
+_HOME = {
+    "Anatomy": "anatomy",
+    "Job": "job",
+    "Parts": "parts",
+    "Plan": "planner",
+    "Strategy": "strategy",
+    "memory": "parts",
+    "model_config": "shapes",
+    "plan": "planner",
+    "rule_of_thumb": "compute",
+}
+
+__all__ = ["Anatomy", "Job", "Parts", "Plan", "Strategy", "memory", "model_config", "plan", "rule_of_thumb"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'hf_distill.planning' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
