@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test check lint bench clean
+.PHONY: quickstart test check lint bench browser clean
 .DELETE_ON_ERROR:
 
 # torch first, and pinned: a later line would otherwise be free to choose another build.
@@ -22,7 +22,13 @@ quickstart: $(VENV)/installed
 	rm -rf runs/quickstart
 	$(BIN)/hf-distill run quickstart
 
-test: $(VENV)/installed-dev
+# A test opens a run's report as a reader would; who may install packages gets the browser for it.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { apt-get install -y -qq chromium || { apt-get update -qq && apt-get install -y -qq chromium; }; } >/dev/null || \
+	  echo "Install chromium: the test of reports needs a browser."
+
+test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest tests
 
 lint: $(VENV)/installed-dev

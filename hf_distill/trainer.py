@@ -98,6 +98,12 @@ class DistillMixin(SidecarMixin):
         self.loss_is_scaled_for_ga = True
         self.wear(features, teacher)
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's; a trial's temperature, alpha and other fields of the objective are taken."""
+        super()._hp_search_setup(trial)
+        if self.distilling and trial is not None and isinstance(self.args, DistillFields):
+            self.distil_from(self.teacher, self.args)
+
     def _renewed(self, teacher: Teacher) -> list[str]:
         if self.model_init is None or not teacher.bound:
             return []

@@ -21,6 +21,8 @@ WRITTEN_BY = {
     "diagnosis.json": "hf-distill diagnose RUN",
     "retention.json": "hf-distill retention RUN",
     "temperature.json": "hf-distill temperature RECIPE",
+    "samples.json": "hf-distill report RUN",
+    "curve.json": "hf-distill curve RUN",
 }
 
 

@@ -165,4 +165,7 @@ def _with_teacher(run: Run) -> Recipe:
 
     teacher = {"kind": "frozen", "model": str(run.path(kept[kind]))}
     values = run.recipe.model_dump(exclude_none=True)
-    return validate(values | {"teachers": [], "losses": [], "teacher": teacher, "export": "adapter"})
+    student = {"model": str(run.path("student"))}
+    return validate(
+        values | {"student": student, "teachers": [], "losses": [], "teacher": teacher, "export": "adapter"}
+    )

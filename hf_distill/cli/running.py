@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -26,6 +26,7 @@ def run(
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from ..evidence import read_json
     from ..progress import RichProgress
     from ..recipe.run import run_recipe
 
@@ -34,7 +35,7 @@ def run(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.")
     with RichProgress(out) as progress:
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
-    out.print(results_table(result.models))
+    out.print(results_table(result.models, read_json(result.folder / "evidence.json").get("chain")))
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
 
 
@@ -55,12 +56,23 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     from ..planning.planner import plan as plan_recipe
+    from ..recipe.load import parts_to_plan
+
+    numbers = (gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
+    found = {name: plan_recipe(part, *numbers) for name, part in parts_to_plan(loaded).items()}
+    if as_json:
+        plans: Any = {name: asdict(one) for name, one in found.items()}
+        sys.stdout.write(json.dumps(plans if loaded.stages else plans[""], indent=2) + "\n")
+        return
+    for name, one in found.items():
+        if name:
+            out.rule(name)
+        _print_plan(one)
+
+
+def _print_plan(found: Any) -> None:
     from ..planning.show import caches_table, flops_table, legend, plan_table, verdict
 
-    found = plan_recipe(loaded, gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
-    if as_json:
-        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
-        return
     wide = out.width >= 120
     out.print(plan_table(found, wide))
     out.print(*legend(found, wide), sep="\n", highlight=False)
@@ -69,12 +81,21 @@ def plan(
     out.print(*verdict(found), sep="\n", highlight=False)
 
 
-def results_table(models: dict[str, dict[str, float]]) -> Table:
-    """Teacher, student before and after, and control, side by side."""
+def results_table(models: dict[str, dict[str, float]], chain: list[dict[str, Any]] | None = None) -> Table:
+    """Teacher, student before and after, and control, side by side; of a chain the students of all its stages.
+
+    Args:
+        models: name -> held-out metrics.
+        chain: of the evidence of a chain.
+    """
     table = Table(title="Held-out text")
     for heading in ("", "perplexity", "KL to teacher (nats/token)", "top-1 agreement"):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": "control, hard labels alone"}
+    if chain:
+        names = {part["stage"]: f"{part['stage']}, {part['student']['blocks']} blocks" for part in chain}
+        last = [part["stage"] for part in chain if part["stage"] != "direct"][-1]
+        names = {{last: "student", "direct": "control"}.get(stage, stage): title for stage, title in names.items()}
     if "teacher_perplexity" in models["student"]:
         table.add_row("teacher", f"{models['student']['teacher_perplexity']:.2f}", "0", "1")
     for key, name in names.items():

@@ -125,3 +125,27 @@ class Data(Part):
     def sources(self) -> dict[str, Source]:
         """All sources by name, `task` first."""
         return {"task": self.task, **(self.__pydantic_extra__ or {})}
+
+
+class OnPolicy(Part):
+    """The student completes the data's prompts, and the teacher judges every token that it writes (GKD, 2306.13649).
+
+    By trl.DistillationTrainer; sources are `messages`, or `prompt` and `completion`.
+    """
+
+    fraction: float | list[tuple[float, float]] = Field(
+        1.0,
+        description="Share of the rows that the student completes; the others keep the data's completion, which alone "
+        "has hard labels. Or [[progress, share], ...], with straight lines between.",
+    )
+    max_completion_length: int = Field(128, gt=0, description="Tokens that the student writes at most.")
+    sampling_temperature: float = Field(1.0, gt=0, description="At which it writes; distill.temperature is the loss's.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    vllm: Literal["colocate", "server"] | None = Field(None, description="Generate with vLLM, which needs a GPU.")
+
+    @field_validator("fraction")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        points_of(value, "it", 0, 1)
+        return value

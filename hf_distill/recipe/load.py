@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..errors import DistillError, did_you_mean
+from ..errors import DistillError, did_you_mean, noted
 from ..zero import check_teacher_config, read_deepspeed
 from .schema import Recipe, packaged_schema
 from .smoke import smoke_values
+from .stages import planned_values, stage_values
 
 
 def list_recipes() -> dict[str, str]:
@@ -88,10 +89,22 @@ def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += [_problem(item) for item in error.errors()]
+    if not problems:
+        for number in range(1, len(recipe.stages) + 1):
+            with noted(problems):
+                validate(stage_values(recipe.model_dump(exclude_none=True, exclude_unset=True), number), folder)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe:\n{lines}")
     return recipe
+
+
+def parts_to_plan(recipe: Recipe) -> dict[str, Recipe]:
+    """A recipe, as ""; of a chain the recipe of each stage, as far as it is known before the chain runs."""
+    if not recipe.stages:
+        return {"": recipe}
+    values = planned_values(recipe.model_dump(exclude_none=True, exclude_unset=True))
+    return {name: validate(part) for name, part in values.items()}
 
 
 def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[str, Any]:

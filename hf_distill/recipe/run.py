@@ -72,6 +72,10 @@ def run_recipe(
     Raises:
         DistillError: the folder holds another run, or an input is wrong.
     """
+    if recipe.stages:
+        from .chain import run_chain
+
+        return run_chain(recipe, resume, callbacks, on_stage)
     check_launch(recipe)
     args = arguments(recipe)
     folder = on_main(lambda: claim(recipe, resume))
@@ -81,7 +85,7 @@ def run_recipe(
     if evidence.get("status") == "done":
         on_stage("This run is over already.")
         return RunResult(folder, models)
-    run = _Run(recipe, args, folder, list(callbacks), on_stage)
+    run = Loaded(recipe, args, folder, list(callbacks), on_stage)
 
     def keep(**found: dict[str, float]) -> None:
         models.update(found)
@@ -100,7 +104,7 @@ def run_recipe(
     return RunResult(folder, models)
 
 
-class _Run:
+class Loaded:
     """A recipe's models, data and arguments, loaded."""
 
     def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
@@ -179,9 +183,9 @@ class _Run:
         if not trainer.distilling:  # a recipe with alpha 0
             trainer.distil_from(self.models.teacher, self._objective())
         self._describe(trainer)
-        after = _measured(trainer.evaluate())
+        after = measured(trainer.evaluate())
         save_moved(trainer, self.recipe.export, self.folder)
-        return _measured(before), {**after, "train_seconds": seconds}
+        return measured(before), {**after, "train_seconds": seconds}
 
     def _objective(self, **changes) -> DistillFields:
         return DistillFields(
@@ -212,10 +216,10 @@ class _Run:
             trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
         else:
             trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))
-        return {**_measured(trainer.evaluate()), "train_seconds": seconds}
+        return {**measured(trainer.evaluate()), "train_seconds": seconds}
 
 
-def _measured(metrics: dict[str, float]) -> dict[str, float]:
+def measured(metrics: dict[str, float]) -> dict[str, float]:
     """Held-out metrics without the `eval_` prefix and the timing."""
     timing = ("runtime", "per_second", "preparation_time")
     found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}

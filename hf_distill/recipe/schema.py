@@ -13,8 +13,9 @@ from ..errors import did_you_mean
 from ..kinds import ill_matched
 from ..layers import check_layers
 from ..schedule import points_of
-from .data import Data, Part
+from .data import Data, OnPolicy, Part
 from .pair import NamedTeacher, Student, TeacherSpec
+from .stages import Stage, unfit
 
 _JSON_TYPES: dict[str, Any] = {
     "integer": int,
@@ -87,30 +88,6 @@ class Distill(Part):
         return value
 
 
-class OnPolicy(Part):
-    """The student completes the data's prompts, and the teacher judges every token that it writes (GKD, 2306.13649).
-
-    By trl.DistillationTrainer; sources are `messages`, or `prompt` and `completion`.
-    """
-
-    fraction: float | list[tuple[float, float]] = Field(
-        1.0,
-        description="Share of the rows that the student completes; the others keep the data's completion, which alone "
-        "has hard labels. Or [[progress, share], ...], with straight lines between.",
-    )
-    max_completion_length: int = Field(128, gt=0, description="Tokens that the student writes at most.")
-    sampling_temperature: float = Field(1.0, gt=0, description="At which it writes; distill.temperature is the loss's.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens.")
-    vllm: Literal["colocate", "server"] | None = Field(None, description="Generate with vLLM, which needs a GPU.")
-
-    @field_validator("fraction")
-    @classmethod
-    def _shares(cls, value: Any) -> Any:
-        points_of(value, "it", 0, 1)
-        return value
-
-
 class TrainBase(Part):
     """Any field of transformers.TrainingArguments; output_dir is the run's folder."""
 
@@ -143,6 +120,10 @@ class Recipe(Part):
     """A whole distillation."""
 
     student: Student
+    stages: list[Stage] = Field(
+        default_factory=list,
+        description="A chain: each stage's student is the next one's teacher. `student` is then the last stage's.",
+    )
     teacher: TeacherSpec | None = None
     teachers: list[NamedTeacher] = Field(
         default_factory=list,
@@ -154,8 +135,10 @@ class Recipe(Part):
     projectors: ProjectorSpec | None = Field(None, description="Between hidden states; a bare word is its kind.")
     on_policy: OnPolicy | None = Field(None, description="The student learns on completions that it writes itself.")
     train: Train
-    control: Literal["sft"] | None = Field(
-        None, description="sft: train the same student on the hard labels alone too."
+    control: Literal["sft", "direct"] | None = Field(
+        None,
+        description="sft: train the same student on the hard labels alone too; direct, of a chain: distil its last "
+        "student from the first teacher too, in as many steps as all stages have.",
     )
 
     export: Literal["adapter", "merged", "ema", "mtp"] = Field(
@@ -192,6 +175,21 @@ class Recipe(Part):
     def kinds(self) -> set[str]:
         """Of the teachers."""
         return {spec.kind for spec in self.all_teachers}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last_student(cls, values: Any) -> Any:
+        """The student of a chain is that of its last stage, unless it is given as well."""
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if stages and isinstance(stages, list) and isinstance(stages[-1], dict) and "student" in stages[-1]:
+            return {"student": stages[-1]["student"], **values}
+        return values
+
+    @model_validator(mode="after")
+    def _chain(self):
+        if problems := unfit(self):
+            raise ValueError("; ".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _one_or_several(self):

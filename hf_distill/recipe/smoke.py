@@ -38,12 +38,12 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     student, train = values["student"], values["train"]
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
         _small_teacher(teacher, f"{train['output_dir']}-smoke/cache")
-    if student.get("from_teacher"):
-        cut = student["from_teacher"]
-        cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": _TEACHER_DEPTH - 1}
-    if student.get("model"):
-        role = "teacher" if student.get("from_teacher") else "student"
-        student |= {"model": f"{SMOKE}{family_of(student['model'])}/{role}", "revision": None}
+    _small_student(student)
+    for i, stage in enumerate(values.get("stages", ())):
+        _small_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1))
+        stage["train"] = {k: v for k, v in stage.get("train", {}).items() if k == "learning_rate"}
+    if values.get("stages"):
+        values["student"] = values["stages"][-1]["student"]
     for loss in values.get("losses", ()):
         if isinstance(loss.get("layers"), list):
             loss["layers"] = "stretch"
@@ -59,6 +59,15 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
     train |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "push_to_hub": False}
     return values
+
+
+def _small_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> None:
+    if student.get("from_teacher"):
+        cut = student["from_teacher"]
+        cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": depth}
+    if student.get("model"):
+        role = "teacher" if student.get("from_teacher") else "student"
+        student |= {"model": f"{SMOKE}{family_of(student['model'])}/{role}", "revision": None}
 
 
 def _small_teacher(teacher: dict[str, Any], cache: str) -> None:

@@ -1,0 +1,137 @@
+"""A chain of students, each the next one's teacher: progressive distillation (1902.03393).
+
+The folder: `stage-1`, `stage-2`, ... and `direct`, each the folder of a run; `student/` and `control/`, the last
+student and the one that was taught directly; `recipe.yaml`, `metrics.jsonl`, `evidence.json` of the whole.
+"""
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
+
+from ..evidence import read_json, write_json
+from ..trainer import DistillTrainer
+from .folder import claim, on_main
+from .load import validate
+from .run import RunResult, measured, run_recipe
+from .schema import Recipe
+from .speaker import load_speaker, speaker_of
+from .stages import direct_values, stage_values
+
+
+def run_chain(
+    recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback], on_stage: Callable[[str], None]
+) -> RunResult:
+    """Run the stages of a recipe one after another; see `run_recipe`.
+
+    Each stage is a run of its own, with a folder of its own, and is resumed as one. What it loaded is freed before the
+    next begins. In the end all students are compared with the first teacher.
+
+    Raises:
+        DistillError: see `run_recipe`.
+    """
+    folder = on_main(lambda: claim(recipe, resume))
+    evidence = read_json(folder / "evidence.json") if resume else {}
+    if evidence.get("status") == "done":
+        on_stage("This chain is over already.")
+        return RunResult(folder, evidence["models"])
+    parts = dict(_parts(recipe))
+    for name, part in parts.items():
+        on_stage(f"{name}: {_told(part)}")
+        run_recipe(part, resume=True, callbacks=callbacks, on_stage=on_stage)
+        gc.collect()  # a trainer and its callbacks hold each other, and with them both models
+    students = {name: Path(part.train.output_dir) / "student" for name, part in parts.items()}
+    models = _compared(recipe, students, on_stage)
+    on_main(lambda: _leave(recipe, folder, parts, models))
+    return RunResult(folder, models)
+
+
+def _parts(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """The runs of a chain, in order."""
+    values = recipe.model_dump(exclude_none=True, exclude_unset=True)
+    for number in range(1, len(recipe.stages) + 1):
+        yield f"stage-{number}", validate(stage_values(values, number))
+    if recipe.control == "direct":
+        yield "direct", validate(direct_values(values))
+
+
+def _told(recipe: Recipe) -> str:
+    cut = recipe.student.from_teacher
+    made = f"{cut.keep_layers or len(cut.layers or ())} blocks" if cut else str(recipe.student.model)
+    return f"{recipe.base} into {made}"
+
+
+def _compared(
+    recipe: Recipe, students: dict[str, Path], on_stage: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Held-out metrics of every student beside the first teacher, the last one as "student", direct as "control"."""
+    on_stage("Comparing all students with the first teacher")
+    teacher, data, tokenizer, args = load_speaker(recipe, speaker_of(recipe), on_stage)
+    args.report_to, args.deepspeed_plugin, found = [], None, {}
+    args.remove_unused_columns = False
+    names = {f"stage-{len(recipe.stages)}": "student", "direct": "control"}
+    for name, folder in students.items():
+        trainer = DistillTrainer(
+            AutoModelForCausalLM.from_pretrained(folder),
+            args,
+            teacher=teacher,
+            eval_dataset=data.held_out,
+            data_collator=data.collator,
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        found[names.get(name, name)] = measured(trainer.evaluate())
+    return found
+
+
+def _stage_facts(name: str, recipe: Recipe, evidence: dict[str, Any]) -> dict[str, Any]:
+    """What a stage was, and how close its student came to its own teacher."""
+    student = evidence["models"]["student"]
+    steps = recipe.train.max_steps
+    return {
+        "stage": name,
+        "teacher": recipe.base,
+        "student": evidence["student"],
+        "steps": steps,
+        "train_seconds": student["train_seconds"],
+        "before": evidence["models"]["before"],
+        "after": student,
+    }
+
+
+def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[str, dict[str, float]]) -> None:
+    """Write what a run leaves: the last student and the control, by hard links, all logs, the evidence."""
+    last = f"stage-{len(recipe.stages)}"
+    names, logs, facts = {last: "student", "direct": "control"}, [], {}
+    for name in parts:
+        facts[name] = read_json(folder / name / "evidence.json")
+        if name in names:
+            shutil.rmtree(folder / names[name], ignore_errors=True)
+            shutil.copytree(folder / name / "student", folder / names[name], copy_function=os.link)
+        for line in (folder / name / "metrics.jsonl").read_text().splitlines():
+            logs.append(json.dumps(json.loads(line) | {"run": names.get(name, name)}) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(logs))
+    chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
+    whole = {key: facts["stage-1"][key] for key in ("environment", "data", "teacher")}
+    student = {k: v for k, v in facts[last]["student"].items() if k != "layers_kept"}
+    if layers := _layers_left([facts[f"stage-{n}"]["student"].get("layers_kept") for n in range(1, len(parts) + 1)
+                               if f"stage-{n}" in facts]):  # fmt: skip
+        student["layers_kept"] = layers
+    evidence = {"models": models, "chain": chain, **whole, "student": student, "status": "done"}
+    write_json(folder / "evidence.json", evidence)
+
+
+def _layers_left(kept: Sequence[list[int] | None]) -> list[int] | None:
+    """Which of the first teacher's blocks the last student is made of; None where a stage began with another model."""
+    if None in kept:
+        return None
+    left = [*(kept[0] or ())]
+    for layers in kept[1:]:
+        left = [left[i] for i in layers or ()]
+    return left
