@@ -1,0 +1,93 @@
+"""diagnose."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from .app import AsJson, RunFolder, app, no_other_bars, out
+
+
+@app.command()
+def diagnose(
+    run: RunFolder,
+    student: Annotated[str, typer.Option(help="student, or control.")] = "student",
+    tokens: Annotated[int, typer.Option(min=1, help="Look at so many held-out tokens.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Why a run is worse than it should be: failures by name, each with its advice."""
+    from ..analysis.folder import open_run
+
+    opened = open_run(run)
+    opened.path(student)
+    out.quiet = as_json
+    no_other_bars()
+    from ..analysis.diagnosis import diagnose as look
+    from ..analysis.pair import Pair
+    from ..evidence import write_json
+    from ..progress import RichProgress
+
+    with RichProgress(out) as progress:
+        pair = Pair.of_run(opened, student, progress.stage)
+        progress.stage(f"Comparing both models over {tokens:,} tokens")
+        found = look(pair, tokens, opened.logs(student))
+    if student == "student":
+        write_json(opened.folder / "diagnosis.json", asdict(found))
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        return
+    for part in _shown(found):
+        out.print(part, highlight=False)
+
+
+def _shown(found: Any) -> list[Any]:
+    parts: list[Any] = [_measures(found), "", _parts("Within rows", found.agreement.positions)]
+    if found.agreement.sources:
+        parts += ["", _parts("Sources", found.agreement.sources)]
+    parts.append("")
+    if not found.verdicts:
+        parts.append(Text("Nothing was found to be wrong.", "green"))
+    for verdict in found.verdicts:
+        parts += [Text(verdict.name, "bold red"), f"  {verdict.text}", f"  → {verdict.advice}"]
+    return [*parts, *(f"Not looked at: {line}." for line in found.not_looked_at)]
+
+
+def _measures(found: Any) -> Table:
+    a = found.agreement
+    table = Table(title=f"{a.tokens:,} held-out tokens", box=None, pad_edge=False, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in a.gradient.items())
+    rows = [
+        ("KL to the teacher, nats/token", f"{a.kl:.4f}"),
+        ("  with the teacher's token before, after", f"{a.kl_at[-1]:.2f}, {a.kl_at[1]:.2f}"),
+        ("same first choice", f"{a.agreement:.1%}"),
+        ("correlation of log-probabilities: Pearson, rank", f"{a.pearson:.3f}, {a.spearman:.3f}"),
+        ("entropy of teacher, student, nats", f"{a.teacher_entropy:.3f}, {a.student_entropy:.3f}"),
+        ("nll of the labels: teacher, student, nats", f"{a.teacher_nll:.3f}, {a.student_nll:.3f}"),
+        ("  the teacher's of the label before, after", f"{a.label_at[-1]:.2f}, {a.label_at[1]:.2f}"),
+        ("teacher gives the label less than the student", f"{a.teacher_worse:.1%}"),
+        ("teacher is sure and wrong; student says the same", f"{a.mistakes:.1%}; {a.copied:.1%}"),
+        ("mass outside the teacher's likeliest: its, student's", f"{a.teacher_tail:.1%}, {a.student_tail:.1%}"),
+        ("share of the gradient", shares),
+    ]
+    if found.tokenizer is not None:
+        t = found.tokenizer
+        rows.append(("rows that the tokenizer changes", f"{t.changed} of {t.rows}"))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _parts(title: str, parts: Any) -> Table:
+    table = Table(title=title, box=None, pad_edge=False)
+    for heading in ("", "tokens", "KL", "same first choice", "teacher's nll", "student's"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for part in parts:
+        values = (f"{part.kl:.3f}", f"{part.agreement:.1%}", f"{part.teacher_nll:.3f}", f"{part.student_nll:.3f}")
+        table.add_row(part.name, f"{part.tokens:,}", *values)
+    return table

@@ -1,0 +1,155 @@
+"""Distillations that fail for a known reason, and healthy ones: tiny models trained on a chain of tokens.
+
+The next of 64 tokens follows from the last one and the one before it, so that a model must attend to tell it.
+"""
+
+import math
+from functools import cache
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_distill.analysis import Pair
+
+VOCAB, LENGTH, RATE = 64, 48, 1e-2
+
+
+@cache
+def chain(seed):
+    """[V, V, V]: distribution of the next token, by the one before the last and the last."""
+    generator = torch.Generator().manual_seed(seed)
+    before, last = (4.5 * torch.randn(2, VOCAB, VOCAB, generator=generator)).softmax(-1)
+    return 0.25 * before[:, None, :] + 0.75 * last[None, :, :]
+
+
+def sample(table, rows, seed):
+    """[rows, LENGTH] ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (rows, LENGTH), generator=generator)
+    for t in range(2, LENGTH):
+        ids[:, t] = torch.multinomial(table[ids[:, t - 2], ids[:, t - 1]], 1, generator=generator)[:, 0]
+    return ids
+
+
+def wrongly(table, seed):
+    """The same chain, but a third of the tokens is followed by what is wrong, for sure."""
+    generator = torch.Generator().manual_seed(seed + 99)
+    wrong = table.clone()
+    for last in torch.randperm(VOCAB, generator=generator)[: VOCAB // 3].tolist():
+        wrong[:, last] = 1e-4
+        wrong[:, last, torch.randint(0, VOCAB, (1,), generator=generator)] = 1.0
+    return wrong / wrong.sum(-1, keepdim=True)
+
+
+def train(model, table, steps, seed, teacher=None, alpha=0.5, temperature=2.0, shift=1, told=None, decay=True):
+    """Train a model on a chain; lines of its log.
+
+    shift: which token after a position its label is; 1 is right
+    told:  what is made of the teacher's logits
+    """
+    optimizer, logs = torch.optim.AdamW(model.parameters(), lr=RATE), []
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0)
+        ids = sample(table, 12, seed * 100_003 + step)
+        z = model(input_ids=ids).logits[:, :-shift].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(z, ids[:, shift:].flatten())
+        if teacher is not None:
+            with torch.no_grad():
+                y = teacher(input_ids=ids).logits[:, :-shift].flatten(0, 1)
+            y = y if told is None else told(y)
+            log_q, log_p = (y / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
+            soft = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+            loss = alpha * temperature**2 * soft + (1 - alpha) * loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        logs.append({"step": step + 1, "loss": loss.item()})
+    model.eval().requires_grad_(False)
+    every = max(1, steps // 25)
+    groups = [logs[i : i + every] for i in range(0, len(logs), every)]
+    return [{"step": g[-1]["step"], "loss": sum(log["loss"] for log in g) / len(g)} for g in groups]
+
+
+def new(seed, width, layers=2):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+@cache
+def teacher_of(seed, kind="good"):
+    """A teacher that knows the chain; "wrong": another one; "weak": hardly any."""
+    model, table = new(seed + 1000, 64), chain(seed)
+    train(model, wrongly(table, seed) if kind == "wrong" else table, 20 if kind == "weak" else 250, seed + 1)
+    return model
+
+
+def collate(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def pair(seed, student, teacher, shift=1, **objective):
+    """The two over held-out rows; with a wrong shift the labels are those of the data that the student saw."""
+    ids = sample(chain(seed), 40, 7_000_000 + seed)
+    labels = ids.clone()
+    if shift == 2:
+        labels[:, :-1] = ids[:, 1:]
+        labels[:, -1] = -100
+    rows = [{"input_ids": i, "labels": own} for i, own in zip(ids, labels, strict=True)]
+    return Pair(teacher, student, rows, collate, batch_size=8, **objective)
+
+
+def distilled(seed, width=32, steps=250, kind="good", decay=True, **options):
+    """(pair, logs) of a distillation."""
+    student, teacher = new(seed + 2000, width), teacher_of(seed, kind)
+    logs = train(student, chain(seed), steps, seed + 2, teacher, decay=decay, **options)
+    objective = {k: options[k] for k in ("alpha", "temperature") if k in options}
+    return pair(seed, student, teacher, options.get("shift", 1), **objective), logs
+
+
+def of_another_tokenizer(seed):
+    """A teacher whose ids mean something else."""
+    import copy
+
+    made, logs = distilled(seed, steps=40)
+    other = copy.deepcopy(made.teacher)
+    order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))
+    embedding = other.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.copy_(embedding[order])
+    return pair(seed, made.student, other), logs
+
+
+def cut(logits):
+    """What a cache of the two likeliest ids without the rest's mass tells."""
+    return logits.masked_fill(logits < logits.topk(2).values[:, -1:], -30.0)
+
+
+CASES = {
+    "capacity_gap": lambda seed: distilled(seed, width=4, steps=400),
+    "temperature_too_high": lambda seed: distilled(seed, temperature=12.0, steps=100),
+    "temperature_too_low": lambda seed: distilled(seed, temperature=0.05, steps=100, alpha=0.05),
+    "alpha_too_high": lambda seed: distilled(seed, kind="wrong", alpha=1.0),
+    "alpha_too_low": lambda seed: distilled(seed, alpha=0.01, steps=60),
+    "wrong_shift_or_mask": lambda seed: distilled(seed, shift=2, steps=120),
+    "wrong_tokenizer": of_another_tokenizer,
+    "teacher_weaker_than_labels": lambda seed: distilled(seed, kind="weak", alpha=0.1),
+    "under_trained": lambda seed: distilled(seed, steps=25, decay=False),
+    "collapsed_tail": lambda seed: distilled(seed, told=cut, alpha=1.0, temperature=1.0),
+}
+
+
+def healthy(seed):
+    """A student of a good teacher, trained until it has learnt."""
+    return distilled(seed)
