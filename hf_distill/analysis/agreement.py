@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def _chunks(seen: Seen) -> Iterator[tuple[slice, slice]]:
 
 def _measured(seen: Seen, rows: slice, near: slice, terms: Sequence[Term], pair: Pair) -> tuple[dict[str, Tensor], int]:
     """Of each token of a chunk, name -> [r], NaN where there is nothing; and the ids that both models have."""
-    assert seen.student is not None and seen.teacher is not None
+    assert seen.student is not None
+    assert seen.teacher is not None
     targets = seen.targets.block(rows)
     around = seen.teacher.project(near)
     student = seen.student.project(rows)
@@ -229,8 +231,7 @@ def _agreement(pair: Pair, vocab: int, terms: Sequence[Term], found: dict[str, T
     column = found["column"]
     edges = torch.linspace(0, float(column.max()) + 1, _BUCKETS + 1).tolist()
     parts = [
-        _part(f"{low:.0f} to {high - 1:.0f}", found, (column >= low) & (column < high))
-        for low, high in zip(edges, edges[1:], strict=False)
+        _part(f"{low:.0f} to {high - 1:.0f}", found, (column >= low) & (column < high)) for low, high in pairwise(edges)
     ]
     sources = [_part(name, found, found["source"] == i) for i, name in enumerate(pair.sources) if "source" in found]
     plain = {name: mean[name] for name in Agreement.__dataclass_fields__ if name in mean}

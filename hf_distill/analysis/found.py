@@ -55,6 +55,73 @@ def _last(rung: dict[str, Any]) -> list[str]:
     return [f"{rung['step']}", f"{rung['nll']:.4f}", f"{rung['kl']:.4f}", f"{rung['agreement']:.3f}"]
 
 
+def diagnosis(run: Run) -> Section:
+    """What went wrong, by name."""
+    found = read_json(run.folder / "diagnosis.json")
+    if not found:
+        return _absent(run, "what may have gone wrong", "diagnosis.json")
+    a = found["agreement"]
+    text = [] if found["verdicts"] else ["Nothing was found to be wrong."]
+    text += [f"Not looked at: {line}." for line in found["not_looked_at"]]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in a["gradient"].items())
+    rows = [
+        ["KL to the teacher, nats/token", f"{a['kl']:.4f}"],
+        ["the same with the teacher's token before; after", f"{a['kl_at']['-1']:.2f}; {a['kl_at']['1']:.2f}"],
+        ["correlation of log-probabilities: Pearson; rank", f"{a['pearson']:.3f}; {a['spearman']:.3f}"],
+        ["entropy, nats: teacher; student", f"{a['teacher_entropy']:.3f}; {a['student_entropy']:.3f}"],
+        ["nll of the labels, nats: teacher; student", f"{a['teacher_nll']:.3f}; {a['student_nll']:.3f}"],
+        ["teacher gives the label less than the student", f"{a['teacher_worse']:.1%}"],
+        ["share of the gradient", shares],
+    ]
+    tables = [Table([f"{a['tokens']:,} held-out tokens", ""], rows), _parts("within rows", a["positions"])]
+    tables += [_parts("source", a["sources"])] if a["sources"] else []
+    return Section("diagnosis", "Diagnosis", text, tables, verdicts=found["verdicts"])
+
+
+def _parts(heading: str, parts: list[dict[str, Any]]) -> Table:
+    rows = [
+        [p["name"], f"{p['tokens']:,}", f"{p['kl']:.3f}", f"{p['agreement']:.1%}", f"{p['student_nll']:.3f}"]
+        for p in parts
+    ]
+    return Table([heading, "tokens", "KL", "same first choice", "student's nll"], rows)
+
+
+def retention(run: Run) -> Section:
+    """What the student kept, task by task."""
+    found = read_json(run.folder / "retention.json")
+    if "tasks" not in found:
+        return _absent(run, "what was kept on tasks", "retention.json")
+    models = [*found["tasks"][0]["scores"]]
+    rows = []
+    for task in found["tasks"]:
+        arrow = "" if task["higher_is_better"] else " (less is better)"
+        cells = [f"{task['scores'][m]['value']:.3f} ± {task['scores'][m]['stderr']:.3f}" for m in models]
+        rows.append([f"{task['task']}: {task['metric']}{arrow}", f"{task['examples']}", *cells])
+    text = [
+        "Scores with their standard errors, and percents of the teacher's score with 95 % intervals: a bootstrap over "
+        "the examples, each model resampled with its teacher."
+    ]
+    drawn = plots.kept(found)
+    figures = [Figure("retention", drawn)] if drawn is not None else []
+    return Section("retention", "What was kept", text, [Table(["task", "examples", *models], rows)], figures)
+
+
+def curve(run: Run) -> Section:
+    """Quality over tokens, and what they cost."""
+    found = read_json(run.folder / "curve.json")
+    if not found:
+        return _absent(run, "quality over tokens, and operations", "curve.json")
+    c = found["compute"]
+    text = [
+        f"{float(share):.0%} of the fall in NLL after {tokens:,} tokens." for share, tokens in found["reached"].items()
+    ]
+    text += [
+        f"{c['teacher'] + c['student']:.3g} FLOP over {c['tokens']:,} tokens (teacher {c['teacher']:.3g}, student "
+        f"{c['student']:.3g}): {c['share']:.2g} of pretraining the student on {c['pretraining_tokens']:.3g} tokens."
+    ]
+    return Section("curve", "Data and compute", text, figures=[Figure("curve", plots.curve(found))])
+
+
 def samples(run: Run) -> Section:
     """What the models write."""
     found = read_json(run.folder / "samples.json").get("samples")

@@ -1,6 +1,7 @@
 """Plots of what a run logged and of what was found out about it: matplotlib figures, None where there is nothing."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from .canvas import COLOURS, axes, legend
@@ -111,20 +112,87 @@ def effect_of_t(inspection: Mapping[str, Any]) -> Any:
         right.plot([a["temperature"] for a in at], [a["mass"][k] for a in at], "o-", label=f"likeliest {k}")
     for on in (left, right):
         on.set_xscale("log")
-        on.set_xticks([a["temperature"] for a in at], [f"{a['temperature']:g}" for a in at])
-        on.minorticks_off()
+        _ticks(on, {a["temperature"] for a in at})
     legend(right)
     return figure
 
 
 def search(found: Mapping[str, Any]) -> Any:
-    """Each candidate's held-out NLL and KL over its steps; see `find_temperature`."""
-    figure, (left, right) = axes("Temperature and alpha", "step", "NLL of the labels, nats/token", 8.4, 3.6, 2)
-    right.set_ylabel("KL to the teacher, nats/token")
-    for candidate in found["candidates"]:
+    """Held-out NLL and KL of each candidate over its steps, and over T where all were measured; see `find_temperature`.
+
+    A colour for each T, a kind of line for each alpha.
+    """
+    figure, panels = axes("Temperature and alpha", "step", "NLL of the labels, nats/token", 11, 3.6, 3)
+    panels[1].set_ylabel("KL to the teacher at T = 1, nats/token")
+    candidates = sorted(found["candidates"], key=lambda c: (c["alpha"], c["temperature"]))
+    colours = dict(zip(sorted({c["temperature"] for c in candidates}), cycle(COLOURS.values()), strict=False))
+    lines = dict(zip(sorted({c["alpha"] for c in candidates}), cycle(("o-", "s--", "^:", "D-.")), strict=False))
+    for candidate in candidates:
+        t, alpha = candidate["temperature"], candidate["alpha"]
         steps = [rung["step"] for rung in candidate["rungs"]]
-        name = f"T {candidate['temperature']:g}, alpha {candidate['alpha']:g}"
-        for on, key in ((left, "nll"), (right, "kl")):
-            on.plot(steps, [rung[key] for rung in candidate["rungs"]], "o-", lw=1.3, ms=4, label=name)
-    legend(left, fontsize="small")
+        for on, key in zip(panels, ("nll", "kl"), strict=False):
+            values = [rung[key] for rung in candidate["rungs"]]
+            if None not in values:
+                on.plot(steps, values, lines[alpha], color=colours[t], lw=1.3, ms=4, label=f"T {t:g}, alpha {alpha:g}")
+    for on in panels[:2]:
+        on.set_xscale("log", base=2)
+        _ticks(on, {rung["step"] for c in candidates for rung in c["rungs"]})
+    legend(panels[0], fontsize="small")
+    _over_t(panels[2], candidates, found["by"], lines)
+    return figure
+
+
+def _over_t(on: Any, candidates: Sequence[Mapping[str, Any]], by: str, lines: Mapping[float, str]) -> None:
+    """The measure that decides, at the first rung, which alone all candidates share."""
+    for alpha, line in lines.items():
+        same = [c for c in candidates if c["alpha"] == alpha]
+        values = [c["rungs"][0][by] for c in same]
+        on.plot([c["temperature"] for c in same], values, line, color=COLOURS["before"], ms=4, label=f"alpha {alpha:g}")
+    on.set_xscale("log")
+    on.set_xlabel("T")
+    on.set_ylabel(f"{by.upper()} at step {candidates[0]['rungs'][0]['step']}")
+    _ticks(on, {c["temperature"] for c in candidates})
+    legend(on, fontsize="small")
+
+
+def _ticks(on: Any, values: Any) -> None:
+    """One for each value, and no other."""
+    on.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
+    on.minorticks_off()
+
+
+def kept(retention: Mapping[str, Any]) -> Any:
+    """Percent of the teacher's score that each model has on each task, with its interval; see `Retention`."""
+    tasks = [task for task in retention["tasks"] if any(task["kept"].values())]
+    if not tasks:
+        return None
+    models = [name for name in tasks[0]["kept"] if any(task["kept"].get(name) for task in tasks)]
+    figure, on = axes("What was kept of the teacher", "", "% of its score", 8.4, 3.6)
+    width = 0.8 / len(models)
+    for i, name in enumerate(models):
+        found = [(at, task["kept"][name]) for at, task in enumerate(tasks) if task["kept"].get(name)]
+        places = [at + (i - (len(models) - 1) / 2) * width for at, _ in found]
+        heights = [k["percent"] for _, k in found]
+        spread = [
+            [max(k["percent"] - k["low"], 0) for _, k in found],
+            [max(k["high"] - k["percent"], 0) for _, k in found],
+        ]
+        on.bar(places, heights, width * 0.9, yerr=spread, capsize=3, color=COLOURS.get(name), ecolor=COLOURS["before"],
+               label=name)  # fmt: skip
+    on.axhline(100, lw=1, color=COLOURS["teacher"])
+    on.set_xticks(range(len(tasks)), [task["task"].removeprefix("mini_") for task in tasks])
+    on.grid(axis="x", visible=False)
+    legend(on)
+    return figure
+
+
+def curve(found: Mapping[str, Any]) -> Any:
+    """Held-out NLL and KL over tokens; see `data_curve`."""
+    figure, (left, right) = axes("Quality over tokens", "tokens", "NLL of the labels, nats/token", 8.4, 3.2, 2)
+    right.set_ylabel("KL to the teacher, nats/token")
+    tokens = [point["tokens"] for point in found["points"]]
+    left.plot(tokens, [point["nll"] for point in found["points"]], "o-", color=COLOURS["student"])
+    known = [(point["tokens"], point["kl"]) for point in found["points"] if point["kl"] is not None]
+    if known:
+        right.plot(*zip(*known, strict=True), "o-", color=COLOURS["student"])
     return figure

