@@ -13,7 +13,7 @@ _HOME = {
     "load_tasks": "analysis.harness",
     "open_run": "analysis.folder",
     "plan": "planning.planner",
-    "report": "analysis.report",
+    "report": "analysis.page",
     "retention": "analysis.per_task",
     "retention_of": "analysis.per_task",
     "write_samples": "analysis.samples",
@@ -40,6 +40,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hf_distill.analysis' has no attribute {name!r}")
-    value = getattr(import_module(f"hf_distill.{_HOME[name]}"), name)
-    globals()[name] = value  # in the place of a module of the same name
-    return value
+    return getattr(import_module(f"hf_distill.{_HOME[name]}"), name)

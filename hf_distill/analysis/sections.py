@@ -63,7 +63,8 @@ def results(run: Run) -> Section:
     rows, after = [], models["student"]
     if "teacher_perplexity" in after:
         rows.append(["teacher", f"{after['teacher_perplexity']:.2f}", "0", "1"])
-    for name, title in MODELS.items():
+    stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
+    for name, title in (stages | MODELS).items():
         m = models.get(name, {})
         if "perplexity" in m:
             compared = [f"{m['kl']:.4f}", f"{m['agreement']:.3f}"] if "kl" in m else ["-", "-"]

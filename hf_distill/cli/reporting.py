@@ -17,7 +17,7 @@ def report(
     from ..analysis.folder import open_run
 
     opened = open_run(run)
-    from ..analysis.report import report as write_report
+    from ..analysis.page import report as write_report
     from ..analysis.samples import write_samples
     from ..errors import need
     from ..progress import RichProgress

@@ -69,6 +69,11 @@ def _table(found: Any) -> Table:
 def _words(found: Any) -> list[str]:
     """What the table means, and what it cost."""
     words = [f"Cost: {found.steps} steps, those of {found.runs:.2f} whole runs."]
+    for second in found.candidates[1:2]:
+        last = second.rungs[-1]
+        met = next(rung for rung in found.candidates[0].rungs if rung.step == last.step)
+        lead = last.value(found.by) - met.value(found.by)
+        words.append(f"The last choice, at step {last.step}: ahead by {lead:.4f} nats/token of {found.by}.")
     if len(found.front) > 1:
         other = "kl" if found.by == "nll" else "nll"
         words.append(

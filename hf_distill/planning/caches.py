@@ -54,14 +54,28 @@ def caches_of(
         training: FLOP a token, of the student.
         tokens: of the run.
     """
-    row, bits = _ROW / length, ceil(log2(teacher.vocab))
-    hidden = 2 * teacher.hidden * (1 + layers) + row
+    kinds = kinds_of(teacher.vocab, teacher.hidden, length, layers)
+    return CachePlan(kinds, forward / (forward + training), tokens)
+
+
+def kinds_of(
+    vocab: int, hidden: int | None, length: float, layers: int = 0, distinct: float = _DISTINCT
+) -> list[CacheCost]:
+    """What each kind of cache takes.
+
+    Args:
+        vocab: V of the teacher.
+        hidden: H of it; None: its head is no plain layer, and its hidden states cannot be stored.
+        length: tokens of a row.
+        layers: whose hidden states are stored beside the last.
+        distinct: ids among the draws of a token, expected.
+    """
+    row, bits = _ROW / length, ceil(log2(vocab))
     sparse = {
         name: count * bits * _KEPT[name] / 8 + _BESIDE[name] + row
-        for name, count in (("sampled", _DISTINCT), ("top_k", K))
+        for name, count in (("sampled", distinct), ("top_k", min(K, vocab)))
     }
     kinds = [
-        CacheCost("hidden", hidden, "all losses on logits at every temperature, equal to the teacher's up to bf16"),
         CacheCost(
             "sampled",
             sparse["sampled"],
@@ -73,4 +87,7 @@ def caches_of(
             f"losses on the {K} likeliest ids and the rest's mass, at one temperature; cosine 0.997",
         ),
     ]
-    return CachePlan(kinds, forward / (forward + training), tokens)
+    if hidden is None:
+        return kinds
+    exact = "all losses on logits at every temperature, equal to the teacher's up to bf16"
+    return [CacheCost("hidden", 2 * hidden * (1 + layers) + row, exact), *kinds]

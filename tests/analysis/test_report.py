@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hf_distill import DistillError
 from hf_distill.analysis import open_run
-from hf_distill.analysis.report import report
+from hf_distill.analysis.page import report
 from hf_distill.analysis.samples import write_samples
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe

@@ -123,6 +123,19 @@ def test_killed_in_a_stage_it_goes_on_there_to_the_same_students(straight, tmp_p
     assert again.models == resumed.models
 
 
+def test_a_chain_is_reported_and_diagnosed_as_a_run_is(straight):
+    from hf_distill.analysis import diagnose, report
+
+    folder, result, _, _ = straight
+    run = open_run(folder)
+    text = report(run).path.read_text()
+    for name in ("stage-1", "stage-2", "student", "control"):
+        assert f"{result.models[name]['kl']:.4f}" in text
+    assert diagnose(Pair.of_run(run), None, run.logs()).agreement.kl == pytest.approx(
+        result.models["student"]["kl"], rel=1e-4
+    )
+
+
 def test_the_70b_chain_runs_small(tmp_path):
     small = load_recipe(
         "qwen-72b-chain", [f"train.output_dir={tmp_path}", "train.fsdp=null", "teacher.fsdp=false"], smoke=True
