@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import need
 
 # Ink becomes the page's own text colour; as it is, it is black on a PNG's white.
-_INK = "#010203"
+INK = "#010203"
 COLOURS = {
     "student": "#2f7ed8",
     "control": "#e07b28",
@@ -18,22 +18,22 @@ COLOURS = {
 }
 _CYCLE = ["#2f7ed8", "#e07b28", "#2a9d6f", "#a55fc4", "#c9505e", "#8f96a3", "#b59b1c", "#1fa3b5"]
 _STYLE: Any = {
-    "axes.edgecolor": _INK,
+    "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
     "font.size": 10,
     "grid.alpha": 0.14,
-    "grid.color": _INK,
+    "grid.color": INK,
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "hf_distill",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -60,7 +60,7 @@ def axes(title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, co
 
 def legend(axes: Any, **options) -> None:
     """The names of what is drawn, in ink."""
-    axes.legend(frameon=False, labelcolor=_INK, **options)
+    axes.legend(frameon=False, labelcolor=INK, **options)
 
 
 def svg(figure: Any) -> str:
@@ -71,7 +71,7 @@ def svg(figure: Any) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     element = text.getvalue()
-    element = element[element.index("<svg") :].replace(_INK, "currentColor")
+    element = element[element.index("<svg") :].replace(INK, "currentColor")
     name = figure.get_suptitle().replace("&", "and").replace('"', "")
     width, height = (f"{inches * 72:g}pt" for inches in figure.get_size_inches())
     return element.replace(

@@ -92,19 +92,23 @@ class Pair:
         )
 
     @classmethod
-    def of_run(cls, run: Run, name: str = "student", on_stage: Callable[[str], None] = lambda text: None) -> "Pair":
+    def of_run(
+        cls, run: Run, name: str | None = "student", on_stage: Callable[[str], None] = lambda text: None
+    ) -> "Pair":
         """The teacher of a run, and a model that the run left, over its held-out rows.
 
         Args:
             run: see `open_run`.
-            name: "student" or "control".
+            name: "student" or "control"; None: the teacher alone.
             on_stage: told in a few words what begins.
 
         Raises:
             DistillError: that model is missing, or the run's teacher left no model.
         """
-        folder = run.path(name)
+        folder = None if name is None else run.path(name)
         pair = cls.of_recipe(_with_teacher(run), on_stage)
+        if folder is None:
+            return pair
         on_stage(f"Loading {folder}")
         return pair.beside(load_model(folder, pair.device))
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from .canvas import COLOURS, axes, legend
+from .canvas import COLOURS, INK, axes, legend
 
 Log = Mapping[str, Any]
 
@@ -177,7 +177,7 @@ def kept(retention: Mapping[str, Any]) -> Any:
             [max(k["percent"] - k["low"], 0) for _, k in found],
             [max(k["high"] - k["percent"], 0) for _, k in found],
         ]
-        on.bar(places, heights, width * 0.9, yerr=spread, capsize=3, color=COLOURS.get(name), ecolor=COLOURS["before"],
+        on.bar(places, heights, width * 0.9, yerr=spread, capsize=3, color=COLOURS.get(name), ecolor=INK,
                label=name)  # fmt: skip
     on.axhline(100, lw=1, color=COLOURS["teacher"])
     on.set_xticks(range(len(tasks)), [task["task"].removeprefix("mini_") for task in tasks])

@@ -63,7 +63,7 @@ class SoftLabels:
     def __init__(self, temperatures: Sequence[float], stored: Sequence[float]):
         self.temperatures, self.stored = temperatures, stored
         self._blocks: dict[str, list[Tensor]] = {}
-        self._sums: dict[float, list[Tensor]] = {}
+        self._sums: dict[float, Tensor] = {}  # T -> [2, V]: of p, of what top_k leaves out
 
     def __getitem__(self, name: str) -> Tensor:
         """A measure of every token, [T]."""
@@ -97,8 +97,8 @@ class SoftLabels:
         self._note(f"lost@{t}", tail.sum(-1))
         self._note(f"lost_square@{t}", torch.linalg.vecdot(tail, tail))
         self._note(f"distinct@{t}", -torch.expm1(DRAWS * torch.log1p(-p)).sum(-1))
-        sums = [x.sum(0, dtype=torch.float64) for x in (p, tail)]
-        self._sums[t] = [a + b for a, b in zip(self._sums.get(t, sums), sums, strict=True)] if t in self._sums else sums
+        sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (p, tail)])
+        self._sums[t] = self._sums[t] + sums if t in self._sums else sums
 
     def _note(self, name: str, values: Tensor) -> None:
         self._blocks.setdefault(name, []).append(values.double().cpu())
@@ -122,12 +122,12 @@ class SoftLabels:
             hidden: H; None: hidden states cannot be stored.
             length: asked tokens of a row.
         """
-        found = []
+        found: list[CacheKind] = []
         for t in self.stored:
             costs = {c.kind: c.bytes_per_token for c in kinds_of(vocab, hidden, length, 0, self._mean(f"distinct@{t}"))}
             if "hidden" in costs and not found:
                 found.append(CacheKind("hidden", None, costs["hidden"], 0.0, 0.0, 0.0))
-            squares, (whole, tail) = self[f"square@{t}"], (s.norm().item() for s in self._sums[t])
+            squares, (whole, tail) = self[f"square@{t}"], self._sums[t].norm(dim=1).tolist()
             # E|q - p|^2 = (1 - |p|^2) / n for the mean q of n draws from p.
             noise, cut, norm = (1 - squares).sum() / DRAWS, self[f"lost_square@{t}"].sum(), squares.sum().sqrt()
             drawn = (noise.sqrt() / norm).item(), noise.sqrt().item() / whole

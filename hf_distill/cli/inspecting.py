@@ -10,36 +10,46 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import DistillError
 from .app import AsJson, Overrides, Smoke, app, no_other_bars, out
 
 
 @app.command("inspect")
 def inspect_command(
-    recipe: Annotated[str, typer.Argument(help="A recipe, or the folder of a run, where inspection.json is left.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or a run's folder: inspection.json is left there.")
+    ],
     overrides: Overrides = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Look at so many held-out tokens.")] = 4096,
-    position: Annotated[list[int] | None, typer.Option(min=0, help="Show this asked token; may be repeated.")] = None,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Ids of each position.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Measure batches until so many tokens were asked.")] = 4096,
+    position: Annotated[
+        list[int] | None, typer.Option(min=0, help="Show this asked token; repeat it for more.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Likeliest ids of each position.")] = 10,
     smoke: Smoke = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a teacher's soft labels hold: entropy, mass, its likeliest tokens, the effect of T."""
+    """What a teacher's soft labels hold: entropy, mass, likeliest tokens, what T does, which cache fits."""
     from ..analysis.folder import open_run
     from ..recipe.load import load_recipe
 
     run = open_run(recipe) if Path(recipe).is_dir() else None
+    if run and (overrides or smoke):
+        raise DistillError(
+            f"{recipe} is the folder of a run, whose recipe stands: leave KEY=VALUE and --smoke out, or give "
+            f"{run.folder / 'recipe.yaml'} with them."
+        )
     loaded = run.recipe if run else load_recipe(recipe, overrides or [], smoke=smoke)
+    out.quiet = as_json
     no_other_bars()
     from ..analysis.inspector import inspect_teacher
     from ..analysis.pair import Pair
     from ..evidence import write_json
     from ..progress import RichProgress
 
-    out.quiet = as_json
     with RichProgress(out) as progress:
-        pair = Pair.of_run(run, on_stage=progress.stage) if run else Pair.of_recipe(loaded, progress.stage)
-        progress.stage(f"Looking at {tokens:,} tokens")
-        found = inspect_teacher(pair, tokens, position or (8, 64, 128), k)
+        pair = Pair.of_run(run, None, progress.stage) if run else Pair.of_recipe(loaded, progress.stage)
+        progress.stage(f"Measuring up to {tokens:,} held-out tokens")
+        found = inspect_teacher(pair, tokens, position or None, k)
     if run:
         write_json(run.folder / "inspection.json", asdict(found))
     if as_json:
@@ -50,62 +60,95 @@ def inspect_command(
 
 
 def _shown(found: Any) -> list[Any]:
-    counts = [
-        f"{found.tokens:,} held-out tokens, {found.vocab_size:,} ids, at T = 1:",
-        f"  entropy {found.entropy:.3f} nats ({found.entropy_bits:.3f} bits) a token",
-        "  mass    " + ", ".join(f"top {k}: {share:.1%}" for k, share in found.mass.items()),
-        f"  99 % of the mass: {found.ids_for_99['median']:,.0f} ids (median), {found.ids_for_99['mean']:,.0f} (mean), "
-        f"{found.ids_for_99['p90']:,.0f} (90th percentile)",
-        f"  labels  first choice {found.accuracy:.1%}, perplexity {found.perplexity:.2f}",
-        "",
+    parts = [_measures(found), _histogram(found), _temperatures(found)]
+    shown: list[Any] = [*(x for part in parts for x in (part, ""))]
+    for position in found.positions:
+        about = Text.assemble((f"Token {position.index}", "bold"), f", entropy {position.entropy:.2f} nats, after\n")
+        shown += [about.append(f"  …{position.context[-60:]!r}"), _likeliest(position), ""]
+    return [*shown, _caches(found), _LEGEND, "", _advice(found)]
+
+
+def _table(title: str | None, *headings: str) -> Table:
+    """A table without lines: the first column to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(headings))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _measures(found: Any) -> Table:
+    table = _table(f"{found.tokens:,} held-out tokens, {found.vocab_size:,} ids, T = 1")
+    needed = found.ids_for_99
+    rows = [
+        ("entropy", f"{found.entropy:.3f} nats = {found.entropy_bits:.3f} bits"),
+        ("mass of the likeliest", ", ".join(f"{k}: {share:.1%}" for k, share in found.mass.items())),
+        (
+            "ids for 99 % of the mass",
+            f"{needed['median']:,.0f} median, {needed['mean']:,.0f} mean, {needed['p90']:,.0f} 90th percentile",
+        ),
+        ("label is first choice", f"{found.accuracy:.1%}"),
+        ("cross entropy of the labels", f"{found.cross_entropy:.3f} nats (perplexity {found.perplexity:.2f})"),
     ]
-    return [*counts, _histogram(found), "", _temperatures(found), "", *_positions(found), _caches(found), "",
-            *(f"· {line}" for line in found.advice)]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _histogram(found: Any) -> Table:
-    table = Table(title="Entropy of the teacher, nats", box=None, pad_edge=False)
-    table.add_column("from", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("")
-    most = max(count for _, count in found.histogram) or 1
-    for low, count in found.histogram:
-        table.add_row(f"{low:g}", f"{count:,}", "█" * round(40 * count / most))
+    bins = [(low, count) for low, count in found.histogram]
+    while len(bins) > 1 and not bins[-1][1]:
+        bins.pop()
+    most = max(count for _, count in bins)
+    table = _table("How unsure is it? Tokens by entropy, from nats", "from", "tokens", "share")
+    table.add_column("", no_wrap=True)
+    for low, count in bins:
+        table.add_row(f"{low:g}", f"{count:,}", f"{count / found.tokens:.1%}", "█" * round(40 * count / most))
     return table
 
 
 def _temperatures(found: Any) -> Table:
-    table = Table(title="What T does", box=None, pad_edge=False)
-    table.add_column("T", justify="right")
-    table.add_column("entropy, nats", justify="right")
-    for k in found.mass:
-        table.add_column(f"top {k}", justify="right")
+    table = _table("What T does", "T", "entropy, nats", *(f"top {k}" for k in found.mass), "")
     for at in found.by_temperature:
-        table.add_row(f"{at.temperature:g}", f"{at.entropy:.3f}", *(f"{share:.1%}" for share in at.mass.values()))
+        own = "← the recipe's" if at.temperature == found.temperature else ""
+        shares = (f"{share:.1%}" for share in at.mass.values())
+        table.add_row(f"{at.temperature:g}", f"{at.entropy:.3f}", *shares, own)
     return table
 
 
-def _positions(found: Any) -> list[Any]:
-    parts: list[Any] = []
-    for position in found.positions:
-        about = f"Token {position.index}, after {position.context[-50:]!r}: entropy {position.entropy:.2f} nats"
-        parts.append(Text(about, "bold"))
-        for candidate in position.candidates:
-            mark = "→" if candidate.is_target else " "
-            bar = "█" * round(30 * candidate.probability)
-            parts.append(Text(f"  {mark} {candidate.probability:6.2%}  {candidate.text!r:<18} {bar}"))
-        if not any(candidate.is_target for candidate in position.candidates):
-            rest = f"  → {position.target_probability:6.2%}  {position.target!r} is number {position.rank:,}"
-            parts.append(Text(rest))
-        parts.append("")
-    return parts
+def _likeliest(position: Any) -> Table:
+    """The likeliest ids; the label is marked, and comes last if it is not among them."""
+    table = _table(None)
+    for justify in ("left", "right", "left", "right", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    rows = [(c.is_target, n, c.text, c.probability) for n, c in enumerate(position.candidates, 1)]
+    if not any(is_target for is_target, *_ in rows):
+        rows.append((True, position.rank, position.target, position.target_probability))
+    for is_target, number, text, p in rows:
+        shown = repr(text) if len(repr(text)) <= 22 else f"{repr(text)[:20]}…'"
+        style = "bold" if is_target else ""
+        table.add_row("→" * is_target, f"{number:,}", Text(shown), f"{p:.2%}", "█" * round(30 * p), style=style)
+    return table
 
 
 def _caches(found: Any) -> Table:
-    table = Table(title="This teacher on disk (hf-distill cache write)", box=None, pad_edge=False)
-    table.add_column("kind")
-    for heading in ("bytes a token", "mass outside", "cosine of a token's"):
-        table.add_column(heading, justify="right")
+    headings = ("kind", "T", "bytes/token", "mass outside", "error", "error of the sum")
+    table = _table("This teacher on disk (hf-distill cache write)", *headings)
     for cache in found.caches:
-        table.add_row(cache.kind, f"{cache.bytes_per_token:,.1f}", f"{cache.lost:.2%}", f"{cache.cosine:.4f}")
+        at = "any" if cache.temperature is None else f"{cache.temperature:g}"
+        lost = f"{cache.lost:.1%}" if cache.kind == "top_k" else "-"
+        errors = ("rounding", "") if cache.kind == "hidden" else (f"{cache.error:.3f}", f"{cache.error_of_sum:.3f}")
+        table.add_row(cache.kind, at, f"{cache.bytes_per_token:,.1f}", lost, *errors)
+    return table
+
+
+_LEGEND = (
+    "error: |q - p| / |p|, where q is stored in the place of the teacher's p, token\n"
+    "by token; of the sum over all tokens, where the errors of draws cancel."
+)
+
+
+def _advice(found: Any) -> Table:
+    table = Table(title="What this means", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for line in found.advice:
+        table.add_row("·", Text(line))
     return table

@@ -113,6 +113,39 @@ def test_what_the_run_found_stands_in_it(folder):
     assert run.evidence["environment"]["torch"] in text
 
 
+def test_what_other_commands_left_stands_in_it(folder):
+    from dataclasses import asdict
+
+    from hf_distill.analysis.harness import Measured
+    from hf_distill.analysis.per_task import retention
+    from hf_distill.evidence import read_json, write_json
+
+    for command in ("inspect", "diagnose", "curve"):
+        result = CliRunner().invoke(app, [command, str(folder)])
+        assert result.exit_code == 0, result.output
+    task = Measured("mini_maths", "maths", "acc", True, lambda values: sum(values) / len(values), None)
+    values = {"teacher": [1, 1, 1, 0], "student": [1, 0, 1, 0], "control": [0, 0, 1, 0]}
+    kept = retention(dict.fromkeys(values), None, [task], known={m: {"mini_maths": v} for m, v in values.items()})
+    write_json(folder / "retention.json", asdict(kept))
+    rung = {"step": 4, "nll": 3.25, "kl": 0.5, "agreement": 0.75}
+    other = {"temperature": 1.0, "alpha": 0.9, "rungs": [rung | {"nll": 3.5}]}
+    search = {"candidates": [{"temperature": 2.0, "alpha": 0.5, "rungs": [rung]}, other], "by": "nll", "runs": 2.5}
+    folder.with_name("run-temperature").mkdir()
+    write_json(folder.with_name("run-temperature") / "temperature.json", search | {"overrides": ["distill.alpha=0.5"]})
+    write_samples(open_run(folder), 1, new_tokens=3)
+    found = report(open_run(folder))
+    assert found.missing == {}
+    assert {"teacher_t", "teacher_entropy", "temperature", "curve", "retention"} <= set(found.figures)
+    text = found.path.read_text()
+    inspection, diagnosis = (read_json(folder / f"{name}.json") for name in ("inspection", "diagnosis"))
+    assert f"entropy {inspection['entropy']:.2f} nats" in text
+    for verdict in diagnosis["verdicts"]:
+        assert verdict["name"] in text
+    assert f"{diagnosis['agreement']['pearson']:.3f}" in text
+    assert "0.750 ± " in text
+    assert "3.2500" in text
+
+
 def test_what_models_write_is_text_and_no_markup(folder):
     samples = write_samples(open_run(folder), 2, new_tokens=5)
     assert [set(sample.written) for sample in samples] == [{"teacher", "before", "student", "control"}] * 2
