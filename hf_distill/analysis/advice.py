@@ -11,10 +11,10 @@ from .verdicts import FLAT, HARD
 TAIL = 0.5  # mass of the likeliest 100 ids: below, the thousands of others outweigh them
 WEAK = 0.25  # accuracy: below, language, template or shift of the data may not be the teacher's
 OVERSURE = 0.5  # nats/token that labels cost more than the entropy, which says what they should cost
-# Of the gradient by the head's weight, SmolLM2-135M-Instruct and a student of its blocks, 2,040 tokens
-# (benchmarks/results/inspect.json): error 0.45 has cosine 0.985, 2.7 has 0.69; lost 0.10 has 0.996, 0.75 has 0.94.
-NOISY = 1.0  # error of a sampled cache: beyond, the draws of a token err by more than it says
-LOST = 0.3  # mass that a top_k cache leaves out: beyond, most of what T > 1 adds is not told
+# Between what was seen of the cosine of the gradient by the head's weight with the whole one, of SmolLM2-135M-Instruct
+# and a student of its blocks (benchmarks/results/inspect.json).
+NOISY = 1.0  # error of a sampled cache: 0.985 at 0.44, 0.69 at 2.5; beyond 1 a token's draws are mostly noise
+LOST = 0.3  # mass that a top_k cache leaves out: 0.996 at 0.10, 0.94 at 0.75
 
 
 def advice_of(
@@ -101,7 +101,7 @@ def _fault(cache: CacheKind, divergence: Any) -> str:
     if cache.kind == "sampled" and name not in ("forward_kl", None):
         return f"it tells forward_kl alone, and the recipe's divergence is {name}"
     if cache.kind == "sampled" and cache.error > NOISY:
-        return f"{DRAWS} draws of a token err {cache.error:.1f} times what it says"
+        return f"the error of a token's {DRAWS} draws is {cache.error:.1f} times what they stand for"
     if cache.kind == "top_k" and cache.lost > LOST:
         return f"{cache.lost:.0%} of the mass lies outside its {K} ids"
     return ""

@@ -246,7 +246,11 @@ def advice(entropies, temperature=1.0, accuracy=0.9, cross_entropy=0.0, error=0.
         ({"entropies": {1.0: 2.0}, "cross_entropy": 3.0}, "surer than it is right", "first choice"),
         ({"entropies": {1.0: 2.0}, "cross_entropy": 2.2}, "sampled (14 bytes/token), top_k (160", "surer"),
         ({"entropies": {1.0: 2.0}, "lost": 0.4}, "top_k does not, 40% of the mass lies outside", "sampled does"),
-        ({"entropies": {1.0: 2.0}, "error": 2.5}, "sampled does not, 12 draws of a token err 2.5", "At T = 1"),
+        (
+            {"entropies": {1.0: 2.0}, "error": 2.5},
+            "sampled does not, the error of a token's 12 draws is 2.5",
+            "At T = 1",
+        ),
         (
             {"entropies": {1.0: 2, 4.0: 3}, "temperature": 4.0, "error": 2.5},
             "At T = 1 sampled would serve",

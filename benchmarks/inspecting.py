@@ -1,0 +1,69 @@
+"""inspect on the quickstart: what it found, bytes of caches as written, and what caches do to a student's gradient.
+
+python inspecting.py [RUN]        RUN: the folder of a quickstart run; runs/quickstart
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from hf_distill.analysis import Pair, inspect_teacher, open_run
+from hf_distill.cache import write_cache
+from hf_distill.cache.drawing import draw
+from hf_distill.evidence import environment, write_json
+
+RESULTS = Path(__file__).parent / "results"
+DRAWS, K, TOKENS, ROWS = 12, 64, 2000, 16
+TEMPERATURES = (1.0, 2.0)
+
+
+def head_gradient(pair) -> dict:
+    """Gradient of forward KL by the student's head [V, H] with a cache's q for the teacher's p, against the whole one."""
+    torch.manual_seed(0)
+    found: dict = {}
+    count = 0
+    for seen in pair.seen(TOKENS):
+        count += len(seen.targets)
+        for start in range(0, len(seen.targets), ROWS):
+            rows = slice(start, start + ROWS)
+            logits, own, hidden = seen.teacher.project(rows), seen.student.project(rows), seen.student.hidden[rows]
+            for t in TEMPERATURES:
+                p, s = (logits / t).softmax(-1), (own / t).softmax(-1)
+                kept = p.topk(K).indices
+                ids, _ = draw((logits / t).clone(), torch.rand(len(p), DRAWS, dtype=torch.float64))
+                sampled = torch.zeros_like(p).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
+                rest, rest_s = p.scatter(1, kept, 0), s.scatter(1, kept, 0)
+                share = rest.sum(-1, keepdim=True) / rest_s.sum(-1, keepdim=True)
+                for name, q in {"whole": p, "sampled": sampled, "top_k": p - rest + rest_s * share}.items():
+                    gradient = (s - q).T @ hidden.float()
+                    found[name, t] = found[name, t] + gradient if (name, t) in found else gradient
+    cosines = {
+        f"{name}, T = {t:g}": torch.nn.functional.cosine_similarity(
+            found[name, t].flatten().double(), found["whole", t].flatten().double(), dim=0
+        ).item()
+        for name in ("sampled", "top_k")
+        for t in TEMPERATURES
+    }
+    return {"tokens": count, "cosine": cosines}
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    pair = Pair.of_run(open_run(folder))
+    found = asdict(inspect_teacher(pair))
+    rows, written = pair.rows.select(range(8)), {}
+    for kind in ("sampled", "top_k"):
+        for t in TEMPERATURES:
+            given = {"collator": pair.collator, "kind": kind, "temperature": t}
+            written[f"{kind}, T = {t:g}"] = write_cache(tempfile.mkdtemp(), pair.teacher, rows, **given).bytes_per_token
+    measured = {"environment": environment("cpu"), **found, "written_bytes_per_token": written}
+    write_json(RESULTS / "inspect.json", {**measured, "head_gradient": head_gradient(pair)})
+    print(json.dumps(written), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parents[1] / "runs" / "quickstart"))
