@@ -22,7 +22,7 @@ TEMPERATURES = (1.0, 2.0)
 
 
 def head_gradient(pair) -> dict:
-    """Gradient of forward KL by the student's head [V, H], with a cache's q for the teacher's p, beside the whole one."""
+    """Gradient of forward KL by the student's head [V, H], with a cache's q for the teacher's p, and the whole one."""
     torch.manual_seed(0)
     found: dict = {}
     count = 0

@@ -1,27 +1,16 @@
 """Why a distillation is worse than it should be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DistillError
+from ..tasks import task_of
 from .agreement import Agreement, agreement_of
 from .pair import Pair
-from .verdicts import Verdict, verdicts
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Whether text survives the tokenizer.
-
-    rows:    that were read back and tokenised again
-    changed: how many of them did not come back as they were
-    outside: ids of these rows that the models do not have
-    """
-
-    rows: int
-    changed: int
-    outside: int
+from .tokens import Tokenizer, check_ids, read_back
+from .trend import LINES, trend_of
+from .verdicts import OF_TEACHING, OF_TRAINING, Facts, Verdict, verdicts
 
 
 @dataclass(frozen=True)
@@ -44,29 +33,30 @@ def diagnose(pair: Pair, tokens: int | None = 4096, logs: Sequence[Mapping[str, 
     """Compare student and teacher over held-out tokens, in one forward of each, and name what went wrong.
 
     Args:
-        pair: see `Pair.of_run`; its objective is the one that the student was trained with.
+        pair: see `Pair.of_run`; its objective is the one that the student was trained with, alpha 0 if none was.
         tokens: until so many were asked; None: all.
         logs: lines of the training's log (`run.logs()`); without them nothing is said of its course.
 
     Raises:
-        DistillError: the slice is empty, or a model is missing.
+        DistillError: the slice is empty, a model is missing or broken, or the rows have ids that it lacks.
     """
     if pair.teacher is None or pair.student is None:
         lacks = "teacher" if pair.teacher is None else "student"
         raise DistillError(f"There is no {lacks} to diagnose: a pair of both is compared.")
-    found = agreement_of(pair, tokens)
-    objective = {"temperature": pair.temperature, "alpha": pair.alpha}
-    unknown = []
-    if len([log for log in logs if "loss" in log]) < 8:
-        unknown.append("under_trained, capacity_gap: fewer than 8 lines of the training's log; set train.logging_steps")
-    return Diagnosis(found, _tokenizer(pair, found.vocab_size), verdicts(found, logs, objective), unknown)
+    check_ids(pair)
+    facts = Facts(agreement_of(pair, tokens), pair.temperature, pair.alpha, trend_of(logs), read_back(pair))
+    shift = task_of(pair.student).shift
+    return Diagnosis(facts.agreement, facts.tokenizer, verdicts(facts), [*_unknown(facts, shift)])
 
 
-def _tokenizer(pair: Pair, vocab_size: int, count: int = 8) -> Tokenizer | None:
-    if pair.tokenizer is None:
-        return None
-    rows = [list(pair.rows[i]["input_ids"]) for i in range(min(count, len(pair.rows)))]
-    texts = [pair.tokenizer.decode(ids) for ids in rows]
-    again = [pair.tokenizer.decode(pair.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    outside = sum(int(i) >= vocab_size for ids in rows for i in ids)
-    return Tokenizer(len(rows), sum(a != b for a, b in zip(texts, again, strict=True)), outside)
+def _unknown(facts: Facts, shift: bool) -> Iterator[str]:
+    if not facts.alpha:
+        yield f"{', '.join(OF_TEACHING)}: alpha is 0, so the student heard no teacher"
+    if facts.trend is None:
+        yield f"{', '.join(OF_TRAINING)}: fewer than {LINES} lines of the training's log; lower train.logging_steps"
+    elif not (facts.trend.at_end.falls or facts.trend.at_end.flat):
+        yield f"{', '.join(OF_TRAINING)}: the loss is too noisy to tell whether it still fell; log more steps a line"
+    if not shift:
+        yield "a wrong shift: this kind of model predicts in place"
+    elif len(facts.agreement.kl_at) < 2:
+        yield "a wrong shift: no two tokens that stand side by side are asked"

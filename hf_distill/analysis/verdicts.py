@@ -1,27 +1,34 @@
 """Named failures of a distillation: from what was measured to a verdict with its advice. Pure functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
-from statistics import fmean, stdev
-from typing import Any
 
-from .agreement import OFFSETS, Agreement
+from .agreement import Agreement
+from .tokens import Tokenizer
+from .trend import Trend
 
 SHIFT = 0.75  # of the nats at its own place: another offset fits better below; a healthy pair is far above 1 there
 PADDING = 0.01  # share of asked padding: none is right
-CHANCE, HITS = 0.95, 3.0  # of log V; of 1 / V, but at least 1 %: a teacher that knows its ids is far from both
+LOST = (
+    0.7  # share of labels that counting tells better: nearly all with wrong ids, fewer if a teacher is sure and wrong
+)
+UNKNOWN = 0.05  # share of unknown tokens: a tokenizer of the text's language has hardly any
 WEAKER = 0.05  # nats/token by which a teacher may lose to its student before it teaches nothing
-FLAT = 0.93  # of log V: beyond, the soft gradient is mostly about ids that the teacher thinks unlikely
+FLAT, DROWNED = (
+    0.9,
+    0.5,
+)  # entropy of log V, and share of the soft gradient in the teacher's tail: noise leads beyond both
 HARD = 0.15  # nats: below, the likeliest id has more than 97 % of the mass
 IGNORED = 0.03  # share of the soft term's gradient below which it steers nothing
 APART = 0.1  # nats/token: a student this close to its teacher does not ignore it
 MISTAKES, COPIED, LED = 0.05, 0.5, 0.8  # of tokens, beyond what the teacher admits; of these; of the gradient
-GAP_KL, GAP_NLL = 0.3, 0.15  # nats/token that are left when the loss no longer falls
+GAP_KL, GAP_NLL = 0.3, 0.15  # nats/token from the teacher, and behind it on the labels: far
 TAIL, TAIL_LEFT = 0.01, 0.35  # mass of the teacher's tail; share of it that the student has left
 SHARPER = 0.5  # of the teacher's entropy
-FALLS, SURE = 0.03, 2.5  # of the loss, from the third to the last quarter of a run; in standard errors
-_LOGS = 8  # fewer log lines say nothing about a trend
+
+OF_TEACHING = ("temperature_too_high", "temperature_too_low", "alpha_too_high", "alpha_too_low", "capacity_gap")
+OF_TRAINING = ("under_trained", "capacity_gap")
 
 
 @dataclass(frozen=True)
@@ -33,71 +40,91 @@ class Verdict:
     advice: str
 
 
-def verdicts(found: Agreement, logs: Sequence[Mapping[str, Any]], objective: Mapping[str, Any]) -> list[Verdict]:
-    """What went wrong, the causes before what follows from them: with a wrong shift nothing else means anything.
+@dataclass(frozen=True)
+class Facts:
+    """What verdicts are made from.
 
-    Args:
-        found: what was measured.
-        logs: of the training, in order; empty: unknown, and nothing is said about its course.
-        objective: temperature and alpha.
+    agreement:   of the pair
+    temperature, alpha: of the objective
+    trend:       of the training's loss; None: unknown, and nothing is said of its course
+    tokenizer:   None: unknown
     """
+
+    agreement: Agreement
+    temperature: float
+    alpha: float
+    trend: Trend | None = None
+    tokenizer: Tokenizer | None = None
+
+
+def verdicts(facts: Facts) -> list[Verdict]:
+    """What went wrong, causes first; what a cause explains is not named beside it, for its advice would mislead."""
     for cause in (wrong_shift_or_mask, wrong_tokenizer):
-        if verdict := cause(found, logs, objective):
-            return [verdict]
-    rest: list[Callable[..., Verdict | None]] = [
-        teacher_weaker_than_labels,
-        temperature_too_high,
-        temperature_too_low,
-        alpha_too_high,
-        alpha_too_low,
-        under_trained,
-        capacity_gap,
-        collapsed_tail,
-    ]
-    return [verdict for one in rest if (verdict := one(found, logs, objective))]
+        if verdict := cause(facts):
+            return [verdict]  # nothing else means anything
+    found: list[Verdict] = []
+    explained: set[str] = set()
+    for one, explains in _EXPLAINS.items():
+        if one.__name__ not in explained and (verdict := one(facts)):
+            found.append(verdict)
+            explained.update(explains)
+    return found
 
 
-def wrong_shift_or_mask(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
+def wrong_shift_or_mask(facts: Facts) -> Verdict | None:
     """Another offset fits better, or padding is asked."""
-    seen = []
-    for offset in OFFSETS:
-        if found.label_at[offset] < SHIFT * found.label_at[0]:
+    found, seen = facts.agreement, []
+    for offset, nll in found.label_at.items():
+        if nll < SHIFT * found.label_at[0]:
             seen.append(
-                f"the teacher predicts the label at offset {offset:+d} better ({found.label_at[offset]:.2f} nats, "
+                f"the teacher predicts the label at offset {offset:+d} better ({nll:.2f} nats, "
                 f"{found.label_at[0]:.2f} for its own)"
             )
-        if found.kl_at[0] > APART and found.kl_at[offset] < SHIFT * found.kl_at[0]:
+    for offset, kl in found.kl_at.items():
+        if found.kl_at[0] > APART and kl < SHIFT * found.kl_at[0]:
             seen.append(
-                f"the student is closer to the teacher's token at offset {offset:+d} ({found.kl_at[offset]:.2f} nats, "
+                f"the student is closer to the teacher's token at offset {offset:+d} ({kl:.2f} nats, "
                 f"{found.kl_at[0]:.2f} to its own)"
             )
     if found.padding > PADDING:
-        seen.append(f"{found.padding:.0%} of the asked tokens are padding after padding")
+        seen.append(f"{found.padding:.0%} of the asked tokens are padding")
     if not seen:
         return None
+    text = "; ".join(seen)
     return Verdict(
         "wrong_shift_or_mask",
-        "; ".join(seen).capitalize() + ".",
+        text[0].upper() + text[1:] + ".",
         "Labels stand at the same position as their input ids, and the trainer shifts them once: do not shift them in "
         "the data. Padding and prompts have the label -100. `hf-distill recipes preview` shows what is asked.",
     )
 
 
-def wrong_tokenizer(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
-    """The teacher does no better than chance."""
-    chance = log(found.vocab_size)
-    if found.teacher_nll < CHANCE * chance or found.teacher_accuracy > max(HITS / found.vocab_size, 0.01):
+def wrong_tokenizer(facts: Facts) -> Verdict | None:
+    """The teacher knows less of the labels than one who counted them, or the ids are not its tokenizer's."""
+    found, tokenizer, seen = facts.agreement, facts.tokenizer, []
+    if found.teacher_nll > found.counts_nll and found.below_counts > LOST:
+        seen.append(
+            f"the teacher's nll of the labels is {found.teacher_nll:.2f} nats; who only knows how often each occurs "
+            f"has {found.counts_nll:.2f}, and does better for {found.below_counts:.0%} of them"
+        )
+    if tokenizer and tokenizer.outside:
+        seen.append(f"the tokenizer does not have {tokenizer.outside} ids of the first {tokenizer.rows} rows")
+    if tokenizer and tokenizer.unknown > UNKNOWN:
+        seen.append(f"{tokenizer.unknown:.0%} of the ids stand for what the tokenizer does not know")
+    if not seen:
         return None
+    text = "; ".join(seen)
     return Verdict(
         "wrong_tokenizer",
-        f"The teacher's nll of the labels is {found.teacher_nll:.2f} nats, and chance has {chance:.2f}.",
+        text[0].upper() + text[1:] + ".",
         "The ids do not mean to the teacher what they mean to the data: tokenise with the teacher's own tokenizer, and "
         "check that its weights were loaded (missing keys).",
     )
 
 
-def teacher_weaker_than_labels(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
+def teacher_weaker_than_labels(facts: Facts) -> Verdict | None:
     """The student knows the labels better than its teacher."""
+    found = facts.agreement
     if found.teacher_nll < found.student_nll + WEAKER:
         return None
     return Verdict(
@@ -108,34 +135,35 @@ def teacher_weaker_than_labels(found: Agreement, logs: Any, objective: Any) -> V
     )
 
 
-def temperature_too_high(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
-    """At T the teacher is nearly uniform."""
-    most = log(found.vocab_size)
-    if not objective["alpha"] or found.soft_entropy < FLAT * most or objective["temperature"] <= 1:
+def temperature_too_high(facts: Facts) -> Verdict | None:
+    """At T the teacher is nearly uniform, and most of the soft gradient is about ids that it thinks unlikely."""
+    found, most = facts.agreement, log(facts.agreement.vocab_size)
+    if not facts.alpha or facts.temperature <= 1 or found.soft_entropy < FLAT * most or found.soft_tail < DROWNED:
         return None
     return Verdict(
         "temperature_too_high",
-        f"At T = {objective['temperature']:g} the teacher's entropy is {found.soft_entropy:.2f} of at most {most:.2f} "
-        f"nats (T = 1: {found.teacher_entropy:.2f}): most of the soft gradient is about ids that it thinks unlikely.",
+        f"At T = {facts.temperature:g} the teacher's entropy is {found.soft_entropy:.2f} of at most {most:.2f} nats "
+        f"(T = 1: {found.teacher_entropy:.2f}), and {found.soft_tail:.0%} of the soft gradient (squared norm) is about "
+        "ids that it thinks unlikely.",
         "Lower distill.temperature; `hf-distill temperature` finds the one that serves.",
     )
 
 
-def temperature_too_low(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
+def temperature_too_low(facts: Facts) -> Verdict | None:
     """At T the teacher is nearly one-hot."""
-    if not objective["alpha"] or found.soft_entropy > HARD:
+    if not facts.alpha or facts.agreement.soft_entropy > HARD:
         return None
     return Verdict(
         "temperature_too_low",
-        f"At T = {objective['temperature']:g} the teacher's entropy is {found.soft_entropy:.3f} nats: its soft labels "
-        "say little more than hard ones.",
+        f"At T = {facts.temperature:g} the teacher's entropy is {facts.agreement.soft_entropy:.3f} nats: its soft "
+        "labels say little more than hard ones.",
         "Raise distill.temperature; `hf-distill temperature` finds the one that serves.",
     )
 
 
-def alpha_too_high(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
+def alpha_too_high(facts: Facts) -> Verdict | None:
     """The student copies mistakes of which the labels could have told it."""
-    led = found.gradient.get("soft", 0.0)
+    found, led = facts.agreement, facts.agreement.gradient.get("soft", 0.0)
     if found.excess_mistakes < MISTAKES or found.copied < COPIED or led < LED:
         return None
     return Verdict(
@@ -147,47 +175,55 @@ def alpha_too_high(found: Agreement, logs: Any, objective: Any) -> Verdict | Non
     )
 
 
-def alpha_too_low(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
+def alpha_too_low(facts: Facts) -> Verdict | None:
     """The soft term steers nothing."""
-    led = found.gradient.get("soft", 0.0)
-    if led > IGNORED or found.kl < APART:
+    led = facts.agreement.gradient.get("soft", 0.0)
+    if not facts.alpha or led > IGNORED or facts.agreement.kl < APART:
         return None
     return Verdict(
         "alpha_too_low",
-        f"{led:.1%} of the gradient is the soft term's, and KL to the teacher is {found.kl:.2f} nats.",
+        f"{led:.1%} of the gradient is the soft term's, and KL to the teacher is {facts.agreement.kl:.2f} nats.",
         "Raise distill.alpha: as it is, this is training on hard labels.",
     )
 
 
-def under_trained(found: Agreement, logs: Sequence[Mapping[str, Any]], objective: Any) -> Verdict | None:
-    """The loss still falls at the end."""
-    fall = _fall(logs)
-    if fall is None or fall[0] < FALLS or fall[0] < SURE * fall[1]:
+def under_trained(facts: Facts) -> Verdict | None:
+    """The loss still fell at the end, or, of a student that is still far, when the learning rate was brought down."""
+    if facts.trend is None:
+        return None
+    end, high = facts.trend.at_end, facts.trend.while_high
+    if end.falls:
+        seen = f"The loss fell by {end.share:.1%} from the third to the last quarter of the steps."
+    elif high.falls and _far(facts.agreement):
+        seen = (
+            f"The loss still fell by {high.share:.1%} in the last third of the steps at a high learning rate, before "
+            f"the schedule ended it, and the student is {facts.agreement.kl:.2f} nats from its teacher."
+        )
+    else:
         return None
     return Verdict(
         "under_trained",
-        f"The loss fell by {fall[0]:.1%} from the third to the last quarter of the steps.",
+        seen,
         "Raise train.max_steps, or train.learning_rate; `hf-distill curve` shows what more tokens would bring.",
     )
 
 
-def capacity_gap(found: Agreement, logs: Sequence[Mapping[str, Any]], objective: Any) -> Verdict | None:
-    """The loss falls no more, and the student is far from its teacher."""
-    fall = _fall(logs)
-    gap = found.student_nll - found.teacher_nll
-    if fall is None or under_trained(found, logs, objective) or found.kl < GAP_KL or gap < GAP_NLL:
+def capacity_gap(facts: Facts) -> Verdict | None:
+    """The loss fell no more, even at a high learning rate, and the student is far from its teacher."""
+    found, trend = facts.agreement, facts.trend
+    if trend is None or not facts.alpha or not (trend.at_end.flat and trend.while_high.flat and _far(found)):
         return None
     return Verdict(
         "capacity_gap",
-        f"The loss has stopped falling, and the student is {found.kl:.2f} nats from its teacher, {gap:.2f} behind it "
-        "on the labels.",
-        "Take a larger student, or go through students in between (`stages`, see the recipe progressive); if the "
-        "learning rate was tiny at the end, or train.max_steps were few, train longer first.",
+        f"The loss had stopped falling before the learning rate did, and the student is {found.kl:.2f} nats from its "
+        f"teacher, {found.student_nll - found.teacher_nll:.2f} behind it on the labels.",
+        "Take a larger student, or go through students in between (`stages`, see the recipe progressive).",
     )
 
 
-def collapsed_tail(found: Agreement, logs: Any, objective: Any) -> Verdict | None:
+def collapsed_tail(facts: Facts) -> Verdict | None:
     """The student is far surer than its teacher."""
+    found = facts.agreement
     tail = found.teacher_tail > TAIL and found.student_tail < TAIL_LEFT * found.teacher_tail
     if not tail and found.student_entropy > SHARPER * found.teacher_entropy:
         return None
@@ -201,12 +237,18 @@ def collapsed_tail(found: Agreement, logs: Any, objective: Any) -> Verdict | Non
     )
 
 
-def _fall(logs: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """(how much the loss fell from the third quarter to the last, relative; its standard error); None: unknown."""
-    losses = [log["loss"] for log in logs if "loss" in log]
-    if len(losses) < _LOGS:
-        return None
-    quarter = len(losses) // 4
-    third, last = losses[-2 * quarter : -quarter], losses[-quarter:]
-    error = ((stdev(third) ** 2 + stdev(last) ** 2) / quarter) ** 0.5
-    return (fmean(third) - fmean(last)) / fmean(third), error / fmean(third)
+def _far(found: Agreement) -> bool:
+    return found.kl > GAP_KL and found.student_nll - found.teacher_nll > GAP_NLL
+
+
+# In this order; each verdict -> what it explains.
+_EXPLAINS: dict[Callable[[Facts], Verdict | None], tuple[str, ...]] = {
+    teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low"),  # a teacher without opinions is flat too
+    temperature_too_high: ("alpha_too_low",),  # the soft gradient is small because of T
+    temperature_too_low: ("alpha_too_low",),
+    alpha_too_high: (),
+    alpha_too_low: (),
+    collapsed_tail: ("capacity_gap",),  # it is far because it is too sharp
+    under_trained: ("capacity_gap",),
+    capacity_gap: (),
+}

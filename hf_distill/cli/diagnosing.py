@@ -2,7 +2,8 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from .app import AsJson, RunFolder, app, no_other_bars, out
 @app.command()
 def diagnose(
     run: RunFolder,
-    student: Annotated[str, typer.Option(help="student, or control.")] = "student",
+    student: Annotated[str, typer.Option(help="student, control, or the folder of a model.")] = "student",
     tokens: Annotated[int, typer.Option(min=1, help="Look at so many held-out tokens.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
@@ -23,7 +24,9 @@ def diagnose(
     from ..analysis.folder import open_run
 
     opened = open_run(run)
-    opened.path(student)
+    name = student if student in ("student", "control") else str(Path(student).absolute())
+    opened.path(name)
+    logs = opened.logs(name)
     out.quiet = as_json
     no_other_bars()
     from ..analysis.diagnosis import diagnose as look
@@ -32,10 +35,12 @@ def diagnose(
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        pair = Pair.of_run(opened, student, progress.stage)
+        pair = Pair.of_run(opened, name, progress.stage)
+        if name == "control" and opened.recipe.control == "sft":
+            pair = replace(pair, alpha=0.0)
         progress.stage(f"Comparing both models over {tokens:,} tokens")
-        found = look(pair, tokens, opened.logs(student))
-    if student == "student":
+        found = look(pair, tokens, logs)
+    if name == "student":
         write_json(opened.folder / "diagnosis.json", asdict(found))
     if as_json:
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
@@ -64,23 +69,31 @@ def _measures(found: Any) -> Table:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in a.gradient.items())
     rows = [
         ("KL to the teacher, nats/token", f"{a.kl:.4f}"),
-        ("  with the teacher's token before, after", f"{a.kl_at[-1]:.2f}, {a.kl_at[1]:.2f}"),
+        ("  with the teacher's token before, after", _beside(a.kl_at)),
         ("same first choice", f"{a.agreement:.1%}"),
         ("correlation of log-probabilities: Pearson, rank", f"{a.pearson:.3f}, {a.spearman:.3f}"),
         ("entropy of teacher, student, nats", f"{a.teacher_entropy:.3f}, {a.student_entropy:.3f}"),
         ("nll of the labels: teacher, student, nats", f"{a.teacher_nll:.3f}, {a.student_nll:.3f}"),
-        ("  the teacher's of the label before, after", f"{a.label_at[-1]:.2f}, {a.label_at[1]:.2f}"),
+        ("  of who only knows how often each occurs", f"{a.counts_nll:.3f}"),
+        ("  the teacher's of the label before, after", _beside(a.label_at)),
         ("teacher gives the label less than the student", f"{a.teacher_worse:.1%}"),
+        ("  less than the label's share of all labels", f"{a.below_counts:.1%}"),
         ("teacher is sure and wrong; student says the same", f"{a.mistakes:.1%}; {a.copied:.1%}"),
         ("mass outside the teacher's likeliest: its, student's", f"{a.teacher_tail:.1%}, {a.student_tail:.1%}"),
         ("share of the gradient", shares),
+        ("  of the soft one outside the teacher's likeliest", f"{a.soft_tail:.1%}"),
+        ("asked of all tokens; special, padding of these", f"{a.asked:.1%}; {a.special:.1%}, {a.padding:.1%}"),
     ]
     if found.tokenizer is not None:
         t = found.tokenizer
-        rows.append(("rows that the tokenizer changes", f"{t.changed} of {t.rows}"))
+        rows.append(("ids that come back from their text; unknown", f"{t.kept:.1%}; {t.unknown:.1%}"))
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _beside(values: dict[int, float]) -> str:
+    return ", ".join(f"{values[offset]:.2f}" if offset in values else "-" for offset in (-1, 1))
 
 
 def _parts(title: str, parts: Any) -> Table:

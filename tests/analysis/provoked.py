@@ -5,6 +5,7 @@ The next of 64 tokens follows from the last one and the one before it, so that a
 
 import math
 from functools import cache
+from statistics import fmean
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,10 +50,9 @@ def train(model, table, steps, seed, teacher=None, alpha=0.5, temperature=2.0, s
     """
     optimizer, logs = torch.optim.AdamW(model.parameters(), lr=RATE), []
     model.train()
-    for step in range(steps):
+    for step, ids in enumerate(sample(table, 12 * steps, seed * 100_003).split(12)):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0)
-        ids = sample(table, 12, seed * 100_003 + step)
         z = model(input_ids=ids).logits[:, :-shift].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(z, ids[:, shift:].flatten())
         if teacher is not None:
@@ -65,11 +65,11 @@ def train(model, table, steps, seed, teacher=None, alpha=0.5, temperature=2.0, s
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        logs.append({"step": step + 1, "loss": loss.item()})
+        logs.append({"loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]})
     model.eval().requires_grad_(False)
     every = max(1, steps // 25)
     groups = [logs[i : i + every] for i in range(0, len(logs), every)]
-    return [{"step": g[-1]["step"], "loss": sum(log["loss"] for log in g) / len(g)} for g in groups]
+    return [{**group[-1], "loss": fmean(log["loss"] for log in group)} for group in groups]
 
 
 def new(seed, width, layers=2):
@@ -137,7 +137,7 @@ def cut(logits):
 
 
 CASES = {
-    "capacity_gap": lambda seed: distilled(seed, width=4, steps=400),
+    "capacity_gap": lambda seed: distilled(seed, width=4, steps=600),
     "temperature_too_high": lambda seed: distilled(seed, temperature=12.0, steps=100),
     "temperature_too_low": lambda seed: distilled(seed, temperature=0.05, steps=100, alpha=0.05),
     "alpha_too_high": lambda seed: distilled(seed, kind="wrong", alpha=1.0),

@@ -1,10 +1,10 @@
-"""What is measured of a pair is what whole softmaxes say; what went wrong is called by its name."""
+"""What is measured of a pair is what whole softmaxes say."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
-from provoked import CASES, healthy
 from scipy.stats import pearsonr, spearmanr
 from tiny import VOCAB, build, collate, rows
 from typer.testing import CliRunner
@@ -14,8 +14,10 @@ from hf_distill.analysis import Pair
 from hf_distill.analysis import agreement as agreement_module
 from hf_distill.analysis.agreement import agreement_of
 from hf_distill.analysis.diagnosis import diagnose
+from hf_distill.analysis.tokens import Tokenizer, read_back
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.smoke import byte_tokenizer
 
 
 def pair_of(kind="llama", count=12, **options):
@@ -70,6 +72,13 @@ def test_divergences_and_losses_are_those_of_whole_softmaxes(compared):
     }
     for name, value in expected.items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    labels = torch.cat([y for _, _, y in data])
+    counts = labels.bincount(minlength=VOCAB).double() / len(labels)
+    bias = (len(labels.unique()) - 1) / (2 * len(labels))
+    own = -counts[labels].log() + bias
+    assert found.counts_nll == pytest.approx(own.mean().item(), rel=1e-5)
+    nll = torch.cat([-q.gather(1, y[:, None])[:, 0] for q, _, y in data])
+    assert found.below_counts == pytest.approx((nll > own).double().mean().item(), abs=1e-6)
     outside = [q.exp().scatter(1, q.topk(VOCAB // 4).indices, 0).sum(-1) for q, _, _ in data]
     assert found.teacher_tail == pytest.approx(mean(outside), rel=1e-4)
 
@@ -104,6 +113,7 @@ def test_correlations_are_scipy_s_on_the_union_of_the_likeliest(compared):
 def test_shares_of_the_gradient_are_autograd_s(compared):
     found, rows_of, _ = compared
     norms = {"soft": 0.0, "hard": 0.0}
+    energy, tail = 0.0, 0.0
     for q, p, labels in rows_of:
         for i in (labels != -100).nonzero().flatten().tolist():
             z = p[i].clone().requires_grad_()
@@ -112,14 +122,23 @@ def test_shares_of_the_gradient_are_autograd_s(compared):
                 "hard": -0.7 * z.log_softmax(-1)[labels[i]],
             }
             for name, value in terms.items():
-                norms[name] += torch.autograd.grad(value, z)[0].norm().item()
+                gradient = torch.autograd.grad(value, z)[0]
+                norms[name] += gradient.norm().item()
+                if name == "soft":
+                    energy += gradient.square().sum().item()
+                    tail += gradient.scatter(0, q[i].topk(VOCAB // 4).indices, 0).square().sum().item()
+    assert found.soft_tail == pytest.approx(tail / energy, rel=1e-3)
     total = sum(norms.values())
     assert found.gradient == pytest.approx({name: norm / total for name, norm in norms.items()}, rel=1e-3)
 
 
 def test_parts_add_up_to_the_whole(compared):
-    found, _, _ = compared
+    found, rows_of, _ = compared
     assert sum(part.tokens for part in found.positions) == found.tokens
+    for part in found.positions:
+        first, last = map(int, part.name.split(" to "))
+        asked = [int((labels[first : last + 1] != -100).sum()) for _, _, labels in rows_of]
+        assert part.tokens == sum(asked), part.name
     assert sum(part.tokens * part.kl for part in found.positions) / found.tokens == pytest.approx(found.kl, rel=1e-6)
 
 
@@ -152,58 +171,91 @@ def test_each_model_runs_once_over_what_is_compared(compared):
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "sequence", "token"])
 def test_other_kinds_of_models_are_compared_too(kind):
-    found = diagnose(pair_of(kind), None).agreement
-    assert found.kl > 0
-    assert found.tokens > 0
+    found = diagnose(pair_of(kind), None)
+    assert found.agreement.kl > 0
+    assert "a wrong shift: this kind of model predicts in place" in found.not_looked_at
+    assert "wrong_shift_or_mask" not in [verdict.name for verdict in found.verdicts]
+    json.dumps(asdict(found), allow_nan=False)
 
 
-def test_asked_padding_is_seen():
+def models(vocab):
+    return (build("llama", seed, vocab=vocab) for seed in (1, 0))
 
-    from hf_distill.recipe.smoke import byte_tokenizer
 
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+def test_asked_padding_is_seen(masked):
     tokenizer = byte_tokenizer()
     pad = tokenizer.pad_token_id
-    vocab = len(tokenizer)
     ids = torch.full((8, 20), pad)
     ids[:, :10] = torch.randint(0, 200, (8, 10), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
-    models = (build("llama", seed, vocab=vocab) for seed in (1, 0))
-    found = diagnose(Pair(*models, data, collate, tokenizer, batch_size=4), None)
-    assert found.agreement.padding == pytest.approx(9 / 19)
+    if masked:
+        data = [row | {"attention_mask": (torch.arange(20) < 10).long()} for row in data]
+    found = diagnose(Pair(*models(len(tokenizer)), data, collate, tokenizer, batch_size=4), None)
+    # A masked position is not asked; the first of the padding is, by the last token of the text.
+    assert found.agreement.padding == pytest.approx(1 / 10 if masked else 9 / 19)
+    assert found.agreement.special == pytest.approx(1 / 10 if masked else 10 / 19)
     assert [v.name for v in found.verdicts] == ["wrong_shift_or_mask"]
     assert "padding" in found.verdicts[0].text
 
 
-def test_ids_that_the_models_lack_are_counted():
-    from hf_distill.recipe.smoke import byte_tokenizer
-
+def test_a_text_s_end_that_is_the_padding_token_is_no_padding():
     tokenizer = byte_tokenizer()
-    data = [{"input_ids": torch.tensor([5, 6, 7, 8]), "labels": torch.tensor([5, 6, 7, 8])}]
-    pair = Pair(build("llama", 1), build("llama", 0), data, collate, tokenizer)
-    found = diagnose(pair, None).tokenizer
-    assert (found.rows, found.outside) == (1, 0)
-    assert found.changed == 0
+    ids = torch.randint(0, 200, (8, 20), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = tokenizer.pad_token_id
+    data = [{"input_ids": row, "labels": row, "attention_mask": torch.ones(20, dtype=torch.long)} for row in ids]
+    found = agreement_of(Pair(*models(len(tokenizer)), data, collate, tokenizer, batch_size=4), None)
+    assert found.padding == 0
+    assert found.special == pytest.approx(1 / 19)
+    assert found.asked == pytest.approx(19 / 20)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_provoked_failure_is_called_by_its_name(name):
-    pair, logs = CASES[name](0)
-    found = diagnose(pair, None, logs)
-    assert name in [verdict.name for verdict in found.verdicts]
-    assert found.not_looked_at == []
-    assert all(verdict.text.endswith(".") and verdict.advice.endswith(".") for verdict in found.verdicts)
+def test_ids_of_another_tokenizer_do_not_come_back(smollm2_tokenizer):
+    text = "Deferred evaluation of annotations was first introduced by the proposal; see the reference manual. " * 4
+    ids = torch.tensor(smollm2_tokenizer(text)["input_ids"])
+    own = Pair(None, None, [{"input_ids": ids}], collate, smollm2_tokenizer)
+    assert read_back(own) == Tokenizer(1, 1.0, 0.0, 0)
+    wrong = Pair(None, None, [{"input_ids": (ids + 1) % len(smollm2_tokenizer)}], collate, smollm2_tokenizer)
+    assert read_back(wrong).kept < 0.97
+    strange = Pair(None, None, [{"input_ids": ids + 40_000}], collate, smollm2_tokenizer)
+    assert read_back(strange).outside == int((ids + 40_000 >= len(smollm2_tokenizer)).sum()) > 0
 
 
-def test_a_healthy_run_is_not_called_ill():
-    pair, logs = healthy(0)
-    assert diagnose(pair, None, logs).verdicts == []
+def test_ids_that_a_model_lacks_are_told_before_an_embedding_fails():
+    data = [{"input_ids": torch.tensor([5, 6, 200, 8]), "labels": torch.tensor([5, 6, 7, 8])}]
+    pair = Pair(build("llama", 1, vocab=256), build("llama", 0), data, collate)
+    with pytest.raises(DistillError, match=r"have the id 200, and the student has 97"):
+        diagnose(pair)
 
 
-def test_without_logs_nothing_is_said_of_the_training():
-    pair, _ = CASES["under_trained"](0)
-    found = diagnose(pair, None)
-    assert not {"under_trained", "capacity_gap"} & {verdict.name for verdict in found.verdicts}
-    assert "train.logging_steps" in found.not_looked_at[0]
+def test_vocabularies_that_differ_by_padding_are_compared_on_what_both_have():
+    big = build("llama", 1, vocab=VOCAB + 31)
+    with torch.no_grad():
+        big.lm_head.weight[VOCAB:] = 0.0
+    small = build("llama", 0)
+    found = agreement_of(Pair(big, small, rows("llama", 8), collate, batch_size=4), None)
+    big.lm_head.weight = torch.nn.Parameter(big.lm_head.weight[:VOCAB].clone())
+    big.resize_token_embeddings(VOCAB)
+    same = agreement_of(Pair(big, small, rows("llama", 8), collate, batch_size=4), None)
+    assert found.vocab_size == VOCAB
+    assert found.kl == pytest.approx(same.kl, rel=1e-5)
+
+
+def test_a_student_that_diverged_is_told_and_not_averaged_away():
+    pair = pair_of()
+    with torch.no_grad():
+        pair.student.lm_head.weight[3] = torch.nan
+    with pytest.raises(DistillError, match=r"student's logits are NaN.*lower train.learning_rate"):
+        diagnose(pair)
+
+
+def test_one_asked_token_a_row_has_no_neighbours_and_leaves_plain_json():
+    data = [row | {"labels": torch.where(torch.arange(12) == 4, row["input_ids"], -100)} for row in rows("llama", 8)]
+    data = [row for row in data if row["attention_mask"][4]]
+    found = diagnose(Pair(build("llama", 1), build("llama", 0), data, collate), None)
+    assert found.agreement.kl_at.keys() == found.agreement.label_at.keys() == {0}
+    assert any("side by side" in line for line in found.not_looked_at)
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_a_pair_without_one_of_the_two_is_told():
@@ -224,4 +276,11 @@ def test_the_command_leaves_its_findings_and_reads_the_control_too(tmp_path):
     result = CliRunner().invoke(app, ["diagnose", str(folder), "--student", "control", "--json"])
     told = json.loads(result.stdout[result.stdout.index("{") :])
     assert told["agreement"]["kl"] == pytest.approx(evidence["models"]["control"]["kl"], rel=1e-4)
+    assert told["agreement"]["gradient"] == {"hard": 1.0}
+    assert any(line.endswith("alpha is 0, so the student heard no teacher") for line in told["not_looked_at"])
+    result = CliRunner().invoke(app, ["diagnose", str(folder), "--student", str(folder / "control"), "--json"])
+    assert json.loads(result.stdout[result.stdout.index("{") :])["agreement"]["kl"] == told["agreement"]["kl"]
     assert json.loads((folder / "diagnosis.json").read_text()) == left
+    (folder / "metrics.jsonl").unlink()
+    result = CliRunner().invoke(app, ["diagnose", str(folder)])
+    assert f"{folder / 'metrics.jsonl'} is missing: `hf-distill run RECIPE` writes it" in str(result.exception)

@@ -1,0 +1,201 @@
+"""What went wrong is called by its name, what did not is not; on either side of each threshold."""
+
+from dataclasses import replace
+from math import log
+
+import numpy as np
+import pytest
+from provoked import CASES, healthy
+from scipy.stats import linregress
+
+from hf_distill.analysis.agreement import Agreement
+from hf_distill.analysis.diagnosis import diagnose
+from hf_distill.analysis.tokens import Tokenizer
+from hf_distill.analysis.trend import trend_of
+from hf_distill.analysis.verdicts import Facts, verdicts
+
+V = 50_000
+GOOD = Agreement(
+    tokens=4096,
+    vocab_size=V,
+    kl=0.05,
+    kl_at={-1: 6.0, 0: 0.05, 1: 5.5},
+    agreement=0.9,
+    pearson=0.9,
+    spearman=0.9,
+    teacher_entropy=2.6,
+    student_entropy=2.7,
+    teacher_nll=2.7,
+    student_nll=2.72,
+    counts_nll=6.0,
+    label_at={-1: 10.0, 0: 2.7, 1: 8.5},
+    teacher_worse=0.4,
+    below_counts=0.15,
+    teacher_accuracy=0.45,
+    student_accuracy=0.44,
+    mistakes=0.1,
+    excess_mistakes=0.01,
+    copied=0.8,
+    teacher_tail=0.08,
+    student_tail=0.09,
+    soft_entropy=0.77 * log(V),
+    soft_tail=0.02,
+    gradient={"soft": 0.2, "hard": 0.8},
+    asked=0.99,
+    padding=0.0,
+    special=0.0,
+    positions=[],
+    sources=[],
+)
+
+
+def lines(losses, rates=None):
+    rates = [1.0] * len(losses) if rates is None else rates
+    return [{"loss": loss, "learning_rate": rate} for loss, rate in zip(losses, rates, strict=True)]
+
+
+def noisy(losses, scale=0.002):
+    return [loss + scale * (-1) ** i for i, loss in enumerate(losses)]
+
+
+FLAT = trend_of(lines(noisy([3.0] * 24)))
+FALLING = trend_of(lines(noisy([4.0 - 0.05 * i for i in range(24)])))
+
+
+def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, **measured):
+    facts = Facts(replace(GOOD, **measured), temperature, alpha, trend, tokenizer)
+    return [verdict.name for verdict in verdicts(facts)]
+
+
+def test_a_good_pair_has_none():
+    assert names() == names(trend=None) == names(tokenizer=Tokenizer(8, 1.0, 0.0, 0)) == []
+
+
+FAR = {"kl": 0.9, "student_nll": 3.2}
+MEASURED = {
+    "wrong_shift_or_mask": [
+        {"label_at": {-1: 1.9, 0: 2.7, 1: 8.0}},
+        {"kl": 0.5, "kl_at": {-1: 5.0, 0: 0.5, 1: 0.3}},
+        {"padding": 0.02},
+    ],
+    "wrong_tokenizer": [
+        {"teacher_nll": 9.7, "below_counts": 0.9},
+        {"tokenizer": Tokenizer(8, 0.9, 0.0, 3)},
+        {"tokenizer": Tokenizer(8, 0.9, 0.1, 0)},
+    ],
+    "teacher_weaker_than_labels": [{"teacher_nll": 2.9}],
+    "temperature_too_high": [{"temperature": 8.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9}],
+    "temperature_too_low": [{"temperature": 0.1, "soft_entropy": 0.1}],
+    "alpha_too_high": [{"excess_mistakes": 0.1, "gradient": {"soft": 0.9, "hard": 0.1}}],
+    "alpha_too_low": [{"kl": 0.3, "gradient": {"soft": 0.01, "hard": 0.99}}],
+    "under_trained": [{"trend": FALLING}],
+    "capacity_gap": [FAR],
+    "collapsed_tail": [{"student_tail": 0.01}, {"student_entropy": 1.0}],
+}
+
+
+@pytest.mark.parametrize(("name", "measured"), [(name, one) for name, cases in MEASURED.items() for one in cases])
+def test_each_failure_is_named_alone(name, measured):
+    assert names(**measured) == [name]
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"kl_at": {-1: 0.01, 0: 0.05, 1: 0.01}},  # so close that offsets are noise
+        {"label_at": {}, "kl_at": {}},
+        {"teacher_nll": 6.5, "student_nll": 6.6, "below_counts": 0.5},  # sure and wrong, not lost
+        {"soft_entropy": 0.99 * log(V), "soft_tail": 0.2},  # flat, but the likely ids still lead
+        {"soft_tail": 0.9},  # a gradient in the tail of a teacher that is not flat: the student's errors are there
+        {"temperature": 1.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9},  # T has no part in it
+        {"excess_mistakes": 0.1},  # the labels lead
+        {"excess_mistakes": 0.1, "copied": 0.3, "gradient": {"soft": 1.0}},
+        {"gradient": {"soft": 0.01, "hard": 0.99}},  # close to its teacher for all that
+        {"kl": 0.9},  # apart, but as good on the labels
+        {"trend": None} | FAR,
+        {"alpha": 0.0, "gradient": {"hard": 1.0}, "soft_entropy": 0.0} | FAR,  # no teacher was heard
+        {"teacher_tail": 0.005, "student_tail": 0.001},  # there is no tail to lose
+    ],
+)
+def test_what_only_resembles_a_failure_is_not_named(measured):
+    assert names(**measured) == []
+
+
+def test_what_a_cause_explains_is_not_named_beside_it():
+    """Its advice would mislead: with a weak teacher, to raise alpha."""
+    ignored = {"kl": 0.9, "gradient": {"soft": 0.01, "hard": 0.99}}
+    assert names(teacher_nll=3.5, **ignored) == ["teacher_weaker_than_labels"]
+    high = {"temperature": 8.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9}
+    assert names(**ignored, **high) == ["temperature_too_high"]
+    assert names(trend=FALLING, **FAR) == ["under_trained"]
+    assert names(student_entropy=0.5, **FAR) == ["collapsed_tail"]
+    assert names(padding=0.2, teacher_nll=9.7, below_counts=0.9) == ["wrong_shift_or_mask"]
+
+
+def test_independent_failures_are_all_named():
+    assert names(trend=FALLING, student_tail=0.01) == ["collapsed_tail", "under_trained"]
+
+
+def cosine(steps):
+    return [max(0.0, 1 - i / steps) for i in range(steps)]
+
+
+def test_a_loss_that_the_schedule_ended_is_no_capacity_gap():
+    """A cosine flattens every loss; whether the student had more in it shows while the rate was high."""
+    falling = [4.0 - 0.08 * i for i in range(14)] + [2.9] * 10
+    trend = trend_of(lines(noisy(falling), cosine(24)))
+    assert trend.at_end.flat
+    assert names(trend=trend, **FAR) == ["under_trained"]
+    assert names(trend=trend) == []  # it is close to its teacher: it has learnt
+    level = trend_of(lines(noisy([4.0, 3.5] + [3.0] * 22), cosine(24)))
+    assert names(trend=level, **FAR) == ["capacity_gap"]
+
+
+def test_noise_is_neither_a_fall_nor_flat():
+    trend = trend_of(lines(noisy([3.0 - 0.02 * i for i in range(24)], scale=0.6)))
+    assert not trend.at_end.falls
+    assert not trend.at_end.flat
+    assert names(trend=trend, **FAR) == []
+
+
+def test_a_soft_loss_near_zero_that_halves_has_not_fallen():
+    assert not trend_of(lines(noisy([0.04 / (1 + i) for i in range(24)], scale=0.0001))).at_end.falls
+
+
+def test_a_fall_is_that_of_the_line_through_the_last_half():
+    losses = [4.0 - 0.05 * i for i in range(24)]
+    end = trend_of(lines(noisy(losses))).at_end
+    assert end.nats == pytest.approx(0.3, abs=0.01)
+    assert end.before == pytest.approx(sum(losses[12:18]) / 6, abs=0.01)
+    tilt = [0.3 * (-1) ** i for i in range(24)]
+    noise = trend_of(lines([loss + by for loss, by in zip(losses, tilt, strict=True)])).at_end
+    x = np.arange(12)
+    fit = linregress(x, np.array(losses[12:]) + np.array(tilt[12:]))
+    assert noise.error == pytest.approx(6 * fit.stderr)
+
+
+def test_few_lines_have_no_trend():
+    assert trend_of(lines([3.0] * 7)) is None
+    assert trend_of([{"eval_loss": 1.0}] * 20) is None
+    assert trend_of([{"loss": 3.0}] * 12) is not None  # a log without rates
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_provoked_failure_is_called_by_its_name(name):
+    pair, logs = CASES[name](0)
+    found = diagnose(pair, None, logs)
+    assert name in [verdict.name for verdict in found.verdicts]
+    assert found.not_looked_at == []
+    assert all(verdict.text.endswith(".") and verdict.advice.endswith(".") for verdict in found.verdicts)
+
+
+def test_a_healthy_run_is_not_called_ill():
+    pair, logs = healthy(0)
+    assert diagnose(pair, None, logs).verdicts == []
+
+
+def test_without_logs_nothing_is_said_of_the_training():
+    pair, _ = CASES["under_trained"](0)
+    found = diagnose(pair, None)
+    assert not {"under_trained", "capacity_gap"} & {verdict.name for verdict in found.verdicts}
+    assert "train.logging_steps" in found.not_looked_at[0]
