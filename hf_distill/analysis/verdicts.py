@@ -10,15 +10,12 @@ from .trend import Trend
 
 SHIFT = 0.75  # of the nats at its own place: another offset fits better below; a healthy pair is far above 1 there
 PADDING = 0.01  # share of asked padding: none is right
-LOST = (
-    0.7  # share of labels that counting tells better: nearly all with wrong ids, fewer if a teacher is sure and wrong
-)
+# Share of labels that counting tells better: nearly all with wrong ids, fewer if a teacher is sure and wrong.
+LOST = 0.7
 UNKNOWN = 0.05  # share of unknown tokens: a tokenizer of the text's language has hardly any
 WEAKER = 0.05  # nats/token by which a teacher may lose to its student before it teaches nothing
-FLAT, DROWNED = (
-    0.9,
-    0.5,
-)  # entropy of log V, and share of the soft gradient in the teacher's tail: noise leads beyond both
+# Entropy, of log V, and share of the soft gradient in the teacher's tail: beyond both, noise leads.
+FLAT, DROWNED = 0.9, 0.5
 HARD = 0.15  # nats: below, the likeliest id has more than 97 % of the mass
 IGNORED = 0.03  # share of the soft term's gradient below which it steers nothing
 APART = 0.1  # nats/token: a student this close to its teacher does not ignore it
