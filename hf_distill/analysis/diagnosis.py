@@ -46,15 +46,16 @@ def diagnose(pair: Pair, tokens: int | None = 4096, logs: Sequence[Mapping[str, 
     check_ids(pair)
     facts = Facts(agreement_of(pair, tokens), pair.temperature, pair.alpha, trend_of(logs), read_back(pair))
     shift = task_of(pair.student).shift
-    return Diagnosis(facts.agreement, facts.tokenizer, verdicts(facts), [*_unknown(facts, shift)])
+    found = verdicts(facts)
+    return Diagnosis(facts.agreement, facts.tokenizer, found, [*_unknown(facts, {one.name for one in found}, shift)])
 
 
-def _unknown(facts: Facts, shift: bool) -> Iterator[str]:
+def _unknown(facts: Facts, named: set[str], shift: bool) -> Iterator[str]:
     if not facts.alpha:
         yield f"{', '.join(OF_TEACHING)}: alpha is 0, so the student heard no teacher"
     if facts.trend is None:
         yield f"{', '.join(OF_TRAINING)}: fewer than {LINES} lines of the training's log; lower train.logging_steps"
-    elif not (facts.trend.at_end.falls or facts.trend.at_end.flat):
+    elif not (named & {*OF_TRAINING} or facts.trend.at_end.falls or facts.trend.at_end.flat):
         yield f"{', '.join(OF_TRAINING)}: the loss is too noisy to tell whether it still fell; log more steps a line"
     if not shift:
         yield "a wrong shift: this kind of model predicts in place"

@@ -64,9 +64,10 @@ def diagnosis(run: Run) -> Section:
     text = [] if found["verdicts"] else ["Nothing was found to be wrong."]
     text += [f"Not looked at: {line}." for line in found["not_looked_at"]]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in a["gradient"].items())
+    beside = "; ".join(f"{a['kl_at'][at]:.2f}" if at in a["kl_at"] else "-" for at in ("-1", "1"))
     rows = [
         ["KL to the teacher, nats/token", f"{a['kl']:.4f}"],
-        ["the same with the teacher's token before; after", f"{a['kl_at']['-1']:.2f}; {a['kl_at']['1']:.2f}"],
+        ["the same with the teacher's token before; after", beside],
         ["correlation of log-probabilities: Pearson; rank", f"{a['pearson']:.3f}; {a['spearman']:.3f}"],
         ["entropy, nats: teacher; student", f"{a['teacher_entropy']:.3f}; {a['student_entropy']:.3f}"],
         ["nll of the labels, nats: teacher; student", f"{a['teacher_nll']:.3f}; {a['student_nll']:.3f}"],

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import DistillError
 from .app import AsJson, RunFolder, app, no_other_bars, out
 
 
@@ -25,6 +26,8 @@ def diagnose(
 
     opened = open_run(run)
     name = student if student in ("student", "control") else str(Path(student).absolute())
+    if name != student and not Path(name).is_dir():
+        raise DistillError(f"There is no folder {name}: --student is student, control, or the folder of a model.")
     opened.path(name)
     logs = opened.logs(name)
     out.quiet = as_json

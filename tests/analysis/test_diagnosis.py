@@ -281,6 +281,8 @@ def test_the_command_leaves_its_findings_and_reads_the_control_too(tmp_path):
     result = CliRunner().invoke(app, ["diagnose", str(folder), "--student", str(folder / "control"), "--json"])
     assert json.loads(result.stdout[result.stdout.index("{") :])["agreement"]["kl"] == told["agreement"]["kl"]
     assert json.loads((folder / "diagnosis.json").read_text()) == left
+    result = CliRunner().invoke(app, ["diagnose", str(folder), "--student", "contrl"])
+    assert "--student is student, control, or the folder of a model" in str(result.exception)
     (folder / "metrics.jsonl").unlink()
     result = CliRunner().invoke(app, ["diagnose", str(folder)])
     assert f"{folder / 'metrics.jsonl'} is missing: `hf-distill run RECIPE` writes it" in str(result.exception)

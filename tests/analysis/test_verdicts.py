@@ -194,6 +194,17 @@ def test_a_healthy_run_is_not_called_ill():
     assert diagnose(pair, None, logs).verdicts == []
 
 
+def test_what_is_named_is_not_said_to_be_unknown():
+    """A fall while the rate was high, and noise at the end."""
+    losses = [4.0 - 0.15 * i for i in range(13)] + [2.0 + 0.5 * (-1) ** i for i in range(11)]
+    pair, _ = CASES["wrong_shift_or_mask"](0)
+    pair = replace(pair, rows=healthy(0)[0].rows)
+    found = diagnose(pair, 500, lines(losses, cosine(24)))
+    assert not trend_of(lines(losses, cosine(24))).at_end.flat
+    named = {verdict.name for verdict in found.verdicts}
+    assert ("under_trained" in named) != any("too noisy" in line for line in found.not_looked_at)
+
+
 def test_without_logs_nothing_is_said_of_the_training():
     pair, _ = CASES["under_trained"](0)
     found = diagnose(pair, None)
