@@ -38,6 +38,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def measured(metrics: dict[str, float]) -> dict[str, float]:
+    """Held-out metrics without the `eval_` prefix and the timing."""
+    timing = ("runtime", "per_second", "preparation_time")
+    found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}
+    return {k: v for k, v in found.items() if not k.endswith(timing)}
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log of a trainer to a file of JSON lines, `{"run": ..., "step": ..., ...}`.
 

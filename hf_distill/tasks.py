@@ -16,10 +16,17 @@ from .errors import DistillError
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of model: its auto class, whether labels are shifted, and whether V is a tokenizer's vocabulary."""
+    """A kind of model.
+
+    auto_class: of transformers
+    pipeline:   as the Hub calls what it does
+    shift:      whether labels are shifted
+    vocabulary: whether V is a tokenizer's
+    """
 
     name: str
     auto_class: str
+    pipeline: str
     shift: bool
     vocabulary: bool
 
@@ -35,11 +42,17 @@ class Task:
         return getattr(transformers, self.auto_class).from_pretrained(path, **kwargs)
 
 
-CAUSAL = Task("causal language model", "AutoModelForCausalLM", shift=True, vocabulary=True)
-MASKED = Task("masked language model", "AutoModelForMaskedLM", shift=False, vocabulary=True)
-SEQ2SEQ = Task("sequence-to-sequence language model", "AutoModelForSeq2SeqLM", shift=False, vocabulary=True)
-SEQUENCE = Task("sequence classifier", "AutoModelForSequenceClassification", shift=False, vocabulary=False)
-TOKEN = Task("token classifier", "AutoModelForTokenClassification", shift=False, vocabulary=False)
+CAUSAL = Task("causal language model", "AutoModelForCausalLM", "text-generation", shift=True, vocabulary=True)
+MASKED = Task("masked language model", "AutoModelForMaskedLM", "fill-mask", shift=False, vocabulary=True)
+SEQ2SEQ = Task(
+    "sequence-to-sequence language model", "AutoModelForSeq2SeqLM", "text2text-generation", shift=False, vocabulary=True
+)
+SEQUENCE = Task(
+    "sequence classifier", "AutoModelForSequenceClassification", "text-classification", shift=False, vocabulary=False
+)
+TOKEN = Task(
+    "token classifier", "AutoModelForTokenClassification", "token-classification", shift=False, vocabulary=False
+)
 
 _BY_CLASS = {
     class_name: task

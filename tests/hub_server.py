@@ -1,31 +1,54 @@
-"""A Hub in memory, on loopback: what huggingface_hub asks of one to make, fill and download repositories.
+"""A Hub in memory, on loopback: what huggingface_hub, transformers and datasets ask of one, and ways in which it fails.
 
-`with Hub() as hub:` set HF_ENDPOINT to hub.endpoint, HF_TOKEN to hub.token and HF_HUB_DISABLE_XET to 1, before
-huggingface_hub is imported.
+`with Hub() as hub:` and `pointed(hub, monkeypatch, folder)` for this process, `hub.environment(folder)` for another.
 """
 
-import base64
 import hashlib
-import json
 import re
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
-LFS = (".safetensors", ".arrow", ".bin")
-REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
+from hub_answers import Answers
+
+LFS = (".safetensors", ".arrow", ".bin", ".parquet", ".png")
 
 
+@dataclass
+class Fault:
+    """What goes wrong with requests that match.
+
+    match:  searched in "METHOD /path"
+    status: is answered in the place of what was asked
+    cut:    the connection is, before anything is done
+    lost:   the answer is: what was asked is done, and the connection cut
+    slow:   seconds before anything is done
+    times:  so often
+    """
+
+    match: str
+    status: int = 0
+    cut: bool = False
+    lost: bool = False
+    slow: float = 0.0
+    times: int = 1
+
+
+@dataclass
 class Repo:
     """Files of each commit; large ones by the checksum under which `Hub.objects` holds them."""
 
-    def __init__(self):
-        self.commits: dict[str, dict[str, bytes | str]] = {}
-        self.branches: dict[str, str] = {}
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes | str]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes | str]) -> str:
         """Add a commit; its id."""
-        oid = hashlib.sha1(f"{branch} {len(self.commits)}".encode()).hexdigest()
+        oid = hashlib.sha1(f"{branch} {len(self.commits)} {id(self)}".encode()).hexdigest()
         self.commits[oid], self.branches[branch] = files, oid
         return oid
 
@@ -39,162 +62,101 @@ class Hub:
 
     repos:    (kind, name) -> repository
     objects:  checksum -> large file
+    uploaded: checksums of large files that were sent, in order
     requests: (method, path) of each
+    faults:   what goes wrong
     """
 
-    token, user = "hf_test", "tester"
+    token, reader, user = "hf_test", "hf_reader", "tester"
 
     def __init__(self):
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.uploaded: list[str] = []
         self.requests: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
         self.lock = threading.RLock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (Answers,), {"hub": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfThisHub", (Answers,), {"hub": self}))
+        self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         self._server.shutdown()
         self._server.server_close()
 
+    def put(
+        self,
+        kind: str,
+        name: str,
+        files: dict[str, bytes],
+        private: bool = False,
+        gated: bool = False,
+        branch: str = "main",
+    ) -> str:
+        """Make a repository of "models" or "datasets", or add a commit with these files alone; the commit's id."""
+        repo = self.repos.setdefault((kind, name), Repo())
+        repo.private, repo.gated = private, gated
+        return repo.commit(branch, {path: self.held(path, content) for path, content in files.items()})
+
+    def held(self, path: str, content: bytes) -> bytes | str:
+        """A file as a commit holds it."""
+        if not path.endswith(LFS):
+            return content
+        oid = hashlib.sha256(content).hexdigest()
+        self.objects[oid] = content
+        return oid
+
     def content(self, value: bytes | str) -> bytes:
         """Of a file of a commit."""
         return self.objects[value] if isinstance(value, str) else value
 
+    def fault(self, request: str) -> Fault | None:
+        """What goes wrong with a request, once less from now on."""
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.match, request):
+                fault.times -= 1
+                return fault
+        return None
 
-class Answers(BaseHTTPRequestHandler):
-    """One request: ROUTES says who answers it."""
-
-    protocol_version, hub = "HTTP/1.1", Hub.__new__(Hub)
-
-    def log_message(self, *_) -> None:
-        """Be silent."""
-
-    def answer(self) -> None:
-        """Find the route."""
-        path = urlsplit(self.path).path
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        with self.hub.lock:
-            self.hub.requests.append((self.command, path))
-            writes = self.command in ("POST", "PUT") and "paths-info" not in path and "validate-yaml" not in path
-            if writes and self.headers.get("Authorization") != f"Bearer {Hub.token}" and not path.startswith("/lfs/"):
-                return self.refuse(401, "Unauthorized", "Invalid username or password.")
-            for method, pattern, name in ROUTES:
-                if self.command in (method, "HEAD") and (found := re.fullmatch(pattern, path)):
-                    parts = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
-                    return getattr(self, name)(data, **parts)
-        return self.refuse(404, "NotFound", f"no route {self.command} {path}")
-
-    do_GET = do_POST = do_PUT = do_HEAD = answer
-
-    def send(self, code: int, body: object = b"", **headers: str) -> None:
-        """A response, JSON unless it is bytes."""
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(code)
-        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        for key, value in {"Content_Type": kind, "Content_Length": str(len(raw)), **headers}.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-
-    def refuse(self, code: int, kind: str, why: str) -> None:
-        """An error as the Hub words it."""
-        self.send(code, {"error": why}, X_Error_Code=kind, X_Error_Message=why)
-
-    def whoami(self, _data: bytes) -> None:
-        token = {"displayName": "test", "role": "write"}
-        self.send(200, {"type": "user", "name": Hub.user, "orgs": [], "auth": {"accessToken": token}})
-
-    def checked(self, _data: bytes) -> None:
-        self.send(200, {"errors": [], "warnings": []})
-
-    def create(self, data: bytes) -> None:
-        asked = json.loads(data)
-        key = (f"{asked.get('type', 'model')}s", f"{asked.get('organization') or Hub.user}/{asked['name']}")
-        url = f"{self.hub.endpoint}/{'' if key[0] == 'models' else key[0] + '/'}{key[1]}"
-        if key in self.hub.repos:
-            return self.send(409, {"error": "You already created this repo", "url": url})
-        self.hub.repos[key] = Repo()
-        self.hub.repos[key].commit("main", {})
-        return self.send(200, {"url": url, "name": key[1], "id": key[1]})
-
-    def preupload(self, data: bytes, kind: str, name: str, rev: str) -> None:
-        files = json.loads(data)["files"]
-        modes = {f["path"]: "lfs" if f["path"].endswith(LFS) else "regular" for f in files}
-        self.send(200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
-
-    def batch(self, data: bytes, **_parts: str) -> None:
-        objects = json.loads(data)["objects"]
-        for one in objects:
-            if one["oid"] not in self.hub.objects:
-                one["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{one['oid']}"}}
-        self.send(200, {"transfer": "basic", "objects": objects})
-
-    def upload(self, data: bytes, oid: str) -> None:
-        if hashlib.sha256(data).hexdigest() != oid:
-            return self.refuse(400, "BadRequest", "the checksum differs")
-        self.hub.objects[oid] = data
-        return self.send(200)
-
-    def commit(self, data: bytes, kind: str, name: str, rev: str) -> None:
-        repo = self.hub.repos[kind, name]
-        files = dict(repo.commits[repo.branches[rev]])
-        for line in filter(None, data.split(b"\n")):
-            value = json.loads(line)["value"]
-            if "content" in value:
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif "oid" in value:
-                files[value["path"]] = value["oid"]
-        oid = repo.commit(rev, files)
-        self.send(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{oid}"})
-
-    def info(self, _data: bytes, kind: str, name: str, rev: str = "main") -> None:
-        if (found := self.found(kind, name, rev)) is not None:
-            oid, files = found
-            siblings = [{"rfilename": path} for path in sorted(files)]
-            self.send(200, {"id": name, "sha": oid, "siblings": siblings, "private": False, "tags": []})
-
-    def tree(self, _data: bytes, kind: str, name: str, rev: str) -> None:
-        if (found := self.found(kind, name, rev)) is not None:
-            self.send(200, [self.entry(path, value) for path, value in sorted(found[1].items())])
-
-    def entry(self, path: str, value: bytes | str) -> dict:
-        size = len(self.hub.content(value))
-        lfs = {"lfs": {"oid": value, "size": size, "pointerSize": 134}} if isinstance(value, str) else {}
-        return {"type": "file", "path": path, "size": size, "oid": hashlib.sha1(path.encode()).hexdigest(), **lfs}
-
-    def resolve(self, _data: bytes, name: str, rev: str, path: str, kind: str = "models") -> None:
-        if (found := self.found(kind, name, rev)) is None:
-            return None
-        oid, files = found
-        if path not in files:
-            return self.refuse(404, "EntryNotFound", "Entry not found")
-        blob = self.hub.content(files[path])
-        return self.send(200, blob, ETag=f'"{hashlib.sha256(blob).hexdigest()}"', X_Repo_Commit=oid)
-
-    def found(self, kind: str, name: str, rev: str) -> tuple[str, dict[str, bytes | str]] | None:
-        """A commit and its files; else the refusal is sent."""
-        repo = self.hub.repos.get((kind, name))
-        if repo is None:
-            return self.refuse(404, "RepoNotFound", "Repository not found")
-        if (oid := repo.at(rev)) is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-        return oid, repo.commits[oid]
+    def environment(self, folder: Path) -> dict[str, str]:
+        """For a process of its own, whose caches lie in `folder`."""
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token,
+            "HF_HOME": str(folder),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
 
 
-ROUTES = [
-    ("GET", r"/api/whoami-v2", "whoami"),
-    ("POST", r"/api/validate-yaml", "checked"),
-    ("POST", r"/api/repos/create", "create"),
-    ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "upload"),
-    ("POST", r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", "batch"),
-    ("POST", rf"/api/{REPO}/preupload/(?P<rev>[^/]+)", "preupload"),
-    ("POST", rf"/api/{REPO}/commit/(?P<rev>[^/]+)", "commit"),
-    ("GET", rf"/api/{REPO}/tree/(?P<rev>[^/]+)", "tree"),
-    ("GET", rf"/api/{REPO}(?:/revision/(?P<rev>[^/]+))?", "info"),
-    ("GET", r"/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
-]
+def pointed(hub: Hub, monkeypatch: Any, folder: Path) -> None:
+    """Let the libraries of this process, which read where the Hub is when they are imported, talk to this one."""
+    import datasets
+    import huggingface_hub
+    import transformers.utils.hub
+
+    huggingface_hub.hf_hub_download  # noqa: B018  lazily imported, as are the constants below
+    for name, value in hub.environment(folder).items():
+        monkeypatch.setenv(name, value)
+    names = {"ENDPOINT", "HF_ENDPOINT", "HUGGINGFACE_CO_RESOLVE_ENDPOINT"}
+    for module in [m for n, m in sys.modules.items() if n.startswith(("huggingface_hub", "transformers", "datasets"))]:
+        for name in names & vars(module).keys():
+            monkeypatch.setattr(module, name, hub.endpoint)
+    constants = huggingface_hub.constants
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    template = hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
+    monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", template)

@@ -49,9 +49,9 @@ def test_wrong_input_exits_2_with_words_and_no_traceback(arguments, words):
 
 
 def test_show_is_raw_yaml_when_piped():
-    from hf_distill.recipe.load import recipe_text
+    from hf_distill.recipe.references import find_recipe
 
-    assert program("recipes", "show", "quickstart").stdout == recipe_text("quickstart")
+    assert program("recipes", "show", "quickstart").stdout == find_recipe("quickstart").text
 
 
 def test_list_validate_and_schema():

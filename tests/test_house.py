@@ -13,6 +13,7 @@ ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
     {"version", "errors"},
+    {"hub"},
     {"sources", "layers", "projectors", "schedule", "zero", "kinds"},
     {"signals", "tasks"},
     {"losses", "blocks"},
@@ -24,13 +25,15 @@ FLOORS = [
     {"teachers"},
     {"distiller"},
     {"config", "by_source"},
-    {"arguments", "evidence", "sidecar_trainer"},
+    {"arguments", "evidence", "card", "sidecar_trainer"},
+    {"hub_trainer"},
     {"trainer"},
     {"trl"},
     {"recipe"},
     {"progress"},
     {"planning"},
     {"analysis"},
+    {"publishing"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import DistillError
-from ..recipe.models import resolve_model
+from ..recipe.models import loaded
 from ..student import cut_student
 from .folder import Run
 
@@ -23,8 +23,7 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
     """
     spec, donor = run.recipe.student, teacher
     if spec.from_teacher is None or donor is None:
-        path = resolve_model(str(spec.model))
-        donor = AutoModelForCausalLM.from_pretrained(path, revision=spec.revision, dtype=spec.dtype)
+        donor = loaded(AutoModelForCausalLM, str(spec.model), revision=spec.revision, dtype=spec.dtype)
     if spec.from_teacher is None:
         return donor.requires_grad_(False).eval()
     layers = run.evidence.get("student", {}).get("layers_kept")

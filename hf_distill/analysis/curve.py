@@ -81,7 +81,6 @@ def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[floa
     """
     if run.recipe.stages:
         raise DistillError(f"{run.folder} is a chain: give one of its stages, such as {run.folder / 'stage-1'}.")
-    per_step = _tokens_per_step(run)
     evaluations = {line["step"]: line for line in run.logs() if "eval_perplexity" in line}
     if len(evaluations) < 2:
         raise DistillError(
@@ -94,7 +93,7 @@ def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[floa
     points = [
         Point(
             step,
-            round(step * per_step),
+            trained_tokens(run, step),
             value,
             evaluations[step].get("eval_kl"),
             evaluations[step].get("eval_agreement"),
@@ -108,7 +107,7 @@ def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[floa
             f"{len(points)} evaluations are two ends and little between: set train.eval_strategy=steps and "
             "train.eval_steps in the recipe for a curve."
         )
-    tokens = round(max(nll) * per_step)
+    tokens = trained_tokens(run, max(nll))
     return Curve(
         points, {} if hint else _reached(points, shares), hint, compute(run.recipe, tokens, pretraining_tokens)
     )
@@ -123,6 +122,11 @@ def compute(recipe: Recipe, tokens: int, pretraining_tokens: float = 2e12) -> Co
     rule = rule_of_thumb(found.teacher.parameters if teacher else 0, found.student.parameters, tokens).total
     share = (teacher + student) / found.pretraining
     return Compute(tokens, teacher, student, rule, pretraining_tokens, found.pretraining, share)
+
+
+def trained_tokens(run: Run, steps: int) -> int:
+    """Tokens that a run's student had been trained on after so many steps."""
+    return round(steps * _tokens_per_step(run))
 
 
 def _tokens_per_step(run: Run) -> float:

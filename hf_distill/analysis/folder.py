@@ -23,6 +23,7 @@ WRITTEN_BY = {
     "temperature.json": "hf-distill temperature RECIPE",
     "samples.json": "hf-distill report RUN",
     "curve.json": "hf-distill curve RUN",
+    "report.html": "hf-distill report RUN",
 }
 
 

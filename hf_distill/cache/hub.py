@@ -1,13 +1,12 @@
 """Caches on the Hub: data set repositories."""
 
-import re
 from pathlib import Path
 
 from ..errors import DistillError
+from ..hub import address, asking, fetch_folder
 from .manifest import FILE
 from .store import check_all
 
-_HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^@]+))?/?")
 _CARD = """---
 tags: [hf_distill, knowledge-distillation]
 viewer: false
@@ -28,16 +27,14 @@ def folder_of(path: str) -> Path:
     """The folder of a cache on this machine; one on the Hub is downloaded, whole.
 
     Raises:
-        DistillError: the address is not one of a data set.
+        DistillError: the address is not one of a data set; or the Hub refuses, see `hub.asking`.
     """
     if not path.startswith("hf://"):
         return Path(path)
-    found = _HUB.fullmatch(path)
-    if found is None:
+    at = address(path)
+    if at.type != "dataset" or at.path_in_repo:
         raise DistillError(f"{path!r} is no address of a data set: write hf://datasets/org/name, or with @revision.")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(found["repo"], repo_type="dataset", revision=found["revision"]))
+    return fetch_folder(at)
 
 
 def push_cache(folder: str | Path, repo: str, private: bool = False) -> str:
@@ -52,13 +49,12 @@ def push_cache(folder: str | Path, repo: str, private: bool = False) -> str:
         its address, as `path` of a cached teacher takes it: the revision is the upload's.
 
     Raises:
-        DistillError: files are missing or damaged.
+        DistillError: files are missing or damaged; or the Hub refuses, see `hub.asking`.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder)
     manifest, api = check_all(folder), HfApi()
-    api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
     card = _CARD.format(
         model=manifest.teacher["model"],
         kind=manifest.kind,
@@ -66,7 +62,9 @@ def push_cache(folder: str | Path, repo: str, private: bool = False) -> str:
         repo=repo,
         **{name: manifest.data[name] for name in ("examples", "tokens")},
     )
-    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo, repo_type="dataset")
     names = [FILE, *(entry["file"] for entry in manifest.files)]
-    done = api.upload_folder(folder_path=folder, repo_id=repo, repo_type="dataset", allow_patterns=names)
+    files = [CommitOperationAdd("README.md", card.encode()), *(CommitOperationAdd(n, folder / n) for n in names)]
+    with asking(repo, "dataset"):
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        done = api.create_commit(repo, files, repo_type="dataset", commit_message="Cache of hf_distill")
     return f"hf://datasets/{repo}@{done.oid}"

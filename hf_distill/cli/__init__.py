@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import DistillError
-from . import caches, curving, diagnosing, inspecting, recipes, reporting, retaining, running, tempering  # noqa: F401  each adds its commands
+from . import caches, curving, diagnosing, inspecting, publishing, recipes, reporting, retaining, running, tempering  # noqa: F401  each adds its commands
 from .app import app
 
 __all__ = ["app", "main"]

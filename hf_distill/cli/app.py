@@ -14,7 +14,7 @@ app = typer.Typer(
 )
 out = Console()
 
-Recipe = Annotated[str, typer.Argument(help="A .yaml file, or the name of a packaged recipe.")]
+Recipe = Annotated[str, typer.Argument(help="A packaged name, a .yaml file, or hf://org/name[@revision]/file.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=20.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny random models of the same families: proves the plumbing.")]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]

@@ -1,4 +1,4 @@
-"""recipes list, show, validate, preview, schema."""
+"""recipes list, show, pull, validate, preview, schema."""
 
 import json
 import sys
@@ -15,28 +15,50 @@ app.add_typer(recipes, name="recipes")
 
 
 @recipes.command("list")
-def list_command() -> None:
-    """Packaged recipes, each with its first line."""
-    from ..recipe.load import list_recipes
+def list_command(
+    where: Annotated[
+        str | None, typer.Argument(metavar="[HUB]", help="hf://org/name[@revision][/folder]; by default the packaged.")
+    ] = None,
+) -> None:
+    """Recipes, each with its first line: the packaged ones, or those of a repository."""
+    from ..recipe.references import list_recipes
 
+    found = list_recipes()
+    if where is not None:
+        from ..recipe.remote import list_remote
+
+        found = list_remote(where)
     table = Table(box=None, show_header=False)
-    for name, title in list_recipes().items():
-        table.add_row(f"[bold]{name}[/bold]", title)
+    for name, title in found.items():
+        table.add_row(Text(name, "bold"), Text(title))
     out.print(table)
 
 
 @recipes.command()
 def show(recipe: Recipe) -> None:
     """The YAML of a recipe; raw where it is piped."""
-    from ..recipe.load import recipe_text
+    from ..recipe.references import find_recipe
 
-    text = recipe_text(recipe)
+    text = find_recipe(recipe).text
     if out.is_terminal:
         from rich.syntax import Syntax
 
         out.print(Syntax(text, "yaml", background_color="default"))
     else:
         sys.stdout.write(text)
+
+
+@recipes.command()
+def pull(
+    recipe: Annotated[str, typer.Argument(metavar="HUB", help="hf://org/name[@revision]/file.yaml")],
+    to: Annotated[str, typer.Option("-o", "--output", help="Folder to put it into.")] = ".",
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+) -> None:
+    """Copy a recipe from the Hub, checked, with the DeepSpeed files that it names: from then on it is yours."""
+    from ..recipe.remote import pull_recipe
+
+    for path in pull_recipe(recipe, to, force):
+        out.print(str(path), soft_wrap=True, highlight=False)
 
 
 @recipes.command()
@@ -74,6 +96,6 @@ def preview(
 @recipes.command()
 def schema() -> None:
     """The JSON Schema of recipes, for editors."""
-    from ..recipe.schema import packaged_schema
+    from ..recipe.terms import packaged_schema
 
     sys.stdout.write(json.dumps(packaged_schema(), indent=2) + "\n")

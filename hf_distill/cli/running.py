@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 
 from .app import Overrides, Recipe, Smoke, app, no_other_bars, out
+from .asking import show_downloads
+from .publishing import publish_run
 
 
 @app.command()
@@ -19,24 +21,42 @@ def run(
     overrides: Overrides = None,
     smoke: Smoke = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a recipe from the Hub is run.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the models' repositories run Python of their own.")
+    ] = False,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="With train.push_to_hub: publish against what licences say.")
+    ] = False,
 ) -> None:
     """Distil: load, train, evaluate, leave a run folder."""
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
+    show_downloads(loaded, yes)
+    to = str(loaded.train.hub_model_id) if loaded.train.push_to_hub else None
+    if to:
+        from ..publishing import check_ready
+
+        check_ready(loaded, to, accept_license)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ..evidence import read_json
     from ..progress import RichProgress
+    from ..recipe.models import remote_code
     from ..recipe.run import run_recipe
 
     no_other_bars()
     # Between libraries, at each collective of a step; nothing that the reader could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.")
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, remote_code(trust_remote_code):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
     out.print(results_table(result.models, read_json(result.folder / "evidence.json").get("chain")))
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
+    if to and not out.quiet:
+        from ..analysis.folder import open_run
+
+        publish_run(open_run(result.folder), to, bool(loaded.train.hub_private_repo), (), None, accept_license)
 
 
 @app.command()

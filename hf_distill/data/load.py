@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..errors import DistillError, did_you_mean
+from ..hub import address, fetch
 from .formats import MESSAGES, TEXT, format_of
 
 Examples: TypeAlias = Dataset | IterableDataset
@@ -32,17 +33,18 @@ def load_documents(
     """Examples of a source, in one of the formats of `format_of`; text is one column, `text`.
 
     Args:
-        path: id of a data set; a local .txt (its paragraphs are the documents), .jsonl, .json, .csv, .parquet or .arrow
-            file; a folder of `save_to_disk`; or a packaged text: `package:pydoc_data.topics`, the chapters of Python's
-            own documentation, `package:stdlib`, the modules of its library, or `package:builtins`, questions about
-            its builtins with what help() answers; every Python has them.
+        path: id of a data set; a .txt (its paragraphs are the documents), .jsonl, .json, .csv, .parquet or .arrow
+            file; a folder of `save_to_disk`; hf://datasets/org/name[@revision], a data set at a revision, or with a
+            file behind it, that file; or a packaged text: `package:pydoc_data.topics`, the chapters of Python's own
+            documentation, `package:stdlib`, the modules of its library, or `package:builtins`, questions about its
+            builtins with what help() answers; every Python has them.
         split: of a data set with splits.
         name: configuration of a data set.
         column: the column that holds the text; None: the format is told by the columns.
         streaming: read it while training.
 
     Raises:
-        DistillError: no such file, column or format, or no examples.
+        DistillError: no such data set, file, column or format, or no examples.
     """
     if path.startswith("package:"):
         if path not in _PACKAGED:
@@ -65,6 +67,13 @@ def load_documents(
 
 
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
+    revision = None
+    if path.startswith("hf://"):
+        at = address(path)
+        if at.path_in_repo:
+            path = str(fetch(at).path)
+        else:
+            path, revision = at.id, at.revision
     place, suffix = Path(path), Path(path).suffix
     if suffix in _BUILDERS:
         if not place.is_file():
@@ -83,7 +92,10 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
         if split not in splits:
             raise DistillError(f"{path} has no split {split!r}{did_you_mean(split, splits)}")
         return splits[split]
-    return load_dataset(path, name, split=split, streaming=streaming)
+    try:
+        return load_dataset(path, name, split=split, streaming=streaming, revision=revision)
+    except DatasetNotFoundError as error:
+        raise DistillError(f"There is no data set {path!r} here or on the Hub: {error}") from error
 
 
 def _python_topics() -> Dataset:

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
 from ..recipe.pair import Lora
-from ..recipe.schema import LossSpec, Recipe
+from ..recipe.schema import Recipe
+from ..recipe.terms import LossSpec
 from .anatomy import Anatomy
 from .strategy import Strategy, absent_of
 

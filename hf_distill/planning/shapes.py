@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import DistillError, did_you_mean
-from ..recipe.models import PACKAGE, resolve_model
+from ..recipe.models import resolve_model
+from ..recipe.pair import PACKAGE
 from ..recipe.smoke import SMOKE
 
 
@@ -38,7 +39,7 @@ def model_config(reference: str, revision: str | None = None) -> PretrainedConfi
     if reference in table and not Path(reference).is_dir():
         return AutoConfig.for_model(**table[reference]["config"])
     try:
-        return AutoConfig.from_pretrained(reference, revision=revision)
+        return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DistillError(
             f"The shape of model {reference!r} is unknown: no such folder with a config.json, not among the "

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_HOME = {"Recipe": "schema", "load_recipe": "load", "list_recipes": "load", "run_recipe": "run"}
+_HOME = {"Recipe": "schema", "load_recipe": "load", "list_recipes": "references", "run_recipe": "run"}
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "run_recipe"]
 

@@ -33,6 +33,7 @@ def train_arguments(recipe: Recipe) -> dict[str, Any]:
     without checkpoints to resume from.
     """
     train = recipe.train.model_dump(exclude_unset=True)
+    train = {k: v for k, v in train.items() if k != "push_to_hub" and not k.startswith("hub_")}  # published when over
     if torch.accelerator.is_available():
         return train
     train.setdefault("use_cpu", True)  # else processes do not find each other

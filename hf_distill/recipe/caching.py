@@ -17,7 +17,7 @@ from ..tasks import task_of
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .examples import Prepared
 from .load import validate
-from .models import resolve_model
+from .models import loaded
 from .schema import Recipe
 from .smoke import SMOKE
 from .speaker import load_speaker, speaker_of, with_speaker
@@ -160,7 +160,7 @@ def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
             problems.append(f"{spec.name} needs {feature} of attention, which no cache holds: leave it out")
         if feature == "hidden":
             if own is None:
-                config = AutoConfig.from_pretrained(resolve_model(str(student)), revision=recipe.student.revision)
+                config = loaded(AutoConfig, str(student), revision=recipe.student.revision)
                 own = config.get_text_config().num_hidden_layers
             layers = options.get("layers", "stretch")
             with noted(problems):

@@ -1,5 +1,7 @@
 """A recipe's `data`: sources to rows, mixed, packed and held out."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +28,12 @@ class Prepared:
 
     def facts(self) -> dict[str, Any]:
         """For the evidence."""
-        facts: dict[str, Any] = {"eval_rows": len(self.held_out)}
+        facts: dict[str, Any] = {"eval_rows": len(self.held_out), "eval_fingerprint": fingerprint_of(self.held_out)}
         if len(self.collator.sources) > 1:
             facts["sources"] = list(self.collator.sources)
         if isinstance(self.train, Dataset):
             facts |= {"train_rows": len(self.train), "tokens_per_row": _mean_length(self.train)}
+            facts["train_fingerprint"] = fingerprint_of(self.train)
         return facts
 
 
@@ -116,6 +119,20 @@ def _first(rows: Any, count: int | None) -> Any:
     return rows.take(count)
 
 
+def _columns(rows: Dataset) -> Iterator[Any]:
+    """The tokens of some rows at a time, as an Arrow array of lists."""
+    for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(1_000):
+        yield batch["input_ids"].combine_chunks()
+
+
 def _mean_length(rows: Dataset) -> float:
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return round(sum(lengths) / len(lengths), 1)
+    return round(sum(len(ids.flatten()) for ids in _columns(rows)) / len(rows), 1)
+
+
+def fingerprint_of(rows: Dataset) -> str:
+    """SHA-256 of the rows' tokens in order, with their lengths: what was trained on, whatever it was made from."""
+    digest = hashlib.sha256()
+    for ids in _columns(rows):
+        digest.update(ids.value_lengths().to_numpy().astype("<i8").tobytes())
+        digest.update(ids.flatten().to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -50,7 +50,8 @@ def claim(recipe: Recipe, resume: bool) -> Path:
             )
     if file.is_file():
         before = yaml.safe_load(file.read_text())
-        changed = [key for key in sorted(resolved.keys() | before.keys()) if resolved.get(key) != before.get(key)]
+        said = (resolved.keys() | before.keys()) - {"origin", "requires"}  # an equal recipe may have moved
+        changed = [key for key in sorted(said) if resolved.get(key) != before.get(key)]
         if set(changed) - {"train"}:
             raise DistillError(
                 f"{folder} holds a run of another recipe: {', '.join(changed)} differ. Resume it with its own recipe "

@@ -1,71 +1,94 @@
-"""From a path or a packaged name to a validated recipe."""
+"""From a reference to a validated recipe."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ..errors import DistillError, did_you_mean, noted
+from ..version import __version__
 from ..zero import check_teacher_config, read_deepspeed
-from .schema import Recipe, packaged_schema
+from .home import at_home
+from .reading import read_yaml
+from .references import Found, find_recipe, packaged_text
+from .schema import Recipe
 from .smoke import smoke_values
 from .stages import planned_values, stage_values
-
-
-def list_recipes() -> dict[str, str]:
-    """Packaged recipes: name -> the first line of its header."""
-    found = {f.name.removesuffix(".yaml"): f for f in files("hf_distill.recipes").iterdir() if f.name.endswith(".yaml")}
-    return {name: found[name].read_text().partition("\n")[0].lstrip("# ") for name in sorted(found)}
-
-
-def recipe_text(reference: str) -> str:
-    """The YAML of a recipe.
-
-    Args:
-        reference: a path to a .yaml file, or the name of a packaged recipe.
-
-    Raises:
-        DistillError: there is no such file or name.
-    """
-    path = Path(reference)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise DistillError(f"There is no recipe file {reference!r} (looked in {Path.cwd()}).")
-        return path.read_text()
-    names = list_recipes()
-    if reference not in names:
-        raise DistillError(
-            f"There is no packaged recipe {reference!r}{did_you_mean(reference, names)}. A file's name ends in .yaml."
-        )
-    return files("hf_distill.recipes").joinpath(f"{reference}.yaml").read_text()
+from .terms import packaged_schema
+from .trust import untrusted
 
 
 def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        reference: see `recipe_text`.
+        reference: see `find_recipe`.
         overrides: `key=value` with dots in the key, such as `train.max_steps=20`; the value is YAML.
         smoke: the same recipe with tiny random models and a few steps; overrides beat it.
 
     Raises:
-        DistillError: not found, not YAML, or not a recipe; every problem is listed with its place.
+        DistillError: not found, not YAML, not a recipe, one for a newer hf-distill, or one from the Hub that says what
+            a stranger's may not; every problem is listed with its place.
     """
-    folder = Path(reference).parent
+    found = find_recipe(reference)
+    values = whole_values(found, reference)
+    if smoke:
+        values = smoke_values(validate(values, found.folder).model_dump(exclude_unset=True))
+    for override in overrides:
+        _set(values, override)
+    return validate(values, found.folder)
+
+
+def whole_values(found: Found, reference: str) -> dict[str, Any]:
+    """A recipe's values with what it extends; of one from the Hub, checked and with the files beside it in place.
+
+    Raises:
+        DistillError: see `load_recipe`.
+    """
+    values = read_yaml(found.text, reference)
+    if not isinstance(values, dict):
+        raise DistillError(f"{reference} is not a mapping of student, teacher, data, distill, train.")
+    _check_version(values.get("requires"), reference)
+    values = _extended(values, reference)
+    if found.origin is None:
+        return values
+    values = at_home(values, found.origin)
+    if problems := untrusted(validate(values, found.folder)):
+        _tell(problems, f"in the recipe, which is a stranger's ({found.origin})")
+    return values | {"origin": found.origin}
+
+
+def _check_version(requires: Any, reference: str) -> None:
+    if requires is None:
+        return
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
     try:
-        values = yaml.safe_load(recipe_text(reference))
-        if not isinstance(values, dict):
-            raise DistillError(f"{reference} is not a mapping of student, teacher, data, distill, train.")
-        if smoke:
-            values = smoke_values(validate(values, folder).model_dump(exclude_unset=True))
-        for override in overrides:
-            _set(values, override)
-    except yaml.YAMLError as error:
-        raise DistillError(f"{reference} is not YAML: {error}") from None
-    return validate(values, folder)
+        wanted = SpecifierSet(str(requires))
+    except InvalidSpecifier:
+        raise DistillError(f"requires: {requires!r} is no range of versions: write it as '>=0.2'.") from None
+    if not wanted.contains(__version__, prereleases=True):
+        raise DistillError(
+            f"{reference} requires hf-distill {requires}, and this is {__version__}: pip install --upgrade hf-distill"
+        )
+
+
+def _extended(values: dict[str, Any], reference: str) -> dict[str, Any]:
+    """A packaged recipe's values with these in their place: mappings key by key, anything else whole."""
+    name = values.get("extends")
+    if name is None:
+        return values
+    if not isinstance(name, str):
+        raise DistillError(f"{reference}: extends takes the name of a packaged recipe; got {name!r}.")
+    base = read_yaml(packaged_text(name), name)
+    return _merged(base, {key: value for key, value in values.items() if key != "extends"})
+
+
+def _merged(base: Any, own: Any) -> Any:
+    if isinstance(base, dict) and isinstance(own, dict):
+        return base | {key: _merged(base.get(key), value) for key, value in own.items()}
+    return own
 
 
 def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
@@ -94,9 +117,13 @@ def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
             with noted(problems):
                 validate(stage_values(recipe.model_dump(exclude_none=True, exclude_unset=True), number), folder)
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe:\n{lines}")
+        _tell(problems, "in the recipe")
     return recipe
+
+
+def _tell(problems: Sequence[str], where: str) -> None:
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} {where}:\n{lines}")
 
 
 def parts_to_plan(recipe: Recipe) -> dict[str, Recipe]:
@@ -124,11 +151,13 @@ def _set(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise DistillError(f"{override!r}: {name!r} is not a mapping, so it has no {last!r}.")
-    values[last] = yaml.safe_load(text)
+    values[last] = read_yaml(text, override)
 
 
 def _problem(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden" and item["loc"][-1] == "trust_remote_code":
+        return f"{place}: no recipe says that; who has read the code adds --trust-remote-code to `hf-distill run`"
     if item["type"] == "extra_forbidden":
         return f"{place}: unknown key{did_you_mean(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}"
     if item["type"] == "missing":

@@ -27,7 +27,7 @@ from ..teachers import (
     Teacher,
 )
 from ..teachers.loading import dtype_of, keep_layout, launched, quantization_config, sharded_for
-from .models import resolve_model
+from .models import code_options, loaded, resolve_model
 from .pair import FIELDS
 from .schema import Recipe, Student, TeacherSpec
 
@@ -90,16 +90,16 @@ class Models:
         if spec is self._spec and not held:
             self._whole = self._load_whole().to(self._args.device)
             return FrozenTeacher(self._whole, processing_class=self._tokenizer)
-        options = {"dtype": spec.dtype, **_named(spec), **held}
+        options = {"dtype": spec.dtype, **_named(spec), **held, **code_options()}
         return FrozenTeacher(self._path_of(spec), processing_class=self._tokenizer, **options)
 
     def _load_whole(self) -> Any:
         with sharded_for(None):
-            return AutoModelForCausalLM.from_pretrained(self._path, dtype=self._donor.dtype, **_named(self._donor))
+            return loaded(AutoModelForCausalLM, self._path, dtype=self._donor.dtype, **_named(self._donor))
 
     def _load_peer(self, spec: TeacherSpec, path: str) -> Any:
         with sharded_for(None):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **_named(spec))
+            return loaded(AutoModelForCausalLM, path, dtype=torch.float32, **_named(spec))
 
     def student(self, rows: Any) -> nn.Module:
         """A student, ready to be trained.
@@ -141,13 +141,13 @@ class Models:
             return self._cut(rows)
         path = resolve_model(str(spec.model))
         if quantization:
-            dtype = dtype_of(AutoConfig.from_pretrained(path, revision=spec.revision), {"dtype": spec.dtype})
+            dtype = dtype_of(loaded(AutoConfig, path, revision=spec.revision), {"dtype": spec.dtype})
             kwargs["quantization_config"] = quantization_config(quantization, dtype)
             if self._args.device.type != "cpu":
                 kwargs["device_map"] = {"": self._args.device}
         if self._shard and not whole:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=spec.dtype, **kwargs)
+        model = loaded(AutoModelForCausalLM, path, dtype=spec.dtype, **kwargs)
         return keep_layout(model) if quantization else model
 
     def _cut(self, rows: Any) -> nn.Module:

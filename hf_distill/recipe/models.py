@@ -4,7 +4,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,52 @@ from transformers.utils import logging
 
 from ..errors import DistillError, need
 from . import smoke
+from .pair import PACKAGE
 from .smoke import SMOKE, build_tiny
 
 logger = logging.get_logger(__name__)
-PACKAGE = "package:"
+
+
+_REMOTE_CODE = ContextVar("_REMOTE_CODE", default=False)
+
+
+@contextmanager
+def remote_code(trusted: bool) -> Iterator[None]:
+    """Whether models loaded within the block may bring Python of their own (`trust_remote_code`); recipes cannot."""
+    token = _REMOTE_CODE.set(trusted)
+    try:
+        yield
+    finally:
+        _REMOTE_CODE.reset(token)
+
+
+def loaded(kind: Any, reference: str, **options) -> Any:
+    """`kind.from_pretrained` of what a recipe names.
+
+    Args:
+        kind: AutoModelForCausalLM, AutoTokenizer or AutoConfig.
+        reference: see `resolve_model`.
+        options: of from_pretrained.
+
+    Raises:
+        DistillError: see `resolve_model`; there is no such model, or it brings code that nobody said is trusted.
+    """
+    trusted = _REMOTE_CODE.get()
+    try:
+        return kind.from_pretrained(resolve_model(reference), trust_remote_code=trusted, **options)
+    except OSError as error:
+        raise DistillError(f"{reference} cannot be loaded: {error}") from error
+    except ValueError as error:
+        if trusted or "trust_remote_code" not in str(error):
+            raise
+        raise DistillError(
+            f"{reference} brings Python code of its own. Read it; if you trust it, add --trust-remote-code."
+        ) from error
+
+
+def code_options() -> dict[str, bool]:
+    """For those that load a teacher by themselves."""
+    return {"trust_remote_code": True} if _REMOTE_CODE.get() else {}
 
 
 def resolve_model(reference: str) -> str:

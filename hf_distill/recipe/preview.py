@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from ..data import documents_of
 from ..signals import IGNORE_INDEX
 from .examples import first_rows
-from .models import resolve_model
+from .models import loaded
 from .schema import Recipe
 
 _EXAMPLES = 200
@@ -42,7 +42,7 @@ def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
     Raises:
         DistillError: an input is wrong; as `run_recipe`.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(recipe.base), revision=recipe.base_revision)
+    tokenizer: Any = loaded(AutoTokenizer, recipe.base, revision=recipe.base_revision)
     seed = 42 if recipe.train.seed is None else recipe.train.seed
     found = first_rows(recipe, tokenizer, seed, _EXAMPLES)
     return [

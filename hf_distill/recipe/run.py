@@ -26,7 +26,7 @@ from transformers.utils import logging
 from ..blocks import find_blocks
 from ..config import DistillConfig, DistillFields
 from ..data import check_isolation
-from ..evidence import MetricsFile, environment, read_json, write_json
+from ..evidence import MetricsFile, environment, measured, read_json, write_json
 from ..losses import get_loss
 from ..tasks import bare
 from ..teachers.loading import sharded_for
@@ -36,9 +36,10 @@ from .caching import check_cached, write_missing
 from .examples import prepare_data, taken_by
 from .folder import claim, newest_checkpoint, on_main
 from .loading import Models, check_launch
-from .models import resolve_model
+from .models import loaded, resolve_model
 from .moved import NoTeacher, of_moved, save_moved
 from .on_policy import prepare_prompts
+from .provenance import provenance
 from .schema import Recipe
 
 logger = logging.get_logger(__name__)
@@ -114,7 +115,7 @@ class Loaded:
         on_stage(f"Loading {recipe.base}")
         with args.main_process_first():
             path = resolve_model(recipe.base)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=recipe.base_revision)
+        self.tokenizer: Any = loaded(AutoTokenizer, path, revision=recipe.base_revision)
         count = taken_by(args)
         with args.main_process_first():
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
@@ -123,6 +124,8 @@ class Loaded:
         self.models = Models(recipe, args, path, self.tokenizer)
         made = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
+        if args.should_save:
+            self.facts |= {"provenance": provenance(recipe)} | ({"origin": recipe.origin} if recipe.origin else {})
 
     def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
         """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
@@ -218,13 +221,6 @@ class Loaded:
         else:
             trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))
         return {**measured(trainer.evaluate()), "train_seconds": seconds}
-
-
-def measured(metrics: dict[str, float]) -> dict[str, float]:
-    """Held-out metrics without the `eval_` prefix and the timing."""
-    timing = ("runtime", "per_second", "preparation_time")
-    found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}
-    return {k: v for k, v in found.items() if not k.endswith(timing)}
 
 
 def _size(model: nn.Module) -> dict[str, Any]:

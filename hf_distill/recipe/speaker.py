@@ -12,7 +12,7 @@ from .arguments import arguments
 from .examples import Prepared, prepare_data, taken_by
 from .load import validate
 from .loading import Models, check_launch
-from .models import resolve_model
+from .models import loaded, resolve_model
 from .pair import TeacherSpec
 from .schema import Recipe
 
@@ -50,11 +50,11 @@ def load_speaker(
     on_stage(f"Loading {online.base}")
     with args.main_process_first():
         path = resolve_model(online.base)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=online.base_revision)
+    tokenizer: Any = loaded(AutoTokenizer, path, revision=online.base_revision)
     with args.main_process_first():
         data = prepare_data(online, tokenizer, args.seed, taken_by(args))
     teacher: Any = Models(online, args, path, tokenizer).teacher
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=online.base_revision))
+        student = AutoModelForCausalLM.from_config(loaded(AutoConfig, path, revision=online.base_revision))
     teacher.prepare(student, args.device, tokenizer)
     return teacher, data, tokenizer, args

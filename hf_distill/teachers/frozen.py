@@ -59,8 +59,8 @@ class FrozenTeacher(Teacher):
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the model fits the student, load it if need be, freeze it, put it where it stays."""
-        revision = self._loading.init_kwargs.get("revision")
-        config = check_fit(self.model or self._path, student, self.processing_class, processing_class, revision)
+        asked = {k: v for k, v in self._loading.init_kwargs.items() if k in ("revision", "trust_remote_code")}
+        config = check_fit(self.model or self._path, student, self.processing_class, processing_class, **asked)
         if self.model is None:
             self.model = self._loading.load(task_of(student), self._path, config, device)
         self.model.requires_grad_(False).eval()

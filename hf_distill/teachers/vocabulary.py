@@ -17,7 +17,12 @@ logger = logging.get_logger(__name__)
 
 
 def check_fit(
-    teacher: nn.Module | str, student: nn.Module, tokenizer: Any, processing_class: Any, revision: str | None = None
+    teacher: nn.Module | str,
+    student: nn.Module,
+    tokenizer: Any,
+    processing_class: Any,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PretrainedConfig:
     """Refuse a model that cannot teach this student, before it is loaded where that can be told.
 
@@ -27,6 +32,7 @@ def check_fit(
         tokenizer: the teacher's; None: the one beside its files, if there is one on this machine.
         processing_class: the student's; None: likewise.
         revision: of an id.
+        trust_remote_code: as for `from_pretrained`.
 
     Returns:
         the teacher's config.
@@ -41,7 +47,8 @@ def check_fit(
         )
     task = task_of(student)
     if isinstance(teacher, str):
-        config, path = AutoConfig.from_pretrained(teacher, revision=revision), teacher
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config, path = AutoConfig.from_pretrained(teacher, **options), teacher
     else:
         config, path = bare(teacher).config, bare(teacher).name_or_path
         if (own := task_of(teacher)) is not task:

@@ -7,7 +7,8 @@ import yaml
 
 from hf_distill import DistillError
 from hf_distill.recipe import list_recipes, load_recipe
-from hf_distill.recipe.load import recipe_text, validate
+from hf_distill.recipe.load import validate
+from hf_distill.recipe.references import find_recipe
 
 GOOD = """
 student: {from_teacher: {keep_layers: 2}}
@@ -52,7 +53,7 @@ def test_packaged_recipes_are_valid(name):
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipes_tell_command_hardware_time_and_result(name):
-    header = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    header = [line for line in find_recipe(name).text.splitlines() if line.startswith("#")]
     for word in ("command:", "hardware:", "time:", "result:"):
         assert any(line.startswith(f"# {word}") for line in header)
 
@@ -160,7 +161,7 @@ def test_validation_imports_no_torch():
 
 def test_recipes_know_the_settings_of_projectors():
     from hf_distill.projectors import INITS, KINDS, Projectors
-    from hf_distill.recipe.schema import ProjectorSpec
+    from hf_distill.recipe.terms import ProjectorSpec
 
     assert ProjectorSpec().model_dump() == vars(Projectors())
     known = ProjectorSpec.model_json_schema()["properties"]

@@ -1,0 +1,29 @@
+"""The lines of a card that use the model: they run as they stand."""
+
+from .facts import Facts
+
+
+def snippet_of(facts: Facts) -> str | None:
+    """Python that loads the model from the Hub and uses it once; None for a task without one."""
+    if facts.task == "text-generation":
+        how = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
+        last = '[-1]["content"]' if not isinstance(facts.prompt, str) and facts.prompt else ""
+        return _pipeline(facts, facts.prompt or "Once upon a time", how.format(last))
+    if facts.task == "fill-mask":
+        return _pipeline(
+            facts, None, 'print(pipe(f"The capital of France is {pipe.tokenizer.mask_token}.")[0]["token_str"])'
+        )
+    if facts.task in ("text-classification", "token-classification"):
+        return _pipeline(facts, facts.prompt or "This is a text.", "print(pipe(prompt))")
+    return None
+
+
+def _pipeline(facts: Facts, prompt: object, last: str) -> str:
+    given = f"prompt = {_prompt(prompt)}\n" if prompt is not None else ""
+    return f'from transformers import pipeline\n\npipe = pipeline("{facts.task}", model="{facts.repo}")\n{given}{last}'
+
+
+def _prompt(prompt: object) -> str:
+    if isinstance(prompt, str):
+        return repr(prompt)
+    return repr([dict(message) for message in prompt])  # type: ignore[attr-defined]

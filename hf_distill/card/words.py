@@ -1,0 +1,137 @@
+"""The sentences of a card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .facts import Facts, is_id
+
+
+def summary_of(facts: Facts) -> str:
+    """One sentence of what it is, one of what that brought."""
+    teachers = " and ".join(_named(entry) for entry in facts.teachers.values())
+    text = f"{_student(facts)}, distilled from {teachers} with hf-distill."
+    models = facts.held_out
+    after, control = models.get("student", {}), models.get("control", {})
+    if "perplexity" in after:
+        text += f" Held-out perplexity {after['perplexity']:.2f}"
+        told = [f"{models['before']['perplexity']:.2f} before"] if "perplexity" in models.get("before", {}) else []
+        told += [f"the teacher's {after['teacher_perplexity']:.2f}"] if "teacher_perplexity" in after else []
+        if "perplexity" in control:
+            told.append(f"{control['perplexity']:.2f} for the same student trained on hard labels alone")
+        text += f" ({', '.join(told)})." if told else "."
+    return text
+
+
+def _student(facts: Facts) -> str:
+    student = facts.student
+    size = f" of {_count(student['parameters'])} parameters" if student.get("parameters") else ""
+    if student.get("layers_kept"):
+        return f"A model{size}, cut to {len(student['layers_kept'])} of its teacher's blocks"
+    what = "Adapters on" if student.get("adapters") else f"A model{size} that began as"
+    return f"{what} {_named(student)}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+
+
+def _named(entry: Mapping[str, Any]) -> str:
+    known = entry.get("model") or _NAMELESS.get(entry.get("kind", ""), "a model without a name")
+    return f"[{known}](https://huggingface.co/{known})" if is_id(known) else f"`{known}`" if ":" in known else known
+
+
+def made_lines(facts: Facts) -> list[str]:
+    """How it was made: teachers, student, objective, data, training, machine."""
+    lines = [f"{name.capitalize()}: {_described(entry)}." for name, entry in facts.teachers.items()]
+    objective, training = facts.objective, facts.training
+    lines.append(f"Student: {_origin(facts.student)}.")
+    if objective:
+        terms = "".join(f" + {loss.get('weight', 1)} · {loss['name']}" for loss in objective.get("losses") or ())
+        soft, hard = objective["alpha"], 1 - objective["alpha"]
+        lines.append(
+            f"Objective: {soft:g} · T² · {_divergence(objective['divergence'])} + {hard:g} · cross entropy{terms}, at "
+            f"T = {objective['temperature']:g}, over the asked tokens of the global batch."
+        )
+    lines += [f"Data, {name}: {_source(entry)}." for name, entry in facts.data.get("sources", {}).items()]
+    counts = [f"{facts.data[key]:,} {text}" for key, text in _COUNTS.items() if facts.data.get(key)]
+    prints = [f"{part} rows `{facts.data[f'{part}_fingerprint'][:16]}`" for part in ("train", "eval")
+              if facts.data.get(f"{part}_fingerprint")]  # fmt: skip
+    if counts:
+        lines.append(f"Rows: {', '.join(counts)}" + (f"; SHA-256 of {', '.join(prints)}." if prints else "."))
+    told = [text.format(training[key]) for key, text in _TRAINING.items() if training.get(key) is not None]
+    lines += [f"Training: {', '.join(told)}."] if told else []
+    made = facts.environment
+    count = made.get("processes", 1)
+    where = f"{count} process{'es' if count > 1 else ''} on {made.get('device_name') or made.get('device')}"
+    versions = ", ".join(f"{name} {made[name]}" for name in _VERSIONS if made.get(name))
+    return [
+        *lines,
+        f"Machine: {where}, {made.get('cpu_count')} CPU cores, {made.get('platform')}.",
+        f"With {versions}.",
+    ]
+
+
+_NAMELESS = {
+    "own_base": "its own base, without its adapters",
+    "ema": "the average of its own past",
+    "snapshot": "itself, some steps before",
+    "multi_view": "itself, on another view of the batch",
+    "mtp": "its own head, some tokens ahead",
+}
+_COUNTS = {"train_rows": "to train on", "eval_rows": "held out", "tokens_per_row": "tokens a row"}
+_TRAINING = {
+    "steps": "{:,} steps",
+    "rows_per_step": "{:,} rows a step",
+    "tokens": "{:,} tokens",
+    "learning_rate": "learning rate {:g}",
+    "epochs": "{:.3g} epochs",
+    "flop_student": "{:.3g} FLOP of the student",
+    "flop_teacher": "{:.3g} of the teacher",
+    "seconds": "{:,.1f} s",
+}
+_VERSIONS = ("hf_distill", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "python")
+
+
+def _described(entry: Mapping[str, Any]) -> str:
+    parts = [_named(entry)]
+    parts += [f"commit `{entry['revision'][:12]}`"] if entry.get("revision") else []
+    parts += [f"version {entry['version']}"] if entry.get("version") else []
+    parts += [f"kind {entry['kind']}"] if entry.get("kind") not in (None, "frozen") else []
+    parts += [f"{_count(entry['parameters'])} parameters"] if entry.get("parameters") else []
+    parts += [f"{entry['blocks']} blocks"] if entry.get("blocks") else []
+    parts += [f"held in {entry['quantization']}"] if entry.get("quantization") else []
+    parts += [f"licence {entry.get('licence')}"] if entry.get("licence") else []
+    return ", ".join(parts)
+
+
+def _origin(student: Mapping[str, Any]) -> str:
+    if layers := student.get("layers_kept"):
+        return f"blocks {', '.join(map(str, layers))} of the teacher"
+    text = _named(student)
+    text += f", commit `{student['revision'][:12]}`" if student.get("revision") else ""
+    return text + (", with adapters" if student.get("adapters") else "")
+
+
+def _divergence(name: Any) -> str:
+    if isinstance(name, Mapping):
+        options = ", ".join(f"{key}={value}" for key, value in name.items() if key != "name")
+        return f"{name['name']}({options})"
+    return str(name)
+
+
+def _source(entry: Mapping[str, Any]) -> str:
+    name = entry["dataset"]
+    text = f"[{name}](https://huggingface.co/datasets/{name})" if is_id(name) else f"`{name}`"
+    return text + (f", commit `{entry['revision'][:12]}`" if entry.get("revision") else "")
+
+
+def licence_lines(facts: Facts) -> list[str]:
+    """The licence, what the teachers' ask for, and what was accepted against them."""
+    judged = facts.licence
+    first = f"{judged.id}, " if judged.id else "Not said; "
+    inherited = ", ".join(f"{name}: {entry.get('licence') or 'unknown'}" for name, entry in facts.teachers.items())
+    return [
+        f"{first}with {inherited}.",
+        *judged.notes,
+        *(f"Accepted by the author: {line}." for line in judged.conflicts),
+    ]

@@ -1,0 +1,99 @@
+"""Which files of a run go to the Hub: the student's own, the card, the facts, plots; nothing else."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ..analysis.folder import WRITTEN_BY, Run
+from ..card import FILE, Facts, Picture, card_of
+from ..errors import DistillError
+from ..sidecar import SIDECAR
+
+# What from_pretrained reads. Never: pickles, checkpoints' state, projectors (sidecar.safetensors).
+_WEIGHTS = re.compile(
+    r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors|mtp\.safetensors|model\.safetensors\.index\.json"
+)
+_BESIDE = re.compile(
+    r"(config|generation_config|adapter_config|mtp|vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens|"
+    r"chat_template|preprocessor_config|processor_config)\.json|chat_template\.jinja|merges\.txt|vocab\.txt|"
+    r"spiece\.model|tokenizer\.model|sentencepiece\.bpe\.model|[\w-]+\.tiktoken|[a-z_]+\.py"
+)
+_OURS = re.compile(rf"README\.md|{re.escape(FILE)}|report\.html|figures/[\w-]+\.png")
+# What the plots of a report show.
+_SHOWS = {
+    "closeness": "KL to the teacher and agreement with it while training",
+    "curve": "NLL of held-out rows over tokens",
+    "entropies": "Entropy of teacher and student while training",
+    "losses": "The terms of the loss while training",
+    "retention": "Percent of the teacher's score that was kept, with intervals",
+    "sources": "The loss of each source while training",
+    "teacher_entropy": "How sure the teacher is: entropy of its tokens",
+    "teacher_t": "What the temperature does to the teacher's probabilities",
+    "temperature": "The search of T and alpha",
+}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is uploaded.
+
+    files:    path in the repository -> a file, or its bytes
+    left_out: names in the student's folder that are not
+    """
+
+    files: dict[str, Path | bytes]
+    left_out: list[str]
+
+
+def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
+    """A student's files, its card and its facts.
+
+    Args:
+        run: see `open_run`.
+        facts: see `facts_of`.
+        report: the page too.
+
+    Raises:
+        DistillError: the student or the report is not there; weights hold what is no part of the student.
+    """
+    folder = run.path("student")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    weights = [name for name in names if _WEIGHTS.fullmatch(name)]
+    if not any(name.endswith(".safetensors") for name in weights):
+        raise DistillError(f"{folder} holds no safetensors: `{WRITTEN_BY['student']}` writes them.")
+    for name in weights:
+        if name.endswith(".safetensors"):
+            _check_weights(folder / name)
+    files: dict[str, Path | bytes] = {n: folder / n for n in names if _WEIGHTS.fullmatch(n) or _BESIDE.fullmatch(n)}
+    left_out = [name for name in names if name not in files and name not in ("README.md", FILE)]
+    drawn = sorted((run.folder / "figures").glob("*.png"))
+    figures = [Picture(f"figures/{path.name}", _SHOWS.get(path.stem, path.stem)) for path in drawn]
+    files |= {figure.path: path for figure, path in zip(figures, drawn, strict=True)}
+    if report:
+        files["report.html"] = run.path("report.html")
+    files[FILE] = _json(facts.as_json())
+    files["README.md"] = card_of(facts, figures).content.encode()
+    return Contents(files, left_out)
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file of a repository is one that publishing writes, and so takes away where it is not written again."""
+    return any(kind.fullmatch(path) for kind in (_WEIGHTS, _OURS))
+
+
+def _check_weights(file: Path) -> None:
+    with safe_open(file, "pt") as weights:
+        foreign = [name for name in weights.keys() if SIDECAR in name.split(".")]  # noqa: SIM118  not a mapping
+    if foreign:
+        raise DistillError(
+            f"{file} holds {foreign[0]} and {len(foreign) - 1} more, which were trained beside the student and are no "
+            "part of it: save it with `trainer.save_model()`."
+        )
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,255 @@
+"""A run's student on the Hub: whole or not at all, once, under the right licence, with a card that is true."""
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import Fault, Hub, pointed
+from huggingface_hub import ModelCard, snapshot_download
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_distill import DistillError
+from hf_distill.analysis import open_run
+from hf_distill.publishing import publish
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.sidecar import SIDECAR
+
+CARD = "---\nlicense: {licence}\n---\n# Teacher\n\n{text}\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with a control, and plots."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    recipe = load_recipe("quickstart", [f"train.output_dir={folder}", "train.max_steps=2"], smoke=True)
+    run_recipe(recipe)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "losses.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 0))
+    (folder / "report.html").write_text("<p>report</p>")
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return open_run(tmp_path / "run")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as server:
+        pointed(server, monkeypatch, tmp_path / "hf")
+        yield server
+
+
+def files_of(hub: Hub, name: str = "tester/quick") -> set[str]:
+    repo = hub.repos["models", name]
+    return set(repo.commits[repo.at("main")])
+
+
+def states_of(hub: Hub, name: str = "tester/quick") -> int:
+    repo = hub.repos.get(("models", name))
+    return len(repo.commits) if repo else 0
+
+
+def taught_by(run, hub: Hub, licence: str, text: str = "", student: str | None = None):
+    """The same run, as if its teacher (and its student's base) had been a model of the Hub."""
+    hub.put("models", "org/teacher", {"README.md": CARD.format(licence=licence, text=text).encode()})
+    values = yaml.safe_load(run.path("recipe.yaml").read_text())
+    values["teacher"]["model"] = "org/teacher"
+    if student:
+        hub.put("models", "org/base", {"README.md": CARD.format(licence=student, text="").encode()})
+        values["student"] = {"model": "org/base"}
+    run.path("recipe.yaml").write_text(yaml.safe_dump(values))
+    return open_run(run.folder)
+
+
+def test_the_round_trip_is_bit_equal(run, hub):
+    done = publish(run, "quick")
+    own, theirs = (AutoModelForCausalLM.from_pretrained(name) for name in (run.path("student"), "tester/quick"))
+    for (name, a), (_, b) in zip(own.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    text = "What is published is what was trained."
+    assert AutoTokenizer.from_pretrained("tester/quick")(text) == AutoTokenizer.from_pretrained(run.path("student"))(
+        text
+    )
+    assert done.commit == hub.repos["models", "tester/quick"].at("main")
+
+
+def test_what_goes_up_is_the_student_and_its_evidence_alone(run, hub):
+    save_file({"w": torch.zeros(1)}, run.path("student") / "sidecar.safetensors")
+    (run.folder / "peer").mkdir()
+    done = publish(run, "tester/quick", include=["report"])
+    assert files_of(hub) - {".gitattributes"} == set(done.files)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "distillation.json"} <= set(done.files)
+    assert {"figures/losses.png", "report.html", "generation_config.json"} <= set(done.files)
+    assert done.left_out == ["sidecar.safetensors", "training_args.bin"]
+
+
+def test_weights_with_a_projector_among_them_are_refused(run, hub):
+    file = run.path("student") / "model.safetensors"
+    save_file(load_file(file) | {f"{SIDECAR}.parts.x.weight": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(DistillError, match="no part of it"):
+        publish(run, "tester/quick")
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_an_interrupted_push_leaves_the_repository_as_it_was(run, hub, number, monkeypatch):
+    """Stopped at each kind of request of a push with each kind of answer, over a repository that holds a model."""
+    publish(run, "tester/quick")
+    before, states = files_of(hub), states_of(hub)
+    student = run.path("student") / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(student).items()}, student, {"format": "pt"})
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its own retries
+    places = ("POST .*preupload", "POST .*lfs/objects/batch", "PUT /lfs/", "POST .*/commit/", "GET .*api/models")
+    ways = ({"status": 403}, {"status": 409}, {"status": 500}, {"cut": True})
+    hub.faults.append(Fault(match=places[number % 5], times=99, **ways[number // 5]))
+    with pytest.raises(DistillError):
+        publish(run, "tester/quick")
+    assert (files_of(hub), states_of(hub)) == (before, states)
+    hub.faults.clear()
+    publish(run, "tester/quick")
+    assert states_of(hub) == states + 1
+    assert len(hub.uploaded) == len(set(hub.uploaded)), "something went up twice"
+
+
+def test_a_second_push_of_the_same_changes_nothing(run, hub):
+    first = publish(run, "tester/quick")
+    sent = len(hub.uploaded)
+    assert publish(run, "tester/quick").commit == first.commit
+    assert len(hub.uploaded) == sent
+
+
+def test_files_of_an_earlier_student_do_not_stay(run, hub):
+    publish(run, "tester/quick", include=["report"])
+    shutil.rmtree(run.folder / "figures")
+    publish(run, "tester/quick")
+    assert not {"figures/losses.png", "report.html"} & files_of(hub)
+
+
+def test_the_card_is_valid_and_true(run, hub):
+    publish(run, "tester/quick")
+    card = ModelCard.load("tester/quick")
+    card.validate()
+    assert {"distillation", "hf-distill"} <= set(card.data.tags)
+    assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == (
+        "apache-2.0", "text-generation", "transformers",
+    )  # fmt: skip
+    student = run.evidence["models"]["student"]
+    told = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert told["perplexity"] == pytest.approx(student["perplexity"], rel=1e-5)
+    assert told["kl"] == pytest.approx(student["kl"], abs=1e-5)
+    assert f"{run.evidence['models']['control']['perplexity']:.2f}" in card.text
+    assert "retention RUN" in card.text.split("What was not measured")[1]
+    facts = json.loads(Path(snapshot_download("tester/quick"), "distillation.json").read_text())
+    assert facts["held_out"]["student"]["kl"] == student["kl"]
+    assert facts["data"]["train_fingerprint"] == run.evidence["data"]["train_fingerprint"]
+    assert facts["training"]["tokens"] == 2 * 2 * 64
+    assert facts["training"]["flop_student"] > 0
+
+
+def test_the_recipe_of_a_card_is_the_one_that_ran(run, hub, tmp_path):
+    publish(run, "tester/quick")
+    (text,) = re.findall(r"```yaml\n(.*?)```", ModelCard.load("tester/quick").text, flags=re.S)
+    (tmp_path / "card.yaml").write_text(text)
+    told, ran = load_recipe(str(tmp_path / "card.yaml")).model_dump(), run.recipe.model_dump()
+    assert told.pop("train")["output_dir"] == "runs/run"
+    assert ran.pop("train")
+    assert told == ran
+
+
+def test_the_snippet_of_a_card_runs_as_it_stands(run, hub, capsys):
+    publish(run, "tester/quick")
+    card = ModelCard.load("tester/quick")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
+    exec(code, {})
+    assert len(capsys.readouterr().out) > 5
+
+
+def test_the_widgets_text_is_what_the_snippet_says(run, hub):
+    sample = {"prompt": "The with statement wraps", "reference": "", "written": {}}
+    (run.folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
+    publish(run, "tester/quick")
+    card = ModelCard.load("tester/quick")
+    assert card.data.widget == [{"text": sample["prompt"]}]
+    assert repr(sample["prompt"]) in card.text
+
+
+@pytest.mark.parametrize(
+    ("licence", "student", "text", "why"),
+    [
+        ("apache-2.0", None, "You may not use this model or its outputs to train other models.", "its card says"),
+        ("llama3", "apache-2.0", "", "forbids using its outputs"),
+        ("llama3.1", "apache-2.0", "", "begins with"),
+        ("cc-by-nd-4.0", None, "", "no derivatives"),
+        ("other", None, "", "one of its own"),
+        ("gemma", "cc-by-nc-4.0", "", "different ones"),
+    ],
+)
+def test_a_licence_that_says_otherwise_must_be_accepted(run, hub, licence, student, text, why):
+    run = taught_by(run, hub, licence, text, student)
+    with pytest.raises(DistillError, match=why):
+        publish(run, "tester/quick")
+    assert ("models", "tester/quick") not in hub.repos
+    publish(run, "tester/quick", accept_licence=True)
+    assert why in ModelCard.load("tester/quick").text
+
+
+def test_the_licence_and_the_base_are_inherited(run, hub):
+    run = taught_by(run, hub, "gemma")
+    publish(run, "tester/quick")
+    card = ModelCard.load("tester/quick")
+    assert (card.data.license, card.data.base_model, card.data.base_model_relation) == (
+        "gemma", ["org/teacher"], "finetune",
+    )  # fmt: skip
+
+
+def test_another_licence_than_a_teacher_passes_on_is_a_conflict(run, hub):
+    with pytest.raises(DistillError, match="mit is wanted, and gemma"):
+        publish(taught_by(run, hub, "gemma"), "tester/quick", licence="mit")
+
+
+def test_a_model_with_another_base_is_not_written_over(run, hub):
+    card = b"---\nbase_model: other/base\n---\n"
+    hub.put("models", "tester/quick", {"README.md": card, "model.safetensors": b"theirs"})
+    with pytest.raises(DistillError, match="another base"):
+        publish(run, "tester/quick")
+    publish(run, "tester/quick", replace=True)
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(run, hub):
+    publish(run, "tester/quick")
+    with pytest.raises(DistillError, match="public already"):
+        publish(run, "tester/quick", private=True)
+    publish(run, "tester/hidden", private=True)
+    assert hub.repos["models", "tester/hidden"].private
+
+
+def test_without_a_token_nothing_is_tried(run, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DistillError, match="No token is set"):
+        publish(run, "tester/quick")
+
+
+def test_a_run_that_is_not_over_is_not_published(run, hub):
+    evidence = run.evidence
+    del evidence["status"]
+    (run.folder / "evidence.json").write_text(json.dumps(evidence))
+    with pytest.raises(DistillError, match="not over"):
+        publish(run, "tester/quick")
+
+
+def test_the_report_is_missed_before_anything_is_sent(run, hub):
+    (run.folder / "report.html").unlink()
+    with pytest.raises(DistillError, match="hf-distill report"):
+        publish(run, "tester/quick", include=["report"])
+    with pytest.raises(DistillError, match="--with takes"):
+        publish(run, "tester/quick", include=["reports"])
+    assert not hub.repos

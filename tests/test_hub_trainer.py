@@ -1,0 +1,114 @@
+"""A Trainer's pushes: whatever the strategy, each state of the repository carries a card, and no projector."""
+
+import json
+
+import pytest
+from hub_server import Hub, pointed
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
+
+HIDDEN = [{"name": "hidden_mse", "weight": 0.1}]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as server:
+        pointed(server, monkeypatch, tmp_path / "hf")
+        yield server
+
+
+def pushed(hub: Hub, name: str = "tester/tiny") -> list[dict[str, bytes]]:
+    """The files of each state of a repository in which there was a model, in order."""
+    repo = hub.repos["models", name]
+    whole = [{path: hub.content(value) for path, value in files.items()} for files in repo.commits.values()]
+    return [files for files in whole if "model.safetensors" in files]
+
+
+def card_of(files: dict[str, bytes]) -> ModelCard:
+    return ModelCard(files["README.md"].decode())
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_each_state_carries_a_card_and_no_projector(make_trainer, hub, strategy):
+    options = {"hub_strategy": strategy, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    trainer = make_trainer(push_to_hub=True, hub_model_id="tester/tiny", losses=HIDDEN, eval_steps=2, **options)
+    trainer.train()
+    trainer.push_to_hub()
+    states = pushed(hub)
+    assert len(states) >= (1 if strategy == "end" else 2)
+    for files in states:
+        card = card_of(files)
+        card.validate()
+        assert {"distillation", "hf-distill"} <= set(card.data.tags)
+        assert b"hidden_mse" in files["README.md"]
+        assert json.loads(files["distillation.json"])["training"]["steps"] in (2, 4)
+        assert not any("sidecar" in path for path in files if "/" not in path)
+    assert json.loads(states[-1]["distillation.json"])["training"]["steps"] == 4
+    kept = {path for path in states[-1] if path.endswith("sidecar.safetensors")}
+    assert bool(kept) == (strategy in ("checkpoint", "all_checkpoints")), "the training's state needs its projectors"
+
+
+def test_what_was_pushed_is_what_was_trained(make_trainer, hub):
+    trainer = make_trainer(push_to_hub=True, hub_model_id="tester/tiny", losses=HIDDEN)
+    trainer.train()
+    trainer.push_to_hub(language="en", tags=["mine"], dataset="org/data", license="mit")
+    theirs = AutoModelForCausalLM.from_pretrained("tester/tiny").state_dict()
+    own = {name: value for name, value in trainer.model.state_dict().items() if name in theirs}
+    assert own.keys() == theirs.keys()
+    assert all((own[name].cpu() == theirs[name]).all() for name in own)
+    data = ModelCard.load("tester/tiny").data
+    assert (data.language, data.license, data.datasets) == ("en", "mit", ["org/data"])
+    assert "mine" in data.tags
+
+
+def test_the_teacher_of_the_hub_is_named_with_its_licence(make_trainer, hub, tmp_path):
+    from tiny import build
+
+    build("llama", 1, layers=3, width=48).save_pretrained(tmp_path / "t")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    hub.put("models", "org/teacher", files | {"README.md": b"---\nlicense: gemma\n---\n"})
+    trainer = make_trainer(teacher="org/teacher", hub_model_id="tester/tiny")
+    trainer.train()
+    trainer.push_to_hub()
+    card = ModelCard.load("tester/tiny")
+    assert card.data.license == "gemma"
+    assert "org/teacher" in card.text
+    assert "stays under its terms" in card.text
+
+
+def test_without_a_teacher_the_card_is_the_trainers_own(make_trainer, hub):
+    trainer = make_trainer(teacher=None, alpha=0.0, push_to_hub=True, hub_model_id="tester/plain")
+    trainer.train()
+    trainer.push_to_hub()
+    assert "distillation" not in (ModelCard.load("tester/plain").data.tags or [])
+
+
+def test_trls_trainer_pushes_our_card_too(hub, tmp_path):
+    from datasets import Dataset
+    from tiny import build
+
+    from hf_distill.recipe.smoke import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    options = {
+        "push_to_hub": True,
+        "hub_model_id": "tester/sft",
+        "save_steps": 1,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+    }
+    trainer = DistillSFTTrainer(
+        build("llama", 0, vocab=len(tokenizer)),
+        DistillSFTConfig(str(tmp_path / "out"), max_steps=2, **options),
+        teacher=build("llama", 1, layers=3, vocab=len(tokenizer)),
+        train_dataset=Dataset.from_list([{"text": "The cat sat on the mat."}] * 8),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    for files in pushed(hub, "tester/sft"):
+        assert "hf-distill" in card_of(files).data.tags
+        assert b"distilled from" in files["README.md"]
