@@ -1,5 +1,7 @@
 """The lines of a card that use the model: they run as they stand."""
 
+import json
+
 from .facts import Facts
 
 
@@ -19,11 +21,5 @@ def snippet_of(facts: Facts) -> str | None:
 
 
 def _pipeline(facts: Facts, prompt: object, last: str) -> str:
-    given = f"prompt = {_prompt(prompt)}\n" if prompt is not None else ""
+    given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n" if prompt is not None else ""
     return f'from transformers import pipeline\n\npipe = pipeline("{facts.task}", model="{facts.repo}")\n{given}{last}'
-
-
-def _prompt(prompt: object) -> str:
-    if isinstance(prompt, str):
-        return repr(prompt)
-    return repr([dict(message) for message in prompt])  # type: ignore[attr-defined]

@@ -118,7 +118,8 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
             logs.append(json.dumps(json.loads(line) | {"run": names.get(name, name)}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(logs))
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
-    whole = {key: facts["stage-1"][key] for key in ("environment", "data", "teacher")}
+    kept = ("environment", "data", "teacher", "provenance", "origin")
+    whole = {key: facts["stage-1"][key] for key in kept if key in facts["stage-1"]}
     student = {k: v for k, v in facts[last]["student"].items() if k != "layers_kept"}
     if layers := _layers_left([facts[f"stage-{n}"]["student"].get("layers_kept") for n in range(1, len(parts) + 1)
                                if f"stage-{n}" in facts]):  # fmt: skip

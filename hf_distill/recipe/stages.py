@@ -61,6 +61,8 @@ _HELD = ("dtype", "attn_implementation", "quantization", "deepspeed", "fsdp", "d
 def stage_values(values: dict[str, Any], number: int, teacher: str | None = None) -> dict[str, Any]:
     """The recipe of one stage, as plain values.
 
+    Each stage goes through the data in an order of its own, else all of them would see the same first rows.
+
     Args:
         values: of the whole recipe, validated.
         number: of the stage, from 1.
@@ -72,6 +74,7 @@ def stage_values(values: dict[str, Any], number: int, teacher: str | None = None
     own["distill"] = {**values.get("distill", {}), **stage.get("distill", {})}
     own["train"] = {**train, **stage.get("train", {}), "output_dir": f"{train['output_dir']}/stage-{number}"}
     if number > 1:
+        own["train"].setdefault("data_seed", (42 if train.get("seed") is None else train["seed"]) + number - 1)
         first = values["teacher"]
         held = {name: first[name] for name in _HELD if first.get(name)}
         path = teacher or f"{train['output_dir']}/stage-{number - 1}/student"

@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
-from hf_distill import DistillError
+from hf_distill import DistillError, DistillTrainer
 from hf_distill.analysis import Pair, open_run
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import parts_to_plan, validate
@@ -61,6 +61,24 @@ def test_each_student_is_the_next_one_s_teacher(straight):
     for name, stage in (("student", "stage-3"), ("control", "direct")):
         there, here = weights(folder / stage / "student"), weights(folder / name)
         assert all(torch.equal(there[key], here[key]) for key in there)
+
+
+def test_stages_see_other_rows_and_the_same_held_out_ones(tmp_path, monkeypatch):
+    """Else a chain of short stages has seen a third of the text that its control has seen."""
+    seen: dict[str, list] = {}
+    step = DistillTrainer.training_step
+
+    def noted(self, model, inputs, *more):
+        rows = [tuple(row.tolist()) for row in inputs["input_ids"]]
+        seen.setdefault(self.args.output_dir.rpartition("/")[2], []).extend(rows)
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", noted)
+    run_recipe(recipe(tmp_path / "run"))
+    stages = [{*seen[f"stage-{number}"]} for number in (1, 2, 3)]
+    assert len(set.union(*stages)) == sum(map(len, stages)) == 3 * 8
+    held_out = {evidence(tmp_path / "run" / f"stage-{number}")["data"]["eval_fingerprint"] for number in (1, 2, 3)}
+    assert len(held_out) == 1
 
 
 def test_a_stage_s_models_are_gone_before_the_next_begins(straight):
