@@ -61,6 +61,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python moving.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python cache.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python diagnosis.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspecting.py ../runs/quickstart
 

@@ -26,7 +26,9 @@ def _student(facts: Facts) -> str:
     student = facts.student
     size = f" of {_count(student['parameters'])} parameters" if student.get("parameters") else ""
     if student.get("layers_kept"):
-        return f"A model{size}, cut to {len(student['layers_kept'])} of its teacher's blocks"
+        taught = any(t.get("model") == student.get("model") for t in facts.teachers.values())
+        whose = "its teacher's blocks" if taught else f"the blocks of {_named(student)}"
+        return f"A model{size}, cut to {len(student['layers_kept'])} of {whose}"
     what = "Adapters on" if student.get("adapters") else f"A model{size} that began as"
     return f"{what} {_named(student)}"
 
@@ -81,6 +83,7 @@ _NAMELESS = {
 _COUNTS = {"train_rows": "to train on", "eval_rows": "held out", "tokens_per_row": "tokens a row"}
 _TRAINING = {
     "steps": "{:,} steps",
+    "stages": "in stages, each student the next one's teacher: {}",
     "rows_per_step": "{:,} rows a step",
     "tokens": "{:,} tokens",
     "learning_rate": "learning rate {:g}",
@@ -106,7 +109,7 @@ def _described(entry: Mapping[str, Any]) -> str:
 
 def _origin(student: Mapping[str, Any]) -> str:
     if layers := student.get("layers_kept"):
-        return f"blocks {', '.join(map(str, layers))} of the teacher"
+        return f"blocks {', '.join(map(str, layers))} of {_named(student)}"
     text = _named(student)
     text += f", commit `{student['revision'][:12]}`" if student.get("revision") else ""
     return text + (", with adapters" if student.get("adapters") else "")

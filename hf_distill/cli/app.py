@@ -17,6 +17,7 @@ out = Console()
 Recipe = Annotated[str, typer.Argument(help="A packaged name, a .yaml file, or hf://org/name[@revision]/file.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=20.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny random models of the same families: proves the plumbing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a recipe from the Hub is read.")]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")]
 

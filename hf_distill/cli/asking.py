@@ -1,4 +1,4 @@
-"""Before a run: what it downloads, and one question where the recipe is a stranger's."""
+"""What a recipe downloads, and one question where it is a stranger's."""
 
 import os
 import sys
@@ -8,27 +8,33 @@ import typer
 from rich.table import Table
 
 from ..errors import DistillError
+from ..recipe.references import on_the_hub
 from ..recipe.schema import Recipe
 from .app import out
 
 
-def show_downloads(recipe: Recipe, yes: bool) -> None:
-    """Say what a recipe downloads; of a recipe from the Hub, ask whether to go on.
+def agree(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None:
+    """Of a recipe from the Hub, say what it downloads and ask whether to go on.
 
     Args:
+        reference: by which the recipe was found; a file is its user's, wherever it once came from.
         recipe: validated.
         yes: do not ask.
+        show: say what it downloads wherever it came from.
 
     Raises:
         DistillError: a repository is not there, private or gated; a stranger's recipe names pickled weights; nobody is
             there to answer.
     """
+    strange = on_the_hub(reference)
+    if not strange and not show:
+        return
     from ..recipe.downloads import check_downloads, downloads
 
     found = downloads(recipe)
     if found:
         out.print(_table(found))
-    if recipe.origin is None:
+    if not strange:
         return
     check_downloads(found)
     out.print(
@@ -38,7 +44,7 @@ def show_downloads(recipe: Recipe, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise DistillError("This recipe is a stranger's, and nobody is there to say yes: add --yes to run it.")
-    typer.confirm("Download and run?", default=True, abort=True)
+    typer.confirm("Download and go on?", default=True, abort=True)
 
 
 def _table(found: list[Any]) -> Table:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .app import Overrides, Recipe, Smoke, app, no_other_bars, out
+from .app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
+from .asking import agree
 
 caches = typer.Typer(help="Write what a teacher says to disk, once; check it; push it.", no_args_is_help=True)
 app.add_typer(caches, name="cache")
@@ -27,11 +28,13 @@ def write(
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch; else the recipe's.")] = None,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard: what is lost at most if it is killed.")] = 256,
     smoke: Smoke = False,
+    yes: Yes = False,
 ) -> None:
     """Write what a recipe's teacher says of its data; run it again after a crash, and it goes on."""
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    agree(recipe, loaded, yes)
     out.quiet = os.environ.get("RANK", "0") != "0"
     from ..progress import RichProgress
     from ..recipe.caching import write_recipe_cache

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DistillError
-from .app import AsJson, Overrides, Smoke, app, no_other_bars, out
+from .app import AsJson, Overrides, Smoke, Yes, app, no_other_bars, out
+from .asking import agree
 
 
 @app.command("inspect")
@@ -26,6 +27,7 @@ def inspect_command(
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Likeliest ids of each position.")] = 10,
     smoke: Smoke = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """What a teacher's soft labels hold: entropy, mass, likeliest tokens, what T does, which cache fits."""
@@ -40,6 +42,8 @@ def inspect_command(
         )
     loaded = run.recipe if run else load_recipe(recipe, overrides or [], smoke=smoke)
     out.quiet = as_json
+    if run is None:
+        agree(recipe, loaded, yes)
     no_other_bars()
     from ..analysis.inspector import inspect_teacher
     from ..analysis.pair import Pair

@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .app import Overrides, Recipe, Smoke, app, no_other_bars, out
+from .app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
+from .asking import agree
 
 recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
@@ -62,12 +63,18 @@ def pull(
 
 
 @recipes.command()
-def validate(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+def validate(
+    recipe: Annotated[str | None, typer.Argument(help="As for run; by default all packaged recipes.")] = None,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+) -> None:
     """Check a recipe without loading anything."""
     from ..recipe.load import load_recipe
+    from ..recipe.references import list_recipes
 
-    load_recipe(recipe, overrides or [], smoke=smoke)
-    out.print(f"{recipe} is a valid recipe.")
+    for name in [recipe] if recipe else list_recipes():
+        load_recipe(name, overrides or [], smoke=smoke)
+        out.print(f"{name} is a valid recipe.")
 
 
 @recipes.command()
@@ -76,11 +83,13 @@ def preview(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
     smoke: Smoke = False,
+    yes: Yes = False,
 ) -> None:
     """The first rows of a recipe as training sees them: what is asked is green, or between «» where it is piped."""
     from ..recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    agree(recipe, loaded, yes)
     from ..recipe.preview import preview_rows
 
     no_other_bars()

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .app import Overrides, Recipe, Smoke, app, no_other_bars, out
-from .asking import show_downloads
+from .app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
+from .asking import agree
 from .publishing import publish_run
 
 
@@ -21,7 +21,7 @@ def run(
     overrides: Overrides = None,
     smoke: Smoke = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a recipe from the Hub is run.")] = False,
+    yes: Yes = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the models' repositories run Python of their own.")
     ] = False,
@@ -34,7 +34,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
-    show_downloads(loaded, yes)
+    agree(recipe, loaded, yes, show=True)
     to = str(loaded.train.hub_model_id) if loaded.train.push_to_hub else None
     if to:
         from ..publishing import check_ready

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .app import AsJson, Overrides, Recipe, Smoke, app, no_other_bars, out
+from .app import AsJson, Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
+from .asking import agree
 
 
 @app.command()
@@ -24,6 +25,7 @@ def temperature(
     eta: Annotated[int, typer.Option(help="One of so many candidates goes on.")] = 2,
     output: Annotated[str | None, typer.Option("-o", "--output", help="Folder of the search.")] = None,
     smoke: Smoke = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Search T and alpha in short runs; run it again after a crash, and it goes on."""
@@ -34,6 +36,7 @@ def temperature(
     loaded = load_recipe(recipe, ["train.max_steps=16", *given] if smoke else given, smoke=smoke)
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     out.quiet = as_json or not speaks
+    agree(recipe, loaded, yes)
     no_other_bars()
     from ..analysis.temperature import find_temperature
     from ..progress import RichProgress

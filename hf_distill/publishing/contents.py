@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ..analysis.folder import WRITTEN_BY, Run
-from ..card import FILE, Facts, Picture, card_of
+from ..card import FILE, Facts, Picture, card_of, is_id
 from ..errors import DistillError
 from ..sidecar import SIDECAR
 
@@ -22,6 +22,7 @@ _BESIDE = re.compile(
     r"chat_template|preprocessor_config|processor_config)\.json|chat_template\.jinja|merges\.txt|vocab\.txt|"
     r"spiece\.model|tokenizer\.model|sentencepiece\.bpe\.model|[\w-]+\.tiktoken|[a-z_]+\.py"
 )
+_ADAPTER = "adapter_config.json"
 _OURS = re.compile(rf"README\.md|{re.escape(FILE)}|report\.html|figures/[\w-]+\.png")
 # What the plots of a report show.
 _SHOWS = {
@@ -43,10 +44,12 @@ class Contents:
 
     files:    path in the repository -> a file, or its bytes
     left_out: names in the student's folder that are not
+    notes:    what others will stumble over
     """
 
     files: dict[str, Path | bytes]
     left_out: list[str]
+    notes: list[str]
 
 
 def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
@@ -75,14 +78,31 @@ def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
     files |= {figure.path: path for figure, path in zip(figures, drawn, strict=True)}
     if report:
         files["report.html"] = run.path("report.html")
+    notes: list[str] = []
+    if isinstance(adapter := files.get(_ADAPTER), Path):
+        files[_ADAPTER], notes = _adapter_config(adapter, facts)
     files[FILE] = _json(facts.as_json())
     files["README.md"] = card_of(facts, figures).content.encode()
-    return Contents(files, left_out)
+    return Contents(files, left_out, notes)
 
 
 def is_ours(path: str) -> bool:
     """Whether a file of a repository is one that publishing writes, and so takes away where it is not written again."""
     return any(kind.fullmatch(path) for kind in (_WEIGHTS, _OURS))
+
+
+def _adapter_config(file: Path, facts: Facts) -> tuple[bytes, list[str]]:
+    """Of adapters: with the id of their base, where it is known; else what others need to be told."""
+    values = json.loads(file.read_text())
+    own, base = values.get("base_model_name_or_path"), facts.student.get("base_model")
+    if base:
+        values["base_model_name_or_path"] = base
+    elif not is_id(own) or Path(str(own)).exists():
+        return _json(values), [
+            f"The adapters' base is a folder of this machine ({own}), and others cannot load them: give --base-model "
+            "ID, or set `export: merged` in the recipe."
+        ]
+    return _json(values), []
 
 
 def _check_weights(file: Path) -> None:

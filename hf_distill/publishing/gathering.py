@@ -163,7 +163,9 @@ def _training(run: Run) -> dict[str, Any]:
     evidence, train = run.evidence, run.recipe.train
     if chain := evidence.get("chain"):
         stages = [part for part in chain if part["stage"] != "direct"]
-        return {"steps": sum(p["steps"] for p in stages), "seconds": sum(p["train_seconds"] for p in stages)}
+        sizes = [f"{p['student']['blocks']} blocks after {p['steps']} steps" for p in stages]
+        seconds = sum(p["train_seconds"] for p in stages)
+        return {"steps": sum(p["steps"] for p in stages), "seconds": seconds, "stages": "; ".join(sizes)}
     steps = max((line["step"] for line in run.logs()), default=0)
     found = {
         "steps": steps,

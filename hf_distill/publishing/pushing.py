@@ -27,7 +27,7 @@ class Published:
     commit:   that brought it; the newest one, if nothing had changed
     files:    of it
     left_out: files of the student's folder that did not go up
-    notes:    what licences ask for
+    notes:    what licences ask for, and what others will stumble over
     cache:    address of the teacher's cache, where that went up too
     """
 
@@ -83,7 +83,9 @@ def publish(
     cache = _push_cache(run, repo, private, on_stage) if "cache" in include else None
     commit = _commit(api, repo, private, before, contents, on_stage)
     url = f"{api.endpoint}/{repo}"
-    return Published(url, commit, sorted(contents.files), contents.left_out, facts.licence.notes, cache)
+    return Published(
+        url, commit, sorted(contents.files), contents.left_out, [*facts.licence.notes, *contents.notes], cache
+    )
 
 
 def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None:

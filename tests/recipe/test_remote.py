@@ -1,5 +1,9 @@
 """Recipes that live on the Hub: found, pinned, listed, copied; refused in words where they cannot be had."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 from hub_server import Fault, Hub, pointed
@@ -166,6 +170,34 @@ def test_run_says_what_it_reads_and_asks_a_stranger_s_recipe_once(hub):
     assert "1.5 kB" in result.output
     assert isinstance(result.exception, DistillError)
     assert "--yes" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["temperature"], ["recipes", "preview"], ["cache", "write", "-o", "here"]], ids=" ".join
+)
+def test_other_commands_that_load_models_ask_too(hub, command, tmp_path):
+    result = CliRunner().invoke(app, [*command[:2], ADDRESS, *command[2:]] if len(command) > 1 else [*command, ADDRESS])
+    assert "--yes" in str(result.exception)
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_recipe_that_was_pulled_is_its_users_and_not_asked_about(hub, tmp_path):
+    (path,) = pull_recipe(ADDRESS, tmp_path / "mine")
+    result = CliRunner().invoke(app, ["run", str(path), "train.output_dir=mine/run", "--smoke", "control=null"])
+    assert result.exit_code == 0, result.exception
+
+
+def test_checking_one_imports_no_torch(hub, tmp_path):
+    code = (
+        "import sys; from hf_distill.recipe import load_recipe; load_recipe(sys.argv[1]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ADDRESS],
+        env=os.environ | hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_pickled_weights_of_a_stranger_s_recipe_are_refused(hub):
