@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -26,10 +27,14 @@ def list_command(
 
     found = list_recipes()
     if where is not None:
+        from ..hub import address, written
         from ..recipe.remote import list_remote
 
-        found = list_remote(where)
+        known = {address(at): title for at, title in list_remote(where).items()}
+        out.print(Text(written(replace(next(iter(known)), path_in_repo="")), "dim"), soft_wrap=True)
+        found = {at.path_in_repo: title for at, title in known.items()}
     table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
     for name, title in found.items():
         table.add_row(Text(name, "bold"), Text(title))
     out.print(table)

@@ -1,7 +1,8 @@
 """A run's folder: whose it is, and what in it is whole."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +61,19 @@ def claim(recipe: Recipe, resume: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(resolved, sort_keys=False))
     return folder
+
+
+@contextmanager
+def released(folder: Path) -> Iterator[None]:
+    """Where the block fails, and the folder holds its recipe alone, the folder is given back: nothing had begun."""
+    try:
+        yield
+    except BaseException:
+        if [path.name for path in folder.glob("*")] == ["recipe.yaml"]:
+            (folder / "recipe.yaml").unlink(missing_ok=True)  # processes may meet here
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def newest_checkpoint(folder: Path) -> str | None:

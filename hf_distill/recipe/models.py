@@ -49,14 +49,11 @@ def loaded(kind: Any, reference: str, **options) -> Any:
     trusted = _REMOTE_CODE.get()
     try:
         return kind.from_pretrained(resolve_model(reference), trust_remote_code=trusted, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if not trusted and "trust_remote_code" in str(error):
+            why = "brings Python code of its own. Read it; if you trust it, add --trust-remote-code."
+            raise DistillError(f"{reference} {why}") from error
         raise DistillError(f"{reference} cannot be loaded: {error}") from error
-    except ValueError as error:
-        if trusted or "trust_remote_code" not in str(error):
-            raise
-        raise DistillError(
-            f"{reference} brings Python code of its own. Read it; if you trust it, add --trust-remote-code."
-        ) from error
 
 
 def code_options() -> dict[str, bool]:

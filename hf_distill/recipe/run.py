@@ -34,7 +34,7 @@ from ..trainer import DistillTrainer
 from .arguments import arguments
 from .caching import check_cached, write_missing
 from .examples import prepare_data, taken_by
-from .folder import claim, newest_checkpoint, on_main
+from .folder import claim, newest_checkpoint, on_main, released
 from .loading import Models, check_launch
 from .models import loaded, resolve_model
 from .moved import NoTeacher, of_moved, save_moved
@@ -80,13 +80,14 @@ def run_recipe(
     check_launch(recipe)
     args = arguments(recipe)
     folder = on_main(lambda: claim(recipe, resume))
-    write_missing(recipe, on_stage)
     evidence = read_json(folder / "evidence.json") if resume else {}
     models = evidence.setdefault("models", {})
     if evidence.get("status") == "done":
         on_stage("This run is over already.")
         return RunResult(folder, models)
-    run = Loaded(recipe, args, folder, list(callbacks), on_stage)
+    with released(folder):
+        write_missing(recipe, on_stage)
+        run = Loaded(recipe, args, folder, list(callbacks), on_stage)
 
     def keep(**found: dict[str, float]) -> None:
         models.update(found)

@@ -137,6 +137,13 @@ def test_a_folder_with_a_run_in_it_is_not_overwritten(folder):
         run_recipe(real, resume=True)
 
 
+def test_a_run_that_failed_before_it_began_leaves_its_folder_free(tmp_path):
+    options = [f"train.output_dir={tmp_path / 'run'}", "control=null"]
+    with pytest.raises(DistillError, match="cannot be loaded"):
+        run_recipe(load_recipe("quickstart", [*options, f"teacher.model={tmp_path / 'none'}"]))
+    assert run_recipe(load_recipe("quickstart", options, smoke=True)).models["student"]
+
+
 def test_text_from_a_local_file_is_read(folder, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": f"line {i} " * 30}) + "\n" for i in range(40)))
     run_recipe(recipe(folder, "data.task={path: text.jsonl, column: body}", "control=null"))
