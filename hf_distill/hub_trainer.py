@@ -8,11 +8,12 @@ from transformers import Trainer
 from transformers.training_args import HubStrategy
 from transformers.utils import logging
 
-from .card import FILE, Facts, card_of, missing, public
+from .card import FILE, Facts, card_of, missing
 from .config import fields_of
 from .errors import DistillError
 from .evidence import environment, measured, write_json
 from .hub.licences import Judged, Licence, judge, licence_of
+from .names import public
 from .tasks import bare, task_of
 from .teachers import CachedTeacher, MultiTeacher, Teacher
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from hub_server import Hub, pointed
 from tiny import build, collate, rows
 from transformers import AutoTokenizer
 
@@ -37,6 +38,15 @@ def make_trainer(tmp_path):
         return cls(args=DistillConfig(str(tmp_path / folder), dataloader_pin_memory=False, **fields), **arguments)
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub in memory, to which the libraries of this process talk; they do not wait between their own retries."""
+    with Hub() as server:
+        pointed(server, monkeypatch, tmp_path / "hf")
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ from hub_server import Hub, pointed
 from tiny import build
 from transformers import PreTrainedTokenizerFast
 
-from hf_distill.card import Facts, card_of, missing, public
+from hf_distill.card import Facts, card_of, missing
 from hf_distill.hub.licences import Judged
+from hf_distill.names import public
 from hf_distill.recipe.smoke import byte_tokenizer
 
 FACTS = Facts(

@@ -12,7 +12,7 @@ import hf_distill
 ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
-    {"version", "errors"},
+    {"version", "errors", "names"},
     {"hub"},
     {"sources", "layers", "projectors", "schedule", "zero", "kinds"},
     {"signals", "tasks"},

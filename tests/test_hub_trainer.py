@@ -3,20 +3,13 @@
 import json
 
 import pytest
-from hub_server import Hub, pointed
+from hub_server import Hub
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
 HIDDEN = [{"name": "hidden_mse", "weight": 0.1}]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as server:
-        pointed(server, monkeypatch, tmp_path / "hf")
-        yield server
 
 
 def pushed(hub: Hub, name: str = "tester/tiny") -> list[dict[str, bytes]]:

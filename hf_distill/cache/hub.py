@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..errors import DistillError
 from ..hub import address, asking, fetch_folder
+from ..names import kind_of
 from .manifest import FILE
 from .store import check_all
 
@@ -29,7 +30,7 @@ def folder_of(path: str) -> Path:
     Raises:
         DistillError: the address is not one of a data set; or the Hub refuses, see `hub.asking`.
     """
-    if not path.startswith("hf://"):
+    if kind_of(path) != "address":
         return Path(path)
     at = address(path)
     if at.type != "dataset" or at.path_in_repo:

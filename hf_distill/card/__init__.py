@@ -1,6 +1,6 @@
 """Model cards with the evidence of a distillation."""
 
 from .card import TAGS, Picture, card_of
-from .facts import FILE, Facts, is_id, missing, public
+from .facts import FILE, Facts, missing
 
-__all__ = ["FILE", "TAGS", "Facts", "Picture", "card_of", "is_id", "missing", "public"]
+__all__ = ["FILE", "TAGS", "Facts", "Picture", "card_of", "missing"]

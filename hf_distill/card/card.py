@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .facts import Facts, is_id
+from ..names import is_id
+from .facts import Facts
 from .snippet import snippet_of
 from .tables import SHOWN, held_out_table, retention_table
 from .words import licence_lines, made_lines, summary_of

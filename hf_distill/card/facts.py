@@ -70,16 +70,3 @@ def missing(
     lines.append("Other seeds: all numbers are of one run.")
     lines.append("Other domains and languages than those of the data; safety; bias.")
     return lines
-
-
-def public(name: Any) -> str | None:
-    """How a card calls a model: an id or a packaged reference as it is, of a path the last part alone."""
-    if not name:
-        return None
-    name = str(name)
-    return name if is_id(name) or ":" in name else f"{name.rstrip('/').rpartition('/')[2]} (a local folder)"
-
-
-def is_id(name: Any) -> bool:
-    """Whether a name is one of a repository, org/name, and no path or packaged reference."""
-    return isinstance(name, str) and ":" not in name and name.count("/") == 1 and name[0] not in "/.~"

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .facts import Facts, is_id
+from ..names import is_id
+from .facts import Facts
 
 
 def summary_of(facts: Facts) -> str:

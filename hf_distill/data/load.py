@@ -13,18 +13,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..errors import DistillError, did_you_mean
 from ..hub import address, fetch
+from ..names import FILES, kind_of
 from .formats import MESSAGES, TEXT, format_of
 
 Examples: TypeAlias = Dataset | IterableDataset
-
-_BUILDERS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
 
 
 def load_documents(
@@ -46,7 +38,7 @@ def load_documents(
     Raises:
         DistillError: no such data set, file, column or format, or no examples.
     """
-    if path.startswith("package:"):
+    if kind_of(path) == "package":
         if path not in _PACKAGED:
             raise DistillError(f"{path!r} is no packaged text{did_you_mean(path, _PACKAGED)}")
         data: Any = _PACKAGED[path]()
@@ -68,21 +60,21 @@ def load_documents(
 
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     revision = None
-    if path.startswith("hf://"):
+    if kind_of(path) == "address":
         at = address(path)
         if at.path_in_repo:
             path = str(fetch(at).path)
         else:
             path, revision = at.id, at.revision
     place, suffix = Path(path), Path(path).suffix
-    if suffix in _BUILDERS:
+    if suffix in FILES:
         if not place.is_file():
             raise DistillError(f"There is no file {path!r} (looked in {Path.cwd()}).")
         if place.stat().st_size == 0:
             return None
         how = {"sample_by": "paragraph"} if suffix == ".txt" else {}
         try:
-            return load_dataset(_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **how)
+            return load_dataset(FILES[suffix], data_files=path, split="train", streaming=streaming, **how)
         except DatasetGenerationError as error:
             raise DistillError(f"{path} cannot be read as {suffix}: {error.__cause__ or error}") from error
     if (place / "state.json").is_file():

@@ -10,9 +10,8 @@ from huggingface_hub.errors import DryRunError, HfUriError, LocalEntryNotFoundEr
 from huggingface_hub.utils import HfUri, parse_hf_uri
 
 from ..errors import DistillError
+from ..names import ADDRESS
 from .told import asking
-
-PROTOCOL = "hf://"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ _FORM = "hf://org/name[@revision]/file, or hf://datasets/org/name[@revision]/fil
 
 def written(at: HfUri) -> str:
     """An address as users write it."""
-    return at.to_uri().replace(f"{PROTOCOL}models/", PROTOCOL)
+    return at.to_uri().replace(f"{ADDRESS}models/", ADDRESS)
 
 
 def pinned(at: HfUri, commit: str) -> HfUri:

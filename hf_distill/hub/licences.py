@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
+from ..names import distribution_of, kind_of
 from .told import asking
 
 
@@ -100,18 +101,20 @@ def licence_of(model: str, revision: str | None = None) -> Licence:
     """The licence of a model: of its card on the Hub or in its folder, or of the package that brings it.
 
     Args:
-        model: id, path, or package: reference.
+        model: see `names.kind_of`.
         revision: of an id.
 
     Raises:
         DistillError: see `asking`.
     """
-    if model.startswith("package:"):
-        return Licence(_of_package(model.removeprefix("package:").partition("/")[0]))
-    folder = Path(model)
-    if folder.is_dir():
-        readme = folder / "README.md"
-        return of_card(ModelCard.load(readme)) if readme.is_file() else Licence(None)
+    match kind_of(model):
+        case "smoke":
+            return Licence("apache-2.0")  # the project's own
+        case "package":
+            return Licence(_of_package(model))
+        case "path":
+            readme = Path(model) / "README.md"
+            return of_card(ModelCard.load(readme)) if readme.is_file() else Licence(None)
     with asking(model, "model", revision):
         try:
             readme = Path(hf_hub_download(model, "README.md", revision=revision))
@@ -128,9 +131,9 @@ def of_card(card: ModelCard) -> Licence:
     return Licence(str(own).lower() if own else None, said.get("license_link"), forbidding(card.text))
 
 
-def _of_package(module: str) -> str | None:
+def _of_package(name: str) -> str | None:
     try:
-        known = metadata(module.replace("_", "-"))
+        known = metadata(distribution_of(name))
     except PackageNotFoundError:
         return None
     said = known["License-Expression"] or known["License"] or ""

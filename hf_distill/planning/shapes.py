@@ -9,9 +9,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import DistillError, did_you_mean
+from ..names import kind_of
 from ..recipe.models import resolve_model
-from ..recipe.pair import PACKAGE
-from ..recipe.smoke import SMOKE
 
 
 @cache
@@ -33,7 +32,7 @@ def model_config(reference: str, revision: str | None = None) -> PretrainedConfi
     Raises:
         DistillError: nobody knows it.
     """
-    if reference.startswith((PACKAGE, SMOKE)):
+    if kind_of(reference) in ("package", "smoke"):
         reference = resolve_model(reference)
     table = known_shapes()
     if reference in table and not Path(reference).is_dir():

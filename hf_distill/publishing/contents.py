@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import safe_open
 
 from ..analysis.folder import WRITTEN_BY, Run
-from ..card import FILE, Facts, Picture, card_of, is_id
+from ..card import FILE, Facts, Picture, card_of
 from ..errors import DistillError
+from ..names import is_id
 from ..sidecar import SIDECAR
 
 # What from_pretrained reads. Never: pickles, checkpoints' state, projectors (sidecar.safetensors).
@@ -97,7 +98,7 @@ def _adapter_config(file: Path, facts: Facts) -> tuple[bytes, list[str]]:
     own, base = values.get("base_model_name_or_path"), facts.student.get("base_model")
     if base:
         values["base_model_name_or_path"] = base
-    elif not is_id(own) or Path(str(own)).exists():
+    elif not is_id(own):
         return _json(values), [
             f"The adapters' base is a folder of this machine ({own}), and others cannot load them: give --base-model "
             "ID, or set `export: merged` in the recipe."

@@ -6,13 +6,13 @@ from typing import Any
 
 from ..analysis.curve import compute, trained_tokens
 from ..analysis.folder import Run
-from ..card import Facts, missing, public
+from ..card import Facts, missing
 from ..errors import DistillError
 from ..evidence import read_json
 from ..hub.licences import Judged, Licence, judge, licence_of
+from ..names import public
 from ..recipe.pair import Student, TeacherSpec
 from ..recipe.schema import Recipe
-from ..recipe.smoke import SMOKE
 
 _PLAIN, _PROMPT = 20, 120  # characters, at least and at most, of the line of a sample's prompt that a card shows
 
@@ -112,7 +112,7 @@ def teachers_of(recipe: Recipe, evidence: Mapping[str, Any] = MappingProxyType({
             sizes = evidence.get("teacher", {})
             facts |= {key: sizes[key] for key in ("parameters", "blocks") if key in sizes}
         if spoken.model:
-            licence = _licence(spoken)
+            licence = licence_of(spoken.model, spoken.revision)
             facts |= {"licence": licence.id, "link": licence.link, "forbids": licence.forbids}
         found[name] = facts
     return found
@@ -135,13 +135,8 @@ def judged_of(
     if base_model:
         own = licence_of(base_model)
     elif not spec.from_teacher or not recipe.main.model:
-        own = _licence(spec)
+        own = licence_of(str(spec.model), spec.revision)
     return judge(given, own, repo, wanted)
-
-
-def _licence(spec: Student | TeacherSpec) -> Licence:
-    """Of a model that a recipe names; tiny random ones are the project's own."""
-    return Licence("apache-2.0") if str(spec.model).startswith(SMOKE) else licence_of(str(spec.model), spec.revision)
 
 
 def _sources(run: Run, known: dict[str, Any]) -> dict[str, dict[str, Any]]:

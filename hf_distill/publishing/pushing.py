@@ -8,10 +8,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 
 from ..analysis.folder import Run
-from ..card import Facts, is_id
+from ..card import Facts
 from ..errors import DistillError
 from ..hub import asking
 from ..hub.licences import Judged
+from ..names import is_id, kind_of
 from ..recipe.schema import Recipe
 from .contents import Contents, contents_of, is_ours
 from .gathering import facts_of, judged_of, teachers_of
@@ -168,7 +169,7 @@ def _push_cache(run: Run, repo: str, private: bool, on_stage: Callable[[str], No
 
     teacher = run.recipe.teacher
     path = teacher.path if teacher and teacher.kind == "cached" else None
-    if path is None or path.startswith("hf://"):
+    if path is None or kind_of(path) == "address":
         raise DistillError("--with cache: the run's teacher is no cache on this machine.")
     on_stage(f"Uploading the teacher's cache to datasets/{repo}-cache")
     return push_cache(path, f"{repo}-cache", private)

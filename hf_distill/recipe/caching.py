@@ -13,13 +13,13 @@ from ..cache.signals import stored_of
 from ..errors import DistillError, noted, tell
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
+from ..names import kind_of
 from ..tasks import task_of
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .examples import Prepared
 from .load import validate
 from .models import loaded
 from .schema import Recipe
-from .smoke import SMOKE
 from .speaker import load_speaker, speaker_of, with_speaker
 
 _PROBED = 16  # rows that are looked up before training begins
@@ -49,7 +49,7 @@ def write_recipe_cache(
     """
     spec = speaker_of(recipe)
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
-    if to is None or to.startswith("hf://"):
+    if to is None or kind_of(to) == "address":
         raise DistillError("Where to? Give a folder with -o; `hf-distill cache push` brings it to the Hub.")
     teacher, data, tokenizer, args = load_speaker(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
@@ -82,7 +82,7 @@ def write_missing(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
     spec = recipe.teacher
     if spec is None or spec.kind != "cached" or spec.online or not spec.speaker.model or not spec.path:
         return
-    if str(spec.speaker.model).startswith(SMOKE) and not (Path(spec.path) / FILE).is_file():
+    if kind_of(str(spec.speaker.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
         on_stage(f"Writing {spec.path}, for there is none")
         write_recipe_cache(recipe)
 

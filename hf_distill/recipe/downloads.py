@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 from ..errors import DistillError
 from ..hub import address, asking
-from .home import FILES
+from ..names import kind_of
 from .schema import Recipe
 
 Place: TypeAlias = tuple[str, str, str | None]
@@ -73,11 +72,10 @@ def place_of(name: str, kind: str, revision: str | None) -> Place | None:
 
     A single file's address is none: it is one of the recipe's own repository, small beside the rest.
     """
-    if name.startswith("hf://"):
+    if kind_of(name) == "address":
         at = address(name)
         return None if at.path_in_repo else (at.type, at.id, at.revision)
-    path = Path(name).exists() or name.endswith(FILES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return None if path or ":" in name else (kind, name, revision)
+    return (kind, name, revision) if kind_of(name) == "id" else None
 
 
 def _looked_at(what: tuple[str, ...], kind: str, repo: str, revision: str | None) -> Download:

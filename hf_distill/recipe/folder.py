@@ -11,6 +11,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import DistillError
+from ..names import kind_of
 from .schema import Recipe
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def claim(recipe: Recipe, resume: bool) -> Path:
     resolved = recipe.model_dump(exclude_none=True)
     file = folder / "recipe.yaml"
     if file.is_file() and not resume:
-        if recipe.base.startswith("smoke:"):
+        if kind_of(recipe.base) == "smoke":
             shutil.rmtree(folder)
         else:
             raise DistillError(

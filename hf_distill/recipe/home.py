@@ -6,9 +6,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import DistillError, noted, tell
+from ..names import ADDRESS, FILES, PACKAGE
 from .reading import LIMIT
-
-FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
 
 def at_home(values: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def _with_path(part: Any, origin: str, problems: list[str]) -> Any:
 
     if not isinstance(part, dict) or not isinstance(path := part.get("path"), str):
         return part
-    if path.startswith(("hf://", "package:")) or PurePosixPath(path).suffix not in FILES:
+    if path.startswith((ADDRESS, PACKAGE)) or PurePosixPath(path).suffix not in FILES:
         return part
     with noted(problems):
         return part | {"path": written(beside(address(origin), path))}

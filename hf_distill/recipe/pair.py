@@ -23,7 +23,6 @@ class FromTeacher(Part):
         return self
 
 
-PACKAGE = "package:"  # of a model: a GGUF file in an installed package
 _ATTENTION = "Implementation of attention; eager where a loss needs attention maps."
 _QUANTIZATION = "nf4 (4 bits, double quantisation) or int8, by bitsandbytes; a quantised checkpoint needs none."
 _Dtype = Literal["auto", "float32", "bfloat16", "float16"]

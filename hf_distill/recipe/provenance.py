@@ -8,8 +8,8 @@ import httpx2
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from ..names import distribution_of, kind_of
 from .downloads import named, place_of
-from .pair import PACKAGE
 from .schema import Recipe
 
 
@@ -21,7 +21,7 @@ def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for what, name, kind, asked in named(recipe):
         known: dict[str, Any] = {kind: name}
-        if name.startswith(PACKAGE):
+        if kind_of(name) == "package":
             known["version"] = _version(name)
         elif place := place_of(name, kind, asked):
             known["revision"] = _read_commit(*place[1:]) if kind == "model" else _commit(*place)
@@ -30,9 +30,8 @@ def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _version(name: str) -> str | None:
-    module = name.removeprefix(PACKAGE).partition("/")[0].partition(".")[0]
     try:
-        return version(module.replace("_", "-"))
+        return version(distribution_of(name))
     except PackageNotFoundError:
         return None  # a text of Python's own
 

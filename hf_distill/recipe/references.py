@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import DistillError, did_you_mean
+from ..names import ADDRESS
 from .reading import LIMIT
 
 _SUFFIXES = (".yaml", ".yml")
@@ -37,7 +38,7 @@ def title_of(text: str) -> str:
 
 def on_the_hub(reference: str) -> bool:
     """Whether a reference is an address on the Hub."""
-    return reference.startswith(("hf://", "https://"))
+    return reference.startswith((ADDRESS, "https://"))
 
 
 def find_recipe(reference: str) -> Found:

@@ -5,7 +5,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-SMOKE = "smoke:"
+from ..names import SMOKE
+
 _TEACHER_DEPTH = 4
 # A word in a model's id -> its model_type; the first that occurs counts.
 _FAMILIES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
+from ..names import kind_of
 from .data import Source
 from .pair import Student, TeacherSpec
 from .schema import Recipe
@@ -60,7 +61,6 @@ _DEEPSPEED = {
     *("activation_checkpointing", "gradient_predivide_factor", "data_types"),
 }
 _PLACE = re.compile(r"path|file|dir|folder|url|host", re.IGNORECASE)
-_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _MODEL = re.compile(r"package:[A-Za-z_]\w*/[\w-][\w.-]*\.gguf")  # a dotted module would be imported to be found
 _TEXT = re.compile(r"package:[\w.]+")
 _OUTPUT = re.compile(r"(?:runs|caches)(?:/[A-Za-z0-9][\w.-]*)+")
@@ -109,7 +109,7 @@ def _teacher(spec: TeacherSpec, place: str) -> Iterator[str]:
     if (
         spec.path
         and not _OUTPUT.fullmatch(spec.path)
-        and not (spec.path.startswith("hf://") and _is_address(spec.path))
+        and not (kind_of(spec.path) == "address" and _is_address(spec.path))
     ):
         yield f"{place}.path: {spec.path!r} is a place on this machine: it may be caches/NAME or hf://datasets/..."
     if spec.deepspeed:
@@ -120,13 +120,16 @@ def _teacher(spec: TeacherSpec, place: str) -> Iterator[str]:
 
 def _no_public_name(name: str, packaged: re.Pattern[str]) -> str | None:
     """Why a model's or data set's name would not be looked up on the Hub, or in an installed package."""
-    if name.startswith("hf://"):
-        return None if _is_address(name) else "is no address of a model or data set repository"
-    if name.startswith("package:"):
-        return None if packaged.fullmatch(name) else "is no part of an installed package"
-    if not _ID.fullmatch(name) or ".." in name:
-        return "is no id on the Hub"
-    return "is a folder on this machine" if Path(name).exists() else None
+    match kind_of(name):
+        case "package":
+            return None if packaged.fullmatch(name) else "is no part of an installed package"
+        case "address":
+            return None if _is_address(name) else "is no address of a model or data set repository"
+        case "path":
+            return "is a folder on this machine" if Path(name).exists() else "is no id on the Hub"
+        case "smoke":
+            return "is a tiny random model"
+    return None
 
 
 def _is_address(text: str) -> bool:

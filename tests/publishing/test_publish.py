@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import Fault, Hub, pointed
+from hub_server import Fault, Hub
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,13 +39,6 @@ def finished(tmp_path_factory):
 def run(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     return open_run(tmp_path / "run")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as server:
-        pointed(server, monkeypatch, tmp_path / "hf")
-        yield server
 
 
 def files_of(hub: Hub, name: str = "tester/quick") -> set[str]:
@@ -179,7 +172,7 @@ def test_the_widgets_text_is_what_the_snippet_says(run, hub):
     publish(run, "tester/quick")
     card = ModelCard.load("tester/quick")
     assert card.data.widget == [{"text": sample["prompt"]}]
-    assert repr(sample["prompt"]) in card.text
+    assert json.dumps(sample["prompt"]) in card.text
 
 
 @pytest.mark.parametrize(

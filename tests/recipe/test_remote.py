@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from hub_server import Fault, Hub, pointed
+from hub_server import Fault
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
@@ -24,14 +24,10 @@ train: {max_steps: 2}
 ADDRESS = "hf://org/recipes/small.yaml"
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as server:
-        pointed(server, monkeypatch, tmp_path / "hf")
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.chdir(tmp_path)
-        server.put("models", "org/recipes", {"small.yaml": GOOD.encode(), "README.md": b"# x"})
-        yield server
+@pytest.fixture(autouse=True)
+def somewhere(hub, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hub.put("models", "org/recipes", {"small.yaml": GOOD.encode(), "README.md": b"# x"})
 
 
 def refused(reference: str, *overrides: str) -> str:

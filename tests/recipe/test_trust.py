@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import Hub, pointed
+from hub_server import Hub
 from transformers import TrainingArguments
 
 from hf_distill import DistillError
@@ -23,12 +23,9 @@ train: {output_dir: runs/x, learning_rate: 1e-4}
 """
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as server:
-        pointed(server, monkeypatch, tmp_path / "hf")
-        monkeypatch.chdir(tmp_path)
-        yield server
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
 
 def put(hub: Hub, text: str, **beside: str) -> str:
@@ -76,7 +73,7 @@ HOSTILE = {
     "reads a local file": (changed(data__task={"path": "/etc/hosts.txt"}), "leads out of the repository"),
     "climbs out of its repository": (changed(data__task={"path": "../../../x.jsonl"}), "leads out of the repository"),
     "reads the home": (changed(data__task={"path": "~/secret.jsonl"}), "leads out of the repository"),
-    "reads a local folder": (changed(data__task={"path": "/home"}), "no id on the Hub"),
+    "reads a local folder": (changed(data__task={"path": "/home"}), "a folder on this machine"),
     "reads the internet": (changed(data__task={"path": "https://evil.example/x"}), "no id on the Hub"),
     "reads a bucket": (changed(data__task={"path": "hf://spaces/evil/x"}), "no address"),
     "evaluates a local file": (changed(data__eval={"path": "/etc/x.csv"}), "leads out of the repository"),

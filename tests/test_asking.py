@@ -1,7 +1,7 @@
 """What the Hub is asked for, and what its refusals become."""
 
 import pytest
-from hub_server import Fault, Hub, pointed
+from hub_server import Fault
 from huggingface_hub import HfApi
 
 from hf_distill import DistillError
@@ -12,13 +12,9 @@ from hf_distill.recipe.downloads import downloads
 from hf_distill.recipe.provenance import provenance
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as server:
-        pointed(server, monkeypatch, tmp_path / "hf")
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.chdir(tmp_path)
-        yield server
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["hf://o/n@v/a/b.yaml", "hf://datasets/o/n", "hf://o/n@refs/pr/3/x.yaml"])

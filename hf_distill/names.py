@@ -1,0 +1,58 @@
+"""What a recipe's name of a model or of data means, decided in one place. Imports no torch."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+PACKAGE, SMOKE, ADDRESS = "package:", "smoke:", "hf://"
+# Files of data -> the builder of `datasets` that reads them.
+FILES = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+Kind = Literal["package", "smoke", "address", "path", "id"]
+
+
+def kind_of(name: str) -> Kind:
+    """What a name is.
+
+    package: a part of an installed package, package:module/file.gguf, or a packaged text, package:pydoc_data.topics
+    smoke:   a tiny random model, smoke:family/role
+    address: a place on the Hub, hf://org/name@revision/file
+    path:    of a file or folder: one is there (as libraries look there first), or it could be nothing else
+    id:      of a repository on the Hub, org/name or name
+    """
+    starts: dict[str, Kind] = {PACKAGE: "package", SMOKE: "smoke", ADDRESS: "address"}
+    for start, kind in starts.items():
+        if name.startswith(start):
+            return kind
+    shaped = _ID.fullmatch(name) and ".." not in name and Path(name).suffix not in FILES
+    return "id" if shaped and not Path(name).exists() else "path"
+
+
+def is_id(name: Any) -> bool:
+    """Whether a name is the id of a repository on the Hub."""
+    return isinstance(name, str) and kind_of(name) == "id"
+
+
+def module_of(name: str) -> str:
+    """The module of a packaged name."""
+    return name.removeprefix(PACKAGE).partition("/")[0]
+
+
+def distribution_of(name: str) -> str:
+    """What pip calls the package of a packaged name."""
+    return module_of(name).partition(".")[0].replace("_", "-")
+
+
+def public(name: Any) -> str | None:
+    """A name as others may see it: of a path its last part alone; None where there is none."""
+    if not name:
+        return None
+    name = str(name)
+    return f"{name.rstrip('/').rpartition('/')[2]} (a local folder)" if kind_of(name) == "path" else name
