@@ -26,6 +26,7 @@ FLOORS = [
     {"distiller"},
     {"config", "by_source"},
     {"arguments", "evidence", "card", "sidecar_trainer"},
+    {"trainer_facts"},
     {"hub_trainer"},
     {"trainer"},
     {"trl"},

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from datasets import load_dataset
 from hub_server import Hub
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, default_data_collator
 
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
@@ -69,6 +70,22 @@ def test_the_teacher_of_the_hub_is_named_with_its_licence(make_trainer, hub, tmp
     assert card.data.license == "gemma"
     assert "org/teacher" in card.text
     assert "stays under its terms" in card.text
+
+
+def test_cards_of_scripts_name_data_arguments_and_papers(make_trainer, hub):
+    hub.put("datasets", "org/rows", {"train.jsonl": b'{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}\n' * 8})
+    rows = load_dataset("org/rows", split="train")
+    options = {"hub_model_id": "tester/tiny", "warmup_steps": 2, "losses": HIDDEN}
+    trainer = make_trainer(train_dataset=rows, data_collator=default_data_collator, **options)
+    trainer.train()
+    trainer.push_to_hub()
+    card = ModelCard.load("tester/tiny")
+    assert card.data.datasets == ["org/rows"]
+    assert hub.repos["datasets", "org/rows"].at("main")[:12] in card.text
+    assert "`warmup_steps=2`" in card.text
+    assert "output_dir" not in card.text
+    for paper in ("1503.02531", "1412.6550"):
+        assert f"arxiv.org/abs/{paper}" in card.text
 
 
 def test_without_a_teacher_the_card_is_the_trainers_own(make_trainer, hub):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..losses import LOSSES
 from ..names import is_id
 from .facts import Facts
 
@@ -55,6 +56,8 @@ def made_lines(facts: Facts) -> list[str]:
             f"Objective: {soft:g} · T² · {_divergence(objective['divergence'])} + {hard:g} · cross entropy{terms}, at "
             f"T = {objective['temperature']:g}, over the asked tokens of the global batch."
         )
+        papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in _papers(objective))
+        lines += [f"Papers: {papers}."] if papers else []
     lines += [f"Data, {name}: {_source(entry)}." for name, entry in facts.data.get("sources", {}).items()]
     counts = [f"{facts.data[key]:,} {text}" for key, text in _COUNTS.items() if facts.data.get(key)]
     prints = [f"{part} rows `{facts.data[f'{part}_fingerprint'][:16]}`" for part in ("train", "eval")
@@ -63,6 +66,8 @@ def made_lines(facts: Facts) -> list[str]:
         lines.append(f"Rows: {', '.join(counts)}" + (f"; SHA-256 of {', '.join(prints)}." if prints else "."))
     told = [text.format(training[key]) for key, text in _TRAINING.items() if training.get(key) is not None]
     lines += [f"Training: {', '.join(told)}."] if told else []
+    arguments = ", ".join(f"`{name}={value}`" for name, value in (training.get("arguments") or {}).items())
+    lines += [f"Arguments that are not the Trainer's defaults: {arguments}."] if arguments else []
     made = facts.environment
     count = made.get("processes", 1)
     where = f"{count} process{'es' if count > 1 else ''} on {made.get('device_name') or made.get('device')}"
@@ -74,6 +79,7 @@ def made_lines(facts: Facts) -> list[str]:
     ]
 
 
+_SOFT_LABELS = "1503.02531"
 _NAMELESS = {
     "own_base": "its own base, without its adapters",
     "ema": "the average of its own past",
@@ -94,6 +100,14 @@ _TRAINING = {
     "seconds": "{:,.1f} s",
 }
 _VERSIONS = ("hf_distill", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "python")
+
+
+def _papers(objective: Mapping[str, Any]) -> list[str]:
+    """Of knowledge distillation, and of the losses that were used."""
+    divergence, losses = objective["divergence"], objective.get("losses") or ()
+    names = [divergence["name"] if isinstance(divergence, Mapping) else divergence, *(loss["name"] for loss in losses)]
+    known = [_SOFT_LABELS, *(LOSSES[name].paper for name in names if name in LOSSES)]
+    return [*dict.fromkeys(paper for paper in known if paper)]
 
 
 def _described(entry: Mapping[str, Any]) -> str:
