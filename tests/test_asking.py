@@ -9,7 +9,7 @@ from hf_distill.data import load_documents
 from hf_distill.hub import address, asking, beside, fetch, written
 from hf_distill.recipe import load_recipe
 from hf_distill.recipe.downloads import downloads
-from hf_distill.recipe.provenance import provenance
+from hf_distill.running.provenance import provenance
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def test_a_failure_of_the_run_exits_1(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the machine is on fire")
 
-    monkeypatch.setattr("hf_distill.recipe.run.run_recipe", broken)
+    monkeypatch.setattr("hf_distill.running.run.run_recipe", broken)
     monkeypatch.setattr(sys, "argv", ["hf-distill", "run", "quickstart", "--smoke"])
     with pytest.raises(SystemExit) as caught:
         main()

@@ -31,6 +31,7 @@ FLOORS = [
     {"trainer"},
     {"trl"},
     {"recipe"},
+    {"running"},
     {"progress"},
     {"planning"},
     {"analysis"},
@@ -72,6 +73,12 @@ def test_files_and_functions_stay_small():
 
 def test_importing_the_package_imports_no_torch():
     code = "import sys, hf_distill; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_recipes_are_read_and_checked_without_torch():
+    modules = [f"hf_distill.recipe.{path.stem}" for path in (ROOT / "recipe").glob("[a-z]*.py")]
+    code = f"import sys, {', '.join(modules)}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

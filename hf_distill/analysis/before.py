@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import DistillError
-from ..recipe.models import loaded
+from ..running.models import loaded
 from ..student import cut_student
 from .folder import Run
 

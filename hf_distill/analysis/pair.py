@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import DistillError
 from ..forward import answering, teacher_signals
 from ..recipe.schema import Recipe
-from ..recipe.speaker import load_speaker
+from ..running.speaker import load_speaker
 from ..signals import Targets
 from ..sources import Head, Logits
 from ..tasks import task_of

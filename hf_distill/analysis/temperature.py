@@ -11,12 +11,12 @@ from transformers import TrainerCallback, set_seed
 
 from ..errors import DistillError
 from ..evidence import write_json
-from ..recipe.arguments import arguments
-from ..recipe.caching import write_missing
-from ..recipe.folder import on_main
-from ..recipe.loading import check_launch
-from ..recipe.run import Loaded, measured
 from ..recipe.schema import Recipe
+from ..running.arguments import arguments
+from ..running.caching import write_missing
+from ..running.folder import on_main
+from ..running.loading import check_launch
+from ..running.single import Loaded, measured
 from .halving import Candidate, Rung, cost, front, ranked, rungs
 from .record import FILE, begun, forget, record
 

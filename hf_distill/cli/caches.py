@@ -37,7 +37,7 @@ def write(
     agree(recipe, loaded, yes)
     out.quiet = os.environ.get("RANK", "0") != "0"
     from ..progress import RichProgress
-    from ..recipe.caching import write_recipe_cache
+    from ..running.caching import write_recipe_cache
 
     no_other_bars()
     options = {"kind": kind, "draws": draws, "proposal": proposal, "k": k, "dtype": dtype, "seed": seed}
@@ -67,7 +67,7 @@ def verify(
     manifest = check_all(place)
     out.print(f"{place}: {len(manifest.files)} files are what was written.", soft_wrap=True, highlight=False)
     if against_teacher is not None:
-        from ..recipe.caching import compare_with_teacher
+        from ..running.caching import compare_with_teacher
 
         no_other_bars()
         found = compare_with_teacher(open_cache(str(place)), against_teacher)

@@ -95,7 +95,7 @@ def preview(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     agree(recipe, loaded, yes)
-    from ..recipe.preview import preview_rows
+    from ..running.preview import preview_rows
 
     no_other_bars()
     for document in preview_rows(loaded, rows):

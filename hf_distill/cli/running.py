@@ -43,8 +43,8 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ..evidence import read_json
     from ..progress import RichProgress
-    from ..recipe.models import remote_code
-    from ..recipe.run import run_recipe
+    from ..running.models import remote_code
+    from ..running.run import run_recipe
 
     no_other_bars()
     # Between libraries, at each collective of a step; nothing that the reader could change.

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import DistillError, did_you_mean
 from ..names import kind_of
-from ..recipe.models import resolve_model
+from ..running.models import resolve_model
 
 
 @cache

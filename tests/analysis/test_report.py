@@ -162,7 +162,7 @@ def test_the_student_before_is_the_one_that_the_run_began_with(folder):
     from transformers import AutoModelForCausalLM
 
     from hf_distill.analysis.before import student_before
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
 
     run = open_run(folder)
     teacher = AutoModelForCausalLM.from_pretrained(resolve_model(run.recipe.base)).eval()

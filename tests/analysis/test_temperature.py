@@ -17,7 +17,7 @@ from hf_distill.analysis.temperature import compute_objective, draw, find_temper
 from hf_distill.cli import app
 from hf_distill.config import DistillFields
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.recipe.caching import write_recipe_cache
+from hf_distill.running.caching import write_recipe_cache
 
 GRID = {"temperatures": [1.0, 2.0], "alphas": [0.5, 1.0]}
 

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 from hf_distill import DistillError
 from hf_distill.data import rows_of
 from hf_distill.data.formats import format_of
-from hf_distill.recipe.models import resolve_model
 from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.running.models import resolve_model
 
 CHAT = [
     {"role": "user", "content": "Which city is the capital of France?"},

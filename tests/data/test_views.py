@@ -288,8 +288,8 @@ def test_sources_with_and_without_paraphrases_do_not_mix():
 
 
 def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monkeypatch):
-    from hf_distill.recipe.examples import prepare_data
     from hf_distill.recipe.load import validate
+    from hf_distill.running.examples import prepare_data
 
     Dataset.from_list([paired(i) for i in range(8)]).to_json(tmp_path / "rows.jsonl")
     recipe = validate(

@@ -11,7 +11,7 @@ from hf_distill import DistillError
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
-from hf_distill.recipe.preview import preview_rows
+from hf_distill.running.preview import preview_rows
 
 MIX = """
 student: {model: some/llama}
@@ -170,8 +170,8 @@ def test_the_shown_mixture_is_the_trained_one(file):
     """Preview reads the first examples alone; the trainer gets the same rows where there are no more."""
     from transformers import AutoTokenizer
 
-    from hf_distill.recipe.examples import first_rows, prepare_data
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.examples import first_rows, prepare_data
+    from hf_distill.running.models import resolve_model
 
     recipe = load_recipe(file, ["data.eval={path: test.jsonl}", *SUMS], smoke=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))

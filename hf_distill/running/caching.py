@@ -14,12 +14,12 @@ from ..errors import DistillError, noted, tell
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
 from ..names import kind_of
+from ..recipe.load import validate
+from ..recipe.schema import Recipe
 from ..tasks import task_of
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .examples import Prepared
-from .load import validate
 from .models import loaded
-from .schema import Recipe
 from .speaker import load_speaker, speaker_of, with_speaker
 
 _PROBED = 16  # rows that are looked up before training begins

@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from ..data import Examples, hold_out
 from ..errors import DistillError, need
+from ..recipe.schema import Recipe
 from .examples import load_source, mix_sources
-from .schema import Recipe
 
 logger = logging.get_logger(__name__)
 

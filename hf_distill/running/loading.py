@@ -13,6 +13,8 @@ from transformers.utils import logging
 
 from ..config import DistillConfig
 from ..errors import DistillError, need, tell
+from ..recipe.pair import FIELDS
+from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..student import block_influence, cut_student, most_influential
 from ..teachers import (
     CachedTeacher,
@@ -28,8 +30,6 @@ from ..teachers import (
 )
 from ..teachers.loading import dtype_of, keep_layout, launched, quantization_config, sharded_for
 from .models import code_options, loaded, resolve_model
-from .pair import FIELDS
-from .schema import Recipe, Student, TeacherSpec
 
 logger = logging.get_logger(__name__)
 _CALIBRATION_ROWS = 8

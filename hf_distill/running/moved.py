@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..recipe.schema import Recipe
 from ..signals import Signals, Tap, Targets
 from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
 from ..trainer import DistillTrainer
-from .schema import Recipe
 
 
 class NoTeacher(Teacher):

@@ -14,14 +14,14 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..evidence import read_json, write_json
+from ..evidence import measured, read_json, write_json
+from ..recipe.load import validate
+from ..recipe.schema import Recipe
+from ..recipe.stages import direct_values, stage_values
 from ..trainer import DistillTrainer
 from .folder import claim, on_main
-from .load import validate
-from .run import RunResult, measured, run_recipe
-from .schema import Recipe
+from .single import RunResult, run_single
 from .speaker import load_speaker, speaker_of
-from .stages import direct_values, stage_values
 
 
 def run_chain(
@@ -43,7 +43,7 @@ def run_chain(
     parts = dict(_parts(recipe))
     for name, part in parts.items():
         on_stage(f"{name}: {_told(part)}")
-        run_recipe(part, resume=True, callbacks=callbacks, on_stage=on_stage)
+        run_single(part, True, callbacks, on_stage)
         gc.collect()  # a trainer and its callbacks hold each other, and with them both models
     students = {name: Path(part.train.output_dir) / "student" for name, part in parts.items()}
     models = _compared(recipe, students, on_stage)

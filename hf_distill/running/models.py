@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from ..errors import DistillError, need
 from ..names import PACKAGE, distribution_of, kind_of, module_of
-from . import smoke
-from .smoke import build_tiny
+from ..recipe import smoke
+from ..recipe.smoke import build_tiny
 
 logger = logging.get_logger(__name__)
 

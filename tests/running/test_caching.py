@@ -10,8 +10,8 @@ from hf_distill.cache import open_cache
 from hf_distill.cli import app
 from hf_distill.planning import plan
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.recipe.caching import compare_with_teacher, write_recipe_cache
 from hf_distill.recipe.load import validate
+from hf_distill.running.caching import compare_with_teacher, write_recipe_cache
 
 
 @pytest.fixture
