@@ -32,7 +32,15 @@ def kind_of(name: str) -> Kind:
         if name.startswith(start):
             return kind
     shaped = _ID.fullmatch(name) and ".." not in name and Path(name).suffix not in FILES
-    return "id" if shaped and not Path(name).exists() else "path"
+    return "id" if shaped and not is_there(name) else "path"
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether a path is there; what no file system could hold is not."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def is_id(name: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import DistillError
 from ..evidence import read_json
+from ..names import is_there
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
 
@@ -72,7 +73,7 @@ def open_run(folder: str | Path) -> Run:
         DistillError: it is no run's: its recipe.yaml is missing.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_there(folder) or not folder.is_dir():
         raise DistillError(f"There is no folder {folder}: give the folder of a run, as `hf-distill run` left it.")
     if not (folder / "recipe.yaml").is_file():
         raise DistillError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DistillError
+from ..names import is_there
 from .files import writing
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
@@ -99,8 +100,8 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
         DistillError: the folder is no cache, an unfinished one, of another format, or its manifest is damaged.
     """
     file = folder / name
-    if not file.is_file():
-        unfinished = (folder / CAPTURE).is_file()
+    if not is_there(file):
+        unfinished = is_there(folder / CAPTURE)
         raise DistillError(
             f"{folder} is {'an unfinished cache' if unfinished else 'not a cache'}: it has no {FILE}. "
             + ("Run `hf-distill cache write` again with the same recipe and options: it goes on where it stopped."

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DistillError
+from ..names import is_there
 from .app import AsJson, RunFolder, app, no_other_bars, out
 
 
@@ -26,7 +27,7 @@ def diagnose(
 
     opened = open_run(run)
     name = student if student in ("student", "control") else str(Path(student).absolute())
-    if name != student and not Path(name).is_dir():
+    if name != student and not (is_there(name) and Path(name).is_dir()):
         raise DistillError(f"There is no folder {name}: --student is student, control, or the folder of a model.")
     opened.path(name)
     logs = opened.logs(name)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DistillError
+from ..names import is_there
 from .app import AsJson, Overrides, Smoke, Yes, app, no_other_bars, out
 from .asking import agree
 
@@ -34,7 +35,7 @@ def inspect_command(
     from ..analysis.folder import open_run
     from ..recipe.load import load_recipe
 
-    run = open_run(recipe) if Path(recipe).is_dir() else None
+    run = open_run(recipe) if is_there(recipe) and Path(recipe).is_dir() else None
     if run and (overrides or smoke):
         raise DistillError(
             f"{recipe} is the folder of a run, whose recipe stands: leave KEY=VALUE and --smoke out, or give "

@@ -155,16 +155,23 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 
 def _problem(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"]) or "recipe"
+    place = ".".join(part if str(part).isprintable() else repr(part) for part in map(str, item["loc"])) or "recipe"
     if item["type"] == "extra_forbidden" and item["loc"][-1] == "trust_remote_code":
         return f"{place}: no recipe says that; who has read the code adds --trust-remote-code to `hf-distill run`"
     if item["type"] == "extra_forbidden":
         return f"{place}: unknown key{did_you_mean(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}"
     if item["type"] == "missing":
         return f"{place}: missing"
-    message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
-    return f"{place}: {message}" + ("" if isinstance(given, dict | list) else f" (given: {given!r})")
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{place}: must be a mapping, key: value; got {_short(given)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" + ("" if isinstance(given, dict | list) else f" (given: {_short(given)})")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _keys_at(loc: tuple) -> list[str]:

@@ -24,20 +24,18 @@ def read_yaml(text: str, what: str) -> Any:
     """
     if len(text) > LIMIT:
         raise DistillError(f"{what} has {len(text):,} characters; a recipe has at most {LIMIT:,}.")
-    loader = yaml.SafeLoader(text)
     try:
         _check_events(text, what)
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _count(node, what, {})
         return loader.construct_document(node)
+    except DistillError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, DistillError):
-            raise
         raise DistillError(f"{what} is not YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def _check_events(text: str, what: str) -> None:
