@@ -25,6 +25,10 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the models' repositories run Python of their own.")
     ] = False,
+    allow_pickles: Annotated[
+        bool,
+        typer.Option("--allow-pickles", help="Read pickled weights: reading can run what is inside."),
+    ] = False,
     accept_license: Annotated[
         bool, typer.Option("--accept-license", help="With train.push_to_hub: publish against what licences say.")
     ] = False,
@@ -43,13 +47,13 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ..evidence import read_json
     from ..progress import RichProgress
-    from ..running.models import remote_code
+    from ..running.models import Trust, trusting
     from ..running.run import run_recipe
 
     no_other_bars()
     # Between libraries, at each collective of a step; nothing that the reader could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.")
-    with RichProgress(out) as progress, remote_code(trust_remote_code):
+    with RichProgress(out) as progress, trusting(Trust(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
     out.print(results_table(result.models, read_json(result.folder / "evidence.json").get("chain")))
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)

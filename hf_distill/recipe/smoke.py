@@ -126,7 +126,8 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    special = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     made.chat_template = _TEMPLATE
     return made
 

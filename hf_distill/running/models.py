@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,29 @@ from ..recipe.smoke import build_tiny
 logger = logging.get_logger(__name__)
 
 
-_REMOTE_CODE = ContextVar("_REMOTE_CODE", default=False)
+@dataclass(frozen=True)
+class Trust:
+    """What a model may bring beside safetensors; recipes have no say in it.
+
+    remote_code: Python of its own (`trust_remote_code`)
+    pickles:     weights that are pickled, of which reading can be running
+    """
+
+    remote_code: bool = False
+    pickles: bool = False
+
+
+_TRUST = ContextVar("_TRUST", default=Trust())  # noqa: B039  it cannot change
 
 
 @contextmanager
-def remote_code(trusted: bool) -> Iterator[None]:
-    """Whether models loaded within the block may bring Python of their own (`trust_remote_code`); recipes cannot."""
-    token = _REMOTE_CODE.set(trusted)
+def trusting(trust: Trust) -> Iterator[None]:
+    """What models loaded within the block may bring."""
+    token = _TRUST.set(trust)
     try:
         yield
     finally:
-        _REMOTE_CODE.reset(token)
+        _TRUST.reset(token)
 
 
 def loaded(kind: Any, reference: str, **options) -> Any:
@@ -44,21 +57,26 @@ def loaded(kind: Any, reference: str, **options) -> Any:
         options: of from_pretrained.
 
     Raises:
-        DistillError: see `resolve_model`; there is no such model, or it brings code that nobody said is trusted.
+        DistillError: see `resolve_model`; there is no such model, or it brings code or pickles that nobody said are
+            trusted.
     """
-    trusted = _REMOTE_CODE.get()
+    given = trust_options() if kind is AutoModelForCausalLM else {"trust_remote_code": _TRUST.get().remote_code}
     try:
-        return kind.from_pretrained(resolve_model(reference), trust_remote_code=trusted, **options)
+        return kind.from_pretrained(resolve_model(reference), **given, **options)
     except (OSError, ValueError) as error:
-        if not trusted and "trust_remote_code" in str(error):
+        if not _TRUST.get().remote_code and "trust_remote_code" in str(error):
             why = "brings Python code of its own. Read it; if you trust it, add --trust-remote-code."
             raise DistillError(f"{reference} {why}") from error
-        raise DistillError(f"{reference} cannot be loaded: {error}") from error
+        hint = ""
+        if not _TRUST.get().pickles and "safetensors" in str(error):
+            hint = " Pickled weights (.bin) can run what is inside: convert them, or trust them with --allow-pickles."
+        raise DistillError(f"{reference} cannot be loaded: {error}{hint}") from error
 
 
-def code_options() -> dict[str, bool]:
-    """For those that load a teacher by themselves."""
-    return {"trust_remote_code": True} if _REMOTE_CODE.get() else {}
+def trust_options() -> dict[str, bool]:
+    """Of from_pretrained, for a model's weights."""
+    trust = _TRUST.get()
+    return {"trust_remote_code": trust.remote_code} | ({} if trust.pickles else {"use_safetensors": True})
 
 
 def resolve_model(reference: str) -> str:

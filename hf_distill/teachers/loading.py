@@ -29,6 +29,13 @@ _FIGHT = (
 )
 
 
+def _loaded(task: Task, path: str, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return task.load(path, **kwargs)
+    except OSError as error:
+        raise DistillError(f"The teacher {path} cannot be loaded: {error}") from error
+
+
 @dataclass(frozen=True)
 class Loading:
     """How a teacher is to be loaded and held.
@@ -74,7 +81,7 @@ class Loading:
             device: of this process.
 
         Raises:
-            DistillError: a quantised checkpoint is to be sharded or quantised again.
+            DistillError: a quantised checkpoint is to be sharded or quantised again; there is no such model.
         """
         kwargs = dict(self.init_kwargs)
         before = getattr(config, "quantization_config", None)
@@ -92,9 +99,9 @@ class Loading:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=launched())
         if not self.deepspeed:
             with sharded_for(None):
-                return task.load(path, **kwargs)
+                return _loaded(task, path, kwargs)
         with sharded_for(self._zero3(config)), _freed_at_once():
-            return task.load(path, **kwargs)
+            return _loaded(task, path, kwargs)
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """A frozen model where it stays: in DeepSpeed's engine, where it was spread or sharded, or on the device.

@@ -120,7 +120,7 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         before, after = (
             math.floor(integral(self.args.fraction, i / steps) * steps * count + 1e-6) for i in (step, step + 1)
         )
-        draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")
+        draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")  # noqa: S311  of rows, no secret
         chosen = draw.sample(range(count), after - before)
         return [i in chosen for i in range(count)]
 
