@@ -37,7 +37,7 @@ def claim(recipe: Recipe, resume: bool) -> Path:
     """The run's folder, with the resolved recipe in it.
 
     Raises:
-        DistillError: it holds a run and `resume` is off, or it holds the run of another recipe.
+        DistillError: it holds a run and `resume` is off, or the run of another recipe; it cannot be written to.
     """
     folder = Path(recipe.train.output_dir)
     resolved = recipe.model_dump(exclude_none=True)
@@ -59,8 +59,13 @@ def claim(recipe: Recipe, resume: bool) -> Path:
                 f"{folder} holds a run of another recipe: {', '.join(changed)} differ. Resume it with its own recipe "
                 f"({file}), or set train.output_dir to another folder."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(resolved, sort_keys=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(resolved, sort_keys=False))
+    except OSError as error:
+        raise DistillError(
+            f"train.output_dir: {folder} cannot be written to ({error.strerror}): give another, or make room there."
+        ) from error
     return folder
 
 

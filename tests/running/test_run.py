@@ -144,6 +144,16 @@ def test_a_run_that_failed_before_it_began_leaves_its_folder_free(tmp_path):
     assert run_recipe(load_recipe("quickstart", options, smoke=True)).models["student"]
 
 
+@pytest.mark.parametrize("folder", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    stages = []
+    with pytest.raises(DistillError, match="cannot be written to"):
+        run_recipe(load_recipe("quickstart", [f"train.output_dir={folder}"], smoke=True), on_stage=stages.append)
+    assert stages == []
+
+
 def test_text_from_a_local_file_is_read(folder, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": f"line {i} " * 30}) + "\n" for i in range(40)))
     run_recipe(recipe(folder, "data.task={path: text.jsonl, column: body}", "control=null"))
