@@ -130,7 +130,7 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
 def planned(setup: dict) -> dict[str, int]:
     from hf_distill.planning import Anatomy, Job, Strategy, memory
-    from hf_distill.recipe.schema import Lora
+    from hf_distill.recipe.pair import Lora
     from hf_distill.running.models import resolve_model
     from hf_distill.student import cut_config
 

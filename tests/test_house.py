@@ -1,6 +1,7 @@
 """The house keeps its shape: imports point one way, and importing costs nothing."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,12 @@ def test_the_wheel_holds_recipes_and_cards_and_no_package_called_recipes(tmp_pat
         "hf_distill",
         "hf_distill.egg-info",
     }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "benchmarks").glob("*.py")), ids=lambda p: p.name)
+def test_benchmarks_name_what_is_there(path):
+    """They run seldom, so that a move would be noticed late."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_distill"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)

@@ -183,7 +183,7 @@ def test_bad_input_is_told(folder, tmp_path, override, message):
 
 def test_a_missing_extra_is_answered_with_its_pip_command(monkeypatch):
     from hf_distill import errors
-    from hf_distill.recipe import models
+    from hf_distill.running import models
 
     there = errors.find_spec
     monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "gguf" else there(name))
