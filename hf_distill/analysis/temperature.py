@@ -14,8 +14,8 @@ from ..evidence import write_json
 from ..recipe.schema import Recipe
 from ..running.arguments import arguments
 from ..running.caching import write_missing
-from ..running.folder import on_main
 from ..running.loading import check_launch
+from ..running.ranks import on_main
 from ..running.single import Loaded, measured
 from .halving import Candidate, Rung, cost, front, ranked, rungs
 from .record import FILE, begun, forget, record

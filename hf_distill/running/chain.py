@@ -19,7 +19,8 @@ from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
 from ..trainer import DistillTrainer
-from .folder import claim, on_main
+from .folder import claim
+from .ranks import on_main
 from .single import RunResult, run_single
 from .speaker import load_speaker, speaker_of
 

@@ -1,36 +1,16 @@
 """A run's folder: whose it is, and what in it is whole."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
-import torch
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import DistillError
 from ..names import kind_of
 from ..recipe.schema import Recipe
-
-T = TypeVar("T")
-
-
-def on_main(call: Callable[[], T]) -> T:
-    """`call()` on the main process alone; all processes get what it returned, or the DistillError that it raised."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return call()
-    told: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            told[0] = call()
-        except DistillError as error:
-            told[1] = error
-    torch.distributed.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
 
 
 def claim(recipe: Recipe, resume: bool) -> Path:

@@ -34,12 +34,13 @@ from ..trainer import DistillTrainer
 from .arguments import arguments
 from .caching import check_cached, write_missing
 from .examples import prepare_data, taken_by
-from .folder import claim, newest_checkpoint, on_main, released
+from .folder import claim, newest_checkpoint, released
 from .loading import Models, check_launch
 from .models import loaded, resolve_model
 from .moved import NoTeacher, of_moved, save_moved
 from .on_policy import prepare_prompts
 from .provenance import provenance
+from .ranks import check_same, on_main
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ class Loaded:
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
-        self.models = Models(recipe, args, path, self.tokenizer)
         made = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
+        check_same(recipe, self.facts)
+        self.models = Models(recipe, args, path, self.tokenizer)
         if args.should_save:
             self.facts |= {"provenance": provenance(recipe)} | ({"origin": recipe.origin} if recipe.origin else {})
 

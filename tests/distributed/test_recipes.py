@@ -54,6 +54,27 @@ def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):
     assert done.stderr.count("holds a run of another recipe") == 1
 
 
+PARTED = """
+import os, sys
+from hf_distill.cli import main
+length = 64 + 2 * int(os.environ["RANK"])
+words = ["run", "quickstart", "--smoke", "control=null", "train.output_dir=run", f"data.max_length={length}"]
+sys.argv = ["hf-distill", *words]
+main()
+"""
+
+
+def test_processes_with_other_recipes_or_rows_are_told_before_anything_is_trained(tmp_path):
+    (tmp_path / "parted.py").write_text(PARTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "parted.py"]
+    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
+    assert done.returncode != 0
+    assert done.stderr.count("were not given the same") == 1
+    assert "rows to train on: " in done.stderr
+    assert "on rank 0, " in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("streaming", [True, False], ids=["stream", "map"])
 def test_two_processes_train_on_the_rows_of_one(tmp_path, streaming):
     """A mixture of a stream and a data set: equal losses, so the same rows in every global batch."""

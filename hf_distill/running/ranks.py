@@ -1,0 +1,74 @@
+"""The processes of a launch: what one does for all, and what all must have in common."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import DistillError
+from ..recipe.schema import Recipe
+
+T = TypeVar("T")
+
+
+def _alone() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def on_main(call: Callable[[], T]) -> T:
+    """`call()` on the main process alone; all processes get what it returned, or the DistillError that it raised."""
+    if _alone():
+        return call()
+    told: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = call()
+        except DistillError as error:
+            told[1] = error
+    torch.distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def check_same(recipe: Recipe, facts: dict[str, Any]) -> None:
+    """Refuse a launch whose processes were given different recipes, rows or versions: they would train on, wrongly.
+
+    Args:
+        recipe: of this process.
+        facts: of the run, see `Loaded`.
+
+    Raises:
+        DistillError: on all processes; says what differs on which ranks.
+    """
+    if _alone():
+        return
+    data, made = facts["data"], facts["environment"]
+    own = {
+        "recipe": hashlib.sha256(json.dumps(recipe.model_dump(), sort_keys=True).encode()).hexdigest()[:12],
+        "rows to train on": str(data.get("train_fingerprint"))[:12],
+        "held-out rows": data["eval_fingerprint"][:12],
+        **{name: version for name, version in made.items() if name in ("hf_distill", "torch", "transformers")},
+    }
+    told: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, own)
+    problems = [_parted(name, [of_rank[name] for of_rank in told]) for name in own]
+    if any(problems):
+        raise DistillError(
+            "The processes of this launch were not given the same: "
+            + "; ".join(problem for problem in problems if problem)
+            + ". Start all of them with one recipe, the same files and the same packages."
+        )
+
+
+def _parted(name: str, values: list[str]) -> str:
+    """Which ranks have which value; empty where all have one."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(str(rank))
+    if len(ranks) == 1:
+        return ""
+    each = ", ".join(f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}" for value, on in ranks.items())
+    return f"{name}: {each}"
