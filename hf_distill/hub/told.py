@@ -46,7 +46,8 @@ def asking(repo: str, kind: str = "model", revision: str | None = None, file: st
         ) from None
     except RepositoryNotFoundError:
         raise DistillError(
-            f"There is no {what}, or it is private and {_who()} may not see it{_near_repos(repo, kind)}{_login()}"
+            f"There is no {what}, or it is private and {_who()} may not see it{_near_repos(repo, kind)}"
+            f"{_other_kind(repo, kind)}{_login()}"
         ) from None
     except RevisionNotFoundError:
         raise DistillError(f"The {what} has no revision {revision!r}{_near_revisions(repo, kind, revision)}") from None
@@ -106,6 +107,17 @@ def _near_repos(repo: str, kind: str) -> str:
     author, api = repo.partition("/")[0], HfApi()
     listed = api.list_models if kind == "model" else api.list_datasets
     return _near(repo, lambda: [info.id for info in listed(author=author, limit=200)])
+
+
+def _other_kind(repo: str, kind: str) -> str:
+    """A hint where a data set was asked for as a model, or the other way round."""
+    other = "dataset" if kind == "model" else "model"
+    try:
+        there = HfApi().repo_exists(repo, repo_type=other)
+    except (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled):
+        return ""
+    prefix = "datasets/" if other == "dataset" else ""
+    return f" There is a {NAMES[other]} of that name: hf://{prefix}{repo}." if there else ""
 
 
 def _near_revisions(repo: str, kind: str, revision: str | None) -> str:

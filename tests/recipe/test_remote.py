@@ -92,6 +92,11 @@ def test_what_is_not_there_is_told_with_near_names(hub, reference, words):
     assert words in refused(reference)
 
 
+def test_a_data_set_that_is_asked_for_as_a_model_is_pointed_at(hub):
+    hub.put("datasets", "org/other", {"a.yaml": GOOD.encode()})
+    assert "hf://datasets/org/other" in refused("hf://org/other/a.yaml")
+
+
 def test_gated_private_and_tokens_are_told_apart(hub, monkeypatch):
     hub.put("models", "org/gated", {"a.yaml": GOOD.encode()}, gated=True)
     assert "accept its terms at" in refused("hf://org/gated/a.yaml")
