@@ -79,7 +79,8 @@ def kinds_of(
         CacheCost(
             "sampled",
             sparse["sampled"],
-            f"forward KL without bias, by {DRAWS} draws, at one temperature; gradient's cosine 0.999",
+            f"forward KL without bias, by {DRAWS} draws, at one temperature; gradient's cosine 0.999 at T = 1; above, "
+            "larger and noisier (hf-distill inspect)",
         ),
         CacheCost(
             "top_k",
