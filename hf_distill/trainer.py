@@ -17,6 +17,7 @@ from .errors import DistillError, tell
 from .features import Features
 from .hub_trainer import HubMixin
 from .projectors import Projectors
+from .saving import SavingMixin
 from .sidecar_trainer import SidecarMixin
 from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
@@ -28,7 +29,7 @@ _STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T 
 _EVERY = 4  # in training they are taken on every fourth block of tokens, in evaluation on all
 
 
-class DistillMixin(HubMixin, SidecarMixin):
+class DistillMixin(HubMixin, SavingMixin, SidecarMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit.

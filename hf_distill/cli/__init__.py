@@ -1,5 +1,6 @@
 """The command line: the one place that prints. Exit codes: 0 done, 1 the run failed, 2 the input was wrong."""
 
+import errno
 import os
 import sys
 import traceback
@@ -15,13 +16,23 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the program; wrong input is told in words, with exit code 2."""
+    """Run the program; wrong input is told in words, with exit code 2, and so is a full disk, with exit code 1."""
     try:
         app()
     except DistillError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine see the same
-            Console(stderr=True).print(Text("Error: ", "bold red").append(str(error), "default"), soft_wrap=True)
+            _tell(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _tell(str(error.strerror))
+        else:
+            traceback.print_exc()
+        sys.exit(1)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+def _tell(what: str) -> None:
+    Console(stderr=True).print(Text("Error: ", "bold red").append(what, "default"), soft_wrap=True)
