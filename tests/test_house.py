@@ -26,7 +26,7 @@ FLOORS = [
     {"teachers"},
     {"distiller"},
     {"config", "by_source"},
-    {"arguments", "evidence", "card", "saving", "sidecar_trainer"},
+    {"arguments", "evidence", "card", "saving", "sidecar_trainer", "metrics_trainer"},
     {"trainer_facts"},
     {"hub_trainer"},
     {"trainer"},
