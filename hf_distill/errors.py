@@ -10,6 +10,10 @@ class DistillError(ValueError):
     """Bad input: the message says what was given, what is possible, and what to do."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, though its input was right: the message says why, what there is, and what to do."""
+
+
 @contextmanager
 def noted(problems: list[str]) -> Iterator[None]:
     """Note a DistillError of the block among `problems`, and go on; `tell` raises all of them at once."""

@@ -25,7 +25,8 @@ class MetricsMixin(_Base):
     keep_logits = False  # somebody wants the logits of an evaluation
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._train_sums: dict[str, torch.Tensor] = {}
+        self._train_sums: dict[str, torch.Tensor] = {}  # since the last log
+        self._step_sums: dict[str, torch.Tensor] = {}  # of a step that is not taken yet
         self._eval_rows: list[torch.Tensor] | None = None
         self._eval_names: list[str] = []
         super().__init__(*args, **kwargs)
@@ -50,9 +51,15 @@ class MetricsMixin(_Base):
 
     def _add_train_sums(self, step: Step) -> None:
         for name, values in step.per_token.items():
-            self._train_sums[name] = self._train_sums.get(name, 0.0) + values.sum()
+            self._step_sums[name] = self._step_sums.get(name, 0.0) + values.sum()
         asked = torch.tensor(float(len(step.targets)), device=step.loss.device)
-        self._train_sums["asked"] = self._train_sums.get("asked", 0.0) + asked
+        self._step_sums["asked"] = self._step_sums.get("asked", 0.0) + asked
+
+    def settle(self, taken: bool) -> None:
+        """A step is over; the numbers of one that was skipped are forgotten."""
+        sums, self._step_sums = self._step_sums, {}
+        for name, value in sums.items() if taken else ():
+            self._train_sums[name] = self._train_sums.get(name, 0.0) + value
 
     def _row_sums(self, step: Step) -> torch.Tensor:
         """Sums of each batch row, so that rows repeated to fill the last distributed batch can be dropped."""

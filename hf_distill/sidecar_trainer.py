@@ -99,9 +99,10 @@ class SidecarMixin(_Base):
         assert self._trained is not None
         apart = {id(p): p for p in self._trained.parameters()}
         self.accelerator.unscale_gradients()
-        torch.nn.utils.clip_grad_norm_(apart.values(), self._clipped)
+        its = torch.nn.utils.clip_grad_norm_(apart.values(), self._clipped)
         own = [p for p in model.parameters() if id(p) not in apart]
-        return torch.nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
+        return torch.where(its.isfinite(), norm, its)  # the step is skipped for both
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; a checkpoint also gets the sidecar."""

@@ -12,6 +12,8 @@ from .config import DistillConfig, DistillFields, fields_of
 from .distiller import Distiller
 from .errors import DistillError, tell
 from .features import Features
+from .finite import Seen
+from .finite_trainer import FiniteMixin
 from .hub_trainer import HubMixin
 from .metrics_trainer import EVERY, MetricsMixin
 from .projectors import Projectors
@@ -25,7 +27,7 @@ from .zero import gather_on_save
 logger = logging.get_logger(__name__)
 
 
-class DistillMixin(HubMixin, SavingMixin, MetricsMixin, SidecarMixin):
+class DistillMixin(HubMixin, SavingMixin, FiniteMixin, MetricsMixin, SidecarMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit.
@@ -53,6 +55,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, SidecarMixin):
         if teacher is None and wanted:
             logger.warning_once("No teacher: this trains on the hard labels alone. Pass `teacher=` to distil.")
         self.distilling = teacher is not None and wanted
+        self.max_nonfinite_steps = fields.max_nonfinite_steps
         self.teacher = _as_teacher(teacher, fields) if self.distilling else None
         if self.distilling:
             gather_on_save(args)
@@ -144,6 +147,9 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, SidecarMixin):
             statistics=EVERY if training else 1,
         )
         self.note(step, source, training)
+        if training:
+            learnt = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]
+            self._seen.append(Seen(inputs, step.targets, {name: step.per_token[name] for name in learnt}))
         loss = step.loss
         if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

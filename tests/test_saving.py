@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_distill.running.folder import newest_checkpoint
+from hf_distill.checkpoints import newest_whole
 from hf_distill.saving import _for_want_of_room
 
 RUN = ["run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
@@ -35,15 +35,15 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay_whole(small):
     assert full.returncode == 1
     assert "could not be written" in full.stderr
     assert "Traceback" not in full.stderr
-    newest = newest_checkpoint(small / "run")
+    newest = newest_whole(small / "run")
     assert newest
-    assert newest.rpartition("/")[2] in full.stderr
+    assert newest.name in full.stderr
     assert all((path / "trainer_state.json").is_file() for path in (small / "run").glob("checkpoint-*"))
     for path in sorted((small / "run").glob("checkpoint-*"))[:-1]:
         subprocess.run(["rm", "-r", str(path)], check=True)
     resumed = program(small, *RUN, "train.save_total_limit=1", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"from step {newest.rpartition('-')[2]} " in resumed.stdout
+    assert f"from step {newest.name.rpartition('-')[2]} " in resumed.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import KINDS, collate, rows
 
-import hf_distill.trainer
 from hf_distill import DistillTrainer
 
 
@@ -104,11 +103,11 @@ def test_training_reads_no_number_off_the_device_between_logs(make_trainer, monk
     """A `.item()` a micro-batch would stall a GPU: terms are kept as tensors until `log`."""
     trainer = make_trainer(max_steps=3, gradient_accumulation_steps=2, logging_steps=100)
     kept = []
-    original = hf_distill.trainer.DistillMixin._add_train_sums
+    original = DistillTrainer._add_train_sums
 
     def spy(self, step):
         original(self, step)
-        kept.append(dict(self._train_sums))
+        kept.append(dict(self._step_sums))
 
     monkeypatch.setattr(DistillTrainer, "_add_train_sums", spy)
     monkeypatch.setattr(trainer, "log", lambda *args, **kwargs: None)

@@ -8,7 +8,7 @@ import traceback
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import DistillError
+from ..errors import DistillError, RunError
 from . import caches, curving, diagnosing, inspecting, publishing, recipes, reporting, retaining, running, tempering  # noqa: F401  each adds its commands
 from .app import app
 
@@ -16,13 +16,16 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the program; wrong input is told in words, with exit code 2, and so is a full disk, with exit code 1."""
+    """Run the program; wrong input is told in words, with exit code 2; so is what ends a run, with exit code 1."""
     try:
         app()
     except DistillError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine see the same
             _tell(str(error))
         sys.exit(2)
+    except RunError as error:
+        _tell(str(error))
+        sys.exit(1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _tell(str(error.strerror))

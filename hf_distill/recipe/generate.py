@@ -33,8 +33,12 @@ def schema() -> dict[str, Any]:
 def _training_fields() -> dict[str, Any]:
     from transformers import TrainingArguments
 
+    from ..config import CARE, DistillFields
+
     hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
-    return {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
+    fields = {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
+    own = typing.get_type_hints(DistillFields)
+    return fields | {name: _field(own[name]) for name in CARE}
 
 
 def _field(hint: Any) -> dict[str, Any]:

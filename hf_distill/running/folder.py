@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and what in it is whole."""
+"""A run's folder: whose it is."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import DistillError
 from ..names import kind_of
@@ -60,12 +59,3 @@ def released(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a folder that was written to its end; None if there is none."""
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
-        shutil.rmtree(checkpoint)  # cut off while it was written
-        return newest_checkpoint(folder)
-    return checkpoint

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..blocks import find_blocks
+from ..checkpoints import newest_whole
 from ..config import DistillConfig, DistillFields
 from ..data import check_isolation
 from ..evidence import MetricsFile, environment, measured, read_json, write_json
@@ -34,7 +35,7 @@ from ..trainer import DistillTrainer
 from .arguments import arguments
 from .caching import check_cached, write_missing
 from .examples import prepare_data, taken_by
-from .folder import claim, newest_checkpoint, released
+from .folder import claim, released
 from .loading import Models, check_launch
 from .models import loaded, resolve_model
 from .moved import NoTeacher, of_moved, save_moved
@@ -145,13 +146,13 @@ class Loaded:
 
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train and save `RUN/name`; seconds that it took."""
-        checkpoint = on_main(lambda: newest_checkpoint(Path(trainer.args.output_dir)))
+        checkpoint = on_main(lambda: newest_whole(Path(trainer.args.output_dir)))
         trainer.args.eval_on_start = name == "student" and checkpoint is None
         self.on_stage(
-            f"{name}: from step {checkpoint.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
+            f"{name}: from step {checkpoint.name.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
         )
         set_seed(self.args.seed)  # equal data order for student and control
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        output = trainer.train(None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(self.folder / name))
         if self.merges:
             self.on_stage(f"{name}: merging its adapters")

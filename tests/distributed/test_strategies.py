@@ -149,6 +149,22 @@ def test_a_sharded_teacher_teaches_a_student_of_any_strategy_as_a_whole_one(plac
     assert_same_plain_folder(folder / "straight-saved", reference / "straight-saved")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(place, strategy):
+    found = seen(place / f"sick-{strategy}", 2, strategy, "sick")
+    assert found["skipped"] == [2]
+
+
+def test_deepspeed_has_moved_by_then_so_training_stops(place):
+    folder = place / "sick-zero2"
+    folder.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    done = subprocess.run([*launch, str(folder), "zero2", "sick"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode != 0
+    assert "Training stops at step 2: 1 in a row" in done.stderr
+    assert "could not be skipped" in done.stderr
+
+
 @pytest.mark.parametrize("fate", ["die", "hang"])
 def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message(place, fate):
     """No launcher that would kill the other: it has to notice by itself."""

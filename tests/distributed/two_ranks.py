@@ -1,14 +1,15 @@
 """A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
 
 python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
-    [teacher=zero3|fsdp2] [die|hang]
+    [teacher=zero3|fsdp2] [die|hang|sick]
 
 With ema and what follows a teacher that moves teaches. The student's strategy is a bare word; the teacher's comes
-behind `teacher=`. Rank 1 dies or hangs in the second step.
+behind `teacher=`. Rank 1 dies or hangs in the second step, or has an infinite loss there.
 Models are read from FOLDER/../models.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -75,6 +76,15 @@ class Fate(TrainerCallback):
                 time.sleep(600)
 
 
+class Sick(DistillTrainer):
+    """Rank 1's loss of the second step is infinite; its gradient is not."""
+
+    def compute_loss(self, *given, **options):
+        loss = super().compute_loss(*given, **options)
+        here = self.args.process_index == 1 and self.state.global_step == 1 and torch.is_grad_enabled()
+        return loss + math.inf if here else loss
+
+
 def moving(model: nn.Module) -> Teacher:
     """A teacher that moves; frozen: a mutual one that stops half way."""
     if MOVING == "ema":
@@ -121,7 +131,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         student = load(models / "student")
     if MOVING:
         teacher = moving(teacher)
-    trainer = DistillTrainer(
+    trainer = (Sick if "sick" in variants else DistillTrainer)(
         student,
         args,
         teacher=teacher,
@@ -141,7 +151,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     return trainer, {
         "world": trainer.accelerator.num_processes,
         "teacher_held": held,
-        "log": [{k: float(log[k]) for k in keys} for log in logs],
+        "log": [{k: float(log[k]) for k in keys if k in log} for log in logs],
+        "skipped": [log["step"] for log in logs if log.get("skipped_steps")],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},
     }
 

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.running.folder import newest_checkpoint
 
 
 @pytest.fixture
@@ -114,16 +113,6 @@ def test_resume_starts_afresh_without_a_checkpoint_and_does_nothing_after_the_en
     assert stages == ["This run is over already."]
     assert (folder / "evidence.json").stat().st_mtime_ns == written
     assert set(result.models) == {"before", "student", "control"}
-
-
-def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path):
-    for step, whole in ((2, True), (4, False)):
-        checkpoint = tmp_path / f"checkpoint-{step}"
-        checkpoint.mkdir()
-        if whole:
-            (checkpoint / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_a_folder_with_a_run_in_it_is_not_overwritten(folder):

@@ -1,0 +1,155 @@
+"""A Trainer that takes no step whose loss or gradient is not finite, says which one it was, and stops after some."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import Trainer
+from transformers.utils import logging
+
+from .checkpoints import newest_whole
+from .errors import RunError
+from .evidence import write_json
+from .finite import Found, Leaps, Seen, found_of, places_of
+
+logger = logging.get_logger(__name__)
+_Base: Any = Trainer if TYPE_CHECKING else object
+FILE = "not-finite.json"
+
+
+class FiniteMixin(_Base):
+    """For any Trainer; where all is finite it changes nothing.
+
+    A step that is skipped counts as one: the order of the data, the schedule and the log go on as they would. Under an
+    fp16 scaler a gradient that overflows is the scaler's own affair: it skips, and tries a smaller scale.
+    """
+
+    max_nonfinite_steps: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._seen: list[Seen] = []
+        self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._taken: list[Tensor] = []  # of each step since the last log
+        self._skipped = 0  # since the last log
+        self._in_a_row: list[Found] = []
+        self._leaps = Leaps()
+        super().__init__(*args, **kwargs)
+
+    def settle(self, taken: bool) -> None:
+        """A step is over: whether it was taken, or skipped. For whoever keeps numbers of it."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called once a step, before the optimizer's.
+
+        Raises:
+            RunError: `max_nonfinite_steps` in a row were skipped; or one was not finite that cannot be skipped.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, self._losses = torch.stack(self._losses), []
+        seen, self._seen = self._seen, []
+        whole = self._everywhere(torch.stack([losses.isfinite().all(), _finite(norm, losses.device)]))
+        self.settle(all(whole))
+        if all(whole):
+            self._in_a_row = []
+            self._taken.append(losses.sum())
+            return norm
+        self._skipped += 1
+        scaler = self.accelerator.scaler
+        if not (whole[0] and scaler is not None and scaler.get_scale() > 1):
+            self._skip(model, seen)
+        return norm
+
+    def _everywhere(self, flags: Tensor) -> list[bool]:
+        """Whether they are true on all ranks: what one skips, all skip."""
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.reduce(flags.float(), "sum") >= self.accelerator.num_processes
+        return flags.tolist()
+
+    def _skip(self, model: Any, seen: list[Seen]) -> None:
+        found = self._found(model, seen)
+        self._in_a_row.append(found)
+        model.zero_grad()  # an optimizer leaves parameters without a gradient as they are
+        moved = self.is_deepspeed_enabled or any(word in str(self.args.optim) for word in ("lomo", "layerwise"))
+        if moved or len(self._in_a_row) >= self.max_nonfinite_steps:
+            self._stop(found, moved)
+        row = f", the {len(self._in_a_row)}th in a row" if len(self._in_a_row) > 1 else ""
+        logger.warning(f"Step {found.step} is skipped{row}: {found}.")
+
+    def _found(self, model: Any, seen: list[Seen]) -> Found:
+        tokenizer: Any = getattr(self, "processing_class", None)
+
+        def text(token: int) -> str:
+            return tokenizer.decode([token]) if hasattr(tokenizer, "decode") else ""
+
+        own = places_of(seen, self.args.process_index, text)
+        ranks = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
+        learnt = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        broken = [name for name, grad in learnt.items() if not grad.isfinite().all()]
+        # Clipping by a norm that is NaN makes all of them NaN: then they tell nothing.
+        return found_of(self.state.global_step + 1, ranks, broken if len(broken) < len(learnt) else [])
+
+    def _stop(self, found: Found, moved: bool) -> None:
+        folder = Path(self._get_output_dir(trial=None))
+        whole = newest_whole(folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            told = {"learning_rate": self._get_learning_rate(), "max_grad_norm": self.args.max_grad_norm}
+            told |= {"last_checkpoint": whole and whole.name, "steps": [each.as_dict() for each in self._in_a_row]}
+            write_json(folder / FILE, told)
+        why = "its optimizer steps inside the backward, so that it could not be skipped" if moved else "none was taken"
+        go_on = f"{whole} is whole: resume from it" if whole else "There is no checkpoint: start again"
+        raise RunError(
+            f"Training stops at step {found.step}: {len(self._in_a_row)} in a row with a loss or gradient that is not "
+            f"finite ({why}). The last: {found}. All of them are told in {folder / FILE}. {go_on}, with {_mend(found)}."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; training logs tell `skipped_steps` and `loss_spikes` since the last one, where not 0."""
+        if "loss" in logs:
+            if self._skipped:
+                logs["skipped_steps"] = self._skipped
+            if spikes := self._spikes():
+                logs["loss_spikes"] = spikes
+            self._skipped = 0
+        super().log(logs, start_time)
+
+    def _spikes(self) -> int:
+        """How many of the steps since the last log leapt; each is told."""
+        if not self._taken:
+            return 0
+        losses, self._taken, count = self.accelerator.reduce(torch.stack(self._taken), "mean").tolist(), [], 0
+        for back, loss in zip(range(len(losses) - 1, -1, -1), losses, strict=True):
+            if (before := self._leaps.take(loss)) is not None:
+                count += 1
+                logger.warning(
+                    f"The loss leapt to {loss:.4g}, from {before:.4g} (median of the last steps), about step "
+                    f"{self.state.global_step - back}."
+                )
+        return count
+
+
+def _finite(norm: Any, device: torch.device) -> Tensor:
+    """Whether a gradient's norm is finite; DeepSpeed may not know one."""
+    if norm is None:
+        return torch.tensor(True, device=device)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+    return norm.isfinite().to(device).reshape(())
+
+
+def _mend(found: Found) -> str:
+    if not found.count:
+        return "a smaller learning_rate or max_grad_norm, a longer warm-up, or bf16 in the place of fp16"
+    if "hard" in found.finite:
+        return (
+            "another look at the teacher: the student's own loss is finite there, so what the teacher says is not "
+            "(a teacher in fp16 overflows where bf16 does not)"
+        )
+    return "a smaller learning_rate, bf16 in the place of fp16, or without the examples that are named, if they recur"
