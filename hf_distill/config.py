@@ -10,7 +10,7 @@ from .errors import DistillError, noted, tell
 from .objective import Term, objective
 from .projectors import Projectors
 
-CARE = ("max_nonfinite_steps",)  # of how training is watched, not of what is learnt
+CARE = ("self_check", "max_nonfinite_steps")  # of how training is watched, not of what is learnt
 
 
 @dataclass
@@ -62,6 +62,10 @@ class DistillFields:
         metadata={"help": "Shard the teacher by ZeRO-3: a config, its path, or a packaged one (zero3-teacher.json)."},
     )
     teacher_fsdp: bool = field(default=False, metadata={"help": "Shard the teacher by FSDP2 over all processes."})
+    self_check: bool = field(
+        default=True,
+        metadata={"help": "Compare the first batch's loss and gradient with a plain reference on 32 tokens."},
+    )
     max_nonfinite_steps: int = field(
         default=5,
         metadata={"help": "Steps whose loss or gradient is not finite are skipped; after so many in a row it stops."},

@@ -1,5 +1,6 @@
 """The step: one batch in, one loss out. A plain object that runs without a Trainer."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,12 @@ class Distiller:
         terms: see `objective`.
         chunk_tokens: asked tokens a chunk of the fused head; None: what a workspace of 150 MiB holds.
         features: the terms on features, matched to student and teacher; the student wears their sidecar.
+
+    look: called with each batch's job, the source of the student's logits, what the teacher says and the asked tokens,
+        before the job is run.
     """
+
+    look: Callable[[HeadJob, Head | Logits, Signals, Targets], None] | None = None
 
     def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
         self.terms, self.chunk_tokens = terms, chunk_tokens
@@ -86,6 +92,8 @@ class Distiller:
             own = None if beside is None else beside(said)
             heard = told if beside is None else beside.told
             head = HeadJob(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
+            if self.look is not None:
+                self.look(head, said, heard, asked)
             return Jobs(head, FeatureJob(self.features.terms, heard.features, tokens, targets, num_items), own)
 
         taps = self.features.said(tokens)

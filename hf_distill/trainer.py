@@ -18,6 +18,7 @@ from .hub_trainer import HubMixin
 from .metrics_trainer import EVERY, MetricsMixin
 from .projectors import Projectors
 from .saving import SavingMixin
+from .selfcheck import SelfCheck
 from .sidecar_trainer import SidecarMixin
 from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
@@ -27,7 +28,7 @@ from .zero import gather_on_save
 logger = logging.get_logger(__name__)
 
 
-class DistillMixin(HubMixin, SavingMixin, FiniteMixin, MetricsMixin, SidecarMixin):
+class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit.
@@ -90,6 +91,7 @@ class DistillMixin(HubMixin, SavingMixin, FiniteMixin, MetricsMixin, SidecarMixi
             Projectors.of(fields.projectors),
         )
         self.distiller = Distiller(terms, fields.chunk_tokens, features)
+        self._unchecked = fields if fields.self_check else None
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -138,6 +140,8 @@ class DistillMixin(HubMixin, SavingMixin, FiniteMixin, MetricsMixin, SidecarMixi
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         training = model.training
+        if self._unchecked is not None:
+            self.distiller.look = SelfCheck(self._unchecked, inputs, task_of(self.model).shift)
         step = self.distiller(
             model,
             self.teacher,
@@ -146,6 +150,7 @@ class DistillMixin(HubMixin, SavingMixin, FiniteMixin, MetricsMixin, SidecarMixi
             keep_logits=self.keep_logits if not training else return_outputs,
             statistics=EVERY if training else 1,
         )
+        self._unchecked = self.distiller.look = None
         self.note(step, source, training)
         if training:
             learnt = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]

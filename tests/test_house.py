@@ -28,7 +28,7 @@ FLOORS = [
     {"config", "by_source"},
     {"evidence", "finite"},
     {"checkpoints"},
-    {"arguments", "card", "saving", "finite_trainer", "sidecar_trainer", "metrics_trainer"},
+    {"arguments", "card", "saving", "selfcheck", "finite_trainer", "sidecar_trainer", "metrics_trainer"},
     {"trainer_facts"},
     {"hub_trainer"},
     {"trainer"},

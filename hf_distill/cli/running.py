@@ -29,6 +29,9 @@ def run(
         bool,
         typer.Option("--allow-pickles", help="Read pickled weights: reading can run what is inside."),
     ] = False,
+    no_self_check: Annotated[
+        bool, typer.Option("--no-self-check", help="Do not compare the first batch's loss with a plain reference.")
+    ] = False,
     accept_license: Annotated[
         bool, typer.Option("--accept-license", help="With train.push_to_hub: publish against what licences say.")
     ] = False,
@@ -36,7 +39,8 @@ def run(
     """Distil: load, train, evaluate, leave a run folder."""
     from ..recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    changed = [*(overrides or []), *(["train.self_check=false"] if no_self_check else [])]
+    loaded = load_recipe(recipe, changed, smoke=smoke)
     out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
     agree(recipe, loaded, yes, show=True)
     to = str(loaded.train.hub_model_id) if loaded.train.push_to_hub else None

@@ -157,11 +157,12 @@ def sparse_forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, 
         by_logits.scatter_add_(1, told.ids, -weights)
     else:
         left = tail.to(p.dtype).clamp(min=NO_MASS)
-        rest = (1 - log_p.exp().sum(1)).clamp(min=torch.finfo(p.dtype).eps)
+        own = log_p.exp().mul_(told.log_probs > NO_MASS)  # a row with fewer ids names the rest of its K in vain
+        rest = (1 - own.sum(1)).clamp(min=torch.finfo(p.dtype).eps)
         ratio = left.exp() / rest
         values = (weights * (logs - log_p)).sum(1) + left.exp() * (left - rest.log())
         by_logits = torch.mul(p, (mass + left.exp() - ratio)[:, None], out=pair.take())
-        by_logits.scatter_add_(1, told.ids, ratio[:, None] * log_p.exp() - weights)
+        by_logits.scatter_add_(1, told.ids, ratio[:, None] * own - weights)
     return values, by_logits if temperature == 1.0 else by_logits.div_(temperature)
 
 

@@ -67,6 +67,7 @@ def _align_sparse(s: Tensor, teacher: Sparse, temperature: float, sampled: bool)
     log_t = teacher.log_probs.to(s.dtype).clamp(min=NO_MASS)
     if teacher.log_tail is None or teacher.ids.shape[-1] == s.shape[-1]:
         return log_s, log_t
+    log_s = log_s.masked_fill(teacher.log_probs <= NO_MASS, NO_MASS)  # a row with fewer ids: not outside, not twice
     floor = torch.finfo(s.dtype).eps
     tail = (1 - log_s.exp().sum(-1, keepdim=True)).clamp(min=floor).log()
     return torch.cat([log_s, tail], -1), torch.cat(

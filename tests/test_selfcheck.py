@@ -1,0 +1,167 @@
+"""The self-check of the first batch sees every way in which an objective could be another one."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from tiny import KINDS, build, rows
+from transformers import AutoModelForCausalLM
+
+from hf_distill import DistillTrainer
+from hf_distill.errors import RunError
+from hf_distill.losses import LOSSES, get_loss, loss
+from hf_distill.objective import Term
+from hf_distill.selfcheck import SelfCheck
+from hf_distill.signals import Signals, Targets
+from hf_distill.sources import Logits
+from hf_distill.teachers import EMATeacher, FrozenTeacher, MTPTeacher, MultiTeacher, PeerTeacher, SnapshotTeacher
+
+
+class Counted(SelfCheck):
+    calls = 0
+
+    def __call__(self, *given):
+        Counted.calls += 1
+        super().__call__(*given)
+
+
+def fails(trainer, *words: str) -> None:
+    with pytest.raises(RunError, match=r"The self-check of the first batch failed: ") as error:
+        trainer.train()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js", "adaptive_kl", "total_variation"])
+def test_all_kinds_of_models_and_divergences_pass(make_trainer, kind, divergence, monkeypatch):
+    monkeypatch.setattr("hf_distill.trainer.SelfCheck", Counted)
+    before = Counted.calls
+    make_trainer(kind, divergence=divergence, alpha=0.7, temperature=3.0, max_steps=2).train()
+    assert Counted.calls == before + 1
+
+
+def peer():
+    return PeerTeacher(build("llama", 3), mutual=True)
+
+
+TEACHERS = {
+    "frozen": lambda: build("llama", 1, layers=3, width=48),
+    "wider vocabulary": lambda: build("llama", 1, vocab=101),
+    "ema": partial(EMATeacher, decay=0.5),
+    "snapshot": partial(SnapshotTeacher, every=2),
+    "peer": peer,
+    "several": lambda: MultiTeacher({"one": FrozenTeacher(build("llama", 1)), "two": FrozenTeacher(build("llama", 2))}),
+    "mtp": partial(MTPTeacher, heads=2),
+}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_it_changes_nothing_of_what_is_trained(make_trainer, teacher):
+    weights = []
+    for check in (True, False):
+        options = {"alpha": 0.0} if teacher == "mtp" else {}
+        trainer = make_trainer(
+            "gpt2" if teacher == "ema" else "llama",
+            folder=str(check),
+            self_check=check,
+            teacher=TEACHERS[teacher](),
+            **options,
+        )
+        trainer.train()
+        weights.append([p.detach() for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("bits", ["bfloat16", "autocast"])
+def test_rounding_is_no_mismatch(make_trainer, bits):
+    model, teacher = build("llama", 0, vocab=900), build("llama", 1, layers=3, width=48, vocab=900)
+    if bits == "bfloat16":
+        model, teacher = model.bfloat16(), teacher.bfloat16()
+    make_trainer(model=model, teacher=teacher, bf16=bits == "autocast", use_cpu=True, max_steps=2).train()
+
+
+def test_a_head_that_something_follows_is_known(make_trainer):
+    from transformers import GraniteConfig
+
+    config = GraniteConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                           num_key_value_heads=1, intermediate_size=64, logits_scaling=4.0, pad_token_id=0)  # fmt: skip
+    make_trainer(model=AutoModelForCausalLM.from_config(config), max_steps=2).train()
+
+
+def swapped(monkeypatch, name: str, **changes) -> None:
+    monkeypatch.setitem(LOSSES, name, replace(get_loss(name), **changes))
+
+
+def test_a_gradient_of_another_loss_is_seen(make_trainer, monkeypatch):
+    closed = get_loss("forward_kl").gradient
+
+    def wrong(pair, **options):
+        values, gradient = closed(pair, **options)
+        return values, gradient.mul_(1.1)
+
+    swapped(monkeypatch, "forward_kl", gradient=wrong)
+    fails(make_trainer(), "the fused head's gradient is not that of the loss")
+
+
+def test_a_loss_under_anothers_name_is_seen(make_trainer, monkeypatch):
+    swapped(monkeypatch, "forward_kl", gradient=get_loss("reverse_kl").gradient)
+    fails(make_trainer(), "soft is ", "by its definition")
+
+
+def test_a_square_that_is_forgotten_is_seen(make_trainer, monkeypatch):
+    monkeypatch.setattr(Term, "scale", property(lambda self: 1.0))
+    fails(make_trainer(temperature=2.0), "soft is ", "by its definition", "the loss is ")
+
+
+def test_another_weight_or_temperature_than_asked_is_seen(make_trainer):
+    trainer = make_trainer(alpha=0.5)
+    trainer.distiller.terms[0] = replace(trainer.distiller.terms[0], weight=0.6)
+    trainer.distiller._on_logits[0] = trainer.distiller.terms[0]
+    fails(trainer, "with the weights that were asked for: soft 0.5, hard 0.5")
+    trainer = make_trainer(temperature=2.0)
+    trainer.distiller._on_logits[0] = replace(trainer.distiller.terms[0], options={"temperature": 3.0})
+    fails(trainer, "soft is ")
+
+
+def test_an_answer_with_a_graph_is_seen(make_trainer):
+    class Trained(FrozenTeacher):
+        def __call__(self, inputs, targets, wanted):
+            logits = self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            return Signals(Logits(targets.pick(logits)))
+
+    teacher = Trained(build("llama", 1))
+    trainer = make_trainer(teacher=teacher)
+    teacher.model.requires_grad_(True)
+    fails(trainer, "the teacher's answer carries a gradient")
+
+
+def test_tokens_that_are_lost_are_seen(make_trainer, monkeypatch):
+    original = Targets.from_batch.__func__
+    monkeypatch.setattr(
+        Targets, "from_batch", classmethod(lambda cls, *given: original(cls, *given).block(slice(1, None)))
+    )
+    fails(make_trainer(), "tokens are asked, but the labels ask ")
+
+
+def test_a_loss_of_ones_own_that_looks_beyond_its_token_is_refused_unless_told(make_trainer):
+    @loss("centred", needs={"logits"})
+    def centred(student, teacher, targets):
+        values = student.logits.project().square().mean(1)
+        return values - values.mean()
+
+    try:
+        fails(make_trainer(losses=[{"name": "centred"}]), "centred is ", "looks beyond its token")
+        make_trainer(losses=[{"name": "centred"}], self_check=False).train()
+    finally:
+        LOSSES.pop("centred")
+
+
+def test_a_batch_that_asks_nothing_is_no_reason_to_fail(make_trainer):
+    data = rows("llama", 4)
+    for row in data:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    trainer: DistillTrainer = make_trainer(train_dataset=data, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
