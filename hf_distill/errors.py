@@ -14,6 +14,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, though its input was right: the message says why, what there is, and what to do."""
 
 
+class Interrupted(SystemExit):
+    """A signal asked for the end, and what was done is kept; the exit code is 128 and the signal's number."""
+
+
 @contextmanager
 def noted(problems: list[str]) -> Iterator[None]:
     """Note a DistillError of the block among `problems`, and go on; `tell` raises all of them at once."""

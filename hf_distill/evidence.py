@@ -26,11 +26,16 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    half = path.with_name(f"{path.name}.half")
+    half.write_text(text)
+    half.replace(path)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    half = path.with_suffix(".json.half")
-    half.write_text(json.dumps(values, indent=1) + "\n")
-    half.replace(path)
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,21 +53,24 @@ def measured(metrics: dict[str, float]) -> dict[str, float]:
 class MetricsFile(TrainerCallback):
     """Appends every log of a trainer to a file of JSON lines, `{"run": ..., "step": ..., ...}`.
 
-    A resumed training takes back the lines that came after its checkpoint.
+    Where training begins, its lines are those of the checkpoint that it goes on from, and others stay.
     """
 
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Drop this run's lines beyond the step that training starts from."""
+        """Take back what came after the checkpoint, and a line that was cut off."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            kept = [line for line in lines if line["run"] != self.run or line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+            others = [line for line in whole if json.loads(line)["run"] != self.run]
+            write_whole(self.path, "".join([*others, *(self._line(log["step"], log) for log in state.log_history)]))
+
+    def _line(self, step: int, logs: dict[str, float]) -> str:
+        return json.dumps({"run": self.run, "step": step, **logs}) + "\n"
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Append one line."""
         if state.is_world_process_zero:
             with self.path.open("a") as f:
-                f.write(json.dumps({"run": self.run, "step": state.global_step, **(logs or {})}) + "\n")
+                f.write(self._line(state.global_step, logs or {}))

@@ -47,6 +47,15 @@ class SavingMixin(_Base):
         then = f"{whole} is whole: resume from that" if whole else "No other is whole: start again without resuming"
         raise DistillError(f"Training cannot be resumed from {path}: {why}. {then}.")
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """As the Trainer's, which takes one step too many where it resumes from the last one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+            return
+        self.control.should_training_stop = True
+        if kwargs["resume_from_checkpoint"] is not None:
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As the Trainer's; sealed when all ranks have written. One that cannot be written is removed again.
 

@@ -1,5 +1,6 @@
 """The self-check of the first batch sees every way in which an objective could be another one."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -80,6 +81,13 @@ def test_rounding_is_no_mismatch(make_trainer, bits):
     if bits == "bfloat16":
         model, teacher = model.bfloat16(), teacher.bfloat16()
     make_trainer(model=model, teacher=teacher, bf16=bits == "autocast", use_cpu=True, max_steps=2).train()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js", "total_variation"])
+def test_what_cancels_between_models_that_are_alike_is_no_mismatch(make_trainer, alpha, divergence):
+    model = build("llama", 0, layers=3, width=64, vocab=3000)
+    make_trainer(model=model, teacher=copy.deepcopy(model), alpha=alpha, divergence=divergence, max_steps=2).train()
 
 
 def test_a_head_that_something_follows_is_known(make_trainer):

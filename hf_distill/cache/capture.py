@@ -217,6 +217,7 @@ def _claim(folder: Path, manifest: Manifest, main: bool) -> Manifest | None:
                     f"{folder} holds another cache: {'; '.join(problems)}. Give another folder, or remove this one."
                 )
             if name == FILE:
+                _tidy(folder, main)
                 return there
     _barrier()
     if main and not (folder / CAPTURE).is_file():
@@ -235,10 +236,16 @@ def _finish(folder: Path, manifest: Manifest, count: int, main: bool) -> Manifes
         head = entry_of(folder / HEAD) if (folder / HEAD).is_file() else None
         whole = replace(manifest, shards=shards, index=write_index(folder, shards), head=head)
         whole.write(folder / FILE)
-        for file in [*folder.glob("shard-*.json"), *folder.glob("*.half"), folder / CAPTURE]:
-            file.unlink(missing_ok=True)
+    _tidy(folder, main)
     _barrier()
     return read_manifest(folder)
+
+
+def _tidy(folder: Path, main: bool) -> None:
+    """Remove what was of the capture alone."""
+    if main:
+        for file in [*folder.glob("shard-*.json"), *folder.glob("*.half"), folder / CAPTURE]:
+            file.unlink(missing_ok=True)
 
 
 def _entry_name(shard: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import DistillError
+from ..evidence import write_whole
 from ..names import kind_of
 from ..recipe.schema import Recipe
 
@@ -19,7 +20,8 @@ def claim(recipe: Recipe, resume: bool) -> Path:
         DistillError: it holds a run and `resume` is off, or the run of another recipe; it cannot be written to.
     """
     folder = Path(recipe.train.output_dir)
-    resolved = recipe.model_dump(exclude_none=True)
+    text = yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False)
+    resolved = yaml.safe_load(text)
     file = folder / "recipe.yaml"
     if file.is_file() and not resume:
         if kind_of(recipe.base) == "smoke":
@@ -40,7 +42,7 @@ def claim(recipe: Recipe, resume: bool) -> Path:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(resolved, sort_keys=False))
+        write_whole(file, text)
     except OSError as error:
         raise DistillError(
             f"train.output_dir: {folder} cannot be written to ({error.strerror}): give another, or make room there."

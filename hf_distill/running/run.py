@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from ..recipe.schema import Recipe
 from .chain import run_chain
+from .interrupts import Interrupts
 from .single import RunResult, run_single
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,9 @@ def run_recipe(
 
     Raises:
         DistillError: the folder holds another run, or an input is wrong.
+        RunError: it cannot go on, though its input was right.
+        Interrupted: SIGTERM or SIGINT came, and was heeded.
     """
-    run = run_chain if recipe.stages else run_single
-    return run(recipe, resume, callbacks, on_stage)
+    run, interrupts = run_chain if recipe.stages else run_single, Interrupts(on_stage)
+    with interrupts.heeded():
+        return run(recipe, resume, [*callbacks, interrupts], on_stage)

@@ -42,6 +42,7 @@ from .moved import NoTeacher, of_moved, save_moved
 from .on_policy import prepare_prompts
 from .provenance import provenance
 from .ranks import check_same, on_main
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,29 @@ def run_single(
     if evidence.get("status") == "done":
         on_stage("This run is over already.")
         return RunResult(folder, models)
-    with released(folder):
-        write_missing(recipe, on_stage)
-        run = Loaded(recipe, args, folder, list(callbacks), on_stage)
+    watch = Watch(args.ddp_timeout)
+    with watch.kept():
+        with released(folder):
+            write_missing(recipe, on_stage)
+            run = Loaded(recipe, args, folder, [*callbacks, watch], on_stage)
+        return _run(run, evidence)
+
+
+def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
+    """Train and measure what is missing in the evidence."""
+    recipe, folder, models = run.recipe, run.folder, evidence["models"]
 
     def keep(**found: dict[str, float]) -> None:
         models.update(found)
         evidence.update(run.facts)
-        if args.should_save:
+        if run.args.should_save:
             write_json(folder / "evidence.json", evidence)
 
     if "student" not in models:
         before, student = run.distil()
         keep(before=before, student=student, **of_moved(recipe, student))
     if recipe.control and "control" not in models:
-        on_stage("Training the control on hard labels alone")
+        run.on_stage("Training the control on hard labels alone")
         keep(control=run.control())
     evidence["status"] = "done"
     keep()

@@ -1,0 +1,238 @@
+"""Runs that are killed at some moment and resumed, each in a process of its own.
+
+A fate is a moment by the clock, or a place: the n-th call of something that a run does, before it, in the middle of
+what it writes, or after it. Processes are forked from one that has imported everything, so that a trial takes seconds.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# What a run does, by where it is looked up; "half": it writes, and can be cut off in the middle.
+PLACES = {
+    "step": ("hf_distill.distiller:Distiller.__call__", False),
+    "backward": ("accelerate:Accelerator.backward", False),
+    "optimizer": ("accelerate.optimizer:AcceleratedOptimizer.step", False),
+    "teacher moves": ("hf_distill.trainer:_Clock.on_step_end", False),
+    "evaluation": ("transformers:Trainer.prediction_step", False),
+    "checkpoint begins": ("hf_distill.saving:begin", False),
+    "weights": ("transformers:PreTrainedModel.save_pretrained", True),
+    "projectors": ("hf_distill.sidecar_trainer:save_sidecar", True),
+    "teacher's state": ("hf_distill.teachers.state:save_file", True),
+    "optimizer's state": ("torch:save", True),
+    "trainer's state": ("transformers:TrainerState.save_to_json", True),
+    "seal": ("hf_distill.saving:seal", False),
+    "rename": ("pathlib:Path.replace", False),
+    "rotation": ("transformers.trainer:rotate_checkpoints", False),
+    "removal": ("shutil:rmtree", False),
+    "cache is read": ("hf_distill.cache.store:Store.find", False),
+    "shard": ("hf_distill.cache.capture:write_shard", False),
+    "index": ("hf_distill.cache.capture:write_index", False),
+    "head": ("hf_distill.cache.capture:write_head", False),
+    "manifest": ("hf_distill.cache.manifest:Manifest.write", False),
+    "log": ("hf_distill.evidence:MetricsFile.on_log", True),
+    "evidence": ("hf_distill.running.single:write_json", False),
+    "recipe": ("hf_distill.running.folder:claim", False),
+}
+_PRELOAD = [  # what every run imports
+    *("hf_distill.running.run", "hf_distill.running.caching", "hf_distill.trl", "hf_distill.cache.write"),
+    *("transformers.models.llama.modeling_llama", "transformers.trainer", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "datasets", "peft", "trl.experimental.gkd"),
+]
+
+
+_SHORT = [
+    *("train.max_steps=7", "train.save_steps=3", "train.save_total_limit=2", "train.logging_steps=1"),
+    *("train.eval_strategy=steps", "train.eval_steps=3", "train.learning_rate=0.01"),
+]
+_FEATURES = "losses=[{name: hidden_cosine, weight: 0.1}, {name: attention_kl, layers: last:1}]"
+_LORA = "student={model: 'smoke:llama/student', lora: {r: 4}}"
+KINDS = {  # a packaged recipe, and what is changed of it
+    "frozen": ("quickstart", [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]),
+    "cached": ("cached", ["control=null"]),
+    "own_base": ("quickstart", [_LORA, "teacher={kind: own_base}", "control=null"]),
+    **{name: (name, ["control=null"]) for name in ("ema", "snapshot", "online", "mutual", "mtp", "multi-view")},
+    "on-policy": ("on-policy", ["control=null"]),
+    "chain": ("progressive", []),
+    "capture": ("cached", []),
+}
+
+
+def job_of(kind: str, place: Path, *overrides: str) -> Callable[[], None]:
+    """What a process of a kind does, in the folder `run` of the one that it is in, from wherever it was cut off.
+
+    Args:
+        kind: of `KINDS`.
+        place: of what trials share: a cache.
+        overrides: of the recipe.
+    """
+    return partial(_job, kind, place, overrides)
+
+
+def _job(kind: str, place: Path, overrides: tuple[str, ...]) -> None:
+    from hf_distill.recipe import load_recipe, run_recipe
+    from hf_distill.running.caching import write_recipe_cache
+
+    name, changes = KINDS[kind]
+    if name == "cached":
+        changes = [*changes, f"teacher.path={'run' if kind == 'capture' else place / 'cache' / 'run'}"]
+        texts = [json.dumps({"text": f"The number {i} times {i} is {i * i}. " * 9}) for i in range(60)]
+        (place / "texts.jsonl").write_text("\n".join(texts))
+        changes.append(f"data.task.path={place / 'texts.jsonl'}")
+    recipe = load_recipe(name, [*_SHORT, *changes, "train.output_dir=run", *overrides], smoke=True)
+    if kind == "capture":
+        write_recipe_cache(recipe, batch_size=2, shard_rows=4)
+    else:
+        run_recipe(recipe, resume=True)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """When a process is killed: after some seconds of training, or at a place."""
+
+    seconds: float | None = None
+    place: str = ""
+    call: int = 0
+    when: str = "before"  # half, after
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s" if self.seconds is not None else f"{self.when} call {self.call} of {self.place}"
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wrap(place: str, around: Callable[[str, Callable, tuple, dict], Any]) -> None:
+    module, _, path = PLACES[place][0].partition(":")
+    owner: Any = import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        return around(place, original, args, kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _cut(folder: Path, since: float) -> None:
+    """The newest file that was written since then loses its second half; of lines, half of the last one."""
+    files = [(p.stat().st_mtime, p) for p in folder.rglob("*") if p.is_file() and p.stat().st_mtime >= since - 0.01]
+    if files:
+        path = max(files)[1]
+        whole = path.read_bytes()
+        kept = whole.rstrip(b"\n").rfind(b"\n") + 5 if path.suffix == ".jsonl" else len(whole) // 2
+        os.truncate(path, kept)
+
+
+def _child(job: Callable[[], None], folder: Path, fate: Fate | None, counts: Path | None) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    calls: Counter = Counter()
+
+    def around(place: str, original: Callable, args: tuple, kwargs: dict) -> Any:
+        calls[place] += 1
+        hit = fate is not None and fate.place == place and fate.call == calls[place]
+        if hit and fate.when == "before":
+            kill()
+        since = time.time()
+        result = original(*args, **kwargs)
+        if hit:
+            if fate.when == "half":
+                _cut(folder / "run", since)
+            kill()
+        return result
+
+    for place in PLACES if counts else [fate.place] if fate and fate.place else []:
+        _wrap(place, around)
+    start = time.monotonic()
+    job()
+    if counts:
+        counts.write_text(json.dumps({"calls": calls, "seconds": time.monotonic() - start}))
+
+
+def started(job, folder: Path, fate: Fate | None = None, counts: Path | None = None) -> int:
+    """Run a job in a process of its own; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    process = context.Process(target=_child, args=(job, folder, fate, counts))
+    process.start()
+    if fate is not None and fate.seconds is not None:
+        process.join(fate.seconds)
+        if process.is_alive():
+            process.kill()
+    process.join()
+    return process.exitcode
+
+
+def fates(counts: dict[str, Any], number: int, seed: int) -> list[Fate]:
+    """So many moments: a third by the clock, the others at places, each of which is met as often as the others."""
+    random_ = random.Random(seed)
+    clock = [Fate(seconds=random_.uniform(0.1, counts["seconds"])) for _ in range(number // 3)]
+    places = sorted(place for place in PLACES if counts["calls"].get(place))
+    random_.shuffle(places)
+    at = []
+    for i in range(number - len(clock)):
+        place = places[i % len(places)]
+        whens = ["before", "half", "after"] if PLACES[place][1] else ["before", "after"]
+        at.append(Fate(place=place, call=random_.randint(1, counts["calls"][place]), when=random_.choice(whens)))
+    return clock + at
+
+
+def content(folder: Path, kind: str) -> dict[str, Any]:
+    """Of a trial's folder all that no crash may change: weights, held-out metrics, logs; the files of a cache."""
+    folder = folder / "run"
+    if kind == "capture":
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        if "checkpoint-" not in str(path):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    evidence = json.loads((folder / "evidence.json").read_text())
+    found["status"], found["models"] = evidence["status"], [_untimed(m) for m in evidence["models"].values()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found["logs"] = [_untimed(line) for line in lines if "loss" in line or "eval_loss" in line]
+    return found
+
+
+def _untimed(values: dict[str, Any]) -> dict[str, Any]:
+    timing = ("per_second", "_time", "runtime", "seconds")
+    return {name: value for name, value in values.items() if not name.endswith(timing)}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Which parts are not the same."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def trial(job, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) -> str | None:
+    """Kill a run so, resume it, and compare; None: nothing was lost."""
+    code = started(job, folder, fate)
+    if code not in (0, -signal.SIGKILL):
+        return f"{fate}: ended with {code} before it was killed: {_last(folder)}"
+    if code := started(job, folder):
+        return f"{fate}: could not be resumed ({code}): {_last(folder)}"
+    lost = differences(content(folder, kind), expected)
+    return f"{fate}: not the same: {', '.join(lost)}" if lost else None
+
+
+def _last(folder: Path) -> str:
+    return (folder / "log").read_text()[-1500:]

@@ -1,0 +1,67 @@
+"""Processes that wait for one that is gone or stuck end, and say which it was."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_distill.checkpoints import newest_whole
+
+SCRIPT = Path(__file__).with_name("watched.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("fate", "told"),
+    [
+        ("die", r"Rank 1 is gone \(last seen at .*\. The others cannot go on without it"),
+        ("hang", r"Rank 0 has waited for \d+ s: rank 1 is at distributed/watched\.py:\d+ in on_step_begin\."),
+        ("stop", r"Rank 0 has waited for \d+ s: rank 1 gives no sign of life \(last seen at "),
+    ],
+)
+def test_a_rank_that_is_gone_or_stuck_is_named_and_the_other_ends(tmp_path, fate, told):
+    """No launcher that would kill the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch = [sys.executable, str(SCRIPT), str(tmp_path / "run"), fate]
+    processes = [
+        subprocess.Popen(launch, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        message = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+    assert processes[0].returncode == 1
+    assert re.search(told, message), message[-3000:]
+
+
+def test_both_stop_with_a_whole_checkpoint_when_their_launcher_is_told_to(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    folder = tmp_path / "run"
+    process = subprocess.Popen([*launch, str(folder), "term"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not ((folder / "metrics.jsonl").is_file() and '"loss"' in (folder / "metrics.jsonl").read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    checkpoint = newest_whole(folder)
+    assert checkpoint
+    assert (checkpoint / "rng_state_1.pth").is_file()
+    assert not (folder / "student").exists()
