@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-floor check lint bench browser clean
+.PHONY: quickstart test test-floor check lint bench soak browser clean
 .DELETE_ON_ERROR:
 
 # torch first, and pinned: a later line would otherwise be free to choose another build.
@@ -77,6 +77,10 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspecting.py ../runs/quickstart
+
+# Whole: every kind of run killed at 30 moments. A sample of it is among the tests.
+soak: $(VENV)/installed-dev
+	cd benchmarks && $(abspath $(VENV))/bin/python soak.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-floor build dist *.egg-info

@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -68,18 +68,19 @@ KINDS = {  # a packaged recipe, and what is changed of it
 }
 
 
-def job_of(kind: str, place: Path, *overrides: str) -> Callable[[], None]:
+def job_of(kind: str, place: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
     """What a process of a kind does, in the folder `run` of the one that it is in, from wherever it was cut off.
 
     Args:
         kind: of `KINDS`.
         place: of what trials share: a cache.
         overrides: of the recipe.
+        callbacks: of its trainers.
     """
-    return partial(_job, kind, place, overrides)
+    return partial(_job, kind, place, overrides, callbacks)
 
 
-def _job(kind: str, place: Path, overrides: tuple[str, ...]) -> None:
+def _job(kind: str, place: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
     from hf_distill.recipe import load_recipe, run_recipe
     from hf_distill.running.caching import write_recipe_cache
 
@@ -93,7 +94,7 @@ def _job(kind: str, place: Path, overrides: tuple[str, ...]) -> None:
     if kind == "capture":
         write_recipe_cache(recipe, batch_size=2, shard_rows=4)
     else:
-        run_recipe(recipe, resume=True)
+        run_recipe(recipe, resume=True, callbacks=callbacks)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A sample of what `make soak` does in full: a run that is killed at any moment and resumed ends as if it had not been."""
+"""A sample of `make soak`: a run that is killed at any moment and resumed ends as if nothing had been."""
 
 import json
 import sys

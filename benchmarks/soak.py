@@ -1,0 +1,139 @@
+"""Nothing lost, in full: runs of every kind killed at 30 moments, memory over 500 steps, what the self-check costs.
+
+python soak.py              (`make soak`)
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from crashing import KINDS, content, fates, job_of, started, trial
+from measure import status_mib
+from transformers import TrainerCallback
+
+from hf_distill.evidence import environment, write_json
+
+RESULT = Path(__file__).parent / "results" / "soak.json"
+MOMENTS, STEPS, SETTLED = 30, 500, 100
+TRAINED = [kind for kind in KINDS if kind not in ("chain", "capture")]
+
+
+def crashes(place: Path, kind: str) -> dict[str, Any]:
+    """Kill a kind's runs at so many moments; what was lost."""
+    start, job = time.perf_counter(), job_of(kind, place)
+    if code := started(job, place / kind, counts=place / f"{kind}.json"):
+        raise RuntimeError(f"{kind} ended with {code}: {(place / kind / 'log').read_text()[-3000:]}")
+    expected = content(place / kind, kind)
+    drawn = fates(json.loads((place / f"{kind}.json").read_text()), MOMENTS, seed=0)
+
+    def one(numbered: tuple[int, Any]) -> str | None:
+        folder = place / f"{kind}-{numbered[0]}"
+        lost = trial(job, folder, numbered[1], expected, kind)
+        shutil.rmtree(folder)
+        return lost
+
+    with ThreadPoolExecutor(2) as pool:
+        lost = [found for found in pool.map(one, enumerate(drawn)) if found]
+    met = Counter(fate.place or "at a random time" for fate in drawn)
+    seconds = round(time.perf_counter() - start)
+    print(f"{kind}: {len(drawn)} crashes, {len(lost)} lost something ({seconds} s)", *lost, sep="\n  ", flush=True)
+    return {"crashes": len(drawn), "lost": lost, "where": dict(sorted(met.items())), "seconds": seconds}
+
+
+class Resident(TrainerCallback):
+    """Memory of this process, every ten steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= SETTLED and state.global_step % 10 == 0:
+            self.seen.append((state.global_step, status_mib("VmRSS")))
+
+
+def memory(kind: str, place: Path) -> dict[str, float]:
+    """In this process: MB that a hundred steps add, with evaluation, logs and checkpoints, once the first are over."""
+    resident = Resident()
+    often = [f"train.max_steps={STEPS}", "train.save_steps=50", "train.eval_steps=50", "train.logging_steps=10"]
+    job_of(kind, place, "control=null", *often, callbacks=[resident])()
+    steps, mib = np.array(resident.seen).T
+    slope = float(np.polyfit(steps, mib, 1)[0]) * 100 * 2**20 / 1e6
+    return {"mb_per_100_steps": slope, "first_mb": mib[0] * 2**20 / 1e6, "last_mb": mib[-1] * 2**20 / 1e6}
+
+
+def self_check(place: Path) -> dict[str, float]:
+    """In this process: its share of 20 steps of the quickstart."""
+    import hf_distill.trainer
+    from hf_distill.recipe import load_recipe, run_recipe
+    from hf_distill.selfcheck import SelfCheck
+
+    seconds = []
+
+    class Timed(SelfCheck):
+        def __call__(self, *given):
+            start = time.perf_counter()
+            super().__call__(*given)
+            seconds.append(time.perf_counter() - start)
+
+    hf_distill.trainer.SelfCheck = Timed
+    changes = [f"train.output_dir={place / 'run'}", "train.max_steps=20", "control=null"]
+    trained = run_recipe(load_recipe("quickstart", changes)).models["student"]["train_seconds"]
+    (spent,) = seconds
+    return {"check_s": spent, "train_s": trained, "share": spent / trained}
+
+
+def apart(what: str, *words: str) -> dict[str, Any]:
+    """A measurement in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).resolve()), what, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    print(what, *words, found, flush=True)
+    return found
+
+
+def main() -> None:
+    """All of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if started(job_of("capture", place), place / "cache"):
+            raise RuntimeError((place / "cache" / "log").read_text()[-3000:])
+        found = {kind: crashes(place, kind) for kind in KINDS}
+        grown = {kind: apart("memory", kind, folder) for kind in TRAINED}
+    share = apart("self_check")
+    results = {
+        "environment": environment("cpu"),
+        "crashes": {
+            "crashes": sum(one["crashes"] for one in found.values()),
+            "lost": sum(len(one["lost"]) for one in found.values()),
+            "kinds": found,
+        },
+        "memory": {
+            "steps": STEPS,
+            "most_mb_per_100_steps": max(m["mb_per_100_steps"] for m in grown.values()),
+            "kinds": grown,
+        },
+        "self_check": share,
+    }
+    write_json(RESULT, results)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["memory"]:
+        print(json.dumps(memory(sys.argv[2], Path(sys.argv[3]))))
+    elif sys.argv[1:2] == ["self_check"]:
+        print(json.dumps(self_check(Path.cwd())))
+    else:
+        main()
