@@ -4,20 +4,22 @@ python soak.py              (`make soak`)
 """
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from crashing import KINDS, content, fates, job_of, started, trial
+from crashing import KINDS, Fate, content, fates, job_of, started, trial
 from measure import status_mib
 from transformers import TrainerCallback
 
@@ -36,18 +38,22 @@ def crashes(place: Path, kind: str) -> dict[str, Any]:
     expected = content(place / kind, kind)
     drawn = fates(json.loads((place / f"{kind}.json").read_text()), MOMENTS, seed=0)
 
-    def one(numbered: tuple[int, Any]) -> str | None:
-        folder = place / f"{kind}-{numbered[0]}"
-        lost = trial(job, folder, numbered[1], expected, kind)
-        shutil.rmtree(folder)
-        return lost
-
-    with ThreadPoolExecutor(2) as pool:
-        lost = [found for found in pool.map(one, enumerate(drawn)) if found]
+    folders = [place / f"{kind}-{i}" for i in range(len(drawn))]
+    # Not threads: multiprocessing would collect the processes of one in the other.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        alike = (repeat(expected), repeat(kind))
+        tried = pool.map(_trial, repeat(job), folders, drawn, *alike)
+        lost = [found for found in tried if found]
     met = Counter(fate.place or "at a random time" for fate in drawn)
     seconds = round(time.perf_counter() - start)
     print(f"{kind}: {len(drawn)} crashes, {len(lost)} lost something ({seconds} s)", *lost, sep="\n  ", flush=True)
     return {"crashes": len(drawn), "lost": lost, "where": dict(sorted(met.items())), "seconds": seconds}
+
+
+def _trial(job: Any, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) -> str | None:
+    lost = trial(job, folder, fate, expected, kind)
+    shutil.rmtree(folder)
+    return lost
 
 
 class Resident(TrainerCallback):
