@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
+# Tests of one file share what they make; those that start processes of their own come after the others.
+APART  := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: quickstart test test-floor check lint bench soak browser clean
 .DELETE_ON_ERROR:
 
@@ -30,7 +33,8 @@ browser:
 	  echo "Install chromium: the test of reports needs a browser."
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore tests/distributed $(APART)
+	$(BIN)/python -m pytest tests/distributed
 
 # The oldest versions that setup.cfg allows, in a virtual environment of their own.
 $(VENV)-floor/installed: setup.cfg
@@ -42,7 +46,8 @@ $(VENV)-floor/installed: setup.cfg
 	touch $@
 
 test-floor: $(VENV)-floor/installed browser
-	$(VENV)-floor/bin/python -m pytest tests
+	$(VENV)-floor/bin/python -m pytest tests --ignore tests/distributed $(APART)
+	$(VENV)-floor/bin/python -m pytest tests/distributed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -53,6 +53,8 @@ class FiniteMixin(_Base):
             RunError: `max_nonfinite_steps` in a row were skipped; or one was not finite that cannot be skipped.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        if not self._losses:  # of a Trainer with a step of its own
+            return norm
         losses, self._losses = torch.stack(self._losses), []
         seen, self._seen = self._seen, []
         whole = self._everywhere(torch.stack([losses.isfinite().all(), _finite(norm, losses.device)]))
