@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
-    Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit.
+    Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit, while all is finite.
     """
 
     teacher: Any
