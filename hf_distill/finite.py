@@ -57,6 +57,7 @@ class Found:
     """What was not finite in a step.
 
     step:       that would have been taken, counted from 1
+    loss:       whether the loss is finite on all ranks
     count:      asked tokens whose loss is not finite
     of:         asked tokens
     terms:      terms that are not finite there, and `finite` those that are
@@ -65,6 +66,7 @@ class Found:
     """
 
     step: int
+    loss: bool
     count: int
     of: int
     terms: list[str]
@@ -75,7 +77,9 @@ class Found:
     def __str__(self) -> str:
         if not self.count:
             named = f" ({', '.join(self.parameters[:3])})" if self.parameters else ""
-            return f"every loss is finite, the gradient is not{named}"
+            if self.loss:
+                return f"every loss is finite, the gradient is not{named}"
+            return f"the loss is not finite, though no token's terms tell why (a loss of the model's own?){named}"
         first = self.places[0]
         told = f"{', '.join(self.terms)}: not finite for {self.count} of {self.of} tokens"
         text = f" {first.text!r}" if first.text else ""
@@ -119,11 +123,12 @@ def places_of(seen: Iterable[Seen], rank: int, text: Callable[[int], str]) -> tu
     return places, count, asked
 
 
-def found_of(step: int, ranks: Iterable[tuple[list[Place], int, int]], parameters: list[str]) -> Found:
+def found_of(step: int, loss: bool, ranks: Iterable[tuple[list[Place], int, int]], parameters: list[str]) -> Found:
     """What was found on all ranks, as one.
 
     Args:
         step: that would have been taken.
+        loss: whether it is finite on all of them.
         ranks: of each rank, what `places_of` says.
         parameters: names of those whose gradient is not finite.
     """
@@ -134,7 +139,7 @@ def found_of(step: int, ranks: Iterable[tuple[list[Place], int, int]], parameter
     terms = [name for name in names if any(not math.isfinite(float(v[name])) for v in values)]
     finite = [name for name in names if name not in terms]
     count, asked = sum(count for _, count, _ in ranks), sum(asked for *_, asked in ranks)
-    return Found(step, count, asked, terms, finite, places, parameters[:_SHOWN])
+    return Found(step, loss, count, asked, terms, finite, places, parameters[:_SHOWN])
 
 
 class Leaps:

@@ -66,7 +66,7 @@ class FiniteMixin(_Base):
         self._skipped += 1
         scaler = self.accelerator.scaler
         if not (whole[0] and scaler is not None and scaler.get_scale() > 1):
-            self._skip(model, seen)
+            self._skip(model, seen, whole[0])
         return norm
 
     def _everywhere(self, flags: Tensor) -> list[bool]:
@@ -75,8 +75,8 @@ class FiniteMixin(_Base):
             flags = self.accelerator.reduce(flags.float(), "sum") >= self.accelerator.num_processes
         return flags.tolist()
 
-    def _skip(self, model: Any, seen: list[Seen]) -> None:
-        found = self._found(model, seen)
+    def _skip(self, model: Any, seen: list[Seen], loss: bool) -> None:
+        found = self._found(model, seen, loss)
         self._in_a_row.append(found)
         model.zero_grad()  # an optimizer leaves parameters without a gradient as they are
         moved = self.is_deepspeed_enabled or any(word in str(self.args.optim) for word in ("lomo", "layerwise"))
@@ -85,7 +85,7 @@ class FiniteMixin(_Base):
         row = f", the {len(self._in_a_row)}th in a row" if len(self._in_a_row) > 1 else ""
         logger.warning(f"Step {found.step} is skipped{row}: {found}.")
 
-    def _found(self, model: Any, seen: list[Seen]) -> Found:
+    def _found(self, model: Any, seen: list[Seen], loss: bool) -> Found:
         tokenizer: Any = getattr(self, "processing_class", None)
 
         def text(token: int) -> str:
@@ -96,7 +96,7 @@ class FiniteMixin(_Base):
         learnt = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         broken = [name for name, grad in learnt.items() if not grad.isfinite().all()]
         # Clipping by a norm that is NaN makes all of them NaN: then they tell nothing.
-        return found_of(self.state.global_step + 1, ranks, broken if len(broken) < len(learnt) else [])
+        return found_of(self.state.global_step + 1, loss, ranks, broken if len(broken) < len(learnt) else [])
 
     def _stop(self, found: Found, moved: bool) -> None:
         folder = Path(self._get_output_dir(trial=None))

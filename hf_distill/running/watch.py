@@ -65,6 +65,7 @@ class Watch(TrainerCallback):
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._store: Any = distributed_c10d._get_default_store().clone()  # a connection of its own
         self._main = threading.get_ident()
+        self._tell(False, "its beginning")  # others may ask before the first tick
         thread = threading.Thread(target=self._run, name="hf_distill-watch", daemon=True)
         thread.start()
         try:

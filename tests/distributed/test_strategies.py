@@ -1,14 +1,13 @@
 """Two processes against one, for real: DDP, DeepSpeed's ZeRO and FSDP2 over gloo, for students and for teachers."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launching import ENVIRONMENT, first_of_two
 from safetensors.torch import load_file
 from tiny import build
 from transformers import AutoModelForCausalLM
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from hf_distill.sidecar import FILE
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def seen(folder: Path, ranks: int, *variants: str) -> dict:
@@ -168,23 +166,8 @@ def test_deepspeed_has_moved_by_then_so_training_stops(place):
 @pytest.mark.parametrize("fate", ["die", "hang"])
 def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message(place, fate):
     """No launcher that would kill the other: it has to notice by itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launch = [sys.executable, str(SCRIPT), str(place / fate), "teacher=zero3", fate]
     (place / fate).mkdir()
-    processes = [
-        subprocess.Popen(launch, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    try:
-        message = processes[0].communicate(timeout=120)[1]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stderr.close()
-    assert processes[0].returncode not in (0, -9)
+    code, message = first_of_two(SCRIPT, str(place / fate), "teacher=zero3", fate)
+    assert code not in (0, -9)
     expected = "Timed out" if fate == "hang" else "by peer"
     assert expected in message, message[-3000:]

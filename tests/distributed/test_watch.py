@@ -1,20 +1,18 @@
 """Processes that wait for one that is gone or stuck end, and say which it was."""
 
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from launching import ENVIRONMENT, first_of_two
 
 from hf_distill.checkpoints import newest_whole
 
 SCRIPT = Path(__file__).with_name("watched.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -27,23 +25,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 )
 def test_a_rank_that_is_gone_or_stuck_is_named_and_the_other_ends(tmp_path, fate, told):
     """No launcher that would kill the other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launch = [sys.executable, str(SCRIPT), str(tmp_path / "run"), fate]
-    processes = [
-        subprocess.Popen(launch, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    try:
-        message = processes[0].communicate(timeout=120)[1]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stderr.close()
-    assert processes[0].returncode == 1
+    code, message = first_of_two(SCRIPT, str(tmp_path / "run"), fate)
+    assert code == 1
     assert re.search(told, message), message[-3000:]
 
 
