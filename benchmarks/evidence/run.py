@@ -4,39 +4,76 @@ Each cell is a process of its own, and leaves results/evidence/CELL-SEED.json; w
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from cells import BLOCKS, CELLS, PEERS, SEEDS, STEPS, TEACHER, runs, values_of
-from report import DOCUMENT, RESULTS, render
+from compute import counted
+from report import RESULTS, write
 from texts import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillTrainer
-from hf_distill.evidence import environment, measured, read_json, write_json, write_whole
+from hf_distill.evidence import environment, measured, read_json, write_json
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.running.caching import write_recipe_cache
 from hf_distill.running.models import resolve_model
 from hf_distill.running.speaker import load_speaker, speaker_of
-from hf_distill.student import block_influence, most_influential
+from hf_distill.student import block_influence, cut_student, most_influential
 
 HERE = Path(__file__).parent
 WORK = HERE.parent.parent / "runs" / "evidence"
 TEXTS = WORK / "texts"
+# A core each; what a step frees is kept for the next one, which would otherwise ask the system for it anew.
+_ONE_CORE = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+
+
+class Job(NamedTuple):
+    """A result: the script that makes it, its arguments, and whether it has the machine to itself."""
+
+    cell: str
+    seed: int
+    script: list[str]
+    alone: bool = False
+
+    @property
+    def file(self) -> Path:
+        """Where it is written down."""
+        return RESULTS / f"{self.cell}-{self.seed}.json"
+
+
+def jobs() -> Iterator[Job]:
+    """All of them."""
+    yield Job("before", 0, ["run.py", "before"])
+    for name, seed in runs():
+        yield Job(name, seed, ["run.py", name, str(seed)])
+    for seed in SEEDS:
+        yield Job("encoder", seed, ["encoder.py", str(seed)])
+    for seed in SEEDS:
+        for who in PEERS:
+            yield Job(f"peer_{who}", seed, ["peers.py", who, str(seed)], alone=True)
 
 
 def recipe_of(name: str, seed: int, output: Path, *more: str) -> Any:
     """A cell's recipe."""
     values, changes = values_of(name, seed, TEXTS, layers(), output)
     file = WORK / f"{name}-{seed}.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return load_recipe(str(file), [*changes, "control=null", *more])
+    file.write_text(yaml.safe_dump(values))
+    return load_recipe(str(file), [*changes, *more])
 
 
 def layers() -> list[int]:
@@ -51,91 +88,102 @@ def layers() -> list[int]:
     return read_json(file)["layers"]
 
 
-def measure(student: Path, seed: int) -> dict[str, float]:
+def measure(student: Path, seed: int, apart: bool) -> dict[str, float]:
     """A student's held-out figures beside the teacher in full precision, whoever taught it."""
-    found: dict[str, float] = {}
-    for part in ("held_out", "held_out_general", "held_out_technical"):
-        recipe = recipe_of("distilled", seed, WORK / "measured", f"data.eval.path={TEXTS / f'{part}.jsonl'}")
-        teacher, data, tokenizer, args = load_speaker(recipe, speaker_of(recipe), lambda text: None)
-        args.report_to, args.remove_unused_columns = [], False
-        model = AutoModelForCausalLM.from_pretrained(student)
-        parts = {"eval_dataset": data.held_out, "data_collator": data.collator, "processing_class": tokenizer}
-        metrics = measured(DistillTrainer(model, args, teacher=teacher, **parts).evaluate())
-        kept = {key: metrics[key] for key in ("perplexity", "kl", "agreement", "teacher_perplexity")}
-        found |= kept if part == "held_out" else {f"{part.rpartition('_')[2]}_{key}": v for key, v in kept.items()}
+    recipe = recipe_of("distilled", seed, WORK / "measured", "data.eval.max_rows=null")
+    teacher, data, tokenizer, args = load_speaker(recipe, speaker_of(recipe), lambda text: None)
+    args.report_to, args.remove_unused_columns = [], False
+    model = AutoModelForCausalLM.from_pretrained(student)
+    rows = data.held_out
+    tools = {"data_collator": data.collator, "processing_class": tokenizer}
+    trainer = DistillTrainer(model, args, teacher=teacher, eval_dataset=rows, **tools)
+
+    def of(part: Any, prefix: str = "") -> dict[str, float]:
+        metrics = measured(trainer.evaluate(part))
+        return {f"{prefix}{key}": metrics[key] for key in ("perplexity", "kl", "agreement", "teacher_perplexity")}
+
+    found = of(rows)
+    if apart:
+        for first, kind in enumerate(("general", "technical")):
+            found |= of(rows.select(range(first, len(rows), 2)), f"{kind}_")
     return found
 
 
 def cell(name: str, seed: int) -> None:
     """Run one, and write down what came of it."""
     spec, output, more = CELLS[name], WORK / f"{name}-{seed}", []
+    shutil.rmtree(output, ignore_errors=True)
     if spec.cache:
         path = WORK / f"{name}-cache"
+        shutil.rmtree(path, ignore_errors=True)
         write_recipe_cache(recipe_of(name, seed, output), str(path), **spec.cache)
         more = [f"teacher={{kind: cached, path: '{path}', source: {{model: '{TEACHER}'}}}}"]
-    recipe = recipe_of(name, seed, output, *more)
     start = time.perf_counter()
-    result = run_recipe(recipe, resume=True)
+    folder = run_recipe(recipe_of(name, seed, output, *more)).folder
     seconds = time.perf_counter() - start
-    evidence = read_json(result.folder / "evidence.json")
-    found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(result.folder / "student", seed)}
-    found |= {"run_seconds": seconds, "train_seconds": result.models["student"].get("train_seconds")}
-    found |= {"student": evidence.get("student"), "recipe": evidence_recipe(result.folder)}
+    evidence = read_json(folder / "evidence.json")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text().replace(str(WORK), "runs/evidence"))
+    found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", seed, spec.apart)}
+    found |= {"run_seconds": seconds, "data": evidence["data"], "student": evidence.get("student"), "recipe": recipe}
     if spec.curve:
-        lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-        keys = ("step", "eval_perplexity", "eval_kl", "eval_agreement")
-        found["curve"] = [{key: line[key] for key in keys} for line in lines if "eval_kl" in line]
+        found |= {"curve": _curve(folder, "student"), "control_curve": _curve(folder, "control")}
     write_json(RESULTS / f"{name}-{seed}.json", found | {"environment": environment("cpu")})
+    if not (spec.card and seed == 0):
+        shutil.rmtree(output)
 
 
-def evidence_recipe(folder: Path) -> dict[str, Any]:
-    """The resolved recipe, without this machine's paths."""
-    text = (folder / "recipe.yaml").read_text().replace(str(WORK), "runs/evidence")
-    return yaml.safe_load(text)
+def _curve(folder: Path, run: str) -> list[dict[str, float]]:
+    """Held-out figures on the way."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found = {line["step"]: measured(line) for line in lines if line["run"] == run and "eval_loss" in line}
+    keys = ("perplexity", "kl", "agreement")
+    return [{"step": step} | {key: value[key] for key in keys if key in value} for step, value in found.items()]
 
 
 def before() -> None:
     """The student as it is cut, which all cells begin with."""
-    from hf_distill.student import cut_student
+    path, folder = resolve_model(TEACHER), WORK / "before"
+    teacher = AutoModelForCausalLM.from_pretrained(path)
+    cut_student(teacher, layers()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    found: dict[str, Any] = {"cell": "before", "seed": 0, "metrics": measure(folder, 0, apart=True)}
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    found |= {"layers": layers(), "steps": STEPS, "compute": counted(teacher, student)}
+    write_json(RESULTS / "before-0.json", found | {"environment": environment("cpu")})
+    shutil.rmtree(folder)
 
-    path = resolve_model(TEACHER)
-    cut_student(AutoModelForCausalLM.from_pretrained(path), layers()).save_pretrained(WORK / "before")
-    AutoTokenizer.from_pretrained(path).save_pretrained(WORK / "before")
-    found = {"cell": "before", "seed": 0, "metrics": measure(WORK / "before", 0), "layers": layers()}
-    write_json(RESULTS / "before-0.json", found | {"environment": environment("cpu"), "steps": STEPS})
 
-
-def jobs() -> Iterator[tuple[str, int, list[str]]]:
-    """Each result: its name, its seed, and the script that makes it, with its arguments."""
-    yield "before", 0, ["run.py", "before"]
-    for name, seed in runs():
-        yield name, seed, ["run.py", name, str(seed)]
-    for seed in SEEDS:
-        for who in PEERS:
-            yield f"peer_{who}", seed, ["peers.py", who, str(seed)]
-    for seed in SEEDS:
-        yield "encoder", seed, ["encoder.py", str(seed)]
+def do(job: Job) -> str:
+    """Run a job in a process of its own; what came of it, in a line."""
+    start = time.perf_counter()
+    settings = dict(os.environ) | ({} if job.alone else _ONE_CORE)
+    done = subprocess.run([sys.executable, *job.script], cwd=HERE, env=settings, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job.cell}, seed {job.seed}:\n{done.stderr[-4000:]}")
+    if not job.file.is_file():  # what is no recipe prints its figures
+        metrics = json.loads(done.stdout.strip().splitlines()[-1])
+        versions = environment("cpu") | {package: version(package) for package in ("trl", "peft")}
+        write_json(job.file, {"cell": job.cell, "seed": job.seed, "metrics": metrics, "environment": versions})
+    told = {key: round(value, 4) for key, value in read_json(job.file)["metrics"].items()}
+    return f"{job.cell}, seed {job.seed} ({time.perf_counter() - start:.0f} s): {told}"
 
 
 def main() -> None:
-    """All that is missing."""
+    """All that is missing: side by side, then those whose pace and memory are measured, one at a time."""
     prepare(TEXTS)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name, seed, script in jobs():
-        file = RESULTS / f"{name}-{seed}.json"
-        if file.is_file():
-            continue
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, *script], cwd=HERE, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{name}, seed {seed}:\n{done.stderr[-4000:]}")
-        if not file.is_file():  # what is no recipe prints its figures
-            metrics = json.loads(done.stdout.strip().splitlines()[-1])
-            versions = environment("cpu") | {package: version(package) for package in ("trl", "peft")}
-            write_json(file, {"cell": name, "seed": seed, "metrics": metrics, "environment": versions})
-        told = {key: round(value, 4) for key, value in read_json(file)["metrics"].items()}
-        print(f"{name}, seed {seed} ({time.perf_counter() - start:.0f} s): {told}", flush=True)
-    write_whole(DOCUMENT, render())
+    layers()
+    missing = [job for job in jobs() if not job.file.is_file()]
+    for alone, workers in ((False, os.cpu_count()), (True, 1)):
+        with ThreadPoolExecutor(workers) as pool:
+            running = [pool.submit(do, job) for job in missing if job.alone == alone]
+            try:
+                for done in as_completed(running):
+                    print(done.result(), flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    write()
 
 
 if __name__ == "__main__":

