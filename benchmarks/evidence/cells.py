@@ -43,13 +43,13 @@ def _own(teacher: str) -> tuple[str, ...]:
     return (_OWN, f"teacher={{{teacher}}}")
 
 
-def _cached(**options) -> Cell:
-    return Cell(_PURE, cache=options)
+def _cached(*changes: str, **options) -> Cell:
+    return Cell(changes or _PURE, cache=options)
 
 
 CELLS: dict[str, Cell] = {
-    "hard": Cell(("distill.alpha=0",), SEEDS, apart=True),
-    "distilled": Cell((), SEEDS, apart=True, card="smollm2-15-of-30-blocks"),
+    "hard": Cell(("distill.alpha=0",), SEEDS),
+    "distilled": Cell((), SEEDS, card="smollm2-15-of-30-blocks"),
     "hidden": Cell((f"losses=[{_HIDDEN}]",), SEEDS, card="smollm2-15-of-30-blocks-hidden"),
     "attention": Cell((f"losses=[{_HIDDEN}, {_ATTENTION}]", "teacher.attn_implementation=eager"), SEEDS),
     "pure": Cell(_PURE, SEEDS),
@@ -71,6 +71,8 @@ CELLS: dict[str, Cell] = {
     "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-blocks-long"),
     "cache_hidden": _cached(kind="hidden"),
     "cache_sampled_12": _cached(kind="sampled", draws=12),
+    "cache_sampled_12_half": _cached("distill.alpha=0.5", "distill.temperature=1", kind="sampled", draws=12),
+    "cache_sampled_50": _cached(kind="sampled", draws=50),
     "cache_top_12": _cached(kind="top_k", k=12),
     "cache_top_64": _cached(kind="top_k", k=64),
     "technical": Cell(("rows=technical",), apart=True),
@@ -121,8 +123,9 @@ def values_of(name: str, seed: int, texts: Path, layers: list[int], output: Path
             "seed": seed,
         },
     }
-    if not (cell.card and seed == 0):  # a cell is measured after its run, by the same teacher as all others
-        values["control"] = None
+    if cell.card and seed == 0:
+        values["control"] = "sft"
+    else:  # it is measured after its run, beside the same teacher as all others
         held_out["max_rows"] = 2
     if cell.curve:
         values["train"] |= {"eval_strategy": "steps", "eval_steps": 2 * STEPS // 5}

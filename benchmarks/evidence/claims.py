@@ -8,20 +8,21 @@ from compute import share
 from tables import Results, closed, fall, lines, of, peers_of
 
 HOLDS, NOT, EVEN = "holds", "**does not hold here**", "no difference beyond that of seeds"
+SAID, OURS = "commonly said", "ours"
 Claim = tuple[str, str, str, str]
 
 
 def claims(results: Results) -> str:
     """All of them, with a verdict each."""
-    every: Sequence[Callable[[Results], Claim]] = (
+    made: Sequence[Callable[[Results], Claim]] = (
         soft, half_of_the_gap, features, temperature, quantised, progressive, early, computing,
         draws, top_12, cached, mixed, quality_of_peers, pace_of_peers, memory_of_peers, encoders,
     )  # fmt: skip
-    return lines(("claim", "whose", "seen here", "verdict"), [claim(results) for claim in every])
+    return lines(("claim", "whose", "seen here", "verdict"), [claim(results) for claim in made])
 
 
-def perplexities(results: Results, cell: str, key: str = "perplexity") -> list[float]:
-    """Of all seeds."""
+def every(results: Results, cell: str, key: str = "perplexity") -> list[float]:
+    """A metric of all seeds."""
     return [metrics[key] for metrics in of(results, cell)]
 
 
@@ -32,61 +33,66 @@ def mean(values: Sequence[float]) -> float:
 
 def noise(results: Results) -> float:
     """How far apart seeds alone are, as a share of perplexity: the widest range among cells of several seeds."""
-    ranges = [perplexities(results, cell) for cell in ("hard", "distilled", "hidden", "attention", "pure")]
+    ranges = [every(results, cell) for cell in ("hard", "distilled", "hidden", "attention", "pure")]
     return max(max(found) / min(found) - 1 for found in ranges)
 
 
-def change(results: Results, cell: str, other: str) -> float:
-    """Of perplexity at the first seed, relative."""
-    return perplexities(results, cell)[0] / perplexities(results, other)[0] - 1
+def change(results: Results, cell: str, other: str, key: str = "perplexity") -> float:
+    """Of perplexity, or another metric, at the first seed, relative."""
+    return every(results, cell, key)[0] / every(results, other, key)[0] - 1
 
 
 def against(results: Results, cell: str, other: str) -> tuple[str, bool]:
     """Perplexity and KL of two cells in words, and whether all seeds of the first are below all of the second."""
     told, apart = [], True
     for key, name, digits in (("perplexity", "perplexity", 2), ("kl", "KL", 3)):
-        one, two = perplexities(results, cell, key), perplexities(results, other, key)
+        one, two = every(results, cell, key), every(results, other, key)
         told.append(f"{name} {mean(one):.{digits}f} against {mean(two):.{digits}f}")
         apart = apart and max(one) < min(two)
     return ", ".join(told), apart
 
 
 def soft(results: Results) -> Claim:
-    """7.1, and this library's own bar."""
+    """Both, of all seeds."""
     told, apart = against(results, "distilled", "hard")
-    return "Soft labels beat hard labels", "mission", told, f"{HOLDS}, every seed" if apart else NOT
+    return "Soft labels beat hard labels", SAID, told, f"{HOLDS}, every seed" if apart else NOT
 
 
 def half_of_the_gap(results: Results) -> Claim:
-    """7.1: of the gap between a student of the same size without teacher and the teacher."""
+    """Of the gap between a student of the same size without a teacher and the teacher."""
     end = log(results["before", 0]["metrics"]["teacher_perplexity"])
-    hard, distilled = (log(mean(perplexities(results, cell))) for cell in ("hard", "distilled"))
+    hard, distilled = (log(mean(every(results, cell))) for cell in ("hard", "distilled"))
     part = (hard - distilled) / (hard - end)
     told = f"{100 * part:.0f} % of what hard labels leave, in nats a token"
-    return "A teacher closes half of the gap that hard labels leave", "mission", told, HOLDS if part >= 0.5 else NOT
+    return (
+        "A teacher closes half of the gap that hard labels leave",
+        "commonly said",
+        told,
+        HOLDS if part >= 0.5 else NOT,
+    )
 
 
 def features(results: Results) -> Claim:
-    """7.1."""
-    plain, hidden = ([closed(results, p) for p in perplexities(results, cell)] for cell in ("distilled", "hidden"))
+    """Hidden states beside the logits."""
+    plain, hidden = ([closed(results, p) for p in every(results, cell)] for cell in ("distilled", "hidden"))
     points = 100 * (mean(hidden) - mean(plain))
     apart = HOLDS if min(hidden) > max(plain) else NOT if max(hidden) < min(plain) else EVEN
     return "Features add 1 to 3 %", "mission", f"{points:+.1f} points of the gap closed", apart
 
 
 def temperature(results: Results) -> Claim:
-    """2.3."""
+    """At alpha = 0.5."""
     cells = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
     best = {key: min(cells, key=lambda t: of(results, cells[t])[0][key]) for key in ("perplexity", "kl")}
     told = f"lowest perplexity at T = {best['perplexity']}, lowest KL at T = {best['kl']}"
-    return "T = 2 is best", "mission", told, HOLDS if set(best.values()) == {2} else NOT
+    return "T = 2 is best", SAID, told, HOLDS if set(best.values()) == {2} else NOT
 
 
 def quantised(results: Results) -> Claim:
-    """8.3."""
+    """Teachers in fewer bits."""
     int8, nf4 = (change(results, f"teacher_{bits}", "distilled") for bits in ("int8", "nf4"))
     told = f"perplexity {100 * int8:+.1f} % with INT8, {100 * nf4:+.1f} % with NF4; seeds alone {percent(results)}"
-    return "A 4-bit teacher costs nothing", "mission", told, HOLDS if nf4 <= noise(results) else NOT
+    return "A 4-bit teacher costs nothing", SAID, told, HOLDS if nf4 <= noise(results) else NOT
 
 
 def percent(results: Results) -> str:
@@ -95,64 +101,70 @@ def percent(results: Results) -> str:
 
 
 def progressive(results: Results) -> Claim:
-    """8.2."""
+    """Students that teach the next."""
     shared, each = (change(results, cell, "distilled") for cell in ("progressive", "progressive_each"))
     told = (
         f"perplexity {100 * shared:+.1f} % at the same tokens in all, {100 * each:+.1f} % at the same for each student"
     )
-    return "Chains are 2 to 3 % better", "mission", told, HOLDS if each < -0.02 else NOT
+    return "Chains are 2 to 3 % better", SAID, told, HOLDS if each < -0.02 else NOT
 
 
 def early(results: Results) -> Claim:
-    """7.3."""
+    """Of one run, and its own fall."""
     curve = results["long", 0]["curve"]
     at = next(i for i, point in enumerate(curve) if point["step"] >= curve[-1]["step"] / 10)
     part, ratio = fall(curve)[at], curve[-1]["perplexity"] / curve[at]["perplexity"]
     told = f"{100 * part:.0f} % of the fall in nats, {100 * ratio:.0f} % as final over early perplexity"
-    return "A tenth of the tokens brings 93 % of the quality", "mission", told, HOLDS if part >= 0.93 else NOT
+    return "A tenth of the tokens brings 93 % of the quality", SAID, told, HOLDS if part >= 0.93 else NOT
 
 
 def computing(results: Results) -> Claim:
-    """7.4."""
+    """By the rule of thumb, at a hundredth of the tokens."""
     pair = results["before", 0]["compute"]
     mission = share(70e9, 8e9, 20e9)[1]
     own = share(pair["teacher"]["parameters"], pair["student"]["parameters"], 20e9)[1]
     told = f"{100 * mission:.1f} % for 70B → 8B by the rule, {100 * own:.1f} % for this pair, both at 1 % of the tokens"
-    return "3 to 5 % of pretraining's compute", "mission", told, f"{HOLDS}, as arithmetic" if mission < 0.05 else NOT
+    return (
+        "3 to 5 % of pretraining's compute",
+        "commonly said",
+        told,
+        f"{HOLDS}, as arithmetic" if mission < 0.05 else NOT,
+    )
 
 
 def draws(results: Results) -> Claim:
-    """2503.16870."""
+    """Unbiased draws, beside the running teacher."""
     by = change(results, "cache_sampled_12", "pure")
-    told = f"perplexity {100 * by:+.1f} %; seeds alone {percent(results)}"
+    kl = change(results, "cache_sampled_12", "pure", "kl")
+    told = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} %; seeds alone {percent(results)} of perplexity"
     return "12 draws teach as the whole distribution does", "2503.16870", told, HOLDS if by <= noise(results) else NOT
 
 
 def top_12(results: Results) -> Claim:
-    """2503.16870."""
+    """The likeliest alone."""
     by = change(results, "cache_top_12", "hard")
     told = f"perplexity {100 * by:+.1f} % beside hard labels"
     return "The top 12 are worse than hard labels", "2503.16870", told, HOLDS if by > 0 else NOT
 
 
 def cached(results: Results) -> Claim:
-    """This library's own bar."""
+    """Our own bar: what has no bias."""
     by = {
         name: change(results, f"cache_{cell}", "pure")
-        for name, cell in {"hidden states": "hidden", "12 draws": "sampled_12"}.items()
+        for name, cell in {"hidden states": "hidden", "12 draws": "sampled_12", "50 draws": "sampled_50"}.items()
     }
     told = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in by.items())
     within = max(by.values()) <= 0.01
-    return "Unbiased caches are within 1 % of the running teacher", "ours", told, HOLDS if within else NOT
+    return "Unbiased caches are within 1 % of the running teacher", OURS, told, HOLDS if within else NOT
 
 
 def mixed(results: Results) -> Claim:
-    """8.1."""
+    """A task, and what is not of it."""
     alone, both = (of(results, cell)[0] for cell in ("technical", "mixed"))
     task, general = (both[f"{kind}_perplexity"] / alone[f"{kind}_perplexity"] - 1 for kind in ("technical", "general"))
     told = f"task perplexity {100 * task:+.1f} %, general perplexity {100 * general:+.1f} %, beside the task alone"
     verdict = HOLDS if general < 0 and task < -general else NOT
-    return "0.7 task and 0.3 general keep general ability at a small cost", "mission", told, verdict
+    return "0.7 task and 0.3 general keep general ability at a small cost", SAID, told, verdict
 
 
 def pair(results: Results, key: str, what: Callable[[float, float], float]) -> dict[str, float]:
@@ -168,29 +180,29 @@ _ENDS = {"forward KL": "kl", "JSD": "js"}
 
 
 def quality_of_peers(results: Results) -> Claim:
-    """This library's own bar."""
+    """Our own bar."""
     by: Mapping[str, Any] = {key: pair(results, key, lambda ours, its: ours / its - 1) for key in ("perplexity", "kl")}
     told = "; ".join(
         f"{name}: perplexity {100 * by['perplexity'][name]:+.1f} %, KL {100 * by['kl'][name]:+.1f} %" for name in _ENDS
     )
     worst = max(value for found in by.values() for value in found.values())
     verdict = HOLDS if worst <= 0 else EVEN if worst <= noise(results) else NOT
-    return "Students are at least equal to TRL's at equal tokens", "ours", told, verdict
+    return "Students are at least equal to TRL's at equal tokens", OURS, told, verdict
 
 
 def pace_of_peers(results: Results) -> Claim:
-    """This library's own bar."""
+    """Our own bar."""
     by = pair(results, "tokens_per_second", lambda ours, its: ours / its)
     told = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
-    return "At least 1.2 times TRL's tokens/s", "ours", told, HOLDS if min(by.values()) >= 1.2 else NOT
+    return "At least 1.2 times TRL's tokens/s", OURS, told, HOLDS if min(by.values()) >= 1.2 else NOT
 
 
 def memory_of_peers(results: Results) -> Claim:
-    """This library's own bar."""
+    """Our own bar."""
     by = pair(results, "peak_mib_over_what_stays", lambda ours, its: ours / its)
     told = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
     what = "At most half of TRL's peak beyond weights, gradients and optimizer"
-    return what, "ours", told, HOLDS if max(by.values()) <= 0.5 else NOT
+    return what, OURS, told, HOLDS if max(by.values()) <= 0.5 else NOT
 
 
 def encoders(results: Results) -> Claim:
@@ -199,4 +211,4 @@ def encoders(results: Results) -> Claim:
     student, control = ([run[who] for run in runs] for who in ("student", "control"))
     told = f"accuracy {mean(student):.3f} against {mean(control):.3f}"
     verdict = HOLDS if min(student) > max(control) else EVEN if max(student) >= min(control) else NOT
-    return "A teacher helps a two-layer encoder", "ours", told, verdict
+    return "A teacher helps a two-layer encoder", OURS, told, verdict

@@ -11,7 +11,7 @@ PRETRAINING = 2e12  # tokens that SmolLM2-135M, and the mission's example, are t
 
 
 def counted(teacher: Any, student: Any) -> dict[str, Any]:
-    """Parameters of a pair, FLOP of a step's token by rule and as counted: a teacher's forward, a student's training."""
+    """Parameters of a pair, and FLOP a token: of a forward, as counted, and of distillation, by rule."""
     models = {"teacher": teacher, "student": student}
     found: dict[str, Any] = {name: {"parameters": model.num_parameters()} for name, model in models.items()}
     for name, model in models.items():

@@ -27,6 +27,7 @@ from hf_distill.student import cut_student
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
 WARM = 4  # steps that are not timed
+ANSWER = LENGTH - 48  # tokens
 _COMMON: dict[str, Any] = {
     "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_length": LENGTH, "learning_rate": RATE,
     "lr_scheduler_type": "cosine", "warmup_steps": 4, "save_strategy": "no", "logging_steps": 1000,
@@ -63,9 +64,10 @@ class Meter(TrainerCallback):
             self.pace, self.peak = (self.tokens - self.before) / self.seconds, status_mib("VmHWM") - self.stays
 
 
-def conversations(file: Path) -> Dataset:
-    """One question, and a text as its answer."""
+def conversations(file: Path, tokenizer: Any) -> Dataset:
+    """One question, and a text as its answer, cut to what has room beside the template: nobody truncates."""
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    texts = [tokenizer.decode(tokenizer(text)["input_ids"][:ANSWER]) for text in texts]
     question = {"role": "user", "content": "Go on."}
     return Dataset.from_list([{"messages": [question, {"role": "assistant", "content": text}]} for text in texts])
 
@@ -83,7 +85,7 @@ def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float
     tokenizer = AutoTokenizer.from_pretrained(path)
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     student = cut_student(teacher, layers)
-    rows, meter = conversations(texts / "train.jsonl"), Meter(student)
+    rows, meter = conversations(texts / "train.jsonl", tokenizer), Meter(student)
     common = {"model": student, "processing_class": tokenizer, "callbacks": [meter]}
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any
@@ -108,7 +110,7 @@ def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float
             DistillSFTConfig(f"{folder}/judge", **_HELD_OUT),
             teacher=teacher,
             train_dataset=split(rows).select(range(2)),
-            eval_dataset=split(conversations(texts / "held_out.jsonl")),
+            eval_dataset=split(conversations(texts / "held_out.jsonl", tokenizer)),
             processing_class=tokenizer,
         )
         found = judge.evaluate()

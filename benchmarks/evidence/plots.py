@@ -57,7 +57,6 @@ def tokens(results: Results):
         x, y = [each * point["step"] for point in points], [point["perplexity"] for point in points]
         axis.plot(x, y, "o-", color=COLOURS[name], label=title)
     axis.axhline(results["before", 0]["metrics"]["teacher_perplexity"], color=COLOURS["teacher"], label="teacher")
-    axis.set_yscale("log")
     axis.legend()
     return figure
 

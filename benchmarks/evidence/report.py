@@ -10,7 +10,7 @@ from plots import draw
 
 from hf_distill.evidence import read_json, write_whole
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "evidence"
 DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
 

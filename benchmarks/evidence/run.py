@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from cards import cards
 from cells import BLOCKS, CELLS, PEERS, SEEDS, STEPS, TEACHER, runs, values_of
 from compute import counted
 from report import RESULTS, write
@@ -26,12 +27,14 @@ from hf_distill import DistillTrainer
 from hf_distill.evidence import environment, measured, read_json, write_json
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.running.caching import write_recipe_cache
+from hf_distill.running.examples import prepare_data
 from hf_distill.running.models import resolve_model
 from hf_distill.running.speaker import load_speaker, speaker_of
 from hf_distill.student import block_influence, cut_student, most_influential
 
-HERE = Path(__file__).parent
-WORK = HERE.parent.parent / "runs" / "evidence"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+WORK = Path("runs/evidence")  # of the root, where all of it runs: recipes and cards name no folder above
 TEXTS = WORK / "texts"
 # A core each; what a step frees is kept for the next one, which would otherwise ask the system for it anew.
 _ONE_CORE = {
@@ -88,24 +91,23 @@ def layers() -> list[int]:
     return read_json(file)["layers"]
 
 
-def measure(student: Path, seed: int, apart: bool) -> dict[str, float]:
+def measure(student: Path, apart: bool = False) -> dict[str, float]:
     """A student's held-out figures beside the teacher in full precision, whoever taught it."""
-    recipe = recipe_of("distilled", seed, WORK / "measured", "data.eval.max_rows=null")
+    recipe = recipe_of("distilled", 0, WORK / "measured", "control=null")
     teacher, data, tokenizer, args = load_speaker(recipe, speaker_of(recipe), lambda text: None)
     args.report_to, args.remove_unused_columns = [], False
     model = AutoModelForCausalLM.from_pretrained(student)
-    rows = data.held_out
     tools = {"data_collator": data.collator, "processing_class": tokenizer}
-    trainer = DistillTrainer(model, args, teacher=teacher, eval_dataset=rows, **tools)
-
-    def of(part: Any, prefix: str = "") -> dict[str, float]:
-        metrics = measured(trainer.evaluate(part))
-        return {f"{prefix}{key}": metrics[key] for key in ("perplexity", "kl", "agreement", "teacher_perplexity")}
-
-    found = of(rows)
-    if apart:
-        for first, kind in enumerate(("general", "technical")):
-            found |= of(rows.select(range(first, len(rows), 2)), f"{kind}_")
+    trainer = DistillTrainer(model, args, teacher=teacher, eval_dataset=data.held_out, **tools)
+    found = {}
+    for kind in ("", "general", "technical") if apart else ("",):
+        rows = data.held_out
+        if kind:
+            own = recipe_of("distilled", 0, WORK / "measured", f"data.eval.path={TEXTS / f'held_out_{kind}.jsonl'}")
+            rows = prepare_data(own, tokenizer, 0, 1).held_out
+        metrics = measured(trainer.evaluate(rows))
+        keys = ("perplexity", "kl", "agreement", "teacher_perplexity")
+        found |= {f"{kind}_{key}" if kind else key: metrics[key] for key in keys}
     return found
 
 
@@ -122,8 +124,8 @@ def cell(name: str, seed: int) -> None:
     folder = run_recipe(recipe_of(name, seed, output, *more)).folder
     seconds = time.perf_counter() - start
     evidence = read_json(folder / "evidence.json")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text().replace(str(WORK), "runs/evidence"))
-    found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", seed, spec.apart)}
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", spec.apart)}
     found |= {"run_seconds": seconds, "data": evidence["data"], "student": evidence.get("student"), "recipe": recipe}
     if spec.curve:
         found |= {"curve": _curve(folder, "student"), "control_curve": _curve(folder, "control")}
@@ -146,7 +148,7 @@ def before() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(path)
     cut_student(teacher, layers()).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path).save_pretrained(folder)
-    found: dict[str, Any] = {"cell": "before", "seed": 0, "metrics": measure(folder, 0, apart=True)}
+    found: dict[str, Any] = {"cell": "before", "seed": 0, "metrics": measure(folder)}
     student = AutoModelForCausalLM.from_pretrained(folder)
     found |= {"layers": layers(), "steps": STEPS, "compute": counted(teacher, student)}
     write_json(RESULTS / "before-0.json", found | {"environment": environment("cpu")})
@@ -157,7 +159,8 @@ def do(job: Job) -> str:
     """Run a job in a process of its own; what came of it, in a line."""
     start = time.perf_counter()
     settings = dict(os.environ) | ({} if job.alone else _ONE_CORE)
-    done = subprocess.run([sys.executable, *job.script], cwd=HERE, env=settings, capture_output=True, text=True)
+    command = [sys.executable, str(HERE / job.script[0]), *job.script[1:]]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{job.cell}, seed {job.seed}:\n{done.stderr[-4000:]}")
     if not job.file.is_file():  # what is no recipe prints its figures
@@ -170,6 +173,7 @@ def do(job: Job) -> str:
 
 def main() -> None:
     """All that is missing: side by side, then those whose pace and memory are measured, one at a time."""
+    os.chdir(ROOT)
     prepare(TEXTS)
     RESULTS.mkdir(parents=True, exist_ok=True)
     layers()
@@ -184,6 +188,7 @@ def main() -> None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     write()
+    cards(WORK)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,15 @@ def students(results: Results, rows: Mapping[str, str], first: str = " ", seeds:
     return lines(head, [row(title, cell) for title, cell in rows.items() if of(results, cell)])
 
 
+def setting(results: Results) -> str:
+    """How long each student is trained."""
+    run = results["distilled", 0]
+    batch, length = run["recipe"]["train"]["per_device_train_batch_size"], run["data"]["tokens_per_row"]
+    return f"{run['recipe']['train']['max_steps']} steps of {batch} rows of {length:.0f} tokens"
+
+
 def labels(results: Results) -> str:
-    """The mission's 7.1: hard labels, soft labels, features."""
+    """Hard labels, soft labels, features."""
     rows = {
         "cut, not trained": "before",
         "hard labels alone": "hard",
@@ -70,13 +77,13 @@ def rates(results: Results) -> str:
 
 
 def temperatures(results: Results) -> str:
-    """2.3: T at alpha = 0.5."""
+    """T at alpha = 0.5."""
     cells = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
     return students(results, {str(t): cell for t, cell in cells.items()}, "T, alpha = 0.5")
 
 
 def alphas(results: Results) -> str:
-    """2.3: alpha at T = 2."""
+    """Alpha at T = 2."""
     cells = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
     return students(results, {str(a): cell for a, cell in cells.items()}, "alpha, T = 2")
 
@@ -88,12 +95,12 @@ def divergences(results: Results) -> str:
 
 
 def quantised(results: Results) -> str:
-    """8.3: what the teacher's bits cost its student."""
+    """What the teacher's bits cost its student."""
     return students(results, {"float32": "distilled", "INT8": "teacher_int8", "NF4": "teacher_nf4"}, "teacher")
 
 
 def chains(results: Results) -> str:
-    """8.2: students that teach the next."""
+    """Students that teach the next."""
     rows = {
         "30 → 15 blocks": "distilled",
         "30 → 25 → 20 → 15, the same tokens in all": "progressive",
@@ -123,7 +130,7 @@ def fall(curve: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def tokens(results: Results) -> str:
-    """7.3: quality over tokens, of one run and of its control."""
+    """Quality over tokens, of one run and of its control."""
     run = results["long", 0]
     each = run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
     control = {point["step"]: point for point in run["control_curve"]}
@@ -138,7 +145,7 @@ def tokens(results: Results) -> str:
 
 
 def compute(results: Results) -> str:
-    """7.4: FLOP by rule, and the share of the student's own pretraining on 2e12 tokens."""
+    """FLOP by rule, and the share of the student's own pretraining on 2e12 tokens."""
     pair, steps = results["before", 0]["compute"], results["before", 0]["steps"]
     run = results["distilled", 0]
     here = steps * run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
@@ -159,15 +166,17 @@ def caches(results: Results) -> str:
         "nothing: the teacher runs along": "pure",
         "hidden states": "cache_hidden",
         "12 draws": "cache_sampled_12",
+        "50 draws": "cache_sampled_50",
         "top 12": "cache_top_12",
         "top 64": "cache_top_64",
         "hard labels alone": "hard",
     }
-    return students(results, rows, "what is stored")
+    mixed = {"running teacher, alpha = 0.5": "temperature_1", "12 draws, alpha = 0.5": "cache_sampled_12_half"}
+    return students(results, rows | mixed, "what is stored")
 
 
 def mixture(results: Results) -> str:
-    """8.1: perplexity on each kind of text, by what was trained on."""
+    """Perplexity on each kind of text, by what was trained on."""
     titles = {"documentation alone": "technical", "0.7 and 0.3": "mixed", "addresses alone": "general"}
     kinds = ("technical", "general")
     found = {title: of(results, cell)[0] for title, cell in titles.items() if of(results, cell)}

@@ -28,6 +28,7 @@ def prepare(folder: Path) -> None:
     held = {name: list(islice(_spread(documents, held_out=True), HELD_OUT // 2)) for name, documents in sources.items()}
     for name, rows in train.items():
         _write(folder / f"{name}.jsonl", rows)
+        _write(folder / f"held_out_{name}.jsonl", held[name])
     _write(folder / "train.jsonl", _in_turn(train)[:ROWS])
     _write(folder / "more.jsonl", _in_turn(train))
     _write(folder / "held_out.jsonl", _in_turn(held))

@@ -1,0 +1,42 @@
+"""The cards of the students that are kept, as `hf-distill publish` writes them, against a Hub on loopback."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cells import CELLS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CARDS = ROOT / "model_cards"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def cards(work: Path) -> None:
+    """Write those of the students that lie in `work`."""
+    for cell, spec in CELLS.items():
+        if spec.card and (work / f"{cell}-0" / "student").is_dir() and not (CARDS / spec.card / "README.md").is_file():
+            publish(work / f"{cell}-0", spec.card)
+
+
+def publish(run: Path, name: str) -> None:
+    """Diagnose a run, report on it, publish its student, and keep what came up beside the weights."""
+    from hub_server import Hub
+
+    with tempfile.TemporaryDirectory() as home, Hub() as hub:
+        hub.user, repo = "you", f"you/{name}"
+        hub.put("models", BASE, {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+        for words in (["diagnose", str(run)], ["report", str(run)], ["publish", str(run), repo, "--base-model", BASE]):
+            command = [sys.executable, "-m", "hf_distill", *words]
+            # A diagnosis that finds something says so by its exit code.
+            code = subprocess.run(command, env=os.environ | hub.environment(Path(home)), cwd=ROOT).returncode
+            if code and words[0] != "diagnose":
+                raise RuntimeError(f"{' '.join(words)} ended with {code}")
+        held = hub.repos["models", repo]
+        for path, content in held.commits[held.branches["main"]].items():
+            if path in ("README.md", "distillation.json") or path.startswith("figures/"):
+                file = CARDS / name / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(hub.content(content))
