@@ -40,20 +40,21 @@ class Run:
     recipe: Recipe
 
     def path(self, name: str) -> Path:
-        """A file or folder of the run.
+        """A file of the run, or the folder of a model that was trained.
 
         Raises:
             DistillError: it is not there; says which command writes it.
         """
         path = self.folder / name
-        if not path.exists():
+        if not self.has(name):
             command = WRITTEN_BY.get(name, "hf-distill run RECIPE").replace("RUN", str(self.folder))
             raise DistillError(f"{path} is missing: `{command}` writes it.")
         return path
 
     def has(self, name: str) -> bool:
-        """Whether a file or folder is there."""
-        return (self.folder / name).exists()
+        """Whether a file is there, or a trained model: while it is trained its folder has checkpoints at most."""
+        path = self.folder / name
+        return path.is_file() or any((path / f"{kind}config.json").is_file() for kind in ("", "adapter_"))
 
     @property
     def evidence(self) -> dict[str, Any]:

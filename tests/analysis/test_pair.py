@@ -81,3 +81,13 @@ def test_an_average_is_looked_at_where_it_was_exported(tmp_path):
     run = run_of(tmp_path / "other", "ema", "export=ema")
     kl, _, _ = measured(Pair.of_run(run))
     assert kl == pytest.approx(run.evidence["models"]["student"]["kl"], rel=1e-3)
+
+
+def test_a_control_that_is_still_trained_is_not_there_yet(tmp_path):
+    run = run_of(tmp_path / "run", "quickstart", "control=null")
+    assert run.has("student")
+    assert not run.has("control")
+    (run.folder / "control" / "checkpoint-1").mkdir(parents=True)
+    assert not run.has("control")
+    with pytest.raises(DistillError, match="control=sft"):
+        run.path("control")
