@@ -81,6 +81,11 @@ CELLS: dict[str, Cell] = {
 }
 
 
+# What tables and pictures go along: cells by T at alpha = 0.5, and by alpha at T = 2.
+BY_TEMPERATURE = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
+BY_ALPHA = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
+
+
 def runs() -> Iterator[tuple[str, int]]:
     """Each cell with each of its seeds; the first seed of all cells first."""
     for seed in SEEDS:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import log
 from typing import Any
 
+from cells import BY_TEMPERATURE
 from compute import share
 from tables import Results, closed, fall, lines, of, peers_of
 
@@ -82,8 +83,9 @@ def features(results: Results) -> Claim:
 
 def temperature(results: Results) -> Claim:
     """At alpha = 0.5."""
-    cells = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
-    best = {key: min(cells, key=lambda t: of(results, cells[t])[0][key]) for key in ("perplexity", "kl")}
+    best = {
+        key: min(BY_TEMPERATURE, key=lambda t: of(results, BY_TEMPERATURE[t])[0][key]) for key in ("perplexity", "kl")
+    }
     told = f"lowest perplexity at T = {best['perplexity']}, lowest KL at T = {best['kl']}"
     return "T = 2 is best", SAID, told, HOLDS if set(best.values()) == {2} else NOT
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tables import Results, of
+from cells import BY_ALPHA, BY_TEMPERATURE
+from tables import Results, of, tokens_a_step
 
 from hf_distill.analysis.canvas import COLOURS, axes
 
@@ -32,10 +33,8 @@ def labels(results: Results):
 
 def temperatures(results: Results):
     """Perplexity and KL over T, and over alpha."""
-    by_t = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
-    by_alpha = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
     figure, both = axes("Temperature and alpha", "", "held-out perplexity", width=9, count=2)
-    for axis, cells, name in ((both[0], by_t, "T, at alpha = 0.5"), (both[1], by_alpha, "alpha, at T = 2")):
+    for axis, cells, name in ((both[0], BY_TEMPERATURE, "T, at alpha = 0.5"), (both[1], BY_ALPHA, "alpha, at T = 2")):
         found = {x: of(results, cell)[0] for x, cell in cells.items() if of(results, cell)}
         axis.plot([*found], [metrics["perplexity"] for metrics in found.values()], "o-", color=COLOURS["student"])
         axis.set_xlabel(name)
@@ -49,7 +48,7 @@ def temperatures(results: Results):
 def tokens(results: Results):
     """Perplexity over tokens, with and without a teacher."""
     run = results["long", 0]
-    each = run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
+    each = tokens_a_step(run)
     figure, axis = axes("Tokens against quality", "tokens", "held-out perplexity")
     for name, curve in (("student", "curve"), ("control", "control_curve")):
         points = [point for point in run[curve] if point["step"]]

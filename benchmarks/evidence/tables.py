@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import log
 from typing import Any
 
+from cells import BY_ALPHA, BY_TEMPERATURE
 from compute import PRETRAINING, share
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -49,6 +50,11 @@ def students(results: Results, rows: Mapping[str, str], first: str = " ", seeds:
     return lines(head, [row(title, cell) for title, cell in rows.items() if of(results, cell)])
 
 
+def tokens_a_step(run: Mapping[str, Any]) -> float:
+    """Of a run's recipe and rows."""
+    return run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
+
+
 def setting(results: Results) -> str:
     """How long each student is trained."""
     run = results["distilled", 0]
@@ -78,14 +84,12 @@ def rates(results: Results) -> str:
 
 def temperatures(results: Results) -> str:
     """T at alpha = 0.5."""
-    cells = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
-    return students(results, {str(t): cell for t, cell in cells.items()}, "T, alpha = 0.5")
+    return students(results, {str(t): cell for t, cell in BY_TEMPERATURE.items()}, "T, alpha = 0.5")
 
 
 def alphas(results: Results) -> str:
     """Alpha at T = 2."""
-    cells = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
-    return students(results, {str(a): cell for a, cell in cells.items()}, "alpha, T = 2")
+    return students(results, {str(a): cell for a, cell in BY_ALPHA.items()}, "alpha, T = 2")
 
 
 def divergences(results: Results) -> str:
@@ -132,7 +136,7 @@ def fall(curve: Sequence[Mapping[str, float]]) -> list[float]:
 def tokens(results: Results) -> str:
     """Quality over tokens, of one run and of its control."""
     run = results["long", 0]
-    each = run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
+    each = tokens_a_step(run)
     control = {point["step"]: point for point in run["control_curve"]}
     rows = []
     for point, share_of in zip(run["curve"], fall(run["curve"]), strict=True):
@@ -148,7 +152,7 @@ def compute(results: Results) -> str:
     """FLOP by rule, and the share of the student's own pretraining on 2e12 tokens."""
     pair, steps = results["before", 0]["compute"], results["before", 0]["steps"]
     run = results["distilled", 0]
-    here = steps * run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
+    here = steps * tokens_a_step(run)
     own = (pair["teacher"]["parameters"], pair["student"]["parameters"])
     cases = {"70B → 8B": (70e9, 8e9, 20e9), "135M → 81M": (*own, 20e9), "135M → 81M, as run here": (*own, here)}
     rows = []
