@@ -107,7 +107,7 @@ def values_of(name: str, seed: int, texts: Path, layers: list[int], output: Path
     changes = [change for change in cell.changes if not change.startswith(_OURS)]
     rows = next((change.removeprefix("rows=") for change in cell.changes if change.startswith("rows=")), None)
     if rows == "mixed":
-        data = {"general": sources["general"] | {"weight": 0.3}, "technical": sources["technical"] | {"weight": 0.7}}
+        data = {"task": sources["technical"] | {"weight": 0.7}, "general": sources["general"] | {"weight": 0.3}}
     elif rows:
         data = {"task": sources[rows]}
     held_out: dict[str, Any] = {"path": str(texts / "held_out.jsonl")}

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -74,9 +75,10 @@ def jobs() -> Iterator[Job]:
 def recipe_of(name: str, seed: int, output: Path, *more: str) -> Any:
     """A cell's recipe."""
     values, changes = values_of(name, seed, TEXTS, layers(), output)
-    file = WORK / f"{name}-{seed}.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return load_recipe(str(file), [*changes, *more])
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # its own: cells run side by side
+        yaml.safe_dump(values, file)
+        file.flush()
+        return load_recipe(file.name, [*changes, *more])
 
 
 def layers() -> list[int]:
