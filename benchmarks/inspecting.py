@@ -13,7 +13,7 @@ import torch
 
 from hf_distill.analysis import Pair, inspect_teacher, open_run
 from hf_distill.cache import write_cache
-from hf_distill.cache.drawing import draw
+from hf_distill.cache.drawing import draw, systematic
 from hf_distill.evidence import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,7 +23,7 @@ TEMPERATURES = (1.0, 2.0)
 
 def head_gradient(pair) -> dict:
     """Gradient of forward KL by the student's head [V, H], with a cache's q for the teacher's p, and the whole one."""
-    torch.manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     found: dict = {}
     count = 0
     for seen in pair.seen(TOKENS):
@@ -34,7 +34,7 @@ def head_gradient(pair) -> dict:
             for t in TEMPERATURES:
                 p, s = (logits / t).softmax(-1), (own / t).softmax(-1)
                 kept = p.topk(K).indices
-                ids, _ = draw((logits / t).clone(), torch.rand(len(p), DRAWS, dtype=torch.float64))
+                ids, _ = draw((logits / t).clone(), systematic(len(p), DRAWS, random))
                 sampled = torch.zeros_like(p).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
                 rest, rest_s = p.scatter(1, kept, 0), s.scatter(1, kept, 0)
                 share = rest.sum(-1, keepdim=True) / rest_s.sum(-1, keepdim=True)

@@ -93,10 +93,12 @@ class SoftLabels:
 
     def _store(self, t: float, p: Tensor, kept: Tensor) -> None:
         tail = p.scatter(1, kept, 0)
+        part = (DRAWS * p).frac_()
         self._note(f"square@{t}", torch.linalg.vecdot(p, p))
+        self._note(f"noise@{t}", torch.linalg.vecdot(part, 1 - part) / DRAWS**2)
         self._note(f"lost@{t}", tail.sum(-1))
         self._note(f"lost_square@{t}", torch.linalg.vecdot(tail, tail))
-        self._note(f"distinct@{t}", -torch.expm1(DRAWS * torch.log1p(-p)).sum(-1))
+        self._note(f"distinct@{t}", (DRAWS * p).clamp_(max=1).sum(-1))
         sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (p, tail)])
         self._sums[t] = self._sums[t] + sums if t in self._sums else sums
 
@@ -128,8 +130,7 @@ class SoftLabels:
             if "hidden" in costs and not found:
                 found.append(CacheKind("hidden", None, costs["hidden"], 0.0, 0.0, 0.0))
             squares, (whole, tail) = self[f"square@{t}"], self._sums[t].norm(dim=1).tolist()
-            # E|q - p|^2 = (1 - |p|^2) / n for the mean q of n draws from p.
-            noise, cut, norm = (1 - squares).sum() / DRAWS, self[f"lost_square@{t}"].sum(), squares.sum().sqrt()
+            noise, cut, norm = self[f"noise@{t}"].sum(), self[f"lost_square@{t}"].sum(), squares.sum().sqrt()
             drawn = (noise.sqrt() / norm).item(), noise.sqrt().item() / whole
             found.append(CacheKind("sampled", t, costs["sampled"], 0.0, *drawn))
             left_out = (cut.sqrt() / norm).item(), tail / whole

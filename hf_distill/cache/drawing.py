@@ -27,8 +27,27 @@ def blocks_of(source: Head | Logits) -> Iterator[tuple[slice, Tensor]]:
             yield slice(start + first, start + first + len(block)), block
 
 
+def systematic(count: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Where to draw: one random number for each token, and the others at equal distances from it (Madow 1949).
+
+    An id of probability p is drawn K p times, rounded up or down: K p on average, as by independent draws, with less
+    variance. The expected square of q - p, for q the share of the draws, is f (1 - f) / K^2 with f the fraction of K p;
+    that of independent draws is p (1 - p) / K.
+
+    Args:
+        count: T tokens.
+        draws: K of each.
+        generator: of the random numbers.
+
+    Returns:
+        [T, K] in [0, 1), ascending, float64.
+    """
+    start = torch.rand(count, 1, generator=generator, dtype=torch.float64)
+    return (start + torch.arange(draws)) / draws
+
+
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws with replacement from softmax(logits), by the inverse of its running sum.
+    """Ids drawn from softmax(logits), by the inverse of its running sum.
 
     The sum is taken over blocks of ids first, and inside the blocks that were hit then.
 

@@ -13,7 +13,7 @@ from ..signals import Signals, Tap
 from ..sources import Head, Logits, Sparse
 from . import codec
 from .codec import Ragged
-from .drawing import blocks_of, draw
+from .drawing import blocks_of, draw, systematic
 from .examples import Example, seed_of
 from .manifest import Manifest
 from .store import Stored
@@ -70,10 +70,12 @@ def _top_k(source: Head | Logits, manifest: Manifest) -> Ragged:
 
 
 def _sampled(source: Head | Logits, examples: Sequence[Example], manifest: Manifest) -> Ragged:
-    """Draws with replacement; of each distinct id how often, or its weight where the proposal is another one."""
+    """Systematic draws; of each distinct id how often, or its weight where the proposal is another one."""
     draws, proposal = manifest.options["draws"], float(manifest.options["proposal"])
     temperature = float(manifest.temperature or 1.0)
-    uniform = torch.cat([_uniform(example, draws, manifest.options["seed"]) for example in examples])
+    seed = manifest.options["seed"]
+    each = [(example.asked.stop - example.asked.start, seed_of(example.key, seed)) for example in examples]
+    uniform = torch.cat([systematic(count, draws, own) for count, own in each])  # which belongs to the example
     parts = []
     for rows, logits in blocks_of(source):
         own = uniform[rows].to(logits.device)
@@ -93,12 +95,6 @@ def _sampled(source: Head | Logits, examples: Sequence[Example], manifest: Manif
     counts = np.diff(np.append(np.flatnonzero(first), first.size))
     values = counts if proposal == temperature else codec.to_grid(_LIFT - weight[first] - np.log(counts))
     return Ragged(sizes, ids[first], values, codec.to_grid(-expected))
-
-
-def _uniform(example: Example, draws: int, seed: int) -> Tensor:
-    """[T, draws] in [0, 1), which belong to the example."""
-    count = example.asked.stop - example.asked.start
-    return torch.rand(count, draws, generator=seed_of(example.key, seed), dtype=torch.float64)
 
 
 def told_of(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_distill.cache.drawing import blocks_of, draw
+from hf_distill.cache.drawing import blocks_of, draw, systematic
 from hf_distill.sources import Head, Logits
 
 
@@ -28,6 +28,24 @@ def test_shares_of_many_draws_are_the_probabilities():
     shares = torch.bincount(ids[0], minlength=600) / count
     error = (probs * (1 - probs) / count).sqrt()
     assert ((shares - probs) / error).abs().max() < 5
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 4.0])
+def test_systematic_draws_are_rounded_shares_without_bias_and_of_the_variance_that_is_told(sharpness):
+    g = torch.Generator().manual_seed(3)
+    logits, draws, tokens = sharpness * torch.randn(40, generator=g), 12, 20_000
+    probs = torch.softmax(logits.double(), -1)
+    ids, _ = draw(logits.repeat(tokens, 1), systematic(tokens, draws, g))
+    counts = torch.nn.functional.one_hot(ids, 40).sum(1).double()
+    whole, part = (draws * probs).floor(), (draws * probs) % 1
+    assert bool(((counts == whole) | (counts == whole + 1)).all())
+    variance = part * (1 - part) / draws**2
+    error = (counts / draws - probs).mean(0) / (variance / tokens).sqrt()
+    assert error.abs().max() < 4
+    squares = (counts / draws - probs).square().mean(0)
+    torch.testing.assert_close(squares, variance, rtol=0.1, atol=2e-5)
+    independent = probs * (1 - probs) / draws
+    assert bool((variance <= independent + 1e-12).all())
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
