@@ -1,0 +1,100 @@
+"""docs/evidence.md says what the results say, and its verdicts follow from them."""
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PEAK = "peak_mib_over_what_stays"
+
+
+@pytest.fixture(scope="module")
+def report():
+    sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
+    yield importlib.import_module("report")
+    sys.path.remove(str(ROOT / "benchmarks" / "evidence"))
+
+
+@pytest.fixture
+def claims(report):
+    return importlib.import_module("claims")
+
+
+def verdict(claim) -> str:
+    return claim[-1]
+
+
+def test_the_page_is_derived_from_the_results_to_the_letter(report):
+    assert report.render() == report.DOCUMENT.read_text(), "run `make evidence`, which writes docs/evidence.md"
+
+
+def test_every_run_left_its_result_with_versions_and_machine(report):
+    found = report.results()
+    cells = importlib.import_module("cells")
+    asked = {*cells.runs(), ("before", 0)}
+    asked |= {(name, seed) for seed in cells.SEEDS for name in ("encoder", *(f"peer_{who}" for who in cells.PEERS))}
+    assert asked == found.keys()
+    assert all({"torch", "transformers", "cpu_count"} <= result["environment"].keys() for result in found.values())
+
+
+def test_a_figure_that_changes_changes_the_page(report, monkeypatch):
+    found, page = report.results(), report.render()
+    for key in found:
+        changed = copy.deepcopy(found)
+        for told in (changed[key]["metrics"], *changed[key].get("curve", [])):
+            told.update(
+                {name: value * 1.5 for name, value in told.items() if not name.endswith(("step", "_parameters"))}
+            )
+        monkeypatch.setattr(report, "results", lambda changed=changed: changed)
+        assert report.render() != page, key
+
+
+def test_the_readme_quotes_the_results(report, claims):
+    results, readme = report.results(), (ROOT / "README.md").read_text()
+    told = readme[readme.index("- **Evidence.**") :].split("\n- **")[0]
+    labels = [f"{claims.mean(claims.every(results, cell)):.1f}" for cell in ("distilled", "hard")]
+    ratios = [claims.pair(results, key, lambda ours, its: ours / its) for key in ("tokens_per_second", PEAK)]
+    peers = [f"{value:.2f}" for by in ratios for value in by.values()]
+    assert [number for number in (*labels, *peers) if number not in told] == []
+
+
+def test_cards_quote_the_results(report):
+    cells = importlib.import_module("cells")
+    for name, cell in cells.CELLS.items():
+        if cell.card:
+            metrics = report.results()[name, 0]["metrics"]
+            card = (ROOT / "model_cards" / cell.card / "README.md").read_text()
+            assert f"Held-out perplexity {metrics['perplexity']:.2f} " in card
+            assert f"| student | {metrics['perplexity']:.2f} | {metrics['kl']:.4f} |" in card
+
+
+def test_students_start_alike_and_see_as_many_tokens(report):
+    runs = {key: result for key, result in report.results().items() if "recipe" in result}
+    plain = [r for (name, _), r in runs.items() if name not in ("long", "progressive", "progressive_each")]
+    assert {r["recipe"]["train"]["max_steps"] for r in plain} == {40}
+    assert len({r["data"]["tokens_per_row"] for r in plain}) == 1
+    assert len({tuple(r["student"]["layers_kept"]) for r in plain if "layers_kept" in r["student"]}) == 1
+
+
+def test_a_claim_that_does_not_hold_is_called_so(report, claims):
+    results = dict(report.results())
+    assert claims.HOLDS in verdict(claims.soft(results))
+    results["distilled", 1] = results["hard", 0]
+    assert verdict(claims.soft(results)) == claims.NOT
+
+
+def test_a_quantised_teacher_that_costs_more_than_seeds_do_is_told(report, claims):
+    results = copy.deepcopy(report.results())
+    results["teacher_nf4", 0]["metrics"]["perplexity"] *= 2
+    assert verdict(claims.quantised(results)) == claims.NOT
+
+
+def test_peers_that_are_as_fast_are_told(report, claims):
+    results = copy.deepcopy(report.results())
+    for (name, _), result in results.items():
+        if name == "peer_gkd_kl":
+            result["metrics"]["tokens_per_second"] *= 10
+    assert verdict(claims.pace_of_peers(results)) == claims.NOT
