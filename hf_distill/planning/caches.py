@@ -8,7 +8,7 @@ from .anatomy import Anatomy
 DRAWS, K = 12, 64
 _ROW = 28  # bytes of an example beside its payload: its key, its counts, its place
 # Measured on SmolLM2-135M-Instruct at T = 1 (benchmarks/results/cache.json), by which ids are scaled to other sizes.
-_DISTINCT = 6.1  # ids among 12 draws
+_DISTINCT = 6.6  # ids among 12 draws
 _KEPT = {"sampled": 0.92, "top_k": 0.61}  # bits an id takes of those that its number needs
 _BESIDE = {"sampled": 3.2, "top_k": 88.0}  # bytes a token for counts and log-probabilities
 
