@@ -43,7 +43,7 @@ def systematic(count: int, draws: int, generator: torch.Generator) -> Tensor:
         [T, K] in [0, 1), ascending, float64.
     """
     start = torch.rand(count, 1, generator=generator, dtype=torch.float64)
-    return (start + torch.arange(draws)) / draws
+    return ((start + torch.arange(draws)) / draws).clamp_(max=1 - 2**-53)  # where the sum was rounded up
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
