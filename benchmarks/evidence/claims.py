@@ -139,14 +139,14 @@ def early(results: Results) -> Claim:
 def computing(results: Results) -> Claim:
     """By the rule of thumb, at a hundredth of the tokens."""
     pair = results["before", 0]["compute"]
-    mission = share(70e9, 8e9, 20e9)[1]
+    large = share(70e9, 8e9, 20e9)[1]
     own = share(pair["teacher"]["parameters"], pair["student"]["parameters"], 20e9)[1]
-    told = f"{100 * mission:.1f} % for 70B → 8B by the rule, {100 * own:.1f} % for this pair, both at 1 % of the tokens"
+    told = f"{100 * large:.1f} % for 70B → 8B by the rule, {100 * own:.1f} % for this pair, both at 1 % of the tokens"
     return (
         "3 to 5 % of pretraining's compute",
         SAID,
         told,
-        f"{HOLDS}, as arithmetic" if mission < 0.05 else NOT,
+        f"{HOLDS}, as arithmetic" if large < 0.05 else NOT,
     )
 
 

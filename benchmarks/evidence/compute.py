@@ -1,4 +1,4 @@
-"""What distillation computes, in FLOP: the mission's pair of models and this one, by rule and as torch counts."""
+"""What distillation computes, in FLOP: a large pair of models and this one, by rule and as torch counts."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from cells import LENGTH
 from hf_distill.planning import rule_of_thumb
 from hf_distill.planning.compute import counted_forward, training_rule
 
-PRETRAINING = 2e12  # tokens that SmolLM2-135M, and the mission's example, are trained on
+PRETRAINING = 2e12  # tokens that SmolLM2-135M is trained on, and the large pair is said to be
 
 
 def counted(teacher: Any, student: Any) -> dict[str, Any]:

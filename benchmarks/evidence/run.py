@@ -180,10 +180,10 @@ def do(job: Job) -> str:
 def main() -> None:
     """All that is missing: side by side, then those whose pace and memory are measured, one at a time."""
     os.chdir(ROOT)
-    prepare(TEXTS)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    layers()
     missing = [job for job in jobs() if not job.file.is_file()]
+    if missing:
+        prepare(TEXTS)
+        layers()
     for alone, workers in ((False, os.cpu_count()), (True, 1)):
         with ThreadPoolExecutor(workers) as pool:
             running = [pool.submit(do, job) for job in missing if job.alone == alone]

