@@ -182,6 +182,7 @@ def main() -> None:
     os.chdir(ROOT)
     missing = [job for job in jobs() if not job.file.is_file()]
     if missing:
+        RESULTS.mkdir(parents=True, exist_ok=True)
         prepare(TEXTS)
         layers()
     for alone, workers in ((False, os.cpu_count()), (True, 1)):
