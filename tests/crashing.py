@@ -37,7 +37,7 @@ PLACES = {
     "removal": ("shutil:rmtree", False),
     "cache is read": ("hf_distill.cache.store:Store.find", False),
     "shard": ("hf_distill.cache.capture:write_shard", False),
-    "index": ("hf_distill.cache.capture:write_index", False),
+    "index": ("hf_distill.cache.unfinished:write_index", False),
     "head": ("hf_distill.cache.capture:write_head", False),
     "manifest": ("hf_distill.cache.manifest:Manifest.write", False),
     "log": ("hf_distill.evidence:MetricsFile.on_log", True),

@@ -4,10 +4,9 @@ Each shard is what the teacher says of the same rows in the same batches, whenev
 so a capture that was stopped and one that was not leave the same bytes.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from ..errors import DistillError
 from ..signals import Signals, Tap, Targets
 from ..sources import Head
 from .examples import Example, examples_of, fingerprint
-from .files import check_files, entry_of, writing
-from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
+from .files import entry_of, writing
+from .manifest import HEAD, Manifest
+from .ranks import barrier, rank, world_size
 from .signals import stored_of
-from .store import Stored, write_index, write_shard
+from .store import Stored, write_shard
+from .unfinished import claim, finish, is_written, shard_file, verify_written, write_entry
 
 Ask = Callable[[dict, Targets, Mapping[Tap, Targets]], Signals]
 
@@ -128,28 +129,29 @@ def capture(
     Raises:
         DistillError: the folder holds another cache, the disk is full, or the teacher cannot be captured so.
     """
-    main = _rank() == 0
-    done = _claim(folder, manifest, main)
+    done = claim(folder, manifest)
     if done is not None:
         return done
     run = _Run(ask, rows, manifest, folder, device, shift)
     start, stored = time.perf_counter(), 0
-    ready = [(folder / _entry_name(i)).is_file() for i in range(len(rows.shards))]
-    _barrier()  # before anybody writes: all must know the same shards as whole
+    ready = verify_written(folder, len(rows.shards))
     before = sum(sum(rows.tokens[a:b]) for (a, b), whole in zip(rows.shards, ready, strict=True) if whole)
-    world, total = _world(), sum(rows.tokens)
+    world, total = world_size(), sum(rows.tokens)
     for first in range(0, len(rows.shards), world):
         together = range(first, min(first + world, len(rows.shards)))
         if all(ready[i] for i in together):
             continue
-        own = next((i for i in together if i % world == _rank() and not ready[i]), None)
+        own = next((i for i in together if i % world == rank() and not ready[i]), None)
         run.shard(own, steps=max(b - a for a, b in (rows.shards[i] for i in together)))
         stored += sum(sum(rows.tokens[slice(*rows.shards[i])]) for i in together if not ready[i])
         pace = stored / (time.perf_counter() - start)
         left = total - before - stored
         on_progress(Progress(before + stored, total, run.bytes / max(run.tokens, 1), pace, left / pace))
-    _barrier()
-    return _finish(folder, manifest, len(rows.shards), main)
+    barrier()
+    if manifest.kind == "hidden" and not is_written(folder, HEAD):
+        run.answer(0)  # all shards were there, and the head was not
+        barrier()
+    return finish(folder, manifest, len(rows.shards))
 
 
 class _Run:
@@ -173,18 +175,18 @@ class _Run:
                 stored += stored_of(told, examples, self.manifest)
         if number is None:
             return
-        entry = write_shard(self.folder / f"shard-{number:05}.arrow", keys, stored, self.layers)
-        with writing(self.folder / _entry_name(number)) as half:
-            half.write_text(json.dumps(entry))
+        entry = write_shard(self.folder / shard_file(number), keys, stored, self.layers)
+        write_entry(self.folder, entry)
         self.tokens, self.bytes = self.tokens + entry["tokens"], self.bytes + entry["bytes"]
 
     def answer(self, number: int) -> tuple[Signals, list[Example]]:
         """What the teacher says of a batch, and of which examples."""
         batch, targets = batch_of(self.rows, number, self.device, self.shift)
         told = self.ask(batch, targets, taps_of(self.layers, batch, targets, self.shift))
-        if self.manifest.kind == "hidden" and _rank() == 0 and not (self.folder / HEAD).is_file():
+        if self.manifest.kind == "hidden" and rank() == 0 and not is_written(self.folder, HEAD):
             assert isinstance(told.logits, Head)
             write_head(self.folder / HEAD, told.logits)
+            write_entry(self.folder, entry_of(self.folder / HEAD))
         return told, examples_of(batch, targets)
 
 
@@ -204,66 +206,3 @@ def write_head(file: Path, head: Head) -> None:
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     with writing(file) as half:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, half)
-
-
-def _claim(folder: Path, manifest: Manifest, main: bool) -> Manifest | None:
-    """Make the folder this capture's; the manifest if it is over already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (FILE, CAPTURE):
-        if (folder / name).is_file():
-            there = read_manifest(folder, name)
-            if problems := there.differs(manifest):
-                raise DistillError(
-                    f"{folder} holds another cache: {'; '.join(problems)}. Give another folder, or remove this one."
-                )
-            if name == FILE:
-                _tidy(folder, main)
-                return there
-    _barrier()
-    if main and not (folder / CAPTURE).is_file():
-        if others := [f.name for f in folder.iterdir() if f.suffix != ".half"]:
-            raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: give an empty folder.")
-        manifest.write(folder / CAPTURE)
-    _barrier()
-    return None
-
-
-def _finish(folder: Path, manifest: Manifest, count: int, main: bool) -> Manifest:
-    """All shards are there: index and manifest are written, and what was of the capture alone is removed."""
-    if main:
-        shards = [json.loads((folder / _entry_name(i)).read_text()) for i in range(count)]
-        check_files(folder, *shards)
-        head = entry_of(folder / HEAD) if (folder / HEAD).is_file() else None
-        whole = replace(manifest, shards=shards, index=write_index(folder, shards), head=head)
-        whole.write(folder / FILE)
-    _tidy(folder, main)
-    _barrier()
-    return read_manifest(folder)
-
-
-def _tidy(folder: Path, main: bool) -> None:
-    """Remove what was of the capture alone."""
-    if main:
-        for file in [*folder.glob("shard-*.json"), *folder.glob("*.half"), folder / CAPTURE]:
-            file.unlink(missing_ok=True)
-
-
-def _entry_name(shard: int) -> str:
-    return f"shard-{shard:05}.json"
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def _world() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def _barrier() -> None:
-    if _distributed():
-        torch.distributed.barrier()

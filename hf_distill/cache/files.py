@@ -1,7 +1,8 @@
 """Files of a cache: written whole or not at all, known by size and checksum."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,8 @@ def check_files(folder: Path, *entries: dict[str, Any]) -> None:
     """
     if found := [damage for entry in entries if (damage := damage_of(folder, entry))]:
         raise DistillError(f"{'; '.join(found)}: write the cache again, or get these files from where it came from.")
+
+
+def checksum_of(values: Mapping[str, Any]) -> str:
+    """A checksum of what a JSON file says, wherever its keys stand."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

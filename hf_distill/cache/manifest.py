@@ -1,15 +1,13 @@
 """What a cache says of itself: `manifest.json`."""
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DistillError
 from ..names import is_there
-from .files import writing
+from .files import checksum_of, writing
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of a capture that goes on
@@ -77,8 +75,13 @@ class Manifest:
         return sum(shard["bytes"] for shard in self.shards)
 
     @property
+    def size(self) -> int:
+        """Bytes of all files that the manifest names: shards, index and head."""
+        return sum(entry["bytes"] for entry in self.files)
+
+    @property
     def bytes_per_token(self) -> float:
-        """Bytes of a stored token, everything but the head counted."""
+        """Bytes of a stored token in the shards; the head does not grow with the tokens."""
         return self.payload / max(self.data["tokens"], 1)
 
     def facts(self) -> dict[str, Any]:
@@ -90,7 +93,7 @@ class Manifest:
         """Write it whole or not at all, with a checksum of itself."""
         values = json.loads(json.dumps(asdict(self)))
         with writing(file) as half:
-            half.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1) + "\n")
+            half.write_text(json.dumps({**values, "checksum": checksum_of(values)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path, name: str = FILE) -> Manifest:
@@ -110,14 +113,10 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
     try:
         values = json.loads(file.read_text())
         told = values.pop("checksum")
-    except (ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise DistillError(f"{file} is damaged: it is not what was written. Write the cache again.") from None
-    if told != _checksum(values):
+    if told != checksum_of(values):
         raise DistillError(f"{file} is damaged: it does not have its own checksum. Write the cache again.")
     if values["format"] != FORMAT:
         raise DistillError(f"{folder} has format {values['format']}; this version reads {FORMAT}: write it again.")
     return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
-
-
-def _checksum(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

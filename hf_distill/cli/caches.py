@@ -45,8 +45,9 @@ def write(
     with RichProgress(out) as progress:
         folder, manifest = write_recipe_cache(loaded, output, progress.stage, progress.stored, **options)
     counts = f"{manifest.data['examples']:,} examples, {manifest.data['tokens']:,} tokens of kind {manifest.kind}"
+    head = f", of which the output head takes {manifest.head['bytes'] / 2**20:.1f} MiB" if manifest.head else ""
     out.print(
-        f"{folder}: {counts}, {manifest.bytes_per_token:.1f} bytes a token, {manifest.payload / 2**20:.1f} MiB",
+        f"{folder}: {counts}, {manifest.bytes_per_token:.1f} bytes a token, {manifest.size / 2**20:.1f} MiB{head}",
         soft_wrap=True,
         highlight=False,
     )

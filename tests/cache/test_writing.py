@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_a_cache_is_whole_small_and_readable_by_datasets(tmp_path, kind):
     manifest = written(tmp_path / "cache", kind)
     assert manifest == read_manifest(tmp_path / "cache") == check_all(tmp_path / "cache")
     head = ["head.safetensors"] if kind == "hidden" else []
+    total = sum(f.stat().st_size for f in (tmp_path / "cache").iterdir() if f.name != "manifest.json")
+    assert manifest.size == total > manifest.payload
     names = {"manifest.json", "index.bin", *(shard["file"] for shard in manifest.shards), *head}
     assert {f.name for f in (tmp_path / "cache").iterdir()} == names
     shards = str(tmp_path / "cache" / "shard-*.arrow")
@@ -59,7 +62,8 @@ def _dies_after(events: int, folder: Path, kind: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event: str, given: tuple) -> None:
-        if event in ("open", "os.rename") and str(folder) in str(given[0]):
+        reads = event == "open" and given[1] in ("r", "rb")
+        if event in ("open", "os.rename") and str(folder) in str(given[0]) and not reads:
             count()
 
     sys.addaudithook(audit)
@@ -155,6 +159,72 @@ def test_a_hundred_of_a_hundred_flipped_bits_are_found_and_their_file_named(tmp_
             check_all(folder)
         file.write_bytes(whole)
     assert check_all(folder) == manifest
+
+
+def _partial(folder, kind):
+    """A capture that was cut off after three of its five shards."""
+    real, calls = store_module.os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DistillError, match="cannot be written"):
+        patch.setattr(store_module.os, "fsync", full)
+        written(folder, kind)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled"])
+def test_a_bit_flipped_in_an_unfinished_capture_is_never_sealed_as_valid(tmp_path, kind):
+    """Resuming verifies every file against its digest: the damaged ones are written again, to the same bytes."""
+    flips = random.Random(2)
+    written(tmp_path / "straight", kind)
+    _partial(tmp_path / "partial", kind)
+    names = [f.name for f in sorted((tmp_path / "partial").iterdir()) if f.suffix != ".half"]
+    assert len(names) == 7 + 2 * (kind == "hidden")
+    for name in names:
+        folder = tmp_path / f"flipped-{name}"
+        shutil.copytree(tmp_path / "partial", folder)
+        damaged = bytearray((folder / name).read_bytes())
+        damaged[flips.randrange(len(damaged))] ^= 1 << flips.randrange(8)
+        (folder / name).write_bytes(damaged)
+        if name == "capture.json":
+            with pytest.raises(DistillError, match=r"capture\.json is damaged"):
+                written(folder, kind)
+        else:
+            written(folder, kind)
+            assert content(folder) == content(tmp_path / "straight"), name
+
+
+@pytest.mark.parametrize("damage", ["[]", "5", "", "{}", None])
+def test_an_entry_or_manifest_that_is_something_else_is_not_a_traceback(tmp_path, damage):
+    written(tmp_path / "straight")
+    _partial(tmp_path / "partial", "sampled")
+    entry, manifest = tmp_path / "partial" / "shard-00001.json", tmp_path / "straight" / "manifest.json"
+    before = content(tmp_path / "straight")
+    for file in (entry, manifest):
+        file.unlink()
+        _ = file.mkdir() if damage is None else file.write_text(damage)
+    with pytest.raises(DistillError, match=r"manifest\.json is damaged"):
+        open_cache(str(tmp_path / "straight"))
+    if damage is None:
+        with pytest.raises(DistillError, match=r"shard-00001\.json: a folder stands where a file belongs"):
+            written(tmp_path / "partial")
+        entry.rmdir()
+    written(tmp_path / "partial")
+    assert content(tmp_path / "partial") == before
+
+
+def test_a_complete_cache_that_is_damaged_is_not_reported_as_written(tmp_path):
+    written(tmp_path / "cache")
+    file = tmp_path / "cache" / "shard-00002.arrow"
+    damaged = bytearray(file.read_bytes())
+    damaged[100] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(DistillError, match=r"complete cache, and .*shard-00002\.arrow is damaged"):
+        written(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b + b"x", lambda b: b[:-20] + b"y" + b[-19:], None])
