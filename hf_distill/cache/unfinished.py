@@ -1,7 +1,7 @@
 """An unfinished capture: which cache its folder belongs to, and which of its files are complete.
 
-Beside each file that is complete lies its entry (name, bytes, SHA-256, and of a shard its counts) with a checksum of the
-entry itself. A capture that goes on verifies all of them first, so that it never builds on a damaged file: what is
+Beside each file that is complete lies its entry (name, bytes, SHA-256, and of a shard its counts) with a checksum of
+the entry itself. A capture that goes on verifies all of them first, so that it never builds on a damaged file: what is
 damaged is removed, and written again.
 """
 

@@ -171,9 +171,10 @@ def _partial(folder, kind):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DistillError, match="cannot be written"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module.os, "fsync", full)
-        written(folder, kind)
+        with pytest.raises(DistillError, match="cannot be written"):
+            written(folder, kind)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled"])
