@@ -22,7 +22,8 @@ class Step:
     """What a step found.
 
     loss:      [] the objective, sum over asked tokens / num_items, with its graph
-    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and statistics if asked for
+    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and statistics if asked for;
+               "aux": the sum of the auxiliary losses that the model's own forward adds, where it adds any
     targets:   the asked tokens
     outputs:   the student's outputs
     """
@@ -99,9 +100,5 @@ class Distiller:
         taps = self.features.said(tokens)
         with beside.around(student) if beside else nullcontext():
             loss, outputs, done = student_loss(student, inputs, targets, taps, jobs, keep_logits)
-        if outputs.get("aux_loss") is not None:
-            # A router's load balancing, as the model itself would add it, by this batch's share of the asked tokens.
-            share = 1.0 if num_items is None else len(asked) / num_items
-            loss = loss + model.config.router_aux_loss_coef * outputs["aux_loss"] * share
         found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
         return Step(loss, found, asked, outputs)

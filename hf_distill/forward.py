@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .capture import capture
 from .features import FeatureJob
 from .sidecar import sidecar_of
@@ -55,7 +56,7 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
 
     def keep(head: Head) -> Tensor:
         heads.append(head.detach())
-        return head.hidden.new_full((1, 1, 1), 3.0)
+        return _no_logits(head)
 
     with capture(model, wanted) as found:
         outputs, sent_on = _run(model, inputs, targets, keep)
@@ -98,6 +99,9 @@ def student_loss(
     """
     fused: list[Jobs] = []  # in this forward; a model may be run twice
     made: list[Jobs] = []
+    plan = plan_aux_losses(model, inputs, lambda rows, replaced: _run_rows(model, rows, targets, replaced))
+    aux = AuxLosses(model, inputs, plan)
+    added: list[Tensor | None] = []
 
     def fuse(source: Head) -> Tensor:
         fused.append(jobs(source))
@@ -110,6 +114,10 @@ def student_loss(
         made.append(fused[-1] if fused else jobs(Logits(targets.pick(outputs.logits))))
         parts = [] if fused or made[-1].own is None else [made[-1].own]
         fused.clear()
+        added.append(aux.of(outputs))
+        if added[-1] is not None:  # by this batch's share of the target tokens of the global batch
+            items = targets.items(made[-1].head.num_items).to(added[-1].device)
+            parts.append(added[-1] * (len(targets) / items))
         if made[-1].features.terms:
             sidecar: Any = sidecar_of(model)
             parts.append(sidecar(lambda its: made[-1].features.total(found, its)))
@@ -119,15 +127,28 @@ def student_loss(
 
     hook = unwrapped(model).register_forward_hook(at_end)
     try:
-        with capture(model, taps) as found:
-            outputs, loss = _run(model, inputs, targets, None if keep_logits else fuse)
+        with capture(model, taps) as found, aux.recorded():
+            outputs, loss = _run(model, inputs, targets, None if keep_logits or plan.needs_logits else fuse)
     finally:
         hook.remove()
     loss = made[-1].head.from_logits(targets.pick(outputs.logits)) if loss is None else loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
+    if added[-1] is not None:
+        made[-1].head.per_token["aux"] = added[-1].detach().float().to(loss.device).expand(len(targets))
     return loss, outputs, made[-1]
+
+
+def _run_rows(model: nn.Module, rows: dict, targets: Targets, replaced: bool) -> Any:
+    """The outputs for the first rows of a batch; with `replaced` the head returns a number in place of logits."""
+    if not replaced:
+        return model(**_prepare(bare(model), rows))
+    return _run(model, rows, targets.first_rows(len(labels_of(rows))), _no_logits)[0]
+
+
+def _no_logits(head: Head) -> Tensor:
+    return head.hidden.new_full((1, 1, 1), 3.0)
 
 
 def _run(

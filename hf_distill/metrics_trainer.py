@@ -100,13 +100,15 @@ class MetricsMixin(_Base):
         mean = {name: total / max(sums["asked"], 1.0) for name, total in sums.items()}
         learnt = [*self.distiller.terms, *self.teacher.terms]
         terms = {f"{term.name}_loss": mean[term.name] for term in learnt}
+        terms |= {f"{name}_loss": mean[name] for name in ("aux", "peer_aux") if name in mean}
         measured = max(sums.get("measured", 0.0), 1.0)
         statistics = {name: sums[name] / measured for name in _STATISTICS if name in sums}
         return terms | source_means(sums, self._sources) | statistics
 
     def _eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         means = self._means(sums)
-        metrics = {"loss": sum(t.weight * means[f"{t.name}_loss"] for t in self.distiller.terms), **means}
+        loss = sum(t.weight * means[f"{t.name}_loss"] for t in self.distiller.terms) + means.get("aux_loss", 0.0)
+        metrics = {"loss": loss, **means}
         if task_of(self.model).vocabulary:
             for name, of in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
                 if of in sums:

@@ -130,6 +130,13 @@ class Targets:
         labelled = None if self.labelled is None else self.labelled[rows]
         return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape, labelled)
 
+    def first_rows(self, count: int) -> "Targets":
+        """The target tokens of the first rows of the batch."""
+        first = self.rows < count
+        labelled = None if self.labelled is None else self.labelled[first]
+        shape = torch.Size((min(count, self.shape[0]), *self.shape[1:]))
+        return Targets(self.labels[first], self.positions[first], self.rows[first], shape, labelled)
+
     def tokens(self, inputs: dict, causal: bool, stack: str | None = None) -> "Targets":
         """The N tokens whose features are compared: the asked ones; or, where the asked are not among the tokens (a
         class of a whole row, the encoder of a decoder's tokens), every token of the rows that ask.

@@ -153,8 +153,9 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         self._unchecked = self.distiller.look = None
         self.note(step, source, training)
         if training:
-            learnt = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]
-            self._seen.append(Seen(inputs, step.targets, {name: step.per_token[name] for name in learnt}))
+            learnt = [*(term.name for term in (*self.distiller.terms, *self.teacher.terms)), "aux", "peer_aux"]
+            values = {name: step.per_token[name] for name in learnt if name in step.per_token}
+            self._seen.append(Seen(inputs, step.targets, values))
         loss = step.loss
         if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())

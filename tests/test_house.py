@@ -20,7 +20,7 @@ FLOORS = [
     {"losses", "blocks"},
     {"objective", "capture", "sidecar", "mtp"},
     {"statistics"},
-    {"sweep", "features"},
+    {"sweep", "features", "aux_losses"},
     {"head", "forward", "student", "speculative"},
     {"data", "cache"},
     {"teachers"},

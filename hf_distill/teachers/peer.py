@@ -177,5 +177,6 @@ class _PeerRun(Beside):
         with torch.set_grad_enabled(learning), capture(self.model, self.wanted) as found:
             loss, _, done = student_loss(self.model, self.inputs, self.targets, {}, jobs)
         self.told = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
-        self.per_token = done.head.per_token
+        names = {"aux": "peer_aux"}
+        self.per_token = {names.get(name, name): values for name, values in done.head.per_token.items()}
         return loss
