@@ -1,8 +1,9 @@
 """Auxiliary losses: what a model's own forward adds to its cross entropy, such as router losses, z-losses, AdaLoRA's.
 
-A model adds them where it gets labels, by its own rules and coefficients. So the student's forward gets labels, its cross
-entropy is replaced by zero, and the `loss` that it returns is the sum of its auxiliary losses. Whether a model adds any,
-and whether they can be had without the logits of all positions, is found by running it on two rows of the first batch.
+A model adds them where it gets labels, by its own rules and coefficients. So the student's forward gets labels, its
+cross entropy is replaced by zero, and the `loss` that it returns is the sum of its auxiliary losses. Whether a model
+adds any, and whether they can be had without the logits of all positions, is found by running it on two rows of the
+first batch.
 """
 
 import inspect
@@ -190,8 +191,8 @@ def _probe(model: nn.Module, rows: dict, forward: Callable[[dict, bool], Any]) -
             if fused is not None and torch.allclose(fused, added, rtol=_RELATIVE_TOLERANCE, equal_nan=True):
                 return AuxPlan(needs_labels=True)
     logger.warning_once(
-        f"{name} adds auxiliary losses to its cross entropy that need its logits: the logits of all positions are made. "
-        "The objective is the same; the memory is not."
+        f"{name} adds auxiliary losses to its cross entropy that need its logits: the logits of all positions are "
+        "made. The objective is the same; the memory is not."
     )
     return AuxPlan(needs_labels=True, needs_logits=True)
 
@@ -219,7 +220,7 @@ def _plain(values: Mapping[str, Any]) -> list:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """A forward in training mode that leaves random states, running statistics and the config as they were."""
     config = vars(bare(model).config)
-    before, python, of_numpy = dict(config), random.getstate(), numpy.random.get_state()  # noqa: NPY002
+    before, python, of_numpy = dict(config), random.getstate(), numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     for norm in norms:
@@ -231,7 +232,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for norm in norms:
             norm.train()
         random.setstate(python)
-        numpy.random.set_state(of_numpy)  # noqa: NPY002
+        numpy.random.set_state(of_numpy)
         config.clear()
         config.update(before)
 
