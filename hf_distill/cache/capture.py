@@ -23,7 +23,7 @@ from .manifest import HEAD, Manifest
 from .ranks import barrier, rank, world_size
 from .signals import stored_of
 from .store import Stored, write_shard
-from .unfinished import claim, finish, is_written, shard_file, verify_written, write_entry
+from .unfinished import claim, finish, is_written, lock_capture, shard_file, verify_written, write_entry
 
 Ask = Callable[[dict, Targets, Mapping[Tap, Targets]], Signals]
 
@@ -127,12 +127,17 @@ def capture(
         on_progress: told after each shard.
 
     Raises:
-        DistillError: the folder holds another cache, the disk is full, or the teacher cannot be captured so.
+        DistillError: the folder holds another cache, another process writes into it, the disk is full, or the teacher
+            cannot be captured so.
     """
-    done = claim(folder, manifest)
-    if done is not None:
-        return done
-    run = _Run(ask, rows, manifest, folder, device, shift)
+    with lock_capture(folder):
+        done = claim(folder, manifest)
+        return _capture(_Run(ask, rows, manifest, folder, device, shift), on_progress) if done is None else done
+
+
+def _capture(run: "_Run", on_progress: Callable[[Progress], None]) -> Manifest:
+    """Write the shards that are missing, and end the capture."""
+    rows, folder = run.rows, run.folder
     start, stored = time.perf_counter(), 0
     ready = verify_written(folder, len(rows.shards))
     before = sum(sum(rows.tokens[a:b]) for (a, b), whole in zip(rows.shards, ready, strict=True) if whole)
@@ -148,10 +153,10 @@ def capture(
         left = total - before - stored
         on_progress(Progress(before + stored, total, run.bytes / max(run.tokens, 1), pace, left / pace))
     barrier()
-    if manifest.kind == "hidden" and not is_written(folder, HEAD):
+    if run.manifest.kind == "hidden" and not is_written(folder, HEAD):
         run.answer(0)  # all shards were there, and the head was not
         barrier()
-    return finish(folder, manifest, len(rows.shards))
+    return finish(folder, run.manifest, len(rows.shards))
 
 
 class _Run:

@@ -6,13 +6,16 @@ damaged is removed, and written again.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import DistillError
+from ..errors import DistillError, noted, tell
+from ..locks import LOCK_FILE, lock_folder
 from .files import check_files, checksum_of, damage_of, writing
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
@@ -26,13 +29,28 @@ def shard_file(number: int) -> str:
     return f"shard-{number:05}.arrow"
 
 
+@contextmanager
+def lock_capture(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock while the block runs: the main process takes it, and all learn where it cannot.
+
+    Raises:
+        DistillError: another process writes into the folder, or it cannot be written to.
+    """
+    problems: list[str] = []
+    with ExitStack() as stack:
+        if rank() == 0:
+            with noted(problems):
+                stack.enter_context(lock_folder(folder, "hf-distill cache write"))
+        tell(gather_lists(problems))
+        yield
+
+
 def claim(folder: Path, manifest: Manifest) -> Manifest | None:
     """Make the folder this capture's; the manifest if the cache is complete already.
 
     Raises:
         DistillError: the folder holds another cache or other files, or the complete cache is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (FILE, CAPTURE):
         if (folder / name).is_file():
             there = read_manifest(folder, name)
@@ -46,7 +64,7 @@ def claim(folder: Path, manifest: Manifest) -> Manifest | None:
                 return there
     barrier()
     if rank() == 0 and not (folder / CAPTURE).is_file():
-        if others := [f.name for f in folder.iterdir() if f.suffix != ".half"]:
+        if others := [f.name for f in folder.iterdir() if f.suffix != ".half" and f.name != LOCK_FILE]:
             raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: give an empty folder.")
         manifest.write(folder / CAPTURE)
     barrier()

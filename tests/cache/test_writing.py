@@ -16,6 +16,7 @@ from tiny import build, collate, rows
 from hf_distill import DistillError
 from hf_distill.cache import Store, check_all, open_cache, read_manifest, write_cache
 from hf_distill.cache import store as store_module
+from hf_distill.locks import LOCK_FILE
 
 
 def teacher():
@@ -29,7 +30,7 @@ def written(folder, kind="sampled", data=None, **options):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.name != LOCK_FILE}
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled", "top_k"])
@@ -39,10 +40,10 @@ def test_a_cache_is_whole_small_and_readable_by_datasets(tmp_path, kind):
     manifest = written(tmp_path / "cache", kind)
     assert manifest == read_manifest(tmp_path / "cache") == check_all(tmp_path / "cache")
     head = ["head.safetensors"] if kind == "hidden" else []
-    total = sum(f.stat().st_size for f in (tmp_path / "cache").iterdir() if f.name != "manifest.json")
+    total = sum(f.stat().st_size for f in (tmp_path / "cache").iterdir() if f.name not in ("manifest.json", LOCK_FILE))
     assert manifest.size == total > manifest.payload
     names = {"manifest.json", "index.bin", *(shard["file"] for shard in manifest.shards), *head}
-    assert {f.name for f in (tmp_path / "cache").iterdir()} == names
+    assert content(tmp_path / "cache").keys() == names
     shards = str(tmp_path / "cache" / "shard-*.arrow")
     table = load_dataset("arrow", data_files=shards, split="train", cache_dir=tmp_path)
     assert sum(table["tokens"]) == manifest.data["tokens"]
@@ -95,9 +96,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, kind):
 
 def test_what_is_whole_is_not_written_again(tmp_path):
     written(tmp_path / "cache")
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir() if f.name != LOCK_FILE}
     written(tmp_path / "cache")
-    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+    assert all(f.stat().st_mtime_ns == time for f, time in before.items())
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,24 @@ def test_a_folder_of_another_capture_is_refused_and_left(tmp_path, options, what
     with pytest.raises(DistillError, match=what):
         written(tmp_path / "cache", **options)
     assert content(tmp_path / "cache") == before
+
+
+def test_a_second_writer_of_a_folder_is_refused_and_the_first_one_ends_well(tmp_path):
+    """Two captures of one folder at once: the second one, started in the middle of the first, gets one line."""
+    refused = []
+
+    def second(progress):
+        if not refused:
+            with pytest.raises(
+                DistillError, match=r"Another process writes to .*: hf-distill cache write, process \d+"
+            ):
+                written(tmp_path / "cache")
+            refused.append(progress)
+
+    written(tmp_path / "straight")
+    written(tmp_path / "cache", on_progress=second)
+    assert refused
+    assert content(tmp_path / "cache") == content(tmp_path / "straight")
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
@@ -136,7 +155,7 @@ def test_a_full_disk_leaves_whole_shards_alone_and_the_next_try_goes_on(tmp_path
     monkeypatch.setattr(store_module.os, "fsync", full)
     with pytest.raises(DistillError, match=r"shard-00002.arrow cannot be written .No space left on device.*goes on"):
         written(tmp_path / "full")
-    names = {f.name for f in (tmp_path / "full").iterdir()}
+    names = content(tmp_path / "full").keys()
     assert names == {"capture.json", *(f"shard-0000{i}.{kind}" for i in (0, 1) for kind in ("arrow", "json"))}
     monkeypatch.undo()
     written(tmp_path / "full")
@@ -183,7 +202,7 @@ def test_a_bit_flipped_in_an_unfinished_capture_is_never_sealed_as_valid(tmp_pat
     flips = random.Random(2)
     written(tmp_path / "straight", kind)
     _partial(tmp_path / "partial", kind)
-    names = [f.name for f in sorted((tmp_path / "partial").iterdir()) if f.suffix != ".half"]
+    names = [*content(tmp_path / "partial")]
     assert len(names) == 7 + 2 * (kind == "hidden")
     for name in names:
         folder = tmp_path / f"flipped-{name}"

@@ -23,7 +23,9 @@ def run(folder: Path, ranks: int, *words: str) -> None:
 def write(folder: Path, ranks: int, name: str, *more: str) -> dict[str, bytes]:
     options = ["--smoke", "-o", name, "--kind", "sampled", "--shard-rows", "6", "--batch-size", "2"]
     run(folder, ranks, "cache", "write", "cached", *DATA, *more, *options)
-    return {f.name: f.read_bytes() for f in sorted((folder / name).iterdir()) if f.name != "manifest.json"}
+    return {
+        f.name: f.read_bytes() for f in sorted((folder / name).iterdir()) if f.name not in ("manifest.json", ".lock")
+    }
 
 
 @pytest.fixture(scope="module")
