@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import DistillError
 from ..tasks import task_of
 from .agreement import Agreement, agreement_of
+from .closeness import NO_REFERENCES, References
 from .pair import Pair
 from .tokens import Tokenizer, check_ids, read_back
 from .trend import LINES, trend_of
@@ -19,23 +20,34 @@ class Diagnosis:
 
     agreement:     see `Agreement`
     tokenizer:     None: the pair has none
-    verdicts:      failures by name; none: nothing was found
+    verdicts:      failures by name
     not_looked_at: what could not be judged, and why
+    conclusion:    one sentence: what was found, or that the run could not be judged because checks were skipped
+    references:    the student before training, and the control; None: not given
     """
 
     agreement: Agreement
     tokenizer: Tokenizer | None
     verdicts: list[Verdict]
     not_looked_at: list[str]
+    conclusion: str
+    references: References | None
 
 
-def diagnose(pair: Pair, tokens: int | None = 4096, logs: Sequence[Mapping[str, Any]] = ()) -> Diagnosis:
+def diagnose(
+    pair: Pair,
+    tokens: int | None = 4096,
+    logs: Sequence[Mapping[str, Any]] = (),
+    references: References | None = None,
+) -> Diagnosis:
     """Compare student and teacher over held-out tokens, in one forward of each, and name what went wrong.
 
     Args:
         pair: see `Pair.of_run`; its objective is the one that the student was trained with, alpha 0 if none was.
         tokens: until so many were asked; None: all.
         logs: lines of the training's log (`run.logs()`); without them nothing is said of its course.
+        references: the student before training, and the control (`References.of_evidence`); without them the student
+            is compared with a unigram baseline and a uniform distribution alone.
 
     Raises:
         DistillError: the slice is empty, a model is missing or broken, or the rows have ids that it lacks.
@@ -44,10 +56,21 @@ def diagnose(pair: Pair, tokens: int | None = 4096, logs: Sequence[Mapping[str, 
         lacks = "teacher" if pair.teacher is None else "student"
         raise DistillError(f"There is no {lacks} to diagnose: a pair of both is compared.")
     check_ids(pair)
-    facts = Facts(agreement_of(pair, tokens), pair.temperature, pair.alpha, trend_of(logs), read_back(pair))
+    facts = Facts(
+        agreement_of(pair, tokens),
+        pair.temperature,
+        pair.alpha,
+        trend_of(logs),
+        read_back(pair),
+        references or NO_REFERENCES,
+    )
     shift = task_of(pair.student).shift
     found = verdicts(facts)
-    return Diagnosis(facts.agreement, facts.tokenizer, found, [*_unknown(facts, {one.name for one in found}, shift)])
+    names = [one.name for one in found]
+    skipped = [*_unknown(facts, {*names}, shift)]
+    if references is not None and facts.alpha and (references.before is None or references.before.kl is None):
+        skipped.append("far_from_teacher, against the student before training: no KL of it was measured")
+    return Diagnosis(facts.agreement, facts.tokenizer, found, skipped, _conclusion(names, skipped), references)
 
 
 def _unknown(facts: Facts, named: set[str], shift: bool) -> Iterator[str]:
@@ -61,3 +84,17 @@ def _unknown(facts: Facts, named: set[str], shift: bool) -> Iterator[str]:
         yield "a wrong shift: this kind of model predicts in place"
     elif len(facts.agreement.kl_at) < 2:
         yield "a wrong shift: no two tokens that stand side by side are asked"
+
+
+def _conclusion(names: Sequence[str], skipped: Sequence[str]) -> str:
+    """One sentence on the whole run.
+
+    Args:
+        names: of the verdicts.
+        skipped: checks that could not be made, and why.
+    """
+    if names:
+        return f"{len(names)} failure{'s' if len(names) > 1 else ''} found: {', '.join(names)}."
+    if skipped:
+        return "The run could not be judged: the checks that were made found nothing wrong, and others were skipped."
+    return "Nothing was found to be wrong."

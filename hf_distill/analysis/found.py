@@ -61,7 +61,7 @@ def diagnosis(run: Run) -> Section:
     if not found:
         return _absent(run, "what may have gone wrong", "diagnosis.json")
     a = found["agreement"]
-    text = [] if found["verdicts"] else ["Nothing was found to be wrong."]
+    text = [found["conclusion"]]
     text += [f"Not looked at: {line}." for line in found["not_looked_at"]]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in a["gradient"].items())
     beside = "; ".join(f"{a['kl_at'][at]:.2f}" if at in a["kl_at"] else "-" for at in ("-1", "1"))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import log
 
 from .agreement import Agreement
+from .closeness import APART, NO_REFERENCES, References, signs_of_distance
 from .tokens import Tokenizer
 from .trend import Trend
 
@@ -18,7 +19,6 @@ WEAKER = 0.05  # nats/token by which a teacher may lose to its student before it
 FLAT, DROWNED = 0.9, 0.5
 HARD = 0.15  # nats: below, the likeliest id has more than 97 % of the mass
 IGNORED = 0.03  # share of the soft term's gradient below which it steers nothing
-APART = 0.1  # nats/token: a student this close to its teacher does not ignore it
 MISTAKES, COPIED, LED = 0.05, 0.5, 0.8  # of tokens, beyond what the teacher admits; of these; of the gradient
 GAP_KL, GAP_NLL = 0.3, 0.15  # nats/token from the teacher, and behind it on the labels: far
 TAIL, TAIL_LEFT = 0.01, 0.35  # mass of the teacher's tail; share of it that the student has left
@@ -45,6 +45,7 @@ class Facts:
     temperature, alpha: of the objective
     trend:       of the training's loss; None: unknown, and nothing is said of its course
     tokenizer:   None: unknown
+    references:  the student before training, and the control
     """
 
     agreement: Agreement
@@ -52,6 +53,7 @@ class Facts:
     alpha: float
     trend: Trend | None = None
     tokenizer: Tokenizer | None = None
+    references: References = NO_REFERENCES
 
 
 def verdicts(facts: Facts) -> list[Verdict]:
@@ -218,6 +220,20 @@ def capacity_gap(facts: Facts) -> Verdict | None:
     )
 
 
+def far_from_teacher(facts: Facts) -> Verdict | None:
+    """The student is no better than a baseline, the student before training, or the control."""
+    signs = signs_of_distance(facts.agreement, facts.references, facts.alpha)
+    if not signs:
+        return None
+    text = "; ".join(signs)
+    return Verdict(
+        "far_from_teacher",
+        text[0].upper() + text[1:] + ".",
+        "Look at the loss in metrics.jsonl: where it rose, lower train.learning_rate; where it hardly fell, raise "
+        "train.max_steps or train.learning_rate. `hf-distill recipes preview` shows what the student is trained on.",
+    )
+
+
 def collapsed_tail(facts: Facts) -> Verdict | None:
     """The student is far surer than its teacher."""
     found = facts.agreement
@@ -240,12 +256,14 @@ def _far(found: Agreement) -> bool:
 
 # In this order; each verdict -> what it explains.
 _EXPLAINS: dict[Callable[[Facts], Verdict | None], tuple[str, ...]] = {
-    teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low"),  # a teacher without opinions is flat too
-    temperature_too_high: ("alpha_too_low",),  # the soft gradient is small because of T
+    # A teacher without opinions is flat too, and to be far from it is no fault.
+    teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low", "far_from_teacher"),
+    temperature_too_high: ("alpha_too_low", "far_from_teacher"),  # the soft gradient is small because of T
     temperature_too_low: ("alpha_too_low",),
     alpha_too_high: (),
-    alpha_too_low: (),
+    alpha_too_low: ("far_from_teacher",),
     collapsed_tail: ("capacity_gap",),  # it is far because it is too sharp
-    under_trained: ("capacity_gap",),
+    under_trained: ("capacity_gap", "far_from_teacher"),
+    far_from_teacher: ("capacity_gap",),  # a student that lost to a baseline did not reach its capacity
     capacity_gap: (),
 }

@@ -33,9 +33,10 @@ def diagnose(
     logs = opened.logs(name)
     out.quiet = as_json
     no_other_bars()
+    from ..analysis.closeness import References
     from ..analysis.diagnosis import diagnose as look
     from ..analysis.pair import Pair
-    from ..evidence import write_json
+    from ..evidence import read_json, write_json
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
@@ -43,7 +44,8 @@ def diagnose(
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)
         progress.stage(f"Comparing both models over {tokens:,} tokens")
-        found = look(pair, tokens, logs)
+        references = References.of_evidence(read_json(opened.folder / "evidence.json"), name)
+        found = look(pair, tokens, logs, references)
     if name == "student":
         write_json(opened.folder / "diagnosis.json", asdict(found))
     if as_json:
@@ -58,8 +60,8 @@ def _shown(found: Any) -> list[Any]:
     if found.agreement.sources:
         parts += ["", _parts("Sources", found.agreement.sources)]
     parts.append("")
-    if not found.verdicts:
-        parts.append(Text("Nothing was found to be wrong.", "green"))
+    judged = not found.verdicts and not found.not_looked_at
+    parts.append(Text(found.conclusion, "green" if judged else "bold"))
     for verdict in found.verdicts:
         parts += [Text(verdict.name, "bold red"), f"  {verdict.text}", f"  → {verdict.advice}"]
     return [*parts, *(f"Not looked at: {line}." for line in found.not_looked_at)]
@@ -88,6 +90,14 @@ def _measures(found: Any) -> Table:
         ("  of the soft one outside the teacher's likeliest", f"{a.soft_tail:.1%}"),
         ("asked of all tokens; special, padding of these", f"{a.asked:.1%}; {a.special:.1%}, {a.padding:.1%}"),
     ]
+    references = found.references
+    for title, one in (
+        ("before training", references and references.before),
+        ("control", references and references.control),
+    ):
+        if one is not None:
+            kl = "-" if one.kl is None else f"{one.kl:.4f}"
+            rows.append((f"{title}: KL to the teacher; nll of the labels", f"{kl}; {one.nll:.3f}"))
     if found.tokenizer is not None:
         t = found.tokenizer
         rows.append(("ids that come back from their text; unknown", f"{t.kept:.1%}; {t.unknown:.1%}"))

@@ -5,10 +5,11 @@ from math import log
 
 import numpy as np
 import pytest
-from provoked import CASES, healthy
+from provoked import CASES, healthy, new
 from scipy.stats import linregress
 
 from hf_distill.analysis.agreement import Agreement
+from hf_distill.analysis.closeness import NO_REFERENCES, HeldOut, References
 from hf_distill.analysis.diagnosis import diagnose
 from hf_distill.analysis.tokens import Tokenizer
 from hf_distill.analysis.trend import trend_of
@@ -62,8 +63,8 @@ FLAT = trend_of(lines(noisy([3.0] * 24)))
 FALLING = trend_of(lines(noisy([4.0 - 0.05 * i for i in range(24)])))
 
 
-def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, **measured):
-    facts = Facts(replace(GOOD, **measured), temperature, alpha, trend, tokenizer)
+def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, references=NO_REFERENCES, **measured):
+    facts = Facts(replace(GOOD, **measured), temperature, alpha, trend, tokenizer, references)
     return [verdict.name for verdict in verdicts(facts)]
 
 
@@ -90,6 +91,16 @@ MEASURED = {
     "alpha_too_low": [{"kl": 0.3, "gradient": {"soft": 0.01, "hard": 0.99}}],
     "under_trained": [{"trend": FALLING}],
     "capacity_gap": [FAR],
+    "far_from_teacher": [
+        {"trend": None, "kl": 13.7, "student_nll": 13.9},  # worse than a unigram baseline, and than a uniform one
+        {"trend": None, "kl": 3.3, "student_nll": 6.0},
+        {"trend": None, "kl": 8.3, "teacher_entropy": 2.6},
+        {"alpha": 0.0, "student_nll": 6.1, "gradient": {"hard": 1.0}},
+        {"kl": 0.5, "references": References(before=HeldOut(3.0, 0.55))},
+        {"kl": 0.5, "references": References(before=HeldOut(2.0, 0.2))},  # training moved it away
+        {"references": References(before=HeldOut(3.0, 0.55), after=HeldOut(2.9, 0.5))},
+        {"kl": 0.5, "references": References(control=HeldOut(2.71, 0.4))},
+    ],
     "collapsed_tail": [{"student_tail": 0.01}, {"student_entropy": 1.0}],
 }
 
@@ -113,12 +124,27 @@ def test_each_failure_is_named_alone(name, measured):
         {"gradient": {"soft": 0.01, "hard": 0.99}},  # close to its teacher for all that
         {"kl": 0.9},  # apart, but as good on the labels
         {"trend": None} | FAR,
+        {"trend": None, "references": References(before=HeldOut(4.0, 2.0), control=HeldOut(3.3, 1.1))} | FAR,
+        {"references": References(before=HeldOut(2.72, 0.05))},  # it was as close before
+        {"kl": 0.5, "references": References(control=HeldOut(2.8, 0.4))},  # the control knows the labels less
+        {"alpha": 0.0, "gradient": {"hard": 1.0}, "kl": 9.0},  # it learnt the labels, as it should
         {"alpha": 0.0, "gradient": {"hard": 1.0}, "soft_entropy": 0.0} | FAR,  # no teacher was heard
         {"teacher_tail": 0.005, "student_tail": 0.001},  # there is no tail to lose
     ],
 )
 def test_what_only_resembles_a_failure_is_not_named(measured):
     assert names(**measured) == []
+
+
+def test_evidence_of_any_content_gives_references_or_none():
+    models = {"before": {"perplexity": 20.0, "kl": 2.0}, "student": {"perplexity": 10.0}, "control": {"kl": 1.0}}
+    assert References.of_evidence({"models": models}, "student") == References(
+        HeldOut(log(20), 2.0), None, HeldOut(log(10), None)
+    )
+    broken = [[], 5, {}, {"models": []}, {"models": {"before": [], "student": {"perplexity": "x"}}}]
+    broken += [{"models": {"before": {"perplexity": value}}} for value in (0, -1, True, float("nan"))]
+    for evidence in broken:
+        assert References.of_evidence(evidence, "student") == NO_REFERENCES, evidence
 
 
 def test_what_a_cause_explains_is_not_named_beside_it():
@@ -210,3 +236,16 @@ def test_without_logs_nothing_is_said_of_the_training():
     found = diagnose(pair, None)
     assert not {"under_trained", "capacity_gap"} & {verdict.name for verdict in found.verdicts}
     assert "train.logging_steps" in found.not_looked_at[0]
+
+
+def test_a_student_that_learnt_nothing_is_named_without_a_log():
+    """Closeness is judged without a log, and a run of which checks were skipped is not called sound."""
+    pair, logs = healthy(0)
+    untrained = pair.beside(new(7, 16))
+    for lines_of_log in ((), logs):
+        found = diagnose(untrained, None, lines_of_log)
+        assert "far_from_teacher" in [verdict.name for verdict in found.verdicts]
+    assert diagnose(pair, None, logs).conclusion == "Nothing was found to be wrong."
+    skipped = diagnose(pair, None)
+    assert skipped.verdicts == []
+    assert skipped.conclusion.startswith("The run could not be judged")
