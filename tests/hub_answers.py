@@ -174,11 +174,16 @@ class Answers(BaseHTTPRequestHandler):
         if (found := self.found(kind, name, rev, gated=True)) is not None:
             oid, files = found
             repo = self.hub.repos[kind, name]
-            siblings = [{"rfilename": path, "size": len(self.hub.content(v))} for path, v in sorted(files.items())]
+            siblings = [{"rfilename": path, **self.sibling(v)} for path, v in sorted(files.items())]
             about = {"id": name, "sha": oid, "private": repo.private, "gated": "auto" if repo.gated else False}
             card = self.hub.content(files.get("README.md", b"")).decode()
             metadata = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
             self.send(200, {**about, "siblings": siblings, "cardData": metadata, "tags": []})
+
+    def sibling(self, value: bytes | str) -> dict:
+        size = len(self.hub.content(value))
+        lfs = {"lfs": {"sha256": value, "size": size, "pointerSize": 134}} if isinstance(value, str) else {}
+        return {"size": size, "blobId": oid_of(value), **lfs}
 
     def tree(self, _data: bytes, kind: str, name: str, rev: str, path: str = "") -> None:
         if (found := self.found(kind, name, rev)) is None:

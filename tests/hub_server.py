@@ -14,7 +14,7 @@ from typing import Any
 
 from hub_answers import Answers
 
-LFS = (".safetensors", ".arrow", ".bin", ".parquet", ".png")
+LFS = (".safetensors", ".arrow", ".bin", ".parquet", ".png", ".gguf", ".h5", ".msgpack", ".onnx", ".pt")
 
 
 @dataclass

@@ -1,15 +1,18 @@
 """Cards: their code runs, their words follow from the facts, and nothing private is in them."""
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 import yaml
 from hub_server import Hub, pointed
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from tiny import build
 from transformers import PreTrainedTokenizerFast
 
-from hf_distill.card import Facts, card_of, missing
+from hf_distill.card import Facts, Picture, card_of, missing
 from hf_distill.hub.licences import Judged
 from hf_distill.names import public
 from hf_distill.recipe.smoke import byte_tokenizer
@@ -102,3 +105,66 @@ def test_the_snippet_of_each_task_runs_as_it_stands(task, kind, prompt, monkeypa
     assert capsys.readouterr().out.strip()
     if prompt:
         assert card.data.widget[0] == {"text" if isinstance(prompt, str) else "messages": prompt}
+
+
+ATTACK = '<img src=x onerror=alert(1)>[x](https://evil.example)\n\n```\n# own heading\n---\nlicense: "evil"\n'
+
+
+def test_external_text_in_any_fact_stays_text():
+    """Names, sample text, licences, tasks and values of a recipe hold HTML, links, fences, a metadata's end."""
+    task = {"task": ATTACK, "metric": ATTACK, "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
+    entry = {"kind": "frozen", "model": ATTACK, "licence": ATTACK, "version": ATTACK, "quantization": ATTACK}
+    facts = replace(
+        FACTS,
+        student={"model": ATTACK, "revision": ATTACK},
+        teachers={ATTACK: entry},
+        data={"sources": {ATTACK: {"dataset": ATTACK, "revision": ATTACK}}},
+        training={"stages": ATTACK, "arguments": {ATTACK: ATTACK}},
+        environment={"device": ATTACK, "platform": ATTACK, "torch": ATTACK},
+        licence=Judged(ATTACK, [ATTACK], [ATTACK]),
+        retention=[task | {"kept": {}}],
+        diagnosis={ATTACK: ATTACK},
+        recipe={"train": {"run_name": ATTACK, "long": ATTACK * 3}},
+        origin=ATTACK,
+        prompt=ATTACK,
+    )
+    card = card_of(facts, [Picture(f"figures/{ATTACK}.png", ATTACK)])
+    again = ModelCard(card.content)
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data.license == ATTACK
+    tokens = list(flatten(MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)))
+    assert not [t.content for t in tokens if t.type in ("html_block", "html_inline")]
+    assert {t.attrGet("href") for t in tokens if t.type == "link_open"} == {
+        "https://arxiv.org/abs/1503.02531",
+        "https://arxiv.org/abs/2306.13649",
+    }
+    headings = [tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"]
+    assert [h for h in headings if "own" in h] == []
+    blocks = [t for t in tokens if t.type == "fence"]
+    assert [t.info for t in blocks] == ["python", "yaml"]
+    assert yaml.safe_load(blocks[1].content)["train"]["run_name"] == ATTACK
+
+
+def flatten(tokens):
+    for token in tokens:
+        yield token
+        yield from flatten(token.children or ())
+
+
+def test_no_fact_names_a_folder_of_this_machine(tmp_path):
+    place = f"{tmp_path}/secret/rows.jsonl"
+    facts = replace(
+        FACTS,
+        student={"model": place},
+        teachers={"teacher": {"kind": "frozen", "model": place}},
+        data={"sources": {"task": {"dataset": place}}},
+        training={"arguments": {"liger": place}},
+        licence=Judged("mit", [f"of {place}:"], []),
+        diagnosis={"short": f"see {place}, `{place}`"},
+        recipe={"data": {"task": {"path": place}}, "train": {"optim_args": f"file={place}"}},
+        environment={"device": place},
+        prompt=f"open {place}",
+    )
+    for text in (card_of(facts).content, json.dumps(facts.as_json())):
+        assert tmp_path.name not in text
+        assert "rows.jsonl" in text

@@ -13,8 +13,8 @@ import hf_distill
 ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
-    {"version", "errors", "names"},
-    {"hub", "locks"},
+    {"version", "errors", "names", "escape"},
+    {"hub", "locks", "local_paths"},
     {"sources", "layers", "projectors", "schedule", "zero", "kinds"},
     {"signals", "tasks"},
     {"losses", "blocks"},

@@ -1,10 +1,14 @@
 """Caches on the Hub: data set repositories."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import DistillError
+from ..escape import markdown
 from ..hub import address, asking, fetch_folder
-from ..names import kind_of
+from ..local_paths import reduced
+from ..names import kind_of, public
 from .manifest import FILE
 from .store import check_all
 
@@ -38,34 +42,58 @@ def folder_of(path: str) -> Path:
     return fetch_folder(at)
 
 
-def push_cache(folder: str | Path, repo: str, private: bool = False) -> str:
+def push_cache(folder: str | Path, repo: str, private: bool = False, force: bool = False) -> str:
     """Check a cache and upload it as a data set repository.
 
     Args:
         folder: of the cache.
         repo: org/name; made if there is none.
         private: of a new one.
+        force: write over files of somebody else, such as a card.
 
     Returns:
         its address, as `path` of a cached teacher takes it: the revision is the upload's.
 
     Raises:
-        DistillError: files are missing or damaged; or the Hub refuses, see `hub.asking`.
+        DistillError: files are missing or damaged; the repository holds files of somebody else; or the Hub refuses, see
+            `hub.asking`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder)
     manifest, api = check_all(folder), HfApi()
     card = _CARD.format(
-        model=manifest.teacher["model"],
+        model=markdown(public(manifest.teacher["model"])),
         kind=manifest.kind,
         bytes_per_token=manifest.bytes_per_token,
         repo=repo,
         **{name: manifest.data[name] for name in ("examples", "tokens")},
     )
-    names = [FILE, *(entry["file"] for entry in manifest.files)]
-    files = [CommitOperationAdd("README.md", card.encode()), *(CommitOperationAdd(n, folder / n) for n in names)]
+    shown = replace(manifest, teacher=reduced(manifest.teacher), recipe=reduced(manifest.recipe))
+    written: dict[str, Any] = {"README.md": card.encode(), FILE: shown.as_text().encode()}
+    written |= {entry["file"]: folder / entry["file"] for entry in manifest.files}
+    files = [CommitOperationAdd(name, content) for name, content in written.items()]
+    if not force:
+        _check_foreign(api, repo, {*written})
     with asking(repo, "dataset"):
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         done = api.create_commit(repo, files, repo_type="dataset", commit_message="Cache of hf_distill")
     return f"hf://datasets/{repo}@{done.oid}"
+
+
+def _check_foreign(api: Any, repo: str, names: set[str]) -> None:
+    """Refuse a repository that holds files of these names and was not written by `push_cache`, as its card says."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with asking(repo, "dataset"):
+        try:
+            info: Any = api.dataset_info(repo)
+        except RepositoryNotFoundError:
+            return
+    there = {sibling.rfilename for sibling in info.siblings or ()}
+    tags = info.card_data.to_dict().get("tags") if info.card_data else None
+    foreign = sorted(there & names)
+    if foreign and not (FILE in there and "hf_distill" in (tags or ())):
+        raise DistillError(
+            f"datasets/{repo} holds files that hf-distill did not write ({', '.join(foreign[:5])}): give another name."
+        )

@@ -1,6 +1,7 @@
 """What a cache says of itself: `manifest.json`."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from .files import checksum_of, writing
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of a capture that goes on
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 Kind = Literal["hidden", "sampled", "top_k"]
 
 
@@ -91,9 +93,13 @@ class Manifest:
 
     def write(self, file: Path) -> None:
         """Write it whole or not at all, with a checksum of itself."""
-        values = json.loads(json.dumps(asdict(self)))
         with writing(file) as half:
-            half.write_text(json.dumps({**values, "checksum": checksum_of(values)}, indent=1) + "\n")
+            half.write_text(self.as_text())
+
+    def as_text(self) -> str:
+        """The content of its file."""
+        values = json.loads(json.dumps(asdict(self)))
+        return json.dumps({**values, "checksum": checksum_of(values)}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path, name: str = FILE) -> Manifest:
@@ -117,6 +123,15 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
         raise DistillError(f"{file} is damaged: it is not what was written. Write the cache again.") from None
     if told != checksum_of(values):
         raise DistillError(f"{file} is damaged: it does not have its own checksum. Write the cache again.")
-    if values["format"] != FORMAT:
-        raise DistillError(f"{folder} has format {values['format']}; this version reads {FORMAT}: write it again.")
-    return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
+    if values.get("format") != FORMAT:
+        raise DistillError(
+            f"{folder} has format {values.get('format')!r}; this version reads {FORMAT}: write it again."
+        )
+    try:
+        manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
+        strange = [str(entry["file"]) for entry in manifest.files if not _NAME.fullmatch(entry["file"])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DistillError(f"{file} is no manifest of a cache ({type(error).__name__}: {error}).") from None
+    if strange:
+        raise DistillError(f"{file} names {strange[0]!r}, which is no file of its own folder: do not use this cache.")
+    return manifest

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..escape import code_block, code_span, markdown, yaml_text
 from ..names import is_id
 from .facts import Facts
 from .snippet import snippet_of
@@ -35,17 +36,17 @@ def card_of(facts: Facts, figures: Sequence[Picture] = ()) -> ModelCard:
     return ModelCard.from_template(
         _metadata(facts),
         template_str=files("hf_distill.model_cards").joinpath("template.md").read_text(),
-        title=facts.repo.rpartition("/")[2],
+        title=markdown(facts.repo.rpartition("/")[2]),
         summary=summary_of(facts),
-        snippet=snippet_of(facts),
+        snippet=code_block(snippet, "python") if (snippet := snippet_of(facts)) else None,
         held_out=held_out_table(facts.held_out),
         retention=retention_table(facts.retention),
-        figures=figures,
-        diagnosis=facts.diagnosis or {},
+        figures=[Picture(quote(figure.path), markdown(figure.caption)) for figure in figures],
+        diagnosis={code_span(name): markdown(text) for name, text in (facts.diagnosis or {}).items()},
         not_measured=facts.not_measured,
         made=made_lines(facts),
-        recipe=yaml.safe_dump(facts.recipe, sort_keys=False, width=100).strip() if facts.recipe else None,
-        origin=facts.origin,
+        recipe=code_block(yaml_text(facts.recipe), "yaml") if facts.recipe else None,
+        origin=code_span(facts.origin) if facts.origin else None,
         licence=licence_lines(facts),
     )
 

@@ -1,17 +1,18 @@
 """What is known of a distilled model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..hub.licences import Judged
+from ..local_paths import reduced, typed_paths
 
 FILE = "distillation.json"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A distillation's evidence; `distillation.json` is this as JSON.
+    """A distillation's evidence; `distillation.json` is this as JSON. Paths of this machine are reduced as it is made.
 
     repo:         org/name of the student
     task:         of the pipeline, such as text-generation
@@ -48,6 +49,11 @@ class Facts:
     origin: str | None = None
     prompt: str | Sequence[Mapping[str, str]] | None = None
     format: int = 1
+
+    def __post_init__(self):
+        known = [*typed_paths(self.recipe or {})]
+        for field in fields(self):
+            object.__setattr__(self, field.name, reduced(getattr(self, field.name), known))
 
     def as_json(self) -> dict[str, Any]:
         """For distillation.json."""

@@ -22,4 +22,5 @@ def snippet_of(facts: Facts) -> str | None:
 
 def _pipeline(facts: Facts, prompt: object, last: str) -> str:
     given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n" if prompt is not None else ""
-    return f'from transformers import pipeline\n\npipe = pipeline("{facts.task}", model="{facts.repo}")\n{given}{last}'
+    task, repo = json.dumps(facts.task), json.dumps(facts.repo)
+    return f"from transformers import pipeline\n\npipe = pipeline({task}, model={repo})\n{given}{last}"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..escape import code_span, markdown
 from ..losses import LOSSES
 from ..names import is_id
 from .facts import Facts
@@ -41,40 +42,46 @@ def _count(parameters: int) -> str:
 
 def _named(entry: Mapping[str, Any]) -> str:
     known = entry.get("model") or _NAMELESS.get(entry.get("kind", ""), "a model without a name")
-    return f"[{known}](https://huggingface.co/{known})" if is_id(known) else f"`{known}`" if ":" in known else known
+    if is_id(known):
+        return f"[{markdown(known)}](https://huggingface.co/{known})"
+    return code_span(known) if ":" in known else markdown(known)
 
 
 def made_lines(facts: Facts) -> list[str]:
     """How it was made: teachers, student, objective, data, training, machine."""
-    lines = [f"{name.capitalize()}: {_described(entry)}." for name, entry in facts.teachers.items()]
+    lines = [f"{markdown(name.capitalize())}: {_described(entry)}." for name, entry in facts.teachers.items()]
     objective, training = facts.objective, facts.training
     lines.append(f"Student: {_origin(facts.student)}.")
     if objective:
-        terms = "".join(f" + {loss.get('weight', 1)} · {loss['name']}" for loss in objective.get("losses") or ())
+        soft_term = markdown(_divergence(objective["divergence"]))
+        terms = "".join(
+            f" + {loss.get('weight', 1)} · {markdown(loss['name'])}" for loss in objective.get("losses") or ()
+        )
         soft, hard = objective["alpha"], 1 - objective["alpha"]
         lines.append(
-            f"Objective: {soft:g} · T² · {_divergence(objective['divergence'])} + {hard:g} · cross entropy{terms}, at "
+            f"Objective: {soft:g} · T² · {soft_term} + {hard:g} · cross entropy{terms}, at "
             f"T = {objective['temperature']:g}, over the asked tokens of the global batch."
         )
         papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in _papers(objective))
         lines += [f"Papers: {papers}."] if papers else []
-    lines += [f"Data, {name}: {_source(entry)}." for name, entry in facts.data.get("sources", {}).items()]
+    lines += [f"Data, {markdown(name)}: {_source(entry)}." for name, entry in facts.data.get("sources", {}).items()]
     counts = [f"{facts.data[key]:,} {text}" for key, text in _COUNTS.items() if facts.data.get(key)]
-    prints = [f"{part} rows `{facts.data[f'{part}_fingerprint'][:16]}`" for part in ("train", "eval")
+    prints = [f"{part} rows {code_span(facts.data[f'{part}_fingerprint'][:16])}" for part in ("train", "eval")
               if facts.data.get(f"{part}_fingerprint")]  # fmt: skip
     if counts:
         lines.append(f"Rows: {', '.join(counts)}" + (f"; SHA-256 of {', '.join(prints)}." if prints else "."))
-    told = [text.format(training[key]) for key, text in _TRAINING.items() if training.get(key) is not None]
+    told = [markdown(text.format(training[key])) for key, text in _TRAINING.items() if training.get(key) is not None]
     lines += [f"Training: {', '.join(told)}."] if told else []
-    arguments = ", ".join(f"`{name}={value}`" for name, value in (training.get("arguments") or {}).items())
+    arguments = ", ".join(code_span(f"{name}={value}") for name, value in (training.get("arguments") or {}).items())
     lines += [f"Arguments that are not the Trainer's defaults: {arguments}."] if arguments else []
     made = facts.environment
     count = made.get("processes", 1)
-    where = f"{count} process{'es' if count > 1 else ''} on {made.get('device_name') or made.get('device')}"
-    versions = ", ".join(f"{name} {made[name]}" for name in _VERSIONS if made.get(name))
+    device = markdown(made.get("device_name") or made.get("device"))
+    where = f"{count} process{'es' if count > 1 else ''} on {device}"
+    versions = ", ".join(f"{name} {markdown(made[name])}" for name in _VERSIONS if made.get(name))
     return [
         *lines,
-        f"Machine: {where}, {made.get('cpu_count')} CPU cores, {made.get('platform')}.",
+        f"Machine: {where}, {made.get('cpu_count')} CPU cores, {markdown(made.get('platform'))}.",
         f"With {versions}.",
     ]
 
@@ -112,13 +119,13 @@ def _papers(objective: Mapping[str, Any]) -> list[str]:
 
 def _described(entry: Mapping[str, Any]) -> str:
     parts = [_named(entry)]
-    parts += [f"commit `{entry['revision'][:12]}`"] if entry.get("revision") else []
-    parts += [f"version {entry['version']}"] if entry.get("version") else []
-    parts += [f"kind {entry['kind']}"] if entry.get("kind") not in (None, "frozen") else []
+    parts += [f"commit {code_span(entry['revision'][:12])}"] if entry.get("revision") else []
+    parts += [f"version {markdown(entry['version'])}"] if entry.get("version") else []
+    parts += [f"kind {markdown(entry['kind'])}"] if entry.get("kind") not in (None, "frozen") else []
     parts += [f"{_count(entry['parameters'])} parameters"] if entry.get("parameters") else []
     parts += [f"{entry['blocks']} blocks"] if entry.get("blocks") else []
-    parts += [f"held in {entry['quantization']}"] if entry.get("quantization") else []
-    parts += [f"licence {entry.get('licence')}"] if entry.get("licence") else []
+    parts += [f"held in {markdown(entry['quantization'])}"] if entry.get("quantization") else []
+    parts += [f"licence {markdown(entry['licence'])}"] if entry.get("licence") else []
     return ", ".join(parts)
 
 
@@ -126,7 +133,7 @@ def _origin(student: Mapping[str, Any]) -> str:
     if layers := student.get("layers_kept"):
         return f"blocks {', '.join(map(str, layers))} of {_named(student)}"
     text = _named(student)
-    text += f", commit `{student['revision'][:12]}`" if student.get("revision") else ""
+    text += f", commit {code_span(student['revision'][:12])}" if student.get("revision") else ""
     return text + (", with adapters" if student.get("adapters") else "")
 
 
@@ -139,8 +146,8 @@ def _divergence(name: Any) -> str:
 
 def _source(entry: Mapping[str, Any]) -> str:
     name = entry["dataset"]
-    text = f"[{name}](https://huggingface.co/datasets/{name})" if is_id(name) else f"`{name}`"
-    return text + (f", commit `{entry['revision'][:12]}`" if entry.get("revision") else "")
+    text = f"[{markdown(name)}](https://huggingface.co/datasets/{name})" if is_id(name) else code_span(name)
+    return text + (f", commit {code_span(entry['revision'][:12])}" if entry.get("revision") else "")
 
 
 def licence_lines(facts: Facts) -> list[str]:
@@ -148,8 +155,5 @@ def licence_lines(facts: Facts) -> list[str]:
     judged = facts.licence
     first = f"{judged.id}, " if judged.id else "Not said; "
     inherited = ", ".join(f"{name}: {entry.get('licence') or 'unknown'}" for name, entry in facts.teachers.items())
-    return [
-        f"{first}with {inherited}.",
-        *judged.notes,
-        *(f"Accepted by the author: {line}." for line in judged.conflicts),
-    ]
+    accepted = (f"Accepted by the author: {line}." for line in judged.conflicts)
+    return [markdown(line) for line in (f"{first}with {inherited}.", *judged.notes, *accepted)]

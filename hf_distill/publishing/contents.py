@@ -1,18 +1,22 @@
 """Which files of a run go to the Hub: the student's own, the card, the facts, plots; nothing else."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..analysis.folder import WRITTEN_BY, Run
 from ..card import FILE, Facts, Picture, card_of
 from ..errors import DistillError
+from ..escape import html_text
+from ..local_paths import typed_paths, with_reduced_keys, without_local_paths
 from ..names import is_id
 from ..sidecar import SIDECAR
+from .repository import CARD, with_digests
 
 # What from_pretrained reads. Never: pickles, checkpoints' state, projectors (sidecar.safetensors).
 _WEIGHTS = re.compile(
@@ -24,7 +28,12 @@ _BESIDE = re.compile(
     r"spiece\.model|tokenizer\.model|sentencepiece\.bpe\.model|[\w-]+\.tiktoken|[a-z_]+\.py"
 )
 _ADAPTER = "adapter_config.json"
-_OURS = re.compile(rf"README\.md|{re.escape(FILE)}|report\.html|figures/[\w-]+\.png")
+_LISTS = (
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+    "model.safetensors.index.json",
+)  # tokens, tensors: no paths
 # What the plots of a report show.
 _SHOWS = {
     "closeness": "KL to the teacher and agreement with it while training",
@@ -73,33 +82,50 @@ def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
         if name.endswith(".safetensors"):
             _check_weights(folder / name)
     files: dict[str, Path | bytes] = {n: folder / n for n in names if _WEIGHTS.fullmatch(n) or _BESIDE.fullmatch(n)}
-    left_out = [name for name in names if name not in files and name not in ("README.md", FILE)]
+    configs = [n for n in files if n.endswith(".json") and n not in _LISTS and n != _ADAPTER]
+    left_out = [name for name in names if name not in files and name not in (CARD, FILE)]
     drawn = sorted((run.folder / "figures").glob("*.png"))
     figures = [Picture(f"figures/{path.name}", _SHOWS.get(path.stem, path.stem)) for path in drawn]
     files |= {figure.path: path for figure, path in zip(figures, drawn, strict=True)}
     if report:
-        files["report.html"] = run.path("report.html")
+        files["report.html"] = _report(run)
     notes: list[str] = []
-    if isinstance(adapter := files.get(_ADAPTER), Path):
-        files[_ADAPTER], notes = _adapter_config(adapter, facts)
-    files[FILE] = _json(facts.as_json())
-    files["README.md"] = card_of(facts, figures).content.encode()
+    if _ADAPTER in files:
+        files[_ADAPTER], notes = _adapter_config(folder / _ADAPTER, facts)
+    files |= {n: _without_places(folder / n) for n in configs}
+    files[CARD] = card_of(facts, figures).content.encode()
+    files[FILE] = _json(with_digests(facts.as_json(), {name: _digest(file) for name, file in files.items()}))
     return Contents(files, left_out, notes)
 
 
-def is_ours(path: str) -> bool:
-    """Whether a file of a repository is one that publishing writes, and so takes away where it is not written again."""
-    return any(kind.fullmatch(path) for kind in (_WEIGHTS, _OURS))
+def _report(run: Run) -> bytes:
+    """The report without paths of this machine; those of the recipe may be relative."""
+    known = [html_text(path) for path in typed_paths(run.recipe.model_dump(exclude_none=True))]
+    return without_local_paths(run.path("report.html").read_text(), known).encode()
+
+
+def _without_places(file: Path) -> Path | bytes:
+    """A model's config whose values name no path of this machine; the file itself where none did."""
+    values = _read(file)
+    changed = with_reduced_keys(values)
+    return file if changed == values else _json(changed)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DistillError(f"{file} is not JSON ({error}): train or save the student again.") from None
 
 
 def _adapter_config(file: Path, facts: Facts) -> tuple[bytes, list[str]]:
     """Of adapters: with the id of their base, where it is known; else what others need to be told."""
-    values = json.loads(file.read_text())
+    values = _read(file)
     own, base = values.get("base_model_name_or_path"), facts.student.get("base_model")
     if base:
         values["base_model_name_or_path"] = base
     elif not is_id(own):
-        return _json(values), [
+        return _json(with_reduced_keys(values)), [
             f"The adapters' base is a folder of this machine ({own}), and others cannot load them: give --base-model "
             "ID, or set `export: merged` in the recipe."
         ]
@@ -107,13 +133,23 @@ def _adapter_config(file: Path, facts: Facts) -> tuple[bytes, list[str]]:
 
 
 def _check_weights(file: Path) -> None:
-    with safe_open(file, "pt") as weights:
-        foreign = [name for name in weights.keys() if SIDECAR in name.split(".")]  # noqa: SIM118  not a mapping
+    try:
+        with safe_open(file, "pt") as weights:
+            foreign = [name for name in weights.keys() if SIDECAR in name.split(".")]  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError) as error:
+        raise DistillError(f"{file} is damaged ({error}): train or save the student again.") from error
     if foreign:
         raise DistillError(
             f"{file} holds {foreign[0]} and {len(foreign) - 1} more, which were trained beside the student and are no "
             "part of it: save it with `trainer.save_model()`."
         )
+
+
+def _digest(file: Path | bytes) -> str:
+    if isinstance(file, bytes):
+        return hashlib.sha256(file).hexdigest()
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _json(values: dict[str, Any]) -> bytes:

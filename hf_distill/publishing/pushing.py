@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ..analysis.folder import Run
-from ..card import Facts
 from ..errors import DistillError
 from ..hub import asking
 from ..hub.licences import Judged
-from ..names import is_id, kind_of
+from ..names import kind_of
 from ..recipe.schema import Recipe
-from .contents import Contents, contents_of, is_ours
+from .contents import Contents, contents_of
 from .gathering import facts_of, judged_of, teachers_of
+from .repository import CARD, Repository, check_repository, look_at, to_delete
 
 WITH = ("cache", "report")
 
@@ -30,6 +30,7 @@ class Published:
     left_out: files of the student's folder that did not go up
     notes:    what licences ask for, and what others will stumble over
     cache:    address of the teacher's cache, where that went up too
+    deleted:  files that were in the repository and are not any more
     """
 
     url: str
@@ -38,6 +39,7 @@ class Published:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     cache: str | None = None
+    deleted: list[str] = field(default_factory=list)
 
 
 def publish(
@@ -64,12 +66,12 @@ def publish(
         licence: that its author wants; None: inherited.
         accept_licence: publish against what the licences of teacher and base say.
         base_model: id of what the student began as, where the recipe names a file or a package.
-        replace: take the place of a model with another base.
+        replace: take the place of another model, of weights of any format, and of a card that somebody wrote.
         on_stage: told in a few words what begins.
 
     Raises:
-        DistillError: the run is not over; no token; a licence conflict; the repository is of a model with another base,
-            or public while `private` is wanted; see `hub.asking`.
+        DistillError: the run is not over; no token; a licence conflict; the repository holds what publishing did not
+            write, or is public while `private` is wanted; see `hub.asking` and `repository.check_repository`.
     """
     if unknown := sorted({*include} - {*WITH}):
         raise DistillError(f"--with takes {', '.join(WITH)}; got {', '.join(unknown)}.")
@@ -79,14 +81,14 @@ def publish(
     facts = facts_of(run, repo, licence, base_model)
     _check_licence(facts.licence, accept_licence)
     contents = contents_of(run, facts, "report" in include)
-    before = _before(api, repo)
-    _check_before(before, facts, private, replace)
-    cache = _push_cache(run, repo, private, on_stage) if "cache" in include else None
-    commit = _commit(api, repo, private, before, contents, on_stage)
+    there = look_at(api, repo)
+    check_repository(there, contents.files, private, replace, facts)
+    gone = to_delete(there, contents.files, replace)
+    cache = _push_cache(run, repo, private, replace, on_stage) if "cache" in include else None
+    commit = _commit(api, there, private, contents, gone, on_stage)
     url = f"{api.endpoint}/{repo}"
-    return Published(
-        url, commit, sorted(contents.files), contents.left_out, [*facts.licence.notes, *contents.notes], cache
-    )
+    notes = [*facts.licence.notes, *contents.notes]
+    return Published(url, commit, sorted(contents.files), contents.left_out, notes, cache, gone)
 
 
 def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None:
@@ -98,7 +100,7 @@ def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None
     api = HfApi()
     repo = _whole_name(api, repo)
     _check_licence(judged_of(recipe, teachers_of(recipe), repo, None, None), accept_licence)
-    _before(api, repo)
+    check_repository(look_at(api, repo), [CARD], private=False, replace=False)
 
 
 def _check_licence(judged: Judged, accepted: bool) -> None:
@@ -122,49 +124,24 @@ def _whole_name(api: HfApi, repo: str) -> str:
     return repo if "/" in repo else f"{user}/{repo}"
 
 
-def _before(api: HfApi, repo: str) -> Any:
-    """The repository's info; None if there is none."""
-    with asking(repo):
-        try:
-            return api.model_info(repo)
-        except RepositoryNotFoundError:
-            return None
-
-
-def _check_before(info: Any, facts: Facts, private: bool, replace: bool) -> None:
-    if info is None:
-        return
-    if private and not info.private:
-        raise DistillError(f"{facts.repo} is public already, and --private is wanted: make it private on its page.")
-    then = info.card_data.to_dict().get("base_model") if info.card_data else None
-    then = [then] if isinstance(then, str) else then or []
-    own = facts.student.get("base_model") or facts.student.get("model")
-    own = [own] if is_id(own) else []
-    weights = any(sibling.rfilename.endswith(".safetensors") for sibling in info.siblings or ())
-    if weights and then != own and not replace:
-        raise DistillError(
-            f"{facts.repo} holds a model with another base ({', '.join(then) or 'not said'}; this one's: "
-            f"{', '.join(own) or 'not said'}). Give another name, or add --replace."
-        )
-
-
 def _commit(
-    api: HfApi, repo: str, private: bool, before: Any, contents: Contents, on_stage: Callable[[str], None]
+    api: HfApi, there: Repository, private: bool, contents: Contents, gone: Collection[str], on_stage: Callable
 ) -> str:
-    there = [sibling.rfilename for sibling in before.siblings or ()] if before else []
+    repo = there.name
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.files.items()]
-    operations += [CommitOperationDelete(n) for n in there if is_ours(n) and n not in contents.files]
+    operations += [CommitOperationDelete(name) for name in gone]
     size = sum(operation.upload_info.size for operation in operations if isinstance(operation, CommitOperationAdd))
     on_stage(f"Uploading {len(contents.files)} files, {size / 1e6:,.1f} MB, to {repo}")
     with asking(repo):
-        ModelCard(contents.files["README.md"].decode()).validate()  # type: ignore[union-attr]
-        api.create_repo(repo, private=private, exist_ok=True)
-        parent = before.sha if before else api.model_info(repo).sha
+        ModelCard(contents.files[CARD].decode()).validate()  # type: ignore[union-attr]
+        if there.commit is None:  # not exist_ok: what somebody else made meanwhile has not been looked at
+            api.create_repo(repo, private=private)
+        parent = there.commit or api.model_info(repo).sha
         done = api.create_commit(repo, operations, commit_message="Student, card and evidence", parent_commit=parent)
     return str(done.oid)
 
 
-def _push_cache(run: Run, repo: str, private: bool, on_stage: Callable[[str], None]) -> str:
+def _push_cache(run: Run, repo: str, private: bool, replace: bool, on_stage: Callable[[str], None]) -> str:
     from ..cache.hub import push_cache
 
     teacher = run.recipe.teacher
@@ -172,4 +149,4 @@ def _push_cache(run: Run, repo: str, private: bool, on_stage: Callable[[str], No
     if path is None or kind_of(path) == "address":
         raise DistillError("--with cache: the run's teacher is no cache on this machine.")
     on_stage(f"Uploading the teacher's cache to datasets/{repo}-cache")
-    return push_cache(path, f"{repo}-cache", private)
+    return push_cache(path, f"{repo}-cache", private, force=replace)

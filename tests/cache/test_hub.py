@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from hub_server import Hub, pointed
 from tiny import build, collate, rows
 
-from hf_distill.cache import write_cache
+from hf_distill import DistillError
+from hf_distill.cache import check_all, write_cache
+from hf_distill.cache.hub import folder_of, push_cache
+from hf_distill.cache.manifest import read_manifest
 
 READ = """
 import sys
@@ -77,3 +80,30 @@ def test_what_is_no_cache_on_the_hub_is_refused(hub, run, tmp_path):
     assert code == 0
     assert "refused:" in said
     assert "is not a cache" in said
+
+
+def test_a_data_set_of_somebody_else_is_not_written_over_and_no_path_goes_up(hub, monkeypatch, tmp_path):
+    folder = tmp_path / "cache"
+    teacher = {"model": f"{tmp_path}/teacher", "revision": None, "quantization": None}
+    model = build("llama", 1)
+    write_cache(folder, model, rows("llama", 4), collator=collate, batch_size=4, known_as=teacher)
+    pointed(hub, monkeypatch, tmp_path / "hf")
+    hub.put("datasets", "tester/theirs", {"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
+    with pytest.raises(DistillError, match=r"README\.md"):
+        push_cache(folder, "tester/theirs")
+    push_cache(folder, "tester/theirs", force=True)
+    push_cache(folder, "tester/theirs")
+    repo = hub.repos["datasets", "tester/theirs"]
+    for name, value in repo.commits[repo.at("main")].items():
+        assert tmp_path.name.encode() not in hub.content(value), name
+    assert check_all(folder_of("hf://datasets/tester/theirs")).teacher["model"] == "teacher"
+
+
+@pytest.mark.parametrize("name", ["../../secret.arrow", "/etc/passwd", ".hidden", 5])
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, name):
+    write_cache(tmp_path, build("llama", 1), rows("llama", 4), collator=collate, batch_size=4)
+    manifest = read_manifest(tmp_path)
+    manifest.shards[0]["file"] = name
+    manifest.write(tmp_path / "manifest.json")
+    with pytest.raises(DistillError, match="manifest"):
+        check_all(tmp_path)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillError
 from hf_distill.analysis import open_run
-from hf_distill.publishing import publish
+from hf_distill.publishing import check_ready, publish
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.sidecar import SIDECAR
 
@@ -209,12 +209,116 @@ def test_another_licence_than_a_teacher_passes_on_is_a_conflict(run, hub):
         publish(taught_by(run, hub, "gemma"), "tester/quick", licence="mit")
 
 
-def test_a_model_with_another_base_is_not_written_over(run, hub):
-    card = b"---\nbase_model: other/base\n---\n"
-    hub.put("models", "tester/quick", {"README.md": card, "model.safetensors": b"theirs"})
+WEIGHTS = [
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "unet/diffusion.fp16.safetensors",
+    "Small-Q4_K_M.gguf",
+    "onnx/decoder.onnx",
+    "flax_model.msgpack",
+    "tf_model.h5",
+    "model.pt",
+    "consolidated.00.pth",
+    "adapter_model.bin",
+    "adapter_config.json",
+]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_somebody_else_in_any_format_are_not_replaced(run, hub, name):
+    hub.put("models", "tester/quick", {name: b"theirs", "notes.txt": b"mine"})
+    with pytest.raises(DistillError, match="--replace") as caught:
+        publish(run, "tester/quick")
+    assert name in str(caught.value)
+    assert files_of(hub) == {name, "notes.txt"}
+    done = publish(run, "tester/quick", replace=True)
+    assert done.deleted == [n for n in (name,) if n not in done.files]
+    assert files_of(hub) == {*done.files, "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"README.md": b"# My model\n"},
+        {"README.md": b"---\nlicense: mit\n---\n"},
+        {"README.md": b"# x", "distillation.json": b"{"},
+        {"README.md": b"# x", "distillation.json": b'{"files": ["README.md"]}'},
+        {"config.json": b"{}"},
+    ],
+    ids=["card", "metadata alone", "damaged facts", "facts of another kind", "config"],
+)
+def test_a_card_and_a_config_of_somebody_else_are_not_replaced(run, hub, files):
+    hub.put("models", "tester/quick", files)
+    with pytest.raises(DistillError, match="did not publish"):
+        publish(run, "tester/quick")
+    assert files_of(hub) == {*files}
+    publish(run, "tester/quick", replace=True)
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "added.gguf"])
+def test_what_was_edited_or_added_after_publishing_is_not_replaced(run, hub, name):
+    publish(run, "tester/quick")
+    repo = hub.repos["models", "tester/quick"]
+    files = {path: hub.content(value) for path, value in repo.commits[repo.at("main")].items()}
+    hub.put("models", "tester/quick", files | {name: files.get(name, b"") + b"edited"})
+    with pytest.raises(DistillError, match=name):
+        publish(run, "tester/quick")
+    assert publish(run, "tester/quick", replace=True).deleted == [n for n in ("added.gguf",) if n == name]
+
+
+def test_a_repository_that_somebody_makes_meanwhile_is_not_written_to(run, hub, monkeypatch):
+    from huggingface_hub import ModelCard as Card
+
+    monkeypatch.setattr(Card, "validate", lambda self: hub.put("models", "tester/quick", {"README.md": b"theirs"}))
+    with pytest.raises(DistillError, match="meanwhile"):
+        publish(run, "tester/quick")
+    assert files_of(hub) == {"README.md"}
+
+
+def test_a_run_is_not_begun_for_a_repository_that_would_refuse_it(hub):
+    hub.put("models", "tester/quick", {"model.gguf": b"theirs"})
+    with pytest.raises(DistillError, match=r"model\.gguf"):
+        check_ready(load_recipe("quickstart", smoke=True), "tester/quick")
+
+
+def test_a_student_with_another_base_does_not_replace_the_published_one(run, hub):
+    publish(run, "tester/quick")
+    run = taught_by(run, hub, "apache-2.0")
     with pytest.raises(DistillError, match="another base"):
         publish(run, "tester/quick")
     publish(run, "tester/quick", replace=True)
+
+
+def test_no_published_file_names_a_folder_of_this_machine(run, hub, tmp_path):
+    """The recipe, the student's configs, the diagnosis, the samples and the report hold absolute paths before."""
+    secret = tmp_path / "secret place" / "rows.jsonl"
+    student = run.path("student")
+    values = yaml.safe_load(run.path("recipe.yaml").read_text())
+    values["data"]["eval"] = {"path": str(secret), "holdout": None}
+    run.path("recipe.yaml").write_text(yaml.safe_dump(values))
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "tokenizer_file")):
+        config = json.loads((student / name).read_text())
+        (student / name).write_text(json.dumps(config | {key: str(secret)}))
+    verdict = {"name": "short_log", "text": f"see {run.folder}/metrics.jsonl", "advice": ""}
+    (run.folder / "diagnosis.json").write_text(json.dumps({"verdicts": [verdict]}))
+    sample = {"prompt": f"Open {secret} and read on", "reference": "", "written": {}}
+    (run.folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
+    evidence = run.evidence
+    evidence["environment"]["device_name"] = str(run.folder)
+    (run.folder / "evidence.json").write_text(json.dumps(evidence))
+    (run.folder / "report.html").write_text(f"<p>{run.folder}</p><pre>path: {secret}\n'{Path.home()}/x'</pre>")
+    publish(open_run(run.folder), "tester/quick", include=["report"])
+    repo = hub.repos["models", "tester/quick"]
+    for name, value in repo.commits[repo.at("main")].items():
+        content = hub.content(value)
+        for place in (tmp_path.name, tmp_path.parent.name, f"{Path.home()}/", "secret place"):
+            assert place.encode() not in content, (name, place)
+    assert (
+        json.loads(hub.content(repo.commits[repo.at("main")]["tokenizer_config.json"]))["tokenizer_file"]
+        == "rows.jsonl"
+    )
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(run, hub):
