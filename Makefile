@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Tests of one file share what they make; those that start processes of their own come after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-floor check lint bench evidence soak browser clean
+.PHONY: quickstart test test-models test-floor check lint bench evidence soak browser clean
 .DELETE_ON_ERROR:
 
 # torch first, and pinned: a later line would otherwise be free to choose another build.
@@ -35,6 +35,12 @@ browser:
 test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest tests --ignore tests/distributed $(APART)
 	$(BIN)/python -m pytest tests/distributed
+
+# Every class of transformers that predicts ids or classes, against a plain reference: about 20 minutes on two cores.
+# What build/models.jsonl holds already is not run again. A sample of it is among the tests.
+test-models: $(VENV)/installed-dev
+	mkdir -p build
+	cd tests && $(abspath $(VENV))/bin/python -m models.run --out ../build/models.jsonl --summary ../benchmarks/results/models.json
 
 # The oldest versions that setup.cfg allows, in a virtual environment of their own.
 $(VENV)-floor/installed: setup.cfg

@@ -1,0 +1,383 @@
+"""One class of transformers against a plain reference: loss and all gradients of one training step.
+
+The reference is the model's own forward with all of its logits, KL with T^2 and cross entropy as torch has them.
+"""
+
+import contextlib
+import inspect
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers.utils import ModelOutput
+
+from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.errors import DistillError
+
+from . import inputs as made
+from .shrink import shrunk
+from .table import CANNOT, CONFIGS
+
+TEMPERATURE, ALPHA = 2.0, 0.5
+SMALL, LARGE = 0.3, 10.0  # standard deviations of logits over the vocabulary
+CLOSE = 2e-3  # relative: float32 through a few layers, at large logits
+
+
+class CannotBuildError(Exception):
+    """The class cannot be made or run tiny."""
+
+
+def overrides_of(cls: type[PreTrainedModel]) -> dict:
+    """The table's overrides for the config of a class."""
+    return CONFIGS.get(cls.__name__, {})
+
+
+def build(cls: type[PreTrainedModel], seed: int) -> PreTrainedModel:
+    """A tiny model of a class, no parameter of which is zero or all equal."""
+    config = shrunk(cls.config_class(), overrides=overrides_of(cls))
+    set_seed(seed)
+    model = cls(config)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or (
+                name not in dict(model.named_parameters()) and "logits_bias" not in name
+            ):
+                continue
+            if tensor.numel() and not tensor.abs().max() < 1e4:  # never filled, or not finite
+                tensor.normal_(0, 0.1)
+            tensor.add_(torch.randn_like(tensor), alpha=0.1 if tensor.dim() < 2 else 0.02)
+    return model.train()
+
+
+@dataclass
+class Pair:
+    """What one student, one teacher and one batch came to."""
+
+    student: str
+    teacher: str
+    scale: str
+    padded: bool
+    status: str = "compared"
+    reason: str = ""
+    loss: float | None = None
+    expected: float | None = None
+    gradient: float | None = None  # largest relative difference of a parameter's gradient
+    notes: list[str] = field(default_factory=list)
+
+
+def logits_of(model: PreTrainedModel, batch: dict, labels: bool) -> ModelOutput:
+    """The outputs of the model's own forward on what it reads of the batch.
+
+    Raises:
+        CannotBuildError: that forward fails.
+        AttributeError: its outputs have no logits.
+    """
+    named = inspect.signature(model.forward).parameters
+    read = {k: v for k, v in batch.items() if k in named and (labels or k != "labels")}
+    if "use_cache" in named:
+        read["use_cache"] = False
+    try:
+        outputs = model(**read, return_dict=True)
+    except Exception as error:
+        raise CannotBuildError(f"its own forward fails: {_said(error)}") from error
+    if not isinstance(outputs.get("logits"), torch.Tensor):
+        raise AttributeError(f"the outputs have no logits, only {[*outputs]}")
+    return outputs
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [T, V] and labels [T] of the tokens that have a label."""
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    rows = labels.flatten() != -100
+    return logits.flatten(0, labels.dim() - 1)[rows], labels.flatten()[rows]
+
+
+def shift_of(model: PreTrainedModel, batch: dict) -> bool | None:
+    """Whether the model's own loss shifts labels; None where its loss is neither of the two, or could be both.
+
+    Args:
+        model: with large logits, where the two differ.
+        batch: with labels.
+    """
+    try:
+        with torch.no_grad(), kept_buffers(model):
+            set_seed(0)
+            outputs = logits_of(model, batch, labels=True)
+    except (CannotBuildError, AttributeError):  # labels of another shape are for the comparison to judge
+        return None
+    own, aux, labels = outputs.get("loss"), outputs.get("aux_loss"), batch["labels"]
+    if own is None or outputs.logits.shape[: labels.dim()] != labels.shape:
+        return None
+    extra = 0.0 if aux is None else 0.1 * aux.abs().sum()  # a router's loss has a small weight
+    matches = []
+    for shift in (True, False) if labels.dim() > 1 else (False,):
+        plain = F.cross_entropy(*cross_entropy(outputs.logits.float(), labels, shift))
+        if torch.isclose(own.float(), plain, rtol=1e-4) or (aux is not None and 0 <= own - plain <= extra):
+            matches.append(shift)
+    return matches[0] if len(matches) == 1 else None
+
+
+@contextlib.contextmanager
+def kept_buffers(*models: nn.Module):
+    """Put buffers back that a forward in train mode moves, such as running means."""
+    before = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+def reference(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict, shift: bool, decodes: bool):
+    """The objective, and its gradient by parameter name."""
+    student.train()
+    teacher.eval()
+    student.zero_grad(set_to_none=True)
+    set_seed(0)
+    outputs = logits_of(student, batch, labels=decodes)
+    with torch.no_grad():
+        told = logits_of(teacher, batch, labels=decodes).logits.float()
+    said, labels = cross_entropy(outputs.logits.float(), batch["labels"], shift)
+    told, _ = cross_entropy(told, batch["labels"], shift)
+    size = min(said.shape[-1], told.shape[-1])
+    soft = F.kl_div(
+        F.log_softmax(said[:, :size] / TEMPERATURE, -1),
+        F.log_softmax(told[:, :size] / TEMPERATURE, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * F.cross_entropy(said, labels)
+    if outputs.get("aux_loss") is not None:
+        set_seed(0)
+        own = logits_of(student, batch, labels=True)
+        loss = loss + own.loss - F.cross_entropy(*cross_entropy(own.logits.float(), batch["labels"], shift))
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad(set_to_none=True)
+    return loss.detach(), gradients
+
+
+class _Recorder(TrainerCallback):
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class _Trainer(DistillTrainer):
+    """Rows in their order, and the loss of the step kept."""
+
+    step_loss: Any = None
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, *args, **kwargs):
+        set_seed(0)
+        loss = super().compute_loss(*args, **kwargs)
+        self.step_loss = loss.detach()
+        return loss
+
+
+def trained(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict):
+    """Loss and gradients of one step of `DistillTrainer`."""
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(len(batch["labels"]))]
+    recorder = _Recorder()
+    with tempfile.TemporaryDirectory() as folder:
+        args = DistillConfig(
+            folder,
+            max_steps=1,
+            per_device_train_batch_size=len(rows),
+            learning_rate=0.0,
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            temperature=TEMPERATURE,
+            alpha=ALPHA,
+        )
+        trainer = _Trainer(
+            model=student, args=args, teacher=teacher, train_dataset=rows, data_collator=_stack, callbacks=[recorder]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    student.zero_grad(set_to_none=True)
+    return trainer.step_loss, recorder.gradients
+
+
+def _stack(rows: list[dict]) -> dict:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def scale_logits(model: PreTrainedModel, batch: dict, deviation: float, decodes: bool) -> bool:
+    """Scale the output head until logits of a row have about this standard deviation; whether there is such a head."""
+    seen: list[nn.Module] = []
+
+    def note(module, _args, output):
+        if isinstance(output, torch.Tensor) and isinstance(getattr(module, "weight", None), torch.Tensor):
+            seen.append((module, output.shape[-1]))
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with torch.no_grad(), kept_buffers(model):
+            logits = logits_of(model, batch, labels=decodes).logits
+    except AttributeError:
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = [module for module, width in seen if width == logits.shape[-1] and module.weight.dim() >= 2]
+    if not heads:
+        return False
+    total = 1.0
+    with torch.no_grad(), kept_buffers(model):
+        for _ in range(3):
+            spread = logits_of(model, batch, labels=decodes).logits.float().std(-1).mean()
+            if not spread.isfinite() or spread == 0:
+                break
+            factor = float((deviation / spread).clamp(1e-3 / total, 1e2 / total))
+            heads[-1].weight.mul_(factor)
+            total *= factor
+            if 0.8 < factor < 1.25:
+                break
+    return True
+
+
+def compare(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict, pair: Pair, kind: made.Kind) -> Pair:
+    """Fill a pair with what came of it."""
+    problem = ""
+    try:
+        with kept_buffers(student, teacher):
+            expected, gradients = reference(student, teacher, batch, kind.shift, kind.decodes)
+        if not expected.isfinite():
+            raise CannotBuildError("the reference is not finite")
+    except CannotBuildError:
+        raise
+    except Exception as error:  # such as outputs without logits: to be refused
+        problem = f"there is no reference ({_said(error)}), but it trains"
+    try:
+        with kept_buffers(student, teacher):
+            loss, found = trained(student, teacher, batch)
+    except DistillError as error:
+        pair.status, pair.reason = "refused", str(error)
+        return pair
+    except Exception as error:
+        pair.status, pair.reason = "crash", _said(error)
+        return pair
+    finally:
+        student.zero_grad(set_to_none=True)
+    if problem:
+        pair.status, pair.reason = "wrong", problem
+        return pair
+    pair.loss, pair.expected = float(loss), float(expected)
+    problems = []
+    if abs(pair.loss - pair.expected) > CLOSE * max(abs(pair.expected), 1e-2):
+        problems.append(f"the loss is {pair.loss:.6g} instead of {pair.expected:.6g}")
+    worst, pair.gradient = _worst(found, gradients)
+    if not pair.gradient <= 5 * CLOSE:
+        problems.append(f"the gradient of {worst} differs by {pair.gradient:.3g} of its norm")
+    if problems:
+        pair.status, pair.reason = "wrong", "; ".join(problems)
+    return pair
+
+
+def _worst(found: dict, expected: dict) -> tuple[str, float]:
+    """The parameter whose gradient differs most, relative to its norm or to a thousandth of the largest norm."""
+    largest = max([float(g.norm()) for g in expected.values()], default=0.0)
+    worst, most = "", 0.0
+    for name in {**found, **expected}:
+        one, other = found.get(name), expected.get(name)
+        one = torch.zeros_like(other) if one is None else one
+        other = torch.zeros_like(one) if other is None else other
+        difference = float((one.float() - other.float()).norm()) / max(float(other.norm()), 1e-3 * largest, 1e-8)
+        if not difference <= most:
+            worst, most = name, difference
+    return worst, most
+
+
+def _said(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if "/hf_distill/" in f.filename]
+    place = f"{last.filename.rsplit('/', 1)[-1]}:{last.lineno}"
+    if ours:
+        place += f" by {ours[-1].filename.rsplit('/', 1)[-1]}:{ours[-1].lineno}"
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message} [{place}]"
+
+
+def judge(cls: type[PreTrainedModel], partners: dict) -> dict:
+    """All pairs of a class, and its status: the worst of theirs."""
+    start = time.monotonic()
+    result: dict[str, Any] = {"class": cls.__name__, "status": "", "reason": "", "pairs": []}
+    if cls.__name__ in CANNOT:
+        return {**result, "status": "cannot", "reason": CANNOT[cls.__name__]}
+    try:
+        pairs = _pairs(cls, partners, result)
+    except Exception as error:
+        reason = str(error) if isinstance(error, CannotBuildError) else _said(error)
+        result.update(status="cannot", reason=reason, pairs=[])
+    else:
+        for status in ("wrong", "crash", "compared", "refused"):
+            some = [pair for pair in pairs if pair.status == status]
+            if some:
+                first = some[0]
+                reason = first.reason and f"{first.reason} ({first.student} <- {first.teacher}, {first.scale}, " + (
+                    "padded)" if first.padded else "not padded)"
+                )
+                result.update(status=status, reason=first.reason if status == "refused" else reason)
+                break
+        result["pairs"] = [{k: v for k, v in vars(pair).items() if v not in (None, "", [])} for pair in pairs]
+    result["seconds"] = round(time.monotonic() - start, 2)
+    return result
+
+
+def _pairs(cls: type[PreTrainedModel], partners: dict, result: dict) -> list[Pair]:
+    one, two = build(cls, 0), build(cls, 1)
+    kind = made.kind_of(one)
+    batch = made.batch_for(one, kind, False)
+    scale_logits(one, batch, LARGE, kind.decodes)
+    shift = shift_of(one, batch)
+    result["kind"] = f"{kind.name}, {kind.modality}, shift={shift}"
+    if shift is not None:
+        kind = replace(kind, shift=shift)
+    pairs = []
+    for scale, deviation in (("small", SMALL), ("large", LARGE)):
+        for padded in (False, True) if kind.text else (False,):
+            batch = made.batch_for(one, kind, padded)
+            for model in (one, two):
+                if not scale_logits(model, batch, deviation, kind.decodes):
+                    result.setdefault("notes", ["its head was not found, so its logits were not scaled"])
+            pairs.append(compare(one, two, batch, Pair(cls.__name__, cls.__name__, scale, padded), kind))
+    partner = kind.partner(cls)
+    if partner is None:
+        return pairs
+    if partner not in partners:
+        partners[partner] = (build(partner, 2), build(partner, 3))
+    for (student, teacher), scale, padded in (
+        ((one, partners[partner][1]), "large", kind.text),
+        ((partners[partner][0], two), "large", False),
+    ):
+        pair = Pair(type(student).__name__, type(teacher).__name__, scale, padded)
+        pairs.append(pair)
+        try:
+            if student is not one:
+                batch = made.batch_for(one, kind, False)
+                scale_logits(student, batch, LARGE, kind.decodes)
+                kind = replace(kind, shift=bool(shift_of(student, batch)))
+            compare(student, teacher, made.batch_for(one, kind, padded), pair, kind)
+        except CannotBuildError as error:  # the two read different inputs
+            pair.status, pair.reason = "cannot", str(error)
+    return pairs

@@ -1,0 +1,194 @@
+"""What the general rules do not get right: per model type or class, fields of the config, and inputs of the forward."""
+
+import torch
+
+_MROPE = {"rope_parameters": {"mrope_section": [4, 2, 2]}}
+
+# model_type of a config, or the name of a class (which wins) -> overrides of its config's fields.
+CONFIGS: dict[str, dict] = {
+    # heads x head width = expand x hidden width
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1},
+    # lists that go by layers
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+    },
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": None},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "muse_spark_vision": {"num_hidden_layers": 4, "layer_types": None},
+    "cvt": {"depth": [1, 2, 3]},
+    "hgnet_v2": {
+        "hidden_sizes": [16, 16, 16, 16],
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 16, 16, 16],
+        "stage_mid_channels": [8, 8, 8, 8],
+        "stage_out_channels": [16, 16, 16, 16],
+        "stage_numb_of_layers": [1, 1, 1, 1],
+    },
+    "textnet": {"stem_out_channels": 32},
+    "efficientnet": {"hidden_dim": 2560},
+    "step3p7_text": {"sliding_window": 4},
+    "step3p7": {"text_config": {"sliding_window": 4}},
+    # what a default config leaves out
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 97, "pad_token_id": 1, "mask_token_id": 96, "position_embedding_type": "rotary"},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "nemotron": {"num_key_value_heads": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 90, "vision_end_token_id": 89},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 90, "vision_end_token_id": 89},
+    "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "emu3": {"vocabulary_map": {"<image>": 90}},
+    # sections and parts that must add up to widths
+    **dict.fromkeys(
+        (
+            "glm4v_text",
+            "glm_image_text",
+            "glm_ocr_text",
+            "paddleocr_vl_text",
+            "qwen2_vl_text",
+            "qwen2_5_vl_text",
+            "glm46v_text",
+            "cosmos3_edge_text",
+        ),
+        _MROPE,
+    ),
+    "glm4v_moe_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
+    "qwen2_5_omni_text": {"rope_parameters": {"mrope_section": [4, 2, 2]}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
+    "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
+    "mistral4": {"num_key_value_heads": 2, "rope_parameters": {"partial_rotary_factor": 8 / 24}, "qk_head_dim": 24},
+    "longcat_flash": {"head_dim": 8},
+    "reformer": {
+        "axial_pos_embds_dim": (16, 16),
+        "axial_pos_shape": (3, 3),
+        "lsh_attn_chunk_length": 3,
+        "local_attn_chunk_length": 3,
+        "num_buckets": 2,
+    },
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "bros": {"hidden_size": 64},
+    "lilt": {"hidden_size": 48},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "bit": {"num_groups": 2, "embedding_size": 16},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "levit": {
+        "image_size": 64,
+        "hidden_sizes": [32, 48, 64],
+        "num_attention_heads": [2, 2, 2],
+        "key_dim": [16, 16, 16],
+    },
+    "dots3_note": {"adapter_in_dim": 32},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "moshi": {"num_codebooks": 4},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
+    "granite4_vision": {"vision_config": {"hidden_size": 128}, "deepstack_layer_map": [[0, 0]]},
+    "wavtokenizer": {"codebook_dim": 32, "decoder_attention_num_groups": 2},
+    "swin": {"window_size": 2, "image_size": 64},
+    "donut-swin": {"window_size": 2, "image_size": 64},
+    "bridgetower_vision_model": {"hidden_size": 64},
+    "mobilevitv2": {"image_size": 64},
+    "vjepa2": {"crop_size": 32, "frames_per_clip": 2, "patch_size": 8},
+    "mimi": {"upsample_groups": 32, "num_quantizers": 4},
+    "perceiver": {
+        "num_latents": 4,
+        "d_latents": 32,
+        "d_model": 32,
+        "num_self_attends_per_block": 1,
+        "num_cross_attention_heads": 1,
+        "image_size": 32,
+    },
+}
+
+
+def _images(rows, width, config, generator):
+    return torch.randn(rows, 3, 32, 32, generator=generator)
+
+
+def _labels(rows, width, config, generator):
+    return torch.randint(3, 60, (rows, width), generator=generator)
+
+
+def _boxes(rows, width, config, generator):
+    return torch.rand(rows, width, 4, generator=generator).sort(-1).values
+
+
+# Name of a class, or of one that it derives from -> more inputs, as functions of (rows, width, config, generator).
+INPUTS: dict[str, dict] = {
+    "BrosPreTrainedModel": {"bbox": _boxes},
+    "UdopPreTrainedModel": {"bbox": _boxes},
+    "ViltPreTrainedModel": {"pixel_values": _images},
+    "BridgeTowerForMaskedLM": {"pixel_values": _images},
+    "FSMTForConditionalGeneration": {"labels": _labels},  # its decoder inputs are made of input_ids
+    "BlipForConditionalGeneration": {"pixel_values": _images},
+    "Pix2StructForConditionalGeneration": {
+        "flattened_patches": lambda rows, width, config, generator: torch.cat(
+            [torch.arange(1.0, 10).expand(rows, 2, 9).transpose(1, 2), torch.randn(rows, 9, 768, generator=generator)],
+            -1,
+        ),
+    },
+    "ASTForAudioClassification": {
+        "input_values": lambda rows, width, config, generator: torch.randn(
+            rows, config.max_length, config.num_mel_bins, generator=generator
+        )
+    },
+    "Speech2TextForConditionalGeneration": {
+        "input_features": lambda rows, width, config, generator: torch.randn(rows, 40, 80, generator=generator)
+    },
+    "Wav2Vec2BertForSequenceClassification": {
+        "input_features": lambda rows, width, config, generator: torch.randn(
+            rows, 40, config.feature_projection_input_dim, generator=generator
+        )
+    },
+    "Siglip2ForImageClassification": {
+        "pixel_values": lambda rows, width, config, generator: torch.randn(rows, 16, 192, generator=generator),
+        "pixel_attention_mask": lambda rows, width, config, generator: torch.ones(rows, 16, dtype=torch.long),
+        "spatial_shapes": lambda rows, width, config, generator: torch.tensor([[4, 4]] * rows),
+    },
+}
+
+# Classes whose main input is not text, though they predict tokens of one.
+TEXT = ("BridgeTowerForMaskedLM", "BlipForConditionalGeneration", "Kosmos2ForConditionalGeneration")
+
+# Name of a class -> why no comparison is possible here, though nothing is wrong with it.
+CANNOT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "FastVlmForConditionalGeneration",
+            "Gemma3nForConditionalGeneration",
+            "PerceptionLMForConditionalGeneration",
+            "TimmWrapperForImageClassification",
+        ),
+        "needs timm, which is not installed",
+    ),
+    **dict.fromkeys(
+        ("LayoutLMv2ForSequenceClassification", "LayoutLMv2ForTokenClassification"),
+        "needs detectron2, which is not installed",
+    ),
+    "DinatForImageClassification": "needs natten, which is not installed",
+    **dict.fromkeys(
+        ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
+        "reads keys and values of another model's layers, so it does not run alone",
+    ),
+    "Llama4ForConditionalGeneration": "its own forward fails without images (transformers 5.24)",
+}
