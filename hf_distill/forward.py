@@ -6,41 +6,23 @@ from the head's output by a hook, as wrappers left it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .capture import capture
 from .features import FeatureJob
+from .output_head import OutputHead, as_autocast, output_head, replaced_forward
 from .sidecar import sidecar_of
 from .signals import PARAPHRASED, Signals, Tap, Targets
-from .sources import Head, Logits, Scaling
+from .sources import Head, Logits
 from .sweep import HeadJob
 from .tasks import bare, unwrapped
-
-logger = logging.get_logger(__name__)
-_as_declared: WeakSet[nn.Module] = WeakSet()  # heads whose scaling is known to be all that follows them
-_otherwise: WeakSet[nn.Module] = WeakSet()  # heads that something else follows: their logits are made whole
-
-
-@contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a model that is trained is in eval mode and without gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
@@ -52,14 +34,15 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
         targets: the asked tokens.
         wanted: features to be kept, with their tokens.
     """
-    heads: list[Head] = []
+    inputs = _prepare(bare(model), inputs)
+    head, heads = output_head(model, inputs), []
 
-    def keep(head: Head) -> Tensor:
-        heads.append(head.detach())
-        return _no_logits(head)
+    def keep(lazy_logits: Head) -> Tensor:
+        heads.append(lazy_logits.detach())
+        return _no_logits(lazy_logits)
 
     with capture(model, wanted) as found:
-        outputs, sent_on = _run(model, inputs, targets, keep)
+        outputs, sent_on = _run(model, inputs, targets, head, keep)
     device = targets.labels.device  # of the student; a teacher may be spread over several
     features = {tap: feature.to(device) for tap, feature in found.items()}
     return Signals(Logits(targets.pick(outputs.logits)) if sent_on is None else heads[0], features)
@@ -97,9 +80,11 @@ def student_loss(
         jobs: makes what is to be computed of the source of its logits; called in the model's forward.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
     """
+    prepared = _prepare(bare(model), inputs)
+    head = output_head(model, prepared)
     fused: list[Jobs] = []  # in this forward; a model may be run twice
     made: list[Jobs] = []
-    plan = plan_aux_losses(model, inputs, lambda rows, replaced: _run_rows(model, rows, targets, replaced))
+    plan = plan_aux_losses(model, inputs, lambda rows, replaced: _run_rows(model, rows, targets, head, replaced))
     aux = AuxLosses(model, inputs, plan)
     added: list[Tensor | None] = []
 
@@ -128,7 +113,8 @@ def student_loss(
     hook = unwrapped(model).register_forward_hook(at_end)
     try:
         with capture(model, taps) as found, aux.recorded():
-            outputs, loss = _run(model, inputs, targets, None if keep_logits or plan.needs_logits else fuse)
+            on_head = None if keep_logits or plan.needs_logits else fuse
+            outputs, loss = _run(model, prepared, targets, head, on_head)
     finally:
         hook.remove()
     loss = made[-1].head.from_logits(targets.pick(outputs.logits)) if loss is None else loss.reshape(())
@@ -140,49 +126,36 @@ def student_loss(
     return loss, outputs, made[-1]
 
 
-def _run_rows(model: nn.Module, rows: dict, targets: Targets, replaced: bool) -> Any:
+def _run_rows(model: nn.Module, rows: dict, targets: Targets, head: OutputHead, replaced: bool) -> Any:
     """The outputs for the first rows of a batch; with `replaced` the head returns a number in place of logits."""
-    if not replaced:
-        return model(**_prepare(bare(model), rows))
-    return _run(model, rows, targets.first_rows(len(labels_of(rows))), _no_logits)[0]
+    prepared = _prepare(bare(model), rows)
+    return _run(model, prepared, targets.first_rows(len(labels_of(rows))), head, _no_logits if replaced else None)[0]
 
 
-def _no_logits(head: Head) -> Tensor:
-    return head.hidden.new_full((1, 1, 1), 3.0)
+def _no_logits(lazy_logits: Head) -> Tensor:
+    return lazy_logits.hidden.new_zeros(1, 1, 1)
 
 
 def _run(
-    model: nn.Module, inputs: dict, targets: Targets, on_head: Callable[[Head], Tensor] | None
+    model: nn.Module, inputs: dict, targets: Targets, head: OutputHead, on_head: Callable[[Head], Tensor] | None
 ) -> tuple[Any, Tensor | None]:
     """(outputs, what `on_head` sent through the head; None where the head made logits)."""
-    inner = bare(model)
-    inputs = _prepare(inner, inputs)
-    head = _fusable_head(inner) if on_head else None
-    if head is None or on_head is None:
+    scaling, module, sent = head.scaling, head.module, []
+    if scaling is None or on_head is None:
         return model(**inputs), None
-    scaling = Scaling.of(inner.config)
-    # accelerate's hooks, which bring weights and inputs to a device, stand in `forward` and call `_old_forward`.
-    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
-    own, sent = head.__dict__.get(name), []
 
     def forward(hidden: Tensor) -> Tensor:
-        hidden, weight, bias = _as_autocast(targets.pick(hidden), head.weight, head.bias)
+        hidden, weight, bias = as_autocast(targets.pick(hidden), module.weight, module.bias)
         sent.append(on_head(Head(hidden, weight, bias, scaling)))
         return sent[-1]
 
     received: list[Tensor] = []
-    hook = head.register_forward_hook(lambda _module, _args, output: received.append(output))
-    setattr(head, name, forward)
+    hook = module.register_forward_hook(lambda _module, _args, output: received.append(output))
     try:
-        outputs = model(**inputs)
+        with replaced_forward(module, forward):
+            outputs = model(**inputs)
     finally:
         hook.remove()
-        if own is None:
-            delattr(head, name)
-        else:
-            setattr(head, name, own)
-    if sent and not _follows_declared(head, scaling, sent[-1], outputs.logits):
-        return _run(model, inputs, targets, None)
     return outputs, received[-1] if sent else None
 
 
@@ -197,52 +170,12 @@ def _prepare(model: nn.Module, inputs: dict) -> dict:
     return inputs
 
 
+def measure_output_head(model: nn.Module, inputs: dict) -> OutputHead:
+    """See `output_head`: for a model whose first forward is inside another model's, which is no place to measure."""
+    return output_head(model, _prepare(bare(model), inputs))
+
+
 @lru_cache
 def parameters_of(model_class: Any) -> frozenset[str]:
     """The named parameters of a model class's forward."""
     return frozenset(inspect.signature(model_class.forward).parameters)
-
-
-def _fusable_head(model: nn.Module) -> Any:
-    """The model's linear output head; None where it has none, or something other than a plain product."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
-    if head is None or head in _otherwise:
-        return None
-    if not isinstance(head, nn.Linear) or hasattr(head, "base_layer") or not head.weight.is_floating_point():
-        logger.warning_once(
-            f"The output head of {type(model).__name__} is a {type(head).__name__}, no plain linear layer (an adapter, "
-            "or quantised): its logits are made whole. The objective is the same; the memory is not."
-        )
-        return None
-    return head
-
-
-def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as autocast would hand them to a linear layer."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
-@torch.no_grad()
-def _follows_declared(head: nn.Module, scaling: Scaling, sent: Tensor, logits: Tensor) -> bool:
-    """Whether the model did to what the head sent just what its `Scaling` says; looked at until it is known."""
-    if head in _as_declared:
-        return True
-    value = sent.detach().flatten()[:1].double()
-    if not value.isfinite():  # a sick step tells nothing
-        return True
-    expected = scaling.apply_(value.clone())
-    if not torch.allclose(logits.detach().flatten()[:1].double(), expected, rtol=2e-2):
-        _otherwise.add(head)
-        logger.warning_once(
-            "Something that hf_distill does not know follows the output head: its logits are made whole. The objective "
-            "is the same; the memory is not."
-        )
-        return False
-    if value.abs() > 0.1:
-        _as_declared.add(head)
-    return True

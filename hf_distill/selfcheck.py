@@ -1,24 +1,28 @@
 """A look at the first batch: what is about to be trained is the objective that was asked for.
 
-On 32 of its asked tokens the fused head's losses, total and gradient must be those of a plain reference: whole logits,
-the losses as they are defined, autograd, and the weights and T^2 that the arguments say.
+On 32 of its target tokens the fused head's losses, total and gradient must be those of a plain reference: materialized
+logits, the losses as they are defined, autograd, and the weights and T^2 that the arguments say. On a few more
+positions, the losses must be those of the logits that the unmodified forwards of student and teacher returned.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import DistillFields
 from .errors import RunError
 from .objective import Term
+from .output_head import LogitSample, known_output_head
 from .signals import IGNORE_INDEX, Signals, Targets
-from .sources import Head, Logits, Several, Sparse, by_name
+from .sources import Head, Logits, Several, Sparse, by_name, compute_dtype
 from .sweep import HeadJob
 
 TOKENS = 32
 _CLOSE = 1e-2  # of the largest value: TF32 and bf16 differ by thousandths, another objective by more
-_NATS = 1e-4  # what cancels in float32 where student and teacher are alike
+_NATS = 1e-4  # what cancels in float32 where student and teacher are alike, before T^2
+_ROUNDINGS = 64  # of a logit in float32, which a gradient may err by where its parts cancel
 _TILE = 4096  # rows of the head that are held in float32 at a time
 
 
@@ -29,11 +33,14 @@ class SelfCheck:
     fields: the arguments that the objective was made of
     inputs: the collator's batch
     shift:  whether predictions stand one position before their labels
+    student, teacher: the models whose own logits are compared with, where there are such
     """
 
     fields: DistillFields
     inputs: dict
     shift: bool
+    student: nn.Module | None = None
+    teacher: nn.Module | None = None
 
     def __call__(self, job: HeadJob, said: Head | Logits, told: Signals, asked: Targets) -> None:
         """Compare.
@@ -50,6 +57,7 @@ class SelfCheck:
         problems = [*self._asked(asked), *_graphs(told)]
         if len(job.targets):
             problems += self._losses(*_some(job, said))
+            problems += self._unmodified(job, said)
         if problems:
             raise RunError(
                 f"The self-check of the first batch failed: {'; '.join(problems)}. Training would not follow the "
@@ -80,16 +88,55 @@ class SelfCheck:
             values, by_logits = self._reference(job, _logits(said))
         problems = []
         for term in job.terms:
-            if not _close(job.per_token[term.name], values[term.name], _NATS):
+            if not _close(job.per_token[term.name], values[term.name], _NATS * self._scale(term)):
                 fused, plain = job.per_token[term.name].mean(), values[term.name].mean()
                 problems.append(f"{term.name} is {fused:.6g} in the fused head and {plain:.6g} by its definition")
         factors = {term.name: self._weight(term) for term in job.terms}
         expected = sum(factor * values[name].sum() for name, factor in factors.items()) / len(job.targets)
-        if not _close(total.detach(), torch.as_tensor(expected), _NATS):
+        size = sum(abs(self._weight(term)) * self._scale(term) for term in job.terms)
+        if not _close(total.detach(), torch.as_tensor(expected), _NATS * max(size, 1)):
             told = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
             problems.append(f"the loss is {total:.6g}, but {expected:.6g} with the weights that were asked for: {told}")
-        if not _close(gradient, _by_hidden(by_logits, said) if isinstance(said, Head) else by_logits):
+        logits = said.project() if isinstance(said, Head) else said.values
+        finite = logits.masked_fill(~logits.isfinite(), 0)
+        rounding = _ROUNDINGS * torch.finfo(torch.float32).eps * float(finite.abs().max()) * size / len(job.targets)
+        if isinstance(said, Head):
+            by_logits = _by_hidden(by_logits, said)
+            rounding *= max(float(tile.abs().max()) for tile in said.weight.split(_TILE)) * abs(said.scaling.scale)
+        if not _close(gradient, by_logits, 1e-6 + rounding):
             problems.append("the fused head's gradient is not that of the loss")
+        return problems
+
+    @torch.no_grad()
+    def _unmodified(self, job: HeadJob, said: Head | Logits) -> list[str]:
+        """The losses from lazy logits beside those from the logits that the models themselves returned."""
+        student = _sample_of(self.student) if isinstance(said, Head) else None
+        if student is None or not isinstance(said, Head):
+            return []
+        teacher = _sample_of(self.teacher) if isinstance(job.teacher, Head) else None
+        count = min(len(job.targets), len(student.logits), len(student.logits if teacher is None else teacher.logits))
+        rows, device = slice(count), said.hidden.device
+        lazy: Any = _rows_of(job.teacher, rows)
+        own = {name: _told(source) for name, source in by_name(lazy).items()}
+        if teacher is not None and isinstance(job.teacher, Head):
+            hidden = teacher.hidden[rows].to(job.teacher.hidden)
+            lazy, own = replace(job.teacher, hidden=hidden), {None: Signals(Logits(teacher.logits[rows].to(device)))}
+        targets = job.targets.block(rows)
+        few = replace(job, teacher=lazy, targets=targets, statistics=0, chunk_tokens=None, num_items=None, per_token={})
+        few.from_hidden(replace(said.detach(), hidden=student.hidden[rows].to(said.hidden)))
+        logits = student.logits[rows].to(device)
+        largest = max(float(s.logits.where(s.logits.isfinite(), 0).abs().max()) for s in (student, teacher) if s)
+        rounding = 4 * max(s.eps for s in (student, teacher) if s) * largest
+        problems = []
+        for term in job.terms:
+            plain = term.loss.function(Signals(Logits(logits)), own.get(term.teacher), targets, **term.options)
+            plain = plain if term.loss.needs or targets.labelled is None else plain * targets.labelled
+            plain, scale = plain * self._scale(term), self._scale(term)
+            if not _close(few.per_token[term.name], plain, (_NATS + rounding) * scale):
+                problems.append(
+                    f"{term.name} is {few.per_token[term.name].mean():.6g} in the fused head, and {plain.mean():.6g} "
+                    "from the logits that the unmodified models return"
+                )
         return problems
 
     def _weight(self, term: Term) -> float:
@@ -126,14 +173,21 @@ def _some(job: HeadJob, said: Head | Logits) -> tuple[HeadJob, Head | Logits]:
     """The same of 32 tokens, from all over the batch, in two chunks."""
     step = max(1, len(job.targets) // TOKENS)
     rows = slice(0, step * TOKENS, step)
-    teacher = job.teacher
-    if isinstance(teacher, Several):
-        teacher = Several({name: _block(source, rows) for name, source in teacher.sources.items()})
-    elif teacher is not None:
-        teacher = _block(teacher, rows)
+    teacher = _rows_of(job.teacher, rows)
     targets = job.targets.block(rows)
     some = replace(job, teacher=teacher, targets=targets, statistics=0, chunk_tokens=TOKENS // 2, num_items=None)
     return replace(some, per_token={}), _block(said, rows)
+
+
+def _sample_of(model: nn.Module | None) -> LogitSample | None:
+    known = None if model is None else known_output_head(model)
+    return None if known is None else known.sample
+
+
+def _rows_of(teacher: Any, rows: slice) -> Any:
+    if isinstance(teacher, Several):
+        return Several({name: _block(source, rows) for name, source in teacher.sources.items()})
+    return None if teacher is None else _block(teacher, rows)
 
 
 def _block(source, rows: slice):
@@ -147,21 +201,23 @@ def _block(source, rows: slice):
 def _logits(said: Head | Logits) -> tuple[Tensor, Tensor]:
     """What the head itself puts out, as a leaf, and the logits that follow from it."""
     if isinstance(said, Logits):
-        raw = said.values.detach().float().requires_grad_()
+        raw = said.values.detach().to(compute_dtype(said.values)).requires_grad_()
         return raw, raw
-    hidden = said.hidden.float()
+    dtype = compute_dtype(said.hidden, said.weight)
+    hidden = said.hidden.to(dtype)
     with torch.no_grad():
-        raw = torch.cat([hidden @ tile.float().t() for tile in said.weight.split(_TILE)], dim=1)
+        raw = torch.cat([hidden @ tile.to(dtype).t() for tile in said.weight.split(_TILE)], dim=1)
         if said.bias is not None:
             raw += said.bias
-    raw.requires_grad_()
-    return raw, said.scaling.apply_(raw.clone())
+    logits = raw.requires_grad_() * said.scaling.scale
+    cap = said.scaling.softcap
+    return raw, logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _by_hidden(gradient: Tensor, said: Head) -> Tensor:
     """[n, H] of a gradient by what the head puts out, [n, V]."""
     tiles = zip(gradient.split(_TILE, dim=1), said.weight.split(_TILE), strict=True)
-    return torch.stack([part @ tile.float() for part, tile in tiles]).sum(0)
+    return torch.stack([part @ tile.to(part.dtype) for part, tile in tiles]).sum(0)
 
 
 def _told(source: Head | Logits | Sparse) -> Signals:

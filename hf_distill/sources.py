@@ -34,12 +34,15 @@ class Logits:
         return chunk.to(compute_dtype(chunk)) if out is None else out[: len(chunk)].copy_(chunk)
 
 
+_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 @dataclass(frozen=True)
 class Scaling:
     """What follows the head in some models: `softcap * tanh(scale * z / softcap)`, or `scale * z` without a cap.
 
     scale:   Cohere's `logit_scale`, one over Granite's `logits_scaling`
-    softcap: Gemma's `final_logit_softcapping`
+    softcap: Gemma's `final_logit_softcapping`, RecurrentGemma's `logits_soft_cap`, xLSTM's `output_logit_soft_cap`
     """
 
     scale: float = 1.0
@@ -47,10 +50,11 @@ class Scaling:
 
     @classmethod
     def of(cls, config: Any) -> "Scaling":
-        """Read it from a model's config."""
+        """Read it from a model's config: what it declares; `output_head` measures whether the model does it."""
         config = config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        caps = (getattr(config, name, None) for name in _SOFTCAP_NAMES)
+        return cls(scale, next((cap for cap in caps if cap), None))
 
     def apply_(self, logits: Tensor) -> Tensor:
         """In place."""
@@ -112,7 +116,7 @@ def matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """`hidden @ weight.T` into `out` [t, V], in the precision of `out` whatever the dtype of the factors."""
     if hidden.dtype == weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
-    if hidden.is_cuda and hidden.dtype == weight.dtype:
+    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize < out.dtype.itemsize:
         return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
     for v in range(0, len(weight), _TILE):

@@ -21,7 +21,7 @@ def measured(own: Pair, both: Pair | None) -> dict[str, Tensor]:
     found = {
         "measured": torch.ones_like(lse[:, 0]),
         "student_ce": (lse - label_logit)[:, 0],
-        "student_entropy": lse[:, 0] - own.dot(p, z),
+        "student_entropy": lse[:, 0] - own.mean(p, z),
         "accuracy": (own.student.gather(1, own.labels[:, None]) >= most)[:, 0].to(z.dtype),
     }
     if both is None:
@@ -29,12 +29,12 @@ def measured(own: Pair, both: Pair | None) -> dict[str, Tensor]:
     told = both.whole
     y, q, lse_t = both.q()
     z, _, lse = both.p()
-    found["kl"] = both.dot(q, torch.sub(y, z, out=both.take())) + (lse - lse_t)[:, 0]
+    found["kl"] = both.mean(q, torch.sub(y, z, out=both.take())) + (lse - lse_t)[:, 0]
     known = own.labels < told.shape[1]
     label_logit = told.gather(1, (own.labels * known)[:, None])
     whole = lse_t if told.shape == both.q().logits.shape else torch.logsumexp(told, 1, keepdim=True)
     found["teacher_ce"] = torch.where(known, (whole - label_logit)[:, 0], torch.inf)
-    found["teacher_entropy"] = lse_t[:, 0] - both.dot(q, y)
+    found["teacher_entropy"] = lse_t[:, 0] - both.mean(q, y)
     best = told.argmax(-1, keepdim=True)
     inside = best < own.student.shape[1]
     hit = own.student.gather(1, best * inside) >= most

@@ -80,9 +80,10 @@ class HeadJob:
         count, device = len(self.targets), self.targets.labels.device
         teachers = by_name(self.teacher)
         chunk = self.chunk_tokens or chunk_of_workspace(student, teachers.values())
-        own = _buffer(student, min(chunk, count))
-        buffers = {name: _buffer(source, min(chunk, count)) for name, source in teachers.items()}
         dtype = compute_dtype(student.hidden if isinstance(student, Head) else student.values)
+        own = _buffer(student, min(chunk, count), dtype)
+        buffers = {name: _buffer(source, min(chunk, count), dtype) for name, source in teachers.items()}
+        self._masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
         self.per_token = {name: torch.zeros(count, dtype=dtype, device=device) for name in self._names()}
         self._number = 0
         for start in range(0, count, chunk):
@@ -115,7 +116,7 @@ class HeadJob:
     def _block(self, logits, told, start, student, on_gradient) -> None:
         targets = self.targets.block(slice(start, start + len(logits)))
         self._scratch.give_back()
-        own = Pair(logits, None, targets.labels, self._scratch)
+        own = Pair(logits, None, targets.labels, self._scratch, self._masked)
         pairs = {name: own.beside(heard) for name, heard in told.items()}
         self._number += 1
         if self.statistics and (self._number - 1) % self.statistics == 0:
@@ -230,12 +231,20 @@ def chunk_of_workspace(student: Logits | Head, teachers: Iterable[Logits | Head 
     return max(16, _WORKSPACE // row)
 
 
-def _buffer(source: Logits | Head | Sparse, rows: int) -> Tensor | None:
+def _buffer(source: Logits | Head | Sparse, rows: int, dtype: torch.dtype) -> Tensor | None:
+    """In the precision of the student's losses, whatever the teacher's."""
     if isinstance(source, Sparse):
         return None
     like = source.hidden if isinstance(source, Head) else source.values
-    weight = source.weight if isinstance(source, Head) else like
-    return like.new_empty(rows, source.vocab_size, dtype=compute_dtype(like, weight))
+    return like.new_empty(rows, source.vocab_size, dtype=dtype)
+
+
+def _may_be_masked(source: Logits | Head | Sparse) -> bool:
+    """Whether logits may be -inf; those of a head without a bias are not."""
+    if isinstance(source, Sparse):
+        return False
+    values = source.values if isinstance(source, Logits) else source.bias
+    return values is not None and bool((values == -torch.inf).any())
 
 
 def _blocks(logits: Tensor) -> list[slice]:

@@ -16,6 +16,7 @@ from .finite import Seen
 from .finite_trainer import FiniteMixin
 from .hub_trainer import HubMixin
 from .metrics_trainer import EVERY, MetricsMixin
+from .output_head import forget_output_head
 from .projectors import Projectors
 from .saving import SavingMixin
 from .selfcheck import SelfCheck
@@ -141,7 +142,10 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             )
         training = model.training
         if self._unchecked is not None:
-            self.distiller.look = SelfCheck(self._unchecked, inputs, task_of(self.model).shift)
+            forget_output_head(model)
+            frozen = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
+            shift = task_of(self.model).shift
+            self.distiller.look = SelfCheck(self._unchecked, inputs, shift, model, frozen)
         step = self.distiller(
             model,
             self.teacher,

@@ -12,10 +12,12 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-import hf_distill.forward as module
+import hf_distill.output_head as module
 from hf_distill import FrozenTeacher
 from hf_distill.distiller import Distiller
 from hf_distill.objective import objective
+from hf_distill.output_head import known_output_head
+from hf_distill.sources import Scaling
 
 SMALL = dict(
     vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -48,10 +50,9 @@ def assert_fused_equals_dense(student, teacher, batch):
 def test_caps_and_scales_after_the_head_are_honoured_for_both_models(kind):
     torch.manual_seed(0)
     student, teacher = SCALED[kind](), SCALED[kind]()
-    assert student.lm_head not in module._otherwise
     assert_fused_equals_dense(student, teacher, collate(rows("llama", 5)))
-    assert student.lm_head in module._as_declared
-    assert teacher.lm_head in module._as_declared
+    for model in (student, teacher):
+        assert known_output_head(model).scaling == Scaling.of(model.config) != Scaling()
 
 
 def test_a_head_followed_by_something_unknown_is_found_out():
@@ -64,8 +65,9 @@ def test_a_head_followed_by_something_unknown_is_found_out():
     student, teacher = OddForCausalLM(build("llama").config), OddForCausalLM(build("llama").config)
     batch = collate(rows("llama", 5))
     assert_fused_equals_dense(student, teacher, batch)
-    assert student.lm_head in module._otherwise
-    assert teacher.lm_head in module._otherwise
+    for model in (student, teacher):
+        assert known_output_head(model).scaling is None
+        assert "its logits are not what its output head puts out" in known_output_head(model).reason
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -82,7 +84,7 @@ def test_training_with_the_fused_head_is_training_with_whole_logits(make_trainer
         return trainer
 
     fused = run()
-    monkeypatch.setattr(module, "_fusable_head", lambda model: None)
+    monkeypatch.setattr(module, "_obstacle", lambda model, head: "a test says so")
     whole = run()
     for a, b in zip(fused.state.log_history[:10], whole.state.log_history[:10], strict=True):
         for name in ("loss", "soft_loss", "hard_loss", "kl", "agreement", "student_entropy", "teacher_entropy"):
@@ -97,7 +99,7 @@ def test_an_adapter_on_the_head_makes_logits_whole_and_says_so_once(make_trainer
     module.logger.warning_once.cache_clear()
     student = get_peft_model(build("llama", 0), LoraConfig(r=4, target_modules=["lm_head"]))
     make_trainer(model=student).train()
-    assert sum("its logits are made whole" in record.message for record in caplog.records) == 1
+    assert sum("The logits of LlamaForCausalLM are materialized" in record.message for record in caplog.records) == 1
 
 
 def test_a_failing_forward_leaves_the_head_as_it_was():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..errors import DistillError
-from ..forward import answering, teacher_signals
+from ..forward import teacher_signals
+from ..output_head import eval_mode
 from ..recipe.schema import Recipe
 from ..running.speaker import load_speaker
 from ..signals import Targets
@@ -150,7 +151,7 @@ def load_model(folder: str | Path, device: torch.device) -> nn.Module:
 def _said(model: nn.Module | None, inputs: dict, targets: Targets) -> Head | Logits | None:
     if model is None:
         return None
-    with answering(model):
+    with eval_mode(model):
         source: Any = teacher_signals(model, inputs, targets, {}).logits
     return source
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..blocks import stack_of
 from ..errors import tell
-from ..forward import answering, teacher_signals
+from ..forward import teacher_signals
+from ..output_head import eval_mode
 from ..sources import Head
 from ..tasks import bare, task_of
 from .capture import Ask, Progress, Rows, batch_of, capture, plan_rows, taps_of
@@ -143,7 +144,7 @@ def write_cache(
 
 def _asking(model: nn.Module) -> Ask:
     def ask(inputs, targets, wanted):
-        with answering(model):
+        with eval_mode(model):
             return teacher_signals(model, inputs, targets, wanted)
 
     return ask

@@ -56,10 +56,12 @@ class Pair:
     labels:           [r]
     whole:            [r, V_t] the teacher's logits over all of its ids
     sparse:           what a sparse teacher says in the place of logits
+    masked:           whether some logits may be -inf: ids without any probability
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Scratch):
+    def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Scratch, masked: bool = False):
         self.student, self.teacher, self.labels, self._scratch = student, teacher, labels, scratch
+        self.masked = masked
         self.whole: Any = teacher
         self.sparse: Any = None
         self._p: dict[float, Softmax] = {}
@@ -70,7 +72,8 @@ class Pair:
         sparse, whole = (teacher, None) if isinstance(teacher, Sparse) else (None, teacher)
         size = whole.shape[1] if whole is not None else teacher.vocab_size
         shared = self.student.shape[1] if size is None else min(size, self.student.shape[1])
-        pair = Pair(self.student[:, :shared], whole if whole is None else whole[:, :shared], self.labels, self._scratch)
+        both = whole if whole is None else whole[:, :shared]
+        pair = Pair(self.student[:, :shared], both, self.labels, self._scratch, self.masked)
         pair.sparse, pair.whole = sparse, whole
         if shared == self.student.shape[1]:
             pair._p = self._p
@@ -94,6 +97,12 @@ class Pair:
         self._scratch.give_back_last()
         return product.sum(-1)
 
+    def mean(self, probs: Tensor, values: Tensor) -> Tensor:
+        """sum_v probs(v) * values(v) of each row, [r], where an id without probability adds 0, whatever its value."""
+        if self.masked:
+            values = torch.where(probs == 0, 0, values)
+        return self.dot(probs, values)
+
     def _softmax(self, made: dict[float, Softmax], logits: Any, temperature: float) -> Softmax:
         if temperature not in made:
             z = logits if temperature == 1.0 else torch.div(logits, temperature, out=self.take())
@@ -105,6 +114,8 @@ class Pair:
 
 def _by_logits(pair: Pair, p: Tensor, g: Tensor, factor: float) -> Tensor:
     """factor * p * (g - sum(p * g)), written over g."""
+    if pair.masked:
+        g.masked_fill_(p == 0, 0)
     g.sub_(pair.dot(p, g)[:, None]).mul_(p)
     return g if factor == 1.0 else g.mul_(factor)
 
@@ -131,7 +142,7 @@ def forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
     difference = torch.sub(y, z, out=pair.take())
-    values = pair.dot(q, difference) + (lse_s - lse_t)[:, 0]
+    values = pair.mean(q, difference) + (lse_s - lse_t)[:, 0]
     torch.sub(p, q, out=difference)
     return values, difference if temperature == 1.0 else difference.div_(temperature)
 
@@ -172,7 +183,7 @@ def reverse_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     z, p, lse_s = pair.p(temperature)
     y, _, lse_t = pair.q(temperature)
     ratio = torch.sub(z, y, out=pair.take()).sub_(lse_s - lse_t)
-    return pair.dot(p, ratio), _by_logits(pair, p, ratio, 1 / temperature)
+    return pair.mean(p, ratio), _by_logits(pair, p, ratio, 1 / temperature)
 
 
 def _mixture(pair: Pair, temperature: float, q_share: float) -> Tensor:
@@ -187,9 +198,9 @@ def js(pair: Pair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tens
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
     log_m = _mixture(pair, temperature, beta).log_()
-    from_t = pair.dot(q, torch.sub(y, log_m, out=pair.take())) - lse_t[:, 0]
+    from_t = pair.mean(q, torch.sub(y, log_m, out=pair.take())) - lse_t[:, 0]
     ratio = torch.sub(z, log_m, out=log_m).sub_(lse_s)
-    values = beta * from_t + (1 - beta) * pair.dot(p, ratio)
+    values = beta * from_t + (1 - beta) * pair.mean(p, ratio)
     return values, _by_logits(pair, p, ratio, (1 - beta) / temperature)
 
 
@@ -200,7 +211,7 @@ def skew_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[
     y, q, lse_t = pair.q(temperature)
     m = _mixture(pair, temperature, lam)
     g = torch.div(q, m, out=pair.take())
-    values = pair.dot(q, torch.sub(y, m.log_(), out=m)) - lse_t[:, 0]
+    values = pair.mean(q, torch.sub(y, m.log_(), out=m)) - lse_t[:, 0]
     return values, _by_logits(pair, p, g, (lam - 1) / temperature)
 
 
@@ -211,7 +222,7 @@ def skew_reverse_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -
     m = _mixture(pair, temperature, 1 - lam)
     share = torch.div(p, m, out=pair.take())
     ratio = torch.sub(z, m.log_(), out=m).sub_(lse_s)
-    values = pair.dot(p, ratio)
+    values = pair.mean(p, ratio)
     return values, _by_logits(pair, p, ratio.sub_(share, alpha=lam), 1 / temperature)
 
 

@@ -19,6 +19,7 @@ from ..errors import DistillError
 from ..signals import Signals, Targets
 from ..sources import Sparse
 from .registry import loss
+from .support import NO_MASS as LOG_ZERO
 from .support import align
 
 
@@ -38,7 +39,7 @@ def forward_kl(
     told = teacher.logits if isinstance(teacher, Signals) else None
     if isinstance(told, Sparse) and told.expected is not None:
         return told.expected.to(s.dtype) - (t.exp() * s).sum(-1)
-    return (t.exp() * (t - s)).sum(-1)
+    return _mean(t, t - s)
 
 
 @loss("reverse_kl", needs=("logits",), paper="2306.08543")
@@ -52,7 +53,7 @@ def reverse_kl(
     Source: MiniLLM, arXiv 2306.08543.
     """
     s, t = align(student, teacher, temperature)
-    return (s.exp() * (s - t)).sum(-1)
+    return _mean(s, s - t)
 
 
 @loss("js", needs=("logits",), paper="2306.13649")
@@ -73,8 +74,8 @@ def js(
     """
     _inside("beta", beta)
     s, t = align(student, teacher, temperature)
-    m = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
-    return (beta * t.exp() * (t - m) + (1 - beta) * s.exp() * (s - m)).sum(-1)
+    m = _log_mixture(t, s, beta)
+    return beta * _mean(t, t - m) + (1 - beta) * _mean(s, s - m)
 
 
 @loss("skew_kl", needs=("logits",), paper="2402.03898")
@@ -94,8 +95,7 @@ def skew_kl(
     """
     _inside("lam", lam)
     s, t = align(student, teacher, temperature)
-    m = torch.logaddexp(t + math.log(lam), s + math.log(1 - lam))
-    return (t.exp() * (t - m)).sum(-1)
+    return _mean(t, t - _log_mixture(t, s, lam))
 
 
 @loss("skew_reverse_kl", needs=("logits",), paper="2402.03898")
@@ -115,8 +115,7 @@ def skew_reverse_kl(
     """
     _inside("lam", lam)
     s, t = align(student, teacher, temperature)
-    m = torch.logaddexp(t + math.log(1 - lam), s + math.log(lam))
-    return (s.exp() * (s - m)).sum(-1)
+    return _mean(s, s - _log_mixture(t, s, 1 - lam))
 
 
 @loss("total_variation", needs=("logits",), paper="2307.15190")
@@ -151,7 +150,7 @@ def adaptive_kl(
     """
     s, t = align(student, teacher, temperature)
     weight = head_weight(s.detach().exp(), t.exp(), head_mass)
-    return weight * (t.exp() * (t - s)).sum(-1) + (1 - weight) * (s.exp() * (s - t)).sum(-1)
+    return weight * _mean(t, t - s) + (1 - weight) * _mean(s, s - t)
 
 
 def head_weight(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
@@ -167,6 +166,16 @@ def head_weight(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
     tail[:, 0] = False
     whole = gap.sum(-1)
     return torch.where(whole > 0, gap.masked_fill(tail, 0).sum(-1) / whole.clamp(min=1e-30), 0.5)
+
+
+def _mean(log_probs: Tensor, values: Tensor) -> Tensor:
+    """sum_v exp(log_probs(v)) * values(v), [T], where an id without probability (-inf) adds 0, whatever its value."""
+    return (log_probs.exp() * values.masked_fill(log_probs == -torch.inf, 0)).sum(-1)
+
+
+def _log_mixture(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:
+    """log(share * q + (1 - share) * p), [T, V]; finite where both are 0, for the sake of gradients."""
+    return torch.logaddexp(log_q.clamp(min=LOG_ZERO) + math.log(share), log_p.clamp(min=LOG_ZERO) + math.log1p(-share))
 
 
 def _inside(name: str, value: float) -> None:

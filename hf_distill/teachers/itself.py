@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from ..blocks import Stack, stack_of
-from ..forward import answering, teacher_signals
+from ..forward import measure_output_head, teacher_signals
+from ..output_head import eval_mode
 from ..signals import Signals, Tap, Targets
 from .base import Teacher
 
@@ -25,7 +26,8 @@ class ItselfTeacher(Teacher):
 
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the student as the teacher."""
-        with answering(self.model), self.other_state():
+        measure_output_head(self.model, inputs)
+        with eval_mode(self.model), self.other_state():
             return self._told(teacher_signals(self.model, inputs, targets, wanted))
 
     def _told(self, signals: Signals) -> Signals:

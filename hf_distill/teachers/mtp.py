@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 from ..errors import DistillError, tell
 from ..mtp import MTPHeads, last_block_call, save_heads
 from ..objective import Term
+from ..output_head import known_output_head
 from ..signals import Signals, Tap, Targets
-from ..sources import Head, Logits, Scaling
+from ..sources import Head, Logits
 from ..sweep import HeadJob
 from ..tasks import bare
 from .base import Beside
@@ -162,8 +163,14 @@ class _Ahead(Beside):
     def _head(self, said: Head | Logits, hidden: Tensor) -> Head:
         if isinstance(said, Head):
             return Head(hidden.to(said.weight.dtype), said.weight, said.bias, said.scaling)
-        head = self.student.get_output_embeddings()
-        return Head(hidden, head.weight, head.bias, Scaling.of(self.student.config))
+        head = known_output_head(self.student)
+        if head is None or head.scaling is None:
+            raise DistillError(
+                f"MTPTeacher predicts through the output head of {type(self.student).__name__}, whose logits cannot be "
+                f"made from hidden states: {head.reason if head else 'it has none'}. Use a student with a plain linear "
+                "output head, or another teacher."
+            )
+        return Head(hidden, head.module.weight, head.module.bias, head.scaling)
 
 
 def _rows(source: Head | Logits, kept: Tensor) -> Head | Logits:

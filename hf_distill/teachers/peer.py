@@ -14,8 +14,9 @@ from ..blocks import Stack, stack_of
 from ..capture import capture
 from ..errors import DistillError, tell
 from ..features import FeatureJob
-from ..forward import Jobs, answering, student_loss, teacher_signals
+from ..forward import Jobs, measure_output_head, student_loss, teacher_signals
 from ..objective import Term
+from ..output_head import eval_mode
 from ..sidecar import whole_state
 from ..signals import Signals, Tap, Targets
 from ..sources import Head, Logits
@@ -131,13 +132,14 @@ class PeerTeacher(TrainedTeacher):
 
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the peer as it is, outside of the student's."""
-        with answering(self.model):
+        with eval_mode(self.model):
             return teacher_signals(self.model, inputs, targets, wanted)
 
     def beside(
         self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
     ) -> Beside:
         """The peer's forward and its own loss."""
+        measure_output_head(self.model, inputs)
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
         return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
 
