@@ -142,8 +142,9 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             )
         training = model.training
         if self._unchecked is not None:
-            forget_output_head(model)
             frozen = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
+            for measured in (model, *(() if frozen is None else (frozen,))):
+                forget_output_head(measured)
             shift = task_of(self.model).shift
             self.distiller.look = SelfCheck(self._unchecked, inputs, shift, model, frozen)
         step = self.distiller(
