@@ -85,7 +85,7 @@ def student_loss(
     fused: list[Jobs] = []  # in this forward; a model may be run twice
     made: list[Jobs] = []
     plan = plan_aux_losses(model, inputs, lambda rows, replaced: _run_rows(model, rows, targets, head, replaced))
-    aux = AuxLosses(model, inputs, plan)
+    aux, lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
     added: list[Tensor | None] = []
 
     def fuse(source: Head) -> Tensor:
@@ -113,8 +113,7 @@ def student_loss(
     hook = unwrapped(model).register_forward_hook(at_end)
     try:
         with capture(model, taps) as found, aux.recorded():
-            on_head = None if keep_logits or plan.needs_logits else fuse
-            outputs, loss = _run(model, prepared, targets, head, on_head)
+            outputs, loss = _run(model, prepared, targets, head, fuse if lazy else None)
     finally:
         hook.remove()
     loss = made[-1].head.from_logits(targets.pick(outputs.logits)) if loss is None else loss.reshape(())
