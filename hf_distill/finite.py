@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache.examples import examples_of
 from .signals import Targets
@@ -163,3 +163,41 @@ class Leaps:
                 middle = None
         before.append(loss)
         return middle
+
+
+def nonfinite_weight(model: nn.Module) -> str | None:
+    """The first parameter with a NaN or an infinity, or saved buffer with a NaN; None: there is none on this rank.
+
+    It reads each weight once and waits for the device once.
+
+    Args:
+        model: whole or sharded (ZeRO-3, FSDP2); quantised weights are passed over.
+    """
+    parameters = {name: _local(p) for name, p in model.named_parameters()}
+    saved = model.state_dict(keep_vars=True) if any(True for _ in model.buffers()) else {}
+    buffers = {name: saved[name] for name, _ in model.named_buffers() if isinstance(saved.get(name), Tensor)}
+    weights = {name: w for name, w in parameters.items() if _is_read(w)}
+    statistics = {name: b for name, b in buffers.items() if _is_read(b)}  # masks may hold -inf
+    largest = [_largest(weights.values()), _largest(statistics.values())]
+    if largest[0].isfinite() and not largest[1].isnan():
+        return None
+    broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    return next(iter([*broken, *(name for name, value in statistics.items() if value.isnan().any())]), None)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _is_read(tensor: Tensor) -> bool:
+    """Whether it has values in a dtype that can be NaN or infinite; 8-bit floats are quantised weights."""
+    return (
+        tensor.is_floating_point() and tensor.element_size() > 1 and tensor.device.type != "meta" and tensor.numel() > 0
+    )
+
+
+def _largest(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude, which is NaN where a value is, []."""
+    return torch.nn.utils.get_total_norm([t.detach() for t in tensors], norm_type=math.inf).cpu()

@@ -12,7 +12,8 @@ from transformers.utils import logging
 from .checkpoints import newest_whole
 from .errors import RunError
 from .evidence import write_json
-from .finite import Found, Leaps, Seen, found_of, places_of
+from .finite import Found, Leaps, Seen, found_of, nonfinite_weight, places_of
+from .tasks import unwrapped
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -69,6 +70,32 @@ class FiniteMixin(_Base):
             self._skip(model, seen, whole[0])
         return norm
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; checkpoints, exports and pushes pass here.
+
+        Raises:
+            RunError: weights are not finite; nothing is written.
+        """
+        self._check_weights(f"Nothing is written to {output_dir or self.args.output_dir}")
+        super().save_model(output_dir, _internal_call)
+
+    def _check_weights(self, consequence: str) -> None:
+        """Raise a RunError where weights of the student, or of what is trained with it, are not finite."""
+        name = nonfinite_weight(unwrapped(self.model))
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # shards differ, and all ranks save together
+            names = gather_object([name]) if self.accelerator.num_processes > 1 else [name]
+            name = next((each for each in names if each is not None), None)
+        if name is None:
+            return
+        step = self._in_a_row[0].step - 1 if self._in_a_row else self.state.global_step
+        when = f"after step {step}" if step else "before the first step"
+        whole = newest_whole(Path(self._get_output_dir(trial=None)))
+        go_on = f"resume from {whole}, which is complete" if whole else "start again"
+        raise RunError(
+            f"The weights are not finite {when} (first: {name}). {consequence}. To go on, {go_on}, with a smaller "
+            f"learning_rate (it is {self.args.learning_rate:.3g}) or max_grad_norm, or a longer warm-up."
+        )
+
     def _everywhere(self, flags: Tensor) -> list[bool]:
         """Whether they are true on all ranks: what one skips, all skip."""
         if self.accelerator.num_processes > 1:
@@ -78,6 +105,7 @@ class FiniteMixin(_Base):
     def _skip(self, model: Any, seen: list[Seen], loss: bool) -> None:
         found = self._found(model, seen, loss)
         self._in_a_row.append(found)
+        self._check_weights("No further step can be taken")
         model.zero_grad()  # an optimizer leaves parameters without a gradient as they are
         moved = self.is_deepspeed_enabled or any(word in str(self.args.optim) for word in ("lomo", "layerwise"))
         if moved or len(self._in_a_row) >= self.max_nonfinite_steps:

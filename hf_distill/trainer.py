@@ -24,12 +24,13 @@ from .sidecar_trainer import SidecarMixin
 from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
 from .teachers import FrozenTeacher, MultiTeacher, Teacher
+from .weights_trainer import WeightsMixin
 from .zero import gather_on_save
 
 logger = logging.get_logger(__name__)
 
 
-class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin):
+class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin, WeightsMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit, while all is finite.

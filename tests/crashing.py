@@ -33,7 +33,8 @@ PLACES = {
     "trainer's state": ("transformers:TrainerState.save_to_json", True),
     "seal": ("hf_distill.saving:seal", False),
     "rename": ("pathlib:Path.replace", False),
-    "rotation": ("transformers.trainer:rotate_checkpoints", False),
+    "rotation": ("hf_distill.saving:rotate", False),
+    "old checkpoint": ("hf_distill.checkpoints:remove", False),
     "removal": ("shutil:rmtree", False),
     "cache is read": ("hf_distill.cache.store:Store.find", False),
     "shard": ("hf_distill.cache.capture:write_shard", False),
@@ -52,7 +53,7 @@ _PRELOAD = [  # what every run imports
 
 
 _SHORT = [
-    *("train.max_steps=7", "train.save_steps=3", "train.save_total_limit=2", "train.logging_steps=1"),
+    *("train.max_steps=7", "train.save_steps=3", "train.save_total_limit=1", "train.logging_steps=1"),
     *("train.eval_strategy=steps", "train.eval_steps=3", "train.learning_rate=0.01"),
 ]
 _FEATURES = "losses=[{name: hidden_cosine, weight: 0.1}, {name: attention_kl, layers: last:1}]"
@@ -128,6 +129,19 @@ def _wrap(place: str, around: Callable[[str, Callable, tuple, dict], Any]) -> No
     setattr(owner, name, wrapped)
 
 
+def _note_sealed() -> None:
+    """Have a child note, for each output folder, that a checkpoint of it is complete."""
+    module = import_module("hf_distill.saving")
+    original = module.seal
+
+    def noting(folder: Path) -> None:
+        original(folder)
+        with Path("sealed").open("a") as file:
+            file.write(f"{folder.parent}\n")
+
+    module.seal = noting
+
+
 def _cut(folder: Path, since: float) -> None:
     """The newest file that was written since then loses its second half; of lines, half of the last one."""
     files = [(p.stat().st_mtime, p) for p in folder.rglob("*") if p.is_file() and p.stat().st_mtime >= since - 0.01]
@@ -164,6 +178,7 @@ def _child(job: Callable[[], None], folder: Path, fate: Fate | None, counts: Pat
 
     for place in PLACES if counts else [fate.place] if fate and fate.place else []:
         _wrap(place, around)
+    _note_sealed()
     start = time.monotonic()
     job()
     if counts:
@@ -225,14 +240,27 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def trial(job, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) -> str | None:
-    """Kill a run so, resume it, and compare; None: nothing was lost."""
+    """Kill a run so, look for a complete checkpoint, resume it, and compare; None: nothing was lost."""
     code = started(job, folder, fate)
     if code not in (0, -signal.SIGKILL):
         return f"{fate}: ended with {code} before it was killed: {_last(folder)}"
+    if without := _without_complete(folder):
+        return f"{fate}: no complete checkpoint is left in {without}"
     if code := started(job, folder):
         return f"{fate}: could not be resumed ({code}): {_last(folder)}"
     lost = differences(content(folder, kind), expected)
     return f"{fate}: not the same: {', '.join(lost)}" if lost else None
+
+
+def _without_complete(folder: Path) -> list[str]:
+    """Output folders of a trial in which a checkpoint was complete before a kill, and none is afterwards."""
+    from hf_distill.checkpoints import checkpoints_of, flaw, restore
+
+    file = folder / "sealed"
+    homes = sorted(set(file.read_text().splitlines())) if file.is_file() else []
+    for home in homes:
+        restore(folder / home)
+    return [home for home in homes if all(flaw(path) for path in checkpoints_of(folder / home))]
 
 
 def _last(folder: Path) -> str:

@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from ..blocks import find_blocks
-from ..checkpoints import newest_whole
 from ..config import DistillConfig, DistillFields
 from ..data import check_isolation
 from ..evidence import MetricsFile, environment, measured, read_json, write_json
@@ -155,7 +154,7 @@ class Loaded:
 
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train and save `RUN/name`; seconds that it took."""
-        checkpoint = on_main(lambda: newest_whole(Path(trainer.args.output_dir)))
+        checkpoint = trainer.newest_checkpoint()
         trainer.args.eval_on_start = name == "student" and checkpoint is None
         self.on_stage(
             f"{name}: from step {checkpoint.name.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"

@@ -1,10 +1,13 @@
 """A sample of `make soak`: a run that is killed at any moment and resumed ends as if nothing had been."""
 
 import json
+import shutil
 import sys
 
 import pytest
-from crashing import KINDS, content, fates, job_of, started, trial
+from crashing import KINDS, Fate, _without_complete, content, fates, job_of, started, trial
+
+from hf_distill.checkpoints import checkpoints_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is of POSIX")
 
@@ -27,6 +30,28 @@ def test_nothing_is_lost_by_a_kill(place, kind):
     assert not [
         lost for i, fate in enumerate(drawn) if (lost := trial(job, place / f"{kind}-{i}", fate, expected, kind))
     ]
+
+
+def test_two_checkpoints_are_kept_through_a_kill(place):
+    """The other tests keep one."""
+    job = job_of("ema", place, "train.save_total_limit=2")
+    assert started(job, place / "two", counts=place / "two.json") == 0
+    assert len(checkpoints_of(place / "two" / "run")) == 2
+    expected = content(place / "two", "ema")
+    for when in ("before", "after"):
+        assert (
+            trial(job, place / f"two-{when}", Fate(place="old checkpoint", call=1, when=when), expected, "ema") is None
+        )
+
+
+def test_the_loss_of_the_only_checkpoint_would_be_seen(place):
+    job = job_of("ema", place)
+    lost = trial(job, place / "none", Fate(place="step", call=5), {}, "ema")
+    assert lost
+    assert "not the same" in lost  # one is complete
+    shutil.rmtree(place / "none" / "run")
+    (place / "none" / "run").mkdir()
+    assert _without_complete(place / "none") == ["run"]
 
 
 def test_a_difference_would_be_seen(place):
