@@ -102,7 +102,7 @@ def _flush(path: Path) -> None:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]  has what it needs
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _digest_of(entries: dict[str, Any]) -> str:
