@@ -194,3 +194,34 @@ def test_a_batch_that_asks_nothing_is_no_reason_to_fail(make_trainer):
     trainer: DistillTrainer = make_trainer(train_dataset=data, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("divergence", ["js", "skew_kl", "skew_reverse_kl", "adaptive_kl"])
+def test_an_adapter_that_equals_its_base_passes_with_large_logits(make_trainer, divergence, temperature):
+    model = build("llama", 0, layers=2, width=64, vocab=3000)
+    model.lm_head.weight.data.mul_(8)
+    trainer = make_trainer(model=model, teacher=copy.deepcopy(model), alpha=1.0, divergence=divergence,
+                           temperature=temperature, max_steps=1)  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_soft_capped_students_pass(make_trainer):
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                          num_key_value_heads=1, intermediate_size=64, pad_token_id=0)  # fmt: skip
+    trainer = make_trainer(model=AutoModelForCausalLM.from_config(config), max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_lazy_logits_that_are_not_the_model_s_own_are_seen(make_trainer, monkeypatch):
+    from hf_distill import output_head
+
+    monkeypatch.setattr(output_head, "_alike", lambda *given, **options: True)
+    for side in ("model", "teacher"):
+        model = build("llama", 1)
+        model.lm_head.register_forward_hook(lambda _module, _args, output: 3 * output)
+        assert "from the logits that the unmodified models return" in failure(make_trainer(**{side: model}))
