@@ -24,10 +24,12 @@ from .sidecar_trainer import SidecarMixin
 from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
 from .teachers import FrozenTeacher, MultiTeacher, Teacher
+from .upstream import TRAINER, check_upstream
 from .weights_trainer import WeightsMixin
 from .zero import gather_on_save
 
 logger = logging.get_logger(__name__)
+check_upstream("transformers", Trainer, TRAINER)
 
 
 class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin, WeightsMixin):

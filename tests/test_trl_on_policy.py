@@ -216,7 +216,7 @@ def test_a_resumed_run_is_the_straight_run(make, tmp_path):
         ({"alpha": 0.5}, "hard labels stand in the data set's completions alone"),
         ({"beta": 0.5, "on_policy_fraction": 2.0}, r"on_policy_fraction is 2.0.*; beta=0.5 is TRL's way"),
         ({"sampling_temperature": 0.0, "divergence": "kll"}, "Unknown loss 'kll'.*; sampling_temperature is 0.0"),
-        ({"teacher_model_name_or_path": "x"}, "teacher_model_name_or_path: pass `teacher=`"),
+        ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "say how to load a teacher"),
         ({"teacher_model": "x"}, "teacher_model is TRL's name"),
         ({"teacher": None}, "needs a teacher"),
         ({"alpha": 0.0, "on_policy_fraction": 0.5}, "nothing of the teacher's is learnt"),

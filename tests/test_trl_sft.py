@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import build, conversation
-from transformers import BloomConfig, BloomForCausalLM, HfArgumentParser
+from transformers import BloomConfig, BloomForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
+from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 GENERATION = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}"
@@ -139,14 +139,17 @@ def test_packing_is_refused_where_documents_see_each_other(make_sft, smollm2_tok
 
 
 def test_the_teacher_gets_the_positions_of_packed_rows(make_sft):
-    trainer, seen = make_sft(packing=True, max_length=64), []
-    hook = lambda _module, _args, kwargs: seen.append(kwargs.get("position_ids"))  # noqa: E731
-    for model in (trainer.model, trainer.teacher.model):
-        model.register_forward_pre_hook(hook, with_kwargs=True)
+    trainer, seen = make_sft(packing=True, max_length=64, max_steps=3), {}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
+        seen[name] = positions = []
+        model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, positions=positions: positions.append(kwargs.get("position_ids")),
+            with_kwargs=True,
+        )
     trainer.train()
-    assert all(
-        torch.equal(one, other) and (one == 0).sum() > 1 for one, other in zip(seen[::2], seen[1::2], strict=True)
-    )
+    for one, other in zip(seen["student"][-3:], seen["teacher"][-3:], strict=True):  # of three steps
+        assert torch.equal(one, other)
+        assert (one == 0).sum() > 1
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -270,3 +273,32 @@ def test_without_trl_the_import_names_the_command(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(DistillError, match=r'pip install "hf-distill\[trl\]"'):
         importlib.import_module("hf_distill.trl")
+
+
+@pytest.mark.parametrize("cls", ["sft", "on-policy"])
+def test_a_command_line_of_trl_names_the_teacher(tmp_path, smollm2_tokenizer, cls):
+    folder = tmp_path / "teacher"
+    build("llama", 1, vocab=len(smollm2_tokenizer), width=16).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    words = ["--output_dir", str(tmp_path / "out"), "--teacher_model_name_or_path", str(folder), "--bf16", "false"]
+    words += ["--teacher_model_init_kwargs", '{"dtype": "float64"}', "--report_to", "none", "--use_cpu", "true"]
+    rows = Dataset.from_list([{"prompt": f"What is {i}?", "completion": f" It is {i}."} for i in range(4)])
+    config, trainer_class = (
+        (DistillSFTConfig, DistillSFTTrainer) if cls == "sft" else (OnPolicyDistillConfig, OnPolicyDistillTrainer)
+    )
+    (args,) = HfArgumentParser(config).parse_args_into_dataclasses(words)
+    student = build("llama", 0, vocab=len(smollm2_tokenizer), width=16)
+    trainer = trainer_class(model=student, args=args, train_dataset=rows, processing_class=smollm2_tokenizer)
+    assert trainer.teacher.model.dtype == torch.float64
+    with pytest.raises(DistillError, match="was given teacher='other' and teacher_model_name_or_path="):
+        trainer_class(student, args, teacher="other", train_dataset=rows, processing_class=smollm2_tokenizer)
+
+
+def test_a_mixture_of_experts_logs_what_its_router_adds(make_sft):
+    config = MixtralConfig(vocab_size=49152, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=1, intermediate_size=16, num_local_experts=4)  # fmt: skip
+    trainer = make_sft(model=MixtralForCausalLM(config), max_steps=1, router_aux_loss_coef=0.5, alpha=0.5)
+    trainer.train()
+    (log,) = (log for log in trainer.state.log_history if "aux_loss" in log)
+    assert log["loss"] == pytest.approx(0.5 * (log["soft_loss"] + log["hard_loss"]) + log["aux_loss"], rel=1e-5)
+    assert log["aux_loss"] > 0.5  # the load balancing of two experts a token is 2 where it is even

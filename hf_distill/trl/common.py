@@ -10,15 +10,19 @@ from ..trainer import DistillMixin
 class TRLMixin(DistillMixin):
     """`DistillMixin` for a trainer of TRL: what TRL logs of the student keeps its name."""
 
+    _is_vlm: bool
+
     def unfit(self) -> list[str]:
-        """As the mixin's; and adapters that lengthen the rows."""
-        configs = getattr(self.model, "peft_config", {})
+        """As the mixin's; adapters that lengthen the rows, and rows with images."""
+        problems, configs = super().unfit(), getattr(self.model, "peft_config", {})
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
-            return [
+            problems.append(
                 "prompt learning (prompt tuning, prefix tuning, P-tuning) puts virtual tokens before the rows, where "
                 "the teacher has none: use an adapter of weights, such as LoRA"
-            ]
-        return []
+            )
+        if self._is_vlm:
+            problems.append("images are not distilled: use a tokenizer as processing_class and rows of text")
+        return problems
 
     def _means(self, sums: dict[str, float]) -> dict[str, float]:
         """As the mixin's; and `mean_token_accuracy` and `entropy` of the student."""

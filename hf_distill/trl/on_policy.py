@@ -13,12 +13,16 @@ from trl.trainer.utils import flush_left
 
 from ..config import DistillFields
 from ..data import Collator, prompt_rows
-from ..errors import DistillError, tell
+from ..errors import DistillError, noted, tell
 from ..schedule import integral
 from ..signals import IGNORE_INDEX
 from ..teachers import Teacher
+from ..upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
 from .on_policy_config import OnPolicyDistillConfig
+from .teacher_arguments import resolve_teacher
+
+check_upstream("trl", DistillationTrainer, DISTILLATION_TRAINER)
 
 
 class _Generating(DistillationTrainer):
@@ -48,7 +52,7 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
     and rank. Evaluation asks the data set's completions where the rows have them, and else generates; rows with
     `input_ids` and `labels` are evaluated as they are.
 
-    Private methods of TRL that are overridden: `_generate_and_score_completions` chooses the rows,
+    Private methods of TRL that are overridden, see `upstream`: `_generate_and_score_completions` chooses the rows,
     `_generate_single_turn` generates those only, `_set_signature_columns_if_needed` keeps the column `completion`.
     Public ones beside `DistillMixin`'s: none but `compute_loss`, which turns TRL's batch into ids and labels.
 
@@ -71,8 +75,13 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             problems.append("alpha is 0 and there are no losses, so nothing of the teacher's is learnt: use SFTTrainer")
         if kwargs.pop("teacher_model", None) is not None:
             problems.append("teacher_model is TRL's name: pass the teacher as `teacher=`")
-        elif teacher is None and kwargs.get("teachers") is None:
-            problems.append("on-policy distillation needs a teacher: pass `teacher=`, a model, its id or a Teacher")
+        with noted(problems):
+            teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
+        if teacher is None and kwargs.get("teachers") is None:
+            problems.append(
+                "on-policy distillation needs a teacher: pass `teacher=`, a model, its id or a Teacher, or set "
+                "teacher_model_name_or_path"
+            )
         tell(problems)
         self._given: list[dict | None] | None = None
         for name in ("train_dataset", "eval_dataset"):
@@ -91,8 +100,6 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
     def unfit(self) -> list[str]:
         """Rows and tools that cannot be had both ways."""
         problems, mixed = super().unfit(), self.args.mixes
-        if self._is_vlm:
-            problems.append("images are not distilled: use a tokenizer as processing_class and rows of text")
         if mixed and self.tools:
             problems.append(
                 "tools would be called for the data set's completions too: use on_policy_fraction=1, or no tools"

@@ -56,9 +56,6 @@ class OnPolicyDistillConfig(DistillFields, DistillationConfig):
                 f"beta={self.beta} is TRL's way to choose the divergence: use divergence='forward_kl' (its 0), "
                 "'reverse_kl' (its 1) or {'name': 'js', 'beta': ...}"
             )
-        theirs = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
-        if given := [name for name in theirs if getattr(self, name) is not None]:
-            problems.append(f"{', '.join(given)}: pass `teacher=` to the trainer, and use teacher_init_kwargs")
         tell(problems)
         DistillationConfig.__post_init__(self)
 

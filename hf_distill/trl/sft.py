@@ -11,18 +11,24 @@ from trl import SFTConfig, SFTTrainer
 from ..config import DistillFields
 from ..data import check_isolation
 from ..errors import DistillError
+from ..tasks import bare
 from ..teachers import Teacher
 from .common import TRLMixin, adapted_heads
+from .teacher_arguments import TeacherArguments, resolve_teacher
 
 
 @dataclass
-class DistillSFTConfig(DistillFields, SFTConfig):
+class DistillSFTConfig(DistillFields, TeacherArguments, SFTConfig):
     """`trl.SFTConfig`, with TRL's defaults, and the fields of a distillation.
 
     Every field can be set from a command line through `HfArgumentParser` or `TrlParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        *DistillFields._DICT_FIELDS,
+        "teacher_model_init_kwargs",
+    ]
 
     def __post_init__(self):
         DistillFields.__post_init__(self)
@@ -49,7 +55,8 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
     Args:
         model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
         args: a `DistillSFTConfig`, or plain `SFTConfig` (then the defaults: temperature 2, alpha 0.5).
-        teacher: a model, the id or path of one, or a `Teacher`; None trains without.
+        teacher: a model, the id or path of one, or a `Teacher`; None: the one that `teacher_model_name_or_path` names;
+            without either it trains on the hard labels alone.
         everything else: as in `SFTTrainer`, in its place.
 
     Raises:
@@ -62,10 +69,14 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
                 f"args is a {type(args).__name__}, whose fields SFTTrainer does not know: use DistillSFTConfig."
             )
         self._tokens_seen: Any = 0
+        teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
         super().__init__(model, args, *more, teacher=teacher, **kwargs)
 
     def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
-        """As the mixin's; with padding-free rows both models must keep documents apart."""
+        """As the mixin's; the coefficient of a router's loss is TRL's, and packed documents must be kept apart."""
+        model: Any = bare(self.model)
+        if hasattr(model, "router_aux_loss_coef"):  # which the model's own forward multiplies by
+            model.router_aux_loss_coef = self.router_aux_loss_coef
         super().distil_from(teacher, fields)
         if self.padding_free:
             with self.accelerator.autocast():
