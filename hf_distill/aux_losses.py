@@ -148,7 +148,8 @@ def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, boo
         forward: called with (rows of the batch, whether the output head is replaced); returns the model's outputs.
     """
     inner = bare(model)
-    key = (model.training, *_plain(inputs), *_settings(inner.config))
+    switches = sorted((name, value) for name, value in inputs.items() if isinstance(value, bool))
+    key = (model.training, *switches, *_settings(inner.config))
     plans = _plans.setdefault(inner, {})
     if key not in plans:
         takes_labels = "labels" in inspect.signature(type(inner).forward).parameters
