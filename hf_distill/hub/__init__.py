@@ -1,6 +1,22 @@
 """What the project asks of the Hub: files at a commit, errors in words, licences. Imports no torch."""
 
 from .files import Fetched, address, beside, fetch, fetch_folder, pinned, written, yaml_files
+from .malformed import line_of, reading
+from .model_files import check_model, model_files
 from .told import asking
 
-__all__ = ["Fetched", "address", "asking", "beside", "fetch", "fetch_folder", "pinned", "written", "yaml_files"]
+__all__ = [
+    "Fetched",
+    "address",
+    "asking",
+    "beside",
+    "check_model",
+    "fetch",
+    "fetch_folder",
+    "line_of",
+    "model_files",
+    "pinned",
+    "reading",
+    "written",
+    "yaml_files",
+]

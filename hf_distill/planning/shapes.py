@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import DistillError, did_you_mean
+from ..hub import reading
 from ..names import kind_of
 from ..running.models import resolve_model
 
@@ -38,11 +39,12 @@ def model_config(reference: str, revision: str | None = None) -> PretrainedConfi
     if reference in table and not Path(reference).is_dir():
         return AutoConfig.for_model(**table[reference]["config"])
     try:
-        return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        with reading(reference):
+            return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=False)
+    except DistillError as error:
         raise DistillError(
             f"The shape of model {reference!r} is unknown: no such folder with a config.json, not among the "
             f"{len(table)} ids of the packaged table{did_you_mean(reference, table)}, and not to be had from the Hub "
-            f"({str(error).strip().partition(chr(10))[0]}). Correct the id, or give a path to a folder with the "
+            f"({error}). Correct the id, or give a path to a folder with the "
             "model's config.json: weights are not needed."
         ) from None

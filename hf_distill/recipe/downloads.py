@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 from ..errors import DistillError
-from ..hub import address, asking
+from ..hub import address, asking, model_files
+from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
 from ..names import kind_of
 from .schema import Recipe
 
@@ -26,6 +27,7 @@ class Download:
     size:     bytes of the files that are read; None where the Hub is out of reach
     missing:  bytes of them that are not in the cache; of a data set as if none were, for it is kept converted
     pickled:  the model's weights are pickles, of which reading is running
+    base:     of an adapter: the model that it is for
     """
 
     what: tuple[str, ...]
@@ -35,6 +37,7 @@ class Download:
     size: int | None
     missing: int | None
     pickled: bool = False
+    base: str | None = None
 
 
 def named(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
@@ -55,16 +58,21 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
 
 
 def downloads(recipe: Recipe) -> list[Download]:
-    """The repositories of the Hub that a recipe reads, in the order in which it names them.
+    """The repositories of the Hub that a recipe reads, in the order in which it names them, bases of adapters too.
 
     Raises:
-        DistillError: one is not there, private or gated; see `hub.asking`.
+        DistillError: one is not there, private or gated; an adapter's base is no model on the Hub; see `hub.asking`.
     """
     places: dict[Place, list[str]] = {}
     for what, name, kind, revision in named(recipe):
         if place := place_of(name, kind, revision):
             places.setdefault(place, []).append(what)
-    return [_looked_at(tuple(what), *place) for place, what in places.items()]
+    found = [_looked_at(tuple(what), *place) for place, what in places.items()]
+    known = {one.repo for one in found if one.kind == "model"}
+    for one in [one for one in found if one.base]:
+        if one.base not in known:
+            found.append(_looked_at((f"base of {one.repo}",), "model", str(one.base), None))
+    return found
 
 
 def place_of(name: str, kind: str, revision: str | None) -> Place | None:
@@ -86,8 +94,11 @@ def _looked_at(what: tuple[str, ...], kind: str, repo: str, revision: str | None
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     read = _read_of_model(sizes) if kind == "model" else sizes
     missing = {name: size for name, size in read.items() if not _cached(repo, kind, name, info.sha)}
-    pickled = kind == "model" and not any(name.endswith(".safetensors") for name in read)
-    return Download(what, kind, repo, info.sha, sum(read.values()), sum(missing.values()), pickled)
+    adapter = kind == "model" and ADAPTER in read
+    safe = ADAPTER_WEIGHTS in read if adapter else any(name.endswith(".safetensors") for name in read)
+    base = check_adapter(model_files(repo, info.sha)) if adapter else None
+    size, pickled = sum(read.values()), kind == "model" and not safe
+    return Download(what, kind, repo, info.sha, size, sum(missing.values()), pickled, base)
 
 
 def _read_of_model(sizes: dict[str, int]) -> dict[str, int]:

@@ -1,6 +1,9 @@
 """Names that a recipe from the Hub gives to files beside it: they mean files of the same commit, and no others."""
 
+import copy
 import json
+import re
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
@@ -8,6 +11,10 @@ from typing import Any
 from ..errors import DistillError, noted, tell
 from ..names import ADDRESS, FILES, PACKAGE
 from .reading import LIMIT
+from .references import read_text
+
+# A file that a recipe may name beside itself: no hidden folder, no executable suffix, no name that a shell expands.
+_BESIDE = re.compile(r"(?:\.\./)*(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*\.json")
 
 
 def at_home(values: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -21,7 +28,10 @@ def at_home(values: dict[str, Any], origin: str) -> dict[str, Any]:
         DistillError: a name leads out of the repository, or no such file is there; all of them at once.
     """
     problems: list[str] = []
-    values = _with_deepspeed(values, origin, problems)
+    values = copy.deepcopy(values)
+    for part in deepspeed_parts(values):
+        with noted(problems):
+            part["deepspeed"] = content_of(part["deepspeed"], origin)
     data = values.get("data")
     if isinstance(data, dict):
         values = values | {"data": {name: _with_path(part, origin, problems) for name, part in data.items()}}
@@ -29,26 +39,45 @@ def at_home(values: dict[str, Any], origin: str) -> dict[str, Any]:
     return values
 
 
-def _with_deepspeed(value: Any, origin: str, problems: list[str]) -> Any:
-    if isinstance(value, list):
-        return [_with_deepspeed(item, origin, problems) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {key: _with_deepspeed(item, origin, problems) for key, item in value.items()}
-    if isinstance(name := found.get("deepspeed"), str):
-        with noted(problems):
-            found["deepspeed"] = _content(name, origin)
-    return found
+def deepspeed_parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sections of a recipe whose field `deepspeed` names a file: of `train`, teachers and stages, and no others.
+
+    Args:
+        values: of the YAML, of whatever types.
+    """
+    stages, teachers = (values.get(name) for name in ("stages", "teachers"))
+    stages, teachers = (part if isinstance(part, list) else [] for part in (stages, teachers))
+    owners = [values, *stages]
+    sections = [owner.get(name) for owner in owners if isinstance(owner, dict) for name in ("train", "teacher")]
+    sections += teachers
+    sections += [section.get("source") for section in sections if isinstance(section, dict)]
+    yield from (s for s in sections if isinstance(s, dict) and isinstance(s.get("deepspeed"), str))
 
 
-def _content(name: str, origin: str) -> Any:
-    """Of a packaged DeepSpeed config, or of one beside the recipe."""
+def is_packaged(name: str) -> bool:
+    """Whether a name is that of a DeepSpeed config of this package."""
+    return any(file.name == name for file in files("hf_distill.recipes").joinpath("deepspeed").iterdir())
+
+
+def content_of(name: str, origin: str) -> dict[str, Any]:
+    """The content of a packaged DeepSpeed config, or of one beside a recipe.
+
+    Args:
+        name: as the recipe gives it.
+        origin: hf:// address of the recipe, at a commit.
+
+    Raises:
+        DistillError: the name is not allowed, there is no such file, or it holds no JSON object.
+    """
     from ..hub import address, beside, fetch
 
-    packaged = {f.name: f for f in files("hf_distill.recipes").joinpath("deepspeed").iterdir()}
-    text = (
-        packaged[name].read_text() if name in packaged else fetch(beside(address(origin), name), LIMIT).path.read_text()
-    )
+    if is_packaged(name):
+        text = files("hf_distill.recipes").joinpath("deepspeed", name).read_text()
+    else:
+        at = beside(address(origin), name)
+        if not _BESIDE.fullmatch(name):
+            raise DistillError(f"{name!r} is no DeepSpeed config: give a .json file that is in no hidden folder")
+        text = read_text(fetch(at, LIMIT).path, name)
     try:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:

@@ -1,16 +1,20 @@
 """Recipes of a repository on the Hub: listed, and copied."""
 
+import json
 import os
+import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..errors import DistillError
-from ..hub import address, beside, fetch, written, yaml_files
+from ..escape import printable
+from ..hub import address, fetch, written, yaml_files
+from .home import content_of, deepspeed_parts, is_packaged
 from .load import whole_values
 from .reading import LIMIT, read_yaml
 from .references import find_recipe, on_the_hub, read_text, title_of
 
 _OWN_KEYS = {"student", "teacher", "teachers", "data", "train", "extends", "stages"}
+_OWN_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 def list_remote(reference: str) -> dict[str, str]:
@@ -59,13 +63,19 @@ def pull_recipe(reference: str, to: str | Path, force: bool = False) -> list[Pat
     found = find_recipe(reference)
     whole_values(found, reference)
     at = address(str(found.origin))
-    files = {PurePosixPath(at.path_in_repo).name: f"{found.text.rstrip()}\n# from {found.origin}\n"}
-    for name in _named_files(read_yaml(found.text, reference)):
+    own = PurePosixPath(at.path_in_repo).name
+    if not _OWN_NAME.fullmatch(own):
+        raise DistillError(f"{reference}: a file with the name {own!r} is not written; hidden files never are.")
+    files = {own: f"{printable(found.text).rstrip()}\n# from {found.origin}\n"}
+    for part in deepspeed_parts(read_yaml(found.text, reference)):
+        name = part["deepspeed"]
+        if is_packaged(name):
+            continue
         if ".." in PurePosixPath(name).parts:
             raise DistillError(
                 f"{reference} names {name}, which is not below its own folder: copy the repository whole."
             )
-        files[name] = fetch(beside(at, name), LIMIT).path.read_text()
+        files[name] = json.dumps(content_of(name, str(found.origin)), indent=2) + "\n"
     targets = {Path(to) / name: text for name, text in files.items()}
     there = [str(path) for path in targets if path.exists()]
     if there and not force:
@@ -78,16 +88,3 @@ def pull_recipe(reference: str, to: str | Path, force: bool = False) -> list[Pat
         half.write_text(text)
         os.replace(half, path)
     return list(targets)
-
-
-def _named_files(value: Any) -> list[str]:
-    """DeepSpeed files that a recipe's values name beside the recipe, not among the packaged ones."""
-    from importlib.resources import files
-
-    packaged = {f.name for f in files("hf_distill.recipes").joinpath("deepspeed").iterdir()}
-    if isinstance(value, list):
-        return [name for item in value for name in _named_files(item)]
-    if not isinstance(value, dict):
-        return []
-    own = [value["deepspeed"]] if isinstance(value.get("deepspeed"), str) else []
-    return [name for name in own if name not in packaged] + [n for item in value.values() for n in _named_files(item)]

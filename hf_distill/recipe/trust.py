@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
+from ..hub.model_files import ATTENTION
 from ..names import kind_of
 from .data import Source
 from .pair import Student, TeacherSpec
@@ -49,7 +50,6 @@ REFUSED = {
 }
 KNOWN = HARMLESS | _LOOKED_INTO | REFUSED
 
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _DEEPSPEED = {
     *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "gradient_clipping", "prescale_gradients"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
@@ -95,10 +95,10 @@ def _models(recipe: Recipe) -> Iterator[str]:
 def _model(spec: Student | TeacherSpec, place: str) -> Iterator[str]:
     if spec.model is not None and (why := _no_public_name(spec.model, _MODEL)):
         yield f"{place}.model: {spec.model!r} {why}: give the id of a model on the Hub"
-    if spec.attn_implementation not in (None, *_ATTENTION):
+    if spec.attn_implementation not in (None, *ATTENTION):
         yield (
             f"{place}.attn_implementation: {spec.attn_implementation!r} would be downloaded and run: it may be one of "
-            f"{', '.join(_ATTENTION)}"
+            f"{', '.join(ATTENTION)}"
         )
     if isinstance(spec, Student) and spec.lora:
         modules = spec.lora.target_modules

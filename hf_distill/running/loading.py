@@ -29,7 +29,7 @@ from ..teachers import (
     Teacher,
 )
 from ..teachers.loading import dtype_of, keep_layout, launched, quantization_config, sharded_for
-from .models import loaded, resolve_model, trust_options
+from .models import checked, loaded, resolve_model, trust_options
 
 logger = logging.get_logger(__name__)
 _CALIBRATION_ROWS = 8
@@ -90,8 +90,9 @@ class Models:
         if spec is self._spec and not held:
             self._whole = self._load_whole().to(self._args.device)
             return FrozenTeacher(self._whole, processing_class=self._tokenizer)
-        options = {"dtype": spec.dtype, **_named(spec), **held, **trust_options()}
-        return FrozenTeacher(self._path_of(spec), processing_class=self._tokenizer, **options)
+        path = self._path_of(spec)
+        options = {"dtype": spec.dtype, **_named(spec), **held, **trust_options(), **checked(path, spec.revision)}
+        return FrozenTeacher(path, processing_class=self._tokenizer, **options)
 
     def _load_whole(self) -> Any:
         with sharded_for(None):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import DistillError, need
+from ..hub import check_model, reading
 from ..names import PACKAGE, distribution_of, kind_of, module_of
 from ..recipe import smoke
 from ..recipe.smoke import build_tiny
@@ -61,16 +62,39 @@ def loaded(kind: Any, reference: str, **options) -> Any:
             trusted.
     """
     given = trust_options() if kind is AutoModelForCausalLM else {"trust_remote_code": _TRUST.get().remote_code}
+    path = resolve_model(reference)
+    options |= checked(path, options.get("revision"), kind is AutoModelForCausalLM)
     try:
-        return kind.from_pretrained(resolve_model(reference), **given, **options)
-    except (OSError, ValueError) as error:
+        with reading(reference):
+            return kind.from_pretrained(path, **given, **options)
+    except DistillError as error:
         if not _TRUST.get().remote_code and "trust_remote_code" in str(error):
             why = "brings Python code of its own. Read it; if you trust it, add --trust-remote-code."
-            raise DistillError(f"{reference} {why}") from error
+            raise DistillError(f"{reference} {why}") from error.__cause__
         hint = ""
         if not _TRUST.get().pickles and "safetensors" in str(error):
             hint = " Pickled weights (.bin) can run what is inside: convert them, or trust them with --allow-pickles."
-        raise DistillError(f"{reference} cannot be loaded: {error}{hint}") from error
+        raise DistillError(f"{error}{hint}") from error.__cause__
+
+
+def checked(path: str, revision: str | None = None, weights: bool = True) -> dict[str, Any]:
+    """Check what a model's files ask for; the options of from_pretrained that read the commit which was checked.
+
+    Args:
+        path: a folder or id; see `resolve_model`.
+        revision: of an id.
+        weights: whether weights are read, and not the config or the tokenizer alone.
+
+    Raises:
+        DistillError: see `hub.check_model`.
+    """
+    trust = _TRUST.get()
+    files = check_model(path, revision, trust.remote_code, trust.pickles)
+    if files.commit is None:
+        return {}
+    if files.adapter is None:
+        return {"revision": files.commit}
+    return {"adapter_kwargs": {"revision": files.commit}} if weights else {}  # `revision` would be the base's, too
 
 
 def trust_options() -> dict[str, bool]:

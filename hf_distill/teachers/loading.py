@@ -18,6 +18,7 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
 
 from ..errors import DistillError, need, noted, tell
+from ..hub import reading
 from ..tasks import Task, partitioned
 from ..zero import check_teacher_config, check_ways, fill_teacher_config, read_deepspeed
 
@@ -30,10 +31,8 @@ _FIGHT = (
 
 
 def _loaded(task: Task, path: str, kwargs: dict[str, Any]) -> nn.Module:
-    try:
+    with reading(f"The teacher {path}"):
         return task.load(path, **kwargs)
-    except OSError as error:
-        raise DistillError(f"The teacher {path} cannot be loaded: {error}") from error
 
 
 @dataclass(frozen=True)

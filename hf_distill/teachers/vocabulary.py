@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from ..errors import DistillError
+from ..hub import reading
 from ..tasks import bare, task_of
 
 logger = logging.get_logger(__name__)
@@ -48,7 +49,8 @@ def check_fit(
     task = task_of(student)
     if isinstance(teacher, str):
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config, path = AutoConfig.from_pretrained(teacher, **options), teacher
+        with reading(f"The config of the teacher {teacher}"):
+            config, path = AutoConfig.from_pretrained(teacher, **options), teacher
     else:
         config, path = bare(teacher).config, bare(teacher).name_or_path
         if (own := task_of(teacher)) is not task:
@@ -72,8 +74,9 @@ def local_tokenizer(path: str) -> Any:
     if not path:
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        with reading(path):
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except DistillError:
         return None
 
 

@@ -159,6 +159,52 @@ def test_a_pulled_recipe_is_whole_checked_and_says_where_it_came_from(hub, tmp_p
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"lr_scheduler_kwargs": {"deepspeed": ".vscode/tasks.json"}},
+        {"lr_scheduler_kwargs": {"a": [{"deepspeed": "ds/zero.json"}]}},
+        {"optim_target_modules": [{"deepspeed": "Makefile"}]},
+    ],
+)
+def test_only_typed_fields_name_files_that_are_pulled(hub, tmp_path, train):
+    text = yaml.safe_dump({"extends": "quickstart", "train": {"max_steps": 2, **train}})
+    files = {"x.yaml": text.encode(), ".vscode/tasks.json": b"{}", "ds/zero.json": b"{}", "Makefile": b"{}"}
+    hub.put("models", "org/recipes", files)
+    pull_recipe("hf://org/recipes/x.yaml", tmp_path / "mine")
+    assert {path.name for path in (tmp_path / "mine").rglob("*")} == {"x.yaml"}
+
+
+@pytest.mark.parametrize(
+    "name", [".vscode/tasks.json", "a/.git/config.json", "run.sh", "a/.json", "/etc/x.json", "~/x.json"]
+)
+def test_hidden_and_executable_files_are_never_pulled(hub, tmp_path, name):
+    text = yaml.safe_dump({"extends": "quickstart", "train": {"max_steps": 2, "deepspeed": name}})
+    hub.put(
+        "models", "org/recipes", {"x.yaml": text.encode(), name.lstrip("/"): b'{"zero_optimization": {"stage": 2}}'}
+    )
+    with pytest.raises(DistillError, match=r"hidden folder|leads out"):
+        pull_recipe("hf://org/recipes/x.yaml", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_recipe_with_a_hidden_name_is_not_pulled_and_a_config_is_written_as_it_was_checked(hub, tmp_path):
+    config = b'{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}'
+    text = GOOD.replace("{max_steps: 2}", "{max_steps: 2, deepspeed: package.json}")
+    files = {
+        ".pre-commit-config.yaml": GOOD.encode(),
+        "x.yaml": text.encode() + b"# \xe2\x80\xae\n",
+        "package.json": config,
+    }
+    hub.put("models", "org/recipes", files)
+    with pytest.raises(DistillError, match="hidden files never are"):
+        pull_recipe("hf://org/recipes/.pre-commit-config.yaml", tmp_path / "mine")
+    recipe, packaged = pull_recipe("hf://org/recipes/x.yaml", tmp_path / "mine")
+    assert "\u202e" not in recipe.read_text()
+    assert packaged.read_text() == '{\n  "zero_optimization": {\n    "stage": 2\n  }\n}\n'
+    assert not packaged.stat().st_mode & 0o111
+
+
 def test_run_says_what_it_reads_and_asks_a_stranger_s_recipe_once(hub):
     hub.put(
         "models",

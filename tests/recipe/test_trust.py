@@ -90,6 +90,8 @@ HOSTILE = {
     "reads a config of the machine": (changed(train__fsdp_config="/etc/x.json"), "a file on this machine"),
     "starts a thousand processes": (changed(train__dataloader_num_workers=1000), "at most 64"),
     "reads DeepSpeed of the machine": (changed(train__deepspeed="/etc/ds.json"), "leads out of the repository"),
+    "reads DeepSpeed from a hidden folder": (changed(train__deepspeed=".vscode/tasks.json"), "no hidden folder"),
+    "reads DeepSpeed from a script": (changed(teacher__deepspeed="ds/run.sh"), "give a .json file"),
     "offloads to a disk": (
         changed(teacher__deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}),
         "offload to a disk",

@@ -1,0 +1,230 @@
+"""What the small files of a model may ask for: they are as untrusted as whoever uploaded them. Imports no torch.
+
+A `config.json` can name kernels of other repositories, which are downloaded and run; an `adapter_config.json` names the
+model that is loaded in its place; the index of the shards names the files that are read, pickles too. transformers
+follows them. So they are read here first, and everything is refused that is not known to be harmless.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from ..errors import DistillError
+from ..names import is_there, kind_of
+from .told import asking
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+CONFIG, ADAPTER, INDEX, TOKENIZER = (
+    *("config.json", "adapter_config.json", "model.safetensors.index.json", "tokenizer_config.json"),
+)
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_LIMIT = 64 * 2**20  # bytes; the index of a model with a million tensors has about that many
+_SHARD = re.compile(r"[\w][\w.-]*\.safetensors")
+_FILE_KEY = re.compile(r"(?:^|_)(?:path|file|dir|folder|url)$", re.IGNORECASE)
+_KERNELS = "names a kernel of the Hub, which would be downloaded and run"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The small files of a model that decide what is loaded, as JSON; None: there is no such file.
+
+    name:      as the user or the recipe gives it
+    revision:  that is asked for
+    is_local:  whether it is a folder of this machine
+    commit:    of the files that were read; None where it is not known
+    config, adapter, index, tokenizer: contents of the files above
+    has_safe_adapter: whether the adapter's weights are in safetensors
+    """
+
+    name: str
+    revision: str | None
+    is_local: bool
+    commit: str | None = None
+    config: Any = None
+    adapter: Any = None
+    index: Any = None
+    tokenizer: Any = None
+    has_safe_adapter: bool = False
+
+    @property
+    def base(self) -> str | None:
+        """The model that an adapter is for, as it names it; None where there is no adapter."""
+        return None if self.adapter is None else self.adapter.get("base_model_name_or_path")
+
+
+def model_files(name: str, revision: str | None = None) -> ModelFiles:
+    """The small files of a model that decide what is loaded; no weights are downloaded.
+
+    Args:
+        name: an id on the Hub, or a folder of this machine.
+        revision: of an id.
+
+    Raises:
+        DistillError: see `asking`; a file is not a JSON object.
+    """
+    is_local, commit = kind_of(name) != "id", None
+    parts: dict[str, Any] = {}
+    for key, file in _PARTS.items():
+        path = _fetched(name, file, commit or revision, is_local)
+        parts[key] = None if path is None else _json_of(path, f"{name}: {file}")
+        commit = commit or (path.parent.name if path is not None and not is_local else None)
+    safe = parts["adapter"] is not None and _has(name, ADAPTER_WEIGHTS, commit or revision, is_local)
+    return ModelFiles(name, revision, is_local, commit, **parts, has_safe_adapter=safe)
+
+
+_PARTS = {"config": CONFIG, "adapter": ADAPTER, "index": INDEX, "tokenizer": TOKENIZER}
+
+
+def check_model(name: str, revision: str | None = None, remote_code: bool = False, pickles: bool = False) -> ModelFiles:
+    """Refuse a model whose files ask for code, pickles or files of this machine; the base of an adapter is checked too.
+
+    Args:
+        name: an id on the Hub, or a folder of this machine.
+        revision: of an id.
+        remote_code: the user trusts the code that it asks for.
+        pickles: the user trusts its pickles.
+
+    Raises:
+        DistillError: see `model_files`; names the file, its key and value, and says what to do.
+    """
+    files = model_files(name, revision)
+    problems = [*_problems(files, remote_code, pickles)]
+    if problems:
+        raise DistillError(f"{name}: {'; '.join(problems)}")
+    if files.base is not None and (not files.is_local or kind_of(files.base) == "id"):
+        base = model_files(files.base)
+        if base.adapter is not None:
+            raise DistillError(f"{name} is an adapter of {files.base}, which is one itself: name a whole model.")
+        if problems := [*_problems(base, remote_code, pickles)]:
+            raise DistillError(f"{files.base}, the base of {name}: {'; '.join(problems)}")
+    return files
+
+
+def check_adapter(files: ModelFiles) -> str:
+    """The base of an adapter; its weights are not looked at.
+
+    Raises:
+        DistillError: the base is no model on the Hub, or the adapter's config asks for files or modules.
+    """
+    if problems := [*_of_adapter(files, pickles=True)]:
+        raise DistillError(f"{files.name}: {'; '.join(problems)}")
+    return str(files.base)
+
+
+def _problems(files: ModelFiles, remote_code: bool, pickles: bool) -> Iterator[str]:
+    if files.config is not None:
+        yield from _of_config(files.config, remote_code)
+    if files.adapter is not None:
+        yield from _of_adapter(files, pickles)
+    if files.index is not None:
+        shards = files.index.get("weight_map")
+        shards = {*map(str, shards.values())} if isinstance(shards, dict) else {"weight_map is missing"}
+        for shard in sorted(shard for shard in shards if not _SHARD.fullmatch(shard)):
+            yield f"{INDEX} names {shard!r}, which is no safetensors file of the repository"
+    if files.tokenizer is not None and not files.is_local:
+        for key, value in _values(files.tokenizer):
+            if _FILE_KEY.search(key) and isinstance(value, str) and "/" in value and is_there(value):
+                yield f"{TOKENIZER}: {key} is {value!r}, which is a file of this machine"
+
+
+def _of_config(config: dict[str, Any], remote_code: bool) -> Iterator[str]:
+    """Kernels, weights elsewhere and other models that a config asks for, at any depth."""
+    hint = "read it; if you trust it, add --trust-remote-code"
+    for key, value in _values(config):
+        names = [*value.values()] if isinstance(value, dict) else [value]
+        unknown = [name for name in names if name is not None]
+        if key.endswith("attn_implementation") or key == "_attn_implementation_internal":
+            unknown = [name for name in unknown if name not in ATTENTION]
+        elif key.endswith("experts_implementation") or key == "_experts_implementation_internal":
+            unknown = [name for name in unknown if name not in EXPERTS]
+        elif key == "transformers_weights":
+            if (
+                not (isinstance(value, str) and _SHARD.fullmatch(value.removesuffix(".index.json")))
+                and value is not None
+            ):
+                yield f"{CONFIG}: transformers_weights is {value!r}, and may only name safetensors of its repository"
+            continue
+        elif key == "use_pretrained_backbone" and value is True:
+            yield f"{CONFIG}: use_pretrained_backbone would load another repository"
+            continue
+        else:
+            continue
+        if unknown and not remote_code:
+            yield f"{CONFIG}: {key} is {unknown[0]!r}, which {_KERNELS}: {hint}"
+
+
+def _of_adapter(files: ModelFiles, pickles: bool) -> Iterator[str]:
+    base = files.base
+    if not isinstance(base, str) or not base:
+        yield f"{ADAPTER}: base_model_name_or_path is {base!r}, and must name a model"
+    elif not files.is_local and kind_of(base) != "id":
+        yield (
+            f"{ADAPTER}: base_model_name_or_path is {base!r}, a place on this machine, and must be the id of a model "
+            "on the Hub"
+        )
+    if not files.has_safe_adapter and not pickles:
+        yield (
+            f"the adapter's weights are no safetensors ({ADAPTER_WEIGHTS} is missing), and reading a pickle can run "
+            "what is inside: convert them, or trust them with --allow-pickles"
+        )
+    for key, value in _values(files.adapter):
+        named = _FILE_KEY.search(key) and key != "base_model_name_or_path"
+        if (named or key in ("megatron_config", "tokenizer_kwargs")) and value:
+            yield f"{ADAPTER}: {key} is {value!r}, and an adapter may name no files, modules or options of loading"
+
+
+def _values(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys of nested dicts and lists with their values."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            yield from ((str(key), inner) for key, inner in item.items())
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+
+
+def _json_of(path: Path, what: str) -> dict[str, Any]:
+    if (size := path.stat().st_size) > _LIMIT:
+        raise DistillError(f"{what} has {size:,} bytes; at most {_LIMIT:,} are read.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DistillError(f"{what} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DistillError(f"{what} holds {type(content).__name__}, and must hold an object.")
+    return content
+
+
+def _fetched(name: str, file: str, revision: str | None, is_local: bool) -> Path | None:
+    """A small file of a model on this machine; None where the model has none of that name."""
+    if is_local:
+        path = Path(name) / file
+        return path if is_there(path) and path.is_file() else None
+    with asking(name, "model", revision, file):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise
+            return None  # the Hub is out of reach: transformers reads the cache alone, too
+        except RemoteEntryNotFoundError:
+            return None
+
+
+def _has(name: str, file: str, revision: str | None, is_local: bool) -> bool:
+    """Whether a model has a file, which is not downloaded."""
+    if is_local:
+        return (Path(name) / file).is_file()
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        return True
+    with asking(name, "model", revision, file):
+        return HfApi().file_exists(name, file, revision=revision)
