@@ -62,6 +62,10 @@ class DistillFields:
         metadata={"help": "Shard the teacher by ZeRO-3: a config, its path, or a packaged one (zero3-teacher.json)."},
     )
     teacher_fsdp: bool = field(default=False, metadata={"help": "Shard the teacher by FSDP2 over all processes."})
+    stop_on_signal: bool = field(
+        default=False,
+        metadata={"help": "On SIGTERM or Ctrl-C, save a checkpoint after the step and exit with code 143 or 130."},
+    )
     self_check: bool = field(
         default=True,
         metadata={"help": "Compare the first batch's loss and gradient with a plain reference on 32 tokens."},

@@ -1,5 +1,8 @@
-"""A training's progress in a terminal."""
+"""A training's progress: bars in a terminal, a line every half minute elsewhere."""
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -15,11 +18,21 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+_LINE_SECONDS = 30.0
+
 
 class RichProgress(TrainerCallback):
-    """A bar for training steps and one for evaluation batches, with the newest losses; lines for stages."""
+    """A bar for training steps and one for evaluation batches, with the newest losses; lines for stages.
 
-    def __init__(self, console: Console):
+    Where the output is not a terminal (a log file, a job's output), a line every 30 seconds takes the place of the
+    bars: what is done, how far it is, the newest losses and the remaining time.
+
+    Args:
+        console: where to.
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -29,9 +42,12 @@ class RichProgress(TrainerCallback):
             TextColumn("{task.fields[losses]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
-        self._console = console
+        self._console, self._clock = console, clock
         self._bars: dict[str, TaskID] = {}
+        self._starts: dict[str, tuple[float, float]] = {}  # seconds, and what was done before
+        self._last_line = clock()
 
     def __enter__(self) -> "RichProgress":
         self._progress.start()
@@ -49,13 +65,29 @@ class RichProgress(TrainerCallback):
         if "writing" not in self._bars:
             self._start("writing", progress.of)
         pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
-        self._progress.update(self._bars["writing"], completed=progress.tokens, losses=pace)
-        if not self._console.is_terminal:
-            left = f"{progress.seconds_left:,.0f} s left"
-            self.stage(f"{progress.tokens:,} of {progress.of:,} tokens · {pace} · {left}")
+        self._update("writing", progress.tokens, pace, "tokens", progress.seconds_left)
 
-    def _start(self, name: str, total: int | None) -> None:
-        self._bars[name] = self._progress.add_task(name, total=total, losses="")
+    def _start(self, name: str, total: int | None, done: int = 0) -> None:
+        self._bars[name] = self._progress.add_task(name, total=total, completed=done, losses="")
+        self._starts[name] = self._clock(), done
+
+    def _update(
+        self, name: str, done: int, losses: str | None = None, unit: str = "", seconds_left: float | None = None
+    ) -> None:
+        """Move a bar, or write a line if the last one is 30 seconds old."""
+        task = next(task for task in self._progress.tasks if task.id == self._bars[name])
+        self._progress.update(task.id, completed=done, **({} if losses is None else {"losses": losses}))
+        now = self._clock()
+        if self._console.is_terminal or now - self._last_line < _LINE_SECONDS:
+            return
+        self._last_line = now
+        since, before = self._starts[name]
+        if seconds_left is None and task.total and done > before:
+            seconds_left = (now - since) / (done - before) * (task.total - done)
+        total = f" of {task.total:,.0f}" if task.total else ""
+        left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
+        parts = [f"{name}: {f'{unit} ' if unit else ''}{done:,}{total}", task.fields["losses"], left]
+        self.stage(" · ".join(part for part in parts if part))
 
     def _remove(self, name: str) -> None:
         if name in self._bars:
@@ -63,17 +95,19 @@ class RichProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Show the bar of training steps."""
-        self._start("training", state.max_steps)
+        self._start("training", state.max_steps, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Advance it."""
-        self._progress.update(self._bars["training"], completed=state.global_step)
+        self._update("training", state.global_step, unit="step")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the newest losses beside it."""
         if logs and "loss" in logs and "training" in self._bars:
-            terms = (f"{k.removesuffix('_loss')} {v:.3f}" for k, v in logs.items() if k.endswith("_loss"))
-            self._progress.update(self._bars["training"], losses=" · ".join(terms))
+            terms = [f"{k.removesuffix('_loss')} {v:.3f}" for k, v in logs.items() if k.endswith("_loss")]
+            self._progress.update(
+                self._bars["training"], losses=" · ".join([f"loss {float(logs['loss']):.3f}", *terms])
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take the bar away."""
@@ -83,7 +117,9 @@ class RichProgress(TrainerCallback):
         """Show or advance the bar of evaluation batches."""
         if "evaluating" not in self._bars:
             self._start("evaluating", len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None)
-        self._progress.advance(self._bars["evaluating"])
+            self._batches = 0
+        self._batches += 1
+        self._update("evaluating", self._batches, unit="batch")
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Take the bar away."""

@@ -111,8 +111,8 @@ class SavingMixin(_Base):
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """As the Trainer's, which takes one step too many where it resumes from the last one."""
-        if self.state.global_step < self.state.max_steps:
+        """As the Trainer's, which takes one step too many where it resumes from the last one, or from an early stop."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
             return
         self.control.should_training_stop = True

@@ -15,6 +15,7 @@ from .features import Features
 from .finite import Seen
 from .finite_trainer import FiniteMixin
 from .hub_trainer import HubMixin
+from .interrupts import Interrupts
 from .metrics_trainer import EVERY, MetricsMixin
 from .output_head import forget_output_head
 from .projectors import Projectors
@@ -70,6 +71,22 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             self.distil_from(self.teacher, fields)
         else:
             self.wear(Features())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with `stop_on_signal` a signal ends it after the step, with a checkpoint.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a `SystemExit` with the code 143 or 130.
+        """
+        if not getattr(self.args, "stop_on_signal", False):
+            return super().train(*args, **kwargs)
+        interrupts = Interrupts(logger.warning, resume="train(resume_from_checkpoint=True) goes on")
+        self.add_callback(interrupts)
+        try:
+            with interrupts.heeded():
+                return super().train(*args, **kwargs)
+        finally:
+            self.remove_callback(interrupts)
 
     def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
         """Take this teacher and objective from now on, for training and evaluation.

@@ -92,7 +92,7 @@ def test_an_error_is_shown_with_its_brackets(monkeypatch, capsys):
     def broken():
         raise DistillError('pip install "hf-distill[quant]", or [/this]')
 
-    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(cli, "program", broken)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2

@@ -14,7 +14,7 @@ ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
     {"version", "errors", "names", "escape"},
-    {"hub", "locks", "local_paths", "upstream"},
+    {"hub", "locks", "processes", "local_paths", "upstream"},
     {"sources", "layers", "projectors", "schedule", "zero", "kinds"},
     {"signals", "tasks"},
     {"losses", "blocks"},
@@ -26,7 +26,7 @@ FLOORS = [
     {"teachers"},
     {"distiller"},
     {"config", "by_source"},
-    {"evidence", "finite", "weights"},
+    {"evidence", "finite", "weights", "interrupts"},
     {"checkpoints"},
     {
         "arguments",

@@ -1,10 +1,12 @@
 """The folder of a search: a JSON file of what is known, whole at any moment, and the checkpoints to go on from."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import checkpoints_of
 from ..errors import DistillError
 from ..evidence import read_json, write_json
 from .halving import Candidate, Rung
@@ -50,4 +52,7 @@ def forget(place: Path, candidates: list[Candidate], kept: list[Candidate]) -> N
     """Remove the checkpoints of candidates that are not kept."""
     for candidate in candidates:
         if candidate not in kept:
-            shutil.rmtree(place / candidate.name, ignore_errors=True)
+            for checkpoint in checkpoints_of(place / candidate.name):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            with suppress(OSError):  # it is not there, or holds files of someone else
+                (place / candidate.name).rmdir()

@@ -1,6 +1,7 @@
 """Which temperature and alpha serve a student: short runs of candidates, judged by what no candidate can change."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite, log
@@ -11,11 +12,12 @@ from transformers import TrainerCallback, set_seed
 
 from ..errors import DistillError
 from ..evidence import write_json
+from ..locks import lock_folder
+from ..processes import on_main
 from ..recipe.schema import Recipe
 from ..running.arguments import arguments
 from ..running.caching import write_missing
 from ..running.loading import check_launch
-from ..running.ranks import on_main
 from ..running.single import Loaded, measured
 from .halving import Candidate, Rung, cost, front, ranked, rungs
 from .record import FILE, begun, forget, record
@@ -80,8 +82,28 @@ def find_temperature(
     args = arguments(recipe)
     place = Path(folder or f"{recipe.train.output_dir}-temperature")
     asked = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
-    left = found = on_main(lambda: begun(place, asked, grid))
+    found = on_main(lambda: begun(place, asked, grid))
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(lock_folder(place, "a search for a temperature")))
+        won = _winner(found, plan, asked, recipe, args, place, on_stage)
+        search = _result(found, plan, won, recipe, place, by)
+        on_main(partial(write_json, place / FILE, asked | asdict(search)))
+        on_main(partial(forget, place, found, []))
+    return search
+
+
+def _winner(
+    found: list[Candidate],
+    plan: list[tuple[int, int]],
+    asked: dict[str, Any],
+    recipe: Recipe,
+    args: Any,
+    place: Path,
+    on_stage: Callable[[str], None],
+) -> Candidate:
+    """Train the candidates rung by rung; the one that is left."""
     loaded: Loaded | None = None
+    left, by = found, asked["by"]
     for count, step in plan:
         left = ranked(left, by)[:count]
         on_main(partial(forget, place, found, left))
@@ -92,8 +114,15 @@ def find_temperature(
             on_stage(f"T = {candidate.temperature:g}, alpha = {candidate.alpha:g}: to step {step}")
             candidate.rungs.append(_train(loaded, candidate, step))
             on_main(partial(record, place, asked, found))
-    steps, won, found = cost(plan), left[0], ranked(found, by)
-    search = Search(
+    return left[0]
+
+
+def _result(
+    found: list[Candidate], plan: list[tuple[int, int]], won: Candidate, recipe: Recipe, place: Path, by: str
+) -> Search:
+    """What a search found."""
+    steps, found = cost(plan), ranked(found, by)
+    return Search(
         folder=str(place),
         candidates=found,
         front=[candidate.name for candidate in front(found)],
@@ -102,9 +131,6 @@ def find_temperature(
         runs=steps / recipe.train.max_steps,
         overrides=[f"distill.temperature={won.temperature}", f"distill.alpha={won.alpha}"],
     )
-    on_main(partial(write_json, place / FILE, asked | asdict(search)))
-    on_main(partial(forget, place, found, []))
-    return search
 
 
 def draw(search: Search) -> Any:

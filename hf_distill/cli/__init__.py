@@ -7,18 +7,26 @@ import traceback
 
 from rich.console import Console
 from rich.text import Text
+from typer.main import get_command
 
 from ..errors import DistillError, RunError
 from . import caches, curving, diagnosing, inspecting, publishing, recipes, reporting, retaining, running, tempering  # noqa: F401  each adds its commands
 from .app import app
+from .quiet import add_verbose, silence_other_packages
 
 __all__ = ["app", "main"]
 
 
+def program() -> None:
+    """Run the command that was given."""
+    add_verbose(get_command(app))()
+
+
 def main() -> None:
     """Run the program; wrong input is told in words, with exit code 2; so is what ends a run, with exit code 1."""
+    silence_other_packages()
     try:
-        app()
+        program()
     except DistillError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine see the same
             _tell(str(error))

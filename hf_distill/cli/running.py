@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import warnings
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -55,8 +54,6 @@ def run(
     from ..running.run import run_recipe
 
     no_other_bars()
-    # Between libraries, at each collective of a step; nothing that the reader could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.")
     with RichProgress(out) as progress, trusting(Trust(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
     out.print(results_table(result.models, read_json(result.folder / "evidence.json").get("chain")))

@@ -38,7 +38,7 @@ def _training_fields() -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
     fields = {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
     own = typing.get_type_hints(DistillFields)
-    return fields | {name: _field(own[name]) for name in CARE}
+    return fields | {name: _field(own[name]) for name in CARE} | {"early_stopping_patience": {"type": ["integer"]}}
 
 
 def _field(hint: Any) -> dict[str, Any]:

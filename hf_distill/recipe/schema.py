@@ -38,6 +38,29 @@ class TrainBase(Part):
         return {k: "no" if v is False and "no" in specs.get(k, {}).get("enum", ()) else v for k, v in values.items()}
 
     @model_validator(mode="after")
+    def _stops_early(self):
+        given: Any = self
+        patience, strategy = given.early_stopping_patience, given.eval_strategy
+        if patience is None:
+            return self
+        problems = []
+        if patience < 1:
+            problems.append(f"it counts evaluations and is {patience}: give 1 or more")
+        if strategy in (None, "no"):
+            problems.append("nothing is evaluated in training: set eval_strategy to steps, and eval_steps, or to epoch")
+        elif given.save_strategy not in (None, "best", strategy):
+            problems.append(
+                f"save_strategy {given.save_strategy} is not eval_strategy {strategy}: leave save_strategy out"
+            )
+        elif strategy == "steps" and given.save_steps and given.eval_steps and given.save_steps % given.eval_steps:
+            problems.append(f"save_steps {given.save_steps} is no multiple of eval_steps {given.eval_steps}")
+        if given.load_best_model_at_end is False:
+            problems.append("the best checkpoint is exported: leave load_best_model_at_end out")
+        if problems:
+            raise ValueError("early_stopping_patience: " + "; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
     def _pushed_at_the_end(self):
         given: Any = self
         if given.hub_token:

@@ -31,6 +31,7 @@ HARMLESS = {
     *("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
     *("save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ignore_data_skip"),
+    "early_stopping_patience",
     *("full_determinism", "seed", "data_seed", "dataloader_drop_last", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order"),
     *("remove_unused_columns", "train_sampling_strategy", "length_column_name", "run_name"),

@@ -6,8 +6,10 @@ import torch
 from transformers.utils import logging
 
 from ..config import DistillConfig
+from ..errors import DistillError
 from ..recipe.schema import Recipe
 from ..zero import gather_on_save
+from .early_stopping import stopping_arguments
 from .on_policy import on_policy_arguments
 
 logger = logging.get_logger(__name__)
@@ -18,7 +20,12 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> Any:
     losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
     projectors = recipe.model_dump(include={"projectors"})["projectors"]
     given = train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
-    args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
+    try:
+        args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
+    except DistillError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DistillError(f"train: {error}") from error
     args.dataloader_pin_memory &= torch.accelerator.is_available()
     if recipe.data.scheduled:
         args.train_sampling_strategy = "sequential"
@@ -32,8 +39,10 @@ def train_arguments(recipe: Recipe) -> dict[str, Any]:
     accelerate has FSDP for GPUs alone. On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but
     without checkpoints to resume from.
     """
-    train = recipe.train.model_dump(exclude_unset=True)
+    train = recipe.train.model_dump(exclude_unset=True, exclude_none=True)  # null stands for the default
     train = {k: v for k, v in train.items() if k != "push_to_hub" and not k.startswith("hub_")}  # published when over
+    if train.pop("early_stopping_patience", None):
+        train = stopping_arguments(train)
     if torch.accelerator.is_available():
         return train
     train.setdefault("use_cpu", True)  # else processes do not find each other

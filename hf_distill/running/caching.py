@@ -21,6 +21,7 @@ from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .examples import Prepared
 from .models import loaded
 from .speaker import load_speaker, speaker_of, with_speaker
+from .watch import Watch
 
 _PROBED = 16  # rows that are looked up before training begins
 
@@ -61,19 +62,20 @@ def write_recipe_cache(
     if not hasattr(data.train, "__len__"):
         raise DistillError("A stream has no end to be written to: leave data.*.streaming out.")
     on_stage("Finding the rows to write")
-    manifest = write_cache(
-        to,
-        teacher,
-        data.train,
-        data.held_out,
-        collator=data.collator,
-        processing_class=tokenizer,
-        device=args.device,
-        known_as={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
-        recipe=with_speaker(recipe, spec),
-        on_progress=on_progress,
-        **given | options,
-    )
+    with Watch(args.ddp_timeout).kept():
+        manifest = write_cache(
+            to,
+            teacher,
+            data.train,
+            data.held_out,
+            collator=data.collator,
+            processing_class=tokenizer,
+            device=args.device,
+            known_as={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
+            recipe=with_speaker(recipe, spec),
+            on_progress=on_progress,
+            **given | options,
+        )
     return Path(to), manifest
 
 

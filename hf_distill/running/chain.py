@@ -15,14 +15,19 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..evidence import measured, read_json, write_json
+from ..processes import on_main
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
+from ..teachers.loading import launched
 from ..trainer import DistillTrainer
-from .folder import claim
-from .ranks import on_main
+from .arguments import arguments
+from .folder import run_folder
 from .single import RunResult, run_single
 from .speaker import load_speaker, speaker_of
+from .watch import Watch
+
+_PATIENCE = 1800  # seconds that a process may wait for others, if the recipe does not say
 
 
 def run_chain(
@@ -36,20 +41,23 @@ def run_chain(
     Raises:
         DistillError: see `run_recipe`.
     """
-    folder = on_main(lambda: claim(recipe, resume))
-    evidence = read_json(folder / "evidence.json") if resume else {}
-    if evidence.get("status") == "done":
-        on_stage("This chain is over already.")
-        return RunResult(folder, evidence["models"])
     parts = dict(_parts(recipe))
-    for name, part in parts.items():
-        on_stage(f"{name}: {_told(part)}")
-        run_single(part, True, callbacks, on_stage)
-        gc.collect()  # a trainer and its callbacks hold each other, and with them both models
-    students = {name: Path(part.train.output_dir) / "student" for name, part in parts.items()}
-    models = _compared(recipe, students, on_stage)
-    on_main(lambda: _leave(recipe, folder, parts, models))
-    return RunResult(folder, models)
+    if launched():
+        arguments(parts["stage-1"])  # lets the processes find each other, before one of them claims the folder for all
+    with run_folder(recipe, resume) as folder:
+        evidence = read_json(folder / "evidence.json") if resume else {}
+        if evidence.get("status") == "done":
+            on_stage("This chain is over already.")
+            return RunResult(folder, evidence["models"])
+        for name, part in parts.items():
+            on_stage(f"{name}: {_told(part)}")
+            run_single(part, True, callbacks, on_stage)
+            gc.collect()  # a trainer and its callbacks hold each other, and with them both models
+        students = {name: Path(part.train.output_dir) / "student" for name, part in parts.items()}
+        with Watch(parts["stage-1"].train.ddp_timeout or _PATIENCE).kept():
+            models = _compared(recipe, students, on_stage)
+            on_main(lambda: _leave(recipe, folder, parts, models))
+        return RunResult(folder, models)
 
 
 def _parts(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -113,8 +121,7 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
     for name in parts:
         facts[name] = read_json(folder / name / "evidence.json")
         if name in names:
-            shutil.rmtree(folder / names[name], ignore_errors=True)
-            shutil.copytree(folder / name / "student", folder / names[name], copy_function=os.link)
+            _link(folder / name / "student", folder / names[name])
         for line in (folder / name / "metrics.jsonl").read_text().splitlines():
             logs.append(json.dumps(json.loads(line) | {"run": names.get(name, name)}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(logs))
@@ -127,6 +134,16 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
         student["layers_kept"] = layers
     evidence = {"models": models, "chain": chain, **whole, "student": student, "status": "done"}
     write_json(folder / "evidence.json", evidence)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A copy of a folder by hard links, complete or not there; one that is there is of this chain and stays."""
+    if target.is_dir():
+        return
+    half = target.with_name(f"{target.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(source, half, copy_function=os.link)
+    half.rename(target)
 
 
 def _layers_left(kept: Sequence[list[int] | None]) -> list[int] | None:

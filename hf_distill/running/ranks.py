@@ -1,36 +1,14 @@
-"""The processes of a launch: what one does for all, and what all must have in common."""
+"""The processes of a launch: what all must have in common."""
 
 import hashlib
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ..errors import DistillError
+from ..processes import is_alone
 from ..recipe.schema import Recipe
-
-T = TypeVar("T")
-
-
-def _alone() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-def on_main(call: Callable[[], T]) -> T:
-    """`call()` on the main process alone; all processes get what it returned, or the DistillError that it raised."""
-    if _alone():
-        return call()
-    told: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            told[0] = call()
-        except DistillError as error:
-            told[1] = error
-    torch.distributed.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
 
 
 def check_same(recipe: Recipe, facts: dict[str, Any]) -> None:
@@ -43,7 +21,7 @@ def check_same(recipe: Recipe, facts: dict[str, Any]) -> None:
     Raises:
         DistillError: on all processes; says what differs on which ranks.
     """
-    if _alone():
+    if is_alone():
         return
     data, made = facts["data"], facts["environment"]
     own = {

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..interrupts import Interrupts
 from ..recipe.schema import Recipe
 from .chain import run_chain
-from .interrupts import Interrupts
 from .single import RunResult, run_single
 
 logger = logging.get_logger(__name__)

@@ -27,20 +27,23 @@ from ..config import DistillConfig, DistillFields
 from ..data import check_isolation
 from ..evidence import MetricsFile, environment, measured, read_json, write_json
 from ..losses import get_loss
+from ..processes import on_main
 from ..recipe.schema import Recipe
 from ..tasks import bare
 from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
 from .arguments import arguments
+from .binding import RecipeRecord, result_values
 from .caching import check_cached, write_missing
+from .early_stopping import EarlyStopping
 from .examples import prepare_data, taken_by
-from .folder import claim, released
+from .folder import run_folder
 from .loading import Models, check_launch
 from .models import loaded, resolve_model
 from .moved import NoTeacher, of_moved, save_moved
 from .on_policy import prepare_prompts
 from .provenance import provenance
-from .ranks import check_same, on_main
+from .ranks import check_same
 from .watch import Watch
 
 
@@ -58,18 +61,17 @@ def run_single(
     """Run a recipe without stages; see `run_recipe`."""
     check_launch(recipe)
     args = arguments(recipe)
-    folder = on_main(lambda: claim(recipe, resume))
-    evidence = read_json(folder / "evidence.json") if resume else {}
-    models = evidence.setdefault("models", {})
-    if evidence.get("status") == "done":
-        on_stage("This run is over already.")
-        return RunResult(folder, models)
     watch = Watch(args.ddp_timeout)
-    with watch.kept():
-        with released(folder):
+    with run_folder(recipe, resume) as folder:
+        evidence = read_json(folder / "evidence.json") if resume else {}
+        models = evidence.setdefault("models", {})
+        if evidence.get("status") == "done":
+            on_stage("This run is over already.")
+            return RunResult(folder, models)
+        with watch.kept():
             write_missing(recipe, on_stage)
-            run = Loaded(recipe, args, folder, [*callbacks, watch], on_stage)
-        return _run(run, evidence)
+            record = RecipeRecord(result_values(recipe))
+            return _run(Loaded(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
 
 
 def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
@@ -79,8 +81,7 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
     def keep(**found: dict[str, float]) -> None:
         models.update(found)
         evidence.update(run.facts)
-        if run.args.should_save:
-            write_json(folder / "evidence.json", evidence)
+        on_main(lambda: write_json(folder / "evidence.json", evidence))
 
     if "student" not in models:
         before, student = run.distil()
@@ -137,7 +138,7 @@ class Loaded:
             eval_dataset=self.data.held_out,
             **rows,
             processing_class=self.tokenizer,
-            callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self.callbacks],
+            callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self._stopping(), *self.callbacks],
         )
         self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
         trainer.sources = self.data.collator.sources
@@ -151,6 +152,10 @@ class Loaded:
             if trainer.teacher is not None and trainer.teacher.model is not None:
                 check_isolation(trainer.teacher.model, "teacher")
         return trainer
+
+    def _stopping(self) -> list[TrainerCallback]:
+        patience = self.recipe.train.early_stopping_patience
+        return [EarlyStopping(patience)] if patience else []
 
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train and save `RUN/name`; seconds that it took."""
@@ -201,7 +206,8 @@ class Loaded:
 
         Beside a teacher that moved with another student, its metrics of the labels alone.
         """
-        trainer = self.trainer("control", alpha=0.0, losses=None)
+        best = {"metric_for_best_model": "loss", "greater_is_better": False}  # without a teacher there is no KL
+        trainer = self.trainer("control", alpha=0.0, losses=None, **best if self.args.load_best_model_at_end else {})
         seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]

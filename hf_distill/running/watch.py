@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..errors import RunError
 
 _TICK = 1.0  # seconds between two signs of life
 _SILENT = 5.0  # seconds without one: gone
+_FAILED, _HEARD = "hf_distill-failed", "hf_distill-heard"  # keys of the store
 _WAITING = (
     "/torch/distributed/",
     "/torch/nn/parallel/distributed.py",
@@ -29,7 +30,7 @@ class Watch(TrainerCallback):
     """A thread of each process: it gives signs of life, and says where the process is.
 
     Where a process has waited for others for most of the time that one may wait, or where a collective fails, those
-    that do not wait, or give no sign of life, are named.
+    that do not wait, or give no sign of life, are named. Where one fails, the others end with its message.
 
     Args:
         timeout: seconds that a process may wait (`ddp_timeout`).
@@ -39,6 +40,7 @@ class Watch(TrainerCallback):
         self._patience = 0.9 * timeout  # before the collective itself gives up, which names nobody
         self._steps = self._beat = 0
         self._over = threading.Event()
+        self._failure: str | None = None  # of another process
 
     def on_step_end(self, args, state, control, **kwargs):
         """Training goes on."""
@@ -65,27 +67,60 @@ class Watch(TrainerCallback):
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._store: Any = distributed_c10d._get_default_store().clone()  # a connection of its own
         self._main = threading.get_ident()
+        if self._rank == 0:  # an earlier run of these processes may have failed
+            self._store.delete_key(_FAILED)
+            self._store.delete_key(_HEARD)
         self._tell(False, "its beginning")  # others may ask before the first tick
         thread = threading.Thread(target=self._run, name="hf_distill-watch", daemon=True)
         thread.start()
         try:
             yield
-        except RunError:
-            raise
-        except RuntimeError as error:
-            if named := self._gone():
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and self._failure:
+                raise RunError(self._failure) from error
+            if isinstance(error, RuntimeError) and not isinstance(error, RunError) and (named := self._gone()):
                 first = str(error).partition("\n")[0][:200]
                 raise RunError(f"{named} The others cannot go on without it ({first}). {_WHAT_NOW}") from error
+            self._announce(error)
             raise
         finally:
             self._over.set()
             thread.join()
+
+    def _announce(self, error: BaseException) -> None:
+        """Tell the other processes that this one ends; rank 0, which may hold the store, waits until they know."""
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:500]
+        with suppress(RuntimeError):  # the store is gone with its process, and the collectives of the others fail
+            self._store.set(_FAILED, json.dumps([self._rank, reason]))
+            self._store.add(_HEARD, int(self._rank != 0))
+            end = time.monotonic() + _SILENT
+            while self._rank == 0 and time.monotonic() < end and self._store.add(_HEARD, 0) < self._world - 1:
+                time.sleep(_TICK / 4)
+
+    def _end_with_another(self) -> None:
+        """End this process if another one failed and the main thread, which may wait for it, does not end by itself."""
+        try:
+            if not self._store.check([_FAILED]):
+                return
+            rank, reason = json.loads(self._store.get(_FAILED))
+            if rank == self._rank:
+                return
+            self._failure = f"Rank {rank} failed: {reason}. Rank {self._rank} cannot go on without it."
+            self._store.add(_HEARD, 1)
+        except RuntimeError:
+            return
+        if self._over.wait(_SILENT):
+            return
+        sys.stderr.write(f"Error: {self._failure}\n")
+        sys.stderr.flush()
+        os._exit(1)
 
     def _run(self) -> None:
         before, since = None, time.monotonic()
         while not self._over.wait(_TICK):
             waits, where, stack = _place(self._main)
             self._tell(waits, where)
+            self._end_with_another()
             now = (self._steps, stack) if waits else None
             if now is None or now != before:
                 before, since = now, time.monotonic()

@@ -9,22 +9,22 @@ from pathlib import Path
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def first_of_two(script: Path, *words: str) -> tuple[int, str]:
-    """How rank 0 ended, and what it wrote to stderr; rank 1 is ended then."""
+def one_of_two(rank: int, script: Path, *words: str) -> tuple[int, str]:
+    """How one of two ranks ended, and what it wrote to stderr; the other one is ended then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     launch = [sys.executable, str(script), *words]
     processes = [
-        subprocess.Popen(launch, env=common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
+        subprocess.Popen(launch, env=common | {"RANK": number, "LOCAL_RANK": number}, stderr=subprocess.PIPE, text=True)
+        for number in "01"
     ]
     try:
-        message = processes[0].communicate(timeout=120)[1]
+        message = processes[rank].communicate(timeout=120)[1]
     finally:
         for process in processes:
             process.kill()
             process.wait()
             process.stderr.close()
-    return processes[0].returncode, message
+    return processes[rank].returncode, message

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, first_of_two
+from launching import ENVIRONMENT, one_of_two
 from safetensors.torch import load_file
 from tiny import build
 from transformers import AutoModelForCausalLM
@@ -167,7 +167,7 @@ def test_deepspeed_has_moved_by_then_so_training_stops(place):
 def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message(place, fate):
     """No launcher that would kill the other: it has to notice by itself."""
     (place / fate).mkdir()
-    code, message = first_of_two(SCRIPT, str(place / fate), "teacher=zero3", fate)
+    code, message = one_of_two(0, SCRIPT, str(place / fate), "teacher=zero3", fate)
     assert code not in (0, -9)
     expected = "Timed out" if fate == "hang" else "by peer"
     assert expected in message, message[-3000:]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, first_of_two
+from launching import ENVIRONMENT, one_of_two
 
 from hf_distill.checkpoints import newest_whole
 
@@ -25,9 +25,25 @@ SCRIPT = Path(__file__).with_name("watched.py")
 )
 def test_a_rank_that_is_gone_or_stuck_is_named_and_the_other_ends(tmp_path, fate, told):
     """No launcher that would kill the other."""
-    code, message = first_of_two(SCRIPT, str(tmp_path / "run"), fate)
+    code, message = one_of_two(0, SCRIPT, str(tmp_path / "run"), fate)
     assert code == 1
     assert re.search(told, message), message[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("fate", "message"),
+    [
+        (
+            "fail",
+            r"Rank 0 failed: KeyError: 'a fault of rank 0'\. Rank 1 cannot go on without it",
+        ),
+        ("unwritable", r"Error: Rank 0 failed with OSError: \[Errno 5\] an input/output error"),
+    ],
+)
+def test_an_exception_of_rank_0_reaches_the_others(tmp_path, fate, message):
+    code, errors = one_of_two(1, SCRIPT, str(tmp_path / "run"), fate)
+    assert code == 1
+    assert re.search(message, errors), errors[-3000:]
 
 
 def test_both_stop_with_a_whole_checkpoint_when_their_launcher_is_told_to(tmp_path):

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from hf_distill.errors import RunError
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.running import folder as folder_of_run
 
 folder, fate = sys.argv[1], sys.argv[2]
 STEPS = 400 if fate == "term" else 4
@@ -25,7 +26,16 @@ class Fate(TrainerCallback):
                 os.kill(os.getpid(), signal.SIGSTOP)
             if fate == "hang":
                 time.sleep(600)
+        if args.process_index == 0 and state.global_step == 2 and fate == "fail":
+            raise KeyError("a fault of rank 0")
 
+
+def unwritable(*args):
+    raise OSError(5, "an input/output error")
+
+
+if fate == "unwritable":
+    folder_of_run._write_recipe = unwritable
 
 overrides = [
     *(f"train.output_dir={folder}", f"train.max_steps={STEPS}", "train.save_steps=1000", "train.logging_steps=1"),

@@ -136,7 +136,7 @@ def wait_for_a_step(folder) -> None:
 
 
 def test_the_program_stops_cleanly_and_goes_on(tmp_path):
-    words = ["control=null", "train.max_steps=5000", "train.save_steps=5000", "train.logging_steps=1"]
+    words = ["control=null", "train.max_steps=200", "train.save_steps=5000", "train.logging_steps=1"]
     process = started(tmp_path, *words)
     wait_for_a_step(tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -145,10 +145,10 @@ def test_the_program_stops_cleanly_and_goes_on(tmp_path):
     assert "Stopped by SIGTERM after step" in out
     assert "Traceback" not in errors
     step = int(newest_whole(tmp_path / "run").name.rpartition("-")[2])
-    resumed = started(tmp_path, *words[:1], f"train.max_steps={step + 2}", *words[2:], "--resume")
+    resumed = started(tmp_path, *words, "--resume")
     out, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors
-    assert f"from step {step} of {step + 2}" in out
+    assert f"from step {step} of 200" in out
 
 
 def test_a_second_ctrl_c_ends_the_program_at_once(tmp_path):
@@ -161,3 +161,33 @@ def test_a_second_ctrl_c_ends_the_program_at_once(tmp_path):
     assert process.wait(timeout=30) in (-signal.SIGINT, 130)
     process.communicate()
     assert all(flaw(c) in (None, "it was not written to its end") for c in (tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_stops_after_the_step_if_it_asks_for_it(make_trainer, tmp_path, number):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 100, "stop_on_signal": True}
+    before = signal.getsignal(number)
+    trainer = make_trainer(**options)
+    trainer.add_callback(Signal(2, number))
+    with pytest.raises(Interrupted) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert newest_whole(tmp_path / "out").name == "checkpoint-3"
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert signal.getsignal(number) == before
+
+
+def test_a_script_that_does_not_ask_keeps_its_own_handlers(make_trainer):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        trainer = make_trainer(max_steps=3)
+        trainer.add_callback(Signal(1, signal.SIGTERM))
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+    assert trainer.state.global_step == 3

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: training ends with a checkpoint of the step that it is in, from which a run goes on exactly."""
+"""SIGTERM and Ctrl-C: training ends with a checkpoint of the step that it is in, from which it goes on exactly."""
 
 import os
 import signal
@@ -11,23 +11,27 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..errors import Interrupted
+from .errors import Interrupted
 
 _ECHO = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
 
 
 class Interrupts(TrainerCallback):
-    """For all trainers of a run.
+    """A callback for trainers, and a context manager (`heeded`) within which signals are taken.
+
+    `hf-distill run` and `run_recipe` use it for all trainers of a run, a `DistillTrainer` with `stop_on_signal=True`
+    for one training.
 
     The first signal is heeded at the end of the step, with whatever evaluation and checkpoint belong to it; outside of
-    training at once, since a run does those parts again. A second SIGINT ends the process where it is.
+    training at once, since those parts are done again. A second SIGINT ends the process where it is.
 
     Args:
-        say: told what happens.
+        say: is called with a message for the user.
+        resume: how to go on from a checkpoint, for the messages.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, say: Callable[[str], None], resume: str = "--resume goes on"):
+        self._say, self._resume = say, resume
         self._asked = self._heeded = 0  # the signal: that came, and that all processes know of
         self._since = 0.0
         self._trains = False
@@ -59,8 +63,8 @@ class Interrupts(TrainerCallback):
         again = " Ctrl-C again ends it at once." if number == signal.SIGINT else ""
         self._say(f"{signal.Signals(number).name}: saving and stopping after this step.{again}")
 
-    def _end(self, when: str, kept: str = "--resume goes on") -> None:
-        self._say(f"Stopped by {signal.Signals(self._heeded).name} {when}; {kept}.")
+    def _end(self, when: str, kept: str | None = None) -> None:
+        self._say(f"Stopped by {signal.Signals(self._heeded).name} {when}; {kept or self._resume}.")
         raise Interrupted(128 + self._heeded)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -82,7 +86,7 @@ class Interrupts(TrainerCallback):
         """Stop, now that the checkpoint is whole."""
         if self._heeded:
             at = state.global_step
-            self._end(f"after step {at} of {state.max_steps}", f"checkpoint-{at} is whole: --resume goes on from it")
+            self._end(f"after step {at} of {state.max_steps}", f"checkpoint-{at} is whole: {self._resume} from it")
 
     def on_train_end(self, args, state, control, **kwargs):
         """No steps follow."""

@@ -1,0 +1,59 @@
+"""Early stopping of a recipe's training: `train.early_stopping_patience`."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops training after a number of evaluations without an improvement of `metric_for_best_model`.
+
+    transformers' `EarlyStoppingCallback` counts in an attribute, which a resumed training does not have. This one
+    counts in the log history, which is part of each checkpoint, so that a resumed training stops at the same step.
+
+    Args:
+        patience: evaluations without improvement after which training stops.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Stop at once if training is resumed from the checkpoint at which it had stopped."""
+        control.should_training_stop |= self._is_exhausted(args, state.log_history)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Stop if the newest evaluations did not improve."""
+        control.should_training_stop |= self._is_exhausted(args, state.log_history)
+
+    def _is_exhausted(self, args: Any, history: list[dict[str, float]]) -> bool:
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        values = [log[name] for log in history if name in log and log["step"] > 0]
+        return evaluations_since_best(values, bool(args.greater_is_better)) >= self.patience
+
+
+def evaluations_since_best(values: list[float], greater_is_better: bool) -> int:
+    """How many of the newest values are no better than the best one before them; NaN is never better."""
+    since, best = 0, None
+    for value in values:
+        better = value == value and (best is None or (value > best if greater_is_better else value < best))
+        since, best = (0, value) if better else (since + 1, best)
+    return since
+
+
+def stopping_arguments(train: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `TrainingArguments` with which early stopping exports the best checkpoint.
+
+    Args:
+        train: values of a recipe's `train`, without `early_stopping_patience`.
+
+    Returns:
+        `train`, with the best checkpoint loaded in the end; a checkpoint of each evaluation, and the held-out loss as
+        metric, where the recipe does not say otherwise.
+    """
+    saving = {"save_strategy": train["eval_strategy"]}
+    if "eval_steps" in train:
+        saving["save_steps"] = train["eval_steps"]
+    if "metric_for_best_model" not in train:
+        saving |= {"metric_for_best_model": "loss", "greater_is_better": False}
+    return {**saving, **train, "load_best_model_at_end": True}
