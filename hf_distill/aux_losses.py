@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from .model_call import named_outputs
 from .tasks import bare, unwrapped
 
 logger = logging.get_logger(__name__)
@@ -104,11 +105,10 @@ class AuxLosses:
             self._zero, self.replaced = None, ""
             if self.labels is not None:
                 kwargs["labels"] = self.labels
-            outputs = forward(*args, **kwargs)
-            if isinstance(outputs, dict):
-                self.model_adds = self.of(outputs) is not None
-                if outputs.get("loss") is None:
-                    outputs["loss"] = self.zero(outputs["logits"], "")  # adapters add theirs to it
+            outputs = named_outputs(forward(*args, **kwargs), self.model)
+            self.model_adds = self.of(outputs) is not None
+            if outputs.get("loss") is None:
+                outputs["loss"] = self.zero(outputs["logits"], "")  # adapters add theirs to it
             return outputs
 
         return run

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .features import FeatureJob, Features
 from .forward import Jobs, student_loss
+from .model_call import without_foreign_inputs
 from .objective import Term
 from .signals import Signals, Targets
 from .sources import Head, Logits
@@ -99,6 +100,7 @@ class Distiller:
 
         taps = self.features.said(tokens)
         with beside.around(student) if beside else nullcontext():
+            inputs = without_foreign_inputs(model, inputs, teacher.input_names())
             loss, outputs, done = student_loss(student, inputs, targets, taps, jobs, keep_logits)
         found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
         return Step(loss, found, asked, outputs)

@@ -5,10 +5,8 @@ weights as they always do. What the swapped head returns travels on through the 
 from the head's output by a hook, as wrappers left it.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +15,10 @@ from torch import Tensor, nn
 from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .capture import capture
 from .features import FeatureJob
+from .model_call import named_outputs, prepare_inputs
 from .output_head import OutputHead, as_autocast, output_head, replaced_forward
 from .sidecar import sidecar_of
-from .signals import PARAPHRASED, Signals, Tap, Targets
+from .signals import Signals, Tap, Targets
 from .sources import Head, Logits
 from .sweep import HeadJob
 from .tasks import bare, unwrapped
@@ -34,7 +33,7 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
         targets: the asked tokens.
         wanted: features to be kept, with their tokens.
     """
-    inputs = _prepare(bare(model), inputs)
+    inputs = prepare_inputs(bare(model), inputs)
     head, heads = output_head(model, inputs), []
 
     def keep(lazy_logits: Head) -> Tensor:
@@ -80,7 +79,7 @@ def student_loss(
         jobs: makes what is to be computed of the source of its logits; called in the model's forward.
         keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
     """
-    prepared = _prepare(bare(model), inputs)
+    prepared = prepare_inputs(bare(model), inputs)
     head = output_head(model, prepared)
     fused: list[Jobs] = []  # in this forward; a model may be run twice
     made: list[Jobs] = []
@@ -96,6 +95,7 @@ def student_loss(
 
     def at_end(_module: nn.Module, _args: Any, outputs: Any) -> Any:
         """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
+        outputs = named_outputs(outputs, model)
         made.append(fused[-1] if fused else jobs(Logits(targets.pick(outputs.logits))))
         parts = [] if fused or made[-1].own is None else [made[-1].own]
         fused.clear()
@@ -127,7 +127,7 @@ def student_loss(
 
 def _run_rows(model: nn.Module, rows: dict, targets: Targets, head: OutputHead, replaced: bool) -> Any:
     """The outputs for the first rows of a batch; with `replaced` the head returns a number in place of logits."""
-    prepared = _prepare(bare(model), rows)
+    prepared = prepare_inputs(bare(model), rows)
     return _run(model, prepared, targets.first_rows(len(labels_of(rows))), head, _no_logits if replaced else None)[0]
 
 
@@ -141,7 +141,7 @@ def _run(
     """(outputs, what `on_head` sent through the head; None where the head made logits)."""
     scaling, module, sent = head.scaling, head.module, []
     if scaling is None or on_head is None:
-        return model(**inputs), None
+        return named_outputs(model(**inputs), model), None
 
     def forward(hidden: Tensor) -> Tensor:
         hidden, weight, bias = as_autocast(targets.pick(hidden), module.weight, module.bias)
@@ -152,29 +152,12 @@ def _run(
     hook = module.register_forward_hook(lambda _module, _args, output: received.append(output))
     try:
         with replaced_forward(module, forward):
-            outputs = model(**inputs)
+            outputs = named_outputs(model(**inputs), model)
     finally:
         hook.remove()
     return outputs, received[-1] if sent else None
 
 
-def _prepare(model: nn.Module, inputs: dict) -> dict:
-    labels = inputs.get("labels")
-    ours = ("labels", "shift_labels", "labelled_rows", "num_items_in_batch", *PARAPHRASED)
-    inputs = {k: v for k, v in inputs.items() if k not in ours}
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    if "use_cache" in parameters_of(model.__class__):
-        inputs["use_cache"] = False  # a cache lets packed documents see each other
-    return inputs
-
-
 def measure_output_head(model: nn.Module, inputs: dict) -> OutputHead:
     """See `output_head`: for a model whose first forward is inside another model's, which is no place to measure."""
-    return output_head(model, _prepare(bare(model), inputs))
-
-
-@lru_cache
-def parameters_of(model_class: Any) -> frozenset[str]:
-    """The named parameters of a model class's forward."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    return output_head(model, prepare_inputs(bare(model), inputs))

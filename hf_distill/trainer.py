@@ -17,6 +17,7 @@ from .finite_trainer import FiniteMixin
 from .hub_trainer import HubMixin
 from .interrupts import Interrupts
 from .metrics_trainer import EVERY, MetricsMixin
+from .model_call import input_names
 from .output_head import forget_output_head
 from .projectors import Projectors
 from .saving import SavingMixin
@@ -116,6 +117,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._signature_columns = None  # of the columns that a former teacher read
         self.wear(features, teacher)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -138,6 +140,13 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
     def unfit(self) -> list[str]:
         """Why this trainer cannot distil, beside what no Trainer can; see `arguments`."""
         return []
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As the Trainer's, and the columns that the teacher reads; each model is given what its forward accepts."""
+        super()._set_signature_columns_if_needed()
+        if self.distilling:
+            read = self.teacher.input_names() | input_names(self.model)
+            self._signature_columns += sorted(read - {*self._signature_columns})
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The Trainer's count, of the tokens that the step asks."""

@@ -18,7 +18,7 @@ FLOORS = [
     {"sources", "layers", "projectors", "schedule", "zero", "kinds"},
     {"signals", "tasks"},
     {"losses", "blocks"},
-    {"objective", "capture", "sidecar", "mtp"},
+    {"objective", "capture", "sidecar", "mtp", "model_call"},
     {"statistics"},
     {"sweep", "features", "aux_losses", "output_head"},
     {"head", "forward", "student", "speculative"},

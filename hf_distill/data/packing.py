@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import DistillError, need
-from ..forward import parameters_of
+from ..model_call import accepts_any_input, input_names
 from ..tasks import bare, partitioned, unwrapped
 from .load import Examples
 
@@ -68,7 +68,7 @@ def check_isolation(model: nn.Module, who: str) -> None:
     if model is unwrapped(model) and partitioned(model):
         logger.warning_once(f"The {who} is sharded, so it was not tried whether it keeps packed documents apart.")
         return
-    if "position_ids" in parameters_of(inner.__class__):
+    if accepts_any_input(inner) or "position_ids" in input_names(inner):
         why = f"attention {inner.config._attn_implementation!r} does not keep them apart by position_ids"
         leaks = _leaks(model, inner.get_input_embeddings().weight.device)
     else:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..blocks import Stack
 from ..errors import DistillError
+from ..model_call import input_names
 from ..objective import Term
 from ..signals import Signals, Tap, Targets
 from ..sources import Head, Logits
@@ -64,6 +65,10 @@ class Teacher(ABC):
             f"A {type(self).__name__} tells logits and no features: leave the losses on hidden states and attention "
             "out, or use a FrozenTeacher."
         )
+
+    def input_names(self) -> frozenset[str]:
+        """Names of the inputs that its model's forward accepts; the trainer keeps columns of these names."""
+        return frozenset() if self.model is None else input_names(self.model)
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:  # noqa: B027
         """Be ready for calls; called once, before the first of them.

@@ -8,9 +8,10 @@ from torch import nn
 
 from ..blocks import Stack, stack_of
 from ..errors import DistillError
-from ..forward import parameters_of, teacher_signals
+from ..forward import teacher_signals
+from ..model_call import accepted_inputs
 from ..signals import Signals, Tap, Targets
-from ..tasks import bare, task_of
+from ..tasks import task_of
 from .base import Teacher
 from .loading import Loading
 from .vocabulary import check_fit
@@ -72,9 +73,5 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
-        """One forward of the frozen model; inputs that its class does not name are left out."""
-        model = bare(self.model)
-        named = parameters_of(model.__class__)
-        if model.main_input_name in named:
-            inputs = {k: v for k, v in inputs.items() if k in named or k == "labels"}
-        return teacher_signals(self.model, inputs, targets, wanted)
+        """One forward of the frozen model; inputs that its forward does not accept are left out."""
+        return teacher_signals(self.model, accepted_inputs(self.model, inputs), targets, wanted)

@@ -15,6 +15,7 @@ from ..capture import capture
 from ..errors import DistillError, tell
 from ..features import FeatureJob
 from ..forward import Jobs, measure_output_head, student_loss, teacher_signals
+from ..model_call import accepted_inputs
 from ..objective import Term
 from ..output_head import eval_mode
 from ..sidecar import whole_state
@@ -133,14 +134,15 @@ class PeerTeacher(TrainedTeacher):
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the peer as it is, outside of the student's."""
         with eval_mode(self.model):
-            return teacher_signals(self.model, inputs, targets, wanted)
+            return teacher_signals(self.model, accepted_inputs(self.model, inputs), targets, wanted)
 
     def beside(
         self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
     ) -> Beside:
         """The peer's forward and its own loss."""
-        measure_output_head(self.model, inputs)
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
+        inputs = accepted_inputs(self.model, inputs)
+        measure_output_head(self.model, inputs)
         return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:

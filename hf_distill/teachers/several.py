@@ -75,6 +75,10 @@ class MultiTeacher(Teacher):
             )
         return self.teachers[name]
 
+    def input_names(self) -> frozenset[str]:
+        """What any of their models accepts."""
+        return frozenset().union(*(teacher.input_names() for teacher in self))
+
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Prepare each; `model` is the first one's, `trained` and its options those of the one that is trained."""
         for teacher in self:
