@@ -93,9 +93,8 @@ def student_loss(
         loss = loss if own is None else loss + own
         return loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views, on which hooks can get lost
 
-    def at_end(_module: nn.Module, _args: Any, outputs: Any) -> Any:
+    def at_end(outputs: Any) -> Any:
         """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
-        outputs = named_outputs(outputs, model)
         made.append(fused[-1] if fused else jobs(Logits(targets.pick(outputs.logits))))
         parts = [] if fused or made[-1].own is None else [made[-1].own]
         fused.clear()
@@ -110,7 +109,7 @@ def student_loss(
             outputs["loss"] = torch.stack(parts).sum()
         return outputs
 
-    hook = unwrapped(model).register_forward_hook(at_end)
+    hook = unwrapped(model).register_forward_hook(lambda *call: at_end(named_outputs(call[2], model)))
     try:
         with capture(model, taps) as found, aux.recorded():
             outputs, loss = _run(model, prepared, targets, head, fuse if lazy else None)
