@@ -198,7 +198,8 @@ def js(pair: Pair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tens
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
     log_m = _mixture(pair, temperature, beta).log_()
-    from_t = pair.mean(q, torch.sub(y, log_m, out=pair.take())) - lse_t[:, 0]
+    # The normaliser is subtracted before the sum: q adds up to 1 within 1e-5 only, and it may be 20.
+    from_t = pair.mean(q, torch.sub(y, log_m, out=pair.take()).sub_(lse_t))
     ratio = torch.sub(z, log_m, out=log_m).sub_(lse_s)
     values = beta * from_t + (1 - beta) * pair.mean(p, ratio)
     return values, _by_logits(pair, p, ratio, (1 - beta) / temperature)
@@ -211,7 +212,7 @@ def skew_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[
     y, q, lse_t = pair.q(temperature)
     m = _mixture(pair, temperature, lam)
     g = torch.div(q, m, out=pair.take())
-    values = pair.mean(q, torch.sub(y, m.log_(), out=m)) - lse_t[:, 0]
+    values = pair.mean(q, torch.sub(y, m.log_(), out=m).sub_(lse_t))
     return values, _by_logits(pair, p, g, (lam - 1) / temperature)
 
 

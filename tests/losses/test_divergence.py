@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_distill import DistillError
-from hf_distill.losses import LOSSES, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
+from hf_distill.losses import LOSSES, forward_kl, get_loss, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
+from hf_distill.losses.closed import Pair, Scratch
 from hf_distill.losses.divergence import head_weight
 from hf_distill.signals import Signals
 from hf_distill.sources import Logits, Sparse
@@ -178,3 +179,14 @@ def test_a_sampled_teacher_is_for_forward_kl_alone_and_has_its_gradient():
 def test_options_out_of_range_are_refused(call, message):
     with pytest.raises(DistillError, match=message):
         call(logits(), logits(seed=1))
+
+
+@pytest.mark.parametrize("name", ["js", "skew_kl", "skew_reverse_kl", "reverse_kl", "forward_kl"])
+def test_equal_models_with_large_logits_and_a_real_vocabulary_have_no_divergence(name):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(4, 49152) + 20
+    values, gradient = get_loss(name).gradient(
+        Pair(logits, None, torch.zeros(4, dtype=torch.long), Scratch()).beside(logits.clone())
+    )
+    assert values.abs().max() < 1e-5
+    assert gradient.abs().max() < 5e-6
