@@ -14,6 +14,11 @@ FILES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+# Chat templates that come with this package or with trl and mark the assistant's turns; see data.training_templates.
+CHAT_TEMPLATES = (
+    *("chatml", "gemma", "gemma3", "llama3", "mistral", "phi3", "phi3.5", "qwen2.5", "qwen3", "qwen3-2507", "smollm2"),
+)
+TEMPLATE_SUFFIX = ".jinja"
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 Kind = Literal["package", "smoke", "address", "path", "id"]
 

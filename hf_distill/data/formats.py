@@ -1,13 +1,15 @@
 """Formats of examples, told by their columns, and how one example becomes a row of tokens."""
 
-import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers.utils import logging
 
 from ..errors import DistillError, need
 from ..signals import IGNORE_INDEX
+from .checks import check_messages, check_text, check_tokens, check_tools, naming
+from .conversations import Conversations
 
 logger = logging.get_logger(__name__)
 
@@ -55,105 +57,113 @@ def format_of(
 
 
 def encoder(
-    kind: str, tokenizer: Any, assistant_only: bool | None = None, paraphrase: bool = False
+    kind: str,
+    tokenizer: Any,
+    assistant_only: bool | None = None,
+    paraphrase: bool = False,
+    chat_template: str | None = None,
 ) -> Callable[[dict], dict[str, list[int]]]:
-    """How an example of a format becomes `{"input_ids": [S], "labels": [S]}`, -100 where nothing is asked.
+    """How an example of a format becomes `{"input_ids": [S], "labels": [S]}`, -100 where a token is no target.
 
     Args:
         kind: "messages", "completion" or "tokens"; see `format_of`.
         tokenizer: with a chat template where there are conversations.
-        assistant_only: ask the turns that the template marks with {% generation %} alone; None: where it marks any.
+        assistant_only: of conversations, whether the assistant's turns alone are targets, or all tokens; None: as True.
         paraphrase: of completions, also `view_input_ids` and `view_labels`: the completion after its other prompt.
+        chat_template: Jinja source that renders conversations; None: the tokenizer's.
 
     Raises:
-        DistillError: a template without marks, or no template.
+        DistillError: an example is wrong; see `checks` and `Conversations.encode`.
     """
     if kind == TOKENS:
-        return _from_tokens
+        size = 1 + max(tokenizer.get_vocab().values())
+        return lambda example: _from_tokens(example, tokenizer, size)
     need("trl", "trl", "Reading conversations and completions")
-    from trl.chat_template_utils import has_generation_markers
-
-    template = getattr(tokenizer, "chat_template", None)
-    marked = template is not None and has_generation_markers(template)
-    if kind == MESSAGES and template is None:
-        raise DistillError("The source has conversations, but the tokenizer has no chat_template: set one.")
-    if assistant_only and not marked:
-        raise DistillError(
-            "assistant_only is true, but the tokenizer's chat template marks no turns with {% generation %}. Give it a "
-            "template that does (trl.chat_template_utils.get_training_chat_template has some), or leave the option out."
-        )
-    masked = marked if assistant_only is None else assistant_only
-    from_prompts = _from_two_prompts if paraphrase else _from_completion
-    from_example = _from_messages if kind == MESSAGES else from_prompts
-    return lambda example: from_example(example, tokenizer, masked)
+    read = _Conversational(tokenizer, chat_template, assistant_only is not False)
+    if kind == MESSAGES:
+        read.conversations  # noqa: B018  it is an error now, before the first row, that there is no chat template
+        return read.from_messages
+    return read.from_two_prompts if paraphrase else read.from_completion
 
 
-def _from_tokens(example: dict) -> dict[str, list[int]]:
-    ids = example["input_ids"]
-    if example.get("labels") is not None:
-        labels = example["labels"]
-        if len(labels) != len(ids):
-            raise DistillError(f"An example has {len(ids)} input_ids and {len(labels)} labels: it needs one of each.")
+def _from_tokens(example: dict, tokenizer: Any, vocabulary: int) -> dict[str, list[int]]:
+    ids, labels, masks = check_tokens(example, vocabulary)
+    if labels is not None:
         return {"input_ids": ids, "labels": labels}
-    masks = [example[name] for name in ("completion_mask", "assistant_masks") if example.get(name) is not None]
+    if not masks and example.get("attention_mask") is None:
+        ids = _without_padding(ids, tokenizer)
     return _row(ids, *masks)
 
 
-def _from_messages(example: dict, tokenizer: Any, masked: bool) -> dict[str, list[int]]:
-    found = _chat(example, example["messages"], tokenizer, return_assistant_tokens_mask=masked)
-    return _row(found["input_ids"], *([found["assistant_masks"]] if masked else []))
+def _without_padding(ids: list[int], tokenizer: Any) -> list[int]:
+    """Ids without padding tokens at either end; of a token that also begins or ends texts, one stays."""
+    pad = tokenizer.pad_token_id
+    start, end = 0, len(ids)
+    while start < end and ids[start] == pad:
+        start += 1
+    while end > start and ids[end - 1] == pad:
+        end -= 1
+    if start and pad in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        start -= 1
+    if end < len(ids) and pad == tokenizer.eos_token_id:
+        end += 1
+    return ids[start:end]
 
 
-def _from_completion(example: dict, tokenizer: Any, masked: bool) -> dict[str, list[int]]:
-    from trl.data_utils import common_prefix_length, is_conversational
+class _Conversational:
+    """Reads conversations, and prompts with completions, which may be conversations too."""
 
-    prompt, completion, masks = example["prompt"], example["completion"], []
-    if is_conversational(example):
-        alone = _chat(example, prompt, tokenizer, add_generation_prompt=True)["input_ids"]
-        whole = _chat(example, prompt + completion, tokenizer, return_assistant_tokens_mask=masked)
-        masks = [whole["assistant_masks"]] if masked else []
-    else:
-        end = tokenizer.eos_token or ""
-        alone = tokenizer(prompt)["input_ids"]
-        whole = tokenizer(prompt + completion + ("" if completion.endswith(end) else end))
-    ids = whole["input_ids"]
-    start = common_prefix_length(alone, ids)
-    if start < len(alone):
-        logger.warning_once(
-            f"The tokens of a prompt change where its completion follows: {tokenizer.decode(alone[start:])!r} is "
-            "asked as part of the completion. End prompts where a token ends. Said once."
-        )
-    return _row(ids, [0] * start + [1] * (len(ids) - start), *masks)
+    def __init__(self, tokenizer: Any, chat_template: str | None, assistant_only: bool):
+        self.tokenizer, self.assistant_only = tokenizer, assistant_only
+        self._chat_template = chat_template
 
+    @cached_property
+    def conversations(self) -> Conversations:
+        return Conversations(self.tokenizer, self._chat_template)
 
-def _from_two_prompts(example: dict, tokenizer: Any, masked: bool) -> dict[str, list[int]]:
-    prompt, other = example["prompt"], example[PARAPHRASE]
-    if type(prompt) is not type(other):
-        raise DistillError(
-            f"A paraphrase is a text where its prompt is one, and a list of messages where that is; got {other!r} for "
-            f"{prompt!r}. Give every example one, or leave the example out."
-        )
-    view = _from_completion(example | {"prompt": other}, tokenizer, masked)
-    own = _from_completion(example, tokenizer, masked)
-    return own | {"view_input_ids": view["input_ids"], "view_labels": view["labels"]}
+    def from_messages(self, example: dict) -> dict[str, list[int]]:
+        messages, tools = check_messages(example, "messages"), check_tools(example)
+        with naming("messages"):
+            return _row(*self.conversations.encode(messages, tools, assistant_only=self.assistant_only))
 
+    def from_completion(self, example: dict, column: str = "prompt") -> dict[str, list[int]]:
+        if not isinstance(example.get(column), list):
+            return self._from_texts(check_text(example, column), check_text(example, "completion"))
+        prompt, completion = check_messages(example, column), check_messages(example, "completion")
+        tools = check_tools(example)
+        with naming("completion"):
+            return _row(*self.conversations.encode(prompt + completion, tools, len(prompt), self.assistant_only))
 
-def _chat(example: dict, messages: list[dict], tokenizer: Any, **options) -> Any:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DistillError("The source has conversations, but the tokenizer has no chat_template: set one.")
-    if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise DistillError(f"A conversation is a list of {{role, content}}; got {messages!r}")
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=True, return_dict=True, **options)
+    def _from_texts(self, prompt: str, completion: str) -> dict[str, list[int]]:
+        from trl.data_utils import common_prefix_length
+
+        end = self.tokenizer.eos_token or ""
+        alone = self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer(prompt + completion + ("" if completion.endswith(end) else end))["input_ids"]
+        start = common_prefix_length(alone, ids)
+        if start < len(alone):
+            logger.warning_once(
+                f"The tokens of a prompt change where its completion follows: {self.tokenizer.decode(alone[start:])!r} "
+                "is asked as part of the completion. End prompts where a token ends. Said once."
+            )
+        return _row(ids, [0] * start + [1] * (len(ids) - start))
+
+    def from_two_prompts(self, example: dict) -> dict[str, list[int]]:
+        if type(example.get("prompt")) is not type(example.get(PARAPHRASE)):
+            raise DistillError(
+                f"column {PARAPHRASE}: a paraphrase is a text where its prompt is one, and a list of messages where "
+                f"that is; got {example.get(PARAPHRASE)!r} for {example.get('prompt')!r}. Give every example one, or "
+                "leave the example out."
+            )
+        view = self.from_completion(example, PARAPHRASE)
+        own = self.from_completion(example)
+        return own | {"view_input_ids": view["input_ids"], "view_labels": view["labels"]}
 
 
 def _row(ids: list[int], *masks: list[int]) -> dict[str, list[int]]:
-    for mask in masks:
-        if len(mask) != len(ids):
-            raise DistillError(f"An example has {len(ids)} input_ids and a mask of {len(mask)}: it needs one of each.")
-    asked = zip(*masks, strict=True) if masks else ((True,) for _ in ids)
+    """A row whose targets are the tokens that every mask has."""
+    targets = zip(*masks, strict=True) if masks else ((True,) for _ in ids)
     return {
         "input_ids": ids,
-        "labels": [token if all(bits) else IGNORE_INDEX for token, bits in zip(ids, asked, strict=True)],
+        "labels": [token if all(bits) else IGNORE_INDEX for token, bits in zip(ids, targets, strict=True)],
     }

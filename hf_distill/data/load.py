@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
 
 from ..errors import DistillError, did_you_mean
 from ..hub import address, fetch
 from ..names import FILES, kind_of
 from .formats import MESSAGES, TEXT, format_of
+from .local_files import read_file, readable
 
 Examples: TypeAlias = Dataset | IterableDataset
 
@@ -66,21 +67,15 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
             path = str(fetch(at).path)
         else:
             path, revision = at.id, at.revision
-    place, suffix = Path(path), Path(path).suffix
-    if suffix in FILES:
-        if not place.is_file():
-            raise DistillError(f"There is no file {path!r} (looked in {Path.cwd()}).")
-        if place.stat().st_size == 0:
-            return None
-        how = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-        try:
-            return load_dataset(FILES[suffix], data_files=path, split="train", streaming=streaming, **how)
-        except DatasetGenerationError as error:
-            raise DistillError(f"{path} cannot be read as {suffix}: {error.__cause__ or error}") from error
+    place = Path(path)
+    if place.suffix in FILES:
+        return read_file(path, streaming)
     if (place / "state.json").is_file():
-        return load_from_disk(path)
+        with readable(path):
+            return load_from_disk(path)
     if (place / "dataset_dict.json").is_file():
-        splits: Any = load_from_disk(path)
+        with readable(path):
+            splits: Any = load_from_disk(path)
         if split not in splits:
             raise DistillError(f"{path} has no split {split!r}{did_you_mean(split, splits)}")
         return splits[split]

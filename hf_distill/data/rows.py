@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..errors import DistillError
 from ..signals import IGNORE_INDEX
+from .checks import by_row, check_text
 from .formats import TEXT, encoder, format_of
 from .load import Examples
 
@@ -25,6 +26,7 @@ def rows_of(
     long: str = "truncate",
     paraphrase: bool = False,
     where: str = "The source",
+    chat_template: str | None = None,
 ) -> Examples:
     """Rows of at most `max_length` tokens of examples in any format; see `causal_rows` and `example_rows`.
 
@@ -33,34 +35,42 @@ def rows_of(
     """
     columns = documents.column_names or list(next(iter(documents)))
     if format_of(columns, where=where, paraphrase=paraphrase) != TEXT:
-        return example_rows(documents, tokenizer, max_length, assistant_only, long, paraphrase, where)
+        return example_rows(documents, tokenizer, max_length, assistant_only, long, paraphrase, where, chat_template)
     if assistant_only:
         raise DistillError("assistant_only is true, but the source is text, which has no turns: leave it out.")
-    return causal_rows(documents, tokenizer, max_length)
+    return causal_rows(documents, tokenizer, max_length, where)
 
 
-def causal_rows(documents: Examples, tokenizer: Any, max_length: int) -> Examples:
+def causal_rows(documents: Examples, tokenizer: Any, max_length: int, where: str = "The source") -> Examples:
     """Rows of exactly `max_length` tokens: documents joined with end-of-text tokens, then cut; the rest is dropped.
 
     Returns:
         a data set with `input_ids` and `labels`, each row a list of `max_length` ids.
 
     Raises:
-        DistillError: the tokenizer has no end-of-text token, or there is too little text for one row.
+        DistillError: the tokenizer has no end-of-text token, an example has no text, or there is too little text for
+            one row.
     """
     if tokenizer.eos_token_id is None:
         raise DistillError("The tokenizer has no eos_token to put between documents: set one.")
 
-    def cut(batch: dict) -> dict:
+    check = by_row(lambda example: {TEXT: check_text(example, TEXT)}, documents, where)
+
+    def cut(batch: dict, indices: list[int]) -> dict:
+        texts = [check({TEXT: text}, i)[TEXT] for text, i in zip(batch[TEXT], indices, strict=True)]
         tokens: list[int] = []
-        for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             tokens += [*ids, tokenizer.eos_token_id]
         rows = [tokens[i : i + max_length] for i in range(0, len(tokens) - max_length + 1, max_length)]
         return {"input_ids": rows, "labels": rows}
 
-    rows = documents.map(cut, batched=True, remove_columns=documents.column_names, features=ROW)
+    rows = documents.with_format(None).map(
+        cut, batched=True, with_indices=True, remove_columns=documents.column_names, features=ROW
+    )
     if isinstance(rows, Dataset) and len(rows) == 0:
-        raise DistillError(f"{len(documents)} documents hold fewer than max_length={max_length} tokens in all.")
+        raise DistillError(
+            f"{where}: {len(documents)} documents hold fewer than max_length={max_length} tokens in all."
+        )
     return rows
 
 
@@ -72,6 +82,7 @@ def example_rows(
     long: str = "truncate",
     paraphrase: bool = False,
     where: str = "The source",
+    chat_template: str | None = None,
 ) -> Examples:
     """A row for each example that asks something, of at most `max_length` tokens.
 
@@ -83,6 +94,7 @@ def example_rows(
         long: what becomes of longer ones: "truncate" keeps their start, "drop" leaves them out.
         paraphrase: also rows of the same completion after `paraphrase`, of which the same leading tokens are asked.
         where: for errors.
+        chat_template: see `encoder`.
 
     Returns:
         a data set with `input_ids` and `labels`, [S] each; with paraphrases also `view_input_ids` and `view_labels`.
@@ -93,8 +105,9 @@ def example_rows(
     columns = documents.column_names or list(next(iter(documents)))
     features = TWO_VIEWS if paraphrase else ROW
     kind = format_of(columns, where=where, paraphrase=paraphrase)
-    encode = encoder(kind, tokenizer, assistant_only, paraphrase)
-    rows = documents.map(encode, remove_columns=[c for c in columns if c not in features], features=features)
+    encode = by_row(encoder(kind, tokenizer, assistant_only, paraphrase, chat_template), documents, where)
+    other = [c for c in columns if c not in features]
+    rows = documents.with_format(None).map(encode, with_indices=True, remove_columns=other, features=features)
     whole = len(rows) if isinstance(rows, Dataset) else None
     if isinstance(rows, Dataset):
         lengths = [pc.list_value_length(rows.data.column(name)) for name in features]
@@ -114,8 +127,8 @@ def example_rows(
         return rows
     if len(rows) == 0:
         raise DistillError(
-            f"None of {whole} examples asks a token within max_length={max_length}: look at them with `hf-distill "
-            "recipes preview`, or raise max_length."
+            f"{where}: none of {whole} examples asks a token within max_length={max_length}: look at them with "
+            "`hf-distill recipes preview`, or raise max_length."
         )
     if before != len(rows):
         logger.warning(f"{int(before or 0) - len(rows)} of {before} examples ask nothing and are left out.")

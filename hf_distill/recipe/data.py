@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import did_you_mean
+from ..names import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..schedule import points_of
 
 
@@ -30,7 +31,9 @@ class Source(Part):
         "straight lines between.",
     )
     assistant_only: bool | None = Field(
-        None, description="Ask the turns that the chat template marks as generated alone; None: where it marks any."
+        None,
+        description="Of conversations: whether the assistant's turns alone are target tokens, or all tokens (false). "
+        "None: as true.",
     )
     long: Literal["truncate", "drop"] = Field("truncate", description="What becomes of examples beyond max_length.")
     streaming: bool = Field(False, description="Read it while training, in its own order; needs train.max_steps.")
@@ -73,6 +76,11 @@ class Data(Part):
     task: Source
     eval: Eval
     max_length: int = Field(512, gt=1, description="Tokens a row.")
+    chat_template: str | None = Field(
+        None,
+        description=f"What conversations are rendered by: {', '.join(CHAT_TEMPLATES)}, or a .jinja file; None: the "
+        "chat template of the student's tokenizer.",
+    )
     packing: bool = Field(False, description="Put several examples into a row, without padding; they stay apart.")
     stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
         "first_exhausted", description="When the mixture ends; as in datasets.interleave_datasets."
@@ -90,6 +98,13 @@ class Data(Part):
                     + " (a further source is a mapping with a path)"
                 )
         return values
+
+    @field_validator("chat_template")
+    @classmethod
+    def _known_template(cls, value: str | None) -> str | None:
+        if value is not None and value not in CHAT_TEMPLATES and not value.endswith(TEMPLATE_SUFFIX):
+            raise ValueError(f"no training template {value!r}{did_you_mean(value, CHAT_TEMPLATES)}; or a .jinja file")
+        return value
 
     @model_validator(mode="after")
     def _names_and_streams(self):

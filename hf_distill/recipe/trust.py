@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DistillError
 from ..hub.model_files import ATTENTION
-from ..names import kind_of
+from ..names import CHAT_TEMPLATES, kind_of
 from .data import Source
 from .pair import Student, TeacherSpec
 from .schema import Recipe
@@ -144,6 +144,11 @@ def _is_address(text: str) -> bool:
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.chat_template not in (None, *CHAT_TEMPLATES):
+        yield (
+            f"data.chat_template: {recipe.data.chat_template!r} is a file on this machine: name one of "
+            f"{', '.join(CHAT_TEMPLATES)}"
+        )
     sources: dict[str, Any] = {**recipe.data.sources, "eval": recipe.data.eval}
     for name, source in sources.items():
         place = f"data.{name}"

@@ -5,12 +5,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
+from transformers.utils import logging
 
 from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
+from ..data.formats import TEXT
+from ..data.training_templates import renders_same, training_template
 from ..recipe.data import Data
 from ..recipe.schema import Recipe
 from ..schedule import points_of
+from ..signals import IGNORE_INDEX
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,20 @@ def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepa
         DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`, `mix_scheduled`.
     """
     data, train, held_out = recipe.data, {}, []
+    template = chat_template_of(data, tokenizer)
     for index, name in enumerate(data.sources):
         documents: Any = load_source(recipe, name)
         if data.eval.holdout:
             documents, own = hold_out(documents, data.eval.holdout, seed)
-            rows = _first(_rows(own, recipe, name, tokenizer), data.eval.max_rows)
+            rows = _first(_rows(own, recipe, name, tokenizer, template), data.eval.max_rows)
             held_out.append(tag(rows, index) if len(data.sources) > 1 else rows)
-        train[name] = _rows(documents, recipe, name, tokenizer)
+        train[name] = _rows(documents, recipe, name, tokenizer, template)
+        if TEXT not in (documents.column_names or ()):
+            _log_targets(train[name], f"data.{name}")
     if data.eval.path:
         own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         own = prompt_rows(own, "data.eval") if recipe.on_policy else own
-        held_out = [_first(_rows(own, recipe, "eval", tokenizer), data.eval.max_rows)]
+        held_out = [_first(_rows(own, recipe, "eval", tokenizer, template), data.eval.max_rows)]
     rows = mix_and_pack(data, train, seed, count)
     return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
 
@@ -93,8 +103,11 @@ def collator_of(data: Data, tokenizer: Any) -> Collator:
 
 def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Examples:
     """Rows as training gets them, of the first examples of each source, nothing held out."""
-    data = recipe.data
-    rows = {name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizer) for name in data.sources}
+    data, template = recipe.data, chat_template_of(recipe.data, tokenizer)
+    rows = {
+        name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizer, template)
+        for name in data.sources
+    }
     return mix_and_pack(data, rows, seed, examples)
 
 
@@ -105,12 +118,46 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
 
 
-def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any) -> Any:
+def chat_template_of(data: Data, tokenizer: Any) -> str | None:
+    """The template that renders a recipe's conversations; None: the tokenizer's own.
+
+    The tokenizer, which is saved with the student, keeps its own template where that renders the same text, as not
+    every inference engine reads `{% generation %}`; otherwise it gets the recipe's.
+    """
+    if data.chat_template is None:
+        return None
+    template = training_template(data.chat_template)
+    if tokenizer.chat_template is None or not renders_same(tokenizer, template):
+        tokenizer.chat_template = template
+    return template
+
+
+def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, template: str | None) -> Any:
     """Rows of a source by name; `eval` is read as `task` is."""
     data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
     source = data.sources.get(name, data.task)
-    options = (source.assistant_only, source.long, paraphrase, f"data.{name}")
+    where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
+    options = (source.assistant_only, source.long, paraphrase, where, template)
     return rows_of(documents, tokenizer, data.max_length, *options)
+
+
+def _log_targets(rows: Any, where: str) -> None:
+    """Log the share of a source's tokens that are targets, which is not known of a stream."""
+    if not isinstance(rows, Dataset):
+        return
+    tokens = targets = 0
+    for batch in rows.select_columns(["labels"]).with_format("arrow").iter(1_000):
+        labels = batch["labels"].combine_chunks()
+        tokens += len(labels.flatten())
+        targets += _count(labels.flatten()) - _count(pc.list_element(labels, 0))  # nothing predicts a row's first token
+    logger.warning(
+        f"{where}: {targets:,} of {tokens:,} tokens are target tokens ({targets / tokens:.1%}). `hf-distill recipes "
+        "preview` shows which."
+    )
+
+
+def _count(labels: Any) -> int:
+    return pc.sum(pc.not_equal(labels, IGNORE_INDEX)).as_py()
 
 
 def _first(rows: Any, count: int | None) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
+from ..data.training_templates import rendered
 from ..errors import DistillError
 from ..hub import reading
 from ..tasks import bare, task_of
@@ -115,12 +116,19 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
             "Teacher and student share a vocabulary but split text into tokens differently. Use a teacher and a "
             "student with the same tokenizer."
         )
+    _compare_templates(teacher, student)
+
+
+def _compare_templates(teacher: Any, student: Any) -> None:
+    """Warn where the two chat templates render some conversation differently; their sources may differ."""
     templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher, student)]
-    if None not in templates and templates[0] != templates[1]:
-        logger.warning_once(
-            "Teacher and student have different chat templates. Conversations are written by the student's, which the "
-            "teacher was not trained on: give the student's tokenizer the teacher's chat_template, unless you mean it."
-        )
+    if None in templates or templates[0] == templates[1] or rendered(teacher) == rendered(student):
+        return
+    logger.warning_once(
+        "The chat templates of teacher and student render conversations differently. Conversations are written by the "
+        "student's, which the teacher was not trained on: give the student's tokenizer the teacher's chat_template, "
+        "unless you mean it."
+    )
 
 
 def check_classes(teacher: PretrainedConfig, student: PretrainedConfig) -> None:

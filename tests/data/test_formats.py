@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_distill import DistillError
-from hf_distill.data import rows_of
+from hf_distill.data import hold_out, rows_of
 from hf_distill.data.formats import format_of
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.running.models import resolve_model
@@ -47,8 +47,8 @@ def one(example, tokenizer, max_length=128, **options):
     return row
 
 
-def test_conversations_ask_every_token_where_the_template_marks_none(tokenizer):
-    row = one({"messages": CHAT}, tokenizer)
+def test_all_tokens_of_a_conversation_are_targets_only_where_that_is_asked_for(tokenizer):
+    row = one({"messages": CHAT}, tokenizer, assistant_only=False)
     assert row["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
     assert row["labels"] == row["input_ids"]
 
@@ -62,9 +62,7 @@ def test_conversations_ask_the_marked_turns_alone(marked):
     assert everything["labels"] == row["input_ids"]
 
 
-def test_turns_that_nothing_marks_cannot_be_asked_alone(tokenizer):
-    with pytest.raises(DistillError, match=r"marks no turns with \{% generation %\}"):
-        one({"messages": CHAT}, tokenizer, assistant_only=True)
+def test_text_has_no_turns(tokenizer):
     with pytest.raises(DistillError, match="the source is text, which has no turns"):
         one({"text": "a" * 99}, tokenizer, max_length=4, assistant_only=True)
 
@@ -105,7 +103,7 @@ def test_tokens_are_taken_as_they_are(more, labels):
 
 @pytest.mark.parametrize("more", [{"labels": [1]}, {"completion_mask": [1, 1]}])
 def test_labels_of_another_length_are_told(more):
-    with pytest.raises(DistillError, match="it needs one of each"):
+    with pytest.raises(DistillError, match=rf"row 1, column {next(iter(more))}: .* It needs one of each"):
         one({"input_ids": [5, 6, 7], **more}, byte_tokenizer())
 
 
@@ -134,7 +132,7 @@ def test_examples_that_ask_nothing_after_the_cut_are_left_out(monkeypatch):
     kept = rows_of(Dataset.from_list(examples), byte_tokenizer(), 3)
     assert kept["labels"] == [[-100, 2, 3]]
     assert said[1] == "1 of 2 examples ask nothing and are left out."
-    with pytest.raises(DistillError, match="None of 1 examples asks a token within max_length=3"):
+    with pytest.raises(DistillError, match="none of 1 examples asks a token within max_length=3"):
         rows_of(Dataset.from_list(examples[:1]), byte_tokenizer(), 3)
 
 
@@ -156,6 +154,78 @@ def test_conversations_need_a_template(example):
         one(example, tokenizer)
 
 
-def test_what_is_no_conversation_is_told(tokenizer):
-    with pytest.raises(DistillError, match="A conversation is a list of"):
-        one({"messages": [{"from": "user", "value": "hi"}]}, tokenizer)
+PADDED = [0, 0, 5, 6, 7, 0]
+MASK = [0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        ({}, [5, 6, 7]),
+        ({"labels": [-100, -100, -100, 6, 7, -100]}, [-100, 6, 7]),
+        ({"labels": PADDED}, [5, 6, 7]),
+        ({"completion_mask": [1, 1, 0, 1, 1, 1]}, [-100, 6, 7]),
+    ],
+)
+def test_padding_that_a_mask_hides_is_left_out(more, labels):
+    row = one({"input_ids": PADDED, "attention_mask": MASK, **more}, byte_tokenizer())
+    assert row == {"input_ids": [5, 6, 7], "labels": labels}
+
+
+def test_padding_tokens_at_the_ends_are_no_targets_without_a_mask(tokenizer):
+    plain = byte_tokenizer()
+    pad = plain.pad_token_id
+    assert one({"input_ids": [pad, pad, 5, pad, 7, pad]}, plain)["input_ids"] == [5, pad, 7]
+    end = tokenizer.pad_token_id
+    assert end == tokenizer.eos_token_id
+    assert one({"input_ids": [5, 6, end, end, end]}, tokenizer)["input_ids"] == [5, 6, end]
+    padded = tokenizer("A short one", padding="max_length", max_length=12)
+    assert one(dict(padded), tokenizer)["labels"] == tokenizer("A short one")["input_ids"]
+
+
+def test_a_mask_that_hides_tokens_between_others_is_refused():
+    with pytest.raises(DistillError, match="row 1, column attention_mask: it hides tokens between others"):
+        one({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("example", "problem"),
+    [
+        ({"messages": [{"from": "user", "value": "hi"}]}, "column messages, message 1, role: found null"),
+        ({"messages": []}, r"column messages: found \[\], and it needs a list of messages"),
+        ({"messages": "hi"}, "column messages: found 'hi'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "column messages, message 1, content: found 5"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "column messages, message 1, content: found .*; images and audio are not read here",
+        ),
+        ({"messages": CHAT, "tools": "[{"}, r"column tools: '\[\{' is not JSON: .*line 1 column 3"),
+        ({"messages": CHAT, "tools": "5"}, "column tools: found 5"),
+        ({"prompt": "a", "completion": None}, "column completion: found null, and it needs a text"),
+        ({"prompt": "a", "completion": 1}, "column completion: found 1"),
+        ({"prompt": "a", "completion": CHAT}, "column completion: found .*needs a text"),
+        ({"prompt": CHAT[:1], "completion": "a"}, "column completion: found 'a', and it needs a list of messages"),
+        ({"text": 3}, "column text: found 3"),
+        ({"input_ids": [1.0, 2.0]}, r"column input_ids, place 0: found 1.0, .* from 0 to 257"),
+        ({"input_ids": [True, False]}, "column input_ids, place 0: found True"),
+        ({"input_ids": [1, None]}, "column input_ids, place 1: found null"),
+        ({"input_ids": [1, -5]}, "column input_ids, place 1: found -5"),
+        ({"input_ids": [1, 258]}, "column input_ids, place 1: found 258"),
+        ({"input_ids": 1}, "column input_ids: found 1"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, "column labels, place 1: found -1"),
+        ({"input_ids": [1, 2], "completion_mask": [1, 2]}, "column completion_mask, place 1: found 2"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_wrong_value_is_told_with_its_row_and_column(example, problem, streaming):
+    data = Dataset.from_list([example])
+    with pytest.raises(DistillError, match=rf"^data\.x, row 1, {problem}"):
+        list(rows_of(data.to_iterable_dataset() if streaming else data, byte_tokenizer(), 8, where="data.x"))
+
+
+def test_the_row_of_an_error_is_that_of_the_source_after_a_split():
+    data = Dataset.from_list([{"prompt": str(i), "completion": None if i == 6 else "x"} for i in range(9)])
+    for part in hold_out(data, 0.4, seed=0):
+        if 6 in [int(prompt) for prompt in part["prompt"]]:
+            with pytest.raises(DistillError, match="row 7, column completion"):
+                rows_of(part, byte_tokenizer(), 8)

@@ -306,7 +306,7 @@ def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monke
     assert "view_labels" in made.train.column_names
     assert "view_labels" in made.held_out.column_names
     Dataset.from_list([{"text": "a" * 99}] * 8).to_json(tmp_path / "rows.jsonl")
-    with pytest.raises(DistillError, match=r"data\.task is read as text"):
+    with pytest.raises(DistillError, match=r"data\.task \(.*rows\.jsonl\) is read as text"):
         prepare_data(recipe, byte_tokenizer(), 0, 8)
 
 
@@ -315,7 +315,10 @@ def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monke
     [
         ({"text": "a"}, r"The source is read as text and has the columns \['text'\]: paraphrases stand in a column"),
         ({"prompt": "a", "completion": "b"}, "The source is read as completion .*Add it"),
-        ({"prompt": "a", "completion": "b", "paraphrase": None}, "A paraphrase is a text where.*got None for 'a'"),
+        (
+            {"prompt": "a", "completion": "b", "paraphrase": None},
+            "row 1, column paraphrase: a paraphrase is a text where.*got None for 'a'",
+        ),
     ],
 )
 def test_missing_paraphrases_are_told(example, message):

@@ -1,0 +1,165 @@
+"""Target tokens of conversations against prefixes rendered by hand, for templates with marks and without."""
+
+import pytest
+from datasets import Dataset
+from transformers import ByT5Tokenizer
+
+from hf_distill import DistillError
+from hf_distill.data import rows_of
+from hf_distill.data.conversations import Conversations
+from hf_distill.data.training_templates import training_template
+from hf_distill.recipe.smoke import byte_tokenizer
+
+CHAT = [
+    {"role": "user", "content": "Which city is the capital of France?"},
+    {"role": "assistant", "content": "Paris, of course."},
+    {"role": "user", "content": "And of Italy?"},
+    {"role": "assistant", "content": "Rome."},
+]
+SYSTEM = [{"role": "system", "content": "Answer briefly."}, *CHAT]
+TWO_ANSWERS = [*CHAT[:2], {"role": "assistant", "content": "It is on the Seine."}, *CHAT[2:]]
+# Without marks: turns end with an end token; a Llama template ends prompts with a header; BOS is written by hand.
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %}"
+    " {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+# Earlier answers lose their reasoning, and the last message decides what follows it.
+FORGETFUL = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think></think>' }}{% endif %}"
+    "{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+ENDING = (  # as Phi-3 does, ends the text with another token
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def naive_mask(tokenizer, template, messages) -> list[int]:
+    """Tokens of the whole text that a prefix up to a turn does not cover and one up to its end does."""
+
+    def count(n, prompt):
+        text = tokenizer.apply_chat_template(
+            messages[:n], chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    mask = [0] * count(len(messages), False)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            for place in range(count(i, True), count(i + 1, False)):
+                mask[place] = 1
+    return mask
+
+
+@pytest.mark.parametrize("messages", [CHAT[:2], CHAT, SYSTEM, TWO_ANSWERS, CHAT[:3]])
+@pytest.mark.parametrize("template", [None, LLAMA, INST])
+def test_targets_are_the_assistants_turns_without_their_prompts(smollm2_tokenizer, template, messages):
+    if template is INST and messages is SYSTEM:
+        messages = messages[1:]
+    tokenizer = byte_tokenizer() if template else smollm2_tokenizer  # of bytes no token reaches over a turn's edge
+    ids, mask = Conversations(tokenizer, template).encode(messages)
+    assert ids == tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+    assert mask == naive_mask(tokenizer, template, messages)
+    assert 0 < sum(mask) < len(mask)
+
+
+def test_of_smollm2_only_answers_and_their_ends_are_targets(smollm2_tokenizer):
+    (row,) = rows_of(Dataset.from_list([{"messages": CHAT}]), smollm2_tokenizer, 128)
+    targets = [label for label in row["labels"] if label != -100]
+    assert smollm2_tokenizer.decode(targets) == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
+
+
+def test_tokens_of_a_tokenizer_without_offsets_are_located_too():
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    tokenizer.chat_template = INST
+    ids, mask = Conversations(tokenizer).encode(CHAT)
+    assert tokenizer.decode([i for i, bit in zip(ids, mask, strict=True) if bit]) == " Paris, of course.</s> Rome.</s>"
+    assert mask == naive_mask(tokenizer, None, CHAT)
+
+
+@pytest.mark.parametrize(("template", "count"), [(FORGETFUL, 2), (ENDING, 2)])
+def test_a_template_whose_prefixes_differ_is_refused_with_the_ways_out(smollm2_tokenizer, template, count):
+    data = Dataset.from_list([{"messages": CHAT[:2]}, {"messages": CHAT}])
+    with pytest.raises(DistillError) as caught:
+        rows_of(data, smollm2_tokenizer, 128, chat_template=template)
+    message = str(caught.value)
+    assert f"row 2, column messages: the chat template renders the first {count} messages differently" in message
+    assert "Either set `chat_template`" in message
+    assert "`assistant_only: false`" in message
+    rows = rows_of(data, smollm2_tokenizer, 128, False, chat_template=template)
+    assert rows["labels"] == rows["input_ids"]
+
+
+def test_the_way_out_names_a_template_that_renders_the_same(smollm2_tokenizer):
+    from trl.chat_template_utils import qwen3_chat_template
+
+    with pytest.raises(DistillError, match="'qwen3' renders the same text"):
+        Conversations(smollm2_tokenizer, qwen3_chat_template).encode(CHAT)
+    ids, mask = Conversations(smollm2_tokenizer, training_template("qwen3")).encode(CHAT)
+    targets = [i for i, bit in zip(ids, mask, strict=True) if bit]
+    assert smollm2_tokenizer.decode(targets) == (
+        "Paris, of course.<|im_end|>\n<think>\n\n</think>\n\nRome.<|im_end|>\n"
+    )
+    with pytest.raises(DistillError, match="begins with an assistant's turn"):
+        Conversations(smollm2_tokenizer).encode(CHAT[1:])
+
+
+@pytest.mark.parametrize("template", [None, "smollm2"])
+def test_of_a_completion_the_assistants_turns_are_targets(smollm2_tokenizer, template):
+    example = {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    template = template and training_template(template)
+
+    def targets(**options):
+        (row,) = rows_of(Dataset.from_list([example]), smollm2_tokenizer, 128, chat_template=template, **options)
+        return smollm2_tokenizer.decode([label for label in row["labels"] if label != -100])
+
+    assert targets() == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
+    whole = targets(assistant_only=False)
+    assert whole.startswith("Paris, of course.<|im_end|>\n<|im_start|>user\nAnd of Italy?")
+
+
+PARTS = [
+    m | {"content": [{"type": "text", "text": m["content"][:5]}, {"type": "text", "text": m["content"][5:]}]}
+    for m in CHAT
+]
+PRINTED = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+READS_PARTS = (
+    "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}<{{ p['text'] }}>{% endfor %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, PRINTED])
+def test_text_parts_are_their_text_under_a_template_of_texts(smollm2_tokenizer, template):
+    conversations = Conversations(smollm2_tokenizer, template)
+    encode = {"assistant_only": False}
+    assert conversations.encode(PARTS, **encode) == conversations.encode(CHAT, **encode)
+
+
+def test_a_template_that_reads_parts_gets_parts(smollm2_tokenizer):
+    ids, _ = Conversations(smollm2_tokenizer, READS_PARTS).encode(PARTS, assistant_only=False)
+    assert smollm2_tokenizer.decode(ids).startswith("user: <Which>< city is")
+
+
+def test_keys_that_arrow_filled_with_null_are_absent(smollm2_tokenizer):
+    template = "{% for m in messages %}{{ m.keys() | sort | join(' ') }}{{ m.tool_calls }};{% endfor %}"
+    call = {"function": {"name": "f", "arguments": {"a": 1, "b": None}}, "id": None}
+    messages = [
+        {"role": "user", "content": "x", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    ids, _ = Conversations(smollm2_tokenizer, template).encode(messages, assistant_only=False)
+    assert smollm2_tokenizer.decode(ids) == (
+        "content role;role tool_calls[{'function': {'name': 'f', 'arguments': {'a': 1}}}];"
+    )
+
+
+def test_what_a_template_raises_is_told(smollm2_tokenizer):
+    for template in ("{{ raise_exception('no system') }}", "{{ 1 / 0 }}", "{{ messages[0].x.y }}"):
+        with pytest.raises(DistillError, match=r"cannot render the conversation: .*Error"):
+            Conversations(smollm2_tokenizer, template).encode(CHAT)
