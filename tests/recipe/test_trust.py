@@ -79,6 +79,7 @@ HOSTILE = {
     "reads a bucket": (changed(data__task={"path": "hf://spaces/evil/x"}), "no address"),
     "evaluates a local file": (changed(data__eval={"path": "/etc/x.csv"}), "leads out of the repository"),
     "writes elsewhere": (changed(train__output_dir="/tmp/x"), "not inside runs/"),
+    "reads a template": (changed(data__chat_template="/etc/x.jinja"), "is a file on this machine"),
     "climbs to write": (changed(train__output_dir="runs/../.git"), "not inside runs/"),
     "writes to a hidden folder": (changed(train__output_dir="runs/.ssh"), "not inside runs/"),
     "pushes to an account": (changed(train__push_to_hub=True, train__hub_model_id="evil/x"), "its user's to say"),
