@@ -31,7 +31,7 @@ def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dic
 def source_means(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
     """`soft_loss_NAME` and `hard_loss_NAME`, means over the asked tokens of each source that has any."""
     asked = {name: sums.get(f"asked@{name}", 0.0) for name in names}
-    parts = {key: key.split("@") for key in sums if "@" in key}
+    parts = {key: key.split("@", 1) for key in sums if "@" in key}
     return {
         f"{term}_loss_{name}": sums[key] / asked[name]
         for key, (term, name) in parts.items()

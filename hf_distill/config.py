@@ -1,5 +1,6 @@
 """The arguments of a distillation, beside those of any training."""
 
+import copy
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 from .errors import DistillError, noted, tell
 from .objective import Term, objective
 from .projectors import Projectors
+from .statistics import greater_is_better
 
 CARE = ("self_check", "max_nonfinite_steps")  # of how training is watched, not of what is learnt
 
@@ -90,10 +92,18 @@ class DistillFields:
             raise DistillError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be at least 1 (the first)")
         problems: list[str] = []
         with noted(problems):
+            self._choose_direction()
+        with noted(problems):
             self.terms()
         with noted(problems):
             Projectors.of(self.projectors)
         tell(problems)
+
+    def _choose_direction(self) -> None:
+        """Set `greater_is_better` of a metric of a distillation, where it is not set; else transformers chooses."""
+        metric = getattr(self, "metric_for_best_model", None)
+        if metric is not None and getattr(self, "greater_is_better", None) is None:
+            self.greater_is_better = greater_is_better(metric)
 
     def terms(self, label_smoothing: float = 0.0) -> list[Term]:
         """The terms of the objective."""
@@ -116,9 +126,9 @@ class DistillConfig(DistillFields, TrainingArguments):
 
 
 def fields_of(args: Any) -> dict[str, Any]:
-    """Values of the fields of a distillation in any arguments; empty if there are none."""
+    """Copies of the values of the fields of a distillation in any arguments; empty if there are none."""
     names = [item.name for item in fields(DistillFields)] if isinstance(args, DistillFields) else []
-    return {name: getattr(args, name) for name in names}
+    return {name: copy.deepcopy(getattr(args, name)) for name in names}
 
 
 def _parsed(name: str, value: Any, kind: type) -> Any:

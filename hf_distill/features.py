@@ -129,6 +129,23 @@ class Features:
         tell(problems)
         return cls(matched, projectors)
 
+    @property
+    def layout(self) -> tuple:
+        """What decides which projectors and mixtures there are."""
+        terms = [
+            (
+                m.term.name,
+                m.term.loss.project,
+                m.learned,
+                m.pairs,
+                m.student.width,
+                m.teacher.width,
+                len(m.teacher.blocks),
+            )
+            for m in self.terms
+        ]
+        return self.projectors, terms
+
     def parts(self, seed: int) -> dict[str, dict[str, nn.Module]]:
         """New projectors and mixtures for these terms, for a sidecar."""
         generator = torch.Generator().manual_seed(seed)

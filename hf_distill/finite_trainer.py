@@ -1,5 +1,6 @@
 """A Trainer that takes no step whose loss or gradient is not finite, says which one it was, and stops after some."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,31 @@ class FiniteMixin(_Base):
         self._taken: list[Tensor] = []  # of each step since the last log
         self._skipped = 0  # since the last log
         self._in_a_row: list[Found] = []
+        self._is_taken = True  # whether the last step's loss and gradient were finite
+        self._counts = {True: 0, False: 0}  # of the training: steps that were, and that were not
         self._leaps = Leaps()
         super().__init__(*args, **kwargs)
 
     def settle(self, taken: bool) -> None:
         """A step is over: whether it was taken, or skipped. For whoever keeps numbers of it."""
+
+    @property
+    def updated_student(self) -> bool:
+        """Whether the last step changed the student: it was finite, and no gradient scaler skipped it."""
+        return self._is_taken and not self.accelerator.optimizer_step_was_skipped
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; called again with a smaller batch after one that did not fit into memory."""
+        self._losses, self._seen, self._taken, self._in_a_row = [], [], [], []
+        self._skipped, self._leaps, self._is_taken = 0, Leaps(), True
+        self._counts = {True: 0, False: 0}
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, whose `train_loss` would be 0 if every step was skipped."""
+        if self._counts[False] and not self._counts[True]:
+            self._total_loss_scalar = math.nan
+        return super()._finalize_training(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's."""
@@ -59,7 +80,9 @@ class FiniteMixin(_Base):
         losses, self._losses = torch.stack(self._losses), []
         seen, self._seen = self._seen, []
         whole = self._everywhere(torch.stack([losses.isfinite().all(), _finite(norm, losses.device)]))
-        self.settle(all(whole))
+        self._is_taken = all(whole)
+        self._counts[self._is_taken] += 1
+        self.settle(self._is_taken)
         if all(whole):
             self._in_a_row = []
             self._taken.append(losses.sum())
@@ -110,7 +133,7 @@ class FiniteMixin(_Base):
         moved = self.is_deepspeed_enabled or any(word in str(self.args.optim) for word in ("lomo", "layerwise"))
         if moved or len(self._in_a_row) >= self.max_nonfinite_steps:
             self._stop(found, moved)
-        row = f", the {len(self._in_a_row)}th in a row" if len(self._in_a_row) > 1 else ""
+        row = f", {len(self._in_a_row)} steps in a row" if len(self._in_a_row) > 1 else ""
         logger.warning(f"Step {found.step} is skipped{row}: {found}.")
 
     def _found(self, model: Any, seen: list[Seen], loss: bool) -> Found:
@@ -146,6 +169,7 @@ class FiniteMixin(_Base):
         if "loss" in logs:
             if self._skipped:
                 logs["skipped_steps"] = self._skipped
+                logs["loss"] = logs["loss"] if self._taken else math.nan  # a Trainer would log 0
             if spikes := self._spikes():
                 logs["loss_spikes"] = spikes
             self._skipped = 0

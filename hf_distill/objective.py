@@ -1,6 +1,7 @@
 """The objective: which losses, how much of each, at which temperature."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -17,6 +18,12 @@ from .losses.registry import FEATURE_OPTIONS
 from .losses.support import dense
 from .signals import Signals, Targets
 from .sources import Logits
+
+# Names of other values of a token: a term of such a name would be taken for them.
+RESERVED_NAMES = (
+    *("kl", "agreement", "accuracy", "measured", "asked", "aux", "peer_aux"),
+    *("student_ce", "student_entropy", "teacher_ce", "teacher_entropy"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,23 @@ def objective(
 
 def _named_apart(terms: list[Term]) -> list[Term]:
     """A loss that is used twice, or that is called as something else that is logged, gets a number behind its name."""
-    taken = {"kl", "agreement", "accuracy", "measured", "asked"}
+    taken = set(RESERVED_NAMES)
     result = []
     for term in terms:
         name = next(n for n in chain([term.name], (f"{term.name}_{i}" for i in count(2))) if n not in taken)
         taken.add(name)
         result.append(replace(term, name=name))
     return result
+
+
+def repeated_names(terms: Iterable[Term]) -> list[str]:
+    """What is wrong where losses of one's own are called as those that a teacher makes of the objective."""
+    counts = Counter(term.name for term in terms)
+    return [
+        f"{number} losses are called {name!r}, as those of this teacher are: register yours under another name"
+        for name, number in counts.items()
+        if number > 1
+    ]
 
 
 def _term(spec: dict, temperature: float, name: str | None) -> Term:

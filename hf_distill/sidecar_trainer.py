@@ -24,16 +24,21 @@ class SidecarMixin(_Base):
     _clipped: float | None = None
     _groups: Mapping[tuple[str, ...], Mapping[str, float | None]] = MappingProxyType({})  # kinds of parts -> options
 
-    def wear(self, features: Features, teacher: Teacher | None = None) -> None:
+    def wear(self, features: Features, teacher: Teacher | None = None, renew: bool = True) -> None:
         """Attach what is trained beside the model to it, in the place of an earlier sidecar.
 
         Args:
             features: of which new projectors and mixtures are made.
             teacher: a prepared one, of which something may be trained.
+            renew: whether an earlier sidecar with the same parts is replaced, too.
 
         Raises:
             DistillError: it would not be optimized as asked.
         """
+        same = (features.layout, None if teacher is None else teacher.trained) == (
+            self._features.layout,
+            self._trained,
+        )
         self._features = features
         groups: dict[tuple[str, ...], Mapping[str, float | None]] = {}
         groups[("projectors", "mappings")] = features.projectors.options
@@ -42,10 +47,11 @@ class SidecarMixin(_Base):
             self._trained, self._clipped = teacher.trained, teacher.clipped
             groups[("teacher",)] = teacher.options
         self._groups = groups
-        self._attach(self.model)
+        if renew or not same:
+            self._attach(self.model)
         if self._sidecar is None:
             return
-        if self.optimizer is not None and self.lr_scheduler is not None:
+        if self.optimizer is not None and self.lr_scheduler is not None and not self._created_lr_scheduler:
             raise DistillError(
                 "`optimizers` brings a scheduler that was made before what is trained beside the student (projectors, "
                 "a teacher), whose learning rate it would not set: pass (optimizer, None), or "

@@ -1,12 +1,39 @@
 """What is measured of a block of asked tokens beside the losses: at T = 1, from softmaxes that the losses use too."""
 
+import re
+
 import torch
 from torch import Tensor
 
+from .errors import DistillError
 from .losses.closed import Pair
 
 OF_STUDENT = ("measured", "student_ce", "student_entropy", "accuracy")
 OF_PAIR = ("kl", "agreement", "teacher_ce", "teacher_entropy")
+
+_SMALLER_IS_BETTER = re.compile(r"(.+_)?(loss|kl|perplexity)|(.+_)?(hard|soft)(_\w+)?_loss_.+")
+_GREATER_IS_BETTER = re.compile(r"(.+_)?(agreement|mean_token_accuracy)")
+_NEITHER_IS_BETTER = re.compile(r"(.+_)?(student|teacher)_entropy")
+
+
+def greater_is_better(metric: str) -> bool | None:
+    """Whether the best checkpoint has the greatest value of a metric of an evaluation; None: of an unknown metric.
+
+    Args:
+        metric: its name, with or without `eval_` and the name of the data set.
+
+    Raises:
+        DistillError: a metric that says nothing about how good a student is.
+    """
+    name = metric.removeprefix("eval_")
+    if _NEITHER_IS_BETTER.fullmatch(name):
+        raise DistillError(
+            f"metric_for_best_model is {metric!r}, of which neither a greater nor a smaller value is better: use "
+            "eval_kl, eval_agreement or eval_loss, or set greater_is_better."
+        )
+    if _SMALLER_IS_BETTER.fullmatch(name):
+        return False
+    return True if _GREATER_IS_BETTER.fullmatch(name) else None
 
 
 def measured(own: Pair, both: Pair | None) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import logging
 
 from .arguments import unfit
-from .config import DistillConfig, DistillFields, fields_of
+from .changed_arguments import changed_arguments, objective_arguments
+from .config import CARE, DistillConfig, DistillFields
 from .distiller import Distiller
 from .errors import DistillError, tell
 from .features import Features
@@ -18,6 +19,7 @@ from .hub_trainer import HubMixin
 from .interrupts import Interrupts
 from .metrics_trainer import EVERY, MetricsMixin
 from .model_call import input_names
+from .objective import repeated_names
 from .output_head import forget_output_head
 from .projectors import Projectors
 from .saving import SavingMixin
@@ -25,7 +27,9 @@ from .selfcheck import SelfCheck
 from .sidecar_trainer import SidecarMixin
 from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
+from .teacher_callback import TeacherCallback
 from .teachers import FrozenTeacher, MultiTeacher, Teacher
+from .teachers.sharing import shared_with_teacher
 from .upstream import TRAINER, check_upstream
 from .weights_trainer import WeightsMixin
 from .zero import gather_on_save
@@ -67,8 +71,9 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         if self.distilling:
             gather_on_save(args)
         super().__init__(model, args, *more, **kwargs)
-        self._read = fields_of(self.args)  # of which the objective was made
+        self._read, self._fields = objective_arguments(self.args), fields
         if self.distilling:
+            self._choose_direction()
             self.distil_from(self.teacher, fields)
         else:
             self.wear(Features())
@@ -101,11 +106,31 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         """
         self.distilling, self.teacher = True, teacher
         tell(unfit(self))
-        self.pop_callback(_Clock)
-        self.add_callback(_Clock(teacher))
+        self.pop_callback(TeacherCallback)
+        self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
+        self._prepare_teacher(teacher)
+        self._set_objective(fields, renew=True)
+
+    def _prepare_teacher(self, teacher: Teacher) -> None:
+        student = dict(self.model.named_parameters())
+        trained = [name for name, p in student.items() if p.requires_grad]
         teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+        if shared := shared_with_teacher(self.model, trained, teacher):
+            for name in trained:  # a frozen teacher froze what it shares
+                student[name].requires_grad_(True)
+            tell(shared)
         tell(teacher.unfit(self.args) + self._renewed(teacher))
+
+    def _set_objective(self, fields: DistillFields, renew: bool) -> None:
+        """Take an objective with the prepared teacher, whose state stays.
+
+        Args:
+            fields: the objective.
+            renew: whether projectors are made anew, also where the objective has the same ones.
+        """
+        teacher = self.teacher
         terms = teacher.learn(fields.terms(self.args.label_smoothing_factor))
+        tell(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
         features = Features.match(
             terms,
             self.model,
@@ -118,16 +143,29 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._signature_columns = None  # of the columns that a former teacher read
-        self.wear(features, teacher)
+        self.wear(features, teacher, renew)
+        self._fields = fields
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """As the Trainer's, before each training; an objective that a trial or its user changed in `args` is taken."""
+        """As the Trainer's, before each training; an objective that a trial or its user changed in `args` is taken.
+
+        Raises:
+            DistillError: something changed that cannot be taken any more.
+        """
         super()._hp_search_setup(trial)
-        before, self._read = self._read, fields_of(self.args)
-        if changed := [name for name in before if self._read[name] != before[name]]:
-            if not self.distilling:
-                raise DistillError(f"{changed} changed, and there is no teacher: pass one, with alpha above 0.")
-            self.distil_from(self.teacher, self.args)
+        changed = changed_arguments(self.args, self._read, self.distilling)
+        if self.distilling:
+            self._choose_direction()
+            tell(unfit(self) + self.teacher.unfit(self.args))
+            self._clipped = self.teacher.clipped
+        if "max_nonfinite_steps" in changed:
+            self.max_nonfinite_steps = self.args.max_nonfinite_steps
+        fields = self._fields
+        if [name for name in changed if name not in CARE or name == "self_check"]:
+            fields = self.args if isinstance(self.args, DistillFields) else DistillFields()
+        if self.distilling and (changed or self.model_init is not None):  # which made a new student
+            self._set_objective(fields, renew=self.model_init is not None)
+        self._read = objective_arguments(self.args)
 
     def _renewed(self, teacher: Teacher) -> list[str]:
         if self.model_init is None or not teacher.bound:
@@ -206,21 +244,6 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.distilling:
             self.teacher.load(checkpoint, self.args.process_index)
-
-
-class _Clock(TrainerCallback):
-    """Tells a teacher how far training is."""
-
-    def __init__(self, teacher: Teacher):
-        self.teacher = teacher
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.teacher.progress = state.global_step / max(state.max_steps, 1)
-        self.teacher.begin(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.teacher.progress = state.global_step / max(state.max_steps, 1)
-        self.teacher.after_step(state.global_step)
 
 
 class DistillTrainer(DistillMixin, Trainer):

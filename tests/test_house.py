@@ -30,6 +30,8 @@ FLOORS = [
     {"checkpoints"},
     {
         "arguments",
+        "changed_arguments",
+        "teacher_callback",
         "card",
         "saving",
         "selfcheck",

@@ -112,6 +112,10 @@ class Teacher(ABC):
             self.named(term.teacher)
         return [term for term in terms if self.soft or not term.loss.needs]
 
+    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
+        """Why some losses of the objective cannot be taken with this teacher; called after `learn`."""
+        return []
+
     def beside(
         self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
     ) -> "Beside | None":
@@ -132,8 +136,13 @@ class Teacher(ABC):
     def begin(self, step: int) -> None:  # noqa: B027
         """Training begins, or goes on after `load` and so many steps: the student is as its strategy holds it."""
 
-    def after_step(self, step: int) -> None:  # noqa: B027
-        """Move, if it does: called after each step of the optimizer, counted from 1, never between micro-batches."""
+    def after_step(self, step: int, updated: bool) -> None:  # noqa: B027
+        """Move, if it does: called after each step of the optimizer, never between micro-batches.
+
+        Args:
+            step: counted from 1, skipped steps included.
+            updated: whether the step changed the student; False where it was skipped.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What training logs say of it."""

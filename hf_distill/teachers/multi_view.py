@@ -1,6 +1,6 @@
 """The student teaches itself: what it says of a clean batch, for what it says of a changed one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,8 +9,9 @@ from torch import nn
 
 from ..data import View, fill_token
 from ..errors import DistillError
+from ..objective import Term
 from ..signals import Signals, Tap, Targets
-from ..tasks import SEQ2SEQ, bare, task_of
+from ..tasks import SEQ2SEQ, SEQUENCE, bare, task_of
 from .itself import ItselfTeacher
 
 
@@ -68,9 +69,24 @@ class MultiViewTeacher(ItselfTeacher):
         """One forward of the student on the batch that it does not see itself."""
         if self._changed == "teacher" or not self.model.training:
             inputs, targets = self._viewed(inputs, targets)
+            wanted = {tap: targets.tokens(inputs, its.causal, tap.stack) for tap, its in wanted.items()}
         return super().__call__(inputs, targets, wanted)
 
-    def after_step(self, step: int) -> None:
+    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
+        """Losses on features that would compare the features of different tokens."""
+        moving = [name for name in ("span_deletion", "other_context", "paraphrase") if getattr(self.view, name)]
+        return [
+            f"{term.name} compares every token of a row, or every pair of its tokens, and a view with "
+            f"{' and '.join(moving)} has others: use token_dropout alone, or a loss on hidden states of target tokens"
+            for term in terms
+            if moving and term.loss.feature and not (term.loss.feature == "hidden" and self._keeps_tokens(term))
+        ]
+
+    def _keeps_tokens(self, term: Term) -> bool:
+        """Whether a term compares the hidden states of target tokens alone, which are the same in both views."""
+        return task_of(self.model) is not SEQUENCE and term.stack != "encoder"
+
+    def after_step(self, step: int, updated: bool) -> None:
         """Each step draws anew."""
         self._step = step
 

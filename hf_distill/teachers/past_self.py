@@ -80,12 +80,12 @@ class PastSelf(ItselfTeacher):
         self._hold()
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, updated: bool) -> None:
         """Move, after a step of the optimizer."""
-        self._move(self._hold(), {name: local(t) for name, t in self._moving().items()}, step)
+        self._move(self._hold(), {name: local(t) for name, t in self._moving().items()}, step, updated)
 
     @abstractmethod
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int) -> None: ...
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None: ...
 
     def metrics(self) -> dict[str, float]:
         """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
@@ -141,7 +141,8 @@ class PastSelf(ItselfTeacher):
 class EMATeacher(PastSelf):
     """The moving average of the student (Mean Teacher, 1703.01780).
 
-    After each step: held = d * held + (1 - d) * student. With d = 0 it is the student as the last step left it.
+    After each step that changed the student: held = d * held + (1 - d) * student. With d = 0 it is the student as the
+    last step left it.
 
     Args:
         decay: d, in [0, 1); or points [[progress, d], ...], see `schedule`.
@@ -165,7 +166,9 @@ class EMATeacher(PastSelf):
         """d after a number of steps, at the training's progress."""
         return value_at(self._decay, self.progress) * (min(1.0, step / self._warmup) if self._warmup else 1.0)
 
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int) -> None:
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
+        if not updated:
+            return
         values = [now[name].detach().to(value.dtype) for name, value in held.items()]
         torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
 
@@ -215,7 +218,7 @@ class SnapshotTeacher(PastSelf):
     def _moving_of(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
 
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int) -> None:
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
         if self._every is not None and step % self._every == 0:
             for name, value in held.items():
                 value.copy_(now[name])

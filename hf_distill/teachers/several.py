@@ -109,6 +109,12 @@ class MultiTeacher(Teacher):
         others = [replace(t, teacher=first) if t.loss.needs and t.teacher is None else t for t in others]
         return [*apart, hard, *(term for term in others if self.soft or not term.loss.needs)]
 
+    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
+        """What any of them says: a view that one of them gives the student is compared with all teachers."""
+        return [
+            f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.incompatible_terms(terms)
+        ]
+
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """What each of them says."""
         return _together({n: t(inputs, targets, _of(n, wanted)) for n, t in self.teachers.items()})
@@ -135,10 +141,10 @@ class MultiTeacher(Teacher):
         for teacher in self:
             teacher.begin(step)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, updated: bool) -> None:
         """Each moves, if it does."""
         for teacher in self:
-            teacher.after_step(step)
+            teacher.after_step(step, updated)
 
     def metrics(self) -> dict[str, float]:
         """What each says, with its name behind: `teacher_distance_NAME`."""

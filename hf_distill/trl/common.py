@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..metrics_trainer import mean_of
 from ..trainer import DistillMixin
 
 
@@ -28,9 +29,8 @@ class TRLMixin(DistillMixin):
         """As the mixin's; and `mean_token_accuracy` and `entropy` of the student."""
         means = super()._means(sums)
         if "accuracy" in sums:
-            measured = max(sums.get("measured", 0.0), 1.0)
-            means["mean_token_accuracy"] = sums["accuracy"] / measured
-            means["entropy"] = sums["student_entropy"] / measured
+            means["mean_token_accuracy"] = mean_of(sums["accuracy"], sums["measured"])
+            means["entropy"] = mean_of(sums["student_entropy"], sums["measured"])
         return means
 
 

@@ -16,7 +16,6 @@ from ..data import Collator, prompt_rows
 from ..errors import DistillError, noted, tell
 from ..schedule import integral
 from ..signals import IGNORE_INDEX
-from ..teachers import Teacher
 from ..upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
 from .on_policy_config import OnPolicyDistillConfig
@@ -88,9 +87,9 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             kwargs[name] = _prompted(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
 
-    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+    def _set_objective(self, fields: DistillFields, renew: bool) -> None:
         """As the mixin's; vLLM can be sent the student's weights alone."""
-        super().distil_from(teacher, fields)
+        super()._set_objective(fields, renew)
         if self.args.use_vllm and self._sidecar is not None:
             raise DistillError(
                 "use_vllm sends every parameter of the student to vLLM, the projectors of `losses` included, which it "

@@ -84,6 +84,11 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
             if teacher.model is not None:
                 check_isolation(teacher.model, "teacher")
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the mixin's; tokens of a batch that did not fit into memory are not counted."""
+        self._tokens_seen = 0
+        return super()._inner_training_loop(*args, **kwargs)
+
     def unfit(self) -> list[str]:
         """Arguments of SFTTrainer that would change the objective or the rows behind the teacher's back."""
         problems, args = super().unfit(), self.args

@@ -53,6 +53,55 @@ def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed
     assert log["soft_loss"] > 1e-4
 
 
+@pytest.mark.parametrize("changed", ["student", "teacher"])
+@pytest.mark.parametrize("view", [{"token_dropout": 0.3}, {"span_deletion": 0.5}, {"other_context": 4}])
+def test_hidden_states_are_compared_token_by_token(make_trainer, view, changed):
+    data = rows("llama", 8, length=30)
+    for row in data:
+        row["labels"][:20] = -100
+    losses = [{"name": "hidden_mse", "weight": 1.0, "layers": [[1, 1]]}]
+    options = dict(max_steps=1, train_sampling_strategy="sequential", train_dataset=data, losses=losses)
+    trainer = make_trainer(teacher=teacher(changed, **view), eval_dataset=data[:4], learning_rate=0.0, **options)
+    trainer.train()
+    batch = collate(data[:4])
+    targets = Targets.from_batch(batch, shift=True)
+    seen, there = View(**view)(batch, targets, 0, 7)
+    model = build("llama", 0).eval()
+    kept: list = []
+    model.model.layers[1].register_forward_hook(lambda module, args, output: kept.append(output))
+    for b in (batch, seen):
+        model.model(input_ids=b["input_ids"], attention_mask=b["attention_mask"])
+    one, other = (
+        t.pick(h if isinstance(h, torch.Tensor) else h[0]) for t, h in zip((targets, there), kept, strict=True)
+    )
+    expected = (one - other).square().mean(-1).mean().item()
+    assert expected > 1e-3
+    assert trainer.state.log_history[0]["hidden_mse_loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.evaluate()["eval_hidden_mse_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "view", "loss", "refused"),
+    [
+        ("llama", {"other_context": 4}, "value_relation", True),
+        ("llama", {"token_dropout": 0.3}, "value_relation", False),
+        ("sequence", {"span_deletion": 0.3}, "hidden_mse", True),
+        ("sequence", {"token_dropout": 0.3}, "hidden_mse", False),
+        ("token", {"span_deletion": 0.3}, "hidden_mse", False),
+    ],
+)
+def test_features_of_other_tokens_are_refused(make_trainer, kind, view, loss, refused):
+    options = dict(losses=[{"name": loss, "weight": 1.0}], max_steps=1)
+    if refused:
+        with pytest.raises(DistillError, match=f"{loss} compares every token of a row"):
+            make_trainer(kind, teacher=teacher(**view), **options)
+        both = {"view": teacher(**view), "other": build(kind, 1)}
+        with pytest.raises(DistillError, match=f"view: {loss} compares every token of a row"):
+            make_trainer(kind, teacher=both, **options)
+    else:
+        make_trainer(kind, teacher=teacher(**view), **options).train()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sequence"])
 def test_every_kind_of_model_trains(make_trainer, kind):
     trainer = make_trainer(kind, teacher=teacher())

@@ -108,6 +108,35 @@ def test_of_a_student_with_adapters_the_adapters_alone_are_averaged(make_trainer
     assert trainer.evaluate()["eval_kl"] > 0
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["not finite", "skipped by a gradient scaler"])
+def test_the_average_does_not_move_in_a_step_that_is_skipped(make_trainer, monkeypatch, scaled):
+    teacher = EMATeacher(0.5)
+    seen = Weights(teacher)
+    trainer = make_trainer(teacher=teacher, **ALONE)
+    trainer.add_callback(seen)
+    if scaled:
+        skips = property(lambda self: trainer.state.global_step == 3)
+        monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skips)
+    else:
+        broken = trainer.model.lm_head.weight
+        broken.register_hook(lambda grad: grad * float("inf") if trainer.state.global_step == 2 else grad)
+    trainer.train()
+    equal = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(seen.held, seen.held[1:], strict=False)]
+    assert equal == [False, True, False, False]
+
+
+def test_a_snapshot_is_taken_on_time_though_the_step_is_skipped(make_trainer):
+    teacher = SnapshotTeacher(every=2)
+    trainer = make_trainer(teacher=teacher, **ALONE)
+    broken = trainer.model.lm_head.weight
+    broken.register_hook(lambda grad: grad * float("inf") if trainer.state.global_step == 3 else grad)
+    seen = Weights(teacher)
+    trainer.add_callback(seen)
+    trainer.train()
+    for held, step in zip(seen.held, (0, 2, 2, 4, 4), strict=True):
+        assert all(torch.equal(value, seen.student[step][name]) for name, value in held.items())
+
+
 def test_hidden_terms_compare_with_the_past(make_trainer):
     losses = [{"name": "hidden_mse", "weight": 0.1}]
     trainer, _ = run(make_trainer, EMATeacher(0.9), losses=losses)
