@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from transformers import TrainerCallback
 
 _LINE_SECONDS = 30.0
@@ -34,12 +34,12 @@ class RichProgress(TrainerCallback):
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -58,7 +58,7 @@ class RichProgress(TrainerCallback):
 
     def stage(self, text: str) -> None:
         """Say what begins."""
-        self._console.print(f"[bold]·[/bold] {escape(text)}")
+        self._console.print(Text.assemble(("·", "bold"), " ", text))
 
     def stored(self, progress: Any) -> None:
         """Show how far a cache is; see `cache.capture.Progress`."""

@@ -5,14 +5,15 @@ import os
 import sys
 import traceback
 
-from rich.console import Console
 from rich.text import Text
 from typer.main import get_command
 
 from ..errors import DistillError, RunError
+from ..escape import printable
 from . import caches, curving, diagnosing, inspecting, publishing, recipes, reporting, retaining, running, tempering  # noqa: F401  each adds its commands
 from .app import app
 from .quiet import add_verbose, silence_other_packages
+from .terminal import TextConsole
 
 __all__ = ["app", "main"]
 
@@ -38,12 +39,12 @@ def main() -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _tell(str(error.strerror))
         else:
-            traceback.print_exc()
+            sys.stderr.write(printable(traceback.format_exc()))
         sys.exit(1)
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(printable(traceback.format_exc()))
         sys.exit(1)
 
 
 def _tell(what: str) -> None:
-    Console(stderr=True).print(Text("Error: ", "bold red").append(what, "default"), soft_wrap=True)
+    TextConsole(stderr=True).print(Text("Error: ", "bold red").append(what, "default"), soft_wrap=True)

@@ -3,7 +3,8 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from .terminal import TextConsole
 
 app = typer.Typer(
     name="hf-distill",
@@ -12,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
+out = TextConsole()
 
 Recipe = Annotated[str, typer.Argument(help="A packaged name, a .yaml file, or hf://org/name[@revision]/file.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=20.")]

@@ -54,11 +54,11 @@ def _table(found: list[Any]) -> Table:
     for one in found:
         name = one.repo if one.kind == "model" else f"datasets/{one.repo}"
         commit = (one.revision or "newest")[:12]
-        table.add_row(name, ", ".join(one.what), commit, _bytes(one.size), _bytes(one.missing))
+        table.add_row(name, ", ".join(one.what), commit, in_units(one.size), in_units(one.missing))
     return table
 
 
-def _bytes(count: int | None) -> str:
+def in_units(count: int | None) -> str:
     """Of a size, in decimal units as the Hub shows them."""
     if count is None:
         return "offline"

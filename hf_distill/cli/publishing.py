@@ -21,12 +21,20 @@ def publish(
     base_model: Annotated[
         str | None, typer.Option(help="Id of what the student began as, where the recipe names a file or a package.")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="In the place of a model with another base.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace another model, weights of any format or a card that is there.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show card, files and licences; needs no token and no connection.")
+    ] = False,
 ) -> None:
     """A run's student to the Hub: one commit, with a card that carries the evidence, and the report's plots."""
     from ..analysis.folder import open_run
 
     parts = [part.strip() for part in include.split(",") if part.strip()]
+    if dry_run:
+        _show(open_run(run), repo, parts, license, base_model)
+        return
     publish_run(open_run(run), repo, private, parts, license, accept_license, base_model, replace)
 
 
@@ -52,8 +60,39 @@ def publish_run(
         done = publish_it(run, repo, private, parts, license, accept_license, base_model, replace, progress.stage)
     out.print(f"{done.url} at {done.commit[:12]}: {len(done.files)} files", soft_wrap=True, highlight=False)
     lines = [f"The cache: {done.cache}"] if done.cache else []
+    lines += [f"  deleted: {', '.join(done.deleted)}"] if done.deleted else []
     lines += [f"  {note}" for note in done.notes]
     if not any(name.startswith("figures/") for name in done.files):
         lines.append(f"  without plots: `hf-distill report {run.folder}` draws them")
+    for line in lines:
+        out.print(line, soft_wrap=True, highlight=False)
+
+
+def _show(run: Any, repo: str, parts: Sequence[str], license: str | None, base_model: str | None) -> None:
+    """Print what would be published; see `publishing.dry_run`."""
+    from rich.table import Table
+
+    from ..publishing import dry_run
+    from .asking import in_units
+
+    found = dry_run(run, repo, parts, license, base_model)
+    out.rule("README.md")
+    out.print(found.card, soft_wrap=True, highlight=False)
+    table = Table(title=f"Files of {repo}", title_justify="left")
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    for name, size in found.sizes.items():
+        table.add_row(name, in_units(size))
+    table.add_section()
+    table.add_row(f"{len(found.sizes)} files", in_units(sum(found.sizes.values())))
+    out.print(table)
+    lines = [f"Not published: {', '.join(found.left_out)}"] if found.left_out else []
+    lines += [f"The teacher's cache, {repo}-cache: {in_units(found.cache)}"] if found.cache is not None else []
+    lines.append(f"Licence: {found.licence.id or 'not known'}")
+    lines += [f"  {note}" for note in found.licence.notes]
+    lines += [f"  refused without --accept-license: {conflict}" for conflict in found.licence.conflicts]
+    lines += [f"  not looked up: {model}: {why}" for model, why in found.unknown.items()]
+    lines += [f"  {note}" for note in found.notes]
+    lines.append("Nothing was sent. The repository itself is looked at when you publish.")
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
 from .asking import agree
+from .terminal import write_text
 
 recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
@@ -51,7 +52,7 @@ def show(recipe: Recipe) -> None:
 
         out.print(Syntax(text, "yaml", background_color="default"))
     else:
-        sys.stdout.write(text)
+        write_text(text)
 
 
 @recipes.command()
@@ -104,7 +105,7 @@ def preview(
         if out.is_terminal:
             out.print(Text.assemble(*((text, "green" if asked else "dim") for text, asked in document.spans)))
         else:
-            sys.stdout.write("".join(f"«{text}»" if asked else text for text, asked in document.spans) + "\n")
+            write_text("".join(f"«{text}»" if asked else text for text, asked in document.spans) + "\n")
 
 
 @recipes.command()

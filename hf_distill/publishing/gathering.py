@@ -1,8 +1,8 @@
 """What a run's folder says of its student, as the facts of a card."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..analysis.curve import compute, trained_tokens
 from ..analysis.folder import Run
@@ -17,7 +17,12 @@ from ..recipe.schema import Recipe
 _PLAIN, _PROMPT = 20, 120  # characters, at least and at most, of the line of a sample's prompt that a card shows
 
 
-def facts_of(run: Run, repo: str, licence: str | None = None, base_model: str | None = None) -> Facts:
+Lookup: TypeAlias = Callable[[str, str | None], Licence | None]
+
+
+def facts_of(
+    run: Run, repo: str, licence: str | None = None, base_model: str | None = None, lookup: Lookup = licence_of
+) -> Facts:
     """The evidence of a run that is over.
 
     Args:
@@ -25,6 +30,7 @@ def facts_of(run: Run, repo: str, licence: str | None = None, base_model: str | 
         repo: org/name of the student.
         licence: that its author wants; None: inherited.
         base_model: id of what the student began as, where the recipe names a file or a package.
+        lookup: the licence of a model at a revision; None where it is not looked up.
 
     Raises:
         DistillError: the run is not over; a model's licence cannot be looked up.
@@ -38,7 +44,7 @@ def facts_of(run: Run, repo: str, licence: str | None = None, base_model: str | 
     held_out = {name: _metrics(metrics) for name, metrics in evidence["models"].items()}
     retention = read_json(run.folder / "retention.json").get("tasks", [])
     diagnosis = _verdicts(run)
-    teachers = teachers_of(run.recipe, evidence)
+    teachers = teachers_of(run.recipe, evidence, lookup)
     return Facts(
         repo=repo,
         task="text-generation",
@@ -49,7 +55,7 @@ def facts_of(run: Run, repo: str, licence: str | None = None, base_model: str | 
         training=_training(run),
         held_out=held_out,
         environment=evidence.get("environment", {}),
-        licence=judged_of(run.recipe, teachers, repo, licence, base_model),
+        licence=judged_of(run.recipe, teachers, repo, licence, base_model, lookup),
         not_measured=missing(held_out, retention, diagnosis),
         retention=retention,
         diagnosis=diagnosis,
@@ -92,12 +98,15 @@ def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:
 _SIZES = ("parameters", "blocks", "layers_kept")
 
 
-def teachers_of(recipe: Recipe, evidence: Mapping[str, Any] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
+def teachers_of(
+    recipe: Recipe, evidence: Mapping[str, Any] = MappingProxyType({}), lookup: Lookup = licence_of
+) -> dict[str, dict[str, Any]]:
     """What is known of each teacher, its licence too.
 
     Args:
         recipe: as it ran, or will.
         evidence: of its run; empty before it.
+        lookup: see `facts_of`.
 
     Raises:
         DistillError: see `licence_of`.
@@ -111,15 +120,19 @@ def teachers_of(recipe: Recipe, evidence: Mapping[str, Any] = MappingProxyType({
         if spoken is recipe.main:
             sizes = evidence.get("teacher", {})
             facts |= {key: sizes[key] for key in ("parameters", "blocks") if key in sizes}
-        if spoken.model:
-            licence = licence_of(spoken.model, spoken.revision)
+        if spoken.model and (licence := lookup(spoken.model, spoken.revision)):
             facts |= {"licence": licence.id, "link": licence.link, "forbids": licence.forbids}
         found[name] = facts
     return found
 
 
 def judged_of(
-    recipe: Recipe, teachers: dict[str, dict[str, Any]], repo: str, wanted: str | None, base_model: str | None
+    recipe: Recipe,
+    teachers: dict[str, dict[str, Any]],
+    repo: str,
+    wanted: str | None,
+    base_model: str | None,
+    lookup: Lookup = licence_of,
 ) -> Judged:
     """The licence of a recipe's student; of one that was cut from its teacher, the teacher's is its own base's.
 
@@ -129,13 +142,14 @@ def judged_of(
         repo: org/name of the student.
         wanted: the licence that its author wants; None: inherited.
         base_model: see `facts_of`.
+        lookup: see `facts_of`.
     """
     given = {name: Licence(t["licence"], t["link"], t["forbids"]) for name, t in teachers.items() if "licence" in t}
     spec, own = recipe.student, None
     if base_model:
-        own = licence_of(base_model)
+        own = lookup(base_model, None)
     elif not spec.from_teacher or not recipe.main.model:
-        own = licence_of(str(spec.model), spec.revision)
+        own = lookup(str(spec.model), spec.revision)
     return judge(given, own, repo, wanted)
 
 

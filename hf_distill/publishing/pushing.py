@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -10,7 +11,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from ..analysis.folder import Run
 from ..errors import DistillError
 from ..hub import asking
-from ..hub.licences import Judged
+from ..hub.licences import Judged, Licence, licence_of
 from ..names import kind_of
 from ..recipe.schema import Recipe
 from .contents import Contents, contents_of
@@ -40,6 +41,28 @@ class Published:
     notes: list[str] = field(default_factory=list)
     cache: str | None = None
     deleted: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What would be published.
+
+    card:     README.md
+    sizes:    file -> bytes
+    left_out: files of the student's folder that would not go up
+    licence:  see `hub.licences.Judged`; of the licences that are known
+    unknown:  model -> why its licence could not be looked up
+    notes:    what others will stumble over
+    cache:    bytes of the teacher's cache; None: it would not go up
+    """
+
+    card: str
+    sizes: dict[str, int]
+    left_out: list[str]
+    licence: Judged
+    unknown: dict[str, str]
+    notes: list[str]
+    cache: int | None = None
 
 
 def publish(
@@ -73,8 +96,7 @@ def publish(
         DistillError: the run is not over; no token; a licence conflict; the repository holds what publishing did not
             write, or is public while `private` is wanted; see `hub.asking` and `repository.check_repository`.
     """
-    if unknown := sorted({*include} - {*WITH}):
-        raise DistillError(f"--with takes {', '.join(WITH)}; got {', '.join(unknown)}.")
+    _check_parts(include)
     api = HfApi()
     repo = _whole_name(api, repo)
     on_stage(f"Gathering what is known of {run.folder}")
@@ -89,6 +111,45 @@ def publish(
     url = f"{api.endpoint}/{repo}"
     notes = [*facts.licence.notes, *contents.notes]
     return Published(url, commit, sorted(contents.files), contents.left_out, notes, cache, gone)
+
+
+def dry_run(
+    run: Run, repo: str, include: Collection[str] = (), licence: str | None = None, base_model: str | None = None
+) -> DryRun:
+    """What `publish` would upload. The repository is not looked at; neither a token nor a connection is needed.
+
+    Args:
+        run: see `open_run`.
+        repo: org/name, or a name of one's own.
+        include: see `publish`.
+        licence: see `publish`.
+        base_model: see `publish`.
+
+    Raises:
+        DistillError: the run is not over, or a file that would be published is missing or damaged.
+    """
+    _check_parts(include)
+    unknown: dict[str, str] = {}
+
+    def lookup(model: str, revision: str | None) -> Licence | None:
+        try:
+            return licence_of(model, revision)
+        except DistillError as error:
+            unknown[model] = str(error)
+            return None
+
+    facts = facts_of(run, repo, licence, base_model, lookup)
+    contents = contents_of(run, facts, "report" in include)
+    sizes = {name: content.stat().st_size if isinstance(content, Path) else len(content)
+             for name, content in sorted(contents.files.items())}  # fmt: skip
+    cache = sum(p.stat().st_size for p in Path(_cache_of(run)).iterdir()) if "cache" in include else None
+    card = bytes(contents.files[CARD]).decode()  # type: ignore[arg-type]
+    return DryRun(card, sizes, contents.left_out, facts.licence, unknown, contents.notes, cache)
+
+
+def _check_parts(include: Collection[str]) -> None:
+    if unknown := sorted({*include} - {*WITH}):
+        raise DistillError(f"--with takes {', '.join(WITH)}; got {', '.join(unknown)}.")
 
 
 def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None:
@@ -141,12 +202,22 @@ def _commit(
     return str(done.oid)
 
 
+def _cache_of(run: Run) -> str:
+    """The folder of the cache that taught a run.
+
+    Raises:
+        DistillError: its teacher is no cache on this machine.
+    """
+    teacher = run.recipe.teacher
+    path = teacher.path if teacher and teacher.kind == "cached" else None
+    if path is None or kind_of(path) == "address" or not Path(path).is_dir():
+        raise DistillError("--with cache: the run's teacher is no cache on this machine.")
+    return path
+
+
 def _push_cache(run: Run, repo: str, private: bool, replace: bool, on_stage: Callable[[str], None]) -> str:
     from ..cache.hub import push_cache
 
-    teacher = run.recipe.teacher
-    path = teacher.path if teacher and teacher.kind == "cached" else None
-    if path is None or kind_of(path) == "address":
-        raise DistillError("--with cache: the run's teacher is no cache on this machine.")
+    path = _cache_of(run)
     on_stage(f"Uploading the teacher's cache to datasets/{repo}-cache")
     return push_cache(path, f"{repo}-cache", private, force=replace)

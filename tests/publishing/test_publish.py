@@ -10,13 +10,15 @@ import pytest
 import torch
 import yaml
 from hub_server import Fault, Hub
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, constants, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from hf_distill import DistillError
 from hf_distill.analysis import open_run
-from hf_distill.publishing import check_ready, publish
+from hf_distill.cli import app
+from hf_distill.publishing import check_ready, dry_run, publish
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.sidecar import SIDECAR
 
@@ -350,3 +352,50 @@ def test_the_report_is_missed_before_anything_is_sent(run, hub):
     with pytest.raises(DistillError, match="--with takes"):
         publish(run, "tester/quick", include=["reports"])
     assert not hub.repos
+
+
+def test_a_dry_run_shows_what_publishing_uploads_without_a_token_or_a_network(run, hub, monkeypatch):
+    run = taught_by(run, hub, "llama3", student="apache-2.0")
+    monkeypatch.delenv("HF_TOKEN")
+    offline = CliRunner().invoke(app, ["publish", str(run.folder), "tester/quick", "--dry-run", "--with", "report"])
+    assert offline.exit_code == 0, offline.exception
+    assert "refused without --accept-license: teacher: llama3 forbids" in offline.output
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    shown = dry_run(run, "tester/quick", ["report"])
+    assert not any(method != "GET" and method != "HEAD" for method, _ in hub.requests)
+    done = publish(run, "tester/quick", include=["report"], accept_licence=True)
+    repo = hub.repos["models", "tester/quick"]
+    files = {
+        name: hub.content(value) for name, value in repo.commits[repo.at("main")].items() if name != ".gitattributes"
+    }
+    assert shown.sizes == {name: len(content) for name, content in files.items()}
+    assert shown.card.encode() == files["README.md"]
+    assert (shown.left_out, shown.licence.id) == (done.left_out, "apache-2.0")
+
+
+def test_a_dry_run_needs_no_connection(run, hub, monkeypatch):
+    run = taught_by(run, hub, "mit")
+    hub.faults.append(Fault(match=".*", cut=True, times=999))
+    shown = dry_run(run, "quick")
+    assert "org/teacher" in shown.unknown
+    assert "cannot be reached" in shown.unknown["org/teacher"]
+    assert shown.licence.conflicts == []
+    assert "model.safetensors" in shown.sizes
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = CliRunner().invoke(app, ["publish", str(run.folder), "quick", "--dry-run"])
+    assert result.exit_code == 0, result.exception
+    assert "not looked up: org/teacher" in result.output
+    assert "model.safetensors" in result.output
+    assert hub.requests == []
+
+
+def test_a_dry_run_of_a_run_that_is_not_over_or_without_its_report_is_refused(run):
+    (run.folder / "report.html").unlink()
+    with pytest.raises(DistillError, match="hf-distill report"):
+        dry_run(run, "quick", ["report"])
+    with pytest.raises(DistillError, match="no cache"):
+        dry_run(run, "quick", ["cache"])
+    (run.path("student") / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(DistillError, match="is damaged"):
+        dry_run(run, "quick")
