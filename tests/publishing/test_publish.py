@@ -365,9 +365,8 @@ def test_a_dry_run_shows_what_publishing_uploads_without_a_token_or_a_network(ru
     assert not any(method != "GET" and method != "HEAD" for method, _ in hub.requests)
     done = publish(run, "tester/quick", include=["report"], accept_licence=True)
     repo = hub.repos["models", "tester/quick"]
-    files = {
-        name: hub.content(value) for name, value in repo.commits[repo.at("main")].items() if name != ".gitattributes"
-    }
+    files = {name: hub.content(value) for name, value in repo.commits[repo.at("main")].items()}
+    del files[".gitattributes"]
     assert shown.sizes == {name: len(content) for name, content in files.items()}
     assert shown.card.encode() == files["README.md"]
     assert (shown.left_out, shown.licence.id) == (done.left_out, "apache-2.0")
