@@ -76,7 +76,7 @@ class RichProgress(TrainerCallback):
     ) -> None:
         """Move a bar, or write a line if the last one is 30 seconds old."""
         task = next(task for task in self._progress.tasks if task.id == self._bars[name])
-        self._progress.update(task.id, completed=done, **({} if losses is None else {"losses": losses}))
+        self._progress.update(task.id, completed=done, losses=task.fields["losses"] if losses is None else losses)
         now = self._clock()
         if self._console.is_terminal or now - self._last_line < _LINE_SECONDS:
             return

@@ -206,8 +206,10 @@ class Loaded:
 
         Beside a teacher that moved with another student, its metrics of the labels alone.
         """
-        best = {"metric_for_best_model": "loss", "greater_is_better": False}  # without a teacher there is no KL
-        trainer = self.trainer("control", alpha=0.0, losses=None, **best if self.args.load_best_model_at_end else {})
+        changes: dict[str, Any] = {"alpha": 0.0, "losses": None}
+        if self.args.load_best_model_at_end:  # without a teacher there is no KL to judge by
+            changes |= {"metric_for_best_model": "loss", "greater_is_better": False}
+        trainer = self.trainer("control", **changes)
         seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
