@@ -77,8 +77,8 @@ class RichProgress(TrainerCallback):
         """Move a bar, or write a line if the last one is 30 seconds old."""
         task = next(task for task in self._progress.tasks if task.id == self._bars[name])
         self._progress.update(task.id, completed=done, losses=task.fields["losses"] if losses is None else losses)
-        now = self._clock()
-        if self._console.is_terminal or now - self._last_line < _LINE_SECONDS:
+        now, last = self._clock(), name == "writing" and done == task.total
+        if self._console.is_terminal or (now - self._last_line < _LINE_SECONDS and not last):
             return
         self._last_line = now
         since, before = self._starts[name]

@@ -43,7 +43,7 @@ PLACES = {
     "manifest": ("hf_distill.cache.manifest:Manifest.write", False),
     "log": ("hf_distill.evidence:MetricsFile.on_log", True),
     "evidence": ("hf_distill.running.single:write_json", False),
-    "recipe": ("hf_distill.running.folder:claim", False),
+    "recipe": ("hf_distill.running.folder:_write_recipe", False),
 }
 _PRELOAD = [  # what every run imports
     *("hf_distill.running.run", "hf_distill.running.caching", "hf_distill.trl", "hf_distill.cache.write"),

@@ -117,7 +117,7 @@ def test_the_better_ones_go_on(search):
 def test_checkpoints_go_and_the_record_stays(search):
     found, _ = search
     folder = Path(found.folder)
-    assert {f.name for f in folder.iterdir()} == {"temperature.json", "metrics.jsonl"}
+    assert {f.name for f in folder.iterdir()} == {"temperature.json", "metrics.jsonl", ".lock"}
     record = json.loads((folder / "temperature.json").read_text())
     assert {key: record[key] for key in asdict(found)} == asdict(found)
     assert recipe("x", *record["overrides"]).distill.temperature == found.candidates[0].temperature
