@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
+
+from hf_distill.recipe import load_recipe
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "100"}
 OFFLOAD = ["teacher.deepspeed=zero3-teacher-offload.json", "train.deepspeed=zero3-student-offload.json"]
@@ -48,7 +51,8 @@ def test_a_recipe_for_a_large_teacher_runs_with_its_own_strategy(tmp_path, recip
 
 def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("teacher: {model: another}\n")
+    other = load_recipe("quickstart", ["train.output_dir=run"], smoke=True).model_dump(exclude_none=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(other))
     done = on_two(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
     assert done.returncode != 0
     assert done.stderr.count("holds a run of another recipe") == 1
