@@ -217,7 +217,8 @@ def content(folder: Path, kind: str) -> dict[str, Any]:
     """Of a trial's folder all that no crash may change: weights, held-out metrics, logs; the files of a cache."""
     folder = folder / "run"
     if kind == "capture":
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]  # it names the process
+        return {str(p.relative_to(folder)): p.read_bytes() for p in files}
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         if "checkpoint-" not in str(path):
