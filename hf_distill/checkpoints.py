@@ -155,6 +155,17 @@ def _damage(folder: Path, digests: bool) -> Flaw | None:
     return None
 
 
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether a file of a checkpoint has the digest that its mark records; True where there is no mark."""
+    try:
+        mark = _Mark.model_validate_json((folder / SEAL).read_bytes())
+        return name in mark.files and mark.files[name].xxh3_128 == _digest(folder / name)
+    except FileNotFoundError:
+        return not (folder / SEAL).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _changed_bytes(folder: Path, files: dict[str, _File]) -> Flaw | None:
     with ThreadPoolExecutor(4) as pool:
         for name, digest in zip(files, pool.map(lambda name: _digest_if_readable(folder / name), files), strict=True):

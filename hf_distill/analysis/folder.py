@@ -1,12 +1,11 @@
 """A run's folder, as a run left it; read by every analysis, each of which leaves a JSON file of its own in it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
-from ..evidence import read_json
+from ..evidence import read_evidence, read_logs
 from ..names import is_there
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
@@ -59,12 +58,24 @@ class Run:
     @property
     def evidence(self) -> dict[str, Any]:
         """What the run proved, from evidence.json."""
-        return read_json(self.path("evidence.json"))
+        return read_evidence(self.path("evidence.json"))
 
     def logs(self, run: str = "student") -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl of one of its trainings ("student", "control"), in order."""
-        lines = (json.loads(line) for line in self.path("metrics.jsonl").read_text().splitlines())
-        return [line for line in lines if line["run"] == run]
+        """Lines of metrics.jsonl of one of its trainings ("student", "control"), in order.
+
+        Raises:
+            DistillError: it is damaged, or lacks lines that it had when the run was over.
+        """
+        file = self.path("metrics.jsonl")
+        logs = [log for log in read_logs(file) if log["run"] == run]
+        recorded = read_evidence(self.folder / "evidence.json").get("log_lines", {}).get(run, 0)
+        if len(logs) < recorded:
+            raise DistillError(
+                f"{file} was truncated: it holds {len(logs)} lines of {run}, and had {recorded}. Restore it from a "
+                f"copy; or remove evidence.json, and `hf-distill run {self.folder / 'recipe.yaml'} --resume` writes "
+                "both again from the last checkpoint."
+            )
+        return logs
 
 
 def open_run(folder: str | Path) -> Run:

@@ -1,14 +1,31 @@
 """Sections of what other commands left in a run's folder."""
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ..evidence import read_json
+from ..evidence import damage_reported, read_json
 from . import plots
 from .folder import WRITTEN_BY, Run
 from .sections import Figure, Section, Table
 
 
+def _reads(file: str) -> Callable[[Callable[[Run], Section]], Callable[[Run], Section]]:
+    """A section of a file, which is named where its values are not what its command writes."""
+
+    def decorate(section: Callable[[Run], Section]) -> Callable[[Run], Section]:
+        @wraps(section)
+        def wrapped(run: Run) -> Section:
+            with damage_reported(run.folder / file):
+                return section(run)
+
+        return wrapped
+
+    return decorate
+
+
+@_reads("inspection.json")
 def inspection(run: Run) -> Section:
     """What the teacher's soft labels hold."""
     found = read_json(run.folder / "inspection.json")
@@ -37,9 +54,15 @@ def _likeliest(position: dict[str, Any]) -> Table:
 
 def temperature(run: Run) -> Section:
     """A search of T and alpha for the run's recipe, where there is one beside the run."""
-    found = read_json(Path(f"{run.folder}-temperature") / "temperature.json")
+    file = Path(f"{run.folder}-temperature") / "temperature.json"
+    found = read_json(file)
     if "overrides" not in found:
         return _absent(run, "a search of T and alpha", "temperature.json")
+    with damage_reported(file):
+        return _search(found)
+
+
+def _search(found: dict[str, Any]) -> Section:
     rows = [
         [f"{c['temperature']:g}", f"{c['alpha']:g}", *_last(c["rungs"][-1])] for c in found["candidates"] if c["rungs"]
     ]
@@ -55,6 +78,7 @@ def _last(rung: dict[str, Any]) -> list[str]:
     return [f"{rung['step']}", f"{rung['nll']:.4f}", f"{rung['kl']:.4f}", f"{rung['agreement']:.3f}"]
 
 
+@_reads("diagnosis.json")
 def diagnosis(run: Run) -> Section:
     """What went wrong, by name."""
     found = read_json(run.folder / "diagnosis.json")
@@ -87,6 +111,7 @@ def _parts(heading: str, parts: list[dict[str, Any]]) -> Table:
     return Table([heading, "tokens", "KL", "same first choice", "student's nll"], rows)
 
 
+@_reads("retention.json")
 def retention(run: Run) -> Section:
     """What the student kept, task by task."""
     found = read_json(run.folder / "retention.json")
@@ -107,6 +132,7 @@ def retention(run: Run) -> Section:
     return Section("retention", "What was kept", text, [Table(["task", "examples", *models], rows)], figures)
 
 
+@_reads("curve.json")
 def curve(run: Run) -> Section:
     """Quality over tokens, and what they cost."""
     found = read_json(run.folder / "curve.json")
@@ -123,13 +149,15 @@ def curve(run: Run) -> Section:
     return Section("curve", "Data and compute", text, figures=[Figure("curve", plots.curve(found))])
 
 
+@_reads("samples.json")
 def samples(run: Run) -> Section:
     """What the models write."""
     found = read_json(run.folder / "samples.json").get("samples")
     if not found:
         return _absent(run, "samples of what the models write", "samples.json")
     note = "Each model's likeliest next tokens (greedy) after the same prompt of the held-out rows."
-    return Section("samples", "Samples", [note], samples=found)
+    kept = [{key: sample[key] for key in ("prompt", "reference", "written")} for sample in found]
+    return Section("samples", "Samples", [note], samples=kept)
 
 
 def _absent(run: Run, what: str, file: str) -> Section:

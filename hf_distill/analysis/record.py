@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoints import checkpoints_of
 from ..errors import DistillError
-from ..evidence import read_json, write_json
+from ..evidence import damage_reported, read_json, write_json
 from .halving import Candidate, Rung
 
 FILE = "temperature.json"
@@ -21,6 +21,12 @@ def begun(place: Path, asked: dict[str, Any], grid: list[Candidate]) -> list[Can
         DistillError: the folder is that of another search.
     """
     before = read_json(place / FILE)
+    with damage_reported(place / FILE):
+        return _known(place, before, asked, grid)
+
+
+def _known(place: Path, before: dict[str, Any], asked: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
+    """The candidates with the rungs that the file has of them."""
     if not before and place.is_dir() and any(place.iterdir()):
         raise DistillError(f"{place} holds files and no {FILE}: choose another folder with -o.")
     if not before or not any(c["rungs"] for c in before["candidates"]):

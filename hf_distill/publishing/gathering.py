@@ -8,7 +8,7 @@ from ..analysis.curve import compute, trained_tokens
 from ..analysis.folder import Run
 from ..card import Facts, missing
 from ..errors import DistillError
-from ..evidence import read_json
+from ..evidence import damage_reported, read_json
 from ..hub.licences import Judged, Licence, judge, licence_of
 from ..names import public
 from ..recipe.pair import Student, TeacherSpec
@@ -78,8 +78,10 @@ def _metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _verdicts(run: Run) -> dict[str, str] | None:
-    found = read_json(run.folder / "diagnosis.json")
-    return {verdict["name"]: verdict["text"] for verdict in found["verdicts"]} if found else None
+    file = run.folder / "diagnosis.json"
+    found = read_json(file)
+    with damage_reported(file):
+        return {verdict["name"]: verdict["text"] for verdict in found["verdicts"]} if found else None
 
 
 def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +194,10 @@ def _training(run: Run) -> dict[str, Any]:
 
 def _prompt(run: Run) -> str | None:
     """A line of a sample's prompt, cut at the end of a word; None where there is none in plain words."""
-    samples = read_json(run.folder / "samples.json").get("samples", [])
-    lines = [line.strip() for s in samples for line in s["prompt"].splitlines() if "<|" not in line]
+    file = run.folder / "samples.json"
+    samples = read_json(file).get("samples", [])
+    with damage_reported(file):
+        lines = [line.strip() for s in samples for line in s["prompt"].splitlines() if "<|" not in line]
     plain = next((line for line in lines if len(line) >= _PLAIN and line[0].isalpha()), None)
     if plain is None or len(plain) <= _PROMPT:
         return plain

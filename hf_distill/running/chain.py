@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..evidence import measured, read_json, write_json
+from ..evidence import count_logs, measured, read_evidence, read_logs, write_json
 from ..processes import on_main
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
@@ -45,7 +45,7 @@ def run_chain(
     if launched():
         arguments(parts["stage-1"])  # lets the processes find each other, before one of them claims the folder for all
     with run_folder(recipe, resume) as folder:
-        evidence = read_json(folder / "evidence.json") if resume else {}
+        evidence = read_evidence(folder / "evidence.json") if resume else {}
         if evidence.get("status") == "done":
             on_stage("This chain is over already.")
             return RunResult(folder, evidence["models"])
@@ -119,11 +119,11 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
     last = f"stage-{len(recipe.stages)}"
     names, logs, facts = {last: "student", "direct": "control"}, [], {}
     for name in parts:
-        facts[name] = read_json(folder / name / "evidence.json")
+        facts[name] = read_evidence(folder / name / "evidence.json")
         if name in names:
             _link(folder / name / "student", folder / names[name])
-        for line in (folder / name / "metrics.jsonl").read_text().splitlines():
-            logs.append(json.dumps(json.loads(line) | {"run": names.get(name, name)}) + "\n")
+        for log in read_logs(folder / name / "metrics.jsonl"):
+            logs.append(json.dumps(log | {"run": names.get(name, name)}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(logs))
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
     kept = ("environment", "data", "teacher", "provenance", "origin")
@@ -133,6 +133,7 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
                                if f"stage-{n}" in facts]):  # fmt: skip
         student["layers_kept"] = layers
     evidence = {"models": models, "chain": chain, **whole, "student": student, "status": "done"}
+    evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
     write_json(folder / "evidence.json", evidence)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checkpoints import checkpoints_of
+from ..checkpoints import checkpoints_of, is_as_written
 from ..errors import DistillError
 from ..evidence import write_whole
 from ..locks import LOCK_FILE, lock_folder, remove_lock_file
@@ -73,7 +73,8 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
     if file.is_file():
         check_same_result(_values_of(file), recipe, file)
     checkpoints = [*checkpoints_of(folder), *checkpoints_of(folder / "control")]
-    records = {path: values for path in checkpoints if (values := recorded_values(path)) is not None}
+    intact = [path for path in checkpoints if is_as_written(path, "trainer_state.json")]
+    records = {path: values for path in intact if (values := recorded_values(path)) is not None}
     for path, values in records.items():
         if not values:
             raise DistillError(

@@ -25,7 +25,7 @@ from transformers import (
 from ..blocks import find_blocks
 from ..config import DistillConfig, DistillFields
 from ..data import check_isolation
-from ..evidence import MetricsFile, environment, measured, read_json, write_json
+from ..evidence import MetricsFile, count_logs, environment, measured, read_evidence, write_json
 from ..losses import get_loss
 from ..processes import on_main
 from ..recipe.schema import Recipe
@@ -63,7 +63,7 @@ def run_single(
     args = arguments(recipe)
     watch = Watch(args.ddp_timeout)
     with run_folder(recipe, resume) as folder:
-        evidence = read_json(folder / "evidence.json") if resume else {}
+        evidence = read_evidence(folder / "evidence.json") if resume else {}
         models = evidence.setdefault("models", {})
         if evidence.get("status") == "done":
             on_stage("This run is over already.")
@@ -81,7 +81,11 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
     def keep(**found: dict[str, float]) -> None:
         models.update(found)
         evidence.update(run.facts)
-        on_main(lambda: write_json(folder / "evidence.json", evidence))
+        on_main(write)
+
+    def write() -> None:
+        evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
+        write_json(folder / "evidence.json", evidence)
 
     if "student" not in models:
         before, student = run.distil()

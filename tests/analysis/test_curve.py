@@ -1,5 +1,6 @@
 """A curve is a run's own evaluations; its operations are the plan's."""
 
+import json
 import math
 
 import pytest
@@ -63,6 +64,8 @@ def test_a_sharded_recipe_is_counted_too():
 
 def test_what_has_no_curve_is_told(tmp_path):
     run = run_of(tmp_path / "run")
+    evidence = json.loads((run.folder / "evidence.json").read_text())
+    (run.folder / "evidence.json").write_text(json.dumps(evidence | {"log_lines": {}}))
     (run.folder / "metrics.jsonl").write_text("")
     with pytest.raises(DistillError, match=r"has 0 evaluations.*train\.eval_strategy=steps"):
         data_curve(run)
