@@ -8,6 +8,7 @@ import yaml
 from transformers import TrainerCallback
 
 from hf_distill import DistillError
+from hf_distill.checkpoints import seal
 from hf_distill.locks import LOCK_FILE, lock_folder
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.running.binding import recorded_values, result_values
@@ -162,6 +163,7 @@ def test_a_checkpoint_of_a_script_and_a_folder_without_any_record_are_refused(co
     assert recorded_values(copy / "checkpoint-2") == result_values(recipe(copy))
     del values["stateful_callbacks"]["RecipeRecord"]
     state.write_text(json.dumps(values))
+    seal(copy / "checkpoint-2")
     with pytest.raises(DistillError, match="checkpoint-2 was not written by a run of a recipe"):
         run_recipe(recipe(copy), resume=True)
     (copy / "recipe.yaml").unlink()
