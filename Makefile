@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Tests of one file share what they make; those that start processes of their own come after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-models test-floor check lint bench evidence soak browser clean
+.PHONY: quickstart test test-models test-floor check lint bench evidence soak fuzz browser clean
 .DELETE_ON_ERROR:
 
 # torch first, and pinned: a later line would otherwise be free to choose another build.
@@ -96,6 +96,10 @@ evidence: $(VENV)/installed-dev
 # Whole: every kind of run killed at 30 moments. A sample of it is among the tests.
 soak: $(VENV)/installed-dev
 	cd benchmarks && $(abspath $(VENV))/bin/python soak.py
+
+# 1,000 mutated recipes through the command line. A sample of them is among the tests.
+fuzz: $(VENV)/installed-dev
+	cd benchmarks && $(abspath $(VENV))/bin/python fuzz_recipes.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-floor build dist *.egg-info

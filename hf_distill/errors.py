@@ -33,12 +33,16 @@ def tell(problems: list[str]) -> None:
         raise DistillError("; ".join(problems))
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is closest to a name; None where none is close."""
+    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.7)), None)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest known name, or the list of names when none is close."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.7)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    if near := nearest(name, known):
+        return f"; did you mean {near!r}?"
     return f"; known: {', '.join(known)}" if len(known) <= 20 else ""
 
 

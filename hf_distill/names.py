@@ -48,6 +48,14 @@ def is_there(path: str | Path) -> bool:
         return False
 
 
+def is_file(path: Any) -> bool:
+    """Whether a path is that of a file; what no file system could hold is none."""
+    try:
+        return bool(path.is_file())
+    except (OSError, ValueError):
+        return False
+
+
 def is_id(name: Any) -> bool:
     """Whether a name is the id of a repository on the Hub."""
     return isinstance(name, str) and kind_of(name) == "id"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DistillError, did_you_mean, tell
+from .names import is_file
 
 
 def check_ways(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) -> None:
@@ -39,15 +40,15 @@ def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[
     if isinstance(config, dict):
         return config
     packaged = files("hf_distill.recipes").joinpath("deepspeed")
-    found = next((f for f in (folder / config, packaged.joinpath(config)) if f.is_file()), None)
+    found = next((f for f in (folder / config, packaged.joinpath(config)) if is_file(f)), None)
     if found is None:
         known = [f.name for f in packaged.iterdir()]
         raise DistillError(
-            f"there is no file {config!r} in {folder.resolve()}, and no packaged one{did_you_mean(config, known)}"
+            f"there is no file {config[:200]!r} in {folder.resolve()}, and no packaged one{did_you_mean(config, known)}"
         )
     try:
-        content = json.loads(found.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DistillError(f"{config} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise DistillError(f"{config} holds {type(content).__name__}, no mapping")

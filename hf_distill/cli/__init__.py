@@ -47,4 +47,5 @@ def main() -> None:
 
 
 def _tell(what: str) -> None:
-    TextConsole(stderr=True).print(Text("Error: ", "bold red").append(what, "default"), soft_wrap=True)
+    printable = what.encode("utf-8", "backslashreplace").decode()  # names may hold what UTF-8 cannot
+    TextConsole(stderr=True).print(Text("Error: ", "bold red").append(printable, "default"), soft_wrap=True)

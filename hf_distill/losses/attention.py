@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
+from ..options import COUNT
 from ..signals import Targets
 from ..sources import compute_dtype
 from .registry import loss
@@ -36,7 +37,7 @@ def attention_kl(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     return (t * difference).sum(-1).mean(-1)
 
 
-@loss("value_relation", needs=("values",), paper="2002.10957")
+@loss("value_relation", needs=("values",), paper="2002.10957", limits={"heads": COUNT})
 def value_relation(student: Tensor, teacher: Tensor, targets: Targets, *, heads: int | None = None) -> Tensor:
     """Mean over relation heads of KL(teacher's || student's) of softmax(v_n . v_u / sqrt(d)) over the positions u.
 

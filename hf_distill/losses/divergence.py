@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
+from ..options import BETWEEN_0_AND_1
 from ..signals import Signals, Targets
 from ..sources import Sparse
 from .registry import loss
@@ -56,7 +57,7 @@ def reverse_kl(
     return _mean(s, s - t)
 
 
-@loss("js", needs=("logits",), paper="2306.13649")
+@loss("js", needs=("logits",), paper="2306.13649", limits={"beta": BETWEEN_0_AND_1})
 def js(
     student: Signals | Tensor,
     teacher: Signals | Tensor,
@@ -78,7 +79,7 @@ def js(
     return beta * _mean(t, t - m) + (1 - beta) * _mean(s, s - m)
 
 
-@loss("skew_kl", needs=("logits",), paper="2402.03898")
+@loss("skew_kl", needs=("logits",), paper="2402.03898", limits={"lam": BETWEEN_0_AND_1})
 def skew_kl(
     student: Signals | Tensor,
     teacher: Signals | Tensor,
@@ -98,7 +99,7 @@ def skew_kl(
     return _mean(t, t - _log_mixture(t, s, lam))
 
 
-@loss("skew_reverse_kl", needs=("logits",), paper="2402.03898")
+@loss("skew_reverse_kl", needs=("logits",), paper="2402.03898", limits={"lam": BETWEEN_0_AND_1})
 def skew_reverse_kl(
     student: Signals | Tensor,
     teacher: Signals | Tensor,
@@ -132,7 +133,7 @@ def total_variation(
     return 0.5 * (s.exp() - t.exp()).abs().sum(-1)
 
 
-@loss("adaptive_kl", needs=("logits",), paper="2404.02657")
+@loss("adaptive_kl", needs=("logits",), paper="2404.02657", limits={"head_mass": BETWEEN_0_AND_1})
 def adaptive_kl(
     student: Signals | Tensor,
     teacher: Signals | Tensor,

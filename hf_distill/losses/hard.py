@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from ..options import FROM_0_TO_1
 from ..signals import Signals, Targets
 from .registry import loss
 from .support import dense
 
 
-@loss("cross_entropy", needs=())
+@loss("cross_entropy", needs=(), limits={"label_smoothing": FROM_0_TO_1})
 def cross_entropy(
     student: Signals, teacher: Signals | None, targets: Targets, *, label_smoothing: float = 0.0
 ) -> Tensor:

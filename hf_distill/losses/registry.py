@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DistillError, did_you_mean
+from ..errors import DistillError, did_you_mean, tell
+from ..options import POSITIVE, option_problem, option_schema
 
 FEATURES = ("hidden", "attention", "values")
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: which layers, of which stack
@@ -23,6 +24,7 @@ class Loss:
     project:  whether the student's hidden states are brought to the teacher's width first
     paper:    arXiv id
     options:  name -> default, read from the function's signature
+    limits:   name -> range of an option, as keys of JSON Schema; see `options`
     gradient: its closed form, if it has one; see `gradient_of`
     sparse:   the same beside a sparse teacher
     """
@@ -35,6 +37,17 @@ class Loss:
     gradient: Callable[..., tuple[Tensor, Tensor]] | None = None
     sparse: Callable[..., tuple[Tensor, Tensor]] | None = None
     project: bool = False
+    limits: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def option_schemas(self) -> dict[str, dict[str, Any]]:
+        """Name -> JSON Schema of each option, those of all losses on features included."""
+        known = self.options | (FEATURE_OPTIONS if self.feature else {})
+        free = {} if not self.feature else FEATURE_OPTIONS  # the mapping of layers has its own check
+        return {
+            name: {"default": default} if name in free else option_schema(default, self.limits.get(name, {}))
+            for name, default in known.items()
+        }
 
     @property
     def feature(self) -> str | None:
@@ -42,22 +55,29 @@ class Loss:
         return next((need for need in self.needs if need in FEATURES), None)
 
     def check(self, options: dict[str, Any]) -> None:
-        """Refuse options that the function does not have.
+        """Refuse options that the function does not have, and values of the wrong type or out of range.
 
         Raises:
-            DistillError: an unknown option.
+            DistillError: all of them at once.
         """
-        known = [*self.options, *(FEATURE_OPTIONS if self.feature else ())]
-        for name in options:
+        known, problems = self.option_schemas, []
+        for name, value in options.items():
             if name not in known:
-                raise DistillError(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, known)}")
+                problems.append(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, known)}")
+            elif problem := option_problem(name, value, known[name]):
+                problems.append(f"Loss {self.name!r}: {problem}")
+        tell(problems)
 
 
 LOSSES: dict[str, Loss] = {}
 
 
 def loss(
-    name: str, needs: tuple[str, ...] = ("logits",), paper: str = "", project: bool = False
+    name: str,
+    needs: tuple[str, ...] = ("logits",),
+    paper: str = "",
+    project: bool = False,
+    limits: dict[str, dict[str, Any]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register a loss: `@loss("my_kl", needs=("logits",), paper="1503.02531")`.
 
@@ -72,7 +92,8 @@ def loss(
         needs ("values",)     [B, h_s, S, H_s / h_s] and [B, h_t, S, H_t / h_t], values of the attention
 
     A loss on features returns [N], one number for each token of `targets`, and its term is the mean over the pairs of
-    layers.
+    layers. An option takes values of its default's type; `limits` gives the range of some, such as
+    `{"beta": {"minimum": 0}}`, by which configs and recipes are checked.
 
     Raises:
         DistillError: the name is taken or no identifier, needs are unknown or mixed, or the function swallows
@@ -96,7 +117,10 @@ def loss(
         if name in LOSSES and LOSSES[name].function.__qualname__ != function.__qualname__:
             raise DistillError(f"A loss {name!r} is registered already: choose another name.")
         options = {p.name: p.default for p in parameters}
-        LOSSES[name] = Loss(name, function, tuple(needs), paper, options, project=project)
+        ranges = {"temperature": POSITIVE} | (limits or {})
+        if unknown := ranges.keys() - options.keys() - {"temperature"}:
+            raise DistillError(f"Loss {name!r} has limits for {', '.join(sorted(unknown))}, which it does not take.")
+        LOSSES[name] = Loss(name, function, tuple(needs), paper, options, project=project, limits=ranges)
         return function
 
     return register

@@ -2,17 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..names import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..schedule import points_of
-
-
-class Part(BaseModel):
-    """A mapping of a recipe in which every key is known."""
-
-    model_config = ConfigDict(extra="forbid")
+from .part import Name, Part
 
 
 class Source(Part):
@@ -21,7 +16,9 @@ class Source(Part):
     The columns tell the format: input_ids, messages, prompt and completion, or text; the first that is there counts.
     """
 
-    path: str = Field(description="Id; .txt, .jsonl, .json, .csv, .parquet or .arrow file; folder; package: reference.")
+    path: Name = Field(
+        description="Id; .txt, .jsonl, .json, .csv, .parquet or .arrow file; folder; package: reference."
+    )
     split: str = "train"
     name: str | None = Field(None, description="Configuration of the data set.")
     column: str | None = Field(None, description="The column that holds the text; None: the columns tell the format.")
@@ -50,7 +47,7 @@ class Source(Part):
 class Eval(Part):
     """Held-out examples: a source of its own, read as `task` is, or a share of those of each source."""
 
-    path: str | None = None
+    path: Name | None = None
     split: str = "test"
     name: str | None = None
     column: str | None = None
@@ -76,7 +73,7 @@ class Data(Part):
     task: Source
     eval: Eval
     max_length: int = Field(512, gt=1, description="Tokens a row.")
-    chat_template: str | None = Field(
+    chat_template: Name | None = Field(
         None,
         description=f"What conversations are rendered by: {', '.join(CHAT_TEMPLATES)}, or a .jinja file; None: the "
         "chat template of the student's tokenizer.",
@@ -85,19 +82,6 @@ class Data(Part):
     stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
         "first_exhausted", description="When the mixture ends; as in datasets.interleave_datasets."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sources_are_mappings(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            known = cls.model_fields
-            wrong = [key for key, value in values.items() if key not in known and not isinstance(value, dict | Source)]
-            if wrong:
-                raise ValueError(
-                    "; ".join(f"unknown key {key!r}{did_you_mean(str(key), known)}" for key in wrong)
-                    + " (a further source is a mapping with a path)"
-                )
-        return values
 
     @field_validator("chat_template")
     @classmethod

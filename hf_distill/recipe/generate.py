@@ -13,7 +13,7 @@ _NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list:
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of recipes: the pydantic model, the fields of TrainingArguments and the registered losses."""
-    from ..losses.registry import FEATURE_OPTIONS, LOSSES
+    from ..losses.registry import LOSSES
     from .schema import Recipe
 
     result = Recipe.model_json_schema()
@@ -25,7 +25,8 @@ def schema() -> dict[str, Any]:
         "required": ["output_dir"],
     }
     result["$defs"]["LossSpec"]["x-losses"] = {
-        name: loss.options | (FEATURE_OPTIONS if loss.feature else {}) for name, loss in sorted(LOSSES.items())
+        name: {"needs": next(iter(loss.needs), None), "options": loss.option_schemas}
+        for name, loss in sorted(LOSSES.items())
     }
     return result
 
@@ -34,11 +35,15 @@ def _training_fields() -> dict[str, Any]:
     from transformers import TrainingArguments
 
     from ..config import CARE, DistillFields
+    from .ranges import RANGES
 
     hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
     fields = {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
     own = typing.get_type_hints(DistillFields)
-    return fields | {name: _field(own[name]) for name in CARE} | {"early_stopping_patience": {"type": ["integer"]}}
+    fields |= {name: _field(own[name]) for name in CARE} | {"early_stopping_patience": {"type": ["integer"]}}
+    keys = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    limits = {name: {keys[key]: limit for key, limit in given.items()} for name, given in RANGES.items()}
+    return {name: field | limits.get(name, {}) for name, field in fields.items()}
 
 
 def _field(hint: Any) -> dict[str, Any]:

@@ -1,22 +1,28 @@
 """From a reference to a validated recipe."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import DistillError, did_you_mean, noted
+from ..errors import DistillError, noted
 from ..version import __version__
 from ..zero import check_teacher_config, read_deepspeed
 from .home import at_home
+from .plain import Place, impossible_values, replaced, short
+from .problems import lines_of, place_of, raise_problems, with_known_keys
 from .reading import read_yaml
 from .references import Found, find_recipe, packaged_text
-from .schema import Recipe
+from .schema import Recipe, Train
 from .smoke import smoke_values
 from .stages import planned_values, stage_values
-from .terms import packaged_schema
+from .terms import Distill
 from .trust import untrusted
+
+_OF_THE_FILE = ("extends", "requires", "origin")
+_DEEPEST = 16  # parts of the key of an override
 
 
 def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
@@ -55,7 +61,7 @@ def whole_values(found: Found, reference: str) -> dict[str, Any]:
         return values
     values = at_home(values, found.origin)
     if problems := untrusted(validate(values, found.folder)):
-        _tell(problems, f"in the recipe, which is a stranger's ({found.origin})")
+        raise_problems(problems, f"in the recipe, which is a stranger's ({found.origin})")
     return values | {"origin": found.origin}
 
 
@@ -65,9 +71,9 @@ def _check_version(requires: Any, reference: str) -> None:
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     try:
-        wanted = SpecifierSet(str(requires))
+        wanted = SpecifierSet(requires if isinstance(requires, str) else "?")
     except InvalidSpecifier:
-        raise DistillError(f"requires: {requires!r} is no range of versions: write it as '>=0.2'.") from None
+        raise DistillError(f"requires: {short(requires)} is no range of versions: write it as '>=0.2'.") from None
     if not wanted.contains(__version__, prereleases=True):
         raise DistillError(
             f"{reference} requires hf-distill {requires}, and this is {__version__}: pip install --upgrade hf-distill"
@@ -80,7 +86,7 @@ def _extended(values: dict[str, Any], reference: str) -> dict[str, Any]:
     if name is None:
         return values
     if not isinstance(name, str):
-        raise DistillError(f"{reference}: extends takes the name of a packaged recipe; got {name!r}.")
+        raise DistillError(f"{reference}: extends takes the name of a packaged recipe; got {short(name)}.")
     base = read_yaml(packaged_text(name), name)
     return _merged(base, {key: value for key, value in values.items() if key != "extends"})
 
@@ -101,29 +107,66 @@ def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
     Raises:
         DistillError: every problem, a line each: its place, what is wrong, what is near.
     """
-    problems: list[str] = []
+    places = [(place, problem) for place, problem in impossible_values(values)]
+    problems = [f"{place_of(place)}: {problem}" for place, problem in places]
+    values = replaced(values)
     for part in ("teacher", "train"):
         if isinstance(given := values.get(part), dict) and isinstance(given.get("deepspeed"), str | dict):
             try:
                 values = {**values, part: {**given, "deepspeed": _deepspeed(given["deepspeed"], part, folder)}}
             except DistillError as error:
                 problems.append(f"{part}.deepspeed: {error}")
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems += [_problem(item) for item in error.errors()]
-    if not problems:
+    recipe, wrong = _validated(values, {place for place, _ in places})
+    problems += [line for line in [*wrong, *_of_stages(values)] if line not in problems]
+    if recipe is not None and not problems:
+        dumped = recipe.model_dump(exclude_none=True, exclude_unset=True)
+        problems += [f"{place_of(place)}: {problem}" for place, problem in impossible_values(dumped)]
         for number in range(1, len(recipe.stages) + 1):
             with noted(problems):
-                validate(stage_values(recipe.model_dump(exclude_none=True, exclude_unset=True), number), folder)
-    if problems:
-        _tell(problems, "in the recipe")
+                validate(stage_values(dumped, number), folder)
+    if recipe is None or problems:
+        raise_problems(problems, "in the recipe")
+    assert recipe is not None
     return recipe
 
 
-def _tell(problems: Sequence[str], where: str) -> None:
-    lines = "\n".join(f"  {problem}" for problem in problems)
-    raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} {where}:\n{lines}")
+def _validated(values: dict[str, Any], known: set[Place]) -> tuple[Recipe | None, list[str]]:
+    """A recipe, and all problems: an unknown key does not hide what else is wrong.
+
+    Args:
+        values: see `validate`.
+        known: places of which the problem is known already.
+    """
+    lines: list[str] = []
+    values, left = deepcopy(values), True
+    recipe = None
+    while left:
+        left = False
+        try:
+            recipe = Recipe.model_validate(values)
+        except ValidationError as error:
+            items: Any = error.errors()
+            new = [line for item in items if item["loc"] not in known for line in lines_of(item)]
+            lines += [line for line in new if line not in lines]
+            values, left = with_known_keys(values, items)
+    return recipe, lines
+
+
+def _of_stages(values: dict[str, Any]) -> list[str]:
+    """Problems of what the stages of a chain have in the place of the recipe's `train` and `distill`."""
+    lines, stages = [], values.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        for part, kind, needed in (("train", Train, {"output_dir": "runs"}), ("distill", Distill, {})):
+            given = stage.get(part) if isinstance(stage, dict) else None
+            if not isinstance(given, dict):
+                continue
+            try:
+                kind.model_validate(needed | given)
+            except ValidationError as error:
+                items: Any = error.errors()
+                found = [line for item in items for line in lines_of(item | {"loc": (part, *item["loc"])})]
+                lines += [f"stages.{number}.{line}" for line in found]
+    return lines
 
 
 def parts_to_plan(recipe: Recipe) -> dict[str, Recipe]:
@@ -145,42 +188,14 @@ def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[st
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise DistillError(f"{override!r} is not an override: write key=value, such as train.max_steps=20.")
+        raise DistillError(f"{short(override)} is not an override: write key=value, such as train.max_steps=20.")
     *parents, last = key.split(".")
+    if key in _OF_THE_FILE:
+        raise DistillError(f"{short(override)}: {key} is read before key=value is, so write it into the recipe's file.")
+    if len(parents) >= _DEEPEST:
+        raise DistillError(f"{short(override)}: a key has at most {_DEEPEST} parts.")
     for name in parents:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise DistillError(f"{override!r}: {name!r} is not a mapping, so it has no {last!r}.")
+            raise DistillError(f"{short(override)}: {short(name)} is not a mapping, so it has no {short(last)}.")
     values[last] = read_yaml(text, override)
-
-
-def _problem(item: Any) -> str:
-    place = ".".join(part if str(part).isprintable() else repr(part) for part in map(str, item["loc"])) or "recipe"
-    if item["type"] == "extra_forbidden" and item["loc"][-1] == "trust_remote_code":
-        return f"{place}: no recipe says that; who has read the code adds --trust-remote-code to `hf-distill run`"
-    if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key{did_you_mean(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}"
-    if item["type"] == "missing":
-        return f"{place}: missing"
-    given = item["input"]
-    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{place}: must be a mapping, key: value; got {_short(given)}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" + ("" if isinstance(given, dict | list) else f" (given: {_short(given)})")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _keys_at(loc: tuple) -> list[str]:
-    schema = packaged_schema()
-    node = schema
-    for part in loc:
-        known = node.get("properties", {})
-        node = node["items"] if isinstance(part, int) else known.get(part) or node["additionalProperties"]
-        for option in [node, *node.get("anyOf", [])]:
-            if "$ref" in option:
-                node = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]
-    return list(node.get("properties", {}))

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..schedule import points_of
 from ..zero import check_ways
-from .data import Part
+from .part import Name, Part
 
 
 class FromTeacher(Part):
@@ -42,7 +42,7 @@ class Lora(Part):
 class Student(Part):
     """The model to be trained."""
 
-    model: str | None = Field(None, description="Id, path or package: reference.")
+    model: Name | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
     dtype: _Dtype = Field("float32", description="In which to load it; float32 but for adapters and DeepSpeed's bf16.")
     quantization: _Quantization | None = Field(None, description=f"{_QUANTIZATION} With lora: QLoRA (2305.14314).")
@@ -102,7 +102,7 @@ class TeacherSpec(Part):
         "trained beside the student; ema, snapshot: the student's past; multi_view: the student on another view of the "
         "batch; mtp: the student's head teaches heads that look further ahead; cached: what a teacher said, on disk.",
     )
-    model: str | None = Field(None, description="Id, path or package: reference.")
+    model: Name | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
     dtype: _Dtype = Field("auto", description="In which to load it; in which a quantised one computes.")
     attn_implementation: str | None = Field(None, description=_ATTENTION)
@@ -124,7 +124,7 @@ class TeacherSpec(Part):
     )
     warmup: int | None = Field(None, ge=0, description="Steps over which ema's decay rises from 0; by default none.")
     every: int | None = Field(None, gt=0, description="Steps between two snapshots.")
-    path: str | None = Field(
+    path: Name | None = Field(
         None, description="Weights that a snapshot begins with; a cache: folder or hf://datasets/org/name[@revision]."
     )
     source: "TeacherSpec | None" = Field(None, description="Of cached: the teacher that writes it, of kind frozen.")

@@ -5,7 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import DistillError, did_you_mean
-from ..names import ADDRESS
+from ..names import ADDRESS, is_file
+from .plain import short
 from .reading import LIMIT
 
 _SUFFIXES = (".yaml", ".yml")
@@ -55,8 +56,8 @@ def find_recipe(reference: str) -> Found:
         return _on_the_hub(reference)
     path = Path(reference)
     if path.suffix in _SUFFIXES:
-        if not path.is_file():
-            raise DistillError(f"There is no recipe file {reference!r} (looked in {Path.cwd()}).")
+        if not is_file(path):
+            raise DistillError(f"There is no recipe file {short(reference)} (looked in {Path.cwd()}).")
         return Found(read_text(path, reference), path.parent)
     return Found(packaged_text(reference), Path())
 
@@ -70,7 +71,7 @@ def packaged_text(name: str) -> str:
     names = list_recipes()
     if name not in names:
         raise DistillError(
-            f"There is no packaged recipe {name!r}{did_you_mean(name, names)}. A file's name ends in .yaml, and a "
+            f"There is no packaged recipe {short(name)}{did_you_mean(name, names)}. A file's name ends in .yaml, and a "
             "recipe on the Hub is hf://org/name/file.yaml."
         )
     return files("hf_distill.recipes").joinpath(f"{name}.yaml").read_text()
@@ -98,3 +99,5 @@ def read_text(path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DistillError(f"{what} is no text in UTF-8: {error}") from None
+    except OSError as error:
+        raise DistillError(f"{what} cannot be read: {error.strerror}") from None

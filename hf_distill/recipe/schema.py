@@ -9,8 +9,11 @@ from pydantic import Field, create_model, field_validator, model_validator
 from ..errors import did_you_mean
 from ..kinds import ill_matched
 from ..schedule import points_of
-from .data import Data, OnPolicy, Part
+from .data import Data, OnPolicy
 from .pair import NamedTeacher, Student, TeacherSpec
+from .part import Name, Part
+from .problems import Problems
+from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, unfit
 from .terms import Distill, LossSpec, ProjectorSpec, packaged_schema
 
@@ -44,8 +47,6 @@ class TrainBase(Part):
         if patience is None:
             return self
         problems = []
-        if patience < 1:
-            problems.append(f"it counts evaluations and is {patience}: give 1 or more")
         if strategy in (None, "no"):
             problems.append("nothing is evaluated in training: set eval_strategy to steps, and eval_steps, or to epoch")
         elif given.save_strategy not in (None, "best", strategy):
@@ -58,6 +59,15 @@ class TrainBase(Part):
             problems.append("the best checkpoint is exported: leave load_best_model_at_end out")
         if problems:
             raise ValueError("early_stopping_patience: " + "; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _whole_steps(self):
+        """Steps above 1 are counted; below 1 they are a share of all."""
+        steps = {name: getattr(self, name) for name in SHARES_OR_STEPS}
+        broken = [f"{name} is {steps[name]}" for name in steps if (steps[name] or 0) > 1 and steps[name] % 1]
+        if broken:
+            raise ValueError(f"{'; '.join(broken)}: from 1 on it is a whole number of steps, below a share of all")
         return self
 
     @model_validator(mode="after")
@@ -79,8 +89,8 @@ def _train_fields() -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, spec in packaged_schema()["properties"]["train"]["properties"].items():
         kinds = [Literal[tuple(spec["enum"])]] if "enum" in spec else [_JSON_TYPES[t] for t in spec["type"]]
-        fields[name] = (reduce(or_, kinds) | None, None)
-    fields["output_dir"] = (str, Field(min_length=1))
+        fields[name] = (reduce(or_, kinds) | None, Field(None, **RANGES.get(name, {})))
+    fields["output_dir"] = (Name, Field(min_length=1))
     return fields
 
 
@@ -163,13 +173,27 @@ class Recipe(Part):
         return values
 
     @model_validator(mode="after")
-    def _chain(self):
-        if problems := unfit(self):
-            raise ValueError("; ".join(problems))
+    def _fits_together(self):
+        """All contradictions between the parts at once; without a teacher nothing else can be told."""
+        self._one_or_several()
+        checks = (self._chain, self._adapters, self._donor, self._ahead, self._writes, self._streams_end)
+        problems = []
+        for check in (*checks, self._schedules_end):
+            try:
+                check()
+            except Problems as error:
+                problems += error.lines
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise Problems(problems)
         return self
 
-    @model_validator(mode="after")
-    def _one_or_several(self):
+    def _chain(self) -> None:
+        if problems := unfit(self):
+            raise Problems(problems)
+
+    def _one_or_several(self) -> None:
         if (self.teacher is None) == (not self.teachers):
             raise ValueError("give either teacher, or teachers: a list of two or more")
         names = [spec.name for spec in self.teachers]
@@ -183,10 +207,8 @@ class Recipe(Part):
                     f"losses: {loss.name} follows the teacher {loss.teacher!r}"
                     + (did_you_mean(loss.teacher, names) if names else ", and there is one teacher, without a name")
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _adapters(self):
+    def _adapters(self) -> None:
         student, kinds = self.student, self.kinds
         if student.lora is None and "own_base" in kinds:
             raise ValueError("teacher.kind own_base switches the student's adapters off: give student.lora")
@@ -196,10 +218,8 @@ class Recipe(Part):
             raise ValueError(f"export {self.export} needs teacher.kind {self.export}; it is {', '.join(sorted(kinds))}")
         if student.from_teacher and kinds == {"own_base"}:
             raise ValueError("student.from_teacher needs a teacher of its own, and own_base is none")
-        return self
 
-    @model_validator(mode="after")
-    def _donor(self):
+    def _donor(self) -> None:
         given, cut = self.student.model, self.student.from_teacher
         if "cached" in self.kinds and not self.main.model and (given is None or cut):
             raise ValueError(
@@ -209,29 +229,25 @@ class Recipe(Part):
             raise ValueError("student: give either model or from_teacher")
         if not self.main.model and given is None:
             raise ValueError(f"student: give its model, for a teacher of kind {self.main.kind} has none")
-        return self
 
-    @model_validator(mode="after")
-    def _ahead(self):
+    def _ahead(self) -> None:
         if "mtp" not in self.kinds:
-            return self
+            return
         if self.student.lora or self.on_policy:
             raise ValueError(
                 "teacher.kind mtp trains heads of a whole student on the data's text: leave student.lora and on_policy "
                 "out"
             )
         if self.teachers:
-            return self
+            return
         if "alpha" not in self.distill.model_fields_set:
             self.distill.alpha = 0.0
         if self.distill.alpha or self.losses:
             raise ValueError("teacher.kind mtp teaches its heads alone: set distill.alpha to 0, and leave losses out")
-        return self
 
-    @model_validator(mode="after")
-    def _writes(self):
+    def _writes(self) -> None:
         if self.on_policy is None:
-            return self
+            return
         problems = []
         if "cached" in self.kinds:
             problems.append("no cache knows what the student will write: set teacher.online, or use a frozen teacher")
@@ -246,22 +262,17 @@ class Recipe(Part):
             problems.append("no row has hard labels: set distill.alpha to 1, or fraction below 1")
         if problems:
             raise ValueError(f"on_policy: {'; '.join(problems)}")
-        return self
 
-    @model_validator(mode="after")
-    def _streams_end(self):
+    def _streams_end(self) -> None:
         streams = [name for name, source in self.data.sources.items() if source.streaming]
         if streams and (self.train.max_steps or 0) <= 0:
             raise ValueError(f"data.{streams[0]}.streaming: a stream has no length: set train.max_steps")
-        return self
 
-    @model_validator(mode="after")
-    def _schedules_end(self):
+    def _schedules_end(self) -> None:
         if self.data.scheduled and (self.train.max_steps or 0) <= 0:
             raise ValueError("data: a weight over progress needs to know the end: set train.max_steps")
         if self.data.scheduled and self.train.train_sampling_strategy not in (None, "sequential"):
             raise ValueError("data: a weight over progress fixes the order: leave train.train_sampling_strategy out")
-        return self
 
     @field_validator("projectors", mode="before")
     @classmethod

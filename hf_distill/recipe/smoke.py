@@ -5,7 +5,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ..names import SMOKE
+from ..errors import DistillError
+from ..names import SMOKE, is_file
 
 _TEACHER_DEPTH = 4
 # A word in a model's id -> its model_type; the first that occurs counts.
@@ -28,8 +29,11 @@ _FAMILIES = {
 def family_of(reference: str) -> str:
     """The model_type of a model: from a local folder's config, else from a word in its name, else llama."""
     config = Path(reference) / "config.json"
-    if config.is_file():
-        return json.loads(config.read_text())["model_type"]
+    if is_file(config):
+        try:
+            return str(json.loads(config.read_text())["model_type"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DistillError(f"{config} is no config of a model: {error}") from None
     return next((kind for word, kind in _FAMILIES.items() if word in reference.lower()), "llama")
 
 

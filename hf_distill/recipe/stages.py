@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import Field
 
-from .data import Part
 from .pair import Student
+from .part import Part
 
 
 class Stage(Part):

@@ -1,16 +1,18 @@
 """What a recipe may say about the objective. Imports no torch, as `schema` does not."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..layers import check_layers
-from .data import Part
+from ..options import option_problem
+from .part import Part
+from .plain import short
 
 
 @cache
@@ -19,17 +21,27 @@ def packaged_schema() -> dict[str, Any]:
     return json.loads(files(__package__).joinpath("schema.json").read_text())
 
 
-def _known_loss(name: str, options: Iterable[str] = ()) -> str:
-    known = packaged_schema()["$defs"]["LossSpec"]["x-losses"]
-    if name not in known:
-        raise ValueError(f"unknown loss {name!r}{did_you_mean(name, known)}")
-    for option in options:
-        if option not in known[name]:
-            raise ValueError(f"loss {name!r} has no option {option!r}; its options: {', '.join(known[name]) or 'none'}")
-    return name
+def _check_loss(name: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a loss that is not registered, and options that it does not have or of which the value is none.
+
+    Raises:
+        ValueError: all of them at once.
+    """
+    losses = packaged_schema()["$defs"]["LossSpec"]["x-losses"]
+    if not isinstance(name, str) or name not in losses:
+        raise ValueError(f"unknown loss {short(name)}{did_you_mean(str(name), losses)}")
+    known, problems = losses[name]["options"], []
+    for option, value in options.items():
+        if option not in known:
+            takes = ", ".join(known) or "none"
+            problems.append(f"loss {name!r} has no option {short(option)}; its options: {takes}")
+        elif problem := option_problem(option, value, known[option]):
+            problems.append(f"loss {name!r}: {problem}")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
-class LossSpec(BaseModel):
+class LossSpec(Part):
     """A further term of the objective; other keys are options of the loss."""
 
     model_config = ConfigDict(extra="allow")
@@ -40,9 +52,13 @@ class LossSpec(BaseModel):
     @model_validator(mode="after")
     def _known(self):
         extra = self.model_extra or {}
-        _known_loss(self.name, extra)
+        _check_loss(self.name, extra)
         if "layers" in extra:
             check_layers(extra["layers"])
+        if extra.get("stack") not in (None, "encoder", "decoder"):
+            raise ValueError(f"loss {self.name!r} has stack {short(extra['stack'])}; it must be encoder or decoder")
+        if self.teacher is not None and packaged_schema()["$defs"]["LossSpec"]["x-losses"][self.name]["needs"] is None:
+            raise ValueError(f"loss {self.name!r} does not look at a teacher: leave teacher out")
         return self
 
 
@@ -65,9 +81,8 @@ class Distill(Part):
     @field_validator("divergence")
     @classmethod
     def _known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
-        if isinstance(value, str):
-            _known_loss(value)
-        else:
-            options = {k: v for k, v in value.items() if k != "name"}
-            _known_loss(str(value.get("name")), options)
+        name = value if isinstance(value, str) else value.get("name")
+        _check_loss(name, {} if isinstance(value, str) else {k: v for k, v in value.items() if k != "name"})
+        if packaged_schema()["$defs"]["LossSpec"]["x-losses"][name]["needs"] != "logits":
+            raise ValueError(f"{name!r} does not look at the teacher's logits, so it is no divergence")
         return value

@@ -37,7 +37,7 @@ def values(**data):
     ("data", "problem"),
     [
         ({"chat_template": "qwen_3"}, "data.chat_template: no training template 'qwen_3'; did you mean 'qwen3'?"),
-        ({"max_lenght": 5}, "unknown key 'max_lenght'; did you mean 'max_length'?"),
+        ({"max_lenght": 5}, "data.max_lenght: unknown key; did you mean 'max_length'?"),
         ({"code": {"path": "x", "weigth": 2}}, "data.code.weigth: unknown key; did you mean 'weight'?"),
         ({"code": {"path": "x", "weight": 0}}, "data.code.weight: must be above 0"),
         ({"code": {"path": "x", "weight": [[0, 1], [2, 1]]}}, "progress must rise"),

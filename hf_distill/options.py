@@ -1,0 +1,65 @@
+"""Options of losses: which type and which range each has, as JSON Schema. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+BETWEEN_0_AND_1 = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
+POSITIVE = {"exclusiveMinimum": 0}
+FROM_0_TO_1 = {"minimum": 0, "maximum": 1}
+COUNT = {"type": "integer", "minimum": 1}
+
+_TYPES: tuple[tuple[type, str], ...] = ((bool, "boolean"), (int, "number"), (float, "number"), (str, "string"))
+_LIMITS = {
+    "minimum": ("at least {}", lambda value, limit: value >= limit),
+    "exclusiveMinimum": ("above {}", lambda value, limit: value > limit),
+    "maximum": ("at most {}", lambda value, limit: value <= limit),
+    "exclusiveMaximum": ("below {}", lambda value, limit: value < limit),
+}
+
+
+def option_schema(default: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of an option: its default, its type as the default tells it, and its limits.
+
+    Args:
+        default: of the function's parameter; None: any type, unless the limits name one.
+        limits: keys of JSON Schema, such as `BETWEEN_0_AND_1`.
+    """
+    kind = next((name for type_, name in _TYPES if isinstance(default, type_)), None)
+    return {"default": default} | ({"type": kind} if kind else {}) | dict(limits)
+
+
+def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | None:
+    """What is wrong with the value of an option; None: nothing is.
+
+    A value that is the default is always right, so an option whose default is None takes None.
+    """
+    kind = schema.get("type")
+    if value is None and schema["default"] is None:
+        return None
+    if kind in ("number", "integer"):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not _is_finite(value) or (kind == "integer" and value != int(value)):
+            return f"{name} is {_short(value)}; it must be {'a whole number' if kind == 'integer' else 'a number'}"
+        broken = [key for key, (_, holds) in _LIMITS.items() if key in schema and not holds(value, schema[key])]
+        if broken:
+            needs = " and ".join(text.format(schema[key]) for key, (text, _) in _LIMITS.items() if key in schema)
+            return f"{name} is {_short(value)}; it must be {needs}"
+    elif kind in ("boolean", "string") and not isinstance(value, bool if kind == "boolean" else str):
+        return f"{name} is {_short(value)}; it must be a {kind}"
+    return None
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,44 @@
+"""Ranges of the numbers of transformers.TrainingArguments, which its own fields do not name."""
+
+from typing import Any
+
+_ROWS = 2**20  # of a batch
+_SEED = {"ge": 0, "lt": 2**32}  # numpy's
+_COUNT = {"ge": 1, "lt": 2**31}
+_SHARE = {"ge": 0, "lt": 1}
+
+# Field -> arguments of pydantic.Field. Each field that takes a number is here: see tests/recipe/test_values.py.
+RANGES: dict[str, dict[str, Any]] = {
+    "per_device_train_batch_size": {"ge": 1, "le": _ROWS},
+    "per_device_eval_batch_size": {"ge": 1, "le": _ROWS},
+    "gradient_accumulation_steps": _COUNT,
+    "num_train_epochs": {"gt": 0, "le": 10**6},
+    "max_steps": {"ge": -1, "lt": 2**53},
+    "learning_rate": {"ge": 0, "le": 10**6},
+    "warmup_steps": {"ge": 0, "lt": 2**53},
+    "weight_decay": {"ge": 0},
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": {"ge": 0},
+    "max_grad_norm": {"ge": 0},
+    "label_smoothing_factor": {"ge": 0, "le": 1},
+    "neftune_noise_alpha": {"ge": 0},
+    "torch_empty_cache_steps": _COUNT,
+    "logging_steps": {"gt": 0, "lt": 2**53},
+    "eval_steps": {"gt": 0, "lt": 2**53},
+    "eval_delay": {"ge": 0, "lt": 2**53},
+    "eval_accumulation_steps": _COUNT,
+    "save_steps": {"gt": 0, "lt": 2**53},
+    "save_total_limit": {"ge": 0, "lt": 2**31},
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": {"ge": 0, "le": 4096},
+    "dataloader_prefetch_factor": {"ge": 1, "le": 2**16},
+    "ddp_bucket_cap_mb": _COUNT,
+    "ddp_timeout": _COUNT,
+    "local_rank": {"ge": -1, "lt": 2**31},
+    "max_nonfinite_steps": _COUNT,
+    "early_stopping_patience": _COUNT,
+}
+# A share of all steps below 1; from there on a number of steps.
+SHARES_OR_STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")

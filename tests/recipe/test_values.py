@@ -1,0 +1,259 @@
+"""Values that no recipe may have are refused, each with its place and a line that says why."""
+
+import json
+
+import pytest
+import yaml
+from mutations import answer
+
+from hf_distill import DistillConfig, DistillError
+from hf_distill.losses import LOSSES, get_loss, loss
+from hf_distill.recipe.generate import schema
+from hf_distill.recipe.load import load_recipe, validate
+from hf_distill.recipe.ranges import RANGES, SHARES_OR_STEPS
+from hf_distill.recipe.smoke import smoke_values
+from hf_distill.recipe.terms import packaged_schema
+
+GOOD = {
+    "student": {"from_teacher": {"keep_layers": 2}},
+    "teacher": {"model": "some/model"},
+    "data": {"task": {"path": "some/data"}, "eval": {"holdout": 0.1}},
+    "train": {"output_dir": "runs/x"},
+}
+
+
+def problems_of(*overrides: str) -> list[str]:
+    """The problems of a recipe whose values are changed by `key=YAML`."""
+    values = json.loads(json.dumps(GOOD))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        *above, last = key.split(".")
+        owner = values
+        for name in above:
+            owner = owner.setdefault(name, {})
+        owner[last] = yaml.safe_load(text)
+    try:
+        validate(values)
+    except DistillError as error:
+        return [line.strip() for line in str(error).splitlines()[1:]]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("train.learning_rate=.inf", "train.learning_rate: inf is not a finite number"),
+        ("train.learning_rate='inf'", "train.learning_rate: Input should be a finite number"),
+        ("train.lr_scheduler_kwargs={x: [1, .nan]}", "train.lr_scheduler_kwargs.x.1: nan is not a finite number"),
+        ("data.task.weight=[[0, .nan]]", "data.task.weight.0.1: nan is not a finite number"),
+        ("distill.temperature='nan'", "distill.temperature: Input should be a finite number"),
+        ("train.deepspeed={zero_optimization: {stage: .nan}}", "train.deepspeed.zero_optimization.stage: nan is not"),
+        ("train.seed=-1", "train.seed: Input should be greater than or equal to 0"),
+        ("train.seed=4294967296", "train.seed: Input should be less than 4294967296"),
+        ("train.per_device_train_batch_size=0", "train.per_device_train_batch_size: Input should be greater than or"),
+        ("train.per_device_train_batch_size=10000000", "train.per_device_train_batch_size: Input should be less than"),
+        ("train.gradient_accumulation_steps=0", "train.gradient_accumulation_steps: Input should be greater than or"),
+        ("train.save_steps=2.5", "train: save_steps is 2.5: from 1 on it is a whole number"),
+        ("train.max_steps=0x" + "f" * 5000, "train.max_steps: a whole number of 20000 bits"),
+        ("train.max_steps='" + "1" * 300 + "'", "train.max_steps: Input should be less than 9007199254740992"),
+        ("data.max_length='" + "1" * 300 + "'", "data.max_length: a whole number of "),
+        ("train.warmup_steps=true", "train.warmup_steps: true and false are no numbers"),
+        ("distill.alpha=true", "distill.alpha: true and false are no numbers"),
+        ("data.task.weight=[[0, 1], [1, true]]", "data.task.weight: true and false are no numbers"),
+        ("losses=[{name: js, weight: true}]", "losses.0.weight: true and false are no numbers"),
+        ("student.from_teacher.layers=[true]", "student.from_teacher.layers: true and false are no numbers"),
+        ("train.output_dir='a\\0b'".replace("'", '"'), "train.output_dir: text with the control character U+0000"),
+        ('data.task.path="a\\uD800"', "data.task.path: text with U+D800, which is half of a surrogate pair"),
+        ('teacher.model="a\\e[31m"', "teacher.model: text with the control character U+001B"),
+        ("train.output_dir=" + "a" * 300, "train.output_dir: a name of 300 bytes, whose longest part has 300"),
+        ("train.output_dir=" + "é" * 200, "train.output_dir: a name of 400 bytes"),
+        ("data.task.path=" + "a/" * 3000, "data.task.path: a name of 6,000 bytes"),
+        ("teacher.model=" + "x" * 300, "teacher.model: a name of 300 bytes"),
+        ("distill.divergence={name: js, beta: 2}", "distill.divergence: loss 'js': beta is 2; it must be above 0 and"),
+        ("distill.divergence={name: js, beta: true}", "distill.divergence: loss 'js': beta is True; it must be a num"),
+        ("distill.divergence={name: js, beta: '0.5'}", "distill.divergence: loss 'js': beta is '0.5'; it must be a nu"),
+        ("distill.divergence={name: js, beta: [1]}", "distill.divergence: loss 'js': beta is [1]; it must be a number"),
+        ("distill.divergence={name: skew_kl, lam: 1}", "distill.divergence: loss 'skew_kl': lam is 1; it must be abov"),
+        ("distill.divergence={name: forward_kl, temperature: 0}", "distill.divergence: loss 'forward_kl': temperature"),
+        ("distill.divergence={name: cross_entropy}", "distill.divergence: 'cross_entropy' does not look at the teac"),
+        ("losses=[{name: value_relation, heads: 1.5}]", "losses.0: loss 'value_relation': heads is 1.5; it must be a"),
+        ("losses=[{name: hidden_mse, stack: x}]", "losses.0: loss 'hidden_mse' has stack 'x'; it must be encoder or"),
+        ("losses=[{name: cross_entropy, teacher: x}]", "losses.0: loss 'cross_entropy' does not look at a teacher"),
+        ("losses=[{name: forward_kl, weight: .inf}]", "losses.0.weight: inf is not a finite number"),
+    ],
+)
+def test_an_impossible_value_is_refused_at_its_place(change, problem):
+    found = problems_of(change)
+    assert [line.startswith(problem) for line in found if "set train.max_steps" not in line] == [True], found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("!!bool maybe", "line 1: 'maybe' is no value of the kind 'bool'"),
+        ("!!int x", "line 1: 'x' is no value of the kind 'int'"),
+        ("!!int ''", "line 1: '' is no value of the kind 'int'"),
+        ("!!float x", "line 1: 'x' is no value of the kind 'float'"),
+        ("!!float ''", "line 1: '' is no value of the kind 'float'"),
+        ("9" * 5000, "9'..., 5,000 characters is no value of the kind 'int'"),
+    ],
+)
+def test_text_that_its_yaml_tag_does_not_allow_is_refused(text, problem, tmp_path):
+    code, printed = answer("recipes", "validate", "quickstart", f"train.max_steps={text}")
+    assert code == 2
+    assert problem in printed
+    assert all(len(line) < 400 for line in printed.splitlines())
+
+
+def test_unknown_keys_hide_no_other_problem():
+    found = problems_of(
+        "teacher.modle=x",
+        "data.tsk=x",
+        "data.task.splt=train",
+        "data.max_length=0",
+        "studnt={}",
+        "train.lerning_rate=-1",
+        "train.seed=-1",
+        "on_policy={}",
+        "data.packing=true",
+        "export=merged",
+    )
+    for start in (
+        "teacher.modle: unknown key; did you mean 'model'?",
+        "data.tsk: unknown key; did you mean 'task'? (a further source is a mapping with a path)",
+        "data.task.splt: unknown key; did you mean 'split'?",
+        "data.max_length: Input should be greater than 1",
+        "studnt: unknown key; did you mean 'student'?",
+        "train.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        "train.learning_rate: Input should be greater than or equal to 0",
+        "train.seed: Input should be greater than or equal to 0",
+    ):
+        assert any(line.startswith(start) for line in found), (start, found)
+
+
+def test_contradictions_between_parts_are_listed_with_unknown_keys_and_each_other():
+    found = problems_of("on_policy={}", "data.packing=true", "export=merged", "data.max_length=64", "student.modell=x",
+                        "data.task.streaming=true", "data.eval={path: x}")  # fmt: skip
+    for part in (
+        "student.modell: unknown key; did you mean 'model'?",
+        "student: give either model or from_teacher",  # with the key that was meant
+        "export merged merges adapters",
+        "on_policy: max_completion_length leaves no room for a prompt",
+        "data.task.streaming: a stream has no length",
+    ):
+        assert any(part in line for line in found), (part, found)
+
+
+def test_stages_are_checked_beside_other_problems():
+    stage = "{student: {model: x}, train: {lerning_rate: 1, seed: -1}, distill: {alpha: 2}}"
+    found = problems_of(f"stages=[{stage}, {stage}]", "train.max_steps=many", "student={model: x}")
+    for start in (
+        "stages.0.train.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        "stages.1.train.seed: Input should be greater than or equal to 0",
+        "stages.1.distill.alpha: Input should be less than or equal to 1",
+        "train.max_steps: Input should be a valid integer",
+    ):
+        assert any(line.startswith(start) for line in found), (start, found)
+
+
+def test_possible_values_are_still_possible():
+    """Numbers written as text, zero where it means none, and booleans where they belong."""
+    assert (
+        problems_of(
+            "train.learning_rate=1e-4",
+            "train.bf16=true",
+            "train.max_grad_norm=0",
+            "train.max_steps=5",
+            "train.logging_steps=0.1",
+            "train.fsdp=true",
+            "train.accelerator_config={split_batches: true}",
+            "train.seed=0",
+            "distill.divergence={name: js, beta: 0.9}",
+            "data.task.weight=[[0, 1], [1, 2]]",
+            "losses=[{name: value_relation, heads: 2}]",
+        )
+        == []
+    )
+    assert problems_of("train.max_steps=-1") == []  # fmt: skip
+
+
+def test_every_number_of_the_training_arguments_has_a_range():
+    """A field of a newer transformers is a decision, and no range is for a field that is gone."""
+    fields = packaged_schema()["properties"]["train"]["properties"]
+    numbers = {name for name, spec in fields.items() if {"integer", "number"} & {*spec.get("type", ())}}
+    assert numbers == RANGES.keys()
+    assert {*SHARES_OR_STEPS} <= numbers
+
+
+def test_the_packaged_schema_is_that_of_the_code():
+    before = dict(LOSSES)
+    assert json.loads(json.dumps(schema())) == packaged_schema()
+    assert before == LOSSES
+
+
+@pytest.mark.parametrize("options", [{"beta": 1.0}, {"beta": float("nan")}, {"beta": "x"}, {"beta": True}])
+def test_a_script_is_refused_the_same_values(options, tmp_path):
+    with pytest.raises(DistillError, match="Loss 'js': beta is"):
+        DistillConfig(str(tmp_path), divergence={"name": "js", **options})
+
+
+def test_a_custom_loss_has_its_own_ranges():
+    try:
+
+        @loss("bounded", limits={"power": {"minimum": 1}})
+        def bounded(student, teacher, targets, *, power: float = 1, name: str = "a", exact: bool = False, other=None):
+            return targets.labels * 0.0
+
+        check = get_loss("bounded").check
+        check({"power": 2.5, "name": "b", "exact": True, "other": [1]})
+        for wrong in ({"power": 0.5}, {"name": 1}, {"exact": 1}):
+            with pytest.raises(DistillError, match=f"Loss 'bounded': {next(iter(wrong))} is"):
+                check(wrong)
+    finally:
+        LOSSES.pop("bounded", None)
+    with pytest.raises(DistillError, match="limits for powr, which it does not take"):
+        loss("bounded", limits={"powr": {}})(lambda student, teacher, targets, *, power=1: 0)
+
+
+def test_the_users_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(
+        "quickstart", ["teacher.model=~/model", "data.task.path=~/rows.jsonl", "train.output_dir=~/run"]
+    )
+    assert recipe.teacher.model == str(tmp_path / "model")
+    assert recipe.data.task.path == str(tmp_path / "rows.jsonl")
+    assert recipe.train.output_dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a" * 5000],
+        ["a" * 5000 + ".yaml"],
+        ["x\0.yaml"],
+        ["x\ud800.yaml"],
+        [".yaml"],
+        ["quickstart", "a." * 5000 + "b=1"],
+        ["quickstart", "train.deepspeed=" + "a" * 300],
+        ["quickstart", 'train.deepspeed="a\\0"'],
+        ["quickstart", "train.deepspeed=."],
+        ["quickstart", "extends=" + "a" * 5000],
+        ["quickstart", "requires=[1]"],
+        ["quickstart", "\ud800=\ud800"],
+        ["quickstart", "train.seed=" + "9" * 5000],
+    ],
+)
+def test_impossible_names_on_the_command_line_end_in_a_line(words):
+    code, printed = answer("recipes", "validate", *words)
+    assert code == 2
+    assert printed.startswith("Error: ")
+    assert "Traceback" not in printed
+    assert all(len(line) < 600 for line in printed.splitlines())
+
+
+def test_a_local_model_without_a_type_is_refused_by_smoke(tmp_path):
+    for content in ("[]", "{", "{}", "5"):
+        (tmp_path / "config.json").write_text(content)
+        values = load_recipe("quickstart", [f"teacher.model={tmp_path}"]).model_dump(exclude_unset=True)
+        with pytest.raises(DistillError, match=r"config\.json is no config of a model"):
+            smoke_values(values)
