@@ -69,7 +69,7 @@ PLAIN = "train={output_dir: x, eval_strategy: steps, eval_steps: 2, early_stoppi
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.early_stopping_patience=0", "give 1 or more"),
+        ("train.early_stopping_patience=0", "Input should be greater than or equal to 1"),
         ("train.eval_strategy=no", "nothing is evaluated in training"),
         ("train.save_strategy=epoch", "leave save_strategy out"),
         ("train.save_steps=3", "save_steps 3 is no multiple of eval_steps 2"),
