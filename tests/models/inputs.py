@@ -10,9 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_distill.errors import DistillError
 
 from .shrink import CLASSES, VOCAB, special_ids
-from .table import INPUTS, TEXT
-
-ROWS, WIDTH, TARGET = 4, 9, 7
+from .table import INPUTS, ROWS, TARGET, TEXT, WIDTH
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def batch_for(model: PreTrainedModel, kind: Kind, padded: bool) -> dict[str, Ten
         batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, -100)
     for name in (*[c.__name__ for c in type(model).__mro__[:0:-1]], type(model).__name__):
         for key, make in INPUTS.get(name, {}).items():
-            batch[key] = make(ROWS, WIDTH, config, generator)
+            batch[key] = make(batch, config, generator)
     return {k: v for k, v in batch.items() if v is not None}
 
 
@@ -121,7 +119,7 @@ def _main(model: PreTrainedModel, kind: Kind, padded: bool, generator: torch.Gen
         mask = torch.ones_like(ids)
         if padded:
             mask[1, -2:] = mask[2, -4:] = 0
-            pad = getattr(config.get_text_config(), "pad_token_id", None)
+            pad = _first(config, "pad_token_id")
             ids = ids.masked_fill(mask == 0, 0 if pad is None else pad)
         eos = getattr(config, "eos_token_id", None)
         if kind.name == "sequence" and config.is_encoder_decoder and isinstance(eos, int):

@@ -70,7 +70,7 @@ SIZES: list[tuple[str, Any]] = [
         lambda n: min(n, 48),
     ),
     (
-        r"hidden_size|.*hidden_size|d_model|n_embd|.*embed_dim|embed_dim|emb_dim|dim|embedding_size|.*_hidden_dim|.*embedding_dim"
+        r"hidden_size|hidden_size_global|.*hidden_size|d_model|n_embd|.*embed_dim|embed_dim|emb_dim|dim|embedding_size|.*_hidden_dim|.*embedding_dim"
         r"|projection_dim|.*projection_dim|.*embedding_size|.*output_dim|latent_dim|d_embed|.*_d_model|.*proj_size|lru_width"
         r"|.*_width|width|.*pooler_output_size|rnn_width|d_emb.*|.*embd|.*_hidden_states_size",
         lambda n: min(n, WIDTH),

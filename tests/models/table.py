@@ -22,7 +22,10 @@ CONFIGS: dict[str, dict] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
         },
     },
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": None},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "muse_spark_vision": {"num_hidden_layers": 4, "layer_types": None},
     "cvt": {"depth": [1, 2, 3]},
@@ -38,6 +41,9 @@ CONFIGS: dict[str, dict] = {
     "efficientnet": {"hidden_dim": 2560},
     "step3p7_text": {"sliding_window": 4},
     "step3p7": {"text_config": {"sliding_window": 4}},
+    "mobilebert": {"normalization_type": "layer_norm"},  # without one, rounding grows from layer to layer
+    "blip-2": {"image_token_id": 90},
+    "instructblip": {"image_token_id": 90},
     # what a default config leaves out
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
@@ -77,7 +83,7 @@ CONFIGS: dict[str, dict] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
     "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
-    "mistral4": {"num_key_value_heads": 2, "rope_parameters": {"partial_rotary_factor": 8 / 24}, "qk_head_dim": 24},
+    "mistral4": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "yarn"}},
     "longcat_flash": {"head_dim": 8},
     "reformer": {
         "axial_pos_embds_dim": (16, 16),
@@ -94,16 +100,24 @@ CONFIGS: dict[str, dict] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
     "levit": {
         "image_size": 64,
+        "patch_size": 16,
         "hidden_sizes": [32, 48, 64],
         "num_attention_heads": [2, 2, 2],
         "key_dim": [16, 16, 16],
     },
-    "dots3_note": {"adapter_in_dim": 32},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "moshi": {"num_codebooks": 4},
     "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
     "granite4_vision": {"vision_config": {"hidden_size": 128}, "deepstack_layer_map": [[0, 0]]},
-    "wavtokenizer": {"codebook_dim": 32, "decoder_attention_num_groups": 2},
+    "wavtokenizer_encoder": {"codebook_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_in_dim": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4},
+    "nemotron3_5_transcribe_audio": {"chunk_right_context": 2},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
+    "kosmos-2": {"latent_query_num": 4},
     "swin": {"window_size": 2, "image_size": 64},
     "donut-swin": {"window_size": 2, "image_size": 64},
     "bridgetower_vision_model": {"hidden_size": 64},
@@ -121,54 +135,80 @@ CONFIGS: dict[str, dict] = {
 }
 
 
-def _images(rows, width, config, generator):
-    return torch.randn(rows, 3, 32, 32, generator=generator)
+ROWS, WIDTH, TARGET = 4, 9, 7  # of every batch; TARGET is the width of labels apart from the inputs
+_IMAGE_TOKENS = 4
 
 
-def _labels(rows, width, config, generator):
-    return torch.randint(3, 60, (rows, width), generator=generator)
+def _numbers(*shape):
+    return lambda batch, config, generator: torch.randn(ROWS, *shape, generator=generator)
 
 
-def _boxes(rows, width, config, generator):
-    return torch.rand(rows, width, 4, generator=generator).sort(-1).values
+def _words(width):
+    return lambda batch, config, generator: torch.randint(3, 60, (ROWS, width), generator=generator)
 
 
-# Name of a class, or of one that it derives from -> more inputs, as functions of (rows, width, config, generator).
+def _boxes(batch, config, generator):
+    return torch.rand(ROWS, WIDTH, 4, generator=generator).sort(-1).values
+
+
+def _with_image(batch, config, generator):
+    """The ids, the first of which stand for an image."""
+    ids = batch["input_ids"].clone()
+    ids[:, :_IMAGE_TOKENS] = config.image_token_id
+    return ids
+
+
+def _image_first(batch, config, generator):
+    return (torch.arange(WIDTH) < _IMAGE_TOKENS).long().expand(ROWS, WIDTH)
+
+
+def _patches(batch, config, generator):
+    """Row and column of each patch, and its pixels."""
+    places = torch.arange(1.0, 10).expand(ROWS, 2, 9).transpose(1, 2)
+    return torch.cat([places, torch.randn(ROWS, 9, 768, generator=generator)], -1)
+
+
+_INSTRUCT = {"input_ids": _with_image, "qformer_input_ids": _words(5)}
+
+# Name of a class, or of one that it derives from -> more inputs, as functions of (batch, config, generator).
 INPUTS: dict[str, dict] = {
     "BrosPreTrainedModel": {"bbox": _boxes},
     "UdopPreTrainedModel": {"bbox": _boxes},
-    "ViltPreTrainedModel": {"pixel_values": _images},
-    "BridgeTowerForMaskedLM": {"pixel_values": _images},
-    "FSMTForConditionalGeneration": {"labels": _labels},  # its decoder inputs are made of input_ids
-    "BlipForConditionalGeneration": {"pixel_values": _images},
-    "Pix2StructForConditionalGeneration": {
-        "flattened_patches": lambda rows, width, config, generator: torch.cat(
-            [torch.arange(1.0, 10).expand(rows, 2, 9).transpose(1, 2), torch.randn(rows, 9, 768, generator=generator)],
-            -1,
-        ),
+    "Molmo2ForConditionalGeneration": {
+        "mm_token_type_ids": lambda batch, config, generator: torch.zeros(ROWS, WIDTH, dtype=torch.long)
     },
-    "ASTForAudioClassification": {
-        "input_values": lambda rows, width, config, generator: torch.randn(
-            rows, config.max_length, config.num_mel_bins, generator=generator
-        )
+    "ViltPreTrainedModel": {"pixel_values": _numbers(3, 32, 32)},
+    "BridgeTowerForMaskedLM": {"pixel_values": _numbers(3, 32, 32)},
+    "BlipForConditionalGeneration": {"pixel_values": _numbers(3, 32, 32)},
+    "Blip2ForConditionalGeneration": {"pixel_values": _numbers(3, 32, 32), "input_ids": _with_image},
+    "InstructBlipForConditionalGeneration": {"pixel_values": _numbers(3, 32, 32)} | _INSTRUCT,
+    "Kosmos2ForConditionalGeneration": {
+        "pixel_values": _numbers(3, 32, 32),
+        "image_embeds_position_mask": _image_first,
     },
-    "Speech2TextForConditionalGeneration": {
-        "input_features": lambda rows, width, config, generator: torch.randn(rows, 40, 80, generator=generator)
-    },
-    "Wav2Vec2BertForSequenceClassification": {
-        "input_features": lambda rows, width, config, generator: torch.randn(
-            rows, 40, config.feature_projection_input_dim, generator=generator
-        )
-    },
+    "FSMTForConditionalGeneration": {"labels": _words(WIDTH)},  # its decoder inputs are made of input_ids
+    "PPFormulaNetForConditionalGeneration": {"decoder_input_ids": _words(TARGET)},
+    "Pix2StructForConditionalGeneration": {"flattened_patches": _patches},
+    "ASTForAudioClassification": {"input_values": _numbers(64, 128)},
+    "Speech2TextForConditionalGeneration": {"input_features": _numbers(40, 80)},
+    "CanaryForConditionalGeneration": {"input_features": _numbers(64, 128)},
+    "CohereAsrForConditionalGeneration": {"input_features": _numbers(64, 128)},
+    "Wav2Vec2BertForSequenceClassification": {"input_features": _numbers(40, 160)},
     "Siglip2ForImageClassification": {
-        "pixel_values": lambda rows, width, config, generator: torch.randn(rows, 16, 192, generator=generator),
-        "pixel_attention_mask": lambda rows, width, config, generator: torch.ones(rows, 16, dtype=torch.long),
-        "spatial_shapes": lambda rows, width, config, generator: torch.tensor([[4, 4]] * rows),
+        "pixel_values": _numbers(16, 192),
+        "pixel_attention_mask": lambda batch, config, generator: torch.ones(ROWS, 16, dtype=torch.long),
+        "spatial_shapes": lambda batch, config, generator: torch.tensor([[4, 4]] * ROWS),
     },
 }
 
 # Classes whose main input is not text, though they predict tokens of one.
-TEXT = ("BridgeTowerForMaskedLM", "BlipForConditionalGeneration", "Kosmos2ForConditionalGeneration")
+TEXT = (
+    "BridgeTowerForMaskedLM",
+    "BlipForConditionalGeneration",
+    "Blip2ForConditionalGeneration",
+    "InstructBlipForConditionalGeneration",
+    "Kosmos2ForConditionalGeneration",
+)
 
 # Name of a class -> why no comparison is possible here, though nothing is wrong with it.
 CANNOT: dict[str, str] = {
@@ -190,5 +230,27 @@ CANNOT: dict[str, str] = {
         ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
         "reads keys and values of another model's layers, so it does not run alone",
     ),
+    "VoxtralRealtimeForConditionalGeneration": "reads sound and text of one length, frame by frame",
+    **dict.fromkeys(
+        ("KyutaiSpeechToTextForConditionalGeneration", "MoshiForConditionalGeneration"),
+        "reads several streams of codes of sound at once",
+    ),
+    **dict.fromkeys(
+        ("SeamlessM4TTextToUnitForConditionalGeneration", "SeamlessM4Tv2TextToUnitForConditionalGeneration"),
+        "is a part of another model and reads its hidden states",
+    ),
+    **dict.fromkeys(
+        ("Qwen2_5OmniForConditionalGeneration", "Qwen3OmniMoeForConditionalGeneration"),
+        "has no forward of its own, only generate",
+    ),
+    **dict.fromkeys(
+        (
+            "Qwen2_5OmniTalkerForConditionalGeneration",
+            "Qwen3OmniMoeTalkerForConditionalGeneration",
+            "Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration",
+        ),
+        "is a part of another model and reads its hidden states",
+    ),
+    "PI0ForConditionalGeneration": "predicts a robot's actions, from its state and images",
     "Llama4ForConditionalGeneration": "its own forward fails without images (transformers 5.24)",
 }
