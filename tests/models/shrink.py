@@ -125,6 +125,8 @@ def shrunk(
         kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]  # latent attention knows no groups
     if "head_dim" in fields and kwargs.get("head_dim") is None and isinstance(kwargs.get("num_attention_heads"), int):
         kwargs["head_dim"] = kwargs["hidden_size"] // kwargs["num_attention_heads"]
+    if "output_router_logits" in fields:
+        kwargs["output_router_logits"] = True  # with it a model adds its router's loss
     if "pad_token_id" in fields and kwargs.get("pad_token_id") is None:
         kwargs["pad_token_id"] = 0
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:

@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict] = {
     "mobilebert": {"normalization_type": "layer_norm"},  # without one, rounding grows from layer to layer
     "blip-2": {"image_token_id": 90},
     "instructblip": {"image_token_id": 90},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     # what a default config leaves out
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
@@ -91,6 +92,7 @@ CONFIGS: dict[str, dict] = {
         "lsh_attn_chunk_length": 3,
         "local_attn_chunk_length": 3,
         "num_buckets": 2,
+        "hash_seed": 0,
     },
     "ReformerModelWithLMHead": {"is_decoder": True},
     "bros": {"hidden_size": 64},
@@ -108,7 +110,11 @@ CONFIGS: dict[str, dict] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "moshi": {"num_codebooks": 4},
     "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
-    "granite4_vision": {"vision_config": {"hidden_size": 128}, "deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 128},
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "2/4",
+    },
     "wavtokenizer_encoder": {"codebook_dim": 32},
     "dots3_note_audio_encoder": {"adapter_in_dim": 32},
     "dots3_note_vision_encoder": {"adapter_in_dim": 32},
@@ -131,6 +137,7 @@ CONFIGS: dict[str, dict] = {
         "num_self_attends_per_block": 1,
         "num_cross_attention_heads": 1,
         "image_size": 32,
+        "max_position_embeddings": 9,
     },
 }
 

@@ -1,0 +1,84 @@
+"""A sample of `make test-models`: one class for each mechanism, against a plain reference."""
+
+import gc
+
+import pytest
+import transformers
+
+from .compare import Tried
+
+SAMPLE = [
+    # class, role of it in the pair, logits, padded
+    # causal: a plain head, a tied one, what follows a head in some models
+    ("LlamaForCausalLM", "same", "small", True),
+    ("GPT2LMHeadModel", "student", "large", True),
+    ("CohereForCausalLM", "same", "large", False),
+    ("GraniteForCausalLM", "teacher", "large", True),
+    ("Gemma2ForCausalLM", "same", "large", True),
+    ("RecurrentGemmaForCausalLM", "same", "large", False),
+    ("NanoChatForCausalLM", "same", "large", True),
+    ("DoryForCausalLM", "same", "small", True),
+    ("BioGptForCausalLM", "teacher", "large", True),
+    # routers, states, hybrids
+    ("MixtralForCausalLM", "same", "small", True),
+    ("Qwen3MoeForCausalLM", "student", "large", True),
+    ("MambaForCausalLM", "same", "large", False),
+    ("RwkvForCausalLM", "same", "small", False),
+    ("JambaForCausalLM", "same", "small", True),
+    # labels that the model's own loss does not shift
+    ("BartForCausalLM", "same", "small", False),
+    ("XLNetLMHeadModel", "same", "large", True),
+    ("XLMWithLMHeadModel", "same", "small", True),
+    # text of models that also read images or sound
+    ("Qwen2VLForConditionalGeneration", "same", "small", True),
+    ("LlavaForConditionalGeneration", "student", "large", True),
+    ("VoxtralForConditionalGeneration", "same", "small", True),
+    # masked
+    ("BertForMaskedLM", "same", "small", True),
+    ("EsmForMaskedLM", "same", "small", True),
+    ("ModernBertForMaskedLM", "teacher", "large", True),
+    ("FNetForMaskedLM", "student", "large", True),
+    # encoder-decoders
+    ("T5ForConditionalGeneration", "same", "large", True),
+    ("BartForConditionalGeneration", "same", "small", True),
+    ("M2M100ForConditionalGeneration", "student", "large", True),
+    ("WhisperForConditionalGeneration", "same", "small", False),
+    ("EncoderDecoderModel", "teacher", "large", True),
+    # classifiers
+    ("BertForSequenceClassification", "same", "large", True),
+    ("LlamaForSequenceClassification", "same", "large", True),
+    ("BartForSequenceClassification", "same", "small", True),
+    ("T5ForSequenceClassification", "student", "large", True),
+    ("BertForTokenClassification", "teacher", "large", True),
+    ("UMT5ForTokenClassification", "same", "small", True),
+    ("ViTForImageClassification", "same", "large", False),
+    ("ResNetForImageClassification", "student", "large", False),
+    ("Wav2Vec2ForSequenceClassification", "same", "small", False),
+]
+REFUSED = [
+    ("BrosSpadeEEForTokenClassification", "same"),
+    ("PPLCNetForImageClassification", "teacher"),
+    ("ProphetNetForCausalLM", "student"),
+]
+_partners: dict = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Each training collects garbage, which would look through every module that is there already."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    _partners.clear()
+
+
+@pytest.mark.parametrize(("name", "role", "scale", "padded"), SAMPLE, ids=lambda value: str(value))
+def test_loss_and_gradients_are_those_of_the_plain_forward(name, role, scale, padded):
+    pair = Tried.of(getattr(transformers, name), _partners).pair(role, scale, padded)
+    assert pair.status == "compared", pair.reason
+
+
+@pytest.mark.parametrize(("name", "role"), REFUSED)
+def test_a_class_without_logits_of_its_labels_is_refused(name, role):
+    pair = Tried.of(getattr(transformers, name), _partners).pair(role, "large", False)
+    assert pair.status == "refused", pair.reason
