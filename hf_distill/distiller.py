@@ -82,7 +82,8 @@ class Distiller:
         model = bare(student)
         task = task_of(model)
         targets = Targets.from_batch(inputs, task.shift)
-        targets.check_ids(task.size(model))
+        size = task.size(model)
+        targets.check_ids(size)
         wanted = self.features.wanted(self.features.tokens(inputs, targets))
         beside = teacher.beside(inputs, targets, wanted, num_items)
         told = Signals(None) if beside else teacher(inputs, targets, wanted)
@@ -91,6 +92,8 @@ class Distiller:
         tokens = self.features.tokens(inputs, targets)
 
         def jobs(said: Head | Logits) -> Jobs:
+            if said.vocab_size < size:  # a config can promise more classes than there are logits
+                targets.check_ids(said.vocab_size)
             own = None if beside is None else beside(said)
             heard = told if beside is None else beside.told
             head = HeadJob(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)

@@ -90,10 +90,11 @@ def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
     name = type(model).__name__
     if labels is None:
         raise DistillError(f"{name} needs `decoder_input_ids` or `labels`, and the batch has neither.")
-    config = getattr(model.config, "decoder", None)
-    config = model.config.get_text_config() if config is None else config
-    pad, start = (getattr(config, key, None) for key in ("pad_token_id", "decoder_start_token_id"))
-    start = getattr(model.config, "decoder_start_token_id", None) if start is None else start
+    parts = (model.config, getattr(model.config, "decoder", None), model.config.get_text_config())
+    pad, start = (
+        next((value for part in parts if (value := getattr(part, key, None)) is not None), None)
+        for key in ("pad_token_id", "decoder_start_token_id")
+    )
     try:
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
             return model.prepare_decoder_input_ids_from_labels(labels=labels)

@@ -142,8 +142,8 @@ def check_classes(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
             f"The teacher tells {teacher.num_labels} classes apart and the student {student.num_labels}: load the "
             f"student with num_labels={teacher.num_labels} and the teacher's id2label."
         )
-    names = [c.id2label for c in (teacher, student)]
-    named = [n for n in names if not all(str(label).startswith("LABEL_") for label in n.values())]
+    names = [c.id2label or {} for c in (teacher, student)]
+    named = [n for n in names if n and not all(str(label).startswith("LABEL_") for label in n.values())]
     if len(named) == 2 and named[0] != named[1]:
         i = next(i for i in named[0] if named[0][i] != named[1].get(i))
         raise DistillError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import ModelOutput
 
 from hf_distill import DistillConfig, DistillTrainer
@@ -113,16 +113,23 @@ def shift_of(model: PreTrainedModel, batch: dict) -> bool | None:
             outputs = logits_of(model, batch, labels=True)
     except (CannotBuildError, AttributeError):  # labels of another shape are for the comparison to judge
         return None
-    own, aux, labels = outputs.get("loss"), outputs.get("aux_loss"), batch["labels"]
+    own, labels = outputs.get("loss"), batch["labels"]
     if own is None or outputs.logits.shape[: labels.dim()] != labels.shape:
         return None
-    extra = 0.0 if aux is None else 0.1 * aux.abs().sum()  # a router's loss has a small weight
-    matches = []
-    for shift in (True, False) if labels.dim() > 1 else (False,):
-        plain = F.cross_entropy(*cross_entropy(outputs.logits.float(), labels, shift))
-        if torch.isclose(own.float(), plain, rtol=1e-4) or (aux is not None and 0 <= own - plain <= extra):
-            matches.append(shift)
-    return matches[0] if len(matches) == 1 else None
+    plain = {
+        shift: float((own - F.cross_entropy(*cross_entropy(outputs.logits.float(), labels, shift))).abs() / own.abs())
+        for shift in ((True, False) if labels.dim() > 1 else (False,))
+    }
+    close = 2e-2 if routes(model) else 1e-4  # a router's loss has a small weight
+    nearest = min(plain, key=plain.get)
+    others = [difference for shift, difference in plain.items() if shift != nearest]
+    return nearest if plain[nearest] < close and not any(x < 5 * plain[nearest] for x in others) else None
+
+
+def routes(model: PreTrainedModel) -> bool:
+    """Whether the model adds its router's loss to its own."""
+    parts = [model.config, *[v for v in vars(model.config).values() if isinstance(v, PreTrainedConfig)]]
+    return any(getattr(part, "output_router_logits", False) for part in parts)
 
 
 @contextlib.contextmanager
@@ -161,7 +168,7 @@ def reference(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict, s
         log_target=True,
     )
     loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * F.cross_entropy(said, labels)
-    if outputs.get("aux_loss") is not None:
+    if routes(student):
         set_seed(0)
         own = logits_of(student, batch, labels=True)
         loss = loss + own.loss - F.cross_entropy(*cross_entropy(_exact(own.logits), batch["labels"], shift))

@@ -193,7 +193,7 @@ INPUTS: dict[str, dict] = {
         "pixel_values": _numbers(3, 32, 32),
         "image_embeds_position_mask": _image_first,
     },
-    "FSMTForConditionalGeneration": {"labels": _words(WIDTH)},  # its decoder inputs are made of input_ids
+    "FSMTForConditionalGeneration": {"decoder_input_ids": _words(TARGET)},  # it makes none of labels
     "PPFormulaNetForConditionalGeneration": {"decoder_input_ids": _words(TARGET)},
     "Pix2StructForConditionalGeneration": {"flattened_patches": _patches},
     "ASTForAudioClassification": {"input_values": _numbers(64, 128)},

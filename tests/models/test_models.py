@@ -18,25 +18,19 @@ SAMPLE = [
     ("RecurrentGemmaForCausalLM", "same", "large", False),
     ("NanoChatForCausalLM", "same", "large", True),
     ("DoryForCausalLM", "same", "small", True),
-    ("BioGptForCausalLM", "teacher", "large", True),
+    ("ProphetNetForCausalLM", "student", "large", True),
     # routers, states, hybrids
     ("MixtralForCausalLM", "same", "small", True),
     ("Qwen3MoeForCausalLM", "student", "large", True),
     ("MambaForCausalLM", "same", "large", False),
     ("RwkvForCausalLM", "same", "small", False),
     ("JambaForCausalLM", "same", "small", True),
-    # labels that the model's own loss does not shift
-    ("BartForCausalLM", "same", "small", False),
-    ("XLNetLMHeadModel", "same", "large", True),
-    ("XLMWithLMHeadModel", "same", "small", True),
     # text of models that also read images or sound
     ("Qwen2VLForConditionalGeneration", "same", "small", True),
     ("LlavaForConditionalGeneration", "student", "large", True),
-    ("VoxtralForConditionalGeneration", "same", "small", True),
     # masked
     ("BertForMaskedLM", "same", "small", True),
     ("EsmForMaskedLM", "same", "small", True),
-    ("ModernBertForMaskedLM", "teacher", "large", True),
     ("FNetForMaskedLM", "student", "large", True),
     # encoder-decoders
     ("T5ForConditionalGeneration", "same", "large", True),
@@ -53,12 +47,16 @@ SAMPLE = [
     ("UMT5ForTokenClassification", "same", "small", True),
     ("ViTForImageClassification", "same", "large", False),
     ("ResNetForImageClassification", "student", "large", False),
+    ("LevitForImageClassificationWithTeacher", "same", "large", False),
+    ("PvtForImageClassification", "same", "small", False),
     ("Wav2Vec2ForSequenceClassification", "same", "small", False),
 ]
 REFUSED = [
     ("BrosSpadeEEForTokenClassification", "same"),
     ("PPLCNetForImageClassification", "teacher"),
-    ("ProphetNetForCausalLM", "student"),
+    ("CsmDepthDecoderForCausalLM", "student"),
+    ("DiaForConditionalGeneration", "same"),
+    ("ShieldGemma2ForImageClassification", "same"),
 ]
 _partners: dict = {}
 
