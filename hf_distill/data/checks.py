@@ -126,7 +126,7 @@ def check_tokens(example: dict, vocabulary: int) -> tuple[list[int], list[int] |
     masks = {
         name: _numbers(example, name, range(2), "0 and 1", count) for name in _MASKS if example.get(name) is not None
     }
-    start, end = _visible(masks.pop("attention_mask", None) or [1] * count)
+    start, end = _visible(masks.pop("attention_mask", [1] * count))
     return ids[start:end], labels and labels[start:end], [mask[start:end] for mask in masks.values()]
 
 

@@ -62,7 +62,7 @@ class Conversations:
             DistillError: the template refuses the conversation, or renders a prefix of it differently than inside the
                 whole conversation.
         """
-        messages = self._plain(messages)
+        messages = self.plain(messages)
         if assistant_only and self.has_marks and not first:
             return self._encode_marked(messages, tools)
         text = self.render(messages, tools)
@@ -155,7 +155,7 @@ class Conversations:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _plain(self, messages: Sequence[dict]) -> list[dict]:
+    def plain(self, messages: Sequence[dict]) -> list[dict]:
         """Messages without absent keys, which Arrow fills with None, and with text parts joined for a text template."""
         plain = [_without_none(message) for message in messages]
         for message in plain:

@@ -87,9 +87,9 @@ def _json_problem(path: str) -> str | None:
         return f"line {line} is not UTF-8 (byte {content[error.start]:#04x})"
     if text.lstrip().startswith("[") and place.suffix == ".json":
         return _list_problem(text)
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, row_text in enumerate(text.split("\n"), 1):
         try:
-            if line.strip() and not isinstance(row := json.loads(line), dict):
+            if row_text.strip() and not isinstance(row := json.loads(row_text), dict):
                 return f"line {number} holds {type(row).__name__}, and each line is an object, {{...}}"
         except (ValueError, RecursionError) as error:
             return f"line {number} is not JSON: {error}"

@@ -3,6 +3,8 @@
 from typing import Any
 
 from ..errors import DistillError
+from .checks import by_row, check_messages
+from .conversations import ASSISTANT
 from .formats import MESSAGES, format_of
 from .load import Examples
 
@@ -26,11 +28,15 @@ def prompt_rows(documents: Examples, where: str = "The source") -> Examples:
             f"{where} is {kind}, in which nothing says where a prompt ends: the student writes completions of prompts, "
             "so give `messages`, or `prompt` and `completion`."
         )
-    return documents.map(_split, remove_columns=["messages"])
+    split = by_row(_split, documents, where)
+    return documents.with_format(None).map(split, with_indices=True, remove_columns=[MESSAGES])
 
 
 def _split(example: dict) -> dict[str, Any]:
-    messages = example["messages"]
-    if len(messages) < 2 or messages[-1].get("role") != "assistant":
-        raise DistillError(f"A conversation must end with an answer of the assistant's; got {messages!r}")
+    messages = check_messages(example, MESSAGES)
+    if len(messages) < 2 or messages[-1]["role"] != ASSISTANT:
+        raise DistillError(
+            f"column {MESSAGES}: a conversation must end with an answer of the assistant's, and a turn before it; its "
+            f"roles are {[message['role'] for message in messages]}"
+        )
     return {"prompt": messages[:-1], "completion": messages[-1:]}

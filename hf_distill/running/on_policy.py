@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data import Examples, hold_out
+from ..data.conversations import Conversations
 from ..errors import DistillError, need
 from ..recipe.schema import Recipe
 from .examples import load_source, mix_sources
@@ -64,7 +65,10 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
 
 
 def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
-    """Rows whose prompt has at most so many tokens."""
+    """Rows whose prompt has at most so many tokens; messages as their text, where the template reads no parts."""
+    if isinstance(next(iter(rows))["prompt"], list):
+        conversations = Conversations(tokenizer)
+        rows = rows.map(lambda row: {k: conversations.plain(row[k]) for k in ("prompt", "completion") if row.get(k)})
 
     def fits(row: dict) -> bool:
         if isinstance(row["prompt"], str):

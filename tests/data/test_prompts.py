@@ -27,7 +27,11 @@ def test_prompts_stay_as_they_are():
     [
         ({"text": "x"}, "data.task is text, in which nothing says where a prompt ends"),
         ({"input_ids": [1]}, "data.task is tokens"),
-        ({"messages": conversation(0)[:1]}, "must end with an answer of the assistant's"),
+        (
+            {"messages": conversation(0)[:1]},
+            "data.task, row 1, column messages: a conversation must end with an answer of the assistant's",
+        ),
+        ({"messages": None}, "data.task, row 1, column messages: found null"),
     ],
 )
 def test_what_has_no_prompt_is_refused(row, problem):

@@ -76,6 +76,19 @@ def test_held_out_rows_and_the_controls_ask_the_answers_alone(smollm2_tokenizer)
             assert whole.endswith("assistant\n" + asked)
 
 
+def test_prompts_of_text_parts_are_prompts_of_their_text(tmp_path, monkeypatch, smollm2_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
+    parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    prompts = []
+    for name, messages in (("text", turns), ("parts", parts)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 20)
+        recipe = load_recipe("on-policy", [f"data.task.path={name}.jsonl"])
+        prompts.append(list(prepare_prompts(recipe, smollm2_tokenizer, 0, 8)))
+    assert prompts[0] == prompts[1]
+    assert prompts[0][0]["prompt"] == turns[:1]
+
+
 def test_prompts_that_leave_no_room_are_left_out():
     tokenizer = byte_tokenizer()
     every = prepare_prompts(load_recipe("on-policy", smoke=True), tokenizer, 0, 8)
