@@ -23,7 +23,7 @@ PLACES = {
     "step": ("hf_distill.distiller:Distiller.__call__", False),
     "backward": ("accelerate:Accelerator.backward", False),
     "optimizer": ("accelerate.optimizer:AcceleratedOptimizer.step", False),
-    "teacher moves": ("hf_distill.trainer:_Clock.on_step_end", False),
+    "teacher moves": ("hf_distill.teacher_callback:TeacherCallback.on_step_end", False),
     "evaluation": ("transformers:Trainer.prediction_step", False),
     "checkpoint begins": ("hf_distill.saving:begin", False),
     "weights": ("transformers:PreTrainedModel.save_pretrained", True),
