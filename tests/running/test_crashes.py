@@ -3,9 +3,10 @@
 import json
 import shutil
 import sys
+from importlib import import_module
 
 import pytest
-from crashing import KINDS, Fate, _without_complete, content, fates, job_of, started, trial
+from crashing import KINDS, PLACES, Fate, _without_complete, content, fates, job_of, started, trial
 
 from hf_distill.checkpoints import checkpoints_of
 
@@ -61,3 +62,13 @@ def test_a_difference_would_be_seen(place):
     assert started(job_of("ema", place, "train.seed=1"), place / "other") == 0
     one, other = content(place / "one", "ema"), content(place / "other", "ema")
     assert {"student/model.safetensors", "models", "logs"} <= {n for n in one if one[n] != other.get(n)}
+
+
+def test_every_place_of_a_kill_is_there():
+    """A place that was renamed fails here, by its name, and not in every trial."""
+    for where, _ in PLACES.values():
+        module, _, path = where.partition(":")
+        owner = import_module(module)
+        for name in path.split("."):
+            owner = getattr(owner, name)
+        assert callable(owner), where
