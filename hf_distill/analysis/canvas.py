@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import need
+from ..escape import html_text
 
 # Ink becomes the page's own text colour; as it is, it is black on a PNG's white.
 INK = "#010203"
@@ -63,16 +64,28 @@ def legend(axes: Any, **options) -> None:
     axes.legend(frameon=False, labelcolor=INK, **options)
 
 
+def _without_formulas(figure: Any) -> Any:
+    """The figure, whose names are text, also with dollars in them; numbers at its axes stay formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
+    return figure
+
+
 def svg(figure: Any) -> str:
     """A figure as an element of a page, in the page's text colour, without a fixed size."""
     import matplotlib
 
     text = StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        _without_formulas(figure).savefig(
+            text, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     element = text.getvalue()
     element = element[element.index("<svg") :].replace(INK, "currentColor")
-    name = figure.get_suptitle().replace("&", "and").replace('"', "")
+    name = html_text(figure.get_suptitle())
     width, height = (f"{inches * 72:g}pt" for inches in figure.get_size_inches())
     return element.replace(
         f'width="{width}" height="{height}"', f'role="img" aria-label="{name}" style="max-width: {width}"', 1
@@ -81,5 +94,5 @@ def svg(figure: Any) -> str:
 
 def png(figure: Any, path: Path) -> Path:
     """A figure as a file, on white."""
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
+    _without_formulas(figure).savefig(path, format="png", dpi=160, facecolor="white")
     return path

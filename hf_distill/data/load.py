@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from ..errors import DistillError, did_you_mean
-from ..hub import address, fetch
+from ..hub import address, fetch, line_of, reading
 from ..names import FILES, kind_of
 from .formats import MESSAGES, TEXT, format_of
 from .local_files import read_file, readable
@@ -79,10 +79,11 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
         if split not in splits:
             raise DistillError(f"{path} has no split {split!r}{did_you_mean(split, splits)}")
         return splits[split]
-    try:
-        return load_dataset(path, name, split=split, streaming=streaming, revision=revision)
-    except DatasetNotFoundError as error:
-        raise DistillError(f"There is no data set {path!r} here or on the Hub: {error}") from error
+    with reading(f"The data set {path}"):
+        try:
+            return load_dataset(path, name, split=split, streaming=streaming, revision=revision)
+        except DatasetNotFoundError as error:
+            raise DistillError(f"There is no data set {path!r} here or on the Hub: {line_of(error)}") from error
 
 
 def _python_topics() -> Dataset:

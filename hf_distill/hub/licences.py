@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..names import distribution_of, kind_of
+from .malformed import reading
 from .told import asking
 
 
@@ -114,13 +115,18 @@ def licence_of(model: str, revision: str | None = None) -> Licence:
             return Licence(_of_package(model))
         case "path":
             readme = Path(model) / "README.md"
-            return of_card(ModelCard.load(readme)) if readme.is_file() else Licence(None)
+            return _of_file(model, readme) if readme.is_file() else Licence(None)
     with asking(model, "model", revision):
         try:
             readme = Path(hf_hub_download(model, "README.md", revision=revision))
         except RemoteEntryNotFoundError:
             return Licence(None)
-    return of_card(ModelCard.load(readme))
+    return _of_file(model, readme)
+
+
+def _of_file(model: str, readme: Path) -> Licence:
+    with reading(f"The card of {model}"):
+        return of_card(ModelCard.load(readme))
 
 
 def of_card(card: ModelCard) -> Licence:

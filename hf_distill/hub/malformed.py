@@ -39,6 +39,8 @@ def line_of(error: BaseException) -> str:
     Args:
         error: of any library.
     """
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        return line_of(error.__cause__)  # which says what the error of `datasets` does not
     text = " ".join(printable(str(error)).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     named = isinstance(error, OSError | ValueError | RuntimeError | ImportError) and text

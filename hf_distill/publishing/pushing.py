@@ -143,7 +143,7 @@ def dry_run(
     sizes = {name: content.stat().st_size if isinstance(content, Path) else len(content)
              for name, content in sorted(contents.files.items())}  # fmt: skip
     cache = sum(p.stat().st_size for p in Path(_cache_of(run)).iterdir()) if "cache" in include else None
-    card = bytes(contents.files[CARD]).decode()  # type: ignore[arg-type]
+    card = bytes(contents.files[CARD]).decode()
     return DryRun(card, sizes, contents.left_out, facts.licence, unknown, contents.notes, cache)
 
 

@@ -1,5 +1,6 @@
 """A report is one file that a browser shows as it is meant, without a network."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -198,3 +199,35 @@ def test_the_command_writes_samples_and_page(folder):
     assert (folder / "report.html").is_file()
     assert (folder / "samples.json").is_file()
     assert "hf-distill inspect" in result.output
+
+
+def test_external_text_in_a_report_is_text(folder):
+    """Samples, losses and the recipe hold HTML, and dollars that a plot could take for a formula."""
+    attack = "<img src=x onerror=alert(1)></pre><script>alert(1)</script> $\\frac{1$ \"'"
+    sample = {"prompt": attack, "reference": attack, "written": {attack: attack}}
+    (folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    name = attack.replace("/", "")
+    lines = [line | ({f"{name}_loss": 1.0} if "loss" in line else {}) for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"# {attack}\n")
+    page = report(open_run(folder)).path.read_text()
+    tags = re.findall(r"<\s*(script|img|iframe|object)", page)
+    assert tags == []
+    assert page.count("&lt;script&gt;") >= 3
+
+
+def test_a_plot_s_title_and_legend_are_text():
+    from xml.etree import ElementTree
+
+    from hf_distill.analysis.canvas import axes, legend, svg
+
+    attack = '<script>alert("1")</script> & $\\frac{1$ \' '
+    figure, one = axes(attack, attack, attack)
+    one.plot([1, 2], label=attack)
+    legend(one)
+    drawn = svg(figure)
+    root = ElementTree.fromstring(drawn)
+    assert not [element for element in root.iter() if "script" in element.tag]
+    assert root.attrib["aria-label"] == attack.strip() or root.attrib["aria-label"] == attack

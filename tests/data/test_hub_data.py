@@ -1,0 +1,49 @@
+"""Data sets of the Hub whose card or files are malformed, or name files elsewhere, end in one line."""
+
+import pytest
+
+from hf_distill import DistillError
+from hf_distill.data.load import load_documents
+
+CARDS = {
+    "absolute file": "configs:\n- config_name: default\n  data_files: {place}\n",
+    "absolute file of a split": "configs:\n- config_name: default\n  data_files: [{{split: train, path: {place}}}]\n",
+    "file above": "configs:\n- config_name: default\n  data_files: ../../../../../../../../..{place}\n",
+    "file address": "configs:\n- config_name: default\n  data_files: file://{place}\n",
+    "file of another repository": "configs:\n- config_name: default\n  data_files: hf://datasets/org/other/a.jsonl\n",
+    "no list of configurations": "configs: 5\n",
+    "numbers for names": "configs:\n- config_name: 5\n  data_files: [1]\n",
+    "no features": "dataset_info:\n  features: 7\n",
+    "no YAML": "configs: [\n",
+    "no such file": "configs:\n- config_name: default\n  data_files: nothing.csv\n",
+}
+
+
+@pytest.mark.parametrize("what", CARDS)
+def test_a_card_with(hub, tmp_path, what):
+    (tmp_path / "secret.jsonl").write_text('{"text": "SECRET"}\n')
+    card = CARDS[what].format(place=tmp_path / "secret.jsonl")
+    hub.put("datasets", "org/other", {"a.jsonl": b'{"text": "other"}\n'})
+    hub.put("datasets", "org/rows", {"README.md": f"---\n{card}---\n".encode(), "a.jsonl": b'{"text": "good"}\n'})
+    with pytest.raises(DistillError, match="org/rows") as caught:
+        load_documents("org/rows")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.jsonl": b'{"text": "a"}\n{"text": '},
+        {"a.parquet": b"PAR1 cut"},
+        {"a.arrow": b"none"},
+        {"a.csv": b"text\n\xff\xfe\n"},
+        {"a.jsonl": b""},
+        {"notes.bin": b"x"},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+def test_malformed_files_of_a_data_set(hub, files):
+    hub.put("datasets", "org/rows", files)
+    with pytest.raises(DistillError, match="org/rows") as caught:
+        load_documents("org/rows")
+    assert "\n" not in str(caught.value)
