@@ -110,7 +110,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
         self._prepare_teacher(teacher)
         self._set_objective(fields, renew=True)
-        self.label_names = self.label_names or ["labels"]  # a class whose forward takes no labels has none
+        self.label_names = ["labels"]  # the Trainer asks the forward, which may name others or none
 
     def _prepare_teacher(self, teacher: Teacher) -> None:
         student = dict(self.model.named_parameters())

@@ -114,7 +114,7 @@ def shift_of(model: PreTrainedModel, batch: dict) -> bool | None:
     except (CannotBuildError, AttributeError):  # labels of another shape are for the comparison to judge
         return None
     own, labels = outputs.get("loss"), batch["labels"]
-    if own is None or outputs.logits.shape[: labels.dim()] != labels.shape:
+    if own is None or outputs.logits.shape[:-1] != labels.shape:
         return None
     plain = {
         shift: float((own - F.cross_entropy(*cross_entropy(outputs.logits.float(), labels, shift))).abs() / own.abs())

@@ -120,7 +120,7 @@ def _main(model: PreTrainedModel, kind: Kind, padded: bool, generator: torch.Gen
         if padded:
             mask[1, -2:] = mask[2, -4:] = 0
             pad = _first(config, "pad_token_id")
-            ids = ids.masked_fill(mask == 0, 0 if pad is None else pad)
+            ids = ids.masked_fill(mask == 0, 0 if pad is None or pad >= VOCAB else pad)
         eos = getattr(config, "eos_token_id", None)
         if kind.name == "sequence" and config.is_encoder_decoder and isinstance(eos, int):
             ids[torch.arange(ROWS), mask.sum(1) - 1] = eos  # such a class predicts from the last token of this id

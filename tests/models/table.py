@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict] = {
     "mobilebert": {"normalization_type": "layer_norm"},  # without one, rounding grows from layer to layer
     "blip-2": {"image_token_id": 90},
     "instructblip": {"image_token_id": 90},
+    "instructblipvideo": {"video_token_id": 90},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
     # what a default config leaves out
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -84,7 +85,7 @@ CONFIGS: dict[str, dict] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [2, 2, 2, 2]}},
     "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
-    "mistral4": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "yarn"}},
+    "mistral4": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 8 / 24}},
     "longcat_flash": {"head_dim": 8},
     "reformer": {
         "axial_pos_embds_dim": (16, 16),
@@ -116,11 +117,11 @@ CONFIGS: dict[str, dict] = {
         "downsample_rate": "2/4",
     },
     "wavtokenizer_encoder": {"codebook_dim": 32},
-    "dots3_note_audio_encoder": {"adapter_in_dim": 32},
-    "dots3_note_vision_encoder": {"adapter_in_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_in_dim": 32, "adapter_input_size": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_input_size": 32},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {"num_hidden_layers": 4},
-    "nemotron3_5_transcribe_audio": {"chunk_right_context": 2},
+    "nemotron3_5_transcribe_word_timestamp": {"chunk_right_context": 2},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
     "kosmos-2": {"latent_query_num": 4},
@@ -165,6 +166,13 @@ def _with_image(batch, config, generator):
     return ids
 
 
+def _with_video(batch, config, generator):
+    """The ids, the first of which stand for two frames."""
+    ids = batch["input_ids"].clone()
+    ids[:, : 2 * _IMAGE_TOKENS] = config.video_token_id
+    return ids
+
+
 def _image_first(batch, config, generator):
     return (torch.arange(WIDTH) < _IMAGE_TOKENS).long().expand(ROWS, WIDTH)
 
@@ -175,6 +183,7 @@ def _patches(batch, config, generator):
     return torch.cat([places, torch.randn(ROWS, 9, 768, generator=generator)], -1)
 
 
+_INSTRUCT_VIDEO = {"input_ids": _with_video, "qformer_input_ids": _words(5)}
 _INSTRUCT = {"input_ids": _with_image, "qformer_input_ids": _words(5)}
 
 # Name of a class, or of one that it derives from -> more inputs, as functions of (batch, config, generator).
@@ -189,6 +198,7 @@ INPUTS: dict[str, dict] = {
     "BlipForConditionalGeneration": {"pixel_values": _numbers(3, 32, 32)},
     "Blip2ForConditionalGeneration": {"pixel_values": _numbers(3, 32, 32), "input_ids": _with_image},
     "InstructBlipForConditionalGeneration": {"pixel_values": _numbers(3, 32, 32)} | _INSTRUCT,
+    "InstructBlipVideoForConditionalGeneration": {"pixel_values": _numbers(2, 3, 32, 32)} | _INSTRUCT_VIDEO,
     "Kosmos2ForConditionalGeneration": {
         "pixel_values": _numbers(3, 32, 32),
         "image_embeds_position_mask": _image_first,
@@ -214,6 +224,7 @@ TEXT = (
     "BlipForConditionalGeneration",
     "Blip2ForConditionalGeneration",
     "InstructBlipForConditionalGeneration",
+    "InstructBlipVideoForConditionalGeneration",
     "Kosmos2ForConditionalGeneration",
 )
 
@@ -257,6 +268,11 @@ CANNOT: dict[str, str] = {
             "Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration",
         ),
         "is a part of another model and reads its hidden states",
+    ),
+    "ClvpModelForConditionalGeneration": "aligns speech and text; it predicts no tokens",
+    **dict.fromkeys(
+        ("MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration"),
+        "predicts several streams of codes of sound at once",
     ),
     "PI0ForConditionalGeneration": "predicts a robot's actions, from its state and images",
     "Llama4ForConditionalGeneration": "its own forward fails without images (transformers 5.24)",
