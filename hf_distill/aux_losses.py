@@ -97,7 +97,7 @@ class AuxLosses:
         return self._zero is not None
 
     def _is_untouched_zero(self, loss: Tensor) -> bool:
-        return loss is self._zero and loss._version == 0
+        return self._zero is not None and loss is self._zero and self._zero._version == 0
 
     def _with_labels(self, forward: Callable) -> Callable:
         @wraps(forward)

@@ -30,7 +30,7 @@ def changed_arguments(args: Any, before: dict[str, Any], distilling: bool) -> li
         DistillFields.__post_init__(args)  # reads JSON, and refuses what is out of range
     if fixed := [name for name in changed if name.startswith("teacher_")]:
         raise DistillError(f"{fixed} changed after the teacher was loaded: make a new trainer with these arguments.")
-    unused = [name for name in changed if name not in ("label_smoothing_factor", *CARE)]
+    unused = [name for name in changed if name not in ("label_smoothing_factor", "stop_on_signal", *CARE)]
     if unused and not distilling:
         raise DistillError(f"{unused} changed, and there is no teacher: pass one, with alpha above 0.")
     return changed

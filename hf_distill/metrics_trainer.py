@@ -26,6 +26,8 @@ class MetricsMixin(_Base):
     """For any Trainer that has a `distiller`; nothing is measured of a step that is not noted."""
 
     distilling: bool
+    _total_loss_scalar: float
+    _tr_loss: torch.Tensor
     distiller: Distiller
     teacher: Teacher
     sources: tuple[str, ...] = ()  # of a mixture, where no collator names them

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DistillError, need, tell
+from ..sidecar import split
 from .itself import ItselfTeacher
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -50,7 +51,8 @@ class OwnBaseTeacher(ItselfTeacher):
             for name, p in layer.named_parameters()
             if name.split(".")[0] not in ("base_layer", "original_module")
         }
-        trained = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in adapters]
+        parameters = split(dict(student.named_parameters()))
+        trained = [name for name, p in parameters.items() if p.requires_grad and id(p) not in adapters]
         problems, remedy = [], "or use a FrozenTeacher of the same weights"
         if trained:
             problems.append(

@@ -1,11 +1,12 @@
 """What a student must not share with a teacher that is a model of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..sidecar import split
 from .base import Teacher
 from .distance import local
 from .frozen import FrozenTeacher
@@ -13,7 +14,7 @@ from .peer import PeerTeacher
 from .several import MultiTeacher
 
 
-def shared_with_teacher(student: nn.Module, trained: Iterable[str], teacher: Teacher) -> list[str]:
+def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: Teacher) -> list[str]:
     """Parameters and modules that the student shares with its teacher and that one would change for the other.
 
     Args:
@@ -31,15 +32,17 @@ def shared_with_teacher(student: nn.Module, trained: Iterable[str], teacher: Tea
     if not isinstance(teacher, FrozenTeacher | PeerTeacher) or not isinstance(model, nn.Module):
         return []
     pointers = {local(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
-    own = dict(student.named_parameters())
-    if shared := [name for name in trained if local(own[name]).data_ptr() in pointers]:
+    own = split(dict(student.named_parameters()))  # a peer that trains hangs in the student's sidecar
+    if shared := [name for name in own if name in trained and local(own[name]).data_ptr() in pointers]:
         return [
             f"the student and its teacher share {len(shared)} parameters that are trained ({', '.join(shared[:3])}): "
             "build the student from copies (copy.deepcopy of the teacher's modules), or freeze them in the student. To "
             "distil a model from itself use OwnBaseTeacher, EMATeacher, SnapshotTeacher or MultiViewTeacher"
         ]
     modules = {id(module) for module in model.modules()}
-    if shared := [name for name, m in student.named_modules() if id(m) in modules and _depends_on_mode(m)]:
+    if shared := [
+        name for name, m in split(dict(student.named_modules())).items() if id(m) in modules and _depends_on_mode(m)
+    ]:
         return [
             f"the student and its teacher share modules ({', '.join(shared[:3])}), so that dropout in the student's "
             "training is dropout in its teacher: build the student from copies (copy.deepcopy)"

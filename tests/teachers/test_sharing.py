@@ -11,6 +11,8 @@ from torch import nn
 from hf_distill import DistillError
 from hf_distill.teachers import FrozenTeacher, OwnBaseTeacher, PeerTeacher
 
+LOSSES = [{"name": "hidden_mse", "weight": 0.1}]
+
 
 def embeddings(student, teacher):
     student.model.embed_tokens, student.lm_head = teacher.model.embed_tokens, teacher.lm_head
@@ -89,3 +91,12 @@ def test_norms_that_train_change_the_base_and_adapters_of_every_kind_do_not(make
     next(p for name, p in student.named_parameters() if "input_layernorm" in name).requires_grad_(True)
     with pytest.raises(DistillError, match=r"1 parameters outside the adapters are trained .*input_layernorm"):
         make_trainer(model=student, teacher=OwnBaseTeacher())
+
+
+def test_what_is_trained_beside_the_student_is_no_part_of_it(make_trainer):
+    """Projectors and a peer hang on the student when a teacher is prepared again."""
+    options = dict(losses=LOSSES, projectors="linear", max_steps=1)
+    for student, teacher in ((adapted(), OwnBaseTeacher()), (build("llama", 0), PeerTeacher(build("llama", 1)))):
+        trainer = make_trainer(model=student, teacher=teacher, **options)
+        trainer.distil_from(trainer.teacher, trainer.args)
+        trainer.train()
