@@ -12,6 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, HfArgumentParser, Mixtra
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill.data import rows_of, training_template
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 GENERATION = (
@@ -119,6 +120,17 @@ def whole_batch(make_sft, **options):
     before = trainer.model.model.layers[0].mlp.up_proj.weight.detach().clone()
     (found,) = losses(trainer, "loss", "soft_loss", "hidden_mse_loss", "value_relation_loss")
     return found, before - trainer.model.model.layers[0].mlp.up_proj.weight.detach()
+
+
+def test_the_training_template_gives_trl_the_targets_of_a_recipe(make_sft, smollm2_tokenizer, monkeypatch):
+    own = rows_of(Dataset.from_list(ROWS["messages"]), smollm2_tokenizer, 1024)
+    with pytest.raises(ValueError, match="chat template"):
+        make_sft(assistant_only_loss=True)
+    monkeypatch.setattr(smollm2_tokenizer, "chat_template", training_template("smollm2"))
+    trainer = make_sft(assistant_only_loss=True)
+    for row, expected in zip(trainer.train_dataset, own, strict=True):
+        batch = trainer.data_collator([row])
+        assert {name: batch[name][0].tolist() for name in expected} == expected
 
 
 def test_packed_rows_have_the_loss_and_gradient_of_padded_rows(make_sft):

@@ -15,7 +15,8 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import DistillError
 from ..names import FILES
 
-_FIRST_NULL = re.compile(rb"\s*(?:\[\s*)?null\b")  # pyarrow crashes on it
+# A JSON file whose first row is no object: pyarrow crashes on null, and `datasets` takes texts for rows.
+_NO_OBJECT = re.compile(rb"\s*(?:\[\s*(?:null|true|false|[-\d\"\[])|null|true|false|[-\d\"])")
 _SCANNED_BYTES = 2**28  # of a broken JSON file, to name the line
 
 
@@ -37,8 +38,9 @@ def read_file(path: str, streaming: bool) -> Any:
             return None
         if suffix in (".json", ".jsonl"):
             with place.open("rb") as file:
-                if _FIRST_NULL.match(file.read(1024).removeprefix(b"\xef\xbb\xbf")):
-                    raise DistillError(f"{path}, row 1: it is null, and each row is an object, {{...}}.")
+                start = file.read(1024).removeprefix(b"\xef\xbb\xbf")
+                if _NO_OBJECT.match(start):
+                    raise DistillError(f"{path}, row 1: found {_shown(start)}, and each row is an object, {{...}}.")
         data = load_dataset(
             FILES[suffix], data_files=path, split="train", streaming=streaming, **_options(place, suffix)
         )
@@ -71,6 +73,10 @@ def readable(path: str) -> Iterator[None]:
         cause = error.__cause__ or error
         what = Path(path).suffix or "a folder of save_to_disk"
         raise DistillError(f"{path} cannot be read as {what}: {_json_problem(path) or cause}") from error
+
+
+def _shown(start: bytes) -> str:
+    return repr(start.decode(errors="replace").strip()[:20])
 
 
 def _json_problem(path: str) -> str | None:

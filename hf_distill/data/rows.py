@@ -65,7 +65,11 @@ def causal_rows(documents: Examples, tokenizer: Any, max_length: int, where: str
         return {"input_ids": rows, "labels": rows}
 
     rows = documents.with_format(None).map(
-        cut, batched=True, with_indices=True, remove_columns=documents.column_names, features=ROW
+        cut,
+        batched=True,
+        with_indices=True,
+        remove_columns=documents.column_names or list(next(iter(documents))),
+        features=ROW,
     )
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise DistillError(

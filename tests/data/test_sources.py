@@ -81,9 +81,11 @@ TEXTS = pa.table({"text": ["a", "b"]})
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
         ("x.jsonl", '{"text": "\u2028"}\n{"text": b}\n'.encode(), "cannot be read as .jsonl: line 2 is not JSON: "),
         ("x.jsonl", b'{"text": "a"}\n5\n', "line 2 holds int, and each line is an object"),
-        ("x.jsonl", b'null\n{"text": "a"}\n', "row 1: it is null, and each row is an object"),
+        ("x.jsonl", b'null\n{"text": "a"}\n', "row 1: found 'null.*each row is an object"),
+        ("x.json", b'["a", {"text": "b"}]', "row 1: found .*each row is an object"),
+        ("x.jsonl", b"[1, 2]\n", "row 1: found .*each row is an object"),
         ("x.json", b'[{"text": "a"}, 5]', "row 2 is no object"),
-        ("x.json", b"5", "line 1 holds int"),
+        ("x.json", b"5", "row 1: found '5'"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
