@@ -103,5 +103,6 @@ def signs_of_distance(found: Agreement, references: References, alpha: float) ->
 
 def _number(metrics: Any, name: str) -> float | None:
     value = metrics.get(name) if isinstance(metrics, Mapping) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    return float(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        return None
+    return float(value)

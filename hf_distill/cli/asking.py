@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from ..errors import DistillError
+from ..recipe.local import check_local
 from ..recipe.references import on_the_hub
 from ..recipe.schema import Recipe
 from .app import out
@@ -23,9 +24,10 @@ def agree(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None
         show: say what it downloads wherever it came from.
 
     Raises:
-        DistillError: a repository is not there, private or gated; a stranger's recipe names pickled weights; nobody is
-            there to answer.
+        DistillError: a file or folder that the recipe names is missing; a repository is not there, private or gated; a
+            stranger's recipe names pickled weights; nobody is there to answer.
     """
+    check_local(recipe)
     strange = on_the_hub(reference)
     if not strange and not show:
         return

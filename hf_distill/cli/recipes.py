@@ -74,12 +74,13 @@ def validate(
     overrides: Overrides = None,
     smoke: Smoke = False,
 ) -> None:
-    """Check a recipe without loading anything."""
+    """Check a recipe, and that the files and folders it names exist, without loading anything."""
     from ..recipe.load import load_recipe
+    from ..recipe.local import check_local
     from ..recipe.references import list_recipes
 
     for name in [recipe] if recipe else list_recipes():
-        load_recipe(name, overrides or [], smoke=smoke)
+        check_local(load_recipe(name, overrides or [], smoke=smoke))
         out.print(f"{name} is a valid recipe.")
 
 

@@ -19,12 +19,14 @@ class CacheCost:
 
     kind:            as `hf-distill cache write --kind` says
     bytes_per_token: expected
+    head:            bytes of the output head, which is stored once
     tells:           what a run can have of it; the cosine of its gradient with the whole one, as measured there
     """
 
     kind: str
     bytes_per_token: float
     tells: str
+    head: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class CachePlan:
 
 
 def caches_of(
-    teacher: Anatomy, length: int, layers: int, forward: float, training: float, tokens: int | None
+    teacher: Anatomy, length: int, layers: int, forward: float, training: float, tokens: int | None, head: int
 ) -> CachePlan:
     """Caches of a teacher.
 
@@ -53,13 +55,14 @@ def caches_of(
         forward: FLOP a token, of the teacher.
         training: FLOP a token, of the student.
         tokens: of the run.
+        head: bytes of the teacher's output head, as it is loaded.
     """
-    kinds = kinds_of(teacher.vocab, teacher.hidden, length, layers)
+    kinds = kinds_of(teacher.vocab, teacher.hidden, length, layers, head=head)
     return CachePlan(kinds, forward / (forward + training), tokens)
 
 
 def kinds_of(
-    vocab: int, hidden: int | None, length: float, layers: int = 0, distinct: float = _DISTINCT
+    vocab: int, hidden: int | None, length: float, layers: int = 0, distinct: float = _DISTINCT, head: int = 0
 ) -> list[CacheCost]:
     """What each kind of cache takes.
 
@@ -69,6 +72,7 @@ def kinds_of(
         length: tokens of a row.
         layers: whose hidden states are stored beside the last.
         distinct: ids among the draws of a token, expected.
+        head: bytes of the output head.
     """
     row, bits = _ROW / length, ceil(log2(vocab))
     sparse = {
@@ -91,4 +95,4 @@ def kinds_of(
     if hidden is None:
         return kinds
     exact = "all losses on logits at every temperature, equal to the teacher's up to bf16"
-    return [CacheCost("hidden", 2 * hidden * (1 + layers) + row, exact), *kinds]
+    return [CacheCost("hidden", 2 * hidden * (1 + layers) + row, exact, head), *kinds]

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from ..recipe.schema import Recipe
 from .anatomy import Anatomy
-from .compute import Flops, counted_forward, rule_of_thumb
+from .compute import Flops, counted_forward, rule_of_thumb, training_rule
 from .job import Job
 
 
@@ -34,7 +34,8 @@ class Cost:
     tokens_per_step:   over all processes, accumulation included
     tokens:            of the run; None where the recipe counts epochs, as the length of the data is unknown
     flop_per_token:    teacher's forward and student's training
-    flop:              of the run; None as `tokens`
+    flop:              of the run, the control included; None as `tokens`
+    control:           FLOP of training the control, which is a part of `flop`; 0 without one
     rule:              the same by the rule of thumb
     tokens_per_second: at the share of the GPUs' peak that was given
     gpu_hours:         of the run
@@ -49,6 +50,7 @@ class Cost:
     tokens_per_second: float
     gpu_hours: float | None
     share: float | None
+    control: float | None = 0.0
 
 
 def model_of(name: str, config: PretrainedConfig, anatomy: Anatomy, length: int, job: Job | None = None) -> Model:
@@ -78,9 +80,13 @@ def cost_of(
     step = rows * recipe.data.max_length
     per_token = teacher.forward + student.training
     per_second = processes * speed / per_token
+    has_control = recipe.control == "sft"  # the same student on the same tokens, without a teacher
     if (train.max_steps or 0) <= 0:
-        return Cost(step, None, per_token, None, None, per_second, None, None)
+        return Cost(step, None, per_token, None, None, per_second, None, None, None if has_control else 0.0)
     tokens = train.max_steps * step
     rule = rule_of_thumb(teacher.parameters, student.parameters, tokens).total
-    hours, flop = tokens / per_second / 3600, tokens * per_token
-    return Cost(step, tokens, per_token, flop, rule, per_second, gpus * hours, flop / pretraining)
+    control = tokens * student.training if has_control else 0.0
+    rule += training_rule(student.parameters, tokens) if has_control else 0.0
+    flop = tokens * per_token + control
+    hours = flop / (processes * speed) / 3600
+    return Cost(step, tokens, per_token, flop, rule, per_second, gpus * hours, flop / pretraining, control)

@@ -133,7 +133,8 @@ def _caches(recipe: Recipe, job: Job, teacher: Model, student: Model, tokens: in
         if get_loss(loss.name).feature == "hidden":
             pairs = map_layers(mapping, job.student.depth, job.teacher.depth)
             layers |= {*range(job.teacher.depth)} if mapping == LEARNED else {t for _, t in pairs}
-    return caches_of(job.teacher, job.length, len(layers), teacher.forward, student.training, tokens)
+    head = job.teacher.head * job.teacher_dtype.itemsize
+    return caches_of(job.teacher, job.length, len(layers), teacher.forward, student.training, tokens, head)
 
 
 def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:

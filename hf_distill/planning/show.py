@@ -76,13 +76,16 @@ def caches_table(plan: Plan) -> list[Table | str]:
     table.add_column("tells")
     tokens = plan.caches.tokens or 10**9
     for kind in plan.caches.kinds:
-        size = kind.bytes_per_token * tokens / GiB
+        size = (kind.bytes_per_token * tokens + kind.head) / GiB
         table.add_row(kind.kind, _number(kind.bytes_per_token), f"{_number(size)} GiB", kind.tells)
     pays = (
         f"It saves {plan.caches.saved:.0%} of a step's operations, and pays from the second pass over the data on: an "
         "epoch, another student, another run."
     )
-    return [table, pays]
+    heads = [
+        f"The output head takes {kind.head / _MIB:.0f} MiB of {kind.kind}." for kind in plan.caches.kinds if kind.head
+    ]
+    return [table, *heads, pays]
 
 
 def legend(plan: Plan, wide: bool) -> list[str]:
@@ -115,7 +118,8 @@ def verdict(plan: Plan) -> list[str]:
     if cost.tokens is None or cost.gpu_hours is None or cost.share is None:
         step = f"{cost.tokens_per_step:,} tokens a step"
         lines = [
-            f"Run: epochs of data whose length is unknown, {step}; its cost: give train.max_steps=N.",
+            f"Run: epochs of data whose length is unknown, {step}; its cost: give train.max_steps=N."
+            + (" The control trains the student as long again, without the teacher." if cost.control is None else ""),
             f"Time: {pace}",
         ]
     else:
@@ -123,6 +127,11 @@ def verdict(plan: Plan) -> list[str]:
             f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} a step: {cost.flop:.3g} FLOP by formula, "
             f"{cost.rule:.3g} by the rule",
             f"Time: {pace}: {_number(cost.gpu_hours)} GPU-hours, {_number(cost.gpu_hours / plan.gpus)} hours",
+            *(
+                [f"Control: {cost.control:.3g} FLOP of these train the student on hard labels alone"]
+                if cost.control
+                else []
+            ),
             f"Share: {_number(100 * cost.share)} % of training the student alone on {plan.pretraining_tokens:.0e} "
             f"tokens, {plan.pretraining:.3g} FLOP by the rule",
         ]

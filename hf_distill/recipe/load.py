@@ -17,7 +17,7 @@ from .reading import read_yaml
 from .references import Found, find_recipe, packaged_text
 from .schema import Recipe, Train
 from .smoke import smoke_values
-from .stages import planned_values, stage_values
+from .stages import direct_values, planned_values, stage_values
 from .terms import Distill
 from .trust import untrusted
 
@@ -170,11 +170,14 @@ def _of_stages(values: dict[str, Any]) -> list[str]:
 
 
 def parts_to_plan(recipe: Recipe) -> dict[str, Recipe]:
-    """A recipe, as ""; of a chain the recipe of each stage, as far as it is known before the chain runs."""
+    """A recipe, as ""; of a chain the recipe of each stage, as far as it is known before the chain runs, and of its
+    control, which is called "direct".
+    """
     if not recipe.stages:
         return {"": recipe}
-    values = planned_values(recipe.model_dump(exclude_none=True, exclude_unset=True))
-    return {name: validate(part) for name, part in values.items()}
+    values = recipe.model_dump(exclude_none=True, exclude_unset=True)
+    parts = planned_values(values) | ({"direct": direct_values(values)} if recipe.control == "direct" else {})
+    return {name: validate(part) for name, part in parts.items()}
 
 
 def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[str, Any]:

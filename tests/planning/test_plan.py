@@ -8,8 +8,10 @@ from hf_distill.errors import DistillError
 from hf_distill.planning import Anatomy, Strategy, memory, model_config, plan
 from hf_distill.planning.job import job_of
 from hf_distill.planning.rows import GiB, deepspeed_estimate, fewest_gpus, min_gpus
+from hf_distill.planning.show import caches_table, verdict
 from hf_distill.planning.strategy import STUDENTS, alternatives
 from hf_distill.recipe import load_recipe
+from hf_distill.recipe.load import parts_to_plan
 
 # Strategies
 
@@ -79,6 +81,39 @@ def test_the_cost_of_a_run():
     assert found.cost.flop == pytest.approx(tokens * (found.teacher.forward + found.student.training))
     assert found.cost.gpu_hours == pytest.approx(found.cost.flop / (0.4 * 989e12) / 3600)
     assert found.cost.share == pytest.approx(found.cost.flop / (6 * 8030261248 * 2e12))
+
+
+def test_the_control_is_a_part_of_the_cost():
+    alone, both = (plan(recipe(f"control={control}", "train.max_steps=100"), 2, 80) for control in ("null", "sft"))
+    tokens = alone.cost.tokens
+    assert alone.cost.control == 0
+    assert both.cost.control == pytest.approx(tokens * alone.student.training)
+    assert both.cost.flop == pytest.approx(alone.cost.flop + both.cost.control)
+    assert both.cost.rule == pytest.approx(alone.cost.rule + 6 * alone.student.parameters * tokens)
+    assert both.cost.gpu_hours == pytest.approx(alone.cost.gpu_hours * both.cost.flop / alone.cost.flop)
+    assert any(line.startswith("Control: ") for line in verdict(both))
+    assert not any("control" in line.lower() for line in verdict(alone))
+    epochs = plan(recipe("control=sft", "train.max_steps=null", "train.num_train_epochs=1"), 1, 80)
+    assert any("The control trains the student as long again" in line for line in verdict(epochs))
+
+
+def test_the_direct_control_of_a_chain_is_planned_beside_its_stages():
+    chain = load_recipe("progressive", smoke=True)
+    parts = parts_to_plan(chain)
+    assert [*parts] == [*(f"stage-{i}" for i in range(1, len(chain.stages) + 1)), "direct"]
+    assert parts["direct"].train.max_steps == sum(parts[name].train.max_steps for name in parts if name != "direct")
+
+
+def test_the_size_of_a_cache_of_hidden_states_includes_the_head():
+    found = plan(recipe("student={from_teacher: {keep_layers: 16}}", f"teacher.model={SMALL}"), 1, 80)
+    heads = {kind.kind: kind.head for kind in found.caches.kinds}
+    assert heads == {"hidden": 49152 * 576 * 2, "sampled": 0, "top_k": 0}
+    (table, line, _) = caches_table(found)
+    assert line == "The output head takes 54 MiB of hidden."
+    rows = [*table.columns[2].cells]
+    tokens = found.caches.tokens or 10**9
+    hidden = found.caches.kinds[0]
+    assert rows[0] == f"{(hidden.bytes_per_token * tokens + heads['hidden']) / GiB:.3g} GiB"
 
 
 def test_a_run_of_epochs_has_no_cost_that_can_be_known():

@@ -257,3 +257,27 @@ def test_a_local_model_without_a_type_is_refused_by_smoke(tmp_path):
         values = load_recipe("quickstart", [f"teacher.model={tmp_path}"]).model_dump(exclude_unset=True)
         with pytest.raises(DistillError, match=r"config\.json is no config of a model"):
             smoke_values(values)
+
+
+def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded(tmp_path):
+    (tmp_path / "empty").mkdir()
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    given = [f"teacher.model={model}", f"data.task.path={rows}", f"data.eval={{path: {tmp_path / 'held'}/}}"]
+    for command in ("validate", "preview"):
+        code, printed = answer("recipes", command, "quickstart", *given)
+        assert code == 2
+        for part in (
+            f"teacher: there is no file or folder '{model}'",
+            f"data task: there is no file '{rows}'",
+            "data eval",
+        ):
+            assert part in printed.replace("\n", " "), (command, part, printed)
+    code, printed = answer("recipes", "validate", "quickstart", f"teacher.model={tmp_path / 'empty'}")
+    assert code == 2
+    assert "is not the folder of a model: it has no config.json" in printed
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    rows.write_text("{}")
+    given[2] = "data.eval={holdout: 0.1}"
+    assert answer("recipes", "validate", "quickstart", *given)[0] == 0
+    assert answer("recipes", "validate", "quickstart", "teacher.model=some/id", "data.task.path=other/id")[0] == 0
