@@ -96,6 +96,7 @@ evidence: $(VENV)/installed-dev
 # Whole: every kind of run killed at 30 moments. A sample of it is among the tests.
 soak: $(VENV)/installed-dev
 	cd benchmarks && $(abspath $(VENV))/bin/python soak.py
+	cd benchmarks && $(abspath $(VENV))/bin/python bit_flips.py
 
 # 1,000 mutated recipes through the command line. A sample of them is among the tests.
 fuzz: $(VENV)/installed-dev

@@ -1,6 +1,7 @@
 """Nothing lost, in full: runs of every kind killed at 30 moments, memory over 500 steps, what the self-check costs.
 
 python soak.py              (`make soak`)
+python soak.py crashes      the kills alone; the other results stay as they are
 """
 
 import json
@@ -110,22 +111,25 @@ def apart(what: str, *words: str) -> dict[str, Any]:
     return found
 
 
+def killed(place: Path) -> dict[str, Any]:
+    """Runs of every kind, with `save_total_limit: 1`, killed and resumed."""
+    if started(job_of("capture", place), place / "cache"):
+        raise RuntimeError((place / "cache" / "log").read_text()[-3000:])
+    kinds = {kind: crashes(place, kind) for kind in KINDS}
+    total, lost = sum(one["crashes"] for one in kinds.values()), sum(len(one["lost"]) for one in kinds.values())
+    return {"crashes": total, "lost": lost, "save_total_limit": 1, "kinds": kinds}
+
+
 def main() -> None:
     """All of it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        if started(job_of("capture", place), place / "cache"):
-            raise RuntimeError((place / "cache" / "log").read_text()[-3000:])
-        found = {kind: crashes(place, kind) for kind in KINDS}
+        found = killed(place)
         grown = {kind: apart("memory", kind, folder) for kind in TRAINED}
     share = apart("self_check")
     results = {
         "environment": environment("cpu"),
-        "crashes": {
-            "crashes": sum(one["crashes"] for one in found.values()),
-            "lost": sum(len(one["lost"]) for one in found.values()),
-            "kinds": found,
-        },
+        "crashes": found,
         "memory": {
             "steps": STEPS,
             "most_mb_per_100_steps": max(m["mb_per_100_steps"] for m in grown.values()),
@@ -141,5 +145,9 @@ if __name__ == "__main__":
         print(json.dumps(memory(sys.argv[2], Path(sys.argv[3]))))
     elif sys.argv[1:2] == ["self_check"]:
         print(json.dumps(self_check(Path.cwd())))
+    elif sys.argv[1:2] == ["crashes"]:
+        with tempfile.TemporaryDirectory() as temporary:
+            results = json.loads(RESULT.read_text())
+            write_json(RESULT, results | {"environment": environment("cpu"), "crashes": killed(Path(temporary))})
     else:
         main()
