@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from accelerate.utils import is_compiled_module
+
 from .teachers.loading import launched
 
 
@@ -18,8 +20,12 @@ def unfit(trainer: Any) -> list[str]:
             "use_liger_kernel fuses the head with its own cross entropy, which hides the logits: leave it off, or pass "
             "liger_kernel_config={'fused_linear_cross_entropy': False} for the kernels of the layers alone"
         )
-    if args.torch_compile:
-        problems.append("torch_compile would keep the head that is swapped for each step: leave it off")
+    if args.torch_compile or is_compiled_module(trainer.model) or getattr(trainer.model, "_compiled_call_impl", None):
+        problems.append(
+            "torch_compile would keep the head that is swapped for each step: leave it off, and pass a model that is "
+            "not compiled"
+            "compiled"
+        )
     if launched() > 1 and args.world_size == 1:
         problems.append(
             f"the launcher started {launched()} processes, but this one trains alone: on CPUs set use_cpu=True, "

@@ -120,6 +120,8 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             for name in trained:  # a frozen teacher froze what it shares
                 student[name].requires_grad_(True)
             tell(shared)
+        for name in ("train_dataset", "eval_dataset"):
+            teacher.check_data(getattr(self, name), name)
         tell(teacher.unfit(self.args) + self._renewed(teacher))
 
     def _set_objective(self, fields: DistillFields, renew: bool) -> None:

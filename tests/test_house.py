@@ -15,7 +15,7 @@ ROOT = Path(hf_distill.__file__).parent
 FLOORS = [
     {"version", "errors", "names", "escape"},
     {"hub", "locks", "processes", "local_paths", "upstream"},
-    {"sources", "layers", "options", "projectors", "schedule", "zero", "kinds"},
+    {"sources", "layers", "options", "projectors", "schedule", "zero", "kinds", "label_shift"},
     {"signals", "tasks"},
     {"losses", "blocks"},
     {"objective", "capture", "sidecar", "mtp", "model_call"},

@@ -82,6 +82,14 @@ class Teacher(ABC):
             DistillError: this teacher cannot teach this student.
         """
 
+    def check_data(self, rows: Any, name: str) -> None:  # noqa: B027
+        """Refuse a data set that it cannot read, before training.
+
+        Args:
+            rows: the data set.
+            name: `train_dataset` or `eval_dataset`.
+        """
+
     def unfit(self, args: TrainingArguments) -> list[str]:
         """Why it cannot teach under these arguments; called after `prepare`."""
         return []

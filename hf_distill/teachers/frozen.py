@@ -13,15 +13,18 @@ from ..model_call import accepted_inputs
 from ..signals import Signals, Tap, Targets
 from ..tasks import task_of
 from .base import Teacher
-from .loading import Loading
-from .vocabulary import check_fit
+from .input_limits import InputLimits, check_data
+from .loading import Loading, run_eagerly
+from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
+from .vocabulary import check_fit, check_kinds
 
 
 class FrozenTeacher(Teacher):
     """A model in eval mode, without gradients, never in the optimizer and never in the student's checkpoint.
 
     Args:
-        model: a model (frozen in place), or the path or id of one, loaded in the student's auto class.
+        model: a model (frozen in place), or the path or id of one, or of adapters. It is loaded in the class that wrote
+            the checkpoint, which must be of the student's kind, and every weight must be in the checkpoint.
         processing_class: its tokenizer, compared with the student's. Without it the one beside the model's files is
             read, if there is one on this machine.
         quantization: hold it in 4 bits ("nf4") or 8 ("int8").
@@ -49,6 +52,7 @@ class FrozenTeacher(Teacher):
     ):
         self._loading = Loading(quantization, deepspeed, fsdp, init_kwargs)
         given = [*sorted(init_kwargs), *(["quantization"] if quantization else []), *(["fsdp"] if fsdp else [])]
+        model = as_path(model)
         if not isinstance(model, str) and given:
             raise DistillError(
                 f"teacher_init_kwargs {given} were given beside a model that is loaded already: give the "
@@ -56,16 +60,29 @@ class FrozenTeacher(Teacher):
             )
         self._path: Any = model if isinstance(model, str) else None
         self.processing_class = processing_class
-        self.model = None if isinstance(model, str) else model
+        self.model = None if isinstance(model, str) else run_eagerly(model)
+        self._limits: InputLimits | None = None
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the model fits the student, load it if need be, freeze it, put it where it stays."""
-        asked = {k: v for k, v in self._loading.init_kwargs.items() if k in ("revision", "trust_remote_code")}
-        config = check_fit(self.model or self._path, student, self.processing_class, processing_class, **asked)
+        task, options = task_of(student), self._loading.init_kwargs
+        given = self.model
+        if given is None:
+            given = read_config(self._path, options)
+            is_adapter = read_adapter_config(self._path, options) is not None
+            check_checkpoint(self._path, task, given, is_adapter)
+        check_fit(given, student, self.processing_class, processing_class, self._path or "", **hub_options(options))
         if self.model is None:
-            self.model = self._loading.load(task_of(student), self._path, config, device)
+            self.model = self._loading.load(student, self._path, given, device)
+            check_kinds(task_of(self.model), task)
         self.model.requires_grad_(False).eval()
         self.model = self._loading.place(self.model, device)
+        self._limits = InputLimits.of(self.model, student)
+
+    def check_data(self, rows: Any, name: str) -> None:
+        """Refuse rows with ids beyond the model's embedding."""
+        if self._limits is not None:
+            check_data(self._limits, rows, name)
 
     def stack(self, which: str | None = None) -> Stack:
         """The model's blocks, or those of its encoder or decoder."""
@@ -74,4 +91,7 @@ class FrozenTeacher(Teacher):
     @torch.no_grad()
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the frozen model; inputs that its forward does not accept are left out."""
-        return teacher_signals(self.model, accepted_inputs(self.model, inputs), targets, wanted)
+        inputs = accepted_inputs(self.model, inputs)
+        if self._limits is not None:
+            inputs = self._limits.readable(inputs)
+        return teacher_signals(self.model, inputs, targets, wanted)

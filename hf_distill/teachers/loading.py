@@ -12,27 +12,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
+from transformers.utils import logging
 
 from ..errors import DistillError, need, noted, tell
-from ..hub import reading
-from ..tasks import Task, partitioned
+from ..tasks import partitioned, task_of
 from ..zero import check_teacher_config, check_ways, fill_teacher_config, read_deepspeed
+from .pretrained import load_pretrained
 
+logger = logging.get_logger(__name__)
 QUANTIZATIONS = ("nf4", "int8")
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _FIGHT = (
     "{given} spreads one teacher over devices for which {count} processes would fight: start one process, or shard the "
     "teacher (deepspeed='zero3-teacher.json' or fsdp=True)"
 )
-
-
-def _loaded(task: Task, path: str, kwargs: dict[str, Any]) -> nn.Module:
-    with reading(f"The teacher {path}"):
-        return task.load(path, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,11 @@ class Loading:
                 _check_processes("fsdp", 2)
         tell(problems)
 
-    def load(self, task: Task, path: str, config: PretrainedConfig, device: torch.device) -> nn.Module:
+    def load(self, student: nn.Module, path: str, config: PretrainedConfig, device: torch.device) -> nn.Module:
         """The model, frozen, in eval mode, ready for calls.
 
         Args:
-            task: whose auto class loads it.
+            student: of whose kind it is to be.
             path: or id.
             config: the model's.
             device: of this process.
@@ -82,7 +81,7 @@ class Loading:
         Raises:
             DistillError: a quantised checkpoint is to be sharded or quantised again; there is no such model.
         """
-        kwargs = dict(self.init_kwargs)
+        kwargs, task = dict(self.init_kwargs), task_of(student)
         before = getattr(config, "quantization_config", None)
         if before is not None and (self.quantization or self.deepspeed or self.fsdp):
             raise DistillError(
@@ -98,9 +97,9 @@ class Loading:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=launched())
         if not self.deepspeed:
             with sharded_for(None):
-                return _loaded(task, path, kwargs)
+                return load_pretrained(path, task, student, config, kwargs)
         with sharded_for(self._zero3(config)), _freed_at_once():
-            return _loaded(task, path, kwargs)
+            return load_pretrained(path, task, student, config, kwargs)
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """A frozen model where it stays: in DeepSpeed's engine, where it was spread or sharded, or on the device.
@@ -124,6 +123,22 @@ class Loading:
         zero = read_deepspeed(self.deepspeed or "zero3-teacher.json")
         dtype = str(dtype_of(config, self.init_kwargs)).removeprefix("torch.")
         return fill_teacher_config(zero, config.get_text_config().hidden_size, dtype)
+
+
+def run_eagerly(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for data parallelism or compilation, which a teacher does not need.
+
+    A compiled forward would keep the output head that is replaced for each call.
+    """
+    inner, compiled = model, False
+    while isinstance(inner, OptimizedModule | DistributedDataParallel | DataParallel):
+        compiled |= isinstance(inner, OptimizedModule)
+        inner = inner._orig_mod if isinstance(inner, OptimizedModule) else inner.module
+    if getattr(inner, "_compiled_call_impl", None) is not None:
+        inner._compiled_call_impl, compiled = None, True
+    if compiled:
+        logger.warning_once("The teacher is compiled: it runs without compilation, which would hide its output head.")
+    return inner
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:

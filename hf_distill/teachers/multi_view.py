@@ -11,7 +11,7 @@ from ..data import View, fill_token
 from ..errors import DistillError
 from ..objective import Term
 from ..signals import Signals, Tap, Targets
-from ..tasks import SEQ2SEQ, SEQUENCE, bare, task_of
+from ..tasks import SEQUENCE, bare, task_of
 from .itself import ItselfTeacher
 
 
@@ -46,7 +46,7 @@ class MultiViewTeacher(ItselfTeacher):
             DistillError: tokens are to be dropped, and no tokenizer is known.
         """
         self.model, tokenizer = student, self._tokenizer or processing_class
-        self._encoder, self._fill = task_of(student) is SEQ2SEQ, 0
+        self._encoder, self._fill = bool(bare(student).config.is_encoder_decoder), 0
         if self.view.token_dropout:
             if tokenizer is None:
                 raise DistillError(

@@ -24,8 +24,10 @@ from ..sources import Head, Logits
 from ..sweep import HeadJob
 from ..tasks import bare, task_of
 from .base import Beside
+from .input_limits import InputLimits, check_data
+from .pretrained import as_path, check_checkpoint, hub_options, load_pretrained, read_config
 from .trained import TrainedTeacher
-from .vocabulary import check_fit
+from .vocabulary import check_fit, check_kinds
 
 logger = logging.get_logger(__name__)
 
@@ -74,8 +76,10 @@ class PeerTeacher(TrainedTeacher):
         if not isinstance(model, str) and init_kwargs:
             problems.append(f"{sorted(init_kwargs)} were given beside a model that is loaded already: leave them out")
         tell(problems)
+        model = as_path(model)
         super().__init__()
         self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
+        self._path = model if isinstance(model, str) else None
         self.kind = "mutual" if mutual else "online"
         self.options = {"lr": learning_rate, "weight_decay": weight_decay}
         self._max_grad_norm, self.frozen_after = max_grad_norm, frozen_after
@@ -87,17 +91,31 @@ class PeerTeacher(TrainedTeacher):
         Raises:
             DistillError: it does not fit, or nothing of it can be trained.
         """
-        task, revision = task_of(student), self._init_kwargs.get("revision")
-        check_fit(self._given, student, self.processing_class, processing_class, revision)
-        if self.model is None:
-            kwargs = {"dtype": torch.float32, **self._init_kwargs}
-            self.model = self._given if isinstance(self._given, nn.Module) else task.load(self._given, **kwargs)
+        task, options = task_of(student), self._init_kwargs
+        given: Any = self._given
+        if isinstance(given, str):
+            given = read_config(given, options)
+            check_checkpoint(self._given, task, given)
+        check_fit(
+            given, student, self.processing_class, processing_class, str(self._path or ""), **hub_options(options)
+        )
+        if self.model is None and self._path is None:
+            self.model = self._given
+        elif self.model is None:
+            kwargs = {"dtype": torch.float32, **options}
+            self.model = load_pretrained(self._path, task, student, given, kwargs)
+            check_kinds(task_of(self.model), task)
+        self._limits = InputLimits.of(self.model, student)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
             raise DistillError(
                 f"Nothing of the peer, a {type(bare(self.model)).__name__}, can be trained: load it in float32, with "
                 "parameters that require gradients, or use a FrozenTeacher."
             )
         self.trained = self.model
+
+    def check_data(self, rows: Any, name: str) -> None:
+        """Refuse rows with ids beyond the peer's embedding."""
+        check_data(self._limits, rows, name)
 
     def unfit(self, args: TrainingArguments) -> list[str]:
         """What the strategy or the run's arguments would not do for the peer."""
@@ -134,14 +152,16 @@ class PeerTeacher(TrainedTeacher):
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
         """One forward of the peer as it is, outside of the student's."""
         with eval_mode(self.model):
-            return teacher_signals(self.model, accepted_inputs(self.model, inputs), targets, wanted)
+            return teacher_signals(
+                self.model, self._limits.readable(accepted_inputs(self.model, inputs)), targets, wanted
+            )
 
     def beside(
         self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
     ) -> Beside:
         """The peer's forward and its own loss."""
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
-        inputs = accepted_inputs(self.model, inputs)
+        inputs = self._limits.readable(accepted_inputs(self.model, inputs))
         measure_output_head(self.model, inputs)
         return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
 

@@ -87,6 +87,11 @@ class MultiTeacher(Teacher):
         if self._trained is not None:
             self.trained, self.options = self._trained.trained, self._trained.options
 
+    def check_data(self, rows: Any, name: str) -> None:
+        """Each refuses what it cannot read."""
+        for teacher in self:
+            teacher.check_data(rows, name)
+
     def unfit(self, args: TrainingArguments) -> list[str]:
         """What any of them says."""
         problems = [f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.unfit(args)]

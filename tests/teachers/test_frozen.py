@@ -84,9 +84,9 @@ def test_another_tokenizer_is_refused_with_the_first_id_that_differs(make_traine
 
 
 def test_another_tokenizer_is_refused_before_the_weights_are_loaded(make_trainer, saved, monkeypatch):
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
     tokenizer = byte_tokenizer()
     student = build("llama", 0, vocab=len(tokenizer))
     with pytest.raises(DistillError, match="differ in meaning"):

@@ -1,0 +1,143 @@
+"""Which ids and how many positions a teacher can read: beyond its embeddings it fails, on a GPU without a message."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DistillError
+from ..tasks import bare
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What a teacher can read.
+
+    ids:          rows of its token embedding; None: unknown
+    positions:    rows of its learned position embedding, without reserved ones; None: it has none
+    fill:         the id that stands for masked tokens that it cannot read
+    is_id_checked: whether ids have to be looked at: the student has more of them
+    """
+
+    ids: int | None
+    positions: int | None
+    fill: int
+    is_id_checked: bool
+
+    @classmethod
+    def of(cls, teacher: nn.Module, student: nn.Module) -> "InputLimits":
+        """Read them from the models."""
+        teacher, student = bare(teacher), bare(student)
+        ids, of_student = _embedding_rows(teacher), _embedding_rows(student)
+        fill = getattr(teacher.config.get_text_config(), "pad_token_id", None)
+        checked = ids is not None and (of_student is None or of_student > ids)
+        return cls(ids, _positions(teacher), fill if isinstance(fill, int) and 0 <= fill < (ids or 0) else 0, checked)
+
+    def readable(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch that the teacher can read; tokens that are masked stand for nothing and are replaced.
+
+        Raises:
+            DistillError: a token or a position is beyond the teacher's embedding.
+        """
+        inputs = dict(inputs)
+        for name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+            ids = inputs.get(name)
+            if not isinstance(ids, Tensor) or ids.dim() != 2:
+                continue
+            self._check_positions(inputs, ids)
+            mask = inputs.get(mask_name)
+            if self.is_id_checked and mask is not None and mask.shape == ids.shape:
+                inputs[name] = ids = ids.masked_fill((mask == 0) & (ids >= self.ids), self.fill)
+            if self.is_id_checked:
+                self.check_ids(int(ids.max()) if ids.numel() else 0)
+        return inputs
+
+    def check_ids(self, largest: int) -> None:
+        """Refuse an id that the teacher has no embedding for."""
+        if self.ids is not None and largest >= self.ids:
+            raise DistillError(
+                f"The data has the token id {largest}, and the teacher's embedding has {self.ids} rows: it cannot read "
+                "it. Use a teacher with the student's tokenizer, resize the teacher's embeddings and train them, or "
+                "leave the rows with added tokens out."
+            )
+
+    def _check_positions(self, inputs: Mapping[str, Any], ids: Tensor) -> None:
+        if self.positions is None:
+            return
+        given = inputs.get("position_ids")
+        longest = ids.shape[1]
+        if longest > self.positions and isinstance(given, Tensor) and given.shape == ids.shape:
+            longest = int(given.max()) + 1
+        if longest > self.positions:
+            raise DistillError(
+                f"A row of the data has {longest} tokens, and the teacher has {self.positions} positions: shorten the "
+                "rows (max_length), or use a teacher that reads longer ones."
+            )
+
+
+def check_data(limits: InputLimits, rows: Any, name: str) -> None:
+    """Refuse a data set with ids that the teacher cannot read, before training.
+
+    Args:
+        limits: of the teacher.
+        rows: a data set; only columns of a `datasets.Dataset` and lists of rows are looked at.
+        name: of the data set, for the error.
+    """
+    if not limits.is_id_checked:
+        return
+    for largest in _largest_ids(rows):
+        try:
+            limits.check_ids(largest)
+        except DistillError as error:
+            raise DistillError(f"{name}: {error}") from None
+
+
+def _largest_ids(rows: Any) -> Iterator[int]:
+    if hasattr(rows, "column_names") and hasattr(rows, "data") and "input_ids" in (rows.column_names or ()):
+        import pyarrow.compute as pc
+
+        for batch in rows.with_format("arrow").iter(batch_size=1000):
+            ids, kept = pc.list_flatten(batch["input_ids"]), None
+            if "attention_mask" in batch.column_names:
+                kept = pc.equal(pc.list_flatten(batch["attention_mask"]), 1)
+            ids = ids if kept is None or len(kept) != len(ids) else ids.filter(kept)
+            if len(ids) and (largest := pc.max(ids).as_py()) is not None:
+                yield int(largest)
+    elif isinstance(rows, list):
+        for row in rows:
+            ids, mask = row.get("input_ids"), row.get("attention_mask")
+            if ids is None or len(ids) == 0:
+                continue
+            ids = torch.as_tensor(ids)
+            yield int((ids if mask is None else ids.masked_fill(torch.as_tensor(mask) == 0, 0)).max())
+
+
+def _embedding_rows(model: Any) -> int | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    weight = getattr(embedding, "weight", None)
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is None and isinstance(weight, Tensor) and weight.dim() == 2 and not hasattr(weight, "ds_id"):
+        rows = len(weight)
+    return rows
+
+
+def _positions(model: Any) -> int | None:
+    """Rows of an embedding of as many positions as the config says, but for those that it keeps for padding."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(stated, int):
+        return None
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if not isinstance(module, nn.Embedding) or not ("pos" in last or last == "wpe") or "rel" in last:
+            continue
+        reserved = getattr(module, "offset", None)
+        if reserved is None:
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+        if module.num_embeddings in (stated, stated + reserved):
+            return module.num_embeddings - reserved
+    return None
