@@ -108,7 +108,8 @@ class Targets:
         if values.shape[:lead] != self.shape:
             raise DistillError(
                 f"The model answered with shape {tuple(values.shape)} for labels of shape {tuple(self.shape)}: "
-                "predictions and labels must stand at the same positions."
+                "predictions and labels must stand at the same positions. Use a collator whose labels have one entry "
+                "for each row of logits, or a model that predicts at every position of its input."
             )
         return values.flatten(0, lead - 1)[self.positions.to(values.device)]
 

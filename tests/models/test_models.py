@@ -11,7 +11,6 @@ SAMPLE = [
     # class, role of it in the pair, logits, padded
     # causal: a plain head, a tied one, what follows a head in some models
     ("LlamaForCausalLM", "same", "small", True),
-    ("GPT2LMHeadModel", "student", "large", True),
     ("CohereForCausalLM", "same", "large", False),
     ("GraniteForCausalLM", "teacher", "large", True),
     ("Gemma2ForCausalLM", "same", "large", True),
@@ -25,8 +24,13 @@ SAMPLE = [
     ("MambaForCausalLM", "same", "large", False),
     ("RwkvForCausalLM", "same", "small", False),
     ("JambaForCausalLM", "same", "small", True),
+    # labels that the model's own loss does not shift, whatever its mapping says
+    ("BartForCausalLM", "same", "small", False),
+    ("XLNetLMHeadModel", "same", "large", True),
+    ("XLMWithLMHeadModel", "same", "small", True),
     # text of models that also read images or sound
     ("Qwen2VLForConditionalGeneration", "same", "small", True),
+    ("VoxtralForConditionalGeneration", "same", "small", True),
     ("LlavaForConditionalGeneration", "student", "large", True),
     # masked
     ("BertForMaskedLM", "same", "small", True),
@@ -34,12 +38,12 @@ SAMPLE = [
     ("FNetForMaskedLM", "student", "large", True),
     # encoder-decoders
     ("T5ForConditionalGeneration", "same", "large", True),
+    ("NllbMoeForConditionalGeneration", "same", "small", True),
     ("BartForConditionalGeneration", "same", "small", True),
     ("M2M100ForConditionalGeneration", "student", "large", True),
     ("WhisperForConditionalGeneration", "same", "small", False),
     ("EncoderDecoderModel", "teacher", "large", True),
     # classifiers
-    ("BertForSequenceClassification", "same", "large", True),
     ("LlamaForSequenceClassification", "same", "large", True),
     ("BartForSequenceClassification", "same", "small", True),
     ("T5ForSequenceClassification", "student", "large", True),
