@@ -104,7 +104,8 @@ class PastSelf(ItselfTeacher):
             DistillError: the checkpoint has none.
         """
         file = state_file(folder, rank, is_shared(self.model))
-        state = load_state(file, local(next(iter(self._moving().values()))).device)
+        moving = self._moving()
+        state = load_state(file, local(next(iter(moving.values()))).device, held=moving, start=moving)
         self._held, self._distance.start = state["held"], state["start"]
 
     def _reshard(self) -> None:
@@ -203,8 +204,10 @@ class SnapshotTeacher(PastSelf):
                     f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
                     "`every`, or use a FrozenTeacher of the path, which can be sharded."
                 )
-            then = self._moving_of(type(bare(self.model)).from_pretrained(self._path))
-            wrong = [name for name in held if name not in then or then[name].shape != held[name].shape]
+            past, loading = type(bare(self.model)).from_pretrained(self._path, output_loading_info=True)
+            then = self._moving_of(past)
+            wrong = [name for name in loading["missing_keys"] if name in held]  # which were made up at random
+            wrong += [name for name in held if name not in then or then[name].shape != held[name].shape]
             if wrong:
                 self._held.clear()
                 raise DistillError(

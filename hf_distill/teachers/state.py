@@ -1,6 +1,6 @@
 """What a teacher keeps in a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,11 +22,16 @@ def save_state(file: Path, **groups: Mapping[str, Tensor]) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)
 
 
-def load_state(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def load_state(file: Path, device: torch.device, **names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """Read what `save_state` wrote, on a device.
 
+    Args:
+        file: see `state_file`.
+        device: of the tensors.
+        names: group -> names that it has to hold, no more and no less.
+
     Raises:
-        DistillError: there is no such file.
+        DistillError: there is no such file, or it holds the state of another teacher.
     """
     if not file.is_file():
         raise DistillError(f"{file.parent} has no {file.name}: it was written by a run with another kind of teacher.")
@@ -34,4 +39,12 @@ def load_state(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]
     for key, value in load_file(file).items():
         group, _, name = key.partition(".")
         groups.setdefault(group, {})[name] = value.to(device)
+    for group, expected in names.items():
+        differ = sorted(set(expected) ^ groups.get(group, {}).keys())
+        if differ:
+            raise DistillError(
+                f"{file} holds the state of another teacher: {', '.join(differ[:3])} "
+                f"{'is' if len(differ) == 1 else 'are'} in it or in this run's teacher alone. Resume with the teacher "
+                "and student of the run that wrote it."
+            )
     return groups

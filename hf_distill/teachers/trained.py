@@ -43,4 +43,6 @@ class TrainedTeacher(Teacher):
             DistillError: the checkpoint has none.
         """
         file = state_file(folder, rank, is_shared(self.module))
-        self._distance.start = load_state(file, next(self.module.parameters()).device)["start"]
+        parameters = dict(self.module.named_parameters())
+        state = load_state(file, next(iter(parameters.values())).device, start=parameters)
+        self._distance.start = state["start"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import build, rows
 from transformers import TrainerCallback
 
@@ -162,6 +163,12 @@ def test_a_snapshot_begins_with_the_weights_of_a_folder(make_trainer, tmp_path):
     build("llama", 3, width=64).save_pretrained(tmp_path / "wide")
     with pytest.raises(DistillError, match="does not hold the student's weights"):
         make_trainer(teacher=SnapshotTeacher(path=str(tmp_path / "wide")), folder="wide-run").train()
+    build("llama", 3).save_pretrained(tmp_path / "part")
+    state = load_file(tmp_path / "part" / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, tmp_path / "part" / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(DistillError, match=r"does not hold the student's weights: model\.norm\.weight"):
+        make_trainer(teacher=SnapshotTeacher(path=str(tmp_path / "part")), folder="part-run").train()
 
 
 @pytest.mark.parametrize("kind", [lambda: EMATeacher(0.9, warmup=3), lambda: SnapshotTeacher(every=3)])
@@ -204,3 +211,14 @@ def test_a_checkpoint_of_another_kind_of_teacher_is_refused(make_trainer, tmp_pa
     make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
     with pytest.raises(DistillError, match=r"has no teacher\.safetensors"):
         make_trainer(teacher=EMATeacher()).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_a_past_of_other_weights_is_refused(make_trainer, tmp_path):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    make_trainer(teacher=EMATeacher(), **options).train()
+    fewer = build("llama", 0)
+    fewer.model.embed_tokens.requires_grad_(False)
+    trainer = make_trainer(model=fewer, teacher=EMATeacher(), **options)
+    trainer.teacher._hold()
+    with pytest.raises(DistillError, match=r"another teacher: model\.embed_tokens\.weight is in it or"):
+        trainer.teacher.load(str(tmp_path / "out" / "checkpoint-1"), 0)
