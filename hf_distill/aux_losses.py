@@ -8,7 +8,7 @@ first batch.
 
 import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -208,13 +208,13 @@ def first_rows(inputs: dict, count: int) -> dict:
 
 
 def _settings(config: Any) -> tuple:
-    """What of a config decides which losses a model adds: its plain values."""
+    """The switches and coefficients of a config, which decide what a model adds to its loss.
+
+    Texts are left out: saving a model writes some into the config, and only on the process that writes. The processes
+    of a sharded model have to probe together.
+    """
     parts = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
-    return tuple(value for part in parts for value in _plain(vars(part)))
-
-
-def _plain(values: Mapping[str, Any]) -> list:
-    return [value for value in values.values() if isinstance(value, bool | int | float | str)]
+    return tuple(value for part in parts for value in vars(part).values() if isinstance(value, bool | int | float))
 
 
 @contextmanager

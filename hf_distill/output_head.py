@@ -18,12 +18,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from .sources import Head, Scaling
-from .tasks import bare, task_of
+from .tasks import bare, partitioned, task_of
 
 logger = logging.get_logger(__name__)
 
@@ -88,6 +90,8 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     obstacle = _obstacle(inner, module)
     if known is None or known.module is not module or bool(known.reason) < bool(obstacle):
         known = OutputHead(module, None, obstacle) if obstacle else _measure(model, inner, module, inputs)
+        if not obstacle and not _on_all_ranks(inner, known.scaling is not None) and not known.reason:
+            known = OutputHead(module, None, "another process found that its logits differ from the lazy ones")
         _known[inner] = known
         if known.reason and task_of(inner).vocabulary:
             _log_cost(inner, known.reason, inputs)
@@ -281,24 +285,43 @@ def _alike(lazy: Tensor, own: Tensor, half: bool, of_row: bool = False) -> bool:
 
 
 class _UsedParameters(TorchFunctionMode):
-    """Whether a parameter that is trained is read between the output head and the end of the model's forward."""
+    """Whether a parameter that is trained changes what the output head put out, before the model's forward ends.
+
+    Tensors that are made from the head's output and tensors that are made from trained parameters are followed; an
+    operation on one of each answers it. Hooks that only move parameters, as those of ZeRO-3 do, do not.
+    """
 
     def __init__(self):
         super().__init__()
         self.used, self._active = False, False
+        self._from_head: dict[int, Tensor] = {}
+        self._from_parameters: dict[int, Tensor] = {}  # both keep their tensors, so that ids stay theirs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and any(isinstance(a, nn.Parameter) and a.requires_grad for a in args):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        from_head = any(id(t) in self._from_head for t in tensors)
+        from_parameters = any(
+            id(t) in self._from_parameters or (isinstance(t, nn.Parameter) and t.requires_grad) for t in tensors
+        )
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if made and from_head and from_parameters:
             self.used = True
+        for tensor in made:
+            if from_head:
+                self._from_head[id(tensor)] = tensor
+            if from_parameters and not isinstance(tensor, nn.Parameter):
+                self._from_parameters[id(tensor)] = tensor
         return result
 
     def enter(self, probe: Tensor) -> Tensor:
-        """Watch from here on; hands the probe through."""
+        """Watch from here on; hands a copy of the probe through."""
+        probe = probe.clone()
+        self._from_head[id(probe)] = probe
         if not self._active:
             self._active = True
             self.__enter__()
-        return probe.clone()
+        return probe
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
@@ -314,6 +337,16 @@ class _UsedParameters(TorchFunctionMode):
         if self._active:
             self._active = False
             self.__exit__(None, None, None)
+
+
+def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
+    """Whether lazy logits are possible on every rank: ranks that share a model's weights have to do the same."""
+    sharded = partitioned(model) or any(hasattr(p, "to_local") for p in model.parameters())
+    if not sharded or not dist.is_initialized():
+        return possible
+    flag = torch.tensor(possible, dtype=torch.int32, device=next(model.parameters()).device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:

@@ -8,6 +8,7 @@ import transformers as tf
 from peft import AdaLoraConfig, get_peft_model
 from tiny import VOCAB, build, collate, rows
 
+from hf_distill.aux_losses import plan_aux_losses
 from hf_distill.distiller import Distiller
 from hf_distill.objective import objective
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
@@ -194,3 +195,19 @@ def test_a_peer_learns_by_its_own_auxiliary_losses(make_trainer):
     assert "aux_loss" not in log
     own = (log["soft_loss"] + log["hard_loss"]) / 2
     assert log["loss"] == pytest.approx(own + log["peer_hard_loss"] + log["peer_aux_loss"], rel=1e-5)
+
+
+def test_saving_a_model_is_no_reason_to_probe_again(tmp_path):
+    model = build("llama")
+    batch = collate(rows("llama", 3))
+    probes = []
+
+    def forward(part, replaced):
+        probes.append(replaced)
+        return model(**part)
+
+    plan_aux_losses(model, batch, forward)
+    before = len(probes)
+    model.save_pretrained(tmp_path)  # by the main process alone, which the others would wait for
+    plan_aux_losses(model, batch, forward)
+    assert len(probes) == before > 0

@@ -214,6 +214,13 @@ def test_plain_heads_leave_logits_out_and_measuring_changes_nothing(kind, pad):
     assert output_head(model, inputs).scaling is None  # another head is another question
 
 
+def test_a_hook_that_only_moves_parameters_is_none_of_it():
+    model = build("llama")
+    model.lm_head.register_forward_hook(lambda module, _args, _output: module.weight.clone().sum() and None)
+    inputs = {k: v for k, v in collate(rows("llama", 5)).items() if k != "labels"}
+    assert output_head(model, inputs).scaling == Scaling()
+
+
 def masked_head(seed: int, ids: slice):
     """A head whose bias gives some ids no probability."""
     model = build("llama", seed)
