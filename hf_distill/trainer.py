@@ -45,6 +45,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
     """
 
     teacher: Any
+    _signature_columns: Any
 
     def __init__(
         self,

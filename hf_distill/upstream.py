@@ -41,6 +41,7 @@ TRAINER = {
     ),
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
+    "_set_signature_columns_if_needed": (),
 }
 DISTILLATION_TRAINER = {
     "_generate_and_score_completions": ("inputs",),

@@ -218,7 +218,7 @@ def test_whole_batches_until_enough_was_asked_in_one_forward_of_the_teacher_alon
     asked = [sum(int((row["labels"][1:] != -100).sum()) for row in pair.rows[i : i + 4]) for i in (0, 4, 8)]
     found = inspect_teacher(pair, asked[0] + 1)
     assert found.tokens == asked[0] + asked[1]
-    assert calls == ["teacher", "teacher"]
+    assert calls == ["teacher"] * 4  # two short ones measure its output head
 
 
 def advice(entropies, temperature=1.0, accuracy=0.9, cross_entropy=0.0, error=0.4, lost=0.1, top=0.9, divergence=None):
