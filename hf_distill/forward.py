@@ -44,7 +44,7 @@ def teacher_signals(model: nn.Module, inputs: dict, targets: Targets, wanted: Ma
         outputs, sent_on = _run(model, inputs, targets, head, keep)
     device = targets.labels.device  # of the student; a teacher may be spread over several
     features = {tap: feature.to(device) for tap, feature in found.items()}
-    return Signals(Logits(targets.pick(outputs.logits)) if sent_on is None else heads[0], features)
+    return Signals(Logits(targets.pick_logits(outputs.logits)) if sent_on is None else heads[0], features)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def student_loss(
 
     def at_end(outputs: Any) -> Any:
         """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
-        made.append(fused[-1] if fused else jobs(Logits(targets.pick(outputs.logits))))
+        made.append(fused[-1] if fused else jobs(Logits(targets.pick_logits(outputs.logits))))
         parts = [] if fused or made[-1].own is None else [made[-1].own]
         fused.clear()
         added.append(aux.of(outputs))
@@ -115,7 +115,7 @@ def student_loss(
             outputs, loss = _run(model, prepared, targets, head, fuse if lazy else None)
     finally:
         hook.remove()
-    loss = made[-1].head.from_logits(targets.pick(outputs.logits)) if loss is None else loss.reshape(())
+    loss = made[-1].head.from_logits(targets.pick_logits(outputs.logits)) if loss is None else loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()

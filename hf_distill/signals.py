@@ -106,12 +106,25 @@ class Targets:
         """
         lead = len(self.shape)
         if values.shape[:lead] != self.shape:
-            raise DistillError(
-                f"The model answered with shape {tuple(values.shape)} for labels of shape {tuple(self.shape)}: "
-                "predictions and labels must stand at the same positions. Use a collator whose labels have one entry "
-                "for each row of logits, or a model that predicts at every position of its input."
-            )
+            raise DistillError(self._other_positions(values))
         return values.flatten(0, lead - 1)[self.positions.to(values.device)]
+
+    def pick_logits(self, logits: Tensor) -> Tensor:
+        """Target rows of the logits of a model, [*shape, V], as [T, V].
+
+        Raises:
+            DistillError: the logits do not have one row for each label.
+        """
+        if logits.dim() != len(self.shape) + 1:
+            raise DistillError(self._other_positions(logits))
+        return self.pick(logits)
+
+    def _other_positions(self, values: Tensor) -> str:
+        return (
+            f"The model answered with shape {tuple(values.shape)} for labels of shape {tuple(self.shape)}: predictions "
+            "and labels must stand at the same positions. Use a collator whose labels have one entry for each row of "
+            "logits, or a model that predicts at every position of its input."
+        )
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuse labels that the student cannot predict.

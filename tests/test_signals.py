@@ -39,6 +39,12 @@ def test_pick_refuses_predictions_at_other_positions():
         targets.pick(torch.zeros(1, 3, 7))
 
 
+def test_logits_of_several_rows_for_one_label_are_refused():
+    targets = Targets.from_batch({"labels": torch.tensor([1, 2])}, shift=False)
+    with pytest.raises(DistillError, match="same positions"):
+        targets.pick_logits(torch.zeros(2, 4, 7))
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [({"input_ids": torch.zeros(1, 2)}, "no `labels`"), ({"labels": torch.zeros(2)}, "regression")],

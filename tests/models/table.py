@@ -39,6 +39,8 @@ CONFIGS: dict[str, dict] = {
     },
     "textnet": {"stem_out_channels": 32},
     "efficientnet": {"hidden_dim": 2560},
+    "flint": {"mlp_only_layers": [0]},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
     "step3p7_text": {"sliding_window": 4},
     "step3p7": {"text_config": {"sliding_window": 4}},
     "mobilebert": {"normalization_type": "layer_norm"},  # without one, rounding grows from layer to layer
@@ -274,6 +276,7 @@ CANNOT: dict[str, str] = {
         ("MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration"),
         "predicts several streams of codes of sound at once",
     ),
+    "Apertus1p5ForConditionalGeneration": "its ids of images and sound have places that no small vocabulary has",
     "PI0ForConditionalGeneration": "predicts a robot's actions, from its state and images",
     "Llama4ForConditionalGeneration": "its own forward fails without images (transformers 5.24)",
 }
