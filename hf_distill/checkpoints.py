@@ -121,8 +121,8 @@ def flaw(folder: Path, digests: bool = True) -> Flaw | None:
         return found
     try:
         TrainerState.load_from_json(str(folder / _STATE))
-    except FileNotFoundError:
-        return Flaw("damaged", f"{_STATE} is missing")
+    except FileNotFoundError:  # a Trainer writes it last, and the kill may have come before the mark
+        return Flaw("unfinished", f"{_STATE} is missing")
     except (OSError, ValueError, TypeError, AttributeError):
         return Flaw("damaged", f"{_STATE} cannot be read")
     return None

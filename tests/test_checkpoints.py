@@ -153,6 +153,15 @@ def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_tr
         make_trainer(folder="elsewhere").train(resume_from_checkpoint=True)
 
 
+def test_a_kill_before_the_first_mark_is_written_leaves_nothing_to_repair(make_trainer, tmp_path):
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-2" / f"{SEAL}.half").write_text('{"wh')
+    trainer = make_trainer(max_steps=2, save_steps=2, save_strategy="steps")
+    assert trainer.newest_checkpoint() is None
+    trainer.train()
+    assert flaw(tmp_path / "out" / "checkpoint-2") is None
+
+
 def test_a_checkpoint_that_was_sharded_anew_is_taken_once_its_mark_is_deleted(folder, make_trainer):
     from transformers import AutoModelForCausalLM
 
