@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from .blocks import stack_of
 from .errors import DistillError
-from .signals import Tap, Targets
+from .signals import RowPositions, Tap, Targets
 
 
 @contextmanager
@@ -69,6 +69,8 @@ def _feature(tap: Tap, tokens: Targets, output: Any, seen: Any, block: nn.Module
         )
     values, maps = seen
     if tap.kind == "values":
+        if isinstance(tokens, RowPositions):
+            tokens.at(torch.Size((values.shape[0], values.shape[2])))
         return values
     if maps is None:
         raise DistillError(

@@ -84,12 +84,13 @@ class Distiller:
         targets = Targets.from_batch(inputs, task.shift)
         size = task.size(model)
         targets.check_ids(size)
-        wanted = self.features.wanted(self.features.tokens(inputs, targets))
+        tokens = self.features.tokens(inputs, targets)
+        wanted = self.features.wanted(tokens)
         beside = teacher.beside(inputs, targets, wanted, num_items)
         told = Signals(None) if beside else teacher(inputs, targets, wanted)
         asked = targets
         inputs, targets = teacher.seen(inputs, targets, model.training)
-        tokens = self.features.tokens(inputs, targets)
+        tokens = tokens if targets is asked else self.features.tokens(inputs, targets)
 
         def jobs(said: Head | Logits) -> Jobs:
             if said.vocab_size < size:  # a config can promise more classes than there are logits

@@ -12,7 +12,7 @@ from .layers import LEARNED, Pairs, map_layers
 from .objective import Term
 from .projectors import LayerMixture, Projectors
 from .sidecar import Sidecar
-from .signals import Tap, Targets
+from .signals import RowPositions, Tap, Targets
 
 StackOf = Callable[[Term], Stack]  # of the teacher that a term follows
 
@@ -89,6 +89,7 @@ class FeatureJob:
         total = torch.zeros((), device=self.targets.labels.device)
         for matched in self.terms:
             tokens, term = self.tokens[matched.term.stack], matched.term
+            tokens = tokens.found() if isinstance(tokens, RowPositions) else tokens
             values = tokens.spread(matched(said, self.told, tokens, sidecar), self.targets)
             self.per_token[term.name] = values.detach()
             total = total + term.weight * values.sum()

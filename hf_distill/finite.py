@@ -112,7 +112,7 @@ def places_of(seen: Iterable[Seen], rank: int, text: Callable[[int], str]) -> tu
             bad |= ~value.isfinite()
         where = bad.nonzero().squeeze(1).tolist()
         count += len(where)
-        examples = examples_of(dict(part.inputs), part.targets) if where and "input_ids" in part.inputs else []
+        examples = examples_of(dict(part.inputs), part.targets) if where else []
         width = part.targets.shape[1] if len(part.targets.shape) > 1 else 1
         for t in where[: _SHOWN - len(places)]:
             key = next((e.key.hex() for e in examples if e.asked.start <= t < e.asked.stop), "")

@@ -74,7 +74,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
     if getattr(model.config, "is_encoder_decoder", False) and not given and task_of(model).vocabulary:
         inputs["decoder_input_ids"] = decoder_input_ids(model, labels)
-    if "use_cache" in _parameters_of(type(model))[0]:
+    if "use_cache" in _parameters_of(model.__class__)[0]:
         inputs["use_cache"] = False  # a cache lets packed documents see each other
     if getattr(model.config, "return_dict", True) is False and isinstance(model, PreTrainedModel):
         inputs["return_dict"] = True
@@ -174,13 +174,13 @@ def _read_signatures(model: nn.Module) -> tuple[frozenset[str], bool]:
     if hands_on:
         for module in model.modules():
             if module is not model and isinstance(module, PreTrainedModel):
-                names |= _parameters_of(type(module))[0]
+                names |= _parameters_of(module.__class__)[0]
     return frozenset(names) - {"self"}, accepts_any
 
 
 @lru_cache
-def _parameters_of(cls: type) -> tuple[frozenset[str], bool, frozenset[str]]:
-    return _parameters(cls.forward)  # type: ignore[attr-defined]
+def _parameters_of(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
+    return _parameters(cls.forward)
 
 
 def _parameters(forward: Any) -> tuple[frozenset[str], bool, frozenset[str]]:

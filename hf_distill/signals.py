@@ -9,6 +9,7 @@ Shape legend, used in every docstring of the package:
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,13 +162,21 @@ class Targets:
             stack: "encoder" or "decoder" of a model that has both: whose features.
         """
         aligned, device = len(self.shape) == 2 and stack != "encoder", self.labels.device
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if aligned and stack == "decoder":
             documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, device)
+        elif ids is None and not aligned:
+            rows: Any = RowPositions(self, inputs.get("attention_mask"), causal)  # becomes targets once a model ran
+            return rows
         else:
-            ids = inputs["inputs_embeds"] if "input_ids" not in inputs else inputs["input_ids"]
-            documents = _documents(ids.shape[:2], inputs.get("attention_mask"), inputs.get("position_ids"), device)
+            shape = self.shape if ids is None else ids.shape[:2]
+            documents = _documents(shape, inputs.get("attention_mask"), inputs.get("position_ids"), device)
         if aligned:
             return replace(self, documents=documents, causal=causal)
+        return self._whole_rows(documents, causal)
+
+    def _whole_rows(self, documents: Tensor, causal: bool) -> "Targets":
+        """Every token of the rows that have target tokens, given the documents [B, S]."""
         asks = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)
         asks[self.rows] = True
         positions = ((documents > 0) & asks[:, None]).flatten().nonzero().squeeze(1)
@@ -202,6 +211,51 @@ class Targets:
         sums = values.new_zeros(self.shape[0]).index_add(0, self.rows, values)
         counts = torch.bincount(self.rows, minlength=self.shape[0]).clamp(min=1)
         return (sums / counts)[asked.rows]
+
+
+class RowPositions:
+    """Every position of the rows that have target tokens, in a batch without ids: how many is known once a model ran.
+
+    Args:
+        targets: the target tokens.
+        attention_mask: of the inputs; where it has another length than the model's positions, it must mask nothing.
+        causal: whether a token sees none after it.
+    """
+
+    def __init__(self, targets: Targets, attention_mask: Tensor | None, causal: bool):
+        self._targets, self._mask, self._causal = targets, attention_mask, causal
+        self._known: Targets | None = None
+
+    def pick(self, values: Tensor) -> Tensor:
+        """The rows of `values` [B, S, ...] as [N, ...]."""
+        return self.at(values.shape[:2]).pick(values)
+
+    def at(self, shape: torch.Size) -> Targets:
+        """The N tokens among [B, S] positions.
+
+        Raises:
+            DistillError: another S than before, or padding that cannot be found in the positions.
+        """
+        if self._known is None:
+            mask, device = self._mask, self._targets.labels.device
+            if mask is not None and mask.shape != shape and bool((mask == 0).any()):
+                raise DistillError(
+                    f"The attention_mask has shape {tuple(mask.shape)} and the model {tuple(shape)} positions, so that "
+                    "padding cannot be found among them: use batches without padding, or leave the losses on hidden "
+                    "states and attention out."
+                )
+            self._known = self._targets._whole_rows(_documents(shape, mask, None, device), self._causal)
+        if self._known.shape != shape:
+            raise DistillError(
+                f"One model has {tuple(self._known.shape)} positions and the other {tuple(shape)} for the same batch: "
+                "losses on hidden states and attention compare position by position. Leave them out."
+            )
+        return self._known
+
+    def found(self) -> Targets:
+        """The N tokens, after a model ran."""
+        assert self._known is not None, "no model has run"
+        return self._known
 
 
 def _documents(shape: torch.Size, mask: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Tensor:

@@ -146,7 +146,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._signature_columns = None  # of the columns that a former teacher read
+        self._signature_columns: Any = None  # of the columns that a former teacher read
         self.wear(features, teacher, renew)
         self._fields = fields
 
@@ -188,7 +188,8 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         super()._set_signature_columns_if_needed()
         if self.distilling:
             read = self.teacher.input_names() | input_names(self.model)
-            self._signature_columns += sorted(read - {*self._signature_columns})
+            columns: Any = self._signature_columns
+            self._signature_columns = [*columns, *sorted(read - {*columns})]
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The Trainer's count, of the tokens that the step asks."""

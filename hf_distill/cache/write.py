@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from ..blocks import stack_of
-from ..errors import tell
+from ..errors import DistillError, tell
 from ..forward import teacher_signals
+from ..model_call import accepted_inputs
 from ..output_head import eval_mode
 from ..sources import Head
 from ..tasks import bare, task_of
 from .capture import Ask, Progress, Rows, batch_of, capture, plan_rows, taps_of
+from .examples import other_inputs
 from .facts import digest_of_template, digest_of_tokenizer, digest_of_weights
 from .manifest import Kind, Manifest
 from .signals import DTYPES, check_kind
@@ -123,7 +125,10 @@ def write_cache(
     shift = task_of(model).shift
     device = torch.device(device or next(model.parameters()).device)
     ask: Ask = _asking(teacher) if isinstance(teacher, nn.Module) else teacher
-    planned, data = plan_rows(rows, collator, batch_size, shard_rows, shift)
+    read: Any = lambda examples: accepted_inputs(model, collator(examples))  # noqa: E731
+    planned, data = plan_rows(rows, read, batch_size, shard_rows, shift)
+    if inputs := other_inputs(planned.batch(0)):
+        data["inputs"] = inputs
     known = known_as or {"model": bare(model).name_or_path}
     known |= {"class": type(bare(model)).__name__, "weights": digest_of_weights(model)}
     manifest = Manifest(
@@ -136,10 +141,18 @@ def write_cache(
         data=data | sizes | {"max_length": (recipe or {}).get("data", {}).get("max_length")},
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
-        depth=len(stack_of(model).blocks),
+        depth=depth_of(model),
         **_tried(ask, planned, wanted.kind, device, shift, wanted.layers),
     )
     return capture(ask, planned, manifest, Path(folder), device, shift, on_progress)
+
+
+def depth_of(model: nn.Module) -> int:
+    """The number of a model's blocks; 0 where they cannot be found."""
+    try:
+        return len(stack_of(model).blocks)
+    except DistillError:
+        return 0
 
 
 def _asking(model: nn.Module) -> Ask:

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..blocks import Stack, stack_of
+from ..blocks import Stack
 from ..cache import examples_of, open_cache
-from ..cache.examples import Example
+from ..cache.examples import Example, other_inputs
 from ..cache.facts import digest_of_template, digest_of_tokenizer, digest_of_weights
 from ..cache.files import check_files
 from ..cache.manifest import HEAD
 from ..cache.signals import stored_of, told_of
 from ..cache.store import Stored
+from ..cache.write import depth_of
 from ..errors import DistillError, tell
 from ..layers import LEARNED, map_layers
 from ..objective import Term
@@ -64,7 +65,7 @@ class CachedTeacher(Teacher):
             DistillError: all that differs.
         """
         manifest, problems = self.manifest, list[str]()
-        self._ids, self._depth = task_of(student).size(bare(student)), len(stack_of(student).blocks)
+        self._ids, self._depth = task_of(student).size(bare(student)), depth_of(student)
         for name, there, here in (
             ("tokenizer", manifest.tokenizer, digest_of_tokenizer(processing_class)),
             ("chat template", manifest.chat_template, digest_of_template(processing_class)),
@@ -116,10 +117,29 @@ class CachedTeacher(Teacher):
         Raises:
             DistillError: examples or layers that the cache lacks; a shard that is damaged.
         """
-        examples = examples_of(inputs, targets)
+        examples = examples_of(self._read(inputs), targets)
         found = self._whole(inputs, targets, examples)
         told = told_of(found, self.manifest, self._head, targets.labels.device, self._ids)
         return Signals(told.logits, {tap: told.features[Tap("hidden", tap.layer)] for tap in wanted})
+
+    def input_names(self) -> frozenset[str]:
+        """What the teacher that wrote the cache read besides token ids."""
+        return super().input_names() | frozenset(self.manifest.data.get("inputs", ()))
+
+    def _read(self, inputs: dict) -> dict:
+        """A batch as the teacher that wrote the cache read it.
+
+        Raises:
+            DistillError: it read an input that the batch lacks.
+        """
+        read = self.manifest.data.get("inputs", ())
+        if missing := [name for name in read if name not in inputs]:
+            raise DistillError(
+                f"The teacher that wrote {self.path} read {', '.join(missing)}, and the batch has only "
+                f"{', '.join(sorted(inputs))}: keep these columns in the data."
+            )
+        foreign = {*other_inputs(inputs)} - {*read}
+        return {name: value for name, value in inputs.items() if name not in foreign}
 
     def _lacking(self, term: Term) -> list[str]:
         layers, depth = self.manifest.options.get("layers", []), self.manifest.depth
@@ -141,7 +161,7 @@ class CachedTeacher(Teacher):
 
     def knows(self, inputs: dict, shift: bool) -> bool:
         """Whether all examples of a batch are there; `shift` as of `asked_labels`."""
-        found = self.store.find([e.key for e in examples_of(inputs, Targets.from_batch(inputs, shift))])
+        found = self.store.find([e.key for e in examples_of(self._read(inputs), Targets.from_batch(inputs, shift))])
         return None not in found
 
     def _whole(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[Stored]:
@@ -153,10 +173,10 @@ class CachedTeacher(Teacher):
         self._missing += len(missing)
         if self.source is None:
             example = examples[missing[0]]
-            text = inputs["input_ids"].flatten()[targets.positions[example.asked]][:12].tolist()
+            text = targets.labels[example.asked][:12].tolist()
             raise DistillError(
                 f"{len(missing)} of {len(examples)} examples of a batch are not in {self.path}, which has "
-                f"{self.manifest.data['examples']} examples (the first that is missing asks the tokens {text}). It was "
+                f"{self.manifest.data['examples']} examples (the first that is missing has the labels {text}). It was "
                 "written for other text, max_length, chat template or labels: write it again with this recipe, or set "
                 "fallback: online with a source."
             )

@@ -103,7 +103,7 @@ class PeerTeacher(TrainedTeacher):
             self.model = self._given
         elif self.model is None:
             kwargs = {"dtype": torch.float32, **options}
-            self.model = load_pretrained(self._path, task, student, given, kwargs)
+            self.model = load_pretrained(str(self._path), task, student, given, kwargs)
             check_kinds(task_of(self.model), task)
         self._limits = InputLimits.of(self.model, student)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):

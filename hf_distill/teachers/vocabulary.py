@@ -54,13 +54,14 @@ def check_fit(
     if not task.vocabulary:
         check_classes(config, student.config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
-    sizes = [getattr(c.get_text_config(), "vocab_size", None) for c in (config, student.config)]
+    sizes: Any = [getattr(c.get_text_config(), "vocab_size", None) for c in (config, student.config)]
     if None in sizes or not (task.vocabulary or student.main_input_name == "input_ids"):
         return  # nothing is read or predicted that a tokenizer makes
     check_vocabulary(
         tokenizer or local_tokenizer(path, **options),
         processing_class or local_tokenizer(getattr(student, "name_or_path", "")),
-        *sizes,
+        sizes[0],
+        sizes[1],
         is_warned=task.vocabulary,
     )
 

@@ -80,3 +80,26 @@ def test_an_encoder_s_row_is_told_by_both_sides():
     other[2]["input_ids"][0] = 96
     changed = [a != b for a, b in zip(first, keys(collate(other), shift=False), strict=True)]
     assert changed == [False, False, True, False, False, False]
+
+
+def test_inputs_other_than_ids_are_part_of_the_key():
+    """Rows of one text with other images or token types are other examples; padding is none of them."""
+    ids, labels = torch.tensor([[5, 6, 7, 0]]), torch.tensor([2])
+    mask, types = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 0]])
+    targets = Targets.from_batch({"labels": labels}, shift=False)
+
+    def key(**inputs):
+        return examples_of({"labels": labels, **inputs}, targets)[0].key
+
+    plain = key(input_ids=ids, attention_mask=mask)
+    typed = key(input_ids=ids, attention_mask=mask, token_type_ids=types)
+    assert plain == key(input_ids=ids[:, :3])
+    assert typed == key(input_ids=ids[:, :3], token_type_ids=types[:, :3])
+    assert len({plain, typed, key(input_ids=ids, attention_mask=mask, token_type_ids=types * 0)}) == 3
+    one, other = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+    assert key(pixel_values=one) == key(pixel_values=one.clone()) != key(pixel_values=other)
+    packed = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    packed |= {"labels": packed["input_ids"], "token_type_ids": torch.tensor([[0, 1, 1, 1]])}
+    alone = {"input_ids": torch.tensor([[7, 8]]), "token_type_ids": torch.tensor([[1, 1]])}
+    alone["labels"] = alone["input_ids"]
+    assert keys(packed, True)[1] == keys(alone, True)[0]

@@ -263,3 +263,36 @@ def test_ids_that_a_row_lacks_take_nothing_from_the_student(name):
         gradients += torch.autograd.grad(losses[-1], leaf)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
+
+
+def test_a_cache_of_images_and_one_of_token_types_teach_as_the_teacher(make_trainer, tmp_path):
+    """The key of an example holds what the teacher read; columns that it read stay in the data."""
+    import transformers as tf
+
+    vit = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8)
+    students = [tf.ViTForImageClassification(tf.ViTConfig(**vit, patch_size=4, num_labels=3)) for _ in range(2)]
+    pixels = [{"pixel_values": torch.randn(3, 8, 8), "labels": torch.tensor(i % 3)} for i in range(8)]
+    small = dict(vocab_size=VOCAB, dim=16, n_layers=1, n_heads=1, hidden_dim=16, num_labels=5)
+    texts = [
+        {**row, "token_type_ids": torch.tensor([i % 2] * 12), "unread": torch.ones(1)}
+        for i, row in enumerate(rows("sequence", 8))
+    ]
+    bert = big("sequence").eval()
+    bert.bert.embeddings.token_type_embeddings.weight.data *= 5
+    cases = [
+        (students[0], students[1].eval(), pixels),
+        (tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**small)), bert, texts),
+    ]
+    for number, (student, teacher, data) in enumerate(cases):
+        known = [{k: v for k, v in row.items() if k != "unread"} for row in data]
+        told = cache(tmp_path / f"cache{number}", "bert", data, model=teacher, kind="top_k", k=VOCAB, temperature=2.0)
+        soft = [
+            make_trainer(model=student, teacher=each, train_dataset=known, eval_dataset=known).evaluate()[
+                "eval_soft_loss"
+            ]
+            for each in (teacher, told)
+        ]
+        assert soft[0] == pytest.approx(soft[1], abs=0.02)
+    without = [{k: v for k, v in row.items() if k != "token_type_ids"} for row in known]
+    with pytest.raises(DistillError, match="read token_type_ids"):
+        make_trainer(model=student, teacher=told, train_dataset=without, eval_dataset=without).evaluate()

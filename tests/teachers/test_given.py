@@ -235,3 +235,31 @@ def test_the_tokenizer_of_the_teacher_is_read_as_the_teacher_is(make_trainer, tm
     assert options == {"revision": "v2", "trust_remote_code": True, "local_files_only": True}
     make_trainer(teacher=path)
     assert asked[-1][1]["trust_remote_code"] is False
+
+
+def test_features_of_images_are_compared_at_every_position(make_trainer):
+    student, teacher = vit(0, num_labels=3), vit(1, num_labels=3)
+    data = images()
+    losses = [{"name": "hidden_mse", "layers": [[0, 0]]}, {"name": "value_relation", "layers": [[0, 0]]}]
+    trainer = make_trainer(model=student, teacher=teacher, train_dataset=data, eval_dataset=data, losses=losses)
+    trainer.train()
+    student.eval()
+    pixels = torch.stack([row["pixel_values"] for row in data])
+    kept = []
+    handles = [m.vit.layers[0].register_forward_hook(lambda *call: kept.append(call[2])) for m in (student, teacher)]
+    with torch.no_grad():
+        student(pixels), teacher(pixels)
+    for handle in handles:
+        handle.remove()
+    said, told = (output[0] if isinstance(output, tuple) else output for output in kept)
+    assert trainer.evaluate()["eval_hidden_mse_loss"] == pytest.approx(float((said - told).square().mean()), rel=1e-5)
+
+
+def test_features_of_images_of_other_positions_are_refused(make_trainer):
+    tf.set_seed(0)
+    finer = tf.ViTForImageClassification(tf.ViTConfig(**(SMALL | {"patch_size": 2}), num_labels=3))
+    trainer = make_trainer(
+        model=vit(num_labels=3), teacher=finer, train_dataset=images(), losses=[{"name": "hidden_mse"}], max_steps=1
+    )
+    with pytest.raises(DistillError, match="positions and the other"):
+        trainer.train()
