@@ -116,3 +116,11 @@ def test_training_reads_no_number_off_the_device_between_logs(make_trainer, monk
     trainer.train()
     assert len(kept) == 6
     assert all(torch.is_tensor(v) and v.grad_fn is None for sums in kept for v in sums.values())
+
+
+def test_full_determinism_runs_with_every_kind_of_loss(make_trainer):
+    losses = [{"name": name} for name in ("hidden_mse", "hidden_relation", "value_relation")]
+    try:
+        make_trainer(full_determinism=True, losses=losses, max_steps=1).train()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -125,26 +125,38 @@ def write_cache(
     shift = task_of(model).shift
     device = torch.device(device or next(model.parameters()).device)
     ask: Ask = _asking(teacher) if isinstance(teacher, nn.Module) else teacher
-    read: Any = lambda examples: accepted_inputs(model, collator(examples))  # noqa: E731
-    planned, data = plan_rows(rows, read, batch_size, shard_rows, shift)
-    if inputs := other_inputs(planned.batch(0)):
-        data["inputs"] = inputs
-    known = known_as or {"model": bare(model).name_or_path}
-    known |= {"class": type(bare(model)).__name__, "weights": digest_of_weights(model)}
+    planned, data = plan_rows(rows, _read_by(model, collator), batch_size, shard_rows, shift)
     manifest = Manifest(
         kind=wanted.kind,
         options=wanted.of_kind(),
         temperature=None if wanted.kind == "hidden" else wanted.temperature,
-        teacher=known,
+        teacher=_described(known_as, model),
         tokenizer=digest_of_tokenizer(processing_class),
         chat_template=digest_of_template(processing_class),
-        data=data | sizes | {"max_length": (recipe or {}).get("data", {}).get("max_length")},
+        data=data
+        | sizes
+        | _inputs_beside_ids(planned)
+        | {"max_length": (recipe or {}).get("data", {}).get("max_length")},
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
         depth=depth_of(model),
         **_tried(ask, planned, wanted.kind, device, shift, wanted.layers),
     )
     return capture(ask, planned, manifest, Path(folder), device, shift, on_progress)
+
+
+def _read_by(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+    return lambda rows: accepted_inputs(model, collator(rows))
+
+
+def _described(known_as: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
+    known = known_as or {"model": bare(model).name_or_path}
+    return known | {"class": type(bare(model)).__name__, "weights": digest_of_weights(model)}
+
+
+def _inputs_beside_ids(rows: Rows) -> dict[str, Any]:
+    inputs = other_inputs(rows.batch(0))
+    return {"inputs": inputs} if inputs else {}
 
 
 def depth_of(model: nn.Module) -> int:
