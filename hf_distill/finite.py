@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .cache.examples import examples_of
 from .signals import Targets
@@ -173,6 +174,9 @@ def nonfinite_weight(model: nn.Module) -> str | None:
     Args:
         model: whole or sharded (ZeRO-3, FSDP2); quantised weights are passed over.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # FSDP2 leaves some weights gathered after a forward without a backward
+            module.reshard()
     parameters = {name: _local(p) for name, p in model.named_parameters()}
     saved = model.state_dict(keep_vars=True) if any(True for _ in model.buffers()) else {}
     buffers = {name: saved[name] for name, _ in model.named_buffers() if isinstance(saved.get(name), Tensor)}
