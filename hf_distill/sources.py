@@ -171,3 +171,22 @@ def backward_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     for v in range(0, len(weight), _TILE):
         out.addmm_(gradient[:, v : v + _TILE], weight[v : v + _TILE].to(out.dtype))
     return out
+
+
+def cumulative_sum(values: Tensor) -> Tensor:
+    """`values.cumsum(-1)`; where deterministic algorithms are required, by adding at doubling distances on a GPU.
+
+    PyTorch has no deterministic cumulative sum of floating-point numbers on CUDA and raises an error there.
+    """
+    if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return values.cumsum(-1)
+    return sum_at_doubling_distances(values)
+
+
+def sum_at_doubling_distances(values: Tensor) -> Tensor:
+    """The cumulative sum over the last dimension, in log2 of its length additions."""
+    distance = 1
+    while distance < values.shape[-1]:
+        values = values + torch.nn.functional.pad(values[..., :-distance], (distance, 0))
+        distance *= 2
+    return values

@@ -3,6 +3,7 @@ import torch
 
 from hf_distill import DistillError
 from hf_distill.signals import Logits, Targets
+from hf_distill.sources import sum_at_doubling_distances
 
 
 def test_causal_targets_are_the_next_tokens_and_never_cross_a_row():
@@ -63,3 +64,9 @@ def test_a_label_beyond_the_vocabulary_is_named():
 def test_logits_are_projected_in_float32_at_least():
     assert Logits(torch.zeros(2, 3, dtype=torch.bfloat16)).project().dtype == torch.float32
     assert Logits(torch.zeros(2, 3, dtype=torch.float64)).project().dtype == torch.float64
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 100])
+def test_the_deterministic_cumulative_sum_is_the_cumulative_sum(length):
+    values = torch.rand(3, length, dtype=torch.float64)
+    torch.testing.assert_close(sum_at_doubling_distances(values), values.cumsum(-1))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..sources import Head, Logits, compute_dtype
+from ..sources import Head, Logits, compute_dtype, cumulative_sum
 
 _BLOCK = 256  # ids whose mass is summed first
 _WORKSPACE = 64 * 2**20  # bytes of logits that are made at a time
@@ -63,13 +63,13 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     whole = vocab // _BLOCK * _BLOCK
     sums = [mass[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)] if whole else []
     sums += [mass[:, whole:].sum(-1, keepdim=True)] if whole < vocab else []
-    ends = torch.cat(sums, 1).double().cumsum(-1)
+    ends = cumulative_sum(torch.cat(sums, 1).double())
     goal = uniform * ends[:, -1:]
     block = torch.searchsorted(ends, goal, right=True).clamp(max=ends.shape[1] - 1)
     goal = goal - torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
     ids = block[..., None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
     inside = mass.gather(1, ids.clamp(max=vocab - 1).flatten(1)).view_as(ids).masked_fill_(ids >= vocab, 0)
-    running = inside.double().cumsum(-1)
+    running = cumulative_sum(inside.double())
     # Never an id without mass: not beyond the block's last one that has some, wherever rounding put the goal.
     goal = torch.minimum(goal.clamp(min=0), running[..., -1] * (1 - 1e-12))
     found = block * _BLOCK + torch.searchsorted(running, goal[..., None], right=True)[..., 0]

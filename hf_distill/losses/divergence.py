@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DistillError
 from ..options import BETWEEN_0_AND_1
 from ..signals import Signals, Targets
-from ..sources import Sparse
+from ..sources import Sparse, cumulative_sum
 from .registry import loss
 from .support import NO_MASS as LOG_ZERO
 from .support import align
@@ -163,7 +163,7 @@ def head_weight(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
     _inside("head_mass", head_mass)
     top, order = q.sort(-1, descending=True)
     gap = (p.gather(-1, order) - top).abs()
-    tail = top.cumsum(-1) > head_mass
+    tail = cumulative_sum(top) > head_mass
     tail[:, 0] = False
     whole = gap.sum(-1)
     return torch.where(whole > 0, gap.masked_fill(tail, 0).sum(-1) / whole.clamp(min=1e-30), 0.5)
