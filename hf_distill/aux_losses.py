@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from .model_call import named_outputs
+from .module_state import kept_attributes
 from .tasks import bare, unwrapped
 
 logger = logging.get_logger(__name__)
@@ -219,7 +220,7 @@ def _settings(config: Any) -> tuple:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """A forward in training mode that leaves random states, running statistics and the config as they were."""
+    """A forward in training mode that leaves random states, what modules keep and the config as they were."""
     config = vars(bare(model).config)
     before, python, of_numpy = dict(config), random.getstate(), numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
@@ -227,7 +228,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.eval()
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)), kept_attributes(model):
             yield
     finally:
         for norm in norms:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .module_state import eval_mode
+
 _LENGTH, _CLASSES = 6, 11
 _MARGIN = 4.0  # the own loss must be this many times closer to one of the two
 _measured: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
@@ -62,14 +64,8 @@ def _of_forward(model: Any) -> bool | None:
     vocab_size = min(model.config.get_text_config().vocab_size, 1000)
     device = model.get_input_embeddings().weight.device
     ids, labels = (torch.randint(3, vocab_size, (1, _LENGTH), generator=generator).to(device) for _ in range(2))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            own = model(input_ids=ids, labels=labels, return_dict=True)
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        own = model(input_ids=ids, labels=labels, return_dict=True)
     return _nearer(own.loss, own.logits, labels)
 
 

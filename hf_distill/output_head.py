@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
+from .module_state import eval_mode
 from .sources import Head, Scaling
 from .tasks import bare, partitioned, task_of
 
@@ -125,19 +126,6 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
             delattr(module, name)
         else:
             setattr(module, name, instance)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """While it lasts, every module is in eval mode and there are no gradients; then each is in the mode that it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import DistillError
 from ..forward import teacher_signals
-from ..output_head import eval_mode
+from ..module_state import eval_mode
 from ..recipe.schema import Recipe
 from ..running.speaker import load_speaker
 from ..signals import Targets

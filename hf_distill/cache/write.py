@@ -13,7 +13,7 @@ from ..blocks import stack_of
 from ..errors import DistillError, tell
 from ..forward import teacher_signals
 from ..model_call import accepted_inputs
-from ..output_head import eval_mode
+from ..module_state import eval_mode
 from ..sources import Head
 from ..tasks import bare, task_of
 from .capture import Ask, Progress, Rows, batch_of, capture, plan_rows, taps_of

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from ..blocks import Stack, stack_of
 from ..forward import measure_output_head, teacher_signals
-from ..output_head import eval_mode
+from ..module_state import eval_mode
 from ..signals import Signals, Tap, Targets
 from .base import Teacher
 

@@ -16,8 +16,8 @@ from ..errors import DistillError, tell
 from ..features import FeatureJob
 from ..forward import Jobs, measure_output_head, student_loss, teacher_signals
 from ..model_call import accepted_inputs
+from ..module_state import eval_mode
 from ..objective import Term
-from ..output_head import eval_mode
 from ..sidecar import whole_state
 from ..signals import Signals, Tap, Targets
 from ..sources import Head, Logits
