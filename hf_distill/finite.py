@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .cache.examples import examples_of
 from .signals import Targets
+from .teachers.distance import local
 
 _SHOWN = 20  # places and parameters that are told; the rest is counted
 
@@ -177,11 +178,9 @@ def nonfinite_weight(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP2 leaves some weights gathered after a forward without a backward
             module.reshard()
-    parameters = {name: _local(p) for name, p in model.named_parameters()}
-    saved = model.state_dict(keep_vars=True) if any(True for _ in model.buffers()) else {}
-    buffers = {name: saved[name] for name, _ in model.named_buffers() if isinstance(saved.get(name), Tensor)}
+    parameters = {name: local(p) for name, p in model.named_parameters()}
     weights = {name: w for name, w in parameters.items() if _is_read(w)}
-    statistics = {name: b for name, b in buffers.items() if _is_read(b)}  # masks may hold -inf
+    statistics = {name: b for name, b in _saved_buffers(model) if _is_read(b)}  # masks may hold -inf
     largest = [_largest(weights.values()), _largest(statistics.values())]
     if largest[0].isfinite() and not largest[1].isnan():
         return None
@@ -189,10 +188,11 @@ def nonfinite_weight(model: nn.Module) -> str | None:
     return next(iter([*broken, *(name for name, value in statistics.items() if value.isnan().any())]), None)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    if hasattr(parameter, "ds_tensor"):
-        return parameter.ds_tensor
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", local(buffer)
 
 
 def _is_read(tensor: Tensor) -> bool:

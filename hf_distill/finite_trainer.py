@@ -15,6 +15,7 @@ from .errors import RunError
 from .evidence import write_json
 from .finite import Found, Leaps, Seen, found_of, nonfinite_weight, places_of
 from .tasks import unwrapped
+from .teachers.distance import is_shared
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -104,10 +105,12 @@ class FiniteMixin(_Base):
 
     def _check_weights(self, consequence: str) -> None:
         """Raise a RunError where weights of the student, or of what is trained with it, are not finite."""
-        name = nonfinite_weight(unwrapped(self.model))
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # shards differ, and all ranks save together
-            names = gather_object([name]) if self.accelerator.num_processes > 1 else [name]
-            name = next((each for each in names if each is not None), None)
+        model = unwrapped(self.model)
+        name = nonfinite_weight(model)
+        if (
+            is_shared(model) or self.is_fsdp_enabled
+        ) and self.accelerator.num_processes > 1:  # shards differ, and all ranks save together
+            name = next((each for each in gather_object([name]) if each is not None), None)
         if name is None:
             return
         step = self._in_a_row[0].step - 1 if self._in_a_row else self.state.global_step
