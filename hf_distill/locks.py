@@ -38,10 +38,7 @@ def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
         lock = FileLock(file, on_acquired=lambda descriptor: _write_holder(descriptor, purpose))
         lock.acquire(timeout=0)
     except Timeout:
-        raise DistillError(
-            f"Another process writes to {folder} at the moment: {_read_holder(file)}. Wait until it has ended, or give "
-            "another folder."
-        ) from None
+        raise _is_locked(folder) from None
     except NotImplementedError:
         logger.warning(f"The file system of {folder} has no file locks: a second process in it would not be noticed.")
         yield
@@ -54,10 +51,32 @@ def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
         lock.release()
 
 
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder that another process writes to at the moment; nothing of it is changed.
+
+    Raises:
+        DistillError: another process holds the lock.
+    """
+    if not (folder / LOCK_FILE).is_file():
+        return
+    with suppress(NotImplementedError, OSError):
+        try:
+            FileLock(folder / LOCK_FILE).acquire(timeout=0).lock.release()
+        except Timeout:
+            raise _is_locked(folder) from None
+
+
 def remove_lock_file(folder: Path) -> None:
     """Remove the lock file of a folder that is about to be removed; call it while the lock is held."""
     with suppress(FileNotFoundError):
         (folder / LOCK_FILE).unlink()
+
+
+def _is_locked(folder: Path) -> DistillError:
+    return DistillError(
+        f"Another process writes to {folder} at the moment: {_read_holder(folder / LOCK_FILE)}. Wait until it has "
+        "ended, or give another folder."
+    )
 
 
 def _write_holder(descriptor: int, purpose: str) -> None:

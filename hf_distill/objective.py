@@ -106,10 +106,13 @@ def objective(
         DistillError: a value out of range, an unknown loss or option; all of them at once.
     """
     problems: list[str] = []
-    if not 0 <= alpha <= 1:
-        problems.append(f"alpha is {alpha}; it must lie in [0, 1] (0: hard labels alone, 1: the teacher alone)")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        problems.append(f"temperature is {temperature}; it must be a positive number")
+    if not (_is_number(alpha) and 0 <= alpha <= 1):
+        problems.append(
+            f"alpha is {alpha!r}; it must be a number in [0, 1] (0: hard labels alone, 1: the teacher alone)"
+        )
+    if not (_is_number(temperature) and temperature > 0 and math.isfinite(temperature)):
+        problems.append(f"temperature is {temperature!r}; it must be a positive number")
+    tell(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
     soft = divergence if isinstance(divergence, dict) else {"name": divergence}
     specs = [{**soft, "weight": alpha}, *losses]
     terms = [Term("hard", get_loss("cross_entropy"), 1 - alpha, {"label_smoothing": label_smoothing})]
@@ -118,6 +121,10 @@ def objective(
             terms.append(_term(spec, temperature, "soft" if i == 0 else None))
     tell(problems)
     return _named_apart([terms[1], terms[0], *terms[2:]])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _named_apart(terms: list[Term]) -> list[Term]:

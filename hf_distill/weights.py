@@ -64,6 +64,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
                     raise DistillError(f"{folder} has no {shard}, which its {name} lists: restore it.")
                 state |= _read_file(folder / shard)
             return state
+    if not folder.is_dir():
+        raise DistillError(f"Can't find a valid checkpoint at {folder}: there is no such folder.")
     raise DistillError(
         f"Can't find a valid checkpoint at {folder}: it has no {SAFE_WEIGHTS_NAME} and no index of several files."
     )

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hf_distill.errors import DistillError
-from hf_distill.locks import LOCK_FILE, lock_folder
+from hf_distill.locks import LOCK_FILE, check_unlocked, lock_folder
 
 HOLD = """
 import os, sys, time
@@ -48,6 +48,16 @@ def test_the_lock_is_released_after_an_error_and_not_held_twice_by_one_process(t
     for _ in range(2):
         with pytest.raises(KeyError):
             fails()
+
+
+def test_a_look_at_a_lock_changes_nothing(tmp_path):
+    check_unlocked(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    with lock_folder(tmp_path, "a run"), pytest.raises(DistillError, match="Another process writes to .*: a run"):
+        check_unlocked(tmp_path)
+    before = (tmp_path / LOCK_FILE).read_bytes()
+    check_unlocked(tmp_path)
+    assert (tmp_path / LOCK_FILE).read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):

@@ -131,8 +131,9 @@ def example_rows(
         return rows
     if len(rows) == 0:
         raise DistillError(
-            f"{where}: none of {whole} examples asks a token within max_length={max_length}: look at them with "
-            "`hf-distill recipes preview`, or raise max_length."
+            f"{where}: none of {whole} examples has a target token among its first max_length={max_length} tokens: "
+            "every label is -100, no turn has the role assistant, or the prompts alone are longer. Check the labels or "
+            "roles of the data, or raise max_length."
         )
     if before != len(rows):
         logger.warning(f"{int(before or 0) - len(rows)} of {before} examples ask nothing and are left out.")

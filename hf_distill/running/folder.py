@@ -9,7 +9,7 @@ import yaml
 from ..checkpoints import checkpoints_of, is_as_written
 from ..errors import DistillError
 from ..evidence import write_whole
-from ..locks import LOCK_FILE, lock_folder, remove_lock_file
+from ..locks import LOCK_FILE, check_unlocked, lock_folder, remove_lock_file
 from ..processes import on_main
 from ..recipe.load import validate
 from ..recipe.reading import read_yaml
@@ -44,6 +44,7 @@ def run_folder(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
 @contextmanager
 def _claimed(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
+    check_unlocked(folder)  # advice for a run that ended is wrong for one that goes on
     _check(recipe, folder, resume)  # before anything is created
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     unlocked = not (folder / LOCK_FILE).exists()

@@ -12,6 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import DistillError, need
 from ..hub import reading
+from ..names import is_there, kind_of
 from ..tasks import CAUSAL, SEQ2SEQ, Task, bare, check_has_classes, task_of_class
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "code_revision")
@@ -19,13 +20,19 @@ _ADAPTER_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_
 
 
 def as_path(model: Any) -> Any:
-    """A path or id as a string; anything else as it is.
+    """A path or id as a string, with the user's folder for `~`; anything else as it is.
 
     Raises:
-        DistillError: neither a path, an id nor a module.
+        DistillError: neither a path, an id nor a module; or a path where there is nothing.
     """
-    if isinstance(model, os.PathLike):
-        return os.fspath(model)
+    if isinstance(model, str | os.PathLike):
+        path = os.path.expanduser(os.fspath(model))
+        if kind_of(path) == "path" and not is_there(path):
+            raise DistillError(
+                f"The teacher {path} is a path, and there is no such folder: correct it (relative paths start at "
+                f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name."
+            )
+        return path
     if not isinstance(model, str | nn.Module):
         raise DistillError(
             f"The teacher is a {type(model).__name__}: give a transformers model, the path or id of one, or an "

@@ -132,7 +132,7 @@ def test_examples_that_ask_nothing_after_the_cut_are_left_out(monkeypatch):
     kept = rows_of(Dataset.from_list(examples), byte_tokenizer(), 3)
     assert kept["labels"] == [[-100, 2, 3]]
     assert said[1] == "1 of 2 examples ask nothing and are left out."
-    with pytest.raises(DistillError, match="none of 1 examples asks a token within max_length=3"):
+    with pytest.raises(DistillError, match="none of 1 examples has a target token among its first max_length=3 tokens"):
         rows_of(Dataset.from_list(examples[:1]), byte_tokenizer(), 3)
 
 

@@ -84,7 +84,8 @@ class Around(torch.nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: "no/such/path", "cannot be loaded"),
+        (lambda: "no/such/path", "no/such/path is a path, and there is no such folder"),
+        (lambda: "~/no such folder", "no such folder is a path, and there is no such folder"),
         (lambda: Around(build("llama", 1)), "Around cannot be distilled: it is no transformers model"),
         (lambda: torch.nn.Linear(2, 3), "Linear cannot be distilled"),
         (lambda: 3, "The teacher is a int"),
