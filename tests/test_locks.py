@@ -53,7 +53,7 @@ def test_the_lock_is_released_after_an_error_and_not_held_twice_by_one_process(t
 def test_a_look_at_a_lock_changes_nothing(tmp_path):
     check_unlocked(tmp_path)
     assert not [*tmp_path.iterdir()]
-    with lock_folder(tmp_path, "a run"), pytest.raises(DistillError, match="Another process writes to .*: a run"):
+    with lock_folder(tmp_path, "a run"), pytest.raises(DistillError, match=r"Another process writes to .*: a run"):
         check_unlocked(tmp_path)
     before = (tmp_path / LOCK_FILE).read_bytes()
     check_unlocked(tmp_path)
