@@ -83,9 +83,9 @@ def test_stages_see_other_rows_and_the_same_held_out_ones(tmp_path, monkeypatch)
 
 def test_a_stage_s_models_are_gone_before_the_next_begins(straight):
     _, _, alive, before = straight
-    assert alive == dict.fromkeys(
-        ("stage-1", "stage-2", "stage-3", "direct", "Comparing all students with the first teacher"), before
-    )
+    places = {"stage-1", "stage-2", "stage-3", "direct", "Comparing all students with the first teacher"}
+    assert alive.keys() == places
+    assert max(alive.values()) <= before  # models of other tests may go, too
 
 
 def test_all_students_are_judged_by_the_first_teacher(straight):
