@@ -36,7 +36,7 @@ test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest tests --ignore tests/distributed $(APART)
 	$(BIN)/python -m pytest tests/distributed
 
-# Every class of transformers that predicts ids or classes, against a plain reference: about 20 minutes on two cores.
+# Every class of transformers that predicts ids or classes, against a plain reference: 12 minutes on two busy cores.
 # What build/models.jsonl holds already is not run again. A sample of it is among the tests.
 test-models: $(VENV)/installed-dev
 	mkdir -p build
