@@ -121,6 +121,8 @@ def test_training_reads_no_number_off_the_device_between_logs(make_trainer, monk
 def test_full_determinism_runs_with_every_kind_of_loss(make_trainer):
     losses = [{"name": name} for name in ("hidden_mse", "hidden_relation", "value_relation")]
     try:
-        make_trainer(full_determinism=True, losses=losses, max_steps=1).train()
+        trainer = make_trainer(full_determinism=True, losses=losses, max_steps=1)
+        trainer.train()
+        assert trainer.state.global_step == 1
     finally:
         torch.use_deterministic_algorithms(False)

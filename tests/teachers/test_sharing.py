@@ -100,3 +100,4 @@ def test_what_is_trained_beside_the_student_is_no_part_of_it(make_trainer):
         trainer = make_trainer(model=student, teacher=teacher, **options)
         trainer.distil_from(trainer.teacher, trainer.args)
         trainer.train()
+        assert trainer.state.global_step == 1
