@@ -80,7 +80,7 @@ def test_the_clipping_of_a_peer_follows_the_run(make_trainer):
         ("teacher_init_kwargs", {"dtype": "bfloat16"}, "changed after the teacher was loaded: make a new trainer"),
         ("teacher_fsdp", True, "changed after the teacher was loaded: make a new trainer"),
         ("losses", [{"name": "hidden_mse", "layers": [[7, 0]]}], "hidden_mse: "),
-        ("alpha", 1.5, r"alpha is 1.5; it must lie in \[0, 1\]"),
+        ("alpha", 1.5, r"alpha is 1.5; it must be a number in \[0, 1\]"),
         ("torch_compile", True, "torch_compile would keep the head"),
     ],
 )

@@ -281,7 +281,7 @@ def test_what_cannot_work_is_refused_with_its_reason(make_trainer, options, mess
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"alpha": 1.5}, r"alpha is 1.5; it must lie in \[0, 1\]"),
+        ({"alpha": 1.5}, r"alpha is 1.5; it must be a number in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"divergence": "kl"}, "Unknown loss 'kl'"),
