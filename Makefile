@@ -40,7 +40,7 @@ test: $(VENV)/installed-dev browser
 # What build/models.jsonl holds already is not run again. A sample of it is among the tests.
 test-models: $(VENV)/installed-dev
 	mkdir -p build
-	cd tests && $(abspath $(VENV))/bin/python -m models.run --out ../build/models.jsonl --summary ../benchmarks/results/models.json
+	cd tests && $(abspath $(VENV))/bin/python -m model_classes.run --out ../build/models.jsonl --summary ../benchmarks/results/models.json
 
 # The oldest versions that setup.cfg allows, in a virtual environment of their own.
 $(VENV)-floor/installed: setup.cfg

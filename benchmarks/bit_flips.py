@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from crashing import job_of, started
 
-from hf_distill import checkpoints
-from hf_distill.evidence import environment, write_json
+from hf_distill.core.io import environment, write_json
+from hf_distill.trainer import checkpoints
 
 RESULT = Path(__file__).parent / "results" / "bit_flips.json"
 FLIPS, GIBIBYTES = 100, 2

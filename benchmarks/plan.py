@@ -68,7 +68,7 @@ class Watch(TrainerCallback):
         self.seen["student"] = weights(model)
 
     def watch_head(self) -> None:
-        from hf_distill.sweep import HeadJob
+        from hf_distill.losses.fused import HeadJob
 
         run = HeadJob.from_hidden
 
@@ -97,9 +97,9 @@ class Watch(TrainerCallback):
 
 def measured(setup: dict, folder: str) -> dict[str, int]:
     from hf_distill import DistillConfig, DistillTrainer, cut_student
-    from hf_distill.running.models import resolve_model
-    from hf_distill.tasks import bare
-    from hf_distill.zero import read_deepspeed
+    from hf_distill.core.deepspeed_config import read_deepspeed
+    from hf_distill.models.model_types import bare
+    from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model(TEACHER)
     ways = {"nf4": {"quantization": "nf4"}, "whole": {}, "zero3": {}}
@@ -129,10 +129,10 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
 
 def planned(setup: dict) -> dict[str, int]:
+    from hf_distill.models.pruning import cut_config
     from hf_distill.planning import Anatomy, Job, Strategy, memory
-    from hf_distill.recipe.pair import Lora
-    from hf_distill.running.models import resolve_model
-    from hf_distill.student import cut_config
+    from hf_distill.recipe.models import Lora
+    from hf_distill.runner.model_loading import resolve_model
 
     config = AutoConfig.from_pretrained(resolve_model(TEACHER))
     job = Job(

@@ -38,7 +38,7 @@ def compare(student, teacher, loaded, folder: str) -> dict:
 
     from hf_distill import DistillConfig, DistillTrainer
     from hf_distill.data import causal_rows, hold_out, load_documents
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(TEACHER))
     documents = load_documents(loaded.data.task.path)
@@ -56,7 +56,7 @@ def compare(student, teacher, loaded, folder: str) -> dict:
 
 def bytes_of(model) -> dict:
     """Of all tensors, and of those of the linear layers in blocks, in bytes."""
-    from hf_distill.blocks import find_blocks
+    from hf_distill.models.blocks import find_blocks
 
     def size(module) -> int:
         total = sum(t.untyped_storage().nbytes() for t in {*module.parameters(), *module.buffers()})
@@ -76,7 +76,7 @@ def measure(case: dict) -> dict:
 
     from hf_distill import FrozenTeacher
     from hf_distill.recipe import run_recipe
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model(TEACHER)
     options = {} if case["teacher"] == "fp32" else {"quantization": case["teacher"]}

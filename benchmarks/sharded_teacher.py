@@ -70,9 +70,9 @@ def rank(folder: str, way: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from hf_distill import FrozenTeacher
-    from hf_distill.blocks import find_blocks
-    from hf_distill.signals import Targets
-    from hf_distill.tasks import bare
+    from hf_distill.core.signals import Targets
+    from hf_distill.models.blocks import find_blocks
+    from hf_distill.models.model_types import bare
 
     torch.distributed.init_process_group("gloo")
     student = AutoModelForCausalLM.from_pretrained(f"{folder}/student")

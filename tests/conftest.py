@@ -15,7 +15,7 @@ from tiny import build, collate, rows
 from transformers import AutoTokenizer
 
 from hf_distill import DistillConfig, DistillTrainer
-from hf_distill.running.models import resolve_model
+from hf_distill.runner.model_loading import resolve_model
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when cores are busy
 

@@ -20,33 +20,33 @@ from typing import Any
 
 # What a run does, by where it is looked up; "half": it writes, and can be cut off in the middle.
 PLACES = {
-    "step": ("hf_distill.distiller:Distiller.__call__", False),
+    "step": ("hf_distill.trainer.distiller:Distiller.__call__", False),
     "backward": ("accelerate:Accelerator.backward", False),
     "optimizer": ("accelerate.optimizer:AcceleratedOptimizer.step", False),
-    "teacher moves": ("hf_distill.teacher_callback:TeacherCallback.on_step_end", False),
+    "teacher moves": ("hf_distill.trainer.teacher_callback:TeacherCallback.on_step_end", False),
     "evaluation": ("transformers:Trainer.prediction_step", False),
-    "checkpoint begins": ("hf_distill.saving:begin", False),
+    "checkpoint begins": ("hf_distill.trainer.checkpointing:begin", False),
     "weights": ("transformers:PreTrainedModel.save_pretrained", True),
-    "projectors": ("hf_distill.sidecar_trainer:save_sidecar", True),
+    "projectors": ("hf_distill.trainer.sidecar:save_sidecar", True),
     "teacher's state": ("hf_distill.teachers.state:save_file", True),
     "optimizer's state": ("torch:save", True),
     "trainer's state": ("transformers:TrainerState.save_to_json", True),
-    "seal": ("hf_distill.saving:seal", False),
+    "seal": ("hf_distill.trainer.checkpointing:seal", False),
     "rename": ("pathlib:Path.replace", False),
-    "rotation": ("hf_distill.saving:rotate", False),
-    "old checkpoint": ("hf_distill.checkpoints:remove", False),
+    "rotation": ("hf_distill.trainer.checkpointing:rotate", False),
+    "old checkpoint": ("hf_distill.trainer.checkpoints:remove", False),
     "removal": ("shutil:rmtree", False),
-    "cache is read": ("hf_distill.cache.store:Store.find", False),
-    "shard": ("hf_distill.cache.capture:write_shard", False),
+    "cache is read": ("hf_distill.cache.reader:Store.find", False),
+    "shard": ("hf_distill.cache.writer:write_shard", False),
     "index": ("hf_distill.cache.unfinished:write_index", False),
-    "head": ("hf_distill.cache.capture:write_head", False),
+    "head": ("hf_distill.cache.writer:write_head", False),
     "manifest": ("hf_distill.cache.manifest:Manifest.write", False),
-    "log": ("hf_distill.evidence:MetricsFile.on_log", True),
-    "evidence": ("hf_distill.running.single:write_json", False),
-    "recipe": ("hf_distill.running.folder:_write_recipe", False),
+    "log": ("hf_distill.core.io:MetricsFile.on_log", True),
+    "evidence": ("hf_distill.runner.single_run:write_json", False),
+    "recipe": ("hf_distill.runner.run_dir:_write_recipe", False),
 }
 _PRELOAD = [  # what every run imports
-    *("hf_distill.running.run", "hf_distill.running.caching", "hf_distill.trl", "hf_distill.cache.write"),
+    *("hf_distill.runner.run", "hf_distill.runner.cache_writer", "hf_distill.trl", "hf_distill.cache.api"),
     *("transformers.models.llama.modeling_llama", "transformers.trainer", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "datasets", "peft", "trl.experimental.gkd"),
 ]
@@ -83,7 +83,7 @@ def job_of(kind: str, place: Path, *overrides: str, callbacks: Sequence[Any] = (
 
 def _job(kind: str, place: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
     from hf_distill.recipe import load_recipe, run_recipe
-    from hf_distill.running.caching import write_recipe_cache
+    from hf_distill.runner.cache_writer import write_recipe_cache
 
     name, changes = KINDS[kind]
     if name == "cached":
@@ -131,7 +131,7 @@ def _wrap(place: str, around: Callable[[str, Callable, tuple, dict], Any]) -> No
 
 def _note_sealed() -> None:
     """Have a child note, for each output folder, that a checkpoint of it is complete."""
-    module = import_module("hf_distill.saving")
+    module = import_module("hf_distill.trainer.checkpointing")
     original = module.seal
 
     def noting(folder: Path) -> None:
@@ -255,7 +255,7 @@ def trial(job, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) ->
 
 def _without_complete(folder: Path) -> list[str]:
     """Output folders of a trial in which a checkpoint was complete before a kill, and none is afterwards."""
-    from hf_distill.checkpoints import checkpoints_of, flaw, restore
+    from hf_distill.trainer.checkpoints import checkpoints_of, flaw, restore
 
     file = folder / "sealed"
     homes = sorted(set(file.read_text().splitlines())) if file.is_file() else []

@@ -123,3 +123,23 @@ def conversation(i: int) -> list[dict]:
     """A question and its answer, of a length that differs from row to row."""
     answer = "It is " + "very " * (i % 5) + f"close to {i}."
     return [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}]
+
+
+def one_step(make_trainer, kind, micro, pieces, **options):
+    """The log and the gradient of one step of SGD, of `pieces` micro-batches of `micro` rows."""
+    trainer = make_trainer(
+        kind,
+        folder=f"{micro}x{pieces}",
+        max_steps=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=pieces,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        **options,
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    gradient = {n: before[n] - p.detach() for n, p in trainer.model.named_parameters()}
+    return trainer.state.log_history[0], gradient

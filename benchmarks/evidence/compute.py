@@ -5,7 +5,7 @@ from typing import Any
 from cells import LENGTH
 
 from hf_distill.planning import rule_of_thumb
-from hf_distill.planning.compute import counted_forward, training_rule
+from hf_distill.planning.flops import counted_forward, training_rule
 
 PRETRAINING = 2e12  # tokens that SmolLM2-135M is trained on, and the large pair is said to be
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import status_mib
 
-from hf_distill.running.models import resolve_model
-from hf_distill.student import cut_student
+from hf_distill.models.pruning import cut_student
+from hf_distill.runner.model_loading import resolve_model
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
 WARM = 4  # steps that are not timed

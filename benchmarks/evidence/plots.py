@@ -5,7 +5,7 @@ from pathlib import Path
 from cells import BY_ALPHA, BY_TEMPERATURE
 from tables import Results, of, tokens_a_step
 
-from hf_distill.analysis.canvas import COLOURS, axes
+from hf_distill.report.figures import COLOURS, axes
 
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 

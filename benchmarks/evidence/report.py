@@ -8,7 +8,7 @@ import tables
 from claims import claims
 from plots import draw
 
-from hf_distill.evidence import read_json, write_whole
+from hf_distill.core.io import read_json, write_whole
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "evidence"

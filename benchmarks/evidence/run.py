@@ -26,13 +26,13 @@ from texts import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillTrainer
-from hf_distill.evidence import environment, measured, read_json, write_json
+from hf_distill.core.io import environment, measured, read_json, write_json
+from hf_distill.models.pruning import block_influence, cut_student, most_influential
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.running.caching import write_recipe_cache
-from hf_distill.running.examples import prepare_data
-from hf_distill.running.models import resolve_model
-from hf_distill.running.speaker import load_speaker, speaker_of
-from hf_distill.student import block_influence, cut_student, most_influential
+from hf_distill.runner.cache_writer import write_recipe_cache
+from hf_distill.runner.datasets import prepare_data
+from hf_distill.runner.model_loading import resolve_model
+from hf_distill.runner.teacher_only import load_speaker, speaker_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

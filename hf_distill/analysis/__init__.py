@@ -3,20 +3,18 @@
 from importlib import import_module
 
 _HOME = {
-    "Pair": "analysis.pair",
-    "Run": "analysis.folder",
+    "Pair": "analysis.model_pair",
+    "Run": "runner.run_results",
     "compute": "analysis.curve",
     "data_curve": "analysis.curve",
     "diagnose": "analysis.diagnosis",
-    "find_temperature": "analysis.temperature",
+    "find_temperature": "analysis.temperature_search",
     "inspect_teacher": "analysis.inspector",
-    "load_tasks": "analysis.harness",
-    "open_run": "analysis.folder",
+    "load_tasks": "analysis.lm_eval_tasks",
+    "open_run": "runner.run_results",
     "plan": "planning.planner",
-    "report": "analysis.page",
-    "retention": "analysis.per_task",
-    "retention_of": "analysis.per_task",
-    "write_samples": "analysis.samples",
+    "retention": "analysis.evaluation",
+    "retention_of": "analysis.evaluation",
 }
 
 __all__ = [
@@ -30,10 +28,8 @@ __all__ = [
     "load_tasks",
     "open_run",
     "plan",
-    "report",
     "retention",
     "retention_of",
-    "write_samples",
 ]
 
 

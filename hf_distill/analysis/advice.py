@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import log
 from typing import Any
 
-from ..planning.caches import DRAWS, K
+from ..planning.cache_size import DRAWS, K
 from .soft_labels import AtTemperature, CacheKind
 from .verdicts import FLAT, HARD
 

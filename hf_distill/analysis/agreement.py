@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import Term, objective
-from ..tasks import task_of
-from .measures import OFFSETS, Chunk, measured
-from .pair import Pair
+from ..losses.objective import Term, objective
+from ..models.model_types import task_of
+from .model_pair import Pair
+from .token_measures import OFFSETS, Chunk, measured
 
 _CHUNK = 16 * 2**20  # bytes of logits of one model at a time; about a dozen such tensors live at once
 _BUCKETS = 4

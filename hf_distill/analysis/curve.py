@@ -7,10 +7,10 @@ from math import log
 from typing import Any
 
 from ..errors import DistillError
-from ..planning.compute import rule_of_thumb
+from ..planning.flops import rule_of_thumb
 from ..planning.planner import plan
 from ..recipe.schema import Recipe
-from .folder import Run
+from ..runner.run_results import Run
 
 
 @dataclass(frozen=True)

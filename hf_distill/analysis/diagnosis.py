@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DistillError
-from ..tasks import task_of
+from ..models.model_types import task_of
 from .agreement import Agreement, agreement_of
 from .closeness import NO_REFERENCES, References
-from .pair import Pair
-from .tokens import Tokenizer, check_ids, read_back
+from .model_pair import Pair
+from .tokenizer_check import Tokenizer, check_ids, read_back
 from .trend import LINES, trend_of
 from .verdicts import OF_TEACHING, OF_TRAINING, Facts, Verdict, verdicts
 

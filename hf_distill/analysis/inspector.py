@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.drawing import blocks_of
+from ..cache.sampling import blocks_of
+from ..core.logits import Head
 from ..errors import DistillError
-from ..sources import Head
 from .advice import advice_of
-from .pair import Pair, Seen
+from .model_pair import Pair, Seen
 from .soft_labels import AtTemperature, CacheKind, SoftLabels
 
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0, 10.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..planning.caches import DRAWS, K, kinds_of
+from ..planning.cache_size import DRAWS, K, kinds_of
 
 MASSES = (1, 10, 100)
 _FIRST = 1024  # ids that are ordered first: sorting a whole vocabulary takes longer than the teacher's forward

@@ -6,7 +6,7 @@ from math import log
 
 from .agreement import Agreement
 from .closeness import APART, NO_REFERENCES, References, signs_of_distance
-from .tokens import Tokenizer
+from .tokenizer_check import Tokenizer
 from .trend import Trend
 
 SHIFT = 0.75  # of the nats at its own place: another offset fits better below; a healthy pair is far above 1 there

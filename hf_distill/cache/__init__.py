@@ -1,9 +1,9 @@
 """Teachers on disk: what a teacher says of the training data, written once, verified, and read ever after."""
 
-from .examples import Example, examples_of
+from .api import write_cache
+from .example_keys import Example, examples_of
 from .manifest import Manifest, read_manifest
-from .store import Store, check_all
-from .write import write_cache
+from .reader import Store, check_all
 
 __all__ = ["Example", "Manifest", "Store", "check_all", "examples_of", "open_cache", "read_manifest", "write_cache"]
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.escape import markdown
+from ..core.local_paths import reduced
+from ..core.references import kind_of, public
 from ..errors import DistillError
-from ..escape import markdown
 from ..hub import address, asking, fetch_folder
-from ..local_paths import reduced
-from ..names import kind_of, public
 from .manifest import FILE
-from .store import check_all
+from .reader import check_all
 
 _CARD = """---
 tags: [hf_distill, knowledge-distillation]

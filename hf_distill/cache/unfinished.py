@@ -14,12 +14,12 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..core.locks import LOCK_FILE, lock_folder
 from ..errors import DistillError, noted, tell
-from ..locks import LOCK_FILE, lock_folder
 from .files import check_files, checksum_of, damage_of, writing
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
-from .store import write_index
+from .reader import write_index
 
 logger = logging.get_logger(__name__)
 

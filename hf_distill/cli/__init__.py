@@ -8,10 +8,10 @@ import traceback
 from rich.text import Text
 from typer.main import get_command
 
+from ..core.escape import printable
 from ..errors import DistillError, RunError
-from ..escape import printable
-from . import caches, curving, diagnosing, inspecting, publishing, recipes, reporting, retaining, running, tempering  # noqa: F401  each adds its commands
 from .app import app
+from .commands import cache, curve, diagnose, inspect, publish, recipes, report, retention, run, temperature  # noqa: F401  each adds its commands
 from .quiet import add_verbose, silence_other_packages
 from .terminal import TextConsole
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
-from ..escape import printable
+from ..core.escape import printable
 
 
 class TextConsole(Console):

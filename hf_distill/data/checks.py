@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from ..core.signals import IGNORE_INDEX
 from ..errors import DistillError
-from ..signals import IGNORE_INDEX
 
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 _SHOWN = 60  # characters of a value that an error shows

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..core.signals import IGNORE_INDEX
 from ..errors import DistillError, need
-from ..signals import IGNORE_INDEX
 from .checks import check_messages, check_text, check_tokens, check_tools, naming
 from .conversations import Conversations
 

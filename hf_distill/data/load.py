@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
+from ..core.references import FILES, kind_of
 from ..errors import DistillError, did_you_mean
 from ..hub import address, fetch, line_of, reading
-from ..names import FILES, kind_of
 from .formats import MESSAGES, TEXT, format_of
 from .local_files import read_file, readable
 

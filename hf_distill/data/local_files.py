@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from datasets import Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from ..core.references import FILES
 from ..errors import DistillError
-from ..names import FILES
 
 # A JSON file whose first row is no object: pyarrow crashes on null, and `datasets` takes texts for rows.
 _NO_OBJECT = re.compile(rb"\s*(?:\[\s*(?:null|true|false|[-\d\"\[])|null|true|false|[-\d\"])")

@@ -7,8 +7,8 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from transformers.utils import logging
 
+from ..core.schedule import Points, value_at
 from ..errors import DistillError
-from ..schedule import Points, value_at
 from .load import Examples
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import DistillError, need
-from ..model_call import accepts_any_input, input_names
-from ..tasks import bare, partitioned, unwrapped
+from ..models.model_call import accepts_any_input, input_names
+from ..models.model_types import bare, partitioned, unwrapped
 from .load import Examples
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..errors import DistillError, did_you_mean, need
-from ..names import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 
 # Templates of trl.chat_template_utils; the others are files of ours.
 _OF_TRL = {

@@ -1,9 +1,9 @@
 """What the project asks of the Hub: files at a commit, errors in words, licences. Imports no torch."""
 
+from .errors import asking
 from .files import Fetched, address, beside, fetch, fetch_folder, pinned, written, yaml_files
 from .malformed import line_of, reading
 from .model_files import check_model, model_files
-from .told import asking
 
 __all__ = [
     "Fetched",

@@ -9,9 +9,9 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import DryRunError, HfUriError, LocalEntryNotFoundError
 from huggingface_hub.utils import HfUri, parse_hf_uri
 
+from ..core.references import ADDRESS
 from ..errors import DistillError
-from ..names import ADDRESS
-from .told import asking
+from .errors import asking
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..core.escape import printable
 from ..errors import DistillError, RunError
-from ..escape import printable
 
 _LONGEST = 500  # characters of a library's message that are shown
 

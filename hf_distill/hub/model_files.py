@@ -15,9 +15,9 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+from ..core.references import is_there, kind_of
 from ..errors import DistillError
-from ..names import is_there, kind_of
-from .told import asking
+from .errors import asking
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")

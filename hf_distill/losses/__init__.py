@@ -1,13 +1,13 @@
 """Losses. Each returns one number per asked token, [T]; the distiller alone weights, sums and divides."""
 
-from . import closed as _closed  # registers the closed forms
+from . import analytic_gradients as _analytic_gradients  # registers them
 from .attention import attention_kl, value_relation
-from .divergence import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
-from .hard import cross_entropy
+from .cross_entropy import cross_entropy
+from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
 from .registry import LOSSES, Loss, get_loss, gradient_of, loss
 
-del _closed
+del _analytic_gradients
 
 __all__ = [
     "LOSSES",

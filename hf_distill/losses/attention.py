@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.logits import compute_dtype
+from ..core.options import COUNT
+from ..core.signals import Targets
 from ..errors import DistillError
-from ..options import COUNT
-from ..signals import Targets
-from ..sources import compute_dtype
 from .registry import loss
 
 

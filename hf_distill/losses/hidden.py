@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..core.logits import compute_dtype
+from ..core.signals import Targets
 from ..errors import DistillError
-from ..signals import Targets
-from ..sources import compute_dtype
 from .registry import loss
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, tell
-from ..options import POSITIVE, option_problem, option_schema
 
 FEATURES = ("hidden", "attention", "values")
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: which layers, of which stack

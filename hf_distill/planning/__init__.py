@@ -3,15 +3,15 @@
 from importlib import import_module
 
 _HOME = {
-    "Anatomy": "anatomy",
-    "Job": "job",
-    "Parts": "parts",
+    "Anatomy": "model_stats",
+    "Job": "workload",
+    "Parts": "memory",
     "Plan": "planner",
     "Strategy": "strategy",
-    "memory": "parts",
+    "memory": "memory",
     "model_config": "shapes",
     "plan": "planner",
-    "rule_of_thumb": "compute",
+    "rule_of_thumb": "flops",
 }
 
 __all__ = ["Anatomy", "Job", "Parts", "Plan", "Strategy", "memory", "model_config", "plan", "rule_of_thumb"]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from ..recipe.schema import Recipe
-from .anatomy import Anatomy
-from .compute import Flops, counted_forward, rule_of_thumb, training_rule
-from .job import Job
+from .flops import Flops, counted_forward, rule_of_thumb, training_rule
+from .model_stats import Anatomy
+from .workload import Job
 
 
 @dataclass(frozen=True)

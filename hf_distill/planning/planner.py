@@ -7,16 +7,16 @@ from transformers import PretrainedConfig
 from ..errors import DistillError, noted, tell
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
-from ..recipe.pair import FromTeacher
+from ..models.pruning import cut_config
+from ..recipe.models import FromTeacher
 from ..recipe.schema import Recipe
-from ..student import cut_config
-from .caches import CachePlan, caches_of
-from .compute import training_rule
+from .cache_size import CachePlan, caches_of
 from .cost import Cost, Model, cost_of, model_of
-from .job import Job, job_of
-from .rows import GiB, Row, advice, fewest_gpus, rows_of
+from .estimates import GiB, Row, advice, fewest_gpus, rows_of
+from .flops import training_rule
 from .shapes import model_config
 from .strategy import Strategy
+from .workload import Job, job_of
 
 CONTEXT = GiB  # the CUDA context and libraries' workspaces
 FRAGMENTATION = 0.05

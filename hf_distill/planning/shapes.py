@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from ..core.references import kind_of
 from ..errors import DistillError, did_you_mean
 from ..hub import reading
-from ..names import kind_of
-from ..running.models import resolve_model
+from ..runner.model_loading import resolve_model
 
 
 @cache

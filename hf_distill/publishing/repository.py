@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ..card import FILE, Facts
+from ..core.references import is_id
 from ..errors import DistillError
 from ..hub import asking
-from ..names import is_id
+from ..model_card import FILE, Facts
 
 CARD = "README.md"
 # Weights of any framework and format, the index files of their shards, and what makes a folder one of adapters.

@@ -5,8 +5,8 @@ from importlib import import_module
 _HOME = {
     "Recipe": ".schema",
     "load_recipe": ".load",
-    "list_recipes": ".references",
-    "run_recipe": "..running.run",  # by the name that users know
+    "list_recipes": ".resolve",
+    "run_recipe": "..runner.run",  # by the name that users know
 }
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "run_recipe"]

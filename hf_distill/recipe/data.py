@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
+from ..core.schedule import points_of
 from ..errors import did_you_mean
-from ..names import CHAT_TEMPLATES, TEMPLATE_SUFFIX
-from ..schedule import points_of
-from .part import Name, Part
+from .strict_model import Name, Part
 
 
 class Source(Part):

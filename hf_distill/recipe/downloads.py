@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
+from ..core.references import kind_of
 from ..errors import DistillError
 from ..hub import address, asking, model_files
 from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
-from ..names import kind_of
 from .schema import Recipe
 
 Place: TypeAlias = tuple[str, str, str | None]

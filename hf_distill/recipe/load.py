@@ -7,19 +7,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..core.deepspeed_config import check_teacher_config, read_deepspeed
 from ..errors import DistillError, noted
 from ..version import __version__
-from ..zero import check_teacher_config, read_deepspeed
-from .home import at_home
-from .plain import Place, impossible_values, replaced, short
+from .hub_paths import at_home
+from .hub_policy import untrusted
+from .losses import Distill
+from .plain_yaml import Place, impossible_values, replaced, short
 from .problems import lines_of, place_of, raise_problems, with_known_keys
-from .reading import read_yaml
-from .references import Found, find_recipe, packaged_text
+from .resolve import Found, find_recipe, packaged_text
+from .safe_yaml import read_yaml
 from .schema import Recipe, Train
 from .smoke import smoke_values
 from .stages import direct_values, planned_values, stage_values
-from .terms import Distill
-from .trust import untrusted
 
 _OF_THE_FILE = ("extends", "requires", "origin")
 _DEEPEST = 16  # parts of the key of an override

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DistillError, did_you_mean, nearest
-from .plain import printable, short, short_text
-from .terms import packaged_schema
+from .losses import packaged_schema
+from .plain_yaml import printable, short, short_text
 
 _LONGEST = 800  # characters of a problem that are shown
 

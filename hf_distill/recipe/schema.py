@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
+from ..core.schedule import points_of
+from ..core.teacher_kinds import ill_matched
 from ..errors import did_you_mean
-from ..kinds import ill_matched
-from ..schedule import points_of
 from .data import Data, OnPolicy
-from .pair import NamedTeacher, Student, TeacherSpec
-from .part import Name, Part
+from .losses import Distill, LossSpec, ProjectorSpec, packaged_schema
+from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
 from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, unfit
-from .terms import Distill, LossSpec, ProjectorSpec, packaged_schema
+from .strict_model import Name, Part
 
 _JSON_TYPES: dict[str, Any] = {
     "integer": int,

@@ -5,8 +5,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from ..core.references import SMOKE, is_file
 from ..errors import DistillError
-from ..names import SMOKE, is_file
 
 _TEACHER_DEPTH = 4
 # A word in a model's id -> its model_type; the first that occurs counts.

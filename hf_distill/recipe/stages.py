@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import Field
 
-from .pair import Student
-from .part import Part
+from .models import Student
+from .strict_model import Part
 
 
 class Stage(Part):

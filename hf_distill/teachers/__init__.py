@@ -1,14 +1,14 @@
 """Teachers: what the student learns from."""
 
+from .adapter_base import OwnBaseTeacher
 from .base import Teacher
 from .cached import CachedTeacher
+from .ema import EMATeacher, SnapshotTeacher
 from .frozen import FrozenTeacher
-from .mtp import MTPTeacher
-from .multi_view import MultiViewTeacher
-from .own_base import OwnBaseTeacher
-from .past_self import EMATeacher, SnapshotTeacher
+from .mtp.teacher import MTPTeacher
+from .multi_teacher import MultiTeacher
+from .multi_view.teacher import MultiViewTeacher
 from .peer import PeerTeacher
-from .several import MultiTeacher
 
 __all__ = [
     "CachedTeacher",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..blocks import Stack
+from ..core.logits import Head, Logits
+from ..core.signals import Signals, Tap, Targets
 from ..errors import DistillError
-from ..model_call import input_names
-from ..objective import Term
-from ..signals import Signals, Tap, Targets
-from ..sources import Head, Logits
+from ..losses.objective import Term
+from ..models.blocks import Stack
+from ..models.model_call import input_names
 
 
 class Teacher(ABC):

@@ -7,21 +7,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..blocks import Stack
 from ..cache import examples_of, open_cache
-from ..cache.examples import Example, other_inputs
-from ..cache.facts import digest_of_template, digest_of_tokenizer, digest_of_weights
+from ..cache.api import depth_of
+from ..cache.example_keys import Example, other_inputs
 from ..cache.files import check_files
+from ..cache.fingerprints import digest_of_template, digest_of_tokenizer, digest_of_weights
 from ..cache.manifest import HEAD
-from ..cache.signals import stored_of, told_of
-from ..cache.store import Stored
-from ..cache.write import depth_of
+from ..cache.reader import Stored
+from ..cache.serialization import stored_of, told_of
+from ..core.logits import Scaling
+from ..core.signals import Signals, Tap, Targets
 from ..errors import DistillError, tell
 from ..layers import LEARNED, map_layers
-from ..objective import Term
-from ..signals import Signals, Tap, Targets
-from ..sources import Scaling
-from ..tasks import bare, task_of
+from ..losses.objective import Term
+from ..models.blocks import Stack
+from ..models.model_types import bare, task_of
 from .base import Teacher
 
 

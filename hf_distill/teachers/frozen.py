@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks import Stack, stack_of
+from ..core.signals import Signals, Tap, Targets
 from ..errors import DistillError
-from ..forward import teacher_signals
-from ..model_call import accepted_inputs
-from ..signals import Signals, Tap, Targets
-from ..tasks import task_of
+from ..models.blocks import Stack, stack_of
+from ..models.forward import teacher_signals
+from ..models.model_call import accepted_inputs
+from ..models.model_types import task_of
 from .base import Teacher
+from .compatibility import check_fit, check_kinds
 from .input_limits import InputLimits, check_data
 from .loading import Loading, run_eagerly
 from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
-from .vocabulary import check_fit, check_kinds
 
 
 class FrozenTeacher(Teacher):

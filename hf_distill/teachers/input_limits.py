@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..tasks import bare
+from ..models.model_types import bare
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
 
+from ..core.deepspeed_config import check_teacher_config, check_ways, fill_teacher_config, read_deepspeed
 from ..errors import DistillError, need, noted, tell
-from ..tasks import partitioned, task_of
-from ..zero import check_teacher_config, check_ways, fill_teacher_config, read_deepspeed
+from ..models.model_types import partitioned, task_of
 from .pretrained import load_pretrained
 
 logger = logging.get_logger(__name__)

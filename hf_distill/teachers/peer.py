@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..blocks import Stack, stack_of
-from ..capture import capture
+from ..core.logits import Head, Logits
+from ..core.signals import Signals, Tap, Targets
 from ..errors import DistillError, tell
-from ..features import FeatureJob
-from ..forward import Jobs, measure_output_head, student_loss, teacher_signals
-from ..model_call import accepted_inputs
-from ..module_state import eval_mode
-from ..objective import Term
-from ..sidecar import whole_state
-from ..signals import Signals, Tap, Targets
-from ..sources import Head, Logits
-from ..sweep import HeadJob
-from ..tasks import bare, task_of
+from ..losses.fused import HeadJob
+from ..losses.objective import Term
+from ..models.blocks import Stack, stack_of
+from ..models.feature_capture import capture
+from ..models.features import FeatureJob
+from ..models.forward import Jobs, measure_output_head, student_loss, teacher_signals
+from ..models.model_call import accepted_inputs
+from ..models.model_types import bare, task_of
+from ..models.module_state import eval_mode
+from ..models.sidecar import whole_state
 from .base import Beside
+from .compatibility import check_fit, check_kinds
 from .input_limits import InputLimits, check_data
 from .pretrained import as_path, check_checkpoint, hub_options, load_pretrained, read_config
 from .trained import TrainedTeacher
-from .vocabulary import check_fit, check_kinds
 
 logger = logging.get_logger(__name__)
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..core.references import is_there, kind_of
 from ..errors import DistillError, need
 from ..hub import reading
-from ..names import is_there, kind_of
-from ..tasks import CAUSAL, SEQ2SEQ, Task, bare, check_has_classes, task_of_class
+from ..models.model_types import CAUSAL, SEQ2SEQ, Task, bare, check_has_classes, task_of_class
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "code_revision")
 _ADAPTER_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")

@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..sidecar import split
+from ..models.sidecar import split
 from .base import Teacher
-from .distance import local
 from .frozen import FrozenTeacher
+from .multi_teacher import MultiTeacher
 from .peer import PeerTeacher
-from .several import MultiTeacher
+from .weight_drift import local
 
 
 def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: Teacher) -> list[str]:

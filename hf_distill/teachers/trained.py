@@ -3,8 +3,8 @@
 from torch import nn
 
 from .base import Teacher
-from .distance import Distance, is_shared
 from .state import load_state, save_state, state_file
+from .weight_drift import Distance, is_shared
 
 
 class TrainedTeacher(Teacher):

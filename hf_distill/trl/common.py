@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..metrics_trainer import mean_of
-from ..trainer import DistillMixin
+from ..trainer.metrics import mean_of
+from ..trainer.trainer import DistillMixin
 
 
 class TRLMixin(DistillMixin):

@@ -11,12 +11,12 @@ from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import flush_left
 
-from ..config import DistillFields
+from ..core.schedule import integral
+from ..core.signals import IGNORE_INDEX
 from ..data import Collator, prompt_rows
 from ..errors import DistillError, noted, tell
-from ..schedule import integral
-from ..signals import IGNORE_INDEX
-from ..upstream import DISTILLATION_TRAINER, check_upstream
+from ..trainer.config import DistillFields
+from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
 from .on_policy_config import OnPolicyDistillConfig
 from .teacher_arguments import resolve_teacher

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from trl import DistillationConfig
 
-from ..config import DistillFields
+from ..core.schedule import Points, points_of
 from ..errors import noted, tell
-from ..schedule import Points, points_of
+from ..trainer.config import DistillFields
 
 _FIELDS = DistillFields.__dataclass_fields__
 

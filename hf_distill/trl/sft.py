@@ -8,11 +8,11 @@ import trl.trainer.sft_trainer
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ..config import DistillFields
 from ..data import check_isolation
 from ..errors import DistillError
-from ..tasks import bare
+from ..models.model_types import bare
 from ..teachers import Teacher
+from ..trainer.config import DistillFields
 from .common import TRLMixin, adapted_heads
 from .teacher_arguments import TeacherArguments, resolve_teacher
 

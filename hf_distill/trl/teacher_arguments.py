@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import DistillFields
 from ..errors import DistillError
 from ..teachers import FrozenTeacher
+from ..trainer.config import DistillFields
 
 
 @dataclass

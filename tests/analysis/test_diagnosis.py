@@ -14,7 +14,7 @@ from hf_distill.analysis import Pair
 from hf_distill.analysis import agreement as agreement_module
 from hf_distill.analysis.agreement import agreement_of
 from hf_distill.analysis.diagnosis import diagnose
-from hf_distill.analysis.tokens import Tokenizer, read_back
+from hf_distill.analysis.tokenizer_check import Tokenizer, read_back
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.smoke import byte_tokenizer

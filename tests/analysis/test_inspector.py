@@ -16,7 +16,7 @@ from hf_distill.analysis.advice import advice_of
 from hf_distill.analysis.inspector import inspect_teacher
 from hf_distill.analysis.soft_labels import AtTemperature, CacheKind, SoftLabels, ids_for
 from hf_distill.cache import write_cache
-from hf_distill.cache.drawing import draw, systematic
+from hf_distill.cache.sampling import draw, systematic
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 
@@ -200,7 +200,7 @@ def floats(values):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    from hf_distill.cache import drawing
+    from hf_distill.cache import sampling as drawing
 
     at_once = inspect_teacher(pair_of(), None)
     monkeypatch.setattr(drawing, "_WORKSPACE", 4 * VOCAB * 7)

@@ -11,7 +11,7 @@ from scipy.stats import linregress
 from hf_distill.analysis.agreement import Agreement
 from hf_distill.analysis.closeness import NO_REFERENCES, HeldOut, References
 from hf_distill.analysis.diagnosis import diagnose
-from hf_distill.analysis.tokens import Tokenizer
+from hf_distill.analysis.tokenizer_check import Tokenizer
 from hf_distill.analysis.trend import trend_of
 from hf_distill.analysis.verdicts import Facts, verdicts
 

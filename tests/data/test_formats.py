@@ -8,7 +8,7 @@ from hf_distill import DistillError
 from hf_distill.data import hold_out, rows_of
 from hf_distill.data.formats import format_of
 from hf_distill.recipe.smoke import byte_tokenizer
-from hf_distill.running.models import resolve_model
+from hf_distill.runner.model_loading import resolve_model
 
 CHAT = [
     {"role": "user", "content": "Which city is the capital of France?"},
@@ -108,7 +108,7 @@ def test_labels_of_another_length_are_told(more):
 
 
 def test_long_examples_are_cut_or_dropped_and_counted(monkeypatch):
-    from hf_distill.data import rows
+    from hf_distill.data import tokenize as rows
 
     said = []
     monkeypatch.setattr(rows.logger, "warning", said.append)
@@ -124,7 +124,7 @@ def test_long_examples_are_cut_or_dropped_and_counted(monkeypatch):
 
 
 def test_examples_that_ask_nothing_after_the_cut_are_left_out(monkeypatch):
-    from hf_distill.data import rows
+    from hf_distill.data import tokenize as rows
 
     said = []
     monkeypatch.setattr(rows.logger, "warning", said.append)

@@ -7,9 +7,9 @@ import trl
 from test_conversations import CHAT, SYSTEM, naive_mask
 
 from hf_distill import DistillError
+from hf_distill.core.references import CHAT_TEMPLATES
 from hf_distill.data.conversations import Conversations
 from hf_distill.data.training_templates import PROBES, matching_template, rendered, renders_same, training_template
-from hf_distill.names import CHAT_TEMPLATES
 from hf_distill.recipe.smoke import byte_tokenizer
 
 ORIGINALS = Path(trl.__file__).parent / "chat_templates"

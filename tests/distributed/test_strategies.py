@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import build
 from transformers import AutoModelForCausalLM
 
-from hf_distill.sidecar import FILE
+from hf_distill.models.sidecar import FILE
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 

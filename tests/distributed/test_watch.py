@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ENVIRONMENT, one_of_two
 
-from hf_distill.checkpoints import newest_whole
+from hf_distill.trainer.checkpoints import newest_whole
 
 SCRIPT = Path(__file__).with_name("watched.py")
 

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.core.deepspeed_config import read_deepspeed
 from hf_distill.teachers import EMATeacher, MTPTeacher, MultiViewTeacher, PeerTeacher, Teacher
-from hf_distill.zero import read_deepspeed
 
 folder, variants, global_batch = Path(sys.argv[1]), sys.argv[2:], 8
 models = folder.parent / "models"

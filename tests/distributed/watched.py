@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_distill.errors import RunError
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.running import folder as folder_of_run
+from hf_distill.runner import run_dir as folder_of_run
 
 folder, fate = sys.argv[1], sys.argv[2]
 STEPS = 400 if fate == "term" else 4

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_distill import DistillError
+from hf_distill.core.signals import Targets
 from hf_distill.losses import LOSSES
-from hf_distill.signals import Targets
 
 B, S = 3, 7
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])

@@ -6,10 +6,10 @@ from transformers import AutoConfig
 
 from hf_distill.errors import DistillError
 from hf_distill.planning import Anatomy, Strategy, memory, model_config, plan
-from hf_distill.planning.job import job_of
-from hf_distill.planning.rows import GiB, deepspeed_estimate, fewest_gpus, min_gpus
-from hf_distill.planning.show import caches_table, verdict
+from hf_distill.planning.estimates import GiB, deepspeed_estimate, fewest_gpus, min_gpus
+from hf_distill.planning.render import caches_table, verdict
 from hf_distill.planning.strategy import STUDENTS, alternatives
+from hf_distill.planning.workload import job_of
 from hf_distill.recipe import load_recipe
 from hf_distill.recipe.load import parts_to_plan
 

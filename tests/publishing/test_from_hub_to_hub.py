@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_distill.running.models import resolve_model
+from hf_distill.runner.model_loading import resolve_model
 
 RECIPE = """\
 # A tiny teacher into three of its blocks.

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from hf_distill import DistillError
 from hf_distill.analysis import open_run
 from hf_distill.cli import app
+from hf_distill.models.sidecar import SIDECAR
 from hf_distill.publishing import check_ready, dry_run, publish
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.sidecar import SIDECAR
 
 CARD = "---\nlicense: {licence}\n---\n# Teacher\n\n{text}\n"
 

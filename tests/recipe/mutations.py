@@ -15,7 +15,7 @@ import yaml
 from hf_distill import DistillError
 from hf_distill.cli import main
 from hf_distill.recipe import list_recipes, load_recipe
-from hf_distill.recipe.references import find_recipe
+from hf_distill.recipe.resolve import find_recipe
 
 RECIPES = [yaml.safe_load(find_recipe(name).text) for name in list_recipes()]
 # YAML that stands in the place of a value.

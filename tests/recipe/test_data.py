@@ -11,7 +11,7 @@ from hf_distill import DistillError
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
-from hf_distill.running.preview import preview_rows
+from hf_distill.runner.preview import preview_rows
 
 MIX = """
 student: {model: some/llama}
@@ -171,8 +171,8 @@ def test_the_shown_mixture_is_the_trained_one(file):
     """Preview reads the first examples alone; the trainer gets the same rows where there are no more."""
     from transformers import AutoTokenizer
 
-    from hf_distill.running.examples import first_rows, prepare_data
-    from hf_distill.running.models import resolve_model
+    from hf_distill.runner.datasets import first_rows, prepare_data
+    from hf_distill.runner.model_loading import resolve_model
 
     recipe = load_recipe(file, ["data.eval={path: test.jsonl}", *SUMS], smoke=True)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.teacher.model))
@@ -212,7 +212,7 @@ def chats(tmp_path):
 
 
 def test_of_conversations_answers_are_targets_which_is_shown_and_logged_once(chats, monkeypatch, smollm2_tokenizer):
-    from hf_distill.running import examples
+    from hf_distill.runner import datasets as examples
 
     logged = []
     monkeypatch.setattr(examples.logger, "warning", logged.append)
@@ -229,7 +229,7 @@ def test_of_conversations_answers_are_targets_which_is_shown_and_logged_once(cha
 
 
 def test_a_row_that_is_wrong_is_told_by_preview_and_before_training(chats, smollm2_tokenizer):
-    from hf_distill.running.examples import prepare_data
+    from hf_distill.runner.datasets import prepare_data
 
     lines = chats.path.read_text().splitlines()
     lines[4] = json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": None}]})
@@ -245,7 +245,7 @@ def test_the_tokenizer_keeps_its_template_where_the_recipes_renders_the_same(cha
     from copy import deepcopy
 
     from hf_distill.data import training_template
-    from hf_distill.running.examples import prepare_data
+    from hf_distill.runner.datasets import prepare_data
 
     tokenizer = deepcopy(smollm2_tokenizer)
     located = prepare_data(chats(), tokenizer, 0, 0)

@@ -8,7 +8,7 @@ import yaml
 from hf_distill import DistillError
 from hf_distill.recipe import list_recipes, load_recipe
 from hf_distill.recipe.load import validate
-from hf_distill.recipe.references import find_recipe
+from hf_distill.recipe.resolve import find_recipe
 
 GOOD = """
 student: {from_teacher: {keep_layers: 2}}
@@ -160,8 +160,8 @@ def test_validation_imports_no_torch():
 
 
 def test_recipes_know_the_settings_of_projectors():
-    from hf_distill.projectors import INITS, KINDS, Projectors
-    from hf_distill.recipe.terms import ProjectorSpec
+    from hf_distill.models.projectors import INITS, KINDS, Projectors
+    from hf_distill.recipe.losses import ProjectorSpec
 
     assert ProjectorSpec().model_dump() == vars(Projectors())
     known = ProjectorSpec.model_json_schema()["properties"]
@@ -171,10 +171,10 @@ def test_recipes_know_the_settings_of_projectors():
 def test_the_packaged_schema_is_the_one_that_the_code_makes():
     import json
 
-    from hf_distill.recipe.generate import schema
+    from hf_distill.recipe.generate_schema import schema
 
     packaged = files("hf_distill.recipe").joinpath("schema.json").read_text()
-    assert json.loads(packaged) == json.loads(json.dumps(schema())), "run: python -m hf_distill.recipe.generate"
+    assert json.loads(packaged) == json.loads(json.dumps(schema())), "run: python -m hf_distill.recipe.generate_schema"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from mutations import answer
 
 from hf_distill import DistillConfig, DistillError
 from hf_distill.losses import LOSSES, get_loss, loss
-from hf_distill.recipe.generate import schema
+from hf_distill.recipe.generate_schema import schema
 from hf_distill.recipe.load import load_recipe, validate
+from hf_distill.recipe.losses import packaged_schema
 from hf_distill.recipe.ranges import RANGES, SHARES_OR_STEPS
 from hf_distill.recipe.smoke import smoke_values
-from hf_distill.recipe.terms import packaged_schema
 
 GOOD = {
     "student": {"from_teacher": {"keep_layers": 2}},

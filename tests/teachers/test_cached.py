@@ -8,11 +8,11 @@ from tiny import VOCAB, build, collate, rows
 
 from hf_distill import DistillError
 from hf_distill.cache import write_cache
+from hf_distill.core.logits import Head, Logits, Sparse
+from hf_distill.core.signals import Signals, Targets
 from hf_distill.data import Collator
-from hf_distill.objective import objective
-from hf_distill.signals import Signals, Targets
-from hf_distill.sources import Head, Logits, Sparse
-from hf_distill.sweep import HeadJob
+from hf_distill.losses.fused import HeadJob
+from hf_distill.losses.objective import objective
 from hf_distill.teachers import CachedTeacher, EMATeacher, FrozenTeacher, MultiTeacher
 
 

@@ -96,7 +96,7 @@ def test_another_tokenizer_is_refused_before_the_weights_are_loaded(make_trainer
 def test_a_tokenizer_that_splits_differently_is_refused():
     from tokenizers import pre_tokenizers
 
-    from hf_distill.teachers.vocabulary import check_vocabulary
+    from hf_distill.teachers.compatibility import check_vocabulary
 
     one, other = byte_tokenizer(), byte_tokenizer()
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -109,7 +109,7 @@ SAME_TEXT = ("{{ messages[0]['content'] }}", "{% generation %}{{ messages[0].con
 
 @pytest.mark.parametrize("templates", [("a", "b"), ("a", "a"), (None, "a"), SAME_TEXT])
 def test_a_teacher_with_another_chat_template_is_warned_of(templates, monkeypatch):
-    from hf_distill.teachers import vocabulary
+    from hf_distill.teachers import compatibility as vocabulary
 
     said, tokenizers = [], [byte_tokenizer(), byte_tokenizer()]
     for tokenizer, template in zip(tokenizers, templates, strict=True):

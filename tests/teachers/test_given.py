@@ -6,7 +6,7 @@ import transformers as tf
 from tiny import build, collate, rows
 
 from hf_distill import DistillError, FrozenTeacher
-from hf_distill.model_call import prepare_inputs
+from hf_distill.models.model_call import prepare_inputs
 from hf_distill.teachers.input_limits import InputLimits
 
 SMALL = dict(
@@ -210,7 +210,7 @@ def test_the_tokenizers_of_classifiers_and_processors_are_compared(make_trainer,
 
 
 def test_ids_that_the_tokenizer_of_the_teacher_lacks_are_warned_of(make_trainer, monkeypatch):
-    from hf_distill.teachers import vocabulary
+    from hf_distill.teachers import compatibility as vocabulary
 
     warnings = []
     monkeypatch.setattr(vocabulary.logger, "warning_once", warnings.append)
@@ -220,7 +220,7 @@ def test_ids_that_the_tokenizer_of_the_teacher_lacks_are_warned_of(make_trainer,
 
 
 def test_the_tokenizer_of_the_teacher_is_read_as_the_teacher_is(make_trainer, tmp_path, monkeypatch):
-    from hf_distill.teachers import vocabulary
+    from hf_distill.teachers import compatibility as vocabulary
 
     build("llama", 1).save_pretrained(tmp_path / "teacher")
     asked = []

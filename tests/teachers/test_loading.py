@@ -8,8 +8,8 @@ import torch
 from tiny import build, collate, rows
 
 from hf_distill import DistillError, FrozenTeacher
-from hf_distill.signals import Tap, Targets
-from hf_distill.zero import fill_teacher_config, read_deepspeed
+from hf_distill.core.deepspeed_config import fill_teacher_config, read_deepspeed
+from hf_distill.core.signals import Tap, Targets
 
 
 @pytest.fixture

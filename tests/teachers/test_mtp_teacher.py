@@ -7,8 +7,8 @@ from tiny import build, collate, rows
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill import DistillError
-from hf_distill.mtp import MTPHeads, last_block_call, load_heads
 from hf_distill.teachers import MTPTeacher
+from hf_distill.teachers.mtp.heads import MTPHeads, last_block_call, load_heads
 
 
 class Gradients(TrainerCallback):

@@ -8,9 +8,9 @@ from tiny import KINDS, build, collate, rows
 from transformers import TrainerCallback
 
 from hf_distill import DistillError
-from hf_distill.data import View
-from hf_distill.signals import Targets
+from hf_distill.core.signals import Targets
 from hf_distill.teachers import MultiViewTeacher
+from hf_distill.teachers.multi_view import View
 
 TOKENIZER = SimpleNamespace(mask_token_id=7)
 

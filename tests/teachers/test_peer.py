@@ -7,11 +7,11 @@ from tiny import KINDS, build, collate, rows
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill import DistillError
-from hf_distill.config import DistillFields
-from hf_distill.distiller import Distiller
+from hf_distill.models.sidecar import Sidecar, attach
 from hf_distill.recipe.smoke import byte_tokenizer
-from hf_distill.sidecar import Sidecar, attach
 from hf_distill.teachers import EMATeacher, PeerTeacher
+from hf_distill.trainer.config import DistillFields
+from hf_distill.trainer.distiller import Distiller
 
 KIND = ("online", "mutual")
 

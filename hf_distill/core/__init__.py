@@ -1,0 +1,1 @@
+"""Types and functions without models that every other package uses."""

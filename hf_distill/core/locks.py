@@ -1,0 +1,93 @@
+"""One writer for each folder: a lock file that the operating system releases when its process ends, however it ends."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from ..errors import DistillError
+
+LOCK_FILE = ".lock"
+
+logger = logging.get_logger(__name__)
+
+
+@contextmanager
+def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock of a folder while the block runs, so that no second process writes into it.
+
+    The folder is created if it does not exist. The lock file stays in the folder afterwards, because removing it
+    would let two waiting processes lock two different files; it names the last holder and is not a sign of a running
+    process. In a launch of several processes the main process alone takes the lock.
+
+    Args:
+        folder: the folder that is written to.
+        purpose: what writes to it, for the message that a second process gets, such as "a run".
+
+    Raises:
+        DistillError: another process holds the lock, or the folder cannot be written to.
+    """
+    file = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, on_acquired=lambda descriptor: _write_holder(descriptor, purpose))
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _is_locked(folder) from None
+    except NotImplementedError:
+        logger.warning(f"The file system of {folder} has no file locks: a second process in it would not be noticed.")
+        yield
+        return
+    except OSError as error:
+        raise DistillError(f"{folder} cannot be written to ({error.strerror}): give another folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder that another process writes to at the moment; nothing of it is changed.
+
+    Raises:
+        DistillError: another process holds the lock.
+    """
+    if not (folder / LOCK_FILE).is_file():
+        return
+    with suppress(NotImplementedError, OSError):
+        try:
+            FileLock(folder / LOCK_FILE).acquire(timeout=0).lock.release()
+        except Timeout:
+            raise _is_locked(folder) from None
+
+
+def remove_lock_file(folder: Path) -> None:
+    """Remove the lock file of a folder that is about to be removed; call it while the lock is held."""
+    with suppress(FileNotFoundError):
+        (folder / LOCK_FILE).unlink()
+
+
+def _is_locked(folder: Path) -> DistillError:
+    return DistillError(
+        f"Another process writes to {folder} at the moment: {_read_holder(folder / LOCK_FILE)}. Wait until it has "
+        "ended, or give another folder."
+    )
+
+
+def _write_holder(descriptor: int, purpose: str) -> None:
+    since = datetime.now().isoformat(sep=" ", timespec="seconds")
+    text = f"{purpose}, process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text, 0)
+
+
+def _read_holder(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").strip() or "unknown"
+    except OSError:
+        return "unknown"

@@ -1,0 +1,67 @@
+"""Values that change while training goes on: pure functions of its progress, so that nothing of them is saved.
+
+A schedule is written as a number, or as points [[progress, value], ...] with progress from 0 to 1: straight lines
+between them, level before the first and after the last. So it never jumps.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from ..errors import DistillError
+
+Points: TypeAlias = tuple[tuple[float, float], ...]
+
+
+def points_of(value: Any, name: str, low: float, high: float = math.inf) -> Points:
+    """A schedule's points, from how users write it.
+
+    Args:
+        value: a number, points, or the JSON of either.
+        name: of the setting, for the error.
+        low: smallest value that is allowed.
+        high: largest one.
+
+    Raises:
+        DistillError: it is neither, progress does not rise from 0 to at most 1, or a value is out of range.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise DistillError(f"{name} is {value!r}; {_SHAPE}") from None
+    given: Any = value if isinstance(value, Sequence) else [[0.0, value]]
+    if not given or not all(isinstance(point, Sequence) and len(point) == 2 for point in given):
+        raise DistillError(f"{name} is {value!r}; {_SHAPE}")
+    if not all(_is_number(x) for point in given for x in point):
+        raise DistillError(f"{name} is {value!r}; {_SHAPE}")
+    points = tuple((float(at), float(y)) for at, y in given)
+    if not (points[0][0] >= 0 and points[-1][0] <= 1 and all(a < b for (a, _), (b, _) in pairwise(points))):
+        raise DistillError(f"{name} is {value!r}; progress must rise from point to point, within [0, 1]")
+    if not all(low <= y <= high for _, y in points):
+        span = f"lie in [{low:g}, {high:g}]" if high < math.inf else f"be at least {low:g}"
+        raise DistillError(f"{name} is {value!r}; it must {span}")
+    return points
+
+
+_SHAPE = "give a number, or points [[progress, value], ...] with progress from 0 to 1"
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def value_at(points: Points, progress: float) -> float:
+    """The value of a schedule at a moment of training, in [0, 1]."""
+    for (start, low), (end, high) in pairwise(points):
+        if start <= progress < end:
+            return low + (high - low) * (progress - start) / (end - start)
+    return points[0][1] if progress < points[0][0] else points[-1][1]
+
+
+def integral(points: Points, progress: float) -> float:
+    """The area under a schedule from 0 to a moment of training: for a constant, constant * progress."""
+    knots = sorted({0.0, progress, *(at for at, _ in points if 0 < at < progress)})
+    return sum((b - a) * (value_at(points, a) + value_at(points, b)) / 2 for a, b in pairwise(knots))

@@ -1,0 +1,31 @@
+"""Losses on the labels, without a teacher."""
+
+import torch
+from torch import Tensor
+
+from ..core.options import FROM_0_TO_1
+from ..core.signals import Signals, Targets
+from .alignment import dense
+from .registry import loss
+
+
+@loss("cross_entropy", needs=(), limits={"label_smoothing": FROM_0_TO_1})
+def cross_entropy(
+    student: Signals, teacher: Signals | None, targets: Targets, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy with the labels: the next token, or the class.
+
+    (1 - label_smoothing) * -log p_s(label) + label_smoothing * mean_v -log p_s(v)
+
+    Args:
+        student: signals.
+        teacher: not used.
+        targets: the asked tokens.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        [T] nats. The same numbers as `torch.nn.functional.cross_entropy(..., reduction="none")`.
+    """
+    return torch.nn.functional.cross_entropy(
+        dense(student), targets.labels, reduction="none", label_smoothing=label_smoothing
+    )

@@ -1,0 +1,101 @@
+"""A distilled model's card, from the facts of its distillation: what was measured, how, and what was not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..core.escape import code_block, code_span, markdown, yaml_text
+from ..core.references import is_id
+from .data import Facts
+from .snippet import snippet_of
+from .tables import SHOWN, held_out_table, retention_table
+from .text import licence_lines, made_lines, summary_of
+
+TAGS = ("distillation", "hf-distill")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot of the report: its path in the repository, and what it shows."""
+
+    path: str
+    caption: str
+
+
+def card_of(facts: Facts, figures: Sequence[Picture] = ()) -> ModelCard:
+    """The card of a distilled model.
+
+    Args:
+        facts: of its distillation.
+        figures: plots that lie beside it.
+    """
+    return ModelCard.from_template(
+        _metadata(facts),
+        template_str=files("hf_distill.model_cards").joinpath("template.md").read_text(),
+        title=markdown(facts.repo.rpartition("/")[2]),
+        summary=summary_of(facts),
+        snippet=code_block(snippet, "python") if (snippet := snippet_of(facts)) else None,
+        held_out=held_out_table(facts.held_out),
+        retention=retention_table(facts.retention),
+        figures=[Picture(quote(figure.path), markdown(figure.caption)) for figure in figures],
+        diagnosis={code_span(name): markdown(text) for name, text in (facts.diagnosis or {}).items()},
+        not_measured=facts.not_measured,
+        made=made_lines(facts),
+        recipe=code_block(yaml_text(facts.recipe), "yaml") if facts.recipe else None,
+        origin=code_span(facts.origin) if facts.origin else None,
+        licence=licence_lines(facts),
+    )
+
+
+def _metadata(facts: Facts) -> ModelCardData:
+    bases = [base] if (base := _hub_id(facts.student)) else []
+    names = [entry["dataset"] for entry in facts.data.get("sources", {}).values() if is_id(entry.get("dataset"))]
+    results = _results(facts)
+    return ModelCardData(
+        model_name=facts.repo.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+        library_name="peft" if facts.student.get("adapters") else "transformers",
+        pipeline_tag=facts.task,
+        license=facts.licence.id,
+        base_model=bases or None,
+        base_model_relation=("adapter" if facts.student.get("adapters") else "finetune") if bases else None,
+        teacher_model=[model for t in facts.teachers.values() if is_id(model := t.get("model"))] or None,
+        datasets=list(dict.fromkeys(names)) or None,
+        tags=[*TAGS],
+        widget=[{"messages" if not isinstance(facts.prompt, str) else "text": facts.prompt}] if facts.prompt else None,
+    )
+
+
+def _hub_id(entry: Mapping[str, Any]) -> str | None:
+    name = entry.get("base_model") or entry.get("model")
+    return name if is_id(name) else None
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """What the model index says: of the student alone, with the teacher's beside it in the card."""
+    sources: dict[str, Any] = facts.data.get("sources", {})
+    source = next((entry["dataset"] for entry in sources.values()), None)
+    title = f"held-out rows of {source}" if source else "held-out rows"
+    where: dict[str, Any] = {"task_type": facts.task, "dataset_type": source or "held-out", "dataset_name": title}
+    student = facts.held_out.get("student", {})
+    found = [
+        EvalResult(**where, metric_type=key, metric_name=name, metric_value=round(student[key], 6))
+        for key, name, _ in SHOWN
+        if key in student
+    ]
+    for task in facts.retention:
+        if score := task["scores"].get("student"):
+            about: dict[str, Any] = {
+                "task_type": facts.task,
+                "dataset_type": task["task"],
+                "dataset_name": task["task"],
+            }
+            value = round(score["value"], 6)
+            found.append(
+                EvalResult(**about, metric_type=task["metric"], metric_name=task["metric"], metric_value=value)
+            )
+    return found

@@ -1,0 +1,26 @@
+"""The lines of a card that use the model: they run as they stand."""
+
+import json
+
+from .data import Facts
+
+
+def snippet_of(facts: Facts) -> str | None:
+    """Python that loads the model from the Hub and uses it once; None for a task without one."""
+    if facts.task == "text-generation":
+        how = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
+        last = '[-1]["content"]' if not isinstance(facts.prompt, str) and facts.prompt else ""
+        return _pipeline(facts, facts.prompt or "Once upon a time", how.format(last))
+    if facts.task == "fill-mask":
+        return _pipeline(
+            facts, None, 'print(pipe(f"The capital of France is {pipe.tokenizer.mask_token}.")[0]["token_str"])'
+        )
+    if facts.task in ("text-classification", "token-classification"):
+        return _pipeline(facts, facts.prompt or "This is a text.", "print(pipe(prompt))")
+    return None
+
+
+def _pipeline(facts: Facts, prompt: object, last: str) -> str:
+    given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n" if prompt is not None else ""
+    task, repo = json.dumps(facts.task), json.dumps(facts.repo)
+    return f"from transformers import pipeline\n\npipe = pipeline({task}, model={repo})\n{given}{last}"

@@ -1,0 +1,1 @@
+"""What is read from transformers models: their type, layers, features, logits and forward passes."""

@@ -1,0 +1,198 @@
+"""What a model is called with, and its outputs by name.
+
+Each model of a step is given the inputs that its own forward accepts. Labels are never passed on: a model would compute
+its own loss from them.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, get_args
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..core.signals import PARAPHRASED
+from ..errors import DistillError
+from .model_types import bare, task_of
+
+_NOT_INPUTS = ("labels", "shift_labels", "labelled_rows", "num_items_in_batch", *PARAPHRASED)
+_NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
+
+
+def input_names(model: nn.Module) -> frozenset[str]:
+    """The names of the inputs that a model's forward accepts.
+
+    These are its named parameters and, where it has `**kwargs`, those of the classes and submodules to which it may
+    hand them on.
+
+    Args:
+        model: a model, in wrappers or not.
+    """
+    return _accepted(model)[0]
+
+
+def accepts_any_input(model: nn.Module) -> bool:
+    """Whether a class outside transformers has `**kwargs`, which may stand for any name."""
+    return _accepted(model)[1]
+
+
+def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a batch that a model's forward accepts, and the labels."""
+    names, accepts_any = _accepted(model)
+    return {k: v for k, v in inputs.items() if accepts_any or k in names or k in _NOT_INPUTS}
+
+
+def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, Any], foreign: Iterable[str]) -> dict[str, Any]:
+    """A batch without the inputs that only another model reads.
+
+    Args:
+        model: the model that is to be called.
+        inputs: the collator's batch.
+        foreign: names of the inputs that the other model reads.
+    """
+    names, accepts_any = _accepted(model)
+    dropped = set() if accepts_any else {*foreign} - names - {*_NOT_INPUTS}
+    return {k: v for k, v in inputs.items() if k not in dropped}
+
+
+def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a model's forward: without labels, and with decoder inputs where it needs them.
+
+    Args:
+        model: a transformers model, without wrappers.
+        inputs: the collator's batch, reduced to what the model accepts.
+
+    Raises:
+        DistillError: an encoder-decoder model needs decoder inputs, and they cannot be made from the labels.
+    """
+    labels = inputs.get("labels")
+    inputs = {k: v for k, v in inputs.items() if k not in _NOT_INPUTS}
+    given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+    if getattr(model.config, "is_encoder_decoder", False) and not given and task_of(model).vocabulary:
+        inputs["decoder_input_ids"] = decoder_input_ids(model, labels)
+    if "use_cache" in _parameters_of(model.__class__)[0]:
+        inputs["use_cache"] = False  # a cache lets packed documents see each other
+    if getattr(model.config, "return_dict", True) is False and isinstance(model, PreTrainedModel):
+        inputs["return_dict"] = True
+    return inputs
+
+
+def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
+    """The labels shifted right, as the model itself makes its decoder's inputs, [B, S].
+
+    Raises:
+        DistillError: there are no labels, or the model has no function for it or lacks a special token.
+    """
+    name = type(model).__name__
+    if labels is None:
+        raise DistillError(f"{name} needs `decoder_input_ids` or `labels`, and the batch has neither.")
+    parts = (model.config, getattr(model.config, "decoder", None), model.config.get_text_config())
+    pad, start = (
+        next((value for part in parts if (value := getattr(part, key, None)) is not None), None)
+        for key in ("pad_token_id", "decoder_start_token_id")
+    )
+    try:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if hasattr(model, "_shift_right"):
+            return model._shift_right(labels)
+        for cls in type(model).__mro__:
+            shift = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
+            if shift is not None:
+                more = (start,) if len(inspect.signature(shift).parameters) > 2 else ()
+                return shift(labels, pad, *more)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise DistillError(
+            f"{name} cannot make decoder inputs from the labels: {error} (pad_token_id is {pad}, "
+            f"decoder_start_token_id is {start}). Set both in its config, or use a collator that makes "
+            "`decoder_input_ids`, such as DataCollatorForSeq2Seq(tokenizer, model=model)."
+        ) from error
+    raise DistillError(
+        f"{name} has no function that makes decoder inputs from labels: use a collator that makes `decoder_input_ids`."
+    )
+
+
+def named_outputs(outputs: Any, model: nn.Module) -> Any:
+    """A model's outputs with `logits` by name, whether the model returned names, a dict, a tuple or a tensor.
+
+    Args:
+        outputs: what the model returned; in a tuple the logits come first, or after the loss, a scalar.
+        model: the model, for the error.
+
+    Raises:
+        DistillError: there are no logits among the outputs.
+    """
+    if isinstance(outputs, ModelOutput) and getattr(outputs, "logits", None) is not None:
+        return outputs
+    if isinstance(outputs, Mapping):
+        named = dict(outputs)
+    elif isinstance(outputs, Tensor):
+        named = {"logits": outputs}
+    elif isinstance(outputs, tuple | list):
+        has_loss = bool(outputs) and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0
+        first = ["loss", "logits"] if has_loss else ["logits"]
+        rest = [f"output_{i}" for i in range(len(first), len(outputs))]
+        named = dict(zip(getattr(outputs, "_fields", None) or [*first, *rest], outputs, strict=False))
+    else:
+        named = dict(vars(outputs)) if hasattr(outputs, "__dict__") else {}
+    logits = named.get("logits")
+    if not isinstance(logits, Tensor):
+        raise DistillError(
+            f"{type(bare(model)).__name__} returns no `logits` (it returns {type(outputs).__name__} "
+            f"{sorted(map(str, named))}): distillation needs a model whose outputs hold the logits under this name, or "
+            "as the first member of a tuple."
+        )
+    result = ModelOutput()
+    for name, value in named.items():
+        if value is not None:
+            result[name] = value
+    return result
+
+
+def _accepted(model: nn.Module) -> tuple[frozenset[str], bool]:
+    model = bare(model)
+    if model not in _NAMES_OF:
+        _NAMES_OF[model] = _read_signatures(model)
+    return _NAMES_OF[model]
+
+
+def _read_signatures(model: nn.Module) -> tuple[frozenset[str], bool]:
+    names = set(_parameters(model.forward)[0])
+    hands_on = accepts_any = False
+    for cls in type(model).__mro__:
+        if "forward" not in vars(cls) or cls is nn.Module:
+            continue
+        own, hands_on, typed = _parameters_of(cls)
+        names |= own | typed
+        accepts_any |= hands_on and not cls.__module__.startswith("transformers.")
+        if not hands_on:
+            break
+    if hands_on:
+        for module in model.modules():
+            if module is not model and isinstance(module, PreTrainedModel):
+                names |= _parameters_of(module.__class__)[0]
+    return frozenset(names) - {"self"}, accepts_any
+
+
+@lru_cache
+def _parameters_of(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
+    return _parameters(cls.forward)
+
+
+def _parameters(forward: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
+    """(named parameters, whether there are `**kwargs`, names that their annotation gives)."""
+    parameters = inspect.signature(forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    named = frozenset(p.name for p in parameters if p.kind not in variadic)
+    typed: set[str] = set()
+    is_open = False
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            is_open = True
+            for dictionary in get_args(parameter.annotation):
+                typed |= set(getattr(dictionary, "__annotations__", ()))
+    return named, is_open, frozenset(typed)

@@ -1,0 +1,349 @@
+"""Whether a model's logits are exactly its output head's product: measured once, before the logits are left out.
+
+Two short forwards of a few rows of the first batch decide, in eval mode and without gradients:
+
+1. The unmodified forward. Its logits, whole vectors of several positions, are compared with the lazy ones, which are
+   made from the input of the output head.
+2. The same forward with known numbers, small and large, in the place of the head's output. What the model makes of
+   them shows every soft cap, scale, bias or slice that follows the head, also one that is too small to be seen at
+   initialization, and every trained parameter that takes part.
+
+Where either differs, the logits are materialized: the objective is the same, and memory pays.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers.utils import logging
+
+from ..core.logits import Head, Scaling
+from .model_types import bare, partitioned, task_of
+from .module_state import eval_mode
+
+logger = logging.get_logger(__name__)
+
+_MAX_ROWS, _MAX_POSITIONS = 2, 64  # of the batch on which the forwards run
+_COMPARED_POSITIONS = 16
+_SEQUENCE_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "decoder_inputs_embeds",
+}
+
+
+@dataclass(frozen=True)
+class LogitSample:
+    """A few positions of the unmodified forward, on the CPU.
+
+    hidden: [n, H] input of the output head
+    logits: [n, V] what the model made of it
+    eps:    relative rounding of the logits
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What is known of a model's output head.
+
+    module:  the head; None where the model has none
+    scaling: what follows it; None: its logits have to be materialized
+    reason:  why they have to
+    sample:  the model's own logits, for the self-check
+    """
+
+    module: Any
+    scaling: Scaling | None
+    reason: str = ""
+    sample: LogitSample | None = None
+
+
+_known: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
+
+
+def output_head(model: nn.Module, inputs: dict) -> OutputHead:
+    """What is known of a model's output head; measured at the first call, and whenever the head is another module.
+
+    Args:
+        model: in wrappers or not; under DDP, FSDP and ZeRO-3 every rank has to call.
+        inputs: what its forward is about to be called with.
+    """
+    inner = bare(model)
+    getter = getattr(inner, "get_output_embeddings", None)
+    module = getter() if getter else None
+    known = _known.get(inner)
+    obstacle = _obstacle(inner, module)
+    if known is None or known.module is not module or bool(known.reason) < bool(obstacle):
+        known = OutputHead(module, None, obstacle) if obstacle else _measure(model, inner, module, inputs)
+        if not obstacle and not _on_all_ranks(inner, known.scaling is not None) and not known.reason:
+            known = OutputHead(module, None, "another process found that its logits differ from the lazy ones")
+        _known[inner] = known
+        if known.reason and task_of(inner).vocabulary:
+            _log_cost(inner, known.reason, inputs)
+    return known
+
+
+def known_output_head(model: nn.Module) -> OutputHead | None:
+    """What `output_head` measured of this model; None before its first forward."""
+    return _known.get(bare(model))
+
+
+def forget_output_head(model: nn.Module) -> None:
+    """Measure it anew in the next forward: its weights may have changed."""
+    _known.pop(bare(model), None)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]:
+    """Replace a module's forward inside its hooks, and those of accelerate, which stand in `forward` themselves.
+
+    Yields:
+        the forward that was replaced.
+    """
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    instance, original = module.__dict__.get(name), getattr(module, name)
+    setattr(module, name, forward)
+    try:
+        yield original
+    finally:
+        if instance is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, instance)
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as autocast would hand them to a linear layer."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _obstacle(model: nn.Module, head: Any) -> str:
+    """Why a head's code alone rules lazy logits out; "" where it does not."""
+    if head is None:
+        return "the model names no output embeddings"
+    if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
+        return f"its output head is a {type(head).__name__}, not a plain linear layer"
+    if not head.weight.is_floating_point():
+        return f"the weight of its output head is stored as {head.weight.dtype}"
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    replaced = head.__dict__.get(name)
+    if replaced is not None and getattr(replaced, "__func__", None) is not nn.Linear.forward:
+        return "the forward of its output head was replaced on the instance"
+    if type(head).forward is not nn.Linear.forward:
+        return f"its output head is a {type(head).__name__} with a forward of its own"
+    return ""
+
+
+def _measure(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
+    short = _short(inputs)
+    try:
+        return _compare(model, inner, head, inputs if short is None else short)
+    except Exception:
+        if short is None:
+            raise
+        return _compare(model, inner, head, inputs)  # a model that cannot read a part of a row
+
+
+def _short(inputs: dict) -> dict | None:
+    """A few rows and positions; None where an input is not known to be [B, S]."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if not tensors or not set(tensors) <= _SEQUENCE_INPUTS or any(t.dim() < 2 for t in tensors.values()):
+        return None
+    if len({len(t) for t in tensors.values()}) > 1:
+        return None
+    mask = inputs.get("attention_mask")
+    left_padded = mask is not None and mask.dim() == 2 and bool((mask[:_MAX_ROWS, 0] == 0).any())
+    window = slice(-_MAX_POSITIONS, None) if left_padded else slice(_MAX_POSITIONS)
+    short = {}
+    for name, value in tensors.items():
+        if value.dim() > 2 and not name.endswith("inputs_embeds"):
+            return None
+        short[name] = value[:_MAX_ROWS, slice(_MAX_POSITIONS) if name.startswith("decoder_") else window]
+    return inputs | short
+
+
+def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
+    sample: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, raw lazy logits, and which positions
+    outputs_of_head: list[Tensor] = []
+
+    def record(hidden: Tensor) -> Tensor:
+        outputs_of_head.append(original(hidden))
+        flat = hidden.flatten(0, -2)
+        positions = torch.linspace(0, len(flat) - 1, min(_COMPARED_POSITIONS, len(flat)), device=flat.device).long()
+        rows, weight, bias = as_autocast(flat[positions], head.weight, head.bias)
+        assert rows is not None
+        assert weight is not None
+        sample.append((rows.clone(), Head(rows, weight, bias).project(), positions))
+        return outputs_of_head[-1]
+
+    with _short_forward(model):
+        with replaced_forward(head, record) as original:
+            logits = _logits(model(**inputs))
+        if reason := _reason_of_shapes(outputs_of_head, logits):
+            return OutputHead(head, None, reason)
+        assert logits is not None
+        hidden, raw, positions = sample[0]
+        own = logits.flatten(0, -2)[positions].to(raw.dtype)
+        del outputs_of_head[1:]
+        probe = _probe(outputs_of_head[0])
+        parameters = _UsedParameters()
+        with replaced_forward(head, lambda _hidden: parameters.enter(probe)), parameters.around(inner):
+            after = _logits(model(**inputs))
+    half = logits.dtype.itemsize < 4 or hidden.dtype.itemsize < 4
+    sampled = LogitSample(hidden.cpu(), own.cpu(), max(torch.finfo(t.dtype).eps for t in (logits, hidden)))
+    if parameters.used:
+        return OutputHead(head, None, "a trained parameter takes part after its output head")
+    candidates = list(dict.fromkeys([Scaling.of(inner.config), Scaling()]))
+    for scaling in candidates:
+        follows = after is not None and _alike(scaling.apply_(probe.to(raw.dtype)), after, after.dtype.itemsize < 4)
+        if follows and _alike(scaling.apply_(raw.clone()), own, half, of_row=True):
+            return OutputHead(head, scaling, sample=sampled)
+    return OutputHead(head, None, "its logits are not what its output head puts out (a cap, scale, bias or mask that "
+                      "hf_distill does not know follows it)")  # fmt: skip
+
+
+@contextmanager
+def _short_forward(model: nn.Module) -> Iterator[None]:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eval_mode(model))
+        yield
+
+
+def _logits(outputs: Any) -> Tensor | None:
+    logits = outputs.get("logits") if hasattr(outputs, "get") else None
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _reason_of_shapes(outputs_of_head: list[Tensor], logits: Tensor | None) -> str:
+    if len(outputs_of_head) != 1:
+        return f"its forward calls the output head {len(outputs_of_head)} times"
+    if logits is None or logits.shape != outputs_of_head[0].shape:
+        shape = None if logits is None else tuple(logits.shape)
+        return f"its logits have shape {shape} where its output head puts out {tuple(outputs_of_head[0].shape)}"
+    return ""
+
+
+def _probe(like: Tensor) -> Tensor:
+    """Known numbers in the place of a head's output: each row of another size, from hundredths to tens."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(like.shape, generator=generator)
+    sizes = torch.logspace(-2, 1.7, values.shape[:-1].numel()).view(*values.shape[:-1], 1)
+    return (values * sizes).to(like.device, like.dtype)
+
+
+def _alike(lazy: Tensor, own: Tensor, half: bool, of_row: bool = False) -> bool:
+    """Whether two sets of logits differ by rounding alone: element by element, and in their size as a whole.
+
+    of_row: whether an element may err by the rounding of its row's largest (a product), or by its own (no product).
+    """
+    lazy, own = lazy.double(), own.to(lazy.device).double()
+    if not torch.equal(lazy == -torch.inf, own == -torch.inf):
+        return False
+    finite = lazy.isfinite() & own.isfinite()
+    lazy, own = lazy.where(finite, 0), own.where(finite, 0)
+    tolerance = 3e-2 if half else 2e-3  # TF32 errs by a thousandth
+    size = own.abs().amax(-1, keepdim=True) if of_row else own.abs()
+    if ((lazy - own).abs() > tolerance * size + 1e-6).any():
+        return False
+    square = own.square().sum()
+    return bool(((lazy - own) * own).sum().abs() <= tolerance / 8 * square) if square > 0 else True
+
+
+class _UsedParameters(TorchFunctionMode):
+    """Whether a parameter that is trained changes what the output head put out, before the model's forward ends.
+
+    Tensors that are made from the head's output and tensors that are made from trained parameters are followed; an
+    operation on one of each answers it. Hooks that only move parameters, as those of ZeRO-3 do, do not.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.used, self._active = False, False
+        self._from_head: dict[int, Tensor] = {}
+        self._from_parameters: dict[int, Tensor] = {}  # both keep their tensors, so that ids stay theirs
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        from_head = any(id(t) in self._from_head for t in tensors)
+        from_parameters = any(
+            id(t) in self._from_parameters or (isinstance(t, nn.Parameter) and t.requires_grad) for t in tensors
+        )
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if made and from_head and from_parameters:
+            self.used = True
+        for tensor in made:
+            if from_head:
+                self._from_head[id(tensor)] = tensor
+            if from_parameters and not isinstance(tensor, nn.Parameter):
+                self._from_parameters[id(tensor)] = tensor
+        return result
+
+    def enter(self, probe: Tensor) -> Tensor:
+        """Watch from here on; hands a copy of the probe through."""
+        probe = probe.clone()
+        self._from_head[id(probe)] = probe
+        if not self._active:
+            self._active = True
+            self.__enter__()
+        return probe
+
+    @contextmanager
+    def around(self, model: nn.Module) -> Iterator[None]:
+        """Stop to watch where the model's forward ends."""
+        hook = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._active:
+            self._active = False
+            self.__exit__(None, None, None)
+
+
+def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
+    """Whether lazy logits are possible on every rank: ranks that share a model's weights have to do the same."""
+    sharded = partitioned(model) or any(hasattr(p, "to_local") for p in model.parameters())
+    if not sharded or not dist.is_initialized():
+        return possible
+    flag = torch.tensor(possible, dtype=torch.int32, device=next(model.parameters()).device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:
+    ids = next((inputs[k] for k in ("decoder_input_ids", "input_ids") if isinstance(inputs.get(k), Tensor)), None)
+    vocab_size = task_of(model).size(model)
+    cost = ""
+    if ids is not None:
+        cost = f", {ids.numel()} x {vocab_size} float32 numbers ({ids.numel() * vocab_size * 4 / 2**20:.0f} MiB) here"
+    logger.warning_once(
+        f"The logits of {type(model).__name__} are materialized{cost}, because {reason}. The objective is the same; "
+        "each step takes more memory."
+    )

@@ -1,0 +1,122 @@
+"""Students cut from their teacher: the same model with fewer blocks."""
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DistillError
+from .blocks import find_blocks
+from .model_types import bare
+
+
+@torch.no_grad()
+def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
+    """How much each block changes what passes through it.
+
+    1 - mean over tokens of cos(input of the block, output of the block)
+
+    Args:
+        model: any model whose blocks `find_blocks` finds.
+        batches: inputs of the model, `input_ids` [B, S] and maybe `attention_mask` [B, S]; masked tokens do not count.
+
+    Returns:
+        one number a block, in [0, 2]; the least is the block whose loss changes the model least.
+
+    Raises:
+        DistillError: no batches.
+
+    Source: ShortGPT, arXiv 2403.03853.
+    """
+    _, blocks = find_blocks(model)
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(blocks), dtype=torch.float64, device=device)
+    mask: Tensor | None = None
+    count = 0
+
+    def record(i: int):
+        def hook(_module, args, kwargs, output):
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            sums[i] += (1 - cosine)[mask].double().sum().to(device)
+
+        return hook
+
+    handles = [block.register_forward_hook(record(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            count += int(mask.sum())
+            model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise DistillError("block_influence needs at least one batch with a token in it.")
+    return (sums / count).tolist()
+
+
+def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+    """A copy of the teacher with only some of its blocks, in their order; the teacher is left as it is.
+
+    Args:
+        teacher: a transformers model.
+        layers: indices of the blocks to keep, each once; block 0 comes after the embeddings.
+
+    Returns:
+        a trainable model of the teacher's class whose config says how many blocks it has.
+
+    Raises:
+        DistillError: an index outside the teacher, or twice, or no index at all.
+    """
+    name, blocks = find_blocks(teacher)
+    teacher, depth, keep = bare(teacher), len(blocks), sorted(layers)
+    if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
+        raise DistillError(
+            f"layers is {list(layers)}: give each block to keep once, from 0 to {depth - 1} (the teacher has {depth})."
+        )
+    student = type(teacher)(cut_config(teacher.config, keep, depth))
+    new_index = {old: new for new, old in enumerate(keep)}
+    pattern = re.compile(rf"^{re.escape(name)}\.(\d+)\.")
+    state = {}
+    for key, value in teacher.state_dict().items():
+        match = pattern.match(key)
+        if match is None:
+            state[key] = value
+        elif int(match[1]) in new_index:
+            state[f"{name}.{new_index[int(match[1])]}.{key[match.end() :]}"] = value
+    student.to(teacher.dtype).load_state_dict(state)
+    student.tie_weights()
+    student.generation_config = copy.deepcopy(teacher.generation_config) if teacher.can_generate() else None
+    return student.train()
+
+
+def most_influential(influence: Sequence[float], keep_layers: int) -> list[int]:
+    """Indices of the `keep_layers` blocks with the greatest influence, in ascending order.
+
+    Raises:
+        DistillError: more blocks asked for than there are, or none.
+    """
+    if not 0 < keep_layers <= len(influence):
+        raise DistillError(f"keep_layers is {keep_layers}; the teacher has {len(influence)} blocks.")
+    by_influence = sorted(range(len(influence)), key=lambda i: influence[i], reverse=True)
+    return sorted(by_influence[:keep_layers])
+
+
+def cut_config(config: Any, keep: Sequence[int], depth: int) -> Any:
+    """The config of a model with only the blocks `keep` of `depth`."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with an entry a block
+            setattr(text, key, [value[i] for i in keep])
+    text.num_hidden_layers = len(keep)
+    return config

@@ -1,0 +1,64 @@
+"""Makes `schema.json` from the code: `python -m hf_distill.recipe.generate_schema`. Imports torch."""
+
+import dataclasses
+import enum
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+_NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object"}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of recipes: the pydantic model, the fields of TrainingArguments and the registered losses."""
+    from ..losses.registry import LOSSES
+    from .schema import Recipe
+
+    result = Recipe.model_json_schema()
+    result["properties"]["train"] = {
+        "type": "object",
+        "description": result["$defs"].pop("Train")["description"],
+        "properties": _training_fields(),
+        "additionalProperties": False,
+        "required": ["output_dir"],
+    }
+    result["$defs"]["LossSpec"]["x-losses"] = {
+        name: {"needs": next(iter(loss.needs), None), "options": loss.option_schemas}
+        for name, loss in sorted(LOSSES.items())
+    }
+    return result
+
+
+def _training_fields() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    from ..trainer.config import CARE, DistillFields
+    from .ranges import RANGES
+
+    hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
+    fields = {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
+    own = typing.get_type_hints(DistillFields)
+    fields |= {name: _field(own[name]) for name in CARE} | {"early_stopping_patience": {"type": ["integer"]}}
+    keys = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    limits = {name: {keys[key]: limit for key, limit in given.items()} for name, given in RANGES.items()}
+    return {name: field | limits.get(name, {}) for name, field in fields.items()}
+
+
+def _field(hint: Any) -> dict[str, Any]:
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for part in parts:
+        if isinstance(part, type) and issubclass(part, enum.Enum):
+            return {"enum": [member.value for member in part]}
+    names = set()
+    for part in parts:
+        origin = typing.get_origin(part) or part
+        name = "boolean" if origin is typing.Literal else _NAMES.get(origin)
+        if name:
+            names.add(name)
+    return {"type": sorted(names) or ["object"]}
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("schema.json").write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,185 @@
+"""A recipe's `data`: sources to rows, mixed, packed and held out."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from transformers.utils import logging
+
+from ..core.schedule import points_of
+from ..core.signals import IGNORE_INDEX
+from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
+from ..data.formats import TEXT
+from ..data.training_templates import renders_same, training_template
+from ..recipe.data import Data
+from ..recipe.schema import Recipe
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows of a recipe, ready for a trainer.
+
+    train:    rows of the mixture, packed if the recipe says so; a stream where a source is one
+    held_out: rows for evaluation, never packed; with `source` where they are shares of several sources
+    collator: for both
+    """
+
+    train: Examples
+    held_out: Dataset
+    collator: Collator
+
+    def facts(self) -> dict[str, Any]:
+        """For the evidence."""
+        facts: dict[str, Any] = {"eval_rows": len(self.held_out), "eval_fingerprint": fingerprint_of(self.held_out)}
+        if len(self.collator.sources) > 1:
+            facts["sources"] = list(self.collator.sources)
+        if isinstance(self.train, Dataset):
+            facts |= {"train_rows": len(self.train), "tokens_per_row": _mean_length(self.train)}
+            facts["train_fingerprint"] = fingerprint_of(self.train)
+        return facts
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepared:
+    """Load, split, tokenise, mix and pack what a recipe names; of an on-policy recipe completions alone are asked.
+
+    Args:
+        recipe: the recipe.
+        tokenizer: the student's.
+        seed: of the split and the mixture.
+        count: rows that the training takes; counts where weights change over its progress.
+
+    Raises:
+        DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`, `mix_scheduled`.
+    """
+    data, train, held_out = recipe.data, {}, []
+    template = chat_template_of(data, tokenizer)
+    for index, name in enumerate(data.sources):
+        documents: Any = load_source(recipe, name)
+        if data.eval.holdout:
+            documents, own = hold_out(documents, data.eval.holdout, seed)
+            rows = _first(_rows(own, recipe, name, tokenizer, template), data.eval.max_rows)
+            held_out.append(tag(rows, index) if len(data.sources) > 1 else rows)
+        train[name] = _rows(documents, recipe, name, tokenizer, template)
+        if TEXT not in (documents.column_names or ()):
+            _log_targets(train[name], f"data.{name}")
+    if data.eval.path:
+        own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        own = prompt_rows(own, "data.eval") if recipe.on_policy else own
+        held_out = [_first(_rows(own, recipe, "eval", tokenizer, template), data.eval.max_rows)]
+    rows = mix_and_pack(data, train, seed, count)
+    return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
+
+
+def taken_by(args: Any) -> int:
+    """Rows that a training with these arguments takes, where its steps are counted."""
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
+    """Rows of all sources as a recipe mixes them."""
+    weights: Any = {name: source.weight for name, source in data.sources.items()}
+    if data.scheduled:
+        points = {name: points_of(weight, f"data.{name}.weight", low=0) for name, weight in weights.items()}
+        return mix_scheduled(rows, points, seed, count)
+    return mix(rows, weights, seed, data.stopping_strategy)
+
+
+def mix_and_pack(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
+    """Rows of all sources as a recipe mixes and packs them."""
+    mixed = mix_sources(data, rows, seed, count)
+    return pack(mixed, data.max_length, seed) if data.packing else mixed
+
+
+def collator_of(data: Data, tokenizer: Any) -> Collator:
+    """The collator of a recipe's rows; padding is never seen, so any id serves."""
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return Collator(pad, tuple(data.sources))
+
+
+def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Examples:
+    """Rows as training gets them, of the first examples of each source, nothing held out."""
+    data, template = recipe.data, chat_template_of(recipe.data, tokenizer)
+    rows = {
+        name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizer, template)
+        for name in data.sources
+    }
+    return mix_and_pack(data, rows, seed, examples)
+
+
+def load_source(recipe: Recipe, name: str) -> Examples:
+    """Examples of one of a recipe's sources; prompts and completions where the student writes these."""
+    source = recipe.data.sources[name]
+    documents = load_documents(source.path, source.split, source.name, source.column, source.streaming)
+    return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
+
+
+def chat_template_of(data: Data, tokenizer: Any) -> str | None:
+    """The template that renders a recipe's conversations; None: the tokenizer's own.
+
+    The tokenizer, which is saved with the student, keeps its own template where that renders the same text, as not
+    every inference engine reads `{% generation %}`; otherwise it gets the recipe's.
+    """
+    if data.chat_template is None:
+        return None
+    template = training_template(data.chat_template)
+    if tokenizer.chat_template is None or not renders_same(tokenizer, template):
+        tokenizer.chat_template = template
+    return template
+
+
+def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, template: str | None) -> Any:
+    """Rows of a source by name; `eval` is read as `task` is."""
+    data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
+    source = data.sources.get(name, data.task)
+    where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
+    options = (source.assistant_only, source.long, paraphrase, where, template)
+    return rows_of(documents, tokenizer, data.max_length, *options)
+
+
+def _log_targets(rows: Any, where: str) -> None:
+    """Log the share of a source's tokens that are targets, which is not known of a stream."""
+    if not isinstance(rows, Dataset):
+        return
+    tokens = targets = 0
+    for batch in rows.select_columns(["labels"]).with_format("arrow").iter(1_000):
+        labels = batch["labels"].combine_chunks()
+        tokens += len(labels.flatten())
+        targets += _count(labels.flatten()) - _count(pc.list_element(labels, 0))  # nothing predicts a row's first token
+    logger.warning(
+        f"{where}: {targets:,} of {tokens:,} tokens are target tokens ({targets / tokens:.1%}). `hf-distill recipes "
+        "preview` shows which."
+    )
+
+
+def _count(labels: Any) -> int:
+    return pc.sum(pc.not_equal(labels, IGNORE_INDEX)).as_py()
+
+
+def _first(rows: Any, count: int | None) -> Any:
+    if count is None or (isinstance(rows, Dataset) and len(rows) <= count):
+        return rows
+    return rows.take(count)
+
+
+def _columns(rows: Dataset) -> Iterator[Any]:
+    """The tokens of some rows at a time, as an Arrow array of lists."""
+    for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(1_000):
+        yield batch["input_ids"].combine_chunks()
+
+
+def _mean_length(rows: Dataset) -> float:
+    return round(sum(len(ids.flatten()) for ids in _columns(rows)) / len(rows), 1)
+
+
+def fingerprint_of(rows: Dataset) -> str:
+    """SHA-256 of the rows' tokens in order, with their lengths: what was trained on, whatever it was made from."""
+    digest = hashlib.sha256()
+    for ids in _columns(rows):
+        digest.update(ids.value_lengths().to_numpy().astype("<i8").tobytes())
+        digest.update(ids.flatten().to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

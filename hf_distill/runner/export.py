@@ -1,0 +1,43 @@
+"""What a run leaves of a teacher that moved, beside the student."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core.signals import Signals, Tap, Targets
+from ..recipe.schema import Recipe
+from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
+from ..trainer.trainer import DistillTrainer
+
+
+class NoTeacher(Teacher):
+    """Says nothing: a student is measured by the labels alone."""
+
+    soft = False
+
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+        """Nothing."""
+        return Signals(None)
+
+
+def save_moved(trainer: DistillTrainer, export: str, folder: Path) -> None:
+    """Write RUN/peer of a peer, RUN/ema of an average that is to be exported, the heads into RUN/student."""
+    given: Any = trainer.teacher
+    for teacher in given if isinstance(given, MultiTeacher) else [given]:
+        if isinstance(teacher, PeerTeacher):
+            teacher.processing_class = trainer.processing_class
+            teacher.save_pretrained(folder / "peer", trainer.args.should_save)
+        if isinstance(teacher, EMATeacher) and export == "ema":
+            with teacher.worn():
+                trainer.save_model(str(folder / "ema"))
+        if isinstance(teacher, MTPTeacher) and export == "mtp" and trainer.args.should_save:
+            teacher.save_pretrained(folder / "student")
+
+
+def of_moved(recipe: Recipe, student: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Held-out metrics of the model that taught, from those of the student: "peer" or "ema"; the first of several."""
+    kind = recipe.all_teachers[0].kind
+    if kind not in ("online", "mutual", "ema"):
+        return {}
+    own = {k.removeprefix("peer_"): v for k, v in student.items() if k.startswith("peer_")}
+    return {"ema" if kind == "ema" else "peer": {"perplexity": student["teacher_perplexity"], **own}}

@@ -1,0 +1,232 @@
+"""One student of a recipe: load, distil, train the control, evaluate all of them, leave a run folder.
+
+The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretrained` loads them, `metrics.jsonl`,
+`evidence.json`, `checkpoint-*`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
+
+from ..core.io import MetricsFile, count_logs, environment, measured, read_evidence, write_json
+from ..core.processes import on_main
+from ..data import check_isolation
+from ..losses import get_loss
+from ..models.blocks import find_blocks
+from ..models.model_types import bare
+from ..recipe.schema import Recipe
+from ..teachers.loading import sharded_for
+from ..trainer.config import DistillConfig, DistillFields
+from ..trainer.trainer import DistillTrainer
+from .cache_writer import check_cached, write_missing
+from .checkpoint_recipe import RecipeRecord, result_values
+from .datasets import prepare_data, taken_by
+from .distributed import check_same
+from .early_stopping import EarlyStopping
+from .export import NoTeacher, of_moved, save_moved
+from .model_factory import Models, check_launch
+from .model_loading import loaded, resolve_model
+from .on_policy import prepare_prompts
+from .provenance import provenance
+from .run_dir import run_folder
+from .training_arguments import arguments
+from .watchdog import Watch
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, and the metrics of each model ("before", "student", "control")."""
+
+    folder: Path
+    models: dict[str, dict[str, float]]
+
+
+def run_single(
+    recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback], on_stage: Callable[[str], None]
+) -> RunResult:
+    """Run a recipe without stages; see `run_recipe`."""
+    check_launch(recipe)
+    args = arguments(recipe)
+    watch = Watch(args.ddp_timeout)
+    with run_folder(recipe, resume) as folder:
+        evidence = read_evidence(folder / "evidence.json") if resume else {}
+        models = evidence.setdefault("models", {})
+        if evidence.get("status") == "done":
+            on_stage("This run is over already.")
+            return RunResult(folder, models)
+        with watch.kept():
+            write_missing(recipe, on_stage)
+            record = RecipeRecord(result_values(recipe))
+            return _run(Loaded(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
+
+
+def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
+    """Train and measure what is missing in the evidence."""
+    recipe, folder, models = run.recipe, run.folder, evidence["models"]
+
+    def keep(**found: dict[str, float]) -> None:
+        models.update(found)
+        evidence.update(run.facts)
+        on_main(write)
+
+    def write() -> None:
+        evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
+        write_json(folder / "evidence.json", evidence)
+
+    if "student" not in models:
+        before, student = run.distil()
+        keep(before=before, student=student, **of_moved(recipe, student))
+    if recipe.control and "control" not in models:
+        run.on_stage("Training the control on hard labels alone")
+        keep(control=run.control())
+    evidence["status"] = "done"
+    keep()
+    return RunResult(folder, models)
+
+
+class Loaded:
+    """A recipe's models, data and arguments, loaded."""
+
+    def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
+        self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
+        self.merges = recipe.export == "merged"
+        set_seed(args.seed)
+        on_stage(f"Loading {recipe.base}")
+        with args.main_process_first():
+            path = resolve_model(recipe.base)
+        self.tokenizer: Any = loaded(AutoTokenizer, path, revision=recipe.base_revision)
+        count = taken_by(args)
+        with args.main_process_first():
+            self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
+            self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
+        self.recipe = recipe
+        made = environment(str(args.device)) | {"processes": args.world_size}
+        self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
+        check_same(recipe, self.facts)
+        self.models = Models(recipe, args, path, self.tokenizer)
+        if args.should_save:
+            self.facts |= {"provenance": provenance(recipe)} | ({"origin": recipe.origin} if recipe.origin else {})
+
+    def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
+        """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
+        args = arguments(self.recipe, on_policy=True) if on_policy else copy.deepcopy(self.args)
+        for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
+            setattr(args, key, value)
+        args.remove_unused_columns = False  # rows have what the collator reads, and nothing else
+        if isinstance(self.data.train, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            args.accelerator_config.dispatch_batches = False  # else batches of different lengths would be joined
+        kind: Any = DistillTrainer
+        rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
+        if on_policy:
+            from ..trl import OnPolicyDistillTrainer as kind
+
+            rows = {"train_dataset": self.prompts}
+        trainer = kind(
+            self.models.student(self.data.train),
+            args,
+            teacher=None if name == "control" else self.models.teacher,
+            eval_dataset=self.data.held_out,
+            **rows,
+            processing_class=self.tokenizer,
+            callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self._stopping(), *self.callbacks],
+        )
+        self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
+        trainer.sources = self.data.collator.sources
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        if trainer.teacher is not None:
+            check_cached(trainer.teacher, self.recipe, self.data, shift=True)
+        if self.recipe.data.packing:
+            with trainer.accelerator.autocast():
+                check_isolation(trainer.model, "student")
+            if trainer.teacher is not None and trainer.teacher.model is not None:
+                check_isolation(trainer.teacher.model, "teacher")
+        return trainer
+
+    def _stopping(self) -> list[TrainerCallback]:
+        patience = self.recipe.train.early_stopping_patience
+        return [EarlyStopping(patience)] if patience else []
+
+    def train(self, trainer: DistillTrainer, name: str) -> float:
+        """Train and save `RUN/name`; seconds that it took."""
+        checkpoint = trainer.newest_checkpoint()
+        trainer.args.eval_on_start = name == "student" and checkpoint is None
+        self.on_stage(
+            f"{name}: from step {checkpoint.name.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
+        )
+        set_seed(self.args.seed)  # equal data order for student and control
+        output = trainer.train(None if checkpoint is None else str(checkpoint))
+        trainer.save_model(str(self.folder / name))
+        if self.merges:
+            self.on_stage(f"{name}: merging its adapters")
+            on_main(lambda: self.models.merge(self.folder / name, self.data.train))
+        return output.metrics["train_runtime"]
+
+    def distil(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Train the student; its metrics before and after, with the projectors that it was trained with."""
+        trainer = self.trainer("student", on_policy=self.recipe.on_policy is not None)
+        self.on_stage("Distilling")
+        seconds = self.train(trainer, "student")
+        before = next(log for log in trainer.state.log_history if "eval_loss" in log)
+        if not trainer.distilling:  # a recipe with alpha 0
+            trainer.distil_from(self.models.teacher, self._objective())
+        self._describe(trainer)
+        after = measured(trainer.evaluate())
+        save_moved(trainer, self.recipe.export, self.folder)
+        return measured(before), {**after, "train_seconds": seconds}
+
+    def _objective(self, **changes) -> DistillFields:
+        return DistillFields(
+            **{field.name: getattr(self.args, field.name) for field in fields(DistillFields)} | changes
+        )
+
+    def _describe(self, trainer: DistillTrainer) -> None:
+        self.facts |= {"student": _size(trainer.model)}
+        if trainer.teacher.model is not None:
+            self.facts["teacher"] = _size(trainer.teacher.model)
+        if self.models.caches:
+            self.facts["caches"] = self.models.caches
+        if self.models.layers is not None:
+            self.facts["student"]["layers_kept"] = self.models.layers
+        if self.models.influence is not None:
+            self.facts.setdefault("teacher", {})["block_influence"] = self.models.influence
+
+    def control(self) -> dict[str, float]:
+        """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features.
+
+        Beside a teacher that moved with another student, its metrics of the labels alone.
+        """
+        changes: dict[str, Any] = {"alpha": 0.0, "losses": None}
+        if self.args.load_best_model_at_end:  # without a teacher there is no KL to judge by
+            changes |= {"metric_for_best_model": "loss", "greater_is_better": False}
+        trainer = self.trainer("control", **changes)
+        seconds = self.train(trainer, "control")
+        losses: Any = self.args.losses or ()
+        losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
+        if self.recipe.kinds <= {"frozen", "own_base", "cached"}:
+            trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
+        else:
+            trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))
+        return {**measured(trainer.evaluate()), "train_seconds": seconds}
+
+
+def _size(model: nn.Module) -> dict[str, Any]:
+    """Of the whole model, however it is held, adapters aside."""
+    config = bare(model).config
+    with sharded_for(None), torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    return {"parameters": sum(p.numel() for p in whole.parameters()), "blocks": len(find_blocks(whole)[1])}

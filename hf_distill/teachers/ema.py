@@ -1,0 +1,254 @@
+"""Teachers that are the student's own past: averaged (EMA) or as it was a while ago (snapshot).
+
+One model serves as both. What it was is held beside it in float32, one number for each that is trained, and takes the
+weights' place for the teacher's forward. So adapters are all that is held of a student with adapters, tied weights are
+held once, and a rank of a sharded student holds its share.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..core.logits import Head
+from ..core.schedule import points_of, value_at
+from ..core.signals import Signals
+from ..errors import DistillError
+from ..models.model_types import bare
+from ..models.sidecar import split
+from .self_teacher import ItselfTeacher
+from .state import load_state, save_state, state_file
+from .weight_drift import Distance, is_shared, local
+
+
+class PastSelf(ItselfTeacher):
+    """The student with weights of its own past; see the module. Classes that derive say how these move."""
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Begin as the student is when it is first asked.
+
+        Raises:
+            DistillError: nothing of the student is trained in floating point.
+        """
+        self.model = student
+        self._held: dict[str, Tensor] = {}
+        self._distance = Distance()
+        self._worn = self._resharded = False
+        if not self._moving():
+            raise DistillError(
+                f"{type(self).__name__}: nothing of the {type(bare(student)).__name__} is trained, so it has no past. "
+                "Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
+            )
+
+    def other_state(self) -> AbstractContextManager[None]:
+        """The past's weights are in place."""
+        return self.worn()
+
+    def _told(self, signals: Signals) -> Signals:
+        """Where gathering the student's weights again would write over the head's, the head has its own."""
+        source = signals.logits
+        if not self._resharded or not isinstance(source, Head):
+            return signals
+        bias = None if source.bias is None else source.bias.clone()
+        return replace(signals, logits=replace(source, weight=source.weight.clone(), bias=bias))
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        """While it lasts, the student's weights are those of its past: to evaluate or save them."""
+        if self._worn:
+            yield
+            return
+        held = self._hold()
+        self._worn = True
+        now = self._moving()
+        own = [_put(now[name], value) for name, value in held.items()]
+        try:
+            yield
+        finally:
+            for name, value in zip(held, own, strict=True):
+                _take_back(now[name], value)
+            self._reshard()
+            self._worn = False
+
+    def begin(self, step: int) -> None:
+        """The past begins with the present."""
+        self._hold()
+
+    @torch.no_grad()
+    def after_step(self, step: int, updated: bool) -> None:
+        """Move, after a step of the optimizer."""
+        self._move(self._hold(), {name: local(t) for name, t in self._moving().items()}, step, updated)
+
+    @abstractmethod
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
+        return {"teacher_distance": self._distance.to(self._hold(), is_shared(self.model))}
+
+    def save(self, folder: str, rank: int, write: bool) -> None:
+        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
+        shared = is_shared(self.model)
+        if write or shared:
+            save_state(state_file(folder, rank, shared), held=self._hold(), start=self._distance.start)
+
+    def load(self, folder: str, rank: int) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            DistillError: the checkpoint has none.
+        """
+        file = state_file(folder, rank, is_shared(self.model))
+        moving = self._moving()
+        state = load_state(file, local(next(iter(moving.values()))).device, held=moving, start=moving)
+        self._held, self._distance.start = state["held"], state["start"]
+
+    def _reshard(self) -> None:
+        """Of FSDP2, which keeps what it gathered for a forward: the past's weights must not be taken for now's."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                self._resharded = True
+                module.reshard()
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What training changes: trained parameters of the student, and those of its buffers that are saved."""
+        self._reshard()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
+        if not trained:
+            return {}
+        buffers = {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, module in self.model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+        }
+        return split({**trained, **buffers})
+
+    @torch.no_grad()
+    def _hold(self) -> dict[str, Tensor]:
+        """The past, in float32; at first the present."""
+        if not self._held:
+            for name, tensor in self._moving().items():
+                self._held[name] = local(tensor).detach().float().clone()
+            self._distance.begin(self._held)
+        return self._held
+
+
+class EMATeacher(PastSelf):
+    """The moving average of the student (Mean Teacher, 1703.01780).
+
+    After each step that changed the student: held = d * held + (1 - d) * student. With d = 0 it is the student as the
+    last step left it.
+
+    Args:
+        decay: d, in [0, 1); or points [[progress, d], ...], see `schedule`.
+        warmup: steps over which d rises in a straight line from 0; the first steps forget where training began.
+
+    Raises:
+        DistillError: a value out of range.
+    """
+
+    kind = "ema"
+
+    def __init__(self, decay: Any = 0.999, warmup: int = 0):
+        self._decay = points_of(decay, "decay", 0, 1)
+        if any(d == 1 for _, d in self._decay):
+            raise DistillError(f"decay is {decay!r}; it must lie in [0, 1): with 1 the teacher never moves.")
+        if warmup < 0:
+            raise DistillError(f"warmup is {warmup}; it must be at least 0 steps")
+        self._warmup = warmup
+
+    def decay_at(self, step: int) -> float:
+        """d after a number of steps, at the training's progress."""
+        return value_at(self._decay, self.progress) * (min(1.0, step / self._warmup) if self._warmup else 1.0)
+
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
+        if not updated:
+            return
+        values = [now[name].detach().to(value.dtype) for name, value in held.items()]
+        torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
+
+
+class SnapshotTeacher(PastSelf):
+    """The student as it was: taken anew every so many steps (temporal self-distillation).
+
+    Args:
+        every: steps between two snapshots; None: it stays as it begins.
+        path: a folder or id of weights to begin with, of the student's own class; None: the student as it begins.
+
+    Raises:
+        DistillError: neither is given, so that the teacher would be the start for ever; or `every` is below 1.
+    """
+
+    kind = "snapshot"
+
+    def __init__(self, every: int | None = None, path: str | None = None):
+        if every is None and path is None:
+            raise DistillError("A snapshot needs `every`, the steps between two of them, or the `path` of one.")
+        if every is not None and every < 1:
+            raise DistillError(f"every is {every}; it must be at least 1 step")
+        self._every, self._path = every, path
+
+    @torch.no_grad()
+    def _hold(self) -> dict[str, Tensor]:
+        fresh = not self._held
+        held = super()._hold()
+        if fresh and self._path is not None:
+            if is_shared(self.model):
+                raise DistillError(
+                    f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
+                    "`every`, or use a FrozenTeacher of the path, which can be sharded."
+                )
+            past, loading = type(bare(self.model)).from_pretrained(self._path, output_loading_info=True)
+            then = self._moving_of(past)
+            wrong = [name for name in loading["missing_keys"] if name in held]  # which were made up at random
+            wrong += [name for name in held if name not in then or then[name].shape != held[name].shape]
+            if wrong:
+                self._held.clear()
+                raise DistillError(
+                    f"{self._path} does not hold the student's weights: {wrong[0]} is missing or differs."
+                )
+            for name, value in held.items():
+                value.copy_(then[name])
+            self._distance.begin(held)
+        return held
+
+    def _moving_of(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
+
+    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
+        if self._every is not None and step % self._every == 0:
+            for name, value in held.items():
+                value.copy_(now[name])
+
+
+def _put(tensor: Any, value: Tensor) -> Tensor:
+    """Put a value in a tensor's place; returns what was there."""
+    mine = local(tensor)
+    if mine is tensor:
+        own = tensor.data
+        tensor.data = value.to(own.dtype)
+        return own
+    own = mine.detach().clone()
+    _write(tensor, value)
+    return own
+
+
+def _take_back(tensor: Any, own: Tensor) -> None:
+    if local(tensor) is tensor:
+        tensor.data = own
+    else:
+        _write(tensor, own)
+
+
+@torch.no_grad()
+def _write(tensor: Any, value: Tensor) -> None:
+    """Into a rank's share; ZeRO-3 forgets what it had gathered of the tensor."""
+    local(tensor).copy_(value)
+    if hasattr(tensor, "ds_tensor") and tensor.ds_status.name == "AVAILABLE":
+        tensor.partition()

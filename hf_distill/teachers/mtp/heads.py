@@ -1,0 +1,210 @@
+"""Multi-token prediction: modules that say, at each position, what comes after the next token."""
+
+import copy
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from ...errors import DistillError
+from ...models.blocks import find_blocks
+from ...models.model_types import bare, partitioned, task_of, unwrapped
+
+WEIGHTS, SETTINGS = "mtp.safetensors", "mtp.json"
+
+
+class MTPHeads(nn.Module):
+    """Modules in a chain, each of which looks at one more token than the one before and says the token after it.
+
+    h^d_i = block_d(project_d([norm(h^(d-1)_i); norm(embed(token i + d))])), d = 1..k
+    logits of token i + d + 1 = head(norm(h^d_i)), with the model's own embedding and output head
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
+    """
+
+    def __init__(self, student: nn.Module, heads: int):
+        """Start each module from the student's last block and final norm, without random numbers.
+
+        Args:
+            student: a causal language model, in parallel wrappers or not; it is left as it is.
+            heads: k, how many tokens after the next one are said.
+
+        Raises:
+            DistillError: no module, or a student whose last block or output head cannot serve.
+        """
+        super().__init__()
+        if heads < 1:
+            raise DistillError(f"heads is {heads}: give how many tokens after the next one are predicted, 1 or more.")
+        _check(student)
+        parent, blocks = find_blocks(student)
+        self.settings = _settings(student, heads)
+        norm = _final_norm(bare(student).get_submodule(parent.rpartition(".")[0]), blocks, self.settings["hidden_size"])
+        self.depths = nn.ModuleList(MTPDepth(blocks[-1], norm, self.settings["hidden_size"]) for _ in range(heads))
+        self.requires_grad_(True)
+
+    def __len__(self) -> int:
+        return len(self.depths)
+
+    def forward(
+        self, hidden: Tensor, input_ids: Tensor, embed: nn.Module, block_kwargs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """What the output head is given to say token i + d + 1 at position i, for d = 1..k.
+
+        Args:
+            hidden: [B, S, H] as the model's output head gets it.
+            input_ids: [B, S]; d positions at the end of a row have no token i + d, and nothing is to be asked there.
+            embed: the model's input embedding.
+            block_kwargs: what the model's last block was called with; see `last_block_call`.
+
+        Returns:
+            k tensors [B, S, H].
+        """
+        embedded, rows = embed(input_ids), []
+        for d, depth in enumerate(self.depths, 1):
+            # The first tokens of the row fill its end: a causal mask keeps them there.
+            hidden, row = depth(hidden, embedded.roll(-d, dims=1), block_kwargs)
+            rows.append(row)
+        return rows
+
+
+class MTPDepth(nn.Module):
+    """One module of the chain; it starts as the student's last block on the hidden states that it is given."""
+
+    def __init__(self, block: nn.Module, norm: nn.Module, width: int):
+        super().__init__()
+        like = next(block.parameters())
+        self.norm_hidden, self.norm_token, self.norm_out = (_copy(norm).to(like) for _ in range(3))
+        self.project = nn.utils.skip_init(nn.Linear, 2 * width, width, bias=False, device=like.device, dtype=like.dtype)
+        self.block = _copy(block)
+        nn.init.eye_(self.project.weight)  # hidden states as they are: the last block is at home with those alone
+
+    def forward(self, hidden: Tensor, tokens: Tensor, block_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the next module and what the output head are given, both [B, S, H].
+
+        Args:
+            hidden: [B, S, H] of the module before, or of the model.
+            tokens: [B, S, H] embedding of the token that stands d further on.
+            block_kwargs: see `MTPHeads.forward`.
+        """
+        both = torch.cat([self.norm_hidden(hidden), self.norm_token(tokens)], dim=-1)
+        outputs = self.block(self.project(both), **block_kwargs)
+        hidden = outputs[0] if isinstance(outputs, tuple) else outputs
+        return hidden, self.norm_out(hidden)
+
+
+@contextmanager
+def last_block_call(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What the model's last block was called with, by name; without its hidden states, and without a cache.
+
+    Args:
+        model: a transformers model, in wrappers or not; run it inside the context, on rows that have no past.
+    """
+    block = find_blocks(model)[1][-1]
+    names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
+    call: dict[str, Any] = {}
+
+    def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        call.clear()
+        call.update((k, None if isinstance(v, Cache) else v) for k, v in given.items() if k != names[0])
+
+    hook = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield call
+    finally:
+        hook.remove()
+
+
+def save_heads(heads: MTPHeads, folder: str | Path) -> None:
+    """Write `mtp.safetensors` and `mtp.json`, beside the student or anywhere."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}, folder / WEIGHTS)
+    (folder / SETTINGS).write_text(json.dumps(heads.settings, indent=2) + "\n")
+
+
+def load_heads(student: nn.Module, folder: str | Path) -> MTPHeads:
+    """Read what `save_heads` wrote.
+
+    Args:
+        student: the model that the heads were trained with.
+        folder: that holds the two files.
+
+    Raises:
+        DistillError: the folder has no heads, or those of another model.
+    """
+    folder = Path(folder)
+    missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
+    if missing:
+        raise DistillError(f"{folder} has no {' and no '.join(missing)}: give a folder that `save_heads` wrote to.")
+    settings = json.loads((folder / SETTINGS).read_text())
+    own = _settings(student, settings.get("heads", 1))
+    if settings != own:
+        raise DistillError(f"The heads in {folder} are {settings} and the student's would be {own}: load its own.")
+    heads, state = MTPHeads(student, settings["heads"]), load_file(folder / WEIGHTS)
+    wrong = [
+        name for name, value in heads.state_dict().items() if name not in state or state[name].shape != value.shape
+    ]
+    wrong += [name for name in state if name not in heads.state_dict()]
+    if wrong:
+        raise DistillError(
+            f"{folder / WEIGHTS} does not fit {type(bare(student)).__name__}: {len(wrong)} tensors are missing, of "
+            f"another shape or unknown (first: {wrong[0]}). Load heads with the student they were trained with."
+        )
+    heads.load_state_dict(state)
+    return heads
+
+
+def _check(student: nn.Module) -> None:
+    model = bare(student)
+    name, task = type(model).__name__, task_of(model)
+    if not task.shift:
+        raise DistillError(f"{name} is a {task.name}: only a causal language model has a next token to look beyond.")
+    if unwrapped(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise DistillError(
+            f"{name} wears adapters, and multi-token prediction trains a copy of its last block: merge them first "
+            "(`merge_and_unload()`), or train the whole student."
+        )
+    if getattr(model, "is_quantized", False) or partitioned(model):
+        kind = "is partitioned by ZeRO-3" if partitioned(model) else "is quantised"
+        raise DistillError(
+            f"{name} {kind}, and multi-token prediction trains a copy of its last block, which needs whole, "
+            "floating-point weights: make the heads from a student loaded in bf16 or fp32."
+        )
+    head, embed, width = model.get_output_embeddings(), model.get_input_embeddings(), _settings(model, 1)["hidden_size"]
+    if not isinstance(head, nn.Linear) or {head.in_features, embed.weight.shape[-1]} != {width}:
+        raise DistillError(
+            f"{name} has the output head {head} and the embedding {embed}: multi-token prediction shares both, so both "
+            f"must be of the model's hidden size, {width}, and the head a linear layer."
+        )
+
+
+def _settings(model: nn.Module, heads: int) -> dict[str, Any]:
+    config = bare(model).config
+    return {"heads": heads, "model_type": config.model_type, "hidden_size": config.get_text_config().hidden_size}
+
+
+def _final_norm(parent: nn.Module, blocks: nn.ModuleList, width: int) -> nn.Module:
+    """The only module beside the blocks whose parameters are all [H]; a new one where that tells none or several."""
+    beside = [child for child in parent.children() if child is not blocks]
+    norms = [child for child in beside if {tuple(p.shape) for p in child.parameters()} == {(width,)}]
+    return norms[0] if len(norms) == 1 else nn.RMSNorm(width, eps=1e-6)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy without hooks, whose owners would be copied too; configs are shared, so that settings reach both."""
+    memo: dict[int, Any] = {}
+    for inner in module.modules():
+        for name, value in vars(inner).items():
+            if isinstance(value, PreTrainedConfig):
+                memo[id(value)] = value
+            elif name.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    return copy.deepcopy(module, memo)

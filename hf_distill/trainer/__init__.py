@@ -1,0 +1,21 @@
+"""`DistillTrainer`: a transformers `Trainer` with a teacher.
+
+Names are imported when they are first used, so that parts which need no torch can be read without it.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "DistillConfig": "config",
+    "DistillFields": "config",
+    "DistillMixin": "trainer",
+    "DistillTrainer": "trainer",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,53 @@
+"""A Trainer that reads its checkpoints' weights back exactly: through the key conversion, no key left out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.utils import is_sagemaker_mp_enabled, logging
+
+from ..models.checkpoint_weights import load_weights
+from ..models.model_types import unwrapped
+
+logger = logging.get_logger(__name__)
+_Base: Any = Trainer if TYPE_CHECKING else object
+
+
+class WeightsMixin(_Base):
+    """For any Trainer; under FSDP and DeepSpeed the checkpoints are theirs, and they read them."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, which loads with `strict=False` under the names of the file.
+
+        Raises:
+            DistillError: see `load_weights`.
+        """
+        if self._reads_by_itself():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        logger.info(f"Loading model from {resume_from_checkpoint}.")
+        load_weights(unwrapped(self.model if model is None else model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's.
+
+        Raises:
+            DistillError: see `load_weights`.
+        """
+        if self._reads_by_itself():
+            super()._load_best_model()
+            return
+        best = str(self.state.best_model_checkpoint)
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        load_weights(unwrapped(self.model), Path(best))
+
+    def _reads_by_itself(self) -> bool:
+        quantized = getattr(unwrapped(self.model), "hf_quantizer", None) is not None
+        adapters = hasattr(unwrapped(self.model), "peft_config")
+        return (
+            self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or is_sagemaker_mp_enabled()
+            or (quantized and not adapters)
+        )

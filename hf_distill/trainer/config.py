@@ -1,0 +1,142 @@
+"""The arguments of a distillation, beside those of any training."""
+
+import copy
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from ..errors import DistillError, noted, tell
+from ..losses.objective import Term, objective
+from ..losses.token_metrics import greater_is_better
+from ..models.projectors import Projectors
+
+CARE = ("self_check", "max_nonfinite_steps")  # of how training is watched, not of what is learnt
+
+
+@dataclass
+class DistillFields:
+    """What distilling adds to a trainer's arguments, with its defaults.
+
+    Raises:
+        DistillError: a value out of range, an unknown loss or option; all of them at once.
+    """
+
+    _DICT_FIELDS: ClassVar = ["divergence", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
+
+    temperature: float = field(
+        default=2.0,
+        metadata={"help": "Divides the logits of teacher and student; the divergence is multiplied by its square."},
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the teacher's soft labels, in [0, 1]; the hard labels get 1 - alpha."},
+    )
+    divergence: dict | str | None = field(
+        default="forward_kl",
+        metadata={"help": "Loss between the two distributions: a name, or {name, **options} (or its JSON)."},
+    )
+    losses: list | str | None = field(
+        default=None,
+        metadata={"help": "More terms, a list (or its JSON) of {name, weight, **options}."},
+    )
+    chunk_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Asked tokens a chunk of the fused head: memory, not accuracy. None: 150 MiB on a CPU."},
+    )
+    projectors: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Between hidden states: linear, mlp or none, or {kind, init, learning_rate, weight_decay} (or its "
+            "JSON). None: linear where widths differ."
+        },
+    )
+    teacher_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "How to load a teacher given as id or path: a dict (or its JSON) for from_pretrained, and "
+            "quantization: nf4 or int8."
+        },
+    )
+    teacher_deepspeed: dict | str | None = field(
+        default=None,
+        metadata={"help": "Shard the teacher by ZeRO-3: a config, its path, or a packaged one (zero3-teacher.json)."},
+    )
+    teacher_fsdp: bool = field(default=False, metadata={"help": "Shard the teacher by FSDP2 over all processes."})
+    stop_on_signal: bool = field(
+        default=False,
+        metadata={"help": "On SIGTERM or Ctrl-C, save a checkpoint after the step and exit with code 143 or 130."},
+    )
+    self_check: bool = field(
+        default=True,
+        metadata={"help": "Compare the first batch's loss and gradient with a plain reference on 32 tokens."},
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={"help": "Steps whose loss or gradient is not finite are skipped; after so many in a row it stops."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.divergence, str) and self.divergence.startswith("{"):
+            self.divergence = _parsed("divergence", self.divergence, dict)
+        if isinstance(self.projectors, str) and self.projectors.startswith("{"):
+            self.projectors = _parsed("projectors", self.projectors, dict)
+        if isinstance(self.teacher_deepspeed, str) and self.teacher_deepspeed.startswith("{"):
+            self.teacher_deepspeed = _parsed("teacher_deepspeed", self.teacher_deepspeed, dict)
+        self.losses = _parsed("losses", self.losses, list)
+        self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
+        if not (isinstance(self.max_nonfinite_steps, int) and self.max_nonfinite_steps >= 1):
+            raise DistillError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be at least 1 (the first)")
+        problems: list[str] = []
+        with noted(problems):
+            self._choose_direction()
+        with noted(problems):
+            self.terms()
+        with noted(problems):
+            Projectors.of(self.projectors)
+        tell(problems)
+
+    def _choose_direction(self) -> None:
+        """Set `greater_is_better` of a metric of a distillation, where it is not set; else transformers chooses."""
+        metric = getattr(self, "metric_for_best_model", None)
+        if metric is not None and getattr(self, "greater_is_better", None) is None:
+            self.greater_is_better = greater_is_better(metric)
+
+    def terms(self, label_smoothing: float = 0.0) -> list[Term]:
+        """The terms of the objective."""
+        losses: Any = self.losses or ()
+        return objective(self.alpha, self.temperature, self.divergence or "forward_kl", losses, label_smoothing)
+
+
+@dataclass
+class DistillConfig(DistillFields, TrainingArguments):
+    """`transformers.TrainingArguments` and the fields of a distillation.
+
+    Every field can be set from a command line through `HfArgumentParser`.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+
+    def __post_init__(self):
+        DistillFields.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+
+def fields_of(args: Any) -> dict[str, Any]:
+    """Copies of the values of the fields of a distillation in any arguments; empty if there are none."""
+    names = [item.name for item in fields(DistillFields)] if isinstance(args, DistillFields) else []
+    return {name: copy.deepcopy(getattr(args, name)) for name in names}
+
+
+def _parsed(name: str, value: Any, kind: type) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DistillError(f"{name} is not JSON ({error.msg} at character {error.pos}): {value!r}") from None
+    if value is not None and not isinstance(value, kind):
+        raise DistillError(f"{name} must be a {kind.__name__} or its JSON; got {value!r}")
+    return value

@@ -1,0 +1,110 @@
+"""The step: one batch in, one loss out. A plain object that runs without a Trainer."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.logits import Head, Logits
+from ..core.signals import Signals, Targets
+from ..losses.fused import HeadJob
+from ..losses.objective import Term
+from ..models.features import FeatureJob, Features
+from ..models.forward import Jobs, student_loss
+from ..models.model_call import without_foreign_inputs
+from ..models.model_types import bare, task_of
+from ..teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step found.
+
+    loss:      [] the objective, sum over asked tokens / num_items, with its graph
+    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and statistics if asked for;
+               "aux": the sum of the auxiliary losses that the model's own forward adds, where it adds any
+    targets:   the asked tokens
+    outputs:   the student's outputs
+    """
+
+    loss: Tensor
+    per_token: dict[str, Tensor]
+    targets: Targets
+    outputs: Any
+
+
+class Distiller:
+    """The objective applied to batches.
+
+    L = sum over asked tokens of sum(weight * T^2 * loss) / num_items, with the terms of `objective`
+
+    Args:
+        terms: see `objective`.
+        chunk_tokens: asked tokens a chunk of the fused head; None: what a workspace of 150 MiB holds.
+        features: the terms on features, matched to student and teacher; the student wears their sidecar.
+
+    look: called with each batch's job, the source of the student's logits, what the teacher says and the asked tokens,
+        before the job is run.
+    """
+
+    look: Callable[[HeadJob, Head | Logits, Signals, Targets], None] | None = None
+
+    def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
+        self.terms, self.chunk_tokens = terms, chunk_tokens
+        self.features = Features() if features is None else features
+        self._on_logits = [term for term in terms if not term.loss.feature]
+
+    def __call__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        inputs: dict,
+        num_items: Tensor | int | None = None,
+        keep_logits: bool = False,
+        statistics: int = 0,
+    ) -> Step:
+        """One forward of both models and their loss.
+
+        Args:
+            student: the model as prepared (DDP and other wrappers included).
+            teacher: a prepared teacher.
+            inputs: the collator's batch with `labels`.
+            num_items: asked tokens of the whole global batch; None: those of this batch.
+            keep_logits: keep the student's logits of all positions in `outputs`.
+            statistics: also `kl` (T = 1), `agreement`, entropies and cross entropies of both models, for every so
+                manieth block of tokens (0: none, 1: all); see `HeadJob`.
+
+        Raises:
+            DistillError: labels missing, not ids, or outside the student's vocabulary.
+        """
+        model = bare(student)
+        task = task_of(model)
+        targets = Targets.from_batch(inputs, task.shift)
+        size = task.size(model)
+        targets.check_ids(size)
+        tokens = self.features.tokens(inputs, targets)
+        wanted = self.features.wanted(tokens)
+        beside = teacher.beside(inputs, targets, wanted, num_items)
+        told = Signals(None) if beside else teacher(inputs, targets, wanted)
+        asked = targets
+        inputs, targets = teacher.seen(inputs, targets, model.training)
+        tokens = tokens if targets is asked else self.features.tokens(inputs, targets)
+
+        def jobs(said: Head | Logits) -> Jobs:
+            if said.vocab_size < size:  # a config can promise more classes than there are logits
+                targets.check_ids(said.vocab_size)
+            own = None if beside is None else beside(said)
+            heard = told if beside is None else beside.told
+            head = HeadJob(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
+            if self.look is not None:
+                self.look(head, said, heard, asked)
+            return Jobs(head, FeatureJob(self.features.terms, heard.features, tokens, targets, num_items), own)
+
+        taps = self.features.said(tokens)
+        with beside.around(student) if beside else nullcontext():
+            inputs = without_foreign_inputs(model, inputs, teacher.input_names())
+            loss, outputs, done = student_loss(student, inputs, targets, taps, jobs, keep_logits)
+        found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
+        return Step(loss, found, asked, outputs)

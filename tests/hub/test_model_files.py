@@ -1,0 +1,264 @@
+"""What a model's small files may ask for: code, pickles and local files are refused before anything is loaded."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_distill import DistillError
+from hf_distill.hub import check_model
+from hf_distill.recipe import load_recipe
+from hf_distill.recipe.downloads import check_downloads, downloads
+from hf_distill.runner.model_loading import Trust, loaded, resolve_model, trusting
+
+
+@pytest.fixture(scope="session")
+def whole():
+    """Files of a tiny model and of an adapter for it, as bytes."""
+    return {path.name: path.read_bytes() for path in Path(resolve_model("smoke:llama/teacher")).iterdir()}
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory):
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("smoke:llama/teacher"))
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
+def changed(content: bytes, **values) -> bytes:
+    return json.dumps(json.loads(content) | values).encode()
+
+
+class Armed:
+    """A pickle that leaves a file where it is read."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("pwned"),))
+
+
+CONFIGS = {
+    "a kernel": {"attn_implementation": "evil/kernel"},
+    "a private kernel": {"_attn_implementation": "evil/kernel@main:run"},
+    "a paged kernel": {"_attn_implementation": "paged|evil/kernel"},
+    "an internal kernel": {"_attn_implementation_internal": "evil/kernel"},
+    "a kernel for a part": {"attn_implementation": {"text_config": "evil/kernel"}},
+    "a kernel of a part": {"text_config": {"_attn_implementation": "evil/kernel"}},
+    "a kernel in a list": {"parts": [{"deep": {"attn_implementation": "evil/kernel"}}]},
+    "a list of kernels": {"attn_implementation": ["evil/kernel"]},
+    "a kernel of experts": {"_experts_implementation": "sonicmoe"},
+    "pickled weights": {"transformers_weights": "adapter_model.bin"},
+    "weights elsewhere": {"transformers_weights": "../../other/model.safetensors"},
+    "another repository": {"vision": {"backbone": "evil/model", "use_pretrained_backbone": True}},
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_that_asks_for(hub, whole, what):
+    files = whole | {"config.json": changed(whole["config.json"], **CONFIGS[what])}
+    hub.put("models", "org/model", files)
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        with pytest.raises(DistillError, match=r"org/model: config\.json: "):
+            loaded(kind, "org/model")
+    assert not any("evil" in path or ("safetensors" in path and "index" not in path) for _, path in hub.requests)
+
+
+def test_what_transformers_writes_itself_is_allowed(hub, whole):
+    ask = {"_attn_implementation": "sdpa", "attn_implementation": None, "use_pretrained_backbone": False}
+    hub.put("models", "org/model", whole | {"config.json": changed(whole["config.json"], **ask)})
+    assert loaded(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
+
+
+def test_the_same_of_a_folder_of_this_machine_and_the_user_s_word(whole, tmp_path):
+    for name, content in (whole | {"config.json": changed(whole["config.json"], attn_implementation="a/b")}).items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DistillError, match="--trust-remote-code"):
+        loaded(AutoModelForCausalLM, str(tmp_path))
+    check_model(str(tmp_path), remote_code=True)
+
+
+@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../other/model.safetensors", "/etc/x.safetensors", 5])
+def test_an_index_names_safetensors_of_its_own_repository_alone(hub, whole, shard):
+    index = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": shard}}).encode()
+    files = {name: content for name, content in whole.items() if name != "model.safetensors"}
+    hub.put("models", "org/model", files | {"model.safetensors.index.json": index, "pytorch_model.bin": b"x"})
+    with pytest.raises(DistillError, match="no safetensors file"):
+        loaded(AutoModelForCausalLM, "org/model")
+
+
+def test_an_adapter_and_its_base_are_loaded(hub, whole, adapter):
+    hub.put("models", "org/base", whole)
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, "org/base")})
+    model = loaded(AutoModelForCausalLM, "org/adapter")
+    weights = load_file(written(hub, adapter))
+    name = next(name for name in weights if "lora_A" in name)
+    held = dict(model.named_parameters())
+    assert torch.equal(next(p for n, p in held.items() if "layers.0" in n and "lora_A" in n), weights[name])
+
+
+def based(adapter, base) -> bytes:
+    return changed(adapter["adapter_config.json"], base_model_name_or_path=base)
+
+
+def written(hub, adapter) -> str:
+    Path("adapter.safetensors").write_bytes(adapter["adapter_model.safetensors"])
+    return "adapter.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch, tmp_path):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+
+@pytest.mark.parametrize("base", ["here", "./here", "/srv/model", "~/model", "../x", "", None, 7, ["a/b"]])
+def test_an_adapter_of_the_hub_may_not_point_at_a_folder(hub, whole, adapter, base):
+    Path("here").mkdir()
+    for name, content in whole.items():
+        Path("here", name).write_bytes(content)
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, base)})
+    with pytest.raises(DistillError, match="base_model_name_or_path"):
+        loaded(AutoModelForCausalLM, "org/adapter")
+    with pytest.raises(DistillError, match="base_model_name_or_path"):
+        downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))
+
+
+def test_the_base_of_an_adapter_is_shown_and_checked(hub, whole, adapter):
+    kernel = changed(whole["config.json"], attn_implementation="evil/kernel")
+    hub.put("models", "org/base", whole | {"config.json": kernel})
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, "org/base")})
+    with pytest.raises(DistillError, match=r"org/base, the base of org/adapter: .*evil/kernel"):
+        loaded(AutoModelForCausalLM, "org/adapter")
+    found = {one.repo: one for one in downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))}
+    assert found["org/base"].what == ("base of org/adapter",)
+    assert found["org/base"].revision == hub.repos["models", "org/base"].at("main")
+    hub.put("models", "org/base", {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    with pytest.raises(DistillError, match="org/base: the weights are pickled"):
+        check_downloads(downloads(load_recipe("quickstart", ["teacher.model=org/adapter"])))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter alone", "beside a whole model in safetensors"])
+def test_a_pickled_adapter_is_never_read_unasked(hub, whole, adapter, full):
+    hub.put("models", "org/base", whole)
+    files = {"adapter_config.json": based(adapter, "org/base"), "adapter_model.bin": pickle.dumps(Armed())}
+    hub.put("models", "org/adapter", files | (whole if full else {}))
+    with pytest.raises(DistillError, match="--allow-pickles"):
+        loaded(AutoModelForCausalLM, "org/adapter")
+    assert not any(path.endswith("adapter_model.bin") for _, path in hub.requests)
+    with pytest.raises(DistillError, match="org/adapter: the weights are pickled"):
+        check_downloads(downloads(load_recipe("quickstart", ["teacher.model=org/adapter"])))
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"corda_config": {"cache_file": "/etc/passwd"}},
+        {"megatron_config": {"a": 1}},
+        {"tokenizer_kwargs": {"trust_remote_code": True}},
+        {"prompt_tuning_init_state_dict_path": "x.bin"},
+    ],
+)
+def test_an_adapter_s_config_names_no_files_and_modules(hub, whole, adapter, values):
+    hub.put("models", "org/base", whole)
+    config = changed(based(adapter, "org/base"), **values)
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": config})
+    with pytest.raises(DistillError, match="may name no files"):
+        loaded(AutoModelForCausalLM, "org/adapter")
+
+
+def test_what_is_loaded_is_the_commit_that_was_checked(hub: Hub, whole, monkeypatch):
+    hub.put("models", "org/model", whole)
+    check = check_model
+
+    def moves(*given, **named):
+        files = check(*given, **named)
+        hub.put(
+            "models", "org/model", whole | {"config.json": changed(whole["config.json"], attn_implementation="a/b")}
+        )
+        return files
+
+    monkeypatch.setattr("hf_distill.runner.model_loading.check_model", moves)
+    assert loaded(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
+
+
+def test_a_tokenizer_s_config_reads_no_file_of_this_machine(hub, whole):
+    Path("secret.json").write_text("{}")
+    place = str(Path("secret.json").resolve())
+    config = changed(whole["tokenizer_config.json"], tokenizer_file=place)
+    hub.put("models", "org/model", whole | {"tokenizer_config.json": config})
+    with pytest.raises(DistillError, match="a file of this machine"):
+        loaded(AutoTokenizer, "org/model")
+    elsewhere = changed(whole["tokenizer_config.json"], tokenizer_file="/home/author/tokenizer.json")
+    hub.put("models", "org/model", whole | {"tokenizer_config.json": elsewhere})
+    assert loaded(AutoTokenizer, "org/model")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def with_values(**values):
+    return lambda content: changed(content, **values)
+
+
+MALFORMED = {
+    "config.json": [
+        *(b"", b"{", b"[]", b"5", b"\xff\xfe", b'{"model_type": 5}', b'{"model_type": "no-such"}', b'{"auto_map": 5}'),
+        *(with_values(hidden_size="wide"), with_values(num_attention_heads=0), with_values(vocab_size=-3)),
+        *(with_values(quantization_config=5), with_values(quantization_config={"quant_method": "aqlm"})),
+        with_values(auto_map={"AutoConfig": "evil.Config"}, model_type="evil"),
+    ],
+    "tokenizer.json": [b"", b"{", b"[]", b"\xff", cut, with_values(model={"type": "BPE"}), with_values(model=5)],
+    "tokenizer_config.json": [b"{", b"[]", with_values(tokenizer_class=5)],
+    "model.safetensors": [b"", b"x" * 100, cut],
+}
+CASES = [(name, i) for name, contents in MALFORMED.items() for i in range(len(contents))]
+
+
+@pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{n}-{i}" for n, i in CASES])
+def test_a_malformed_file_ends_in_one_line(hub, whole, name, number):
+    content = MALFORMED[name][number]
+    hub.put("models", "org/model", whole | {name: content(whole[name]) if callable(content) else content})
+    with pytest.raises(DistillError, match="org/model") as caught:
+        [loaded(kind, "org/model") for kind in (AutoTokenizer, AutoModelForCausalLM)]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_malformed_adapter_ends_in_one_line(hub, whole, adapter, tmp_path):
+    hub.put("models", "org/base", whole)
+    config = based(adapter, "org/base")
+    other = tmp_path / "other.safetensors"
+    save_file({name: t[:1].contiguous() for name, t in load_file(written(hub, adapter)).items()}, other)
+    changes = [
+        {"adapter_config.json": b"{"},
+        {"adapter_config.json": changed(config, peft_type="NONE")},
+        {"adapter_config.json": changed(config, peft_type=None)},
+        {"adapter_config.json": changed(config, target_modules=["no_such"])},
+        {"adapter_config.json": changed(config, r="many")},
+        {"adapter_model.safetensors": b"x" * 50},
+        {"adapter_model.safetensors": other.read_bytes()},
+    ]
+    for change in changes:
+        hub.put("models", "org/adapter", adapter | {"adapter_config.json": config} | change)
+        with pytest.raises(DistillError) as caught:
+            loaded(AutoModelForCausalLM, "org/adapter")
+        assert "\n" not in str(caught.value), change
+        assert "org/adapter" in str(caught.value)
+
+
+def test_pickles_are_read_where_the_user_says_so(hub, whole, adapter):
+    hub.put("models", "org/base", whole)
+    torch.save(load_file(written(hub, adapter)), "adapter.bin")
+    files = {"adapter_config.json": based(adapter, "org/base"), "adapter_model.bin": Path("adapter.bin").read_bytes()}
+    hub.put("models", "org/adapter", files)
+    with trusting(Trust(pickles=True)):
+        assert loaded(AutoModelForCausalLM, "org/adapter")

@@ -1,0 +1,170 @@
+"""Cards: their code runs, their words follow from the facts, and nothing private is in them."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+from hub_server import Hub, pointed
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from tiny import build
+from transformers import PreTrainedTokenizerFast
+
+from hf_distill.core.references import public
+from hf_distill.hub.licenses import Judged
+from hf_distill.model_card import Facts, Picture, card_of, missing
+from hf_distill.recipe.smoke import byte_tokenizer
+
+FACTS = Facts(
+    repo="org/small",
+    task="text-generation",
+    student={"model": "org/base", "parameters": 1_500_000},
+    teachers={"teacher": {"kind": "frozen", "model": "org/large", "revision": "c" * 40, "licence": "mit"}},
+    objective={"temperature": 2.0, "alpha": 0.5, "divergence": {"name": "js", "beta": 0.1}, "losses": None},
+    data={"sources": {"task": {"dataset": "org/rows", "revision": "d" * 40}}, "train_rows": 10},
+    training={"steps": 3},
+    held_out={"student": {"perplexity": 9.0, "kl": 0.5, "agreement": 0.25, "teacher_perplexity": 8.0}},
+    environment={"device": "cpu", "hf_distill": "0.1.0"},
+    licence=Judged("mit", ["teacher: wants its name"], ["teacher: forbids it"]),
+)
+
+
+def metadata(facts: Facts) -> dict:
+    return yaml.safe_load(card_of(facts).content.split("---\n")[1])
+
+
+def test_metadata_name_base_data_relation_and_results():
+    found = metadata(FACTS)
+    assert (found["base_model"], found["base_model_relation"]) == (["org/base"], "finetune")
+    assert (found["datasets"], found["license"], found["library_name"]) == (["org/rows"], "mit", "transformers")
+    results = {m["type"]: m["value"] for r in found["model-index"][0]["results"] for m in r["metrics"]}
+    assert results == {"perplexity": 9.0, "kl": 0.5, "agreement": 0.25}
+    adapters = metadata(replace(FACTS, student=FACTS.student | {"adapters": True}))
+    assert (adapters["base_model_relation"], adapters["library_name"]) == ("adapter", "peft")
+
+
+@pytest.mark.parametrize("name", ["/home/me/secret/model", "runs/stage-1/student", "package:x/y.gguf", None])
+def test_what_is_no_id_is_no_base_and_paths_stay_private(name):
+    card = card_of(replace(FACTS, student={"model": public(name)}))
+    assert "base_model" not in card.data.to_dict()
+    assert "/home/me" not in card.content
+
+
+def test_words_follow_from_the_facts():
+    text = card_of(FACTS).text
+    assert "A model of 1.5M parameters that began as [org/base]" in text
+    assert "js(beta=0.1)" in text
+    assert "commit `cccccccccccc`" in text
+    assert "wants its name" in text
+    assert "Accepted by the author: teacher: forbids it." in text
+
+
+def test_a_card_says_what_was_not_measured():
+    lines = " ".join(missing({}, (), None))
+    for word in ("nothing was evaluated", "no control", "retention", "diagnose", "seeds", "safety"):
+        assert word in lines
+    told = {"student": {}, "control": {}}
+    assert len(missing(told, [{"task": "x"}], {})) == 2
+
+
+def test_verdicts_of_a_diagnosis_are_not_left_out():
+    assert (
+        "`under_trained`: it still fell" in card_of(replace(FACTS, diagnosis={"under_trained": "it still fell"})).text
+    )
+
+
+def test_a_table_does_not_break_at_a_bar():
+    task = {"task": "a|b", "metric": "acc", "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
+    assert "| a\\|b | acc | 3 | 0.500 ± 0.100 | - |" in card_of(replace(FACTS, retention=[task | {"kept": {}}])).text
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "prompt"),
+    [
+        ("text-generation", "llama", 'A "quoted"\nline of café'),
+        ("text-generation", "llama", [{"role": "user", "content": "Hello! What can you do?"}]),
+        ("text-generation", "llama", None),
+        ("fill-mask", "bert", None),
+        ("text-classification", "sequence", None),
+        ("token-classification", "token", None),
+    ],
+)
+def test_the_snippet_of_each_task_runs_as_it_stands(task, kind, prompt, monkeypatch, tmp_path, capsys):
+    tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    build(kind, 0, vocab=len(tokenizer)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with Hub() as hub:
+        pointed(hub, monkeypatch, tmp_path / "hf")
+        hub.put("models", "org/small", {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()})
+        card = card_of(replace(FACTS, task=task, prompt=prompt))
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
+        exec(code, {})
+    assert capsys.readouterr().out.strip()
+    if prompt:
+        assert card.data.widget[0] == {"text" if isinstance(prompt, str) else "messages": prompt}
+
+
+ATTACK = '<img src=x onerror=alert(1)>[x](https://evil.example)\n\n```\n# own heading\n---\nlicense: "evil"\n'
+
+
+def test_external_text_in_any_fact_stays_text():
+    """Names, sample text, licences, tasks and values of a recipe hold HTML, links, fences, a metadata's end."""
+    task = {"task": ATTACK, "metric": ATTACK, "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
+    entry = {"kind": "frozen", "model": ATTACK, "licence": ATTACK, "version": ATTACK, "quantization": ATTACK}
+    facts = replace(
+        FACTS,
+        student={"model": ATTACK, "revision": ATTACK},
+        teachers={ATTACK: entry},
+        data={"sources": {ATTACK: {"dataset": ATTACK, "revision": ATTACK}}},
+        training={"stages": ATTACK, "arguments": {ATTACK: ATTACK}},
+        environment={"device": ATTACK, "platform": ATTACK, "torch": ATTACK},
+        licence=Judged(ATTACK, [ATTACK], [ATTACK]),
+        retention=[task | {"kept": {}}],
+        diagnosis={ATTACK: ATTACK},
+        recipe={"train": {"run_name": ATTACK, "long": ATTACK * 3}},
+        origin=ATTACK,
+        prompt=ATTACK,
+    )
+    card = card_of(facts, [Picture(f"figures/{ATTACK}.png", ATTACK)])
+    again = ModelCard(card.content)
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data.license == ATTACK
+    tokens = list(flatten(MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)))
+    assert not [t.content for t in tokens if t.type in ("html_block", "html_inline")]
+    assert {t.attrGet("href") for t in tokens if t.type == "link_open"} == {
+        "https://arxiv.org/abs/1503.02531",
+        "https://arxiv.org/abs/2306.13649",
+    }
+    headings = [tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"]
+    assert [h for h in headings if "own" in h] == []
+    blocks = [t for t in tokens if t.type == "fence"]
+    assert [t.info for t in blocks] == ["python", "yaml"]
+    assert yaml.safe_load(blocks[1].content)["train"]["run_name"] == ATTACK
+
+
+def flatten(tokens):
+    for token in tokens:
+        yield token
+        yield from flatten(token.children or ())
+
+
+def test_no_fact_names_a_folder_of_this_machine(tmp_path):
+    place = f"{tmp_path}/secret/rows.jsonl"
+    facts = replace(
+        FACTS,
+        student={"model": place},
+        teachers={"teacher": {"kind": "frozen", "model": place}},
+        data={"sources": {"task": {"dataset": place}}},
+        training={"arguments": {"liger": place}},
+        licence=Judged("mit", [f"of {place}:"], []),
+        diagnosis={"short": f"see {place}, `{place}`"},
+        recipe={"data": {"task": {"path": place}}, "train": {"optim_args": f"file={place}"}},
+        environment={"device": place},
+        prompt=f"open {place}",
+    )
+    for text in (card_of(facts).content, json.dumps(facts.as_json())):
+        assert tmp_path.name not in text
+        assert "rows.jsonl" in text

@@ -1,0 +1,213 @@
+"""What a model's own forward adds to its cross entropy is part of the objective, and is logged."""
+
+import logging
+
+import pytest
+import torch
+import transformers as tf
+from peft import AdaLoraConfig, get_peft_model
+from tiny import VOCAB, build, collate, rows
+
+from hf_distill.losses.objective import objective
+from hf_distill.models.aux_losses import plan_aux_losses
+from hf_distill.teachers import FrozenTeacher, PeerTeacher
+from hf_distill.trainer.distiller import Distiller
+
+DECODER = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+)
+MOE = dict(num_key_value_heads=1, output_router_logits=True)
+VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, patch_size=4)
+
+
+class LlamaWithEntropyBonus(tf.LlamaForCausalLM):
+    """A class outside transformers that adds to the loss of the class it derives from."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        if labels is not None:
+            outputs["loss"] = outputs.loss + 0.3 * outputs.logits.logsumexp(-1).square().mean()
+        return outputs
+
+
+class BertWithWeightDecay(tf.BertForMaskedLM):
+    """Adds a loss in training alone, to a cross entropy that it computes itself."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        if labels is not None and self.training:
+            outputs["loss"] = outputs.loss + 0.3 * self.cls.predictions.transform.dense.weight.square().sum()
+        return outputs
+
+
+# As classes of remote code often are, they are called as those of transformers.
+LlamaWithEntropyBonus.__name__, BertWithWeightDecay.__name__ = "LlamaForCausalLM", "BertForMaskedLM"
+
+
+def adalora(kind, task):
+    sizes = dict(init_r=4, target_r=2, total_step=10, orth_reg_weight=5.0)
+    return get_peft_model(build(kind, 0), AdaLoraConfig(task_type=task, target_modules=["q_proj", "query"], **sizes))
+
+
+def of_class(name, config, **settings):
+    return getattr(tf, name)(getattr(tf, config)(**settings))
+
+
+def composite():
+    text = DECODER | dict(num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32)
+    text |= dict(rope_parameters={"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4})
+    vision = VISION | dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+    ids = dict(image_token_id=93, video_token_id=94, vision_start_token_id=95, vision_end_token_id=96)
+    config = tf.Qwen3VLMoeConfig(text_config=text | dict(output_router_logits=True), vision_config=vision, **ids)
+    config.text_config.router_aux_loss_coef = 0.5
+    return tf.Qwen3VLMoeForConditionalGeneration(config)
+
+
+SWITCH = dict(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=32, num_heads=2, num_experts=4, dropout_rate=0.0)
+SWITCH |= dict(num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+SWITCH |= dict(router_z_loss_coef=0.5, router_aux_loss_coef=0.5, router_jitter_noise=0.0, expert_capacity=64)
+SWITCH |= dict(pad_token_id=0, decoder_start_token_id=0)
+
+
+MODELS = {  # name -> (how it is made, the rows that it reads, whether its head is fused)
+    "Mixtral": (
+        lambda: of_class("MixtralForCausalLM", "MixtralConfig", **DECODER, **MOE, num_local_experts=4),
+        "llama",
+        True,
+    ),
+    "JetMoe, a coefficient of another name": (
+        lambda: of_class(
+            "JetMoeForCausalLM",
+            "JetMoeConfig",
+            **DECODER,
+            **MOE,
+            num_local_experts=4,
+            kv_channels=16,
+            aux_loss_coef=0.5,
+        ),
+        "llama",
+        True,
+    ),
+    "Qwen3-VL-MoE, a coefficient in the text's config": (composite, "llama", True),
+    "Bamba, a z-loss of its logits": (
+        lambda: of_class(
+            "BambaForCausalLM",
+            "BambaConfig",
+            **DECODER,
+            num_key_value_heads=1,
+            attn_layer_indices=[0, 1],
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            z_loss_coefficient=0.1,
+        ),
+        "llama",
+        False,
+    ),
+    "Switch, z-losses of its routers": (
+        lambda: of_class("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", **SWITCH),
+        "t5",
+        False,
+    ),
+    "AdaLoRA": (lambda: adalora("llama", "CAUSAL_LM"), "llama", True),
+    "AdaLoRA on a classifier": (lambda: adalora("token", "TOKEN_CLS"), "token", False),
+    "a class outside transformers": (lambda: LlamaWithEntropyBonus(build("llama").config), "llama", False),
+    "a loss in training alone": (lambda: BertWithWeightDecay(build("bert").config), "bert", False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_hard_objective_is_the_model_s_own_loss_with_its_gradients(name, caplog):
+    make, kind, fused = MODELS[name]
+    tf.set_seed(0)
+    student = make().train()
+    batch, teacher = collate(rows(kind, 4)), FrozenTeacher(build(kind, 1))
+    batch |= {"output_router_logits": True} if "Switch" in name else {}
+    teacher.prepare(student, torch.device("cpu"))
+    own = student(**batch)
+    own.loss.backward()
+    expected = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    with caplog.at_level(logging.WARNING):
+        step = Distiller(objective(0.0, 1.0))(student, teacher, batch, statistics=1)
+    step.loss.backward()
+    torch.testing.assert_close(step.loss, own.loss, rtol=1e-5, atol=1e-6)
+    assert {n for n, p in student.named_parameters() if p.grad is not None} == set(expected)
+    for n, p in student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=1e-6, msg=n)
+    added = own.loss - step.per_token["student_ce"].mean()
+    assert added.abs() > 1e-3
+    torch.testing.assert_close(step.per_token["aux"].mean(), added.detach(), rtol=1e-3, atol=1e-5)
+    assert (step.outputs.logits.shape[-1] == 1) == fused
+
+
+def test_a_switch_that_is_turned_on_later_is_noticed():
+    student, batch = MODELS["Mixtral"][0](), collate(rows("llama", 4))
+    teacher, distiller = FrozenTeacher(build("llama", 1)), Distiller(objective(0.5, 2.0))
+    teacher.prepare(student, torch.device("cpu"))
+    student.config.output_router_logits = False
+    assert "aux" not in distiller(student, teacher, batch).per_token
+    student.config.output_router_logits = True
+    assert distiller(student, teacher, batch).per_token["aux"].mean() > 0
+
+
+def test_a_dense_model_is_run_as_before_and_finding_out_changes_no_random_state():
+    student, batch = build("bert", 0, dropout=0.1).train(), collate(rows("bert", 4))
+    teacher, distiller = FrozenTeacher(build("bert", 1)), Distiller(objective(0.5, 2.0))
+    teacher.prepare(student, torch.device("cpu"))
+    config, losses = student.config.to_dict(), []
+    for _ in range(2):  # the first finds out
+        torch.manual_seed(0)
+        losses.append(distiller(student, teacher, batch))
+    assert torch.equal(losses[0].loss, losses[1].loss)
+    assert "aux" not in losses[0].per_token
+    assert student.config.to_dict() == config
+    assert not {"forward", "_loss_function"} & set(vars(student))
+
+
+def test_the_logs_and_the_evaluation_hold_it(make_trainer):
+    tf.set_seed(0)
+    student = MODELS["AdaLoRA"][0]()
+    trainer = make_trainer(model=student, max_steps=2, gradient_accumulation_steps=2, learning_rate=0.0)
+    trainer.train()
+    with torch.no_grad():
+        batch = collate(trainer.train_dataset[:4])
+        own = student(**batch)
+        bare = student.get_base_model()(**batch)
+    log, expected = trainer.state.log_history[0], float(own.loss - bare.loss)
+    assert log["aux_loss"] == pytest.approx(expected, rel=1e-4)
+    assert log["loss"] == pytest.approx((log["soft_loss"] + log["hard_loss"]) / 2 + expected, rel=1e-4)
+    for metrics in (False, True):
+        trainer.compute_metrics = (lambda prediction: {}) if metrics else None
+        found = trainer.evaluate()
+        assert found["eval_aux_loss"] == pytest.approx(expected, rel=1e-4)
+        mix = (found["eval_soft_loss"] + found["eval_hard_loss"]) / 2
+        assert found["eval_loss"] == pytest.approx(mix + expected, rel=1e-4)
+
+
+def test_a_peer_learns_by_its_own_auxiliary_losses(make_trainer):
+    tf.set_seed(0)
+    peer = MODELS["Mixtral"][0]()
+    trainer = make_trainer(teacher=PeerTeacher(peer), max_steps=1, learning_rate=0.0)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["peer_aux_loss"] > 0
+    assert "aux_loss" not in log
+    own = (log["soft_loss"] + log["hard_loss"]) / 2
+    assert log["loss"] == pytest.approx(own + log["peer_hard_loss"] + log["peer_aux_loss"], rel=1e-5)
+
+
+def test_saving_a_model_is_no_reason_to_probe_again(tmp_path):
+    model = build("llama")
+    batch = collate(rows("llama", 3))
+    probes = []
+
+    def forward(part, replaced):
+        probes.append(replaced)
+        return model(**part)
+
+    plan_aux_losses(model, batch, forward)
+    before = len(probes)
+    model.save_pretrained(tmp_path)  # by the main process alone, which the others would wait for
+    plan_aux_losses(model, batch, forward)
+    assert len(probes) == before > 0

@@ -1,0 +1,427 @@
+"""Terms on features in a Trainer: what they equal, and the life of projectors."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import KINDS, build, collate, one_step, rows
+from transformers import TrainerCallback
+
+from hf_distill import DistillError, Teacher, cut_student
+from hf_distill.core.logits import Logits
+from hf_distill.core.signals import Signals
+from hf_distill.models.sidecar import FILE, sidecar_of
+
+EVERY = [
+    {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"},
+    {"name": "hidden_cosine", "layers": "uniform"},
+    {"name": "hidden_normalized_mse", "layers": [[1, 0], [1, 2]]},
+    {"name": "hidden_mse", "weight": 0.1, "layers": "learned"},
+    {"name": "hidden_relation", "layers": "last:1"},
+    {"name": "attention_kl"},
+    {"name": "value_relation"},
+]
+NAMES = ["hidden_mse", "hidden_cosine", "hidden_normalized_mse", "hidden_mse_2", "hidden_relation", "attention_kl"]
+
+
+def eager(*models):
+    for model in models:
+        model.set_attn_implementation("eager")
+    return models
+
+
+@pytest.fixture
+def make(make_trainer):
+    """As make_trainer, with eager attention and every loss on features."""
+
+    def trainer(kind="llama", **options):
+        student, teacher = eager(build(kind, 0), build(kind, 1, layers=3, width=48))
+        if "model_init" not in options:
+            options.setdefault("model", student)
+        return make_trainer(kind, **{"teacher": teacher, "losses": EVERY} | options)
+
+    return trainer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splitting_a_batch_changes_neither_loss_nor_gradient_of_features(make, kind):
+    whole, gradient = one_step(make, kind, 8, 1)
+    split, pieces = one_step(make, kind, 2, 4)
+    for name in NAMES:
+        assert split[f"{name}_loss"] == pytest.approx(whole[f"{name}_loss"], rel=1e-5)
+    assert any("projectors" in name for name in gradient)
+    assert any("mappings" in name for name in gradient)
+    for name in gradient:
+        torch.testing.assert_close(pieces[name], gradient[name], rtol=1e-3, atol=1e-5)
+        assert gradient[name].abs().sum() > 0 or "bias" in name or "head" in name, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_padding_side_changes_no_feature(make, kind):
+    logs = [one_step(make, kind, 4, 2, train_dataset=rows(kind, 8, pad=pad))[0] for pad in ("left", "right")]
+    for name in NAMES:
+        assert logs[0][f"{name}_loss"] == pytest.approx(logs[1][f"{name}_loss"], rel=1e-5)
+
+
+def test_a_term_is_the_mean_over_pairs_of_its_loss_on_what_the_models_return(make):
+    trainer = make(losses=[{"name": "hidden_mse", "layers": [[0, 1], [1, 2]]}])
+    metrics = trainer.evaluate()
+    batch = collate(trainer.eval_dataset)
+    asked = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    found = {}
+    with torch.no_grad():
+        for who, model in (("s", trainer.model), ("t", trainer.teacher.model)):
+            for i, block in enumerate(model.model.layers):
+                block.register_forward_hook(lambda _m, _a, out, key=(who, i): found.__setitem__(key, out))
+            model(**inputs)
+    projectors = sidecar_of(trainer.model).part("projectors", "hidden_mse")
+    terms = [
+        (projectors[f"{s}-{t}"](found["s", s])[asked] - found["t", t][asked]).square().mean()
+        for s, t in ((0, 1), (1, 2))
+    ]
+    assert metrics["eval_hidden_mse_loss"] == pytest.approx((sum(terms) / 2).item(), rel=1e-5)
+    others = 0.5 * metrics["eval_soft_loss"] + 0.5 * metrics["eval_hard_loss"]
+    assert metrics["eval_loss"] == pytest.approx(others + metrics["eval_hidden_mse_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_a_student_that_is_its_teacher_below_the_cut_costs_exactly_nothing(make_trainer, kind):
+    teacher = eager(build(kind, 1, layers=3))[0].eval()
+    student = cut_student(teacher, [0, 1])
+    losses = [{"name": name, "layers": [[0, 0], [1, 1]]} for name in {n.removesuffix("_2") for n in NAMES}]
+    metrics = make_trainer(kind, model=student, teacher=teacher, losses=losses).evaluate()
+    for loss in losses:
+        assert metrics[f"eval_{loss['name']}_loss"] == 0, loss
+    assert metrics["eval_kl"] > 0
+
+
+@pytest.mark.parametrize(("heads", "key_value"), [((4, 2), (2, 1)), ((2, 6), (1, 3)), ((4, 3), (4, 1))])
+def test_models_of_different_heads_depths_and_widths_are_trained_padded_on_any_side(make, heads, key_value):
+    def model(n, kv, layers, width):
+        config = build("llama", layers=layers, width=width).config
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim = n, kv, 8
+        return eager(type(build("llama"))(config))[0]
+
+    logs = []
+    for pad in ("left", "right"):
+        torch.manual_seed(0)
+        student, teacher = model(heads[0], key_value[0], 2, 32), model(heads[1], key_value[1], 5, 48)
+        logs.append(
+            one_step(make, "llama", 4, 2, model=student, teacher=teacher, train_dataset=rows("llama", 8, pad=pad))
+        )
+    for name in NAMES:
+        assert logs[0][0][f"{name}_loss"] == pytest.approx(logs[1][0][f"{name}_loss"], rel=1e-5)
+        assert logs[0][0][f"{name}_loss"] > 0
+
+
+def test_the_loss_in_the_outputs_is_the_whole_loss(make):
+    trainer = make()
+    loss, outputs = trainer.compute_loss(trainer.model, collate(trainer.eval_dataset), return_outputs=True)
+    assert outputs["loss"] == loss
+
+
+def test_a_projector_is_built_where_widths_differ_or_where_asked_for(make_trainer):
+    def parts(width, **options):
+        trainer = make_trainer(teacher=build("llama", 1, width=width), losses=[{"name": "hidden_mse"}], **options)
+        return {name: tuple(p.shape) for name, p in sidecar_of(trainer.model).named_parameters()}
+
+    assert parts(32) == {}
+    name = "parts.projectors.hidden_mse.{}.{}.weight"
+    assert parts(48) == {name.format(pair, 0): (48, 32) for pair in ("0-0", "1-1")}
+    assert parts(32, projectors="linear") == {name.format(pair, 0): (32, 32) for pair in ("0-0", "1-1")}
+    mlp = parts(48, projectors={"kind": "mlp"})
+    assert {mlp[name.format("0-0", 0)], mlp[name.format("0-0", 2)]} == {(48, 32), (48, 48)}
+
+
+@pytest.mark.parametrize("width", [32, 48, 24])
+def test_projectors_start_orthogonal_or_as_the_identity(make_trainer, width):
+    for init in ("orthogonal", "identity"):
+        trainer = make_trainer(
+            teacher=build("llama", 1, width=width),
+            losses=[{"name": "hidden_mse"}],
+            projectors={"kind": "linear", "init": init},
+        )
+        (weight, _) = [p.detach() for p in sidecar_of(trainer.model).parameters()]
+        expected = torch.eye(width, 32)
+        if init == "identity":
+            assert torch.equal(weight, expected)
+        else:
+            small = weight @ weight.T if width <= 32 else weight.T @ weight
+            torch.testing.assert_close(small, torch.eye(min(width, 32)), atol=1e-5, rtol=0)
+
+
+CHECKPOINTS = dict(save_strategy="steps", save_steps=2, max_steps=4, learning_rate=1e-2)
+
+
+def whole_state(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_straight_run_bit_for_bit_projectors_included(make, tmp_path, kind):
+    straight = make(kind, folder="straight", **CHECKPOINTS)
+    straight.train()
+    resumed = make(kind, folder="resumed", **CHECKPOINTS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    expected, got = whole_state(straight), whole_state(resumed)
+    assert any("distill_sidecar" in name for name in expected)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_no_projector_leaves_with_the_model(make, tmp_path):
+    trainer = make(**CHECKPOINTS)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.model.save_pretrained(tmp_path / "by_hand")
+    clean = build("llama").state_dict().keys()
+    for folder in ("saved", "by_hand", "out/checkpoint-4"):
+        assert load_file(tmp_path / folder / "model.safetensors").keys() == clean
+    assert not (tmp_path / "saved" / FILE).exists()
+    assert (
+        load_file(tmp_path / "out/checkpoint-4" / FILE).keys()
+        == dict(sidecar_of(trainer.model).named_parameters()).keys()
+    )
+
+
+def test_the_best_model_comes_back_with_its_projectors(make, tmp_path):
+    evaluations = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True)
+    trainer = make(**CHECKPOINTS, **evaluations, metric_for_best_model="eval_loss")  # the worst is the first
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    saved = load_file(best / FILE)
+    own = dict(sidecar_of(trainer.model).named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in saved.items())
+    expected = next(log["eval_loss"] for log in trainer.state.log_history if log.get("eval_loss") and log["step"] == 2)
+    assert best.name == "checkpoint-2"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_loading_warns_of_no_missing_key(make, tmp_path, caplog):
+    make(**CHECKPOINTS).train()
+    make(**CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert "missing keys" not in caplog.text
+
+
+def test_a_checkpoint_without_these_projectors_is_refused(make, tmp_path):
+    make(**CHECKPOINTS, losses=None).train()
+    with pytest.raises(DistillError, match=r"checkpoint-2 has no sidecar.safetensors"):
+        make(**CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    make(folder="other", **CHECKPOINTS, losses=[{"name": "hidden_mse", "layers": "last:1"}]).train()
+    with pytest.raises(
+        DistillError, match="resume with the `losses`, `projectors` and teacher of the run that wrote it"
+    ):
+        make(**CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2"))
+
+
+def groups_of(trainer):
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    return [{**g, "names": {names[id(p)] for p in g["params"]}} for g in trainer.optimizer.param_groups]
+
+
+def test_projectors_have_their_own_learning_rate_and_weight_decay(make):
+    trainer = make(projectors={"learning_rate": 0.5, "weight_decay": 0.25}, max_steps=1, weight_decay=0.1)
+    trainer.train()
+    groups = groups_of(trainer)
+    assert [g["initial_lr"] for g in groups] == [5e-5, 5e-5, 0.5]
+    assert groups[2]["weight_decay"] == 0.25
+    assert groups[2]["names"] == {n for n, _ in trainer.model.named_parameters() if "distill_sidecar" in n}
+    assert not any("distill_sidecar" in n for g in groups[:2] for n in g["names"])
+
+
+def test_without_settings_projectors_are_optimized_as_the_student(make):
+    trainer = make(max_steps=1)
+    trainer.train()
+    groups = groups_of(trainer)
+    assert len(groups) == 2
+    assert any("projectors" in n for n in groups[0]["names"])
+
+
+def test_clipping_counts_projectors(make):
+    norms = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+            assert any("distill_sidecar" in n and p.grad.abs().sum() > 0 for n, p in model.named_parameters())
+
+    trainer = make(max_steps=1, max_grad_norm=0.01, callbacks=[Watch()])
+    trainer.train()
+    assert norms[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_optimizer_of_ones_own_gets_the_projectors(make):
+    student = eager(build("llama"))[0]
+    own = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = make(model=student, optimizers=(own, None), projectors={"learning_rate": 0.5}, max_steps=1)
+    trainer.train()
+    assert [g["initial_lr"] for g in own.param_groups] == [0.1, 0.5]
+    own = torch.optim.SGD(student.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(own, lambda _: 1.0)
+    with pytest.raises(DistillError, match="scheduler that was made before what is trained beside the student"):
+        make(model=student, optimizers=(own, scheduler))
+
+
+def test_an_optimizer_made_by_deepspeed_is_refused_beside_settings_of_projectors(make):
+    trainer = make(projectors={"learning_rate": 0.5})
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
+    with pytest.raises(DistillError, match="DeepSpeed's config makes the optimizer: remove its `optimizer` section"):
+        trainer.wear(trainer.distiller.features)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_activation_checkpointing_changes_nothing(make, kind):
+    plain, gradient = one_step(make, kind, 4, 1)
+    again, same = one_step(make, kind, 4, 1, activation_checkpointing=True)
+    assert again["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    for name in gradient:
+        torch.testing.assert_close(same[name], gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_hide_the_graph(make):
+    trainer = make(
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": True},
+        losses=[{"name": "value_relation"}],
+    )
+    with pytest.raises(DistillError, match='"use_reentrant": False'):
+        trainer.train()
+
+
+def test_an_adapter_is_trained_with_projectors_and_saved_without(make, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def adapted():
+        return get_peft_model(eager(build("llama"))[0], LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+    straight = make(model=adapted(), folder="straight", **CHECKPOINTS)
+    straight.train()
+    resumed = make(model=adapted(), folder="resumed", **CHECKPOINTS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    expected, got = whole_state(straight), whole_state(resumed)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert not any("sidecar" in key for key in load_file(tmp_path / "straight/checkpoint-4/adapter_model.safetensors"))
+    assert PeftModel.from_pretrained(build("llama"), tmp_path / "straight" / "checkpoint-4")
+    fresh = dict(adapted().named_parameters())
+    moved = [n for n, p in expected.items() if "sidecar" in n or not torch.equal(p, fresh[n])]
+    assert all("lora" in n or "sidecar" in n for n in moved)
+
+
+def test_model_init_gives_each_model_new_projectors(make):
+    trainer = make(model_init=lambda: eager(build("llama"))[0], max_steps=1)
+    first = sidecar_of(trainer.model)
+    trainer.train()
+    assert sidecar_of(trainer.model) is not first
+
+
+def test_a_second_trainer_takes_the_first_ones_projectors_off(make, make_trainer):
+    student = eager(build("llama"))[0]
+    make(model=student)
+    assert sidecar_of(student) is not None
+    make_trainer(model=student)
+    assert sidecar_of(student) is None
+    assert not any("sidecar" in name for name, _ in student.named_parameters())
+
+
+def test_a_learned_mapping_starts_at_stretch_and_logs_what_it_chose(make):
+    trainer = make(losses=[{"name": "hidden_mse", "layers": "learned", "weight": 10}], learning_rate=0.1, max_steps=20)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "hidden_mse_layer_0" in log]
+    first, end = logs[0], logs[-1]
+    shares = [0.9, 0.05, 0.05]
+    assert first["hidden_mse_layer_0"] == pytest.approx(sum(i * s for i, s in enumerate(shares)), rel=1e-5)
+    assert first["hidden_mse_layer_1"] == pytest.approx(2 - first["hidden_mse_layer_0"], rel=1e-5)
+    assert abs(end["hidden_mse_layer_1"] - first["hidden_mse_layer_1"]) > 0.05
+
+
+def test_batches_with_nothing_asked_cost_no_feature_anything(make):
+    data = rows("llama", 4, seed=5)
+    silent = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data[:2]]
+    expected = make(eval_dataset=data).evaluate()
+    trainer = make(per_device_eval_batch_size=2, eval_dataset=[*data, *silent], train_dataset=silent * 4, max_steps=1)
+    got = trainer.evaluate()
+    for name in NAMES:
+        assert got[f"eval_{name}_loss"] == pytest.approx(expected[f"eval_{name}_loss"], rel=1e-5)
+    trainer.train()
+    assert math.isnan(trainer.state.log_history[0]["loss"])
+
+
+def test_evaluation_with_logits_kept_says_the_same(make):
+    short, whole = make().evaluate(), make(compute_metrics=lambda p: {}).evaluate()
+    for name in ("loss", *(f"{n}_loss" for n in NAMES)):
+        assert whole[f"eval_{name}"] == pytest.approx(short[f"eval_{name}"], rel=1e-6)
+
+
+def test_mixed_precision_compares_features_in_float32(make):
+    logs = []
+    for bf16 in (False, True):
+        trainer = make(bf16=bf16, use_cpu=True, max_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    for name in NAMES:
+        assert logs[1][f"{name}_loss"] == pytest.approx(logs[0][f"{name}_loss"], rel=0.03)
+
+
+class LogitsAlone(Teacher):
+    def __call__(self, inputs, targets, wanted):
+        return Signals(Logits(torch.zeros(len(targets), 97)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"losses": [{"name": "hidden_mse", "layers": [[0, 9]]}]},
+            r"hidden_mse: .*\[\[0, 9\]\] do not exist.*teacher 0 to 2",
+        ),
+        ({"losses": [{"name": "hidden_mse", "layers": "last:3"}]}, "last:3 needs 3 layers"),
+        ({"losses": [{"name": "hidden_mse", "layers": "firs"}]}, "it must be uniform, stretch"),
+        ({"losses": [{"name": "hidden_mse", "layer": "stretch"}]}, "no option 'layer'; did you mean 'layers'"),
+        ({"losses": [{"name": "js", "layers": "stretch"}]}, "'js' has no option 'layers'"),
+        ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of blocks, no encoder"),
+        ({"losses": [{"name": "hidden_mse", "stack": "head"}]}, "stack 'head'; it must be encoder or decoder"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": "none"}, "are 32 wide and the teacher's 48"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": "lineal"}, "kind 'lineal'; it must be one of auto, linear"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": {"lr": 1}}, "projectors has no field 'lr'"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": {"learning_rate": -1}}, "learning_rate -1; it must be"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": '{"kind": }'}, "projectors is not JSON"),
+        ({"losses": [{"name": "hidden_mse"}], "teacher": LogitsAlone()}, "A LogitsAlone tells logits and no features"),
+        ({"divergence": "hidden_mse"}, "divergence is 'hidden_mse', which does not look at the teacher's logits"),
+    ],
+)
+def test_bad_input_is_refused_with_what_was_given_and_what_is_possible(make, options, message):
+    with pytest.raises(DistillError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_maps_of_sdpa_attention_are_refused_and_the_model_is_named(make, who):
+    fast = build("llama", layers=3)
+    options = {"model": fast} if who == "student" else {"teacher": fast}
+    with pytest.raises(
+        DistillError, match=f"the {who}'s sdpa attention never makes. Load the {who} with attn_impl.*eager"
+    ):
+        make(losses=[{"name": "attention_kl"}], **options)
+    make(losses=[{"name": "value_relation"}], **options).evaluate()
+
+
+def test_all_problems_are_told_at_once(make):
+    losses = [{"name": "hidden_mse", "layers": [[0, 9]]}, {"name": "hidden_cosine", "layers": [[9, 0]]}]
+    with pytest.raises(DistillError, match=r"\[\[0, 9\]\].*\[\[9, 0\]\]"):
+        make(losses=losses)
+
+
+def test_a_config_of_features_survives_a_command_line(tmp_path):
+    from transformers import HfArgumentParser
+
+    from hf_distill import DistillConfig
+
+    line = ["--output_dir", str(tmp_path), "--losses", json.dumps(EVERY), "--projectors", '{"learning_rate": 1e-3}']
+    (config,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(line)
+    assert config.losses == EVERY
+    assert config.projectors == {"learning_rate": 1e-3}

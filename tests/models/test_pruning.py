@@ -1,0 +1,120 @@
+import pytest
+import torch
+from tiny import build, collate, rows
+from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
+
+from hf_distill import DistillError, block_influence, cut_student
+from hf_distill.models.pruning import find_blocks, most_influential
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llama", "model.layers"), ("gpt2", "transformer.h"), ("bert", "bert.encoder.layer")]
+)
+def test_blocks_are_found_without_a_table_of_names(kind, name):
+    found, blocks = find_blocks(build(kind, layers=3))
+    assert (found, len(blocks)) == (name, 3)
+
+
+def test_two_lists_of_blocks_are_told_not_guessed():
+    with pytest.raises(DistillError, match=r"encoder.block \(2\), .*decoder.block \(2\)"):
+        find_blocks(build("t5"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_block_influence_is_one_minus_the_mean_cosine_of_a_blocks_input_and_output(kind):
+    model, batch = build(kind, layers=3).eval(), collate(rows(kind, 5))
+    with torch.no_grad():
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        states = []
+        _name, blocks = find_blocks(model)
+        handles = [
+            b.register_forward_hook(lambda m, a, o: states.append((a[0], o[0] if isinstance(o, tuple) else o)))
+            for b in blocks
+        ]
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+    real = batch["attention_mask"].bool()
+    expected = [
+        1
+        - sum(float(torch.dot(x, y) / x.norm() / y.norm()) for x, y in zip(a[real], b[real], strict=True))
+        / int(real.sum())
+        for a, b in states
+    ]
+    got = block_influence(model, [collate(rows(kind, 5)[:2]), collate(rows(kind, 5)[2:])])
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_block_that_changes_nothing_has_no_influence():
+    model = build("llama", layers=3)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    influence = block_influence(model, [collate(rows("llama", 4))])
+    assert influence[1] == pytest.approx(0, abs=1e-6)
+    assert most_influential(influence, 2) == [0, 2]
+    assert model.training
+    assert not any(block._forward_hooks for block in model.model.layers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_a_cut_student_computes_what_the_teacher_without_those_blocks_does(kind):
+    teacher, batch = build(kind, layers=4).eval(), collate(rows(kind, 3))
+    student = cut_student(teacher, [0, 3]).eval()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    logits = student(**inputs).logits
+    assert student.config.num_hidden_layers == 2
+    assert teacher.config.num_hidden_layers == 4
+    _name, blocks = find_blocks(teacher)
+    for i in (2, 1):
+        del blocks[i]
+    torch.testing.assert_close(
+        logits, teacher(**inputs, use_cache=False).logits if kind != "bert" else teacher(**inputs).logits
+    )
+
+
+def test_keeping_every_block_is_a_copy():
+    teacher = build("llama", layers=3)
+    student = cut_student(teacher, [2, 0, 1])
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, student.state_dict()[name])
+        assert value.data_ptr() != student.state_dict()[name].data_ptr()
+
+
+def test_a_cut_student_generates_and_is_loaded_again(tmp_path):
+    student = cut_student(build("llama", layers=4), [1, 2]).eval()
+    ids = collate(rows("llama", 1))["input_ids"][:, :5]
+    cached = student.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    plain = student.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+    student.save_pretrained(tmp_path)
+    assert len(type(student).from_pretrained(tmp_path).model.layers) == 2
+
+
+def test_lists_with_an_entry_a_block_are_cut_too():
+    small = dict(vocab_size=97, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    teacher = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, num_hidden_layers=4))
+    kinds = teacher.config.layer_types
+    student = cut_student(teacher, [1, 2, 3])
+    assert student.config.layer_types == [kinds[1], kinds[2], kinds[3]]
+
+
+def test_tied_heads_stay_tied():
+    config = OPTConfig(
+        vocab_size=97, hidden_size=16, ffn_dim=16, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    student = cut_student(OPTForCausalLM(config), [0, 2])
+    assert student.lm_head.weight.data_ptr() == student.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("layers", [[], [0, 0], [4], [-1]])
+def test_wrong_blocks_are_refused(layers):
+    with pytest.raises(DistillError, match="from 0 to 3"):
+        cut_student(build("llama", layers=4), layers)
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(DistillError, match="keep_layers is 9; the teacher has 3 blocks"):
+        most_influential([0.1, 0.2, 0.3], 9)
+    with pytest.raises(DistillError, match="at least one batch"):
+        block_influence(build("llama"), [])

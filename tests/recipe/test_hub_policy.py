@@ -1,0 +1,195 @@
+"""Recipes of strangers: what they may not say is refused in words before anything is fetched for it, run or written."""
+
+import os
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import Hub
+from transformers import TrainingArguments
+
+from hf_distill import DistillError
+from hf_distill.recipe import list_recipes, load_recipe
+from hf_distill.recipe.hub_policy import HARMLESS, KNOWN, REFUSED, untrusted
+from hf_distill.trainer.config import CARE
+
+GOOD = """\
+# A recipe of a stranger.
+student: {model: org/student}
+teacher: {model: org/teacher}
+data: {task: {path: org/data}, eval: {holdout: 0.1}}
+train: {output_dir: runs/x, learning_rate: 1e-4}
+"""
+
+
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def put(hub: Hub, text: str, **beside: str) -> str:
+    """The address of a recipe in a new repository, other files beside it."""
+    files = {"a/recipe.yaml": text} | {name.replace("__", "/"): content for name, content in beside.items()}
+    hub.put("models", "stranger/recipes", {name: content.encode() for name, content in files.items()})
+    return "hf://stranger/recipes/a/recipe.yaml"
+
+
+def changed(**parts) -> str:
+    """The good recipe with other values at dotted places, `__` for the dot."""
+    values = yaml.safe_load(GOOD)
+    for place, value in parts.items():
+        *parents, last = place.split("__")
+        inner = values
+        for name in parents:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return yaml.safe_dump(values)
+
+
+def bomb() -> str:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    return "\n".join(levels)
+
+
+HOSTILE = {
+    "runs a constructor": ("student: !!python/object/apply:os.system ['touch pwned']", "python/object/apply"),
+    "imports a module": ("student: !!python/module:antigravity", "python/module"),
+    "hides a path in binary": (GOOD.replace("org/student", "!!binary L2V0Yy9wYXNzd2Q="), "'binary'"),
+    "is an alias bomb": (bomb(), "once its aliases are written out"),
+    "contains itself": ("a: &a [*a]", "part of"),
+    "is nested without end": ("[" * 5000, "levels deep"),
+    "is too large": ("# " + "x" * 300_000, "at most"),
+    "gives a key twice": (GOOD + "train: {output_dir: /etc}\n", "twice"),
+    "trusts remote code": (changed(student__trust_remote_code=True), "no recipe says that"),
+    "loads a local model": (changed(teacher__model="/etc/secret"), "no id on the Hub"),
+    "climbs to a local model": (changed(teacher__model="../../secret"), "no id on the Hub"),
+    "names a folder that is here": (changed(teacher__model="here"), "a folder on this machine"),
+    "imports a package to find a model": (changed(teacher__model="package:os.path/x.gguf"), "installed package"),
+    "climbs out of a package": (changed(teacher__model="package:yaml/../x.gguf"), "installed package"),
+    "runs a kernel of the Hub": (changed(teacher__attn_implementation="evil/kernel"), "downloaded and run"),
+    "matches a pattern for ever": (changed(student__lora={"target_modules": "(a+)+$"}), "for ever"),
+    "reads a local file": (changed(data__task={"path": "/etc/hosts.txt"}), "leads out of the repository"),
+    "climbs out of its repository": (changed(data__task={"path": "../../../x.jsonl"}), "leads out of the repository"),
+    "reads the home": (changed(data__task={"path": "~/secret.jsonl"}), "leads out of the repository"),
+    "reads a local folder": (changed(data__task={"path": "/home"}), "a folder on this machine"),
+    "reads the internet": (changed(data__task={"path": "https://evil.example/x"}), "no id on the Hub"),
+    "reads a bucket": (changed(data__task={"path": "hf://spaces/evil/x"}), "no address"),
+    "evaluates a local file": (changed(data__eval={"path": "/etc/x.csv"}), "leads out of the repository"),
+    "writes elsewhere": (changed(train__output_dir="/tmp/x"), "not inside runs/"),
+    "reads a template": (changed(data__chat_template="/etc/x.jinja"), "is a file on this machine"),
+    "climbs to write": (changed(train__output_dir="runs/../.git"), "not inside runs/"),
+    "writes to a hidden folder": (changed(train__output_dir="runs/.ssh"), "not inside runs/"),
+    "pushes to an account": (changed(train__push_to_hub=True, train__hub_model_id="evil/x"), "its user's to say"),
+    "brings a token": (changed(train__hub_token="hf_x"), "holds no secrets"),
+    "logs into an account": (changed(train__report_to="wandb"), "your accounts"),
+    "logs into all accounts": (changed(train__report_to="all"), "your accounts"),
+    "reads a pickled checkpoint": (changed(train__resume_from_checkpoint="/tmp/x"), "its user's to say"),
+    "compiles by another backend": (changed(train__torch_compile_backend="evil"), "its user's to say"),
+    "reads a config of the machine": (changed(train__fsdp_config="/etc/x.json"), "a file on this machine"),
+    "starts a thousand processes": (changed(train__dataloader_num_workers=1000), "at most 64"),
+    "reads DeepSpeed of the machine": (changed(train__deepspeed="/etc/ds.json"), "leads out of the repository"),
+    "reads DeepSpeed from a hidden folder": (changed(train__deepspeed=".vscode/tasks.json"), "no hidden folder"),
+    "reads DeepSpeed from a script": (changed(teacher__deepspeed="ds/run.sh"), "give a .json file"),
+    "offloads to a disk": (
+        changed(teacher__deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}),
+        "offload to a disk",
+    ),
+    "lets DeepSpeed write": (
+        changed(train__deepspeed={"flops_profiler": {"enabled": True, "output_file": "/tmp/x"}}),
+        "names a place",
+    ),
+    "reads a local cache": (changed(teacher={"kind": "cached", "path": "/srv/cache"}), "a place on this machine"),
+    "extends a file": ("extends: ../../secret.yaml\n" + GOOD, "no packaged recipe"),
+    "hides a stage": (
+        changed(
+            stages=[
+                {"student": {"model": "org/a"}, "train": {"hub_revision": "x"}},
+                {"student": {"model": "org/student"}},
+            ]
+        ),
+        "stages.1.train.hub_revision",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_strangers_recipe_that(hub, tmp_path, what):
+    """...is refused with a line that names what is wrong; nothing is executed, written, or read from this machine."""
+    text, why = HOSTILE[what]
+    (tmp_path / "here").mkdir()
+    before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
+    with pytest.raises(DistillError) as caught:
+        load_recipe(put(hub, text))
+    assert why in str(caught.value)
+    assert {path for path in tmp_path.rglob("*") if "hf" not in path.parts} == before
+    asked = {path for _, path in hub.requests}
+    assert all("stranger/recipes" in path for path in asked), asked
+
+
+def test_twenty_five_and_more_are_tried():
+    assert len(HOSTILE) >= 25
+
+
+def test_a_harmless_one_is_loaded_at_its_commit(hub):
+    at = put(hub, GOOD)
+    recipe = load_recipe(at)
+    commit = hub.repos["models", "stranger/recipes"].at("main")
+    assert recipe.origin == f"hf://stranger/recipes@{commit}/a/recipe.yaml"
+    assert load_recipe(at, ["train.output_dir=/tmp/mine", "train.report_to=wandb"]).train.output_dir == "/tmp/mine"
+
+
+def test_an_origin_cannot_be_forged(hub):
+    assert "forged" not in str(load_recipe(put(hub, GOOD + "origin: hf://forged/x/a.yaml\n")).origin)
+
+
+def test_a_recipe_of_ones_own_may_say_all_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(changed(teacher__model="/srv/model", train__output_dir="/srv/run"))
+    assert load_recipe("own.yaml").teacher.model == "/srv/model"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_packaged_recipes_would_be_trusted_from_the_hub_too(name):
+    assert untrusted(load_recipe(name)) == []
+
+
+def test_each_field_of_a_training_is_decided_upon():
+    """A field that a new version of transformers brings is refused until somebody looks at it; so is this test."""
+    named = {field.name for field in fields(TrainingArguments) if field.init}
+    assert named | {*CARE, "early_stopping_patience"} == KNOWN
+    assert not HARMLESS & REFUSED
+
+
+def test_files_beside_it_are_those_of_its_own_commit(hub):
+    zero = '{"zero_optimization": {"stage": 3}}'
+    text = changed(teacher__deepspeed="../ds/t.json", data__task={"path": "rows.jsonl"}, data__eval={"holdout": 0.1})
+    at = put(hub, text, ds__t_json="x", **{"ds__t.json": zero, "a__rows.jsonl": '{"text": "a"}\n'})
+    recipe = load_recipe(at)
+    commit = hub.repos["models", "stranger/recipes"].at("main")
+    assert recipe.teacher.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert recipe.data.task.path == f"hf://stranger/recipes@{commit}/a/rows.jsonl"
+    hub.put("models", "stranger/recipes", {"a/recipe.yaml": text.encode()})  # another commit, without them
+    assert load_recipe(f"hf://stranger/recipes@{commit}/a/recipe.yaml").teacher.deepspeed == recipe.teacher.deepspeed
+    with pytest.raises(DistillError, match=r"has no file 'ds/t.json'"):
+        load_recipe(at)
+
+
+def test_templates_stay_text(hub):
+    recipe = load_recipe(put(hub, changed(train__run_name="{{ cycler.__init__.__globals__.os.system('touch x') }}")))
+    assert recipe.train.run_name.startswith("{{")
+    assert not os.path.exists("x")
+
+
+def test_what_is_wrong_is_told_at_once(hub):
+    text = textwrap.dedent("""\
+        student: {model: /a}
+        teacher: {model: /b}
+        data: {task: {path: /c}, eval: {holdout: 0.1}}
+        train: {output_dir: /d, hub_model_id: e/f}
+        """)
+    with pytest.raises(DistillError) as caught:
+        load_recipe(put(hub, text))
+    assert len(str(caught.value).splitlines()) == 6

@@ -1,0 +1,160 @@
+"""A recipe's teacher on disk: written from the recipe, read by it, and by no other."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_distill import DistillError
+from hf_distill.cache import open_cache
+from hf_distill.cli import app
+from hf_distill.planning import plan
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.load import validate
+from hf_distill.runner.cache_writer import compare_with_teacher, write_recipe_cache
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A small source; the working folder is a fresh one."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": f"The number {i} times {i} is {i * i}, and not {i * i + 1}. " * 3}) for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    return ["data.task.path=texts.jsonl", "train.learning_rate=0.01", "train.logging_steps=1"]
+
+
+def recipe(texts, *overrides, name="cached"):
+    return load_recipe(name, [*texts, *overrides], smoke=True)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["run"] == "student" and "loss" in line]
+
+
+def test_the_student_of_a_cache_is_the_student_of_its_source(texts, tmp_path):
+    options = ["teacher.path=c", "losses=[{name: hidden_cosine, weight: 0.1, layers: [[2, 3]]}]"]
+    write_recipe_cache(recipe(texts, *options), dtype="float32")
+    cached = run_recipe(recipe(texts, *options, "train.output_dir=cached"))
+    online = run_recipe(recipe(texts, *options, "teacher.online=true", "train.output_dir=online"))
+    assert losses(cached.folder) == pytest.approx(losses(online.folder), rel=1e-5)
+    for name in ("perplexity", "kl", "agreement", "hidden_cosine_loss"):
+        assert cached.models["student"][name] == pytest.approx(online.models["student"][name], rel=1e-4)
+        assert "kl" in cached.models["control"]
+    evidence = json.loads((cached.folder / "evidence.json").read_text())
+    assert evidence["caches"]["c"]["kind"] == "hidden"
+    assert evidence["caches"]["c"]["teacher"]["model"] == "smoke:llama/teacher"
+
+
+def test_packed_and_padded_runs_read_the_same_cache(texts, tmp_path):
+    (tmp_path / "chats.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": f"What is {i}?", "completion": " It is " + "very " * (i % 5)}) for i in range(40)
+        )
+    )
+    chats = [*texts, "data.task.path=chats.jsonl", "teacher.path=c"]
+    _, manifest = write_recipe_cache(recipe(chats))
+    assert manifest.data["examples"] == 40
+    packed = run_recipe(recipe(chats, "data.packing=true", "train.output_dir=packed"))
+    assert packed.models["student"]["kl"] > 0
+
+
+def test_another_length_is_refused_before_the_first_step_and_told(texts):
+    write_recipe_cache(recipe(texts, "teacher.path=c"))
+    with pytest.raises(DistillError, match=r"c lacks .* rows that were looked up.*max_length: 64 there, 48 here"):
+        run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48"))
+    asked = run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48", "teacher.fallback=online"))
+    assert asked.models["student"]["kl"] > 0
+
+
+def test_a_cut_off_capture_of_a_recipe_goes_on(texts, tmp_path):
+    _, whole = write_recipe_cache(recipe(texts, "teacher.path=whole"), shard_rows=8)
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_recipe_cache(recipe(texts, "teacher.path=part"), shard_rows=8, on_progress=stop)
+    assert len([*(tmp_path / "part").glob("*.arrow")]) == 1
+    _, again = write_recipe_cache(recipe(texts, "teacher.path=part"), shard_rows=8)
+    assert again.shards == whole.shards
+
+
+def test_its_teacher_says_the_same_again(texts, tmp_path):
+    write_recipe_cache(recipe(texts, "teacher.path=c"), kind="sampled", shard_rows=8)
+    found = compare_with_teacher(open_cache("c"), 10)
+    assert found["examples"] >= 10
+    assert found["identical"] == 1.0
+    manifest = open_cache("c").manifest
+    assert manifest.recipe["teacher"]["kind"] == "frozen"
+    lines = [json.dumps({"text": f"Other text altogether, {i}. " * 9}) for i in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DistillError, match="another fingerprint"):
+        compare_with_teacher(open_cache("c"), 10)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["teacher={kind: cached, path: nowhere}", "student={model: 'smoke:llama/student'}"], "nowhere is not a cache"),
+        (["teacher={kind: cached}"], "give the path of the cache"),
+        (["teacher={kind: cached, path: c, online: true}"], "give it as source"),
+        (["teacher={kind: cached, path: c}"], "a cache has no blocks"),
+        (["teacher={kind: cached, path: c, source: {kind: ema}}"], "its source is ema"),
+        (["teacher.fallback=online", "teacher.online=true"], "give one of them"),
+        (["on_policy={max_completion_length: 8}"], "no cache knows what the student will write"),
+    ],
+)
+def test_recipes_that_cannot_read_a_cache_are_refused(texts, overrides, why):
+    with pytest.raises(DistillError, match=why):
+        run_recipe(recipe(texts, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["teacher={kind: ema}", "student={model: 'smoke:llama/student'}"], "is ema and moves"),
+        (["losses=[{name: attention_kl}]"], "attention_kl needs attention"),
+        (["teacher={kind: cached, path: c}", "student={model: 'smoke:llama/student'}"], "has no source"),
+    ],
+)
+def test_recipes_whose_teacher_cannot_be_written_are_refused(texts, overrides, why):
+    with pytest.raises(DistillError, match=why):
+        write_recipe_cache(recipe(texts, *overrides), "c")
+
+
+def test_the_manifest_of_another_teacher_is_refused(texts):
+    write_recipe_cache(recipe(texts, "teacher.path=c"))
+    with pytest.raises(
+        DistillError, match=r"c was written by smoke:llama/teacher, and its source is smoke:qwen2/teacher"
+    ):
+        run_recipe(recipe(texts, "teacher.path=c", "teacher.source.model=smoke:qwen2/teacher"))
+
+
+def test_the_command_line_writes_verifies_and_runs(texts):
+    runner = CliRunner()
+    write = ["cache", "write", "cached", *texts, "--smoke", "-o", "c", "--kind", "sampled", "--draws", "6"]
+    done = runner.invoke(app, write)
+    assert done.exit_code == 0, done.output
+    assert "of kind sampled" in done.output
+    assert "tokens/s" in done.output
+    checked = runner.invoke(app, ["cache", "verify", "c", "--against-teacher", "4"])
+    assert "files are what was written" in checked.output
+    assert "100.0%" in checked.output
+    ran = runner.invoke(app, ["run", "cached", "--smoke", *texts, "teacher.path=c"])
+    assert ran.exit_code == 0, ran.output
+
+
+def test_a_plan_knows_caches(texts):
+    values = load_recipe("llama-70b-to-8b-nf4").model_dump(exclude_none=True, exclude_defaults=True)
+    online = plan(validate(values), 8, 80.0)
+    source = values["teacher"]
+    cached = plan(validate(values | {"teacher": {"kind": "cached", "path": "c", "source": source}}), 8, 80.0)
+    kinds = {kind.kind: kind.bytes_per_token for kind in online.caches.kinds}
+    assert kinds["hidden"] == pytest.approx(2 * 8192, rel=0.01)
+    assert kinds["sampled"] < 36
+    assert kinds["top_k"] < 200
+    assert 0.5 < online.caches.saved < 1
+    assert cached.cost.flop_per_token == pytest.approx((1 - online.caches.saved) * online.cost.flop_per_token)
+    assert cached.rows[0].parts.teacher < 0.1 * online.rows[0].parts.teacher
+    assert plan(load_recipe("ema"), 1, 80.0).caches is None

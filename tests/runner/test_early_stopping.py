@@ -1,0 +1,82 @@
+"""Early stopping: at the right evaluation, with the best checkpoint exported, and at the same step when resumed."""
+
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_distill import DistillError
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.runner.early_stopping import evaluations_since_best
+
+
+@pytest.mark.parametrize(
+    ("values", "greater", "since"),
+    [
+        ([], False, 0),
+        ([3.0, 2.0, 1.0], False, 0),
+        ([3.0, 2.0, 2.0, 2.5], False, 2),
+        ([1.0, 2.0, 1.5], True, 1),
+        ([1.0, math.nan, math.nan], False, 2),
+        ([math.nan, 1.0], False, 0),
+    ],
+)
+def test_evaluations_since_the_best_one(values, greater, since):
+    assert evaluations_since_best(values, greater) == since
+
+
+def recipe(folder, *overrides):
+    """Its learning rate is so high that the held-out loss rises after the first steps."""
+    words = [f"train.output_dir={folder}", "train.max_steps=12", "train.eval_steps=1", "train.eval_strategy=steps"]
+    words += ["train.early_stopping_patience=2", "train.learning_rate=0.3", "train.save_steps=null", "control=sft"]
+    return load_recipe("quickstart", [*words, "train.max_grad_norm=100", *overrides], smoke=True)
+
+
+class Stop(TrainerCallback):
+    """Ends the process where training has ended, before the student is saved."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_training_stops_exports_the_best_and_a_resumed_run_does_so_at_the_same_step(tmp_path):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    result = run_recipe(recipe(straight))
+    logs = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    for name, home in (("student", straight), ("control", straight / "control")):
+        own = [log for log in logs if log["run"] == name and "eval_loss" in log and log["step"]]
+        losses = {log["step"]: log["eval_loss"] for log in reversed(own)}  # the last one is of the exported student
+        best = min(losses, key=losses.get)
+        assert max(losses) == best + 2 < 12, losses
+        saved = load_file(home / f"checkpoint-{best}" / "model.safetensors")
+        exported = load_file(straight / name / "model.safetensors")
+        assert all(exported[key].equal(value) for key, value in saved.items())
+        if name == "student":
+            assert result.models[name]["loss"] == pytest.approx(losses[best], rel=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(cut), callbacks=[Stop()])
+    run_recipe(recipe(cut), resume=True)
+    for name in ("student", "control"):
+        one, other = (load_file(folder / name / "model.safetensors") for folder in (straight, cut))
+        assert all(one[key].equal(value) for key, value in other.items())
+
+
+PLAIN = "train={output_dir: x, eval_strategy: steps, eval_steps: 2, early_stopping_patience: 1}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.early_stopping_patience=0", "Input should be greater than or equal to 1"),
+        ("train.eval_strategy=no", "nothing is evaluated in training"),
+        ("train.save_strategy=epoch", "leave save_strategy out"),
+        ("train.save_steps=3", "save_steps 3 is no multiple of eval_steps 2"),
+        ("train.load_best_model_at_end=false", "the best checkpoint is exported"),
+    ],
+)
+def test_a_recipe_that_cannot_stop_early_is_refused(override, message):
+    with pytest.raises(DistillError, match=message):
+        load_recipe("quickstart", [PLAIN, override])
+    assert load_recipe("quickstart", [PLAIN]).train.early_stopping_patience == 1

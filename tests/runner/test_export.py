@@ -1,0 +1,98 @@
+"""Recipes whose teacher moves: what they leave, and that they resume."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_distill import DistillError
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.load import validate
+from hf_distill.teachers.mtp.heads import load_heads
+
+LEFT = {"online": "peer", "mutual": "peer", "ema": "ema", "snapshot": None, "multi-view": None, "mtp": None}
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_recipe_leaves_its_models_and_goes_on_where_it_was_stopped(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(name, ["train.output_dir=straight", "train.learning_rate=0.01"], smoke=True)
+    models = run_recipe(recipe).models
+    other = load_recipe(name, ["train.output_dir=stopped", "train.learning_rate=0.01"], smoke=True)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(other, callbacks=[StopAt()])
+    again = run_recipe(other, resume=True).models
+    for folder in ("student", *([LEFT[name]] if LEFT[name] else [])):
+        first, second = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / run / folder) for run in ("straight", "stopped")
+        )
+        assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+        assert AutoTokenizer.from_pretrained(tmp_path / "straight" / folder).eos_token == "<|end|>"
+    untimed = [{k: v for k, v in m["student"].items() if k != "train_seconds"} for m in (models, again)]
+    assert untimed[0] == untimed[1]
+    assert ("kl" in models["control"]) is False
+    assert models["control"]["perplexity"] > 1
+    if LEFT[name]:
+        assert models[LEFT[name]]["perplexity"] == models["student"]["teacher_perplexity"]
+    logs = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    logs = [log for log in logs if log["run"] == "student" and "loss" in log]
+    if name != "multi-view":
+        assert logs[-1]["teacher_distance"] > 0
+    if name == "mtp":
+        student = AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "student")
+        assert len(load_heads(student, tmp_path / "straight" / "student")) == 2
+
+
+SEVERAL = """
+student: {from_teacher: {keep_layers: 3}}
+teachers:
+  - {name: whole, model: some/model, weight: 3}
+  - {name: past, kind: ema, decay: 0.5}
+losses: [{name: reverse_kl, weight: 0.1, teacher: past}]
+data: {task: {path: "package:pydoc_data.topics"}, eval: {holdout: 0.1, max_rows: 4}}
+train: {output_dir: runs/several, learning_rate: 0.01}
+control: sft
+export: ema
+"""
+
+
+def test_a_recipe_with_several_teachers_trains_by_their_shares_and_plans(tmp_path, monkeypatch):
+    from hf_distill.planning import plan
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "several.yaml").write_text(SEVERAL)
+    recipe = load_recipe("several.yaml", smoke=True)
+    models = run_recipe(recipe).models
+    logs = [json.loads(line) for line in (tmp_path / "runs/several-smoke/metrics.jsonl").read_text().splitlines()]
+    log = next(log for log in logs if log["run"] == "student" and "loss" in log)
+    soft = 0.75 * log["soft_whole_loss"] + 0.25 * log["soft_past_loss"]
+    total = 0.5 * soft + 0.5 * log["hard_loss"] + 0.1 * log["reverse_kl_past_loss"]
+    assert log["loss"] == pytest.approx(total, rel=1e-3)
+    assert models["student"]["perplexity"] < models["before"]["perplexity"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs/several-smoke/ema").num_parameters() > 0
+    assert "the average, 4 bytes for each trained parameter" in plan(recipe, gpus=1, gpu_memory=80.0).advice
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"teachers": [{"name": "a", "model": "x/y", "kind": "mutual"}, {"name": "b", "model": "x/z"}]}, "symmetric"),
+        ({"teachers": [{"name": "a", "model": "x/y", "kind": "online"}, {"name": "b", "kind": "mtp"}]}, "room for one"),
+        ({"teachers": [{"name": "a", "model": "x/y"}, {"name": "a", "model": "x/z"}]}, "of different names"),
+        ({"teachers": [{"name": "a", "model": "x/y"}]}, "two or more"),
+        ({"teacher": {"model": "x/y"}}, "either teacher, or teachers"),
+        ({"losses": [{"name": "js", "teacher": "pasta"}]}, "did you mean 'past'"),
+        ({"teachers": [{"name": "a", "kind": "mtp", "weight": 2}, {"name": "b", "model": "x/z"}]}, "has no weight"),
+    ],
+)
+def test_teachers_of_a_recipe_that_make_no_sense_are_refused_before_anything_is_loaded(change, why):
+    with pytest.raises(DistillError, match=why):
+        validate(yaml.safe_load(SEVERAL) | change)

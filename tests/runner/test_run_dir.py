@@ -1,0 +1,190 @@
+"""A run's folder: nothing that is there is removed, one run writes at a time, checkpoints belong to their recipe."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from transformers import TrainerCallback
+
+from hf_distill import DistillError
+from hf_distill.core.locks import LOCK_FILE, lock_folder
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.runner.checkpoint_recipe import recorded_values, result_values
+from hf_distill.trainer.checkpoints import seal
+
+
+def recipe(folder, *overrides, smoke=True):
+    return load_recipe("quickstart", [f"train.output_dir={folder}", "control=null", *overrides], smoke=smoke)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """A run that was cut off after its checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(folder), callbacks=[Stop()])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_recipe(recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(cut, tmp_path):
+    return shutil.copytree(cut, tmp_path / "run")
+
+
+@pytest.mark.parametrize("smoke", [True, False])
+def test_no_run_removes_what_another_one_wrote(finished, smoke):
+    before = contents(finished)
+    with pytest.raises(DistillError, match=r"holds a run already \(.*--resume"):
+        run_recipe(recipe(finished, smoke=smoke))
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "student/notes.md", "checkpoint-7/notes.md", "evidence.json"])
+def test_a_project_folder_is_refused_rather_than_emptied(tmp_path, monkeypatch, name):
+    """Also where no recipe.yaml marks it as a run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(DistillError, match="holds a run already"):
+        run_recipe(recipe("."))
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+def test_a_run_that_was_refused_leaves_nothing_behind_and_the_users_files_alone(tmp_path):
+    refused = {"data.task.path": "missing.jsonl", "student": "{from_teacher: {keep_layers: 9}}"}
+    for key, value in refused.items():
+        with pytest.raises(DistillError):
+            run_recipe(recipe(tmp_path / "runs" / "x", f"{key}={value}"))
+        assert not any(tmp_path.iterdir()), key
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(DistillError):
+        run_recipe(recipe(tmp_path, "data.task.path=missing.jsonl"))
+    assert contents(tmp_path) == {"notes.md": b"mine"}
+
+
+def test_a_chain_that_was_refused_leaves_nothing_behind(tmp_path):
+    chain = load_recipe(
+        "progressive", [f"train.output_dir={tmp_path / 'c'}", "data.task.path=missing.jsonl"], smoke=True
+    )
+    with pytest.raises(DistillError):
+        run_recipe(chain)
+    assert not any(tmp_path.iterdir())
+
+
+def test_two_runs_do_not_share_a_folder(copy):
+    with lock_folder(copy, "a run"), pytest.raises(DistillError, match=r"Another process writes to .*: a run, process"):
+        run_recipe(recipe(copy), resume=True)
+    assert not (copy / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.optim=sgd", r"train.optim: \(not given\) -> \"sgd\""),
+        ("train.seed=7", "train.seed: 0 -> 7"),
+        ("train.max_steps=3", "train.max_steps: 4 -> 3(.|\n)*To train longer, start a new run from its student"),
+        ("train.learning_rate=0.5", "train.learning_rate: .* -> 0.5"),
+        ("train.dataloader_drop_last=true", "train.dataloader_drop_last"),
+        ("data.max_length=32", "data.max_length: 64 -> 32"),
+        ("distill.temperature=9", "distill.temperature: .* -> 9"),
+        ("student.from_teacher.keep_layers=2", "student.from_teacher.keep_layers: 3 -> 2"),
+    ],
+)
+@pytest.mark.parametrize("bound_by", ["recipe.yaml", "checkpoint"])
+def test_values_that_change_the_result_are_listed_and_refused(copy, override, line, bound_by):
+    if bound_by == "checkpoint":  # its recipe.yaml was lost, or never copied
+        (copy / "recipe.yaml").unlink()
+    before = contents(copy)
+    with pytest.raises(DistillError, match=line):
+        run_recipe(recipe(copy, override), resume=True)
+    assert contents(copy) == before
+
+
+def test_values_that_cannot_change_the_result_are_taken_and_the_recipe_stays(copy, finished):
+    written = (copy / "recipe.yaml").read_bytes()
+    changes = [
+        "train.logging_steps=2",
+        "train.save_steps=1",
+        "train.save_total_limit=2",
+        "train.dataloader_num_workers=1",
+    ]
+    changes += ["train.report_to=none", "train.per_device_eval_batch_size=1", "train.self_check=false"]
+    result = run_recipe(recipe(copy, *changes), resume=True)
+    assert (copy / "recipe.yaml").read_bytes() == written
+    assert (copy / "student" / "model.safetensors").read_bytes() == (
+        finished / "student" / "model.safetensors"
+    ).read_bytes()
+    assert result.models["student"]
+
+
+def test_without_its_recipe_file_a_run_goes_on_with_its_own_recipe(copy):
+    (copy / "recipe.yaml").unlink()
+    assert run_recipe(recipe(copy), resume=True).models["student"]
+    assert yaml.safe_load((copy / "recipe.yaml").read_text())["train"]["max_steps"] == 4
+
+
+def test_a_finished_run_is_never_rewritten_and_another_recipe_is_refused(finished):
+    before = contents(finished)
+    run_recipe(recipe(finished, "train.logging_steps=3"), resume=True)
+    with pytest.raises(DistillError, match=r"train\.seed"):
+        run_recipe(recipe(finished, "train.seed=7"), resume=True)
+    after = contents(finished)
+    assert {k: v for k, v in after.items() if k != LOCK_FILE} == {k: v for k, v in before.items() if k != LOCK_FILE}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "train: 5", "\x00"])
+def test_a_damaged_recipe_file_is_named_and_its_removal_helps(copy, text):
+    (copy / "recipe.yaml").write_text(text)
+    with pytest.raises(DistillError, match=r"recipe.yaml is damaged(.|\n)*remove it and resume"):
+        run_recipe(recipe(copy), resume=True)
+
+
+def test_a_checkpoint_of_a_script_and_a_folder_without_any_record_are_refused(copy):
+    state = copy / "checkpoint-2" / "trainer_state.json"
+    values = json.loads(state.read_text())
+    assert recorded_values(copy / "checkpoint-2") == result_values(recipe(copy))
+    del values["stateful_callbacks"]["RecipeRecord"]
+    state.write_text(json.dumps(values))
+    seal(copy / "checkpoint-2")
+    with pytest.raises(DistillError, match="checkpoint-2 was not written by a run of a recipe"):
+        run_recipe(recipe(copy), resume=True)
+    (copy / "recipe.yaml").unlink()
+    shutil.rmtree(copy / "checkpoint-2")
+    with pytest.raises(DistillError, match=r"no recipe\.yaml, and no checkpoint there records"):
+        run_recipe(recipe(copy), resume=True)
+
+
+def test_where_the_best_checkpoint_is_exported_or_a_stream_is_read_less_is_free():
+    plain = result_values(recipe("x"))
+    assert not {"train.save_steps", "train.output_dir", "train.dataloader_num_workers"} & plain.keys()
+    best = recipe("x", "train.load_best_model_at_end=true", "train.dataloader_num_workers=2")
+    assert "train.save_steps" in result_values(best)
+    best.data.task.streaming = True
+    assert result_values(best)["train.dataloader_num_workers"] == 2
+
+
+def test_every_key_that_is_free_is_a_key_of_train():
+    from hf_distill.recipe.losses import packaged_schema
+    from hf_distill.runner import checkpoint_recipe as binding
+
+    free = binding._LOGGING | binding._SAVING | binding._READING | binding._EVALUATION_MEMORY
+    known = packaged_schema()["properties"]["train"]["properties"].keys()
+    assert known | {"self_check"} >= free

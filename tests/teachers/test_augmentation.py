@@ -1,0 +1,395 @@
+"""Views against what they say, token by token, on rows of every kind and layout."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import build, collate, rows
+from transformers import DataCollatorWithFlattening
+
+from hf_distill import DistillError
+from hf_distill.core.signals import Targets
+from hf_distill.data import Collator, mix, mix_scheduled, pack, rows_of
+from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.teachers.multi_view import View, fill_token
+
+FILL = 1
+KINDS = {"llama": True, "bert": False, "token": False, "t5": False, "sequence": False}  # -> whether labels are shifted
+ALL = View(token_dropout=0.3, span_deletion=0.4, other_context=3)
+
+
+def seen_of(view: View, kind: str, batch: dict, step: int = 0) -> tuple[Targets, dict, Targets]:
+    """(targets of the batch, the batch in the view, its targets); the batch must stay as it was."""
+    before = {name: value.clone() for name, value in batch.items()}
+    targets = Targets.from_batch(batch, KINDS[kind])
+    seen, moved = view(batch, targets, step, FILL, encoder=kind == "t5")
+    assert batch.keys() == before.keys()
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+    return targets, seen, moved
+
+
+def own_tokens(batch: dict, row: int) -> list[int]:
+    return batch["input_ids"][row][batch["attention_mask"][row] != 0].tolist()
+
+
+def long_rows(count: int = 8, length: int = 500, prompt: int = 400, seed: int = 3) -> dict:
+    """Causal rows of distinct-looking tokens, of which the last are asked."""
+    ids = torch.randint(3, 97, (count, length), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("view", [View(token_dropout=0.3), View(span_deletion=0.4), View(other_context=3), ALL])
+def test_the_same_tokens_are_asked_in_every_view(kind, pad, view):
+    batch = collate(rows(kind, 6, pad=pad))
+    targets, seen, moved = seen_of(view, kind, batch)
+    assert torch.equal(moved.labels, targets.labels)
+    assert torch.equal(moved.rows, targets.rows)
+    again = Targets.from_batch(seen, KINDS[kind])
+    assert torch.equal(again.positions, moved.positions)
+    assert torch.equal(again.labels, moved.labels)
+    assert again.shape == moved.shape
+    if kind == "llama":
+        after = seen["input_ids"].flatten()[moved.positions + 1]
+        assert torch.all((after == moved.labels) | (after == FILL))
+        assert torch.all((after == FILL) <= (view.token_dropout > 0))
+    if kind in ("t5", "sequence"):
+        assert moved is targets
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_answer_a_view_at_the_positions_that_it_says(kind):
+    batch, model = collate(rows(kind, 4)), build(kind, 0).eval()
+    targets, seen, moved = seen_of(ALL, kind, batch)
+    logits = moved.pick(model(**seen).logits)
+    assert len(logits) == len(targets)
+    assert not torch.allclose(logits, targets.pick(model(**batch).logits))
+
+
+@torch.no_grad()
+def test_a_context_that_nothing_sees_changes_no_answer():
+    batch, model = collate(rows("llama", 4, pad="left")), build("llama", 0).eval()  # its positions are relative
+    targets, seen, moved = seen_of(View(other_context=4), "llama", batch)
+    added = (seen["attention_mask"].cumsum(1) <= 4) & (seen["attention_mask"] != 0)
+    seen["attention_mask"] = seen["attention_mask"].masked_fill(added, 0)
+    torch.testing.assert_close(moved.pick(model(**seen).logits), targets.pick(model(**batch).logits))
+
+
+def test_shares_are_met_over_many_tokens():
+    batch = long_rows()
+    _, seen, _ = seen_of(View(token_dropout=0.2), "llama", batch)
+    assert abs((seen["input_ids"] == FILL).double().mean() - 0.2) < 0.02
+    _, seen, _ = seen_of(View(span_deletion=0.3, span_length=4), "llama", batch)
+    hidden = seen["attention_mask"][:, 1:399] == 0
+    assert abs(hidden.double().mean() - 0.3) < 0.04
+    runs = (hidden[:, 1:] != hidden[:, :-1]).sum() / 2  # a span meets another in 3 of 10 cases
+    assert 0.8 < runs * 4 / 0.7 / hidden.sum() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("view", "changed"), [(View(token_dropout=0.3), "input_ids"), (View(span_deletion=0.3), "attention_mask")]
+)
+def test_a_row_is_seen_alike_in_every_batch_and_otherwise_at_another_step(view, changed):
+    row = {name: value[:1] for name, value in long_rows(length=60, prompt=40).items()}
+    zeros = torch.zeros(1, 7, dtype=torch.long)
+    _, alone, _ = seen_of(view, "llama", row)
+    found = alone[changed][0]
+    assert not torch.equal(found, row[changed][0])
+    for left, right in ((0, 7), (7, 0), (3, 4)):
+        values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        padded = {k: torch.nn.functional.pad(v, (left, right), value=values[k]) for k, v in row.items()}
+        other = long_rows(count=2, length=67, prompt=5, seed=9)
+        batch = {name: torch.cat([other[name], padded[name]]) for name in padded}
+        _, seen, _ = seen_of(view, "llama", batch)
+        assert torch.equal(seen[changed][2, left : 67 - right], found)
+        padding = batch["attention_mask"][2] == 0
+        assert torch.equal(seen[changed][2, padding], zeros[0])
+    bare = {name: value for name, value in row.items() if name != "attention_mask"}
+    assert torch.equal(seen_of(view, "llama", bare)[1][changed][0], found)
+    assert not torch.equal(seen_of(view, "llama", row, step=1)[1][changed][0], found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_only_context_is_hidden_and_a_row_keeps_its_first_token(kind, pad):
+    batch, hidden_ever = collate(rows(kind, 16, pad=pad)), 0
+    real = batch["attention_mask"] != 0
+    if kind == "llama":
+        batch["labels"][real.cumsum(1) <= 5] = -100
+    shown = {(row, int(real[row].nonzero()[0])) for row in range(16)}
+    if kind in ("llama", "bert", "token"):
+        for row, column in (batch["labels"] != -100).nonzero().tolist():
+            shown.add((row, column))
+            if kind == "llama" and column:
+                shown.add((row, column - 1))
+    for step in range(20):
+        targets = Targets.from_batch(batch, KINDS[kind])
+        view = View(token_dropout=0.9, span_deletion=0.9, span_length=2)
+        seen, _ = view(batch, targets, step, FILL, encoder=kind == "t5")
+        hidden = {tuple(at) for at in ((seen["attention_mask"] == 0) & real).nonzero().tolist()}
+        assert not hidden & shown
+        hidden_ever += len(hidden)
+        assert torch.equal(seen["attention_mask"][~real], batch["attention_mask"][~real])
+        assert torch.equal(seen["input_ids"][~real], batch["input_ids"][~real])
+        first = real.int().argmax(1, keepdim=True)
+        assert torch.equal(seen["input_ids"].gather(1, first), batch["input_ids"].gather(1, first))
+    assert hidden_ever > 100
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_a_row_stands_behind_the_first_tokens_of_the_next(pad):
+    batch = collate(rows("llama", 5, pad=pad)) | {"source": torch.zeros(5, 12, dtype=torch.long)}
+    mask = batch["attention_mask"]
+    batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    batch["token_type_ids"] = mask.clone()
+    _, seen, _ = seen_of(View(other_context=3), "llama", batch)
+    for row in range(5):
+        expected = own_tokens(batch, (row + 1) % 5)[:3] + own_tokens(batch, row)
+        assert own_tokens(seen, row) == expected
+        kept = seen["attention_mask"][row] != 0
+        assert seen["position_ids"][row][kept].tolist() == list(range(len(expected)))
+        assert seen["token_type_ids"][row][kept].tolist() == [0] * 3 + [1] * (len(expected) - 3)
+        assert seen["attention_mask"][row, 0 if pad == "right" else -1] == 1
+    assert seen["source"] is batch["source"]
+    shortest = int(mask.sum(1).min())
+    _, seen, _ = seen_of(View(other_context=99), "llama", batch)
+    assert seen["input_ids"].shape == (5, 12 + shortest)
+    bare = {name: batch[name][:2, -4:] for name in ("input_ids", "labels")}
+    assert "attention_mask" not in seen_of(View(other_context=2), "llama", bare)[1]
+
+
+def test_a_row_alone_has_no_other_context():
+    batch = collate(rows("llama", 1))
+    targets, seen, moved = seen_of(View(other_context=3), "llama", batch)
+    assert moved is targets
+    assert torch.equal(seen["input_ids"], batch["input_ids"])
+
+
+def test_what_is_added_is_neither_dropped_nor_changes_what_is_drawn():
+    batch = long_rows(count=3, length=40, prompt=30)
+    drop = View(token_dropout=0.5, span_deletion=0.3)
+    _, alone, _ = seen_of(drop, "llama", batch)
+    _, behind, _ = seen_of(View(token_dropout=0.5, span_deletion=0.3, other_context=6), "llama", batch)
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(behind[name][:, 6:], alone[name])
+    assert torch.equal(behind["input_ids"][:, :6], batch["input_ids"][:, :6].roll(-1, 0))
+
+
+def test_shifted_labels_of_a_collator_are_read():
+    batch = long_rows(count=3, length=40, prompt=20)
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    other = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "shift_labels": shifted}
+    _, seen, moved = seen_of(ALL, "llama", batch)
+    _, again, same = seen_of(ALL, "llama", other)
+    assert torch.equal(again["attention_mask"], seen["attention_mask"])
+    assert torch.equal(same.positions, moved.positions)
+    assert torch.equal(Targets.from_batch(again, True).positions, moved.positions)
+
+
+def packed_batch() -> dict:
+    documents = [{"input_ids": [5 + i] * size, "labels": [5 + i] * size} for i, size in enumerate((4, 9, 1, 6))]
+    return DataCollatorWithFlattening()(documents)
+
+
+def test_packed_documents_drop_tokens_but_not_their_first():
+    batch, ever = packed_batch(), torch.zeros(1, 20, dtype=torch.bool)
+    for step in range(30):
+        targets, seen, moved = seen_of(View(token_dropout=0.5), "llama", batch, step)
+        assert moved is targets
+        assert "attention_mask" not in seen
+        ever |= seen["input_ids"] == FILL
+    assert torch.equal(ever, batch["position_ids"] != 0)
+
+
+@pytest.mark.parametrize("name", ["span_deletion", "other_context"])
+def test_packed_rows_cannot_hide_or_add(name):
+    view = View.of({name: 0.5 if name == "span_deletion" else 2})
+    with pytest.raises(DistillError, match=f"view has {name}, which packed rows cannot have"):
+        seen_of(view, "llama", packed_batch())
+
+
+def paired(i: int) -> dict:
+    return {"prompt": f"{i} and {i} are", "paraphrase": f"What do {i} and {i} make?", "completion": f" {i + i}."}
+
+
+def test_the_paraphrase_asks_the_same_completion():
+    tokenizer = byte_tokenizer()
+    data = Dataset.from_list([paired(i) for i in (1, 30, 700)])
+    made = rows_of(data, tokenizer, 64, paraphrase=True)
+    for example, row in zip(data, made, strict=True):
+        asked = example["completion"] + "<|end|>"
+        assert tokenizer.decode(row["input_ids"]) == example["prompt"] + asked
+        assert tokenizer.decode(row["view_input_ids"]) == example["paraphrase"] + asked
+        for name in ("labels", "view_labels"):
+            assert tokenizer.decode([label for label in row[name] if label != -100]) == asked
+    batch = Collator(tokenizer.pad_token_id)(list(made))
+    assert batch["view_attention_mask"].sum(1).tolist() == [len(row["view_input_ids"]) for row in made]
+    targets, seen, moved = seen_of(View(paraphrase=True), "llama", batch)
+    assert not seen.keys() & {"view_input_ids", "view_attention_mask", "view_labels"}
+    assert torch.equal(moved.labels, targets.labels)
+    assert torch.equal(seen["input_ids"].flatten()[moved.positions + 1], targets.labels)
+    _, seen, moved = seen_of(View(paraphrase=True, other_context=5), "llama", batch)
+    assert torch.equal(seen["input_ids"].flatten()[moved.positions + 1], targets.labels)
+    assert tokenizer.decode(own_tokens(seen, 0)[:5]) == "What "
+
+
+def test_paraphrases_of_conversations_follow_the_template():
+    tokenizer = byte_tokenizer()
+    said = [
+        [{"role": role, "content": text}] for role, text in (("user", "Sum?"), ("user", "Add up!"), ("assistant", "4"))
+    ]
+    example = dict(zip(("prompt", "paraphrase", "completion"), said, strict=True))
+    (row,) = rows_of(Dataset.from_list([example]), tokenizer, 64, paraphrase=True)
+    assert tokenizer.decode(row["view_input_ids"]) == "user: Add up!\nassistant: 4<|end|>"
+    assert tokenizer.decode([label for label in row["view_labels"] if label != -100]) == "4<|end|>"
+
+
+def test_a_cut_leaves_the_tokens_that_both_ask():
+    tokenizer = byte_tokenizer()
+    examples = [
+        {"prompt": "ab", "paraphrase": "abcd", "completion": "0123456789"},
+        {"prompt": "abcd", "paraphrase": "ab", "completion": "0123456789"},
+        {"prompt": "ab", "paraphrase": "abcdefgh", "completion": "0123456789"},
+        {"prompt": "", "paraphrase": "ab", "completion": "0123"},
+    ]
+    made = rows_of(Dataset.from_list(examples), tokenizer, 8, paraphrase=True)
+    for row in made:
+        own, view = ([label for label in row[name] if label != -100] for name in ("labels", "view_labels"))
+        assert own == view
+        assert max(len(row["input_ids"]), len(row["view_input_ids"])) <= 8
+    texts = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in made]
+    assert texts == ["0123", "0123"]  # the third asks nothing of 8 tokens; nothing predicts the first of the fourth
+    short = rows_of(Dataset.from_list(examples[:3]), tokenizer, 15, long="drop", paraphrase=True)
+    assert short["input_ids"] == tokenizer(["ab0123456789<|end|>", "abcd0123456789<|end|>"])["input_ids"]
+
+
+def test_paraphrases_are_read_only_where_they_are_asked_for():
+    (row,) = rows_of(Dataset.from_list([paired(3)]), byte_tokenizer(), 64)
+    assert set(row) == {"input_ids", "labels"}
+    assert set(Collator(0)([row])) == {"input_ids", "labels"}
+
+
+def test_sources_with_and_without_paraphrases_do_not_mix():
+    tokenizer, data = byte_tokenizer(), Dataset.from_list([paired(i) for i in range(4)])
+    both = {"task": rows_of(data, tokenizer, 64, paraphrase=True), "general": rows_of(data, tokenizer, 64)}
+    with pytest.raises(DistillError, match="The sources general have no paraphrases"):
+        mix(both, {"task": 1.0, "general": 1.0}, seed=0)
+    with pytest.raises(DistillError, match="The sources general have no paraphrases"):
+        mix_scheduled(both, {"task": ((0.0, 1.0),), "general": ((0.0, 1.0),)}, seed=0, count=4)
+    mixed = mix({"a": both["task"], "b": both["task"]}, {"a": 1.0, "b": 1.0}, seed=0)
+    assert {"view_input_ids", "view_labels", "source"} <= set(mixed.column_names)
+    with pytest.raises(DistillError, match="packing: rows and their paraphrases"):
+        pack(both["task"], 64)
+
+
+def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monkeypatch):
+    from hf_distill.recipe.load import validate
+    from hf_distill.runner.datasets import prepare_data
+
+    Dataset.from_list([paired(i) for i in range(8)]).to_json(tmp_path / "rows.jsonl")
+    recipe = validate(
+        {
+            "teacher": {"model": "org/teacher"},
+            "student": {"model": "org/student"},
+            "data": {"task": {"path": str(tmp_path / "rows.jsonl")}, "eval": {"holdout": 0.25}, "max_length": 64},
+            "train": {"output_dir": "out"},
+        }
+    )
+    assert prepare_data(recipe, byte_tokenizer(), 0, 8).train.column_names == ["input_ids", "labels"]
+    monkeypatch.setattr(type(recipe.teacher), "wants_paraphrase", True, raising=False)
+    made = prepare_data(recipe, byte_tokenizer(), 0, 8)
+    assert "view_labels" in made.train.column_names
+    assert "view_labels" in made.held_out.column_names
+    Dataset.from_list([{"text": "a" * 99}] * 8).to_json(tmp_path / "rows.jsonl")
+    with pytest.raises(DistillError, match=r"data\.task \(.*rows\.jsonl\) is read as text"):
+        prepare_data(recipe, byte_tokenizer(), 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"text": "a"}, r"The source is read as text and has the columns \['text'\]: paraphrases stand in a column"),
+        ({"prompt": "a", "completion": "b"}, "The source is read as completion .*Add it"),
+        (
+            {"prompt": "a", "completion": "b", "paraphrase": None},
+            "row 1, column paraphrase: a paraphrase is a text where.*got None for 'a'",
+        ),
+    ],
+)
+def test_missing_paraphrases_are_told(example, message):
+    with pytest.raises(DistillError, match=message):
+        rows_of(Dataset.from_list([example]), byte_tokenizer(), 64, paraphrase=True)
+
+
+def test_a_batch_without_or_with_another_paraphrase_is_told():
+    batch, view = long_rows(count=2, length=9, prompt=4), View(paraphrase=True)
+    with pytest.raises(DistillError, match="the batch has no view_input_ids, view_attention_mask, view_labels, only"):
+        seen_of(view, "llama", batch)
+    other = {f"view_{name}": value for name, value in batch.items()}
+    other["view_labels"] = other["view_labels"].where(other["view_labels"] == -100, 7)
+    with pytest.raises(DistillError, match="asks 10 tokens and its paraphrase 10, which are not the same"):
+        seen_of(view, "llama", batch | other)
+    for kind in ("t5", "sequence"):
+        batch = collate(rows(kind, 3))
+        other = {f"view_{name}": batch[name].flip(0) for name in ("input_ids", "attention_mask")}
+        targets, seen, moved = seen_of(view, kind, batch | other)
+        assert moved is targets
+        assert torch.equal(seen["input_ids"], batch["input_ids"].flip(0))
+
+
+def test_batches_that_no_view_fits_are_told():
+    view, batch = View(token_dropout=0.1), collate(rows("llama", 3))
+    targets = Targets.from_batch(batch, True)
+    with pytest.raises(DistillError, match=r"A view changes `input_ids`, and the batch has only \['labels'\]"):
+        view({"labels": batch["labels"]}, targets, 0, FILL)
+    with pytest.raises(DistillError, match=r"of one shape; got \(3, 12\), \(3, 1, 12, 12\) and \(3, 12\)"):
+        view(batch | {"attention_mask": torch.ones(3, 1, 12, 12)}, targets, 0, FILL)
+    longer = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"labels": torch.ones(3, 5).long()}
+    with pytest.raises(DistillError, match="encoder=True"):
+        view(longer, Targets.from_batch(longer, False), 0, FILL)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"token_dropuot": 0.1, "span_deletion": 1.0},
+            "did you mean 'token_dropout'.*; view has span_deletion 1.0; it",
+        ),
+        (
+            {"token_dropout": -0.1, "span_length": 0, "other_context": 1.5, "paraphrase": 1},
+            "token_dropout -0.1; .*span_length 0; .*1 or more; .*other_context 1.5; .*paraphrase 1; it must be true or",
+        ),
+        ({"token_dropout": True}, "token_dropout True; it must be a share of tokens, from 0 to below 1"),
+        ({}, "view changes nothing: give token_dropout"),
+        ({"span_length": 4}, "view changes nothing"),
+        ("dropout", "view is 'dropout'; it must be a mapping of token_dropout, span_deletion"),
+    ],
+)
+def test_what_is_no_view_is_told_all_at_once(value, message):
+    with pytest.raises(DistillError, match=message):
+        View.of(value)
+
+
+def test_a_view_is_read_from_a_mapping():
+    assert View.of({"token_dropout": 0.25, "other_context": 8}) == View(token_dropout=0.25, other_context=8)
+    assert View.of(ALL) is ALL
+
+
+def test_the_filler_is_the_first_special_token_that_there_is(caplog):
+    names = ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id")
+    for i, name in enumerate(names):
+        assert fill_token(SimpleNamespace(**dict.fromkeys(names[i:], 10 + i))) == 10 + i, name
+    tokenizer = byte_tokenizer()
+    with caplog.at_level(logging.WARNING):
+        assert fill_token(tokenizer) == tokenizer.pad_token_id
+    assert not caplog.records
+    assert fill_token(SimpleNamespace(mask_token_id=0)) == 0
+    with pytest.raises(DistillError, match="has none of mask_token, unk_token, pad_token, eos_token"):
+        fill_token(SimpleNamespace(mask_token_id=None))

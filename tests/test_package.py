@@ -1,0 +1,164 @@
+"""The package: imports point one way, importing it loads no torch, and the wheel is complete."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_distill
+
+ROOT = Path(hf_distill.__file__).parent
+# From the lowest layer to the highest: a module may import from its own layer and from those before it.
+LAYERS = [
+    {"version", "errors"},
+    {"core", "hub"},
+    {"layers"},
+    {"losses"},
+    {"head"},
+    {"models"},
+    {"student"},
+    {"data", "cache"},
+    {"teachers"},
+    {"model_card"},
+    {"trainer"},
+    {"trl"},
+    {"recipe"},
+    {"runner"},
+    {"planning"},
+    {"analysis"},
+    {"report"},
+    {"publishing"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
+# Public names that a package hands on from a later one, when they are first used.
+RE_EXPORTED = {("recipe", "runner")}
+
+
+def module_of(path: Path) -> tuple[str, ...]:
+    """The package that a file stands in, as a path from the root of the repository."""
+    return ("hf_distill", *path.relative_to(ROOT).parts[:-1])
+
+
+def absolute(name: str, package: tuple[str, ...]) -> list[str]:
+    """An imported module's full name, in parts: `..core.io` in `hf_distill.cache` is `hf_distill.core.io`."""
+    level = len(name) - len(name.lstrip("."))
+    rest = [part for part in name.lstrip(".").split(".") if part]
+    return [*package[: len(package) - level + 1], *rest] if level else rest
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level parts of the package that a file imports, wherever in the file and by whatever statement."""
+    package = module_of(path)
+    tree = ast.parse(path.read_text())
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            dot = "" if base.endswith(".") else "."
+            names += [base + dot + alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names += _called_with(node.args[0], tree)
+    modules = [absolute(name, package) for name in names]
+    return {parts[1] for parts in modules if parts[0] == "hf_distill" and len(parts) > 1}
+
+
+def _called_with(argument: ast.expr, tree: ast.Module) -> list[str]:
+    """The names that `import_module` is called with: a constant, or the values of the table `_HOME`."""
+    if isinstance(argument, ast.Constant):
+        return [argument.value]
+    (table,) = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and "_HOME" in ast.unparse(node)]
+    values = ast.literal_eval(table).values()
+    if isinstance(argument, ast.JoinedStr):
+        return [ast.literal_eval(argument.values[0]) + value for value in values]
+    return list(values)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for name in imports_of(path) - {part, "__version__"}:
+        if path.name == "__init__.py" and (part, name) in RE_EXPORTED:
+            continue
+        assert LAYER[name] < LAYER[part], f"{path.relative_to(ROOT)} imports {name}, which is not below {part}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import hf_distill.cli.app",
+        "from hf_distill import cli",
+        "from ..cli.app import app",
+        "from .. import cli",
+        "import_module('hf_distill.cli')",
+        "__import__('hf_distill.cli')",
+        "_HOME = {'a': 'cli'}\nimport_module(f'hf_distill.{_HOME[name]}')",
+        "_HOME = {'a': '..cli.app'}\nimport_module(_HOME[name], __name__)",
+    ],
+)
+def test_every_form_of_import_is_read(source, monkeypatch):
+    path = ROOT / "cache" / "imports.py"
+    monkeypatch.setattr(Path, "read_text", lambda self: source)
+    assert imports_of(path) == {"cli"}
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, hf_distill; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_recipes_are_read_and_checked_without_torch():
+    modules = [f"hf_distill.recipe.{path.stem}" for path in (ROOT / "recipe").glob("[a-z]*.py")]
+    code = f"import sys, {', '.join(modules)}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_told():
+    for name in hf_distill.__all__:
+        assert getattr(hf_distill, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'DistilTrainer'"):
+        _ = hf_distill.DistilTrainer
+
+
+def test_the_wheel_holds_recipes_and_cards_and_no_package_called_recipes(tmp_path):
+    import zipfile
+
+    root = ROOT.parent
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(root),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hf_distill/recipes/quickstart.yaml" in names
+    assert "hf_distill/recipe/schema.json" in names
+    assert "hf_distill/planning/shapes.json" in names
+    assert "hf_distill/py.typed" in names
+    assert {name.split("/")[0] for name in names if not name.startswith("hf_distill-")} <= {
+        "hf_distill",
+        "hf_distill.egg-info",
+    }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "benchmarks").glob("*.py")), ids=lambda p: p.name)
+def test_benchmarks_name_what_is_there(path):
+    """They run seldom, so that a move would be noticed late."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_distill"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)

@@ -1,0 +1,266 @@
+"""A checkpoint that is not complete, or is not what was written, is recognised, whatever happened to it."""
+
+import json
+import logging
+import random
+import shutil
+
+import pytest
+
+from hf_distill import DistillError
+from hf_distill.trainer.checkpoints import (
+    SEAL,
+    begin,
+    checkpoints_of,
+    flaw,
+    newest_whole,
+    remove,
+    restore,
+    rotate,
+    seal,
+)
+
+OPTIONS = {"save_steps": 2, "save_strategy": "steps", "losses": [{"name": "hidden_mse"}]}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two checkpoints of a run, made once."""
+    from tiny import build, collate, rows
+
+    from hf_distill import DistillConfig, DistillTrainer
+
+    folder = tmp_path_factory.mktemp("run")
+    fields = {"max_steps": 4, "per_device_train_batch_size": 4, "dataloader_pin_memory": False}
+    DistillTrainer(
+        build("llama", 0),
+        DistillConfig(str(folder), **fields, **OPTIONS),
+        teacher=build("llama", 1, layers=3, width=48),
+        train_dataset=rows("llama", 32),
+        data_collator=collate,
+    ).train()
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of them."""
+    shutil.copytree(written, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def cut(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def mark(checkpoint, change):
+    values = json.loads((checkpoint / SEAL).read_text())
+    change(values)
+    (checkpoint / SEAL).write_text(json.dumps(values))
+
+
+def middle(path):
+    flip(path, path.stat().st_size * 4)
+
+
+DAMAGE = {
+    "not ended": lambda c: (c / SEAL).write_text('{"whole": false}'),
+    "half a mark": lambda c: cut(c / SEAL),
+    "a list as mark": lambda c: (c / SEAL).write_text("[]"),
+    "a number as mark": lambda c: (c / SEAL).write_text("5"),
+    "a mark that is no text": lambda c: (c / SEAL).write_bytes(b"\xff\xfe"),
+    "a folder as mark": lambda c: ((c / SEAL).unlink(), (c / SEAL).mkdir()),
+    "a mark without files": lambda c: mark(c, lambda values: values.pop("files")),
+    "a mark without its state": lambda c: mark(c, lambda values: values.pop("whole")),
+    "a mark without a file": lambda c: mark(c, lambda values: values["files"].pop("optimizer.pt")),
+    "a mark without a digest": lambda c: mark(c, lambda values: values["files"]["optimizer.pt"].pop("xxh3_128")),
+    "half the weights": lambda c: cut(c / "model.safetensors"),
+    "half an optimizer": lambda c: cut(c / "optimizer.pt"),
+    "half the projectors": lambda c: cut(c / "sidecar.safetensors"),
+    "an empty file": lambda c: cut(c / "scheduler.pt", 0),
+    "no random state": lambda c: (c / "rng_state.pth").unlink(),
+    "no trainer state": lambda c: (c / "trainer_state.json").unlink(),
+    "a bit of the weights": lambda c: middle(c / "model.safetensors"),
+    "a bit of the optimizer": lambda c: middle(c / "optimizer.pt"),
+    "a bit of the schedule": lambda c: middle(c / "scheduler.pt"),
+    "a bit of the random state": lambda c: middle(c / "rng_state.pth"),
+    "a bit of the trainer state": lambda c: middle(c / "trainer_state.json"),
+    "a bit of the projectors": lambda c: middle(c / "sidecar.safetensors"),
+    "another Trainer's, half a state": lambda c: ((c / SEAL).unlink(), cut(c / "trainer_state.json")),
+    "another Trainer's, a list as state": lambda c: ((c / SEAL).unlink(), (c / "trainer_state.json").write_text("[]")),
+    "another Trainer's, no state": lambda c: ((c / SEAL).unlink(), (c / "trainer_state.json").unlink()),
+    "an empty folder": lambda c: (shutil.rmtree(c), c.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_training_resumes_from_the_newest_complete_checkpoint(folder, make_trainer, damage, caplog):
+    assert flaw(folder / "checkpoint-4") is None
+    DAMAGE[damage](folder / "checkpoint-4")
+    found = flaw(folder / "checkpoint-4")
+    assert found
+    trainer = make_trainer(max_steps=5, **OPTIONS)
+    with pytest.raises(DistillError, match=r"cannot be resumed from .*checkpoint-4: .*checkpoint-2 is complete"):
+        trainer.verify(folder / "checkpoint-4")
+    with caplog.at_level(logging.WARNING):
+        assert trainer.newest_checkpoint() == folder / "checkpoint-2"
+    assert f"checkpoint-4 is skipped: {found.reason}" in caplog.text
+
+
+def test_a_checkpoint_that_was_skipped_is_written_again(folder, make_trainer):
+    middle(folder / "checkpoint-4" / "optimizer.pt")
+    trainer = make_trainer(max_steps=5, **OPTIONS)
+    with pytest.raises(DistillError, match=r"optimizer\.pt is damaged .*checkpoint-2 is complete"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._initial_global_step == 2
+    assert newest_whole(folder) == folder / "checkpoint-5"
+    assert flaw(folder / "checkpoint-4") is None
+
+
+def test_every_bit_of_a_checkpoint_is_covered(folder):
+    """A sample of what `benchmarks/bit_flips.py` does."""
+    checkpoint, generator = folder / "checkpoint-4", random.Random(0)
+    for path in sorted(checkpoint.iterdir()):
+        for _ in range(10):
+            bit = generator.randrange(path.stat().st_size * 8)
+            flip(path, bit)
+            assert flaw(checkpoint), f"bit {bit} of {path.name}"
+            flip(path, bit)
+    assert flaw(checkpoint) is None
+
+
+def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_trainer):
+    """It would write over what might be repaired; where a kill interrupted all of them there is nothing to repair."""
+    for checkpoint in checkpoints_of(folder):
+        cut(checkpoint / "optimizer.pt")
+    trainer = make_trainer()
+    with pytest.raises(DistillError, match=r"no checkpoint is complete .*checkpoint-2: optimizer\.pt has .* instead"):
+        trainer.train(resume_from_checkpoint=True)
+    for checkpoint in checkpoints_of(folder):
+        begin(checkpoint)
+    assert trainer.newest_checkpoint() is None
+    with pytest.raises(DistillError, match=r"not written to its end, and no other .* start again"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make_trainer(folder="elsewhere").train(resume_from_checkpoint=True)
+
+
+def test_a_kill_before_the_first_mark_is_written_leaves_nothing_to_repair(make_trainer, tmp_path):
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-2" / f"{SEAL}.half").write_text('{"wh')
+    trainer = make_trainer(max_steps=2, save_steps=2, save_strategy="steps")
+    assert trainer.newest_checkpoint() is None
+    trainer.train()
+    assert flaw(tmp_path / "out" / "checkpoint-2") is None
+
+
+def test_a_checkpoint_that_was_sharded_anew_is_taken_once_its_mark_is_deleted(folder, make_trainer):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = folder / "checkpoint-4"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, max_shard_size="20KB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    trainer = make_trainer(max_steps=5, **OPTIONS)
+    with pytest.raises(DistillError, match=r"If you changed it on purpose, delete .*checkpoint-4/checkpoint\.json"):
+        trainer.newest_checkpoint()
+    (checkpoint / SEAL).unlink()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._initial_global_step == 4
+
+
+def test_a_plain_trainers_checkpoint_is_taken(make_trainer, tmp_path):
+    from transformers import Trainer
+
+    make_trainer(cls=Trainer, max_steps=2, save_steps=2, save_strategy="steps").train()
+    assert not (tmp_path / "out" / "checkpoint-2" / SEAL).exists()
+    trainer = make_trainer(max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._initial_global_step == 2
+
+
+def test_what_an_earlier_attempt_left_is_not_mixed_in(tmp_path):
+    checkpoint = tmp_path / "checkpoint-8"
+    checkpoint.mkdir()
+    (checkpoint / "model-00003-of-00003.safetensors").write_bytes(b"old")
+    begin(checkpoint)
+    assert [path.name for path in checkpoint.iterdir()] == [SEAL]
+    assert flaw(checkpoint).state == "unfinished"
+    (checkpoint / "trainer_state.json").write_text("{}")
+    seal(checkpoint)
+    (entry,) = json.loads((checkpoint / SEAL).read_text())["files"].values()
+    assert entry["size"] == 2
+    assert flaw(checkpoint) is None
+
+
+def test_a_complete_checkpoint_returns_where_the_one_that_replaces_it_is_not_finished(tmp_path):
+    checkpoint = tmp_path / "checkpoint-8"
+    for state in ("{}", '{"epoch": 1}'):
+        begin(checkpoint)
+        (checkpoint / "trainer_state.json").write_text(state)
+        if state == "{}":
+            seal(checkpoint)
+    assert flaw(checkpoint).state == "unfinished"
+    restore(tmp_path)
+    assert flaw(checkpoint) is None
+    assert (checkpoint / "trainer_state.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_no_part_of_a_removed_checkpoint_looks_complete(folder, monkeypatch):
+    """The mark may go first: what remains would be taken for a plain Trainer's checkpoint."""
+
+    def interrupted(path, **_):
+        if path.exists():
+            (path / SEAL).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remove(folder / "checkpoint-4")
+    assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-2"]
+    restore(folder)
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, "2468"),
+        (1, None, "8"),
+        (2, None, "68"),
+        (1, "2", "28"),
+        (2, "4", "48"),
+        (3, "2", "268"),
+        (9, "2", "2468"),
+    ],
+)
+def test_rotation_chooses_as_the_trainers_does(tmp_path, limit, best, left):
+    from transformers.trainer_utils import rotate_checkpoints
+
+    for home in ("ours", "theirs"):
+        for step in (2, 4, 6, 8):
+            (tmp_path / home / f"checkpoint-{step}").mkdir(parents=True)
+    ours, theirs = ((tmp_path / home) for home in ("ours", "theirs"))
+    rotate(ours, ours / "checkpoint-8", limit, best and str(ours / f"checkpoint-{best}"))
+    rotate_checkpoints(str(theirs), limit, best and str(theirs / f"checkpoint-{best}"), use_mtime=True)
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    assert "".join(path.name[-1] for path in sorted(ours.iterdir())) == left
+
+
+def test_checkpoints_are_ordered_by_their_step(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x", "checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").write_text("a file")
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-10", "checkpoint-2"]
+    assert newest_whole(tmp_path / "nowhere") is None

@@ -1,0 +1,220 @@
+"""What is logged and evaluated, and which evaluation is the best one."""
+
+import logging
+import math
+
+import pytest
+import torch
+from tiny import build, collate, rows
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill.losses.objective import RESERVED_NAMES
+from hf_distill.losses.token_metrics import OF_PAIR, OF_STUDENT, greater_is_better
+from hf_distill.teachers import EMATeacher, PeerTeacher
+
+CHECKED = dict(
+    max_steps=4,
+    learning_rate=0.05,
+    eval_strategy="steps",
+    eval_steps=1,
+    save_strategy="steps",
+    save_steps=1,
+    load_best_model_at_end=True,
+)
+EMPTY = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows("llama", 32)]
+
+
+@pytest.fixture
+def warnings_of(caplog):
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        yield lambda part: [r.getMessage() for r in caplog.records if part in r.getMessage()]
+
+
+def logs_of(trainer, key="loss"):
+    return [log for log in trainer.state.log_history if key in log]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+# No target tokens
+
+
+def test_an_evaluation_without_target_tokens_is_not_a_number_and_never_the_best(make_trainer, warnings_of):
+    trainer = make_trainer(eval_dataset=EMPTY[:5], metric_for_best_model="eval_kl", **CHECKED)
+    trainer.train()
+    metrics = logs_of(trainer, "eval_loss")[-1]
+    numbers = {k: v for k, v in metrics.items() if k.startswith("eval_") and "second" not in k and "runtime" not in k}
+    assert {"eval_loss", "eval_kl", "eval_perplexity", "eval_teacher_perplexity", "eval_agreement"} <= {*numbers}
+    assert all(math.isnan(value) for value in numbers.values())
+    assert len(warnings_of("Evaluation found no target token")) == 4
+    assert trainer.state.best_model_checkpoint is None
+
+
+def test_training_without_target_tokens_logs_no_loss(make_trainer, warnings_of):
+    trainer = make_trainer(train_dataset=EMPTY, max_steps=2)
+    output = trainer.train()
+    for log in logs_of(trainer):
+        assert all(math.isnan(log[name]) for name in ("loss", "soft_loss", "hard_loss", "kl"))
+    assert math.isnan(output.training_loss)
+    assert len(warnings_of("Training found no target token")) == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_without_target_tokens_do_not_lower_the_logged_loss(make_trainer, accumulation):
+    size = 4 * accumulation
+    mixed = rows("llama", size) + EMPTY[:size]
+    options = dict(learning_rate=0.0, train_sampling_strategy="sequential", gradient_accumulation_steps=accumulation)
+    full = make_trainer(train_dataset=mixed[:size], max_steps=1, **options)
+    full.train()
+    half = make_trainer(train_dataset=mixed, max_steps=2, logging_steps=2, **options)
+    half.train()
+    expected = logs_of(full)[0]
+    for name in ("loss", "soft_loss", "kl"):
+        assert logs_of(half)[0][name] == pytest.approx(expected[name], rel=1e-5)
+
+
+# The best evaluation
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("kl", False),
+        ("eval_kl", False),
+        ("eval_code_kl", False),
+        ("perplexity", False),
+        ("eval_hard_loss", False),
+        ("soft_loss_code", False),
+        ("eval_soft_big_loss_code", False),
+        ("aux_loss", False),
+        ("eval_agreement", True),
+        ("mean_token_accuracy", True),
+        ("rouge", None),
+        ("accuracy", None),
+    ],
+)
+def test_the_direction_of_every_metric_is_known(metric, greater):
+    assert greater_is_better(metric) is greater
+    args = DistillConfig("out", metric_for_best_model=metric)
+    assert args.greater_is_better is (True if greater is None else greater)  # transformers' choice
+    for chosen in (True, False):
+        assert DistillConfig("out", metric_for_best_model=metric, greater_is_better=chosen).greater_is_better is chosen
+
+
+def test_entropies_choose_nothing():
+    with pytest.raises(DistillError, match="neither a greater nor a smaller value is better"):
+        DistillConfig("out", metric_for_best_model="eval_student_entropy")
+    assert DistillConfig("out", metric_for_best_model="eval_student_entropy", greater_is_better=True).greater_is_better
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_kl", min), ("agreement", max)])
+def test_the_best_checkpoint_is_kept(make_trainer, metric, best):
+    trainer = make_trainer(metric_for_best_model=metric, **CHECKED)
+    trainer.train()
+    name = "eval_" + metric.removeprefix("eval_")
+    assert trainer.state.best_metric == best(log[name] for log in logs_of(trainer, name))
+
+
+def test_plain_arguments_do_not_know_and_are_corrected_with_a_warning(tmp_path, warnings_of):
+    args = TrainingArguments(str(tmp_path), metric_for_best_model="kl", report_to="none", dataloader_pin_memory=False)
+    assert args.greater_is_better
+    DistillTrainer(build("llama"), args, collate, rows("llama", 8), teacher=build("llama", 1))
+    assert not args.greater_is_better
+    assert len(warnings_of("the smallest value is the best")) == 1
+
+
+# Metrics of the last steps, and of steps that were given up
+
+
+@pytest.mark.parametrize(("steps", "stop", "logged"), [(3, None, [3]), (7, None, [5, 7]), (9, 7, [5, 7]), (9, 5, [5])])
+def test_what_was_measured_since_the_last_log_is_logged_when_training_ends(make_trainer, steps, stop, logged):
+    every = make_trainer(max_steps=steps)
+    every.train()
+    trainer = make_trainer(max_steps=steps, logging_steps=5, callbacks=[StopAt(stop)])
+    trainer.train()
+    assert [log["step"] for log in logs_of(trainer)] == logged
+    last = logs_of(trainer)[-1]
+    since = [log for log in logs_of(every) if (logged[-2] if len(logged) > 1 else 0) < log["step"] <= logged[-1]]
+    assert last["loss"] == pytest.approx(sum(log["loss"] for log in since) / len(since), rel=1e-4)
+    assert {"soft_loss", "hard_loss", "kl"} <= {*last}
+
+
+def test_without_logs_nothing_is_logged_at_the_end(make_trainer):
+    trainer = make_trainer(logging_strategy="no", max_steps=2)
+    trainer.train()
+    assert not logs_of(trainer)
+
+
+def test_a_batch_that_did_not_fit_into_memory_is_not_measured(make_trainer):
+    class DoesNotFit(DistillTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if len(inputs["labels"]) > 2 and len(self._losses) == 2:  # in the second micro-batch
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    options = dict(gradient_accumulation_steps=2, max_steps=1, learning_rate=0.0)
+    trainer = make_trainer(auto_find_batch_size=True, **options)
+    trainer.__class__ = DoesNotFit
+    trainer.train()
+    expected = make_trainer(per_device_train_batch_size=2, **options)
+    expected.train()
+    for name in ("loss", "soft_loss", "hard_loss", "kl", "student_entropy"):
+        assert logs_of(trainer)[0][name] == pytest.approx(logs_of(expected)[0][name], rel=1e-5)
+
+
+def test_when_every_step_is_skipped_there_is_no_loss(make_trainer):
+    trainer = make_trainer(max_steps=2, logging_steps=2)
+    trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    output = trainer.train()
+    (log,) = logs_of(trainer)
+    assert log["skipped_steps"] == 2
+    assert math.isnan(log["loss"])
+    assert math.isnan(output.training_loss)
+
+
+# Names
+
+
+def test_statistics_are_reserved_names():
+    assert {*OF_STUDENT, *OF_PAIR} <= {*RESERVED_NAMES}
+
+
+@pytest.mark.parametrize("name", ["student_ce", "measured", "teacher_entropy", "aux"])
+def test_a_loss_that_is_called_as_a_statistic_changes_no_metric(make_trainer, name):
+    from hf_distill.losses import LOSSES, loss
+
+    plain = make_trainer().evaluate()
+    loss(name, needs=())(lambda student, teacher, targets: torch.full_like(targets.labels, 9.0, dtype=torch.float32))
+    try:
+        metrics = make_trainer(losses=[{"name": name, "weight": 0.0}]).evaluate()
+    finally:
+        del LOSSES[name]
+    assert metrics[f"eval_{name}_2_loss"] == pytest.approx(9.0)
+    for key in ("eval_loss", "eval_kl", "eval_perplexity", "eval_teacher_entropy"):
+        assert metrics[key] == pytest.approx(plain[key], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher"),
+    [
+        ("peer_hard", lambda: PeerTeacher(build("llama", 1))),
+        ("soft_a", lambda: {"a": build("llama", 1), "b": EMATeacher()}),
+    ],
+)
+def test_a_loss_that_is_called_as_a_teacher_s_is_refused(make_trainer, name, teacher):
+    from hf_distill.losses import LOSSES, loss
+
+    loss(name, needs=())(lambda student, teacher, targets: torch.zeros(len(targets)))
+    try:
+        with pytest.raises(DistillError, match=f"2 losses are called '{name}'"):
+            make_trainer(teacher=teacher(), losses=[{"name": name, "weight": 1.0}])
+    finally:
+        del LOSSES[name]

@@ -1,0 +1,245 @@
+"""No step is taken whose loss or gradient is not finite, and it is told which one that was."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from tiny import build, collate, rows
+from transformers import TrainerCallback
+
+from hf_distill import DistillConfig, DistillError
+from hf_distill.cache.example_keys import examples_of
+from hf_distill.core.signals import Targets
+from hf_distill.errors import RunError
+from hf_distill.teachers import FrozenTeacher, PeerTeacher
+from hf_distill.trainer.nonfinite_report import Leaps
+
+ROWS = rows("llama", 32)
+BAD = 6  # of ROWS
+
+
+class Sick(FrozenTeacher):
+    """Of one row, or of all from the n-th call on, its embeddings are of another world."""
+
+    def __init__(self, model, row=None, calls=(), value=math.nan):
+        super().__init__(model)
+        self.row, self.calls, self.value, self.called = row, calls, value, 0
+
+    def __call__(self, inputs, targets, wanted):
+        told = super().__call__(inputs, targets, wanted)
+        if not self.model.training and torch.is_grad_enabled():
+            self.called += 1
+        broken = torch.zeros(len(targets), dtype=torch.bool)
+        if self.row is not None:
+            same = [torch.equal(ids, ROWS[self.row]["input_ids"]) for ids in inputs["input_ids"]]
+            broken = torch.tensor(same)[targets.rows]
+        if self.called in self.calls:
+            broken[3:5] = True
+        told.logits.hidden[broken] = self.value
+        return told
+
+
+class Weights(TrainerCallback):
+    def __init__(self):
+        self.kept = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.kept.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+def equal(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def told(caplog):
+    with caplog.at_level(logging.WARNING, "hf_distill.trainer.nonfinite"):
+        yield caplog
+
+
+def sick(**options):
+    return Sick(build("llama", 1, layers=3, width=48), **options)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(make_trainer, told):
+    weights = Weights()
+    trainer = make_trainer(teacher=sick(row=BAD), callbacks=[weights], max_steps=8, logging_steps=2, train_dataset=ROWS)
+    trainer.train()
+    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    step = int(warning.split()[1])
+    batch = collate([ROWS[BAD]])
+    targets = Targets.from_batch(batch, shift=True)
+    assert examples_of(batch, targets)[0].key.hex() in warning
+    assert f"soft: not finite for {len(targets)} of " in warning
+    assert f"token {int(targets.labels[0])} at position {int(targets.positions[0])}" in warning
+    assert "hard is finite there" in warning
+    after = [*weights.kept, {name: p.detach() for name, p in trainer.model.named_parameters()}]
+    assert [equal(after[i], after[i + 1]) for i in range(8)] == [i == step - 1 for i in range(8)]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert {log["step"]: log.get("skipped_steps", 0) for log in logs} == {
+        at: int(at - 1 <= step <= at) for at in (2, 4, 6, 8)
+    }
+    assert all("soft_loss" in log and math.isfinite(value) for log in logs for value in log.values())
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_after_some_in_a_row_training_stops_and_the_last_checkpoint_is_whole(make_trainer, tmp_path):
+    steps = range(4, 100)
+    trainer = make_trainer(
+        teacher=sick(calls=steps), max_steps=20, save_steps=2, save_strategy="steps", max_nonfinite_steps=3
+    )
+    with pytest.raises(RunError) as error:
+        trainer.train()
+    text = str(error.value)
+    assert "stops at step 6: 3 in a row" in text
+    assert "checkpoint-4 is whole: resume from it" in text
+    assert "what the teacher says is not" in text
+    found = json.loads((tmp_path / "out" / "not-finite.json").read_text())
+    assert [step["step"] for step in found["steps"]] == [4, 5, 6]
+    assert found["last_checkpoint"] == "checkpoint-4"
+    assert found["steps"][0]["terms"] == ["soft"]
+    assert found["steps"][0]["count"] == 2
+    healthy = make_trainer(max_steps=5, save_strategy="no")
+    healthy.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert healthy.state.global_step == 5
+
+
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_it(make_trainer):
+    trainer = make_trainer(teacher=sick(calls=(2, 3, 5, 6)), max_steps=8, max_nonfinite_steps=3)
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history if log.get("skipped_steps")] == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_alone_is_enough_and_its_parameters_are_named(make_trainer, told, max_grad_norm):
+    trainer = make_trainer(max_grad_norm=max_grad_norm)
+    weights, broken = Weights(), trainer.model.model.layers[1].mlp.down_proj.weight
+    trainer.add_callback(weights)
+    broken.register_hook(lambda grad: grad * math.inf if trainer.state.global_step == 1 else grad)
+    trainer.train()
+    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    assert warning.startswith("Step 2 is skipped: every loss is finite")
+    assert ("layers.1.mlp.down_proj.weight" in warning) == (max_grad_norm > 0)  # else the norm hides it
+    assert equal(weights.kept[1], weights.kept[2])
+    assert not equal(weights.kept[2], weights.kept[3])
+
+
+def test_the_micro_batch_of_the_accumulation_is_named(make_trainer, told):
+    trainer = make_trainer(teacher=sick(row=BAD), max_steps=4, gradient_accumulation_steps=2, train_dataset=ROWS)
+    trainer.train()
+    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    assert "micro-batch 1" in warning or "micro-batch 0" in warning
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(make_trainer):
+    """-inf among the student's logits: the divergence is infinite, its gradient is not."""
+    from hf_distill.losses import loss
+
+    @loss("infinite_value", needs={"logits"})
+    def infinite_value(student, teacher, targets):
+        from hf_distill.losses.alignment import dense
+
+        return (dense(student) ** 2).sum(1) + torch.where(targets.labels == targets.labels[0], math.inf, 0.0)
+
+    weights = Weights()
+    trainer = make_trainer(losses=[{"name": "infinite_value", "weight": 0.1}], callbacks=[weights], max_steps=3)
+    trainer.train()
+    assert equal(weights.kept[0], weights.kept[2])
+
+
+def test_a_sick_peer_is_seen_though_it_is_clipped_apart(make_trainer, told):
+    trainer = make_trainer(teacher=PeerTeacher(build("llama", 3)), max_steps=4)
+    weights = Weights()
+    trainer.add_callback(weights)
+    its = next(iter(trainer._trained.parameters()))
+    its.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 1 else grad)
+    trainer.train()
+    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    assert warning.startswith("Step 2 is skipped")
+    assert equal(weights.kept[1], weights.kept[2])
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_without_a_teacher_a_step_is_skipped_as_well(make_trainer, told):
+    trainer = make_trainer(teacher=None, alpha=0.0)
+    weights = Weights()
+    trainer.add_callback(weights)
+    original = trainer.compute_loss
+    trainer.compute_loss = lambda *a, **k: original(*a, **k) * (math.nan if trainer.state.global_step == 1 else 1.0)
+    trainer.train()
+    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    assert warning.startswith("Step 2 is skipped: the loss is not finite, though no token's terms tell why")
+    assert equal(weights.kept[1], weights.kept[2])
+
+
+def scaled(trainer, **options):
+    """A scaler where accelerate has none: it is unscaled where fp16 on a GPU would be."""
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
+    trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
+    return scaler
+
+
+def test_a_scaler_may_look_for_its_scale(make_trainer, told):
+    """An overflow under a scaler is skipped by the scaler, which halves its scale: no sign of sickness."""
+    weights = Weights()
+    trainer = make_trainer(max_steps=9, max_nonfinite_steps=2, callbacks=[weights])
+    scaler = scaled(trainer, init_scale=2.0**6)
+    broken = trainer.model.model.layers[0].mlp.down_proj.weight
+    broken.register_hook(lambda grad: grad * math.inf if scaler.get_scale() > 4 else grad)
+    trainer.train()
+    assert scaler.get_scale() == 4
+    assert [equal(weights.kept[i], weights.kept[i + 1]) for i in range(6)] == [True] * 4 + [False] * 2
+    assert not [r for r in told.records if "is skipped" in r.getMessage()]
+    assert sum(log.get("skipped_steps", 0) for log in trainer.state.log_history) == 4
+
+
+def test_a_scaler_that_is_at_its_end_is_told(make_trainer):
+    trainer = make_trainer(max_steps=20, max_nonfinite_steps=2)
+    scaled(trainer, init_scale=2.0)
+    trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(RunError, match="step 3: 2 in a row"):
+        trainer.train()
+
+
+def test_a_loss_under_a_scaler_that_is_not_finite_is_told(make_trainer, told):
+    weights = Weights()
+    trainer = make_trainer(teacher=sick(calls=(2,)), max_steps=4, callbacks=[weights])
+    scaled(trainer, init_scale=2.0**10)
+    trainer.train()
+    assert [r for r in told.records if r.getMessage().startswith("Step 2 is skipped: soft")]
+    assert equal(weights.kept[1], weights.kept[2])
+    assert not equal(weights.kept[2], weights.kept[3])
+
+
+def test_leaps_are_far_from_what_was_before():
+    leaps = Leaps()
+    assert [leaps.take(5.0 + 0.1 * (i % 5)) for i in range(40)] == [None] * 40
+    assert leaps.take(5.9) is None
+    assert leaps.take(9.0) == pytest.approx(5.2)
+    assert leaps.take(math.nan) is None
+    assert leaps.take(5.2) is None
+    assert Leaps().take(9.0) is None
+    falling = Leaps()
+    assert not any(falling.take(8 * 0.97**i) for i in range(200))
+
+
+def test_a_loss_that_leaps_is_told_with_its_step(make_trainer, told):
+    trainer = make_trainer(max_steps=40, learning_rate=0.0, logging_steps=20, train_dataset=ROWS[:4])
+    original = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        return original(*args, **kwargs) * (10.0 if trainer.state.global_step == 29 else 1.0)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    (warning,) = [r.getMessage() for r in told.records if "leapt" in r.getMessage()]
+    assert "about step 30" in warning
+    assert [log.get("loss_spikes") for log in trainer.state.log_history if "loss" in log] == [None, 1]
+
+
+@pytest.mark.parametrize("value", [0, -1, None, 1.5])
+def test_a_number_of_steps_that_is_none_is_refused(tmp_path, value):
+    with pytest.raises(DistillError, match="max_nonfinite_steps is"):
+        DistillConfig(str(tmp_path), max_nonfinite_steps=value)

@@ -1,0 +1,109 @@
+"""One loss and one gradient, however the global batch is split."""
+
+import math
+
+import pytest
+import torch
+from tiny import KINDS, collate, one_step, rows
+
+from hf_distill import DistillTrainer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_changes_neither_loss_nor_gradient(make_trainer, kind):
+    whole, gradient = one_step(make_trainer, kind, 8, 1)
+    for micro, pieces in ((2, 4), (1, 8)):
+        split, pieces_gradient = one_step(make_trainer, kind, micro, pieces)
+        for name in ("loss", "soft_loss", "hard_loss"):
+            assert split[name] == pytest.approx(whole[name], rel=1e-6)
+        for name in gradient:
+            torch.testing.assert_close(pieces_gradient[name], gradient[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_padding_side_changes_nothing(make_trainer, kind):
+    """Models with absolute positions (GPT-2, BERT) count padding in any training; their masks are tested elsewhere."""
+    results = [one_step(make_trainer, kind, 4, 2, train_dataset=rows(kind, 8, pad=pad)) for pad in ("left", "right")]
+    assert results[0][0]["loss"] == pytest.approx(results[1][0]["loss"], rel=1e-6)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_logged_terms_add_up_to_the_loss(make_trainer):
+    trainer = make_trainer(alpha=0.3, temperature=3.0, gradient_accumulation_steps=2, logging_steps=1)
+    trainer.train()
+    for log in trainer.state.log_history[:4]:
+        assert log["loss"] == pytest.approx(0.3 * log["soft_loss"] + 0.7 * log["hard_loss"], rel=1e-6)
+
+
+def test_evaluation_weights_tokens_not_rows(make_trainer):
+    data = rows("llama", 7, seed=5)
+    metrics = {}
+    for size in (1, 2, 7):
+        trainer = make_trainer(per_device_eval_batch_size=size, eval_dataset=data)
+        metrics[size] = trainer.evaluate()
+    for name in ("eval_loss", "eval_perplexity", "eval_kl", "eval_agreement", "eval_teacher_perplexity"):
+        assert metrics[1][name] == pytest.approx(metrics[7][name], rel=1e-6)
+        assert metrics[2][name] == pytest.approx(metrics[7][name], rel=1e-6)
+
+
+def test_batches_with_nothing_asked_change_no_mean(make_trainer):
+    """Every batch and rank must agree on what is summed, also where there is nothing to sum."""
+    data = rows("llama", 4, seed=5)
+    silent = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data[:2]]
+    expected = make_trainer(eval_dataset=data).evaluate()
+    trainer = make_trainer(
+        per_device_eval_batch_size=2, eval_dataset=[*data, *silent], train_dataset=silent * 4, max_steps=2
+    )
+    got = trainer.evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_perplexity", "eval_teacher_entropy"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-6)
+    trainer.train()
+    assert math.isnan(trainer.state.log_history[-2]["loss"])
+
+
+def test_evaluation_equals_dense_arithmetic(make_trainer):
+    trainer = make_trainer(alpha=0.3, temperature=2.0)
+    metrics = trainer.evaluate()
+    batch = collate(trainer.eval_dataset)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    asked = batch["labels"][:, 1:] != -100
+    labels = batch["labels"][:, 1:][asked]
+    with torch.no_grad():
+        s, t = (m(**inputs).logits[:, :-1][asked].double() for m in (trainer.model, trainer.teacher.model))
+    ce = torch.nn.functional.cross_entropy
+    kl = torch.nn.functional.kl_div
+    assert metrics["eval_perplexity"] == pytest.approx(ce(s, labels).exp().item(), rel=1e-5)
+    assert metrics["eval_teacher_perplexity"] == pytest.approx(ce(t, labels).exp().item(), rel=1e-5)
+    assert metrics["eval_agreement"] == pytest.approx((s.argmax(-1) == t.argmax(-1)).double().mean().item())
+    t1 = kl(s.log_softmax(-1), t.softmax(-1), reduction="batchmean").item()
+    t2 = kl((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean").item()
+    assert metrics["eval_kl"] == pytest.approx(t1, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(0.3 * 4 * t2 + 0.7 * ce(s, labels).item(), rel=1e-5)
+
+
+def test_training_reads_no_number_off_the_device_between_logs(make_trainer, monkeypatch):
+    """A `.item()` a micro-batch would stall a GPU: terms are kept as tensors until `log`."""
+    trainer = make_trainer(max_steps=3, gradient_accumulation_steps=2, logging_steps=100)
+    kept = []
+    original = DistillTrainer._add_train_sums
+
+    def spy(self, step):
+        original(self, step)
+        kept.append(dict(self._step_sums))
+
+    monkeypatch.setattr(DistillTrainer, "_add_train_sums", spy)
+    monkeypatch.setattr(trainer, "log", lambda *args, **kwargs: None)
+    trainer.train()
+    assert len(kept) == 6
+    assert all(torch.is_tensor(v) and v.grad_fn is None for sums in kept for v in sums.values())
+
+
+def test_full_determinism_runs_with_every_kind_of_loss(make_trainer):
+    losses = [{"name": name} for name in ("hidden_mse", "hidden_relation", "value_relation")]
+    try:
+        trainer = make_trainer(full_determinism=True, losses=losses, max_steps=1)
+        trainer.train()
+        assert trainer.state.global_step == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
