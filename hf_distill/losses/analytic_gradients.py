@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.logits import Sparse
-from . import cross_entropy, divergences
+from . import divergences
 from .alignment import NO_MASS, check_temperature
+from .cross_entropy import cross_entropy as cross_entropy_loss
 from .registry import gradient_of
 
 
@@ -120,7 +121,7 @@ def _by_logits(pair: Pair, p: Tensor, g: Tensor, factor: float) -> Tensor:
     return g if factor == 1.0 else g.mul_(factor)
 
 
-@gradient_of(cross_entropy.cross_entropy)
+@gradient_of(cross_entropy_loss)
 def cross_entropy(pair: Pair, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """p - smoothed labels."""
     z, p, lse = pair.p()
