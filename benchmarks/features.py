@@ -41,18 +41,18 @@ def batch(rows: int) -> dict:
 
 def memory(case: dict) -> dict:
     """Peak of both forwards without gradients, their features kept, over a run that keeps none."""
-    from hf_distill.core.signals import Tap, Targets
-    from hf_distill.models.feature_capture import capture
+    from hf_distill.core.signals import FeatureKey, Targets
+    from hf_distill.models.feature_capture import capture_features
 
     student, teacher = pair("sdpa")
     inputs = batch(MEMORY_BATCH)
-    tokens = Targets.from_batch(inputs, shift=True).tokens(inputs, causal=True)
+    tokens = Targets.from_batch(inputs, shift=True).feature_positions(inputs, causal=True)
     kept: list = []
 
     def call():
         for side, model in enumerate((student.eval(), teacher)):
-            wanted = {Tap("hidden", p[side]): tokens for p in PAIRS} if case["keep"] == "pairs" else {}
-            with torch.no_grad(), capture(model, wanted) as found:
+            feature_requests = {FeatureKey("hidden", p[side]): tokens for p in PAIRS} if case["keep"] == "pairs" else {}
+            with torch.no_grad(), capture_features(model, feature_requests) as found:
                 states = model.model(input_ids=inputs["input_ids"], output_hidden_states=case["keep"] == "all")
                 kept.append(list(found.values()) or list(states.hidden_states or ()))
 

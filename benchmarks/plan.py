@@ -68,9 +68,9 @@ class Watch(TrainerCallback):
         self.seen["student"] = weights(model)
 
     def watch_head(self) -> None:
-        from hf_distill.losses.fused import HeadJob
+        from hf_distill.losses.fused import ChunkedLoss
 
-        run = HeadJob.from_hidden
+        run = ChunkedLoss.from_hidden
 
         def watched(job, head):
             found: list = []
@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
             self.seen["head"] = int(peak) + states  # of the second step: the first also pays for what is made once
             return found[0]
 
-        HeadJob.from_hidden = watched
+        ChunkedLoss.from_hidden = watched
 
     def watch_deepspeed(self) -> None:
         """DeepSpeed's gradients are gone when the Trainer's callback comes."""
@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
 def measured(setup: dict, folder: str) -> dict[str, int]:
     from hf_distill import DistillConfig, DistillTrainer, cut_student
     from hf_distill.core.deepspeed_config import read_deepspeed
-    from hf_distill.models.model_types import bare
+    from hf_distill.models.model_types import unwrap_model
     from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model(TEACHER)
@@ -125,18 +125,18 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
     if zero:
         watch.watch_deepspeed()
     trainer.train()
-    return {"teacher": weights(bare(trainer.teacher.model)), **watch.seen}
+    return {"teacher": weights(unwrap_model(trainer.teacher.model)), **watch.seen}
 
 
 def planned(setup: dict) -> dict[str, int]:
-    from hf_distill.models.pruning import cut_config
+    from hf_distill.models.pruning import prune_config
     from hf_distill.planning import Anatomy, Job, Strategy, memory
     from hf_distill.recipe.models import Lora
     from hf_distill.runner.model_loading import resolve_model
 
     config = AutoConfig.from_pretrained(resolve_model(TEACHER))
     job = Job(
-        Anatomy.of(cut_config(config, range(20), 30)), Anatomy.of(config), BATCH, LENGTH, device="cpu",
+        Anatomy.of(prune_config(config, range(20), 30)), Anatomy.of(config), BATCH, LENGTH, device="cpu",
         teacher_dtype=torch.float32, lora=Lora(**LORA) if setup.get("lora") else None,
     )  # fmt: skip
     parts = memory(job, Strategy(setup["teacher"], setup["student"]), 2 if setup["teacher"] == "zero3" else 1)

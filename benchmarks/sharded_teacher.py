@@ -72,7 +72,7 @@ def rank(folder: str, way: str) -> None:
     from hf_distill import FrozenTeacher
     from hf_distill.core.signals import Targets
     from hf_distill.models.blocks import find_blocks
-    from hf_distill.models.model_types import bare
+    from hf_distill.models.model_types import unwrap_model
 
     torch.distributed.init_process_group("gloo")
     student = AutoModelForCausalLM.from_pretrained(f"{folder}/student")
@@ -84,7 +84,7 @@ def rank(folder: str, way: str) -> None:
     teacher.prepare(student, torch.device("cpu"))
     peak.over = True
     peak.join()
-    model = bare(teacher.model)
+    model = unwrap_model(teacher.model)
     parts = [p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p) for p in model.parameters()]
     numel = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     name, blocks = find_blocks(model)

@@ -28,7 +28,7 @@ from hf_distill.core.io import environment, write_json
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 MOMENTS, STEPS, SETTLED = 30, 500, 100
-TRAINED = [kind for kind in KINDS if kind not in ("chain", "capture")]
+TRAINABLE_KINDS = [kind for kind in KINDS if kind not in ("chain", "capture")]
 
 
 def crashes(place: Path, kind: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         found = killed(place)
-        grown = {kind: apart("memory", kind, folder) for kind in TRAINED}
+        grown = {kind: apart("memory", kind, folder) for kind in TRAINABLE_KINDS}
     share = apart("self_check")
     results = {
         "environment": environment("cpu"),

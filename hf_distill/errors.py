@@ -14,12 +14,12 @@ class RunError(RuntimeError):
     """A run that cannot go on, though its input was right: the message says why, what there is, and what to do."""
 
 
-class Interrupted(SystemExit):
+class RunInterrupted(SystemExit):
     """A signal asked for the end, and what was done is kept; the exit code is 128 and the signal's number."""
 
 
 @contextmanager
-def noted(problems: list[str]) -> Iterator[None]:
+def collect_errors(problems: list[str]) -> Iterator[None]:
     """Note a DistillError of the block among `problems`, and go on; `tell` raises all of them at once."""
     try:
         yield
@@ -27,7 +27,7 @@ def noted(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def tell(problems: list[str]) -> None:
+def raise_if_any(problems: list[str]) -> None:
     """Raise a DistillError of all problems, if there are any."""
     if problems:
         raise DistillError("; ".join(problems))
@@ -46,7 +46,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if len(known) <= 20 else ""
 
 
-def need(package: str, extra: str, purpose: str) -> None:
+def require_package(package: str, extra: str, purpose: str) -> None:
     """Raise a DistillError with the command to run where an optional package is not installed."""
     if find_spec(package) is None:
         raise DistillError(f'{purpose} needs {package}, which is not installed: pip install "hf-distill[{extra}]"')

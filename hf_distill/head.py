@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .core.logits import Head, Scaling
+from .core.logits import LazyLogits, LogitScaling
 from .core.signals import IGNORE_INDEX, Targets
 from .errors import DistillError
-from .losses.fused import HeadJob
+from .losses.fused import ChunkedLoss
 from .losses.objective import objective
 
 
@@ -24,8 +24,8 @@ def fused_distillation_loss(
     chunk_tokens: int | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    student_scaling: Scaling = Scaling(),  # noqa: B008
-    teacher_scaling: Scaling = Scaling(),  # noqa: B008
+    student_scaling: LogitScaling = LogitScaling(),  # noqa: B008
+    teacher_scaling: LogitScaling = LogitScaling(),  # noqa: B008
     debug: bool = False,
 ) -> Tensor:
     """Distillation loss from hidden states, for your own loop; logits never exist whole.
@@ -60,11 +60,11 @@ def fused_distillation_loss(
     targets = Targets.from_batch({"labels": labels}, shift=False)
     targets.check_ids(len(student_weight))
     terms = [term for term in objective(alpha, temperature, divergence) if term.weight]
-    told = Head(
-        targets.pick(teacher_hidden.detach()), teacher_weight.detach(), _detached(teacher_bias), teacher_scaling
+    told = LazyLogits(
+        targets.gather(teacher_hidden.detach()), teacher_weight.detach(), _detached(teacher_bias), teacher_scaling
     )
-    job = HeadJob(told, targets, terms, chunk_tokens=chunk_tokens, num_items=num_items)
-    said = Head(targets.pick(student_hidden), student_weight, student_bias, student_scaling)
+    job = ChunkedLoss(told, targets, terms, chunk_tokens=chunk_tokens, num_items=num_items)
+    said = LazyLogits(targets.gather(student_hidden), student_weight, student_bias, student_scaling)
     loss = job.from_hidden(said)
     if (debug or not loss.is_cuda) and not torch.isfinite(loss):
         _name_not_finite(labels, student=student_hidden, teacher=teacher_hidden)

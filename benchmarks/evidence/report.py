@@ -8,7 +8,7 @@ import tables
 from claims import claims
 from plots import draw
 
-from hf_distill.core.io import read_json, write_whole
+from hf_distill.core.io import read_json, write_atomic
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "evidence"
@@ -35,7 +35,7 @@ def render() -> str:
 def write() -> None:
     """The page, and its pictures."""
     draw(results())
-    write_whole(DOCUMENT, render())
+    write_atomic(DOCUMENT, render())
 
 
 if __name__ == "__main__":

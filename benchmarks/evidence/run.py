@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillTrainer
 from hf_distill.core.io import environment, measured, read_json, write_json
-from hf_distill.models.pruning import block_influence, cut_student, most_influential
+from hf_distill.models.pruning import block_influence, cut_student, top_layers
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner.cache_writer import write_recipe_cache
 from hf_distill.runner.datasets import prepare_data
@@ -90,7 +90,7 @@ def layers() -> list[int]:
         tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
         rows = [json.loads(line)["text"] for line in (TEXTS / "train.jsonl").read_text().splitlines()[:8]]
         batches = [dict(tokenizer(row, return_tensors="pt", truncation=True, max_length=256)) for row in rows]
-        write_json(file, {"layers": most_influential(block_influence(model, batches), BLOCKS)})
+        write_json(file, {"layers": top_layers(block_influence(model, batches), BLOCKS)})
     return read_json(file)["layers"]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..losses.objective import Term, objective
-from ..models.model_types import task_of
+from ..models.model_types import model_type_of
 from .model_pair import Pair
 from .token_measures import OFFSETS, Chunk, measured
 
@@ -105,7 +105,7 @@ def agreement_of(pair: Pair, tokens: int | None = 4096) -> Agreement:
     """
     assert pair.student is not None
     terms = objective(pair.alpha, pair.temperature, pair.divergence)
-    shift, vocab, there = task_of(pair.student).shift, 0, 0
+    shift, vocab, there = model_type_of(pair.student).shifts_labels, 0, 0
     found: dict[str, list[Tensor]] = {}
     for seen in pair.seen(tokens):
         assert seen.student is not None

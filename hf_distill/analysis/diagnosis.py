@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DistillError
-from ..models.model_types import task_of
+from ..models.model_types import model_type_of
 from .agreement import Agreement, agreement_of
 from .closeness import NO_REFERENCES, References
 from .model_pair import Pair
@@ -64,7 +64,7 @@ def diagnose(
         read_back(pair),
         references or NO_REFERENCES,
     )
-    shift = task_of(pair.student).shift
+    shift = model_type_of(pair.student).shifts_labels
     found = verdicts(facts)
     names = [one.name for one in found]
     skipped = [*_unknown(facts, {*names}, shift)]

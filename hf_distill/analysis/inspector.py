@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cache.sampling import blocks_of
-from ..core.logits import Head
+from ..core.logits import LazyLogits
 from ..errors import DistillError
 from .advice import advice_of
 from .model_pair import Pair, Seen
@@ -116,7 +116,7 @@ def inspect_teacher(
     hidden: int | None = None
     for seen in pair.beside(None).seen(tokens):
         source: Any = seen.teacher
-        vocab, hidden = source.vocab_size, source.hidden.shape[1] if isinstance(source, Head) else None
+        vocab, hidden = source.vocab_size, source.hidden.shape[1] if isinstance(source, LazyLogits) else None
         for block, logits in blocks_of(source):
             for at in range(block.start, block.stop):
                 if done + at in wanted:

@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..errors import DistillError, did_you_mean, need
-from ..models.model_types import task_of
+from ..errors import DistillError, did_you_mean, require_package
+from ..models.model_types import model_type_of
 
 PACKAGED = ("mini_hellaswag", "mini_truthfulqa", "mini_gsm8k", "mini_documentation")
 # What a task measures, by how its name begins; a task's own metadata.category counts first.
@@ -49,7 +49,7 @@ def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = N
     Raises:
         DistillError: lm-eval is not installed, a name is unknown, or data cannot be reached.
     """
-    need("lm_eval", "eval", "Retention")
+    require_package("lm_eval", "eval", "Retention")
     from lm_eval.tasks import TaskManager, get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -108,8 +108,8 @@ def check_model(model: Any) -> None:
     Raises:
         DistillError: names its kind.
     """
-    kind = task_of(model)
-    if not (kind.vocabulary and kind.shift):
+    kind = model_type_of(model)
+    if not (kind.vocabulary and kind.shifts_labels):
         raise DistillError(
             f"{type(model).__name__} predicts no next token, and tasks of the harness ask for likelihoods of texts or "
             "for texts: measure it with `trainer.evaluate()` on labels of its own kind."

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..core.logits import Head, Logits
+from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import Targets
 from ..errors import DistillError
-from ..models.forward import teacher_signals
-from ..models.model_types import task_of
+from ..models.forward import extract_signals
+from ..models.model_types import model_type_of
 from ..models.module_state import eval_mode
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
@@ -34,8 +34,8 @@ class Seen:
 
     inputs: dict[str, Tensor]
     targets: Targets
-    teacher: Head | Logits | None
-    student: Head | Logits | None
+    teacher: LazyLogits | DenseLogits | None
+    student: LazyLogits | DenseLogits | None
     source: Tensor | None
 
 
@@ -126,7 +126,7 @@ class Pair:
         """
         found, rows = 0, iter(self.rows)
         model: Any = self.teacher if self.student is None else self.student
-        shift = task_of(model).shift
+        shift = model_type_of(model).shifts_labels
         while (tokens is None or found < tokens) and (batch := [*islice(rows, self.batch_size)]):
             inputs = {name: value.to(self.device) for name, value in self.collator(batch).items()}
             source = inputs.pop("source", None)
@@ -148,11 +148,11 @@ def load_model(folder: str | Path, device: torch.device) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(str(folder)).to(device).requires_grad_(False).eval()
 
 
-def _said(model: nn.Module | None, inputs: dict, targets: Targets) -> Head | Logits | None:
+def _said(model: nn.Module | None, inputs: dict, targets: Targets) -> LazyLogits | DenseLogits | None:
     if model is None:
         return None
     with eval_mode(model):
-        source: Any = teacher_signals(model, inputs, targets, {}).logits
+        source: Any = extract_signals(model, inputs, targets, {}).logits
     return source
 
 

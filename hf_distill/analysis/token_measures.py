@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.logits import Logits
+from ..core.logits import DenseLogits
 from ..core.signals import Signals
 from ..errors import DistillError
 from ..losses.objective import Term
@@ -68,7 +68,7 @@ def measured(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
         tokenizer: None: nothing is known of special tokens.
         shift: whether labels are those of the next token; only then are there neighbours, NaN at the ends of rows.
     """
-    targets = chunk.seen.targets.block(chunk.rows)
+    targets = chunk.seen.targets.slice(chunk.rows)
     log_p, log_near = chunk.student.log_softmax(-1), chunk.around.log_softmax(-1)
     first, count = chunk.rows.start - chunk.near.start, len(targets)
     teacher, log_q = chunk.around[first : first + count], log_near[first : first + count]
@@ -79,10 +79,10 @@ def measured(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
     found |= {"teacher_tail": 1 - q.gather(1, best).sum(-1), "student_tail": 1 - p.gather(1, best).sum(-1)}
     soft = (teacher / chunk.temperature).log_softmax(-1)
     found["soft_entropy"] = -dot(soft.exp(), soft)
-    told = Signals(Logits(teacher))
+    told = Signals(DenseLogits(teacher))
     for term in chunk.terms:
         if term.weight:
-            _, gradient, factor = term.with_gradient(Signals(Logits(chunk.student)), told, targets, None)
+            _, gradient, factor = term.loss_and_grad(Signals(DenseLogits(chunk.student)), told, targets, None)
             found[f"gradient@{term.name}"] = abs(factor) * gradient.norm(dim=-1)
             if term.name == "soft":
                 energy = gradient.square().sum(-1)

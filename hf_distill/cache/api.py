@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.logits import Head
-from ..errors import DistillError, tell
-from ..models.blocks import stack_of
-from ..models.forward import teacher_signals
+from ..core.logits import LazyLogits
+from ..errors import DistillError, raise_if_any
+from ..models.blocks import get_layer_stack
+from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
-from ..models.model_types import bare, task_of
+from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from .example_keys import other_inputs
 from .fingerprints import digest_of_template, digest_of_tokenizer, digest_of_weights
@@ -70,7 +70,7 @@ class Options:
             problems.append(f"dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.layers and self.kind != "hidden":
             problems.append(f"a cache of kind {self.kind} has no hidden states: leave layers out, or write kind hidden")
-        tell(problems)
+        raise_if_any(problems)
 
     def of_kind(self) -> dict[str, Any]:
         """For the manifest."""
@@ -120,9 +120,9 @@ def write_cache(
             something else, a disk that is full.
     """
     wanted, sizes = Options(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
-    tell([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
+    raise_if_any([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
-    shift = task_of(model).shift
+    shift = model_type_of(model).shifts_labels
     device = torch.device(device or next(model.parameters()).device)
     ask: Ask = _asking(teacher) if isinstance(teacher, nn.Module) else teacher
     planned, data = plan_rows(rows, _read_by(model, collator), batch_size, shard_rows, shift)
@@ -150,8 +150,8 @@ def _read_by(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[li
 
 
 def _described(known_as: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
-    known = known_as or {"model": bare(model).name_or_path}
-    return known | {"class": type(bare(model)).__name__, "weights": digest_of_weights(model)}
+    known = known_as or {"model": unwrap_model(model).name_or_path}
+    return known | {"class": type(unwrap_model(model)).__name__, "weights": digest_of_weights(model)}
 
 
 def _inputs_beside_ids(rows: Rows) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _inputs_beside_ids(rows: Rows) -> dict[str, Any]:
 def depth_of(model: nn.Module) -> int:
     """The number of a model's blocks; 0 where they cannot be found."""
     try:
-        return len(stack_of(model).blocks)
+        return len(get_layer_stack(model).blocks)
     except DistillError:
         return 0
 
@@ -170,7 +170,7 @@ def depth_of(model: nn.Module) -> int:
 def _asking(model: nn.Module) -> Ask:
     def ask(inputs, targets, wanted):
         with eval_mode(model):
-            return teacher_signals(model, inputs, targets, wanted)
+            return extract_signals(model, inputs, targets, wanted)
 
     return ask
 
@@ -181,7 +181,7 @@ def _tried(ask: Ask, rows: Rows, kind: str, device: torch.device, shift: bool, l
     told = ask(batch, targets, taps_of(layers, batch, targets, shift))
     check_kind(kind, told)
     source: Any = told.logits
-    head = source if isinstance(source, Head) else None
+    head = source if isinstance(source, LazyLogits) else None
     return {
         "vocab_size": source.vocab_size,
         "width": None if head is None else head.hidden.shape[-1],

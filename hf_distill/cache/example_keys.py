@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.signals import PARAPHRASED, Targets
+from ..core.signals import SECOND_VIEW_KEYS, Targets
 
 KEY = 16  # bytes
 _NOT_READ = {  # what of a batch is in the key by itself, follows from it, or is no input
-    *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "labelled_rows", "source"),
-    *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *PARAPHRASED),
+    *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
+    *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
 }
 
@@ -48,7 +48,7 @@ def examples_of(inputs: dict, targets: Targets) -> list[Example]:
     others = {name: inputs[name] for name in other_inputs(inputs)}
     ids = inputs["input_ids"].cpu().numpy() if "input_ids" in inputs else np.zeros((targets.shape[0], 0), dtype="<i8")
     if targets.shape == ids.shape:
-        documents = targets.tokens(inputs, causal=True).documents
+        documents = targets.feature_positions(inputs, causal=True).documents
         assert documents is not None
         return _aligned(ids.reshape(-1), documents.cpu().numpy(), labels, positions, others)
     mask = inputs.get("attention_mask")

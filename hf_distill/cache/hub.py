@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.escape import markdown
 from ..core.local_paths import reduced
-from ..core.references import kind_of, public
+from ..core.references import public_name, reference_kind
 from ..errors import DistillError
 from ..hub import address, asking, fetch_folder
 from .manifest import FILE
@@ -34,7 +34,7 @@ def folder_of(path: str) -> Path:
     Raises:
         DistillError: the address is not one of a data set; or the Hub refuses, see `hub.asking`.
     """
-    if kind_of(path) != "address":
+    if reference_kind(path) != "address":
         return Path(path)
     at = address(path)
     if at.type != "dataset" or at.path_in_repo:
@@ -63,7 +63,7 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, force: bool
     folder = Path(folder)
     manifest, api = check_all(folder), HfApi()
     card = _CARD.format(
-        model=markdown(public(manifest.teacher["model"])),
+        model=markdown(public_name(manifest.teacher["model"])),
         kind=manifest.kind,
         bytes_per_token=manifest.bytes_per_token,
         repo=repo,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.references import is_there
+from ..core.references import path_exists
 from ..errors import DistillError
 from .files import checksum_of, writing
 
@@ -109,8 +109,8 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
         DistillError: the folder is no cache, an unfinished one, of another format, or its manifest is damaged.
     """
     file = folder / name
-    if not is_there(file):
-        unfinished = is_there(folder / CAPTURE)
+    if not path_exists(file):
+        unfinished = path_exists(folder / CAPTURE)
         raise DistillError(
             f"{folder} is {'an unfinished cache' if unfinished else 'not a cache'}: it has no {FILE}. "
             + ("Run `hf-distill cache write` again with the same recipe and options: it goes on where it stopped."

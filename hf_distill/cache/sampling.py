@@ -5,20 +5,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..core.logits import Head, Logits, compute_dtype, cumulative_sum
+from ..core.logits import DenseLogits, LazyLogits, compute_dtype, cumulative_sum
 
 _BLOCK = 256  # ids whose mass is summed first
 _WORKSPACE = 64 * 2**20  # bytes of logits that are made at a time
 _CACHED = 3 * 2**20  # bytes of logits that a CPU's cache holds
 
 
-def blocks_of(source: Head | Logits) -> Iterator[tuple[slice, Tensor]]:
+def blocks_of(source: LazyLogits | DenseLogits) -> Iterator[tuple[slice, Tensor]]:
     """(rows, logits [r, V]) of all asked tokens, a few at a time; they may be written over."""
-    like = source.hidden if isinstance(source, Head) else source.values
+    like = source.hidden if isinstance(source, LazyLogits) else source.values
     row = 4 * source.vocab_size
     size = max(1, min(len(like), _WORKSPACE // row))
     each = size if like.is_cuda else max(1, _CACHED // row)
-    weight = source.weight if isinstance(source, Head) else like
+    weight = source.weight if isinstance(source, LazyLogits) else like
     buffer = like.new_empty(size, source.vocab_size, dtype=compute_dtype(like, weight))
     for start in range(0, len(like), size):
         chunk = source.project(slice(start, start + size), out=buffer)

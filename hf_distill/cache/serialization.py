@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.logits import Head, Logits, Sparse
-from ..core.signals import Signals, Tap
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
+from ..core.signals import FeatureKey, Signals
 from ..errors import DistillError
 from . import codec
 from .codec import Ragged
@@ -31,15 +31,15 @@ def stored_of(told: Signals, examples: Sequence[Example], manifest: Manifest) ->
         manifest: says the kind and its options.
     """
     if manifest.kind == "hidden":
-        layers = [told.features[Tap("hidden", layer)] for layer in manifest.options["layers"]]
-        assert isinstance(told.logits, Head)
+        layers = [told.features[FeatureKey("hidden", layer)] for layer in manifest.options["layers"]]
+        assert isinstance(told.logits, LazyLogits)
         dtype = DTYPES[manifest.options["dtype"]]
         rows = [_rows(tensor.to(dtype)) for tensor in (told.logits.hidden, *layers)]
         return [
             Stored(e.asked.stop - e.asked.start, 0, rows[0](e.asked), [of_layer(e.asked) for of_layer in rows[1:]])
             for e in examples
         ]
-    assert isinstance(told.logits, Head | Logits)
+    assert isinstance(told.logits, LazyLogits | DenseLogits)
     found = _sampled(told.logits, examples, manifest) if manifest.kind == "sampled" else _top_k(told.logits, manifest)
     return [_one(found, example.asked, manifest.vocab_size) for example in examples]
 
@@ -56,7 +56,7 @@ def _one(found: Ragged, asked: slice, vocab_size: int) -> Stored:
     return Stored(len(own), len(own.ids), codec.encode(own, vocab_size), [])
 
 
-def _top_k(source: Head | Logits, manifest: Manifest) -> Ragged:
+def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
     k, temperature, parts = min(manifest.options["k"], manifest.vocab_size), float(manifest.temperature or 1.0), []
     for _, logits in blocks_of(source):
         logits = logits if temperature == 1 else logits.div_(temperature)
@@ -69,7 +69,7 @@ def _top_k(source: Head | Logits, manifest: Manifest) -> Ragged:
     return Ragged(sizes, ids.reshape(-1), codec.to_grid(kept.reshape(-1)), codec.to_grid(tail))
 
 
-def _sampled(source: Head | Logits, examples: Sequence[Example], manifest: Manifest) -> Ragged:
+def _sampled(source: LazyLogits | DenseLogits, examples: Sequence[Example], manifest: Manifest) -> Ragged:
     """Systematic draws; of each distinct id how often, or its weight where the proposal is another one."""
     draws, proposal = manifest.options["draws"], float(manifest.options["proposal"])
     temperature = float(manifest.temperature or 1.0)
@@ -116,16 +116,16 @@ def told_of(
         width, dtype = int(manifest.width or 0), DTYPES[manifest.options["dtype"]]
         hidden = _joined([s.payload for s in stored], width, dtype, device)
         features = {
-            Tap("hidden", layer): _joined([s.layers[i] for s in stored], width, dtype, device)
+            FeatureKey("hidden", layer): _joined([s.layers[i] for s in stored], width, dtype, device)
             for i, layer in enumerate(manifest.options["layers"])
         }
-        return Signals(Head(hidden.to(head["weight"].dtype) if hidden.is_cuda else hidden, **head), features)
+        return Signals(LazyLogits(hidden.to(head["weight"].dtype) if hidden.is_cuda else hidden, **head), features)
     columns = ([s.payload for s in stored], [s.tokens for s in stored], [s.ids for s in stored])
     found = codec.decode(*columns, manifest.vocab_size)
     return Signals(_sparse(found, manifest, device, ids))
 
 
-def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size: int) -> Sparse:
+def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size: int) -> SparseLogProbs:
     ids, values, there = codec.padded(found)
     options, temperature, extra = manifest.options, float(manifest.temperature or 1.0), -codec.from_grid(found.extra)
     if manifest.kind == "top_k":
@@ -142,7 +142,7 @@ def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size:
         logs[beyond], ids[beyond] = -np.inf, 0
     tensors = [torch.from_numpy(x).to(device) for x in (ids, logs, extra)]
     tail, expected = (tensors[2], None) if manifest.kind == "top_k" else (None, tensors[2])
-    return Sparse(tensors[0], tensors[1], tail, temperature, expected, manifest.vocab_size)
+    return SparseLogProbs(tensors[0], tensors[1], tail, temperature, expected, manifest.vocab_size)
 
 
 def _joined(parts: Sequence[Any], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -162,9 +162,9 @@ def check_kind(kind: str, told: Signals) -> None:
     Raises:
         DistillError: says why, and which kinds can.
     """
-    if not isinstance(told.logits, Head | Logits):
+    if not isinstance(told.logits, LazyLogits | DenseLogits):
         raise DistillError("The teacher tells no logits of its own: give the model as `source`, of kind frozen.")
-    if kind == "hidden" and not isinstance(told.logits, Head):
+    if kind == "hidden" and not isinstance(told.logits, LazyLogits):
         raise DistillError(
             "The teacher's output head is no plain linear layer that follows its last hidden state, so these do not "
             "tell its logits: write --kind sampled or --kind top_k."

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..core.locks import LOCK_FILE, lock_folder
-from ..errors import DistillError, noted, tell
+from ..errors import DistillError, collect_errors, raise_if_any
 from .files import check_files, checksum_of, damage_of, writing
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
@@ -39,9 +39,9 @@ def lock_capture(folder: Path) -> Iterator[None]:
     problems: list[str] = []
     with ExitStack() as stack:
         if rank() == 0:
-            with noted(problems):
+            with collect_errors(problems):
                 stack.enter_context(lock_folder(folder, "hf-distill cache write"))
-        tell(gather_lists(problems))
+        raise_if_any(gather_lists(problems))
         yield
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..core.logits import Head
-from ..core.signals import Signals, Tap, Targets
+from ..core.logits import LazyLogits
+from ..core.signals import FeatureKey, Signals, Targets
 from ..errors import DistillError
 from .example_keys import Example, examples_of, fingerprint
 from .files import entry_of, writing
@@ -25,7 +25,7 @@ from .reader import Stored, write_shard
 from .serialization import stored_of
 from .unfinished import claim, finish, is_written, lock_capture, shard_file, verify_written, write_entry
 
-Ask = Callable[[dict, Targets, Mapping[Tap, Targets]], Signals]
+Ask = Callable[[dict, Targets, Mapping[FeatureKey, Targets]], Signals]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan_rows(
         collate: the training's own collator.
         batch_size: rows of a batch.
         shard_rows: rows of a shard.
-        shift: see `asked_labels`.
+        shift: see `target_labels`.
 
     Returns:
         the rows; and {"examples", "tokens", "fingerprint"} for the manifest.
@@ -123,7 +123,7 @@ def capture(
         manifest: without files.
         folder: of the cache.
         device: of the batches.
-        shift: see `asked_labels`.
+        shift: see `target_labels`.
         on_progress: told after each shard.
 
     Raises:
@@ -189,7 +189,7 @@ class _Run:
         batch, targets = batch_of(self.rows, number, self.device, self.shift)
         told = self.ask(batch, targets, taps_of(self.layers, batch, targets, self.shift))
         if self.manifest.kind == "hidden" and rank() == 0 and not is_written(self.folder, HEAD):
-            assert isinstance(told.logits, Head)
+            assert isinstance(told.logits, LazyLogits)
             write_head(self.folder / HEAD, told.logits)
             write_entry(self.folder, entry_of(self.folder / HEAD))
         return told, examples_of(batch, targets)
@@ -201,12 +201,12 @@ def batch_of(rows: Rows, number: int, device: torch.device, shift: bool) -> tupl
     return batch, Targets.from_batch(batch, shift)
 
 
-def taps_of(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) -> dict[Tap, Targets]:
+def taps_of(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) -> dict[FeatureKey, Targets]:
     """The hidden states that are stored beside the last one."""
-    return {Tap("hidden", layer): targets.tokens(batch, causal) for layer in layers}
+    return {FeatureKey("hidden", layer): targets.feature_positions(batch, causal) for layer in layers}
 
 
-def write_head(file: Path, head: Head) -> None:
+def write_head(file: Path, head: LazyLogits) -> None:
     """The output head of a teacher, whole or not at all."""
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     with writing(file) as half:

@@ -5,11 +5,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..errors import DistillError, did_you_mean, tell
+from ..errors import DistillError, did_you_mean, raise_if_any
 from .references import is_file
 
 
-def check_ways(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) -> None:
+def check_placement(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) -> None:
     """Refuse ways to hold a teacher that exclude each other; each is falsy where it is not gone.
 
     Raises:
@@ -24,7 +24,7 @@ def check_ways(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) ->
         )
     if device_map and (deepspeed or fsdp):
         problems.append("device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many")
-    tell(problems)
+    raise_if_any(problems)
 
 
 def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[
     return content
 
 
-def gather_on_save(args: Any) -> None:
+def enable_zero3_gather_on_save(args: Any) -> None:
     """Let ZeRO-3 gather a student's weights when it is saved, as a folder for `from_pretrained`, unless told not to.
 
     Args:
@@ -83,7 +83,7 @@ def check_teacher_config(config: dict[str, Any]) -> None:
             f"zero_optimization.stage is {stage}; a teacher has no gradients and no optimizer to shard, so stage 3, "
             "which shards weights, is the only one that does something for it"
         )
-    tell(problems)
+    raise_if_any(problems)
 
 
 def fill_teacher_config(config: dict[str, Any], hidden_size: int, dtype: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     half = path.with_name(f"{path.name}.half")
     half.write_text(text)
@@ -42,7 +42,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(values, indent=1) + "\n")
+    write_atomic(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class MetricsFile(TrainerCallback):
             with damage_reported(self.path):
                 lines = self.path.read_text(errors="replace").splitlines(keepends=True)
             others = [line for number, line in enumerate(lines, 1) if self._is_of_another(line, number)]
-            write_whole(self.path, "".join([*others, *(self._line(log["step"], log) for log in state.log_history)]))
+            write_atomic(self.path, "".join([*others, *(self._line(log["step"], log) for log in state.log_history)]))
 
     def _is_of_another(self, line: str, number: int) -> bool:
         try:

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .references import is_there, kind_of
+from .references import path_exists, reference_kind
 
 _NAME = r"[^\s\\/\"'<>|*?:;,()\[\]{}`&#]+"
 # A path in running text: of a Windows drive, or absolute, of a home folder, relative with a leading dot. One slash
@@ -27,7 +27,7 @@ def without_local_paths(text: str, known: Collection[str] = ()) -> str:
         text: running text, or a path alone, which may hold spaces then.
         known: paths that the text may hold, also relative ones and ones with spaces; see `typed_paths`.
     """
-    if _WHOLE.match(text) and (is_there(text) or not re.search(r"\s", text)):
+    if _WHOLE.match(text) and (path_exists(text) or not re.search(r"\s", text)):
         return last_part(text)
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, last_part(path))
@@ -90,7 +90,7 @@ def last_part(path: str) -> str:
 
 
 def _is_path(key: str, value: str) -> bool:
-    return bool(_PATH_KEY.search(key)) and kind_of(value) == "path"
+    return bool(_PATH_KEY.search(key)) and reference_kind(value) == "path"
 
 
 def _under(key: str, value: Any, known: Collection[str]) -> Any:
@@ -99,7 +99,7 @@ def _under(key: str, value: Any, known: Collection[str]) -> Any:
 
 def _reduced(found: re.Match[str]) -> str:
     whole = found[0]
-    if whole.count("/") + whole.count("\\") == 1 and whole.startswith("/") and not is_there(whole):
+    if whole.count("/") + whole.count("\\") == 1 and whole.startswith("/") and not path_exists(whole):
         return whole  # "/s", "/token": no folder of this machine
     return last_part(whole)
 

@@ -1,5 +1,6 @@
 """Sources of logits: held, made from hidden states chunk by chunk, or sparse. Shape letters: see `signals.py`."""
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Logits:
+class DenseLogits:
     """A source of logits that holds them: `values` [T, V]."""
 
     values: Tensor
@@ -24,9 +25,9 @@ class Logits:
         """V."""
         return self.values.shape[-1]
 
-    def detach(self) -> "Logits":
+    def detach(self) -> "DenseLogits":
         """The same without its graph."""
-        return Logits(self.values.detach())
+        return DenseLogits(self.values.detach())
 
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """The logits of some asked tokens, [t, V], in float32 or better; in the buffer `out` if given."""
@@ -38,7 +39,7 @@ _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 
 
 @dataclass(frozen=True)
-class Scaling:
+class LogitScaling:
     """What follows the head in some models: `softcap * tanh(scale * z / softcap)`, or `scale * z` without a cap.
 
     scale:   Cohere's `logit_scale`, one over Granite's `logits_scaling`
@@ -49,7 +50,7 @@ class Scaling:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "Scaling":
+    def of(cls, config: Any) -> "LogitScaling":
         """Read it from a model's config: what it declares; `output_head` measures whether the model does it."""
         config = config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -64,7 +65,7 @@ class Scaling:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def slope(self, logits: Tensor) -> Tensor | float:
+    def derivative(self, logits: Tensor) -> Tensor | float:
         """The derivative, by the logits that `apply_` returned."""
         if self.softcap is None:
             return self.scale
@@ -72,7 +73,7 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Head:
+class LazyLogits:
     """A source of logits that makes them: `scaling(hidden @ weight.T + bias)`, chunk by chunk, never whole.
 
     hidden [T, H], weight [V, H], bias [V] or None
@@ -81,17 +82,17 @@ class Head:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
-    scaling: Scaling = Scaling()
+    scaling: LogitScaling = LogitScaling()
 
     @property
     def vocab_size(self) -> int:
         """V."""
         return self.weight.shape[0]
 
-    def detach(self) -> "Head":
+    def detach(self) -> "LazyLogits":
         """The same without its graph: aliases, which outlive a wrapper that takes gathered weights back."""
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.hidden.detach(), self.weight.detach(), bias, self.scaling)
+        return LazyLogits(self.hidden.detach(), self.weight.detach(), bias, self.scaling)
 
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """The logits of some asked tokens, [t, V], in float32 or better, accumulated in it too.
@@ -103,7 +104,7 @@ class Head:
         hidden = self.hidden[rows]
         if out is None:
             out = hidden.new_empty(len(hidden), self.vocab_size, dtype=compute_dtype(hidden, self.weight))
-        out = matmul(hidden, self.weight, out[: len(hidden)])
+        out = project_matmul(hidden, self.weight, out[: len(hidden)])
         if self.bias is not None:
             out.add_(self.bias)
         return self.scaling.apply_(out)
@@ -112,7 +113,7 @@ class Head:
 _TILE = 4096  # rows of the head that are held in float32 at a time
 
 
-def matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def project_matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """`hidden @ weight.T` into `out` [t, V], in the precision of `out` whatever the dtype of the factors."""
     if hidden.dtype == weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
@@ -125,7 +126,7 @@ def matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class SparseLogProbs:
     """What a teacher said about some ids of each asked token.
 
     ids:         [T, K]
@@ -141,30 +142,32 @@ class Sparse:
     log_probs: Tensor
     log_tail: Tensor | None
     temperature: float = 1.0
-    expected: Tensor | None = None
+    negative_entropy: Tensor | None = None
     vocab_size: int | None = None
 
-    def block(self, rows: slice) -> "Sparse":
+    def slice(self, rows: builtins.slice) -> "SparseLogProbs":
         """The same for some of the asked tokens."""
-        tail, expected = (None if t is None else t[rows] for t in (self.log_tail, self.expected))
-        return Sparse(self.ids[rows], self.log_probs[rows], tail, self.temperature, expected, self.vocab_size)
+        tail, expected = (None if t is None else t[rows] for t in (self.log_tail, self.negative_entropy))
+        return SparseLogProbs(self.ids[rows], self.log_probs[rows], tail, self.temperature, expected, self.vocab_size)
 
 
 @dataclass(frozen=True)
-class Several:
+class MultiTeacherLogits:
     """What several teachers said of the same asked tokens, by their names; losses say which one they follow."""
 
-    sources: Mapping[str, Logits | Head | Sparse]
+    sources: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
 
 
-def by_name(source: Logits | Head | Sparse | Several | None) -> dict[str | None, Logits | Head | Sparse]:
+def named_sources(
+    source: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None,
+) -> dict[str | None, DenseLogits | LazyLogits | SparseLogProbs]:
     """The sources of one, several or no teachers; the name of the only one is None."""
-    if isinstance(source, Several):
+    if isinstance(source, MultiTeacherLogits):
         return dict(source.sources.items())
     return {} if source is None else {None: source}
 
 
-def backward_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def grad_hidden_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """`gradient @ weight` added to `out` [t, H], in the precision of `out`."""
     if weight.dtype == out.dtype:
         return out.addmm_(gradient, weight)

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import DistillError, Interrupted, RunError
+from ..errors import DistillError, RunError, RunInterrupted
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def on_main(call: Callable[[], T]) -> T:
 
 def _described(error: BaseException) -> tuple[str, Any]:
     """An error as plain values: not every exception can be pickled."""
-    if isinstance(error, Interrupted):
+    if isinstance(error, RunInterrupted):
         return "Interrupted", error.code
     for kind in (DistillError, RunError):
         if isinstance(error, kind):
@@ -51,7 +51,7 @@ def _described(error: BaseException) -> tuple[str, Any]:
 
 def _remade(kind: str, value: Any) -> BaseException:
     known: dict[str, type[BaseException]] = {
-        "Interrupted": Interrupted,
+        "Interrupted": RunInterrupted,
         "DistillError": DistillError,
         "RunError": RunError,
     }

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-PACKAGE, SMOKE, ADDRESS = "package:", "smoke:", "hf://"
+PACKAGE_PREFIX, SMOKE_PREFIX, HUB_PREFIX = "package:", "smoke:", "hf://"
 # Files of data -> the builder of `datasets` that reads them.
-FILES = {
+DATASET_BUILDERS = {
     ".txt": "text",
     ".jsonl": "json",
     ".json": "json",
@@ -23,7 +23,7 @@ _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 Kind = Literal["package", "smoke", "address", "path", "id"]
 
 
-def kind_of(name: str) -> Kind:
+def reference_kind(name: str) -> Kind:
     """What a name is.
 
     package: a part of an installed package, package:module/file.gguf, or a packaged text, package:pydoc_data.topics
@@ -32,15 +32,15 @@ def kind_of(name: str) -> Kind:
     path:    of a file or folder: one is there (as libraries look there first), or it could be nothing else
     id:      of a repository on the Hub, org/name or name
     """
-    starts: dict[str, Kind] = {PACKAGE: "package", SMOKE: "smoke", ADDRESS: "address"}
+    starts: dict[str, Kind] = {PACKAGE_PREFIX: "package", SMOKE_PREFIX: "smoke", HUB_PREFIX: "address"}
     for start, kind in starts.items():
         if name.startswith(start):
             return kind
-    shaped = _ID.fullmatch(name) and ".." not in name and Path(name).suffix not in FILES
-    return "id" if shaped and not is_there(name) else "path"
+    shaped = _ID.fullmatch(name) and ".." not in name and Path(name).suffix not in DATASET_BUILDERS
+    return "id" if shaped and not path_exists(name) else "path"
 
 
-def is_there(path: str | Path) -> bool:
+def path_exists(path: str | Path) -> bool:
     """Whether a path is there; what no file system could hold is not."""
     try:
         return Path(path).exists()
@@ -58,12 +58,12 @@ def is_file(path: Any) -> bool:
 
 def is_id(name: Any) -> bool:
     """Whether a name is the id of a repository on the Hub."""
-    return isinstance(name, str) and kind_of(name) == "id"
+    return isinstance(name, str) and reference_kind(name) == "id"
 
 
 def module_of(name: str) -> str:
     """The module of a packaged name."""
-    return name.removeprefix(PACKAGE).partition("/")[0]
+    return name.removeprefix(PACKAGE_PREFIX).partition("/")[0]
 
 
 def distribution_of(name: str) -> str:
@@ -71,9 +71,9 @@ def distribution_of(name: str) -> str:
     return module_of(name).partition(".")[0].replace("_", "-")
 
 
-def public(name: Any) -> str | None:
+def public_name(name: Any) -> str | None:
     """A name as others may see it: of a path its last part alone; None where there is none."""
     if not name:
         return None
     name = str(name)
-    return f"{name.rstrip('/').rpartition('/')[2]} (a local folder)" if kind_of(name) == "path" else name
+    return f"{name.rstrip('/').rpartition('/')[2]} (a local folder)" if reference_kind(name) == "path" else name

@@ -15,7 +15,7 @@ from ..errors import DistillError
 Points: TypeAlias = tuple[tuple[float, float], ...]
 
 
-def points_of(value: Any, name: str, low: float, high: float = math.inf) -> Points:
+def parse_schedule(value: Any, name: str, low: float, high: float = math.inf) -> Points:
     """A schedule's points, from how users write it.
 
     Args:
@@ -61,7 +61,7 @@ def value_at(points: Points, progress: float) -> float:
     return points[0][1] if progress < points[0][0] else points[-1][1]
 
 
-def integral(points: Points, progress: float) -> float:
+def schedule_integral(points: Points, progress: float) -> float:
     """The area under a schedule from 0 to a moment of training: for a constant, constant * progress."""
     knots = sorted({0.0, progress, *(at for at, _ in points if 0 < at < progress)})
     return sum((b - a) * (value_at(points, a) + value_at(points, b)) / 2 for a, b in pairwise(knots))

@@ -6,6 +6,7 @@ Shape legend, used in every docstring of the package:
     h attention heads · L layers
 """
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from .logits import Head, Logits, Several, Sparse
+from .logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs
 
 IGNORE_INDEX = -100
-PARAPHRASED = ("view_input_ids", "view_attention_mask", "view_labels")  # a batch's second view of itself
+SECOND_VIEW_KEYS = ("view_input_ids", "view_attention_mask", "view_labels")  # a batch's second view of itself
 
 
-def asked_labels(inputs: dict, shift: bool) -> Tensor:
+def target_labels(inputs: dict, shift: bool) -> Tensor:
     """The label that each position of the logits predicts, -100 where none is asked.
 
     Args:
@@ -69,18 +70,18 @@ class Targets:
     positions: Tensor
     rows: Tensor
     shape: torch.Size
-    labelled: Tensor | None = None
+    has_label_mask: Tensor | None = None
     documents: Tensor | None = None
     causal: bool = False
 
     @classmethod
     def from_batch(cls, inputs: dict, shift: bool) -> "Targets":
-        """Read the targets of a batch; see `asked_labels`, and `labelled_rows` [B] where some rows have no labels.
+        """Read the targets of a batch; see `target_labels`, and `has_labels` [B] where some rows have no labels.
 
         Raises:
             DistillError: no labels, or labels that are not ids.
         """
-        labels = asked_labels(inputs, shift)
+        labels = target_labels(inputs, shift)
         if labels.is_floating_point():
             raise DistillError(
                 f"`labels` has dtype {labels.dtype}: a regression or multi-label head has no distribution over classes "
@@ -89,17 +90,19 @@ class Targets:
         flat = labels.reshape(-1)
         positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
         width = labels.shape[1] if labels.dim() > 1 else 1
-        rows, labelled = positions // width, inputs.get("labelled_rows")
-        return cls(flat[positions], positions, rows, labels.shape, None if labelled is None else labelled[rows])
+        rows, has_label_mask = positions // width, inputs.get("has_labels")
+        return cls(
+            flat[positions], positions, rows, labels.shape, None if has_label_mask is None else has_label_mask[rows]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def items(self, num_items: Tensor | int | None) -> Tensor:
+    def divisor(self, num_items: Tensor | int | None) -> Tensor:
         """What a sum over asked tokens is divided by, []: `num_items` of the whole global batch; None: these."""
         return torch.as_tensor(len(self) if num_items is None else num_items).clamp(min=1)
 
-    def pick(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """Asked rows of `values` [*shape, ...] as [T, ...].
 
         Raises:
@@ -110,7 +113,7 @@ class Targets:
             raise DistillError(self._other_positions(values))
         return values.flatten(0, lead - 1)[self.positions.to(values.device)]
 
-    def pick_logits(self, logits: Tensor) -> Tensor:
+    def gather_logits(self, logits: Tensor) -> Tensor:
         """Target rows of the logits of a model, [*shape, V], as [T, V].
 
         Raises:
@@ -118,7 +121,7 @@ class Targets:
         """
         if logits.dim() != len(self.shape) + 1:
             raise DistillError(self._other_positions(logits))
-        return self.pick(logits)
+        return self.gather(logits)
 
     def _other_positions(self, values: Tensor) -> str:
         return (
@@ -140,19 +143,19 @@ class Targets:
                 "the data was tokenised with the student's tokenizer, or resize the student's embeddings."
             )
 
-    def block(self, rows: slice) -> "Targets":
+    def slice(self, rows: builtins.slice) -> "Targets":
         """The same for some of the asked tokens."""
-        labelled = None if self.labelled is None else self.labelled[rows]
-        return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape, labelled)
+        has_label_mask = None if self.has_label_mask is None else self.has_label_mask[rows]
+        return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape, has_label_mask)
 
     def first_rows(self, count: int) -> "Targets":
         """The target tokens of the first rows of the batch."""
         first = self.rows < count
-        labelled = None if self.labelled is None else self.labelled[first]
+        has_label_mask = None if self.has_label_mask is None else self.has_label_mask[first]
         shape = torch.Size((min(count, self.shape[0]), *self.shape[1:]))
-        return Targets(self.labels[first], self.positions[first], self.rows[first], shape, labelled)
+        return Targets(self.labels[first], self.positions[first], self.rows[first], shape, has_label_mask)
 
-    def tokens(self, inputs: dict, causal: bool, stack: str | None = None) -> "Targets":
+    def feature_positions(self, inputs: dict, causal: bool, stack: str | None = None) -> "Targets":
         """The N tokens whose features are compared: the asked ones; or, where the asked are not among the tokens (a
         class of a whole row, the encoder of a decoder's tokens), every token of the rows that ask.
 
@@ -186,10 +189,10 @@ class Targets:
 
     def own_documents(self) -> Tensor:
         """The document of each of N tokens, within its row, [N]."""
-        assert self.documents is not None, "only `tokens()` knows documents"
+        assert self.documents is not None, "only `feature_positions()` knows documents"
         return self.documents.flatten()[self.positions]
 
-    def by_row(self) -> list[tuple[int, slice]]:
+    def by_row(self) -> list[tuple[int, builtins.slice]]:
         """Each batch row that has some of the N tokens, and which of them, in order."""
         rows, counts = torch.unique_consecutive(self.rows, return_counts=True)
         ends = counts.cumsum(0).tolist()
@@ -197,14 +200,14 @@ class Targets:
 
     def visible(self) -> Tensor:
         """Which positions of its row each of N tokens may see, [N, S]: its document, up to itself where causal."""
-        assert self.documents is not None, "only `tokens()` knows what is padding"
+        assert self.documents is not None, "only `feature_positions()` knows what is padding"
         width = self.documents.shape[1]
         seen = self.documents[self.rows] == self.own_documents()[:, None]
         if self.causal:
             seen &= torch.arange(width, device=seen.device) <= (self.positions % width)[:, None]
         return seen
 
-    def spread(self, values: Tensor, asked: "Targets") -> Tensor:
+    def to_target_tokens(self, values: Tensor, asked: "Targets") -> Tensor:
         """Values of N tokens as [T] of the asked ones: as they are where these are the asked, else means of rows."""
         if self.positions is asked.positions:
             return values
@@ -226,9 +229,9 @@ class RowPositions:
         self._targets, self._mask, self._causal = targets, attention_mask, causal
         self._known: Targets | None = None
 
-    def pick(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """The rows of `values` [B, S, ...] as [N, ...]."""
-        return self.at(values.shape[:2]).pick(values)
+        return self.at(values.shape[:2]).gather(values)
 
     def at(self, shape: torch.Size) -> Targets:
         """The N tokens among [B, S] positions.
@@ -269,7 +272,7 @@ def _documents(shape: torch.Size, mask: Tensor | None, position_ids: Tensor | No
 
 
 @dataclass(frozen=True)
-class Tap:
+class FeatureKey:
     """A feature of one layer of a model.
 
     kind:  "hidden": what the block puts out, [N, H]
@@ -294,5 +297,5 @@ class Signals:
     features: of the taps that were asked for
     """
 
-    logits: Logits | Head | Sparse | Several | None
-    features: Mapping[Tap, Tensor] = field(default_factory=dict)
+    logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
+    features: Mapping[FeatureKey, Tensor] = field(default_factory=dict)

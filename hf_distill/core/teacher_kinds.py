@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from itertools import combinations
 
-TRAINED = ("online", "mutual", "mtp")
+TRAINABLE_KINDS = ("online", "mutual", "mtp")
 
 
-def ill_matched(kinds: Mapping[str, str]) -> list[str]:
+def incompatible_teachers(kinds: Mapping[str, str]) -> list[str]:
     """Why teachers cannot teach one student together; empty if they can.
 
     Args:
@@ -25,7 +25,7 @@ def _why(kinds: set[str], same: bool) -> str:
             "mutual learning is symmetric, and a third model would teach the student and not its peer. Make the peer "
             "online, or leave the other teacher out"
         )
-    if kinds <= {*TRAINED}:
+    if kinds <= {*TRAINABLE_KINDS}:
         return "both are trained beside the student, and there is room for one: train one of them first"
     if same and kinds == {"multi_view"}:
         return "the student sees one view of a batch: join their views into one"

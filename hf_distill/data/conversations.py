@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..errors import DistillError, need
+from ..errors import DistillError, require_package
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +30,7 @@ class Conversations:
     """
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None):
-        need("trl", "trl", "Reading conversations")
+        require_package("trl", "trl", "Reading conversations")
         from trl.chat_template_utils import has_generation_markers
 
         self.tokenizer = tokenizer

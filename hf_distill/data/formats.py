@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..core.signals import IGNORE_INDEX
-from ..errors import DistillError, need
+from ..errors import DistillError, require_package
 from .checks import check_messages, check_text, check_tokens, check_tools, naming
 from .conversations import Conversations
 
@@ -78,7 +78,7 @@ def encoder(
     if kind == TOKENS:
         size = 1 + max(tokenizer.get_vocab().values())
         return lambda example: _from_tokens(example, tokenizer, size)
-    need("trl", "trl", "Reading conversations and completions")
+    require_package("trl", "trl", "Reading conversations and completions")
     read = _Conversational(tokenizer, chat_template, assistant_only is not False)
     if kind == MESSAGES:
         read.conversations  # noqa: B018  it is an error now, before the first row, that there is no chat template

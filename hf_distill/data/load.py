@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from ..core.references import FILES, kind_of
+from ..core.references import DATASET_BUILDERS, reference_kind
 from ..errors import DistillError, did_you_mean
 from ..hub import address, fetch, line_of, reading
 from .formats import MESSAGES, TEXT, format_of
@@ -39,7 +39,7 @@ def load_documents(
     Raises:
         DistillError: no such data set, file, column or format, or no examples.
     """
-    if kind_of(path) == "package":
+    if reference_kind(path) == "package":
         if path not in _PACKAGED:
             raise DistillError(f"{path!r} is no packaged text{did_you_mean(path, _PACKAGED)}")
         data: Any = _PACKAGED[path]()
@@ -61,14 +61,14 @@ def load_documents(
 
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     revision = None
-    if kind_of(path) == "address":
+    if reference_kind(path) == "address":
         at = address(path)
         if at.path_in_repo:
             path = str(fetch(at).path)
         else:
             path, revision = at.id, at.revision
     place = Path(path)
-    if place.suffix in FILES:
+    if place.suffix in DATASET_BUILDERS:
         return read_file(path, streaming)
     if (place / "state.json").is_file():
         with readable(path):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from ..core.references import FILES
+from ..core.references import DATASET_BUILDERS
 from ..errors import DistillError
 
 # A JSON file whose first row is no object: pyarrow crashes on null, and `datasets` takes texts for rows.
@@ -42,7 +42,7 @@ def read_file(path: str, streaming: bool) -> Any:
                 if _NO_OBJECT.match(start):
                     raise DistillError(f"{path}, row 1: found {_shown(start)}, and each row is an object, {{...}}.")
         data = load_dataset(
-            FILES[suffix], data_files=path, split="train", streaming=streaming, **_options(place, suffix)
+            DATASET_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **_options(place, suffix)
         )
         if streaming:
             return None if next(iter(data), None) is None else data

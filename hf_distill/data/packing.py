@@ -7,9 +7,9 @@ from datasets import IterableDataset
 from torch import nn
 from transformers.utils import logging
 
-from ..errors import DistillError, need
+from ..errors import DistillError, require_package
 from ..models.model_call import accepts_any_input, input_names
-from ..models.model_types import bare, partitioned, unwrapped
+from ..models.model_types import is_zero3_partitioned, unwrap_model, unwrap_parallel
 from .load import Examples
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,7 @@ def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
     Raises:
         DistillError: rows with paraphrases.
     """
-    need("trl", "trl", "Packing")
+    require_package("trl", "trl", "Packing")
     from trl import pack_dataset
 
     columns = rows.column_names or list(next(iter(rows)))
@@ -64,8 +64,8 @@ def check_isolation(model: nn.Module, who: str) -> None:
     Raises:
         DistillError: it does not take positions, or does not keep documents apart by them.
     """
-    inner: Any = bare(model)
-    if model is unwrapped(model) and partitioned(model):
+    inner: Any = unwrap_model(model)
+    if model is unwrap_parallel(model) and is_zero3_partitioned(model):
         logger.warning_once(f"The {who} is sharded, so it was not tried whether it keeps packed documents apart.")
         return
     if accepts_any_input(inner) or "position_ids" in input_names(inner):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
-from ..errors import DistillError, did_you_mean, need
+from ..errors import DistillError, did_you_mean, require_package
 
 # Templates of trl.chat_template_utils; the others are files of ours.
 _OF_TRL = {
@@ -77,7 +77,7 @@ def _packaged(name: str) -> str:
     if (constant := _OF_TRL.get(name)) is None:
         folder = files("hf_distill.data").joinpath("chat_templates")
         return folder.joinpath(f"{name}{TEMPLATE_SUFFIX}").read_text(encoding="utf-8")
-    need("trl", "trl", f"The training template {name}")
+    require_package("trl", "trl", f"The training template {name}")
     from trl import chat_template_utils
 
     source = getattr(chat_template_utils, constant, None)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import DryRunError, HfUriError, LocalEntryNotFoundError
 from huggingface_hub.utils import HfUri, parse_hf_uri
 
-from ..core.references import ADDRESS
+from ..core.references import HUB_PREFIX
 from ..errors import DistillError
 from .errors import asking
 
@@ -48,7 +48,7 @@ _FORM = "hf://org/name[@revision]/file, or hf://datasets/org/name[@revision]/fil
 
 def written(at: HfUri) -> str:
     """An address as users write it."""
-    return at.to_uri().replace(f"{ADDRESS}models/", ADDRESS)
+    return at.to_uri().replace(f"{HUB_PREFIX}models/", HUB_PREFIX)
 
 
 def pinned(at: HfUri, commit: str) -> HfUri:

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from ..core.references import distribution_of, kind_of
+from ..core.references import distribution_of, reference_kind
 from .errors import asking
 from .malformed import reading
 
@@ -108,7 +108,7 @@ def licence_of(model: str, revision: str | None = None) -> Licence:
     Raises:
         DistillError: see `asking`.
     """
-    match kind_of(model):
+    match reference_kind(model):
         case "smoke":
             return Licence("apache-2.0")  # the project's own
         case "package":

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from ..core.references import is_there, kind_of
+from ..core.references import path_exists, reference_kind
 from ..errors import DistillError
 from .errors import asking
 
@@ -69,7 +69,7 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
     Raises:
         DistillError: see `asking`; a file is not a JSON object.
     """
-    is_local, commit = kind_of(name) != "id", None
+    is_local, commit = reference_kind(name) != "id", None
     parts: dict[str, Any] = {}
     for key, file in _PARTS.items():
         path = _fetched(name, file, commit or revision, is_local)
@@ -98,7 +98,7 @@ def check_model(name: str, revision: str | None = None, remote_code: bool = Fals
     problems = [*_problems(files, remote_code, pickles)]
     if problems:
         raise DistillError(f"{name}: {'; '.join(problems)}")
-    if files.base is not None and (not files.is_local or kind_of(files.base) == "id"):
+    if files.base is not None and (not files.is_local or reference_kind(files.base) == "id"):
         base = model_files(files.base)
         if base.adapter is not None:
             raise DistillError(f"{name} is an adapter of {files.base}, which is one itself: name a whole model.")
@@ -130,7 +130,7 @@ def _problems(files: ModelFiles, remote_code: bool, pickles: bool) -> Iterator[s
             yield f"{INDEX} names {shard!r}, which is no safetensors file of the repository"
     if files.tokenizer is not None and not files.is_local:
         for key, value in _values(files.tokenizer):
-            if _FILE_KEY.search(key) and isinstance(value, str) and "/" in value and is_there(value):
+            if _FILE_KEY.search(key) and isinstance(value, str) and "/" in value and path_exists(value):
                 yield f"{TOKENIZER}: {key} is {value!r}, which is a file of this machine"
 
 
@@ -164,7 +164,7 @@ def _of_adapter(files: ModelFiles, pickles: bool) -> Iterator[str]:
     base = files.base
     if not isinstance(base, str) or not base:
         yield f"{ADAPTER}: base_model_name_or_path is {base!r}, and must name a model"
-    elif not files.is_local and kind_of(base) != "id":
+    elif not files.is_local and reference_kind(base) != "id":
         yield (
             f"{ADAPTER}: base_model_name_or_path is {base!r}, a place on this machine, and must be the id of a model "
             "on the Hub"
@@ -208,7 +208,7 @@ def _fetched(name: str, file: str, revision: str | None, is_local: bool) -> Path
     """A small file of a model on this machine; None where the model has none of that name."""
     if is_local:
         path = Path(name) / file
-        return path if is_there(path) and path.is_file() else None
+        return path if path_exists(path) and path.is_file() else None
     with asking(name, "model", revision, file):
         try:
             return Path(hf_hub_download(name, file, revision=revision))

@@ -5,7 +5,7 @@ from .attention import attention_kl, value_relation
 from .cross_entropy import cross_entropy
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
-from .registry import LOSSES, Loss, get_loss, gradient_of, loss
+from .registry import LOSSES, Loss, get_loss, loss, register_gradient
 
 del _analytic_gradients
 
@@ -17,13 +17,13 @@ __all__ = [
     "cross_entropy",
     "forward_kl",
     "get_loss",
-    "gradient_of",
     "hidden_cosine",
     "hidden_mse",
     "hidden_normalized_mse",
     "hidden_relation",
     "js",
     "loss",
+    "register_gradient",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..core.logits import Head, Logits, Sparse
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
 from ..core.signals import Signals
 from ..errors import DistillError
 
-NO_MASS = -1e4  # log of no mass: exp of it is 0, and 0 times it is 0
+LOG_ZERO = -1e4  # log of no mass: exp of it is 0, and 0 times it is 0
 
 
 def align(
@@ -34,10 +34,10 @@ def align(
     """
     if not temperature > 0:
         raise DistillError(f"temperature is {temperature}; it must be a positive number")
-    s = dense(student)
-    if isinstance(teacher, Signals) and isinstance(teacher.logits, Sparse):
+    s = dense_logits(student)
+    if isinstance(teacher, Signals) and isinstance(teacher.logits, SparseLogProbs):
         return _align_sparse(s, teacher.logits, temperature, sampled)
-    t = dense(teacher).detach()
+    t = dense_logits(teacher).detach()
     shared = min(s.shape[-1], t.shape[-1])
     return (
         torch.log_softmax(s[..., :shared] / temperature, dim=-1),
@@ -45,7 +45,7 @@ def align(
     )
 
 
-def check_temperature(teacher: Sparse, temperature: float) -> None:
+def check_temperature(teacher: SparseLogProbs, temperature: float) -> None:
     """Refuse to tell probabilities at another temperature than the one at which they were stored.
 
     Raises:
@@ -58,31 +58,31 @@ def check_temperature(teacher: Sparse, temperature: float) -> None:
         )
 
 
-def _align_sparse(s: Tensor, teacher: Sparse, temperature: float, sampled: bool) -> tuple[Tensor, Tensor]:
+def _align_sparse(s: Tensor, teacher: SparseLogProbs, temperature: float, sampled: bool) -> tuple[Tensor, Tensor]:
     check_temperature(teacher, temperature)
     s = s[..., : teacher.vocab_size]
     if teacher.log_tail is None and not sampled:
         raise DistillError("A sampled teacher gives an unbiased forward_kl and no other divergence: use forward_kl.")
     log_s = torch.log_softmax(s / temperature, dim=-1).gather(-1, teacher.ids)
-    log_t = teacher.log_probs.to(s.dtype).clamp(min=NO_MASS)
+    log_t = teacher.log_probs.to(s.dtype).clamp(min=LOG_ZERO)
     if teacher.log_tail is None or teacher.ids.shape[-1] == s.shape[-1]:
         return log_s, log_t
-    log_s = log_s.masked_fill(teacher.log_probs <= NO_MASS, NO_MASS)  # a row with fewer ids: not outside, not twice
+    log_s = log_s.masked_fill(teacher.log_probs <= LOG_ZERO, LOG_ZERO)  # a row with fewer ids: not outside, not twice
     floor = torch.finfo(s.dtype).eps
     tail = (1 - log_s.exp().sum(-1, keepdim=True)).clamp(min=floor).log()
     return torch.cat([log_s, tail], -1), torch.cat(
-        [log_t, teacher.log_tail[:, None].to(s.dtype).clamp(min=NO_MASS)], -1
+        [log_t, teacher.log_tail[:, None].to(s.dtype).clamp(min=LOG_ZERO)], -1
     )
 
 
-def dense(source: Signals | Tensor) -> Tensor:
+def dense_logits(source: Signals | Tensor) -> Tensor:
     """The logits of a model over its whole vocabulary, [T, V], in float32 or better.
 
     Raises:
         DistillError: the source is sparse.
     """
     if isinstance(source, Tensor):
-        return Logits(source).project()
-    if not isinstance(source.logits, Logits | Head):
+        return DenseLogits(source).project()
+    if not isinstance(source.logits, DenseLogits | LazyLogits):
         raise DistillError("A sparse teacher has no logits over the whole vocabulary.")
     return source.logits.project()

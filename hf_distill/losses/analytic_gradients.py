@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.logits import Sparse
+from ..core.logits import SparseLogProbs
 from . import divergences
-from .alignment import NO_MASS, check_temperature
+from .alignment import LOG_ZERO, check_temperature
 from .cross_entropy import cross_entropy as cross_entropy_loss
-from .registry import gradient_of
+from .registry import register_gradient
 
 
 class Softmax(NamedTuple):
@@ -24,7 +24,7 @@ class Softmax(NamedTuple):
     lse: Tensor
 
 
-class Scratch:
+class BufferPool:
     """Memory that blocks use again and again: an allocator that gave and took it would fault every page anew."""
 
     def __init__(self):
@@ -50,7 +50,7 @@ class Scratch:
         self._lent = 0
 
 
-class Pair:
+class LogitPair:
     """The logits of both models for a block of asked tokens, and their softmaxes, each made once.
 
     student, teacher: [r, V] in float32 or better, over the same ids; teacher is None where there is none
@@ -60,7 +60,9 @@ class Pair:
     masked:           whether some logits may be -inf: ids without any probability
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Scratch, masked: bool = False):
+    def __init__(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: BufferPool, masked: bool = False
+    ):
         self.student, self.teacher, self.labels, self._scratch = student, teacher, labels, scratch
         self.masked = masked
         self.whole: Any = teacher
@@ -68,13 +70,13 @@ class Pair:
         self._p: dict[float, Softmax] = {}
         self._q: dict[float, Softmax] = {}
 
-    def beside(self, teacher: Tensor | Sparse) -> "Pair":
+    def beside(self, teacher: Tensor | SparseLogProbs) -> "LogitPair":
         """The same student and a teacher, whose logits are [r, V_t], over the ids that both have; or a sparse one."""
-        sparse, whole = (teacher, None) if isinstance(teacher, Sparse) else (None, teacher)
+        sparse, whole = (teacher, None) if isinstance(teacher, SparseLogProbs) else (None, teacher)
         size = whole.shape[1] if whole is not None else teacher.vocab_size
         shared = self.student.shape[1] if size is None else min(size, self.student.shape[1])
         both = whole if whole is None else whole[:, :shared]
-        pair = Pair(self.student[:, :shared], both, self.labels, self._scratch, self.masked)
+        pair = LogitPair(self.student[:, :shared], both, self.labels, self._scratch, self.masked)
         pair.sparse, pair.whole = sparse, whole
         if shared == self.student.shape[1]:
             pair._p = self._p
@@ -113,7 +115,7 @@ class Pair:
         return made[temperature]
 
 
-def _by_logits(pair: Pair, p: Tensor, g: Tensor, factor: float) -> Tensor:
+def _by_logits(pair: LogitPair, p: Tensor, g: Tensor, factor: float) -> Tensor:
     """factor * p * (g - sum(p * g)), written over g."""
     if pair.masked:
         g.masked_fill_(p == 0, 0)
@@ -121,8 +123,8 @@ def _by_logits(pair: Pair, p: Tensor, g: Tensor, factor: float) -> Tensor:
     return g if factor == 1.0 else g.mul_(factor)
 
 
-@gradient_of(cross_entropy_loss)
-def cross_entropy(pair: Pair, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+@register_gradient(cross_entropy_loss)
+def cross_entropy(pair: LogitPair, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """p - smoothed labels."""
     z, p, lse = pair.p()
     values = lse[:, 0] - z.gather(1, pair.labels[:, None])[:, 0]
@@ -137,8 +139,8 @@ def cross_entropy(pair: Pair, *, label_smoothing: float = 0.0) -> tuple[Tensor, 
     return values, by_logits
 
 
-@gradient_of(divergences.forward_kl)
-def forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.forward_kl)
+def forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(p - q) / temperature."""
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
@@ -148,28 +150,28 @@ def forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     return values, difference if temperature == 1.0 else difference.div_(temperature)
 
 
-@gradient_of(divergences.forward_kl, sparse=True)
-def sparse_forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.forward_kl, sparse=True)
+def sparse_forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """With w the teacher's mass of its ids and m all of it: (m * p - w) / temperature.
 
     With mass w' outside its ids, where the student has p', and r = w' / p': (m * p - w) / temperature at its ids, and
     (m - r) * p / temperature elsewhere.
     """
-    told: Sparse = pair.sparse
+    told: SparseLogProbs = pair.sparse
     check_temperature(told, temperature)
     z, p, lse = pair.p(temperature)
-    logs = told.log_probs.to(p.dtype).clamp(min=NO_MASS)
+    logs = told.log_probs.to(p.dtype).clamp(min=LOG_ZERO)
     weights, log_p = logs.exp(), z.gather(1, told.ids) - lse
     mass = weights.sum(1)
     tail = None if told.ids.shape[1] == p.shape[1] else told.log_tail
     if tail is None:
-        own = (weights * logs).sum(1) if told.expected is None else told.expected.to(p.dtype)
+        own = (weights * logs).sum(1) if told.negative_entropy is None else told.negative_entropy.to(p.dtype)
         values = own - (weights * log_p).sum(1)
         by_logits = torch.mul(p, mass[:, None], out=pair.take())
         by_logits.scatter_add_(1, told.ids, -weights)
     else:
-        left = tail.to(p.dtype).clamp(min=NO_MASS)
-        own = log_p.exp().mul_(told.log_probs > NO_MASS)  # a row with fewer ids names the rest of its K in vain
+        left = tail.to(p.dtype).clamp(min=LOG_ZERO)
+        own = log_p.exp().mul_(told.log_probs > LOG_ZERO)  # a row with fewer ids names the rest of its K in vain
         rest = (1 - own.sum(1)).clamp(min=torch.finfo(p.dtype).eps)
         ratio = left.exp() / rest
         values = (weights * (logs - log_p)).sum(1) + left.exp() * (left - rest.log())
@@ -178,8 +180,8 @@ def sparse_forward_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, 
     return values, by_logits if temperature == 1.0 else by_logits.div_(temperature)
 
 
-@gradient_of(divergences.reverse_kl)
-def reverse_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.reverse_kl)
+def reverse_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """p * (log p - log q - KL(p || q)) / temperature."""
     z, p, lse_s = pair.p(temperature)
     y, _, lse_t = pair.q(temperature)
@@ -187,14 +189,14 @@ def reverse_kl(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     return pair.mean(p, ratio), _by_logits(pair, p, ratio, 1 / temperature)
 
 
-def _mixture(pair: Pair, temperature: float, q_share: float) -> Tensor:
+def _mixture(pair: LogitPair, temperature: float, q_share: float) -> Tensor:
     """q_share * q + (1 - q_share) * p, kept above 0."""
     p, q = pair.p(temperature).probs, pair.q(temperature).probs
     return torch.lerp(p, q, q_share, out=pair.take()).clamp_(min=torch.finfo(p.dtype).tiny)
 
 
-@gradient_of(divergences.js)
-def js(pair: Pair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.js)
+def js(pair: LogitPair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """(1 - beta) * p * (log p - log m - KL(p || m)) / temperature."""
     z, p, lse_s = pair.p(temperature)
     y, q, lse_t = pair.q(temperature)
@@ -206,8 +208,8 @@ def js(pair: Pair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tens
     return values, _by_logits(pair, p, ratio, (1 - beta) / temperature)
 
 
-@gradient_of(divergences.skew_kl)
-def skew_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.skew_kl)
+def skew_kl(pair: LogitPair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
     """g = -(1 - lam) * q / m."""
     p = pair.p(temperature).probs
     y, q, lse_t = pair.q(temperature)
@@ -217,8 +219,8 @@ def skew_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[
     return values, _by_logits(pair, p, g, (lam - 1) / temperature)
 
 
-@gradient_of(divergences.skew_reverse_kl)
-def skew_reverse_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.skew_reverse_kl)
+def skew_reverse_kl(pair: LogitPair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
     """g = log p - log m - lam * p / m."""
     z, p, lse_s = pair.p(temperature)
     m = _mixture(pair, temperature, 1 - lam)
@@ -228,8 +230,8 @@ def skew_reverse_kl(pair: Pair, *, temperature: float = 1.0, lam: float = 0.1) -
     return values, _by_logits(pair, p, ratio.sub_(share, alpha=lam), 1 / temperature)
 
 
-@gradient_of(divergences.total_variation)
-def total_variation(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.total_variation)
+def total_variation(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """g = sign(p - q) / 2."""
     p = pair.p(temperature).probs
     difference = torch.sub(p, pair.q(temperature).probs, out=pair.take())
@@ -237,10 +239,10 @@ def total_variation(pair: Pair, *, temperature: float = 1.0) -> tuple[Tensor, Te
     return values, _by_logits(pair, p, difference.sign_(), 0.5 / temperature)
 
 
-@gradient_of(divergences.adaptive_kl)
-def adaptive_kl(pair: Pair, *, temperature: float = 1.0, head_mass: float = 0.5) -> tuple[Tensor, Tensor]:
+@register_gradient(divergences.adaptive_kl)
+def adaptive_kl(pair: LogitPair, *, temperature: float = 1.0, head_mass: float = 0.5) -> tuple[Tensor, Tensor]:
     """w * forward KL's + (1 - w) * reverse KL's."""
-    weight = divergences.head_weight(pair.p(temperature).probs, pair.q(temperature).probs, head_mass)
+    weight = divergences.adaptive_weight(pair.p(temperature).probs, pair.q(temperature).probs, head_mass)
     forward, by_forward = forward_kl(pair, temperature=temperature)
     reverse, by_reverse = reverse_kl(pair, temperature=temperature)
     return weight * forward + (1 - weight) * reverse, by_reverse.lerp_(by_forward, weight[:, None])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..core.options import FROM_0_TO_1
 from ..core.signals import Signals, Targets
-from .alignment import dense
+from .alignment import dense_logits
 from .registry import loss
 
 
@@ -27,5 +27,5 @@ def cross_entropy(
         [T] nats. The same numbers as `torch.nn.functional.cross_entropy(..., reduction="none")`.
     """
     return torch.nn.functional.cross_entropy(
-        dense(student), targets.labels, reduction="none", label_smoothing=label_smoothing
+        dense_logits(student), targets.labels, reduction="none", label_smoothing=label_smoothing
     )

@@ -15,11 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.logits import Sparse, cumulative_sum
+from ..core.logits import SparseLogProbs, cumulative_sum
 from ..core.options import BETWEEN_0_AND_1
 from ..core.signals import Signals, Targets
 from ..errors import DistillError
-from .alignment import NO_MASS as LOG_ZERO
+from .alignment import LOG_ZERO as LOG_ZERO
 from .alignment import align
 from .registry import loss
 
@@ -38,8 +38,8 @@ def forward_kl(
     """
     s, t = align(student, teacher, temperature, sampled=True)
     told = teacher.logits if isinstance(teacher, Signals) else None
-    if isinstance(told, Sparse) and told.expected is not None:
-        return told.expected.to(s.dtype) - (t.exp() * s).sum(-1)
+    if isinstance(told, SparseLogProbs) and told.negative_entropy is not None:
+        return told.negative_entropy.to(s.dtype) - (t.exp() * s).sum(-1)
     return _mean(t, t - s)
 
 
@@ -150,11 +150,11 @@ def adaptive_kl(
     no gradient flows through w. Source: Wu et al., arXiv 2404.02657.
     """
     s, t = align(student, teacher, temperature)
-    weight = head_weight(s.detach().exp(), t.exp(), head_mass)
+    weight = adaptive_weight(s.detach().exp(), t.exp(), head_mass)
     return weight * _mean(t, t - s) + (1 - weight) * _mean(s, s - t)
 
 
-def head_weight(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
+def adaptive_weight(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
     """The `w` of `adaptive_kl`, [T], from the probabilities of student and teacher; 0.5 where they are equal.
 
     Raises:

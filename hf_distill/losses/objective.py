@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.logits import Logits
+from ..core.logits import DenseLogits
 from ..core.signals import Signals, Targets
-from ..errors import DistillError, noted, tell
+from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import check_layers
 from . import Loss, get_loss
-from .alignment import dense
-from .analytic_gradients import Pair
+from .alignment import dense_logits
+from .analytic_gradients import LogitPair
 from .registry import FEATURE_OPTIONS
 
 # Names of other values of a token: a term of such a name would be taken for them.
@@ -59,13 +59,13 @@ class Term:
             )
         return values * self.scale
 
-    def closed(self, pair: Pair | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    def analytic_gradient(self, pair: LogitPair | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """The closed form for a pair, if there is one."""
         if pair is None:
             return None
         return self.loss.gradient if pair.sparse is None else self.loss.sparse
 
-    def with_gradient(self, student: Signals, teacher: Signals | None, targets: Targets, pair: Pair | None):
+    def loss_and_grad(self, student: Signals, teacher: Signals | None, targets: Targets, pair: LogitPair | None):
         """The same, and the gradient of its sum by the student's logits, [T, V], as (values, gradient, factor).
 
         The weighted term's gradient is factor * gradient: the factor is left to whoever adds gradients up.
@@ -76,12 +76,12 @@ class Term:
             targets: the asked tokens.
             pair: the same logits for closed forms, if they apply; else autograd is asked.
         """
-        if (closed := self.closed(pair)) is not None:
-            values, gradient = closed(pair, **self.options)
+        if (analytic_gradient := self.analytic_gradient(pair)) is not None:
+            values, gradient = analytic_gradient(pair, **self.options)
             return values * self.scale, gradient, self.weight * self.scale
         with torch.enable_grad():
-            logits = dense(student).detach().requires_grad_()
-            values = self(Signals(Logits(logits)), teacher, targets)
+            logits = dense_logits(student).detach().requires_grad_()
+            values = self(Signals(DenseLogits(logits)), teacher, targets)
             (gradient,) = torch.autograd.grad(values.sum(), logits)
         return values.detach(), gradient, self.weight
 
@@ -112,22 +112,22 @@ def objective(
         )
     if not (_is_number(temperature) and temperature > 0 and math.isfinite(temperature)):
         problems.append(f"temperature is {temperature!r}; it must be a positive number")
-    tell(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
+    raise_if_any(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
     soft = divergence if isinstance(divergence, dict) else {"name": divergence}
     specs = [{**soft, "weight": alpha}, *losses]
     terms = [Term("hard", get_loss("cross_entropy"), 1 - alpha, {"label_smoothing": label_smoothing})]
     for i, spec in enumerate(specs):
-        with noted(problems):
+        with collect_errors(problems):
             terms.append(_term(spec, temperature, "soft" if i == 0 else None))
-    tell(problems)
-    return _named_apart([terms[1], terms[0], *terms[2:]])
+    raise_if_any(problems)
+    return _deduplicate_names([terms[1], terms[0], *terms[2:]])
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _named_apart(terms: list[Term]) -> list[Term]:
+def _deduplicate_names(terms: list[Term]) -> list[Term]:
     """A loss that is used twice, or that is called as something else that is logged, gets a number behind its name."""
     taken = set(RESERVED_NAMES)
     result = []

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.options import POSITIVE, option_problem, option_schema
-from ..errors import DistillError, did_you_mean, tell
+from ..errors import DistillError, did_you_mean, raise_if_any
 
 FEATURES = ("hidden", "attention", "values")
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: which layers, of which stack
@@ -66,7 +66,7 @@ class Loss:
                 problems.append(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, known)}")
             elif problem := option_problem(name, value, known[name]):
                 problems.append(f"Loss {self.name!r}: {problem}")
-        tell(problems)
+        raise_if_any(problems)
 
 
 LOSSES: dict[str, Loss] = {}
@@ -126,7 +126,7 @@ def loss(
     return register
 
 
-def gradient_of(of: Callable, sparse: bool = False) -> Callable[[Callable], Callable]:
+def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable], Callable]:
     """Register the closed form of a registered loss, which the fused head uses in place of autograd.
 
     The function takes `(pair, **options)`, a `Pair` of logits [r, V] in float32 or better over the same V, and returns

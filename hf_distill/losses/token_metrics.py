@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from .analytic_gradients import Pair
+from .analytic_gradients import LogitPair
 
-OF_STUDENT = ("measured", "student_ce", "student_entropy", "accuracy")
-OF_PAIR = ("kl", "agreement", "teacher_ce", "teacher_entropy")
+STUDENT_METRICS = ("measured", "student_ce", "student_entropy", "accuracy")
+PAIR_METRICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 
 _SMALLER_IS_BETTER = re.compile(r"(.+_)?(loss|kl|perplexity)|(.+_)?(hard|soft)(_\w+)?_loss_.+")
 _GREATER_IS_BETTER = re.compile(r"(.+_)?(agreement|mean_token_accuracy)")
@@ -36,7 +36,7 @@ def greater_is_better(metric: str) -> bool | None:
     return True if _GREATER_IS_BETTER.fullmatch(name) else None
 
 
-def measured(own: Pair, both: Pair | None) -> dict[str, Tensor]:
+def measured(own: LogitPair, both: LogitPair | None) -> dict[str, Tensor]:
     """Statistics of each asked token, name -> [r], in nats or 0 and 1.
 
     Args:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from .model_call import named_outputs
-from .model_types import bare, unwrapped
+from .model_types import unwrap_model, unwrap_parallel
 from .module_state import kept_attributes
 
 logger = logging.get_logger(__name__)
@@ -68,8 +68,8 @@ class AuxLosses:
     @contextmanager
     def recorded(self) -> Iterator["AuxLosses"]:
         """Replace the cross entropy by zero while it lasts, for forwards of the model."""
-        model = bare(self.model)
-        if self.labels is None and model is unwrapped(self.model):
+        model = unwrap_model(self.model)
+        if self.labels is None and model is unwrap_parallel(self.model):
             yield self
             return
         patches: dict[str, Any] = {"forward": self._with_labels(model.forward)}
@@ -148,7 +148,7 @@ def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, boo
         inputs: the collator's batch.
         forward: called with (rows of the batch, whether the output head is replaced); returns the model's outputs.
     """
-    inner = bare(model)
+    inner = unwrap_model(model)
     switches = sorted((name, value) for name, value in inputs.items() if isinstance(value, bool))
     key = (model.training, *switches, *_settings(inner.config))
     plans = _plans.setdefault(inner, {})
@@ -166,7 +166,7 @@ def labels_of(inputs: dict) -> Tensor:
 
 def _probe(model: nn.Module, rows: dict, forward: Callable[[dict, bool], Any]) -> AuxPlan:
     losses = AuxLosses(model, rows, AuxPlan(needs_labels=True, needs_logits=True))
-    name = type(bare(model)).__name__
+    name = type(unwrap_model(model)).__name__
     with torch.no_grad(), losses.recorded():
         try:
             with _unchanged(model):
@@ -221,7 +221,7 @@ def _settings(config: Any) -> tuple:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """A forward in training mode that leaves random states, what modules keep and the config as they were."""
-    config = vars(bare(model).config)
+    config = vars(unwrap_model(model).config)
     before, python, of_numpy = dict(config), random.getstate(), numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]

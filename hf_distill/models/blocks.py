@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import DistillError
-from .model_types import bare, task_of
+from .model_types import model_type_of, unwrap_model
 
 SIDECAR = "distill_sidecar"  # the name under which modules that are not the model's own hang on it
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """A model's blocks, or those of its encoder or decoder.
 
     name:      "encoder" or "decoder" of a model that has both, else None
@@ -29,7 +29,7 @@ class Stack:
     attention: str
 
 
-def stack_of(model: nn.Module, which: str | None = None) -> Stack:
+def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     """The blocks of a model.
 
     Args:
@@ -39,7 +39,7 @@ def stack_of(model: nn.Module, which: str | None = None) -> Stack:
     Raises:
         DistillError: the model has no such stack, or its blocks cannot be found.
     """
-    model = bare(model)
+    model = unwrap_model(model)
     if model.config.is_encoder_decoder:
         which = which or "decoder"
         root = model.get_encoder() if which == "encoder" else model.get_decoder()
@@ -48,9 +48,11 @@ def stack_of(model: nn.Module, which: str | None = None) -> Stack:
     else:
         root = model
     _, blocks = find_blocks(root, which)
-    causal = task_of(model).shift or any(getattr(module, "is_causal", False) for module in blocks[0].modules())
+    causal = model_type_of(model).shifts_labels or any(
+        getattr(module, "is_causal", False) for module in blocks[0].modules()
+    )
     config = root.config.get_text_config()
-    return Stack(which, blocks, config.hidden_size, causal, config._attn_implementation)
+    return LayerStack(which, blocks, config.hidden_size, causal, config._attn_implementation)
 
 
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -65,7 +67,7 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     Raises:
         DistillError: there is none, or more than one (an encoder and a decoder).
     """
-    model = bare(model)
+    model = unwrap_model(model)
     config = model.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
     depth = config.num_hidden_layers
     lists = dict(_outermost_lists(model))

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from ..core.signals import RowPositions, Tap, Targets
+from ..core.signals import FeatureKey, RowPositions, Targets
 from ..errors import DistillError
-from .blocks import stack_of
+from .blocks import get_layer_stack
 
 
 @contextmanager
-def capture(model: nn.Module, wanted: Mapping[Tap, Targets]) -> Iterator[dict[Tap, Tensor]]:
+def capture_features(
+    model: nn.Module, feature_requests: Mapping[FeatureKey, Targets]
+) -> Iterator[dict[FeatureKey, Tensor]]:
     """Keep features while a model runs, in a `with` block.
 
     Args:
         model: a transformers model, in wrappers or not.
-        wanted: for each tap, the N tokens of which features are kept.
+        feature_requests: for each tap, the N tokens of which features are kept.
 
     Yields:
         tap -> feature, with its graph if gradients are on; see `Tap` for shapes.
@@ -32,43 +34,43 @@ def capture(model: nn.Module, wanted: Mapping[Tap, Targets]) -> Iterator[dict[Ta
     Raises:
         DistillError: a block's attention does not pass transformers' interface, or makes no maps.
     """
-    found: dict[Tap, Tensor] = {}
+    found: dict[FeatureKey, Tensor] = {}
     running: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}  # block -> values and maps of its self-attention
-    taps: dict[nn.Module, list[Tap]] = defaultdict(list)
-    stacks = {name: stack_of(model, name) for name in {tap.stack for tap in wanted}}
-    for tap in wanted:
-        taps[stacks[tap.stack].blocks[tap.layer]].append(tap)
+    feature_keys: dict[nn.Module, list[FeatureKey]] = defaultdict(list)
+    stacks = {name: get_layer_stack(model, name) for name in {key.stack for key in feature_requests}}
+    for key in feature_requests:
+        feature_keys[stacks[key.stack].blocks[key.layer]].append(key)
 
     def take(block: nn.Module, _args: Any, output: Any) -> None:
         seen = running.pop(block, None)
-        for tap in taps[block]:
-            found[tap] = _feature(tap, wanted[tap], output, seen, block)
+        for key in feature_keys[block]:
+            found[key] = _feature(key, feature_requests[key], output, seen, block)
 
-    handles = [block.register_forward_hook(take) for block in taps]
+    handles = [block.register_forward_hook(take) for block in feature_keys]
     inside = {
         module: block
-        for block, of_block in taps.items()
-        if any(tap.kind != "hidden" for tap in of_block)
+        for block, of_block in feature_keys.items()
+        if any(key.kind != "hidden" for key in of_block)
         for module in block.modules()
     }
     try:
-        with _listening(inside, running):
+        with _patch_attention(inside, running):
             yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _feature(tap: Tap, tokens: Targets, output: Any, seen: Any, block: nn.Module) -> Tensor:
-    if tap.kind == "hidden":
-        return tokens.pick(output[0] if isinstance(output, tuple) else output)
+def _feature(key: FeatureKey, tokens: Targets, output: Any, seen: Any, block: nn.Module) -> Tensor:
+    if key.kind == "hidden":
+        return tokens.gather(output[0] if isinstance(output, tuple) else output)
     if seen is None:
         raise DistillError(
             f"{type(block).__name__} does not compute its attention through transformers' AttentionInterface, so its "
-            f"{tap.kind} cannot be read. Use a loss on hidden states: hidden_cosine, hidden_mse, hidden_relation."
+            f"{key.kind} cannot be read. Use a loss on hidden states: hidden_cosine, hidden_mse, hidden_relation."
         )
     values, maps = seen
-    if tap.kind == "values":
+    if key.kind == "values":
         if isinstance(tokens, RowPositions):
             tokens.at(torch.Size((values.shape[0], values.shape[2])))
         return values
@@ -76,21 +78,21 @@ def _feature(tap: Tap, tokens: Targets, output: Any, seen: Any, block: nn.Module
         raise DistillError(
             f"The attention of {type(block).__name__} makes no maps: load with attn_implementation='eager'."
         )
-    return tokens.pick(maps.transpose(1, 2))
+    return tokens.gather(maps.transpose(1, 2))
 
 
 @contextmanager
-def _listening(inside: Mapping[nn.Module, nn.Module], running: dict) -> Iterator[None]:
+def _patch_attention(inside: Mapping[nn.Module, nn.Module], running: dict) -> Iterator[None]:
     """Note the first attention of each block (a decoder's cross-attention comes second)."""
     if not inside:
         yield
         return
     get_interface, gradients = AttentionInterface.get_interface, torch.is_grad_enabled()
 
-    def get_listening(self, name: str, default: Callable) -> Callable:
+    def get_recording(self, name: str, default: Callable) -> Callable:
         attend = get_interface(self, name, default)
 
-        def listen(module, query, key, value, *args, dropout: float = 0.0, **kwargs):
+        def record_attention(module, query, key, value, *args, dropout: float = 0.0, **kwargs):
             output, maps = attend(module, query, key, value, *args, dropout=dropout, **kwargs)
             block = inside.get(module)
             if block is not None and block not in running:
@@ -104,9 +106,9 @@ def _listening(inside: Mapping[nn.Module, nn.Module], running: dict) -> Iterator
                 running[block] = (value, maps)
             return output, maps
 
-        return listen
+        return record_attention
 
-    AttentionInterface.get_interface = get_listening
+    AttentionInterface.get_interface = get_recording
     try:
         yield
     finally:

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..core.signals import RowPositions, Tap, Targets
-from ..errors import DistillError, noted, tell
+from ..core.signals import FeatureKey, RowPositions, Targets
+from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, Pairs, map_layers
 from ..losses.objective import Term
-from .blocks import Stack, stack_of
-from .projectors import LayerMixture, Projectors
+from .blocks import LayerStack, get_layer_stack
+from .projectors import LayerMixture, ProjectorConfig
 from .sidecar import Sidecar
 
-StackOf = Callable[[Term], Stack]  # of the teacher that a term follows
+StackOf = Callable[[Term], LayerStack]  # of the teacher that a term follows
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class FeatureTerm:
 
     term: Term
     pairs: Pairs
-    student: Stack
-    teacher: Stack
+    student: LayerStack
+    teacher: LayerStack
 
     @property
     def learned(self) -> bool:
         """Whether each student layer learns from a trained mixture of all teacher layers."""
         return self.term.layers == LEARNED
 
-    def said(self, layer: int) -> Tap:
+    def said(self, layer: int) -> FeatureKey:
         """What the term looks at in a layer of the student."""
-        return Tap(str(self.term.loss.feature), layer, self.term.stack)
+        return FeatureKey(str(self.term.loss.feature), layer, self.term.stack)
 
-    def told(self, layer: int) -> Tap:
+    def told(self, layer: int) -> FeatureKey:
         """What the term looks at in a layer of the teacher."""
         return replace(self.said(layer), teacher=self.term.teacher)
 
@@ -48,10 +48,16 @@ class FeatureTerm:
         """Layers of the teacher that it looks at."""
         return range(len(self.teacher.blocks)) if self.learned else {t for _, t in self.pairs}
 
-    def __call__(self, student: Mapping[Tap, Tensor], teacher: Mapping[Tap, Tensor], tokens: Targets, sidecar: Sidecar):
+    def __call__(
+        self,
+        student: Mapping[FeatureKey, Tensor],
+        teacher: Mapping[FeatureKey, Tensor],
+        tokens: Targets,
+        sidecar: Sidecar,
+    ):
         """Mean over the pairs of the scaled, unweighted loss of each token, [N]."""
-        projectors = sidecar.part("projectors", self.term.name)
-        shares = sidecar.part("mappings", self.term.name)() if self.learned else None
+        projectors = sidecar.get("projectors", self.term.name)
+        shares = sidecar.get("mappings", self.term.name)() if self.learned else None
         device = tokens.positions.device
         told = {j: teacher[self.told(j)].to(device) for j in self.teacher_layers()}
         total = None
@@ -66,7 +72,7 @@ class FeatureTerm:
 
 
 @dataclass
-class FeatureJob:
+class FeatureLoss:
     """What to compare in one batch, and what was found.
 
     terms:     on features
@@ -78,22 +84,22 @@ class FeatureJob:
     """
 
     terms: list[FeatureTerm]
-    told: Mapping[Tap, Tensor]
+    told: Mapping[FeatureKey, Tensor]
     tokens: Mapping[str | None, Targets]
     targets: Targets
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def total(self, said: Mapping[Tap, Tensor], sidecar: Sidecar) -> Tensor:
+    def total(self, said: Mapping[FeatureKey, Tensor], sidecar: Sidecar) -> Tensor:
         """Sum over asked tokens of the weighted terms / num_items, []."""
         total = torch.zeros((), device=self.targets.labels.device)
         for matched in self.terms:
             tokens, term = self.tokens[matched.term.stack], matched.term
             tokens = tokens.found() if isinstance(tokens, RowPositions) else tokens
-            values = tokens.spread(matched(said, self.told, tokens, sidecar), self.targets)
+            values = tokens.to_target_tokens(matched(said, self.told, tokens, sidecar), self.targets)
             self.per_token[term.name] = values.detach()
             total = total + term.weight * values.sum()
-        return total / self.targets.items(self.num_items).to(total.device)
+        return total / self.targets.divisor(self.num_items).to(total.device)
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,12 @@ class Features:
     """
 
     terms: list[FeatureTerm] = field(default_factory=list)
-    projectors: Projectors = field(default_factory=Projectors)
+    projectors: ProjectorConfig = field(default_factory=ProjectorConfig)
 
     @classmethod
-    def match(cls, terms: Iterable[Term], student: nn.Module, teacher: StackOf, projectors: Projectors) -> "Features":
+    def match(
+        cls, terms: Iterable[Term], student: nn.Module, teacher: StackOf, projectors: ProjectorConfig
+    ) -> "Features":
         """Match terms to two models.
 
         Args:
@@ -123,11 +131,11 @@ class Features:
         matched: list[FeatureTerm] = []
         problems: list[str] = []
         for term in (term for term in terms if term.loss.feature):
-            with noted(problems):
+            with collect_errors(problems):
                 matched.append(_matched(term, student, teacher))
                 if term.loss.project:
-                    projectors.between(matched[-1].student.width, matched[-1].teacher.width)
-        tell(problems)
+                    projectors.needs_projector(matched[-1].student.width, matched[-1].teacher.width)
+        raise_if_any(problems)
         return cls(matched, projectors)
 
     @property
@@ -154,7 +162,7 @@ class Features:
         mappings: dict[str, nn.Module] = {}
         for matched in self.terms:
             widths = (matched.student.width, matched.teacher.width)
-            if matched.term.loss.project and self.projectors.between(*widths):
+            if matched.term.loss.project and self.projectors.needs_projector(*widths):
                 built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in matched.pairs}
                 projectors[matched.term.name] = nn.ModuleDict(built)
             if matched.learned:
@@ -164,21 +172,21 @@ class Features:
     def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, Targets]:
         """Of each stack that is looked at, the N tokens whose features are compared."""
         stacks = {matched.term.stack: matched.student for matched in self.terms}
-        return {key: targets.tokens(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
+        return {key: targets.feature_positions(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
 
-    def said(self, tokens: Mapping[str | None, Targets]) -> dict[Tap, Targets]:
+    def said(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
         """What to capture in the student."""
-        taps = (matched.said(layer) for matched in self.terms for layer, _ in matched.pairs)
-        return {tap: tokens[tap.stack] for tap in taps}
+        feature_keys = (matched.said(layer) for matched in self.terms for layer, _ in matched.pairs)
+        return {key: tokens[key.stack] for key in feature_keys}
 
-    def wanted(self, tokens: Mapping[str | None, Targets]) -> dict[Tap, Targets]:
+    def feature_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
         """What to ask of the teacher."""
-        taps = (matched.told(layer) for matched in self.terms for layer in matched.teacher_layers())
-        return {tap: tokens[tap.stack] for tap in taps}
+        feature_keys = (matched.told(layer) for matched in self.terms for layer in matched.teacher_layers())
+        return {key: tokens[key.stack] for key in feature_keys}
 
 
 def _matched(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
-    own, other = stack_of(student, term.stack), teacher(term)
+    own, other = get_layer_stack(student, term.stack), teacher(term)
     if term.loss.feature == "attention":
         for who, stack in (("student", own), ("teacher", other)):
             if stack.attention != "eager":

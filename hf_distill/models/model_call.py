@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core.signals import PARAPHRASED
+from ..core.signals import SECOND_VIEW_KEYS
 from ..errors import DistillError
-from .model_types import bare, task_of
+from .model_types import model_type_of, unwrap_model
 
-_NOT_INPUTS = ("labels", "shift_labels", "labelled_rows", "num_items_in_batch", *PARAPHRASED)
+_NOT_INPUTS = ("labels", "shift_labels", "has_labels", "num_items_in_batch", *SECOND_VIEW_KEYS)
 _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
 
 
@@ -72,7 +72,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     labels = inputs.get("labels")
     inputs = {k: v for k, v in inputs.items() if k not in _NOT_INPUTS}
     given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    if getattr(model.config, "is_encoder_decoder", False) and not given and task_of(model).vocabulary:
+    if getattr(model.config, "is_encoder_decoder", False) and not given and model_type_of(model).vocabulary:
         inputs["decoder_input_ids"] = decoder_input_ids(model, labels)
     if "use_cache" in _parameters_of(model.__class__)[0]:
         inputs["use_cache"] = False  # a cache lets packed documents see each other
@@ -142,7 +142,7 @@ def named_outputs(outputs: Any, model: nn.Module) -> Any:
     logits = named.get("logits")
     if not isinstance(logits, Tensor):
         raise DistillError(
-            f"{type(bare(model)).__name__} returns no `logits` (it returns {type(outputs).__name__} "
+            f"{type(unwrap_model(model)).__name__} returns no `logits` (it returns {type(outputs).__name__} "
             f"{sorted(map(str, named))}): distillation needs a model whose outputs hold the logits under this name, or "
             "as the first member of a tuple."
         )
@@ -154,7 +154,7 @@ def named_outputs(outputs: Any, model: nn.Module) -> Any:
 
 
 def _accepted(model: nn.Module) -> tuple[frozenset[str], bool]:
-    model = bare(model)
+    model = unwrap_model(model)
     if model not in _NAMES_OF:
         _NAMES_OF[model] = _read_signatures(model)
     return _NAMES_OF[model]

@@ -18,7 +18,7 @@ from .label_shift import loss_shifts_labels
 
 
 @dataclass(frozen=True)
-class Task:
+class ModelType:
     """A kind of model.
 
     auto_class: of transformers
@@ -30,10 +30,10 @@ class Task:
     name: str
     auto_class: str
     pipeline: str
-    shift: bool
+    shifts_labels: bool
     vocabulary: bool
 
-    def size(self, model: nn.Module) -> int:
+    def num_outputs(self, model: nn.Module) -> int:
         """V: how many ids or classes an unwrapped model tells apart."""
         if not self.vocabulary:
             return model.config.num_labels
@@ -43,16 +43,26 @@ class Task:
         return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
 
-CAUSAL = Task("causal language model", "AutoModelForCausalLM", "text-generation", shift=True, vocabulary=True)
-MASKED = Task("masked language model", "AutoModelForMaskedLM", "fill-mask", shift=False, vocabulary=True)
-SEQ2SEQ = Task(
-    "sequence-to-sequence language model", "AutoModelForSeq2SeqLM", "text2text-generation", shift=False, vocabulary=True
+CAUSAL = ModelType(
+    "causal language model", "AutoModelForCausalLM", "text-generation", shifts_labels=True, vocabulary=True
 )
-SEQUENCE = Task(
-    "sequence classifier", "AutoModelForSequenceClassification", "text-classification", shift=False, vocabulary=False
+MASKED = ModelType("masked language model", "AutoModelForMaskedLM", "fill-mask", shifts_labels=False, vocabulary=True)
+SEQ2SEQ = ModelType(
+    "sequence-to-sequence language model",
+    "AutoModelForSeq2SeqLM",
+    "text2text-generation",
+    shifts_labels=False,
+    vocabulary=True,
 )
-TOKEN = Task(
-    "token classifier", "AutoModelForTokenClassification", "token-classification", shift=False, vocabulary=False
+SEQUENCE = ModelType(
+    "sequence classifier",
+    "AutoModelForSequenceClassification",
+    "text-classification",
+    shifts_labels=False,
+    vocabulary=False,
+)
+TOKEN = ModelType(
+    "token classifier", "AutoModelForTokenClassification", "token-classification", shifts_labels=False, vocabulary=False
 )
 
 _BY_CLASS = {
@@ -75,7 +85,7 @@ _BY_LOSS = {
 }
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_parallel(model: nn.Module) -> nn.Module:
     """The model inside parallel and compiled wrappers, its adapters included."""
     from accelerate.utils import extract_model_from_parallel
 
@@ -84,18 +94,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The transformers model inside parallel, compiled and PEFT wrappers (never to be called: that skips DDP)."""
-    model = unwrapped(model)
+    model = unwrap_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def partitioned(model: nn.Module) -> bool:
+def is_zero3_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 holds shares of a model's parameters; without an engine around it such a model cannot run."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
-def task_of_class(cls: type) -> Task | None:
+def model_type_of_class(cls: type) -> ModelType | None:
     """The kind of the models of a class, from its name or that of a base; None if it is none of those that distil."""
     for base in cls.__mro__:
         named = re.findall(f"({'|'.join(LOSS_MAPPING)})", base.__name__)
@@ -105,34 +115,34 @@ def task_of_class(cls: type) -> Task | None:
     return None
 
 
-def task_of(model: nn.Module) -> Task:
+def model_type_of(model: nn.Module) -> ModelType:
     """The kind of `model`, from its class; for classes outside transformers, from its `loss_type`.
 
     Raises:
         DistillError: it is no transformers model, or has no per-token or per-row distribution over ids or classes.
     """
-    model = bare(model)
+    model = unwrap_model(model)
     config = getattr(model, "config", None)
     task = _BY_CLASS.get(type(model).__name__) or _BY_LOSS.get(LOSS_MAPPING.get(getattr(model, "loss_type", None)))
-    task = task or task_of_class(type(model))
+    task = task or model_type_of_class(type(model))
     if task is None or not isinstance(model, transformers.PreTrainedModel):
-        what = f"none of {', '.join(t.name for t in TASKS)}"
+        what = f"none of {', '.join(t.name for t in MODEL_TYPES)}"
         raise DistillError(
             f"{type(model).__name__} cannot be distilled: it is "
             f"{what if isinstance(model, transformers.PreTrainedModel) else 'no transformers model'}. "
-            f"Use a transformers model ({', '.join(t.name for t in TASKS)}; the model itself, not a module around it), "
-            "derive a teacher from hf_distill.Teacher, or train without a teacher."
+            f"Use a transformers model ({', '.join(t.name for t in MODEL_TYPES)}; the model itself, not a module "
+            "around it), derive a teacher from hf_distill.Teacher, or train without a teacher."
         )
     check_has_classes(type(model).__name__, task, config)
     if task in (CAUSAL, SEQ2SEQ):
         if getattr(config, "is_encoder_decoder", False):
             return SEQ2SEQ
         shift = loss_shifts_labels(model)
-        return CAUSAL if shift is None else replace(CAUSAL, shift=shift)
+        return CAUSAL if shift is None else replace(CAUSAL, shifts_labels=shift)
     return task
 
 
-def check_has_classes(name: str, task: Task, config: Any) -> None:
+def check_has_classes(name: str, task: ModelType, config: Any) -> None:
     """Refuse a classifier whose outputs are no distribution over classes.
 
     Args:
@@ -152,4 +162,4 @@ def check_has_classes(name: str, task: Task, config: Any) -> None:
         )
 
 
-TASKS = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, TOKEN)
+MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, TOKEN)

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
-from ..core.logits import Head, Scaling
-from .model_types import bare, partitioned, task_of
+from ..core.logits import LazyLogits, LogitScaling
+from .model_types import is_zero3_partitioned, model_type_of, unwrap_model
 from .module_state import eval_mode
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class OutputHead:
     """
 
     module: Any
-    scaling: Scaling | None
+    scaling: LogitScaling | None
     reason: str = ""
     sample: LogitSample | None = None
 
@@ -84,7 +84,7 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
         model: in wrappers or not; under DDP, FSDP and ZeRO-3 every rank has to call.
         inputs: what its forward is about to be called with.
     """
-    inner = bare(model)
+    inner = unwrap_model(model)
     getter = getattr(inner, "get_output_embeddings", None)
     module = getter() if getter else None
     known = _known.get(inner)
@@ -94,19 +94,19 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
         if not obstacle and not _on_all_ranks(inner, known.scaling is not None) and not known.reason:
             known = OutputHead(module, None, "another process found that its logits differ from the lazy ones")
         _known[inner] = known
-        if known.reason and task_of(inner).vocabulary:
+        if known.reason and model_type_of(inner).vocabulary:
             _log_cost(inner, known.reason, inputs)
     return known
 
 
 def known_output_head(model: nn.Module) -> OutputHead | None:
     """What `output_head` measured of this model; None before its first forward."""
-    return _known.get(bare(model))
+    return _known.get(unwrap_model(model))
 
 
 def forget_output_head(model: nn.Module) -> None:
     """Measure it anew in the next forward: its weights may have changed."""
-    _known.pop(bare(model), None)
+    _known.pop(unwrap_model(model), None)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
             setattr(module, name, instance)
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def cast_like_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors as autocast would hand them to a linear layer."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
@@ -190,10 +190,10 @@ def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) 
         outputs_of_head.append(original(hidden))
         flat = hidden.flatten(0, -2)
         positions = torch.linspace(0, len(flat) - 1, min(_COMPARED_POSITIONS, len(flat)), device=flat.device).long()
-        rows, weight, bias = as_autocast(flat[positions], head.weight, head.bias)
+        rows, weight, bias = cast_like_autocast(flat[positions], head.weight, head.bias)
         assert rows is not None
         assert weight is not None
-        sample.append((rows.clone(), Head(rows, weight, bias).project(), positions))
+        sample.append((rows.clone(), LazyLogits(rows, weight, bias).project(), positions))
         return outputs_of_head[-1]
 
     with _short_forward(model):
@@ -213,7 +213,7 @@ def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) 
     sampled = LogitSample(hidden.cpu(), own.cpu(), max(torch.finfo(t.dtype).eps for t in (logits, hidden)))
     if parameters.used:
         return OutputHead(head, None, "a trained parameter takes part after its output head")
-    candidates = list(dict.fromkeys([Scaling.of(inner.config), Scaling()]))
+    candidates = list(dict.fromkeys([LogitScaling.of(inner.config), LogitScaling()]))
     for scaling in candidates:
         follows = after is not None and _alike(scaling.apply_(probe.to(raw.dtype)), after, after.dtype.itemsize < 4)
         if follows and _alike(scaling.apply_(raw.clone()), own, half, of_row=True):
@@ -329,7 +329,7 @@ class _UsedParameters(TorchFunctionMode):
 
 def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
     """Whether lazy logits are possible on every rank: ranks that share a model's weights have to do the same."""
-    sharded = partitioned(model) or any(hasattr(p, "to_local") for p in model.parameters())
+    sharded = is_zero3_partitioned(model) or any(hasattr(p, "to_local") for p in model.parameters())
     if not sharded or not dist.is_initialized():
         return possible
     flag = torch.tensor(possible, dtype=torch.int32, device=next(model.parameters()).device)
@@ -339,7 +339,7 @@ def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
 
 def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:
     ids = next((inputs[k] for k in ("decoder_input_ids", "input_ids") if isinstance(inputs.get(k), Tensor)), None)
-    vocab_size = task_of(model).size(model)
+    vocab_size = model_type_of(model).num_outputs(model)
     cost = ""
     if ids is not None:
         cost = f", {ids.numel()} x {vocab_size} float32 numbers ({ids.numel() * vocab_size * 4 / 2**20:.0f} MiB) here"

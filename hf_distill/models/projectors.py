@@ -14,7 +14,7 @@ INITS = ("orthogonal", "identity")
 
 
 @dataclass(frozen=True)
-class Projectors:
+class ProjectorConfig:
     """What stands between a student's hidden states and its teacher's.
 
     kind:          "auto": linear where widths differ, nothing where they agree; "linear", "mlp" or "none": always
@@ -43,7 +43,7 @@ class Projectors:
                 raise DistillError(f"projectors has {name} {value!r}; it must be a number, 0 or more")
 
     @classmethod
-    def of(cls, value: Any) -> "Projectors":
+    def of(cls, value: Any) -> "ProjectorConfig":
         """Read a config's value: a dict of fields, a kind, or None for the defaults."""
         if isinstance(value, str):
             return cls(kind=value)
@@ -60,7 +60,7 @@ class Projectors:
         """Of their own in the optimizer; None: as the student's."""
         return {"lr": self.learning_rate, "weight_decay": self.weight_decay}
 
-    def between(self, from_width: int, to_width: int) -> bool:
+    def needs_projector(self, from_width: int, to_width: int) -> bool:
         """Whether a projector stands between these widths.
 
         Raises:

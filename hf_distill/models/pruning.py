@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from .blocks import find_blocks
-from .model_types import bare
+from .model_types import unwrap_model
 
 
 @torch.no_grad()
@@ -78,12 +78,12 @@ def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
         DistillError: an index outside the teacher, or twice, or no index at all.
     """
     name, blocks = find_blocks(teacher)
-    teacher, depth, keep = bare(teacher), len(blocks), sorted(layers)
+    teacher, depth, keep = unwrap_model(teacher), len(blocks), sorted(layers)
     if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
         raise DistillError(
             f"layers is {list(layers)}: give each block to keep once, from 0 to {depth - 1} (the teacher has {depth})."
         )
-    student = type(teacher)(cut_config(teacher.config, keep, depth))
+    student = type(teacher)(prune_config(teacher.config, keep, depth))
     new_index = {old: new for new, old in enumerate(keep)}
     pattern = re.compile(rf"^{re.escape(name)}\.(\d+)\.")
     state = {}
@@ -99,7 +99,7 @@ def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
     return student.train()
 
 
-def most_influential(influence: Sequence[float], keep_layers: int) -> list[int]:
+def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
     """Indices of the `keep_layers` blocks with the greatest influence, in ascending order.
 
     Raises:
@@ -111,7 +111,7 @@ def most_influential(influence: Sequence[float], keep_layers: int) -> list[int]:
     return sorted(by_influence[:keep_layers])
 
 
-def cut_config(config: Any, keep: Sequence[int], depth: int) -> Any:
+def prune_config(config: Any, keep: Sequence[int], depth: int) -> Any:
     """The config of a model with only the blocks `keep` of `depth`."""
     config = copy.deepcopy(config)
     text = config.get_text_config()

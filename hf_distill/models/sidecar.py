@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from .blocks import SIDECAR
-from .model_types import unwrapped
+from .model_types import unwrap_parallel
 
 FILE = "sidecar.safetensors"
 
@@ -34,14 +34,14 @@ class Sidecar(nn.Module):
         """`call(self)`, inside the forward of this module and so of the student."""
         return call(self)
 
-    def part(self, kind: str, term: str) -> Any:
+    def get(self, kind: str, term: str) -> Any:
         """The module of a kind that serves a term; None if it needs none."""
         return self.parts[kind][term] if kind in self.parts and term in self.parts[kind] else None
 
 
 def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
     """Hang a sidecar on a student, in the place of an earlier one; None: just take that off."""
-    student = unwrapped(model)
+    student = unwrap_parallel(model)
     student._modules.pop(SIDECAR, None)
     if sidecar is not None:
         student.add_module(SIDECAR, sidecar)
@@ -49,11 +49,11 @@ def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
 
 def sidecar_of(model: nn.Module) -> Sidecar | None:
     """The sidecar of a student, in wrappers or not."""
-    sidecar: Any = unwrapped(model)._modules.get(SIDECAR)
+    sidecar: Any = unwrap_parallel(model)._modules.get(SIDECAR)
     return sidecar
 
 
-def split(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_sidecar(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A student's state dict that was put together from parameters, without the sidecar's."""
     return {key: value for key, value in state_dict.items() if SIDECAR not in key.split(".")}
 
@@ -66,19 +66,19 @@ def save_sidecar(sidecar: Sidecar, folder: str, write: bool) -> None:
         folder: of a checkpoint.
         write: whether this rank writes.
     """
-    state = whole_state(sidecar)
+    state = gathered_state_dict(sidecar)
     if write:
         save_file(state, Path(folder) / FILE)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def gathered_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A trained module's parameters, tied ones once, and the buffers that it saves; called on every rank.
 
     Args:
         module: of a sidecar, whole or sharded.
     """
-    with _whole(module):
-        return {name: _full(t.detach()).cpu().contiguous().clone() for name, t in _kept(module).items()}
+    with _gathered(module):
+        return {name: _full_tensor(t.detach()).cpu().contiguous().clone() for name, t in _saved_tensors(module).items()}
 
 
 @torch.no_grad()
@@ -95,19 +95,21 @@ def load_sidecar(sidecar: Sidecar, folder: str) -> None:
             "the `losses`, `projectors` and teacher of that run, or start afresh."
         )
     state = load_file(file)
-    with _whole(sidecar, modify=True):
-        own = _kept(sidecar)
+    with _gathered(sidecar, modify=True):
+        own = _saved_tensors(sidecar)
         shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (own, state)]
         if shapes[0] != shapes[1]:
             raise DistillError(
-                f"{file} holds {_few(shapes[1], shapes[0])} and this run has {_few(shapes[0], shapes[1])}: resume with "
-                "the `losses`, `projectors` and teacher of the run that wrote it, or start afresh."
+                f"{file} holds {_summarize(shapes[1], shapes[0])} and this run has {_summarize(shapes[0], shapes[1])}: "
+                "resume with the `losses`, `projectors` and teacher of the run that wrote it, or start afresh."
             )
         for name, parameter in own.items():
-            parameter.data.copy_(_like(state[name], parameter))
+            parameter.data.copy_(_distribute_like(state[name], parameter))
 
 
-def own_groups(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], options: dict[str, float]) -> None:
+def move_to_param_groups(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], options: dict[str, float]
+) -> None:
     """Move parameters into groups of their own, one beside each group that they are in.
 
     Args:
@@ -138,7 +140,7 @@ def _not_missing(_module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if SIDECAR not in key.split(".")]
 
 
-def _kept(module: nn.Module) -> dict[str, Tensor]:
+def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and buffers that are saved."""
     named = dict(module.named_parameters())
     for prefix, part in module.named_modules():
@@ -148,7 +150,7 @@ def _kept(module: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def _whole(module: nn.Module, modify: bool = False) -> Any:
+def _gathered(module: nn.Module, modify: bool = False) -> Any:
     """A context in which parameters that ZeRO-3 has partitioned are whole."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -159,17 +161,17 @@ def _whole(module: nn.Module, modify: bool = False) -> Any:
     return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0 if modify else None)
 
 
-def _few(shapes: dict[str, tuple], others: dict[str, tuple]) -> str:
+def _summarize(shapes: dict[str, tuple], others: dict[str, tuple]) -> str:
     """The first few of the shapes that the others lack or have otherwise."""
     differ = {name: shape for name, shape in shapes.items() if others.get(name) != shape}
     return f"{dict(list(differ.items())[:3])}{' and more' if len(differ) > 3 else ''}"
 
 
-def _full(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
+def _distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole value laid out as a parameter, which FSDP2 may have sharded."""
     if not hasattr(parameter, "full_tensor"):
         return value

@@ -6,8 +6,8 @@ number that is computed with, r of one in the residual stream.
 
 import torch
 
-from ..core.logits import Head
-from ..losses.fused import CACHE, SCRATCH, chunk_of_workspace
+from ..core.logits import LazyLogits
+from ..losses.fused import CPU_CACHE_BYTES, MAX_TEMPORARIES, auto_chunk_tokens
 from .model_stats import Anatomy
 from .strategy import Strategy
 from .workload import Job
@@ -75,12 +75,14 @@ def workspace(job: Job, left: int | None) -> int:
     """
     if job.device == "cpu":
         row = 4 * (job.student.vocab + job.teacher.vocab)
-        rows = min(job.tokens, chunk_of_workspace(_head(job.student), [_head(job.teacher)]))
-        return row * rows + SCRATCH * min(CACHE * torch.get_num_threads(), 4 * job.student.vocab * rows)
-    row = 4 * (job.student.vocab + job.teacher.vocab + SCRATCH * job.student.vocab)
+        rows = min(job.tokens, auto_chunk_tokens(_head(job.student), [_head(job.teacher)]))
+        return row * rows + MAX_TEMPORARIES * min(
+            CPU_CACHE_BYTES * torch.get_num_threads(), 4 * job.student.vocab * rows
+        )
+    row = 4 * (job.student.vocab + job.teacher.vocab + MAX_TEMPORARIES * job.student.vocab)
     return row * min(job.tokens, max(16, max(left or 0, 0) // 8 // row))
 
 
-def _head(anatomy: Anatomy) -> Head:
+def _head(anatomy: Anatomy) -> LazyLogits:
     weight = torch.empty(anatomy.vocab, anatomy.hidden, device="meta")
-    return Head(weight[:1], weight)
+    return LazyLogits(weight[:1], weight)

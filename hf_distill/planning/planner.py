@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from ..errors import DistillError, noted, tell
+from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
-from ..models.pruning import cut_config
+from ..models.pruning import prune_config
 from ..recipe.models import FromTeacher
 from ..recipe.schema import Recipe
 from .cache_size import CachePlan, caches_of
@@ -142,16 +142,16 @@ def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, Pretr
     problems = [f"{name} is {value:g}; it must be above 0." for name, value in numbers.items() if value <= 0]
     if numbers["mfu"] > 1:
         problems.append(f"mfu is {numbers['mfu']:g}; it is a share of the peak, at most 1.")
-    with noted(problems):
+    with collect_errors(problems):
         own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
-    with noted(problems):
+    with collect_errors(problems):
         teacher = model_config(recipe.base, recipe.base_revision)
         student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
     if spec.model is not None and spec.from_teacher is None:
-        with noted(problems):
+        with collect_errors(problems):
             student = model_config(spec.model, spec.revision)
-    tell(problems)
+    raise_if_any(problems)
     return own, student, teacher if recipe.main.model else student
 
 
@@ -161,4 +161,4 @@ def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:
     keep = cut.layers or list(range(cut.keep_layers or 0))
     if max(keep) >= depth:
         raise DistillError(f"student.from_teacher keeps block {max(keep)}; the teacher has {depth}, from 0.")
-    return cut_config(teacher, keep, depth)
+    return prune_config(teacher, keep, depth)

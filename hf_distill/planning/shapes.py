@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ..core.references import kind_of
+from ..core.references import reference_kind
 from ..errors import DistillError, did_you_mean
 from ..hub import reading
 from ..runner.model_loading import resolve_model
@@ -33,7 +33,7 @@ def model_config(reference: str, revision: str | None = None) -> PretrainedConfi
     Raises:
         DistillError: nobody knows it.
     """
-    if kind_of(reference) in ("package", "smoke"):
+    if reference_kind(reference) in ("package", "smoke"):
         reference = resolve_model(reference)
     table = known_shapes()
     if reference in table and not Path(reference).is_dir():

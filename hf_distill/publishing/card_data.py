@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from ..analysis.curve import compute, trained_tokens
 from ..core.io import damage_reported, read_json
-from ..core.references import public
+from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import Judged, Licence, judge, licence_of
 from ..model_card import Facts, missing
@@ -90,7 +90,7 @@ def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:
     donor: Student | TeacherSpec = run.recipe.main if spec.from_teacher and run.recipe.main.model else spec
     role = "teacher" if donor is not spec else "student"
     return {
-        "model": public(donor.model),
+        "model": public_name(donor.model),
         "revision": known.get(role, {}).get("revision"),
         "adapters": spec.lora is not None and run.recipe.export == "adapter",
         **{key: value for key, value in evidence.get("student", {}).items() if key in _SIZES},
@@ -117,7 +117,7 @@ def teachers_of(
     for spec in recipe.all_teachers:
         name, spoken = getattr(spec, "name", "teacher"), spec.speaker
         known = evidence.get("provenance", {}).get(name, {})
-        facts = known | {"kind": spec.kind, "model": public(spoken.model)}
+        facts = known | {"kind": spec.kind, "model": public_name(spoken.model)}
         facts |= {"quantization": spoken.quantization} if spoken.quantization else {}
         if spoken is recipe.main:
             sizes = evidence.get("teacher", {})
@@ -160,7 +160,7 @@ def _sources(run: Run, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if run.recipe.data.eval.path:
         sources["eval"] = run.recipe.data.eval
     return {
-        name: {"dataset": public(source.path), **_of_hub(known.get(f"data {name}", {}))}
+        name: {"dataset": public_name(source.path), **_of_hub(known.get(f"data {name}", {}))}
         for name, source in sources.items()
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from ..core.references import kind_of
+from ..core.references import reference_kind
 from ..errors import DistillError
 from ..hub import asking
 from ..hub.licenses import Judged, Licence, licence_of
@@ -210,7 +210,7 @@ def _cache_of(run: Run) -> str:
     """
     teacher = run.recipe.teacher
     path = teacher.path if teacher and teacher.kind == "cached" else None
-    if path is None or kind_of(path) == "address" or not Path(path).is_dir():
+    if path is None or reference_kind(path) == "address" or not Path(path).is_dir():
         raise DistillError("--with cache: the run's teacher is no cache on this machine.")
     return path
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
-from ..core.schedule import points_of
+from ..core.schedule import parse_schedule
 from ..errors import did_you_mean
 from .strict_model import Name, Part
 
@@ -40,7 +40,7 @@ class Source(Part):
     def _weighs(cls, value: Any) -> Any:
         if isinstance(value, float) and value <= 0:
             raise ValueError("must be above 0: leave a source out to give it none")
-        points_of(value, "it", low=0)
+        parse_schedule(value, "it", low=0)
         return value
 
 
@@ -146,5 +146,5 @@ class OnPolicy(Part):
     @field_validator("fraction")
     @classmethod
     def _shares(cls, value: Any) -> Any:
-        points_of(value, "it", 0, 1)
+        parse_schedule(value, "it", 0, 1)
         return value

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-from ..core.references import kind_of
+from ..core.references import reference_kind
 from ..errors import DistillError
 from ..hub import address, asking, model_files
 from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
@@ -80,10 +80,10 @@ def place_of(name: str, kind: str, revision: str | None) -> Place | None:
 
     A single file's address is none: it is one of the recipe's own repository, small beside the rest.
     """
-    if kind_of(name) == "address":
+    if reference_kind(name) == "address":
         at = address(name)
         return None if at.path_in_repo else (at.type, at.id, at.revision)
-    return (kind, name, revision) if kind_of(name) == "id" else None
+    return (kind, name, revision) if reference_kind(name) == "id" else None
 
 
 def _looked_at(what: tuple[str, ...], kind: str, repo: str, revision: str | None) -> Download:

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..core.references import ADDRESS, FILES, PACKAGE
-from ..errors import DistillError, noted, tell
+from ..core.references import DATASET_BUILDERS, HUB_PREFIX, PACKAGE_PREFIX
+from ..errors import DistillError, collect_errors, raise_if_any
 from .resolve import read_text
 from .safe_yaml import LIMIT
 
@@ -30,12 +30,12 @@ def at_home(values: dict[str, Any], origin: str) -> dict[str, Any]:
     problems: list[str] = []
     values = copy.deepcopy(values)
     for part in deepspeed_parts(values):
-        with noted(problems):
+        with collect_errors(problems):
             part["deepspeed"] = content_of(part["deepspeed"], origin)
     data = values.get("data")
     if isinstance(data, dict):
         values = values | {"data": {name: _with_path(part, origin, problems) for name, part in data.items()}}
-    tell(problems)
+    raise_if_any(problems)
     return values
 
 
@@ -92,8 +92,8 @@ def _with_path(part: Any, origin: str, problems: list[str]) -> Any:
 
     if not isinstance(part, dict) or not isinstance(path := part.get("path"), str):
         return part
-    if path.startswith((ADDRESS, PACKAGE)) or PurePosixPath(path).suffix not in FILES:
+    if path.startswith((HUB_PREFIX, PACKAGE_PREFIX)) or PurePosixPath(path).suffix not in DATASET_BUILDERS:
         return part
-    with noted(problems):
+    with collect_errors(problems):
         return part | {"path": written(beside(address(origin), path))}
     return part

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core.references import CHAT_TEMPLATES, kind_of
+from ..core.references import CHAT_TEMPLATES, reference_kind
 from ..errors import DistillError
 from ..hub.model_files import ATTENTION
 from .data import Source
@@ -111,7 +111,7 @@ def _teacher(spec: TeacherSpec, place: str) -> Iterator[str]:
     if (
         spec.path
         and not _OUTPUT.fullmatch(spec.path)
-        and not (kind_of(spec.path) == "address" and _is_address(spec.path))
+        and not (reference_kind(spec.path) == "address" and _is_address(spec.path))
     ):
         yield f"{place}.path: {spec.path!r} is a place on this machine: it may be caches/NAME or hf://datasets/..."
     if spec.deepspeed:
@@ -122,7 +122,7 @@ def _teacher(spec: TeacherSpec, place: str) -> Iterator[str]:
 
 def _no_public_name(name: str, packaged: re.Pattern[str]) -> str | None:
     """Why a model's or data set's name would not be looked up on the Hub, or in an installed package."""
-    match kind_of(name):
+    match reference_kind(name):
         case "package":
             return None if packaged.fullmatch(name) else "is no part of an installed package"
         case "address":

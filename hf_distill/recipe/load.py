@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..core.deepspeed_config import check_teacher_config, read_deepspeed
-from ..errors import DistillError, noted
+from ..errors import DistillError, collect_errors
 from ..version import __version__
 from .hub_paths import at_home
 from .hub_policy import untrusted
@@ -122,7 +122,7 @@ def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
         dumped = recipe.model_dump(exclude_none=True, exclude_unset=True)
         problems += [f"{place_of(place)}: {problem}" for place, problem in impossible_values(dumped)]
         for number in range(1, len(recipe.stages) + 1):
-            with noted(problems):
+            with collect_errors(problems):
                 validate(stage_values(dumped, number), folder)
     if recipe is None or problems:
         raise_problems(problems, "in the recipe")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..core.references import FILES, is_file, is_there, kind_of
+from ..core.references import DATASET_BUILDERS, is_file, path_exists, reference_kind
 from ..errors import DistillError
 from .downloads import named
 from .schema import Recipe
@@ -18,7 +18,7 @@ def check_local(recipe: Recipe) -> None:
     """
     problems = []
     for what, name, kind, _ in named(recipe):
-        if not what.startswith("cache of") and kind_of(name) == "path" and (why := _problem(name, kind)):
+        if not what.startswith("cache of") and reference_kind(name) == "path" and (why := _problem(name, kind)):
             problems.append(f"{what}: {why}")
     if problems:
         raise DistillError("; ".join(problems))
@@ -26,9 +26,9 @@ def check_local(recipe: Recipe) -> None:
 
 def _problem(name: str, kind: str) -> str | None:
     path = Path(name)
-    if not is_there(path):
+    if not path_exists(path):
         looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-        return f"there is no {'file' if path.suffix in FILES else 'file or folder'} {name!r}{looked}"
+        return f"there is no {'file' if path.suffix in DATASET_BUILDERS else 'file or folder'} {name!r}{looked}"
     if kind == "model" and not any(is_file(path / config) for config in _CONFIGS):
         return f"{name!r} is not the folder of a model: it has no config.json"
     return None

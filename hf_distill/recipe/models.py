@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.deepspeed_config import check_ways
-from ..core.schedule import points_of
+from ..core.deepspeed_config import check_placement
+from ..core.schedule import parse_schedule
 from .strict_model import Name, Part
 
 
@@ -150,7 +150,7 @@ class TeacherSpec(Part):
     @field_validator("decay")
     @classmethod
     def _below_one(cls, value: Any) -> Any:
-        if value is not None and any(d == 1 for _, d in points_of(value, "it", 0, 1)):
+        if value is not None and any(d == 1 for _, d in parse_schedule(value, "it", 0, 1)):
             raise ValueError("it must lie in [0, 1): with 1 the average never moves")
         return value
 
@@ -170,7 +170,7 @@ class TeacherSpec(Part):
             raise ValueError("give its view, such as {token_dropout: 0.1}")
         if self.kind == "snapshot" and self.every is None and self.path is None:
             raise ValueError("a snapshot needs every, the steps between two of them, or the path of one")
-        check_ways(self.quantization, self.deepspeed, self.fsdp, self.device_map)
+        check_placement(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self
 
     def _check_cached(self) -> None:

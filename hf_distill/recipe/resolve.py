@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from ..core.references import ADDRESS, is_file
+from ..core.references import HUB_PREFIX, is_file
 from ..errors import DistillError, did_you_mean
 from .plain_yaml import short
 from .safe_yaml import LIMIT
@@ -39,7 +39,7 @@ def title_of(text: str) -> str:
 
 def on_the_hub(reference: str) -> bool:
     """Whether a reference is an address on the Hub."""
-    return reference.startswith((ADDRESS, "https://"))
+    return reference.startswith((HUB_PREFIX, "https://"))
 
 
 def find_recipe(reference: str) -> Found:

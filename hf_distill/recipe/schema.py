@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from ..core.schedule import points_of
-from ..core.teacher_kinds import ill_matched
+from ..core.schedule import parse_schedule
+from ..core.teacher_kinds import incompatible_teachers
 from ..errors import did_you_mean
 from .data import Data, OnPolicy
 from .losses import Distill, LossSpec, ProjectorSpec, packaged_schema
@@ -199,7 +199,7 @@ class Recipe(Part):
         names = [spec.name for spec in self.teachers]
         if len(names) == 1 or len({*names}) < len(names):
             raise ValueError(f"teachers: two or more, of different names; got {', '.join(names)}")
-        if problems := ill_matched({spec.name: spec.kind for spec in self.teachers}):
+        if problems := incompatible_teachers({spec.name: spec.kind for spec in self.teachers}):
             raise ValueError(f"teachers: {'; '.join(problems)}")
         for loss in self.losses:
             if loss.teacher is not None and loss.teacher not in names:
@@ -257,7 +257,7 @@ class Recipe(Part):
             problems.append("completions have no length before they are written: leave data.packing out")
         if self.train.deepspeed or self.train.fsdp:
             problems.append("run it from a script with OnPolicyDistillTrainer, or leave train.deepspeed and fsdp out")
-        lowest = min(share for _, share in points_of(self.on_policy.fraction, "it", 0, 1))
+        lowest = min(share for _, share in parse_schedule(self.on_policy.fraction, "it", 0, 1))
         if self.distill.alpha < 1 and lowest == 1:
             problems.append("no row has hard labels: set distill.alpha to 1, or fraction below 1")
         if problems:

@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ..core.references import SMOKE, is_file
+from ..core.references import SMOKE_PREFIX, is_file
 from ..errors import DistillError
 
 _TEACHER_DEPTH = 4
@@ -73,12 +73,12 @@ def _small_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> 
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": depth}
     if student.get("model"):
         role = "teacher" if student.get("from_teacher") else "student"
-        student |= {"model": f"{SMOKE}{family_of(student['model'])}/{role}", "revision": None}
+        student |= {"model": f"{SMOKE_PREFIX}{family_of(student['model'])}/{role}", "revision": None}
 
 
 def _small_teacher(teacher: dict[str, Any], cache: str) -> None:
     if teacher.get("model"):
-        teacher |= {"model": f"{SMOKE}{family_of(teacher['model'])}/teacher", "revision": None}
+        teacher |= {"model": f"{SMOKE_PREFIX}{family_of(teacher['model'])}/teacher", "revision": None}
     if teacher.get("every"):
         teacher["every"] = 2
     if teacher.get("source"):
@@ -100,7 +100,7 @@ def build_tiny(reference: str, folder: Path) -> None:
     """Write a tiny random model and a byte-level tokenizer, `smoke:family/role`, into a folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    family, _, role = reference.removeprefix(SMOKE).partition("/")
+    family, _, role = reference.removeprefix(SMOKE_PREFIX).partition("/")
     width, depth = (64, _TEACHER_DEPTH) if role == "teacher" else (32, 2)
     tokenizer = byte_tokenizer()
     config = AutoConfig.for_model(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.escape import html_text
-from ..errors import need
+from ..errors import require_package
 
 # Ink becomes the page's own text colour; as it is, it is black on a PNG's white.
 INK = "#010203"
@@ -44,7 +44,7 @@ def axes(title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, co
     Raises:
         DistillError: matplotlib is not installed.
     """
-    need("matplotlib", "report", "A plot")
+    require_package("matplotlib", "report", "A plot")
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure

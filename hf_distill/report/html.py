@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from ..errors import need
+from ..errors import require_package
 from ..runner.run_results import Run
 from .analysis_sections import curve, diagnosis, inspection, retention, samples, temperature
 from .figures import png
@@ -39,7 +39,7 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
     Raises:
         DistillError: matplotlib is not installed, or the folder lacks what a run writes.
     """
-    need("matplotlib", "report", "A report")
+    require_package("matplotlib", "report", "A report")
     from jinja2 import Environment
 
     for name in ("evidence.json", "metrics.jsonl"):

@@ -10,11 +10,11 @@ from ..cache.example_keys import examples_of
 from ..cache.manifest import FILE
 from ..cache.serialization import stored_of
 from ..cache.writer import Progress, batch_of, plan_rows, taps_of
-from ..core.references import kind_of
-from ..errors import DistillError, noted, tell
+from ..core.references import reference_kind
+from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
-from ..models.model_types import task_of
+from ..models.model_types import model_type_of
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
@@ -50,7 +50,7 @@ def write_recipe_cache(
     """
     spec = speaker_of(recipe)
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
-    if to is None or kind_of(to) == "address":
+    if to is None or reference_kind(to) == "address":
         raise DistillError("Where to? Give a folder with -o; `hf-distill cache push` brings it to the Hub.")
     teacher, data, tokenizer, args = load_speaker(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
@@ -84,7 +84,7 @@ def write_missing(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
     spec = recipe.teacher
     if spec is None or spec.kind != "cached" or spec.online or not spec.speaker.model or not spec.path:
         return
-    if kind_of(str(spec.speaker.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
+    if reference_kind(str(spec.speaker.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
         on_stage(f"Writing {spec.path}, for there is none")
         write_recipe_cache(recipe)
 
@@ -111,7 +111,7 @@ def compare_with_teacher(
     recipe = validate(manifest.recipe)
     teacher, data, _, args = load_speaker(recipe, recipe.main, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
-    shift = task_of(teacher.model).shift
+    shift = model_type_of(teacher.model).shifts_labels
     rows, facts = plan_rows([data.train, data.held_out], data.collator, size, shard_rows, shift)
     if facts["fingerprint"] != manifest.data["fingerprint"]:
         raise DistillError("The data of the cache's recipe are other ones now: they have another fingerprint.")
@@ -165,7 +165,7 @@ def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
                 config = loaded(AutoConfig, str(student), revision=recipe.student.revision)
                 own = config.get_text_config().num_hidden_layers
             layers = options.get("layers", "stretch")
-            with noted(problems):
+            with collect_errors(problems):
                 found |= {*range(depth)} if layers == LEARNED else {t for _, t in map_layers(layers, own, depth)}
-    tell(problems)
+    raise_if_any(problems)
     return sorted(found)

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
-from ..core.schedule import points_of
+from ..core.schedule import parse_schedule
 from ..core.signals import IGNORE_INDEX
 from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
 from ..data.formats import TEXT
@@ -84,7 +84,7 @@ def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Exam
     """Rows of all sources as a recipe mixes them."""
     weights: Any = {name: source.weight for name, source in data.sources.items()}
     if data.scheduled:
-        points = {name: points_of(weight, f"data.{name}.weight", low=0) for name, weight in weights.items()}
+        points = {name: parse_schedule(weight, f"data.{name}.weight", low=0) for name, weight in weights.items()}
         return mix_scheduled(rows, points, seed, count)
     return mix(rows, weights, seed, data.stopping_strategy)
 

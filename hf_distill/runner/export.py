@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.signals import Signals, Tap, Targets
+from ..core.signals import FeatureKey, Signals, Targets
 from ..recipe.schema import Recipe
 from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
 from ..trainer.trainer import DistillTrainer
@@ -15,7 +15,7 @@ class NoTeacher(Teacher):
 
     soft = False
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Nothing."""
         return Signals(None)
 

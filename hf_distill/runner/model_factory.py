@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from ..errors import DistillError, need, tell
-from ..models.pruning import block_influence, cut_student, most_influential
+from ..errors import DistillError, raise_if_any, require_package
+from ..models.pruning import block_influence, cut_student, top_layers
 from ..recipe.models import FIELDS
 from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..teachers import (
@@ -112,7 +112,7 @@ class Models:
         model = self._base(rows, spec.quantization)
         if spec.lora is None:
             return model
-        need("peft", "peft", "A student with lora")
+        require_package("peft", "peft", "A student with lora")
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
         torch.manual_seed(self._args.seed)  # of the adapters
@@ -160,7 +160,7 @@ class Models:
         if self.layers is None:
             ids = ({"input_ids": torch.tensor([row["input_ids"]])} for row in islice(rows, _CALIBRATION_ROWS))
             self.influence = block_influence(whole, ids)
-            self.layers = most_influential(self.influence, int(cut.keep_layers or 0))
+            self.layers = top_layers(self.influence, int(cut.keep_layers or 0))
         student = cut_student(whole, self.layers)
         student.to(dtype_of(whole.config, {"dtype": spec.dtype}))
         if spec.attn_implementation:
@@ -216,7 +216,7 @@ def check_launch(recipe: Recipe) -> None:
             "train.deepspeed: stage3_gather_16bit_weights_on_model_save is false, so the student's folder would hold "
             "shards that from_pretrained cannot load: set it to true"
         )
-    tell(problems)
+    raise_if_any(problems)
 
 
 def _named(spec: Student | TeacherSpec) -> dict[str, Any]:

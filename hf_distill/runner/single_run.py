@@ -27,7 +27,7 @@ from ..core.processes import on_main
 from ..data import check_isolation
 from ..losses import get_loss
 from ..models.blocks import find_blocks
-from ..models.model_types import bare
+from ..models.model_types import unwrap_model
 from ..recipe.schema import Recipe
 from ..teachers.loading import sharded_for
 from ..trainer.config import DistillConfig, DistillFields
@@ -226,7 +226,7 @@ class Loaded:
 
 def _size(model: nn.Module) -> dict[str, Any]:
     """Of the whole model, however it is held, adapters aside."""
-    config = bare(model).config
+    config = unwrap_model(model).config
     with sharded_for(None), torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     return {"parameters": sum(p.numel() for p in whole.parameters()), "blocks": len(find_blocks(whole)[1])}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..core.deepspeed_config import gather_on_save
+from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 from ..trainer.config import DistillConfig
@@ -29,7 +29,7 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> Any:
     args.dataloader_pin_memory &= torch.accelerator.is_available()
     if recipe.data.scheduled:
         args.train_sampling_strategy = "sequential"
-    gather_on_save(args)
+    enable_zero3_gather_on_save(args)
     return args
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import DistillError, need, tell
-from ..models.sidecar import split
+from ..errors import DistillError, raise_if_any, require_package
+from ..models.sidecar import strip_sidecar
 from .self_teacher import ItselfTeacher
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -30,7 +30,7 @@ class OwnBaseTeacher(ItselfTeacher):
         Raises:
             DistillError: it has none, or without them it is not a model that stays as it is.
         """
-        need("peft", "peft", "A teacher that is the student's own base")
+        require_package("peft", "peft", "A teacher that is the student's own base")
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -41,7 +41,7 @@ class OwnBaseTeacher(ItselfTeacher):
                 f"The student, a {type(student).__name__}, has no adapters that could be switched off: wrap it by "
                 "peft.get_peft_model, set student.lora in a recipe, or use a FrozenTeacher of the same weights."
             )
-        tell(self._changes_of_base(student))
+        raise_if_any(self._changes_of_base(student))
 
     def _changes_of_base(self, student: nn.Module) -> list[str]:
         """Why the student without its adapters would not be the model that it was."""
@@ -51,7 +51,7 @@ class OwnBaseTeacher(ItselfTeacher):
             for name, p in layer.named_parameters()
             if name.split(".")[0] not in ("base_layer", "original_module")
         }
-        parameters = split(dict(student.named_parameters()))
+        parameters = strip_sidecar(dict(student.named_parameters()))
         trained = [name for name, p in parameters.items() if p.requires_grad and id(p) not in adapters]
         problems, remedy = [], "or use a FrozenTeacher of the same weights"
         if trained:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..core.logits import Head, Logits
-from ..core.signals import Signals, Tap, Targets
+from ..core.logits import DenseLogits, LazyLogits
+from ..core.signals import FeatureKey, Signals, Targets
 from ..errors import DistillError
 from ..losses.objective import Term
-from ..models.blocks import Stack
+from ..models.blocks import LayerStack
 from ..models.model_call import input_names
 
 
@@ -43,19 +43,19 @@ class Teacher(ABC):
     progress: float = 0.0
 
     @abstractmethod
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Answer a batch, without gradient.
 
         Args:
             inputs: the collator's batch, [B, S] tensors on the student's device.
             targets: the asked tokens.
-            wanted: features to tell, with their tokens; empty where `stack` raises.
+            feature_requests: features to tell, with their tokens; empty where `stack` raises.
 
         Returns:
             signals whose logits are [T, V_t], with a feature for each tap.
         """
 
-    def stack(self, which: str | None = None) -> Stack:
+    def stack(self, which: str | None = None) -> LayerStack:
         """The blocks whose features it can tell; see `blocks.stack_of`.
 
         Raises:
@@ -125,14 +125,18 @@ class Teacher(ABC):
         return []
 
     def beside(
-        self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
+        self,
+        inputs: dict,
+        targets: Targets,
+        feature_requests: Mapping[FeatureKey, Targets],
+        num_items: Tensor | int | None,
     ) -> "Beside | None":
         """What of it runs inside the student's forward, in the place of a call before it; None: nothing.
 
         Args:
             inputs: as of a call.
             targets: as of a call.
-            wanted: as of a call.
+            feature_requests: as of a call.
             num_items: what sums over asked tokens are divided by; None: those of this batch.
         """
         return None
@@ -184,5 +188,5 @@ class Beside(ABC):
         return nullcontext()
 
     @abstractmethod
-    def __call__(self, said: Head | Logits) -> Tensor:
+    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
         """Its own loss, [], given the source of the student's logits, with the graph."""

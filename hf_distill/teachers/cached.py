@@ -15,13 +15,13 @@ from ..cache.fingerprints import digest_of_template, digest_of_tokenizer, digest
 from ..cache.manifest import HEAD
 from ..cache.reader import Stored
 from ..cache.serialization import stored_of, told_of
-from ..core.logits import Scaling
-from ..core.signals import Signals, Tap, Targets
-from ..errors import DistillError, tell
+from ..core.logits import LogitScaling
+from ..core.signals import FeatureKey, Signals, Targets
+from ..errors import DistillError, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses.objective import Term
-from ..models.blocks import Stack
-from ..models.model_types import bare, task_of
+from ..models.blocks import LayerStack
+from ..models.model_types import model_type_of, unwrap_model
 from .base import Teacher
 
 
@@ -65,7 +65,7 @@ class CachedTeacher(Teacher):
             DistillError: all that differs.
         """
         manifest, problems = self.manifest, list[str]()
-        self._ids, self._depth = task_of(student).size(bare(student)), depth_of(student)
+        self._ids, self._depth = model_type_of(student).num_outputs(unwrap_model(student)), depth_of(student)
         for name, there, here in (
             ("tokenizer", manifest.tokenizer, digest_of_tokenizer(processing_class)),
             ("chat template", manifest.chat_template, digest_of_template(processing_class)),
@@ -75,17 +75,19 @@ class CachedTeacher(Teacher):
         if self.source is not None:
             self.source.prepare(student, device, processing_class)
             self.model = self.source.model
-            own = type(bare(self.model)).__name__
+            own = type(unwrap_model(self.model)).__name__
             if own != manifest.teacher["class"]:
                 problems.append(f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {own}")
-            elif digest_of_weights(bare(self.model)) != manifest.teacher["weights"]:
+            elif digest_of_weights(unwrap_model(self.model)) != manifest.teacher["weights"]:
                 problems.append(f"{self.path} was written by a {own} with other weights (or dtype) than its source's")
-        tell(problems)
+        raise_if_any(problems)
         self._head: dict[str, Any] = {}
         if manifest.head is not None:
             check_files(self.store.folder, manifest.head)
             tensors = load_file(self.store.folder / HEAD)
-            self._head = {name: tensors[name].to(device) for name in tensors} | {"scaling": Scaling(**manifest.scaling)}
+            self._head = {name: tensors[name].to(device) for name in tensors} | {
+                "scaling": LogitScaling(**manifest.scaling)
+            }
 
     def learn(self, terms: Sequence[Term]) -> list[Term]:
         """Refuse what the cache cannot tell.
@@ -108,10 +110,10 @@ class CachedTeacher(Teacher):
                         f"{term.name} has temperature {asked:g}, and the cache was written at "
                         f"{manifest.temperature:g}: set that, or write a cache of kind hidden, which has all"
                     )
-        tell([f"{self.path}: {problem}" for problem in problems])
+        raise_if_any([f"{self.path}: {problem}" for problem in problems])
         return super().learn(terms)
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[FeatureKey, Targets]) -> Signals:
         """Read what the teacher said of a batch.
 
         Raises:
@@ -120,7 +122,7 @@ class CachedTeacher(Teacher):
         examples = examples_of(self._read(inputs), targets)
         found = self._whole(inputs, targets, examples)
         told = told_of(found, self.manifest, self._head, targets.labels.device, self._ids)
-        return Signals(told.logits, {tap: told.features[Tap("hidden", tap.layer)] for tap in wanted})
+        return Signals(told.logits, {key: told.features[FeatureKey("hidden", key.layer)] for key in wanted})
 
     def input_names(self) -> frozenset[str]:
         """What the teacher that wrote the cache read besides token ids."""
@@ -154,13 +156,13 @@ class CachedTeacher(Teacher):
             ]
         return []
 
-    def stack(self, which: str | None = None) -> Stack:
+    def stack(self, which: str | None = None) -> LayerStack:
         """The teacher's blocks, by number alone."""
         blocks = nn.ModuleList(nn.Identity() for _ in range(self.manifest.depth))
-        return Stack(which, blocks, int(self.manifest.width or 0), causal=True, attention="none")
+        return LayerStack(which, blocks, int(self.manifest.width or 0), causal=True, attention="none")
 
     def knows(self, inputs: dict, shift: bool) -> bool:
-        """Whether all examples of a batch are there; `shift` as of `asked_labels`."""
+        """Whether all examples of a batch are there; `shift` as of `target_labels`."""
         found = self.store.find([e.key for e in examples_of(self._read(inputs), Targets.from_batch(inputs, shift))])
         return None not in found
 
@@ -180,8 +182,8 @@ class CachedTeacher(Teacher):
                 "written for other text, max_length, chat template or labels: write it again with this recipe, or set "
                 "fallback: online with a source."
             )
-        taps = {Tap("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
-        own = stored_of(self.source(inputs, targets, taps), examples, self.manifest)
+        feature_keys = {FeatureKey("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
+        own = stored_of(self.source(inputs, targets, feature_keys), examples, self.manifest)
         return [own[i] if stored is None else stored for i, stored in enumerate(found)]
 
     def metrics(self) -> dict[str, float]:

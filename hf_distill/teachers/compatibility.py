@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.training_templates import rendered
 from ..errors import DistillError
 from ..hub import reading
-from ..models.model_types import Task, bare, task_of
+from ..models.model_types import ModelType, model_type_of, unwrap_model
 
 logger = logging.get_logger(__name__)
 
@@ -44,10 +44,10 @@ def check_fit(
             "Teacher and student are the same object, and what is done to one would be done to the other. Load the "
             "model twice, or copy it."
         )
-    task = task_of(student)
+    task = model_type_of(student)
     if isinstance(teacher, nn.Module):
-        own, config = task_of(teacher), bare(teacher).config
-        path = path or getattr(bare(teacher), "name_or_path", "")
+        own, config = model_type_of(teacher), unwrap_model(teacher).config
+        path = path or getattr(unwrap_model(teacher), "name_or_path", "")
         check_kinds(own, task)
     else:
         config = teacher
@@ -66,7 +66,7 @@ def check_fit(
     )
 
 
-def check_kinds(teacher: Task, student: Task) -> None:
+def check_kinds(teacher: ModelType, student: ModelType) -> None:
     """Refuse a teacher of another kind, or one whose predictions stand at other positions.
 
     Raises:
@@ -76,8 +76,8 @@ def check_kinds(teacher: Task, student: Task) -> None:
         raise DistillError(
             f"The teacher is a {teacher.name} and the student a {student.name}: use two models of one kind."
         )
-    if teacher.shift != student.shift:
-        one, other = ("teacher", "student") if teacher.shift else ("student", "teacher")
+    if teacher.shifts_labels != student.shifts_labels:
+        one, other = ("teacher", "student") if teacher.shifts_labels else ("student", "teacher")
         raise DistillError(
             f"The {one} shifts its labels in its own loss and the {other} does not, so that their logits at one "
             "position are predictions of different tokens: use two models of one convention."

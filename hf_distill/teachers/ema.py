@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..core.logits import Head
-from ..core.schedule import points_of, value_at
+from ..core.logits import LazyLogits
+from ..core.schedule import parse_schedule, value_at
 from ..core.signals import Signals
 from ..errors import DistillError
-from ..models.model_types import bare
-from ..models.sidecar import split
+from ..models.model_types import unwrap_model
+from ..models.sidecar import strip_sidecar
 from .self_teacher import ItselfTeacher
 from .state import load_state, save_state, state_file
 from .weight_drift import Distance, is_shared, local
@@ -41,8 +41,8 @@ class PastSelf(ItselfTeacher):
         self._worn = self._resharded = False
         if not self._moving():
             raise DistillError(
-                f"{type(self).__name__}: nothing of the {type(bare(student)).__name__} is trained, so it has no past. "
-                "Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
+                f"{type(self).__name__}: nothing of the {type(unwrap_model(student)).__name__} is trained, so it has "
+                "no past. Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
             )
 
     def other_state(self) -> AbstractContextManager[None]:
@@ -52,7 +52,7 @@ class PastSelf(ItselfTeacher):
     def _told(self, signals: Signals) -> Signals:
         """Where gathering the student's weights again would write over the head's, the head has its own."""
         source = signals.logits
-        if not self._resharded or not isinstance(source, Head):
+        if not self._resharded or not isinstance(source, LazyLogits):
             return signals
         bias = None if source.bias is None else source.bias.clone()
         return replace(signals, logits=replace(source, weight=source.weight.clone(), bias=bias))
@@ -127,7 +127,7 @@ class PastSelf(ItselfTeacher):
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
         }
-        return split({**trained, **buffers})
+        return strip_sidecar({**trained, **buffers})
 
     @torch.no_grad()
     def _hold(self) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ class EMATeacher(PastSelf):
     kind = "ema"
 
     def __init__(self, decay: Any = 0.999, warmup: int = 0):
-        self._decay = points_of(decay, "decay", 0, 1)
+        self._decay = parse_schedule(decay, "decay", 0, 1)
         if any(d == 1 for _, d in self._decay):
             raise DistillError(f"decay is {decay!r}; it must lie in [0, 1): with 1 the teacher never moves.")
         if warmup < 0:
@@ -204,7 +204,7 @@ class SnapshotTeacher(PastSelf):
                     f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
                     "`every`, or use a FrozenTeacher of the path, which can be sharded."
                 )
-            past, loading = type(bare(self.model)).from_pretrained(self._path, output_loading_info=True)
+            past, loading = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
             then = self._moving_of(past)
             wrong = [name for name in loading["missing_keys"] if name in held]  # which were made up at random
             wrong += [name for name in held if name not in then or then[name].shape != held[name].shape]

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.signals import Signals, Tap, Targets
+from ..core.signals import FeatureKey, Signals, Targets
 from ..errors import DistillError
-from ..models.blocks import Stack, stack_of
-from ..models.forward import teacher_signals
+from ..models.blocks import LayerStack, get_layer_stack
+from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
-from ..models.model_types import task_of
+from ..models.model_types import model_type_of
 from .base import Teacher
 from .compatibility import check_fit, check_kinds
 from .input_limits import InputLimits, check_data
@@ -65,7 +65,7 @@ class FrozenTeacher(Teacher):
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the model fits the student, load it if need be, freeze it, put it where it stays."""
-        task, options = task_of(student), self._loading.init_kwargs
+        task, options = model_type_of(student), self._loading.init_kwargs
         given = self.model
         if given is None:
             given = read_config(self._path, options)
@@ -74,7 +74,7 @@ class FrozenTeacher(Teacher):
         check_fit(given, student, self.processing_class, processing_class, self._path or "", **hub_options(options))
         if self.model is None:
             self.model = self._loading.load(student, self._path, given, device)
-            check_kinds(task_of(self.model), task)
+            check_kinds(model_type_of(self.model), task)
         self.model.requires_grad_(False).eval()
         self.model = self._loading.place(self.model, device)
         self._limits = InputLimits.of(self.model, student)
@@ -84,14 +84,14 @@ class FrozenTeacher(Teacher):
         if self._limits is not None:
             check_data(self._limits, rows, name)
 
-    def stack(self, which: str | None = None) -> Stack:
+    def stack(self, which: str | None = None) -> LayerStack:
         """The model's blocks, or those of its encoder or decoder."""
-        return stack_of(self.model, which)
+        return get_layer_stack(self.model, which)
 
     @torch.no_grad()
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the frozen model; inputs that its forward does not accept are left out."""
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:
             inputs = self._limits.readable(inputs)
-        return teacher_signals(self.model, inputs, targets, wanted)
+        return extract_signals(self.model, inputs, targets, feature_requests)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..models.model_types import bare
+from ..models.model_types import unwrap_model
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class InputLimits:
     @classmethod
     def of(cls, teacher: nn.Module, student: nn.Module) -> "InputLimits":
         """Read them from the models."""
-        teacher, student = bare(teacher), bare(student)
+        teacher, student = unwrap_model(teacher), unwrap_model(student)
         ids, of_student = _embedding_rows(teacher), _embedding_rows(student)
         fill = getattr(teacher.config.get_text_config(), "pad_token_id", None)
         checked = ids is not None and (of_student is None or of_student > ids)

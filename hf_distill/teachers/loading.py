@@ -20,9 +20,9 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
 
-from ..core.deepspeed_config import check_teacher_config, check_ways, fill_teacher_config, read_deepspeed
-from ..errors import DistillError, need, noted, tell
-from ..models.model_types import partitioned, task_of
+from ..core.deepspeed_config import check_placement, check_teacher_config, fill_teacher_config, read_deepspeed
+from ..errors import DistillError, collect_errors, raise_if_any, require_package
+from ..models.model_types import is_zero3_partitioned, model_type_of
 from .pretrained import load_pretrained
 
 logger = logging.get_logger(__name__)
@@ -55,19 +55,19 @@ class Loading:
             problems.append(f"quantization is {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}")
         quantized: Any = self.quantization or self.init_kwargs.get("quantization_config")
         device_map = self.init_kwargs.get("device_map")
-        with noted(problems):
-            check_ways(quantized, self.deepspeed, self.fsdp, device_map)
+        with collect_errors(problems):
+            check_placement(quantized, self.deepspeed, self.fsdp, device_map)
         if device_map is not None and launched() > 1 and _spreads(device_map):
             problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=launched()))
-        with noted(problems):
+        with collect_errors(problems):
             if self.quantization:
-                need("bitsandbytes", "quant", f"quantization={self.quantization!r}")
+                require_package("bitsandbytes", "quant", f"quantization={self.quantization!r}")
             if self.deepspeed:
-                need("deepspeed", "deepspeed", "A ZeRO-3 teacher")
+                require_package("deepspeed", "deepspeed", "A ZeRO-3 teacher")
                 _check_zero3(read_deepspeed(self.deepspeed))
             if self.fsdp:
                 _check_processes("fsdp", 2)
-        tell(problems)
+        raise_if_any(problems)
 
     def load(self, student: nn.Module, path: str, config: PretrainedConfig, device: torch.device) -> nn.Module:
         """The model, frozen, in eval mode, ready for calls.
@@ -81,7 +81,7 @@ class Loading:
         Raises:
             DistillError: a quantised checkpoint is to be sharded or quantised again; there is no such model.
         """
-        kwargs, task = dict(self.init_kwargs), task_of(student)
+        kwargs, task = dict(self.init_kwargs), model_type_of(student)
         before = getattr(config, "quantization_config", None)
         if before is not None and (self.quantization or self.deepspeed or self.fsdp):
             raise DistillError(
@@ -109,13 +109,13 @@ class Loading:
         Raises:
             DistillError: the model is spread over devices, and there are several processes.
         """
-        if isinstance(model, PreTrainedModel) and (self.deepspeed or partitioned(model)):
+        if isinstance(model, PreTrainedModel) and (self.deepspeed or is_zero3_partitioned(model)):
             return engine(model, self._zero3(model.config))
         spread = getattr(model, "hf_device_map", None)
         if spread is not None and launched() > 1 and _spreads(spread):
             raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=launched()))
         fixed = spread is not None or getattr(model, "quantization_method", None) is not None
-        if fixed or partitioned(model) or is_fsdp_managed_module(model):
+        if fixed or is_zero3_partitioned(model) or is_fsdp_managed_module(model):
             return keep_layout(model)
         return model.to(device)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..core.logits import Head, Logits, Several
-from ..core.signals import Signals, Tap, Targets
-from ..core.teacher_kinds import ill_matched
-from ..errors import DistillError, did_you_mean, tell
+from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits
+from ..core.signals import FeatureKey, Signals, Targets
+from ..core.teacher_kinds import incompatible_teachers
+from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.objective import Term
 from .base import Beside, Teacher
 from .frozen import FrozenTeacher
@@ -43,7 +43,10 @@ class MultiTeacher(Teacher):
             for name, teacher in teachers.items()
         }
         given, spoken = dict(weights or {}), [name for name, teacher in self.teachers.items() if teacher.soft]
-        tell(_named_wrongly(self.teachers, given, spoken) + ill_matched({n: t.kind for n, t in self.teachers.items()}))
+        raise_if_any(
+            _named_wrongly(self.teachers, given, spoken)
+            + incompatible_teachers({n: t.kind for n, t in self.teachers.items()})
+        )
         total = sum(given.get(name, 1.0) for name in spoken)
         self.shares = {name: given.get(name, 1.0) / total for name in spoken}
         self.soft, self._progress = bool(spoken), 0.0
@@ -120,19 +123,23 @@ class MultiTeacher(Teacher):
             f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.incompatible_terms(terms)
         ]
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """What each of them says."""
-        return _together({n: t(inputs, targets, _of(n, wanted)) for n, t in self.teachers.items()})
+        return _together({n: t(inputs, targets, _of(n, feature_requests)) for n, t in self.teachers.items()})
 
     def beside(
-        self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
+        self,
+        inputs: dict,
+        targets: Targets,
+        feature_requests: Mapping[FeatureKey, Targets],
+        num_items: Tensor | int | None,
     ) -> Beside | None:
         """The one that is trained, and what the others say."""
-        runs = {n: t.beside(inputs, targets, _of(n, wanted), num_items) for n, t in self.teachers.items()}
+        runs = {n: t.beside(inputs, targets, _of(n, feature_requests), num_items) for n, t in self.teachers.items()}
         run = next((run for run in runs.values() if run is not None), None)
         if run is None:
             return None
-        others = {n: t(inputs, targets, _of(n, wanted)) for n, t in self.teachers.items() if runs[n] is None}
+        others = {n: t(inputs, targets, _of(n, feature_requests)) for n, t in self.teachers.items() if runs[n] is None}
         return _Among(run, lambda told: _together({n: others.get(n, told) for n in self.teachers}))
 
     def seen(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
@@ -175,21 +182,21 @@ class _Among(Beside):
     def around(self, student: nn.Module) -> AbstractContextManager:
         return self.run.around(student)
 
-    def __call__(self, said: Head | Logits) -> Tensor:
+    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
         loss = self.run(said)
         self.told, self.per_token = self.together(self.run.told), self.run.per_token
         return loss
 
 
-def _of(name: str, wanted: Mapping[Tap, Targets]) -> dict[Tap, Targets]:
-    return {tap: tokens for tap, tokens in wanted.items() if tap.teacher == name}
+def _of(name: str, feature_requests: Mapping[FeatureKey, Targets]) -> dict[FeatureKey, Targets]:
+    return {key: tokens for key, tokens in feature_requests.items() if key.teacher == name}
 
 
 def _together(told: Mapping[str, Signals]) -> Signals:
     """Signals of several teachers as one; who says nothing about the asked tokens is left out."""
     sources: dict[str, Any] = {name: signals.logits for name, signals in told.items() if signals.logits is not None}
-    features = {tap: feature for signals in told.values() for tap, feature in signals.features.items()}
-    return Signals(Several(sources) if sources else None, features)
+    features = {key: feature for signals in told.values() for key, feature in signals.features.items()}
+    return Signals(MultiTeacherLogits(sources) if sources else None, features)
 
 
 def _named_wrongly(teachers: Mapping[str, Teacher], weights: Mapping[str, float], spoken: list[str]) -> list[str]:

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..core.logits import Head, Logits
-from ..core.signals import Signals, Tap, Targets
-from ..errors import DistillError, tell
-from ..losses.fused import HeadJob
+from ..core.logits import DenseLogits, LazyLogits
+from ..core.signals import FeatureKey, Signals, Targets
+from ..errors import DistillError, raise_if_any
+from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
-from ..models.blocks import Stack, stack_of
-from ..models.feature_capture import capture
-from ..models.features import FeatureJob
-from ..models.forward import Jobs, measure_output_head, student_loss, teacher_signals
+from ..models.blocks import LayerStack, get_layer_stack
+from ..models.feature_capture import capture_features
+from ..models.features import FeatureLoss
+from ..models.forward import StepLosses, extract_signals, forward_with_loss, measure_output_head
 from ..models.model_call import accepted_inputs
-from ..models.model_types import bare, task_of
+from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
-from ..models.sidecar import whole_state
+from ..models.sidecar import gathered_state_dict
 from .base import Beside
 from .compatibility import check_fit, check_kinds
 from .input_limits import InputLimits, check_data
@@ -75,7 +75,7 @@ class PeerTeacher(TrainedTeacher):
             problems.append(f"frozen_after is {frozen_after}; it is a progress of the training, in (0, 1]")
         if not isinstance(model, str) and init_kwargs:
             problems.append(f"{sorted(init_kwargs)} were given beside a model that is loaded already: leave them out")
-        tell(problems)
+        raise_if_any(problems)
         model = as_path(model)
         super().__init__()
         self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
@@ -91,7 +91,7 @@ class PeerTeacher(TrainedTeacher):
         Raises:
             DistillError: it does not fit, or nothing of it can be trained.
         """
-        task, options = task_of(student), self._init_kwargs
+        task, options = model_type_of(student), self._init_kwargs
         given: Any = self._given
         if isinstance(given, str):
             given = read_config(given, options)
@@ -104,12 +104,12 @@ class PeerTeacher(TrainedTeacher):
         elif self.model is None:
             kwargs = {"dtype": torch.float32, **options}
             self.model = load_pretrained(str(self._path), task, student, given, kwargs)
-            check_kinds(task_of(self.model), task)
+            check_kinds(model_type_of(self.model), task)
         self._limits = InputLimits.of(self.model, student)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
             raise DistillError(
-                f"Nothing of the peer, a {type(bare(self.model)).__name__}, can be trained: load it in float32, with "
-                "parameters that require gradients, or use a FrozenTeacher."
+                f"Nothing of the peer, a {type(unwrap_model(self.model)).__name__}, can be trained: load it in "
+                "float32, with parameters that require gradients, or use a FrozenTeacher."
             )
         self.trained = self.model
 
@@ -145,25 +145,29 @@ class PeerTeacher(TrainedTeacher):
                 )
         return super().learn(terms)
 
-    def stack(self, which: str | None = None) -> Stack:
+    def stack(self, which: str | None = None) -> LayerStack:
         """The peer's blocks."""
-        return stack_of(self.model, which)
+        return get_layer_stack(self.model, which)
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the peer as it is, outside of the student's."""
         with eval_mode(self.model):
-            return teacher_signals(
-                self.model, self._limits.readable(accepted_inputs(self.model, inputs)), targets, wanted
+            return extract_signals(
+                self.model, self._limits.readable(accepted_inputs(self.model, inputs)), targets, feature_requests
             )
 
     def beside(
-        self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
+        self,
+        inputs: dict,
+        targets: Targets,
+        feature_requests: Mapping[FeatureKey, Targets],
+        num_items: Tensor | int | None,
     ) -> Beside:
         """The peer's forward and its own loss."""
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
         inputs = self._limits.readable(accepted_inputs(self.model, inputs))
         measure_output_head(self.model, inputs)
-        return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
+        return _PeerRun(self.model, self.terms, frozen, inputs, targets, feature_requests, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
         """Write the peer as a folder of its own, as `from_pretrained` loads it.
@@ -172,7 +176,7 @@ class PeerTeacher(TrainedTeacher):
             folder: where to.
             write: whether this rank writes; every rank has to call.
         """
-        state = whole_state(self.model)
+        state = gathered_state_dict(self.model)
         if write:
             self.model.save_pretrained(folder, state_dict=state)
             if self.processing_class is not None:
@@ -182,24 +186,24 @@ class PeerTeacher(TrainedTeacher):
 class _PeerRun(Beside):
     """One forward of the peer inside the student's."""
 
-    def __init__(self, model, terms, frozen, inputs, targets, wanted, num_items):
+    def __init__(self, model, terms, frozen, inputs, targets, feature_requests, num_items):
         self.model, self.terms, self.frozen = model, terms, frozen
-        self.inputs, self.targets, self.wanted, self.num_items = inputs, targets, wanted, num_items
+        self.inputs, self.targets, self.feature_requests, self.num_items = inputs, targets, feature_requests, num_items
 
-    def __call__(self, said: Head | Logits) -> Tensor:
-        own: list[Head | Logits] = []
+    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
+        own: list[LazyLogits | DenseLogits] = []
         learns = any(term.loss.needs for term in self.terms)
 
-        def jobs(its: Head | Logits) -> Jobs:
+        def jobs(its: LazyLogits | DenseLogits) -> StepLosses:
             own.append(its.detach())
-            job = HeadJob(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
-            return Jobs(job, FeatureJob([], {}, {}, self.targets))
+            job = ChunkedLoss(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
+            return StepLosses(job, FeatureLoss([], {}, {}, self.targets))
 
         if self.frozen:
             self.model.eval()
         learning = torch.is_grad_enabled() and not self.frozen
-        with torch.set_grad_enabled(learning), capture(self.model, self.wanted) as found:
-            loss, _, done = student_loss(self.model, self.inputs, self.targets, {}, jobs)
+        with torch.set_grad_enabled(learning), capture_features(self.model, self.feature_requests) as found:
+            loss, _, done = forward_with_loss(self.model, self.inputs, self.targets, {}, jobs)
         self.told = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
         names = {"aux": "peer_aux"}
         self.per_token = {names.get(name, name): values for name, values in done.head.per_token.items()}

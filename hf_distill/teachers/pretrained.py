@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..core.references import is_there, kind_of
-from ..errors import DistillError, need
+from ..core.references import path_exists, reference_kind
+from ..errors import DistillError, require_package
 from ..hub import reading
-from ..models.model_types import CAUSAL, SEQ2SEQ, Task, bare, check_has_classes, task_of_class
+from ..models.model_types import CAUSAL, SEQ2SEQ, ModelType, check_has_classes, model_type_of_class, unwrap_model
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "code_revision")
 _ADAPTER_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -27,7 +27,7 @@ def as_path(model: Any) -> Any:
     """
     if isinstance(model, str | os.PathLike):
         path = os.path.expanduser(os.fspath(model))
-        if kind_of(path) == "path" and not is_there(path):
+        if reference_kind(path) == "path" and not path_exists(path):
             raise DistillError(
                 f"The teacher {path} is a path, and there is no such folder: correct it (relative paths start at "
                 f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name."
@@ -57,7 +57,7 @@ def read_config(path: str, init_kwargs: dict[str, Any]) -> PretrainedConfig:
     with reading(f"The config of the teacher {path}"):
         if adapter is None:
             return AutoConfig.from_pretrained(path, **options)
-        need("peft", "peft", f"The teacher {path}, which is a folder of adapters,")
+        require_package("peft", "peft", f"The teacher {path}, which is a folder of adapters,")
         options = {k: v for k, v in options.items() if k not in ("revision", "subfolder")}
         return AutoConfig.from_pretrained(
             adapter["base_model_name_or_path"], revision=adapter.get("revision") or "main", **options
@@ -79,7 +79,9 @@ def read_adapter_config(path: str, init_kwargs: dict[str, Any]) -> dict[str, Any
     return config
 
 
-def load_pretrained(path: str, task: Task, student: nn.Module, config: PretrainedConfig, kwargs: dict) -> nn.Module:
+def load_pretrained(
+    path: str, task: ModelType, student: nn.Module, config: PretrainedConfig, kwargs: dict
+) -> nn.Module:
     """The model of a checkpoint, in the class that wrote it, else in the student's auto class.
 
     Args:
@@ -102,14 +104,15 @@ def load_pretrained(path: str, task: Task, student: nn.Module, config: Pretraine
     if missing:
         raise DistillError(
             f"The teacher {path} has no weights for {', '.join(sorted(missing)[:3])}"
-            f"{f' and {len(missing) - 3} others' if len(missing) > 3 else ''} of a {type(bare(model)).__name__}: they "
-            "would be random, and so would its predictions. Give the checkpoint of a model that was trained for this "
-            "task; if these weights do not matter, load the model and pass it in place of its path."
+            f"{f' and {len(missing) - 3} others' if len(missing) > 3 else ''} of a "
+            f"{type(unwrap_model(model)).__name__}: they would be random, and so would its predictions. Give the "
+            "checkpoint of a model that was trained for this task; if these weights do not matter, load the model and "
+            "pass it in place of its path."
         )
     return model
 
 
-def check_checkpoint(path: str, task: Task, config: PretrainedConfig, is_adapter: bool = False) -> None:
+def check_checkpoint(path: str, task: ModelType, config: PretrainedConfig, is_adapter: bool = False) -> None:
     """Refuse a checkpoint of another kind than the student, by the class that wrote it.
 
     Raises:
@@ -117,7 +120,7 @@ def check_checkpoint(path: str, task: Task, config: PretrainedConfig, is_adapter
     """
     check_has_classes(f"The teacher {path}", task, config)
     written_by = _written_by(config)
-    kind = None if written_by is None or is_adapter else task_of_class(written_by)
+    kind = None if written_by is None or is_adapter else model_type_of_class(written_by)
     if kind in (CAUSAL, SEQ2SEQ):
         kind = SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL
     if kind is not None and kind.name != task.name:
@@ -132,15 +135,15 @@ def _written_by(config: PretrainedConfig) -> Any:
     return getattr(transformers, names[0], None)
 
 
-def _class_of(path: str, task: Task, student: nn.Module, config: PretrainedConfig, is_adapter: bool) -> Any:
+def _class_of(path: str, task: ModelType, student: nn.Module, config: PretrainedConfig, is_adapter: bool) -> Any:
     check_checkpoint(path, task, config, is_adapter)
     written_by = _written_by(config)
-    if written_by is not None and task_of_class(written_by) is not None and not is_adapter:
+    if written_by is not None and model_type_of_class(written_by) is not None and not is_adapter:
         return written_by
-    return getattr(transformers, auto_class_of(type(bare(student)), task))
+    return getattr(transformers, auto_class_of(type(unwrap_model(student)), task))
 
 
-def auto_class_of(model_class: type, task: Task) -> str:
+def auto_class_of(model_class: type, task: ModelType) -> str:
     """The auto class whose table names a model class; that of its kind where none or several do."""
     names = {base.__name__ for base in model_class.__mro__}
     found = []

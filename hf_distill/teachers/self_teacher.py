@@ -4,9 +4,9 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-from ..core.signals import Signals, Tap, Targets
-from ..models.blocks import Stack, stack_of
-from ..models.forward import measure_output_head, teacher_signals
+from ..core.signals import FeatureKey, Signals, Targets
+from ..models.blocks import LayerStack, get_layer_stack
+from ..models.forward import extract_signals, measure_output_head
 from ..models.module_state import eval_mode
 from .base import Teacher
 
@@ -20,15 +20,15 @@ class ItselfTeacher(Teacher):
     def other_state(self) -> AbstractContextManager[None]:
         """While it lasts, the student is the teacher."""
 
-    def stack(self, which: str | None = None) -> Stack:
+    def stack(self, which: str | None = None) -> LayerStack:
         """The student's blocks."""
-        return stack_of(self.model, which)
+        return get_layer_stack(self.model, which)
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the student as the teacher."""
         measure_output_head(self.model, inputs)
         with eval_mode(self.model), self.other_state():
-            return self._told(teacher_signals(self.model, inputs, targets, wanted))
+            return self._told(extract_signals(self.model, inputs, targets, feature_requests))
 
     def _told(self, signals: Signals) -> Signals:
         """What is handed on of what was said, while the state lasts."""

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..models.sidecar import split
+from ..models.sidecar import strip_sidecar
 from .base import Teacher
 from .frozen import FrozenTeacher
 from .multi_teacher import MultiTeacher
@@ -32,7 +32,7 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
     if not isinstance(teacher, FrozenTeacher | PeerTeacher) or not isinstance(model, nn.Module):
         return []
     pointers = {local(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
-    own = split(dict(student.named_parameters()))  # a peer that trains hangs in the student's sidecar
+    own = strip_sidecar(dict(student.named_parameters()))  # a peer that trains hangs in the student's sidecar
     if shared := [name for name in own if name in trained and local(own[name]).data_ptr() in pointers]:
         return [
             f"the student and its teacher share {len(shared)} parameters that are trained ({', '.join(shared[:3])}): "
@@ -41,7 +41,9 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
         ]
     modules = {id(module) for module in model.modules()}
     if shared := [
-        name for name, m in split(dict(student.named_modules())).items() if id(m) in modules and _depends_on_mode(m)
+        name
+        for name, m in strip_sidecar(dict(student.named_modules())).items()
+        if id(m) in modules and _depends_on_mode(m)
     ]:
         return [
             f"the student and its teacher share modules ({', '.join(shared[:3])}), so that dropout in the student's "

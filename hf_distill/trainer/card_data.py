@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..core.io import environment, measured
-from ..core.references import public
+from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import Judged, Licence, judge, licence_of
 from ..model_card import Facts, missing
-from ..models.model_types import bare, task_of, unwrapped
+from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .config import fields_of
 
@@ -30,17 +30,17 @@ def facts_of_trainer(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]
         teachers: see `taught_by`.
         judged: see `judged_by`.
     """
-    args, state, model = trainer.args, trainer.state, bare(trainer.model)
+    args, state, model = trainer.args, trainer.state, unwrap_model(trainer.model)
     name: Any = model.name_or_path
     evaluated = next((log for log in reversed(state.log_history) if "eval_loss" in log), None)
     held_out = {"student": measured(evaluated)} if evaluated else {}
     rows = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     chat = getattr(trainer.processing_class, "chat_template", None)
-    adapters = hasattr(unwrapped(trainer.model), "peft_config")
+    adapters = hasattr(unwrap_parallel(trainer.model), "peft_config")
     return Facts(
         repo=repo,
-        task=task_of(trainer.model).pipeline,
-        student={"model": public(name), "parameters": _count(model), "adapters": adapters},
+        task=model_type_of(trainer.model).pipeline,
+        student={"model": public_name(name), "parameters": _count(model), "adapters": adapters},
         teachers=teachers,
         objective={k: v for k, v in fields_of(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS),
         data={"sources": _sources(rows)} | {f"{part}_rows": _length(data) for part, data in rows.items()},
@@ -67,10 +67,13 @@ def taught_by(teacher: Teacher) -> dict[str, dict[str, Any]]:
     for name, one in several.items():
         known: dict[str, Any] = {"kind": one.kind}
         if isinstance(one, CachedTeacher):
-            known |= {"model": public(one.manifest.teacher["model"]), "revision": one.manifest.teacher.get("revision")}
+            known |= {
+                "model": public_name(one.manifest.teacher["model"]),
+                "revision": one.manifest.teacher.get("revision"),
+            }
         elif one.model is not None:
-            held: Any = bare(one.model)
-            known |= {"model": public(held.name_or_path), "parameters": _count(held)}
+            held: Any = unwrap_model(one.model)
+            known |= {"model": public_name(held.name_or_path), "parameters": _count(held)}
         licence = _known_licence(known.get("model"))
         found[name] = known | {"licence": licence.id, "forbids": licence.forbids}
     return found
@@ -79,7 +82,7 @@ def taught_by(teacher: Teacher) -> dict[str, dict[str, Any]]:
 def judged_by(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> Judged:
     """The student's licence, as far as the Hub tells."""
     licences = {name: Licence(t["licence"], forbids=t["forbids"]) for name, t in teachers.items() if t.get("model")}
-    base = _known_licence(public(student)) if student else None
+    base = _known_licence(public_name(student)) if student else None
     return judge(licences, base, repo)
 
 

@@ -8,7 +8,7 @@ from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
 from ..models.checkpoint_weights import load_weights
-from ..models.model_types import unwrapped
+from ..models.model_types import unwrap_parallel
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -27,7 +27,7 @@ class WeightsMixin(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         logger.info(f"Loading model from {resume_from_checkpoint}.")
-        load_weights(unwrapped(self.model if model is None else model), Path(resume_from_checkpoint))
+        load_weights(unwrap_parallel(self.model if model is None else model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """As the Trainer's.
@@ -40,11 +40,11 @@ class WeightsMixin(_Base):
             return
         best = str(self.state.best_model_checkpoint)
         logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
-        load_weights(unwrapped(self.model), Path(best))
+        load_weights(unwrap_parallel(self.model), Path(best))
 
     def _reads_by_itself(self) -> bool:
-        quantized = getattr(unwrapped(self.model), "hf_quantizer", None) is not None
-        adapters = hasattr(unwrapped(self.model), "peft_config")
+        quantized = getattr(unwrap_parallel(self.model), "hf_quantizer", None) is not None
+        adapters = hasattr(unwrap_parallel(self.model), "peft_config")
         return (
             self.is_fsdp_enabled
             or self.is_deepspeed_enabled

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from ..errors import DistillError, noted, tell
+from ..errors import DistillError, collect_errors, raise_if_any
 from ..losses.objective import Term, objective
 from ..losses.token_metrics import greater_is_better
-from ..models.projectors import Projectors
+from ..models.projectors import ProjectorConfig
 
 CARE = ("self_check", "max_nonfinite_steps")  # of how training is watched, not of what is learnt
 
@@ -91,13 +91,13 @@ class DistillFields:
         if not (isinstance(self.max_nonfinite_steps, int) and self.max_nonfinite_steps >= 1):
             raise DistillError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be at least 1 (the first)")
         problems: list[str] = []
-        with noted(problems):
+        with collect_errors(problems):
             self._choose_direction()
-        with noted(problems):
+        with collect_errors(problems):
             self.terms()
-        with noted(problems):
-            Projectors.of(self.projectors)
-        tell(problems)
+        with collect_errors(problems):
+            ProjectorConfig.of(self.projectors)
+        raise_if_any(problems)
 
     def _choose_direction(self) -> None:
         """Set `greater_is_better` of a metric of a distillation, where it is not set; else transformers chooses."""

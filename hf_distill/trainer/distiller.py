@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.logits import Head, Logits
+from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import Signals, Targets
-from ..losses.fused import HeadJob
+from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
-from ..models.features import FeatureJob, Features
-from ..models.forward import Jobs, student_loss
+from ..models.features import FeatureLoss, Features
+from ..models.forward import StepLosses, forward_with_loss
 from ..models.model_call import without_foreign_inputs
-from ..models.model_types import bare, task_of
+from ..models.model_types import model_type_of, unwrap_model
 from ..teachers import Teacher
 
 
 @dataclass(frozen=True)
-class Step:
+class StepOutput:
     """What a step found.
 
     loss:      [] the objective, sum over asked tokens / num_items, with its graph
@@ -49,7 +49,7 @@ class Distiller:
         before the job is run.
     """
 
-    look: Callable[[HeadJob, Head | Logits, Signals, Targets], None] | None = None
+    pre_loss_hook: Callable[[ChunkedLoss, LazyLogits | DenseLogits, Signals, Targets], None] | None = None
 
     def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
         self.terms, self.chunk_tokens = terms, chunk_tokens
@@ -64,7 +64,7 @@ class Distiller:
         num_items: Tensor | int | None = None,
         keep_logits: bool = False,
         statistics: int = 0,
-    ) -> Step:
+    ) -> StepOutput:
         """One forward of both models and their loss.
 
         Args:
@@ -79,32 +79,32 @@ class Distiller:
         Raises:
             DistillError: labels missing, not ids, or outside the student's vocabulary.
         """
-        model = bare(student)
-        task = task_of(model)
-        targets = Targets.from_batch(inputs, task.shift)
-        size = task.size(model)
+        model = unwrap_model(student)
+        task = model_type_of(model)
+        targets = Targets.from_batch(inputs, task.shifts_labels)
+        size = task.num_outputs(model)
         targets.check_ids(size)
         tokens = self.features.tokens(inputs, targets)
-        wanted = self.features.wanted(tokens)
-        beside = teacher.beside(inputs, targets, wanted, num_items)
-        told = Signals(None) if beside else teacher(inputs, targets, wanted)
+        feature_requests = self.features.feature_requests(tokens)
+        beside = teacher.beside(inputs, targets, feature_requests, num_items)
+        told = Signals(None) if beside else teacher(inputs, targets, feature_requests)
         asked = targets
         inputs, targets = teacher.seen(inputs, targets, model.training)
         tokens = tokens if targets is asked else self.features.tokens(inputs, targets)
 
-        def jobs(said: Head | Logits) -> Jobs:
+        def jobs(said: LazyLogits | DenseLogits) -> StepLosses:
             if said.vocab_size < size:  # a config can promise more classes than there are logits
                 targets.check_ids(said.vocab_size)
             own = None if beside is None else beside(said)
             heard = told if beside is None else beside.told
-            head = HeadJob(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
-            if self.look is not None:
-                self.look(head, said, heard, asked)
-            return Jobs(head, FeatureJob(self.features.terms, heard.features, tokens, targets, num_items), own)
+            head = ChunkedLoss(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
+            if self.pre_loss_hook is not None:
+                self.pre_loss_hook(head, said, heard, asked)
+            return StepLosses(head, FeatureLoss(self.features.terms, heard.features, tokens, targets, num_items), own)
 
-        taps = self.features.said(tokens)
+        feature_keys = self.features.said(tokens)
         with beside.around(student) if beside else nullcontext():
             inputs = without_foreign_inputs(model, inputs, teacher.input_names())
-            loss, outputs, done = student_loss(student, inputs, targets, taps, jobs, keep_logits)
+            loss, outputs, done = forward_with_loss(student, inputs, targets, feature_keys, jobs, keep_logits)
         found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
-        return Step(loss, found, asked, outputs)
+        return StepOutput(loss, found, asked, outputs)

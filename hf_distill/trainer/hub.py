@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..core.io import write_json
 from ..model_card import FILE, card_of
-from ..models.model_types import bare
+from ..models.model_types import unwrap_model
 from .card_data import facts_of_trainer, judged_by, taught_by
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class HubMixin(_Base):
         folder = Path(self.args.output_dir)
         repo = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
         if self._known is None:
-            teachers, model = taught_by(self.teacher), bare(self.model)
+            teachers, model = taught_by(self.teacher), unwrap_model(self.model)
             self._known = teachers, judged_by(teachers, str(model.name_or_path), repo)
             for line in self._known[1].conflicts if self.args.push_to_hub else ():
                 logger.warning(f"Licence of {repo}: {line}. Read it before others use it.")

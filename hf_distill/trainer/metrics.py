@@ -8,10 +8,10 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..losses.token_metrics import greater_is_better
-from ..models.model_types import task_of
+from ..models.model_types import model_type_of
 from ..teachers import Teacher
 from .config import DistillFields
-from .distiller import Distiller, Step
+from .distiller import Distiller, StepOutput
 from .source_metrics import of_sources, source_means
 
 logger = logging.get_logger(__name__)
@@ -23,7 +23,7 @@ EVERY = 4  # in training they are taken on every fourth block of tokens, in eval
 
 
 class MetricsMixin(_Base):
-    """For any Trainer that has a `distiller`; nothing is measured of a step that is not noted."""
+    """For any Trainer that has a `distiller`; nothing is measured of a step that is not collect_errors."""
 
     distilling: bool
     _total_loss_scalar: float
@@ -80,7 +80,7 @@ class MetricsMixin(_Base):
         count, with_targets = steps.tolist()
         return mean_of(count, with_targets) if count else 1.0
 
-    def note(self, step: Step, source: Any, training: bool) -> None:
+    def note(self, step: StepOutput, source: Any, training: bool) -> None:
         """Take a step's numbers, for the next log or the evaluation that runs.
 
         Args:
@@ -98,7 +98,7 @@ class MetricsMixin(_Base):
     def _sources(self) -> tuple[str, ...]:
         return self.sources or getattr(self.data_collator, "sources", ())
 
-    def _add_train_sums(self, step: Step) -> None:
+    def _add_train_sums(self, step: StepOutput) -> None:
         for name, values in step.per_token.items():
             self._step_sums[name] = self._step_sums.get(name, 0.0) + values.sum()
         asked = torch.tensor(float(len(step.targets)), device=step.loss.device)
@@ -110,7 +110,7 @@ class MetricsMixin(_Base):
         for name, value in sums.items() if taken else ():
             self._train_sums[name] = self._train_sums.get(name, 0.0) + value
 
-    def _row_sums(self, step: Step) -> torch.Tensor:
+    def _row_sums(self, step: StepOutput) -> torch.Tensor:
         """Sums of each batch row, so that rows repeated to fill the last distributed batch can be dropped."""
         rows = step.targets.rows
         per_token = {**step.per_token, "asked": torch.ones_like(rows, dtype=torch.float64)}
@@ -160,7 +160,7 @@ class MetricsMixin(_Base):
         means = self._means(sums)
         loss = sum(t.weight * means[f"{t.name}_loss"] for t in self.distiller.terms) + means.get("aux_loss", 0.0)
         metrics = {"loss": loss, **means}
-        if task_of(self.model).vocabulary:
+        if model_type_of(self.model).vocabulary:
             for name, of in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
                 if of in sums:
                     metrics[name] = _exp(mean_of(sums[of], sums["asked"]))

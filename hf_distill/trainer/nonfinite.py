@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..core.io import write_json
 from ..errors import RunError
-from ..models.model_types import unwrapped
+from ..models.model_types import unwrap_parallel
 from ..teachers.weight_drift import is_shared
 from .checkpoints import newest_whole
 from .nonfinite_report import Found, Leaps, Seen, found_of, nonfinite_weight, places_of
@@ -105,7 +105,7 @@ class FiniteMixin(_Base):
 
     def _check_weights(self, consequence: str) -> None:
         """Raise a RunError where weights of the student, or of what is trained with it, are not finite."""
-        model = unwrapped(self.model)
+        model = unwrap_parallel(self.model)
         name = nonfinite_weight(model)
         if (
             is_shared(model) or self.is_fsdp_enabled

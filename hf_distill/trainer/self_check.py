@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import Head, Logits, Several, Sparse, by_name, compute_dtype
+from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype, named_sources
 from ..core.signals import IGNORE_INDEX, Signals, Targets
 from ..errors import RunError
-from ..losses.fused import HeadJob
+from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.output_head import LogitSample, known_output_head
 from .config import DistillFields
@@ -28,7 +28,7 @@ _TILE = 4096  # rows of the head that are held in float32 at a time
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """To be called with the first batch's job; see `Distiller.look`.
+    """To be called with the first batch's job; see `Distiller.pre_loss_hook`.
 
     fields: the arguments that the objective was made of
     inputs: the collator's batch
@@ -42,7 +42,7 @@ class SelfCheck:
     student: nn.Module | None = None
     teacher: nn.Module | None = None
 
-    def __call__(self, job: HeadJob, said: Head | Logits, told: Signals, asked: Targets) -> None:
+    def __call__(self, job: ChunkedLoss, said: LazyLogits | DenseLogits, told: Signals, asked: Targets) -> None:
         """Compare.
 
         Args:
@@ -79,11 +79,13 @@ class SelfCheck:
         count = int(wanted.sum())
         return [] if count == len(asked) else [f"{len(asked)} tokens are asked, but the labels ask {count}"]
 
-    def _losses(self, job: HeadJob, said: Head | Logits) -> list[str]:
-        given: Tensor = said.hidden if isinstance(said, Head) else said.values
+    def _losses(self, job: ChunkedLoss, said: LazyLogits | DenseLogits) -> list[str]:
+        given: Tensor = said.hidden if isinstance(said, LazyLogits) else said.values
         with torch.enable_grad(), torch.autocast(given.device.type, enabled=False):
             leaf = given.detach().requires_grad_()
-            total = job.from_hidden(replace(said, hidden=leaf)) if isinstance(said, Head) else job.from_logits(leaf)
+            total = (
+                job.from_hidden(replace(said, hidden=leaf)) if isinstance(said, LazyLogits) else job.from_logits(leaf)
+            )
             (gradient,) = torch.autograd.grad(total, leaf)
             values, by_logits = self._reference(job, _logits(said))
         problems = []
@@ -97,10 +99,10 @@ class SelfCheck:
         if not _close(total.detach(), torch.as_tensor(expected), _NATS * max(size, 1)):
             told = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
             problems.append(f"the loss is {total:.6g}, but {expected:.6g} with the weights that were asked for: {told}")
-        logits = said.project() if isinstance(said, Head) else said.values
+        logits = said.project() if isinstance(said, LazyLogits) else said.values
         finite = logits.masked_fill(~logits.isfinite(), 0)
         rounding = _ROUNDINGS * torch.finfo(torch.float32).eps * float(finite.abs().max()) * size / len(job.targets)
-        if isinstance(said, Head):
+        if isinstance(said, LazyLogits):
             by_logits = _by_hidden(by_logits, said)
             rounding *= max(float(tile.abs().max()) for tile in said.weight.split(_TILE)) * abs(said.scaling.scale)
         if not _close(gradient, by_logits, 1e-6 + rounding):
@@ -108,20 +110,23 @@ class SelfCheck:
         return problems
 
     @torch.no_grad()
-    def _unmodified(self, job: HeadJob, said: Head | Logits) -> list[str]:
+    def _unmodified(self, job: ChunkedLoss, said: LazyLogits | DenseLogits) -> list[str]:
         """The losses from lazy logits beside those from the logits that the models themselves returned."""
-        student = _sample_of(self.student) if isinstance(said, Head) else None
-        if student is None or not isinstance(said, Head):
+        student = _sample_of(self.student) if isinstance(said, LazyLogits) else None
+        if student is None or not isinstance(said, LazyLogits):
             return []
-        teacher = _sample_of(self.teacher) if isinstance(job.teacher, Head) else None
+        teacher = _sample_of(self.teacher) if isinstance(job.teacher, LazyLogits) else None
         count = min(len(job.targets), len(student.logits), len(student.logits if teacher is None else teacher.logits))
         rows, device = slice(count), said.hidden.device
         lazy: Any = _rows_of(job.teacher, rows)
-        own = {name: _told(source) for name, source in by_name(lazy).items()}
-        if teacher is not None and isinstance(job.teacher, Head):
+        own = {name: _told(source) for name, source in named_sources(lazy).items()}
+        if teacher is not None and isinstance(job.teacher, LazyLogits):
             hidden = teacher.hidden[rows].to(job.teacher.hidden)
-            lazy, own = replace(job.teacher, hidden=hidden), {None: Signals(Logits(teacher.logits[rows].to(device)))}
-        targets = job.targets.block(rows)
+            lazy, own = (
+                replace(job.teacher, hidden=hidden),
+                {None: Signals(DenseLogits(teacher.logits[rows].to(device)))},
+            )
+        targets = job.targets.slice(rows)
         few = replace(job, teacher=lazy, targets=targets, statistics=0, chunk_tokens=None, num_items=None, per_token={})
         few.from_hidden(replace(said.detach(), hidden=student.hidden[rows].to(said.hidden)))
         logits = student.logits[rows].to(device)
@@ -129,8 +134,8 @@ class SelfCheck:
         rounding = 4 * max(s.eps for s in (student, teacher) if s) * largest
         problems = []
         for term in job.terms:
-            plain = term.loss.function(Signals(Logits(logits)), own.get(term.teacher), targets, **term.options)
-            plain = plain if term.loss.needs or targets.labelled is None else plain * targets.labelled
+            plain = term.loss.function(Signals(DenseLogits(logits)), own.get(term.teacher), targets, **term.options)
+            plain = plain if term.loss.needs or targets.has_label_mask is None else plain * targets.has_label_mask
             plain, scale = plain * self._scale(term), self._scale(term)
             if not _close(few.per_token[term.name], plain, (_NATS + rounding) * scale):
                 problems.append(
@@ -152,15 +157,15 @@ class SelfCheck:
         asked = self.fields.temperature if own is None else own
         return (asked if term.name == "soft" else term.options["temperature"]) ** 2
 
-    def _reference(self, job: HeadJob, made: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def _reference(self, job: ChunkedLoss, made: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Each term's values by its definition, [n], and the gradient of their weighted mean by the raw logits."""
         raw, logits = made
-        heard = {name: _told(source) for name, source in by_name(job.teacher).items()}
+        heard = {name: _told(source) for name, source in named_sources(job.teacher).items()}
         values, total = {}, raw.new_zeros(())
         for term in job.terms:
-            own = term.loss.function(Signals(Logits(logits)), heard.get(term.teacher), job.targets, **term.options)
-            if not term.loss.needs and job.targets.labelled is not None:
-                own = own * job.targets.labelled
+            own = term.loss.function(Signals(DenseLogits(logits)), heard.get(term.teacher), job.targets, **term.options)
+            if not term.loss.needs and job.targets.has_label_mask is not None:
+                own = own * job.targets.has_label_mask
             values[term.name] = own.detach() * self._scale(term)
             if self._weight(term):
                 total = total + self._weight(term) * self._scale(term) * own.sum() / len(job.targets)
@@ -169,12 +174,12 @@ class SelfCheck:
         return values, torch.autograd.grad(total, raw)[0]
 
 
-def _some(job: HeadJob, said: Head | Logits) -> tuple[HeadJob, Head | Logits]:
+def _some(job: ChunkedLoss, said: LazyLogits | DenseLogits) -> tuple[ChunkedLoss, LazyLogits | DenseLogits]:
     """The same of 32 tokens, from all over the batch, in two chunks."""
     step = max(1, len(job.targets) // TOKENS)
     rows = slice(0, step * TOKENS, step)
     teacher = _rows_of(job.teacher, rows)
-    targets = job.targets.block(rows)
+    targets = job.targets.slice(rows)
     some = replace(job, teacher=teacher, targets=targets, statistics=0, chunk_tokens=TOKENS // 2, num_items=None)
     return replace(some, per_token={}), _block(said, rows)
 
@@ -185,22 +190,22 @@ def _sample_of(model: nn.Module | None) -> LogitSample | None:
 
 
 def _rows_of(teacher: Any, rows: slice) -> Any:
-    if isinstance(teacher, Several):
-        return Several({name: _block(source, rows) for name, source in teacher.sources.items()})
+    if isinstance(teacher, MultiTeacherLogits):
+        return MultiTeacherLogits({name: _block(source, rows) for name, source in teacher.sources.items()})
     return None if teacher is None else _block(teacher, rows)
 
 
 def _block(source, rows: slice):
-    if isinstance(source, Sparse):
-        return source.block(rows)
-    if isinstance(source, Head):
+    if isinstance(source, SparseLogProbs):
+        return source.slice(rows)
+    if isinstance(source, LazyLogits):
         return replace(source.detach(), hidden=source.hidden[rows].detach())
-    return Logits(source.values[rows].detach())
+    return DenseLogits(source.values[rows].detach())
 
 
-def _logits(said: Head | Logits) -> tuple[Tensor, Tensor]:
+def _logits(said: LazyLogits | DenseLogits) -> tuple[Tensor, Tensor]:
     """What the head itself puts out, as a leaf, and the logits that follow from it."""
-    if isinstance(said, Logits):
+    if isinstance(said, DenseLogits):
         raw = said.values.detach().to(compute_dtype(said.values)).requires_grad_()
         return raw, raw
     dtype = compute_dtype(said.hidden, said.weight)
@@ -214,19 +219,19 @@ def _logits(said: Head | Logits) -> tuple[Tensor, Tensor]:
     return raw, logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _by_hidden(gradient: Tensor, said: Head) -> Tensor:
+def _by_hidden(gradient: Tensor, said: LazyLogits) -> Tensor:
     """[n, H] of a gradient by what the head puts out, [n, V]."""
     tiles = zip(gradient.split(_TILE, dim=1), said.weight.split(_TILE), strict=True)
     return torch.stack([part @ tile.to(part.dtype) for part, tile in tiles]).sum(0)
 
 
-def _told(source: Head | Logits | Sparse) -> Signals:
-    return Signals(source if isinstance(source, Sparse) else Logits(source.project()))
+def _told(source: LazyLogits | DenseLogits | SparseLogProbs) -> Signals:
+    return Signals(source if isinstance(source, SparseLogProbs) else DenseLogits(source.project()))
 
 
 def _graphs(told: Signals) -> list[str]:
     """A teacher's answer that carries a graph would be trained."""
-    sources = by_name(told.logits).values()
+    sources = named_sources(told.logits).values()
     tensors = [t for s in sources for t in vars(s).values() if isinstance(t, Tensor)] + [*told.features.values()]
     return ["the teacher's answer carries a gradient"] if any(t.requires_grad for t in tensors) else []
 

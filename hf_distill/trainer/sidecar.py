@@ -10,7 +10,15 @@ from transformers import Trainer
 
 from ..errors import DistillError
 from ..models.features import Features
-from ..models.sidecar import Sidecar, attach, load_sidecar, own_groups, save_sidecar, sidecar_of, split
+from ..models.sidecar import (
+    Sidecar,
+    attach,
+    load_sidecar,
+    move_to_param_groups,
+    save_sidecar,
+    sidecar_of,
+    strip_sidecar,
+)
 from ..teachers import Teacher
 
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -95,7 +103,7 @@ class SidecarMixin(_Base):
             trained = [p for part in parts for p in part.parameters() if p.requires_grad]
             given = {key: value for key, value in options.items() if value is not None}
             if given or (brought and not _holds(optimizer, trained)):
-                own_groups(optimizer, trained, given)
+                move_to_param_groups(optimizer, trained, given)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -117,7 +125,7 @@ class SidecarMixin(_Base):
             save_sidecar(self._sidecar, output_dir, self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=None if state_dict is None else split(state_dict))
+        super()._save(output_dir, state_dict=None if state_dict is None else strip_sidecar(state_dict))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called on resume under every strategy, after the model has been loaded."""

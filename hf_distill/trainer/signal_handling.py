@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..errors import Interrupted
+from ..errors import RunInterrupted
 
 _ECHO = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
 
@@ -65,7 +65,7 @@ class Interrupts(TrainerCallback):
 
     def _end(self, when: str, kept: str | None = None) -> None:
         self._say(f"Stopped by {signal.Signals(self._heeded).name} {when}; {kept or self._resume}.")
-        raise Interrupted(128 + self._heeded)
+        raise RunInterrupted(128 + self._heeded)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Steps follow."""

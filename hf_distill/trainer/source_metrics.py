@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .distiller import Step
+from .distiller import StepOutput
 
 
-def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+def of_sources(step: StepOutput, source: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
     """What a step found of each source's asked tokens, zero for the others' tokens, so that sums tell them apart.
 
     Args:
@@ -19,7 +19,7 @@ def of_sources(step: Step, source: Tensor | None, names: tuple[str, ...]) -> dic
     """
     if source is None or len(names) < 2:
         return {}
-    own = step.targets.pick(source)
+    own = step.targets.gather(source)
     found = {}
     for index, name in enumerate(names):
         mine = own == index

@@ -7,15 +7,15 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..core.deepspeed_config import gather_on_save
-from ..core.signals import PARAPHRASED, asked_labels
-from ..errors import DistillError, tell
+from ..core.deepspeed_config import enable_zero3_gather_on_save
+from ..core.signals import SECOND_VIEW_KEYS, target_labels
+from ..errors import DistillError, raise_if_any
 from ..losses.objective import repeated_names
 from ..models.features import Features
 from ..models.model_call import input_names
-from ..models.model_types import bare, task_of
+from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import forget_output_head
-from ..models.projectors import Projectors
+from ..models.projectors import ProjectorConfig
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
@@ -70,7 +70,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         self.max_nonfinite_steps = fields.max_nonfinite_steps
         self.teacher = _as_teacher(teacher, fields) if self.distilling else None
         if self.distilling:
-            gather_on_save(args)
+            enable_zero3_gather_on_save(args)
         super().__init__(model, args, *more, **kwargs)
         self._read, self._fields = objective_arguments(self.args), fields
         if self.distilling:
@@ -106,7 +106,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
         """
         self.distilling, self.teacher = True, teacher
-        tell(unfit(self))
+        raise_if_any(unfit(self))
         self.pop_callback(TeacherCallback)
         self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
         self._prepare_teacher(teacher)
@@ -116,14 +116,14 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
     def _prepare_teacher(self, teacher: Teacher) -> None:
         student = dict(self.model.named_parameters())
         trained = [name for name, p in student.items() if p.requires_grad]
-        teacher.prepare(bare(self.model), self.args.device, self.processing_class)
+        teacher.prepare(unwrap_model(self.model), self.args.device, self.processing_class)
         if shared := shared_with_teacher(self.model, trained, teacher):
             for name in trained:  # a frozen teacher froze what it shares
                 student[name].requires_grad_(True)
-            tell(shared)
+            raise_if_any(shared)
         for name in ("train_dataset", "eval_dataset"):
             teacher.check_data(getattr(self, name), name)
-        tell(teacher.unfit(self.args) + self._renewed(teacher))
+        raise_if_any(teacher.unfit(self.args) + self._renewed(teacher))
 
     def _set_objective(self, fields: DistillFields, renew: bool) -> None:
         """Take an objective with the prepared teacher, whose state stays.
@@ -134,12 +134,12 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         """
         teacher = self.teacher
         terms = teacher.learn(fields.terms(self.args.label_smoothing_factor))
-        tell(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
+        raise_if_any(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
         features = Features.match(
             terms,
             self.model,
             lambda term: teacher.named(term.teacher).stack(term.stack),
-            Projectors.of(fields.projectors),
+            ProjectorConfig.of(fields.projectors),
         )
         self.distiller = Distiller(terms, fields.chunk_tokens, features)
         self._unchecked = fields if fields.self_check else None
@@ -160,7 +160,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         changed = changed_arguments(self.args, self._read, self.distilling)
         if self.distilling:
             self._choose_direction()
-            tell(unfit(self) + self.teacher.unfit(self.args))
+            raise_if_any(unfit(self) + self.teacher.unfit(self.args))
             self._clipped = self.teacher.clipped
         if "max_nonfinite_steps" in changed:
             self.max_nonfinite_steps = self.args.max_nonfinite_steps
@@ -194,9 +194,9 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
     def _get_num_items_in_batch(self, batch_samples, device):
         """The Trainer's count, of the tokens that the step asks."""
         if self.distilling:
-            shift = task_of(self.model).shift
+            shift = model_type_of(self.model).shifts_labels
             batch_samples = [
-                {**batch, "shift_labels": asked_labels(batch, shift)} if "labels" in batch else batch
+                {**batch, "shift_labels": target_labels(batch, shift)} if "labels" in batch else batch
                 for batch in batch_samples
             ]
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -208,7 +208,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         """
         source, inputs = inputs.get("source"), {k: v for k, v in inputs.items() if k != "source"}
         if not self.distilling:
-            inputs = {k: v for k, v in inputs.items() if k not in PARAPHRASED}
+            inputs = {k: v for k, v in inputs.items() if k not in SECOND_VIEW_KEYS}
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -217,8 +217,8 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             frozen = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
             for measured in (model, *(() if frozen is None else (frozen,))):
                 forget_output_head(measured)
-            shift = task_of(self.model).shift
-            self.distiller.look = SelfCheck(self._unchecked, inputs, shift, model, frozen)
+            shift = model_type_of(self.model).shifts_labels
+            self.distiller.pre_loss_hook = SelfCheck(self._unchecked, inputs, shift, model, frozen)
         step = self.distiller(
             model,
             self.teacher,
@@ -227,7 +227,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             keep_logits=self.keep_logits if not training else return_outputs,
             statistics=EVERY if training else 1,
         )
-        self._unchecked = self.distiller.look = None
+        self._unchecked = self.distiller.pre_loss_hook = None
         self.note(step, source, training)
         if training:
             learnt = [*(term.name for term in (*self.distiller.terms, *self.teacher.terms)), "aux", "peer_aux"]

@@ -1,8 +1,8 @@
 """TRL's trainers with a teacher: supervised fine-tuning, and on-policy distillation with TRL's generation."""
 
-from ..errors import need
+from ..errors import require_package
 
-need("trl", "trl", "hf_distill.trl")
+require_package("trl", "trl", "hf_distill.trl")
 
 from .on_policy import OnPolicyDistillConfig, OnPolicyDistillTrainer  # noqa: E402
 from .sft import DistillSFTConfig, DistillSFTTrainer  # noqa: E402

@@ -11,10 +11,10 @@ from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import flush_left
 
-from ..core.schedule import integral
+from ..core.schedule import schedule_integral
 from ..core.signals import IGNORE_INDEX
 from ..data import Collator, prompt_rows
-from ..errors import DistillError, noted, tell
+from ..errors import DistillError, collect_errors, raise_if_any
 from ..trainer.config import DistillFields
 from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
@@ -74,14 +74,14 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             problems.append("alpha is 0 and there are no losses, so nothing of the teacher's is learnt: use SFTTrainer")
         if kwargs.pop("teacher_model", None) is not None:
             problems.append("teacher_model is TRL's name: pass the teacher as `teacher=`")
-        with noted(problems):
+        with collect_errors(problems):
             teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
         if teacher is None and kwargs.get("teachers") is None:
             problems.append(
                 "on-policy distillation needs a teacher: pass `teacher=`, a model, its id or a Teacher, or set "
                 "teacher_model_name_or_path"
             )
-        tell(problems)
+        raise_if_any(problems)
         self._given: list[dict | None] | None = None
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _prompted(kwargs.get(name), name)
@@ -124,7 +124,8 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             return ["completion" not in row or bool(self.tools) for row in rows]
         step, steps, count = self.state.global_step, max(self.state.max_steps, 1), len(rows)
         before, after = (
-            math.floor(integral(self.args.fraction, i / steps) * steps * count + 1e-6) for i in (step, step + 1)
+            math.floor(schedule_integral(self.args.fraction, i / steps) * steps * count + 1e-6)
+            for i in (step, step + 1)
         )
         draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")  # noqa: S311  of rows, no secret
         chosen = draw.sample(range(count), after - before)
@@ -137,7 +138,7 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         own = self._own_rows(inputs)
         self._given = [None if mine else row for mine, row in zip(own, inputs, strict=True)]
         batch = super()._generate_and_score_completions(inputs)
-        batch["labelled_rows"] = ~torch.tensor(own, device=self.accelerator.device)
+        batch["has_labels"] = ~torch.tensor(own, device=self.accelerator.device)
         if "source" in inputs[0]:
             batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
         return batch
@@ -200,5 +201,5 @@ def _as_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask, ids, asked = flush_left(mask, ids, asked)
     labels = ids.masked_fill(asked == 0, IGNORE_INDEX)
-    rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "labelled_rows": batch["labelled_rows"]}
+    rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "has_labels": batch["has_labels"]}
     return rows | ({"source": batch["source"][:, None].expand_as(ids)} if "source" in batch else {})

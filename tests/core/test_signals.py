@@ -3,7 +3,7 @@ import torch
 
 from hf_distill import DistillError
 from hf_distill.core.logits import sum_at_doubling_distances
-from hf_distill.core.signals import Logits, Targets
+from hf_distill.core.signals import DenseLogits, Targets
 
 
 def test_causal_targets_are_the_next_tokens_and_never_cross_a_row():
@@ -31,19 +31,19 @@ def test_labels_that_a_collator_shifted_are_not_shifted_again():
 def test_pick_takes_the_asked_rows():
     targets = Targets.from_batch({"labels": torch.tensor([[-100, 3], [4, -100]])}, shift=False)
     values = torch.arange(8.0).reshape(2, 2, 2)
-    assert targets.pick(values).tolist() == [[2, 3], [4, 5]]
+    assert targets.gather(values).tolist() == [[2, 3], [4, 5]]
 
 
 def test_pick_refuses_predictions_at_other_positions():
     targets = Targets.from_batch({"labels": torch.tensor([[1, 2]])}, shift=False)
     with pytest.raises(DistillError, match="same positions"):
-        targets.pick(torch.zeros(1, 3, 7))
+        targets.gather(torch.zeros(1, 3, 7))
 
 
 def test_logits_of_several_rows_for_one_label_are_refused():
     targets = Targets.from_batch({"labels": torch.tensor([1, 2])}, shift=False)
     with pytest.raises(DistillError, match="same positions"):
-        targets.pick_logits(torch.zeros(2, 4, 7))
+        targets.gather_logits(torch.zeros(2, 4, 7))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_a_label_beyond_the_vocabulary_is_named():
 
 
 def test_logits_are_projected_in_float32_at_least():
-    assert Logits(torch.zeros(2, 3, dtype=torch.bfloat16)).project().dtype == torch.float32
-    assert Logits(torch.zeros(2, 3, dtype=torch.float64)).project().dtype == torch.float64
+    assert DenseLogits(torch.zeros(2, 3, dtype=torch.bfloat16)).project().dtype == torch.float32
+    assert DenseLogits(torch.zeros(2, 3, dtype=torch.float64)).project().dtype == torch.float64
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 100])

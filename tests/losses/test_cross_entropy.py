@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_distill.core.signals import Logits, Signals, Targets
+from hf_distill.core.signals import DenseLogits, Signals, Targets
 from hf_distill.losses import cross_entropy
 
 
@@ -12,5 +12,5 @@ def test_cross_entropy_is_minus_log_probability_of_each_label(smoothing):
     log_p = torch.log(torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True))
     hard = torch.stack([-log_p[i, label] for i, label in enumerate(targets.labels)])
     expected = (1 - smoothing) * hard + smoothing * -log_p.mean(-1)
-    got = cross_entropy(Signals(Logits(logits)), None, targets, label_smoothing=smoothing)
+    got = cross_entropy(Signals(DenseLogits(logits)), None, targets, label_smoothing=smoothing)
     torch.testing.assert_close(got, expected)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf_distill import DistillError
-from hf_distill.core.logits import Logits, Sparse
+from hf_distill.core.logits import DenseLogits, SparseLogProbs
 from hf_distill.core.signals import Signals
 from hf_distill.losses import LOSSES, forward_kl, get_loss, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
-from hf_distill.losses.analytic_gradients import Pair, Scratch
-from hf_distill.losses.divergences import head_weight
+from hf_distill.losses.analytic_gradients import BufferPool, LogitPair
+from hf_distill.losses.divergences import adaptive_weight
 
 DIVERGENCES = [name for name, loss in LOSSES.items() if "logits" in loss.needs]
 
@@ -82,7 +82,7 @@ def test_identical_models_do_not_diverge(name, dtype):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_gradient_is_right_and_does_not_reach_the_teacher(name):
     s, t = logits(n=3, v=5).requires_grad_(), logits(n=3, v=5, seed=1).requires_grad_()
-    weight = head_weight(s.detach().softmax(-1), t.detach().softmax(-1), 0.5)
+    weight = adaptive_weight(s.detach().softmax(-1), t.detach().softmax(-1), 0.5)
 
     def value(x):
         if name == "adaptive_kl":  # its weight is a constant
@@ -127,8 +127,8 @@ def test_a_padding_row_of_one_vocabulary_carries_no_mass():
 def test_a_sparse_teacher_that_knows_every_id_is_a_dense_one(name):
     s, t = logits(), logits(seed=1)
     log_probs, ids = (t / 2).log_softmax(-1).sort(-1, descending=True)
-    sparse = Sparse(ids, log_probs, torch.full((6,), -torch.inf, dtype=t.dtype), temperature=2.0)
-    got = LOSSES[name].function(Signals(Logits(s)), Signals(sparse), temperature=2.0)
+    sparse = SparseLogProbs(ids, log_probs, torch.full((6,), -torch.inf, dtype=t.dtype), temperature=2.0)
+    got = LOSSES[name].function(Signals(DenseLogits(s)), Signals(sparse), temperature=2.0)
     torch.testing.assert_close(got, LOSSES[name].function(s, t, temperature=2.0))
 
 
@@ -148,7 +148,7 @@ def test_mass_outside_the_top_k_counts_as_one_more_id():
                 [*q[i, keep].tolist(), q[i, rest].sum().item()],
             )
         )
-    got = forward_kl(Signals(Logits(s)), Signals(Sparse(ids, log_probs, tail)))
+    got = forward_kl(Signals(DenseLogits(s)), Signals(SparseLogProbs(ids, log_probs, tail)))
     assert got.tolist() == pytest.approx(expected, rel=1e-9)
 
 
@@ -156,11 +156,11 @@ def test_a_sampled_teacher_is_for_forward_kl_alone_and_has_its_gradient():
     s, t = logits(n=1).requires_grad_(), logits(n=1, seed=1)
     draws = torch.multinomial(t.softmax(-1)[0], 4000, replacement=True, generator=torch.Generator().manual_seed(0))
     ids, counts = draws.unique(return_counts=True)
-    sampled = Sparse(ids[None], (counts / 4000).log()[None].double(), None)
-    forward_kl(Signals(Logits(s)), Signals(sampled)).sum().backward()
+    sampled = SparseLogProbs(ids[None], (counts / 4000).log()[None].double(), None)
+    forward_kl(Signals(DenseLogits(s)), Signals(sampled)).sum().backward()
     torch.testing.assert_close(s.grad, s.detach().softmax(-1) - t.softmax(-1), rtol=0, atol=0.03)
     with pytest.raises(DistillError, match="unbiased forward_kl and no other"):
-        reverse_kl(Signals(Logits(s)), Signals(sampled))
+        reverse_kl(Signals(DenseLogits(s)), Signals(sampled))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_sampled_teacher_is_for_forward_kl_alone_and_has_its_gradient():
         (lambda s, t: skew_kl(s, t, lam=0.0), "lam is 0.0"),
         (lambda s, t: LOSSES["adaptive_kl"].function(s, t, head_mass=2.0), "head_mass is 2.0"),
         (
-            lambda s, t: forward_kl(s, Signals(Sparse(torch.zeros(6, 1).long(), torch.zeros(6, 1), None, 2.0))),
+            lambda s, t: forward_kl(s, Signals(SparseLogProbs(torch.zeros(6, 1).long(), torch.zeros(6, 1), None, 2.0))),
             "stored at temperature 2.0 and are asked for at 1.0",
         ),
     ],
@@ -186,7 +186,7 @@ def test_equal_models_with_large_logits_and_a_real_vocabulary_have_no_divergence
     torch.manual_seed(0)
     logits = 4 * torch.randn(4, 49152) + 20
     values, gradient = get_loss(name).gradient(
-        Pair(logits, None, torch.zeros(4, dtype=torch.long), Scratch()).beside(logits.clone())
+        LogitPair(logits, None, torch.zeros(4, dtype=torch.long), BufferPool()).beside(logits.clone())
     )
     assert values.abs().max() < 1e-5
     assert gradient.abs().max() < 5e-6

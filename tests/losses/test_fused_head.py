@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from hf_distill import DistillError
-from hf_distill.core.logits import Head, Logits, Scaling, Sparse
+from hf_distill.core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs
 from hf_distill.core.signals import Targets
 from hf_distill.head import fused_distillation_loss
 from hf_distill.losses import LOSSES, loss
 from hf_distill.losses.alignment import align
-from hf_distill.losses.fused import HeadJob
+from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
 
 DIVERGENCES = [name for name, item in LOSSES.items() if "logits" in item.needs]
@@ -116,9 +116,9 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
 @pytest.mark.parametrize(
     ("scaling", "function"),
     [
-        (Scaling(scale=0.25), lambda z: 0.25 * z),
-        (Scaling(softcap=3.0), lambda z: 3 * torch.tanh(z / 3)),
-        (Scaling(scale=2.0, softcap=5.0), lambda z: 5 * torch.tanh(2 * z / 5)),
+        (LogitScaling(scale=0.25), lambda z: 0.25 * z),
+        (LogitScaling(softcap=3.0), lambda z: 3 * torch.tanh(z / 3)),
+        (LogitScaling(scale=2.0, softcap=5.0), lambda z: 5 * torch.tanh(2 * z / 5)),
     ],
 )
 def test_what_follows_the_heads_is_honoured_for_both_models(scaling, function):
@@ -149,11 +149,11 @@ def test_bf16_models_lose_nothing_but_the_rounding_of_their_gradients(divergence
 def job(terms, teacher, labels, **options):
     """A job whose result is a sum."""
     targets = Targets.from_batch({"labels": labels}, shift=False)
-    return HeadJob(teacher, targets, terms, num_items=1, **options)
+    return ChunkedLoss(teacher, targets, terms, num_items=1, **options)
 
 
 def picked(hs, ws, labels):
-    return Head(hs[labels != -100], ws)
+    return LazyLogits(hs[labels != -100], ws)
 
 
 def test_a_users_loss_needs_no_closed_form():
@@ -179,7 +179,7 @@ def test_several_terms_share_one_pass():
     terms = objective(
         0.3, 2.0, "js", [{"name": "reverse_kl", "weight": 0.7}, {"name": "forward_kl", "temperature": 1.0}]
     )
-    head, told = picked(hs, ws, labels), Head(ht[labels != -100], wt)
+    head, told = picked(hs, ws, labels), LazyLogits(ht[labels != -100], wt)
     got = job(terms, told, labels, chunk_tokens=6).from_hidden(head)
     count = (labels != -100).sum()
     expected = count * (
@@ -196,7 +196,7 @@ def test_several_terms_share_one_pass():
 def test_a_sparse_teacher_goes_through_the_same_loop(divergence):
     hs, ws, _, ht, wt, labels = inputs()
     log_probs, ids = (ht @ wt.t())[labels != -100].log_softmax(-1).sort(-1, descending=True)
-    told = Sparse(ids, log_probs, torch.full((len(ids),), -torch.inf, dtype=torch.float64))
+    told = SparseLogProbs(ids, log_probs, torch.full((len(ids),), -torch.inf, dtype=torch.float64))
     terms = objective(0.5, 1.0, divergence)
     got = job(terms, told, labels, chunk_tokens=6, statistics=True).from_hidden(picked(hs, ws, labels))
     expected = (labels != -100).sum() * dense(hs, ws, None, ht, wt, labels, divergence, 1.0, 0.5)
@@ -207,7 +207,7 @@ def test_a_sparse_teacher_goes_through_the_same_loop(divergence):
 
 def test_logits_that_are_there_already_give_the_same_and_are_left_as_they_are():
     hs, ws, _, ht, wt, labels = inputs()
-    told, asked = Head(ht[labels != -100], wt), labels != -100
+    told, asked = LazyLogits(ht[labels != -100], wt), labels != -100
     logits = (hs @ ws.t())[asked].detach().requires_grad_()
     before = logits.detach().clone()
     got = job(objective(0.5, 2.0), told, labels).from_logits(logits)
@@ -229,7 +229,7 @@ def test_without_gradients_there_is_no_backward_work(monkeypatch):
 def test_one_loss_used_twice_counts_twice():
     hs, ws, _, ht, wt, labels = inputs()
     twice = [{"name": "js", "weight": 0.5, "beta": 0.2}, {"name": "js", "weight": 2.0, "beta": 0.7}]
-    told = Head(ht[labels != -100], wt)
+    told = LazyLogits(ht[labels != -100], wt)
     pair = job(objective(0.0, 1.0, losses=twice), told, labels)
     got = pair.from_hidden(picked(hs, ws, labels))
     options = {"divergence": "js"}
@@ -266,8 +266,8 @@ def test_a_second_backward_is_refused_not_wrong():
 
 def test_held_logits_and_heads_say_the_same():
     _hs, _ws, _, ht, wt, _labels = inputs()
-    head = Head(ht, wt)
-    torch.testing.assert_close(head.project(slice(3, 9)), Logits(ht @ wt.t()).project(slice(3, 9)))
+    head = LazyLogits(ht, wt)
+    torch.testing.assert_close(head.project(slice(3, 9)), DenseLogits(ht @ wt.t()).project(slice(3, 9)))
     assert head.vocab_size == 50
 
 

@@ -20,7 +20,7 @@ def tokens(causal=True, position_ids=None):
     labels = torch.where(MASK == 1, 5, -100)
     labels[:, 3] = -100
     inputs = {"labels": labels, "input_ids": labels, "attention_mask": MASK, "position_ids": position_ids}
-    return Targets.from_batch(inputs, shift=False).tokens(inputs, causal)
+    return Targets.from_batch(inputs, shift=False).feature_positions(inputs, causal)
 
 
 def states(width, dtype=torch.float64, seed=0):
@@ -157,10 +157,10 @@ def test_features_of_whole_rows_are_averaged_over_their_tokens():
     """A class of a row: each of its tokens counts alike, padding not at all, and rows without a label not at all."""
     inputs = {"labels": torch.tensor([1, -100, 0]), "input_ids": MASK, "attention_mask": MASK}
     asked = Targets.from_batch(inputs, shift=False)
-    where = asked.tokens(inputs, causal=False)
+    where = asked.feature_positions(inputs, causal=False)
     assert where.rows.tolist() == [0] * 5 + [2] * 7
     values = torch.arange(12.0)
-    assert where.spread(values, asked).tolist() == [values[:5].mean(), values[5:].mean()]
+    assert where.to_target_tokens(values, asked).tolist() == [values[:5].mean(), values[5:].mean()]
 
 
 @pytest.mark.parametrize("name", [*HIDDEN, "attention_kl", "value_relation"])

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from tiny import build
 from transformers import PreTrainedTokenizerFast
 
-from hf_distill.core.references import public
+from hf_distill.core.references import public_name
 from hf_distill.hub.licenses import Judged
 from hf_distill.model_card import Facts, Picture, card_of, missing
 from hf_distill.recipe.smoke import byte_tokenizer
@@ -47,7 +47,7 @@ def test_metadata_name_base_data_relation_and_results():
 
 @pytest.mark.parametrize("name", ["/home/me/secret/model", "runs/stage-1/student", "package:x/y.gguf", None])
 def test_what_is_no_id_is_no_base_and_paths_stay_private(name):
-    card = card_of(replace(FACTS, student={"model": public(name)}))
+    card = card_of(replace(FACTS, student={"model": public_name(name)}))
     assert "base_model" not in card.data.to_dict()
     assert "/home/me" not in card.content
 

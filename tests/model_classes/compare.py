@@ -424,7 +424,7 @@ class Tried:
             partners: class -> two models of it, filled here.
         """
         one = build(tried, 0)
-        kind = made.kind_of(one)
+        kind = made.reference_kind(one)
         batch = made.batch_for(one, kind, False)
         scale_logits(one, batch, SCALES["large"], kind.decodes)
         shift = shift_of(one, batch)

@@ -59,12 +59,12 @@ _KINDS = {
 }
 
 
-def kind_of(model: PreTrainedModel) -> Kind:
+def reference_kind(model: PreTrainedModel) -> Kind:
     """From what `DistillTrainer` takes it for; where it refuses it, from its name."""
-    from hf_distill.models.model_types import task_of
+    from hf_distill.models.model_types import model_type_of
 
     try:
-        name = _KINDS.get(task_of(model).name, "causal")
+        name = _KINDS.get(model_type_of(model).name, "causal")
     except DistillError:
         name = "causal"
     if name in ("causal", "seq2seq"):

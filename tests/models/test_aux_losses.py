@@ -173,8 +173,8 @@ def test_the_logs_and_the_evaluation_hold_it(make_trainer):
     with torch.no_grad():
         batch = collate(trainer.train_dataset[:4])
         own = student(**batch)
-        bare = student.get_base_model()(**batch)
-    log, expected = trainer.state.log_history[0], float(own.loss - bare.loss)
+        unwrap_model = student.get_base_model()(**batch)
+    log, expected = trainer.state.log_history[0], float(own.loss - unwrap_model.loss)
     assert log["aux_loss"] == pytest.approx(expected, rel=1e-4)
     assert log["loss"] == pytest.approx((log["soft_loss"] + log["hard_loss"]) / 2 + expected, rel=1e-4)
     for metrics in (False, True):

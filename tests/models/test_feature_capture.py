@@ -6,10 +6,10 @@ from tiny import KINDS, build, collate, rows
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from hf_distill import DistillError
-from hf_distill.core.signals import Tap, Targets
-from hf_distill.models.blocks import stack_of
-from hf_distill.models.feature_capture import capture
-from hf_distill.models.model_types import task_of
+from hf_distill.core.signals import FeatureKey, Targets
+from hf_distill.models.blocks import get_layer_stack
+from hf_distill.models.feature_capture import capture_features
+from hf_distill.models.model_types import model_type_of
 
 SMALL = dict(
     vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -37,11 +37,11 @@ def family(name):
 
 def captured(model, batch, stack=None, layers=(0, 1), kinds=("hidden", "attention", "values"), **more):
     """(features, the tokens they are of, what the model itself returns)."""
-    asked = Targets.from_batch(batch, task_of(model).shift)
-    where = asked.tokens(batch, stack_of(model, stack).causal, stack)
+    asked = Targets.from_batch(batch, model_type_of(model).shifts_labels)
+    where = asked.feature_positions(batch, get_layer_stack(model, stack).causal, stack)
     inputs = {k: v for k, v in batch.items() if k != "labels"} | more
     with torch.no_grad():
-        with capture(model, {Tap(kind, i, stack): where for kind in kinds for i in layers}) as found:
+        with capture_features(model, {FeatureKey(kind, i, stack): where for kind in kinds for i in layers}) as found:
             model(**inputs)
         return found, where, model(**inputs, output_hidden_states=True, output_attentions=True)
 
@@ -50,9 +50,9 @@ def captured(model, batch, stack=None, layers=(0, 1), kinds=("hidden", "attentio
 def test_decoder_families_are_captured_without_a_table_of_names(name):
     found, where, whole = captured(family(name), collate(rows("llama", 5)))
     for i in (0, 1):
-        assert torch.equal(found[Tap("hidden", i)], where.pick(whole.hidden_states[i + 1]))
-        assert torch.equal(found[Tap("attention", i)], where.pick(whole.attentions[i].transpose(1, 2)))
-        assert found[Tap("values", i)].shape[::2] == (5, 12)
+        assert torch.equal(found[FeatureKey("hidden", i)], where.gather(whole.hidden_states[i + 1]))
+        assert torch.equal(found[FeatureKey("attention", i)], where.gather(whole.attentions[i].transpose(1, 2)))
+        assert found[FeatureKey("values", i)].shape[::2] == (5, 12)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_encoders_and_decoders_are_captured_apart(kind, stack):
     side = f"{stack}_" if stack else ""
     attentions = whole[f"{side}attentions"]
     for i in (0, 1):
-        assert torch.equal(found[Tap("hidden", i, stack)], where.pick(whole[f"{side}hidden_states"][i + 1]))
-        assert torch.equal(found[Tap("attention", i, stack)], where.pick(attentions[i].transpose(1, 2)))
+        assert torch.equal(found[FeatureKey("hidden", i, stack)], where.gather(whole[f"{side}hidden_states"][i + 1]))
+        assert torch.equal(found[FeatureKey("attention", i, stack)], where.gather(attentions[i].transpose(1, 2)))
 
 
 def test_bart_whose_config_names_both_depths_is_captured():
@@ -77,7 +77,7 @@ def test_bart_whose_config_names_both_depths_is_captured():
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, max_position_embeddings=64,
     )  # fmt: skip
     model = BartForConditionalGeneration(config).eval()
-    assert [len(stack_of(model, which).blocks) for which in ("encoder", "decoder", None)] == [3, 2, 2]
+    assert [len(get_layer_stack(model, which).blocks) for which in ("encoder", "decoder", None)] == [3, 2, 2]
 
 
 def test_values_are_those_of_the_value_projection():
@@ -85,15 +85,15 @@ def test_values_are_those_of_the_value_projection():
     found, _, whole = captured(model, batch)
     block = model.model.layers[1]
     values = block.self_attn.v_proj(block.input_layernorm(whole.hidden_states[1]))
-    torch.testing.assert_close(found[Tap("values", 1)], values.unflatten(-1, (2, -1)).transpose(1, 2))
+    torch.testing.assert_close(found[FeatureKey("values", 1)], values.unflatten(-1, (2, -1)).transpose(1, 2))
 
 
 def test_nothing_is_kept_of_layers_and_tokens_not_asked_for():
     found, where, _ = captured(
         build("llama", layers=3).eval(), collate(rows("llama", 5)), layers=(2,), kinds=("hidden",)
     )
-    assert list(found) == [Tap("hidden", 2)]
-    assert found[Tap("hidden", 2)].untyped_storage().nbytes() == len(where) * 32 * 4
+    assert list(found) == [FeatureKey("hidden", 2)]
+    assert found[FeatureKey("hidden", 2)].untyped_storage().nbytes() == len(where) * 32 * 4
 
 
 def test_capturing_leaves_the_model_as_it_was():
@@ -103,10 +103,10 @@ def test_capturing_leaves_the_model_as_it_was():
     torch.manual_seed(3)
     plain = model(**inputs).logits
     torch.manual_seed(3)
-    where = Targets.from_batch(batch, True).tokens(batch, True)
-    with capture(model, {Tap("attention", 0): where}) as found:
+    where = Targets.from_batch(batch, True).feature_positions(batch, True)
+    with capture_features(model, {FeatureKey("attention", 0): where}) as found:
         assert torch.equal(model(**inputs).logits, plain)
-    assert found[Tap("attention", 0)].sum(-1).allclose(torch.ones(1))  # maps as before dropout: distributions
+    assert found[FeatureKey("attention", 0)].sum(-1).allclose(torch.ones(1))  # maps as before dropout: distributions
     assert not any(block._forward_hooks for block in model.transformer.h)
 
 
@@ -120,9 +120,9 @@ def test_a_model_whose_blocks_cannot_be_found_is_refused_with_what_was_found():
     model = build("llama")
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(DistillError, match=r"LlamaForCausalLM has 0 lists of 2 blocks.*Lists found: none"):
-        stack_of(model)
+        get_layer_stack(model)
 
 
 def test_a_stack_that_a_model_does_not_have_is_refused():
     with pytest.raises(DistillError, match="LlamaForCausalLM has one stack of blocks, no encoder"):
-        stack_of(build("llama"), "encoder")
+        get_layer_stack(build("llama"), "encoder")

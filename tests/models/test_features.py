@@ -12,7 +12,7 @@ from tiny import KINDS, build, collate, one_step, rows
 from transformers import TrainerCallback
 
 from hf_distill import DistillError, Teacher, cut_student
-from hf_distill.core.logits import Logits
+from hf_distill.core.logits import DenseLogits
 from hf_distill.core.signals import Signals
 from hf_distill.models.sidecar import FILE, sidecar_of
 
@@ -79,7 +79,7 @@ def test_a_term_is_the_mean_over_pairs_of_its_loss_on_what_the_models_return(mak
             for i, block in enumerate(model.model.layers):
                 block.register_forward_hook(lambda _m, _a, out, key=(who, i): found.__setitem__(key, out))
             model(**inputs)
-    projectors = sidecar_of(trainer.model).part("projectors", "hidden_mse")
+    projectors = sidecar_of(trainer.model).get("projectors", "hidden_mse")
     terms = [
         (projectors[f"{s}-{t}"](found["s", s])[asked] - found["t", t][asked]).square().mean()
         for s, t in ((0, 1), (1, 2))
@@ -158,7 +158,7 @@ def test_projectors_start_orthogonal_or_as_the_identity(make_trainer, width):
 CHECKPOINTS = dict(save_strategy="steps", save_steps=2, max_steps=4, learning_rate=1e-2)
 
 
-def whole_state(trainer):
+def gathered_state_dict(trainer):
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit_projectors_included(make,
     straight.train()
     resumed = make(kind, folder="resumed", **CHECKPOINTS)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
-    expected, got = whole_state(straight), whole_state(resumed)
+    expected, got = gathered_state_dict(straight), gathered_state_dict(resumed)
     assert any("distill_sidecar" in name for name in expected)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
@@ -302,7 +302,7 @@ def test_an_adapter_is_trained_with_projectors_and_saved_without(make, tmp_path)
     straight.train()
     resumed = make(model=adapted(), folder="resumed", **CHECKPOINTS)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
-    expected, got = whole_state(straight), whole_state(resumed)
+    expected, got = gathered_state_dict(straight), gathered_state_dict(resumed)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert not any("sidecar" in key for key in load_file(tmp_path / "straight/checkpoint-4/adapter_model.safetensors"))
     assert PeftModel.from_pretrained(build("llama"), tmp_path / "straight" / "checkpoint-4")
@@ -368,8 +368,8 @@ def test_mixed_precision_compares_features_in_float32(make):
 
 
 class LogitsAlone(Teacher):
-    def __call__(self, inputs, targets, wanted):
-        return Signals(Logits(torch.zeros(len(targets), 97)))
+    def __call__(self, inputs, targets, feature_requests):
+        return Signals(DenseLogits(torch.zeros(len(targets), 97)))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import (
 
 import hf_distill.models.output_head as module
 from hf_distill import FrozenTeacher
-from hf_distill.core.logits import Scaling
+from hf_distill.core.logits import LogitScaling
 from hf_distill.losses.objective import objective
 from hf_distill.models.output_head import known_output_head
 from hf_distill.trainer.distiller import Distiller
@@ -52,7 +52,7 @@ def test_caps_and_scales_after_the_head_are_honoured_for_both_models(kind):
     student, teacher = SCALED[kind](), SCALED[kind]()
     assert_fused_equals_dense(student, teacher, collate(rows("llama", 5)))
     for model in (student, teacher):
-        assert known_output_head(model).scaling == Scaling.of(model.config) != Scaling()
+        assert known_output_head(model).scaling == LogitScaling.of(model.config) != LogitScaling()
 
 
 def test_a_head_followed_by_something_unknown_is_found_out():

@@ -6,7 +6,7 @@ import transformers as tf
 from tiny import build
 
 from hf_distill import DistillError
-from hf_distill.models.model_types import CAUSAL, SEQ2SEQ, task_of
+from hf_distill.models.model_types import CAUSAL, SEQ2SEQ, model_type_of
 
 SMALL = dict(
     vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -65,23 +65,23 @@ class SwappedForCausalLM(tf.LlamaForCausalLM):
 def test_the_own_loss_of_the_model_decides(make, shift):
     model = make().eval()
     before = torch.get_rng_state()
-    assert task_of(model.train()).shift == shift
+    assert model_type_of(model.train()).shifts_labels == shift
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
 
 
 def test_a_loss_function_that_the_user_sets_decides():
     model = build("llama")
-    assert task_of(model) == CAUSAL
+    assert model_type_of(model) == CAUSAL
     model.loss_function = lambda logits, labels, **kwargs: torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten()
     )
-    assert not task_of(model).shift
+    assert not model_type_of(model).shifts_labels
 
 
 def test_an_audio_model_with_a_decoder_alone_is_a_causal_language_model():
-    assert task_of(audio()) == CAUSAL
-    assert task_of(build("t5")) is SEQ2SEQ
+    assert model_type_of(audio()) == CAUSAL
+    assert model_type_of(build("t5")) is SEQ2SEQ
 
 
 def test_the_hard_loss_is_the_own_loss_of_a_model_that_does_not_shift(make_trainer):

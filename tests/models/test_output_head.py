@@ -11,10 +11,10 @@ from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 import hf_distill.models.output_head as module
 from hf_distill import FrozenTeacher
-from hf_distill.core.logits import Head, Logits, Scaling
+from hf_distill.core.logits import DenseLogits, LazyLogits, LogitScaling
 from hf_distill.core.signals import Targets
 from hf_distill.losses import get_loss
-from hf_distill.losses.fused import HeadJob
+from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
 from hf_distill.models.output_head import known_output_head, output_head
 from hf_distill.trainer.distiller import Distiller
@@ -204,7 +204,7 @@ def test_plain_heads_leave_logits_out_and_measuring_changes_nothing(kind, pad):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     known = output_head(model, inputs)
-    assert known.scaling == Scaling.of(model.config)
+    assert known.scaling == LogitScaling.of(model.config)
     assert not known.reason
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
@@ -218,7 +218,7 @@ def test_a_hook_that_only_moves_parameters_is_none_of_it():
     model = build("llama")
     model.lm_head.register_forward_hook(lambda module, _args, _output: module.weight.clone().sum() and None)
     inputs = {k: v for k, v in collate(rows("llama", 5)).items() if k != "labels"}
-    assert output_head(model, inputs).scaling == Scaling()
+    assert output_head(model, inputs).scaling == LogitScaling()
 
 
 def masked_head(seed: int, ids: slice):
@@ -265,8 +265,8 @@ def test_a_divergence_over_masked_ids_is_that_over_the_others(name, fused):
         teacher = of_teacher.masked_fill(mask, -torch.inf) if masked else of_teacher[:, :15]
         if fused:
             term = [t for t in objective(1.0, 2.0, {"name": name, **DIVERGENCES[name]}) if t.weight]
-            job = HeadJob(Logits(teacher), Targets.from_batch({"labels": labels}, False), term, statistics=1)
-            total = job.from_hidden(Head(leaf, weight[: len(bias)], bias)) / 4
+            job = ChunkedLoss(DenseLogits(teacher), Targets.from_batch({"labels": labels}, False), term, statistics=1)
+            total = job.from_hidden(LazyLogits(leaf, weight[: len(bias)], bias)) / 4
             assert all(torch.isfinite(of_tokens).all() for of_tokens in job.per_token.values())
         else:
             total = loss.function(leaf @ weight[: len(bias)].t() + bias, teacher, **options).mean()

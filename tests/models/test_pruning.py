@@ -4,7 +4,7 @@ from tiny import build, collate, rows
 from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_distill import DistillError, block_influence, cut_student
-from hf_distill.models.pruning import find_blocks, most_influential
+from hf_distill.models.pruning import find_blocks, top_layers
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_block_that_changes_nothing_has_no_influence():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     influence = block_influence(model, [collate(rows("llama", 4))])
     assert influence[1] == pytest.approx(0, abs=1e-6)
-    assert most_influential(influence, 2) == [0, 2]
+    assert top_layers(influence, 2) == [0, 2]
     assert model.training
     assert not any(block._forward_hooks for block in model.model.layers)
 
@@ -115,6 +115,6 @@ def test_wrong_blocks_are_refused(layers):
 
 def test_wrong_numbers_are_refused():
     with pytest.raises(DistillError, match="keep_layers is 9; the teacher has 3 blocks"):
-        most_influential([0.1, 0.2, 0.3], 9)
+        top_layers([0.1, 0.2, 0.3], 9)
     with pytest.raises(DistillError, match="at least one batch"):
         block_influence(build("llama"), [])

@@ -157,9 +157,9 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_keeps_what_the_fused_head_keeps(dtype):
-    from hf_distill.core.logits import Head
+    from hf_distill.core.logits import LazyLogits
     from hf_distill.core.signals import Targets
-    from hf_distill.losses.fused import HeadJob
+    from hf_distill.losses.fused import ChunkedLoss
     from hf_distill.losses.objective import objective
 
     config = shrunk("llama")
@@ -167,8 +167,8 @@ def test_the_head_keeps_what_the_fused_head_keeps(dtype):
     weight = torch.randn(300, 128, dtype=dtype, requires_grad=True)
     labels = torch.randint(300, (1, 128))
     targets = Targets.from_batch({"input_ids": labels, "labels": labels}, shift=False)
-    loss = HeadJob(Head(hidden.detach(), weight.detach()), targets, objective(0.5, 1.0)).from_hidden(
-        Head(hidden, weight)
+    loss = ChunkedLoss(LazyLogits(hidden.detach(), weight.detach()), targets, objective(0.5, 1.0)).from_hidden(
+        LazyLogits(hidden, weight)
     )
     (fused,) = (f for f, _ in loss.grad_fn.next_functions if hasattr(f, "gradients"))
     first = held(g for g in fused.gradients if g is not None)
@@ -186,10 +186,10 @@ def test_the_workspace_on_a_cpu_is_what_the_sweep_takes():
 
 
 def test_no_divergence_takes_more_temporaries_than_the_sweep_counts_with():
-    from hf_distill.core.logits import Head
+    from hf_distill.core.logits import LazyLogits
     from hf_distill.core.signals import Targets
     from hf_distill.losses import LOSSES
-    from hf_distill.losses import fused as sweep
+    from hf_distill.losses import fused as run_chunks
     from hf_distill.losses.objective import objective
 
     labels = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -197,11 +197,11 @@ def test_no_divergence_takes_more_temporaries_than_the_sweep_counts_with():
     hidden, weight = torch.randn(len(targets), 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
     most = 0
     for name in (name for name, loss in LOSSES.items() if loss.needs and not loss.feature and loss.gradient):
-        told = Head(torch.randn(len(targets), 8), torch.randn(97, 8))
-        head = sweep.HeadJob(told, targets, objective(0.5, 2.0, name, ()), statistics=1)
-        head.from_hidden(Head(hidden, weight))
+        told = LazyLogits(torch.randn(len(targets), 8), torch.randn(97, 8))
+        head = run_chunks.ChunkedLoss(told, targets, objective(0.5, 2.0, name, ()), statistics=1)
+        head.from_hidden(LazyLogits(hidden, weight))
         most = max(most, len(head._scratch._kept))
-    assert most == sweep.SCRATCH
+    assert most == run_chunks.MAX_TEMPORARIES
 
 
 def test_the_workspace_on_a_gpu_is_an_eighth_of_what_is_left_and_16_rows_at_least():
@@ -211,15 +211,15 @@ def test_the_workspace_on_a_gpu_is_an_eighth_of_what_is_left_and_16_rows_at_leas
 
 
 def test_features_are_those_that_are_captured():
-    from hf_distill.core.signals import Tap, Targets
-    from hf_distill.models.feature_capture import capture
+    from hf_distill.core.signals import FeatureKey, Targets
+    from hf_distill.models.feature_capture import capture_features
 
     student, teacher = build("llama", 0), build("llama", 1, layers=3, width=48)
     ids = torch.ones(2, 16, dtype=torch.long)
     targets = Targets.from_batch({"input_ids": ids, "labels": ids}, shift=False)
     total = 0
     for model, layers in ((student, (0, 1)), (teacher, (0, 2))):
-        with capture(model, {Tap("hidden", i): targets for i in layers}) as found:
+        with capture_features(model, {FeatureKey("hidden", i): targets for i in layers}) as found:
             model(input_ids=ids)
         total += held(found.values())
     captured = 2 * 32 + 2 * 48

@@ -21,7 +21,7 @@ GOOD = """\
 extends: quickstart
 train: {max_steps: 2}
 """
-ADDRESS = "hf://org/recipes/small.yaml"
+HUB_PREFIX = "hf://org/recipes/small.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def refused(reference: str, *overrides: str) -> str:
 
 
 def test_what_it_extends_is_the_packaged_recipe_with_its_own_values(hub):
-    own, packaged = load_recipe(ADDRESS), load_recipe("quickstart")
+    own, packaged = load_recipe(HUB_PREFIX), load_recipe("quickstart")
     assert own.train.max_steps == 2
     assert own.train.learning_rate == packaged.train.learning_rate
     assert own.student == packaged.student
@@ -56,21 +56,21 @@ def test_model_and_data_set_repositories_revisions_and_folders(hub, kind):
 
 
 def test_once_read_it_needs_no_network(hub, monkeypatch):
-    first = load_recipe(ADDRESS)
+    first = load_recipe(HUB_PREFIX)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert load_recipe(ADDRESS) == first
+    assert load_recipe(HUB_PREFIX) == first
     assert not hub.requests
 
 
 def test_a_run_records_the_commit_that_the_name_stood_for(hub):
     commit = hub.repos["models", "org/recipes"].at("main")
-    result = run_recipe(load_recipe(ADDRESS, ["control=null"], smoke=True))
+    result = run_recipe(load_recipe(HUB_PREFIX, ["control=null"], smoke=True))
     there = f"hf://org/recipes@{commit}/small.yaml"
     assert yaml.safe_load((result.folder / "recipe.yaml").read_text())["origin"] == there
     assert f'"origin": "{there}"' in (result.folder / "evidence.json").read_text()
     hub.put("models", "org/recipes", {"small.yaml": GOOD.encode() + b"# moved\n"})
-    resumed = load_recipe(ADDRESS, ["control=null"], smoke=True)
+    resumed = load_recipe(HUB_PREFIX, ["control=null"], smoke=True)
     assert resumed.origin != there
     run_recipe(resumed, resume=True)  # an equal recipe at another commit is no other run
 
@@ -108,9 +108,9 @@ def test_gated_private_and_tokens_are_told_apart(hub, monkeypatch):
 
 def test_a_hub_that_fails_is_told_so(hub):
     hub.faults.append(Fault(match=".*", status=500, times=999))
-    assert "The Hub" in refused(ADDRESS)
+    assert "The Hub" in refused(HUB_PREFIX)
     hub.faults[:] = [Fault(match=".*", cut=True, times=999)]
-    assert "cannot be reached" in refused(ADDRESS)
+    assert "cannot be reached" in refused(HUB_PREFIX)
 
 
 def test_a_newer_recipe_is_told_before_its_keys_are_looked_at(hub):
@@ -223,13 +223,15 @@ def test_run_says_what_it_reads_and_asks_a_stranger_s_recipe_once(hub):
     "command", [["inspect"], ["temperature"], ["recipes", "preview"], ["cache", "write", "-o", "here"]], ids=" ".join
 )
 def test_other_commands_that_load_models_ask_too(hub, command, tmp_path):
-    result = CliRunner().invoke(app, [*command[:2], ADDRESS, *command[2:]] if len(command) > 1 else [*command, ADDRESS])
+    result = CliRunner().invoke(
+        app, [*command[:2], HUB_PREFIX, *command[2:]] if len(command) > 1 else [*command, HUB_PREFIX]
+    )
     assert "--yes" in str(result.exception)
     assert not (tmp_path / "here").exists()
 
 
 def test_a_recipe_that_was_pulled_is_its_users_and_not_asked_about(hub, tmp_path):
-    (path,) = pull_recipe(ADDRESS, tmp_path / "mine")
+    (path,) = pull_recipe(HUB_PREFIX, tmp_path / "mine")
     result = CliRunner().invoke(app, ["run", str(path), "train.output_dir=mine/run", "--smoke", "control=null"])
     assert result.exit_code == 0, result.exception
 
@@ -239,7 +241,7 @@ def test_checking_one_imports_no_torch(hub, tmp_path):
         "import sys; from hf_distill.recipe import load_recipe; load_recipe(sys.argv[1]); print('torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, ADDRESS],
+        [sys.executable, "-c", code, HUB_PREFIX],
         env=os.environ | hub.environment(tmp_path / "home"),
         capture_output=True,
         text=True,

@@ -160,10 +160,10 @@ def test_validation_imports_no_torch():
 
 
 def test_recipes_know_the_settings_of_projectors():
-    from hf_distill.models.projectors import INITS, KINDS, Projectors
+    from hf_distill.models.projectors import INITS, KINDS, ProjectorConfig
     from hf_distill.recipe.losses import ProjectorSpec
 
-    assert ProjectorSpec().model_dump() == vars(Projectors())
+    assert ProjectorSpec().model_dump() == vars(ProjectorConfig())
     known = ProjectorSpec.model_json_schema()["properties"]
     assert (tuple(known["kind"]["enum"]), tuple(known["init"]["enum"])) == (KINDS, INITS)
 

@@ -68,12 +68,12 @@ def test_stages_see_other_rows_and_the_same_held_out_ones(tmp_path, monkeypatch)
     seen: dict[str, list] = {}
     step = DistillTrainer.training_step
 
-    def noted(self, model, inputs, *more):
+    def collect_errors(self, model, inputs, *more):
         rows = [tuple(row.tolist()) for row in inputs["input_ids"]]
         seen.setdefault(self.args.output_dir.rpartition("/")[2], []).extend(rows)
         return step(self, model, inputs, *more)
 
-    monkeypatch.setattr(DistillTrainer, "training_step", noted)
+    monkeypatch.setattr(DistillTrainer, "training_step", collect_errors)
     run_recipe(recipe(tmp_path / "run"))
     stages = [{*seen[f"stage-{number}"]} for number in (1, 2, 3)]
     assert len(set.union(*stages)) == sum(map(len, stages)) == 3 * 8

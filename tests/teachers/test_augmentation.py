@@ -67,9 +67,9 @@ def test_the_same_tokens_are_asked_in_every_view(kind, pad, view):
 def test_models_answer_a_view_at_the_positions_that_it_says(kind):
     batch, model = collate(rows(kind, 4)), build(kind, 0).eval()
     targets, seen, moved = seen_of(ALL, kind, batch)
-    logits = moved.pick(model(**seen).logits)
+    logits = moved.gather(model(**seen).logits)
     assert len(logits) == len(targets)
-    assert not torch.allclose(logits, targets.pick(model(**batch).logits))
+    assert not torch.allclose(logits, targets.gather(model(**batch).logits))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_a_context_that_nothing_sees_changes_no_answer():
     targets, seen, moved = seen_of(View(other_context=4), "llama", batch)
     added = (seen["attention_mask"].cumsum(1) <= 4) & (seen["attention_mask"] != 0)
     seen["attention_mask"] = seen["attention_mask"].masked_fill(added, 0)
-    torch.testing.assert_close(moved.pick(model(**seen).logits), targets.pick(model(**batch).logits))
+    torch.testing.assert_close(moved.gather(model(**seen).logits), targets.gather(model(**batch).logits))
 
 
 def test_shares_are_met_over_many_tokens():
@@ -110,8 +110,8 @@ def test_a_row_is_seen_alike_in_every_batch_and_otherwise_at_another_step(view, 
         assert torch.equal(seen[changed][2, left : 67 - right], found)
         padding = batch["attention_mask"][2] == 0
         assert torch.equal(seen[changed][2, padding], zeros[0])
-    bare = {name: value for name, value in row.items() if name != "attention_mask"}
-    assert torch.equal(seen_of(view, "llama", bare)[1][changed][0], found)
+    unwrap_model = {name: value for name, value in row.items() if name != "attention_mask"}
+    assert torch.equal(seen_of(view, "llama", unwrap_model)[1][changed][0], found)
     assert not torch.equal(seen_of(view, "llama", row, step=1)[1][changed][0], found)
 
 
@@ -160,8 +160,8 @@ def test_a_row_stands_behind_the_first_tokens_of_the_next(pad):
     shortest = int(mask.sum(1).min())
     _, seen, _ = seen_of(View(other_context=99), "llama", batch)
     assert seen["input_ids"].shape == (5, 12 + shortest)
-    bare = {name: batch[name][:2, -4:] for name in ("input_ids", "labels")}
-    assert "attention_mask" not in seen_of(View(other_context=2), "llama", bare)[1]
+    unwrap_model = {name: batch[name][:2, -4:] for name in ("input_ids", "labels")}
+    assert "attention_mask" not in seen_of(View(other_context=2), "llama", unwrap_model)[1]
 
 
 def test_a_row_alone_has_no_other_context():

@@ -8,10 +8,10 @@ from tiny import VOCAB, build, collate, rows
 
 from hf_distill import DistillError
 from hf_distill.cache import write_cache
-from hf_distill.core.logits import Head, Logits, Sparse
+from hf_distill.core.logits import DenseLogits, LazyLogits, SparseLogProbs
 from hf_distill.core.signals import Signals, Targets
 from hf_distill.data import Collator
-from hf_distill.losses.fused import HeadJob
+from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
 from hf_distill.teachers import CachedTeacher, EMATeacher, FrozenTeacher, MultiTeacher
 
@@ -104,7 +104,7 @@ def test_losses_on_hidden_states_read_the_layers_that_were_written(make_trainer,
 
 
 def gradient(job, hidden, weight):
-    head = Head(hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    head = LazyLogits(hidden.clone().requires_grad_(), weight.clone().requires_grad_())
     loss = job.from_hidden(head)
     return loss.item(), torch.autograd.grad(loss, (head.hidden, head.weight))
 
@@ -119,14 +119,16 @@ def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal):
     hidden, weight = torch.randn(len(targets), 16, generator=g), torch.randn(VOCAB, 16, generator=g)
     terms = objective(1.0, 2.0)[:1]
     with torch.no_grad():
-        told = Logits(targets.pick(big().eval()(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits))
-    exact, (whole, _) = gradient(HeadJob(told, targets, terms), hidden, weight)
+        told = DenseLogits(
+            targets.gather(big().eval()(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits)
+        )
+    exact, (whole, _) = gradient(ChunkedLoss(told, targets, terms), hidden, weight)
     losses, along = [], []
     for seed in range(64):
         options = {"kind": "sampled", "seed": seed, "proposal": proposal, "draws": 6}
         teacher = cache(tmp_path / str(seed), "llama", data, **options)
         teacher.prepare(build("llama"), torch.device("cpu"))
-        loss, (own, _) = gradient(HeadJob(teacher(batch, targets, {}).logits, targets, terms), hidden, weight)
+        loss, (own, _) = gradient(ChunkedLoss(teacher(batch, targets, {}).logits, targets, terms), hidden, weight)
         losses.append(loss)
         along.append((own * whole).sum().item() / whole.square().sum().item())
     for values, expected in ((losses, exact), (along, 1.0)):
@@ -146,13 +148,13 @@ def test_the_closed_form_of_a_sparse_teacher_is_autograd_s(tail, temperature):
     kept = told.gather(1, ids)
     kept[3, 2:], ids[3, 2:] = -math.inf, 0  # a token with fewer ids
     rest = (1 - kept.exp().sum(1)).log() if tail else None
-    source = Sparse(ids, kept, rest, temperature, None if tail else (kept.exp() * told.gather(1, ids)).sum(1))
+    source = SparseLogProbs(ids, kept, rest, temperature, None if tail else (kept.exp() * told.gather(1, ids)).sum(1))
     targets = Targets.from_batch({"labels": torch.zeros(9, dtype=torch.long)}, shift=False)
     (term,) = objective(1.0, temperature)[:1]
-    (by_hand,) = torch.autograd.grad(term(Signals(Logits(logits)), Signals(source), targets).sum(), logits)
-    loss = HeadJob(source, targets, [term], num_items=1).from_logits(logits)
+    (by_hand,) = torch.autograd.grad(term(Signals(DenseLogits(logits)), Signals(source), targets).sum(), logits)
+    loss = ChunkedLoss(source, targets, [term], num_items=1).from_logits(logits)
     (closed,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(loss, term(Signals(Logits(logits)), Signals(source), targets).sum())
+    torch.testing.assert_close(loss, term(Signals(DenseLogits(logits)), Signals(source), targets).sum())
     torch.testing.assert_close(closed, by_hand)
 
 
@@ -252,14 +254,14 @@ def test_ids_that_a_row_lacks_take_nothing_from_the_student(name):
     ids = told.topk(3).indices
     kept, nothing = told.gather(1, ids), torch.zeros(6, 2, dtype=torch.long)
     rest = (1 - kept.exp().sum(1)).log()
-    few = Sparse(ids, kept, rest)
-    filled = Sparse(torch.cat([ids, nothing], 1), torch.cat([kept, nothing.double() - math.inf], 1), rest)
+    few = SparseLogProbs(ids, kept, rest)
+    filled = SparseLogProbs(torch.cat([ids, nothing], 1), torch.cat([kept, nothing.double() - math.inf], 1), rest)
     targets = Targets.from_batch({"labels": torch.zeros(6, dtype=torch.long)}, shift=False)
     (term,) = objective(1.0, 1.0, name)[:1]
     losses, gradients = [], []
     for source in (few, filled):
         leaf = logits.clone().requires_grad_()
-        losses.append(HeadJob(source, targets, [term], num_items=1).from_logits(leaf))
+        losses.append(ChunkedLoss(source, targets, [term], num_items=1).from_logits(leaf))
         gradients += torch.autograd.grad(losses[-1], leaf)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)

@@ -9,7 +9,7 @@ from tiny import build, collate, rows
 
 from hf_distill import DistillError, FrozenTeacher
 from hf_distill.core.deepspeed_config import fill_teacher_config, read_deepspeed
-from hf_distill.core.signals import Tap, Targets
+from hf_distill.core.signals import FeatureKey, Targets
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def signals_equal_the_models_own(teacher: FrozenTeacher) -> None:
     """Logits and a hidden state, against a plain forward of the same model."""
     inputs = collate(rows("llama", 4))
     targets = Targets.from_batch(inputs, shift=True)
-    tap = Tap("hidden", 1)
+    tap = FeatureKey("hidden", 1)
     told = teacher(inputs, targets, {tap: targets})
     with torch.no_grad():
         plain = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = teacher.model(**plain, use_cache=False, output_hidden_states=True)
-    torch.testing.assert_close(told.logits.project(), targets.pick(outputs.logits).float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(told.features[tap], targets.pick(outputs.hidden_states[2]))
+    torch.testing.assert_close(told.logits.project(), targets.gather(outputs.logits).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(told.features[tap], targets.gather(outputs.hidden_states[2]))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -28,7 +28,7 @@ def kl(told, said, temperature=2.0):
 
 def logits(model, batch, targets):
     with torch.no_grad():
-        return targets.pick(model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+        return targets.gather(model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
 
 def first_log(trainer):

@@ -43,7 +43,8 @@ def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed
     student, other = both[::-1] if changed == "student" else both
     model = build("llama", 0).eval()
     said, told = (
-        t.pick(model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits) for b, t in (student, other)
+        t.gather(model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits)
+        for b, t in (student, other)
     )
     hard = torch.nn.functional.cross_entropy(said, targets.labels)
     trainer.train()
@@ -72,7 +73,7 @@ def test_hidden_states_are_compared_token_by_token(make_trainer, view, changed):
     for b in (batch, seen):
         model.model(input_ids=b["input_ids"], attention_mask=b["attention_mask"])
     one, other = (
-        t.pick(h if isinstance(h, torch.Tensor) else h[0]) for t, h in zip((targets, there), kept, strict=True)
+        t.gather(h if isinstance(h, torch.Tensor) else h[0]) for t, h in zip((targets, there), kept, strict=True)
     )
     expected = (one - other).square().mean(-1).mean().item()
     assert expected > 1e-3
@@ -142,8 +143,8 @@ def test_no_gradient_passes_through_the_teacher(make_trainer):
     seen, there = View(token_dropout=0.3)(batch, targets, 0, 7)
     model = build("llama", 0)
     with torch.no_grad():
-        told = targets.pick(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
-    said = there.pick(model(input_ids=seen["input_ids"], attention_mask=batch["attention_mask"]).logits)
+        told = targets.gather(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+    said = there.gather(model(input_ids=seen["input_ids"], attention_mask=batch["attention_mask"]).logits)
     kl(told, said).mean().backward()
     for grad, p in zip(watch.grads, model.parameters(), strict=True):
         torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)

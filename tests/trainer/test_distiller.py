@@ -6,7 +6,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_distill import DistillError, FrozenTeacher
 from hf_distill.losses.objective import objective
-from hf_distill.models.model_types import task_of
+from hf_distill.models.model_types import model_type_of
 from hf_distill.trainer.distiller import Distiller
 
 
@@ -85,11 +85,13 @@ def test_a_batch_with_nothing_asked_has_loss_zero_and_a_graph(kind):
 
 
 def test_the_head_gets_asked_tokens_only_and_is_whole_afterwards(monkeypatch):
-    from hf_distill.losses.fused import HeadJob
+    from hf_distill.losses.fused import ChunkedLoss
 
     student, batch, seen = build("llama", 0), collate(rows("llama", 4)), []
-    original = HeadJob.from_hidden
-    monkeypatch.setattr(HeadJob, "from_hidden", lambda job, head: seen.append(head.hidden.shape) or original(job, head))
+    original = ChunkedLoss.from_hidden
+    monkeypatch.setattr(
+        ChunkedLoss, "from_hidden", lambda job, head: seen.append(head.hidden.shape) or original(job, head)
+    )
     step = Distiller(objective(0.5, 2.0))(student, teacher_of(build("llama", 1), student), batch)
     assert seen == [(len(step.targets), 32)]
     assert "forward" not in vars(student.lm_head)
@@ -206,6 +208,6 @@ def test_kinds_that_have_no_distribution_are_refused():
 
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     with pytest.raises(DistillError, match="none of causal language model"):
-        task_of(BertForQuestionAnswering(BertConfig(**small)))
+        model_type_of(BertForQuestionAnswering(BertConfig(**small)))
     with pytest.raises(DistillError, match="regression"):
-        task_of(BertForSequenceClassification(BertConfig(**small, num_labels=1)))
+        model_type_of(BertForSequenceClassification(BertConfig(**small, num_labels=1)))

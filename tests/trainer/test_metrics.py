@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.losses.objective import RESERVED_NAMES
-from hf_distill.losses.token_metrics import OF_PAIR, OF_STUDENT, greater_is_better
+from hf_distill.losses.token_metrics import PAIR_METRICS, STUDENT_METRICS, greater_is_better
 from hf_distill.teachers import EMATeacher, PeerTeacher
 
 CHECKED = dict(
@@ -184,7 +184,7 @@ def test_when_every_step_is_skipped_there_is_no_loss(make_trainer):
 
 
 def test_statistics_are_reserved_names():
-    assert {*OF_STUDENT, *OF_PAIR} <= {*RESERVED_NAMES}
+    assert {*STUDENT_METRICS, *PAIR_METRICS} <= {*RESERVED_NAMES}
 
 
 @pytest.mark.parametrize("name", ["student_ce", "measured", "teacher_entropy", "aux"])

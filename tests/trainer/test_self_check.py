@@ -10,7 +10,7 @@ from tiny import KINDS, build, rows
 from transformers import AutoModelForCausalLM
 
 from hf_distill import DistillTrainer
-from hf_distill.core.logits import Logits
+from hf_distill.core.logits import DenseLogits
 from hf_distill.core.signals import Signals, Targets
 from hf_distill.errors import RunError
 from hf_distill.losses import LOSSES, get_loss, loss
@@ -150,9 +150,9 @@ def test_another_weight_or_temperature_than_asked_is_seen(make_trainer):
 
 def test_an_answer_with_a_graph_is_seen(make_trainer):
     class Trained(FrozenTeacher):
-        def __call__(self, inputs, targets, wanted):
+        def __call__(self, inputs, targets, feature_requests):
             logits = self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-            return Signals(Logits(targets.pick(logits)))
+            return Signals(DenseLogits(targets.gather(logits)))
 
     teacher = Trained(build("llama", 1))
     trainer = make_trainer(teacher=teacher)
@@ -164,7 +164,7 @@ def test_an_answer_with_a_graph_is_seen(make_trainer):
 def test_tokens_that_are_lost_are_seen(make_trainer, monkeypatch):
     original = Targets.from_batch.__func__
     monkeypatch.setattr(
-        Targets, "from_batch", classmethod(lambda cls, *given: original(cls, *given).block(slice(1, None)))
+        Targets, "from_batch", classmethod(lambda cls, *given: original(cls, *given).slice(slice(1, None)))
     )
     told = failure(make_trainer())
     assert "tokens are asked, but the labels ask " in told

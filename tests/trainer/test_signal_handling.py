@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_distill.core.io import read_json
-from hf_distill.errors import Interrupted
+from hf_distill.errors import RunInterrupted
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.trainer.checkpoints import flaw, newest_whole
 
@@ -70,7 +70,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("step", [0, 2, STEPS - 1])
 def test_a_signal_saves_and_stops_and_a_resumed_run_ends_as_if_nothing_had_been(tmp_path, straight, number, step):
     before, told = signal.getsignal(number), []
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(RunInterrupted) as stopped:
         run_recipe(recipe(tmp_path), callbacks=[Signal(step, number)], on_stage=told.append)
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before
@@ -89,7 +89,7 @@ def test_the_control_is_interrupted_and_goes_on_too(tmp_path, straight):
             if args.output_dir.endswith("control") and state.global_step == 3 and not seen:
                 seen.append(os.kill(os.getpid(), signal.SIGTERM))
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         run_recipe(recipe(tmp_path), callbacks=[Second()])
     assert newest_whole(tmp_path / "control").name == "checkpoint-4"
     run_recipe(recipe(tmp_path), resume=True)
@@ -98,7 +98,7 @@ def test_the_control_is_interrupted_and_goes_on_too(tmp_path, straight):
 
 def test_where_nothing_is_saved_it_is_said(tmp_path):
     told, callbacks = [], [Signal(1, signal.SIGTERM)]
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         run_recipe(recipe(tmp_path, "train.save_strategy=no"), callbacks=callbacks, on_stage=told.append)
     assert "save_strategy is no: nothing is kept" in told[-1]
 
@@ -108,7 +108,7 @@ def test_while_loading_it_stops_at_once_and_leaves_nothing(tmp_path):
         if text.startswith("Loading"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         run_recipe(recipe(tmp_path / "run"), on_stage=on_stage)
     assert not (tmp_path / "run").exists()
 
@@ -169,7 +169,7 @@ def test_a_script_stops_after_the_step_if_it_asks_for_it(make_trainer, tmp_path,
     before = signal.getsignal(number)
     trainer = make_trainer(**options)
     trainer.add_callback(Signal(2, number))
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(RunInterrupted) as stopped:
         trainer.train()
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before

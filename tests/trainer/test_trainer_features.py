@@ -251,11 +251,11 @@ def test_every_field_parses_from_a_command_line(tmp_path):
 
 def test_a_teacher_that_is_a_user_class_is_asked(make_trainer):
     from hf_distill import Teacher
-    from hf_distill.core.signals import Logits, Signals
+    from hf_distill.core.signals import DenseLogits, Signals
 
     class Uniform(Teacher):
-        def __call__(self, inputs, targets, wanted):
-            return Signals(Logits(torch.zeros(len(targets), 97)))
+        def __call__(self, inputs, targets, feature_requests):
+            return Signals(DenseLogits(torch.zeros(len(targets), 97)))
 
     metrics = make_trainer(teacher=Uniform()).evaluate()
     assert metrics["eval_teacher_perplexity"] == pytest.approx(97, rel=1e-4)

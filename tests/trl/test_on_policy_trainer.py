@@ -84,7 +84,7 @@ def naive(trainer, batch, alpha, temperature):
     log_s, log_t = (torch.log_softmax(z / temperature, -1) for z in (s, t))
     soft = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
     hard = -torch.log_softmax(s, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    hard = hard * batch["labelled_rows"][:, None]
+    hard = hard * batch["has_labels"][:, None]
     loss = ((alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"]
     loss.backward()
     return loss.item(), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
@@ -93,7 +93,7 @@ def naive(trainer, batch, alpha, temperature):
 def test_hard_labels_stand_on_the_rows_of_the_data_set_alone(make):
     trainer = make(on_policy_fraction=0.5, alpha=0.4, temperature=2.0, max_steps=1, learning_rate=0.0)
     (batch,) = batches_of(trainer)
-    assert batch["labelled_rows"].sum() == 2
+    assert batch["has_labels"].sum() == 2
     assert int(batch["items"]) == int((batch["labels"] != -100).sum())
     (found,) = logged(trainer, "loss", "grad_norm")
     assert found == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)

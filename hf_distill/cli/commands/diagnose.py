@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ...core.references import is_there
+from ...core.references import path_exists
 from ...errors import DistillError
 from ..app import AsJson, RunFolder, app, no_other_bars, out
 
@@ -27,7 +27,7 @@ def diagnose(
 
     opened = open_run(run)
     name = student if student in ("student", "control") else str(Path(student).absolute())
-    if name != student and not (is_there(name) and Path(name).is_dir()):
+    if name != student and not (path_exists(name) and Path(name).is_dir()):
         raise DistillError(f"There is no folder {name}: --student is student, control, or the folder of a model.")
     opened.path(name)
     logs = opened.logs(name)

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ...core.references import is_there
+from ...core.references import path_exists
 from ...errors import DistillError
 from ..app import AsJson, Overrides, Smoke, Yes, app, no_other_bars, out
 from ..confirm import agree
@@ -35,7 +35,7 @@ def inspect_command(
     from ...recipe.load import load_recipe
     from ...runner.run_results import open_run
 
-    run = open_run(recipe) if is_there(recipe) and Path(recipe).is_dir() else None
+    run = open_run(recipe) if path_exists(recipe) and Path(recipe).is_dir() else None
     if run and (overrides or smoke):
         raise DistillError(
             f"{recipe} is the folder of a run, whose recipe stands: leave KEY=VALUE and --smoke out, or give "

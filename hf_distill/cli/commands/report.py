@@ -17,12 +17,12 @@ def report(
     from ...runner.run_results import open_run
 
     opened = open_run(run)
-    from ...errors import need
+    from ...errors import require_package
     from ...report.html import report as write_report
     from ...report.samples import write_samples
     from ..progress import RichProgress
 
-    need("matplotlib", "report", "A report")
+    require_package("matplotlib", "report", "A report")
     no_other_bars()
     with RichProgress(out) as progress:
         if samples and not opened.has("samples.json"):

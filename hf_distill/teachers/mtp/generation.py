@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.logits import Head, Scaling
+from ...core.logits import LazyLogits, LogitScaling
 from ...errors import DistillError
-from ...models.model_types import bare
+from ...models.model_types import unwrap_model
 from .heads import MTPHeads, last_block_call
 
 
@@ -67,21 +67,21 @@ def generate_with_mtp(
 
 def _draft(model: nn.Module, heads: MTPHeads, ids: Tensor, hidden: Tensor, call: dict[str, Any]) -> Tensor:
     """[1, k] tokens that the heads expect after `ids` [1, n]; the first n - 1 rows of `hidden` are of these ids."""
-    inner: Any = bare(model)
-    head, embed, scaling = inner.get_output_embeddings(), inner.get_input_embeddings(), Scaling.of(inner.config)
+    inner: Any = unwrap_model(model)
+    head, embed, scaling = inner.get_output_embeddings(), inner.get_input_embeddings(), LogitScaling.of(inner.config)
     width, last = hidden.shape[1], ids.shape[1] - 2
     # Rows after `last` are of rejected drafts; no causal row sees them, so any token may stand there.
     told = torch.nn.functional.pad(ids, (0, width + len(heads) + 1 - ids.shape[1]))
     for d, depth in enumerate(heads.depths, 1):
         hidden, rows = depth(hidden, embed(told[:, d : d + width]), call)
-        source = Head(rows[0, last : last + 1], head.weight, head.bias, scaling)
+        source = LazyLogits(rows[0, last : last + 1], head.weight, head.bias, scaling)
         told[:, last + d + 1] = source.project().argmax(-1)
     return told[:, ids.shape[1] : ids.shape[1] + len(heads)]
 
 
 def _run(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits [1, S, V], what the output head was given [1, S, H], and what the last block was called with."""
-    inner: Any = bare(model)
+    inner: Any = unwrap_model(model)
     given: list[Tensor] = []
     hook = inner.get_output_embeddings().register_forward_pre_hook(lambda _module, args: given.append(args[0]))
     try:

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig
 
 from ...errors import DistillError
 from ...models.blocks import find_blocks
-from ...models.model_types import bare, partitioned, task_of, unwrapped
+from ...models.model_types import is_zero3_partitioned, model_type_of, unwrap_model, unwrap_parallel
 
 WEIGHTS, SETTINGS = "mtp.safetensors", "mtp.json"
 
@@ -45,7 +45,9 @@ class MTPHeads(nn.Module):
         _check(student)
         parent, blocks = find_blocks(student)
         self.settings = _settings(student, heads)
-        norm = _final_norm(bare(student).get_submodule(parent.rpartition(".")[0]), blocks, self.settings["hidden_size"])
+        norm = _final_norm(
+            unwrap_model(student).get_submodule(parent.rpartition(".")[0]), blocks, self.settings["hidden_size"]
+        )
         self.depths = nn.ModuleList(MTPDepth(blocks[-1], norm, self.settings["hidden_size"]) for _ in range(heads))
         self.requires_grad_(True)
 
@@ -155,25 +157,26 @@ def load_heads(student: nn.Module, folder: str | Path) -> MTPHeads:
     wrong += [name for name in state if name not in heads.state_dict()]
     if wrong:
         raise DistillError(
-            f"{folder / WEIGHTS} does not fit {type(bare(student)).__name__}: {len(wrong)} tensors are missing, of "
-            f"another shape or unknown (first: {wrong[0]}). Load heads with the student they were trained with."
+            f"{folder / WEIGHTS} does not fit {type(unwrap_model(student)).__name__}: {len(wrong)} tensors are "
+            f"missing, of another shape or unknown (first: {wrong[0]}). Load heads with the "
+            "student they were trained with."
         )
     heads.load_state_dict(state)
     return heads
 
 
 def _check(student: nn.Module) -> None:
-    model = bare(student)
-    name, task = type(model).__name__, task_of(model)
-    if not task.shift:
+    model = unwrap_model(student)
+    name, task = type(model).__name__, model_type_of(model)
+    if not task.shifts_labels:
         raise DistillError(f"{name} is a {task.name}: only a causal language model has a next token to look beyond.")
-    if unwrapped(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
+    if unwrap_parallel(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
         raise DistillError(
             f"{name} wears adapters, and multi-token prediction trains a copy of its last block: merge them first "
             "(`merge_and_unload()`), or train the whole student."
         )
-    if getattr(model, "is_quantized", False) or partitioned(model):
-        kind = "is partitioned by ZeRO-3" if partitioned(model) else "is quantised"
+    if getattr(model, "is_quantized", False) or is_zero3_partitioned(model):
+        kind = "is partitioned by ZeRO-3" if is_zero3_partitioned(model) else "is quantised"
         raise DistillError(
             f"{name} {kind}, and multi-token prediction trains a copy of its last block, which needs whole, "
             "floating-point weights: make the heads from a student loaded in bf16 or fp32."
@@ -187,7 +190,7 @@ def _check(student: nn.Module) -> None:
 
 
 def _settings(model: nn.Module, heads: int) -> dict[str, Any]:
-    config = bare(model).config
+    config = unwrap_model(model).config
     return {"heads": heads, "model_type": config.model_type, "hidden_size": config.get_text_config().hidden_size}
 
 

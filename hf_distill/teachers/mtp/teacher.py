@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ...core.logits import Head, Logits
-from ...core.signals import Signals, Tap, Targets
-from ...errors import DistillError, tell
-from ...losses.fused import HeadJob
+from ...core.logits import DenseLogits, LazyLogits
+from ...core.signals import FeatureKey, Signals, Targets
+from ...errors import DistillError, raise_if_any
+from ...losses.fused import ChunkedLoss
 from ...losses.objective import Term
-from ...models.model_types import bare
+from ...models.model_types import unwrap_model
 from ...models.output_head import known_output_head
 from ..base import Beside
 from ..trained import TrainedTeacher
@@ -54,7 +54,7 @@ class MTPTeacher(TrainedTeacher):
         for name, value in (("hard_weight", hard_weight), ("soft_weight", soft_weight)):
             if not value >= 0:
                 problems.append(f"{name} of the heads is {value}; it must be 0 or more")
-        tell(problems)
+        raise_if_any(problems)
         super().__init__()
         self._count, self._weights = heads, {"hard": hard_weight, "soft": soft_weight}
         self.options = {"lr": learning_rate}
@@ -92,15 +92,19 @@ class MTPTeacher(TrainedTeacher):
         self.terms = [term for of_head in self._terms for term in of_head]
         return super().learn(terms)
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Nothing that the student itself could learn from."""
         return Signals(None)
 
     def beside(
-        self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets], num_items: Tensor | int | None
+        self,
+        inputs: dict,
+        targets: Targets,
+        feature_requests: Mapping[FeatureKey, Targets],
+        num_items: Tensor | int | None,
     ) -> Beside:
         """The heads' forward and their losses."""
-        run = _Ahead(self.model, self.trained, self._terms, inputs, targets, targets.items(num_items))
+        run = _Ahead(self.model, self.trained, self._terms, inputs, targets, targets.divisor(num_items))
         self._run = run
         return run
 
@@ -120,7 +124,7 @@ class _Ahead(Beside):
     told = Signals(None)
 
     def __init__(self, student, heads, terms, inputs, targets, items):
-        self.student, self.heads, self.terms = bare(student), heads, terms
+        self.student, self.heads, self.terms = unwrap_model(student), heads, terms
         self.inputs, self.targets, self.items = inputs, targets, items
         self.per_token, self.skipped = {}, 0
 
@@ -137,15 +141,15 @@ class _Ahead(Beside):
             self.block_kwargs = stack.enter_context(last_block_call(student))
             yield
 
-    def __call__(self, said: Head | Logits) -> Tensor:
+    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
         hidden = self.hidden
         rows = self.heads(hidden, self.inputs["input_ids"], self.student.get_input_embeddings(), self.block_kwargs)
         main, total = said.detach(), torch.zeros((), device=hidden.device)
-        documents = self.targets.tokens(self.inputs, causal=True).documents
+        documents = self.targets.feature_positions(self.inputs, causal=True).documents
         for d, (of_head, row) in enumerate(zip(self.terms, rows, strict=True), 1):
             kept, targets = self._ahead(d, documents.flatten())
             self.skipped += len(targets) == 0
-            job = HeadJob(_rows(main, kept), targets, of_head, num_items=self.items)
+            job = ChunkedLoss(_rows(main, kept), targets, of_head, num_items=self.items)
             total = total + job.from_hidden(self._head(said, row.flatten(0, 1)[targets.positions]))
             for name, values in job.per_token.items():
                 spread = values.new_zeros(len(self.targets))
@@ -160,9 +164,9 @@ class _Ahead(Beside):
         kept = inside.nonzero().squeeze(1)
         return kept, replace(asked, labels=asked.labels[kept], positions=before[kept], rows=asked.rows[kept])
 
-    def _head(self, said: Head | Logits, hidden: Tensor) -> Head:
-        if isinstance(said, Head):
-            return Head(hidden.to(said.weight.dtype), said.weight, said.bias, said.scaling)
+    def _head(self, said: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:
+        if isinstance(said, LazyLogits):
+            return LazyLogits(hidden.to(said.weight.dtype), said.weight, said.bias, said.scaling)
         head = known_output_head(self.student)
         if head is None or head.scaling is None:
             raise DistillError(
@@ -170,8 +174,12 @@ class _Ahead(Beside):
                 f"made from hidden states: {head.reason if head else 'it has none'}. Use a student with a plain linear "
                 "output head, or another teacher."
             )
-        return Head(hidden, head.module.weight, head.module.bias, head.scaling)
+        return LazyLogits(hidden, head.module.weight, head.module.bias, head.scaling)
 
 
-def _rows(source: Head | Logits, kept: Tensor) -> Head | Logits:
-    return Logits(source.values[kept]) if isinstance(source, Logits) else replace(source, hidden=source.hidden[kept])
+def _rows(source: LazyLogits | DenseLogits, kept: Tensor) -> LazyLogits | DenseLogits:
+    return (
+        DenseLogits(source.values[kept])
+        if isinstance(source, DenseLogits)
+        else replace(source, hidden=source.hidden[kept])
+    )

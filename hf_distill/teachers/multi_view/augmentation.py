@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.signals import IGNORE_INDEX, PARAPHRASED, Targets
-from ...errors import DistillError, did_you_mean, noted, tell
+from ...core.signals import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
+from ...errors import DistillError, collect_errors, did_you_mean, raise_if_any
 
 _FILLERS = ("mask_token", "unk_token", "pad_token", "eos_token")
 
@@ -63,7 +63,7 @@ class View:
             problems.append(f"view has paraphrase {self.paraphrase!r}; it must be true or false")
         if not (problems or self.token_dropout or self.span_deletion or self.other_context or self.paraphrase):
             problems.append("view changes nothing: give token_dropout, span_deletion, other_context or paraphrase")
-        tell(problems)
+        raise_if_any(problems)
 
     @classmethod
     def of(cls, value: Any) -> "View":
@@ -80,9 +80,9 @@ class View:
         problems = [
             f"view has no field {name!r}{did_you_mean(str(name), known)}" for name in value if name not in known
         ]
-        with noted(problems):
+        with collect_errors(problems):
             view = cls(**{name: its for name, its in value.items() if name in known})
-        tell(problems)
+        raise_if_any(problems)
         return view
 
     def __call__(
@@ -104,7 +104,7 @@ class View:
         if "input_ids" not in inputs:
             raise DistillError(f"A view changes `input_ids`, and the batch has only {sorted(inputs)}: leave view out.")
         aligned = not encoder and len(targets.shape) == 2
-        seen = {name: value for name, value in inputs.items() if name not in PARAPHRASED}
+        seen = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
         if self.paraphrase:
             seen, targets = _paraphrased(seen, inputs, targets, aligned)
         ids, mask = seen["input_ids"], seen.get("attention_mask")
@@ -177,7 +177,7 @@ def _asking(inputs: dict, targets: Targets) -> Tensor:
 
 def _paraphrased(seen: dict, inputs: dict, targets: Targets, aligned: bool) -> tuple[dict, Targets]:
     """The batch's other rows, which ask the same."""
-    needed = PARAPHRASED if aligned else PARAPHRASED[:2]
+    needed = SECOND_VIEW_KEYS if aligned else SECOND_VIEW_KEYS[:2]
     if missing := [name for name in needed if name not in inputs]:
         raise DistillError(
             f"view has paraphrase, and the batch has no {', '.join(missing)}, only {sorted(inputs)}. Give each source "

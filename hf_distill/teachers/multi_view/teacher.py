@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.signals import Signals, Tap, Targets
+from ...core.signals import FeatureKey, Signals, Targets
 from ...errors import DistillError
 from ...losses.objective import Term
-from ...models.model_types import SEQUENCE, bare, task_of
+from ...models.model_types import SEQUENCE, model_type_of, unwrap_model
 from ..self_teacher import ItselfTeacher
 from .augmentation import View, fill_token
 
@@ -46,7 +46,7 @@ class MultiViewTeacher(ItselfTeacher):
             DistillError: tokens are to be dropped, and no tokenizer is known.
         """
         self.model, tokenizer = student, self._tokenizer or processing_class
-        self._encoder, self._fill = bool(bare(student).config.is_encoder_decoder), 0
+        self._encoder, self._fill = bool(unwrap_model(student).config.is_encoder_decoder), 0
         if self.view.token_dropout:
             if tokenizer is None:
                 raise DistillError(
@@ -54,7 +54,7 @@ class MultiViewTeacher(ItselfTeacher):
                     "processing_class to the trainer or to MultiViewTeacher."
                 )
             self._fill = fill_token(tokenizer)
-        window = bare(student).config.get_text_config()
+        window = unwrap_model(student).config.get_text_config()
         self._positions = getattr(window, "max_position_embeddings", None)
 
     def other_state(self) -> AbstractContextManager[None]:
@@ -65,12 +65,14 @@ class MultiViewTeacher(ItselfTeacher):
         """The student's batch, and its asked tokens there."""
         return self._viewed(inputs, targets) if training and self._changed == "student" else (inputs, targets)
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[Tap, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the student on the batch that it does not see itself."""
         if self._changed == "teacher" or not self.model.training:
             inputs, targets = self._viewed(inputs, targets)
-            wanted = {tap: targets.tokens(inputs, its.causal, tap.stack) for tap, its in wanted.items()}
-        return super().__call__(inputs, targets, wanted)
+            feature_requests = {
+                key: targets.feature_positions(inputs, its.causal, key.stack) for key, its in feature_requests.items()
+            }
+        return super().__call__(inputs, targets, feature_requests)
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Losses on features that would compare the features of different tokens."""
@@ -84,7 +86,7 @@ class MultiViewTeacher(ItselfTeacher):
 
     def _keeps_tokens(self, term: Term) -> bool:
         """Whether a term compares the hidden states of target tokens alone, which are the same in both views."""
-        return task_of(self.model) is not SEQUENCE and term.stack != "encoder"
+        return model_type_of(self.model) is not SEQUENCE and term.stack != "encoder"
 
     def after_step(self, step: int, updated: bool) -> None:
         """Each step draws anew."""
