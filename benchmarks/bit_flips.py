@@ -21,12 +21,12 @@ from hf_distill.trainer import checkpoints
 
 RESULT = Path(__file__).parent / "results" / "bit_flips.json"
 FLIPS, GIBIBYTES = 100, 2
-KINDS = ("frozen", "own_base", "ema", "mutual", "mtp")  # full weights, adapters, teachers' states, sidecars
+KINDS = ("frozen", "adapter_base", "ema", "mutual", "mtp")  # full weights, adapters, teachers' states, sidecars
 
 
 def flips(checkpoint: Path, generator: random.Random) -> dict[str, dict[str, int]]:
     """For each file of a checkpoint: bits that were flipped, one at a time, and how many flips were found."""
-    if (found := checkpoints.flaw(checkpoint)) is not None:
+    if (found := checkpoints.checkpoint_defect(checkpoint)) is not None:
         raise RuntimeError(f"{checkpoint}: {found}")
     counts = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
@@ -36,7 +36,7 @@ def flips(checkpoint: Path, generator: random.Random) -> dict[str, dict[str, int
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             path.write_bytes(flipped)
-            seen += checkpoints.flaw(checkpoint) is not None
+            seen += checkpoints.checkpoint_defect(checkpoint) is not None
         path.write_bytes(content)
         counts[str(path.relative_to(checkpoint))] = {"flips": FLIPS, "found": seen}
     return counts

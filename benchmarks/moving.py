@@ -93,7 +93,8 @@ def measure(case: str) -> dict:
     formula = 0.0
     if case == "mtp":  # 6 for each weight that a token passes: of the heads, and of the output head once a head
         passed = (
-            sum(p.numel() for p in teacher.trained.parameters()) + len(teacher.trained) * whole.lm_head.weight.numel()
+            sum(p.numel() for p in teacher.trainable_module.parameters())
+            + len(teacher.trainable_module) * whole.lm_head.weight.numel()
         )
         formula = 6.0 * passed * inputs["input_ids"].numel()
     return found | {"formula": formula, "update": statistics.median(update[WARM:]) if update else 0.0}

@@ -107,7 +107,7 @@ def rank(folder: str, way: str) -> None:
     }))  # fmt: skip
 
 
-def launched(script: Path, ranks: int, *arguments: str) -> list[str]:
+def env_world_size(script: Path, ranks: int, *arguments: str) -> list[str]:
     """Lines that the ranks print."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     if ranks == 1:
@@ -126,7 +126,7 @@ def differences() -> dict[str, float]:
 
     def losses(folder: Path, ranks: int, *variants: str) -> list[dict]:
         folder.mkdir()
-        launched(SCRIPT, ranks, str(folder), *variants)
+        env_world_size(SCRIPT, ranks, str(folder), *variants)
         log = json.loads((folder / "straight.json").read_text())["log"]
         return [{k: v for k, v in line.items() if k.endswith("loss")} for line in log]
 
@@ -151,7 +151,7 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder))
             for way in WAYS:
-                lines = launched(Path(__file__), 2, folder, way)
+                lines = env_world_size(Path(__file__), 2, folder, way)
                 held[way] = [json.loads(line) for line in lines if line.startswith("{")]
                 print(way, held[way], flush=True)
         save("sharded_teacher", {"held": held, "loss_differences": differences()})

@@ -80,7 +80,7 @@ def memory(kind: str, place: Path) -> dict[str, float]:
 
 def self_check(place: Path) -> dict[str, float]:
     """In this process: its share of 20 steps of the quickstart."""
-    import hf_distill.trainer
+    import hf_distill.trainer.trainer
     from hf_distill.recipe import load_recipe, run_recipe
     from hf_distill.trainer.self_check import SelfCheck
 
@@ -92,7 +92,7 @@ def self_check(place: Path) -> dict[str, float]:
             super().__call__(*given)
             seconds.append(time.perf_counter() - start)
 
-    hf_distill.trainer.SelfCheck = Timed
+    hf_distill.trainer.trainer.SelfCheck = Timed
     changes = [f"train.output_dir={place / 'run'}", "train.max_steps=20", "control=null"]
     trained = run_recipe(load_recipe("quickstart", changes)).models["student"]["train_seconds"]
     (spent,) = seconds

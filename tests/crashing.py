@@ -25,13 +25,13 @@ PLACES = {
     "optimizer": ("accelerate.optimizer:AcceleratedOptimizer.step", False),
     "teacher moves": ("hf_distill.trainer.teacher_callback:TeacherCallback.on_step_end", False),
     "evaluation": ("transformers:Trainer.prediction_step", False),
-    "checkpoint begins": ("hf_distill.trainer.checkpointing:begin", False),
+    "checkpoint begins": ("hf_distill.trainer.checkpointing:mark_incomplete", False),
     "weights": ("transformers:PreTrainedModel.save_pretrained", True),
     "projectors": ("hf_distill.trainer.sidecar:save_sidecar", True),
     "teacher's state": ("hf_distill.teachers.state:save_file", True),
     "optimizer's state": ("torch:save", True),
     "trainer's state": ("transformers:TrainerState.save_to_json", True),
-    "seal": ("hf_distill.trainer.checkpointing:seal", False),
+    "seal": ("hf_distill.trainer.checkpointing:mark_complete", False),
     "rename": ("pathlib:Path.replace", False),
     "rotation": ("hf_distill.trainer.checkpointing:rotate", False),
     "old checkpoint": ("hf_distill.trainer.checkpoints:remove", False),
@@ -61,7 +61,7 @@ _LORA = "student={model: 'smoke:llama/student', lora: {r: 4}}"
 KINDS = {  # a packaged recipe, and what is changed of it
     "frozen": ("quickstart", [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]),
     "cached": ("cached", ["control=null"]),
-    "own_base": ("quickstart", [_LORA, "teacher={kind: own_base}", "control=null"]),
+    "adapter_base": ("quickstart", [_LORA, "teacher={kind: adapter_base}", "control=null"]),
     **{name: (name, ["control=null"]) for name in ("ema", "snapshot", "online", "mutual", "mtp", "multi-view")},
     "on-policy": ("on-policy", ["control=null"]),
     "chain": ("progressive", []),
@@ -132,14 +132,14 @@ def _wrap(place: str, around: Callable[[str, Callable, tuple, dict], Any]) -> No
 def _note_sealed() -> None:
     """Have a child note, for each output folder, that a checkpoint of it is complete."""
     module = import_module("hf_distill.trainer.checkpointing")
-    original = module.seal
+    original = module.mark_complete
 
     def noting(folder: Path) -> None:
         original(folder)
         with Path("sealed").open("a") as file:
             file.write(f"{folder.parent}\n")
 
-    module.seal = noting
+    module.mark_complete = noting
 
 
 def _cut(folder: Path, since: float) -> None:
@@ -223,7 +223,7 @@ def content(folder: Path, kind: str) -> dict[str, Any]:
     for path in sorted(folder.rglob("*.safetensors")):
         if "checkpoint-" not in str(path):
             found[str(path.relative_to(folder))] = path.read_bytes()
-    evidence = json.loads((folder / "evidence.json").read_text())
+    evidence = json.loads((folder / "results.json").read_text())
     found["status"], found["models"] = evidence["status"], [_untimed(m) for m in evidence["models"].values()]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found["logs"] = [_untimed(line) for line in lines if "loss" in line or "eval_loss" in line]
@@ -255,13 +255,13 @@ def trial(job, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) ->
 
 def _without_complete(folder: Path) -> list[str]:
     """Output folders of a trial in which a checkpoint was complete before a kill, and none is afterwards."""
-    from hf_distill.trainer.checkpoints import checkpoints_of, flaw, restore
+    from hf_distill.trainer.checkpoints import checkpoint_defect, checkpoints_of, restore
 
     file = folder / "sealed"
     homes = sorted(set(file.read_text().splitlines())) if file.is_file() else []
     for home in homes:
         restore(folder / home)
-    return [home for home in homes if all(flaw(path) for path in checkpoints_of(folder / home))]
+    return [home for home in homes if all(checkpoint_defect(path) for path in checkpoints_of(folder / home))]
 
 
 def _last(folder: Path) -> str:

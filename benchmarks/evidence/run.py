@@ -126,7 +126,7 @@ def cell(name: str, seed: int) -> None:
     start = time.perf_counter()
     folder = run_recipe(recipe_of(name, seed, output, *more)).folder
     seconds = time.perf_counter() - start
-    evidence = read_json(folder / "evidence.json")
+    evidence = read_json(folder / "results.json")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", spec.apart)}
     found |= {"run_seconds": seconds, "data": evidence["data"], "student": evidence.get("student"), "recipe": recipe}

@@ -46,7 +46,7 @@ class References:
 
     @classmethod
     def of_evidence(cls, evidence: Any, name: str) -> "References":
-        """From evidence.json.
+        """From results.json.
 
         Args:
             evidence: its content; measurements that are missing there are None.

@@ -131,7 +131,7 @@ def trained_tokens(run: Run, steps: int) -> int:
 
 def _tokens_per_step(run: Run) -> float:
     """Tokens of a global batch: rows times their mean length, as the run's evidence has it."""
-    train, facts = run.recipe.train, run.evidence
+    train, facts = run.recipe.train, run.results
     rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1)
     processes: Any = facts.get("environment", {}).get("processes", 1)
     return rows * processes * facts.get("data", {}).get("tokens_per_row", run.recipe.data.max_length)

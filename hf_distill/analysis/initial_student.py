@@ -26,10 +26,10 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
         donor = loaded(AutoModelForCausalLM, str(spec.model), revision=spec.revision, dtype=spec.dtype)
     if spec.from_teacher is None:
         return donor.requires_grad_(False).eval()
-    layers = run.evidence.get("student", {}).get("layers_kept")
+    layers = run.results.get("student", {}).get("layers_kept")
     if layers is None:
         raise DistillError(
-            f"{run.folder / 'evidence.json'} does not say which blocks the student kept: `hf-distill run RECIPE "
+            f"{run.folder / 'results.json'} does not say which blocks the student kept: `hf-distill run RECIPE "
             "--resume` ends the run, and writes it."
         )
     whole: Any = donor

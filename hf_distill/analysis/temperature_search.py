@@ -17,14 +17,14 @@ from ..errors import DistillError
 from ..recipe.schema import Recipe
 from ..runner.cache_writer import write_missing
 from ..runner.model_factory import check_launch
-from ..runner.single_run import Loaded, measured
+from ..runner.single_run import Loaded, held_out_metrics
 from ..runner.training_arguments import arguments
 from .search_state import FILE, begun, forget, record
 from .successive_halving import Candidate, Rung, cost, front, ranked, rungs
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9)
-_KINDS = {"frozen", "cached", "own_base"}  # of teachers that one candidate leaves to the next as it found them
+_KINDS = {"frozen", "cached", "adapter_base"}  # of teachers that one candidate leaves to the next as it found them
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _train(loaded: Loaded, candidate: Candidate, step: int) -> Rung:
     start = home / f"checkpoint-{candidate.rungs[-1].step}" if candidate.rungs else None
     set_seed(loaded.args.seed)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    found = measured(trainer.evaluate())
+    found = held_out_metrics(trainer.evaluate())
     return Rung(step, log(found["perplexity"]), found.get("kl"), found.get("agreement"))
 
 

@@ -1,4 +1,4 @@
-"""What a run proved: `evidence.json` and `metrics.jsonl` of a run folder."""
+"""What a run proved: `results.json` and `metrics.jsonl` of a run folder."""
 
 import json
 import os
@@ -60,19 +60,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_evidence(path: Path) -> dict[str, Any]:
-    """The values of a run's `evidence.json`; empty if there is none.
+def read_results(path: Path) -> dict[str, Any]:
+    """The values of a run's `results.json`; empty if there is none.
 
     Raises:
         DistillError: see `read_json`; its metrics are not numbers by name.
     """
     values = read_json(path)
     with damage_reported(path):
-        _Evidence.model_validate(values)
+        _Results.model_validate(values)
     return values
 
 
-class _Evidence(BaseModel):
+class _Results(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     status: str = ""
     models: dict[str, dict[str, float | None]] = {}
@@ -130,7 +130,7 @@ def count_logs(path: Path) -> dict[str, int]:
     return dict(Counter(log["run"] for log in read_logs(path))) if path.exists() else {}
 
 
-def measured(metrics: dict[str, float]) -> dict[str, float]:
+def held_out_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Held-out metrics without the `eval_` prefix and the timing."""
     timing = ("runtime", "per_second", "preparation_time")
     found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}

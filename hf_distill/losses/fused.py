@@ -26,7 +26,7 @@ from ..core.signals import Signals, Targets
 from ..errors import DistillError
 from .analytic_gradients import BufferPool, LogitPair
 from .objective import Term
-from .token_metrics import PAIR_METRICS, STUDENT_METRICS, measured
+from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
 _CPU_CHUNK_BYTES = 150 * 2**20  # bytes of the two buffers on a CPU
 CPU_CACHE_BYTES = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
@@ -136,7 +136,7 @@ class ChunkedLoss:
         self._number += 1
         if self.statistics and (self._number - 1) % self.statistics == 0:
             first = next(iter(pairs.values()), None)
-            for name, values in measured(own, None if first is None or first.sparse else first).items():
+            for name, values in token_metrics(own, None if first is None or first.sparse else first).items():
                 self._keep(name, start, values)
         said = Signals(DenseLogits(logits))
         heard = {name: Signals(DenseLogits(t) if isinstance(t, Tensor) else t) for name, t in told.items()}

@@ -36,7 +36,7 @@ def greater_is_better(metric: str) -> bool | None:
     return True if _GREATER_IS_BETTER.fullmatch(name) else None
 
 
-def measured(own: LogitPair, both: LogitPair | None) -> dict[str, Tensor]:
+def token_metrics(own: LogitPair, both: LogitPair | None) -> dict[str, Tensor]:
     """Statistics of each asked token, name -> [r], in nats or 0 and 1.
 
     Args:

@@ -88,7 +88,7 @@ def made_lines(facts: Facts) -> list[str]:
 
 _SOFT_LABELS = "1503.02531"
 _NAMELESS = {
-    "own_base": "its own base, without its adapters",
+    "adapter_base": "its own base, without its adapters",
     "ema": "the average of its own past",
     "snapshot": "itself, some steps before",
     "multi_view": "itself, on another view of the batch",

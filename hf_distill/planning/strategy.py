@@ -146,7 +146,7 @@ def alternatives(method: str, gpus: int, absent: str = "") -> list[Strategy]:
 
 def absent_of(recipe: Recipe) -> str:
     """Why no teacher of the recipe is in memory, see `Job`; a cache counts where it is all there is."""
-    if all(spec.kind == "cached" and not spec.fallback for spec in recipe.all_teachers):
+    if all(spec.kind == "cached" and not spec.on_miss for spec in recipe.all_teachers):
         return "cache"
     return "own" if recipe.main.model is None else ""
 

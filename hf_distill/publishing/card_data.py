@@ -35,7 +35,7 @@ def facts_of(
     Raises:
         DistillError: the run is not over; a model's licence cannot be looked up.
     """
-    evidence = run.evidence
+    evidence = run.results
     if evidence.get("status") != "done":
         raise DistillError(
             f"The run in {run.folder} is not over: `hf-distill run {run.folder / 'recipe.yaml'} --resume` ends it."
@@ -86,7 +86,7 @@ def _verdicts(run: Run) -> dict[str, str] | None:
 
 def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:
     """What the student is, and of whose weights it was made."""
-    spec, evidence = run.recipe.student, run.evidence
+    spec, evidence = run.recipe.student, run.results
     donor: Student | TeacherSpec = run.recipe.main if spec.from_teacher and run.recipe.main.model else spec
     role = "teacher" if donor is not spec else "student"
     return {
@@ -171,7 +171,7 @@ def _of_hub(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _training(run: Run) -> dict[str, Any]:
     """Steps, tokens, operations; of a chain those of all its stages."""
-    evidence, train = run.evidence, run.recipe.train
+    evidence, train = run.results, run.recipe.train
     if chain := evidence.get("chain"):
         stages = [part for part in chain if part["stage"] != "direct"]
         sizes = [f"{p['student']['blocks']} blocks after {p['steps']} steps" for p in stages]

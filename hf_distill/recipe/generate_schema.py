@@ -34,13 +34,13 @@ def schema() -> dict[str, Any]:
 def _training_fields() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    from ..trainer.config import CARE, DistillFields
+    from ..trainer.config import RUNTIME_FIELDS, DistillArguments
     from .ranges import RANGES
 
     hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
     fields = {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
-    own = typing.get_type_hints(DistillFields)
-    fields |= {name: _field(own[name]) for name in CARE} | {"early_stopping_patience": {"type": ["integer"]}}
+    own = typing.get_type_hints(DistillArguments)
+    fields |= {name: _field(own[name]) for name in RUNTIME_FIELDS} | {"early_stopping_patience": {"type": ["integer"]}}
     keys = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
     limits = {name: {keys[key]: limit for key, limit in given.items()} for name, given in RANGES.items()}
     return {name: field | limits.get(name, {}) for name, field in fields.items()}

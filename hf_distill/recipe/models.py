@@ -78,29 +78,40 @@ class ViewSpec(Part):
 
 
 _WAYS = ("quantization", "deepspeed", "fsdp", "device_map")
-_PEER = ("model", "revision", "attn_implementation", "learning_rate", "weight_decay", "max_grad_norm", "frozen_after")
+_PEER = (
+    "model",
+    "revision",
+    "attn_implementation",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "freeze_at_progress",
+)
 # What each kind may say; those without a model are the student itself, in another state.
 FIELDS: dict[str, tuple[str, ...]] = {
     "frozen": ("model", "revision", "dtype", "attn_implementation", *_WAYS),
-    "own_base": (),
+    "adapter_base": (),
     "online": _PEER,
     "mutual": _PEER,
     "ema": ("decay", "warmup"),
     "snapshot": ("every", "path"),
-    "multi_view": ("view", "changed"),
+    "multi_view": ("view", "view_for"),
     "mtp": ("heads", "hard_weight", "soft_weight", "learning_rate"),
-    "cached": ("path", "source", "fallback", "online"),
+    "cached": ("path", "source", "on_miss", "use_source"),
 }
 
 
 class TeacherSpec(Part):
     """What to learn from."""
 
-    kind: Literal["frozen", "own_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached"] = Field(
-        "frozen",
-        description="frozen: it does not move; own_base: the student without its adapters; online, mutual: it is "
-        "trained beside the student; ema, snapshot: the student's past; multi_view: the student on another view of the "
-        "batch; mtp: the student's head teaches heads that look further ahead; cached: what a teacher said, on disk.",
+    kind: Literal["frozen", "adapter_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached"] = (
+        Field(
+            "frozen",
+            description="frozen: it does not change; adapter_base: the student without its adapters; online, mutual: "
+            "it is trained together with the student; ema, snapshot: earlier weights of the student; multi_view: the "
+            "student on another view of the batch; mtp: the student's output head teaches heads that predict tokens "
+            "further ahead; cached: the teacher's stored outputs.",
+        )
     )
     model: Name | None = Field(None, description="Id, path or package: reference.")
     revision: str | None = Field(None, description="Commit, tag or branch of an id.")
@@ -118,7 +129,7 @@ class TeacherSpec(Part):
     learning_rate: float | None = Field(None, ge=0, description="Of what is trained beside the student; None: train's.")
     weight_decay: float | None = Field(None, ge=0, description="Of a peer; None: train's.")
     max_grad_norm: float | None = Field(None, gt=0, description="A peer is clipped apart; None: to train's.")
-    frozen_after: float | None = Field(None, gt=0, le=1, description="Progress from which a peer learns no more.")
+    freeze_at_progress: float | None = Field(None, gt=0, le=1, description="Progress from which a peer learns no more.")
     decay: float | list[tuple[float, float]] | None = Field(
         None, description="Of ema, in [0, 1), by default 0.999; or [[progress, decay], ...]."
     )
@@ -128,12 +139,12 @@ class TeacherSpec(Part):
         None, description="Weights that a snapshot begins with; a cache: folder or hf://datasets/org/name[@revision]."
     )
     source: "TeacherSpec | None" = Field(None, description="Of cached: the teacher that writes it, of kind frozen.")
-    fallback: Literal["refuse", "online"] | None = Field(
+    on_miss: Literal["error", "query_teacher"] | None = Field(
         None, description="Of cached, for examples that it lacks: refuse (the default), or ask the source."
     )
-    online: bool = Field(False, description="Of cached: the source teaches in the place of the cache, to compare.")
+    use_source: bool = Field(False, description="Of cached: the source teaches in the place of the cache, to compare.")
     view: ViewSpec | None = Field(None, description="Of multi_view.")
-    changed: Literal["student", "teacher"] | None = Field(
+    view_for: Literal["student", "teacher"] | None = Field(
         None, description="Which of the two sees the view in training; by default the student."
     )
     heads: int | None = Field(None, gt=0, description="Of mtp: tokens beyond the next one that are said; by default 3.")
@@ -178,10 +189,10 @@ class TeacherSpec(Part):
             raise ValueError("give the path of the cache: a folder, or hf://datasets/org/name")
         if self.source is not None and self.source.kind != "frozen":
             raise ValueError(f"a cache holds what a teacher that does not move says; its source is {self.source.kind}")
-        if self.source is None and (self.online or self.fallback == "online"):
-            raise ValueError("online asks the teacher that writes the cache: give it as source")
-        if self.online and self.fallback:
-            raise ValueError("online leaves the cache out, and fallback reads it: give one of them")
+        if self.source is None and (self.use_source or self.on_miss == "query_teacher"):
+            raise ValueError("use_source asks the teacher that writes the cache: give it as source")
+        if self.use_source and self.on_miss:
+            raise ValueError("use_source leaves the cache out, and on_miss reads it: give one of them")
 
     @property
     def speaker(self) -> "TeacherSpec":
@@ -191,7 +202,7 @@ class TeacherSpec(Part):
     @property
     def spoken(self) -> "TeacherSpec":
         """The teacher that a run asks: the source of a cache that is to be left out."""
-        return self.speaker if self.online else self
+        return self.speaker if self.use_source else self
 
 
 class NamedTeacher(TeacherSpec):

@@ -37,7 +37,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "ddp_bucket_cap_mb": _COUNT,
     "ddp_timeout": _COUNT,
     "local_rank": {"ge": -1, "lt": 2**31},
-    "max_nonfinite_steps": _COUNT,
+    "max_consecutive_nonfinite_steps": _COUNT,
     "early_stopping_patience": _COUNT,
 }
 # A share of all steps below 1; from there on a number of steps.

@@ -210,14 +210,14 @@ class Recipe(Part):
 
     def _adapters(self) -> None:
         student, kinds = self.student, self.kinds
-        if student.lora is None and "own_base" in kinds:
-            raise ValueError("teacher.kind own_base switches the student's adapters off: give student.lora")
+        if student.lora is None and "adapter_base" in kinds:
+            raise ValueError("teacher.kind adapter_base switches the student's adapters off: give student.lora")
         if student.lora is None and self.export == "merged":
             raise ValueError("export merged merges adapters: give student.lora, or leave export out")
         if self.export in ("ema", "mtp") and self.export not in kinds:
             raise ValueError(f"export {self.export} needs teacher.kind {self.export}; it is {', '.join(sorted(kinds))}")
-        if student.from_teacher and kinds == {"own_base"}:
-            raise ValueError("student.from_teacher needs a teacher of its own, and own_base is none")
+        if student.from_teacher and kinds == {"adapter_base"}:
+            raise ValueError("student.from_teacher needs a teacher of its own, and adapter_base is none")
 
     def _donor(self) -> None:
         given, cut = self.student.model, self.student.from_teacher
@@ -250,7 +250,9 @@ class Recipe(Part):
             return
         problems = []
         if "cached" in self.kinds:
-            problems.append("no cache knows what the student will write: set teacher.online, or use a frozen teacher")
+            problems.append(
+                "no cache knows what the student will write: set teacher.use_source, or use a frozen teacher"
+            )
         if self.on_policy.max_completion_length >= self.data.max_length:
             problems.append("max_completion_length leaves no room for a prompt: raise data.max_length")
         if self.data.packing:

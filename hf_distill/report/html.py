@@ -42,7 +42,7 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
     require_package("matplotlib", "report", "A report")
     from jinja2 import Environment
 
-    for name in ("evidence.json", "metrics.jsonl"):
+    for name in ("results.json", "metrics.jsonl"):
         run.path(name)
     on_stage("Drawing")
     makers = (results, diagnosis, training, inspection, temperature, curve, retention, samples, provenance)
@@ -67,7 +67,7 @@ def _title(run: Run) -> str:
 
 
 def _subtitle(run: Run) -> str:
-    evidence = run.evidence
+    evidence = run.results
     sizes = [
         f"{role.capitalize()} of {size['parameters'] / 1e6:,.1f}M parameters in {size['blocks']} blocks"
         for role in ("teacher", "student")

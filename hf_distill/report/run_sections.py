@@ -59,7 +59,7 @@ class Section:
 
 def results(run: Run) -> Section:
     """Held-out quality of all models."""
-    models = run.evidence["models"]
+    models = run.results["models"]
     rows, after = [], models["student"]
     if "teacher_perplexity" in after:
         rows.append(["teacher", f"{after['teacher_perplexity']:.2f}", "0", "1"])
@@ -90,7 +90,7 @@ def training(run: Run) -> Section:
 
 def provenance(run: Run) -> Section:
     """The recipe, the models and the machine."""
-    evidence = run.evidence
+    evidence = run.results
     facts = {k: v for k, v in evidence.items() if k in ("student", "teacher", "data", "caches", "environment")}
     weights = sorted((run.folder / "student").glob("*.safetensors"))
     sums = [[f"student/{entry['file']}", f"{entry['bytes']:,}", entry["sha256"]] for entry in map(entry_of, weights)]

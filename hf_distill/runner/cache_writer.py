@@ -82,7 +82,7 @@ def write_recipe_cache(
 def write_missing(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
     """Of a recipe with tiny models: write its cache, if there is none, so that the whole path runs."""
     spec = recipe.teacher
-    if spec is None or spec.kind != "cached" or spec.online or not spec.speaker.model or not spec.path:
+    if spec is None or spec.kind != "cached" or spec.use_source or not spec.speaker.model or not spec.path:
         return
     if reference_kind(str(spec.speaker.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
         on_stage(f"Writing {spec.path}, for there is none")
@@ -140,20 +140,20 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: Prepared, shift: bool) 
             if not hasattr(part, "__len__"):
                 continue
             every = max(1, len(part) // _PROBED)
-            missing = [i for i in range(0, len(part), every) if not one.knows(data.collator([part[i]]), shift)]
+            missing = [i for i in range(0, len(part), every) if not one.contains(data.collator([part[i]]), shift)]
             if missing:
                 there, here = (one.manifest.recipe or {}).get("data", {}), recipe.model_dump(exclude_none=True)["data"]
                 differ = [f"{k}: {there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here[k]]
                 raise DistillError(
                     f"{one.path} lacks {len(missing)} of {len(range(0, len(part), every))} rows that were looked up. "
                     + (f"It was written for other data: {'; '.join(differ)}. " if differ and there else "")
-                    + "Write it with this recipe (`hf-distill cache write`), or set teacher.fallback to online."
+                    + "Write it with this recipe (`hf-distill cache write`), or set teacher.on_miss to query_teacher."
                 )
 
 
 def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
     """Blocks of the teacher whose hidden states the recipe's losses look at."""
-    depth, found, problems = len(teacher.stack().blocks), set[int](), list[str]()
+    depth, found, problems = len(teacher.layer_stack().blocks), set[int](), list[str]()
     cut, student = recipe.student.from_teacher, recipe.student.model
     own = len(cut.layers) if cut and cut.layers else cut.keep_layers if cut else None
     for spec in recipe.losses:

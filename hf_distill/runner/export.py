@@ -13,7 +13,7 @@ from ..trainer.trainer import DistillTrainer
 class NoTeacher(Teacher):
     """Says nothing: a student is measured by the labels alone."""
 
-    soft = False
+    provides_soft_labels = False
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Nothing."""
@@ -28,7 +28,7 @@ def save_moved(trainer: DistillTrainer, export: str, folder: Path) -> None:
             teacher.processing_class = trainer.processing_class
             teacher.save_pretrained(folder / "peer", trainer.args.should_save)
         if isinstance(teacher, EMATeacher) and export == "ema":
-            with teacher.worn():
+            with teacher.swapped_weights():
                 trainer.save_model(str(folder / "ema"))
         if isinstance(teacher, MTPTeacher) and export == "mtp" and trainer.args.should_save:
             teacher.save_pretrained(folder / "student")

@@ -16,18 +16,18 @@ from ..models.pruning import block_influence, cut_student, top_layers
 from ..recipe.models import FIELDS
 from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..teachers import (
+    AdapterBaseTeacher,
     CachedTeacher,
     EMATeacher,
     FrozenTeacher,
     MTPTeacher,
     MultiTeacher,
     MultiViewTeacher,
-    OwnBaseTeacher,
     PeerTeacher,
     SnapshotTeacher,
     Teacher,
 )
-from ..teachers.loading import dtype_of, keep_layout, launched, quantization_config, sharded_for
+from ..teachers.loading import dtype_of, env_world_size, keep_layout, quantization_config, zero3_init_context
 from ..trainer.config import DistillConfig
 from .model_loading import checked, loaded, resolve_model, trust_options
 
@@ -67,8 +67,8 @@ class Models:
     def _teacher(self, spec: TeacherSpec) -> Teacher:
         """A teacher of a recipe."""
         if spec.kind == "cached":
-            source = self._frozen(spec.speaker) if spec.fallback == "online" else None
-            cached = CachedTeacher(str(spec.path), source=source, fallback=spec.fallback or "refuse")
+            source = self._frozen(spec.speaker) if spec.on_miss == "query_teacher" else None
+            cached = CachedTeacher(str(spec.path), source=source, on_miss=spec.on_miss or "error")
             own, wrote = spec.speaker.model, cached.manifest.teacher["model"]
             if spec.source and own != wrote:
                 raise DistillError(
@@ -95,11 +95,11 @@ class Models:
         return FrozenTeacher(path, processing_class=self._tokenizer, **options)
 
     def _load_whole(self) -> Any:
-        with sharded_for(None):
+        with zero3_init_context(None):
             return loaded(AutoModelForCausalLM, self._path, dtype=self._donor.dtype, **_named(self._donor))
 
     def _load_peer(self, spec: TeacherSpec, path: str) -> Any:
-        with sharded_for(None):
+        with zero3_init_context(None):
             return loaded(AutoModelForCausalLM, path, dtype=torch.float32, **_named(spec))
 
     def student(self, rows: Any) -> nn.Module:
@@ -128,7 +128,7 @@ class Models:
         """
         from peft import PeftModel
 
-        with sharded_for(None):
+        with zero3_init_context(None):
             base = self._base(rows, quantization=None, whole=True)
             merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
         for file in folder.glob("adapter_*"):
@@ -179,7 +179,7 @@ def _moving(spec: TeacherSpec, load_peer: Callable[[], nn.Module]) -> Teacher:
     if spec.view is not None:
         given["view"] = spec.view.model_dump()
     kinds: dict[str, Any] = {
-        "own_base": OwnBaseTeacher,
+        "adapter_base": AdapterBaseTeacher,
         "ema": EMATeacher,
         "snapshot": SnapshotTeacher,
         "multi_view": MultiViewTeacher,
@@ -198,12 +198,12 @@ def check_launch(recipe: Recipe) -> None:
     stage = (train.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     if train.deepspeed and train.fsdp:
         problems.append("train.deepspeed and train.fsdp exclude each other: choose one")
-    if train.deepspeed and launched() == 0:
+    if train.deepspeed and env_world_size() == 0:
         problems.append("train.deepspeed needs a launcher: torchrun --nproc_per_node 2 -m hf_distill run ...")
-    if train.fsdp and launched() < 2:
+    if train.fsdp and env_world_size() < 2:
         problems.append(
-            f"train.fsdp shards the student over processes of a launcher; here {'is 1' if launched() else 'is none'}: "
-            "torchrun --nproc_per_node 2 -m hf_distill run ..."
+            f"train.fsdp shards the student over processes of a launcher; here "
+            f"{'is 1' if env_world_size() else 'is none'}: torchrun --nproc_per_node 2 -m hf_distill run ..."
         )
     if train.fsdp and student.from_teacher and not torch.accelerator.is_available():
         problems.append(

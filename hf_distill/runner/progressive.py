@@ -1,7 +1,7 @@
 """A chain of students, each the next one's teacher: progressive distillation (1902.03393).
 
 The folder: `stage-1`, `stage-2`, ... and `direct`, each the folder of a run; `student/` and `control/`, the last
-student and the one that was taught directly; `recipe.yaml`, `metrics.jsonl`, `evidence.json` of the whole.
+student and the one that was taught directly; `recipe.yaml`, `metrics.jsonl`, `results.json` of the whole.
 """
 
 import gc
@@ -14,12 +14,12 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
-from ..core.io import count_logs, measured, read_evidence, read_logs, write_json
+from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
 from ..core.processes import on_main
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
-from ..teachers.loading import launched
+from ..teachers.loading import env_world_size
 from ..trainer.trainer import DistillTrainer
 from .run_dir import run_folder
 from .single_run import RunResult, run_single
@@ -42,10 +42,10 @@ def run_chain(
         DistillError: see `run_recipe`.
     """
     parts = dict(_parts(recipe))
-    if launched():
+    if env_world_size():
         arguments(parts["stage-1"])  # lets the processes find each other, before one of them claims the folder for all
     with run_folder(recipe, resume) as folder:
-        evidence = read_evidence(folder / "evidence.json") if resume else {}
+        evidence = read_results(folder / "results.json") if resume else {}
         if evidence.get("status") == "done":
             on_stage("This chain is over already.")
             return RunResult(folder, evidence["models"])
@@ -95,7 +95,7 @@ def _compared(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        found[names.get(name, name)] = measured(trainer.evaluate())
+        found[names.get(name, name)] = held_out_metrics(trainer.evaluate())
     return found
 
 
@@ -119,7 +119,7 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
     last = f"stage-{len(recipe.stages)}"
     names, logs, facts = {last: "student", "direct": "control"}, [], {}
     for name in parts:
-        facts[name] = read_evidence(folder / name / "evidence.json")
+        facts[name] = read_results(folder / name / "results.json")
         if name in names:
             _link(folder / name / "student", folder / names[name])
         for log in read_logs(folder / name / "metrics.jsonl"):
@@ -134,7 +134,7 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
         student["layers_kept"] = layers
     evidence = {"models": models, "chain": chain, **whole, "student": student, "status": "done"}
     evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
-    write_json(folder / "evidence.json", evidence)
+    write_json(folder / "results.json", evidence)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -17,8 +17,8 @@ from ..trainer.checkpoints import checkpoints_of, is_as_written
 from .checkpoint_recipe import check_same_result, recorded_values, result_values
 
 RECIPE = "recipe.yaml"
-_LOGS = ("metrics.jsonl", "not-finite.json")
-_WRITTEN = (RECIPE, *_LOGS, "evidence.json", "student", "control", "peer", "ema", "direct", "stage-*", "checkpoint-*")
+_LOGS = ("metrics.jsonl", "nonfinite_steps.json")
+_WRITTEN = (RECIPE, *_LOGS, "results.json", "student", "control", "peer", "ema", "direct", "stage-*", "checkpoint-*")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.io import read_evidence, read_logs
+from ..core.io import read_logs, read_results
 from ..core.references import path_exists
 from ..errors import DistillError
 from ..recipe.load import load_recipe
@@ -13,7 +13,7 @@ from ..recipe.schema import Recipe
 # What an analysis leaves in the folder -> the command that writes it.
 WRITTEN_BY = {
     "recipe.yaml": "hf-distill run RECIPE",
-    "evidence.json": "hf-distill run RECIPE",
+    "results.json": "hf-distill run RECIPE",
     "metrics.jsonl": "hf-distill run RECIPE",
     "student": "hf-distill run RECIPE",
     "control": "hf-distill run RECIPE control=sft",
@@ -56,9 +56,9 @@ class Run:
         return path.is_file() or any((path / f"{kind}config.json").is_file() for kind in ("", "adapter_"))
 
     @property
-    def evidence(self) -> dict[str, Any]:
-        """What the run proved, from evidence.json."""
-        return read_evidence(self.path("evidence.json"))
+    def results(self) -> dict[str, Any]:
+        """What the run proved, from results.json."""
+        return read_results(self.path("results.json"))
 
     def logs(self, run: str = "student") -> list[dict[str, Any]]:
         """Lines of metrics.jsonl of one of its trainings ("student", "control"), in order.
@@ -68,11 +68,11 @@ class Run:
         """
         file = self.path("metrics.jsonl")
         logs = [log for log in read_logs(file) if log["run"] == run]
-        recorded = read_evidence(self.folder / "evidence.json").get("log_lines", {}).get(run, 0)
+        recorded = read_results(self.folder / "results.json").get("log_lines", {}).get(run, 0)
         if len(logs) < recorded:
             raise DistillError(
                 f"{file} was truncated: it holds {len(logs)} lines of {run}, and had {recorded}. Restore it from a "
-                f"copy; or remove evidence.json, and `hf-distill run {self.folder / 'recipe.yaml'} --resume` writes "
+                f"copy; or remove results.json, and `hf-distill run {self.folder / 'recipe.yaml'} --resume` writes "
                 "both again from the last checkpoint."
             )
         return logs

@@ -1,7 +1,7 @@
 """One student of a recipe: load, distil, train the control, evaluate all of them, leave a run folder.
 
 The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretrained` loads them, `metrics.jsonl`,
-`evidence.json`, `checkpoint-*`.
+`results.json`, `checkpoint-*`.
 """
 
 import copy
@@ -22,15 +22,15 @@ from transformers import (
     set_seed,
 )
 
-from ..core.io import MetricsFile, count_logs, environment, measured, read_evidence, write_json
+from ..core.io import MetricsFile, count_logs, environment, held_out_metrics, read_results, write_json
 from ..core.processes import on_main
 from ..data import check_isolation
 from ..losses import get_loss
 from ..models.blocks import find_blocks
 from ..models.model_types import unwrap_model
 from ..recipe.schema import Recipe
-from ..teachers.loading import sharded_for
-from ..trainer.config import DistillConfig, DistillFields
+from ..teachers.loading import zero3_init_context
+from ..trainer.config import DistillArguments, DistillConfig
 from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_missing
 from .checkpoint_recipe import RecipeRecord, result_values
@@ -63,7 +63,7 @@ def run_single(
     args = arguments(recipe)
     watch = Watch(args.ddp_timeout)
     with run_folder(recipe, resume) as folder:
-        evidence = read_evidence(folder / "evidence.json") if resume else {}
+        evidence = read_results(folder / "results.json") if resume else {}
         models = evidence.setdefault("models", {})
         if evidence.get("status") == "done":
             on_stage("This run is over already.")
@@ -85,7 +85,7 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
 
     def write() -> None:
         evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
-        write_json(folder / "evidence.json", evidence)
+        write_json(folder / "results.json", evidence)
 
     if "student" not in models:
         before, student = run.distil()
@@ -182,16 +182,16 @@ class Loaded:
         self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)
-        if not trainer.distilling:  # a recipe with alpha 0
-            trainer.distil_from(self.models.teacher, self._objective())
+        if not trainer.is_distilling:  # a recipe with alpha 0
+            trainer.setup_distillation(self.models.teacher, self._objective())
         self._describe(trainer)
-        after = measured(trainer.evaluate())
+        after = held_out_metrics(trainer.evaluate())
         save_moved(trainer, self.recipe.export, self.folder)
-        return measured(before), {**after, "train_seconds": seconds}
+        return held_out_metrics(before), {**after, "train_seconds": seconds}
 
-    def _objective(self, **changes) -> DistillFields:
-        return DistillFields(
-            **{field.name: getattr(self.args, field.name) for field in fields(DistillFields)} | changes
+    def _objective(self, **changes) -> DistillArguments:
+        return DistillArguments(
+            **{field.name: getattr(self.args, field.name) for field in fields(DistillArguments)} | changes
         )
 
     def _describe(self, trainer: DistillTrainer) -> None:
@@ -217,16 +217,16 @@ class Loaded:
         seconds = self.train(trainer, "control")
         losses: Any = self.args.losses or ()
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
-        if self.recipe.kinds <= {"frozen", "own_base", "cached"}:
-            trainer.distil_from(self.models.teacher, self._objective(losses=losses or None))
+        if self.recipe.kinds <= {"frozen", "adapter_base", "cached"}:
+            trainer.setup_distillation(self.models.teacher, self._objective(losses=losses or None))
         else:
-            trainer.distil_from(NoTeacher(), self._objective(alpha=0.0, losses=None))
-        return {**measured(trainer.evaluate()), "train_seconds": seconds}
+            trainer.setup_distillation(NoTeacher(), self._objective(alpha=0.0, losses=None))
+        return {**held_out_metrics(trainer.evaluate()), "train_seconds": seconds}
 
 
 def _size(model: nn.Module) -> dict[str, Any]:
     """Of the whole model, however it is held, adapters aside."""
     config = unwrap_model(model).config
-    with sharded_for(None), torch.device("meta"):
+    with zero3_init_context(None), torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     return {"parameters": sum(p.numel() for p in whole.parameters()), "blocks": len(find_blocks(whole)[1])}

@@ -1,6 +1,6 @@
 """Teachers: what the student learns from."""
 
-from .adapter_base import OwnBaseTeacher
+from .adapter_base import AdapterBaseTeacher
 from .base import Teacher
 from .cached import CachedTeacher
 from .ema import EMATeacher, SnapshotTeacher
@@ -11,13 +11,13 @@ from .multi_view.teacher import MultiViewTeacher
 from .peer import PeerTeacher
 
 __all__ = [
+    "AdapterBaseTeacher",
     "CachedTeacher",
     "EMATeacher",
     "FrozenTeacher",
     "MTPTeacher",
     "MultiTeacher",
     "MultiViewTeacher",
-    "OwnBaseTeacher",
     "PeerTeacher",
     "SnapshotTeacher",
     "Teacher",

@@ -10,19 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.sidecar import strip_sidecar
-from .self_teacher import ItselfTeacher
+from .self_teacher import SelfTeacher
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-class OwnBaseTeacher(ItselfTeacher):
+class AdapterBaseTeacher(SelfTeacher):
     """A student with adapters learns from itself with the adapters switched off.
 
     It learns its task from the hard labels while the soft ones keep it near the model that it was: the teacher is the
     base in eval mode, and costs its forward but no memory.
     """
 
-    kind = "own_base"
+    kind = "adapter_base"
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Find the student's adapters.
@@ -75,7 +75,7 @@ class OwnBaseTeacher(ItselfTeacher):
         return problems
 
     @contextmanager
-    def other_state(self) -> Iterator[None]:
+    def teacher_mode(self) -> Iterator[None]:
         """The adapters are off."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for layer in self._adapters:

@@ -21,24 +21,24 @@ from ..models.model_call import input_names
 class Teacher(ABC):
     """Something that says, for the asked tokens of a batch, what it would predict.
 
-    kind:     as recipes call it; "" of a class of one's own
-    bound:    whether it cannot serve another student than the one that it was prepared for
-    model:    the model that speaks, once it is prepared; None where there is none
-    trained:  what of it is trained, in the student's sidecar and so by the student's optimizer; None: nothing
-    options:  of `trained` in the optimizer: "lr", "weight_decay"; None: as the student's
-    clipped:  the norm to which the gradient of `trained` is clipped, apart from the student's; None: with it
-    soft:     whether it has soft labels for the student, whose weight is alpha
-    terms:    what `trained` learns by, named apart from the student's terms
-    progress: of the training, in [0, 1]; the trainer keeps it
+    kind:                 the name that recipes use; "" for a custom class
+    tied_to_student:      whether it works with the student alone that it was prepared for
+    model:                the teacher model after `prepare`; None if there is none
+    trainable_module:     what is trained of it, as a part of the student's sidecar; None: nothing
+    optimizer_overrides:  "lr" and "weight_decay" of `trainable_module`; None: as for the student
+    max_grad_norm:        norm to which the gradient of `trainable_module` is clipped; None: clipped with the student's
+    provides_soft_labels: whether it gives soft labels for the student, whose weight is alpha
+    terms:                the losses of `trainable_module`; their names differ from those of the student's terms
+    progress:             of the training, in [0, 1]; the trainer sets it
     """
 
     kind: str = ""
-    bound: bool = False
+    tied_to_student: bool = False
     model: Any = None
-    trained: nn.Module | None = None
-    options: Mapping[str, float | None] = MappingProxyType({})
-    clipped: float | None = None
-    soft: bool = True
+    trainable_module: nn.Module | None = None
+    optimizer_overrides: Mapping[str, float | None] = MappingProxyType({})
+    max_grad_norm: float | None = None
+    provides_soft_labels: bool = True
     terms: Sequence[Term] = ()
     progress: float = 0.0
 
@@ -55,7 +55,7 @@ class Teacher(ABC):
             signals whose logits are [T, V_t], with a feature for each tap.
         """
 
-    def stack(self, which: str | None = None) -> LayerStack:
+    def layer_stack(self, which: str | None = None) -> LayerStack:
         """The blocks whose features it can tell; see `blocks.stack_of`.
 
         Raises:
@@ -90,11 +90,11 @@ class Teacher(ABC):
             name: `train_dataset` or `eval_dataset`.
         """
 
-    def unfit(self, args: TrainingArguments) -> list[str]:
+    def check_arguments(self, args: TrainingArguments) -> list[str]:
         """Why it cannot teach under these arguments; called after `prepare`."""
         return []
 
-    def named(self, name: str | None) -> "Teacher":
+    def get_teacher(self, name: str | None) -> "Teacher":
         """The teacher that a loss follows; `name` is None where it names none.
 
         Raises:
@@ -107,7 +107,7 @@ class Teacher(ABC):
             )
         return self
 
-    def learn(self, terms: Sequence[Term]) -> list[Term]:
+    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
         """Take the student's objective; a teacher that trains makes `terms` of it.
 
         Returns:
@@ -117,20 +117,20 @@ class Teacher(ABC):
             DistillError: an objective that makes no sense with this teacher.
         """
         for term in terms:
-            self.named(term.teacher)
-        return [term for term in terms if self.soft or not term.loss.needs]
+            self.get_teacher(term.teacher)
+        return [term for term in terms if self.provides_soft_labels or not term.loss.needs]
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Why some losses of the objective cannot be taken with this teacher; called after `learn`."""
         return []
 
-    def beside(
+    def joint_step(
         self,
         inputs: dict,
         targets: Targets,
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
-    ) -> "Beside | None":
+    ) -> "JointStep | None":
         """What of it runs inside the student's forward, in the place of a call before it; None: nothing.
 
         Args:
@@ -141,14 +141,14 @@ class Teacher(ABC):
         """
         return None
 
-    def seen(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
+    def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
         """What the student sees of a batch, and the same asked tokens where they stand in it; the batch itself."""
         return inputs, targets
 
-    def begin(self, step: int) -> None:  # noqa: B027
+    def on_train_begin(self, step: int) -> None:  # noqa: B027
         """Training begins, or goes on after `load` and so many steps: the student is as its strategy holds it."""
 
-    def after_step(self, step: int, updated: bool) -> None:  # noqa: B027
+    def on_step_end(self, step: int, updated: bool) -> None:  # noqa: B027
         """Move, if it does: called after each step of the optimizer, never between micro-batches.
 
         Args:
@@ -173,17 +173,17 @@ class Teacher(ABC):
         """Read what `save` wrote; called before the first step of a resumed run."""
 
 
-class Beside(ABC):
+class JointStep(ABC):
     """What a teacher does inside the student's forward, once the student's logits are known.
 
     told:      what it says of the asked tokens, for the student; known after the call
     per_token: name -> [T], of its own terms; known after the call
     """
 
-    told: Signals
+    teacher_signals: Signals
     per_token: dict[str, Tensor]
 
-    def around(self, student: nn.Module) -> AbstractContextManager:
+    def context(self, student: nn.Module) -> AbstractContextManager:
         """What lasts while the student's forward does."""
         return nullcontext()
 

@@ -34,23 +34,24 @@ class CachedTeacher(Teacher):
 
     Args:
         path: folder of a cache, or hf://datasets/org/name[@revision].
-        source: the teacher that wrote it, a `Teacher` or what `FrozenTeacher` takes; asked with `fallback="online"`.
-        fallback: what happens to examples that the cache lacks: "refuse" raises an error, "online" asks the source,
-            whose answer is rounded, drawn or cut as the cache's are.
+        source: the teacher that wrote it, a `Teacher` or what `FrozenTeacher` takes;
+            called with `on_miss="query_teacher"`.
+        on_miss: what happens to examples that the cache lacks: "error" raises an error, "query_teacher" asks the
+            source, whose answer is rounded, drawn or cut as the cache's are.
 
     Raises:
-        DistillError: no whole cache, or a fallback without a source.
+        DistillError: no whole cache, or a on_miss without a source.
     """
 
     kind = "cached"
 
-    def __init__(self, path: str, *, source: Teacher | None = None, fallback: str = "refuse"):
-        if fallback not in ("refuse", "online"):
-            raise DistillError(f"fallback is {fallback!r}; it must be refuse or online")
-        if fallback == "online" and source is None:
-            raise DistillError("fallback online asks the teacher that wrote the cache: give it as `source`")
+    def __init__(self, path: str, *, source: Teacher | None = None, on_miss: str = "error"):
+        if on_miss not in ("error", "query_teacher"):
+            raise DistillError(f"on_miss is {on_miss!r}; it must be error or query_teacher")
+        if on_miss == "query_teacher" and source is None:
+            raise DistillError("on_miss: query_teacher asks the teacher that wrote the cache: give it as `source`")
         self.path, self.store = path, open_cache(path)
-        self.source = source if fallback == "online" else None
+        self.source = source if on_miss == "query_teacher" else None
         self._missing = 0
 
     @property
@@ -89,7 +90,7 @@ class CachedTeacher(Teacher):
                 "scaling": LogitScaling(**manifest.scaling)
             }
 
-    def learn(self, terms: Sequence[Term]) -> list[Term]:
+    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
         """Refuse what the cache cannot tell.
 
         Raises:
@@ -100,7 +101,7 @@ class CachedTeacher(Teacher):
             if not term.loss.needs:
                 continue
             if term.loss.feature:
-                problems += self._lacking(term)
+                problems += self._missing_layers(term)
             elif manifest.temperature is not None:
                 if manifest.kind == "sampled" and term.loss.name != "forward_kl":
                     problems.append(f"{term.name} is {term.loss.name}, and a sampled cache tells forward_kl alone")
@@ -111,7 +112,7 @@ class CachedTeacher(Teacher):
                         f"{manifest.temperature:g}: set that, or write a cache of kind hidden, which has all"
                     )
         raise_if_any([f"{self.path}: {problem}" for problem in problems])
-        return super().learn(terms)
+        return super().adapt_objective(terms)
 
     def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[FeatureKey, Targets]) -> Signals:
         """Read what the teacher said of a batch.
@@ -120,7 +121,7 @@ class CachedTeacher(Teacher):
             DistillError: examples or layers that the cache lacks; a shard that is damaged.
         """
         examples = examples_of(self._read(inputs), targets)
-        found = self._whole(inputs, targets, examples)
+        found = self._lookup_or_query(inputs, targets, examples)
         told = told_of(found, self.manifest, self._head, targets.labels.device, self._ids)
         return Signals(told.logits, {key: told.features[FeatureKey("hidden", key.layer)] for key in wanted})
 
@@ -143,7 +144,7 @@ class CachedTeacher(Teacher):
         foreign = {*other_inputs(inputs)} - {*read}
         return {name: value for name, value in inputs.items() if name not in foreign}
 
-    def _lacking(self, term: Term) -> list[str]:
+    def _missing_layers(self, term: Term) -> list[str]:
         layers, depth = self.manifest.options.get("layers", []), self.manifest.depth
         if term.loss.feature != "hidden":
             return [f"{term.name} needs {term.loss.feature} of attention, which no cache holds: use a frozen teacher"]
@@ -156,17 +157,17 @@ class CachedTeacher(Teacher):
             ]
         return []
 
-    def stack(self, which: str | None = None) -> LayerStack:
+    def layer_stack(self, which: str | None = None) -> LayerStack:
         """The teacher's blocks, by number alone."""
         blocks = nn.ModuleList(nn.Identity() for _ in range(self.manifest.depth))
         return LayerStack(which, blocks, int(self.manifest.width or 0), causal=True, attention="none")
 
-    def knows(self, inputs: dict, shift: bool) -> bool:
+    def contains(self, inputs: dict, shift: bool) -> bool:
         """Whether all examples of a batch are there; `shift` as of `target_labels`."""
         found = self.store.find([e.key for e in examples_of(self._read(inputs), Targets.from_batch(inputs, shift))])
         return None not in found
 
-    def _whole(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[Stored]:
+    def _lookup_or_query(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[Stored]:
         """What there is of all examples, the missing ones asked of the source."""
         found = self.store.find([example.key for example in examples])
         if None not in found:
@@ -180,7 +181,7 @@ class CachedTeacher(Teacher):
                 f"{len(missing)} of {len(examples)} examples of a batch are not in {self.path}, which has "
                 f"{self.manifest.data['examples']} examples (the first that is missing has the labels {text}). It was "
                 "written for other text, max_length, chat template or labels: write it again with this recipe, or set "
-                "fallback: online with a source."
+                "on_miss: query_teacher with a source."
             )
         feature_keys = {FeatureKey("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
         own = stored_of(self.source(inputs, targets, feature_keys), examples, self.manifest)

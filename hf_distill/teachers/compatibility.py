@@ -18,7 +18,7 @@ from ..models.model_types import ModelType, model_type_of, unwrap_model
 logger = logging.get_logger(__name__)
 
 
-def check_fit(
+def check_teacher_student(
     teacher: nn.Module | PretrainedConfig,
     student: nn.Module,
     tokenizer: Any,

@@ -21,12 +21,12 @@ from ..core.signals import Signals
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
 from ..models.sidecar import strip_sidecar
-from .self_teacher import ItselfTeacher
+from .self_teacher import SelfTeacher
 from .state import load_state, save_state, state_file
-from .weight_drift import Distance, is_shared, local
+from .weight_drift import WeightDrift, is_sharded, local_shard
 
 
-class PastSelf(ItselfTeacher):
+class StudentCopyTeacher(SelfTeacher):
     """The student with weights of its own past; see the module. Classes that derive say how these move."""
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
@@ -36,18 +36,18 @@ class PastSelf(ItselfTeacher):
             DistillError: nothing of the student is trained in floating point.
         """
         self.model = student
-        self._held: dict[str, Tensor] = {}
-        self._distance = Distance()
-        self._worn = self._resharded = False
-        if not self._moving():
+        self._shadow: dict[str, Tensor] = {}
+        self._drift = WeightDrift()
+        self._is_swapped = self._resharded = False
+        if not self._tracked_tensors():
             raise DistillError(
                 f"{type(self).__name__}: nothing of the {type(unwrap_model(student)).__name__} is trained, so it has "
                 "no past. Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
             )
 
-    def other_state(self) -> AbstractContextManager[None]:
+    def teacher_mode(self) -> AbstractContextManager[None]:
         """The past's weights are in place."""
-        return self.worn()
+        return self.swapped_weights()
 
     def _told(self, signals: Signals) -> Signals:
         """Where gathering the student's weights again would write over the head's, the head has its own."""
@@ -58,44 +58,46 @@ class PastSelf(ItselfTeacher):
         return replace(signals, logits=replace(source, weight=source.weight.clone(), bias=bias))
 
     @contextmanager
-    def worn(self) -> Iterator[None]:
+    def swapped_weights(self) -> Iterator[None]:
         """While it lasts, the student's weights are those of its past: to evaluate or save them."""
-        if self._worn:
+        if self._is_swapped:
             yield
             return
-        held = self._hold()
-        self._worn = True
-        now = self._moving()
-        own = [_put(now[name], value) for name, value in held.items()]
+        held = self._ensure_shadow()
+        self._is_swapped = True
+        now = self._tracked_tensors()
+        own = [_swap_in(now[name], value) for name, value in held.items()]
         try:
             yield
         finally:
             for name, value in zip(held, own, strict=True):
-                _take_back(now[name], value)
+                _swap_out(now[name], value)
             self._reshard()
-            self._worn = False
+            self._is_swapped = False
 
-    def begin(self, step: int) -> None:
+    def on_train_begin(self, step: int) -> None:
         """The past begins with the present."""
-        self._hold()
+        self._ensure_shadow()
 
     @torch.no_grad()
-    def after_step(self, step: int, updated: bool) -> None:
+    def on_step_end(self, step: int, updated: bool) -> None:
         """Move, after a step of the optimizer."""
-        self._move(self._hold(), {name: local(t) for name, t in self._moving().items()}, step, updated)
+        self._move(
+            self._ensure_shadow(), {name: local_shard(t) for name, t in self._tracked_tensors().items()}, step, updated
+        )
 
     @abstractmethod
     def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None: ...
 
     def metrics(self) -> dict[str, float]:
-        """`teacher_distance`: how far it has moved, as a share of the norm of where it began."""
-        return {"teacher_distance": self._distance.to(self._hold(), is_shared(self.model))}
+        """`teacher_weight_drift`: how far it has moved, as a share of the norm of where it began."""
+        return {"teacher_weight_drift": self._drift.to(self._ensure_shadow(), is_sharded(self.model))}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
         """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
-        shared = is_shared(self.model)
+        shared = is_sharded(self.model)
         if write or shared:
-            save_state(state_file(folder, rank, shared), held=self._hold(), start=self._distance.start)
+            save_state(state_file(folder, rank, shared), held=self._ensure_shadow(), start=self._drift.start)
 
     def load(self, folder: str, rank: int) -> None:
         """Read what `save` wrote.
@@ -103,10 +105,10 @@ class PastSelf(ItselfTeacher):
         Raises:
             DistillError: the checkpoint has none.
         """
-        file = state_file(folder, rank, is_shared(self.model))
-        moving = self._moving()
-        state = load_state(file, local(next(iter(moving.values()))).device, held=moving, start=moving)
-        self._held, self._distance.start = state["held"], state["start"]
+        file = state_file(folder, rank, is_sharded(self.model))
+        moving = self._tracked_tensors()
+        state = load_state(file, local_shard(next(iter(moving.values()))).device, held=moving, start=moving)
+        self._shadow, self._drift.start = state["held"], state["start"]
 
     def _reshard(self) -> None:
         """Of FSDP2, which keeps what it gathered for a forward: the past's weights must not be taken for now's."""
@@ -115,7 +117,7 @@ class PastSelf(ItselfTeacher):
                 self._resharded = True
                 module.reshard()
 
-    def _moving(self) -> dict[str, Tensor]:
+    def _tracked_tensors(self) -> dict[str, Tensor]:
         """What training changes: trained parameters of the student, and those of its buffers that are saved."""
         self._reshard()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
@@ -130,16 +132,16 @@ class PastSelf(ItselfTeacher):
         return strip_sidecar({**trained, **buffers})
 
     @torch.no_grad()
-    def _hold(self) -> dict[str, Tensor]:
+    def _ensure_shadow(self) -> dict[str, Tensor]:
         """The past, in float32; at first the present."""
-        if not self._held:
-            for name, tensor in self._moving().items():
-                self._held[name] = local(tensor).detach().float().clone()
-            self._distance.begin(self._held)
-        return self._held
+        if not self._shadow:
+            for name, tensor in self._tracked_tensors().items():
+                self._shadow[name] = local_shard(tensor).detach().float().clone()
+            self._drift.begin(self._shadow)
+        return self._shadow
 
 
-class EMATeacher(PastSelf):
+class EMATeacher(StudentCopyTeacher):
     """The moving average of the student (Mean Teacher, 1703.01780).
 
     After each step that changed the student: held = d * held + (1 - d) * student. With d = 0 it is the student as the
@@ -174,7 +176,7 @@ class EMATeacher(PastSelf):
         torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
 
 
-class SnapshotTeacher(PastSelf):
+class SnapshotTeacher(StudentCopyTeacher):
     """The student as it was: taken anew every so many steps (temporal self-distillation).
 
     Args:
@@ -195,30 +197,30 @@ class SnapshotTeacher(PastSelf):
         self._every, self._path = every, path
 
     @torch.no_grad()
-    def _hold(self) -> dict[str, Tensor]:
-        fresh = not self._held
-        held = super()._hold()
+    def _ensure_shadow(self) -> dict[str, Tensor]:
+        fresh = not self._shadow
+        held = super()._ensure_shadow()
         if fresh and self._path is not None:
-            if is_shared(self.model):
+            if is_sharded(self.model):
                 raise DistillError(
                     f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
                     "`every`, or use a FrozenTeacher of the path, which can be sharded."
                 )
             past, loading = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
-            then = self._moving_of(past)
+            then = self._tracked_tensors_of(past)
             wrong = [name for name in loading["missing_keys"] if name in held]  # which were made up at random
             wrong += [name for name in held if name not in then or then[name].shape != held[name].shape]
             if wrong:
-                self._held.clear()
+                self._shadow.clear()
                 raise DistillError(
                     f"{self._path} does not hold the student's weights: {wrong[0]} is missing or differs."
                 )
             for name, value in held.items():
                 value.copy_(then[name])
-            self._distance.begin(held)
+            self._drift.begin(held)
         return held
 
-    def _moving_of(self, model: nn.Module) -> dict[str, Tensor]:
+    def _tracked_tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
 
     def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
@@ -227,9 +229,9 @@ class SnapshotTeacher(PastSelf):
                 value.copy_(now[name])
 
 
-def _put(tensor: Any, value: Tensor) -> Tensor:
+def _swap_in(tensor: Any, value: Tensor) -> Tensor:
     """Put a value in a tensor's place; returns what was there."""
-    mine = local(tensor)
+    mine = local_shard(tensor)
     if mine is tensor:
         own = tensor.data
         tensor.data = value.to(own.dtype)
@@ -239,8 +241,8 @@ def _put(tensor: Any, value: Tensor) -> Tensor:
     return own
 
 
-def _take_back(tensor: Any, own: Tensor) -> None:
-    if local(tensor) is tensor:
+def _swap_out(tensor: Any, own: Tensor) -> None:
+    if local_shard(tensor) is tensor:
         tensor.data = own
     else:
         _write(tensor, own)
@@ -249,6 +251,6 @@ def _take_back(tensor: Any, own: Tensor) -> None:
 @torch.no_grad()
 def _write(tensor: Any, value: Tensor) -> None:
     """Into a rank's share; ZeRO-3 forgets what it had gathered of the tensor."""
-    local(tensor).copy_(value)
+    local_shard(tensor).copy_(value)
     if hasattr(tensor, "ds_tensor") and tensor.ds_status.name == "AVAILABLE":
         tensor.partition()

@@ -13,9 +13,9 @@ from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of
 from .base import Teacher
-from .compatibility import check_fit, check_kinds
+from .compatibility import check_kinds, check_teacher_student
 from .input_limits import InputLimits, check_data
-from .loading import Loading, run_eagerly
+from .loading import TeacherLoader, run_eagerly
 from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
 
 
@@ -50,7 +50,7 @@ class FrozenTeacher(Teacher):
         fsdp: bool = False,
         **init_kwargs,
     ):
-        self._loading = Loading(quantization, deepspeed, fsdp, init_kwargs)
+        self._loading = TeacherLoader(quantization, deepspeed, fsdp, init_kwargs)
         given = [*sorted(init_kwargs), *(["quantization"] if quantization else []), *(["fsdp"] if fsdp else [])]
         model = as_path(model)
         if not isinstance(model, str) and given:
@@ -71,12 +71,14 @@ class FrozenTeacher(Teacher):
             given = read_config(self._path, options)
             is_adapter = read_adapter_config(self._path, options) is not None
             check_checkpoint(self._path, task, given, is_adapter)
-        check_fit(given, student, self.processing_class, processing_class, self._path or "", **hub_options(options))
+        check_teacher_student(
+            given, student, self.processing_class, processing_class, self._path or "", **hub_options(options)
+        )
         if self.model is None:
             self.model = self._loading.load(student, self._path, given, device)
             check_kinds(model_type_of(self.model), task)
         self.model.requires_grad_(False).eval()
-        self.model = self._loading.place(self.model, device)
+        self.model = self._loading.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
 
     def check_data(self, rows: Any, name: str) -> None:
@@ -84,7 +86,7 @@ class FrozenTeacher(Teacher):
         if self._limits is not None:
             check_data(self._limits, rows, name)
 
-    def stack(self, which: str | None = None) -> LayerStack:
+    def layer_stack(self, which: str | None = None) -> LayerStack:
         """The model's blocks, or those of its encoder or decoder."""
         return get_layer_stack(self.model, which)
 

@@ -35,7 +35,7 @@ _FIGHT = (
 
 
 @dataclass(frozen=True)
-class Loading:
+class TeacherLoader:
     """How a teacher is to be loaded and held.
 
     quantization: "nf4" (double quantisation, 2305.14314) or "int8" (2208.07339), of all but its head
@@ -57,8 +57,8 @@ class Loading:
         device_map = self.init_kwargs.get("device_map")
         with collect_errors(problems):
             check_placement(quantized, self.deepspeed, self.fsdp, device_map)
-        if device_map is not None and launched() > 1 and _spreads(device_map):
-            problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=launched()))
+        if device_map is not None and env_world_size() > 1 and _spreads(device_map):
+            problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=env_world_size()))
         with collect_errors(problems):
             if self.quantization:
                 require_package("bitsandbytes", "quant", f"quantization={self.quantization!r}")
@@ -94,14 +94,14 @@ class Loading:
         if device.type != "cpu" and (before is not None or "quantization_config" in kwargs):
             kwargs.setdefault("device_map", {"": device})
         if self.fsdp:
-            kwargs["distributed_config"] = DistributedConfig(fsdp_size=launched())
+            kwargs["distributed_config"] = DistributedConfig(fsdp_size=env_world_size())
         if not self.deepspeed:
-            with sharded_for(None):
+            with zero3_init_context(None):
                 return load_pretrained(path, task, student, config, kwargs)
-        with sharded_for(self._zero3(config)), _freed_at_once():
+        with zero3_init_context(self._zero3(config)), _malloc_trim_while_loading():
             return load_pretrained(path, task, student, config, kwargs)
 
-    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def dispatch(self, model: nn.Module, device: torch.device) -> nn.Module:
         """A frozen model where it stays: in DeepSpeed's engine, where it was spread or sharded, or on the device.
 
         A model that is partitioned because it was loaded while a student's ZeRO-3 config was alive gets an engine too.
@@ -112,8 +112,8 @@ class Loading:
         if isinstance(model, PreTrainedModel) and (self.deepspeed or is_zero3_partitioned(model)):
             return engine(model, self._zero3(model.config))
         spread = getattr(model, "hf_device_map", None)
-        if spread is not None and launched() > 1 and _spreads(spread):
-            raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=launched()))
+        if spread is not None and env_world_size() > 1 and _spreads(spread):
+            raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=env_world_size()))
         fixed = spread is not None or getattr(model, "quantization_method", None) is not None
         if fixed or is_zero3_partitioned(model) or is_fsdp_managed_module(model):
             return keep_layout(model)
@@ -181,13 +181,13 @@ def engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return wrapped
 
 
-def launched() -> int:
+def env_world_size() -> int:
     """Processes of this run, as its launcher says; 0 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0
 
 
 @contextmanager
-def sharded_for(config: dict[str, Any] | None) -> Iterator[None]:
+def zero3_init_context(config: dict[str, Any] | None) -> Iterator[None]:
     """`from_pretrained` shards for this config, or for none, whatever the student's is."""
     before = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
@@ -200,7 +200,7 @@ def sharded_for(config: dict[str, Any] | None) -> Iterator[None]:
 
 
 @contextmanager
-def _freed_at_once() -> Iterator[None]:
+def _malloc_trim_while_loading() -> Iterator[None]:
     """glibc gives each MiB back when it is freed, instead of keeping holes between the shards of a model.
 
     With the holes a rank that loads into CPU memory ends up holding as much as the whole model.
@@ -222,11 +222,11 @@ def _check_zero3(config: dict[str, Any]) -> None:
 
 
 def _check_processes(way: str, least: int) -> None:
-    if launched() < least:
+    if env_world_size() < least:
         raise DistillError(
             f"a teacher held by {way} is sharded over the processes of a launcher, {least} or more; here "
-            f"{'is 1' if launched() else 'is no launcher'}. Start with `torchrun --nproc_per_node {max(least, 2)} ...` "
-            "or `accelerate launch ...`, or hold it on one GPU with quantization='nf4'."
+            f"{'is 1' if env_world_size() else 'is no launcher'}. Start with `torchrun --nproc_per_node "
+            f"{max(least, 2)} ...` or `accelerate launch ...`, or hold it on one GPU with quantization='nf4'."
         )
 
 

@@ -16,9 +16,9 @@ from ..core.signals import FeatureKey, Signals, Targets
 from ..core.teacher_kinds import incompatible_teachers
 from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.objective import Term
-from .base import Beside, Teacher
+from .base import JointStep, Teacher
 from .frozen import FrozenTeacher
-from .trained import TrainedTeacher
+from .trainable import TrainableTeacher
 
 
 class MultiTeacher(Teacher):
@@ -42,16 +42,19 @@ class MultiTeacher(Teacher):
             name: teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
             for name, teacher in teachers.items()
         }
-        given, spoken = dict(weights or {}), [name for name, teacher in self.teachers.items() if teacher.soft]
+        given, spoken = (
+            dict(weights or {}),
+            [name for name, teacher in self.teachers.items() if teacher.provides_soft_labels],
+        )
         raise_if_any(
-            _named_wrongly(self.teachers, given, spoken)
+            _validate(self.teachers, given, spoken)
             + incompatible_teachers({n: t.kind for n, t in self.teachers.items()})
         )
         total = sum(given.get(name, 1.0) for name in spoken)
         self.shares = {name: given.get(name, 1.0) / total for name in spoken}
-        self.soft, self._progress = bool(spoken), 0.0
-        self.bound = any(teacher.bound for teacher in self)
-        self._trained = next((teacher for teacher in self if isinstance(teacher, TrainedTeacher)), None)
+        self.provides_soft_labels, self._progress = bool(spoken), 0.0
+        self.tied_to_student = any(teacher.tied_to_student for teacher in self)
+        self._trained = next((teacher for teacher in self if isinstance(teacher, TrainableTeacher)), None)
 
     def __iter__(self) -> Iterator[Teacher]:
         return iter(self.teachers.values())
@@ -67,7 +70,7 @@ class MultiTeacher(Teacher):
         for teacher in self:
             teacher.progress = value
 
-    def named(self, name: str | None) -> Teacher:
+    def get_teacher(self, name: str | None) -> Teacher:
         """The teacher of that name; without one the first that has soft labels."""
         if name is None:
             return self.teachers[next(iter(self.shares or self.teachers))]
@@ -88,34 +91,39 @@ class MultiTeacher(Teacher):
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
         if self._trained is not None:
-            self.trained, self.options = self._trained.trained, self._trained.options
+            self.trainable_module, self.optimizer_overrides = (
+                self._trained.trainable_module,
+                self._trained.optimizer_overrides,
+            )
 
     def check_data(self, rows: Any, name: str) -> None:
         """Each refuses what it cannot read."""
         for teacher in self:
             teacher.check_data(rows, name)
 
-    def unfit(self, args: TrainingArguments) -> list[str]:
+    def check_arguments(self, args: TrainingArguments) -> list[str]:
         """What any of them says."""
-        problems = [f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.unfit(args)]
-        self.clipped = self._trained.clipped if self._trained else None
+        problems = [
+            f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.check_arguments(args)
+        ]
+        self.max_grad_norm = self._trained.max_grad_norm if self._trained else None
         return problems
 
-    def learn(self, terms: Sequence[Term]) -> list[Term]:
+    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
         """The soft term becomes `soft_NAME` of each, with its share of the weight."""
         soft, hard, *others = terms
         for name, teacher in self.teachers.items():
-            teacher.learn([replace(soft, weight=soft.weight * self.shares.get(name, 0.0)), hard])
+            teacher.adapt_objective([replace(soft, weight=soft.weight * self.shares.get(name, 0.0)), hard])
         self.terms = self._trained.terms if self._trained else ()
         for term in others:
-            self.named(term.teacher)
+            self.get_teacher(term.teacher)
         apart = [
             replace(soft, name=f"soft_{name}", teacher=name, weight=soft.weight * share)
             for name, share in self.shares.items()
         ]
         first = next(iter(self.shares), None)
         others = [replace(t, teacher=first) if t.loss.needs and t.teacher is None else t for t in others]
-        return [*apart, hard, *(term for term in others if self.soft or not term.loss.needs)]
+        return [*apart, hard, *(term for term in others if self.provides_soft_labels or not term.loss.needs)]
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """What any of them says: a view that one of them gives the student is compared with all teachers."""
@@ -125,41 +133,50 @@ class MultiTeacher(Teacher):
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """What each of them says."""
-        return _together({n: t(inputs, targets, _of(n, feature_requests)) for n, t in self.teachers.items()})
+        return _merge_signals(
+            {n: t(inputs, targets, _requests_for(n, feature_requests)) for n, t in self.teachers.items()}
+        )
 
-    def beside(
+    def joint_step(
         self,
         inputs: dict,
         targets: Targets,
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
-    ) -> Beside | None:
+    ) -> JointStep | None:
         """The one that is trained, and what the others say."""
-        runs = {n: t.beside(inputs, targets, _of(n, feature_requests), num_items) for n, t in self.teachers.items()}
+        runs = {
+            n: t.joint_step(inputs, targets, _requests_for(n, feature_requests), num_items)
+            for n, t in self.teachers.items()
+        }
         run = next((run for run in runs.values() if run is not None), None)
         if run is None:
             return None
-        others = {n: t(inputs, targets, _of(n, feature_requests)) for n, t in self.teachers.items() if runs[n] is None}
-        return _Among(run, lambda told: _together({n: others.get(n, told) for n in self.teachers}))
+        others = {
+            n: t(inputs, targets, _requests_for(n, feature_requests))
+            for n, t in self.teachers.items()
+            if runs[n] is None
+        }
+        return _CombinedStep(run, lambda told: _merge_signals({n: others.get(n, told) for n in self.teachers}))
 
-    def seen(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
+    def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
         """What the student sees where one of them gives it a view."""
         for teacher in self:
-            inputs, targets = teacher.seen(inputs, targets, training)
+            inputs, targets = teacher.transform_student_batch(inputs, targets, training)
         return inputs, targets
 
-    def begin(self, step: int) -> None:
+    def on_train_begin(self, step: int) -> None:
         """Each begins."""
         for teacher in self:
-            teacher.begin(step)
+            teacher.on_train_begin(step)
 
-    def after_step(self, step: int, updated: bool) -> None:
+    def on_step_end(self, step: int, updated: bool) -> None:
         """Each moves, if it does."""
         for teacher in self:
-            teacher.after_step(step, updated)
+            teacher.on_step_end(step, updated)
 
     def metrics(self) -> dict[str, float]:
-        """What each says, with its name behind: `teacher_distance_NAME`."""
+        """What each says, with its name behind: `teacher_weight_drift_NAME`."""
         return {f"{key}_{name}": value for name, t in self.teachers.items() for key, value in t.metrics().items()}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
@@ -173,33 +190,33 @@ class MultiTeacher(Teacher):
             teacher.load(str(Path(folder) / "teachers" / name), rank)
 
 
-class _Among(Beside):
+class _CombinedStep(JointStep):
     """A run of the one that is trained, whose answer is told among those of the others."""
 
-    def __init__(self, run: Beside, together: Callable[[Signals], Signals]):
+    def __init__(self, run: JointStep, together: Callable[[Signals], Signals]):
         self.run, self.together = run, together
 
-    def around(self, student: nn.Module) -> AbstractContextManager:
-        return self.run.around(student)
+    def context(self, student: nn.Module) -> AbstractContextManager:
+        return self.run.context(student)
 
     def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
         loss = self.run(said)
-        self.told, self.per_token = self.together(self.run.told), self.run.per_token
+        self.teacher_signals, self.per_token = self.together(self.run.teacher_signals), self.run.per_token
         return loss
 
 
-def _of(name: str, feature_requests: Mapping[FeatureKey, Targets]) -> dict[FeatureKey, Targets]:
+def _requests_for(name: str, feature_requests: Mapping[FeatureKey, Targets]) -> dict[FeatureKey, Targets]:
     return {key: tokens for key, tokens in feature_requests.items() if key.teacher == name}
 
 
-def _together(told: Mapping[str, Signals]) -> Signals:
+def _merge_signals(told: Mapping[str, Signals]) -> Signals:
     """Signals of several teachers as one; who says nothing about the asked tokens is left out."""
     sources: dict[str, Any] = {name: signals.logits for name, signals in told.items() if signals.logits is not None}
     features = {key: feature for signals in told.values() for key, feature in signals.features.items()}
     return Signals(MultiTeacherLogits(sources) if sources else None, features)
 
 
-def _named_wrongly(teachers: Mapping[str, Teacher], weights: Mapping[str, float], spoken: list[str]) -> list[str]:
+def _validate(teachers: Mapping[str, Teacher], weights: Mapping[str, float], spoken: list[str]) -> list[str]:
     """What is wrong with names and weights."""
     problems = [
         f"a teacher is called {name!r}: logs and losses carry its name, so letters, digits and _ only"

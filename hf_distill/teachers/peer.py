@@ -23,16 +23,16 @@ from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from ..models.sidecar import gathered_state_dict
-from .base import Beside
-from .compatibility import check_fit, check_kinds
+from .base import JointStep
+from .compatibility import check_kinds, check_teacher_student
 from .input_limits import InputLimits, check_data
 from .pretrained import as_path, check_checkpoint, hub_options, load_pretrained, read_config
-from .trained import TrainedTeacher
+from .trainable import TrainableTeacher
 
 logger = logging.get_logger(__name__)
 
 
-class PeerTeacher(TrainedTeacher):
+class PeerTeacher(TrainableTeacher):
     """A second model that learns while it teaches: online distillation, or mutual learning (1706.00384).
 
     online: the peer learns by cross entropy with the labels, and no loss of the student reaches it.
@@ -45,13 +45,15 @@ class PeerTeacher(TrainedTeacher):
         learning_rate: of the peer; None: the run's.
         weight_decay: of the peer; None: the run's.
         max_grad_norm: the peer's gradient is clipped apart from the student's, to this; None: the run's.
-        frozen_after: progress of the training, in (0, 1], from which the peer does not learn any more; None: it does.
+        freeze_at_progress: progress of the training, in (0, 1], from which the peer is frozen; None: never.
         processing_class: its tokenizer, compared with the student's; None: the one beside the model's files.
         init_kwargs: passed to `from_pretrained`.
 
     Raises:
         DistillError: a value out of range.
     """
+
+    model: Any = None
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class PeerTeacher(TrainedTeacher):
         learning_rate: float | None = None,
         weight_decay: float | None = None,
         max_grad_norm: float | None = None,
-        frozen_after: float | None = None,
+        freeze_at_progress: float | None = None,
         processing_class: Any = None,
         **init_kwargs,
     ):
@@ -71,8 +73,8 @@ class PeerTeacher(TrainedTeacher):
                 problems.append(f"{name} of the peer is {value}; it must be 0 or more")
         if max_grad_norm is not None and not max_grad_norm > 0:
             problems.append(f"max_grad_norm of the peer is {max_grad_norm}; it must be more than 0")
-        if frozen_after is not None and not 0 < frozen_after <= 1:
-            problems.append(f"frozen_after is {frozen_after}; it is a progress of the training, in (0, 1]")
+        if freeze_at_progress is not None and not 0 < freeze_at_progress <= 1:
+            problems.append(f"freeze_at_progress is {freeze_at_progress}; it is a progress of the training, in (0, 1]")
         if not isinstance(model, str) and init_kwargs:
             problems.append(f"{sorted(init_kwargs)} were given beside a model that is loaded already: leave them out")
         raise_if_any(problems)
@@ -81,8 +83,8 @@ class PeerTeacher(TrainedTeacher):
         self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
         self._path = model if isinstance(model, str) else None
         self.kind = "mutual" if mutual else "online"
-        self.options = {"lr": learning_rate, "weight_decay": weight_decay}
-        self._max_grad_norm, self.frozen_after = max_grad_norm, frozen_after
+        self.optimizer_overrides = {"lr": learning_rate, "weight_decay": weight_decay}
+        self._max_grad_norm, self.freeze_at_progress = max_grad_norm, freeze_at_progress
         self.processing_class = processing_class
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
@@ -96,7 +98,7 @@ class PeerTeacher(TrainedTeacher):
         if isinstance(given, str):
             given = read_config(given, options)
             check_checkpoint(self._given, task, given)
-        check_fit(
+        check_teacher_student(
             given, student, self.processing_class, processing_class, str(self._path or ""), **hub_options(options)
         )
         if self.model is None and self._path is None:
@@ -111,28 +113,28 @@ class PeerTeacher(TrainedTeacher):
                 f"Nothing of the peer, a {type(unwrap_model(self.model)).__name__}, can be trained: load it in "
                 "float32, with parameters that require gradients, or use a FrozenTeacher."
             )
-        self.trained = self.model
+        self.trainable_module = self.model
 
     def check_data(self, rows: Any, name: str) -> None:
         """Refuse rows with ids beyond the peer's embedding."""
         check_data(self._limits, rows, name)
 
-    def unfit(self, args: TrainingArguments) -> list[str]:
+    def check_arguments(self, args: TrainingArguments) -> list[str]:
         """What the strategy or the run's arguments would not do for the peer."""
-        self.clipped, problems = self._max_grad_norm or args.max_grad_norm, []
+        self.max_grad_norm, problems = self._max_grad_norm or args.max_grad_norm, []
         if args.fsdp or any(hasattr(p, "to_local") for p in self.model.parameters()):
             problems.append("a peer is trained inside the student and not sharded by FSDP: use DDP or DeepSpeed")
         if args.deepspeed and self._max_grad_norm is not None:
             problems.append("DeepSpeed clips all gradients together: leave the peer's max_grad_norm out")
-        if args.deepspeed and self.frozen_after is not None:
-            problems.append("DeepSpeed goes on moving what has no gradient: leave frozen_after out, or use DDP")
+        if args.deepspeed and self.freeze_at_progress is not None:
+            problems.append("DeepSpeed goes on moving what has no gradient: leave freeze_at_progress out, or use DDP")
         if self._max_grad_norm is not None and not args.max_grad_norm:
             problems.append("max_grad_norm of the run is 0, which clips nothing: set it, or leave the peer's out")
-        if self.frozen_after is not None and args.ddp_find_unused_parameters is None:
+        if self.freeze_at_progress is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = args.world_size > 1 or None  # of a peer that is frozen by then
         return problems
 
-    def learn(self, terms: Sequence[Term]) -> list[Term]:
+    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
         """Make the peer's terms of the student's: `peer_hard`, and `peer_soft` of a mutual one."""
         soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
         self.terms = [replace(hard, name="peer_hard", weight=hard.weight if self._mutual else 1.0)]
@@ -143,9 +145,9 @@ class PeerTeacher(TrainedTeacher):
                     "Mutual learning with alpha 1: each model learns from the other alone, and nothing anchors the "
                     "pair to the data. Set alpha below 1."
                 )
-        return super().learn(terms)
+        return super().adapt_objective(terms)
 
-    def stack(self, which: str | None = None) -> LayerStack:
+    def layer_stack(self, which: str | None = None) -> LayerStack:
         """The peer's blocks."""
         return get_layer_stack(self.model, which)
 
@@ -156,18 +158,18 @@ class PeerTeacher(TrainedTeacher):
                 self.model, self._limits.readable(accepted_inputs(self.model, inputs)), targets, feature_requests
             )
 
-    def beside(
+    def joint_step(
         self,
         inputs: dict,
         targets: Targets,
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
-    ) -> Beside:
+    ) -> JointStep:
         """The peer's forward and its own loss."""
-        frozen = self.frozen_after is not None and self.progress >= self.frozen_after
+        frozen = self.freeze_at_progress is not None and self.progress >= self.freeze_at_progress
         inputs = self._limits.readable(accepted_inputs(self.model, inputs))
         measure_output_head(self.model, inputs)
-        return _PeerRun(self.model, self.terms, frozen, inputs, targets, feature_requests, num_items)
+        return _PeerStep(self.model, self.terms, frozen, inputs, targets, feature_requests, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
         """Write the peer as a folder of its own, as `from_pretrained` loads it.
@@ -183,7 +185,7 @@ class PeerTeacher(TrainedTeacher):
                 self.processing_class.save_pretrained(folder)
 
 
-class _PeerRun(Beside):
+class _PeerStep(JointStep):
     """One forward of the peer inside the student's."""
 
     def __init__(self, model, terms, frozen, inputs, targets, feature_requests, num_items):
@@ -204,7 +206,7 @@ class _PeerRun(Beside):
         learning = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learning), capture_features(self.model, self.feature_requests) as found:
             loss, _, done = forward_with_loss(self.model, self.inputs, self.targets, {}, jobs)
-        self.told = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
+        self.teacher_signals = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
         names = {"aux": "peer_aux"}
         self.per_token = {names.get(name, name): values for name, values in done.head.per_token.items()}
         return loss

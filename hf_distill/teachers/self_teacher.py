@@ -11,23 +11,23 @@ from ..models.module_state import eval_mode
 from .base import Teacher
 
 
-class ItselfTeacher(Teacher):
+class SelfTeacher(Teacher):
     """The student in eval mode and in a state that classes which derive say; `prepare` sets `model` to it."""
 
-    bound = True
+    tied_to_student = True
 
     @abstractmethod
-    def other_state(self) -> AbstractContextManager[None]:
+    def teacher_mode(self) -> AbstractContextManager[None]:
         """While it lasts, the student is the teacher."""
 
-    def stack(self, which: str | None = None) -> LayerStack:
+    def layer_stack(self, which: str | None = None) -> LayerStack:
         """The student's blocks."""
         return get_layer_stack(self.model, which)
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the student as the teacher."""
         measure_output_head(self.model, inputs)
-        with eval_mode(self.model), self.other_state():
+        with eval_mode(self.model), self.teacher_mode():
             return self._told(extract_signals(self.model, inputs, targets, feature_requests))
 
     def _told(self, signals: Signals) -> Signals:

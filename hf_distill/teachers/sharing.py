@@ -11,7 +11,7 @@ from .base import Teacher
 from .frozen import FrozenTeacher
 from .multi_teacher import MultiTeacher
 from .peer import PeerTeacher
-from .weight_drift import local
+from .weight_drift import local_shard
 
 
 def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: Teacher) -> list[str]:
@@ -31,13 +31,13 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
     model = teacher.model
     if not isinstance(teacher, FrozenTeacher | PeerTeacher) or not isinstance(model, nn.Module):
         return []
-    pointers = {local(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
+    pointers = {local_shard(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
     own = strip_sidecar(dict(student.named_parameters()))  # a peer that trains hangs in the student's sidecar
-    if shared := [name for name in own if name in trained and local(own[name]).data_ptr() in pointers]:
+    if shared := [name for name in own if name in trained and local_shard(own[name]).data_ptr() in pointers]:
         return [
             f"the student and its teacher share {len(shared)} parameters that are trained ({', '.join(shared[:3])}): "
             "build the student from copies (copy.deepcopy of the teacher's modules), or freeze them in the student. To "
-            "distil a model from itself use OwnBaseTeacher, EMATeacher, SnapshotTeacher or MultiViewTeacher"
+            "distil a model from itself use AdapterBaseTeacher, EMATeacher, SnapshotTeacher or MultiViewTeacher"
         ]
     modules = {id(module) for module in model.modules()}
     if shared := [

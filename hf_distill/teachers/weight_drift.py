@@ -9,7 +9,7 @@ from torch import Tensor
 _SAMPLED = 4096  # numbers of each tensor, about
 
 
-class Distance:
+class WeightDrift:
     """From where a model began, as a share of its norm there.
 
     start: name -> about every k-th number of each tensor as it was
@@ -20,14 +20,14 @@ class Distance:
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:
         """Here."""
-        self.start = {name: _sample(local(tensor)).detach().float().clone() for name, tensor in tensors.items()}
+        self.start = {name: _sample(local_shard(tensor)).detach().float().clone() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def to(self, tensors: Mapping[str, Tensor], shared: bool) -> float:
         """To where the tensors are now; `shared`: each rank holds a share of them."""
-        squares = torch.zeros(2, dtype=torch.float64, device=local(next(iter(tensors.values()))).device)
+        squares = torch.zeros(2, dtype=torch.float64, device=local_shard(next(iter(tensors.values()))).device)
         for name, start in self.start.items():
-            now = local(tensors[name])
+            now = local_shard(tensors[name])
             moved = _sample(now).float() - start
             share = now.numel() / max(start.numel(), 1)
             squares += share * torch.stack([moved.square().sum(), start.square().sum()]).double()
@@ -36,14 +36,14 @@ class Distance:
         return float((squares[0] / squares[1]).sqrt())
 
 
-def local(tensor: Any) -> Tensor:
+def local_shard(tensor: Any) -> Tensor:
     """What this rank holds of a tensor."""
     if hasattr(tensor, "ds_tensor"):
         return tensor.ds_tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def is_shared(model: torch.nn.Module) -> bool:
+def is_sharded(model: torch.nn.Module) -> bool:
     """Whether ranks hold shares of a model's parameters (ZeRO-3, FSDP2)."""
     return any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in model.parameters())
 

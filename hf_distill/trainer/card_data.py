@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from ..core.io import environment, measured
+from ..core.io import environment, held_out_metrics
 from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import Judged, Licence, judge, licence_of
 from ..model_card import Facts, missing
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
-from .config import fields_of
+from .config import distill_arguments
 
 _OBJECTIVE = ("temperature", "alpha", "divergence", "losses")
 _DEFAULTS = {"temperature": 2.0, "alpha": 0.5, "divergence": "forward_kl", "losses": None}
 
 
-def facts_of_trainer(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], judged: Judged) -> Facts:
+def trainer_card_data(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], judged: Judged) -> Facts:
     """What is known by now.
 
     Args:
@@ -33,7 +33,7 @@ def facts_of_trainer(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]
     args, state, model = trainer.args, trainer.state, unwrap_model(trainer.model)
     name: Any = model.name_or_path
     evaluated = next((log for log in reversed(state.log_history) if "eval_loss" in log), None)
-    held_out = {"student": measured(evaluated)} if evaluated else {}
+    held_out = {"student": held_out_metrics(evaluated)} if evaluated else {}
     rows = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     chat = getattr(trainer.processing_class, "chat_template", None)
     adapters = hasattr(unwrap_parallel(trainer.model), "peft_config")
@@ -42,7 +42,7 @@ def facts_of_trainer(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]
         task=model_type_of(trainer.model).pipeline,
         student={"model": public_name(name), "parameters": _count(model), "adapters": adapters},
         teachers=teachers,
-        objective={k: v for k, v in fields_of(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS),
+        objective={k: v for k, v in distill_arguments(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS),
         data={"sources": _sources(rows)} | {f"{part}_rows": _length(data) for part, data in rows.items()},
         training={
             "steps": state.global_step,
@@ -60,7 +60,7 @@ def facts_of_trainer(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]
     )
 
 
-def taught_by(teacher: Teacher) -> dict[str, dict[str, Any]]:
+def teacher_info(teacher: Teacher) -> dict[str, dict[str, Any]]:
     """What is known of each teacher, with its licence."""
     several = teacher.teachers if isinstance(teacher, MultiTeacher) else {"teacher": teacher}
     found = {}
@@ -79,7 +79,7 @@ def taught_by(teacher: Teacher) -> dict[str, dict[str, Any]]:
     return found
 
 
-def judged_by(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> Judged:
+def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> Judged:
     """The student's licence, as far as the Hub tells."""
     licences = {name: Licence(t["licence"], forbids=t["forbids"]) for name, t in teachers.items() if t.get("model")}
     base = _known_licence(public_name(student)) if student else None
@@ -108,7 +108,7 @@ def _sources(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-_ASIDE = (
+_EXCLUDED_PREFIXES = (
     *("output", "hub", "push", "logging", "log_", "report", "run_name", "save", "eval", "do_", "project", "trackio"),
     *("disable_tqdm", "dataloader", "use_cpu", "local_rank", "resume", "deepspeed", "fsdp", *_OBJECTIVE),
 )
@@ -120,7 +120,7 @@ def _arguments(args: Any) -> dict[str, Any]:
     return {
         name: value.value if isinstance(value, Enum) else value
         for name, value in changed.items()
-        if not name.startswith(_ASIDE) and isinstance(value, int | float | str | Enum)
+        if not name.startswith(_EXCLUDED_PREFIXES) and isinstance(value, int | float | str | Enum)
     }
 
 

@@ -3,21 +3,21 @@
 from typing import Any
 
 from ..errors import DistillError
-from .config import CARE, DistillFields, fields_of
+from .config import RUNTIME_FIELDS, DistillArguments, distill_arguments
 
 
 def objective_arguments(args: Any) -> dict[str, Any]:
     """Copies of the arguments that the objective is made of."""
-    return fields_of(args) | {"label_smoothing_factor": args.label_smoothing_factor}
+    return distill_arguments(args) | {"label_smoothing_factor": args.label_smoothing_factor}
 
 
-def changed_arguments(args: Any, before: dict[str, Any], distilling: bool) -> list[str]:
+def changed_arguments(args: Any, before: dict[str, Any], is_distilling: bool) -> list[str]:
     """Names of what was changed in a trainer's arguments since the objective was made of them.
 
     Args:
         args: the trainer's arguments.
         before: `objective_arguments` that the objective was made of.
-        distilling: whether there is a teacher.
+        is_distilling: whether there is a teacher.
 
     Raises:
         DistillError: a value out of range, or a change that cannot be taken any more.
@@ -26,11 +26,11 @@ def changed_arguments(args: Any, before: dict[str, Any], distilling: bool) -> li
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not changed:
         return []
-    if isinstance(args, DistillFields):
-        DistillFields.__post_init__(args)  # reads JSON, and refuses what is out of range
+    if isinstance(args, DistillArguments):
+        DistillArguments.__post_init__(args)  # reads JSON, and refuses what is out of range
     if fixed := [name for name in changed if name.startswith("teacher_")]:
         raise DistillError(f"{fixed} changed after the teacher was loaded: make a new trainer with these arguments.")
-    unused = [name for name in changed if name not in ("label_smoothing_factor", "stop_on_signal", *CARE)]
-    if unused and not distilling:
+    unused = [name for name in changed if name not in ("label_smoothing_factor", "stop_on_signal", *RUNTIME_FIELDS)]
+    if unused and not is_distilling:
         raise DistillError(f"{unused} changed, and there is no teacher: pass one, with alpha above 0.")
     return changed

@@ -14,13 +14,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..errors import DistillError, RunError
-from .checkpoints import Flaw, begin, checkpoints_of, flaw, hint, listed, newest_whole, remove, restore, rotate, seal
+from .checkpoints import (
+    CheckpointDefect,
+    checkpoint_defect,
+    checkpoints_of,
+    hint,
+    latest_complete,
+    listed,
+    mark_complete,
+    mark_incomplete,
+    remove,
+    restore,
+    rotate,
+)
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
-class SavingMixin(_Base):
+class CheckpointMixin(_Base):
     """For any Trainer."""
 
     _verified: Path | None = None  # the checkpoint that was read last and is complete
@@ -57,7 +69,7 @@ class SavingMixin(_Base):
         """
         folder = Path(self.args.output_dir)
         self._restore(folder)
-        flaws: dict[Path, Flaw] = {}
+        flaws: dict[Path, CheckpointDefect] = {}
         for path in self._checkpoints(folder):
             found = self._flaw(path)
             if found is None:
@@ -89,9 +101,9 @@ class SavingMixin(_Base):
         then = f"{whole} is complete: resume from that" if whole else "No other is complete: start again"
         raise DistillError(f"Training cannot be resumed from {path}: {found}. {then}.{hint(path, found)}")
 
-    def _flaw(self, path: Path) -> Flaw | None:
+    def _flaw(self, path: Path) -> CheckpointDefect | None:
         """What is wrong with a checkpoint; the ranks that save read it, and all ranks get the same answer."""
-        flaws = [flaw(path) if self.args.should_save and path.is_dir() else None]
+        flaws = [checkpoint_defect(path) if self.args.should_save and path.is_dir() else None]
         if self.accelerator.num_processes > 1:
             flaws = gather_object(flaws)
         found = next((each for each in flaws if each is not None), None)
@@ -138,7 +150,7 @@ class SavingMixin(_Base):
         self._verified = None
         try:
             if self.args.should_save:
-                begin(folder)
+                mark_incomplete(folder)
             self.accelerator.wait_for_everyone()
             with self._no_rotation():
                 super()._save_checkpoint(model, trial)
@@ -187,7 +199,7 @@ class SavingMixin(_Base):
     def _seal(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(folder)
+            mark_complete(folder)
         self.accelerator.wait_for_everyone()
 
     def _discard(self, folder: Path) -> None:
@@ -203,7 +215,7 @@ class SavingMixin(_Base):
         if not _for_want_of_room(error, free, written):
             return
         self._discard(folder)
-        whole = newest_whole(folder.parent)
+        whole = latest_complete(folder.parent)
         last = f"resume from {whole.name}, which is complete" if whole else "start again"
         size = f"{free / 1e6:,.1f} MB are free there, and {written / 1e6:,.1f} MB of it had been written"
         raise OSError(errno.ENOSPC, f"{folder} could not be written: {size}. Make room, and {last}.") from error

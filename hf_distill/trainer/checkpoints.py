@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..core.io import write_json
 
-SEAL = "checkpoint.json"
+MARK_FILE = "checkpoint.json"
 _STATE = "trainer_state.json"
 # A Trainer's pushes to the Hub leave out names that begin so.
 _REMOVED, _REPLACED = "_removed-", "_replaced-"
@@ -46,7 +46,7 @@ class _Mark(BaseModel):
 
 
 @dataclass(frozen=True)
-class Flaw:
+class CheckpointDefect:
     """Why training cannot be resumed from a checkpoint.
 
     state:  "unfinished": its writing was interrupted; "damaged": a file differs from what was written; "changed": it
@@ -61,27 +61,27 @@ class Flaw:
         return self.reason
 
 
-def begin(folder: Path) -> None:
+def mark_incomplete(folder: Path) -> None:
     """Mark a checkpoint as not yet complete. A complete one of the same step is kept aside until `seal`."""
     if folder.exists():
-        if flaw(folder, digests=False) is None:
+        if checkpoint_defect(folder, digests=False) is None:
             _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
             folder.rename(folder.with_name(f"{_REPLACED}{folder.name}"))
         else:
             remove(folder)
     folder.mkdir(parents=True)
-    write_json(folder / SEAL, {"whole": False})
+    write_json(folder / MARK_FILE, {"whole": False})
 
 
-def seal(folder: Path) -> None:
+def mark_complete(folder: Path) -> None:
     """Have the system write a checkpoint's files to the disk, then mark it as complete."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK_FILE)
     with ThreadPoolExecutor(4) as pool:  # hashing and flushing release the interpreter lock
         entries = {
             str(path.relative_to(folder)): entry for path, entry in zip(files, pool.map(_entry, files), strict=True)
         }
-    write_json(folder / SEAL, {"whole": True, "files": entries, "digest": _digest_of(entries)})
-    for path in (folder / SEAL, folder, folder.parent):
+    write_json(folder / MARK_FILE, {"whole": True, "files": entries, "digest": _digest_of(entries)})
+    for path in (folder / MARK_FILE, folder, folder.parent):
         with suppress(OSError):  # not every system opens folders
             _flush(path)
     _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
@@ -109,7 +109,7 @@ def _digest_of(entries: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def flaw(folder: Path, digests: bool = True) -> Flaw | None:
+def checkpoint_defect(folder: Path, digests: bool = True) -> CheckpointDefect | None:
     """Why training cannot be resumed from a checkpoint; None: it is complete, or has no mark (of a plain Trainer).
 
     Args:
@@ -122,34 +122,34 @@ def flaw(folder: Path, digests: bool = True) -> Flaw | None:
     try:
         TrainerState.load_from_json(str(folder / _STATE))
     except FileNotFoundError:  # a Trainer writes it last, and the kill may have come before the mark
-        return Flaw("unfinished", f"{_STATE} is missing")
+        return CheckpointDefect("unfinished", f"{_STATE} is missing")
     except (OSError, ValueError, TypeError, AttributeError):
-        return Flaw("damaged", f"{_STATE} cannot be read")
+        return CheckpointDefect("damaged", f"{_STATE} cannot be read")
     return None
 
 
-def _damage(folder: Path, digests: bool) -> Flaw | None:
+def _damage(folder: Path, digests: bool) -> CheckpointDefect | None:
     """The first difference between a checkpoint and its mark."""
     try:
-        mark = _Mark.model_validate_json((folder / SEAL).read_bytes())
+        mark = _Mark.model_validate_json((folder / MARK_FILE).read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        return Flaw("damaged", f"its {SEAL} cannot be read")
+        return CheckpointDefect("damaged", f"its {MARK_FILE} cannot be read")
     if not mark.whole:
-        return Flaw("unfinished", "it was not written to its end")
+        return CheckpointDefect("unfinished", "it was not written to its end")
     if mark.digest != _digest_of({name: entry.model_dump() for name, entry in mark.files.items()}):
-        return Flaw("damaged", f"its {SEAL} is damaged")
-    paths = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SEAL}
+        return CheckpointDefect("damaged", f"its {MARK_FILE} is damaged")
+    paths = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MARK_FILE}
     added = sorted(name for name in paths - mark.files.keys() if name.endswith(_WEIGHTS))
     if added:
-        return Flaw("changed", f"{added[0]} was added after it was written")
+        return CheckpointDefect("changed", f"{added[0]} was added after it was written")
     for name, entry in mark.files.items():
         path = folder / name
         if not path.is_file():
-            return Flaw("damaged", f"{name} is missing")
+            return CheckpointDefect("damaged", f"{name} is missing")
         if (size := path.stat().st_size) != entry.size:
-            return Flaw("damaged", f"{name} has {size:,} bytes instead of {entry.size:,}")
+            return CheckpointDefect("damaged", f"{name} has {size:,} bytes instead of {entry.size:,}")
     if digests:
         return _changed_bytes(folder, mark.files)
     return None
@@ -158,20 +158,20 @@ def _damage(folder: Path, digests: bool) -> Flaw | None:
 def is_as_written(folder: Path, name: str) -> bool:
     """Whether a file of a checkpoint has the digest that its mark records; True where there is no mark."""
     try:
-        mark = _Mark.model_validate_json((folder / SEAL).read_bytes())
+        mark = _Mark.model_validate_json((folder / MARK_FILE).read_bytes())
         return name in mark.files and mark.files[name].xxh3_128 == _digest(folder / name)
     except FileNotFoundError:
-        return not (folder / SEAL).exists()
+        return not (folder / MARK_FILE).exists()
     except (OSError, ValueError):
         return False
 
 
-def _changed_bytes(folder: Path, files: dict[str, _File]) -> Flaw | None:
+def _changed_bytes(folder: Path, files: dict[str, _File]) -> CheckpointDefect | None:
     with ThreadPoolExecutor(4) as pool:
         for name, digest in zip(files, pool.map(lambda name: _digest_if_readable(folder / name), files), strict=True):
             if digest != files[name].xxh3_128:
                 what = "cannot be read" if digest is None else "is damaged (its digest is not the recorded one)"
-                return Flaw("damaged", f"{name} {what}")
+                return CheckpointDefect("damaged", f"{name} {what}")
     return None
 
 
@@ -201,7 +201,7 @@ def restore(output_dir: Path) -> None:
         _delete(path)
     for path in output_dir.glob(f"{_REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):
         folder = path.with_name(path.name.removeprefix(_REPLACED))
-        if folder.is_dir() and flaw(folder, digests=False) is None:
+        if folder.is_dir() and checkpoint_defect(folder, digests=False) is None:
             _delete(path)
         else:
             remove(folder)
@@ -233,21 +233,21 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def newest_whole(folder: Path) -> Path | None:
+def latest_complete(folder: Path) -> Path | None:
     """The newest checkpoint of an output folder with all its files in their sizes; None if there is none.
 
     For messages: before training resumes from one, `flaw` reads it.
     """
-    return next((path for path in checkpoints_of(folder) if flaw(path, digests=False) is None), None)
+    return next((path for path in checkpoints_of(folder) if checkpoint_defect(path, digests=False) is None), None)
 
 
-def hint(path: Path, found: Flaw) -> str:
+def hint(path: Path, found: CheckpointDefect) -> str:
     """How a user accepts a checkpoint that was changed on purpose; empty where its writing was interrupted."""
     if found.state == "unfinished":
         return ""
-    return f" If you changed it on purpose, delete {path / SEAL}: training then resumes from it without checks."
+    return f" If you changed it on purpose, delete {path / MARK_FILE}: training then resumes from it without checks."
 
 
-def listed(flaws: Iterable[tuple[Path, Flaw]]) -> str:
+def listed(flaws: Iterable[tuple[Path, CheckpointDefect]]) -> str:
     """Checkpoints with their flaws, for a message."""
     return "; ".join(f"{path.name}: {found}" for path, found in flaws)

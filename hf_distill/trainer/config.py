@@ -12,11 +12,11 @@ from ..losses.objective import Term, objective
 from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
 
-CARE = ("self_check", "max_nonfinite_steps")  # of how training is watched, not of what is learnt
+RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps")  # of how training is watched, not of what is learnt
 
 
 @dataclass
-class DistillFields:
+class DistillArguments:
     """What distilling adds to a trainer's arguments, with its defaults.
 
     Raises:
@@ -72,7 +72,7 @@ class DistillFields:
         default=True,
         metadata={"help": "Compare the first batch's loss and gradient with a plain reference on 32 tokens."},
     )
-    max_nonfinite_steps: int = field(
+    max_consecutive_nonfinite_steps: int = field(
         default=5,
         metadata={"help": "Steps whose loss or gradient is not finite are skipped; after so many in a row it stops."},
     )
@@ -88,8 +88,11 @@ class DistillFields:
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
-        if not (isinstance(self.max_nonfinite_steps, int) and self.max_nonfinite_steps >= 1):
-            raise DistillError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be at least 1 (the first)")
+        if not (isinstance(self.max_consecutive_nonfinite_steps, int) and self.max_consecutive_nonfinite_steps >= 1):
+            raise DistillError(
+                f"max_consecutive_nonfinite_steps is {self.max_consecutive_nonfinite_steps}; it must "
+                "be at least 1 (the first)"
+            )
         problems: list[str] = []
         with collect_errors(problems):
             self._choose_direction()
@@ -112,22 +115,22 @@ class DistillFields:
 
 
 @dataclass
-class DistillConfig(DistillFields, TrainingArguments):
+class DistillConfig(DistillArguments, TrainingArguments):
     """`transformers.TrainingArguments` and the fields of a distillation.
 
     Every field can be set from a command line through `HfArgumentParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *DistillArguments._DICT_FIELDS]
 
     def __post_init__(self):
-        DistillFields.__post_init__(self)
+        DistillArguments.__post_init__(self)
         TrainingArguments.__post_init__(self)
 
 
-def fields_of(args: Any) -> dict[str, Any]:
+def distill_arguments(args: Any) -> dict[str, Any]:
     """Copies of the values of the fields of a distillation in any arguments; empty if there are none."""
-    names = [item.name for item in fields(DistillFields)] if isinstance(args, DistillFields) else []
+    names = [item.name for item in fields(DistillArguments)] if isinstance(args, DistillArguments) else []
     return {name: copy.deepcopy(getattr(args, name)) for name in names}
 
 

@@ -86,25 +86,25 @@ class Distiller:
         targets.check_ids(size)
         tokens = self.features.tokens(inputs, targets)
         feature_requests = self.features.feature_requests(tokens)
-        beside = teacher.beside(inputs, targets, feature_requests, num_items)
-        told = Signals(None) if beside else teacher(inputs, targets, feature_requests)
+        joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items)
+        told = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
         asked = targets
-        inputs, targets = teacher.seen(inputs, targets, model.training)
+        inputs, targets = teacher.transform_student_batch(inputs, targets, model.training)
         tokens = tokens if targets is asked else self.features.tokens(inputs, targets)
 
         def jobs(said: LazyLogits | DenseLogits) -> StepLosses:
             if said.vocab_size < size:  # a config can promise more classes than there are logits
                 targets.check_ids(said.vocab_size)
-            own = None if beside is None else beside(said)
-            heard = told if beside is None else beside.told
+            own = None if joint_step is None else joint_step(said)
+            heard = told if joint_step is None else joint_step.teacher_signals
             head = ChunkedLoss(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
             if self.pre_loss_hook is not None:
                 self.pre_loss_hook(head, said, heard, asked)
             return StepLosses(head, FeatureLoss(self.features.terms, heard.features, tokens, targets, num_items), own)
 
         feature_keys = self.features.said(tokens)
-        with beside.around(student) if beside else nullcontext():
+        with joint_step.context(student) if joint_step else nullcontext():
             inputs = without_foreign_inputs(model, inputs, teacher.input_names())
             loss, outputs, done = forward_with_loss(student, inputs, targets, feature_keys, jobs, keep_logits)
-        found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
+        found = done.head.per_token | done.features.per_token | (joint_step.per_token if joint_step else {})
         return StepOutput(loss, found, asked, outputs)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..core.io import write_json
 from ..model_card import FILE, card_of
 from ..models.model_types import unwrap_model
-from .card_data import facts_of_trainer, judged_by, taught_by
+from .card_data import license_decision, teacher_info, trainer_card_data
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -21,14 +21,14 @@ class HubMixin(_Base):
     """For any Trainer that distils; without a teacher everything is the Trainer's."""
 
     teacher: Any
-    distilling: bool
+    is_distilling: bool
     _known: Any = None  # teachers and licence: they do not change, and the Hub is asked for them
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the Trainer's; what goes up carries a card, which is not written while an earlier push reads it."""
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
-        if self.distilling and pushes:
+        if self.is_distilling and pushes:
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -59,7 +59,7 @@ class HubMixin(_Base):
         """
         given = {"language": language, "license": license, "finetuned_from": finetuned_from, "tasks": tasks}
         given |= {"dataset": dataset, "dataset_name": dataset_name, "tags": tags, "model_name": model_name, **others}
-        if not self.distilling:
+        if not self.is_distilling:
             super().create_model_card(**{name: value for name, value in given.items() if value is not None})
             return
         if others:
@@ -69,14 +69,14 @@ class HubMixin(_Base):
         folder = Path(self.args.output_dir)
         repo = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
         if self._known is None:
-            teachers, model = taught_by(self.teacher), unwrap_model(self.model)
-            self._known = teachers, judged_by(teachers, str(model.name_or_path), repo)
+            teachers, model = teacher_info(self.teacher), unwrap_model(self.model)
+            self._known = teachers, license_decision(teachers, str(model.name_or_path), repo)
             for line in self._known[1].conflicts if self.args.push_to_hub else ():
                 logger.warning(f"Licence of {repo}: {line}. Read it before others use it.")
         teachers, judged = self._known
         judged = judged if license is None else replace(judged, id=license)
         titled = repo if model_name in (None, repo.rpartition("/")[2]) else str(model_name)
-        facts = facts_of_trainer(self, titled, teachers, judged)
+        facts = trainer_card_data(self, titled, teachers, judged)
         card = card_of(facts)
         metadata = {"language": language, "base_model": finetuned_from, "pipeline_tag": tasks}
         metadata["datasets"] = _listed(dataset) or _listed(dataset_name) or None

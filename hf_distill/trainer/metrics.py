@@ -10,22 +10,22 @@ from transformers.utils import logging
 from ..losses.token_metrics import greater_is_better
 from ..models.model_types import model_type_of
 from ..teachers import Teacher
-from .config import DistillFields
+from .config import DistillArguments
 from .distiller import Distiller, StepOutput
-from .source_metrics import of_sources, source_means
+from .source_metrics import average_by_source, split_by_source
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
 _STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T = 1
 _NO_TARGETS = "no target token (every label is -100)"
 _CHECK_LABELS = "Check the labels: rows may be cut off before their targets begin."
-EVERY = 4  # in training they are taken on every fourth block of tokens, in evaluation on all
+TRAIN_STATISTICS_EVERY = 4  # in training they are taken on every fourth block of tokens, in evaluation on all
 
 
 class MetricsMixin(_Base):
     """For any Trainer that has a `distiller`; nothing is measured of a step that is not collect_errors."""
 
-    distilling: bool
+    is_distilling: bool
     _total_loss_scalar: float
     _tr_loss: torch.Tensor
     distiller: Distiller
@@ -45,7 +45,7 @@ class MetricsMixin(_Base):
     def _choose_direction(self) -> None:
         """Correct what `TrainingArguments` chose for a metric that it does not know; others say what they chose."""
         args, metric = self.args, self.args.metric_for_best_model
-        if isinstance(args, DistillFields) or metric is None or not args.greater_is_better:
+        if isinstance(args, DistillArguments) or metric is None or not args.greater_is_better:
             return
         if greater_is_better(metric) is False:
             args.greater_is_better = False
@@ -63,14 +63,14 @@ class MetricsMixin(_Base):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """As the Trainer's; counts steps without a target token, whose loss of 0 is no part of a mean."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
+        if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
             has_targets = torch.as_tensor(num_items_in_batch, device=loss.device).reshape(()) > 0
             self._steps = self._steps.to(loss.device) + torch.stack([torch.ones_like(has_targets), has_targets])
         return loss
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, whose `train_loss` is a mean over all steps."""
-        if self.distilling and self.state.global_step > self._initial_global_step:
+        if self.is_distilling and self.state.global_step > self._initial_global_step:
             factor = self._over_steps_with_targets(self._all_steps.to(self._steps.device) + self._steps)
             self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
         return super()._finalize_training(*args, **kwargs)
@@ -80,7 +80,7 @@ class MetricsMixin(_Base):
         count, with_targets = steps.tolist()
         return mean_of(count, with_targets) if count else 1.0
 
-    def note(self, step: StepOutput, source: Any, training: bool) -> None:
+    def record_step(self, step: StepOutput, source: Any, training: bool) -> None:
         """Take a step's numbers, for the next log or the evaluation that runs.
 
         Args:
@@ -88,7 +88,7 @@ class MetricsMixin(_Base):
             source: of a mixture's batch, or None.
             training: whether the model trains.
         """
-        step.per_token.update(of_sources(step, source, self._sources))
+        step.per_token.update(split_by_source(step, source, self._sources))
         if training:
             self._add_train_sums(step)
         elif self._eval_rows is not None:
@@ -104,7 +104,7 @@ class MetricsMixin(_Base):
         asked = torch.tensor(float(len(step.targets)), device=step.loss.device)
         self._step_sums["asked"] = self._step_sums.get("asked", 0.0) + asked
 
-    def settle(self, taken: bool) -> None:
+    def commit_step(self, taken: bool) -> None:
         """A step is over; the numbers of one that was skipped are forgotten."""
         sums, self._step_sums = self._step_sums, {}
         for name, value in sums.items() if taken else ():
@@ -146,7 +146,7 @@ class MetricsMixin(_Base):
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+    def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Terms and statistics, averaged over the asked tokens, under the names that users see."""
         mean = {name: mean_of(total, sums["asked"]) for name, total in sums.items()}
         learnt = [*self.distiller.terms, *self.teacher.terms]
@@ -154,10 +154,10 @@ class MetricsMixin(_Base):
         terms |= {f"{name}_loss": mean[name] for name in ("aux", "peer_aux") if name in mean}
         measured = sums.get("measured", 0.0)
         statistics = {name: mean_of(sums[name], measured) for name in _STATISTICS if name in sums}
-        return terms | source_means(sums, self._sources) | statistics
+        return terms | average_by_source(sums, self._sources) | statistics
 
     def _eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        means = self._means(sums)
+        means = self._average_metrics(sums)
         loss = sum(t.weight * means[f"{t.name}_loss"] for t in self.distiller.terms) + means.get("aux_loss", 0.0)
         metrics = {"loss": loss, **means}
         if model_type_of(self.model).vocabulary:
@@ -175,10 +175,10 @@ class MetricsMixin(_Base):
                 logger.warning(
                     f"Training found {_NO_TARGETS} since the last log, so that its loss is NaN. {_CHECK_LABELS}"
                 )
-            logs |= self._means(sums) | self.learned_layers()
+            logs |= self._average_metrics(sums) | self.learned_layers()
             logs |= self.teacher.metrics()
             self._train_sums = {}
-        if "loss" in logs and self.distilling:
+        if "loss" in logs and self.is_distilling:
             logs["loss"] *= self._over_steps_with_targets(self._steps)
             self._all_steps = self._all_steps.to(self._steps.device) + self._steps
             self._steps = torch.zeros_like(self._steps)

@@ -13,36 +13,43 @@ from transformers.utils import logging
 from ..core.io import write_json
 from ..errors import RunError
 from ..models.model_types import unwrap_parallel
-from ..teachers.weight_drift import is_shared
-from .checkpoints import newest_whole
-from .nonfinite_report import Found, Leaps, Seen, found_of, nonfinite_weight, places_of
+from ..teachers.weight_drift import is_sharded
+from .checkpoints import latest_complete
+from .nonfinite_report import (
+    LossSpikeDetector,
+    MicroBatchRecord,
+    NonFiniteReport,
+    locate_nonfinite_tokens,
+    merge_reports,
+    nonfinite_weight,
+)
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
-FILE = "not-finite.json"
+FILE = "nonfinite_steps.json"
 
 
-class FiniteMixin(_Base):
+class NonFiniteMixin(_Base):
     """For any Trainer; where all is finite it changes nothing.
 
     A step that is skipped counts as one: the order of the data, the schedule and the log go on as they would. Under an
     fp16 scaler a gradient that overflows is the scaler's own affair: it skips, and tries a smaller scale.
     """
 
-    max_nonfinite_steps: int
+    max_consecutive_nonfinite_steps: int
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._seen: list[Seen] = []
+        self._micro_batches: list[MicroBatchRecord] = []
         self._losses: list[Tensor] = []  # of this step's micro-batches
         self._taken: list[Tensor] = []  # of each step since the last log
         self._skipped = 0  # since the last log
-        self._in_a_row: list[Found] = []
+        self._in_a_row: list[NonFiniteReport] = []
         self._is_taken = True  # whether the last step's loss and gradient were finite
         self._counts = {True: 0, False: 0}  # of the training: steps that were, and that were not
-        self._leaps = Leaps()
+        self._leaps = LossSpikeDetector()
         super().__init__(*args, **kwargs)
 
-    def settle(self, taken: bool) -> None:
+    def commit_step(self, taken: bool) -> None:
         """A step is over: whether it was taken, or skipped. For whoever keeps numbers of it."""
 
     @property
@@ -52,8 +59,8 @@ class FiniteMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; called again with a smaller batch after one that did not fit into memory."""
-        self._losses, self._seen, self._taken, self._in_a_row = [], [], [], []
-        self._skipped, self._leaps, self._is_taken = 0, Leaps(), True
+        self._losses, self._micro_batches, self._taken, self._in_a_row = [], [], [], []
+        self._skipped, self._leaps, self._is_taken = 0, LossSpikeDetector(), True
         self._counts = {True: 0, False: 0}
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -73,17 +80,17 @@ class FiniteMixin(_Base):
         """Called once a step, before the optimizer's.
 
         Raises:
-            RunError: `max_nonfinite_steps` in a row were skipped; or one was not finite that cannot be skipped.
+            RunError: `max_consecutive_nonfinite_steps` were skipped, or a step cannot be skipped.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if not self._losses:  # of a Trainer with a step of its own
             return norm
         losses, self._losses = torch.stack(self._losses), []
-        seen, self._seen = self._seen, []
-        whole = self._everywhere(torch.stack([losses.isfinite().all(), _finite(norm, losses.device)]))
+        seen, self._micro_batches = self._micro_batches, []
+        whole = self._all_ranks(torch.stack([losses.isfinite().all(), _norm_is_finite(norm, losses.device)]))
         self._is_taken = all(whole)
         self._counts[self._is_taken] += 1
-        self.settle(self._is_taken)
+        self.commit_step(self._is_taken)
         if all(whole):
             self._in_a_row = []
             self._taken.append(losses.sum())
@@ -108,53 +115,53 @@ class FiniteMixin(_Base):
         model = unwrap_parallel(self.model)
         name = nonfinite_weight(model)
         if (
-            is_shared(model) or self.is_fsdp_enabled
+            is_sharded(model) or self.is_fsdp_enabled
         ) and self.accelerator.num_processes > 1:  # shards differ, and all ranks save together
             name = next((each for each in gather_object([name]) if each is not None), None)
         if name is None:
             return
         step = self._in_a_row[0].step - 1 if self._in_a_row else self.state.global_step
         when = f"after step {step}" if step else "before the first step"
-        whole = newest_whole(Path(self._get_output_dir(trial=None)))
+        whole = latest_complete(Path(self._get_output_dir(trial=None)))
         go_on = f"resume from {whole}, which is complete" if whole else "start again"
         raise RunError(
             f"The weights are not finite {when} (first: {name}). {consequence}. To go on, {go_on}, with a smaller "
             f"learning_rate (it is {self.args.learning_rate:.3g}) or max_grad_norm, or a longer warm-up."
         )
 
-    def _everywhere(self, flags: Tensor) -> list[bool]:
+    def _all_ranks(self, flags: Tensor) -> list[bool]:
         """Whether they are true on all ranks: what one skips, all skip."""
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags.float(), "sum") >= self.accelerator.num_processes
         return flags.tolist()
 
-    def _skip(self, model: Any, seen: list[Seen], loss: bool) -> None:
+    def _skip(self, model: Any, seen: list[MicroBatchRecord], loss: bool) -> None:
         found = self._found(model, seen, loss)
         self._in_a_row.append(found)
         self._check_weights("No further step can be taken")
         model.zero_grad()  # an optimizer leaves parameters without a gradient as they are
         moved = self.is_deepspeed_enabled or any(word in str(self.args.optim) for word in ("lomo", "layerwise"))
-        if moved or len(self._in_a_row) >= self.max_nonfinite_steps:
+        if moved or len(self._in_a_row) >= self.max_consecutive_nonfinite_steps:
             self._stop(found, moved)
         row = f", {len(self._in_a_row)} steps in a row" if len(self._in_a_row) > 1 else ""
         logger.warning(f"Step {found.step} is skipped{row}: {found}.")
 
-    def _found(self, model: Any, seen: list[Seen], loss: bool) -> Found:
+    def _found(self, model: Any, seen: list[MicroBatchRecord], loss: bool) -> NonFiniteReport:
         tokenizer: Any = getattr(self, "processing_class", None)
 
         def text(token: int) -> str:
             return tokenizer.decode([token]) if hasattr(tokenizer, "decode") else ""
 
-        own = places_of(seen, self.args.process_index, text)
+        own = locate_nonfinite_tokens(seen, self.args.process_index, text)
         ranks = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
         learnt = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         broken = [name for name, grad in learnt.items() if not grad.isfinite().all()]
         # Clipping by a norm that is NaN makes all of them NaN: then they tell nothing.
-        return found_of(self.state.global_step + 1, loss, ranks, broken if len(broken) < len(learnt) else [])
+        return merge_reports(self.state.global_step + 1, loss, ranks, broken if len(broken) < len(learnt) else [])
 
-    def _stop(self, found: Found, moved: bool) -> None:
+    def _stop(self, found: NonFiniteReport, moved: bool) -> None:
         folder = Path(self._get_output_dir(trial=None))
-        whole = newest_whole(folder)
+        whole = latest_complete(folder)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             told = {"learning_rate": self._get_learning_rate(), "max_grad_norm": self.args.max_grad_norm}
@@ -164,7 +171,8 @@ class FiniteMixin(_Base):
         go_on = f"{whole} is whole: resume from it" if whole else "There is no checkpoint: start again"
         raise RunError(
             f"Training stops at step {found.step}: {len(self._in_a_row)} in a row with a loss or gradient that is not "
-            f"finite ({why}). The last: {found}. All of them are told in {folder / FILE}. {go_on}, with {_mend(found)}."
+            f"finite ({why}). The last: {found}. All of them are in {folder / FILE}. "
+            f"{go_on}, with {_suggest_fix(found)}."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -184,7 +192,7 @@ class FiniteMixin(_Base):
             return 0
         losses, self._taken, count = self.accelerator.reduce(torch.stack(self._taken), "mean").tolist(), [], 0
         for back, loss in zip(range(len(losses) - 1, -1, -1), losses, strict=True):
-            if (before := self._leaps.take(loss)) is not None:
+            if (before := self._leaps.update(loss)) is not None:
                 count += 1
                 logger.warning(
                     f"The loss leapt to {loss:.4g}, from {before:.4g} (median of the last steps), about step "
@@ -193,7 +201,7 @@ class FiniteMixin(_Base):
         return count
 
 
-def _finite(norm: Any, device: torch.device) -> Tensor:
+def _norm_is_finite(norm: Any, device: torch.device) -> Tensor:
     """Whether a gradient's norm is finite; DeepSpeed may not know one."""
     if norm is None:
         return torch.tensor(True, device=device)
@@ -201,7 +209,7 @@ def _finite(norm: Any, device: torch.device) -> Tensor:
     return norm.isfinite().to(device).reshape(())
 
 
-def _mend(found: Found) -> str:
+def _suggest_fix(found: NonFiniteReport) -> str:
     if not found.count:
         return "a smaller learning_rate or max_grad_norm, a longer warm-up, or bf16 in the place of fp16"
     if "hard" in found.finite:

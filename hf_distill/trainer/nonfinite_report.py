@@ -13,13 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..cache.example_keys import examples_of
 from ..core.signals import Targets
-from ..teachers.weight_drift import local
+from ..teachers.weight_drift import local_shard
 
 _SHOWN = 20  # places and parameters that are told; the rest is counted
 
 
 @dataclass(frozen=True)
-class Seen:
+class MicroBatchRecord:
     """A micro-batch of a step that is not taken yet.
 
     inputs:    the collator's batch
@@ -33,7 +33,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Place:
+class NonFiniteToken:
     """An asked token whose loss is not finite.
 
     rank, micro_batch, row: where it was in the step, counted from 0
@@ -55,7 +55,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Found:
+class NonFiniteReport:
     """What was not finite in a step.
 
     step:       that would have been taken, counted from 1
@@ -73,7 +73,7 @@ class Found:
     of: int
     terms: list[str]
     finite: list[str]
-    places: list[Place]
+    places: list[NonFiniteToken]
     parameters: list[str]
 
     def __str__(self) -> str:
@@ -96,7 +96,9 @@ class Found:
         return asdict(self)
 
 
-def places_of(seen: Iterable[Seen], rank: int, text: Callable[[int], str]) -> tuple[list[Place], int, int]:
+def locate_nonfinite_tokens(
+    seen: Iterable[MicroBatchRecord], rank: int, text: Callable[[int], str]
+) -> tuple[list[NonFiniteToken], int, int]:
     """The asked tokens of a step's micro-batches that are not finite: the first of them, their number, all asked.
 
     Args:
@@ -104,7 +106,7 @@ def places_of(seen: Iterable[Seen], rank: int, text: Callable[[int], str]) -> tu
         rank: of this process.
         text: of a token.
     """
-    places: list[Place] = []
+    places: list[NonFiniteToken] = []
     count = asked = 0
     for number, part in enumerate(seen):
         asked += len(part.targets)
@@ -121,11 +123,13 @@ def places_of(seen: Iterable[Seen], rank: int, text: Callable[[int], str]) -> tu
             token, position = int(part.targets.labels[t]), int(part.targets.positions[t]) % width
             row = int(part.targets.rows[t])
             told = {name: str(float(value[t])) for name, value in values.items()}
-            places.append(Place(rank, number, row, key, position, token, text(token), told))
+            places.append(NonFiniteToken(rank, number, row, key, position, token, text(token), told))
     return places, count, asked
 
 
-def found_of(step: int, loss: bool, ranks: Iterable[tuple[list[Place], int, int]], parameters: list[str]) -> Found:
+def merge_reports(
+    step: int, loss: bool, ranks: Iterable[tuple[list[NonFiniteToken], int, int]], parameters: list[str]
+) -> NonFiniteReport:
     """What was found on all ranks, as one.
 
     Args:
@@ -141,10 +145,10 @@ def found_of(step: int, loss: bool, ranks: Iterable[tuple[list[Place], int, int]
     terms = [name for name in names if any(not math.isfinite(float(v[name])) for v in values)]
     finite = [name for name in names if name not in terms]
     count, asked = sum(count for _, count, _ in ranks), sum(asked for *_, asked in ranks)
-    return Found(step, loss, count, asked, terms, finite, places, parameters[:_SHOWN])
+    return NonFiniteReport(step, loss, count, asked, terms, finite, places, parameters[:_SHOWN])
 
 
-class Leaps:
+class LossSpikeDetector:
     """Losses far above those before them: by eight times the spread that the last hundred had, and by a tenth.
 
     The spread is 1.4826 times the median distance from the median, which leaps themselves do not widen.
@@ -153,7 +157,7 @@ class Leaps:
     def __init__(self) -> None:
         self._before: deque[float] = deque(maxlen=100)
 
-    def take(self, loss: float) -> float | None:
+    def update(self, loss: float) -> float | None:
         """Take the next step's loss; the median that it leapt from. None: it did not, or is among the first 20."""
         before, middle = self._before, None
         if not math.isfinite(loss):
@@ -178,7 +182,7 @@ def nonfinite_weight(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP2 leaves some weights gathered after a forward without a backward
             module.reshard()
-    parameters = {name: local(p) for name, p in model.named_parameters()}
+    parameters = {name: local_shard(p) for name, p in model.named_parameters()}
     weights = {name: w for name, w in parameters.items() if _is_read(w)}
     statistics = {name: b for name, b in _saved_buffers(model) if _is_read(b)}  # masks may hold -inf
     largest = [_largest(weights.values()), _largest(statistics.values())]
@@ -192,7 +196,7 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}", local(buffer)
+                yield f"{prefix}.{name}", local_shard(buffer)
 
 
 def _is_read(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from ..errors import RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.output_head import LogitSample, known_output_head
-from .config import DistillFields
+from .config import DistillArguments
 
 TOKENS = 32
 _CLOSE = 1e-2  # of the largest value: TF32 and bf16 differ by thousandths, another objective by more
@@ -36,7 +36,7 @@ class SelfCheck:
     student, teacher: the models whose own logits are compared with, where there are such
     """
 
-    fields: DistillFields
+    fields: DistillArguments
     inputs: dict
     shift: bool
     student: nn.Module | None = None

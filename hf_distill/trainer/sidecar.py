@@ -28,11 +28,13 @@ class SidecarMixin(_Base):
     """For any Trainer whose student may wear a sidecar; without one everything is the Trainer's."""
 
     _features = Features()
-    _trained: nn.Module | None = None  # of the teacher
-    _clipped: float | None = None
-    _groups: Mapping[tuple[str, ...], Mapping[str, float | None]] = MappingProxyType({})  # kinds of parts -> options
+    _teacher_module: nn.Module | None = None  # of the teacher
+    _teacher_max_grad_norm: float | None = None
+    _param_group_options: Mapping[tuple[str, ...], Mapping[str, float | None]] = MappingProxyType(
+        {}
+    )  # kinds of parts -> options
 
-    def wear(self, features: Features, teacher: Teacher | None = None, renew: bool = True) -> None:
+    def attach_sidecar(self, features: Features, teacher: Teacher | None = None, renew: bool = True) -> None:
         """Attach what is trained beside the model to it, in the place of an earlier sidecar.
 
         Args:
@@ -43,18 +45,18 @@ class SidecarMixin(_Base):
         Raises:
             DistillError: it would not be optimized as asked.
         """
-        same = (features.layout, None if teacher is None else teacher.trained) == (
+        same = (features.layout, None if teacher is None else teacher.trainable_module) == (
             self._features.layout,
-            self._trained,
+            self._teacher_module,
         )
         self._features = features
         groups: dict[tuple[str, ...], Mapping[str, float | None]] = {}
         groups[("projectors", "mappings")] = features.projectors.options
-        self._trained = self._clipped = None
-        if teacher is not None and teacher.trained is not None:
-            self._trained, self._clipped = teacher.trained, teacher.clipped
-            groups[("teacher",)] = teacher.options
-        self._groups = groups
+        self._teacher_module = self._teacher_max_grad_norm = None
+        if teacher is not None and teacher.trainable_module is not None:
+            self._teacher_module, self._teacher_max_grad_norm = teacher.trainable_module, teacher.max_grad_norm
+            groups[("teacher",)] = teacher.optimizer_overrides
+        self._param_group_options = groups
         if renew or not same:
             self._attach(self.model)
         if self._sidecar is None:
@@ -66,7 +68,9 @@ class SidecarMixin(_Base):
                 "`optimizer_cls_and_kwargs`."
             )
         config = getattr(self.args, "hf_deepspeed_config", None)
-        own = [kinds[0] for kinds, given in self._groups.items() if any(v is not None for v in given.values())]
+        own = [
+            kinds[0] for kinds, given in self._param_group_options.items() if any(v is not None for v in given.values())
+        ]
         if own and config is not None and "optimizer" in config.config:
             raise DistillError(
                 f"The {own[0]} has a learning_rate or weight_decay of its own, but DeepSpeed's config makes the "
@@ -81,8 +85,8 @@ class SidecarMixin(_Base):
 
     def _attach(self, model: nn.Module) -> None:
         parts: dict[str, dict[str, nn.Module]] = self._features.parts(self.args.seed) if self._features.terms else {}
-        if self._trained is not None:
-            parts["teacher"] = {"model": self._trained}
+        if self._teacher_module is not None:
+            parts["teacher"] = {"model": self._teacher_module}
         attach(model, Sidecar(parts).to(self.args.device) if parts else None)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -96,24 +100,24 @@ class SidecarMixin(_Base):
         brought = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         sidecar = self._sidecar
-        for kinds, options in self._groups.items():
+        for kinds, options in self._param_group_options.items():
             if sidecar is None:
                 break
             parts = [sidecar.parts[kind] for kind in kinds if kind in sidecar.parts]
             trained = [p for part in parts for p in part.parameters() if p.requires_grad]
             given = {key: value for key, value in options.items() if value is not None}
-            if given or (brought and not _holds(optimizer, trained)):
+            if given or (brought and not _contains_all(optimizer, trained)):
                 move_to_param_groups(optimizer, trained, given)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As the Trainer's; a teacher may be clipped apart, so that neither model's gradient scales the other's."""
-        if self._clipped is None or self.is_deepspeed_enabled:
+        if self._teacher_max_grad_norm is None or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
-        assert self._trained is not None
-        apart = {id(p): p for p in self._trained.parameters()}
+        assert self._teacher_module is not None
+        apart = {id(p): p for p in self._teacher_module.parameters()}
         self.accelerator.unscale_gradients()
-        its = torch.nn.utils.clip_grad_norm_(apart.values(), self._clipped)
+        its = torch.nn.utils.clip_grad_norm_(apart.values(), self._teacher_max_grad_norm)
         own = [p for p in model.parameters() if id(p) not in apart]
         norm = torch.nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
         return torch.where(its.isfinite(), norm, its)  # the step is skipped for both
@@ -151,6 +155,6 @@ class SidecarMixin(_Base):
         return found
 
 
-def _holds(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
+def _contains_all(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return all(id(p) in held for p in parameters)

@@ -6,7 +6,7 @@ from torch import Tensor
 from .distiller import StepOutput
 
 
-def of_sources(step: StepOutput, source: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+def split_by_source(step: StepOutput, source: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
     """What a step found of each source's asked tokens, zero for the others' tokens, so that sums tell them apart.
 
     Args:
@@ -24,11 +24,11 @@ def of_sources(step: StepOutput, source: Tensor | None, names: tuple[str, ...]) 
     for index, name in enumerate(names):
         mine = own == index
         found[f"asked@{name}"] = mine.to(torch.float32)
-        found |= {f"{term}@{name}": values * mine for term, values in step.per_token.items() if _told_apart(term)}
+        found |= {f"{term}@{name}": values * mine for term, values in step.per_token.items() if _is_split(term)}
     return found
 
 
-def source_means(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+def average_by_source(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
     """`soft_loss_NAME` and `hard_loss_NAME`, means over the asked tokens of each source that has any."""
     asked = {name: sums.get(f"asked@{name}", 0.0) for name in names}
     parts = {key: key.split("@", 1) for key in sums if "@" in key}
@@ -39,5 +39,5 @@ def source_means(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, fl
     }
 
 
-def _told_apart(term: str) -> bool:
+def _is_split(term: str) -> bool:
     return term in ("hard", "soft") or term.startswith("soft_")

@@ -16,12 +16,12 @@ class TeacherCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """The teacher begins, or goes on."""
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
-        self.teacher.begin(state.global_step)
+        self.teacher.on_train_begin(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         """The teacher moves, if it does."""
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
-        self.teacher.after_step(state.global_step, self.updated())
+        self.teacher.on_step_end(state.global_step, self.updated())
         self._log_at_the_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):

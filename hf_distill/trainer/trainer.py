@@ -20,25 +20,25 @@ from ..teachers import FrozenTeacher, MultiTeacher, Teacher
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import WeightsMixin
-from .checkpointing import SavingMixin
-from .config import CARE, DistillConfig, DistillFields
+from .checkpointing import CheckpointMixin
+from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
 from .distiller import Distiller
 from .hub import HubMixin
-from .metrics import EVERY, MetricsMixin
-from .nonfinite import FiniteMixin
-from .nonfinite_report import Seen
+from .metrics import TRAIN_STATISTICS_EVERY, MetricsMixin
+from .nonfinite import NonFiniteMixin
+from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarMixin
 from .signal_handling import Interrupts
 from .teacher_callback import TeacherCallback
 from .upstream import TRAINER, check_upstream
-from .validation import unfit
+from .validation import incompatible_arguments
 
 logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
 
 
-class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixin, WeightsMixin):
+class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, SidecarMixin, WeightsMixin):
     """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit, while all is finite.
@@ -56,28 +56,32 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         teachers: Any = None,
         **kwargs,
     ):
-        fields = args if isinstance(args, DistillFields) else DistillFields()
+        fields = args if isinstance(args, DistillArguments) else DistillArguments()
         if teacher is not None and teachers is not None:
             raise DistillError("Both `teacher` and `teachers` were given: name all of them in `teachers`.")
         teacher = teacher if teachers is None else teachers
         given = teacher.values() if isinstance(teacher, Mapping) else [teacher]
-        wanted = fields.alpha > 0 or bool(fields.losses) or any(isinstance(t, Teacher) and not t.soft for t in given)
+        wanted = (
+            fields.alpha > 0
+            or bool(fields.losses)
+            or any(isinstance(t, Teacher) and not t.provides_soft_labels for t in given)
+        )
         if teacher is None and fields.losses:
             raise DistillError("`losses` are set but there is no teacher: pass `teacher=` to the trainer.")
         if teacher is None and wanted:
             logger.warning_once("No teacher: this trains on the hard labels alone. Pass `teacher=` to distil.")
-        self.distilling = teacher is not None and wanted
-        self.max_nonfinite_steps = fields.max_nonfinite_steps
-        self.teacher = _as_teacher(teacher, fields) if self.distilling else None
-        if self.distilling:
+        self.is_distilling = teacher is not None and wanted
+        self.max_consecutive_nonfinite_steps = fields.max_consecutive_nonfinite_steps
+        self.teacher = build_teacher(teacher, fields) if self.is_distilling else None
+        if self.is_distilling:
             enable_zero3_gather_on_save(args)
         super().__init__(model, args, *more, **kwargs)
         self._read, self._fields = objective_arguments(self.args), fields
-        if self.distilling:
+        if self.is_distilling:
             self._choose_direction()
-            self.distil_from(self.teacher, fields)
+            self.setup_distillation(self.teacher, fields)
         else:
-            self.wear(Features())
+            self.attach_sidecar(Features())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; with `stop_on_signal` a signal ends it after the step, with a checkpoint.
@@ -95,7 +99,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         finally:
             self.remove_callback(interrupts)
 
-    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+    def setup_distillation(self, teacher: Teacher, fields: DistillArguments) -> None:
         """Take this teacher and objective from now on, for training and evaluation.
 
         Args:
@@ -105,8 +109,8 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         Raises:
             DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
         """
-        self.distilling, self.teacher = True, teacher
-        raise_if_any(unfit(self))
+        self.is_distilling, self.teacher = True, teacher
+        raise_if_any(incompatible_arguments(self))
         self.pop_callback(TeacherCallback)
         self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
         self._prepare_teacher(teacher)
@@ -123,9 +127,9 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             raise_if_any(shared)
         for name in ("train_dataset", "eval_dataset"):
             teacher.check_data(getattr(self, name), name)
-        raise_if_any(teacher.unfit(self.args) + self._renewed(teacher))
+        raise_if_any(teacher.check_arguments(self.args) + self._check_model_init(teacher))
 
-    def _set_objective(self, fields: DistillFields, renew: bool) -> None:
+    def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
         """Take an objective with the prepared teacher, whose state stays.
 
         Args:
@@ -133,21 +137,21 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             renew: whether projectors are made anew, also where the objective has the same ones.
         """
         teacher = self.teacher
-        terms = teacher.learn(fields.terms(self.args.label_smoothing_factor))
+        terms = teacher.adapt_objective(fields.terms(self.args.label_smoothing_factor))
         raise_if_any(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
         features = Features.match(
             terms,
             self.model,
-            lambda term: teacher.named(term.teacher).stack(term.stack),
+            lambda term: teacher.get_teacher(term.teacher).layer_stack(term.stack),
             ProjectorConfig.of(fields.projectors),
         )
         self.distiller = Distiller(terms, fields.chunk_tokens, features)
-        self._unchecked = fields if fields.self_check else None
+        self._pending_self_check = fields if fields.self_check else None
         # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._signature_columns: Any = None  # of the columns that a former teacher read
-        self.wear(features, teacher, renew)
+        self.attach_sidecar(features, teacher, renew)
         self._fields = fields
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -157,43 +161,43 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             DistillError: something changed that cannot be taken any more.
         """
         super()._hp_search_setup(trial)
-        changed = changed_arguments(self.args, self._read, self.distilling)
-        if self.distilling:
+        changed = changed_arguments(self.args, self._read, self.is_distilling)
+        if self.is_distilling:
             self._choose_direction()
-            raise_if_any(unfit(self) + self.teacher.unfit(self.args))
-            self._clipped = self.teacher.clipped
-        if "max_nonfinite_steps" in changed:
-            self.max_nonfinite_steps = self.args.max_nonfinite_steps
+            raise_if_any(incompatible_arguments(self) + self.teacher.check_arguments(self.args))
+            self._teacher_max_grad_norm = self.teacher.max_grad_norm
+        if "max_consecutive_nonfinite_steps" in changed:
+            self.max_consecutive_nonfinite_steps = self.args.max_consecutive_nonfinite_steps
         fields = self._fields
-        if [name for name in changed if name not in CARE or name == "self_check"]:
-            fields = self.args if isinstance(self.args, DistillFields) else DistillFields()
-        if self.distilling and (changed or self.model_init is not None):  # which made a new student
+        if [name for name in changed if name not in RUNTIME_FIELDS or name == "self_check"]:
+            fields = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
+        if self.is_distilling and (changed or self.model_init is not None):  # which made a new student
             self._set_objective(fields, renew=self.model_init is not None)
         self._read = objective_arguments(self.args)
 
-    def _renewed(self, teacher: Teacher) -> list[str]:
-        if self.model_init is None or not teacher.bound:
+    def _check_model_init(self, teacher: Teacher) -> list[str]:
+        if self.model_init is None or not teacher.tied_to_student:
             return []
         return [
             f"model_init makes a new student for each training, and a {type(teacher).__name__} is bound to one: "
             "pass model"
         ]
 
-    def unfit(self) -> list[str]:
+    def incompatible_arguments(self) -> list[str]:
         """Why this trainer cannot distil, beside what no Trainer can; see `arguments`."""
         return []
 
     def _set_signature_columns_if_needed(self) -> None:
         """As the Trainer's, and the columns that the teacher reads; each model is given what its forward accepts."""
         super()._set_signature_columns_if_needed()
-        if self.distilling:
+        if self.is_distilling:
             read = self.teacher.input_names() | input_names(self.model)
             columns: Any = self._signature_columns
             self._signature_columns = [*columns, *sorted(read - {*columns})]
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """The Trainer's count, of the tokens that the step asks."""
-        if self.distilling:
+        if self.is_distilling:
             shift = model_type_of(self.model).shifts_labels
             batch_samples = [
                 {**batch, "shift_labels": target_labels(batch, shift)} if "labels" in batch else batch
@@ -207,32 +211,32 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         Without a teacher: the Trainer's own loss. `source` of a batch is for the logs, not for models.
         """
         source, inputs = inputs.get("source"), {k: v for k, v in inputs.items() if k != "source"}
-        if not self.distilling:
+        if not self.is_distilling:
             inputs = {k: v for k, v in inputs.items() if k not in SECOND_VIEW_KEYS}
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         training = model.training
-        if self._unchecked is not None:
+        if self._pending_self_check is not None:
             frozen = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
             for measured in (model, *(() if frozen is None else (frozen,))):
                 forget_output_head(measured)
             shift = model_type_of(self.model).shifts_labels
-            self.distiller.pre_loss_hook = SelfCheck(self._unchecked, inputs, shift, model, frozen)
+            self.distiller.pre_loss_hook = SelfCheck(self._pending_self_check, inputs, shift, model, frozen)
         step = self.distiller(
             model,
             self.teacher,
             inputs,
             num_items=num_items_in_batch,
             keep_logits=self.keep_logits if not training else return_outputs,
-            statistics=EVERY if training else 1,
+            statistics=TRAIN_STATISTICS_EVERY if training else 1,
         )
-        self._unchecked = self.distiller.pre_loss_hook = None
-        self.note(step, source, training)
+        self._pending_self_check = self.distiller.pre_loss_hook = None
+        self.record_step(step, source, training)
         if training:
             learnt = [*(term.name for term in (*self.distiller.terms, *self.teacher.terms)), "aux", "peer_aux"]
             values = {name: step.per_token[name] for name in learnt if name in step.per_token}
-            self._seen.append(Seen(inputs, step.targets, values))
+            self._micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
         loss = step.loss
         if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -241,13 +245,13 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; a checkpoint also gets what a moving teacher needs to go on."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.distilling:
+        if _internal_call and output_dir is not None and self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called on resume under every strategy, after the model has been loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.distilling:
+        if checkpoint is not None and self.is_distilling:
             self.teacher.load(checkpoint, self.args.process_index)
 
 
@@ -265,9 +269,9 @@ class DistillTrainer(DistillMixin, Trainer):
     """
 
 
-def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
+def build_teacher(teacher: Any, fields: DistillArguments) -> Teacher:
     if isinstance(teacher, Mapping):
-        return MultiTeacher({name: _as_teacher(its, fields) for name, its in teacher.items()})
+        return MultiTeacher({name: build_teacher(its, fields) for name, its in teacher.items()})
     ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
     init_kwargs: Any = fields.teacher_init_kwargs or {}
     options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}

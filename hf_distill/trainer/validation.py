@@ -4,12 +4,12 @@ from typing import Any
 
 from accelerate.utils import is_compiled_module
 
-from ..teachers.loading import launched
+from ..teachers.loading import env_world_size
 
 
-def unfit(trainer: Any) -> list[str]:
+def incompatible_arguments(trainer: Any) -> list[str]:
     """Why a Trainer with these arguments cannot distil, and what to do."""
-    args, problems = trainer.args, trainer.unfit()
+    args, problems = trainer.args, trainer.incompatible_arguments()
     if trainer.compute_loss_func is not None:
         problems.append(
             "compute_loss_func replaces the whole loss, so the teacher would be ignored: register it with "
@@ -26,9 +26,9 @@ def unfit(trainer: Any) -> list[str]:
             "not compiled"
             "compiled"
         )
-    if launched() > 1 and args.world_size == 1:
+    if env_world_size() > 1 and args.world_size == 1:
         problems.append(
-            f"the launcher started {launched()} processes, but this one trains alone: on CPUs set use_cpu=True, "
+            f"the launcher started {env_world_size()} processes, but this one trains alone: on CPUs set use_cpu=True, "
             "so that they find each other"
         )
     if args.fsdp and args.device.type == "cpu":

@@ -13,9 +13,9 @@ class TRLMixin(DistillMixin):
 
     _is_vlm: bool
 
-    def unfit(self) -> list[str]:
+    def incompatible_arguments(self) -> list[str]:
         """As the mixin's; adapters that lengthen the rows, and rows with images."""
-        problems, configs = super().unfit(), getattr(self.model, "peft_config", {})
+        problems, configs = super().incompatible_arguments(), getattr(self.model, "peft_config", {})
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
             problems.append(
                 "prompt learning (prompt tuning, prefix tuning, P-tuning) puts virtual tokens before the rows, where "
@@ -25,9 +25,9 @@ class TRLMixin(DistillMixin):
             problems.append("images are not distilled: use a tokenizer as processing_class and rows of text")
         return problems
 
-    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+    def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """As the mixin's; and `mean_token_accuracy` and `entropy` of the student."""
-        means = super()._means(sums)
+        means = super()._average_metrics(sums)
         if "accuracy" in sums:
             means["mean_token_accuracy"] = mean_of(sums["accuracy"], sums["measured"])
             means["entropy"] = mean_of(sums["student_entropy"], sums["measured"])

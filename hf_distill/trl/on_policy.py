@@ -15,7 +15,7 @@ from ..core.schedule import schedule_integral
 from ..core.signals import IGNORE_INDEX
 from ..data import Collator, prompt_rows
 from ..errors import DistillError, collect_errors, raise_if_any
-from ..trainer.config import DistillFields
+from ..trainer.config import DistillArguments
 from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
 from .on_policy_config import OnPolicyDistillConfig
@@ -27,14 +27,14 @@ check_upstream("trl", DistillationTrainer, DISTILLATION_TRAINER)
 class _Generating(DistillationTrainer):
     """`DistillationTrainer` without its teacher, at the temperature of sampling."""
 
-    distilling = False
+    is_distilling = False
     _signature_columns: Any
 
     def __init__(self, model: Any, args: Any, **kwargs):
         # TRL reads one temperature, while it is built, for sampling and loss. The loss is not its own here.
         loss_temperature, args.temperature = args.temperature, args.sampling_temperature
         try:
-            with adapted_heads(trl.trainer.distillation_trainer, self.distilling):
+            with adapted_heads(trl.trainer.distillation_trainer, self.is_distilling):
                 super().__init__(model, teacher_model=None, args=args, **kwargs)
         finally:
             args.temperature = loss_temperature
@@ -87,7 +87,7 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             kwargs[name] = _prompted(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
 
-    def _set_objective(self, fields: DistillFields, renew: bool) -> None:
+    def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
         """As the mixin's; vLLM can be sent the student's weights alone."""
         super()._set_objective(fields, renew)
         if self.args.use_vllm and self._sidecar is not None:
@@ -96,9 +96,9 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
                 "does not know: use losses without projectors or learned layers, or generate with transformers."
             )
 
-    def unfit(self) -> list[str]:
+    def incompatible_arguments(self) -> list[str]:
         """Rows and tools that cannot be had both ways."""
-        problems, mixed = super().unfit(), self.args.mixes
+        problems, mixed = super().incompatible_arguments(), self.args.mixes
         if mixed and self.tools:
             problems.append(
                 "tools would be called for the data set's completions too: use on_policy_fraction=1, or no tools"

@@ -8,20 +8,20 @@ from trl import DistillationConfig
 
 from ..core.schedule import Points, parse_schedule
 from ..errors import collect_errors, raise_if_any
-from ..trainer.config import DistillFields
+from ..trainer.config import DistillArguments
 
-_FIELDS = DistillFields.__dataclass_fields__
+_FIELDS = DistillArguments.__dataclass_fields__
 
 
 @dataclass
-class OnPolicyDistillConfig(DistillFields, DistillationConfig):
+class OnPolicyDistillConfig(DistillArguments, DistillationConfig):
     """`trl.DistillationConfig` and the fields of a distillation; by default reverse KL at T = 1, the teacher alone.
 
     Raises:
         DistillError: a value out of range, or a field of TRL's that another one stands for; all of them at once.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*DistillationConfig._VALID_DICT_FIELDS, *DistillFields._DICT_FIELDS]
+    _VALID_DICT_FIELDS: ClassVar = [*DistillationConfig._VALID_DICT_FIELDS, *DistillArguments._DICT_FIELDS]
 
     temperature: float = field(default=1.0, metadata=_FIELDS["temperature"].metadata)
     alpha: float = field(default=1.0, metadata=_FIELDS["alpha"].metadata)
@@ -40,7 +40,7 @@ class OnPolicyDistillConfig(DistillFields, DistillationConfig):
     def __post_init__(self):
         problems: list[str] = []
         with collect_errors(problems):
-            DistillFields.__post_init__(self)
+            DistillArguments.__post_init__(self)
         with collect_errors(problems):
             points = self.fraction
             self.on_policy_fraction = points[0][1] if len(points) == 1 else [list(point) for point in points]

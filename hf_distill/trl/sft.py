@@ -12,13 +12,13 @@ from ..data import check_isolation
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
 from ..teachers import Teacher
-from ..trainer.config import DistillFields
+from ..trainer.config import DistillArguments
 from .common import TRLMixin, adapted_heads
 from .teacher_arguments import TeacherArguments, resolve_teacher
 
 
 @dataclass
-class DistillSFTConfig(DistillFields, TeacherArguments, SFTConfig):
+class DistillSFTConfig(DistillArguments, TeacherArguments, SFTConfig):
     """`trl.SFTConfig`, with TRL's defaults, and the fields of a distillation.
 
     Every field can be set from a command line through `HfArgumentParser` or `TrlParser`.
@@ -26,22 +26,22 @@ class DistillSFTConfig(DistillFields, TeacherArguments, SFTConfig):
 
     _VALID_DICT_FIELDS: ClassVar = [
         *SFTConfig._VALID_DICT_FIELDS,
-        *DistillFields._DICT_FIELDS,
+        *DistillArguments._DICT_FIELDS,
         "teacher_model_init_kwargs",
     ]
 
     def __post_init__(self):
-        DistillFields.__post_init__(self)
+        DistillArguments.__post_init__(self)
         SFTConfig.__post_init__(self)
 
 
 class _SFTTrainer(SFTTrainer):
     """`SFTTrainer`, which takes an adapter on the head where it distils."""
 
-    distilling = False
+    is_distilling = False
 
     def __init__(self, model: Any, args: Any = None, *more, **kwargs):
-        with adapted_heads(trl.trainer.sft_trainer, self.distilling):
+        with adapted_heads(trl.trainer.sft_trainer, self.is_distilling):
             super().__init__(model, args, *more, **kwargs)
 
 
@@ -64,7 +64,7 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
     """
 
     def __init__(self, model: Any, args: Any = None, *more, teacher: Any = None, **kwargs):
-        if isinstance(args, DistillFields) and not isinstance(args, SFTConfig):
+        if isinstance(args, DistillArguments) and not isinstance(args, SFTConfig):
             raise DistillError(
                 f"args is a {type(args).__name__}, whose fields SFTTrainer does not know: use DistillSFTConfig."
             )
@@ -72,12 +72,12 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
         super().__init__(model, args, *more, teacher=teacher, **kwargs)
 
-    def distil_from(self, teacher: Teacher, fields: DistillFields) -> None:
+    def setup_distillation(self, teacher: Teacher, fields: DistillArguments) -> None:
         """As the mixin's; the coefficient of a router's loss is TRL's, and packed documents must be kept apart."""
         model: Any = unwrap_model(self.model)
         if hasattr(model, "router_aux_loss_coef"):  # which the model's own forward multiplies by
             model.router_aux_loss_coef = self.router_aux_loss_coef
-        super().distil_from(teacher, fields)
+        super().setup_distillation(teacher, fields)
         if self.padding_free:
             with self.accelerator.autocast():
                 check_isolation(self.model, "student")
@@ -89,9 +89,9 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         self._tokens_seen = 0
         return super()._inner_training_loop(*args, **kwargs)
 
-    def unfit(self) -> list[str]:
+    def incompatible_arguments(self) -> list[str]:
         """Arguments of SFTTrainer that would change the objective or the rows behind the teacher's back."""
-        problems, args = super().unfit(), self.args
+        problems, args = super().incompatible_arguments(), self.args
         if args.loss_type != "nll":
             problems.append(
                 f"loss_type={args.loss_type!r} rewrites the cross entropy, and the hard labels of a distillation are "
@@ -108,14 +108,14 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective, see `DistillMixin.compute_loss`; counts the tokens that the student sees."""
-        if self.distilling and model.training:
+        if self.is_distilling and model.training:
             mask = inputs.get("attention_mask")
             self._tokens_seen = self._tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's; `num_tokens` is summed over ranks here, not in every micro-batch."""
-        if self.distilling and "loss" in logs:
+        if self.is_distilling and "loss" in logs:
             seen = torch.as_tensor(self._tokens_seen, device=self.args.device)
             self._total_train_tokens += int(self.accelerator.reduce(seen, "sum")) // self._tp_size
             self._tokens_seen = 0

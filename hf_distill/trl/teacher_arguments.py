@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import DistillError
 from ..teachers import FrozenTeacher
-from ..trainer.config import DistillFields
+from ..trainer.config import DistillArguments
 
 
 @dataclass
@@ -56,7 +56,7 @@ def resolve_teacher(args: Any, teacher: Any, teachers: Any = None) -> Any:
         kwargs.setdefault("trust_remote_code", True)
     if not kwargs:
         return teacher
-    if not isinstance(args, DistillFields):
+    if not isinstance(args, DistillArguments):
         return FrozenTeacher(teacher, **kwargs)
     given: Any = args.teacher_init_kwargs or {}
     if differing := sorted(key for key in kwargs.keys() & given.keys() if kwargs[key] != given[key]):

@@ -27,7 +27,7 @@ def test_points_are_the_run_s_evaluations(tmp_path):
     for p in found.points:
         assert p.nll == pytest.approx(math.log(evaluations[p.step]["eval_perplexity"]))
         assert p.kl == evaluations[p.step]["eval_kl"]
-        assert p.tokens == round(p.step * 2 * run.evidence["data"]["tokens_per_row"])
+        assert p.tokens == round(p.step * 2 * run.results["data"]["tokens_per_row"])
         first, last = found.points[0].nll, found.points[-1].nll
         assert p.share == pytest.approx((first - p.nll) / (first - last))
     assert found.hint is None
@@ -64,8 +64,8 @@ def test_a_sharded_recipe_is_counted_too():
 
 def test_what_has_no_curve_is_told(tmp_path):
     run = run_of(tmp_path / "run")
-    evidence = json.loads((run.folder / "evidence.json").read_text())
-    (run.folder / "evidence.json").write_text(json.dumps(evidence | {"log_lines": {}}))
+    evidence = json.loads((run.folder / "results.json").read_text())
+    (run.folder / "results.json").write_text(json.dumps(evidence | {"log_lines": {}}))
     (run.folder / "metrics.jsonl").write_text("")
     with pytest.raises(DistillError, match=r"has 0 evaluations.*train\.eval_strategy=steps"):
         data_curve(run)

@@ -271,7 +271,7 @@ def test_the_command_leaves_its_findings_and_reads_the_control_too(tmp_path):
     assert max(map(len, result.output.splitlines())) <= 80
     left = json.loads((folder / "diagnosis.json").read_text())
     assert [part["name"] for part in left["agreement"]["sources"]] == ["task", "code"]
-    evidence = json.loads((folder / "evidence.json").read_text())
+    evidence = json.loads((folder / "results.json").read_text())
     assert left["agreement"]["kl"] == pytest.approx(evidence["models"]["student"]["kl"], rel=1e-4)
     result = CliRunner().invoke(app, ["diagnose", str(folder), "--student", "control", "--json"])
     told = json.loads(result.stdout[result.stdout.index("{") :])

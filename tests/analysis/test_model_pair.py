@@ -32,7 +32,7 @@ def test_its_numbers_are_those_of_the_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     run = run_of(tmp_path / "run", name)
     kl, ce, _ = measured(Pair.of_run(run))
-    after = run.evidence["models"]["student"]
+    after = run.results["models"]["student"]
     assert math.exp(ce) == pytest.approx(after["perplexity"], rel=1e-5)
     if "kl" in after:
         assert kl == pytest.approx(after["kl"], rel=1e-4)
@@ -41,7 +41,7 @@ def test_its_numbers_are_those_of_the_run(tmp_path, monkeypatch, name):
 def test_the_control_is_looked_at_too(tmp_path):
     run = run_of(tmp_path / "run")
     kl, _, _ = measured(Pair.of_run(run, "control"))
-    assert kl == pytest.approx(run.evidence["models"]["control"]["kl"], rel=1e-4)
+    assert kl == pytest.approx(run.results["models"]["control"]["kl"], rel=1e-4)
 
 
 def test_tokens_of_a_mixture_know_their_source(tmp_path):
@@ -80,7 +80,7 @@ def test_an_average_is_looked_at_where_it_was_exported(tmp_path):
         Pair.of_run(run)
     run = run_of(tmp_path / "other", "ema", "export=ema")
     kl, _, _ = measured(Pair.of_run(run))
-    assert kl == pytest.approx(run.evidence["models"]["student"]["kl"], rel=1e-3)
+    assert kl == pytest.approx(run.results["models"]["student"]["kl"], rel=1e-3)
 
 
 def test_a_control_that_is_still_trained_is_not_there_yet(tmp_path):

@@ -18,7 +18,7 @@ from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.report import plots
 from hf_distill.runner.cache_writer import write_recipe_cache
-from hf_distill.trainer.config import DistillFields
+from hf_distill.trainer.config import DistillArguments
 
 GRID = {"temperatures": [1.0, 2.0], "alphas": [0.5, 1.0]}
 
@@ -220,7 +220,7 @@ LORA = "student={model: 'smoke:llama/teacher', lora: {r: 2, target_modules: [q_p
 
 
 def test_of_an_own_base_each_candidate_starts_from_the_base(tmp_path):
-    given = ["teacher={kind: own_base}", LORA, "train.learning_rate=0.01", "control=null"]
+    given = ["teacher={kind: adapter_base}", LORA, "train.learning_rate=0.01", "control=null"]
     found = find_temperature(recipe(tmp_path / "run", *given), [1.0, 8.0], [0.9], folder=str(tmp_path / "s"))
     result = run_recipe(recipe(tmp_path / "run", *given, *found.overrides))
     assert found.candidates[0].rungs[-1].kl == pytest.approx(result.models["student"]["kl"], rel=1e-6)
@@ -309,7 +309,7 @@ def test_an_objective_given_otherwise_stays_when_the_arguments_do_not_change(mak
     seen = Seen()
     trainer = make_trainer(callbacks=[seen], max_steps=1)
     seen.trainer = trainer
-    trainer.distil_from(trainer.teacher, DistillFields(temperature=7.0, alpha=0.1))
+    trainer.setup_distillation(trainer.teacher, DistillArguments(temperature=7.0, alpha=0.1))
     trainer.train()
     assert seen.found == [(7.0, 0.1, 2.0, 0.5)]
 

@@ -57,6 +57,6 @@ def test_two_processes_read_as_one(place, one):
         options = ["--smoke", "teacher.path=one", f"train.output_dir=run{ranks}", "control=null"]
         run(place, ranks, "run", "cached", *DATA, *options, f"train.per_device_train_batch_size={batch}",
             "train.train_sampling_strategy=sequential")  # fmt: skip
-        models.append(json.loads((place / f"run{ranks}" / "evidence.json").read_text())["models"]["student"])
+        models.append(json.loads((place / f"run{ranks}" / "results.json").read_text())["models"]["student"])
     for name in ("perplexity", "soft_loss", "hard_loss"):
         assert models[0][name] == pytest.approx(models[1][name], rel=1e-5)

@@ -35,7 +35,7 @@ def test_a_recipe_for_a_large_teacher_runs_with_its_own_strategy(tmp_path, recip
     done = on_two(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count("Held-out text") == 1  # one of the processes speaks
-    evidence = json.loads((tmp_path / "run" / "evidence.json").read_text())
+    evidence = json.loads((tmp_path / "run" / "results.json").read_text())
     assert evidence["status"] == "done"
     assert evidence["teacher"]["blocks"] == 4
     assert evidence["teacher"]["parameters"] > evidence["student"]["parameters"] > 30_000

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ENVIRONMENT, one_of_two
 
-from hf_distill.trainer.checkpoints import newest_whole
+from hf_distill.trainer.checkpoints import latest_complete
 
 SCRIPT = Path(__file__).with_name("watched.py")
 
@@ -60,7 +60,7 @@ def test_both_stop_with_a_whole_checkpoint_when_their_launcher_is_told_to(tmp_pa
     finally:
         process.kill()
         process.wait()
-    checkpoint = newest_whole(folder)
+    checkpoint = latest_complete(folder)
     assert checkpoint
     assert (checkpoint / "rng_state_1.pth").is_file()
     assert not (folder / "student").exists()

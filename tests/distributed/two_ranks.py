@@ -92,7 +92,7 @@ def moving(model: nn.Module) -> Teacher:
     if MOVING == "multi_view":
         tokenizer = SimpleNamespace(mask_token_id=5)
         return MultiViewTeacher({"token_dropout": 0.3, "span_deletion": 0.2}, processing_class=tokenizer)
-    options = {"frozen_after": 0.5} if MOVING == "frozen" else {"learning_rate": 3e-3}
+    options = {"freeze_at_progress": 0.5} if MOVING == "frozen" else {"learning_rate": 3e-3}
     return MTPTeacher(heads=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, **options)
 
 
@@ -145,7 +145,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / f"{name}-saved"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_distance")]
+    keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_weight_drift")]
     if MOVING in ("mutual", "frozen"):
         keys.remove("grad_norm")  # of the student alone, or by DeepSpeed of both
     return trainer, {

@@ -16,7 +16,7 @@ from hf_distill.core.logits import DenseLogits
 from hf_distill.core.signals import Signals
 from hf_distill.models.sidecar import FILE, sidecar_of
 
-EVERY = [
+TRAIN_STATISTICS_EVERY = [
     {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"},
     {"name": "hidden_cosine", "layers": "uniform"},
     {"name": "hidden_normalized_mse", "layers": [[1, 0], [1, 2]]},
@@ -42,7 +42,7 @@ def make(make_trainer):
         student, teacher = eager(build(kind, 0), build(kind, 1, layers=3, width=48))
         if "model_init" not in options:
             options.setdefault("model", student)
-        return make_trainer(kind, **{"teacher": teacher, "losses": EVERY} | options)
+        return make_trainer(kind, **{"teacher": teacher, "losses": TRAIN_STATISTICS_EVERY} | options)
 
     return trainer
 
@@ -270,7 +270,7 @@ def test_an_optimizer_made_by_deepspeed_is_refused_beside_settings_of_projectors
     trainer = make(projectors={"learning_rate": 0.5})
     trainer.args.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
     with pytest.raises(DistillError, match="DeepSpeed's config makes the optimizer: remove its `optimizer` section"):
-        trainer.wear(trainer.distiller.features)
+        trainer.attach_sidecar(trainer.distiller.features)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
@@ -421,7 +421,14 @@ def test_a_config_of_features_survives_a_command_line(tmp_path):
 
     from hf_distill import DistillConfig
 
-    line = ["--output_dir", str(tmp_path), "--losses", json.dumps(EVERY), "--projectors", '{"learning_rate": 1e-3}']
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--losses",
+        json.dumps(TRAIN_STATISTICS_EVERY),
+        "--projectors",
+        '{"learning_rate": 1e-3}',
+    ]
     (config,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(line)
-    assert config.losses == EVERY
+    assert config.losses == TRAIN_STATISTICS_EVERY
     assert config.projectors == {"learning_rate": 1e-3}

@@ -156,7 +156,7 @@ def test_a_sharded_recipe_on_one_gpu_is_told_what_to_choose():
 
 
 def test_a_student_whose_own_base_teaches_it_needs_no_memory_for_a_teacher():
-    found = plan(recipe("teacher={kind: own_base}", name="llama-70b-to-8b-nf4"), 2, 80)
+    found = plan(recipe("teacher={kind: adapter_base}", name="llama-70b-to-8b-nf4"), 2, 80)
     assert {row.strategy.teacher for row in found.rows} == {"own"}
     assert all(row.parts.teacher == 0 for row in found.rows)
     assert found.teacher.forward == found.student.forward

@@ -60,7 +60,7 @@ def test_from_the_hub_to_the_hub(stocked, hub, tmp_path):
     commits = {name: repo.at("main") for (_, name), repo in hub.repos.items()}
     card = ModelCard.load("tester/student")
     assert (card.data.base_model, card.data.license, card.data.datasets) == (["org/teacher"], "gemma", ["org/rows"])
-    evidence = json.loads((tmp_path / "runs" / "there" / "evidence.json").read_text())
+    evidence = json.loads((tmp_path / "runs" / "there" / "results.json").read_text())
     assert evidence["provenance"]["teacher"]["revision"] == commits["org/teacher"]
     assert evidence["provenance"]["data task"]["revision"] == commits["org/rows"]
     assert evidence["origin"] == f"hf://org/recipes@{commits['org/recipes']}/there.yaml"

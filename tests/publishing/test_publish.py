@@ -53,7 +53,7 @@ def states_of(hub: Hub, name: str = "tester/quick") -> int:
     return len(repo.commits) if repo else 0
 
 
-def taught_by(run, hub: Hub, licence: str, text: str = "", student: str | None = None):
+def teacher_info(run, hub: Hub, licence: str, text: str = "", student: str | None = None):
     """The same run, as if its teacher (and its student's base) had been a model of the Hub."""
     hub.put("models", "org/teacher", {"README.md": CARD.format(licence=licence, text=text).encode()})
     values = yaml.safe_load(run.path("recipe.yaml").read_text())
@@ -137,15 +137,15 @@ def test_the_card_is_valid_and_true(run, hub):
     assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == (
         "apache-2.0", "text-generation", "transformers",
     )  # fmt: skip
-    student = run.evidence["models"]["student"]
+    student = run.results["models"]["student"]
     told = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert told["perplexity"] == pytest.approx(student["perplexity"], rel=1e-5)
     assert told["kl"] == pytest.approx(student["kl"], abs=1e-5)
-    assert f"{run.evidence['models']['control']['perplexity']:.2f}" in card.text
+    assert f"{run.results['models']['control']['perplexity']:.2f}" in card.text
     assert "retention RUN" in card.text.split("What was not measured")[1]
     facts = json.loads(Path(snapshot_download("tester/quick"), "distillation.json").read_text())
     assert facts["held_out"]["student"]["kl"] == student["kl"]
-    assert facts["data"]["train_fingerprint"] == run.evidence["data"]["train_fingerprint"]
+    assert facts["data"]["train_fingerprint"] == run.results["data"]["train_fingerprint"]
     assert facts["training"]["tokens"] == 2 * 2 * 64
     assert facts["training"]["flop_student"] > 0
 
@@ -189,7 +189,7 @@ def test_the_widgets_text_is_what_the_snippet_says(run, hub):
     ],
 )
 def test_a_licence_that_says_otherwise_must_be_accepted(run, hub, licence, student, text, why):
-    run = taught_by(run, hub, licence, text, student)
+    run = teacher_info(run, hub, licence, text, student)
     with pytest.raises(DistillError, match=why):
         publish(run, "tester/quick")
     assert ("models", "tester/quick") not in hub.repos
@@ -198,7 +198,7 @@ def test_a_licence_that_says_otherwise_must_be_accepted(run, hub, licence, stude
 
 
 def test_the_licence_and_the_base_are_inherited(run, hub):
-    run = taught_by(run, hub, "gemma")
+    run = teacher_info(run, hub, "gemma")
     publish(run, "tester/quick")
     card = ModelCard.load("tester/quick")
     assert (card.data.license, card.data.base_model, card.data.base_model_relation) == (
@@ -208,7 +208,7 @@ def test_the_licence_and_the_base_are_inherited(run, hub):
 
 def test_another_licence_than_a_teacher_passes_on_is_a_conflict(run, hub):
     with pytest.raises(DistillError, match="mit is wanted, and gemma"):
-        publish(taught_by(run, hub, "gemma"), "tester/quick", licence="mit")
+        publish(teacher_info(run, hub, "gemma"), "tester/quick", licence="mit")
 
 
 WEIGHTS = [
@@ -287,7 +287,7 @@ def test_a_run_is_not_begun_for_a_repository_that_would_refuse_it(hub):
 
 def test_a_student_with_another_base_does_not_replace_the_published_one(run, hub):
     publish(run, "tester/quick")
-    run = taught_by(run, hub, "apache-2.0")
+    run = teacher_info(run, hub, "apache-2.0")
     with pytest.raises(DistillError, match="another base"):
         publish(run, "tester/quick")
     publish(run, "tester/quick", replace=True)
@@ -307,9 +307,9 @@ def test_no_published_file_names_a_folder_of_this_machine(run, hub, tmp_path):
     (run.folder / "diagnosis.json").write_text(json.dumps({"verdicts": [verdict]}))
     sample = {"prompt": f"Open {secret} and read on", "reference": "", "written": {}}
     (run.folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
-    evidence = run.evidence
+    evidence = run.results
     evidence["environment"]["device_name"] = str(run.folder)
-    (run.folder / "evidence.json").write_text(json.dumps(evidence))
+    (run.folder / "results.json").write_text(json.dumps(evidence))
     (run.folder / "report.html").write_text(f"<p>{run.folder}</p><pre>path: {secret}\n'{Path.home()}/x'</pre>")
     publish(open_run(run.folder), "tester/quick", include=["report"])
     repo = hub.repos["models", "tester/quick"]
@@ -338,9 +338,9 @@ def test_without_a_token_nothing_is_tried(run, hub, monkeypatch):
 
 
 def test_a_run_that_is_not_over_is_not_published(run, hub):
-    evidence = run.evidence
+    evidence = run.results
     del evidence["status"]
-    (run.folder / "evidence.json").write_text(json.dumps(evidence))
+    (run.folder / "results.json").write_text(json.dumps(evidence))
     with pytest.raises(DistillError, match="not over"):
         publish(run, "tester/quick")
 
@@ -355,7 +355,7 @@ def test_the_report_is_missed_before_anything_is_sent(run, hub):
 
 
 def test_a_dry_run_shows_what_publishing_uploads_without_a_token_or_a_network(run, hub, monkeypatch):
-    run = taught_by(run, hub, "llama3", student="apache-2.0")
+    run = teacher_info(run, hub, "llama3", student="apache-2.0")
     monkeypatch.delenv("HF_TOKEN")
     offline = CliRunner().invoke(app, ["publish", str(run.folder), "tester/quick", "--dry-run", "--with", "report"])
     assert offline.exit_code == 0, offline.exception
@@ -373,7 +373,7 @@ def test_a_dry_run_shows_what_publishing_uploads_without_a_token_or_a_network(ru
 
 
 def test_a_dry_run_needs_no_connection(run, hub, monkeypatch):
-    run = taught_by(run, hub, "mit")
+    run = teacher_info(run, hub, "mit")
     hub.faults.append(Fault(match=".*", cut=True, times=999))
     shown = dry_run(run, "quick")
     assert "org/teacher" in shown.unknown

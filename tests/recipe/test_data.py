@@ -118,7 +118,7 @@ def test_a_mixture_runs_resumes_and_tells_its_sources_apart(file, tmp_path, over
     told = {"soft_loss_task", "hard_loss_task", "soft_loss_code", "hard_loss_code"}
     assert told <= set().union(*logs(tmp_path / "cut"))
     assert (told <= straight.models["student"].keys()) == (overrides[:2] == SUMS)
-    assert json.loads((tmp_path / "cut" / "evidence.json").read_text())["data"]["sources"] == ["task", "code"]
+    assert json.loads((tmp_path / "cut" / "results.json").read_text())["data"]["sources"] == ["task", "code"]
 
 
 def test_a_teacher_that_cannot_keep_packed_documents_apart_stops_the_run(file, monkeypatch):

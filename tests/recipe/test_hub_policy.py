@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from hf_distill import DistillError
 from hf_distill.recipe import list_recipes, load_recipe
 from hf_distill.recipe.hub_policy import HARMLESS, KNOWN, REFUSED, untrusted
-from hf_distill.trainer.config import CARE
+from hf_distill.trainer.config import RUNTIME_FIELDS
 
 GOOD = """\
 # A recipe of a stranger.
@@ -159,7 +159,7 @@ def test_packaged_recipes_would_be_trusted_from_the_hub_too(name):
 def test_each_field_of_a_training_is_decided_upon():
     """A field that a new version of transformers brings is refused until somebody looks at it; so is this test."""
     named = {field.name for field in fields(TrainingArguments) if field.init}
-    assert named | {*CARE, "early_stopping_patience"} == KNOWN
+    assert named | {*RUNTIME_FIELDS, "early_stopping_patience"} == KNOWN
     assert not HARMLESS & REFUSED
 
 

@@ -68,7 +68,7 @@ def test_a_run_records_the_commit_that_the_name_stood_for(hub):
     result = run_recipe(load_recipe(HUB_PREFIX, ["control=null"], smoke=True))
     there = f"hf://org/recipes@{commit}/small.yaml"
     assert yaml.safe_load((result.folder / "recipe.yaml").read_text())["origin"] == there
-    assert f'"origin": "{there}"' in (result.folder / "evidence.json").read_text()
+    assert f'"origin": "{there}"' in (result.folder / "results.json").read_text()
     hub.put("models", "org/recipes", {"small.yaml": GOOD.encode() + b"# moved\n"})
     resumed = load_recipe(HUB_PREFIX, ["control=null"], smoke=True)
     assert resumed.origin != there

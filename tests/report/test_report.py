@@ -101,7 +101,7 @@ def test_what_the_run_found_stands_in_it(folder):
     run = open_run(folder)
     found = report(run)
     text = found.path.read_text()
-    models = run.evidence["models"]
+    models = run.results["models"]
     for name in ("before", "student"):
         assert f"{models[name]['perplexity']:.2f}" in text
         assert f"{models[name]['kl']:.4f}" in text
@@ -111,7 +111,7 @@ def test_what_the_run_found_stands_in_it(folder):
     for source in run.recipe.data.sources:
         assert source in text
     assert "keep_layers: 3" in text
-    assert run.evidence["environment"]["torch"] in text
+    assert run.results["environment"]["torch"] in text
 
 
 def test_what_other_commands_left_stands_in_it(folder):
@@ -171,7 +171,7 @@ def test_the_student_before_is_the_one_that_the_run_began_with(folder):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         got = student(ids).logits
-        kept = [teacher.model.layers[i] for i in run.evidence["student"]["layers_kept"]]
+        kept = [teacher.model.layers[i] for i in run.results["student"]["layers_kept"]]
         teacher.model.layers = torch.nn.ModuleList(kept)
         teacher.config.num_hidden_layers = teacher.model.config.num_hidden_layers = len(kept)
         assert torch.equal(got, teacher(ids, use_cache=False).logits)

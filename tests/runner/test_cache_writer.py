@@ -36,12 +36,12 @@ def test_the_student_of_a_cache_is_the_student_of_its_source(texts, tmp_path):
     options = ["teacher.path=c", "losses=[{name: hidden_cosine, weight: 0.1, layers: [[2, 3]]}]"]
     write_recipe_cache(recipe(texts, *options), dtype="float32")
     cached = run_recipe(recipe(texts, *options, "train.output_dir=cached"))
-    online = run_recipe(recipe(texts, *options, "teacher.online=true", "train.output_dir=online"))
+    online = run_recipe(recipe(texts, *options, "teacher.use_source=true", "train.output_dir=online"))
     assert losses(cached.folder) == pytest.approx(losses(online.folder), rel=1e-5)
     for name in ("perplexity", "kl", "agreement", "hidden_cosine_loss"):
         assert cached.models["student"][name] == pytest.approx(online.models["student"][name], rel=1e-4)
         assert "kl" in cached.models["control"]
-    evidence = json.loads((cached.folder / "evidence.json").read_text())
+    evidence = json.loads((cached.folder / "results.json").read_text())
     assert evidence["caches"]["c"]["kind"] == "hidden"
     assert evidence["caches"]["c"]["teacher"]["model"] == "smoke:llama/teacher"
 
@@ -63,7 +63,7 @@ def test_another_length_is_refused_before_the_first_step_and_told(texts):
     write_recipe_cache(recipe(texts, "teacher.path=c"))
     with pytest.raises(DistillError, match=r"c lacks .* rows that were looked up.*max_length: 64 there, 48 here"):
         run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48"))
-    asked = run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48", "teacher.fallback=online"))
+    asked = run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48", "teacher.on_miss=query_teacher"))
     assert asked.models["student"]["kl"] > 0
 
 
@@ -101,7 +101,7 @@ def test_its_teacher_says_the_same_again(texts, tmp_path):
         (["teacher={kind: cached, path: c, online: true}"], "give it as source"),
         (["teacher={kind: cached, path: c}"], "a cache has no blocks"),
         (["teacher={kind: cached, path: c, source: {kind: ema}}"], "its source is ema"),
-        (["teacher.fallback=online", "teacher.online=true"], "give one of them"),
+        (["teacher.on_miss=query_teacher", "teacher.use_source=true"], "give one of them"),
         (["on_policy={max_completion_length: 8}"], "no cache knows what the student will write"),
     ],
 )

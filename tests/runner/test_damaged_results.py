@@ -7,10 +7,10 @@ import pytest
 
 from hf_distill import DistillError
 from hf_distill.analysis import open_run
-from hf_distill.core.io import read_evidence, read_logs
+from hf_distill.core.io import read_logs, read_results
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.report.analysis_sections import curve, diagnosis, inspection, retention, samples
-from hf_distill.trainer.checkpoints import SEAL, checkpoints_of
+from hf_distill.trainer.checkpoints import MARK_FILE, checkpoints_of
 
 CHANGES = ["train.max_steps=4", "train.save_steps=2", "train.save_total_limit=2", "train.logging_steps=1"]
 
@@ -41,18 +41,18 @@ WRONG = ["", "[]", "5", "null", '{"models": 5}', '{"models": {"student": 5}}', '
 
 @pytest.mark.parametrize("content", WRONG)
 def test_damaged_evidence_is_reported(folder, content):
-    (folder / "evidence.json").write_text(content)
+    (folder / "results.json").write_text(content)
     with pytest.raises(DistillError, match=r"evidence\.json is damaged .* Restore it"):
         run_recipe(recipe_of(folder), resume=True)
     with pytest.raises(DistillError, match=r"evidence\.json is damaged"):
-        _ = open_run(folder).evidence
+        _ = open_run(folder).results
 
 
 def test_a_folder_in_the_place_of_evidence_is_reported(folder):
-    (folder / "evidence.json").unlink()
-    (folder / "evidence.json").mkdir()
+    (folder / "results.json").unlink()
+    (folder / "results.json").mkdir()
     with pytest.raises(DistillError, match=r"evidence\.json is damaged"):
-        read_evidence(folder / "evidence.json")
+        read_results(folder / "results.json")
 
 
 SECTIONS = {section.__name__: section for section in (inspection, diagnosis, retention, curve, samples)}
@@ -88,7 +88,7 @@ def test_a_resumed_run_writes_damaged_logs_again(folder, damage):
     lines = whole.splitlines(keepends=True)
     lines[2] = {"cut": lines[2][:9] + b"\n", "a list": b"[]\n", "no text": b"\xff\xfe\n"}[damage]
     file.write_bytes(b"".join(lines))
-    (folder / "evidence.json").unlink()
+    (folder / "results.json").unlink()
     run_recipe(recipe_of(folder), resume=True)
     steps = [[log["step"] for log in map(json.loads, text.splitlines())] for text in (whole, file.read_bytes())]
     assert steps[0] == steps[1]
@@ -96,19 +96,19 @@ def test_a_resumed_run_writes_damaged_logs_again(folder, damage):
 
 @pytest.mark.parametrize("content", ["[]", "5", "{}"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder, content, caplog):
-    (folder / "evidence.json").unlink()
+    (folder / "results.json").unlink()
     newest, before = checkpoints_of(folder)[:2]
     expected = (folder / "student" / "model.safetensors").read_bytes()
-    (newest / SEAL).write_text(content)
+    (newest / MARK_FILE).write_text(content)
     stages = []
     run_recipe(recipe_of(folder), resume=True, on_stage=stages.append)
-    assert f"{newest} is skipped: its {SEAL} cannot be read" in caplog.text
+    assert f"{newest} is skipped: its {MARK_FILE} cannot be read" in caplog.text
     assert f"student: from step {before.name.rpartition('-')[2]} of 4" in stages
     assert (folder / "student" / "model.safetensors").read_bytes() == expected
 
 
 def test_a_record_of_the_recipe_that_is_damaged_is_not_taken_for_another_recipe(folder):
-    (folder / "evidence.json").unlink()
+    (folder / "results.json").unlink()
     newest = checkpoints_of(folder)[0]
     file = newest / "trainer_state.json"
     text = file.read_text()

@@ -33,7 +33,7 @@ def recipe(folder, *overrides):
 
 
 def evidence(folder):
-    return json.loads((folder / "evidence.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +68,12 @@ def test_stages_see_other_rows_and_the_same_held_out_ones(tmp_path, monkeypatch)
     seen: dict[str, list] = {}
     step = DistillTrainer.training_step
 
-    def collect_errors(self, model, inputs, *more):
+    def recording(self, model, inputs, *more):
         rows = [tuple(row.tolist()) for row in inputs["input_ids"]]
         seen.setdefault(self.args.output_dir.rpartition("/")[2], []).extend(rows)
         return step(self, model, inputs, *more)
 
-    monkeypatch.setattr(DistillTrainer, "training_step", collect_errors)
+    monkeypatch.setattr(DistillTrainer, "training_step", recording)
     run_recipe(recipe(tmp_path / "run"))
     stages = [{*seen[f"stage-{number}"]} for number in (1, 2, 3)]
     assert len(set.union(*stages)) == sum(map(len, stages)) == 3 * 8

@@ -44,14 +44,14 @@ def test_a_run_leaves_a_whole_folder(folder):
     stages = []
     result = run_recipe(recipe(folder), on_stage=stages.append)
     assert set(result.models) == {"before", "student", "control"}
-    assert {p.name for p in folder.iterdir()} >= {"student", "control", "recipe.yaml", "metrics.jsonl", "evidence.json"}
+    assert {p.name for p in folder.iterdir()} >= {"student", "control", "recipe.yaml", "metrics.jsonl", "results.json"}
     for name in ("student", "control"):
         model, info = AutoModelForCausalLM.from_pretrained(folder / name, output_loading_info=True)
         assert not info["unexpected_keys"]
         assert not info["missing_keys"]
         assert model.config.num_hidden_layers == 3
         assert AutoTokenizer.from_pretrained(folder / name).eos_token == "<|end|>"
-    evidence = json.loads((folder / "evidence.json").read_text())
+    evidence = json.loads((folder / "results.json").read_text())
     assert evidence["status"] == "done"
     assert evidence["environment"]["torch"] == torch.__version__
     assert len(evidence["teacher"]["block_influence"]) == 4
@@ -107,11 +107,11 @@ def test_resume_starts_afresh_without_a_checkpoint_and_does_nothing_after_the_en
     stages = []
     run_recipe(recipe(folder), resume=True, on_stage=stages.append)
     assert any("from step 0" in stage for stage in stages)
-    written = (folder / "evidence.json").stat().st_mtime_ns
+    written = (folder / "results.json").stat().st_mtime_ns
     stages.clear()
     result = run_recipe(recipe(folder), resume=True, on_stage=stages.append)
     assert stages == ["This run is over already."]
-    assert (folder / "evidence.json").stat().st_mtime_ns == written
+    assert (folder / "results.json").stat().st_mtime_ns == written
     assert set(result.models) == {"before", "student", "control"}
 
 
@@ -149,7 +149,7 @@ def test_text_from_a_local_file_is_read(folder, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": f"line {i} " * 30}) + "\n" for i in range(40)))
     run_recipe(recipe(folder, "data.task={path: text.jsonl, column: body}", "control=null"))
     assert not (folder / "control").exists()
-    assert json.loads((folder / "evidence.json").read_text())["data"]["tokens_per_row"] == 64
+    assert json.loads((folder / "results.json").read_text())["data"]["tokens_per_row"] == 64
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_adapters_are_trained_and_saved_alone(folder, quantization):
     moved = [p for name, p in student.named_parameters() if "lora_B" in name]
     assert len(moved) == 14  # seven linear layers in each of two blocks; not the head
     assert all(p.abs().sum() > 0 for p in moved)
-    parameters = json.loads((folder / "evidence.json").read_text())["student"]["parameters"]
+    parameters = json.loads((folder / "results.json").read_text())["student"]["parameters"]
     assert parameters == 35104  # of the whole model, adapters aside, whatever holds it
 
 
@@ -317,7 +317,7 @@ def test_adapters_are_merged_into_the_weights_as_they_were_loaded(folder, quanti
 
 
 def test_a_student_whose_own_base_teaches_it_starts_where_the_teacher_is(folder):
-    result = run_recipe(recipe(folder, LORA, "teacher={kind: own_base}", "control=null"))
+    result = run_recipe(recipe(folder, LORA, "teacher={kind: adapter_base}", "control=null"))
     assert result.models["before"]["kl"] == pytest.approx(0, abs=1e-6)
     assert result.models["before"]["perplexity"] == pytest.approx(result.models["before"]["teacher_perplexity"])
     assert (folder / "student" / "adapter_config.json").is_file()

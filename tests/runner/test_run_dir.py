@@ -11,7 +11,7 @@ from hf_distill import DistillError
 from hf_distill.core.locks import LOCK_FILE, lock_folder
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner.checkpoint_recipe import recorded_values, result_values
-from hf_distill.trainer.checkpoints import seal
+from hf_distill.trainer.checkpoints import mark_complete
 
 
 def recipe(folder, *overrides, smoke=True):
@@ -57,7 +57,7 @@ def test_no_run_removes_what_another_one_wrote(finished, smoke):
     assert contents(finished) == before
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "student/notes.md", "checkpoint-7/notes.md", "evidence.json"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "student/notes.md", "checkpoint-7/notes.md", "results.json"])
 def test_a_project_folder_is_refused_rather_than_emptied(tmp_path, monkeypatch, name):
     """Also where no recipe.yaml marks it as a run."""
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_a_script_and_a_folder_without_any_record_are_refused(co
     assert recorded_values(copy / "checkpoint-2") == result_values(recipe(copy))
     del values["stateful_callbacks"]["RecipeRecord"]
     state.write_text(json.dumps(values))
-    seal(copy / "checkpoint-2")
+    mark_complete(copy / "checkpoint-2")
     with pytest.raises(DistillError, match="checkpoint-2 was not written by a run of a recipe"):
         run_recipe(recipe(copy), resume=True)
     (copy / "recipe.yaml").unlink()

@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import build
 
 from hf_distill import DistillError
-from hf_distill.teachers import FrozenTeacher, OwnBaseTeacher
+from hf_distill.teachers import AdapterBaseTeacher, FrozenTeacher
 
 
 def adapted(kind: str = "llama", **options):
@@ -23,7 +23,7 @@ def test_the_base_teaches_as_a_frozen_copy_of_it(make_trainer, options):
     losses = [{"name": "hidden_cosine", "weight": 0.1}]
     args = {"losses": losses, "learning_rate": 1e-2}
     base = build("llama", 0, dropout=0.3)
-    own = make_trainer(model=adapted(**options), teacher=OwnBaseTeacher(), folder="own", **args)
+    own = make_trainer(model=adapted(**options), teacher=AdapterBaseTeacher(), folder="own", **args)
     copied = make_trainer(model=adapted(**options), teacher=FrozenTeacher(base), folder="copied", **args)
     for trainer in (own, copied):
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_the_base_teaches_as_a_frozen_copy_of_it(make_trainer, options):
 def test_a_step_leaves_mode_adapters_and_gradients_as_they_were(make_trainer):
     model = adapted()
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    trainer = make_trainer(model=model, teacher=OwnBaseTeacher())
+    trainer = make_trainer(model=model, teacher=AdapterBaseTeacher())
     trainer.train()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
     assert model.training
@@ -49,4 +49,4 @@ def test_a_step_leaves_mode_adapters_and_gradients_as_they_were(make_trainer):
 
 def test_a_student_without_adapters_is_refused_with_what_to_do(make_trainer):
     with pytest.raises(DistillError, match=r"has no adapters.*get_peft_model"):
-        make_trainer(teacher=OwnBaseTeacher())
+        make_trainer(teacher=AdapterBaseTeacher())

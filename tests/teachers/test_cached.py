@@ -176,7 +176,7 @@ def test_examples_that_the_cache_lacks_are_refused_or_asked_of_the_source(make_t
     options = dict(max_steps=4, train_sampling_strategy="sequential", per_device_train_batch_size=8, learning_rate=1e-2)
     with pytest.raises(DistillError, match=r"8 of 8 examples of a batch are not in .*which has 16 examples .the first"):
         make_trainer(teacher=half, **options).train()
-    asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), fallback="online")
+    asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), on_miss="query_teacher")
     online = make_trainer(teacher=big(), folder="online", **options)
     cached = make_trainer(teacher=asking, folder="cached", **options)
     assert curve(online) == [pytest.approx(step, rel=1e-6) for step in curve(cached)]
@@ -186,7 +186,7 @@ def test_examples_that_the_cache_lacks_are_refused_or_asked_of_the_source(make_t
 def test_draws_of_missing_examples_are_those_that_would_have_been_written(make_trainer, tmp_path):
     whole = cache(tmp_path / "whole", kind="sampled")
     cache(tmp_path / "half", "llama", rows("llama", 32)[:12], kind="sampled")
-    asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), fallback="online")
+    asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), on_miss="query_teacher")
     a, b = (make_trainer(teacher=t, folder=str(i), max_steps=4) for i, t in enumerate((whole, asking)))
     assert curve(a) == [pytest.approx(step, rel=1e-6) for step in curve(b)]
 
@@ -219,11 +219,11 @@ def test_another_tokenizer_template_source_or_weights_are_refused(make_trainer, 
     with pytest.raises(DistillError, match="another tokenizer than the student's"):
         make_trainer(teacher=teacher, processing_class=other)
     for model, why in ((build("gpt2", 1), "its source is a GPT2LMHeadModel"), (build("llama", 9), "other weights")):
-        asking = CachedTeacher(str(tmp_path / "cache"), source=FrozenTeacher(model), fallback="online")
+        asking = CachedTeacher(str(tmp_path / "cache"), source=FrozenTeacher(model), on_miss="query_teacher")
         with pytest.raises(DistillError, match=why):
             make_trainer(teacher=asking)
     with pytest.raises(DistillError, match="give it as `source`"):
-        CachedTeacher(str(tmp_path / "cache"), fallback="online")
+        CachedTeacher(str(tmp_path / "cache"), on_miss="query_teacher")
 
 
 def test_it_teaches_beside_the_student_s_past_and_beside_no_mutual_peer(make_trainer, tmp_path):

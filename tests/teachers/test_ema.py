@@ -27,7 +27,7 @@ class Weights(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.note(model)
-        self.held.append({name: value.clone() for name, value in self.teacher._hold().items()})
+        self.held.append({name: value.clone() for name, value in self.teacher._ensure_shadow().items()})
 
 
 def run(make_trainer, teacher, **options):
@@ -73,7 +73,7 @@ def test_the_teacher_says_what_a_model_with_its_weights_says(make_trainer):
     found, expected = trainer.evaluate(), other.evaluate()
     assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-5)
     assert found["eval_kl"] > 1e-4
-    with teacher.worn():
+    with teacher.swapped_weights():
         assert all(torch.equal(p, seen.held[-1][n]) for n, p in trainer.model.named_parameters())
     assert all(torch.equal(p, seen.student[-1][n]) for n, p in trainer.model.named_parameters())
 
@@ -86,7 +86,7 @@ def test_the_average_is_kept_in_float32_where_bfloat16_would_stand_still(make_tr
     moved = [float((a - b).abs().max()) for a, b in zip(seen.held[0].values(), seen.held[2].values(), strict=True)]
     assert min(moved) > 0
     assert trainer.model.dtype == torch.bfloat16
-    assert trainer.state.log_history[-2]["teacher_distance"] > 0
+    assert trainer.state.log_history[-2]["teacher_weight_drift"] > 0
 
 
 def test_tied_weights_are_held_once_and_buffers_too(make_trainer):
@@ -96,16 +96,16 @@ def test_tied_weights_are_held_once_and_buffers_too(make_trainer):
     student.register_buffer("mean", torch.zeros(3))
     teacher = EMATeacher(0.5)
     run(make_trainer, teacher, model=student)
-    assert "lm_head.weight" not in teacher._held
-    assert "mean" in teacher._held
+    assert "lm_head.weight" not in teacher._shadow
+    assert "mean" in teacher._shadow
 
 
 def test_of_a_student_with_adapters_the_adapters_alone_are_averaged(make_trainer):
     student = get_peft_model(build("llama", 0), LoraConfig(target_modules="all-linear", r=2))
     teacher = EMATeacher(0.5)
     trainer, _ = run(make_trainer, teacher, model=student)
-    assert {name.split(".")[-3] for name in teacher._held if "lora" in name} == {"lora_A", "lora_B"}
-    assert all("lora" in name for name in teacher._held)
+    assert {name.split(".")[-3] for name in teacher._shadow if "lora" in name} == {"lora_A", "lora_B"}
+    assert all("lora" in name for name in teacher._shadow)
     assert trainer.evaluate()["eval_kl"] > 0
 
 
@@ -144,7 +144,7 @@ def test_hidden_terms_compare_with_the_past(make_trainer):
     logs = [log["hidden_mse_loss"] for log in trainer.state.log_history if "hidden_mse_loss" in log]
     assert logs[0] == pytest.approx(0, abs=1e-9)
     assert logs[-1] > 1e-6
-    assert not any("sidecar" in name for name in trainer.teacher._held)
+    assert not any("sidecar" in name for name in trainer.teacher._shadow)
 
 
 def test_a_snapshot_is_taken_every_so_many_steps(make_trainer):
@@ -181,8 +181,8 @@ def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path, kind):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     expected = dict(straight.model.named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
-    assert all(torch.equal(v, straight.teacher._held[name]) for name, v in resumed.teacher._held.items())
-    distances = [trainer.state.log_history[-2]["teacher_distance"] for trainer in (straight, resumed)]
+    assert all(torch.equal(v, straight.teacher._shadow[name]) for name, v in resumed.teacher._shadow.items())
+    distances = [trainer.state.log_history[-2]["teacher_weight_drift"] for trainer in (straight, resumed)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-5)
     assert distances[0] > 0.01
 
@@ -219,6 +219,6 @@ def test_a_past_of_other_weights_is_refused(make_trainer, tmp_path):
     fewer = build("llama", 0)
     fewer.model.embed_tokens.requires_grad_(False)
     trainer = make_trainer(model=fewer, teacher=EMATeacher(), **options)
-    trainer.teacher._hold()
+    trainer.teacher._ensure_shadow()
     with pytest.raises(DistillError, match=r"another teacher: model\.embed_tokens\.weight is in it or"):
         trainer.teacher.load(str(tmp_path / "out" / "checkpoint-1"), 0)

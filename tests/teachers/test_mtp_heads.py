@@ -12,7 +12,7 @@ from hf_distill import DistillError
 from hf_distill.models.blocks import find_blocks
 from hf_distill.models.sidecar import Sidecar, attach
 from hf_distill.teachers.mtp.generation import generate_with_mtp
-from hf_distill.teachers.mtp.heads import MTPHeads, last_block_call, load_heads, save_heads
+from hf_distill.teachers.mtp.heads import MTPHeads, load_heads, record_last_block_kwargs, save_heads
 
 KINDS = ("llama", "gpt2", "qwen3", "gemma2")
 SMALL = dict(
@@ -52,7 +52,7 @@ def states(model: nn.Module, ids: torch.Tensor, **inputs):
     """What the output head gets, and the call of the last block."""
     got = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: got.append(args[0]))
-    with last_block_call(model) as call:
+    with record_last_block_kwargs(model) as call:
         model(input_ids=ids, **inputs)
     hook.remove()
     return got[0], call

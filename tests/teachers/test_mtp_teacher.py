@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.teachers import MTPTeacher
-from hf_distill.teachers.mtp.heads import MTPHeads, last_block_call, load_heads
+from hf_distill.teachers.mtp.heads import MTPHeads, load_heads, record_last_block_kwargs
 
 
 class Gradients(TrainerCallback):
@@ -24,7 +24,7 @@ def naive(model, heads, batch, hard=0.3, soft=0.1, temperature=2.0):
     ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
     seen = []
     hook = model.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    with last_block_call(model) as call:
+    with record_last_block_kwargs(model) as call:
         main = model(input_ids=ids, attention_mask=mask).logits
     hook.remove()
     ahead = [model.lm_head(row) for row in heads(seen[0], ids, model.get_input_embeddings(), call)]
@@ -78,7 +78,7 @@ def test_a_head_beyond_the_sequence_is_skipped_and_counted(make_trainer):
     trainer = make_trainer(teacher=MTPTeacher(4), alpha=0.0, train_dataset=data, max_steps=2)
     trainer.train()
     log = trainer.state.log_history[0]
-    assert log["mtp_skipped"] == 3
+    assert log["mtp_heads_skipped"] == 3
     assert log["mtp_hard_1_loss"] > 0
     assert log["mtp_hard_4_loss"] == 0
     assert log["loss"] > 0
@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_straight_run(make_trainer):
     pairs = zip(straight.model.named_parameters(), again.model.parameters(), strict=True)
     assert all(torch.equal(p, q) for (_, p), q in pairs)
     logs = [[log for log in t.state.log_history if "loss" in log] for t in (straight, again)]
-    assert [log["teacher_distance"] for log in logs[0]] == [log["teacher_distance"] for log in logs[1]]
+    assert [log["teacher_weight_drift"] for log in logs[0]] == [log["teacher_weight_drift"] for log in logs[1]]
 
 
 def test_the_student_is_a_plain_folder_and_the_heads_load_beside_it(make_trainer, tmp_path):
@@ -104,7 +104,7 @@ def test_the_student_is_a_plain_folder_and_the_heads_load_beside_it(make_trainer
     model, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(told.values())
     heads = load_heads(model, tmp_path)
-    for name, p in trainer.teacher.trained.named_parameters():
+    for name, p in trainer.teacher.trainable_module.named_parameters():
         assert torch.equal(p, dict(heads.named_parameters())[name])
 
 

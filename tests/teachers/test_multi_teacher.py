@@ -49,7 +49,9 @@ def test_each_teacher_has_its_share_of_the_soft_term_and_losses_name_theirs(make
     batch = collate(trainer.train_dataset[:4])
     targets = Targets.from_batch(batch, shift=True)
     said = logits(build("llama", 0), batch, targets)
-    soft = {name: kl(logits(m, batch, targets), said).item() for name, m in (("big", big), ("small", small))}
+    provides_soft_labels = {
+        name: kl(logits(m, batch, targets), said).item() for name, m in (("big", big), ("small", small))
+    }
     q, p = (torch.log_softmax(x, -1) for x in (said, logits(small, batch, targets)))
     reverse = (q.exp() * (q - p)).sum(-1).mean().item()
     log = first_log(trainer)
@@ -118,7 +120,7 @@ def test_beside_a_frozen_teacher_each_kind_moves_is_logged_and_resumes(make_trai
     log = straight.state.log_history[3]
     assert log["soft_still_loss"] > 0
     if kind != "multi_view":
-        assert log["teacher_distance_other"] > 0
+        assert log["teacher_weight_drift_other"] > 0
     if kind == "mtp":
         assert "soft_other_loss" not in log
         assert log["mtp_soft_1_loss"] > 0

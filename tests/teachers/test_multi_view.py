@@ -15,8 +15,8 @@ from hf_distill.teachers.multi_view import View
 TOKENIZER = SimpleNamespace(mask_token_id=7)
 
 
-def teacher(changed="student", **view) -> MultiViewTeacher:
-    return MultiViewTeacher(view or {"token_dropout": 0.3}, changed=changed, processing_class=TOKENIZER)
+def teacher(view_for="student", **view) -> MultiViewTeacher:
+    return MultiViewTeacher(view or {"token_dropout": 0.3}, view_for=view_for, processing_class=TOKENIZER)
 
 
 def kl(told, said, temperature=2.0):
@@ -151,7 +151,7 @@ def test_no_gradient_passes_through_the_teacher(make_trainer):
 
 
 def test_bad_options_are_refused(make_trainer):
-    with pytest.raises(DistillError, match="changed is 'both'; it must be student or teacher"):
+    with pytest.raises(DistillError, match="view_for is 'both'; it must be student or teacher"):
         teacher("both")
     with pytest.raises(DistillError, match="view changes nothing"):
         MultiViewTeacher({})

@@ -10,7 +10,7 @@ from hf_distill import DistillError
 from hf_distill.models.sidecar import Sidecar, attach
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.teachers import EMATeacher, PeerTeacher
-from hf_distill.trainer.config import DistillFields
+from hf_distill.trainer.config import DistillArguments
 from hf_distill.trainer.distiller import Distiller
 
 KIND = ("online", "mutual")
@@ -95,9 +95,9 @@ def test_no_loss_of_the_student_reaches_an_online_teacher(make_trainer):
 def test_no_loss_of_the_student_reaches_an_online_teachers_gradient():
     student, teacher = build("llama", 0), peer("online")
     teacher.prepare(student, torch.device("cpu"))
-    terms = DistillFields(alpha=1.0).terms()
-    teacher.learn(terms)
-    attach(student, Sidecar({"teacher": {"model": teacher.trained}}))
+    terms = DistillArguments(alpha=1.0).terms()
+    teacher.adapt_objective(terms)
+    attach(student, Sidecar({"teacher": {"model": teacher.trainable_module}}))
     batch = collate(rows("llama", 4))
     teacher.terms = []  # what is left is the student's loss alone
     step = Distiller(terms)(student, teacher, batch)
@@ -121,7 +121,7 @@ def test_a_resumed_run_is_the_straight_run(make_trainer, kind):
         for t in (straight, again)
     ]
     assert logs[0][3:6] == logs[1][3:6]
-    assert logs[0][5]["teacher_distance"] > logs[0][1]["teacher_distance"] > 0
+    assert logs[0][5]["teacher_weight_drift"] > logs[0][1]["teacher_weight_drift"] > 0
 
 
 @pytest.mark.parametrize("kind", KIND)
@@ -129,7 +129,7 @@ def test_logs_and_evaluation_tell_of_both_models(make_trainer, kind):
     trainer = make_trainer(teacher=peer(kind), max_steps=3, learning_rate=1e-2)
     trainer.train()
     log = trainer.state.log_history[0]
-    names = {"soft_loss", "hard_loss", "peer_hard_loss", "teacher_distance", "kl", "agreement"}
+    names = {"soft_loss", "hard_loss", "peer_hard_loss", "teacher_weight_drift", "kl", "agreement"}
     assert names <= log.keys()
     assert ("peer_soft_loss" in log) == (kind == "mutual")
     found = trainer.evaluate()
@@ -172,7 +172,7 @@ def test_the_peer_has_a_learning_rate_weight_decay_and_clipping_of_its_own(make_
 
 
 def test_a_peer_freezes_when_it_is_told(make_trainer):
-    teacher, moved = peer("mutual", frozen_after=0.5), []
+    teacher, moved = peer("mutual", freeze_at_progress=0.5), []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -226,7 +226,7 @@ def test_mutual_learning_with_alpha_one_is_warned_of(make_trainer, monkeypatch):
     [
         ({"learning_rate": -1.0}, "learning_rate of the peer is -1.0; it must be 0 or more"),
         ({"max_grad_norm": 0.0}, "max_grad_norm of the peer is 0.0; it must be more than 0"),
-        ({"frozen_after": 1.5}, r"frozen_after is 1.5; it is a progress of the training, in \(0, 1\]"),
+        ({"freeze_at_progress": 1.5}, r"freeze_at_progress is 1.5; it is a progress of the training, in \(0, 1\]"),
         ({"dtype": "auto"}, "beside a model that is loaded already"),
     ],
 )

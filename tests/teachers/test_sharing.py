@@ -9,7 +9,7 @@ from tiny import build
 from torch import nn
 
 from hf_distill import DistillError
-from hf_distill.teachers import FrozenTeacher, OwnBaseTeacher, PeerTeacher
+from hf_distill.teachers import AdapterBaseTeacher, FrozenTeacher, PeerTeacher
 
 LOSSES = [{"name": "hidden_mse", "weight": 0.1}]
 
@@ -82,22 +82,22 @@ def adapted(**options):
 )
 def test_a_base_that_changes_is_no_teacher(make_trainer, options, message):
     with pytest.raises(DistillError, match=message):
-        make_trainer(model=adapted(**options), teacher=OwnBaseTeacher())
+        make_trainer(model=adapted(**options), teacher=AdapterBaseTeacher())
 
 
 def test_norms_that_train_change_the_base_and_adapters_of_every_kind_do_not(make_trainer):
     student = adapted(bias="none", modules_to_save=["norm"], trainable_token_indices=[3, 4])
-    make_trainer(model=student, teacher=OwnBaseTeacher())
+    make_trainer(model=student, teacher=AdapterBaseTeacher())
     next(p for name, p in student.named_parameters() if "input_layernorm" in name).requires_grad_(True)
     with pytest.raises(DistillError, match=r"1 parameters outside the adapters are trained .*input_layernorm"):
-        make_trainer(model=student, teacher=OwnBaseTeacher())
+        make_trainer(model=student, teacher=AdapterBaseTeacher())
 
 
 def test_what_is_trained_beside_the_student_is_no_part_of_it(make_trainer):
     """Projectors and a peer hang on the student when a teacher is prepared again."""
     options = dict(losses=LOSSES, projectors="linear", max_steps=1)
-    for student, teacher in ((adapted(), OwnBaseTeacher()), (build("llama", 0), PeerTeacher(build("llama", 1)))):
+    for student, teacher in ((adapted(), AdapterBaseTeacher()), (build("llama", 0), PeerTeacher(build("llama", 1)))):
         trainer = make_trainer(model=student, teacher=teacher, **options)
-        trainer.distil_from(trainer.teacher, trainer.args)
+        trainer.setup_distillation(trainer.teacher, trainer.args)
         trainer.train()
         assert trainer.state.global_step == 1

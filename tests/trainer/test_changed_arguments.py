@@ -32,11 +32,11 @@ def test_an_average_of_the_student_stays_where_it_is(make_trainer):
     teacher = EMATeacher(0.5)
     trainer = make_trainer(teacher=teacher, max_steps=3, learning_rate=0.05, alpha=0.3)
     trainer.train()
-    held = {name: value.clone() for name, value in teacher._held.items()}
+    held = {name: value.clone() for name, value in teacher._shadow.items()}
     assert any(not torch.equal(held[name], p) for name, p in trainer.model.named_parameters())
     trainer.args.alpha, trainer.args.max_steps = 0.6, 0
     trainer._hp_search_setup(None)
-    assert all(torch.equal(value, teacher._held[name]) for name, value in held.items())
+    assert all(torch.equal(value, teacher._shadow[name]) for name, value in held.items())
     assert [term.weight for term in trainer.distiller.terms] == [0.6, 0.4]
 
 
@@ -55,7 +55,7 @@ def test_new_losses_get_new_projectors_that_are_trained(make_trainer):
     ("name", "value", "read"),
     [
         ("label_smoothing_factor", 0.2, lambda t: t.distiller.terms[1].options["label_smoothing"]),
-        ("max_nonfinite_steps", 2, lambda t: t.max_nonfinite_steps),
+        ("max_consecutive_nonfinite_steps", 2, lambda t: t.max_consecutive_nonfinite_steps),
         ("chunk_tokens", 7, lambda t: t.distiller.chunk_tokens),
         ("divergence", "reverse_kl", lambda t: t.distiller.terms[0].loss.name),
     ],
@@ -94,6 +94,6 @@ def test_what_cannot_be_taken_is_refused_again_and_again(make_trainer, name, val
 
 def test_without_a_teacher_the_watch_may_change(make_trainer):
     trainer = make_trainer(teacher=None, max_steps=1)
-    trainer.args.max_nonfinite_steps = 2
+    trainer.args.max_consecutive_nonfinite_steps = 2
     trainer.train()
-    assert trainer.max_nonfinite_steps == 2
+    assert trainer.max_consecutive_nonfinite_steps == 2

@@ -13,7 +13,7 @@ from hf_distill import DistillError
 from hf_distill.errors import RunError
 from hf_distill.trainer import checkpointing as saving
 from hf_distill.trainer.checkpointing import _for_want_of_room
-from hf_distill.trainer.checkpoints import checkpoints_of, flaw, newest_whole
+from hf_distill.trainer.checkpoints import checkpoint_defect, checkpoints_of, latest_complete
 from hf_distill.trainer.nonfinite_report import nonfinite_weight
 
 RUN = ["run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay_whole(small):
     assert full.returncode == 1
     assert "could not be written" in full.stderr
     assert "Traceback" not in full.stderr
-    newest = newest_whole(small / "run")
+    newest = latest_complete(small / "run")
     assert newest
     assert newest.name in full.stderr
     assert all((path / "trainer_state.json").is_file() for path in (small / "run").glob("checkpoint-*"))
@@ -68,7 +68,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(error, free, written, full):
 
 
 def complete(folder):
-    return [path.name for path in checkpoints_of(folder) if flaw(path) is None]
+    return [path.name for path in checkpoints_of(folder) if checkpoint_defect(path) is None]
 
 
 @pytest.mark.parametrize("push", [False, True])
@@ -120,7 +120,7 @@ def test_best_checkpoint_is_all_that_a_limit_of_one_leaves_at_the_end(make_train
 def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     trainer = make_trainer(load_best_model_at_end=True, **options)
-    original = saving.SavingMixin._finalize_training
+    original = saving.CheckpointMixin._finalize_training
 
     def damage_first(self, *args):
         file = tmp_path / "out" / Path(self.state.best_model_checkpoint).name / "model.safetensors"
@@ -129,7 +129,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeyp
         file.write_bytes(content)
         return original(self, *args)
 
-    monkeypatch.setattr(saving.SavingMixin, "_finalize_training", damage_first)
+    monkeypatch.setattr(saving.CheckpointMixin, "_finalize_training", damage_first)
     with pytest.raises(DistillError, match=r"model\.safetensors is damaged"):
         trainer.train()
 
@@ -151,7 +151,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, rate,
 
 
 def test_training_stops_at_once_where_a_step_made_weights_not_finite(make_trainer):
-    trainer = make_trainer(max_steps=9, learning_rate=float("inf"), max_nonfinite_steps=5)
+    trainer = make_trainer(max_steps=9, learning_rate=float("inf"), max_consecutive_nonfinite_steps=5)
     with pytest.raises(RunError, match=r"not finite after step 1 .*No further step"):
         trainer.train()
     assert trainer.state.global_step == 1

@@ -9,15 +9,15 @@ import pytest
 
 from hf_distill import DistillError
 from hf_distill.trainer.checkpoints import (
-    SEAL,
-    begin,
+    MARK_FILE,
+    checkpoint_defect,
     checkpoints_of,
-    flaw,
-    newest_whole,
+    latest_complete,
+    mark_complete,
+    mark_incomplete,
     remove,
     restore,
     rotate,
-    seal,
 )
 
 OPTIONS = {"save_steps": 2, "save_strategy": "steps", "losses": [{"name": "hidden_mse"}]}
@@ -61,9 +61,9 @@ def flip(path, bit):
 
 
 def mark(checkpoint, change):
-    values = json.loads((checkpoint / SEAL).read_text())
+    values = json.loads((checkpoint / MARK_FILE).read_text())
     change(values)
-    (checkpoint / SEAL).write_text(json.dumps(values))
+    (checkpoint / MARK_FILE).write_text(json.dumps(values))
 
 
 def middle(path):
@@ -71,12 +71,12 @@ def middle(path):
 
 
 DAMAGE = {
-    "not ended": lambda c: (c / SEAL).write_text('{"whole": false}'),
-    "half a mark": lambda c: cut(c / SEAL),
-    "a list as mark": lambda c: (c / SEAL).write_text("[]"),
-    "a number as mark": lambda c: (c / SEAL).write_text("5"),
-    "a mark that is no text": lambda c: (c / SEAL).write_bytes(b"\xff\xfe"),
-    "a folder as mark": lambda c: ((c / SEAL).unlink(), (c / SEAL).mkdir()),
+    "not ended": lambda c: (c / MARK_FILE).write_text('{"whole": false}'),
+    "half a mark": lambda c: cut(c / MARK_FILE),
+    "a list as mark": lambda c: (c / MARK_FILE).write_text("[]"),
+    "a number as mark": lambda c: (c / MARK_FILE).write_text("5"),
+    "a mark that is no text": lambda c: (c / MARK_FILE).write_bytes(b"\xff\xfe"),
+    "a folder as mark": lambda c: ((c / MARK_FILE).unlink(), (c / MARK_FILE).mkdir()),
     "a mark without files": lambda c: mark(c, lambda values: values.pop("files")),
     "a mark without its state": lambda c: mark(c, lambda values: values.pop("whole")),
     "a mark without a file": lambda c: mark(c, lambda values: values["files"].pop("optimizer.pt")),
@@ -93,18 +93,21 @@ DAMAGE = {
     "a bit of the random state": lambda c: middle(c / "rng_state.pth"),
     "a bit of the trainer state": lambda c: middle(c / "trainer_state.json"),
     "a bit of the projectors": lambda c: middle(c / "sidecar.safetensors"),
-    "another Trainer's, half a state": lambda c: ((c / SEAL).unlink(), cut(c / "trainer_state.json")),
-    "another Trainer's, a list as state": lambda c: ((c / SEAL).unlink(), (c / "trainer_state.json").write_text("[]")),
-    "another Trainer's, no state": lambda c: ((c / SEAL).unlink(), (c / "trainer_state.json").unlink()),
+    "another Trainer's, half a state": lambda c: ((c / MARK_FILE).unlink(), cut(c / "trainer_state.json")),
+    "another Trainer's, a list as state": lambda c: (
+        (c / MARK_FILE).unlink(),
+        (c / "trainer_state.json").write_text("[]"),
+    ),
+    "another Trainer's, no state": lambda c: ((c / MARK_FILE).unlink(), (c / "trainer_state.json").unlink()),
     "an empty folder": lambda c: (shutil.rmtree(c), c.mkdir()),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_training_resumes_from_the_newest_complete_checkpoint(folder, make_trainer, damage, caplog):
-    assert flaw(folder / "checkpoint-4") is None
+    assert checkpoint_defect(folder / "checkpoint-4") is None
     DAMAGE[damage](folder / "checkpoint-4")
-    found = flaw(folder / "checkpoint-4")
+    found = checkpoint_defect(folder / "checkpoint-4")
     assert found
     trainer = make_trainer(max_steps=5, **OPTIONS)
     with pytest.raises(DistillError, match=r"cannot be resumed from .*checkpoint-4: .*checkpoint-2 is complete"):
@@ -121,8 +124,8 @@ def test_a_checkpoint_that_was_skipped_is_written_again(folder, make_trainer):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     trainer.train(resume_from_checkpoint=True)
     assert trainer._initial_global_step == 2
-    assert newest_whole(folder) == folder / "checkpoint-5"
-    assert flaw(folder / "checkpoint-4") is None
+    assert latest_complete(folder) == folder / "checkpoint-5"
+    assert checkpoint_defect(folder / "checkpoint-4") is None
 
 
 def test_every_bit_of_a_checkpoint_is_covered(folder):
@@ -132,9 +135,9 @@ def test_every_bit_of_a_checkpoint_is_covered(folder):
         for _ in range(10):
             bit = generator.randrange(path.stat().st_size * 8)
             flip(path, bit)
-            assert flaw(checkpoint), f"bit {bit} of {path.name}"
+            assert checkpoint_defect(checkpoint), f"bit {bit} of {path.name}"
             flip(path, bit)
-    assert flaw(checkpoint) is None
+    assert checkpoint_defect(checkpoint) is None
 
 
 def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_trainer):
@@ -145,7 +148,7 @@ def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_tr
     with pytest.raises(DistillError, match=r"no checkpoint is complete .*checkpoint-2: optimizer\.pt has .* instead"):
         trainer.train(resume_from_checkpoint=True)
     for checkpoint in checkpoints_of(folder):
-        begin(checkpoint)
+        mark_incomplete(checkpoint)
     assert trainer.newest_checkpoint() is None
     with pytest.raises(DistillError, match=r"not written to its end, and no other .* start again"):
         trainer.train(resume_from_checkpoint=True)
@@ -155,11 +158,11 @@ def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_tr
 
 def test_a_kill_before_the_first_mark_is_written_leaves_nothing_to_repair(make_trainer, tmp_path):
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "out" / "checkpoint-2" / f"{SEAL}.half").write_text('{"wh')
+    (tmp_path / "out" / "checkpoint-2" / f"{MARK_FILE}.half").write_text('{"wh')
     trainer = make_trainer(max_steps=2, save_steps=2, save_strategy="steps")
     assert trainer.newest_checkpoint() is None
     trainer.train()
-    assert flaw(tmp_path / "out" / "checkpoint-2") is None
+    assert checkpoint_defect(tmp_path / "out" / "checkpoint-2") is None
 
 
 def test_a_checkpoint_that_was_sharded_anew_is_taken_once_its_mark_is_deleted(folder, make_trainer):
@@ -173,7 +176,7 @@ def test_a_checkpoint_that_was_sharded_anew_is_taken_once_its_mark_is_deleted(fo
     trainer = make_trainer(max_steps=5, **OPTIONS)
     with pytest.raises(DistillError, match=r"If you changed it on purpose, delete .*checkpoint-4/checkpoint\.json"):
         trainer.newest_checkpoint()
-    (checkpoint / SEAL).unlink()
+    (checkpoint / MARK_FILE).unlink()
     trainer.train(resume_from_checkpoint=True)
     assert trainer._initial_global_step == 4
 
@@ -182,7 +185,7 @@ def test_a_plain_trainers_checkpoint_is_taken(make_trainer, tmp_path):
     from transformers import Trainer
 
     make_trainer(cls=Trainer, max_steps=2, save_steps=2, save_strategy="steps").train()
-    assert not (tmp_path / "out" / "checkpoint-2" / SEAL).exists()
+    assert not (tmp_path / "out" / "checkpoint-2" / MARK_FILE).exists()
     trainer = make_trainer(max_steps=3)
     trainer.train(resume_from_checkpoint=True)
     assert trainer._initial_global_step == 2
@@ -192,26 +195,26 @@ def test_what_an_earlier_attempt_left_is_not_mixed_in(tmp_path):
     checkpoint = tmp_path / "checkpoint-8"
     checkpoint.mkdir()
     (checkpoint / "model-00003-of-00003.safetensors").write_bytes(b"old")
-    begin(checkpoint)
-    assert [path.name for path in checkpoint.iterdir()] == [SEAL]
-    assert flaw(checkpoint).state == "unfinished"
+    mark_incomplete(checkpoint)
+    assert [path.name for path in checkpoint.iterdir()] == [MARK_FILE]
+    assert checkpoint_defect(checkpoint).state == "unfinished"
     (checkpoint / "trainer_state.json").write_text("{}")
-    seal(checkpoint)
-    (entry,) = json.loads((checkpoint / SEAL).read_text())["files"].values()
+    mark_complete(checkpoint)
+    (entry,) = json.loads((checkpoint / MARK_FILE).read_text())["files"].values()
     assert entry["size"] == 2
-    assert flaw(checkpoint) is None
+    assert checkpoint_defect(checkpoint) is None
 
 
 def test_a_complete_checkpoint_returns_where_the_one_that_replaces_it_is_not_finished(tmp_path):
     checkpoint = tmp_path / "checkpoint-8"
     for state in ("{}", '{"epoch": 1}'):
-        begin(checkpoint)
+        mark_incomplete(checkpoint)
         (checkpoint / "trainer_state.json").write_text(state)
         if state == "{}":
-            seal(checkpoint)
-    assert flaw(checkpoint).state == "unfinished"
+            mark_complete(checkpoint)
+    assert checkpoint_defect(checkpoint).state == "unfinished"
     restore(tmp_path)
-    assert flaw(checkpoint) is None
+    assert checkpoint_defect(checkpoint) is None
     assert (checkpoint / "trainer_state.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
 
@@ -221,7 +224,7 @@ def test_no_part_of_a_removed_checkpoint_looks_complete(folder, monkeypatch):
 
     def interrupted(path, **_):
         if path.exists():
-            (path / SEAL).unlink()
+            (path / MARK_FILE).unlink()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -263,4 +266,4 @@ def test_checkpoints_are_ordered_by_their_step(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-12").write_text("a file")
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-10", "checkpoint-2"]
-    assert newest_whole(tmp_path / "nowhere") is None
+    assert latest_complete(tmp_path / "nowhere") is None

@@ -14,7 +14,7 @@ from hf_distill.cache.example_keys import examples_of
 from hf_distill.core.signals import Targets
 from hf_distill.errors import RunError
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
-from hf_distill.trainer.nonfinite_report import Leaps
+from hf_distill.trainer.nonfinite_report import LossSpikeDetector
 
 ROWS = rows("llama", 32)
 BAD = 6  # of ROWS
@@ -88,7 +88,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(make_trainer, to
 def test_after_some_in_a_row_training_stops_and_the_last_checkpoint_is_whole(make_trainer, tmp_path):
     steps = range(4, 100)
     trainer = make_trainer(
-        teacher=sick(calls=steps), max_steps=20, save_steps=2, save_strategy="steps", max_nonfinite_steps=3
+        teacher=sick(calls=steps), max_steps=20, save_steps=2, save_strategy="steps", max_consecutive_nonfinite_steps=3
     )
     with pytest.raises(RunError) as error:
         trainer.train()
@@ -96,7 +96,7 @@ def test_after_some_in_a_row_training_stops_and_the_last_checkpoint_is_whole(mak
     assert "stops at step 6: 3 in a row" in text
     assert "checkpoint-4 is whole: resume from it" in text
     assert "what the teacher says is not" in text
-    found = json.loads((tmp_path / "out" / "not-finite.json").read_text())
+    found = json.loads((tmp_path / "out" / "nonfinite_steps.json").read_text())
     assert [step["step"] for step in found["steps"]] == [4, 5, 6]
     assert found["last_checkpoint"] == "checkpoint-4"
     assert found["steps"][0]["terms"] == ["soft"]
@@ -107,7 +107,7 @@ def test_after_some_in_a_row_training_stops_and_the_last_checkpoint_is_whole(mak
 
 
 def test_skipped_steps_that_are_not_in_a_row_do_not_stop_it(make_trainer):
-    trainer = make_trainer(teacher=sick(calls=(2, 3, 5, 6)), max_steps=8, max_nonfinite_steps=3)
+    trainer = make_trainer(teacher=sick(calls=(2, 3, 5, 6)), max_steps=8, max_consecutive_nonfinite_steps=3)
     trainer.train()
     assert [log["step"] for log in trainer.state.log_history if log.get("skipped_steps")] == [2, 3, 5, 6]
 
@@ -139,9 +139,9 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(make_trainer):
 
     @loss("infinite_value", needs={"logits"})
     def infinite_value(student, teacher, targets):
-        from hf_distill.losses.alignment import dense
+        from hf_distill.losses.alignment import dense_logits
 
-        return (dense(student) ** 2).sum(1) + torch.where(targets.labels == targets.labels[0], math.inf, 0.0)
+        return (dense_logits(student) ** 2).sum(1) + torch.where(targets.labels == targets.labels[0], math.inf, 0.0)
 
     weights = Weights()
     trainer = make_trainer(losses=[{"name": "infinite_value", "weight": 0.1}], callbacks=[weights], max_steps=3)
@@ -153,7 +153,7 @@ def test_a_sick_peer_is_seen_though_it_is_clipped_apart(make_trainer, told):
     trainer = make_trainer(teacher=PeerTeacher(build("llama", 3)), max_steps=4)
     weights = Weights()
     trainer.add_callback(weights)
-    its = next(iter(trainer._trained.parameters()))
+    its = next(iter(trainer._teacher_module.parameters()))
     its.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 1 else grad)
     trainer.train()
     (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
@@ -184,7 +184,7 @@ def scaled(trainer, **options):
 def test_a_scaler_may_look_for_its_scale(make_trainer, told):
     """An overflow under a scaler is skipped by the scaler, which halves its scale: no sign of sickness."""
     weights = Weights()
-    trainer = make_trainer(max_steps=9, max_nonfinite_steps=2, callbacks=[weights])
+    trainer = make_trainer(max_steps=9, max_consecutive_nonfinite_steps=2, callbacks=[weights])
     scaler = scaled(trainer, init_scale=2.0**6)
     broken = trainer.model.model.layers[0].mlp.down_proj.weight
     broken.register_hook(lambda grad: grad * math.inf if scaler.get_scale() > 4 else grad)
@@ -196,7 +196,7 @@ def test_a_scaler_may_look_for_its_scale(make_trainer, told):
 
 
 def test_a_scaler_that_is_at_its_end_is_told(make_trainer):
-    trainer = make_trainer(max_steps=20, max_nonfinite_steps=2)
+    trainer = make_trainer(max_steps=20, max_consecutive_nonfinite_steps=2)
     scaled(trainer, init_scale=2.0)
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(RunError, match="step 3: 2 in a row"):
@@ -214,15 +214,15 @@ def test_a_loss_under_a_scaler_that_is_not_finite_is_told(make_trainer, told):
 
 
 def test_leaps_are_far_from_what_was_before():
-    leaps = Leaps()
-    assert [leaps.take(5.0 + 0.1 * (i % 5)) for i in range(40)] == [None] * 40
-    assert leaps.take(5.9) is None
-    assert leaps.take(9.0) == pytest.approx(5.2)
-    assert leaps.take(math.nan) is None
-    assert leaps.take(5.2) is None
-    assert Leaps().take(9.0) is None
-    falling = Leaps()
-    assert not any(falling.take(8 * 0.97**i) for i in range(200))
+    leaps = LossSpikeDetector()
+    assert [leaps.update(5.0 + 0.1 * (i % 5)) for i in range(40)] == [None] * 40
+    assert leaps.update(5.9) is None
+    assert leaps.update(9.0) == pytest.approx(5.2)
+    assert leaps.update(math.nan) is None
+    assert leaps.update(5.2) is None
+    assert LossSpikeDetector().update(9.0) is None
+    falling = LossSpikeDetector()
+    assert not any(falling.update(8 * 0.97**i) for i in range(200))
 
 
 def test_a_loss_that_leaps_is_told_with_its_step(make_trainer, told):
@@ -241,5 +241,5 @@ def test_a_loss_that_leaps_is_told_with_its_step(make_trainer, told):
 
 @pytest.mark.parametrize("value", [0, -1, None, 1.5])
 def test_a_number_of_steps_that_is_none_is_refused(tmp_path, value):
-    with pytest.raises(DistillError, match="max_nonfinite_steps is"):
-        DistillConfig(str(tmp_path), max_nonfinite_steps=value)
+    with pytest.raises(DistillError, match="max_consecutive_nonfinite_steps is"):
+        DistillConfig(str(tmp_path), max_consecutive_nonfinite_steps=value)

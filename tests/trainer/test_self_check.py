@@ -37,7 +37,7 @@ def failure(trainer) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js", "adaptive_kl", "total_variation"])
 def test_all_kinds_of_models_and_divergences_pass(make_trainer, kind, divergence, monkeypatch):
-    monkeypatch.setattr("hf_distill.trainer.SelfCheck", Counted)
+    monkeypatch.setattr("hf_distill.trainer.trainer.SelfCheck", Counted)
     before = Counted.calls
     make_trainer(kind, divergence=divergence, alpha=0.7, temperature=3.0, max_steps=2).train()
     assert Counted.calls == before + 1

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_distill.core.io import read_json
 from hf_distill.errors import RunInterrupted
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.trainer.checkpoints import flaw, newest_whole
+from hf_distill.trainer.checkpoints import checkpoint_defect, latest_complete
 
 STEPS = 8
 
@@ -47,7 +47,7 @@ def left(folder) -> tuple[dict, dict, list]:
     """Weights, held-out metrics and training logs of a run."""
     models = {
         name: {k: v for k, v in metrics.items() if k != "train_seconds"}
-        for name, metrics in read_json(folder / "evidence.json")["models"].items()
+        for name, metrics in read_json(folder / "results.json")["models"].items()
     }
     logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logs = [{k: v for k, v in log.items() if k != "epoch"} for log in logs if "loss" in log]
@@ -75,7 +75,7 @@ def test_a_signal_saves_and_stops_and_a_resumed_run_ends_as_if_nothing_had_been(
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before
     assert f"Stopped by {number.name} after step {step + 1} of {STEPS}; checkpoint-{step + 1} is whole" in told[-1]
-    assert newest_whole(tmp_path).name == f"checkpoint-{step + 1}"
+    assert latest_complete(tmp_path).name == f"checkpoint-{step + 1}"
     assert not (tmp_path / "student").exists()
     run_recipe(recipe(tmp_path), resume=True)
     assert same(left(tmp_path), straight)
@@ -91,7 +91,7 @@ def test_the_control_is_interrupted_and_goes_on_too(tmp_path, straight):
 
     with pytest.raises(RunInterrupted):
         run_recipe(recipe(tmp_path), callbacks=[Second()])
-    assert newest_whole(tmp_path / "control").name == "checkpoint-4"
+    assert latest_complete(tmp_path / "control").name == "checkpoint-4"
     run_recipe(recipe(tmp_path), resume=True)
     assert same(left(tmp_path), straight)
 
@@ -144,7 +144,7 @@ def test_the_program_stops_cleanly_and_goes_on(tmp_path):
     assert process.returncode == 143
     assert "Stopped by SIGTERM after step" in out
     assert "Traceback" not in errors
-    step = int(newest_whole(tmp_path / "run").name.rpartition("-")[2])
+    step = int(latest_complete(tmp_path / "run").name.rpartition("-")[2])
     resumed = started(tmp_path, *words, "--resume")
     out, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors
@@ -160,7 +160,9 @@ def test_a_second_ctrl_c_ends_the_program_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) in (-signal.SIGINT, 130)
     process.communicate()
-    assert all(flaw(c) in (None, "it was not written to its end") for c in (tmp_path / "run").glob("checkpoint-*"))
+    assert all(
+        checkpoint_defect(c) in (None, "it was not written to its end") for c in (tmp_path / "run").glob("checkpoint-*")
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -173,7 +175,7 @@ def test_a_script_stops_after_the_step_if_it_asks_for_it(make_trainer, tmp_path,
         trainer.train()
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before
-    assert newest_whole(tmp_path / "out").name == "checkpoint-3"
+    assert latest_complete(tmp_path / "out").name == "checkpoint-3"
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6

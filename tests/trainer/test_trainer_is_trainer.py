@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_distill import DistillTrainer
-from hf_distill.trainer.checkpoints import SEAL
+from hf_distill.trainer.checkpoints import MARK_FILE
 
 STEPS = dict(max_steps=20, gradient_accumulation_steps=2, per_device_train_batch_size=2, logging_steps=5)
 
@@ -61,7 +61,7 @@ def test_all_arguments_stand_where_the_trainer_has_them(tmp_path):
 
 
 def test_a_missing_teacher_is_told_once(make_trainer, caplog):
-    from hf_distill.trainer import logger
+    from hf_distill.trainer.trainer import logger
 
     logger.warning_once.cache_clear()
     make_trainer(teacher=None)
@@ -132,7 +132,7 @@ def outcome(trainer, resume_from_checkpoint=None):
         [parameter.item() for parameter in trainer.model.parameters()],
         torch.get_rng_state().tolist(),
         events.seen,
-        sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.name != SEAL),
+        sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.name != MARK_FILE),
     )
 
 

@@ -186,7 +186,7 @@ def test_peft_need_not_be_installed(make_sft, monkeypatch):
     monkeypatch.delattr(trl.trainer.sft_trainer, "BaseTunerLayer")
     monkeypatch.setattr(trl.trainer.sft_trainer, "is_peft_available", lambda: False)
     monkeypatch.setattr(trl.trainer.sft_trainer, "is_peft_model", lambda model: False)
-    assert make_sft().distilling
+    assert make_sft().is_distilling
 
 
 def test_without_distilling_an_adapter_on_the_head_is_refused_as_by_trl(make_sft):

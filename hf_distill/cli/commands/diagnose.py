@@ -44,7 +44,7 @@ def diagnose(
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)
         progress.stage(f"Comparing both models over {tokens:,} tokens")
-        references = References.of_evidence(read_json(opened.folder / "evidence.json"), name)
+        references = References.of_evidence(read_json(opened.folder / "results.json"), name)
         found = look(pair, tokens, logs, references)
     if name == "student":
         write_json(opened.folder / "diagnosis.json", asdict(found))

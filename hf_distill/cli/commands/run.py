@@ -56,7 +56,7 @@ def run(
     no_other_bars()
     with RichProgress(out) as progress, trusting(Trust(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
-    out.print(results_table(result.models, read_json(result.folder / "evidence.json").get("chain")))
+    out.print(results_table(result.models, read_json(result.folder / "results.json").get("chain")))
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
     if to and not out.quiet:
         from ...runner.run_results import open_run

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ...core.logits import LazyLogits, LogitScaling
 from ...errors import DistillError
 from ...models.model_types import unwrap_model
-from .heads import MTPHeads, last_block_call
+from .heads import MTPHeads, record_last_block_kwargs
 
 
 @dataclass(frozen=True)
-class Written:
+class SpeculativeOutput:
     """What was written, and how many drafted tokens were accepted.
 
     ids:      [1, S + new] the prompt and what follows it
@@ -27,7 +27,7 @@ class Written:
 @torch.no_grad()
 def generate_with_mtp(
     model: nn.Module, heads: MTPHeads, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None
-) -> Written:
+) -> SpeculativeOutput:
     """Greedy decoding: each forward keeps the drafted tokens that the model would have written itself, and one more.
 
     It shows how much of the drafts is accepted. It keeps no cache, so it is no fast decoder.
@@ -61,7 +61,7 @@ def generate_with_mtp(
         ids = torch.cat([ids, new], dim=1)
         accepted.append(new.shape[1] - 1)
         if ids.shape[1] == end or new[0, -1] == eos_token_id:
-            return Written(ids, accepted)
+            return SpeculativeOutput(ids, accepted)
         drafts = _draft(model, heads, ids, hidden, call)[:, : end - ids.shape[1] - 1]
 
 
@@ -85,7 +85,7 @@ def _run(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]
     given: list[Tensor] = []
     hook = inner.get_output_embeddings().register_forward_pre_hook(lambda _module, args: given.append(args[0]))
     try:
-        with last_block_call(model) as call:
+        with record_last_block_kwargs(model) as call:
             outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         hook.remove()

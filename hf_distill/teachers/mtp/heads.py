@@ -48,7 +48,7 @@ class MTPHeads(nn.Module):
         norm = _final_norm(
             unwrap_model(student).get_submodule(parent.rpartition(".")[0]), blocks, self.settings["hidden_size"]
         )
-        self.depths = nn.ModuleList(MTPDepth(blocks[-1], norm, self.settings["hidden_size"]) for _ in range(heads))
+        self.depths = nn.ModuleList(MTPModule(blocks[-1], norm, self.settings["hidden_size"]) for _ in range(heads))
         self.requires_grad_(True)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class MTPHeads(nn.Module):
         return rows
 
 
-class MTPDepth(nn.Module):
+class MTPModule(nn.Module):
     """One module of the chain; it starts as the student's last block on the hidden states that it is given."""
 
     def __init__(self, block: nn.Module, norm: nn.Module, width: int):
@@ -102,7 +102,7 @@ class MTPDepth(nn.Module):
 
 
 @contextmanager
-def last_block_call(model: nn.Module) -> Iterator[dict[str, Any]]:
+def record_last_block_kwargs(model: nn.Module) -> Iterator[dict[str, Any]]:
     """What the model's last block was called with, by name; without its hidden states, and without a cache.
 
     Args:

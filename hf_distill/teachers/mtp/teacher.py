@@ -17,12 +17,12 @@ from ...losses.fused import ChunkedLoss
 from ...losses.objective import Term
 from ...models.model_types import unwrap_model
 from ...models.output_head import known_output_head
-from ..base import Beside
-from ..trained import TrainedTeacher
-from .heads import MTPHeads, last_block_call, save_heads
+from ..base import JointStep
+from ..trainable import TrainableTeacher
+from .heads import MTPHeads, record_last_block_kwargs, save_heads
 
 
-class MTPTeacher(TrainedTeacher):
+class MTPTeacher(TrainableTeacher):
     """Multi-token prediction (2412.19437, 2.2) with the main head as the teacher of the others.
 
     L = cross entropy of the student
@@ -43,7 +43,8 @@ class MTPTeacher(TrainedTeacher):
     """
 
     kind = "mtp"
-    soft = False
+    trainable_module: nn.Module | None = None
+    provides_soft_labels = False
 
     def __init__(
         self, heads: int = 3, *, hard_weight: float = 0.3, soft_weight: float = 0.1, learning_rate: float | None = None
@@ -57,7 +58,7 @@ class MTPTeacher(TrainedTeacher):
         raise_if_any(problems)
         super().__init__()
         self._count, self._weights = heads, {"hard": hard_weight, "soft": soft_weight}
-        self.options = {"lr": learning_rate}
+        self.optimizer_overrides = {"lr": learning_rate}
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Make the heads of the student's last block, if there are none yet.
@@ -66,14 +67,14 @@ class MTPTeacher(TrainedTeacher):
             DistillError: a student that they cannot be made of.
         """
         self.model = student
-        if self.trained is None:
-            self.trained = MTPHeads(student, self._count)
+        if self.trainable_module is None:
+            self.trainable_module = MTPHeads(student, self._count)
 
-    def unfit(self, args: TrainingArguments) -> list[str]:
+    def check_arguments(self, args: TrainingArguments) -> list[str]:
         """Strategies that shard what the heads share with the student."""
         return ["MTP heads are not trained under FSDP: use DDP or DeepSpeed"] if args.fsdp else []
 
-    def learn(self, terms: Sequence[Term]) -> list[Term]:
+    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
         """Make the heads' terms of the student's: `mtp_hard_d` and `mtp_soft_d` for each of them.
 
         Raises:
@@ -90,35 +91,35 @@ class MTPTeacher(TrainedTeacher):
             for d in range(1, self._count + 1)
         ]
         self.terms = [term for of_head in self._terms for term in of_head]
-        return super().learn(terms)
+        return super().adapt_objective(terms)
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Nothing that the student itself could learn from."""
         return Signals(None)
 
-    def beside(
+    def joint_step(
         self,
         inputs: dict,
         targets: Targets,
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
-    ) -> Beside:
+    ) -> JointStep:
         """The heads' forward and their losses."""
-        run = _Ahead(self.model, self.trained, self._terms, inputs, targets, targets.divisor(num_items))
+        run = _MTPStep(self.model, self.trainable_module, self._terms, inputs, targets, targets.divisor(num_items))
         self._run = run
         return run
 
     def metrics(self) -> dict[str, float]:
-        """`teacher_distance` of the heads, and `mtp_skipped`: how many of them the last batch had no token for."""
-        return super().metrics() | {"mtp_skipped": float(self._run.skipped)}
+        """`teacher_weight_drift` of the heads, and `mtp_heads_skipped`: how many had no token in the last batch."""
+        return super().metrics() | {"mtp_heads_skipped": float(self._run.skipped)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`."""
-        assert isinstance(self.trained, MTPHeads)
-        save_heads(self.trained, folder)
+        assert isinstance(self.trainable_module, MTPHeads)
+        save_heads(self.trainable_module, folder)
 
 
-class _Ahead(Beside):
+class _MTPStep(JointStep):
     """One forward of the heads inside the student's."""
 
     told = Signals(None)
@@ -129,7 +130,7 @@ class _Ahead(Beside):
         self.per_token, self.skipped = {}, 0
 
     @contextmanager
-    def around(self, student: nn.Module):
+    def context(self, student: nn.Module):
         """Note what the last block is called with, and the hidden states that the output head gets."""
         head = self.student.get_output_embeddings()
 
@@ -138,7 +139,7 @@ class _Ahead(Beside):
 
         with ExitStack() as stack:
             stack.callback(head.register_forward_pre_hook(note).remove)
-            self.block_kwargs = stack.enter_context(last_block_call(student))
+            self.block_kwargs = stack.enter_context(record_last_block_kwargs(student))
             yield
 
     def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:

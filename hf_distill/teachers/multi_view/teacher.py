@@ -11,11 +11,11 @@ from ...core.signals import FeatureKey, Signals, Targets
 from ...errors import DistillError
 from ...losses.objective import Term
 from ...models.model_types import SEQUENCE, model_type_of, unwrap_model
-from ..self_teacher import ItselfTeacher
+from ..self_teacher import SelfTeacher
 from .augmentation import View, fill_token
 
 
-class MultiViewTeacher(ItselfTeacher):
+class MultiViewTeacher(SelfTeacher):
     """The same model, in eval mode and without gradient, on the other view of the batch.
 
     In training one of the two sees the view and the other the clean batch. In evaluation the student sees the clean
@@ -23,7 +23,7 @@ class MultiViewTeacher(ItselfTeacher):
 
     Args:
         view: a `View`, or a dict of its fields.
-        changed: whose batch is changed in training, "student" or "teacher".
+        view_for: whose batch is changed in training, "student" or "teacher".
         processing_class: the tokenizer, whose mask, unknown, padding or end token stands for dropped ones; None: the
             trainer's.
 
@@ -33,11 +33,11 @@ class MultiViewTeacher(ItselfTeacher):
 
     kind = "multi_view"
 
-    def __init__(self, view: View | dict, *, changed: str = "student", processing_class: Any = None):
+    def __init__(self, view: View | dict, *, view_for: str = "student", processing_class: Any = None):
         self.view = View.of(view)
-        if changed not in ("student", "teacher"):
-            raise DistillError(f"changed is {changed!r}; it must be student or teacher")
-        self._changed, self._tokenizer, self._step = changed, processing_class, 0
+        if view_for not in ("student", "teacher"):
+            raise DistillError(f"view_for is {view_for!r}; it must be student or teacher")
+        self._view_for, self._tokenizer, self._step = view_for, processing_class, 0
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Find what stands for dropped tokens.
@@ -57,17 +57,17 @@ class MultiViewTeacher(ItselfTeacher):
         window = unwrap_model(student).config.get_text_config()
         self._positions = getattr(window, "max_position_embeddings", None)
 
-    def other_state(self) -> AbstractContextManager[None]:
+    def teacher_mode(self) -> AbstractContextManager[None]:
         """The student as it is."""
         return nullcontext()
 
-    def seen(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
+    def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
         """The student's batch, and its asked tokens there."""
-        return self._viewed(inputs, targets) if training and self._changed == "student" else (inputs, targets)
+        return self._viewed(inputs, targets) if training and self._view_for == "student" else (inputs, targets)
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the student on the batch that it does not see itself."""
-        if self._changed == "teacher" or not self.model.training:
+        if self._view_for == "teacher" or not self.model.training:
             inputs, targets = self._viewed(inputs, targets)
             feature_requests = {
                 key: targets.feature_positions(inputs, its.causal, key.stack) for key, its in feature_requests.items()
@@ -88,11 +88,11 @@ class MultiViewTeacher(ItselfTeacher):
         """Whether a term compares the hidden states of target tokens alone, which are the same in both views."""
         return model_type_of(self.model) is not SEQUENCE and term.stack != "encoder"
 
-    def after_step(self, step: int, updated: bool) -> None:
+    def on_step_end(self, step: int, updated: bool) -> None:
         """Each step draws anew."""
         self._step = step
 
-    def begin(self, step: int) -> None:
+    def on_train_begin(self, step: int) -> None:
         """So does each step of a resumed run."""
         self._step = step
 
