@@ -138,7 +138,7 @@ def main() -> int:
 
 
 def spread(todo: list[str], out: Path, workers: int) -> None:
-    """Run classes in processes; one that dies is recording as a crash of its class, and the others go on."""
+    """Run classes in processes; one that dies is noted as a crash of its class, and the others go on."""
     for name in todo:
         append(out, {"class": name, "status": "queued"})
     shares = [todo[i::workers] for i in range(workers)]

@@ -49,9 +49,7 @@ def test_each_teacher_has_its_share_of_the_soft_term_and_losses_name_theirs(make
     batch = collate(trainer.train_dataset[:4])
     targets = Targets.from_batch(batch, shift=True)
     said = logits(build("llama", 0), batch, targets)
-    provides_soft_labels = {
-        name: kl(logits(m, batch, targets), said).item() for name, m in (("big", big), ("small", small))
-    }
+    soft = {name: kl(logits(m, batch, targets), said).item() for name, m in (("big", big), ("small", small))}
     q, p = (torch.log_softmax(x, -1) for x in (said, logits(small, batch, targets)))
     reverse = (q.exp() * (q - p)).sum(-1).mean().item()
     log = first_log(trainer)

@@ -122,7 +122,7 @@ class MTPTeacher(TrainableTeacher):
 class _MTPStep(JointStep):
     """One forward of the heads inside the student's."""
 
-    told = Signals(None)
+    teacher_signals = Signals(None)
 
     def __init__(self, student, heads, terms, inputs, targets, items):
         self.student, self.heads, self.terms = unwrap_model(student), heads, terms
