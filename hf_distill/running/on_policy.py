@@ -8,7 +8,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data import Examples, hold_out
+from ..data.checks import by_row, check_messages
 from ..data.conversations import Conversations
+from ..data.roles import check_roles
 from ..errors import DistillError, need
 from ..recipe.schema import Recipe
 from .examples import load_source, mix_sources
@@ -68,7 +70,14 @@ def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
     """Rows whose prompt has at most so many tokens; messages as their text, where the template reads no parts."""
     if isinstance(next(iter(rows))["prompt"], list):
         conversations = Conversations(tokenizer)
-        rows = rows.map(lambda row: {k: conversations.plain(row[k]) for k in ("prompt", "completion") if row.get(k)})
+
+        def checked(row: dict) -> dict:
+            columns = [column for column in ("prompt", "completion") if row.get(column)]
+            for column in columns:
+                check_roles(check_messages(row, column), conversations.chat_template, column)
+            return {column: conversations.plain(row[column]) for column in columns}
+
+        rows = rows.map(by_row(checked, rows, f"data.{name}"), with_indices=True)
 
     def fits(row: dict) -> bool:
         if isinstance(row["prompt"], str):

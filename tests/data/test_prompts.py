@@ -29,9 +29,9 @@ def test_prompts_stay_as_they_are():
         ({"input_ids": [1]}, "data.task is tokens"),
         (
             {"messages": conversation(0)[:1]},
-            "data.task, row 1, column messages: a conversation must end with an answer of the assistant's",
+            r"data.task, row 0 \(counted from 0\), column messages: a conversation must end with an answer",
         ),
-        ({"messages": None}, "data.task, row 1, column messages: found null"),
+        ({"messages": None}, r"data.task, row 0 \(counted from 0\), column messages: found null"),
     ],
 )
 def test_what_has_no_prompt_is_refused(row, problem):
