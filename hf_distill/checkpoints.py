@@ -245,6 +245,8 @@ def hint(path: Path, found: Flaw) -> str:
     """How a user accepts a checkpoint that was changed on purpose; empty where its writing was interrupted."""
     if found.state == "unfinished":
         return ""
+    if found.state == "damaged":  # which is nearly always a fault of a disk or a copy
+        return " (For a checkpoint that you edited yourself, see docs/reliability.md.)"
     return f" If you changed it on purpose, delete {path / SEAL}: training then resumes from it without checks."
 
 

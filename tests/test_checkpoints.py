@@ -137,13 +137,16 @@ def test_every_bit_of_a_checkpoint_is_covered(folder):
     assert flaw(checkpoint) is None
 
 
-def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_trainer):
+def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_trainer, caplog):
     """It would write over what might be repaired; where a kill interrupted all of them there is nothing to repair."""
     for checkpoint in checkpoints_of(folder):
         cut(checkpoint / "optimizer.pt")
     trainer = make_trainer()
-    with pytest.raises(DistillError, match=r"no checkpoint is complete .*checkpoint-2: optimizer\.pt has .* instead"):
+    message = r"no checkpoint is complete .*checkpoint-2: optimizer\.pt has .* instead"
+    with caplog.at_level(logging.WARNING), pytest.raises(DistillError, match=message) as error:
         trainer.train(resume_from_checkpoint=True)
+    assert "is skipped" not in caplog.text  # the error names them
+    assert "delete" not in str(error.value)  # the mark of a damaged checkpoint
     for checkpoint in checkpoints_of(folder):
         begin(checkpoint)
     assert trainer.newest_checkpoint() is None

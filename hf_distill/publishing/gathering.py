@@ -11,6 +11,7 @@ from ..errors import DistillError
 from ..evidence import damage_reported, read_json
 from ..hub.licences import Judged, Licence, judge, licence_of
 from ..names import public
+from ..recipe.downloads import random_models
 from ..recipe.pair import Student, TeacherSpec
 from ..recipe.schema import Recipe
 
@@ -56,13 +57,19 @@ def facts_of(
         held_out=held_out,
         environment=evidence.get("environment", {}),
         licence=judged_of(run.recipe, teachers, repo, licence, base_model, lookup),
-        not_measured=missing(held_out, retention, diagnosis),
+        not_measured=[*_smoke_note(run.recipe), *missing(held_out, retention, diagnosis)],
         retention=retention,
         diagnosis=diagnosis,
         recipe=_recipe(run),
         origin=run.recipe.origin,
         prompt=_prompt(run),
     )
+
+
+def _smoke_note(recipe: Recipe) -> list[str]:
+    if not random_models(recipe):
+        return []
+    return ["Anything: this is a smoke run of tiny models that began with random weights, so no figure means anything."]
 
 
 def _recipe(run: Run) -> dict[str, Any]:

@@ -57,6 +57,11 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
             yield f"data {name}", source.path, "dataset", None
 
 
+def random_models(recipe: Recipe) -> list[str]:
+    """The tiny random models that a recipe names, as a smoke run does: such a run's figures mean nothing."""
+    return sorted({name for _, name, kind, _ in named(recipe) if kind == "model" and kind_of(name) == "smoke"})
+
+
 def downloads(recipe: Recipe) -> list[Download]:
     """The repositories of the Hub that a recipe reads, in the order in which it names them, bases of adapters too.
 
