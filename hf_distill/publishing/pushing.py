@@ -98,7 +98,8 @@ def publish(
         on_stage: told in a few words what begins.
 
     Raises:
-        DistillError: the run is not over, or is a smoke run; `repo` is no id; no token; a licence conflict; the repository holds what publishing did not
+        DistillError: the run is not over, or is a smoke run; `repo` is no id; no token; a licence conflict; the
+            repository holds what publishing did not
             write, or is public while `private` is wanted; see `hub.asking` and `repository.check_repository`.
     """
     _check_arguments(repo, include, base_model)

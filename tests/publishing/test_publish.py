@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_distill import DistillError
+from hf_distill import DistillError, publishing
 from hf_distill.analysis import open_run
 from hf_distill.cli import app
-from hf_distill import publishing
 from hf_distill.publishing import check_ready, dry_run
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.sidecar import SIDECAR
