@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .errors import DistillError
 from .features import FeatureJob, Features
 from .forward import Jobs, student_loss
 from .model_call import without_foreign_inputs
 from .objective import Term
 from .signals import Signals, Targets
-from .sources import Head, Logits
+from .sources import Head, Logits, by_name
 from .sweep import HeadJob
 from .tasks import bare, task_of
 from .teachers import Teacher
@@ -77,7 +78,8 @@ class Distiller:
                 manieth block of tokens (0: none, 1: all); see `HeadJob`.
 
         Raises:
-            DistillError: labels missing, not ids, or outside the student's vocabulary.
+            DistillError: labels missing, not ids, or outside the student's vocabulary; a classifier whose teacher
+                predicts another number of classes.
         """
         model = bare(student)
         task = task_of(model)
@@ -97,6 +99,8 @@ class Distiller:
                 targets.check_ids(said.vocab_size)
             own = None if beside is None else beside(said)
             heard = told if beside is None else beside.told
+            if not task.vocabulary:
+                _check_class_counts(heard, said)
             head = HeadJob(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
             if self.look is not None:
                 self.look(head, said, heard, asked)
@@ -108,3 +112,21 @@ class Distiller:
             loss, outputs, done = student_loss(student, inputs, targets, taps, jobs, keep_logits)
         found = done.head.per_token | done.features.per_token | (beside.per_token if beside else {})
         return Step(loss, found, asked, outputs)
+
+
+def _check_class_counts(teacher: Signals, student: Head | Logits) -> None:
+    """Refuse two classifiers whose logits are of different numbers of classes, whatever their configs promise.
+
+    Language models may pad one vocabulary to different sizes; classes have no padding.
+
+    Raises:
+        DistillError: the numbers differ.
+    """
+    for name, source in by_name(teacher.logits).items():
+        if source.vocab_size not in (None, student.vocab_size):
+            called = "The teacher" if name is None else f"Teacher {name!r}"
+            raise DistillError(
+                f"{called} returns logits of {source.vocab_size} classes and the student of {student.vocab_size}: "
+                "nothing says which of them correspond. Use a teacher and a student whose logits are of the same "
+                "classes, in the same order."
+            )

@@ -7,6 +7,7 @@ from the head's output by a hook, as wrappers left it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def student_loss(
     head = output_head(model, prepared)
     fused: list[Jobs] = []  # in this forward; a model may be run twice
     made: list[Jobs] = []
-    plan = plan_aux_losses(model, inputs, lambda rows, replaced: _run_rows(model, rows, targets, head, replaced))
+    plan = plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)
     aux, lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
     added: list[Tensor | None] = []
 
@@ -124,7 +125,7 @@ def student_loss(
     return loss, outputs, made[-1]
 
 
-def _run_rows(model: nn.Module, rows: dict, targets: Targets, head: OutputHead, replaced: bool) -> Any:
+def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, replaced: bool) -> Any:
     """The outputs for the first rows of a batch; with `replaced` the head returns a number in place of logits."""
     prepared = prepare_inputs(bare(model), rows)
     return _run(model, prepared, targets.first_rows(len(labels_of(rows))), head, _no_logits if replaced else None)[0]
