@@ -118,7 +118,7 @@ class AuxLosses:
         def run(*args: Any, **kwargs: Any) -> Any:
             self._zero, self.replaced, self.cross_entropies = None, "", 0
             if self.labels is not None:
-                kwargs["labels"] = self.labels
+                kwargs["labels"] = self.labels.clone()  # some models fill them in place
             outputs = named_outputs(forward(*args, **kwargs), self.model)
             self.added_by_model = self.of(outputs)
             if outputs.get("loss") is None:
