@@ -88,7 +88,9 @@ def _verdicts(run: Run) -> dict[str, str] | None:
     file = run.folder / "diagnosis.json"
     found = read_json(file)
     with damage_reported(file):
-        return {verdict["name"]: verdict["text"] for verdict in found["verdicts"]} if found else None
+        if not found or found.get("smoke"):  # the figures of a smoke run are not judged
+            return None
+        return {verdict["name"]: verdict["text"] for verdict in found["verdicts"]}
 
 
 def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..errors import DistillError
 from ..hub import asking
 from ..hub.licences import Judged, Licence, licence_of
 from ..names import kind_of
-from ..recipe.downloads import random_models
+from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from .contents import Contents, contents_of
 from .gathering import facts_of, judged_of, teachers_of
@@ -99,8 +99,8 @@ def publish(
 
     Raises:
         DistillError: the run is not over, or is a smoke run; `repo` is no id; no token; a licence conflict; the
-            repository holds what publishing did not
-            write, or is public while `private` is wanted; see `hub.asking` and `repository.check_repository`.
+            repository holds what publishing did not write, or is public while `private` is wanted; see `hub.asking` and
+            `repository.check_repository`.
     """
     _check_arguments(repo, include, base_model)
     if (random := smoke_run(run.recipe)) and not allow_smoke:
@@ -153,13 +153,6 @@ def dry_run(
     cache = _size_of_cache(run) if "cache" in include else None
     card = bytes(contents.files[CARD]).decode()
     return DryRun(card, sizes, contents.left_out, facts.licence, unknown, contents.notes, cache, smoke_run(run.recipe))
-
-
-def smoke_run(recipe: Recipe) -> str | None:
-    """A sentence that says that a recipe is a smoke run, with its random models; None: it is none."""
-    if not (names := random_models(recipe)):
-        return None
-    return f"This is a smoke run: its models are tiny and began with random weights ({', '.join(names)})."
 
 
 def _check_arguments(repo: str, include: Collection[str], base_model: str | None) -> None:

@@ -62,6 +62,13 @@ def random_models(recipe: Recipe) -> list[str]:
     return sorted({name for _, name, kind, _ in named(recipe) if kind == "model" and kind_of(name) == "smoke"})
 
 
+def smoke_run(recipe: Recipe) -> str | None:
+    """A sentence that says that a recipe is a smoke run, with its random models; None: it is none."""
+    if not (names := random_models(recipe)):
+        return None
+    return f"This is a smoke run: its models are tiny and began with random weights ({', '.join(names)})."
+
+
 def downloads(recipe: Recipe) -> list[Download]:
     """The repositories of the Hub that a recipe reads, in the order in which it names them, bases of adapters too.
 
