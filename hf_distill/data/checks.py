@@ -12,6 +12,8 @@ from ..signals import IGNORE_INDEX
 from .roles import SHAREGPT_HINT
 
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+# Columns that the formats of `formats` read; others have no meaning here.
+EXAMPLE_COLUMNS = ("input_ids", "labels", *_MASKS, "messages", "tools", "prompt", "completion", "paraphrase", "text")
 _SHOWN = 60  # characters of a value that an error shows
 
 
