@@ -14,7 +14,7 @@ ROOT = Path(hf_distill.__file__).parent
 # Lower floors first; a module may import from its own floor and from those below.
 FLOORS = [
     {"version", "errors", "names", "escape"},
-    {"hub", "locks", "processes", "local_paths", "upstream", "module_state"},
+    {"hub", "locks", "processes", "local_paths", "upstream", "module_state", "finite_weights"},
     {"sources", "layers", "options", "projectors", "schedule", "zero", "kinds", "label_shift"},
     {"signals", "tasks"},
     {"losses", "blocks"},

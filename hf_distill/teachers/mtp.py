@@ -109,7 +109,11 @@ class MTPTeacher(TrainedTeacher):
         return super().metrics() | {"mtp_skipped": float(self._run.skipped)}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`."""
+        """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`.
+
+        Raises:
+            RunError: the weights of the heads are not finite; nothing is written.
+        """
         assert isinstance(self.trained, MTPHeads)
         save_heads(self.trained, folder)
 

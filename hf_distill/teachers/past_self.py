@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import DistillError
+from ..finite_weights import check_finite
 from ..schedule import points_of, value_at
 from ..sidecar import split
 from ..signals import Signals
@@ -92,10 +93,18 @@ class PastSelf(ItselfTeacher):
         return {"teacher_distance": self._distance.to(self._hold(), is_shared(self.model))}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
-        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
-        shared = is_shared(self.model)
-        if write or shared:
-            save_state(state_file(folder, rank, shared), held=self._hold(), start=self._distance.start)
+        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share.
+
+        Raises:
+            RunError: its weights are not finite; nothing is written.
+        """
+        shared, held = is_shared(self.model), self._hold()
+        if not (write or shared):
+            return
+        file, buffers = state_file(folder, rank, shared), held.keys() - dict(self.model.named_parameters()).keys()
+        advice = "Go on from an earlier checkpoint with a smaller learning_rate."
+        check_finite(held, file, owner="the teacher, the student's past,", advice=advice, buffers=buffers)
+        save_state(file, held=held, start=self._distance.start)
 
     def load(self, folder: str, rank: int) -> None:
         """Read what `save` wrote.
@@ -172,6 +181,10 @@ class EMATeacher(PastSelf):
             return
         values = [now[name].detach().to(value.dtype) for name, value in held.items()]
         torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
+        trained = dict(self.model.named_parameters()).keys()
+        for (name, value), new in zip(held.items(), values, strict=True):
+            if name not in trained:  # a mask with -inf, whose average with itself is NaN
+                value.copy_(new.where(new.isinf(), value))
 
 
 class SnapshotTeacher(PastSelf):

@@ -14,6 +14,7 @@ from ..blocks import Stack, stack_of
 from ..capture import capture
 from ..errors import DistillError, tell
 from ..features import FeatureJob
+from ..finite_weights import check_finite
 from ..forward import Jobs, measure_output_head, student_loss, teacher_signals
 from ..model_call import accepted_inputs
 from ..module_state import eval_mode
@@ -171,8 +172,14 @@ class PeerTeacher(TrainedTeacher):
         Args:
             folder: where to.
             write: whether this rank writes; every rank has to call.
+
+        Raises:
+            RunError: its weights are not finite; nothing is written.
         """
         state = whole_state(self.model)
+        buffers = state.keys() - dict(self.model.named_parameters()).keys()
+        advice = "Go on from a checkpoint with a smaller learning_rate of the peer."
+        check_finite(state, folder, owner="the peer", advice=advice, buffers=buffers)
         if write:
             self.model.save_pretrained(folder, state_dict=state)
             if self.processing_class is not None:
