@@ -58,10 +58,19 @@ class FiniteMixin(_Base):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, whose `train_loss` would be 0 if every step was skipped."""
+        """As the Trainer's, whose `train_loss` would be 0 if no step was taken."""
         if self._counts[False] and not self._counts[True]:
             self._total_loss_scalar = math.nan
-        return super()._finalize_training(*args, **kwargs)
+        output = super()._finalize_training(*args, **kwargs)
+        if self._has_trained:
+            return output
+        metrics = {name: value for name, value in output.metrics.items() if name != "train_loss"}
+        return output._replace(training_loss=math.nan, metrics=metrics)
+
+    @property
+    def _has_trained(self) -> bool:
+        """Whether this call of `train` took a step; one that resumes a finished training does not."""
+        return self.state.global_step > self._initial_global_step
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's."""
@@ -169,6 +178,8 @@ class FiniteMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; training logs tell `skipped_steps` and `loss_spikes` since the last one, where not 0."""
+        if "train_loss" in logs and not self._has_trained:
+            del logs["train_loss"]  # a Trainer reports 0
         if "loss" in logs:
             if self._skipped:
                 logs["skipped_steps"] = self._skipped

@@ -161,3 +161,18 @@ def _run(
 def measure_output_head(model: nn.Module, inputs: dict) -> OutputHead:
     """See `output_head`: for a model whose first forward is inside another model's, which is no place to measure."""
     return output_head(model, prepare_inputs(bare(model), inputs))
+
+
+def measure_before_student_loss(model: nn.Module, inputs: dict, targets: Targets) -> None:
+    """Run the short forwards that `student_loss` needs at its first call.
+
+    For a model that learns inside another model's forward, or whose features are captured there: neither is a place
+    for other forwards.
+
+    Args:
+        model: as prepared, wrappers included.
+        inputs: the collator's batch.
+        targets: the target tokens.
+    """
+    head = measure_output_head(model, inputs)
+    plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)

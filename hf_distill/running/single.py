@@ -33,7 +33,7 @@ from ..tasks import bare
 from ..teachers.loading import sharded_for
 from ..trainer import DistillTrainer
 from .arguments import arguments
-from .binding import RecipeRecord, result_values
+from .binding import RecipeRecord, launch_values, result_values
 from .caching import check_cached, write_missing
 from .early_stopping import EarlyStopping
 from .examples import prepare_data, taken_by
@@ -70,7 +70,7 @@ def run_single(
             return RunResult(folder, models)
         with watch.kept():
             write_missing(recipe, on_stage)
-            record = RecipeRecord(result_values(recipe))
+            record = RecipeRecord(result_values(recipe) | launch_values())
             return _run(Loaded(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
 
 

@@ -15,7 +15,7 @@ from ..capture import capture
 from ..errors import DistillError, tell
 from ..features import FeatureJob
 from ..finite_weights import check_finite
-from ..forward import Jobs, measure_output_head, student_loss, teacher_signals
+from ..forward import Jobs, measure_before_student_loss, student_loss, teacher_signals
 from ..model_call import accepted_inputs
 from ..module_state import eval_mode
 from ..objective import Term
@@ -163,7 +163,9 @@ class PeerTeacher(TrainedTeacher):
         """The peer's forward and its own loss."""
         frozen = self.frozen_after is not None and self.progress >= self.frozen_after
         inputs = self._limits.readable(accepted_inputs(self.model, inputs))
-        measure_output_head(self.model, inputs)
+        if frozen:
+            self.model.eval()
+        measure_before_student_loss(self.model, inputs, targets)
         return _PeerRun(self.model, self.terms, frozen, inputs, targets, wanted, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
@@ -202,8 +204,6 @@ class _PeerRun(Beside):
             job = HeadJob(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
             return Jobs(job, FeatureJob([], {}, {}, self.targets))
 
-        if self.frozen:
-            self.model.eval()
         learning = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learning), capture(self.model, self.wanted) as found:
             loss, _, done = student_loss(self.model, self.inputs, self.targets, {}, jobs)
