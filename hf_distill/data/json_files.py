@@ -6,7 +6,7 @@ The JSON reader of `datasets` changes values: in a column with values of several
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -45,6 +45,28 @@ class ExactJson:
 
 with warnings.catch_warnings(action="ignore", category=UserWarning):  # register_feature is marked experimental
     register_feature(ExactJson, "ExactJson")
+
+
+def map_exactly(
+    rows: Any, function: Callable[[dict, int], dict], features: Features | None, remove_columns: Sequence[str] = ()
+) -> Any:
+    """`rows.map` with indices, whose result keeps the values of `ExactJson` columns, which `map` alone cannot write.
+
+    Args:
+        rows: a data set or a stream.
+        function: of an example and its index.
+        features: of the result; None: inferred.
+        remove_columns: of `rows`.
+    """
+    exact = {name for name, kind in (features or {}).items() if isinstance(kind, ExactJson)}
+    if not exact or isinstance(rows, IterableDataset):
+        return rows.map(function, with_indices=True, remove_columns=[*remove_columns], features=features)
+
+    def encoded(example: dict, index: int) -> dict:
+        row = {name: example[name] for name in exact if name in example} | function(example, index)
+        return {name: json.dumps(value) if name in exact else value for name, value in row.items()}
+
+    return rows.map(encoded, with_indices=True, remove_columns=[*remove_columns], features=features)
 
 
 def read_json(path: str, streaming: bool) -> Dataset | IterableDataset | None:

@@ -70,6 +70,8 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     place = Path(path)
     if place.suffix in FILES:
         return read_file(path, streaming)
+    if place.is_file():
+        raise DistillError(f"{path} is a file, and files are read whose names end with {', '.join(FILES)}. Rename it.")
     if (place / "state.json").is_file():
         with readable(path):
             return load_from_disk(path)

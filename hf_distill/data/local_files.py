@@ -1,6 +1,7 @@
 """Local data files, whose damage is an error that names the file and the place."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,11 @@ def _options(path: Path, suffix: str) -> dict[str, Any]:
         return {"sample_by": "paragraph"}
     if suffix == ".csv":
         columns = pd.read_csv(path, nrows=0).columns
+        if len(columns) == 1 and re.search(r"\w\s*[;\t|]\s*\w", columns[0]):
+            raise DistillError(
+                f"{path} has one column, {columns[0]!r}: fields of a CSV file are separated by commas. Write it with "
+                "commas."
+            )
         texts = Features({str(name): Value("string") for name in columns})
         return {"features": texts, "keep_default_na": False, "na_values": [""]}
     return {}

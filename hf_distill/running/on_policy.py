@@ -3,13 +3,14 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data import Examples, hold_out
 from ..data.checks import by_row, check_messages
 from ..data.conversations import Conversations
+from ..data.json_files import ExactJson, map_exactly
 from ..data.roles import check_roles
 from ..errors import DistillError, need
 from ..recipe.schema import Recipe
@@ -77,7 +78,12 @@ def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
                 check_roles(check_messages(row, column), conversations.chat_template, column)
             return {column: conversations.plain(row[column]) for column in columns}
 
-        rows = rows.map(by_row(checked, rows, f"data.{name}"), with_indices=True)
+        features = rows.features
+        if features and any(isinstance(kind, ExactJson) for kind in features.values()):
+            columns = {column: ExactJson() for column in ("prompt", "completion") if column in features}
+            rows = map_exactly(rows, by_row(checked, rows, f"data.{name}"), Features({**features, **columns}))
+        else:
+            rows = rows.map(by_row(checked, rows, f"data.{name}"), with_indices=True)
 
     def fits(row: dict) -> bool:
         if isinstance(row["prompt"], str):

@@ -21,6 +21,8 @@ def files(tmp_path):
     data = Dataset.from_list(ROWS)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    (tmp_path / "x.tsv").write_text("body\nx\n")
+    (tmp_path / "semicolon.csv").write_text("a;b\n1;2\n")
     data.to_csv(tmp_path / "x.csv")
     data.to_parquet(tmp_path / "x.parquet")
     data.save_to_disk(tmp_path / "saved")
@@ -48,6 +50,8 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path):
         ("none.jsonl", {}, "There is no file .*none.jsonl"),
         ("x.jsonl", {}, r"has the columns \['body', 'n'\], which are none of the four formats"),
         ("x.jsonl", {"column": "txt"}, r"has no column 'txt'; it has \['body', 'n'\]"),
+        ("x.tsv", {}, r"x.tsv is a file, and files are read whose names end with \.txt, \.jsonl"),
+        ("semicolon.csv", {}, "has one column, 'a;b': fields of a CSV file are separated by commas"),
         ("splits", {"split": "trian"}, "has no split 'trian'; did you mean 'train'"),
     ],
 )
@@ -153,6 +157,24 @@ def test_a_late_value_that_is_no_text_is_refused_with_its_row(tmp_path, smollm2_
     data = load_documents(str(tmp_path / "x.jsonl"), streaming=streaming)
     with pytest.raises(DistillError, match=r"^x.jsonl, row 1500 \(counted from 0\), column text: found .*needs a text"):
         list(rows_of(data, smollm2_tokenizer, 16, where="x.jsonl"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "Hello?"}]},
+            "examples has a target token among its first max_length=16",
+        ),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "examples has a target token"),
+        ({"text": "too short"}, "documents hold fewer than max_length=16 tokens"),
+    ],
+)
+def test_data_without_any_row_is_refused_before_training(tmp_path, smollm2_tokenizer, streaming, row, problem):
+    (tmp_path / "x.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    with pytest.raises(DistillError, match=f"^data.x: .*{problem}"):
+        rows_of(load_documents(str(tmp_path / "x.jsonl"), streaming=streaming), smollm2_tokenizer, 16, where="data.x")
 
 
 def test_a_file_that_changed_is_read_anew(tmp_path):
