@@ -188,7 +188,7 @@ def labels_of(inputs: dict) -> Tensor:
     return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else labels
 
 
-def _takes_labels(cls: type) -> bool:
+def _takes_labels(cls: Any) -> bool:
     """Whether labels reach the forward of a class, or that of a base to which its forward hands `**kwargs` on."""
     for base in cls.__mro__:
         if "forward" not in vars(base) or base is nn.Module:
