@@ -59,8 +59,9 @@ class FiniteMixin(_Base):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, whose `train_loss` would be 0 if no step was taken."""
-        if self._counts[False] and not self._counts[True]:
-            self._total_loss_scalar = math.nan
+        if self._counts[False]:
+            factor = _mean_of_taken(self._counts[True], self._counts[False])
+            self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
         output = super()._finalize_training(*args, **kwargs)
         if self._has_trained:
             return output
@@ -74,6 +75,8 @@ class FiniteMixin(_Base):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's."""
+        if not self._losses and hasattr(self, "_tr_loss"):
+            self._loss_before = self._tr_loss.clone()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         return loss
@@ -98,6 +101,7 @@ class FiniteMixin(_Base):
             self._taken.append(losses.sum())
             return norm
         self._skipped += 1
+        self._tr_loss = self._loss_before  # a Trainer counts a mean of earlier steps in the place of this one, or NaN
         scaler = self.accelerator.scaler
         if not (whole[0] and scaler is not None and scaler.get_scale() > 1):
             self._skip(model, seen, whole[0])
@@ -183,7 +187,7 @@ class FiniteMixin(_Base):
         if "loss" in logs:
             if self._skipped:
                 logs["skipped_steps"] = self._skipped
-                logs["loss"] = logs["loss"] if self._taken else math.nan  # a Trainer would log 0
+                logs["loss"] *= _mean_of_taken(len(self._taken), self._skipped)
             if spikes := self._spikes():
                 logs["loss_spikes"] = spikes
             self._skipped = 0
@@ -202,6 +206,11 @@ class FiniteMixin(_Base):
                     f"{self.state.global_step - back}."
                 )
         return count
+
+
+def _mean_of_taken(taken: int, skipped: int) -> float:
+    """What a sum over all steps, divided by their number, is multiplied by for the mean of those that were taken."""
+    return (taken + skipped) / taken if taken else math.nan
 
 
 def _finite(norm: Any, device: torch.device) -> Tensor:
