@@ -24,7 +24,6 @@ def unfit(trainer: Any) -> list[str]:
         problems.append(
             "torch_compile would keep the head that is swapped for each step: leave it off, and pass a model that is "
             "not compiled"
-            "compiled"
         )
     if launched() > 1 and args.world_size == 1:
         problems.append(

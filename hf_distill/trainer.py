@@ -1,10 +1,12 @@
 """Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .arguments import unfit
@@ -19,6 +21,7 @@ from .hub_trainer import HubMixin
 from .interrupts import Interrupts
 from .metrics_trainer import EVERY, MetricsMixin
 from .model_call import input_names
+from .names import is_there, kind_of
 from .objective import repeated_names
 from .output_head import forget_output_head
 from .projectors import Projectors
@@ -29,6 +32,7 @@ from .signals import PARAPHRASED, asked_labels
 from .tasks import bare, task_of
 from .teacher_callback import TeacherCallback
 from .teachers import FrozenTeacher, MultiTeacher, Teacher
+from .teachers.input_limits import check_student_ids
 from .teachers.sharing import shared_with_teacher
 from .upstream import TRAINER, check_upstream
 from .weights_trainer import WeightsMixin
@@ -45,6 +49,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
     """
 
     teacher: Any
+    loads_models = False  # whether `model` may be an id or a path
     _signature_columns: Any
 
     def __init__(
@@ -56,6 +61,7 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
         teachers: Any = None,
         **kwargs,
     ):
+        tell(self._wrong_arguments(model, args))
         fields = args if isinstance(args, DistillFields) else DistillFields()
         if teacher is not None and teachers is not None:
             raise DistillError("Both `teacher` and `teachers` were given: name all of them in `teachers`.")
@@ -78,6 +84,26 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
             self.distil_from(self.teacher, fields)
         else:
             self.wear(Features())
+
+    def _wrong_arguments(self, model: Any, args: Any) -> list[str]:
+        """Arguments of a wrong type, which a Trainer does not look at before it uses them."""
+        problems = []
+        if isinstance(model, str | os.PathLike) and self.loads_models:
+            if kind_of(path := os.path.expanduser(os.fspath(model))) == "path" and not is_there(path):
+                problems.append(
+                    f"The student {path} is a path, and there is no such folder: correct it (relative paths start at "
+                    f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name"
+                )
+        elif isinstance(model, str | os.PathLike):
+            problems.append(
+                f"model is the id or path {str(model)!r}, and {type(self).__name__} takes a model, as Trainer does: "
+                "load it, for example with AutoModelForCausalLM.from_pretrained"
+            )
+        elif model is not None and not isinstance(model, nn.Module):
+            problems.append(f"model is of the type {type(model).__name__}: give the student, a transformers model")
+        if args is not None and not isinstance(args, TrainingArguments):
+            problems.append(f"args is of the type {type(args).__name__}: give a DistillConfig or TrainingArguments")
+        return problems
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; with `stop_on_signal` a signal ends it after the step, with a checkpoint.
@@ -219,14 +245,19 @@ class DistillMixin(HubMixin, SavingMixin, MetricsMixin, FiniteMixin, SidecarMixi
                 forget_output_head(measured)
             shift = task_of(self.model).shift
             self.distiller.look = SelfCheck(self._unchecked, inputs, shift, model, frozen)
-        step = self.distiller(
-            model,
-            self.teacher,
-            inputs,
-            num_items=num_items_in_batch,
-            keep_logits=self.keep_logits if not training else return_outputs,
-            statistics=EVERY if training else 1,
-        )
+            check_student_ids(self.model, inputs)
+        try:
+            step = self.distiller(
+                model,
+                self.teacher,
+                inputs,
+                num_items=num_items_in_batch,
+                keep_logits=self.keep_logits if not training else return_outputs,
+                statistics=EVERY if training else 1,
+            )
+        except IndexError:
+            check_student_ids(self.model, inputs)
+            raise
         self._unchecked = self.distiller.look = None
         self.note(step, source, training)
         if training:
@@ -267,7 +298,15 @@ class DistillTrainer(DistillMixin, Trainer):
 
 def _as_teacher(teacher: Any, fields: DistillFields) -> Teacher:
     if isinstance(teacher, Mapping):
-        return MultiTeacher({name: _as_teacher(its, fields) for name, its in teacher.items()})
+        problems: list[str] = []
+        several = {}
+        for name, one in teacher.items():
+            try:
+                several[name] = _as_teacher(one, fields)
+            except DistillError as error:
+                problems.append(f"teachers[{name!r}]: {error}")
+        tell(problems)
+        return MultiTeacher(several)
     ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
     init_kwargs: Any = fields.teacher_init_kwargs or {}
     options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}

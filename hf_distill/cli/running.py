@@ -50,13 +50,17 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ..evidence import read_json
     from ..progress import RichProgress
+    from ..running.early_stopping import stopping_note
     from ..running.models import Trust, trusting
     from ..running.run import run_recipe
 
     no_other_bars()
     with RichProgress(out) as progress, trusting(Trust(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
-    out.print(results_table(result.models, read_json(result.folder / "evidence.json").get("chain")))
+    evidence = read_json(result.folder / "evidence.json")
+    out.print(results_table(result.models, evidence.get("chain")))
+    if note := stopping_note(evidence.get("steps", {})):
+        out.print(note, soft_wrap=True, highlight=False)
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
     if to and not out.quiet:
         from ..analysis.folder import open_run

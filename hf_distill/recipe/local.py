@@ -89,7 +89,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _problem(name: str, is_model: bool) -> str | None:
-    path, kind = Path(name), kind_of(name)
+    path, kind = Path(name), "path" if name.endswith(TEMPLATE_SUFFIX) else kind_of(name)
     if kind == "package" and is_model:
         try:
             packaged_file(name)
