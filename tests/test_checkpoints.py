@@ -261,6 +261,24 @@ def test_rotation_chooses_as_the_trainers_does(tmp_path, limit, best, left):
     assert "".join(path.name[-1] for path in sorted(ours.iterdir())) == left
 
 
+def test_rotation_of_checkpoints_of_one_time_logs_no_warning(tmp_path, monkeypatch):
+    from transformers import trainer_utils
+
+    logged = []
+    monkeypatch.setattr(trainer_utils.logger, "handlers", [handler := logging.Handler()])
+    monkeypatch.setattr(handler, "handle", lambda record: logged.append(record.getMessage()))
+    type(trainer_utils.logger).warning_once.cache_clear()  # so that it would be logged now
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, tmp_path / "checkpoint-4", 1, None)
+    assert logged == []
+    type(trainer_utils.logger).warning_once.cache_clear()
+    trainer_utils.sort_checkpoints(str(tmp_path), use_mtime=True)
+    (tmp_path / "checkpoint-6").mkdir()
+    trainer_utils.sort_checkpoints(str(tmp_path), use_mtime=True)
+    assert len(logged) == 1
+
+
 def test_checkpoints_are_ordered_by_their_step(tmp_path):
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x", "checkpoints"):
         (tmp_path / name).mkdir()
