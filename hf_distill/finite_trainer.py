@@ -30,6 +30,8 @@ class FiniteMixin(_Base):
     """
 
     max_nonfinite_steps: int
+    _total_loss_scalar: float  # of the Trainer: losses of the steps that were logged,
+    _tr_loss: Tensor  # and of those since then
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._seen: list[Seen] = []
