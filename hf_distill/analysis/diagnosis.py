@@ -10,8 +10,8 @@ from .agreement import Agreement, agreement_of
 from .closeness import NO_REFERENCES, References
 from .model_pair import Pair
 from .tokenizer_check import Tokenizer, check_ids, read_back
-from .trend import LINES, trend_of
-from .verdicts import OF_TEACHING, OF_TRAINING, Facts, Verdict, verdicts
+from .trend import LINES, kl_trend_of, trend_of
+from .verdicts import KL_INCREASED, OF_TEACHING, OF_TRAINING, Facts, Verdict, verdicts
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class Diagnosis:
 
     agreement:     see `Agreement`
     tokenizer:     None: the pair has none
-    verdicts:      failures by name
+    verdicts:      failures by name; none of a smoke run
     not_looked_at: what could not be judged, and why
-    conclusion:    one sentence: what was found, or that the run could not be judged because checks were skipped
+    conclusion:    what was found, or that the run could not be judged because checks were skipped; of a smoke run that
+                   it is one
     references:    the student before training, and the control; None: not given
+    smoke:         of a smoke run, a sentence that says so; None: it is none
     """
 
     agreement: Agreement
@@ -32,6 +34,7 @@ class Diagnosis:
     not_looked_at: list[str]
     conclusion: str
     references: References | None
+    smoke: str | None = None
 
 
 def diagnose(
@@ -63,21 +66,27 @@ def diagnose(
         trend_of(logs),
         read_back(pair),
         references or NO_REFERENCES,
+        kl_trend_of(logs),
     )
     shift = model_type_of(pair.student).shifts_labels
-    found = verdicts(facts)
+    found = verdicts(facts) if pair.smoke is None else []
     names = [one.name for one in found]
     skipped = [*_unknown(facts, {*names}, shift)]
     if references is not None and facts.alpha and (references.before is None or references.before.kl is None):
         skipped.append("far_from_teacher, against the student before training: no KL of it was measured")
-    return Diagnosis(facts.agreement, facts.tokenizer, found, skipped, _conclusion(names, skipped), references)
+    conclusion = _conclusion(names, skipped)
+    if pair.smoke is not None:
+        conclusion = f"{pair.smoke} Its figures mean nothing, so its quality is not judged."
+    return Diagnosis(facts.agreement, facts.tokenizer, found, skipped, conclusion, references, pair.smoke)
 
 
 def _unknown(facts: Facts, named: set[str], shift: bool) -> Iterator[str]:
     if not facts.alpha:
         yield f"{', '.join(OF_TEACHING)}: alpha is 0, so the student heard no teacher"
     if facts.trend is None:
-        yield f"{', '.join(OF_TRAINING)}: fewer than {LINES} lines of the training's log; lower train.logging_steps"
+        kl = [KL_INCREASED] if facts.alpha and facts.kl_trend is None else []
+        names = ", ".join([*OF_TRAINING, *kl])
+        yield f"{names}: fewer than {LINES} lines of the training's log; lower train.logging_steps"
     elif not (named & {*OF_TRAINING} or facts.trend.at_end.falls or facts.trend.at_end.flat):
         yield f"{', '.join(OF_TRAINING)}: the loss is too noisy to tell whether it still fell; log more steps a line"
     if not shift:

@@ -16,6 +16,7 @@ from ..errors import DistillError
 from ..models.forward import extract_signals
 from ..models.model_types import model_type_of
 from ..models.module_state import eval_mode
+from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
 from ..runner.teacher_only import load_speaker
@@ -52,6 +53,7 @@ class Pair:
     batch_size:  rows of a batch
     sources:     names of a mixture's sources
     temperature: of the objective, and its alpha and divergence
+    smoke:       of a smoke run, a sentence that says so; None: it is none, or a script's
     """
 
     teacher: nn.Module | None
@@ -65,6 +67,7 @@ class Pair:
     temperature: float = 2.0
     alpha: float = 0.5
     divergence: Any = "forward_kl"
+    smoke: str | None = None
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, on_stage: Callable[[str], None] = lambda text: None) -> "Pair":
@@ -90,6 +93,7 @@ class Pair:
             args.per_device_eval_batch_size if recipe.train.per_device_eval_batch_size else args.train_batch_size,
             data.collator.sources if len(data.collator.sources) > 1 else (),
             **recipe.distill.model_dump(),
+            smoke=smoke_run(recipe),
         )
 
     @classmethod

@@ -1,7 +1,8 @@
-"""Whether a training's loss still fell when it ended."""
+"""Whether a training's loss still fell when it ended, and whether the KL to the teacher rose while it lasted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from statistics import linear_regression, variance
 from typing import Any
 
@@ -9,6 +10,7 @@ LINES = 8  # fewer say nothing of a trend
 FALLS, FELL = 0.03, 0.05  # a fall: of the loss, and nats/token at least, for a soft loss near 0 halves all the time
 SURE = 2.5  # standard errors
 LEVEL = 0.06  # of the loss, or FELL: what has surely fallen less is flat
+ROSE = 0.1  # of the KL to the teacher, by which it has risen
 HIGH = 0.5  # of the highest learning rate: below, a flat loss may only say that the rate is low
 
 
@@ -63,8 +65,46 @@ def trend_of(logs: Sequence[Mapping[str, Any]]) -> Trend | None:
     return Trend(_fall(lines[len(lines) // 2 :]), _fall(high[len(high) // 3 :]))
 
 
-def _fall(lines: Sequence[Mapping[str, Any]]) -> Fall:
-    steps, losses = range(len(lines)), [log["loss"] for log in lines]
+@dataclass(frozen=True)
+class KlTrend:
+    """The KL to the teacher of a training's first evaluations, or steps, and of its last ones, in nats/token.
+
+    lowest: the least before the last
+    step:   of `lowest`
+    last:   at the end
+    rises:  whether `last` is above `lowest` by more than noise explains
+    """
+
+    lowest: float
+    step: int
+    last: float
+    rises: bool
+
+
+def kl_trend_of(logs: Sequence[Mapping[str, Any]]) -> KlTrend | None:
+    """The course of the KL over evaluations (`eval_kl`), or over steps (`kl`) where fewer than two were evaluated.
+
+    An evaluation is always of the same rows, so that a rise by ROSE of it, and FELL, is no noise. None: the log has
+    too few lines.
+    """
+    evaluated = [log for log in logs if isfinite(log.get("eval_kl", inf))]
+    if len(evaluated) >= 2:
+        *before, last = evaluated
+        lowest = min(before, key=lambda log: log["eval_kl"])
+        rise = last["eval_kl"] - lowest["eval_kl"]
+        rises = rise >= max(ROSE * lowest["eval_kl"], FELL)
+        return KlTrend(lowest["eval_kl"], int(lowest.get("step", 0)), last["eval_kl"], rises)
+    lines = [log for log in logs if isfinite(log.get("kl", inf))]
+    if len(lines) < LINES:
+        return None
+    half = lines[len(lines) // 2 :]
+    fall = _fall(half, "kl")
+    rises = -fall.nats >= max(SURE * fall.error, ROSE * fall.before, FELL)
+    return KlTrend(fall.before, int(half[len(half) // 4].get("step", 0)), fall.before - fall.nats, rises)
+
+
+def _fall(lines: Sequence[Mapping[str, Any]], name: str = "loss") -> Fall:
+    steps, losses = range(len(lines)), [log[name] for log in lines]
     slope, start = linear_regression(steps, losses)
     half, spread = len(lines) / 2, variance(steps) * (len(lines) - 1)
     left = sum((loss - start - slope * step) ** 2 for step, loss in zip(steps, losses, strict=True))

@@ -7,7 +7,7 @@ from math import log
 from .agreement import Agreement
 from .closeness import APART, NO_REFERENCES, References, signs_of_distance
 from .tokenizer_check import Tokenizer
-from .trend import Trend
+from .trend import KlTrend, Trend
 
 SHIFT = 0.75  # of the nats at its own place: another offset fits better below; a healthy pair is far above 1 there
 PADDING = 0.01  # share of asked padding: none is right
@@ -26,6 +26,7 @@ SHARPER = 0.5  # of the teacher's entropy
 
 OF_TEACHING = ("temperature_too_high", "temperature_too_low", "alpha_too_high", "alpha_too_low", "capacity_gap")
 OF_TRAINING = ("under_trained", "capacity_gap")
+KL_INCREASED = "kl_increased"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Facts:
     trend:       of the training's loss; None: unknown, and nothing is said of its course
     tokenizer:   None: unknown
     references:  the student before training, and the control
+    kl_trend:    of the KL to the teacher during training; None: unknown
     """
 
     agreement: Agreement
@@ -54,6 +56,7 @@ class Facts:
     trend: Trend | None = None
     tokenizer: Tokenizer | None = None
     references: References = NO_REFERENCES
+    kl_trend: KlTrend | None = None
 
 
 def verdicts(facts: Facts) -> list[Verdict]:
@@ -186,6 +189,19 @@ def alpha_too_low(facts: Facts) -> Verdict | None:
     )
 
 
+def kl_increased(facts: Facts) -> Verdict | None:
+    """The student was closer to its teacher earlier in training than at the end."""
+    trend = facts.kl_trend
+    if trend is None or not facts.alpha or not trend.rises or trend.last <= APART:
+        return None
+    return Verdict(
+        KL_INCREASED,
+        f"KL to the teacher was {trend.lowest:.2f} nats at step {trend.step}, and is {trend.last:.2f} at the end.",
+        "Set train.early_stopping_patience and train.metric_for_best_model=kl, which exports the best checkpoint; lower"
+        " train.learning_rate, or raise distill.alpha where the hard labels lead away from the teacher.",
+    )
+
+
 def under_trained(facts: Facts) -> Verdict | None:
     """The loss still fell at the end, or, of a student that is still far, when the learning rate was brought down."""
     if facts.trend is None:
@@ -257,11 +273,16 @@ def _far(found: Agreement) -> bool:
 # In this order; each verdict -> what it explains.
 _EXPLAINS: dict[Callable[[Facts], Verdict | None], tuple[str, ...]] = {
     # A teacher without opinions is flat too, and to be far from it is no fault.
-    teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low", "far_from_teacher"),
-    temperature_too_high: ("alpha_too_low", "far_from_teacher"),  # the soft gradient is small because of T
+    teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low", KL_INCREASED, "far_from_teacher"),
+    temperature_too_high: (
+        "alpha_too_low",
+        KL_INCREASED,
+        "far_from_teacher",
+    ),  # the soft gradient is small because of T
     temperature_too_low: ("alpha_too_low",),
     alpha_too_high: (),
-    alpha_too_low: ("far_from_teacher",),
+    alpha_too_low: (KL_INCREASED, "far_from_teacher"),
+    kl_increased: ("under_trained", "capacity_gap"),  # more steps would lead further away
     collapsed_tail: ("capacity_gap",),  # it is far because it is too sharp
     under_trained: ("capacity_gap", "far_from_teacher"),
     far_from_teacher: ("capacity_gap",),  # a student that lost to a baseline did not reach its capacity

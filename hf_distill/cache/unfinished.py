@@ -15,7 +15,8 @@ from typing import Any
 from transformers.utils import logging
 
 from ..core.locks import LOCK_FILE, lock_folder
-from ..errors import DistillError, collect_errors, raise_if_any
+from ..core.processes import on_main
+from ..errors import DistillError
 from .files import check_files, checksum_of, damage_of, writing
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
@@ -36,12 +37,8 @@ def lock_capture(folder: Path) -> Iterator[None]:
     Raises:
         DistillError: another process writes into the folder, or it cannot be written to.
     """
-    problems: list[str] = []
     with ExitStack() as stack:
-        if rank() == 0:
-            with collect_errors(problems):
-                stack.enter_context(lock_folder(folder, "hf-distill cache write"))
-        raise_if_any(gather_lists(problems))
+        on_main(lambda: stack.enter_context(lock_folder(folder, "hf-distill cache write")))
         yield
 
 
@@ -63,12 +60,17 @@ def claim(folder: Path, manifest: Manifest) -> Manifest | None:
                 _tidy(folder)
                 return there
     barrier()
-    if rank() == 0 and not (folder / CAPTURE).is_file():
-        if others := [f.name for f in folder.iterdir() if f.suffix != ".half" and f.name != LOCK_FILE]:
-            raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: give an empty folder.")
-        manifest.write(folder / CAPTURE)
-    barrier()
+    on_main(lambda: _begin(folder, manifest))
     return None
+
+
+def _begin(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of the capture, unless it is there already."""
+    if (folder / CAPTURE).is_file():
+        return
+    if others := [f.name for f in folder.iterdir() if f.suffix != ".half" and f.name != LOCK_FILE]:
+        raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: give an empty folder.")
+    manifest.write(folder / CAPTURE)
 
 
 def _check_complete(folder: Path, manifest: Manifest) -> None:
@@ -141,19 +143,22 @@ def finish(folder: Path, manifest: Manifest, count: int) -> Manifest:
     Raises:
         DistillError: a file was damaged while the capture ran.
     """
-    if rank() == 0:
-        entries = {file: read_entry(folder, file) for file in map(shard_file, range(count))}
-        if is_written(folder, HEAD):
-            entries[HEAD] = read_entry(folder, HEAD)
-        if damaged := [file for file, entry in entries.items() if entry is None]:
-            raise DistillError(f"In {folder} the entries of {', '.join(damaged)} are damaged: run the command again.")
-        head = entries.pop(HEAD, None)
-        shards = [entry for entry in entries.values() if entry is not None]
-        check_files(folder, *shards, *([head] if head else []))
-        replace(manifest, shards=shards, index=write_index(folder, shards), head=head).write(folder / FILE)
+    on_main(lambda: _complete(folder, manifest, count))
     _tidy(folder)
     barrier()
     return read_manifest(folder)
+
+
+def _complete(folder: Path, manifest: Manifest, count: int) -> None:
+    entries = {file: read_entry(folder, file) for file in map(shard_file, range(count))}
+    if is_written(folder, HEAD):
+        entries[HEAD] = read_entry(folder, HEAD)
+    if damaged := [file for file, entry in entries.items() if entry is None]:
+        raise DistillError(f"In {folder} the entries of {', '.join(damaged)} are damaged: run the command again.")
+    head = entries.pop(HEAD, None)
+    shards = [entry for entry in entries.values() if entry is not None]
+    check_files(folder, *shards, *([head] if head else []))
+    replace(manifest, shards=shards, index=write_index(folder, shards), head=head).write(folder / FILE)
 
 
 def _tidy(folder: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..core.logits import LazyLogits
 from ..core.signals import FeatureKey, Signals, Targets
 from ..errors import DistillError
+from ..models.finite_weights import check_finite
 from .example_keys import Example, examples_of, fingerprint
 from .files import entry_of, writing
 from .manifest import HEAD, Manifest
@@ -207,7 +208,13 @@ def taps_of(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) 
 
 
 def write_head(file: Path, head: LazyLogits) -> None:
-    """The output head of a teacher, whole or not at all."""
+    """The output head of a teacher, whole or not at all.
+
+    Raises:
+        RunError: its weights are not finite.
+    """
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    advice = "Load the teacher in another dtype, such as bfloat16 in the place of float16."
+    check_finite(tensors, file, owner="the teacher's output head", advice=advice)
     with writing(file) as half:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, half)

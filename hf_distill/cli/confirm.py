@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 
 from ..errors import DistillError
-from ..recipe.local_files import check_local
+from ..recipe.local_files import missing_files
+from ..recipe.problems import raise_problems
 from ..recipe.resolve import on_the_hub
 from ..recipe.schema import Recipe
 from .app import out
@@ -27,7 +28,8 @@ def agree(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None
         DistillError: a file or folder that the recipe names is missing; a repository is not there, private or gated; a
             stranger's recipe names pickled weights; nobody is there to answer.
     """
-    check_local(recipe)
+    if problems := missing_files(recipe.model_dump()):
+        raise_problems(problems, "in the recipe")
     strange = on_the_hub(reference)
     if not strange and not show:
         return

@@ -77,6 +77,7 @@ class _Results(BaseModel):
     status: str = ""
     models: dict[str, dict[str, float | None]] = {}
     log_lines: dict[str, int] = {}
+    steps: dict[str, int] = {}
     chain: list[dict[str, Any]] = []
     environment: dict[str, Any] = {}
     data: dict[str, Any] = {}

@@ -18,6 +18,7 @@ DATASET_BUILDERS = {
 CHAT_TEMPLATES = (
     *("chatml", "gemma", "gemma3", "llama3", "mistral", "phi3", "phi3.5", "qwen2.5", "qwen3", "qwen3-2507", "smollm2"),
 )
+PACKAGED_TEXTS = ("package:pydoc_data.topics", "package:stdlib", "package:builtins")
 TEMPLATE_SUFFIX = ".jinja"
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 Kind = Literal["package", "smoke", "address", "path", "id"]

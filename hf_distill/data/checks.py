@@ -9,15 +9,18 @@ from datasets import Dataset, IterableDataset
 
 from ..core.signals import IGNORE_INDEX
 from ..errors import DistillError
+from .roles import SHAREGPT_HINT
 
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+# Columns that the formats of `formats` read; others have no meaning here.
+EXAMPLE_COLUMNS = ("input_ids", "labels", *_MASKS, "messages", "tools", "prompt", "completion", "paraphrase", "text")
 _SHOWN = 60  # characters of a value that an error shows
 
 
 def by_row(
     function: Callable[[dict], dict], documents: Dataset | IterableDataset, where: str
 ) -> Callable[[dict, int], dict]:
-    """A function of an example and its index, for `map(with_indices=True)`, whose errors name the row, from 1.
+    """A function of an example and its index, for `map(with_indices=True)`, whose errors name the row, from 0.
 
     Args:
         function: of one example.
@@ -31,7 +34,7 @@ def by_row(
             return function(example)
         except DistillError as error:
             row = index if indices is None else indices.column(0)[index].as_py()
-            raise DistillError(f"{where}, row {row + 1}, {error}") from error
+            raise DistillError(f"{where}, row {row} (counted from 0), {error}") from error
 
     return numbered
 
@@ -67,19 +70,21 @@ def check_messages(example: dict, column: str) -> list[dict]:
     messages = example.get(column)
     if not isinstance(messages, list) or not messages:
         raise _wrong(column, messages, "a list of messages {role, content}")
-    for number, message in enumerate(messages, 1):
-        place = f"{column}, message {number}"
+    for index, message in enumerate(messages):
+        place = f"{column}[{index}]"
         if not isinstance(message, dict):
             raise _wrong(place, message, "a message {role, content}")
         if not isinstance(message.get("role"), str):
-            raise _wrong(f"{place}, role", message.get("role"), "a text")
+            if "from" in message and "value" in message:
+                raise _wrong(place, message, f"a message {{role, content}}. {SHAREGPT_HINT}")
+            raise _wrong(f"{place}.role", message.get("role"), "a text")
         content, calls = message.get("content"), message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-            raise _wrong(f"{place}, tool_calls", calls, "a list of calls")
+            raise _wrong(f"{place}.tool_calls", calls, "a list of calls")
         if isinstance(content, list):
-            _check_parts(content, f"{place}, content")
+            _check_parts(content, f"{place}.content")
         elif not isinstance(content, str) and not (content is None and calls):
-            raise _wrong(f"{place}, content", content, "a text")
+            raise _wrong(f"{place}.content", content, "a text")
     return messages
 
 
@@ -137,7 +142,7 @@ def _numbers(example: dict, column: str, allowed: range, needs: str, count: int 
     for place, value in enumerate(values):
         fits = value in allowed or (column == "labels" and value == IGNORE_INDEX)
         if not (fits and isinstance(value, int)) or (isinstance(value, bool) and len(allowed) > 2):
-            raise _wrong(f"{column}, place {place}", value, needs + f" from 0 to {allowed[-1]}")
+            raise _wrong(f"{column}[{place}]", value, needs + f" from 0 to {allowed[-1]}")
     if count is not None and len(values) != count:
         raise DistillError(
             f"column {column}: there are {len(values)} values and {count} input_ids. It needs one of each."

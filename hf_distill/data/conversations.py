@@ -35,6 +35,8 @@ class Conversations:
 
         self.tokenizer = tokenizer
         self.chat_template: Any = chat_template or getattr(tokenizer, "chat_template", None)
+        if isinstance(self.chat_template, dict):  # several templates by name
+            self.chat_template = self.chat_template.get("default")
         if self.chat_template is None:
             raise DistillError(
                 "The source has conversations, but the tokenizer has no chat_template. Set `data.chat_template` in a "

@@ -10,6 +10,7 @@ from ..core.signals import IGNORE_INDEX
 from ..errors import DistillError, require_package
 from .checks import check_messages, check_text, check_tokens, check_tools, naming
 from .conversations import Conversations
+from .roles import SHAREGPT_HINT, check_roles
 
 logger = logging.get_logger(__name__)
 
@@ -50,9 +51,10 @@ def format_of(
                     "`paraphrase` beside `prompt` and `completion`. Add it, or use a view without paraphrase."
                 )
             return kind
+    hint = f" {SHAREGPT_HINT}" if "conversations" in columns else ""
     raise DistillError(
         f"{where} has the columns {list(columns)}, which are none of the four formats: {_KNOWN}. Rename columns, or "
-        "name the one that holds the text: `column`."
+        f"name the one that holds the text: `column`.{hint}"
     )
 
 
@@ -122,14 +124,19 @@ class _Conversational:
         return Conversations(self.tokenizer, self._chat_template)
 
     def from_messages(self, example: dict) -> dict[str, list[int]]:
-        messages, tools = check_messages(example, "messages"), check_tools(example)
+        messages, tools = self._messages(example, "messages"), check_tools(example)
         with naming("messages"):
             return _row(*self.conversations.encode(messages, tools, assistant_only=self.assistant_only))
+
+    def _messages(self, example: dict, column: str) -> list[dict]:
+        messages = check_messages(example, column)
+        check_roles(messages, self.conversations.chat_template, column)
+        return messages
 
     def from_completion(self, example: dict, column: str = "prompt") -> dict[str, list[int]]:
         if not isinstance(example.get(column), list):
             return self._from_texts(check_text(example, column), check_text(example, "completion"))
-        prompt, completion = check_messages(example, column), check_messages(example, "completion")
+        prompt, completion = self._messages(example, column), self._messages(example, "completion")
         tools = check_tools(example)
         with naming("completion"):
             return _row(*self.conversations.encode(prompt + completion, tools, len(prompt), self.assistant_only))

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from ..core.references import DATASET_BUILDERS, reference_kind
+from ..core.references import DATASET_BUILDERS, PACKAGED_TEXTS, reference_kind
 from ..errors import DistillError, did_you_mean
 from ..hub import address, fetch, line_of, reading
 from .formats import MESSAGES, TEXT, format_of
@@ -70,6 +70,10 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     place = Path(path)
     if place.suffix in DATASET_BUILDERS:
         return read_file(path, streaming)
+    if place.is_file():
+        raise DistillError(
+            f"{path} is a file, and files are read whose names end with {', '.join(DATASET_BUILDERS)}. Rename it."
+        )
     if (place / "state.json").is_file():
         with readable(path):
             return load_from_disk(path)
@@ -124,11 +128,7 @@ def _python_builtins() -> Dataset:
     return Dataset.from_dict({MESSAGES: rows})
 
 
-_PACKAGED = {
-    "package:pydoc_data.topics": _python_topics,
-    "package:stdlib": _python_modules,
-    "package:builtins": _python_builtins,
-}
+_PACKAGED = dict(zip(PACKAGED_TEXTS, (_python_topics, _python_modules, _python_builtins), strict=True))
 
 
 def hold_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

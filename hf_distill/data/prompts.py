@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from datasets import Features
+
 from ..errors import DistillError
 from .checks import by_row, check_messages
 from .conversations import ASSISTANT
 from .formats import MESSAGES, format_of
+from .json_files import map_exactly
 from .load import Examples
 
 
@@ -29,7 +32,15 @@ def prompt_rows(documents: Examples, where: str = "The source") -> Examples:
             "so give `messages`, or `prompt` and `completion`."
         )
     split = by_row(_split, documents, where)
-    return documents.with_format(None).map(split, with_indices=True, remove_columns=[MESSAGES])
+    return map_exactly(documents.with_format(None), split, _split_features(documents.features), [MESSAGES])
+
+
+def _split_features(features: Features | None) -> Features | None:
+    """Prompts and completions have the type of the messages; `datasets` would change texts as it infers another."""
+    if features is None:
+        return None
+    kept = {name: kind for name, kind in features.items() if name != MESSAGES}
+    return Features({**kept, "prompt": features[MESSAGES], "completion": features[MESSAGES]})
 
 
 def _split(example: dict) -> dict[str, Any]:

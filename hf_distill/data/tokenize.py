@@ -71,10 +71,9 @@ def causal_rows(documents: Examples, tokenizer: Any, max_length: int, where: str
         remove_columns=documents.column_names or list(next(iter(documents))),
         features=ROW,
     )
-    if isinstance(rows, Dataset) and len(rows) == 0:
-        raise DistillError(
-            f"{where}: {len(documents)} documents hold fewer than max_length={max_length} tokens in all."
-        )
+    if next(iter(rows), None) is None:
+        count = f"{len(documents)} documents" if isinstance(documents, Dataset) else "its documents"
+        raise DistillError(f"{where}: {count} hold fewer than max_length={max_length} tokens in all.")
     return rows
 
 
@@ -127,14 +126,14 @@ def example_rows(
         rows = rows.map(_asked_in_both, features=features)
     before = len(rows) if isinstance(rows, Dataset) else None
     rows = rows.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:]))
+    if next(iter(rows), None) is None:
+        raise DistillError(
+            f"{where}: none of {'its' if whole is None else whole} examples has a target token among its first "
+            f"max_length={max_length} tokens: every label is -100, no turn has the role assistant, or the prompts "
+            "alone are longer. Check the labels or roles of the data, or raise max_length."
+        )
     if isinstance(rows, IterableDataset):
         return rows
-    if len(rows) == 0:
-        raise DistillError(
-            f"{where}: none of {whole} examples has a target token among its first max_length={max_length} tokens: "
-            "every label is -100, no turn has the role assistant, or the prompts alone are longer. Check the labels or "
-            "roles of the data, or raise max_length."
-        )
     if before != len(rows):
         logger.warning(f"{int(before or 0) - len(rows)} of {before} examples ask nothing and are left out.")
     return rows

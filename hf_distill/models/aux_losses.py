@@ -3,11 +3,13 @@
 A model adds them where it gets labels, by its own rules and coefficients. So the student's forward gets labels, its
 cross entropy is replaced by zero, and the `loss` that it returns is the sum of its auxiliary losses. Whether a model
 adds any, and whether they can be had without the logits of all positions, is found by running it on two rows of the
-first batch.
+first batch. A model whose own loss fails, or contains losses that cannot be separated from its cross entropy, is
+refused.
 """
 
 import inspect
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,16 +21,22 @@ import numpy
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from ..core.signals import IGNORE_INDEX, Targets
+from ..errors import DistillError
 from .model_call import named_outputs
 from .model_types import unwrap_model, unwrap_parallel
 from .module_state import kept_attributes
 
 logger = logging.get_logger(__name__)
 PROBE_ROWS = 2
+_SWITCH = (bool, int, float)
+_LOSS_SETTING = re.compile("loss|coef|router_logits|smoothing|^eps$")  # names of settings that add to a model's loss
+_ROUNDING = 2e-5  # of two cross entropies of the same logits: those of a model without training differ by little more
 _RELATIVE_TOLERANCE = 1e-3  # between two runs of one forward: a loss that depends on the logits differs by far more
 
 
@@ -58,7 +66,8 @@ class AuxLosses:
         self.labels = labels_of(inputs) if plan.needs_labels else None
         self._zero: Tensor | None = None  # stands for the cross entropy of the forward that runs
         self.replaced = ""  # what was replaced by zero: "loss_function" or "cross_entropy"
-        self.model_adds = False  # whether the model itself, inside its adapters, added something
+        self.cross_entropies = 0  # how many were called in the last forward
+        self.added_by_model: Tensor | None = None  # by the model itself, inside its adapters
 
     def of(self, outputs: Any) -> Tensor | None:
         """The sum of the auxiliary losses, [], with its graph; None: there are none."""
@@ -66,20 +75,24 @@ class AuxLosses:
         return loss if loss is not None and not self._is_untouched_zero(loss) else None
 
     @contextmanager
-    def recorded(self) -> Iterator["AuxLosses"]:
-        """Replace the cross entropy by zero while it lasts, for forwards of the model."""
+    def recorded(self, replace: bool = True) -> Iterator["AuxLosses"]:
+        """Replace the cross entropy by zero while it lasts, for forwards of the model.
+
+        Args:
+            replace: False: give the model its labels and leave the cross entropy in its loss.
+        """
         model = unwrap_model(self.model)
         if self.labels is None and model is unwrap_parallel(self.model):
             yield self
             return
         patches: dict[str, Any] = {"forward": self._with_labels(model.forward)}
-        if self.labels is not None and hasattr(model, "loss_function"):
+        if replace and self.labels is not None and hasattr(model, "loss_function"):
             patches["_loss_function"] = self._zero_first(model.loss_function)
         before = {name: model.__dict__[name] for name in patches if name in model.__dict__}
         model.__dict__.update(patches)
         try:
             # Of a model whose logits are not made the loss function is replaced as a whole.
-            with _ZeroCrossEntropy(self) if self.plan.needs_logits else nullcontext():
+            with _ZeroCrossEntropy(self) if replace and self.plan.needs_logits else nullcontext():
                 yield self
         finally:
             for name in patches:
@@ -103,11 +116,11 @@ class AuxLosses:
     def _with_labels(self, forward: Callable) -> Callable:
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._zero, self.replaced = None, ""
+            self._zero, self.replaced, self.cross_entropies = None, "", 0
             if self.labels is not None:
-                kwargs["labels"] = self.labels
+                kwargs["labels"] = self.labels.clone()  # some models fill them in place
             outputs = named_outputs(forward(*args, **kwargs), self.model)
-            self.model_adds = self.of(outputs) is not None
+            self.added_by_model = self.of(outputs)
             if outputs.get("loss") is None:
                 outputs["loss"] = self.zero(outputs["logits"], "")  # adapters add theirs to it
             return outputs
@@ -117,9 +130,11 @@ class AuxLosses:
     def _zero_first(self, loss_function: Callable) -> Callable:
         @wraps(loss_function)
         def loss(*args: Any, **kwargs: Any) -> Any:
+            self.cross_entropies += 1
             if self.is_replaced:
                 return loss_function(*args, **kwargs)
-            return self.zero(kwargs["logits"] if "logits" in kwargs else args[0], "loss_function")
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            return self.zero(next(tensors), "loss_function")  # classes name their logits differently
 
         return loss
 
@@ -132,71 +147,165 @@ class _ZeroCrossEntropy(TorchFunctionMode):
         self.losses = losses
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.cross_entropy and not self.losses.is_replaced:
-            return self.losses.zero(args[0], "cross_entropy")
+        if func is torch.nn.functional.cross_entropy:
+            self.losses.cross_entropies += 1
+            if not self.losses.is_replaced:
+                return self.losses.zero(args[0], "cross_entropy")
         return func(*args, **(kwargs or {}))
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, AuxPlan]] = WeakKeyDictionary()
 
 
-def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any]) -> AuxPlan:
+def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan:
     """How the auxiliary losses of a model are had; found once for each mode and config, on the first rows of a batch.
 
     Args:
         model: as prepared.
         inputs: the collator's batch.
         forward: called with (rows of the batch, whether the output head is replaced); returns the model's outputs.
+        targets: the target tokens of the batch.
+
+    Raises:
+        DistillError: the model's own loss fails, or contains losses that cannot be separated from its cross entropy.
     """
     inner = unwrap_model(model)
     switches = sorted((name, value) for name, value in inputs.items() if isinstance(value, bool))
     key = (model.training, *switches, *_settings(inner.config))
     plans = _plans.setdefault(inner, {})
-    if key not in plans:
-        takes_labels = "labels" in inspect.signature(type(inner).forward).parameters
-        plans[key] = _probe(model, first_rows(inputs, PROBE_ROWS), forward) if takes_labels else AuxPlan()
-    return plans[key]
+    if key in plans:
+        return plans[key]
+    plan = _probe(model, inputs, forward, targets) if _takes_labels(type(inner)) else AuxPlan()
+    if plan is None:  # the batch has no target tokens: the next one will show it
+        return AuxPlan()
+    plans[key] = plan
+    return plan
 
 
 def labels_of(inputs: dict) -> Tensor:
-    """The labels of a batch, also where a collator shifted them: auxiliary losses do not look at their values."""
+    """The labels of a batch as a model's own forward reads them: those that a collator shifted are shifted back."""
     labels = inputs.get("labels")
-    return inputs["shift_labels"] if labels is None else labels
+    return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else labels
 
 
-def _probe(model: nn.Module, rows: dict, forward: Callable[[dict, bool], Any]) -> AuxPlan:
-    losses = AuxLosses(model, rows, AuxPlan(needs_labels=True, needs_logits=True))
-    name = type(unwrap_model(model)).__name__
-    with torch.no_grad(), losses.recorded():
+def _takes_labels(cls: Any) -> bool:
+    """Whether labels reach the forward of a class, or that of a base to which its forward hands `**kwargs` on."""
+    for base in cls.__mro__:
+        if "forward" not in vars(base) or base is nn.Module:
+            continue
+        parameters = inspect.signature(base.forward).parameters
+        if "labels" in parameters:
+            return True
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return False
+    return False
+
+
+def _probe(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan | None:
+    """The plan; None where the batch has no target tokens, without which a model's own loss cannot be judged."""
+    first = first_rows(inputs, PROBE_ROWS)
+    for rows in [first] if first is inputs else [first, inputs]:  # some models read several rows as one example
         try:
-            with _unchanged(model):
-                added = losses.of(forward(rows, False))
-        except Exception as error:
-            if should_reduce_batch_size(error):  # out of memory
-                raise
-            logger.warning_once(
-                f"{name} cannot compute its own loss from the labels of the batch ({error}): what it may add to its "
-                "cross entropy is left out."
-            )
-            return AuxPlan()
-        if added is None or not losses.model_adds:
-            return AuxPlan()
-        if not losses.replaced:
-            logger.warning_once(
-                f"{name} computes a loss of its own that is no cross entropy of torch or transformers. The hard labels "
-                "are learnt by cross entropy, and auxiliary losses that its own loss may contain are left out."
-            )
-            return AuxPlan()
-        if losses.replaced == "loss_function":
-            with _unchanged(model):
-                fused = losses.of(forward(rows, True))
-            if fused is not None and torch.allclose(fused, added, rtol=_RELATIVE_TOLERANCE, equal_nan=True):
-                return AuxPlan(needs_labels=True)
+            return _probe_rows(model, rows, forward, targets)
+        except _OwnLossError as error:
+            failure = error
+    if not len(targets):
+        return None
+    inner = unwrap_model(model)
+    raise DistillError(
+        f"{type(inner).__name__} cannot compute its own loss from the batch ({failure}). What a model adds to its "
+        "cross entropy, such as router losses, belongs to the objective, and here nobody can tell what it adds. Give "
+        f"the batch the inputs and labels that its own loss needs. {_without_own_loss(inner)}"
+    ) from failure
+
+
+def _probe_rows(model: nn.Module, rows: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan | None:
+    plan = AuxPlan(needs_labels=True, needs_logits=True)
+    losses = AuxLosses(model, rows, plan)
+    added = _run_with_labels(model, losses, lambda: losses.of(forward(rows, False)))
+    replaced = losses.replaced
+    if losses.added_by_model is None:
+        return AuxPlan()
+    if (is_separable := _is_separable(model, losses, rows, forward, targets)) is not True:
+        return None if is_separable is None else AuxPlan()
+    if replaced == "loss_function":
+        fused = _run_with_labels(model, losses, lambda: losses.of(forward(rows, True)))
+        if fused is not None and torch.allclose(fused, added, rtol=_RELATIVE_TOLERANCE, equal_nan=True):
+            return AuxPlan(needs_labels=True)
     logger.warning_once(
-        f"{name} adds auxiliary losses to its cross entropy that need its logits: the logits of all positions are "
-        "made. The objective is the same; the memory is not."
+        f"{type(unwrap_model(model)).__name__} adds auxiliary losses to its cross entropy that need its logits: the "
+        "logits of all positions are made. The objective is the same; the memory is not."
     )
-    return AuxPlan(needs_labels=True, needs_logits=True)
+    return plan
+
+
+class _OwnLossError(Exception):
+    """A model's own forward fails with the labels of the batch."""
+
+
+def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], Any], replace: bool = True) -> Any:
+    """`call()`, which runs the model's forward with labels.
+
+    Raises:
+        _OwnLossError: the forward fails.
+    """
+    with torch.no_grad(), losses.recorded(replace), _unchanged(model):
+        try:
+            return call()
+        except Exception as error:
+            if isinstance(error, DistillError) or should_reduce_batch_size(error):  # out of memory
+                raise
+            raise _OwnLossError(f"{type(error).__name__}: {error}") from error
+
+
+def _is_separable(
+    model: nn.Module, losses: AuxLosses, rows: dict, forward: Callable[[dict, bool], Any], targets: Targets
+) -> bool | None:
+    """Whether a model's own loss is its cross entropy plus what was recorded; False: it is the cross entropy alone.
+
+    Some models sum several cross entropies whose mean is that of their logits, or write it as a log-softmax.
+
+    Returns:
+        None where the rows have no target tokens and nothing was recognised as a cross entropy.
+
+    Raises:
+        DistillError: it contains other losses, or another cross entropy.
+    """
+    added, replaced, count = losses.added_by_model, losses.replaced, losses.cross_entropies
+    assert added is not None
+    outputs = _run_with_labels(model, losses, lambda: forward(rows, False), replace=False)
+    asked = targets.first_rows(len(labels_of(rows)))
+    if not len(asked):
+        return True if replaced else None
+    logits, own = asked.gather_logits(outputs.logits), losses.added_by_model
+    assert own is not None
+    plain = float(cross_entropy(logits.double(), asked.labels.to(logits.device)))
+    rounding = max(_ROUNDING, 8 * torch.finfo(own.dtype).eps) * abs(plain)
+    value, recorded = float(own), float(added)
+    if replaced and abs(value - plain - recorded) <= max(rounding, _RELATIVE_TOLERANCE * (abs(value) + abs(recorded))):
+        return True
+    if abs(value - plain) <= rounding:
+        return False
+    if replaced and count == 1:  # a cross entropy over other positions, such as those of a mask
+        return True
+    inner = unwrap_model(model)
+    raise DistillError(
+        f"The own loss of {type(inner).__name__} is {value:.6g} for the first rows, and the cross entropy of its "
+        f"logits with the labels is {plain:.6g}: it contains losses that cannot be separated from the cross entropy "
+        f"and would be left out. {_without_own_loss(inner)}"
+    )
+
+
+def _without_own_loss(model: nn.Module) -> str:
+    """How to train a model without what its own forward adds, for an error."""
+    parts = (model.config, model.config.get_text_config()) if hasattr(model.config, "get_text_config") else ()
+    found = {name: value for part in parts for name, value in vars(part).items() if _LOSS_SETTING.search(name)}
+    values = ", ".join(f"{name}={value!r}" for name, value in sorted(found.items()) if isinstance(value, _SWITCH))
+    turn_off = f"turn its own losses off in its config (it has {values}); or " if values else ""
+    return (
+        f"To train without such losses, {turn_off}derive a class from {type(model).__name__} whose forward has no "
+        "`labels` and no `**kwargs`, which has no loss of its own."
+    )
 
 
 def first_rows(inputs: dict, count: int) -> dict:
@@ -215,7 +324,7 @@ def _settings(config: Any) -> tuple:
     of a sharded model have to probe together.
     """
     parts = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
-    return tuple(value for part in parts for value in vars(part).values() if isinstance(value, bool | int | float))
+    return tuple(value for part in parts for value in vars(part).values() if isinstance(value, _SWITCH))
 
 
 @contextmanager

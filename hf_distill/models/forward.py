@@ -7,6 +7,7 @@ from the head's output by a hook, as wrappers left it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def forward_with_loss(
     head = output_head(model, prepared)
     fused: list[StepLosses] = []  # in this forward; a model may be run twice
     made: list[StepLosses] = []
-    plan = plan_aux_losses(model, inputs, lambda rows, replaced: _run_rows(model, rows, targets, head, replaced))
+    plan = plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)
     aux, lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
     added: list[Tensor | None] = []
 
@@ -126,7 +127,7 @@ def forward_with_loss(
     return loss, outputs, made[-1]
 
 
-def _run_rows(model: nn.Module, rows: dict, targets: Targets, head: OutputHead, replaced: bool) -> Any:
+def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, replaced: bool) -> Any:
     """The outputs for the first rows of a batch; with `replaced` the head returns a number in place of logits."""
     prepared = prepare_inputs(unwrap_model(model), rows)
     return _run(model, prepared, targets.first_rows(len(labels_of(rows))), head, _no_logits if replaced else None)[0]
@@ -162,3 +163,18 @@ def _run(
 def measure_output_head(model: nn.Module, inputs: dict) -> OutputHead:
     """See `output_head`: for a model whose first forward is inside another model's, which is no place to measure."""
     return output_head(model, prepare_inputs(unwrap_model(model), inputs))
+
+
+def measure_before_student_loss(model: nn.Module, inputs: dict, targets: Targets) -> None:
+    """Run the short forwards that `forward_with_loss` needs at its first call.
+
+    For a model that learns inside another model's forward, or whose features are captured there: neither is a place
+    for other forwards.
+
+    Args:
+        model: as prepared, wrappers included.
+        inputs: the collator's batch.
+        targets: the target tokens.
+    """
+    head = measure_output_head(model, inputs)
+    plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)

@@ -90,6 +90,7 @@ def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
     name = type(model).__name__
     if labels is None:
         raise DistillError(f"{name} needs `decoder_input_ids` or `labels`, and the batch has neither.")
+    labels = labels.clone()  # some models, such as FSMT, fill their labels in place
     parts = (model.config, getattr(model.config, "decoder", None), model.config.get_text_config())
     pad, start = (
         next((value for part in parts if (value := getattr(part, key, None)) is not None), None)

@@ -10,6 +10,7 @@ from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import Judged, Licence, judge, licence_of
 from ..model_card import Facts, missing
+from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
@@ -56,13 +57,19 @@ def facts_of(
         held_out=held_out,
         environment=evidence.get("environment", {}),
         licence=judged_of(run.recipe, teachers, repo, licence, base_model, lookup),
-        not_measured=missing(held_out, retention, diagnosis),
+        not_measured=[*_smoke_note(run.recipe), *missing(held_out, retention, diagnosis)],
         retention=retention,
         diagnosis=diagnosis,
         recipe=_recipe(run),
         origin=run.recipe.origin,
         prompt=_prompt(run),
     )
+
+
+def _smoke_note(recipe: Recipe) -> list[str]:
+    if not random_models(recipe):
+        return []
+    return ["Anything: this is a smoke run of tiny models that began with random weights, so no figure means anything."]
 
 
 def _recipe(run: Run) -> dict[str, Any]:
@@ -81,7 +88,9 @@ def _verdicts(run: Run) -> dict[str, str] | None:
     file = run.folder / "diagnosis.json"
     found = read_json(file)
     with damage_reported(file):
-        return {verdict["name"]: verdict["text"] for verdict in found["verdicts"]} if found else None
+        if not found or found.get("smoke"):  # the figures of a smoke run are not judged
+            return None
+        return {verdict["name"]: verdict["text"] for verdict in found["verdicts"]}
 
 
 def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from ..core.references import reference_kind
 from ..errors import DistillError
 from ..hub import asking
 from ..hub.licenses import Judged, Licence, licence_of
+from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
 from .card_data import facts_of, judged_of, teachers_of
 from .files import Contents, contents_of
-from .repository import CARD, Repository, check_repository, look_at, to_delete
+from .repository import CARD, Repository, check_repository, check_repository_id, look_at, to_delete
 
 WITH = ("cache", "report")
 
@@ -54,6 +55,7 @@ class DryRun:
     unknown:  model -> why its licence could not be looked up
     notes:    what others will stumble over
     cache:    bytes of the teacher's cache; None: it would not go up
+    smoke:    why the run is a smoke run, which is refused without `allow_smoke`; None: it is none
     """
 
     card: str
@@ -63,6 +65,7 @@ class DryRun:
     unknown: dict[str, str]
     notes: list[str]
     cache: int | None = None
+    smoke: str | None = None
 
 
 def publish(
@@ -74,6 +77,7 @@ def publish(
     accept_licence: bool = False,
     base_model: str | None = None,
     replace: bool = False,
+    allow_smoke: bool = False,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> Published:
     """Bring a run's student to the Hub, with its card, its facts and its plots, in one commit.
@@ -90,13 +94,17 @@ def publish(
         accept_licence: publish against what the licences of teacher and base say.
         base_model: id of what the student began as, where the recipe names a file or a package.
         replace: take the place of another model, of weights of any format, and of a card that somebody wrote.
+        allow_smoke: publish a smoke run, whose models began with random weights; its card says so.
         on_stage: told in a few words what begins.
 
     Raises:
-        DistillError: the run is not over; no token; a licence conflict; the repository holds what publishing did not
-            write, or is public while `private` is wanted; see `hub.asking` and `repository.check_repository`.
+        DistillError: the run is not over, or is a smoke run; `repo` is no id; no token; a licence conflict; the
+            repository holds what publishing did not write, or is public while `private` is wanted; see `hub.asking` and
+            `repository.check_repository`.
     """
-    _check_parts(include)
+    _check_arguments(repo, include, base_model)
+    if (random := smoke_run(run.recipe)) and not allow_smoke:
+        raise DistillError(f"{random} If you want to publish it nevertheless, add --allow-smoke; the card will say so.")
     api = HfApi()
     repo = _whole_name(api, repo)
     on_stage(f"Gathering what is known of {run.folder}")
@@ -126,9 +134,9 @@ def dry_run(
         base_model: see `publish`.
 
     Raises:
-        DistillError: the run is not over, or a file that would be published is missing or damaged.
+        DistillError: the run is not over; `repo` is no id; or a file that would be published is missing or damaged.
     """
-    _check_parts(include)
+    _check_arguments(repo, include, base_model)
     unknown: dict[str, str] = {}
 
     def lookup(model: str, revision: str | None) -> Licence | None:
@@ -142,12 +150,18 @@ def dry_run(
     contents = contents_of(run, facts, "report" in include)
     sizes = {name: content.stat().st_size if isinstance(content, Path) else len(content)
              for name, content in sorted(contents.files.items())}  # fmt: skip
-    cache = sum(p.stat().st_size for p in Path(_cache_of(run)).iterdir()) if "cache" in include else None
+    cache = _size_of_cache(run) if "cache" in include else None
     card = bytes(contents.files[CARD]).decode()
-    return DryRun(card, sizes, contents.left_out, facts.licence, unknown, contents.notes, cache)
+    return DryRun(card, sizes, contents.left_out, facts.licence, unknown, contents.notes, cache, smoke_run(run.recipe))
 
 
-def _check_parts(include: Collection[str]) -> None:
+def _check_arguments(repo: str, include: Collection[str], base_model: str | None) -> None:
+    """Refuse arguments that the Hub would refuse, without asking it."""
+    check_repository_id(repo)
+    if "cache" in include:
+        check_repository_id(f"{repo}-cache", "The name of the cache's repository")
+    if base_model is not None:
+        check_repository_id(base_model, "--base-model")
     if unknown := sorted({*include} - {*WITH}):
         raise DistillError(f"--with takes {', '.join(WITH)}; got {', '.join(unknown)}.")
 
@@ -158,10 +172,15 @@ def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None
     Raises:
         DistillError: see `publish`.
     """
+    check_repository_id(repo, "train.hub_model_id")
     api = HfApi()
     repo = _whole_name(api, repo)
     _check_licence(judged_of(recipe, teachers_of(recipe), repo, None, None), accept_licence)
     check_repository(look_at(api, repo), [CARD], private=False, replace=False)
+    if random := smoke_run(recipe):
+        raise DistillError(
+            f"{random} Leave train.push_to_hub out, or publish it with `hf-distill publish --allow-smoke`."
+        )
 
 
 def _check_licence(judged: Judged, accepted: bool) -> None:
@@ -215,9 +234,18 @@ def _cache_of(run: Run) -> str:
     return path
 
 
+def _size_of_cache(run: Run) -> int:
+    """Bytes of the cache that taught a run; its files are checked, as they are before an upload."""
+    from ..cache import check_all
+
+    path = Path(_cache_of(run))
+    check_all(path)
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
 def _push_cache(run: Run, repo: str, private: bool, replace: bool, on_stage: Callable[[str], None]) -> str:
     from ..cache.hub import push_cache
 
     path = _cache_of(run)
     on_stage(f"Uploading the teacher's cache to datasets/{repo}-cache")
-    return push_cache(path, f"{repo}-cache", private, force=replace)
+    return push_cache(path, f"{repo}-cache", private, replace)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ..core.references import is_id
 from ..errors import DistillError
@@ -59,6 +60,24 @@ class Repository:
 def is_weights(name: str) -> bool:
     """Whether a file of a repository is weights of a model or of an adapter, in any format, by its name."""
     return _WEIGHTS.fullmatch(name) is not None
+
+
+def check_repository_id(name: str, option: str = "REPO") -> None:
+    """Refuse what cannot be the id of a repository, without asking the Hub.
+
+    Args:
+        name: org/name, or a name.
+        option: where it was given.
+
+    Raises:
+        DistillError: says which form an id has.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise DistillError(
+            f"{option} is {name!r}, which is no id of a repository (org/name, or name): {error}"
+        ) from None
 
 
 def look_at(api: HfApi, name: str) -> Repository:

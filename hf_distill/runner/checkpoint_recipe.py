@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..core.processes import is_alone
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 
@@ -29,6 +31,12 @@ _READING = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
+_PROCESSES = "number of processes"
+_OTHER_PROCESSES = (
+    "\nA Trainer of transformers would resume with another number of processes. But even where "
+    "train.per_device_train_batch_size and train.gradient_accumulation_steps keep the global batch as it was, the rows "
+    "are divided otherwise, and each process has saved a random state of its own. Start as many processes as before."
+)
 _STEPS = {"train.max_steps", "train.num_train_epochs"}
 
 
@@ -59,18 +67,23 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def launch_values() -> dict[str, Any]:
+    """What changes the result and is no value of a recipe: how many processes share each step's batch."""
+    return {_PROCESSES: 1 if is_alone() else torch.distributed.get_world_size()}
+
+
 def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> None:
     """Refuse to resume a run with values that change its result.
 
     Args:
-        before: result values of the recipe that wrote the run.
+        before: result values of the recipe that wrote the run; of a checkpoint also the `launch_values` of then.
         recipe: the one that is to go on with it.
         source: the file that `before` was read from, for the message.
 
     Raises:
         DistillError: lists every value that differs, old -> new.
     """
-    now = result_values(recipe)
+    now = result_values(recipe) | {key: value for key, value in launch_values().items() if key in before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if not changed:
         return
@@ -85,6 +98,7 @@ def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> N
         f"{source}:{lines}\nResume with the values of that run, or set train.output_dir to another folder; how often "
         "is logged or saved, and the number of data workers, may change."
         + (longer if _STEPS.intersection(changed) else "")
+        + (_OTHER_PROCESSES if _PROCESSES in changed else "")
     )
 
 

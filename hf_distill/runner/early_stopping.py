@@ -1,5 +1,6 @@
 """Early stopping of a recipe's training: `train.early_stopping_patience`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -39,6 +40,21 @@ def evaluations_since_best(values: list[float], greater_is_better: bool) -> int:
         better = value == value and (best is None or (value > best if greater_is_better else value < best))
         since, best = (0, value) if better else (since + 1, best)
     return since
+
+
+def stopping_note(steps: Mapping[str, int]) -> str | None:
+    """A note for a table in which student and control had different amounts of training; None: they had the same.
+
+    Args:
+        steps: by training ("student", "control"): the step of the model that it left.
+    """
+    student, control = steps.get("student"), steps.get("control")
+    if student is None or control is None or student == control:
+        return None
+    return (
+        f"The student is that of step {student}, and the control that of step {control}: each is the best checkpoint "
+        "of a training of its own, so that the comparison is not at the same number of steps."
+    )
 
 
 def stopping_arguments(train: dict[str, Any]) -> dict[str, Any]:

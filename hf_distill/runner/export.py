@@ -1,9 +1,11 @@
 """What a run leaves of a teacher that moved, beside the student."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..core.processes import on_main
 from ..core.signals import FeatureKey, Signals, Targets
 from ..recipe.schema import Recipe
 from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
@@ -30,8 +32,8 @@ def save_moved(trainer: DistillTrainer, export: str, folder: Path) -> None:
         if isinstance(teacher, EMATeacher) and export == "ema":
             with teacher.swapped_weights():
                 trainer.save_model(str(folder / "ema"))
-        if isinstance(teacher, MTPTeacher) and export == "mtp" and trainer.args.should_save:
-            teacher.save_pretrained(folder / "student")
+        if isinstance(teacher, MTPTeacher) and export == "mtp":
+            on_main(partial(teacher.save_pretrained, folder / "student"))
 
 
 def of_moved(recipe: Recipe, student: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -12,6 +12,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..errors import DistillError, raise_if_any, require_package
+from ..models.finite_weights import check_finite
 from ..models.pruning import block_influence, cut_student, top_layers
 from ..recipe.models import FIELDS
 from ..recipe.schema import Recipe, Student, TeacherSpec
@@ -125,12 +126,23 @@ class Models:
         """Turn a folder of adapters into one of the whole model with them merged in, in the student's dtype.
 
         Merged into the weights as they were loaded, also where the student was trained on quantised ones.
+
+        Raises:
+            RunError: the merged weights are not finite; the adapters stay as they are.
         """
         from peft import PeftModel
 
         with zero3_init_context(None):
             base = self._base(rows, quantization=None, whole=True)
             merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        dtype = str(merged.dtype).removeprefix("torch.")
+        advice = (
+            f"The adapters stay there. Merged in {dtype}, they overflow or are not finite: merge them in another dtype "
+            f"(AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}, dtype=torch.float32).merge_and_unload()), or "
+            "set export to adapter."
+        )
+        buffers = dict(merged.named_buffers()).keys()
+        check_finite(merged.state_dict(), folder, owner="the merged student", advice=advice, buffers=buffers)
         for file in folder.glob("adapter_*"):
             file.unlink()
         merged.save_pretrained(folder)

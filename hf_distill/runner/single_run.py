@@ -33,7 +33,7 @@ from ..teachers.loading import zero3_init_context
 from ..trainer.config import DistillArguments, DistillConfig
 from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_missing
-from .checkpoint_recipe import RecipeRecord, result_values
+from .checkpoint_recipe import RecipeRecord, launch_values, result_values
 from .datasets import prepare_data, taken_by
 from .distributed import check_same
 from .early_stopping import EarlyStopping
@@ -70,7 +70,7 @@ def run_single(
             return RunResult(folder, models)
         with watch.kept():
             write_missing(recipe, on_stage)
-            record = RecipeRecord(result_values(recipe))
+            record = RecipeRecord(result_values(recipe) | launch_values())
             return _run(Loaded(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
 
 
@@ -81,6 +81,7 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
     def keep(**found: dict[str, float]) -> None:
         models.update(found)
         evidence.update(run.facts)
+        evidence["steps"] = evidence.get("steps", {}) | run.steps
         on_main(write)
 
     def write() -> None:
@@ -114,6 +115,7 @@ class Loaded:
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
+        self.steps: dict[str, int] = {}  # by training: the step of the model that it left
         made = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
         check_same(recipe, self.facts)
@@ -171,6 +173,8 @@ class Loaded:
         set_seed(self.args.seed)  # equal data order for student and control
         output = trainer.train(None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(self.folder / name))
+        best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+        self.steps[name] = best or trainer.state.global_step
         if self.merges:
             self.on_stage(f"{name}: merging its adapters")
             on_main(lambda: self.models.merge(self.folder / name, self.data.train))

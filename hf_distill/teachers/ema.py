@@ -19,6 +19,7 @@ from ..core.logits import LazyLogits
 from ..core.schedule import parse_schedule, value_at
 from ..core.signals import Signals
 from ..errors import DistillError
+from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
 from ..models.sidecar import strip_sidecar
 from .self_teacher import SelfTeacher
@@ -94,10 +95,18 @@ class StudentCopyTeacher(SelfTeacher):
         return {"teacher_weight_drift": self._drift.to(self._ensure_shadow(), is_sharded(self.model))}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
-        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share."""
-        shared = is_sharded(self.model)
-        if write or shared:
-            save_state(state_file(folder, rank, shared), held=self._ensure_shadow(), start=self._drift.start)
+        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share.
+
+        Raises:
+            RunError: its weights are not finite; nothing is written.
+        """
+        shared, held = is_sharded(self.model), self._ensure_shadow()
+        if not (write or shared):
+            return
+        file, buffers = state_file(folder, rank, shared), held.keys() - dict(self.model.named_parameters()).keys()
+        advice = "Go on from an earlier checkpoint with a smaller learning_rate."
+        check_finite(held, file, owner="the teacher, the student's past,", advice=advice, buffers=buffers)
+        save_state(file, held=held, start=self._drift.start)
 
     def load(self, folder: str, rank: int) -> None:
         """Read what `save` wrote.
@@ -174,6 +183,10 @@ class EMATeacher(StudentCopyTeacher):
             return
         values = [now[name].detach().to(value.dtype) for name, value in held.items()]
         torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
+        trained = dict(self.model.named_parameters()).keys()
+        for (name, value), new in zip(held.items(), values, strict=True):
+            if name not in trained:  # a mask with -inf, whose average with itself is NaN
+                value.copy_(new.where(new.isinf(), value))
 
 
 class SnapshotTeacher(StudentCopyTeacher):

@@ -94,6 +94,31 @@ def check_data(limits: InputLimits, rows: Any, name: str) -> None:
             raise DistillError(f"{name}: {error}") from None
 
 
+def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Refuse a batch with ids that the student's token embedding lacks, where it alone reads them.
+
+    A model of text and images may replace ids of its own before it looks them up, so these are left to the model.
+
+    Raises:
+        DistillError: names the id and the embedding's size.
+    """
+    student = unwrap_model(student)
+    rows, config = _embedding_rows(student), getattr(student, "config", None)
+    if rows is None or config is None or config.get_text_config() is not config:
+        return
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = inputs.get(name)
+        if not isinstance(ids, Tensor) or not ids.numel() or ids.is_floating_point():
+            continue
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0 or largest >= rows:
+            raise DistillError(
+                f"{name} has the token id {smallest if smallest < 0 else largest}, and the student's embedding has "
+                f"{rows} rows, for the ids 0 to {rows - 1}. Tokenise the data with the student's tokenizer, or call "
+                "`model.resize_token_embeddings` after tokens were added."
+            )
+
+
 def _largest_ids(rows: Any) -> Iterator[int]:
     if hasattr(rows, "column_names") and hasattr(rows, "data") and "input_ids" in (rows.column_names or ()):
         import pyarrow.compute as pc

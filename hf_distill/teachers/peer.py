@@ -18,7 +18,8 @@ from ..losses.objective import Term
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.feature_capture import capture_features
 from ..models.features import FeatureLoss
-from ..models.forward import StepLosses, extract_signals, forward_with_loss, measure_output_head
+from ..models.finite_weights import check_finite
+from ..models.forward import StepLosses, extract_signals, forward_with_loss, measure_before_student_loss
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
@@ -168,7 +169,9 @@ class PeerTeacher(TrainableTeacher):
         """The peer's forward and its own loss."""
         frozen = self.freeze_at_progress is not None and self.progress >= self.freeze_at_progress
         inputs = self._limits.readable(accepted_inputs(self.model, inputs))
-        measure_output_head(self.model, inputs)
+        if frozen:
+            self.model.eval()
+        measure_before_student_loss(self.model, inputs, targets)
         return _PeerStep(self.model, self.terms, frozen, inputs, targets, feature_requests, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
@@ -177,8 +180,14 @@ class PeerTeacher(TrainableTeacher):
         Args:
             folder: where to.
             write: whether this rank writes; every rank has to call.
+
+        Raises:
+            RunError: its weights are not finite; nothing is written.
         """
         state = gathered_state_dict(self.model)
+        buffers = state.keys() - dict(self.model.named_parameters()).keys()
+        advice = "Go on from a checkpoint with a smaller learning_rate of the peer."
+        check_finite(state, folder, owner="the peer", advice=advice, buffers=buffers)
         if write:
             self.model.save_pretrained(folder, state_dict=state)
             if self.processing_class is not None:
@@ -201,8 +210,6 @@ class _PeerStep(JointStep):
             job = ChunkedLoss(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
             return StepLosses(job, FeatureLoss([], {}, {}, self.targets))
 
-        if self.frozen:
-            self.model.eval()
         learning = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learning), capture_features(self.model, self.feature_requests) as found:
             loss, _, done = forward_with_loss(self.model, self.inputs, self.targets, {}, jobs)

@@ -35,8 +35,8 @@ def as_path(model: Any) -> Any:
         return path
     if not isinstance(model, str | nn.Module):
         raise DistillError(
-            f"The teacher is a {type(model).__name__}: give a transformers model, the path or id of one, or an "
-            "instance of a class derived from hf_distill.Teacher."
+            f"The teacher is of the type {type(model).__name__}: give a transformers model, the path or id of one, or "
+            "an instance of a class derived from hf_distill.Teacher."
         )
     return model
 

@@ -28,7 +28,9 @@ class WeightDrift:
         squares = torch.zeros(2, dtype=torch.float64, device=local_shard(next(iter(tensors.values()))).device)
         for name, start in self.start.items():
             now = local_shard(tensors[name])
-            moved = _sample(now).float() - start
+            infinite = start.isinf()  # of a mask among the buffers
+            start = start.masked_fill(infinite, 0)
+            moved = _sample(now).float().masked_fill(infinite, 0) - start
             share = now.numel() / max(start.numel(), 1)
             squares += share * torch.stack([moved.square().sum(), start.square().sum()]).double()
         if shared:

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,20 +73,27 @@ class CheckpointMixin(_Base):
         for path in self._checkpoints(folder):
             found = self._flaw(path)
             if found is None:
+                self._warn_of(flaws)
                 return path
             if found.state == "changed":
+                self._warn_of(flaws)
                 raise DistillError(f"Training cannot be resumed from {path}: {found}.{hint(path, found)}")
             flaws[path] = found
-            if self.args.should_save:
-                logger.warning(f"{path} is skipped: {found}.{hint(path, found)}")
         damaged = {path: found for path, found in flaws.items() if found.state == "damaged"}
         if damaged:
             path, found = next(iter(damaged.items()))
             raise DistillError(
                 f"Training cannot be resumed from {folder}: no checkpoint is complete ({listed(flaws.items())})."
-                f"{hint(path, found)} To start again, remove the checkpoints or choose another folder."
+                f" To start again, remove the checkpoints or choose another folder.{hint(path, found)}"
             )
+        self._warn_of(flaws)
         return None
+
+    def _warn_of(self, flaws: Mapping[Path, CheckpointDefect]) -> None:
+        """Log which checkpoints are passed over; where training does not start, the error alone names them."""
+        if self.args.should_save:
+            for path, found in flaws.items():
+                logger.warning(f"{path} is skipped: {found}.")
 
     def verify(self, path: Path) -> None:
         """Check a checkpoint before it is read; a folder that is missing is the Trainer's to report.

@@ -7,11 +7,12 @@ that looks complete: a folder is renamed before its files are deleted.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +209,18 @@ def restore(output_dir: Path) -> None:
             path.rename(folder)
 
 
+@contextmanager
+def _quiet_sorting() -> Iterator[None]:
+    """transformers warns where all checkpoints have one time, and sorts by steps, which is right too."""
+    log = logging.getLogger("transformers.trainer_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints beyond a limit, as a Trainer does; never the newest or the best one.
 
@@ -220,7 +233,8 @@ def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None) 
     if limit is None or limit <= 0:
         return
     kept = {newest.name} | ({Path(best).name} if best else set())
-    paths = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
+    with _quiet_sorting():
+        paths = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
     excess = len(paths) - max(limit, len(kept))
     for path in [path for path in paths if path.name not in kept][: max(excess, 0)]:
         remove(path)
@@ -245,6 +259,8 @@ def hint(path: Path, found: CheckpointDefect) -> str:
     """How a user accepts a checkpoint that was changed on purpose; empty where its writing was interrupted."""
     if found.state == "unfinished":
         return ""
+    if found.state == "damaged":  # which is nearly always a fault of a disk or a copy
+        return " (For a checkpoint that you edited yourself, see docs/reliability.md.)"
     return f" If you changed it on purpose, delete {path / MARK_FILE}: training then resumes from it without checks."
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 from dataclasses import dataclass, field, fields
+from math import isnan
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -86,21 +88,41 @@ class DistillArguments:
             self.teacher_deepspeed = _parsed("teacher_deepspeed", self.teacher_deepspeed, dict)
         self.losses = _parsed("losses", self.losses, list)
         self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None")
-        if not (isinstance(self.max_consecutive_nonfinite_steps, int) and self.max_consecutive_nonfinite_steps >= 1):
-            raise DistillError(
-                f"max_consecutive_nonfinite_steps is {self.max_consecutive_nonfinite_steps}; it must "
-                "be at least 1 (the first)"
-            )
-        problems: list[str] = []
+        problems = self._wrong_types()
         with collect_errors(problems):
             self._choose_direction()
-        with collect_errors(problems):
-            self.terms()
+        if not any(problem.startswith("divergence") for problem in problems):
+            with collect_errors(problems):
+                self.terms()
         with collect_errors(problems):
             ProjectorConfig.of(self.projectors)
         raise_if_any(problems)
+
+    def _wrong_types(self) -> list[str]:
+        """Fields whose value is of a wrong type or out of range, those of the training arguments included."""
+        problems = []
+        for name, least in (
+            ("chunk_tokens", "None, or a whole number of at least 1"),
+            ("max_consecutive_nonfinite_steps", ""),
+        ):
+            value = getattr(self, name)
+            if not (least and value is None) and (type(value) is not int or value < 1):
+                problems.append(f"{name} is {value!r}; it must be {least or 'a whole number of at least 1'}")
+        for name in ("teacher_fsdp", "stop_on_signal", "self_check"):
+            if not isinstance(value := getattr(self, name), bool):
+                problems.append(f"{name} is {value!r}; it must be True or False")
+        if self.teacher_deepspeed is not None and not isinstance(self.teacher_deepspeed, dict | str | os.PathLike):
+            problems.append(f"teacher_deepspeed is {self.teacher_deepspeed!r}; it must be a dict, its JSON, or a path")
+        if not (self.divergence is None or (self.divergence and isinstance(self.divergence, dict | str))):
+            problems.append(f"divergence is {self.divergence!r}; it must be a name or {{name, **options}}")
+        own = {item.name for item in fields(DistillArguments)}
+        for item in fields(self):
+            value, default = getattr(self, item.name, None), item.default
+            if item.name in own or isinstance(default, bool) or not isinstance(default, int | float):
+                continue
+            if isinstance(value, str | list | dict) or (isinstance(value, float) and isnan(value)):
+                problems.append(f"{item.name} is {value!r}; it must be a number (by default it is {default!r})")
+        return problems
 
     def _choose_direction(self) -> None:
         """Set `greater_is_better` of a metric of a distillation, where it is not set; else transformers chooses."""
@@ -139,7 +161,11 @@ def _parsed(name: str, value: Any, kind: type) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise DistillError(f"{name} is not JSON ({error.msg} at character {error.pos}): {value!r}") from None
+            example = '[{"name": "hidden_mse", "weight": 1.0}]' if kind is list else '{"name": "value"}'
+            raise DistillError(
+                f"{name} is not JSON ({error.msg} at character {error.pos}): {value!r}; give a {kind.__name__}, or its "
+                f"JSON, such as {example}"
+            ) from None
     if value is not None and not isinstance(value, kind):
         raise DistillError(f"{name} must be a {kind.__name__} or its JSON; got {value!r}")
     return value

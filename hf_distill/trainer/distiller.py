@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits
+from ..core.logits import DenseLogits, LazyLogits, named_sources
 from ..core.signals import Signals, Targets
+from ..errors import DistillError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.features import FeatureLoss, Features
@@ -77,7 +78,8 @@ class Distiller:
                 manieth block of tokens (0: none, 1: all); see `HeadJob`.
 
         Raises:
-            DistillError: labels missing, not ids, or outside the student's vocabulary.
+            DistillError: labels missing, not ids, or outside the student's vocabulary; a classifier whose teacher
+                predicts another number of classes.
         """
         model = unwrap_model(student)
         task = model_type_of(model)
@@ -97,6 +99,8 @@ class Distiller:
                 targets.check_ids(said.vocab_size)
             own = None if joint_step is None else joint_step(said)
             heard = told if joint_step is None else joint_step.teacher_signals
+            if not task.vocabulary:
+                _check_class_counts(heard, said)
             head = ChunkedLoss(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
             if self.pre_loss_hook is not None:
                 self.pre_loss_hook(head, said, heard, asked)
@@ -108,3 +112,21 @@ class Distiller:
             loss, outputs, done = forward_with_loss(student, inputs, targets, feature_keys, jobs, keep_logits)
         found = done.head.per_token | done.features.per_token | (joint_step.per_token if joint_step else {})
         return StepOutput(loss, found, asked, outputs)
+
+
+def _check_class_counts(teacher: Signals, student: LazyLogits | DenseLogits) -> None:
+    """Refuse two classifiers whose logits are of different numbers of classes, whatever their configs promise.
+
+    Language models may pad one vocabulary to different sizes; classes have no padding.
+
+    Raises:
+        DistillError: the numbers differ.
+    """
+    for name, source in named_sources(teacher.logits).items():
+        if source.vocab_size not in (None, student.vocab_size):
+            called = "The teacher" if name is None else f"Teacher {name!r}"
+            raise DistillError(
+                f"{called} returns logits of {source.vocab_size} classes and the student of {student.vocab_size}: "
+                "nothing says which of them correspond. Use a teacher and a student whose logits are of the same "
+                "classes, in the same order."
+            )

@@ -37,6 +37,8 @@ class NonFiniteMixin(_Base):
     """
 
     max_consecutive_nonfinite_steps: int
+    _total_loss_scalar: float  # of the Trainer: losses of the steps that were logged,
+    _tr_loss: Tensor  # and of those since then
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._micro_batches: list[MicroBatchRecord] = []
@@ -65,13 +67,25 @@ class NonFiniteMixin(_Base):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, whose `train_loss` would be 0 if every step was skipped."""
-        if self._counts[False] and not self._counts[True]:
-            self._total_loss_scalar = math.nan
-        return super()._finalize_training(*args, **kwargs)
+        """As the Trainer's, whose `train_loss` would be 0 if no step was taken."""
+        if self._counts[False]:
+            factor = _mean_of_taken(self._counts[True], self._counts[False])
+            self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
+        output = super()._finalize_training(*args, **kwargs)
+        if self._has_trained:
+            return output
+        metrics = {name: value for name, value in output.metrics.items() if name != "train_loss"}
+        return output._replace(training_loss=math.nan, metrics=metrics)
+
+    @property
+    def _has_trained(self) -> bool:
+        """Whether this call of `train` took a step; one that resumes a finished training does not."""
+        return self.state.global_step > self._initial_global_step
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's."""
+        if not self._losses and hasattr(self, "_tr_loss"):
+            self._loss_before = self._tr_loss.clone()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         return loss
@@ -96,6 +110,7 @@ class NonFiniteMixin(_Base):
             self._taken.append(losses.sum())
             return norm
         self._skipped += 1
+        self._tr_loss = self._loss_before  # a Trainer counts a mean of earlier steps in the place of this one, or NaN
         scaler = self.accelerator.scaler
         if not (whole[0] and scaler is not None and scaler.get_scale() > 1):
             self._skip(model, seen, whole[0])
@@ -177,10 +192,12 @@ class NonFiniteMixin(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; training logs tell `skipped_steps` and `loss_spikes` since the last one, where not 0."""
+        if "train_loss" in logs and not self._has_trained:
+            del logs["train_loss"]  # a Trainer reports 0
         if "loss" in logs:
             if self._skipped:
                 logs["skipped_steps"] = self._skipped
-                logs["loss"] = logs["loss"] if self._taken else math.nan  # a Trainer would log 0
+                logs["loss"] *= _mean_of_taken(len(self._taken), self._skipped)
             if spikes := self._spikes():
                 logs["loss_spikes"] = spikes
             self._skipped = 0
@@ -199,6 +216,11 @@ class NonFiniteMixin(_Base):
                     f"{self.state.global_step - back}."
                 )
         return count
+
+
+def _mean_of_taken(taken: int, skipped: int) -> float:
+    """What a sum over all steps, divided by their number, is multiplied by for the mean of those that were taken."""
+    return (taken + skipped) / taken if taken else math.nan
 
 
 def _norm_is_finite(norm: Any, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..cache.example_keys import examples_of
 from ..core.signals import Targets
+from ..models.finite_weights import first_nonfinite
 from ..teachers.weight_drift import local_shard
 
 _SHOWN = 20  # places and parameters that are told; the rest is counted
@@ -174,8 +175,6 @@ class LossSpikeDetector:
 def nonfinite_weight(model: nn.Module) -> str | None:
     """The first parameter with a NaN or an infinity, or saved buffer with a NaN; None: there is none on this rank.
 
-    It reads each weight once and waits for the device once.
-
     Args:
         model: whole or sharded (ZeRO-3, FSDP2); quantised weights are passed over.
     """
@@ -183,13 +182,7 @@ def nonfinite_weight(model: nn.Module) -> str | None:
         if isinstance(module, FSDPModule):  # FSDP2 leaves some weights gathered after a forward without a backward
             module.reshard()
     parameters = {name: local_shard(p) for name, p in model.named_parameters()}
-    weights = {name: w for name, w in parameters.items() if _is_read(w)}
-    statistics = {name: b for name, b in _saved_buffers(model) if _is_read(b)}  # masks may hold -inf
-    largest = [_largest(weights.values()), _largest(statistics.values())]
-    if largest[0].isfinite() and not largest[1].isnan():
-        return None
-    broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    return next(iter([*broken, *(name for name, value in statistics.items() if value.isnan().any())]), None)
+    return first_nonfinite(parameters, dict(_saved_buffers(model)))
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -197,15 +190,3 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}", local_shard(buffer)
-
-
-def _is_read(tensor: Tensor) -> bool:
-    """Whether it has values in a dtype that can be NaN or infinite; 8-bit floats are quantised weights."""
-    return (
-        tensor.is_floating_point() and tensor.element_size() > 1 and tensor.device.type != "meta" and tensor.numel() > 0
-    )
-
-
-def _largest(tensors: Iterable[Tensor]) -> Tensor:
-    """The largest magnitude, which is NaN where a value is, []."""
-    return torch.nn.utils.get_total_norm([t.detach() for t in tensors], norm_type=math.inf).cpu()

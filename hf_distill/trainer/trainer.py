@@ -1,13 +1,16 @@
 """Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
+from ..core.references import path_exists, reference_kind
 from ..core.signals import SECOND_VIEW_KEYS, target_labels
 from ..errors import DistillError, raise_if_any
 from ..losses.objective import repeated_names
@@ -17,6 +20,7 @@ from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import forget_output_head
 from ..models.projectors import ProjectorConfig
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
+from ..teachers.input_limits import check_student_ids
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import WeightsMixin
@@ -45,6 +49,7 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
     """
 
     teacher: Any
+    loads_models = False  # whether `model` may be an id or a path
     _signature_columns: Any
 
     def __init__(
@@ -56,6 +61,7 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         teachers: Any = None,
         **kwargs,
     ):
+        raise_if_any(self._wrong_arguments(model, args))
         fields = args if isinstance(args, DistillArguments) else DistillArguments()
         if teacher is not None and teachers is not None:
             raise DistillError("Both `teacher` and `teachers` were given: name all of them in `teachers`.")
@@ -82,6 +88,26 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
             self.setup_distillation(self.teacher, fields)
         else:
             self.attach_sidecar(Features())
+
+    def _wrong_arguments(self, model: Any, args: Any) -> list[str]:
+        """Arguments of a wrong type, which a Trainer does not look at before it uses them."""
+        problems = []
+        if isinstance(model, str | os.PathLike) and self.loads_models:
+            if reference_kind(path := os.path.expanduser(os.fspath(model))) == "path" and not path_exists(path):
+                problems.append(
+                    f"The student {path} is a path, and there is no such folder: correct it (relative paths start at "
+                    f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name"
+                )
+        elif isinstance(model, str | os.PathLike):
+            problems.append(
+                f"model is the id or path {str(model)!r}, and {type(self).__name__} takes a model, as Trainer does: "
+                "load it, for example with AutoModelForCausalLM.from_pretrained"
+            )
+        elif model is not None and not isinstance(model, nn.Module):
+            problems.append(f"model is of the type {type(model).__name__}: give the student, a transformers model")
+        if args is not None and not isinstance(args, TrainingArguments):
+            problems.append(f"args is of the type {type(args).__name__}: give a DistillConfig or TrainingArguments")
+        return problems
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; with `stop_on_signal` a signal ends it after the step, with a checkpoint.
@@ -223,14 +249,19 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
                 forget_output_head(measured)
             shift = model_type_of(self.model).shifts_labels
             self.distiller.pre_loss_hook = SelfCheck(self._pending_self_check, inputs, shift, model, frozen)
-        step = self.distiller(
-            model,
-            self.teacher,
-            inputs,
-            num_items=num_items_in_batch,
-            keep_logits=self.keep_logits if not training else return_outputs,
-            statistics=TRAIN_STATISTICS_EVERY if training else 1,
-        )
+            check_student_ids(self.model, inputs)
+        try:
+            step = self.distiller(
+                model,
+                self.teacher,
+                inputs,
+                num_items=num_items_in_batch,
+                keep_logits=self.keep_logits if not training else return_outputs,
+                statistics=TRAIN_STATISTICS_EVERY if training else 1,
+            )
+        except IndexError:
+            check_student_ids(self.model, inputs)
+            raise
         self._pending_self_check = self.distiller.pre_loss_hook = None
         self.record_step(step, source, training)
         if training:
@@ -271,7 +302,15 @@ class DistillTrainer(DistillMixin, Trainer):
 
 def build_teacher(teacher: Any, fields: DistillArguments) -> Teacher:
     if isinstance(teacher, Mapping):
-        return MultiTeacher({name: build_teacher(its, fields) for name, its in teacher.items()})
+        problems: list[str] = []
+        several = {}
+        for name, one in teacher.items():
+            try:
+                several[name] = build_teacher(one, fields)
+            except DistillError as error:
+                problems.append(f"teachers[{name!r}]: {error}")
+        raise_if_any(problems)
+        return MultiTeacher(several)
     ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
     init_kwargs: Any = fields.teacher_init_kwargs or {}
     options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}

@@ -24,7 +24,6 @@ def incompatible_arguments(trainer: Any) -> list[str]:
         problems.append(
             "torch_compile would keep the head that is swapped for each step: leave it off, and pass a model that is "
             "not compiled"
-            "compiled"
         )
     if env_world_size() > 1 and args.world_size == 1:
         problems.append(

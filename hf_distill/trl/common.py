@@ -12,6 +12,7 @@ class TRLMixin(DistillMixin):
     """`DistillMixin` for a trainer of TRL: what TRL logs of the student keeps its name."""
 
     _is_vlm: bool
+    loads_models = True
 
     def incompatible_arguments(self) -> list[str]:
         """As the mixin's; adapters that lengthen the rows, and rows with images."""

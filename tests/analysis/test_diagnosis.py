@@ -269,7 +269,10 @@ def test_the_command_leaves_its_findings_and_reads_the_control_too(tmp_path):
     result = CliRunner().invoke(app, ["diagnose", str(folder)], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80
+    assert 0 < result.output.index("This is a smoke run: its models are tiny") < result.output.index("held-out tokens")
     left = json.loads((folder / "diagnosis.json").read_text())
+    assert left["verdicts"] == []
+    assert left["conclusion"].startswith("This is a smoke run")
     assert [part["name"] for part in left["agreement"]["sources"]] == ["task", "code"]
     evidence = json.loads((folder / "results.json").read_text())
     assert left["agreement"]["kl"] == pytest.approx(evidence["models"]["student"]["kl"], rel=1e-4)

@@ -12,7 +12,7 @@ from hf_distill.analysis.agreement import Agreement
 from hf_distill.analysis.closeness import NO_REFERENCES, HeldOut, References
 from hf_distill.analysis.diagnosis import diagnose
 from hf_distill.analysis.tokenizer_check import Tokenizer
-from hf_distill.analysis.trend import trend_of
+from hf_distill.analysis.trend import KlTrend, kl_trend_of, trend_of
 from hf_distill.analysis.verdicts import Facts, verdicts
 
 V = 50_000
@@ -63,8 +63,8 @@ FLAT = trend_of(lines(noisy([3.0] * 24)))
 FALLING = trend_of(lines(noisy([4.0 - 0.05 * i for i in range(24)])))
 
 
-def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, references=NO_REFERENCES, **measured):
-    facts = Facts(replace(GOOD, **measured), temperature, alpha, trend, tokenizer, references)
+def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, references=NO_REFERENCES, kl_trend=None, **measured):
+    facts = Facts(replace(GOOD, **measured), temperature, alpha, trend, tokenizer, references, kl_trend)
     return [verdict.name for verdict in verdicts(facts)]
 
 
@@ -101,6 +101,10 @@ MEASURED = {
         {"references": References(before=HeldOut(3.0, 0.55), after=HeldOut(2.9, 0.5))},
         {"kl": 0.5, "references": References(control=HeldOut(2.71, 0.4))},
     ],
+    "kl_increased": [
+        {"kl": 0.9, "kl_trend": KlTrend(0.5, 20, 0.9, True)},
+        FAR | {"trend": FALLING, "kl_trend": KlTrend(0.5, 20, 0.9, True)},
+    ],
     "collapsed_tail": [{"student_tail": 0.01}, {"student_entropy": 1.0}],
 }
 
@@ -127,6 +131,9 @@ def test_each_failure_is_named_alone(name, measured):
         {"trend": None, "references": References(before=HeldOut(4.0, 2.0), control=HeldOut(3.3, 1.1))} | FAR,
         {"references": References(before=HeldOut(2.72, 0.05))},  # it was as close before
         {"kl": 0.5, "references": References(control=HeldOut(2.8, 0.4))},  # the control knows the labels less
+        {"kl": 0.9, "kl_trend": KlTrend(0.88, 20, 0.9, False)},
+        {"kl_trend": KlTrend(0.01, 20, 0.07, True)},  # close for all that
+        {"alpha": 0.0, "gradient": {"hard": 1.0}, "kl_trend": KlTrend(0.5, 20, 0.9, True)},
         {"alpha": 0.0, "gradient": {"hard": 1.0}, "kl": 9.0},  # it learnt the labels, as it should
         {"alpha": 0.0, "gradient": {"hard": 1.0}, "soft_entropy": 0.0} | FAR,  # no teacher was heard
         {"teacher_tail": 0.005, "student_tail": 0.001},  # there is no tail to lose
@@ -198,6 +205,27 @@ def test_a_fall_is_that_of_the_line_through_the_last_half():
     x = np.arange(12)
     fit = linregress(x, np.array(losses[12:]) + np.array(tilt[12:]))
     assert noise.error == pytest.approx(6 * fit.stderr)
+
+
+def test_a_kl_that_rises_is_told_from_one_that_falls_and_from_noise():
+    def evaluated(*values):
+        return [{"step": 10 * i, "eval_kl": value, "eval_loss": 1.0} for i, value in enumerate(values)]
+
+    assert kl_trend_of(evaluated(3.0, 0.5, 0.9)) == KlTrend(0.5, 10, 0.9, True)
+    assert not kl_trend_of(evaluated(3.0, 0.9, 0.92)).rises
+    assert not kl_trend_of(evaluated(3.0, 0.9, 0.5)).rises
+    assert not kl_trend_of(evaluated(3.0, float("nan"), 0.5)).rises
+    assert kl_trend_of(evaluated(3.0)) is None
+
+    def steps(values):
+        return [{"step": i + 1, "loss": 3.0, "kl": value} for i, value in enumerate(values)]
+
+    rising = kl_trend_of(steps(noisy([0.5 + 0.03 * i for i in range(24)])))
+    assert rising.rises
+    assert (rising.lowest, rising.last) == (pytest.approx(0.5 + 0.03 * 14.5, abs=0.02), pytest.approx(1.12, abs=0.02))
+    assert not kl_trend_of(steps(noisy([2.0 - 0.03 * i for i in range(24)]))).rises
+    assert not kl_trend_of(steps(noisy([1.0] * 24, scale=0.5))).rises
+    assert kl_trend_of(steps([0.5] * 7)) is None
 
 
 def test_few_lines_have_no_trend():

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from hub_server import Hub, pointed
 from tiny import build, collate, rows
+from typer.testing import CliRunner
 
 from hf_distill import DistillError
 from hf_distill.cache import check_all, write_cache
 from hf_distill.cache.hub import folder_of, push_cache
 from hf_distill.cache.manifest import read_manifest
+from hf_distill.cli import app
 
 READ = """
 import sys
@@ -91,12 +93,33 @@ def test_a_data_set_of_somebody_else_is_not_written_over_and_no_path_goes_up(hub
     hub.put("datasets", "tester/theirs", {"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
     with pytest.raises(DistillError, match=r"README\.md"):
         push_cache(folder, "tester/theirs")
-    push_cache(folder, "tester/theirs", force=True)
+    push_cache(folder, "tester/theirs", replace=True)
     push_cache(folder, "tester/theirs")
     repo = hub.repos["datasets", "tester/theirs"]
     for name, value in repo.commits[repo.at("main")].items():
         assert tmp_path.name.encode() not in hub.content(value), name
     assert check_all(folder_of("hf://datasets/tester/theirs")).teacher["model"] == "teacher"
+
+
+def test_another_cache_is_replaced_only_on_request_and_leaves_no_shards(hub, monkeypatch, tmp_path):
+    pointed(hub, monkeypatch, tmp_path / "hf")
+    for name, count in (("old", 12), ("new", 4)):
+        write_cache(
+            tmp_path / name, build("llama", 1), rows("llama", count), collator=collate, shard_rows=4, batch_size=4
+        )
+    push_cache(tmp_path / "old", "tester/shared")
+    repo = hub.repos["datasets", "tester/shared"]
+    before = repo.at("main")
+    result = CliRunner().invoke(app, ["cache", "push", str(tmp_path / "new"), "tester/shared"])
+    assert isinstance(result.exception, DistillError)
+    assert "another cache (data is" in str(result.exception)
+    assert "--replace" in str(result.exception)
+    assert repo.at("main") == before
+    result = CliRunner().invoke(app, ["cache", "push", str(tmp_path / "new"), "tester/shared", "--replace"])
+    assert result.exit_code == 0, result.exception
+    shards = {name for name in repo.commits[repo.at("main")] if name.startswith("shard-")}
+    assert shards == {"shard-00000.arrow"}
+    assert check_all(folder_of("hf://datasets/tester/shared")).data["examples"] == 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.arrow", "/etc/passwd", ".hidden", 5])

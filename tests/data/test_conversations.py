@@ -89,7 +89,10 @@ def test_a_template_whose_prefixes_differ_is_refused_with_the_ways_out(smollm2_t
     with pytest.raises(DistillError) as caught:
         rows_of(data, smollm2_tokenizer, 128, chat_template=template)
     message = str(caught.value)
-    assert f"row 2, column messages: the chat template renders the first {count} messages differently" in message
+    assert (
+        f"row 1 (counted from 0), column messages: the chat template renders the first {count} messages differently"
+        in message
+    )
     assert "Either set `chat_template`" in message
     assert "`assistant_only: false`" in message
     rows = rows_of(data, smollm2_tokenizer, 128, False, chat_template=template)
@@ -122,6 +125,73 @@ def test_of_a_completion_the_assistants_turns_are_targets(smollm2_tokenizer, tem
     assert targets() == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
     whole = targets(assistant_only=False)
     assert whole.startswith("Paris, of course.<|im_end|>\n<|im_start|>user\nAnd of Italy?")
+
+
+def answered_by(role: str) -> list[dict]:
+    return [*CHAT[:3], {"role": role, "content": "Rome."}]
+
+
+@pytest.mark.parametrize(("role", "rename"), [("bot", "'bot' -> 'assistant'"), ("User", "'User' -> 'user'"), ("x", "")])
+@pytest.mark.parametrize("template", [None, "smollm2"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_role_that_neither_is_standard_nor_in_the_template_is_refused(
+    smollm2_tokenizer, role, rename, template, streaming
+):
+    data = Dataset.from_list([{"messages": CHAT}, {"messages": answered_by(role)}])
+    place = r"^x, row 1 \(counted from 0\), column messages\[3\].role: "
+    with pytest.raises(
+        DistillError, match=f"{place}found '{role}', .*system, developer, user, assistant, tool.*{rename}"
+    ):
+        list(
+            rows_of(
+                data.to_iterable_dataset() if streaming else data,
+                smollm2_tokenizer,
+                128,
+                where="x",
+                chat_template=template and training_template(template),
+            )
+        )
+
+
+def test_a_role_in_a_prompt_or_a_completion_is_refused(smollm2_tokenizer):
+    prompt, completion = CHAT[:1], CHAT[1:2]
+    human, bot = [prompt[0] | {"role": "human"}], [completion[0] | {"role": "bot"}]
+    for example, place in (
+        ({"prompt": human, "completion": completion}, r"column prompt\[0\].role: found 'human'"),
+        ({"prompt": prompt, "completion": bot}, r"column completion\[0\].role: found 'bot'"),
+    ):
+        with pytest.raises(DistillError, match=place):
+            rows_of(Dataset.from_list([example]), smollm2_tokenizer, 128)
+
+
+@pytest.mark.parametrize("role", ["ipython", "function", "critic", "developer", "tool"])
+def test_roles_that_the_template_names_are_rendered(smollm2_tokenizer, role):
+    template = (
+        "{% set names = {'critic': 'Critic'} %}{% for m in messages %}{% if m['role'] in ['ipython', 'function'] %}"
+        "{{ 'result: ' }}{% else %}{{ names.get(m['role'], m['role']) + ': ' }}{% endif %}{{ m['content'] + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    messages = [CHAT[0], {"role": role, "content": "Rome?"}, CHAT[3]]
+    (row,) = rows_of(Dataset.from_list([{"messages": messages}]), smollm2_tokenizer, 128, chat_template=template)
+    assert "Rome?" in smollm2_tokenizer.decode(row["input_ids"])
+    assert smollm2_tokenizer.decode([label for label in row["labels"] if label != -100]).strip() == "Rome."
+
+
+def test_a_name_that_a_template_only_writes_is_no_role(smollm2_tokenizer):
+    gemma = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
+        "{% set role = m['role'] %}{% endif %}{{ role + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'model: ' }}{% endif %}"
+    )
+    with pytest.raises(DistillError, match="'model' -> 'assistant'"):
+        rows_of(Dataset.from_list([{"messages": answered_by("model")}]), smollm2_tokenizer, 128, chat_template=gemma)
+
+
+def test_the_sharegpt_form_is_refused_with_its_mapping(smollm2_tokenizer):
+    turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    for column in ("messages", "conversations"):
+        with pytest.raises(DistillError, match=r"human -> user and gpt -> assistant, `value` becomes `content`"):
+            rows_of(Dataset.from_list([{column: turns}]), smollm2_tokenizer, 128)
 
 
 PARTS = [

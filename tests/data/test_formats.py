@@ -103,7 +103,9 @@ def test_tokens_are_taken_as_they_are(more, labels):
 
 @pytest.mark.parametrize("more", [{"labels": [1]}, {"completion_mask": [1, 1]}])
 def test_labels_of_another_length_are_told(more):
-    with pytest.raises(DistillError, match=rf"row 1, column {next(iter(more))}: .* It needs one of each"):
+    with pytest.raises(
+        DistillError, match=rf"row 0 \(counted from 0\), column {next(iter(more))}: .* It needs one of each"
+    ):
         one({"input_ids": [5, 6, 7], **more}, byte_tokenizer())
 
 
@@ -184,20 +186,25 @@ def test_padding_tokens_at_the_ends_are_no_targets_without_a_mask(tokenizer):
 
 
 def test_a_mask_that_hides_tokens_between_others_is_refused():
-    with pytest.raises(DistillError, match="row 1, column attention_mask: it hides tokens between others"):
+    with pytest.raises(
+        DistillError, match=r"row 0 \(counted from 0\), column attention_mask: it hides tokens between others"
+    ):
         one({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, byte_tokenizer())
 
 
 @pytest.mark.parametrize(
     ("example", "problem"),
     [
-        ({"messages": [{"from": "user", "value": "hi"}]}, "column messages, message 1, role: found null"),
+        (
+            {"messages": [{"from": "user", "value": "hi"}]},
+            r"column messages\[0\]: found .*human -> user and gpt -> assistant",
+        ),
         ({"messages": []}, r"column messages: found \[\], and it needs a list of messages"),
         ({"messages": "hi"}, "column messages: found 'hi'"),
-        ({"messages": [{"role": "user", "content": 5}]}, "column messages, message 1, content: found 5"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"column messages\[0\].content: found 5"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "column messages, message 1, content: found .*; images and audio are not read here",
+            r"column messages\[0\].content: found .*; images and audio are not read here",
         ),
         ({"messages": CHAT, "tools": "[{"}, r"column tools: '\[\{' is not JSON: .*line 1 column 3"),
         ({"messages": CHAT, "tools": "5"}, "column tools: found 5"),
@@ -206,20 +213,20 @@ def test_a_mask_that_hides_tokens_between_others_is_refused():
         ({"prompt": "a", "completion": CHAT}, "column completion: found .*needs a text"),
         ({"prompt": CHAT[:1], "completion": "a"}, "column completion: found 'a', and it needs a list of messages"),
         ({"text": 3}, "column text: found 3"),
-        ({"input_ids": [1.0, 2.0]}, r"column input_ids, place 0: found 1.0, .* from 0 to 257"),
-        ({"input_ids": [True, False]}, "column input_ids, place 0: found True"),
-        ({"input_ids": [1, None]}, "column input_ids, place 1: found null"),
-        ({"input_ids": [1, -5]}, "column input_ids, place 1: found -5"),
-        ({"input_ids": [1, 258]}, "column input_ids, place 1: found 258"),
+        ({"input_ids": [1.0, 2.0]}, r"column input_ids\[0\]: found 1.0, .* from 0 to 257"),
+        ({"input_ids": [True, False]}, r"column input_ids\[0\]: found True"),
+        ({"input_ids": [1, None]}, r"column input_ids\[1\]: found null"),
+        ({"input_ids": [1, -5]}, r"column input_ids\[1\]: found -5"),
+        ({"input_ids": [1, 258]}, r"column input_ids\[1\]: found 258"),
         ({"input_ids": 1}, "column input_ids: found 1"),
-        ({"input_ids": [1, 2], "labels": [1, -1]}, "column labels, place 1: found -1"),
-        ({"input_ids": [1, 2], "completion_mask": [1, 2]}, "column completion_mask, place 1: found 2"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, r"column labels\[1\]: found -1"),
+        ({"input_ids": [1, 2], "completion_mask": [1, 2]}, r"column completion_mask\[1\]: found 2"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_wrong_value_is_told_with_its_row_and_column(example, problem, streaming):
     data = Dataset.from_list([example])
-    with pytest.raises(DistillError, match=rf"^data\.x, row 1, {problem}"):
+    with pytest.raises(DistillError, match=rf"^data\.x, row 0 \(counted from 0\), {problem}"):
         list(rows_of(data.to_iterable_dataset() if streaming else data, byte_tokenizer(), 8, where="data.x"))
 
 
@@ -227,5 +234,5 @@ def test_the_row_of_an_error_is_that_of_the_source_after_a_split():
     data = Dataset.from_list([{"prompt": str(i), "completion": None if i == 6 else "x"} for i in range(9)])
     for part in hold_out(data, 0.4, seed=0):
         if 6 in [int(prompt) for prompt in part["prompt"]]:
-            with pytest.raises(DistillError, match="row 7, column completion"):
+            with pytest.raises(DistillError, match=r"row 6 \(counted from 0\), column completion"):
                 rows_of(part, byte_tokenizer(), 8)

@@ -1,6 +1,7 @@
 """Prompts of the formats that have them."""
 
 import inspect
+import json
 
 import pytest
 from datasets import Dataset
@@ -8,6 +9,7 @@ from tiny import conversation
 
 from hf_distill import DistillError
 from hf_distill.data import load_documents, prompt_rows
+from hf_distill.runner.on_policy import _that_fit as prompts_that_fit
 
 
 def test_the_last_turn_of_a_conversation_is_the_completion():
@@ -29,14 +31,29 @@ def test_prompts_stay_as_they_are():
         ({"input_ids": [1]}, "data.task is tokens"),
         (
             {"messages": conversation(0)[:1]},
-            "data.task, row 1, column messages: a conversation must end with an answer of the assistant's",
+            r"data.task, row 0 \(counted from 0\), column messages: a conversation must end with an answer",
         ),
-        ({"messages": None}, "data.task, row 1, column messages: found null"),
+        ({"messages": None}, r"data.task, row 0 \(counted from 0\), column messages: found null"),
     ],
 )
 def test_what_has_no_prompt_is_refused(row, problem):
     with pytest.raises(DistillError, match=problem):
         prompt_rows(Dataset.from_list([row]), "data.task")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_contents_of_several_types_are_kept_as_they_are(tmp_path, smollm2_tokenizer, streaming):
+    """As texts and as lists of parts; texts that are JSON are not read as JSON."""
+    contents = ["5", [{"type": "text", "text": "null"}], '"quoted"', "6"]
+    rows = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a in contents for b in contents]
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps({"messages": row, "more": ["a", 1][i % 2]}) + "\n" for i, row in enumerate(rows))
+    )
+    prompts = prompt_rows(load_documents(str(tmp_path / "x.jsonl"), streaming=streaming))
+    assert [row["prompt"] + row["completion"] for row in prompts] == rows
+    texts = [turn["content"] if isinstance(turn["content"], str) else "null" for row in rows for turn in row]
+    fitting = list(prompts_that_fit(prompts, "task", smollm2_tokenizer, 100))
+    assert [row[column][0]["content"] for row in fitting for column in ("prompt", "completion")] == texts
 
 
 def test_pythons_builtins_are_questions_with_answers():

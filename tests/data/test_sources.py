@@ -6,11 +6,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from mutated_files import answer, mutated
 
 from hf_distill import DistillError
-from hf_distill.data import hold_out, load_documents
+from hf_distill.data import hold_out, load_documents, rows_of
 
 ROWS = [{"body": f"document {i}", "n": i} for i in range(5)]
 
@@ -20,6 +21,8 @@ def files(tmp_path):
     data = Dataset.from_list(ROWS)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    (tmp_path / "x.tsv").write_text("body\nx\n")
+    (tmp_path / "semicolon.csv").write_text("a;b\n1;2\n")
     data.to_csv(tmp_path / "x.csv")
     data.to_parquet(tmp_path / "x.parquet")
     data.save_to_disk(tmp_path / "saved")
@@ -47,6 +50,8 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path):
         ("none.jsonl", {}, "There is no file .*none.jsonl"),
         ("x.jsonl", {}, r"has the columns \['body', 'n'\], which are none of the four formats"),
         ("x.jsonl", {"column": "txt"}, r"has no column 'txt'; it has \['body', 'n'\]"),
+        ("x.tsv", {}, r"x.tsv is a file, and files are read whose names end with \.txt, \.jsonl"),
+        ("semicolon.csv", {}, "has one column, 'a;b': fields of a CSV file are separated by commas"),
         ("splits", {"split": "trian"}, "has no split 'trian'; did you mean 'train'"),
     ],
 )
@@ -81,20 +86,141 @@ TEXTS = pa.table({"text": ["a", "b"]})
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
         ("x.jsonl", '{"text": "\u2028"}\n{"text": b}\n'.encode(), "cannot be read as .jsonl: line 2 is not JSON: "),
         ("x.jsonl", b'{"text": "a"}\n5\n', "line 2 holds int, and each line is an object"),
-        ("x.jsonl", b'null\n{"text": "a"}\n', "row 1: found 'null.*each row is an object"),
-        ("x.json", b'["a", {"text": "b"}]', "row 1: found .*each row is an object"),
-        ("x.jsonl", b"[1, 2]\n", "row 1: found .*each row is an object"),
-        ("x.json", b'[{"text": "a"}, 5]', "row 2 is no object"),
-        ("x.json", b"5", "row 1: found '5'"),
+        ("x.jsonl", b'null\n{"text": "a"}\n', "line 1 holds null, and each line is an object"),
+        ("x.json", b'["a", {"text": "b"}]', r"row 0 \(counted from 0\) holds str, and each row is an object"),
+        ("x.jsonl", b"[1, 2]\n", r"row 0 \(counted from 0\) holds int, and each row is an object"),
+        ("x.json", b'[{"text": "a"}, 5]', r"row 1 \(counted from 0\) holds int"),
+        ("x.json", b'[{"text": "a"},\n{"text": }]', "line 2 is not JSON"),
+        ("x.json", b'{\n"text": "a"\n}', "line 1 is not JSON: .* A JSON file holds a list of objects, or an object on"),
+        ("x.json", b"5", "line 1 holds int"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2 holds half of a surrogate pair"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_damaged_files_are_told_with_their_place(tmp_path, name, content, message, streaming):
     (tmp_path / name).write_bytes(content)
-    if streaming and message.endswith("UTF-8"):
-        return  # its first row is right, and the others are read while training
     with pytest.raises(DistillError, match=f"{name}.*{message}"):
-        load_documents(str(tmp_path / name), streaming=streaming)
+        list(load_documents(str(tmp_path / name), streaming=streaming))
+
+
+ODD_TEXTS = ["1", "null", '"quoted"', " true", '{"a": 1}', "\u2028 \x00 \\ é \U0001f600", "", "2020-01-01", None]
+ODD_MESSAGES = [
+    [{"role": "user", "content": text}, {"role": "tool", "content": [{"text": text}]}] for text in ODD_TEXTS
+]
+CALLS = [{"arguments": {"a": 1}}, {"arguments": {"a": "1"}}, {"arguments": '{"a": 1}'}, {"arguments": {"b": [None]}}]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("late", [0, 1_500])
+@pytest.mark.parametrize(
+    "values",
+    [
+        ODD_TEXTS,
+        ODD_MESSAGES,
+        [*ODD_TEXTS, 5],
+        [*ODD_TEXTS, {"a": 1}],
+        [*ODD_TEXTS, ["a"]],
+        [*CALLS],
+        [1, 2.5, 10**25],
+        [True, 1],
+        [[1, 2], [None, 3], [10**25]],
+        [{}, {"a": {}}, []],
+    ],
+)
+def test_values_of_a_json_file_are_read_as_they_are(tmp_path, name, streaming, late, values):
+    """Also where they have several types, and where these come after many rows of one."""
+    rows = [{"text": "a", "messages": "b"}] * late + [{"text": "a", "messages": value} for value in values]
+    lines = [json.dumps(row) for row in rows]
+    content = "\n".join(lines) if name == "x.jsonl" else f"[{','.join(lines)}]"
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    read = list(load_documents(str(tmp_path / name), streaming=streaming))
+    expected = [json.loads(line) for line in lines]
+    assert [row["text"] for row in read] == [row["text"] for row in expected]
+    for row, wanted in zip(read, expected, strict=True):
+        assert without_null(row["messages"]) == without_null(wanted["messages"])
+        assert type(row["messages"]) is type(wanted["messages"]) or isinstance(wanted["messages"], int)
+
+
+def without_null(value):
+    """A value without the nulls that Arrow puts where an object lacks a key of another."""
+    if isinstance(value, dict):
+        return {key: without_null(inner) for key, inner in value.items() if inner is not None}
+    return [without_null(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", [5, {"a": 1}, ["a"], None])
+def test_a_late_value_that_is_no_text_is_refused_with_its_row(tmp_path, smollm2_tokenizer, streaming, value):
+    rows = [{"text": f"text {i}"} for i in range(1_500)] + [{"text": value}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_documents(str(tmp_path / "x.jsonl"), streaming=streaming)
+    with pytest.raises(DistillError, match=r"^x.jsonl, row 1500 \(counted from 0\), column text: found .*needs a text"):
+        list(rows_of(data, smollm2_tokenizer, 16, where="x.jsonl"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "Hello?"}]},
+            "examples has a target token among its first max_length=16",
+        ),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "examples has a target token"),
+        ({"text": "too short"}, "documents hold fewer than max_length=16 tokens"),
+    ],
+)
+def test_data_without_any_row_is_refused_before_training(tmp_path, smollm2_tokenizer, streaming, row, problem):
+    (tmp_path / "x.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    with pytest.raises(DistillError, match=f"^data.x: .*{problem}"):
+        rows_of(load_documents(str(tmp_path / "x.jsonl"), streaming=streaming), smollm2_tokenizer, 16, where="data.x")
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    for text in ("a", "b"):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"text": text}))
+        assert list(load_documents(str(tmp_path / "x.jsonl"))) == [{"text": text}]
+
+
+def test_a_column_that_begins_late_in_a_stream_is_told(tmp_path):
+    lines = [json.dumps({"text": "a"})] * 1_000 + [json.dumps({"text": "b", "extra": 1, "tools": "[]"})]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert len(load_documents(str(tmp_path / "x.jsonl"))) == 1_001
+    with pytest.raises(DistillError, match=r"x.jsonl, row 1000 \(counted from 0\), has the column tools"):
+        list(load_documents(str(tmp_path / "x.jsonl"), streaming=True))
+
+
+def late_damage(suffix: str) -> bytes:
+    """A file whose first rows are right and whose last is not."""
+    texts = [f"text {i}" for i in range(12_000)]
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), sink := io.BytesIO(), row_group_size=1_000)
+        content = bytearray(sink.getvalue())
+        content[len(content) // 2 : len(content) // 2 + 2_000] = bytes(2_000)
+        return bytes(content)
+    if suffix == ".txt":
+        return "\n\n".join(text * 1_000 for text in texts[:1_500]).encode() + b"\xff"
+    return ("text\n" + "\n".join(texts)).encode() + b"\na,b,c\n"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".txt", ".parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damage_late_in_a_file_is_told_and_not_logged_beside(tmp_path, suffix, streaming, caplog):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(late_damage(suffix))
+    with pytest.raises(DistillError, match=f"x{suffix} cannot be read as {suffix}: "):
+        list(load_documents(str(path), streaming=streaming))
+    assert not [record for record in caplog.records if record.getMessage().startswith("Failed to")]
+
+
+def test_what_datasets_logs_elsewhere_is_left_alone(tmp_path, caplog):
+    (tmp_path / "x.csv").write_bytes(late_damage(".csv"))
+    with pytest.raises(DistillError):
+        load_documents(str(tmp_path / "x.csv"))
+    with pytest.raises(DatasetGenerationError):
+        load_dataset("csv", data_files=str(tmp_path / "x.csv"))
+    assert len([record for record in caplog.records if record.getMessage().startswith("Failed to read file")]) == 1
 
 
 def test_a_damaged_folder_is_told(files):

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import two_writers
+from launching import both_of_two
 
+from hf_distill.core.locks import lock_folder
+
+SCRIPT = Path(two_writers.__file__)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 DATA = ["data.task.path=texts.jsonl", "train.learning_rate=0.01"]
 
@@ -49,6 +54,23 @@ def test_two_processes_write_what_one_writes(place, one):
 def test_a_teacher_that_is_sharded_by_zero3_writes_the_same(place, one):
     sharded = write(place, 2, "zero3", "teacher.source.deepspeed=zero3-teacher.json")
     assert sharded == one
+
+
+def test_a_second_writer_is_refused_on_every_rank_and_a_dead_rank_leaves_a_capture_that_goes_on(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.md").write_text("mine")
+    with lock_folder(tmp_path / "locked", "hf-distill cache write"):
+        ended = both_of_two(SCRIPT, str(tmp_path))
+    for _, message in ended:
+        assert f"Another process writes to {tmp_path / 'locked'}" in message
+        assert f"{tmp_path / 'foreign'} holds notes.md and no cache" in message
+    assert ended[1][0] == 13
+    assert ended[0][0] not in (0, -9)  # it ended by itself
+    assert sorted(file.name for file in (tmp_path / "foreign").iterdir()) == [".lock", "notes.md"]
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    whole, cut = two_writers.write(tmp_path / "whole"), two_writers.write(tmp_path / "cut")
+    assert cut.shards == whole.shards
+    assert len(whole.shards) == 6
 
 
 def test_two_processes_read_as_one(place, one):

@@ -12,6 +12,7 @@ CONFIGS: dict[str, dict] = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1},
+    "prophetnet": {"disable_ngram_loss": True},  # a loss of further streams, which cannot be separated
     # lists that go by layers
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -191,6 +192,9 @@ _INSTRUCT = {"input_ids": _with_image, "qformer_input_ids": _words(5)}
 # Name of a class, or of one that it derives from -> more inputs, as functions of (batch, config, generator).
 INPUTS: dict[str, dict] = {
     "BrosPreTrainedModel": {"bbox": _boxes},
+    "BrosSpadeELForTokenClassification": {
+        "bbox_first_token_mask": lambda batch, config, generator: torch.ones(ROWS, WIDTH, dtype=torch.bool)
+    },
     "UdopPreTrainedModel": {"bbox": _boxes},
     "Molmo2ForConditionalGeneration": {
         "mm_token_type_ids": lambda batch, config, generator: torch.zeros(ROWS, WIDTH, dtype=torch.long)

@@ -4,10 +4,13 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from peft import AdaLoraConfig, get_peft_model
 from tiny import VOCAB, build, collate, rows
 
+from hf_distill import DistillError
+from hf_distill.core.signals import Targets
 from hf_distill.losses.objective import objective
 from hf_distill.models.aux_losses import plan_aux_losses
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
@@ -37,6 +40,16 @@ class BertWithWeightDecay(tf.BertForMaskedLM):
         outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
         if labels is not None and self.training:
             outputs["loss"] = outputs.loss + 0.3 * self.cls.predictions.transform.dense.weight.square().sum()
+        return outputs
+
+
+class LlamaWithHiddenLabels(tf.LlamaForCausalLM):
+    """Labels reach the base class through `**kwargs` alone."""
+
+    def forward(self, input_ids=None, **kwargs):
+        outputs = super().forward(input_ids, **kwargs)
+        if outputs.loss is not None:
+            outputs["loss"] = outputs.loss + 0.3 * outputs.logits.logsumexp(-1).square().mean()
         return outputs
 
 
@@ -111,6 +124,7 @@ MODELS = {  # name -> (how it is made, the rows that it reads, whether its head 
     "AdaLoRA": (lambda: adalora("llama", "CAUSAL_LM"), "llama", True),
     "AdaLoRA on a classifier": (lambda: adalora("token", "TOKEN_CLS"), "token", False),
     "a class outside transformers": (lambda: LlamaWithEntropyBonus(build("llama").config), "llama", False),
+    "labels that reach it through kwargs": (lambda: LlamaWithHiddenLabels(build("llama").config), "llama", False),
     "a loss in training alone": (lambda: BertWithWeightDecay(build("bert").config), "bert", False),
 }
 
@@ -206,8 +220,115 @@ def test_saving_a_model_is_no_reason_to_probe_again(tmp_path):
         probes.append(replaced)
         return model(**part)
 
-    plan_aux_losses(model, batch, forward)
+    plan_aux_losses(model, batch, forward, Targets.from_batch(batch, shift=True))
     before = len(probes)
     model.save_pretrained(tmp_path)  # by the main process alone, which the others would wait for
-    plan_aux_losses(model, batch, forward)
+    plan_aux_losses(model, batch, forward, Targets.from_batch(batch, shift=True))
     assert len(probes) == before > 0
+
+
+class BertWithOwnLoss(tf.BertForMaskedLM):
+    """Computes its loss by `own_loss`, which replaces the one of the class that it derives from."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
+        if labels is not None:
+            outputs["loss"] = self.own_loss(outputs.logits, labels)
+        return outputs
+
+
+class BertWithoutLabels(BertWithOwnLoss):
+    """The way out that the error names."""
+
+    def forward(self, input_ids=None, attention_mask=None):
+        return super().forward(input_ids, attention_mask)
+
+
+def nll(logits, labels):
+    """A cross entropy that calls no function of that name."""
+    return F.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten())
+
+
+def nll_and_more(logits, labels):
+    return nll(logits, labels) + 0.01 * logits.square().mean()
+
+
+def halves(logits, labels):
+    """The mean over all tokens as the weighted sum of two cross entropies; fails for fewer than three rows."""
+    parts = [F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum") for x, y in
+             zip(logits.split((2, len(logits) - 2)), labels.split((2, len(labels) - 2)), strict=True)]  # fmt: skip
+    if not (labels[2:] != -100).any():
+        raise IndexError("no second half")
+    return (parts[0] + parts[1]) / (labels != -100).sum()
+
+
+def unlike_parts(logits, labels):
+    """Two cross entropies, the first of which counts twice."""
+    first = F.cross_entropy(logits[:1].flatten(0, 1), labels[:1].flatten())
+    return 2 * first + F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def fails(logits, labels):
+    raise KeyError("boxes")
+
+
+def hard_step(student, size=4):
+    batch, teacher = collate(rows("bert", size)), FrozenTeacher(build("bert", 1))
+    teacher.prepare(student, torch.device("cpu"))
+    return Distiller(objective(0.0, 1.0))(student, teacher, batch), batch
+
+
+@pytest.mark.parametrize("loss", [nll, halves])
+def test_a_loss_that_is_the_cross_entropy_in_other_words_adds_nothing(loss):
+    student = BertWithOwnLoss(build("bert").config).train()
+    student.own_loss = loss
+    step, batch = hard_step(student)
+    torch.testing.assert_close(step.loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
+    assert "aux" not in step.per_token
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nll_and_more, "cannot be separated from the cross entropy"),
+        (unlike_parts, "cannot be separated from the cross entropy"),
+        (fails, "cannot compute its own loss from the batch .KeyError: 'boxes'"),
+    ],
+)
+def test_a_loss_whose_additions_cannot_be_had_is_refused(loss, message):
+    student = BertWithOwnLoss(build("bert").config).train()
+    student.own_loss = loss
+    with pytest.raises(DistillError, match=message) as error:
+        hard_step(student)
+    assert "derive a class from BertWithOwnLoss" in str(error.value)
+    plain = BertWithoutLabels(student.config).train()
+    plain.own_loss = loss
+    step, batch = hard_step(plain)
+    logits = plain(batch["input_ids"], batch["attention_mask"]).logits
+    torch.testing.assert_close(step.loss, nll(logits, batch["labels"]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_setting_that_turns_an_addition_off_is_named_and_works():
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_encoder_layers=1, num_decoder_layers=1, encoder_ffn_dim=32)
+    sizes |= dict(num_encoder_attention_heads=2, num_decoder_attention_heads=2, decoder_ffn_dim=32, pad_token_id=0)
+    sizes |= dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=0)
+    batch, teacher = collate(rows("t5", 4)), FrozenTeacher(build("t5", 1))
+    for off in (False, True):
+        student = of_class("ProphetNetForConditionalGeneration", "ProphetNetConfig", **sizes, disable_ngram_loss=off)
+        teacher.prepare(student, torch.device("cpu"))
+        if not off:
+            with pytest.raises(DistillError, match="disable_ngram_loss=False"):
+                Distiller(objective(0.0, 1.0))(student, teacher, batch)
+            continue
+        step = Distiller(objective(0.0, 1.0))(student, teacher, batch)
+        torch.testing.assert_close(step.loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_function_may_call_its_logits_otherwise():
+    sizes = dict(num_channels=1, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_labels=3, drop_path_rate=0.0)
+    student, other = (of_class("ConvNextForImageClassification", "ConvNextConfig", **sizes).train() for _ in range(2))
+    batch = {"pixel_values": torch.randn(4, 1, 32, 32), "labels": torch.tensor([0, 1, 2, 0])}
+    teacher = FrozenTeacher(other)
+    teacher.prepare(student, torch.device("cpu"))
+    step = Distiller(objective(0.0, 1.0))(student, teacher, batch)
+    torch.testing.assert_close(step.loss, student(**batch).loss, rtol=1e-5, atol=1e-6)

@@ -4,9 +4,11 @@ import pytest
 import torch
 import transformers as tf
 from tiny import build
+from torch.nn.functional import cross_entropy
 from transformers.utils import ModelOutput
 
-from hf_distill import DistillError
+from hf_distill import DistillError, FrozenTeacher
+from hf_distill.losses.objective import objective
 from hf_distill.models.model_call import (
     accepted_inputs,
     input_names,
@@ -14,6 +16,7 @@ from hf_distill.models.model_call import (
     prepare_inputs,
     without_foreign_inputs,
 )
+from hf_distill.trainer.distiller import Distiller
 
 SEQ2SEQ = dict(
     vocab_size=97, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
@@ -47,6 +50,20 @@ def test_decoder_inputs_are_those_that_the_model_makes_of_its_labels(make):
     handle.remove()
     assert torch.equal(called[0], called[1])
     assert torch.equal(own, ours)
+
+
+def test_a_model_that_fills_its_labels_in_place_leaves_those_of_the_batch():
+    sizes = {k: v for k, v in SEQ2SEQ.items() if k != "vocab_size"} | dict(src_vocab_size=97, tgt_vocab_size=89)
+    model, other = (tf.FSMTForConditionalGeneration(tf.FSMTConfig(langs=["en", "de"], **sizes)).eval() for _ in "ab")
+    batch = {"input_ids": BATCH["input_ids"], "labels": BATCH["labels"].clone()}
+    inputs = prepare_inputs(model, batch)
+    assert inputs["decoder_input_ids"].tolist() == [[2, 8, 9, 2]]
+    assert torch.equal(batch["labels"], BATCH["labels"])
+    teacher = FrozenTeacher(other)
+    teacher.prepare(model, torch.device("cpu"))
+    step = Distiller(objective(0.0, 1.0))(model, teacher, batch)
+    logits = model(**inputs).logits
+    torch.testing.assert_close(step.loss, cross_entropy(logits.flatten(0, 1), BATCH["labels"].flatten()))
 
 
 def test_an_encoder_decoder_classifier_does_not_read_its_classes_as_decoder_inputs():

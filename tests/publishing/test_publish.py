@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_distill import DistillError
+from hf_distill import DistillError, publishing
 from hf_distill.analysis import open_run
 from hf_distill.cli import app
 from hf_distill.models.sidecar import SIDECAR
-from hf_distill.publishing import check_ready, dry_run, publish
+from hf_distill.publishing import check_ready, dry_run
 from hf_distill.recipe import load_recipe, run_recipe
 
+publish = partial(publishing.publish, allow_smoke=True)  # the fixture's run is a smoke run
 CARD = "---\nlicense: {licence}\n---\n# Teacher\n\n{text}\n"
 
 
@@ -398,3 +400,42 @@ def test_a_dry_run_of_a_run_that_is_not_over_or_without_its_report_is_refused(ru
     (run.path("student") / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(DistillError, match="is damaged"):
         dry_run(run, "quick")
+
+
+def test_a_smoke_run_is_published_only_on_request_and_its_card_says_what_it_is(run, hub):
+    command = ["publish", str(run.folder), "tester/quick"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, DistillError)
+    assert "smoke run" in str(result.exception)
+    assert "--allow-smoke" in str(result.exception)
+    assert not hub.repos
+    shown = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert shown.exit_code == 0, shown.exception
+    assert shown.output.startswith(
+        "This is a smoke run: its models are tiny and began with random weights (smoke:llama"
+    )
+    assert "refused without --allow-smoke" in shown.output
+    assert CliRunner().invoke(app, [*command, "--allow-smoke"]).exit_code == 0
+    repo = hub.repos["models", "tester/quick"]
+    card = hub.content(repo.commits[repo.at("main")]["README.md"]).decode()
+    assert "this is a smoke run" in card
+    recipe = load_recipe("quickstart", ["train.push_to_hub=true", "train.hub_model_id=tester/quick"], smoke=True)
+    with pytest.raises(DistillError, match="smoke run"):
+        check_ready(recipe, "tester/quick")
+
+
+@pytest.mark.parametrize(
+    ("repo", "options", "named"),
+    [
+        ("a b", {}, "REPO"),
+        ("org/a/b", {}, "REPO"),
+        ("org/--x", {}, "REPO"),
+        (f"org/{'x' * 92}", {"include": ["cache"]}, "the cache"),
+        ("org/quick", {"base_model": "no id"}, "--base-model"),
+    ],
+)
+@pytest.mark.parametrize("way", [publish, dry_run])
+def test_what_is_no_id_is_refused_before_the_hub_is_asked(run, hub, way, repo, options, named):
+    with pytest.raises(DistillError, match=rf"{named}.* which is no id of a repository"):
+        way(run, repo, **options)
+    assert hub.requests == []

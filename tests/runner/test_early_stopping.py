@@ -5,11 +5,12 @@ import math
 
 import pytest
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from tiny import build, collate, rows
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from hf_distill import DistillError
+from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.runner.early_stopping import evaluations_since_best
+from hf_distill.runner.early_stopping import evaluations_since_best, stopping_note
 
 
 @pytest.mark.parametrize(
@@ -55,12 +56,38 @@ def test_training_stops_exports_the_best_and_a_resumed_run_does_so_at_the_same_s
         assert all(exported[key].equal(value) for key, value in saved.items())
         if name == "student":
             assert result.models[name]["loss"] == pytest.approx(losses[best], rel=1e-5)
+        assert json.loads((straight / "results.json").read_text())["steps"][name] == best
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(cut), callbacks=[Stop()])
     run_recipe(recipe(cut), resume=True)
     for name in ("student", "control"):
         one, other = (load_file(folder / name / "model.safetensors") for folder in (straight, cut))
         assert all(one[key].equal(value) for key, value in other.items())
+
+
+def test_a_comparison_of_different_steps_has_a_note():
+    assert stopping_note({"student": 8, "control": 8}) is stopping_note({"student": 8}) is stopping_note({}) is None
+    assert stopping_note({"student": 8, "control": 12}).startswith(
+        "The student is that of step 8, and the control that of step 12"
+    )
+
+
+def test_transformers_early_stopping_works_in_a_script(tmp_path):
+    """The example of docs/recipes.md."""
+    args = DistillConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=12, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="kl",
+        learning_rate=0.5, max_grad_norm=100.0, per_device_train_batch_size=2,
+    )  # fmt: skip
+    trainer = DistillTrainer(
+        build("llama", 0), args, teacher=build("llama", 1), train_dataset=rows("llama", 8), data_collator=collate,
+        eval_dataset=rows("llama", 4), callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    trainer.train()
+    kl = {log["step"]: log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log}
+    best = min(kl, key=kl.get)
+    assert trainer.state.global_step == best + 2 < 12, kl
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(kl[best], rel=1e-5)
 
 
 PLAIN = "train={output_dir: x, eval_strategy: steps, eval_steps: 2, early_stopping_patience: 1}"

@@ -44,6 +44,15 @@ def test_prompts_of_two_kinds_are_not_mixed(tmp_path, monkeypatch):
         prepare_prompts(recipe, byte_tokenizer(), 0, 8)
 
 
+def test_a_prompt_with_an_unknown_role_is_refused(tmp_path, smollm2_tokenizer):
+    turns = [[{"role": "human", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns * 20))
+    recipe = load_recipe("on-policy", [f"data.task={{path: {tmp_path}/chats.jsonl}}"], smoke=True)
+    message = r"data.task, row \d+ \(counted from 0\), column prompt\[0\].role: found 'human'.* 'human' -> 'user'"
+    with pytest.raises(DistillError, match=message):
+        prepare_prompts(recipe, smollm2_tokenizer, 0, 8)
+
+
 def test_student_and_control_are_judged_on_the_same_rows(tmp_path, monkeypatch):
     """Before any step the student and the control are the same model, so their metrics must be."""
     monkeypatch.chdir(tmp_path)

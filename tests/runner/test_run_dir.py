@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from hf_distill import DistillError
 from hf_distill.core.locks import LOCK_FILE, lock_folder
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.runner import checkpoint_recipe as binding
 from hf_distill.runner.checkpoint_recipe import recorded_values, result_values
 from hf_distill.trainer.checkpoints import mark_complete
 
@@ -118,6 +119,14 @@ def test_values_that_change_the_result_are_listed_and_refused(copy, override, li
     assert contents(copy) == before
 
 
+def test_another_number_of_processes_is_refused_also_with_the_same_global_batch(copy, monkeypatch):
+    monkeypatch.setattr(binding, "launch_values", lambda: {"number of processes": 2})
+    before = contents(copy)
+    with pytest.raises(DistillError, match=r"number of processes: 1 -> 2(.|\n)*Start as many processes as before"):
+        run_recipe(recipe(copy), resume=True)
+    assert contents(copy) == before
+
+
 def test_values_that_cannot_change_the_result_are_taken_and_the_recipe_stays(copy, finished):
     written = (copy / "recipe.yaml").read_bytes()
     changes = [
@@ -160,7 +169,7 @@ def test_a_damaged_recipe_file_is_named_and_its_removal_helps(copy, text):
 def test_a_checkpoint_of_a_script_and_a_folder_without_any_record_are_refused(copy):
     state = copy / "checkpoint-2" / "trainer_state.json"
     values = json.loads(state.read_text())
-    assert recorded_values(copy / "checkpoint-2") == result_values(recipe(copy))
+    assert recorded_values(copy / "checkpoint-2") == result_values(recipe(copy)) | {"number of processes": 1}
     del values["stateful_callbacks"]["RecipeRecord"]
     state.write_text(json.dumps(values))
     mark_complete(copy / "checkpoint-2")

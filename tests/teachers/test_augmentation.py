@@ -318,7 +318,7 @@ def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monke
         ({"prompt": "a", "completion": "b"}, "The source is read as completion .*Add it"),
         (
             {"prompt": "a", "completion": "b", "paraphrase": None},
-            "row 1, column paraphrase: a paraphrase is a text where.*got None for 'a'",
+            r"row 0 \(counted from 0\), column paraphrase: a paraphrase is a text where.*got None for 'a'",
         ),
     ],
 )

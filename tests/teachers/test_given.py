@@ -88,7 +88,7 @@ class Around(torch.nn.Module):
         (lambda: "~/no such folder", "no such folder is a path, and there is no such folder"),
         (lambda: Around(build("llama", 1)), "Around cannot be distilled: it is no transformers model"),
         (lambda: torch.nn.Linear(2, 3), "Linear cannot be distilled"),
-        (lambda: 3, "The teacher is a int"),
+        (lambda: 3, "The teacher is of the type int"),
     ],
 )
 def test_what_is_no_teacher_is_refused_with_a_reason(make_trainer, make, message):

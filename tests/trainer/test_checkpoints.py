@@ -140,13 +140,16 @@ def test_every_bit_of_a_checkpoint_is_covered(folder):
     assert checkpoint_defect(checkpoint) is None
 
 
-def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_trainer):
+def test_where_no_checkpoint_is_complete_training_does_not_begin(folder, make_trainer, caplog):
     """It would write over what might be repaired; where a kill interrupted all of them there is nothing to repair."""
     for checkpoint in checkpoints_of(folder):
         cut(checkpoint / "optimizer.pt")
     trainer = make_trainer()
-    with pytest.raises(DistillError, match=r"no checkpoint is complete .*checkpoint-2: optimizer\.pt has .* instead"):
+    message = r"no checkpoint is complete .*checkpoint-2: optimizer\.pt has .* instead"
+    with caplog.at_level(logging.WARNING), pytest.raises(DistillError, match=message) as error:
         trainer.train(resume_from_checkpoint=True)
+    assert "is skipped" not in caplog.text  # the error names them
+    assert "delete" not in str(error.value)  # the mark of a damaged checkpoint
     for checkpoint in checkpoints_of(folder):
         mark_incomplete(checkpoint)
     assert trainer.newest_checkpoint() is None
@@ -259,6 +262,24 @@ def test_rotation_chooses_as_the_trainers_does(tmp_path, limit, best, left):
     rotate_checkpoints(str(theirs), limit, best and str(theirs / f"checkpoint-{best}"), use_mtime=True)
     assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
     assert "".join(path.name[-1] for path in sorted(ours.iterdir())) == left
+
+
+def test_rotation_of_checkpoints_of_one_time_logs_no_warning(tmp_path, monkeypatch):
+    from transformers import trainer_utils
+
+    logged = []
+    monkeypatch.setattr(trainer_utils.logger, "handlers", [handler := logging.Handler()])
+    monkeypatch.setattr(handler, "handle", lambda record: logged.append(record.getMessage()))
+    type(trainer_utils.logger).warning_once.cache_clear()  # so that it would be logged now
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, tmp_path / "checkpoint-4", 1, None)
+    assert logged == []
+    type(trainer_utils.logger).warning_once.cache_clear()
+    trainer_utils.sort_checkpoints(str(tmp_path), use_mtime=True)
+    (tmp_path / "checkpoint-6").mkdir()
+    trainer_utils.sort_checkpoints(str(tmp_path), use_mtime=True)
+    assert len(logged) == 1
 
 
 def test_checkpoints_are_ordered_by_their_step(tmp_path):

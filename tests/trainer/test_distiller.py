@@ -2,11 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import KINDS, build, collate, rows
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BertForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 from hf_distill import DistillError, FrozenTeacher
 from hf_distill.losses.objective import objective
 from hf_distill.models.model_types import model_type_of
+from hf_distill.teachers import MultiTeacher
 from hf_distill.trainer.distiller import Distiller
 
 
@@ -211,3 +212,29 @@ def test_kinds_that_have_no_distribution_are_refused():
         model_type_of(BertForQuestionAnswering(BertConfig(**small)))
     with pytest.raises(DistillError, match="regression"):
         model_type_of(BertForSequenceClassification(BertConfig(**small, num_labels=1)))
+
+
+class TwoLogits(BertForSequenceClassification):
+    """Its config gives five classes, and its logits are of two, as those of ShieldGemma 2 are."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        outputs = super().forward(input_ids, attention_mask)
+        outputs["logits"] = outputs.logits[:, 1:3]
+        return outputs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_logits_of_fewer_classes_are_not_compared_as_a_padded_vocabulary_is(several):
+    student, batch = build("sequence", 0), collate(rows("sequence", 4))
+    fewer = TwoLogits(student.config)
+    distiller, teacher = Distiller(objective(0.5, 2.0)), FrozenTeacher(fewer)
+    if several:
+        teacher = MultiTeacher({"good": FrozenTeacher(build("sequence", 1)), "bad": teacher})
+    teacher.prepare(student, torch.device("cpu"))
+    with pytest.raises(DistillError, match="returns logits of 2 classes and the student of 5"):
+        distiller(student, teacher, batch)
+    if not several:
+        teacher = teacher_of(student, fewer)
+        batch["labels"] %= 2
+        with pytest.raises(DistillError, match="The teacher returns logits of 5 classes and the student of 2"):
+            distiller(fewer, teacher, batch)

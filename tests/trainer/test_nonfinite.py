@@ -85,6 +85,21 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(make_trainer, to
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_logged_losses_are_means_over_the_steps_that_were_taken(make_trainer, is_filtered):
+    options = {"max_steps": 4, "logging_steps": 4, "learning_rate": 0.0, "logging_nan_inf_filter": is_filtered}
+    trainer = make_trainer(teacher=sick(row=BAD), train_dataset=ROWS[: 4 * 4], **options)
+    losses, training_step = [], trainer.training_step
+    trainer.training_step = lambda *args, **kwargs: losses.append(training_step(*args, **kwargs)) or losses[-1].clone()
+    output = trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["skipped_steps"] == 1
+    losses = [float(loss) for loss in losses if math.isfinite(loss)]
+    assert len(losses) == 3
+    assert log["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert output.training_loss == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
 def test_after_some_in_a_row_training_stops_and_the_last_checkpoint_is_whole(make_trainer, tmp_path):
     steps = range(4, 100)
     trainer = make_trainer(

@@ -1,5 +1,6 @@
 """Without a teacher, or with alpha = 0, it is `transformers.Trainer`, bit for bit."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -169,11 +170,15 @@ def test_resuming_leaves_what_the_trainer_leaves(tmp_path):
 
 
 def test_resuming_a_finished_training_takes_no_step(tmp_path):
-    """The one difference of a resumed training: `Trainer` takes a step beyond `max_steps`."""
+    """The difference of a resumed training: `Trainer` takes a step beyond `max_steps`, or reports a loss of 0."""
     whole = line_trainer(DistillTrainer, tmp_path, max_steps=4)
     whole.train()
     resumed = line_trainer(DistillTrainer, tmp_path, max_steps=4)
-    assert resumed.train(resume_from_checkpoint=True).global_step == 4
+    output = resumed.train(resume_from_checkpoint=True)
+    assert output.global_step == 4
+    assert math.isnan(output.training_loss)
+    assert "train_runtime" in output.metrics
+    assert not any("train_loss" in values for values in (output.metrics, resumed.state.log_history[-1]))
     assert [value.item() for value in resumed.model.parameters()] == [
         value.item() for value in whole.model.parameters()
     ]

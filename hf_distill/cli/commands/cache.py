@@ -84,8 +84,11 @@ def push(
     folder: Annotated[str, typer.Argument(help="Of a cache.")],
     repo: Annotated[str, typer.Argument(help="org/name of a data set repository.")],
     private: Annotated[bool, typer.Option("--private", help="Of a new one.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace another cache, or files of somebody else, that are there.")
+    ] = False,
 ) -> None:
     """Check a cache and upload it to the Hub as a data set."""
     from ...cache.hub import push_cache
 
-    out.print(f"Pushed: {push_cache(folder, repo, private)}", soft_wrap=True, highlight=False)
+    out.print(f"Pushed: {push_cache(folder, repo, private, replace)}", soft_wrap=True, highlight=False)

@@ -56,9 +56,12 @@ def diagnose(
 
 
 def _shown(found: Any) -> list[Any]:
-    parts: list[Any] = [_measures(found), "", _parts("Within rows", found.agreement.positions)]
+    parts: list[Any] = [Text(found.conclusion, "bold"), ""] if found.smoke else []
+    parts += [_measures(found), "", _parts("Within rows", found.agreement.positions)]
     if found.agreement.sources:
         parts += ["", _parts("Sources", found.agreement.sources)]
+    if found.smoke:
+        return parts
     parts.append("")
     judged = not found.verdicts and not found.not_looked_at
     parts.append(Text(found.conclusion, "green" if judged else "bold"))

@@ -24,6 +24,10 @@ def publish(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace another model, weights of any format or a card that is there.")
     ] = False,
+    allow_smoke: Annotated[
+        bool,
+        typer.Option("--allow-smoke", help="Publish a smoke run, whose weights began as random; the card says so."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show card, files and licences; needs no token and no connection.")
     ] = False,
@@ -35,7 +39,7 @@ def publish(
     if dry_run:
         _show(open_run(run), repo, parts, license, base_model)
         return
-    publish_run(open_run(run), repo, private, parts, license, accept_license, base_model, replace)
+    publish_run(open_run(run), repo, private, parts, license, accept_license, base_model, replace, allow_smoke)
 
 
 def publish_run(
@@ -47,6 +51,7 @@ def publish_run(
     accept_license: bool = False,
     base_model: str | None = None,
     replace: bool = False,
+    allow_smoke: bool = False,
 ) -> None:
     """Publish a run and say what came of it; see `publishing.publish`."""
     from huggingface_hub.utils import disable_progress_bars
@@ -57,7 +62,8 @@ def publish_run(
     if not out.is_terminal:
         disable_progress_bars()
     with RichProgress(out) as progress:
-        done = publish_it(run, repo, private, parts, license, accept_license, base_model, replace, progress.stage)
+        options = (license, accept_license, base_model, replace, allow_smoke)
+        done = publish_it(run, repo, private, parts, *options, progress.stage)
     out.print(f"{done.url} at {done.commit[:12]}: {len(done.files)} files", soft_wrap=True, highlight=False)
     lines = [f"The cache: {done.cache}"] if done.cache else []
     lines += [f"  deleted: {', '.join(done.deleted)}"] if done.deleted else []
@@ -76,6 +82,9 @@ def _show(run: Any, repo: str, parts: Sequence[str], license: str | None, base_m
     from ..confirm import in_units
 
     found = dry_run(run, repo, parts, license, base_model)
+    refused = [f"{found.smoke} Publishing it is refused without --allow-smoke."] if found.smoke else []
+    for line in refused:
+        out.print(line, style="bold", soft_wrap=True, highlight=False)
     out.rule("README.md")
     out.print(found.card, soft_wrap=True, highlight=False)
     table = Table(title=f"Files of {repo}", title_justify="left")
@@ -93,6 +102,7 @@ def _show(run: Any, repo: str, parts: Sequence[str], license: str | None, base_m
     lines += [f"  refused without --accept-license: {conflict}" for conflict in found.licence.conflicts]
     lines += [f"  not looked up: {model}: {why}" for model, why in found.unknown.items()]
     lines += [f"  {note}" for note in found.notes]
+    lines += refused
     lines.append("Nothing was sent. The repository itself is looked at when you publish.")
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False)

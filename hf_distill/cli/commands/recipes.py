@@ -3,12 +3,15 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from ...core.references import is_file
+from ...errors import DistillError
 from ..app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
 from ..confirm import agree
 from ..terminal import write_text
@@ -70,18 +73,33 @@ def pull(
 
 @recipes.command()
 def validate(
-    recipe: Annotated[str | None, typer.Argument(help="As for run; by default all packaged recipes.")] = None,
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="As for run; by default all packaged recipes."),
+    ] = None,
     smoke: Smoke = False,
 ) -> None:
-    """Check a recipe, and that the files and folders it names exist, without loading anything."""
+    """Check recipes, and that the files, folders and packages they name exist, without loading anything."""
     from ...recipe.load import load_recipe
-    from ...recipe.local_files import check_local
+    from ...recipe.local_files import missing_files
+    from ...recipe.problems import raise_problems
     from ...recipe.resolve import list_recipes
 
-    for name in [recipe] if recipe else list_recipes():
-        check_local(load_recipe(name, overrides or [], smoke=smoke))
-        out.print(f"{name} is a valid recipe.")
+    overrides = [word for word in words or () if "=" in word and not is_file(Path(word))]
+    given = [word for word in words or () if word not in overrides]
+    wrong: list[str] = []
+    for name in given or list_recipes():
+        try:
+            loaded = load_recipe(name, overrides, smoke=smoke)
+            # Packaged recipes name models of packages that are installed only where they are used.
+            if problems := missing_files(loaded.model_dump()) if given else []:
+                raise_problems(problems, "in the recipe")
+        except DistillError as error:
+            wrong.append(f"{name}: {error}" if len(given) != 1 else str(error))
+        else:
+            out.print(f"{name} is a valid recipe.")
+    if wrong:
+        raise DistillError("\n".join(wrong))
 
 
 @recipes.command()

@@ -49,6 +49,7 @@ def run(
         check_ready(loaded, to, accept_license)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ...core.io import read_json
+    from ...runner.early_stopping import stopping_note
     from ...runner.model_loading import Trust, trusting
     from ...runner.run import run_recipe
     from ..progress import RichProgress
@@ -56,7 +57,10 @@ def run(
     no_other_bars()
     with RichProgress(out) as progress, trusting(Trust(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
-    out.print(results_table(result.models, read_json(result.folder / "results.json").get("chain")))
+    evidence = read_json(result.folder / "results.json")
+    out.print(results_table(result.models, evidence.get("chain")))
+    if note := stopping_note(evidence.get("steps", {})):
+        out.print(note, soft_wrap=True, highlight=False)
     out.print(f"Run folder: {result.folder} (the student: {result.folder / 'student'})", soft_wrap=True)
     if to and not out.quiet:
         from ...runner.run_results import open_run

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedConfig
 
 from ...errors import DistillError
 from ...models.blocks import find_blocks
+from ...models.finite_weights import check_finite
 from ...models.model_types import is_zero3_partitioned, model_type_of, unwrap_model, unwrap_parallel
 
 WEIGHTS, SETTINGS = "mtp.safetensors", "mtp.json"
@@ -125,10 +126,17 @@ def record_last_block_kwargs(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def save_heads(heads: MTPHeads, folder: str | Path) -> None:
-    """Write `mtp.safetensors` and `mtp.json`, beside the student or anywhere."""
-    folder = Path(folder)
+    """Write `mtp.safetensors` and `mtp.json`, beside the student or anywhere.
+
+    Raises:
+        RunError: the weights of the heads are not finite; nothing is written.
+    """
+    folder, state = Path(folder), heads.state_dict()
+    buffers = state.keys() - dict(heads.named_parameters()).keys()
+    advice = "Go on from a checkpoint with a smaller learning_rate."
+    check_finite(state, folder, owner="the heads", advice=advice, buffers=buffers)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}, folder / WEIGHTS)
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
     (folder / SETTINGS).write_text(json.dumps(heads.settings, indent=2) + "\n")
 
 

@@ -114,7 +114,11 @@ class MTPTeacher(TrainableTeacher):
         return super().metrics() | {"mtp_heads_skipped": float(self._run.skipped)}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`."""
+        """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`.
+
+        Raises:
+            RunError: the weights of the heads are not finite; nothing is written.
+        """
         assert isinstance(self.trainable_module, MTPHeads)
         save_heads(self.trainable_module, folder)
 

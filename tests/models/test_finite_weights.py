@@ -1,0 +1,91 @@
+"""No file with weights that are NaN or infinite is written, whoever writes it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import build
+
+from hf_distill.cache.writer import write_head
+from hf_distill.core.logits import LazyLogits
+from hf_distill.errors import RunError
+from hf_distill.runner.model_factory import Models
+from hf_distill.teachers import EMATeacher, PeerTeacher
+from hf_distill.teachers.mtp.heads import MTPHeads, save_heads
+
+
+def peer(broken, folder):
+    teacher = PeerTeacher(build("llama", 1))
+    teacher.prepare(build("llama", 0), torch.device("cpu"))
+    teacher.model.model.norm.weight.data[3] = broken
+    return lambda: teacher.save_pretrained(folder)
+
+
+def heads(broken, folder):
+    module = MTPHeads(build("llama"), 1)
+    next(module.parameters()).data[0] = broken
+    return lambda: save_heads(module, folder)
+
+
+def past_self(broken, folder):
+    student = build("llama")
+    student.register_buffer("mask", torch.full((3,), float("-inf")))
+    teacher = EMATeacher(0.5)
+    teacher.prepare(student, torch.device("cpu"))
+    teacher.on_train_begin(0)
+    student.model.norm.weight.data[3] = broken
+    teacher.on_step_end(1, True)
+    return lambda: teacher.save(str(folder), 0, True)
+
+
+def head_of_a_cache(broken, folder):
+    folder.mkdir()
+    return lambda: write_head(folder / "head.safetensors", LazyLogits(torch.ones(1, 2), torch.full((5, 2), broken)))
+
+
+def merged(broken, folder):
+    """Merging adds 10 to the largest value of float16, which is finite before."""
+    base = build("llama").half()
+    for weight in base.parameters():
+        weight.data.fill_(torch.finfo(torch.float16).max if broken != 1 else 1)
+    adapters = get_peft_model(build("llama").half(), LoraConfig(target_modules=["q_proj"], r=1, lora_alpha=1))
+    for name, weight in adapters.named_parameters():
+        if "lora_" in name:
+            weight.data.fill_(100.0)
+    adapters.save_pretrained(folder)
+    models = SimpleNamespace(_base=lambda rows, quantization, whole: base)
+    return lambda: Models.merge(models, folder, None)
+
+
+WRITERS = [peer, heads, past_self, head_of_a_cache, merged]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_weights_that_are_not_finite_are_written_by_nobody(writer, tmp_path):
+    folder = tmp_path / "broken"
+    write = writer(float("nan"), folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*")}
+    with pytest.raises(RunError, match=r"weights of .* are not finite \(first: .*\)\. Nothing is written to .*broken"):
+        write()
+    assert {file: file.read_bytes() for file in folder.rglob("*")} == before
+
+
+def test_the_average_of_a_mask_with_itself_is_the_mask():
+    student = build("llama")
+    student.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    teacher = EMATeacher(0.5)
+    teacher.prepare(student, torch.device("cpu"))
+    teacher.on_train_begin(0)
+    student.model.norm.weight.data += 1
+    teacher.on_step_end(1, True)
+    with teacher.swapped_weights():
+        assert student.mask.tolist() == [0.0, float("-inf")]
+        torch.testing.assert_close(student.model.norm.weight.data, torch.full_like(student.model.norm.weight, 1.5))
+    assert 0 < teacher.metrics()["teacher_weight_drift"] < 1
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_weights_that_are_finite_are_written(writer, tmp_path):
+    writer(1.0, tmp_path / "whole")()
+    assert list((tmp_path / "whole").glob("*.safetensors"))

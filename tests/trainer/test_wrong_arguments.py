@@ -1,0 +1,88 @@
+"""Arguments of a wrong type or value end in a DistillError that names them, before anything is trained."""
+
+import pytest
+from tiny import build, collate, rows
+
+from hf_distill import DistillConfig, DistillError, DistillTrainer
+
+WRONG = [None, "a", "", "[", 1.5, float("nan"), [], [1], {"a": 1}, object()]
+
+
+def config(tmp_path, **fields):
+    return DistillConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("chunk_tokens", [*WRONG[1:], 0, -1, True]),
+        ("max_consecutive_nonfinite_steps", [*WRONG, 0, -1, True]),
+        ("stop_on_signal", [*WRONG, 1]),
+        ("self_check", [*WRONG, 1]),
+        ("teacher_fsdp", [*WRONG, 1]),
+        ("teacher_deepspeed", [1.5, 5, True, [], [1], object(), "{"]),
+        ("divergence", ["a", "", 1.5, 5, True, [], [1], {}, {"a": 1}, object(), "{"]),
+        ("losses", ["hidden_mse", "", "[", "{}", 1.5, True, {}, [1], object()]),
+        ("projectors", ["a", "", "{", 1.5, True, [], [1], {"a": 1}, object()]),
+        ("teacher_init_kwargs", ["a", "", "[", "[]", 1.5, True, [], [1], object()]),
+        ("temperature", [*WRONG[:4], float("nan"), [1], -1, True]),
+        ("alpha", [*WRONG, -1, True]),
+        ("learning_rate", ["a", float("nan")]),
+        ("weight_decay", [float("nan")]),
+        ("num_train_epochs", [float("nan"), "three"]),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(tmp_path, name, values):
+    for value in values:
+        with pytest.raises(DistillError) as error:
+            config(tmp_path, **{name: value})
+        assert name in str(error.value) or "loss" in str(error.value), (value, str(error.value))
+
+
+def test_all_wrong_fields_are_named_at_once(tmp_path):
+    with pytest.raises(
+        DistillError, match=r"chunk_tokens is 'a'.*max_consecutive_nonfinite_steps is 0.*learning_rate is nan"
+    ):
+        config(tmp_path, chunk_tokens="a", max_consecutive_nonfinite_steps=0, learning_rate=float("nan"))
+
+
+def trainer(tmp_path, model=None, teacher=None, **options):
+    model, teacher = model or build("llama", 0), teacher or build("llama", 1)
+    options = {"args": config(tmp_path), "train_dataset": rows("llama", 4), "data_collator": collate} | options
+    return DistillTrainer(model, teacher=teacher, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "org/student"}, r"model is the id or path 'org/student'.* load it.*from_pretrained"),
+        ({"model": "./nowhere"}, r"model is the id or path './nowhere'.* load it"),
+        ({"model": 5}, "model is of the type int: give the student"),
+        ({"model": {"a": 1}}, "model is of the type dict: give the student"),
+        ({"args": {"output_dir": "x"}}, "args is of the type dict: give a DistillConfig"),
+        ({"args": "out"}, "args is of the type str: give a DistillConfig"),
+        ({"teacher": 5}, "The teacher is of the type int"),
+        (
+            {"teacher": {"big": 5, "small": "./nowhere"}},
+            r"\['big'\]: .* int:.*teachers\['small'\]: .*nowhere",
+        ),
+    ],
+)
+def test_a_trainer_s_argument_of_a_wrong_type_is_named(tmp_path, options, message):
+    with pytest.raises(DistillError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_a_student_of_trl_s_trainer_may_be_an_id_but_no_missing_path(tmp_path):
+    from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
+
+    args = DistillSFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(DistillError, match=r"The student \./nowhere is a path, and there is no such folder"):
+        DistillSFTTrainer("./nowhere", args, teacher=build("llama", 1), train_dataset=rows("llama", 4))
+
+
+@pytest.mark.parametrize(("shift", "named"), [(1000, "10"), (-1000, "-")])
+def test_ids_that_the_student_lacks_are_named(tmp_path, shift, named):
+    data = [row | {"input_ids": row["input_ids"] + shift} for row in rows("llama", 4)]
+    with pytest.raises(DistillError, match=rf"input_ids has the token id {named}\d+, and the student.* 97 rows"):
+        trainer(tmp_path, train_dataset=data).train()
