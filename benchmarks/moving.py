@@ -44,12 +44,12 @@ def measure(case: str) -> dict:
     from transformers import TrainerCallback, set_seed
 
     from hf_distill import DistillConfig, DistillTrainer
-    from hf_distill.data import load_documents, rows_of
+    from hf_distill.data import load_examples, tokenize_dataset
     from hf_distill.models.pruning import cut_student
 
     set_seed(0)
     whole, tokenizer = models()
-    rows = rows_of(load_documents("package:pydoc_data.topics"), tokenizer, LENGTH)
+    rows = tokenize_dataset(load_examples("package:pydoc_data.topics"), tokenizer, LENGTH)
     student = whole if case == "peer" else cut_student(whole, list(range(20)))
     teacher, seconds, update = teacher_of(case, whole), [], []
 

@@ -130,13 +130,13 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
 def planned(setup: dict) -> dict[str, int]:
     from hf_distill.models.pruning import prune_config
-    from hf_distill.planning import Anatomy, Job, Strategy, memory
+    from hf_distill.planning import ModelStats, Strategy, Workload, memory
     from hf_distill.recipe.models import Lora
     from hf_distill.runner.model_loading import resolve_model
 
     config = AutoConfig.from_pretrained(resolve_model(TEACHER))
-    job = Job(
-        Anatomy.of(prune_config(config, range(20), 30)), Anatomy.of(config), BATCH, LENGTH, device="cpu",
+    job = Workload(
+        ModelStats.of(prune_config(config, range(20), 30)), ModelStats.of(config), BATCH, LENGTH, device="cpu",
         teacher_dtype=torch.float32, lora=Lora(**LORA) if setup.get("lora") else None,
     )  # fmt: skip
     parts = memory(job, Strategy(setup["teacher"], setup["student"]), 2 if setup["teacher"] == "zero3" else 1)

@@ -37,13 +37,13 @@ def compare(student, teacher, loaded, folder: str) -> dict:
     from transformers import AutoTokenizer, default_data_collator
 
     from hf_distill import DistillConfig, DistillTrainer
-    from hf_distill.data import causal_rows, hold_out, load_documents
+    from hf_distill.data import concat_and_chunk, load_examples, split_held_out
     from hf_distill.runner.model_loading import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(TEACHER))
-    documents = load_documents(loaded.data.task.path)
-    _, held_out = hold_out(documents, loaded.data.eval.holdout, loaded.train.seed)
-    rows = causal_rows(held_out, tokenizer, loaded.data.max_length)
+    documents = load_examples(loaded.data.task.path)
+    _, held_out = split_held_out(documents, loaded.data.eval.holdout, loaded.train.seed)
+    rows = concat_and_chunk(held_out, tokenizer, loaded.data.max_length)
     args = DistillConfig(
         f"{folder}/compare", report_to="none", dataloader_pin_memory=False, per_device_eval_batch_size=4, use_cpu=True
     )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from crashing import KINDS, Fate, content, fates, job_of, started, trial
+from crashing import KINDS, Fate, content, fates, make_workload, started, trial
 from measure import status_mib
 from transformers import TrainerCallback
 
@@ -33,7 +33,7 @@ TRAINABLE_KINDS = [kind for kind in KINDS if kind not in ("chain", "capture")]
 
 def crashes(place: Path, kind: str) -> dict[str, Any]:
     """Kill a kind's runs at so many moments; what was lost."""
-    start, job = time.perf_counter(), job_of(kind, place)
+    start, job = time.perf_counter(), make_workload(kind, place)
     if code := started(job, place / kind, counts=place / f"{kind}.json"):
         raise RuntimeError(f"{kind} ended with {code}: {(place / kind / 'log').read_text()[-3000:]}")
     expected = content(place / kind, kind)
@@ -72,7 +72,7 @@ def memory(kind: str, place: Path) -> dict[str, float]:
     """In this process: MB that a hundred steps add, with evaluation, logs and checkpoints, once the first are over."""
     resident = Resident()
     often = [f"train.max_steps={STEPS}", "train.save_steps=50", "train.eval_steps=50", "train.logging_steps=10"]
-    job_of(kind, place, "control=null", *often, callbacks=[resident])()
+    make_workload(kind, place, "control=null", *often, callbacks=[resident])()
     steps, mib = np.array(resident.seen).T
     slope = float(np.polyfit(steps, mib, 1)[0]) * 100 * 2**20 / 1e6
     return {"mb_per_100_steps": slope, "first_mb": mib[0] * 2**20 / 1e6, "last_mb": mib[-1] * 2**20 / 1e6}
@@ -113,7 +113,7 @@ def apart(what: str, *words: str) -> dict[str, Any]:
 
 def killed(place: Path) -> dict[str, Any]:
     """Runs of every kind, with `save_total_limit: 1`, killed and resumed."""
-    if started(job_of("capture", place), place / "cache"):
+    if started(make_workload("capture", place), place / "cache"):
         raise RuntimeError((place / "cache" / "log").read_text()[-3000:])
     kinds = {kind: crashes(place, kind) for kind in KINDS}
     total, lost = sum(one["crashes"] for one in kinds.values()), sum(len(one["lost"]) for one in kinds.values())

@@ -36,7 +36,7 @@ PLACES = {
     "rotation": ("hf_distill.trainer.checkpointing:rotate", False),
     "old checkpoint": ("hf_distill.trainer.checkpoints:remove", False),
     "removal": ("shutil:rmtree", False),
-    "cache is read": ("hf_distill.cache.reader:Store.find", False),
+    "cache is read": ("hf_distill.cache.reader:CacheReader.get", False),
     "shard": ("hf_distill.cache.writer:write_shard", False),
     "index": ("hf_distill.cache.unfinished:write_index", False),
     "head": ("hf_distill.cache.writer:write_head", False),
@@ -69,7 +69,7 @@ KINDS = {  # a packaged recipe, and what is changed of it
 }
 
 
-def job_of(kind: str, place: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
+def make_workload(kind: str, place: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
     """What a process of a kind does, in the folder `run` of the one that it is in, from wherever it was cut off.
 
     Args:

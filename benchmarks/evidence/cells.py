@@ -92,7 +92,9 @@ def runs() -> Iterator[tuple[str, int]]:
         yield from ((name, seed) for name, cell in CELLS.items() if seed in cell.seeds)
 
 
-def values_of(name: str, seed: int, texts: Path, layers: list[int], output: Path) -> tuple[dict[str, Any], list[str]]:
+def per_example_scores(
+    name: str, seed: int, texts: Path, layers: list[int], output: Path
+) -> tuple[dict[str, Any], list[str]]:
     """A recipe's values, and overrides.
 
     Args:

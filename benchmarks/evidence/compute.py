@@ -5,7 +5,7 @@ from typing import Any
 from cells import LENGTH
 
 from hf_distill.planning import rule_of_thumb
-from hf_distill.planning.flops import counted_forward, training_rule
+from hf_distill.planning.flops import counted_forward, six_nd
 
 PRETRAINING = 2e12  # tokens that SmolLM2-135M is trained on, and the large pair is said to be
 
@@ -24,4 +24,4 @@ def counted(teacher: Any, student: Any) -> dict[str, Any]:
 def share(teacher: float, student: float, tokens: float) -> tuple[float, float]:
     """FLOP of a distillation by rule, and its share of the student's own pretraining."""
     total = rule_of_thumb(teacher, student, tokens).total
-    return total, total / training_rule(student, PRETRAINING)
+    return total, total / six_nd(student, PRETRAINING)

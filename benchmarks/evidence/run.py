@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from cards import cards
-from cells import BLOCKS, CELLS, PEERS, SEEDS, STEPS, TEACHER, runs, values_of
+from cells import BLOCKS, CELLS, PEERS, SEEDS, STEPS, TEACHER, per_example_scores, runs
 from compute import counted
 from report import RESULTS, write
 from texts import prepare
@@ -32,7 +32,7 @@ from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner.cache_writer import write_recipe_cache
 from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.model_loading import resolve_model
-from hf_distill.runner.teacher_only import load_speaker, speaker_of
+from hf_distill.runner.teacher_only import load_teacher_and_data, static_teacher_spec
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -47,7 +47,7 @@ _ONE_CORE = {
 }
 
 
-class Job(NamedTuple):
+class Workload(NamedTuple):
     """A result: the script that makes it, its arguments, and whether it has the machine to itself."""
 
     cell: str
@@ -61,21 +61,21 @@ class Job(NamedTuple):
         return RESULTS / f"{self.cell}-{self.seed}.json"
 
 
-def jobs() -> Iterator[Job]:
+def jobs() -> Iterator[Workload]:
     """All of them."""
-    yield Job("before", 0, ["run.py", "before"])
+    yield Workload("before", 0, ["run.py", "before"])
     for name, seed in runs():
-        yield Job(name, seed, ["run.py", name, str(seed)])
+        yield Workload(name, seed, ["run.py", name, str(seed)])
     for seed in SEEDS:
-        yield Job("encoder", seed, ["encoder.py", str(seed)])
+        yield Workload("encoder", seed, ["encoder.py", str(seed)])
     for seed in SEEDS:
         for who in PEERS:
-            yield Job(f"peer_{who}", seed, ["peers.py", who, str(seed)], alone=True)
+            yield Workload(f"peer_{who}", seed, ["peers.py", who, str(seed)], alone=True)
 
 
 def recipe_of(name: str, seed: int, output: Path, *more: str) -> Any:
     """A cell's recipe."""
-    values, changes = values_of(name, seed, TEXTS, layers(), output)
+    values, changes = per_example_scores(name, seed, TEXTS, layers(), output)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # its own: cells run side by side
         yaml.safe_dump(values, file)
         file.flush()
@@ -97,7 +97,7 @@ def layers() -> list[int]:
 def measure(student: Path, apart: bool = False) -> dict[str, float]:
     """A student's held-out figures beside the teacher in full precision, whoever taught it."""
     recipe = recipe_of("distilled", 0, WORK / "measured", "control=null")
-    teacher, data, tokenizer, args = load_speaker(recipe, speaker_of(recipe), lambda text: None)
+    teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), lambda text: None)
     args.report_to, args.remove_unused_columns = [], False
     model = AutoModelForCausalLM.from_pretrained(student)
     tools = {"data_collator": data.collator, "processing_class": tokenizer}
@@ -161,7 +161,7 @@ def before() -> None:
     shutil.rmtree(folder)
 
 
-def do(job: Job) -> str:
+def do(job: Workload) -> str:
     """Run a job in a process of its own; what came of it, in a line."""
     start = time.perf_counter()
     settings = dict(os.environ) | ({} if job.alone else _ONE_CORE)

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _HOME = {
-    "Pair": "analysis.model_pair",
+    "ModelPair": "analysis.model_pair",
     "Run": "runner.run_results",
     "compute": "analysis.curve",
     "data_curve": "analysis.curve",
@@ -18,7 +18,7 @@ _HOME = {
 }
 
 __all__ = [
-    "Pair",
+    "ModelPair",
     "Run",
     "compute",
     "data_curve",

@@ -102,6 +102,6 @@ def _fault(cache: CacheKind, divergence: Any) -> str:
         return f"it tells forward_kl alone, and the recipe's divergence is {name}"
     if cache.kind == "sampled" and cache.error > NOISY:
         return f"the error of a token's {DRAWS} draws is {cache.error:.1f} times what they stand for"
-    if cache.kind == "top_k" and cache.lost > LOST:
-        return f"{cache.lost:.0%} of the mass lies outside its {K} ids"
+    if cache.kind == "top_k" and cache.truncated_mass > LOST:
+        return f"{cache.truncated_mass:.0%} of the mass lies outside its {K} ids"
     return ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..losses.objective import Term, objective
 from ..models.model_types import model_type_of
-from .model_pair import Pair
+from .model_pair import ModelPair
 from .token_measures import OFFSETS, Chunk, measured
 
 _CHUNK = 16 * 2**20  # bytes of logits of one model at a time; about a dozen such tensors live at once
@@ -50,9 +50,9 @@ class Agreement:
     teacher_worse:       share of tokens to whose label the teacher gives less than the student
     below_counts:        share of tokens to whose label the teacher gives less than the share it has of all labels
     teacher_accuracy, student_accuracy: share of tokens whose likeliest id is the label
-    mistakes:            share of tokens where the teacher gives another id than the label more than a half
-    excess_mistakes:     of all tokens, how many more of these there are than the teacher's own probabilities admit
-    copied:              of the mistakes, where the student's likeliest id is the teacher's
+    confident_teacher_errors: share of tokens where the teacher gives an id other than the label more than a half
+    excess_errors: of all tokens, how many more of these there are than the teacher's own probabilities admit
+    copied_errors:              of the mistakes, where the student's likeliest id is the teacher's
     teacher_tail, student_tail: mass outside the teacher's likeliest 100 ids (or a quarter of all)
     soft_entropy:        the teacher's, at the objective's T; 0 to log(vocab_size)
     soft_tail:           share of the soft gradient's squared norm outside the teacher's likeliest ids; 0: no soft term
@@ -78,9 +78,9 @@ class Agreement:
     below_counts: float
     teacher_accuracy: float
     student_accuracy: float
-    mistakes: float
-    excess_mistakes: float
-    copied: float
+    confident_teacher_errors: float
+    excess_errors: float
+    copied_errors: float
     teacher_tail: float
     student_tail: float
     soft_entropy: float
@@ -93,7 +93,7 @@ class Agreement:
     sources: list[Part]
 
 
-def agreement_of(pair: Pair, tokens: int | None = 4096) -> Agreement:
+def agreement_of(pair: ModelPair, tokens: int | None = 4096) -> Agreement:
     """Compare two models over held-out tokens, in one forward of each.
 
     Args:
@@ -107,7 +107,7 @@ def agreement_of(pair: Pair, tokens: int | None = 4096) -> Agreement:
     terms = objective(pair.alpha, pair.temperature, pair.divergence)
     shift, vocab, there = model_type_of(pair.student).shifts_labels, 0, 0
     found: dict[str, list[Tensor]] = {}
-    for seen in pair.seen(tokens):
+    for seen in pair.batches(tokens):
         assert seen.student is not None
         mask = seen.inputs.get("attention_mask")
         aligned = mask is not None and mask.shape == seen.targets.shape
@@ -122,7 +122,7 @@ def agreement_of(pair: Pair, tokens: int | None = 4096) -> Agreement:
     return _agreement(pair, vocab, there, terms, {name: torch.cat(values) for name, values in found.items()})
 
 
-def _agreement(pair: Pair, vocab: int, there: int, terms: Sequence[Term], found: dict[str, Tensor]) -> Agreement:
+def _agreement(pair: ModelPair, vocab: int, there: int, terms: Sequence[Term], found: dict[str, Tensor]) -> Agreement:
     mean = {name: values.nanmean().item() for name, values in found.items()}
     total = {name: values.nansum().item() for name, values in found.items()}
     sums = {term.name: total[f"gradient@{term.name}"] for term in terms if term.weight}

@@ -8,10 +8,10 @@ from ..errors import DistillError
 from ..models.model_types import model_type_of
 from .agreement import Agreement, agreement_of
 from .closeness import NO_REFERENCES, References
-from .model_pair import Pair
-from .tokenizer_check import Tokenizer, check_ids, read_back
+from .model_pair import ModelPair
+from .tokenizer_check import TokenizerCheck, check_ids, roundtrip
 from .trend import LINES, kl_trend_of, trend_of
-from .verdicts import KL_INCREASED, OF_TEACHING, OF_TRAINING, Facts, Verdict, verdicts
+from .verdicts import KL_INCREASED, OF_TEACHING, OF_TRAINING, DiagnosisInputs, Verdict, verdicts
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Diagnosis:
     """
 
     agreement: Agreement
-    tokenizer: Tokenizer | None
+    tokenizer: TokenizerCheck | None
     verdicts: list[Verdict]
     not_looked_at: list[str]
     conclusion: str
@@ -38,7 +38,7 @@ class Diagnosis:
 
 
 def diagnose(
-    pair: Pair,
+    pair: ModelPair,
     tokens: int | None = 4096,
     logs: Sequence[Mapping[str, Any]] = (),
     references: References | None = None,
@@ -46,7 +46,7 @@ def diagnose(
     """Compare student and teacher over held-out tokens, in one forward of each, and name what went wrong.
 
     Args:
-        pair: see `Pair.of_run`; its objective is the one that the student was trained with, alpha 0 if none was.
+        pair: see `ModelPair.of_run`; its objective is the one that the student was trained with, alpha 0 if none was.
         tokens: until so many were asked; None: all.
         logs: lines of the training's log (`run.logs()`); without them nothing is said of its course.
         references: the student before training, and the control (`References.of_evidence`); without them the student
@@ -59,12 +59,12 @@ def diagnose(
         lacks = "teacher" if pair.teacher is None else "student"
         raise DistillError(f"There is no {lacks} to diagnose: a pair of both is compared.")
     check_ids(pair)
-    facts = Facts(
+    facts = DiagnosisInputs(
         agreement_of(pair, tokens),
         pair.temperature,
         pair.alpha,
         trend_of(logs),
-        read_back(pair),
+        roundtrip(pair),
         references or NO_REFERENCES,
         kl_trend_of(logs),
     )
@@ -80,7 +80,7 @@ def diagnose(
     return Diagnosis(facts.agreement, facts.tokenizer, found, skipped, conclusion, references, pair.smoke)
 
 
-def _unknown(facts: Facts, named: set[str], shift: bool) -> Iterator[str]:
+def _unknown(facts: DiagnosisInputs, named: set[str], shift: bool) -> Iterator[str]:
     if not facts.alpha:
         yield f"{', '.join(OF_TEACHING)}: alpha is 0, so the student heard no teacher"
     if facts.trend is None:

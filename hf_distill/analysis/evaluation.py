@@ -11,8 +11,8 @@ from ..core.io import read_json, write_json
 from ..errors import DistillError
 from ..runner.run_results import Run
 from .initial_student import student_before
-from .lm_eval_tasks import Measured, load_tasks, values_of
-from .model_pair import Pair, load_model
+from .lm_eval_tasks import EvalTask, load_tasks, per_example_scores
+from .model_pair import ModelPair, load_model
 
 MODELS = ("teacher", "before", "student", "control")
 _RESAMPLES = 1000
@@ -27,7 +27,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Kept:
+class RelativeScore:
     """Percent of the teacher's score, and the 95 % interval of a bootstrap over examples.
 
     score / teacher's, or teacher's / score where less is better. A model and its teacher are resampled together.
@@ -43,7 +43,7 @@ class TaskScore:
     """One task.
 
     scores: model -> `Score`
-    kept:   model -> `Kept`; None where the teacher scores 0, of which nothing can be kept
+    kept:   model -> `RelativeScore`; None where the teacher scores 0, of which nothing can be kept
     """
 
     task: str
@@ -52,25 +52,25 @@ class TaskScore:
     higher_is_better: bool
     examples: int
     scores: dict[str, Score]
-    kept: dict[str, Kept | None]
+    kept: dict[str, RelativeScore | None]
 
 
 @dataclass(frozen=True)
 class Retention:
-    """All tasks, and means over the tasks of a category: category -> model -> `Kept`.
+    """All tasks, and means over the tasks of a category: category -> model -> `RelativeScore`.
 
     limit: examples of each task at most; None: all
     """
 
     tasks: list[TaskScore]
-    categories: dict[str, dict[str, Kept]]
+    categories: dict[str, dict[str, RelativeScore]]
     limit: int | None
 
 
 def retention(
     models: Mapping[str, Callable[[], Any]],
     tokenizer: Any,
-    tasks: Sequence[Measured],
+    tasks: Sequence[EvalTask],
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -97,7 +97,7 @@ def retention(
     values = {name: dict((known or {}).get(name, {})) for name in models}
     for name, make in models.items():
         if missing := [task for task in tasks if task.name not in values[name]]:
-            values[name] |= values_of(make(), tokenizer, missing, limit, batch_size)
+            values[name] |= per_example_scores(make(), tokenizer, missing, limit, batch_size)
         on_model(name, values[name])
     scored, draws = [], {}
     for task in tasks:
@@ -128,7 +128,7 @@ def retention_of(
         on_stage: told in a few words what begins.
 
     Raises:
-        DistillError: see `load_tasks`, `Pair.of_run`.
+        DistillError: see `load_tasks`, `ModelPair.of_run`.
     """
     tasks = load_tasks(names, folder)
     wanted = [*(models or [m for m in MODELS if m != "control" or run.has("control")])]
@@ -136,7 +136,7 @@ def retention_of(
         raise DistillError(f"Models are {', '.join(MODELS)}; got {', '.join(unknown)}.")
     if "control" in wanted:
         run.path("control")
-    pair = Pair.of_run(run, on_stage=on_stage)
+    pair = ModelPair.of_run(run, on_stage=on_stage)
     makers: dict[str, Callable[[], Any]] = {
         "teacher": lambda: pair.teacher,
         "before": lambda: student_before(run, pair.teacher).to(pair.device),
@@ -163,7 +163,7 @@ def retention_of(
     return found
 
 
-def _scored(task: Measured, values: Mapping[str, list], seed: int) -> tuple[TaskScore, dict[str, np.ndarray]]:
+def _scored(task: EvalTask, values: Mapping[str, list], seed: int) -> tuple[TaskScore, dict[str, np.ndarray]]:
     """A task's scores, and for each model what it kept in each resample."""
     count = len(values["teacher"])
     order = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
@@ -174,7 +174,7 @@ def _scored(task: Measured, values: Mapping[str, list], seed: int) -> tuple[Task
         plain = all(isinstance(value, int | float) for value in own)
         stderr = np.std(own, ddof=1) / np.sqrt(count) if plain and count > 1 else drawn.std()
         scores[name], draws[name] = Score(float(task.aggregate(own)), float(stderr)), drawn
-    kept: dict[str, Kept | None] = {}
+    kept: dict[str, RelativeScore | None] = {}
     shares: dict[str, np.ndarray] = {}
     for name in values:
         if name == "teacher":
@@ -195,14 +195,14 @@ def _share(own: np.ndarray, teacher: np.ndarray, higher_is_better: bool) -> np.n
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
-def _kept(share: float, draws: np.ndarray) -> Kept:
+def _kept(share: float, draws: np.ndarray) -> RelativeScore:
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Kept(100 * share, 100 * float(low), 100 * float(high))
+    return RelativeScore(100 * share, 100 * float(low), 100 * float(high))
 
 
 def _by_category(tasks: Sequence[TaskScore], draws: Mapping[str, Mapping[str, np.ndarray]]) -> dict:
     """Means over the tasks of each category; tasks of which nothing can be kept are left out."""
-    found: dict[str, dict[str, Kept]] = {}
+    found: dict[str, dict[str, RelativeScore]] = {}
     for category in dict.fromkeys(task.category for task in tasks):
         for name in dict.fromkeys(name for task in tasks for name in task.kept):
             own = [task for task in tasks if task.category == category and task.kept.get(name) is not None]

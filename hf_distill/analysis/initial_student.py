@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import DistillError
 from ..models.pruning import cut_student
-from ..runner.model_loading import loaded
+from ..runner.model_loading import load_pretrained
 from ..runner.run_results import Run
 
 
@@ -23,7 +23,7 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
     """
     spec, donor = run.recipe.student, teacher
     if spec.from_teacher is None or donor is None:
-        donor = loaded(AutoModelForCausalLM, str(spec.model), revision=spec.revision, dtype=spec.dtype)
+        donor = load_pretrained(AutoModelForCausalLM, str(spec.model), revision=spec.revision, dtype=spec.dtype)
     if spec.from_teacher is None:
         return donor.requires_grad_(False).eval()
     layers = run.results.get("student", {}).get("layers_kept")

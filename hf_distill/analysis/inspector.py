@@ -12,7 +12,7 @@ from ..cache.sampling import blocks_of
 from ..core.logits import LazyLogits
 from ..errors import DistillError
 from .advice import advice_of
-from .model_pair import Pair, Seen
+from .model_pair import ModelPair, PairBatch
 from .soft_labels import AtTemperature, CacheKind, SoftLabels
 
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -84,7 +84,7 @@ class Inspection:
 
 
 def inspect_teacher(
-    pair: Pair,
+    pair: ModelPair,
     tokens: int | None = 4096,
     positions: Sequence[int] | None = None,
     k: int = 10,
@@ -114,7 +114,7 @@ def inspect_teacher(
     shown: list[Position] = []
     vocab = done = rows = 0
     hidden: int | None = None
-    for seen in pair.beside(None).seen(tokens):
+    for seen in pair.with_student(None).batches(tokens):
         source: Any = seen.teacher
         vocab, hidden = source.vocab_size, source.hidden.shape[1] if isinstance(source, LazyLogits) else None
         for block, logits in blocks_of(source):
@@ -132,7 +132,7 @@ def inspect_teacher(
 
 
 def _inspection(
-    pair: Pair, measures: SoftLabels, shown: list[Position], vocab: int, caches: list[CacheKind]
+    pair: ModelPair, measures: SoftLabels, shown: list[Position], vocab: int, caches: list[CacheKind]
 ) -> Inspection:
     entropy, ids, at = measures["entropy@1.0"], measures["ids"], measures.at(vocab)
     edges = [edge for edge in _EDGES if edge < log(vocab)]
@@ -162,7 +162,7 @@ def _inspection(
     )
 
 
-def _position(pair: Pair, seen: Seen, index: int, at: int, logits: Tensor, k: int) -> Position:
+def _position(pair: ModelPair, seen: PairBatch, index: int, at: int, logits: Tensor, k: int) -> Position:
     """What the teacher expects at one asked token: the `at`-th of the batch, the `index`-th of all."""
     targets = seen.targets
     row, label = int(targets.rows[at]), int(targets.labels[at])

@@ -23,7 +23,7 @@ CATEGORIES = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalTask:
     """One task of the harness, as it is judged.
 
     metric:           the task's first one
@@ -39,7 +39,7 @@ class Measured:
     task: Any
 
 
-def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = None) -> list[Measured]:
+def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = None) -> list[EvalTask]:
     """Tasks of the harness by name, of a folder of YAML tasks too; their data are loaded.
 
     Args:
@@ -65,7 +65,7 @@ def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = N
     if unknown := [name for name in wanted if name not in manager.all_tasks]:
         near = did_you_mean(unknown[0], manager.all_tasks)
         raise DistillError(f"There is no task {unknown[0]!r}{near}. `lm-eval ls tasks` lists those of the harness.")
-    found: list[Measured] = []
+    found: list[EvalTask] = []
     for name in wanted:
         try:
             loaded = get_task_dict([name], manager)
@@ -80,7 +80,9 @@ def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = N
     return found
 
 
-def values_of(model: Any, tokenizer: Any, tasks: Sequence[Measured], limit: int | None, batch_size: int) -> dict:
+def per_example_scores(
+    model: Any, tokenizer: Any, tasks: Sequence[EvalTask], limit: int | None, batch_size: int
+) -> dict:
     """What a model scores on each example, task -> values, in the order of the examples.
 
     Raises:
@@ -116,14 +118,14 @@ def check_model(model: Any) -> None:
         )
 
 
-def _measured(task: Any) -> Measured:
+def _measured(task: Any) -> EvalTask:
     name, metrics = str(task.config.task), [*task.higher_is_better()]
     if not metrics:
         raise DistillError(f"Task {name!r} has no metric: give its YAML a metric_list.")
     own = (task.config.metadata or {}).get("category")
     plain = name.removeprefix("mini_")
     category = own or next((c for c, starts in CATEGORIES.items() if plain.startswith(starts)), "other")
-    return Measured(
+    return EvalTask(
         name, category, metrics[0], bool(task.higher_is_better()[metrics[0]]), task.aggregation()[metrics[0]], task
     )
 

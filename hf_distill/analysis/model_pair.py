@@ -19,11 +19,11 @@ from ..models.module_state import eval_mode
 from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
-from ..runner.teacher_only import load_speaker
+from ..runner.teacher_only import load_teacher_and_data
 
 
 @dataclass(frozen=True)
-class Seen:
+class PairBatch:
     """A batch and what the models say of its T asked tokens.
 
     inputs:  the collator's batch
@@ -41,8 +41,8 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Models and the held-out rows over which they are looked at; `Pair.of_run` and `Pair.of_recipe` make one.
+class ModelPair:
+    """Two models and held-out rows to compare them on, made by `ModelPair.of_run` or `ModelPair.of_recipe`.
 
     teacher:     a model; None: there is none
     student:     a model; None: there is none
@@ -70,19 +70,19 @@ class Pair:
     smoke: str | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, on_stage: Callable[[str], None] = lambda text: None) -> "Pair":
+    def of_recipe(cls, recipe: Recipe, on_stage: Callable[[str], None] = lambda text: None) -> "ModelPair":
         """The teacher of a recipe over its held-out rows, without a student.
 
         Raises:
             DistillError: the recipe's teacher is the student itself, or is trained beside it.
         """
-        spec = recipe.main.speaker
+        spec = recipe.primary_teacher.source_teacher
         if spec.kind != "frozen":
             raise DistillError(
                 f"The recipe's teacher is of kind {spec.kind}, and has no model before the run: this needs a frozen "
                 "teacher, or a cached one with its source."
             )
-        teacher, data, tokenizer, args = load_speaker(recipe, spec, on_stage)
+        teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
         return cls(
             teacher.model,
             None,
@@ -99,7 +99,7 @@ class Pair:
     @classmethod
     def of_run(
         cls, run: Run, name: str | None = "student", on_stage: Callable[[str], None] = lambda text: None
-    ) -> "Pair":
+    ) -> "ModelPair":
         """The teacher of a run, and a model that the run left, over its held-out rows.
 
         Args:
@@ -115,14 +115,14 @@ class Pair:
         if folder is None:
             return pair
         on_stage(f"Loading {folder}")
-        return pair.beside(load_model(folder, pair.device))
+        return pair.with_student(load_model(folder, pair.device))
 
-    def beside(self, student: nn.Module | None) -> "Pair":
+    def with_student(self, student: nn.Module | None) -> "ModelPair":
         """The same with another student."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Pair(**values | {"student": student})
+        return ModelPair(**values | {"student": student})
 
-    def seen(self, tokens: int | None = 4096) -> Iterator[Seen]:
+    def batches(self, tokens: int | None = 4096) -> Iterator[PairBatch]:
         """One forward of both models, batch by batch, until so many tokens were asked (None: of all rows).
 
         Raises:
@@ -139,7 +139,7 @@ class Pair:
                 found += len(targets)
                 of_tokens = source.flatten()[targets.positions] if self.sources and source is not None else None
                 teacher, student = _said(self.teacher, inputs, targets), _said(self.student, inputs, targets)
-                yield Seen(inputs, targets, teacher, student, of_tokens)
+                yield PairBatch(inputs, targets, teacher, student, of_tokens)
         if not found:
             raise DistillError(
                 "The held-out slice is empty: no token of it is asked. Set data.eval.holdout or data.eval.path in the "
@@ -163,7 +163,7 @@ def _said(model: nn.Module | None, inputs: dict, targets: Targets) -> LazyLogits
 def _with_teacher(run: Run) -> Recipe:
     """The run's recipe with the teacher as the run left it, where it moved."""
     kept = {"online": "peer", "mutual": "peer", "ema": "ema"}
-    kind = run.recipe.main.speaker.kind
+    kind = run.recipe.primary_teacher.source_teacher.kind
     if kind == "frozen":
         return run.recipe
     if kind not in kept:

@@ -14,7 +14,7 @@ from .successive_halving import Candidate, Rung
 FILE = "temperature.json"
 
 
-def begun(place: Path, asked: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
+def load_or_create(place: Path, asked: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
     """The candidates as a search before left them, or as they are given.
 
     Raises:
@@ -31,7 +31,7 @@ def _known(place: Path, before: dict[str, Any], asked: dict[str, Any], grid: lis
         raise DistillError(f"{place} holds files and no {FILE}: choose another folder with -o.")
     if not before or not any(c["rungs"] for c in before["candidates"]):
         place.mkdir(parents=True, exist_ok=True)
-        record(place, asked, grid)
+        save_search(place, asked, grid)
         return grid
     known = {(c["temperature"], c["alpha"]): c for c in before["candidates"]}
     differ = [key for key in asked if before[key] != asked[key]]
@@ -46,7 +46,7 @@ def _known(place: Path, before: dict[str, Any], asked: dict[str, Any], grid: lis
     return grid
 
 
-def record(place: Path, asked: dict[str, Any], candidates: list[Candidate]) -> None:
+def save_search(place: Path, asked: dict[str, Any], candidates: list[Candidate]) -> None:
     """Write what is known; then no earlier checkpoint is needed."""
     write_json(place / FILE, asked | {"candidates": [asdict(c) for c in candidates]})
     for candidate in candidates:
@@ -54,7 +54,7 @@ def record(place: Path, asked: dict[str, Any], candidates: list[Candidate]) -> N
             shutil.rmtree(place / candidate.name / f"checkpoint-{rung.step}", ignore_errors=True)
 
 
-def forget(place: Path, candidates: list[Candidate], kept: list[Candidate]) -> None:
+def delete_checkpoints(place: Path, candidates: list[Candidate], kept: list[Candidate]) -> None:
     """Remove the checkpoints of candidates that are not kept."""
     for candidate in candidates:
         if candidate not in kept:

@@ -43,7 +43,7 @@ class CacheKind:
     kind: str
     temperature: float | None
     bytes_per_token: float
-    lost: float
+    truncated_mass: float
     error: float
     error_of_sum: float
 

@@ -28,11 +28,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A temperature and an alpha, and how far they came; `own`: they are the recipe's."""
+    """A temperature and an alpha, and how far they came; `from_recipe`: they are the recipe's."""
 
     temperature: float
     alpha: float
-    own: bool
+    from_recipe: bool
     rungs: list[Rung]
 
     @property
@@ -95,7 +95,7 @@ def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
     return sorted(candidates, key=order)
 
 
-def front(candidates: list[Candidate]) -> list[Candidate]:
+def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
     """Those that no other beat in both NLL and KL at the step where they stopped (the Pareto front).
 
     More than the winner where the two disagree: one that was dropped may lead in the measure that did not decide.

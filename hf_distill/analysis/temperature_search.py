@@ -12,15 +12,15 @@ from transformers import TrainerCallback, set_seed
 
 from ..core.io import write_json
 from ..core.locks import lock_folder
-from ..core.processes import on_main
+from ..core.processes import run_on_main
 from ..errors import DistillError
 from ..recipe.schema import Recipe
-from ..runner.cache_writer import write_missing
+from ..runner.cache_writer import write_smoke_cache
 from ..runner.model_factory import check_launch
-from ..runner.single_run import Loaded, held_out_metrics
+from ..runner.single_run import RunContext, held_out_metrics
 from ..runner.training_arguments import arguments
-from .search_state import FILE, begun, forget, record
-from .successive_halving import Candidate, Rung, cost, front, ranked, rungs
+from .search_state import FILE, delete_checkpoints, load_or_create, save_search
+from .successive_halving import Candidate, Rung, cost, pareto_front, ranked, rungs
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9)
@@ -28,11 +28,11 @@ _KINDS = {"frozen", "cached", "adapter_base"}  # of teachers that one candidate 
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """A search that is over.
 
     candidates: the best first
-    front:      names of those that no other beat in both NLL and KL; see `halving.front`
+    pareto_front:      names of those that no other beat in both NLL and KL; see `halving.front`
     by:         what they were judged by: "nll" or "kl"
     steps:      that all of them took together; `runs`: the same in whole runs
     overrides:  of the recipe: the winner's values
@@ -40,7 +40,7 @@ class Search:
 
     folder: str
     candidates: list[Candidate]
-    front: list[str]
+    pareto_front: list[str]
     by: str
     steps: int
     runs: float
@@ -55,7 +55,7 @@ def find_temperature(
     eta: int = 2,
     folder: str | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
-) -> Search:
+) -> SearchResult:
     """Search temperature and alpha by successive halving; goes on with a search that was cut off.
 
     All candidates have the same seed, data order and schedule of the learning rate; each trains on from where its last
@@ -82,13 +82,13 @@ def find_temperature(
     args = arguments(recipe)
     place = Path(folder or f"{recipe.train.output_dir}-temperature")
     asked = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
-    found = on_main(lambda: begun(place, asked, grid))
+    found = run_on_main(lambda: load_or_create(place, asked, grid))
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(lock_folder(place, "a search for a temperature")))
+        run_on_main(lambda: stack.enter_context(lock_folder(place, "a search for a temperature")))
         won = _winner(found, plan, asked, recipe, args, place, on_stage)
         search = _result(found, plan, won, recipe, place, by)
-        on_main(partial(write_json, place / FILE, asked | asdict(search)))
-        on_main(partial(forget, place, found, []))
+        run_on_main(partial(write_json, place / FILE, asked | asdict(search)))
+        run_on_main(partial(delete_checkpoints, place, found, []))
     return search
 
 
@@ -102,30 +102,30 @@ def _winner(
     on_stage: Callable[[str], None],
 ) -> Candidate:
     """Train the candidates rung by rung; the one that is left."""
-    loaded: Loaded | None = None
+    loaded: RunContext | None = None
     left, by = found, asked["by"]
     for count, step in plan:
         left = ranked(left, by)[:count]
-        on_main(partial(forget, place, found, left))
+        run_on_main(partial(delete_checkpoints, place, found, left))
         for candidate in left:
             if candidate.rungs and candidate.rungs[-1].step >= step:
                 continue
             loaded = loaded or _loaded(recipe, args, place, by, on_stage)
             on_stage(f"T = {candidate.temperature:g}, alpha = {candidate.alpha:g}: to step {step}")
             candidate.rungs.append(_train(loaded, candidate, step))
-            on_main(partial(record, place, asked, found))
+            run_on_main(partial(save_search, place, asked, found))
     return left[0]
 
 
 def _result(
     found: list[Candidate], plan: list[tuple[int, int]], won: Candidate, recipe: Recipe, place: Path, by: str
-) -> Search:
+) -> SearchResult:
     """What a search found."""
     steps, found = cost(plan), ranked(found, by)
-    return Search(
+    return SearchResult(
         folder=str(place),
         candidates=found,
-        front=[candidate.name for candidate in front(found)],
+        pareto_front=[candidate.name for candidate in pareto_front(found)],
         by=by,
         steps=steps,
         runs=steps / recipe.train.max_steps,
@@ -158,22 +158,22 @@ class _StopAt(TrainerCallback):
             control.should_save = state.global_step < state.max_steps
 
 
-def _loaded(recipe: Recipe, args: Any, place: Path, by: str, on_stage: Callable[[str], None]) -> Loaded:
+def _loaded(recipe: Recipe, args: Any, place: Path, by: str, on_stage: Callable[[str], None]) -> RunContext:
     """Models and data, once for all candidates.
 
     Raises:
         DistillError: the search is judged by KL, and a cache does not tell it.
     """
     check_launch(recipe)
-    write_missing(recipe, on_stage)
-    loaded = Loaded(recipe, args, place, [], on_stage)
+    write_smoke_cache(recipe, on_stage)
+    loaded = RunContext(recipe, args, place, [], on_stage)
     sparse = [path for path, facts in loaded.models.caches.items() if facts["kind"] != "hidden"]
     if by == "kl" and sparse:
         raise DistillError(f"{sparse[0]} holds no whole distributions, so there is no KL to judge by: judge by nll.")
     return loaded
 
 
-def _train(loaded: Loaded, candidate: Candidate, step: int) -> Rung:
+def _train(loaded: RunContext, candidate: Candidate, step: int) -> Rung:
     """Train a candidate on from its last rung to a step, and measure it.
 
     Its newest checkpoint may be of a rung that a crash kept out of the record: that one is trained again.

@@ -11,7 +11,7 @@ from ..core.logits import DenseLogits
 from ..core.signals import Signals
 from ..errors import DistillError
 from ..losses.objective import Term
-from .model_pair import Seen
+from .model_pair import PairBatch
 
 OFFSETS = (-1, 0, 1)
 TOP = 20  # ids of each model, on whose union the two are correlated
@@ -30,7 +30,7 @@ class Chunk:
     temperature: of its soft term
     """
 
-    seen: Seen
+    seen: PairBatch
     rows: slice
     near: slice
     student: Tensor
@@ -39,7 +39,7 @@ class Chunk:
     temperature: float
 
     @classmethod
-    def of(cls, seen: Seen, rows: slice, terms: Sequence[Term], temperature: float) -> "Chunk":
+    def of(cls, seen: PairBatch, rows: slice, terms: Sequence[Term], temperature: float) -> "Chunk":
         """Make the logits of some of a batch's tokens.
 
         Raises:

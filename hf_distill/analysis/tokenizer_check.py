@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..errors import DistillError
-from .model_pair import Pair
+from .model_pair import ModelPair
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class TokenizerCheck:
     """What a tokenizer makes of rows that it should have made itself.
 
     rows:    that were looked at
@@ -24,7 +24,7 @@ class Tokenizer:
     outside: int
 
 
-def read_back(pair: Pair, count: int = 8) -> Tokenizer | None:
+def roundtrip(pair: ModelPair, count: int = 8) -> TokenizerCheck | None:
     """Turn the first rows into text and back; None: the pair has no tokenizer."""
     tokenizer = pair.tokenizer
     if tokenizer is None:
@@ -40,7 +40,7 @@ def read_back(pair: Pair, count: int = 8) -> Tokenizer | None:
         again = tokenizer(tokenizer.decode(known), add_special_tokens=False)["input_ids"]
         kept += (Counter(again) & Counter(row)).total()
     total = max(sum(map(len, rows)), 1)
-    return Tokenizer(
+    return TokenizerCheck(
         len(rows),
         kept / total,
         sum(row.count(unknown) for row in rows) / total if unknown is not None else 0.0,
@@ -48,7 +48,7 @@ def read_back(pair: Pair, count: int = 8) -> Tokenizer | None:
     )
 
 
-def check_ids(pair: Pair) -> None:
+def check_ids(pair: ModelPair) -> None:
     """Refuse rows with ids that a model has no embedding for.
 
     Raises:

@@ -15,7 +15,7 @@ HIGH = 0.5  # of the highest learning rate: below, a flat loss may only say that
 
 
 @dataclass(frozen=True)
-class Fall:
+class LinearTrend:
     """How much a loss fell from the first to the second half of a stretch of steps, by a straight line through it.
 
     nats:   how much, in the loss's own unit
@@ -51,8 +51,8 @@ class Trend:
     while_high: of the last two thirds of the steps at a high learning rate
     """
 
-    at_end: Fall
-    while_high: Fall
+    at_end: LinearTrend
+    while_high: LinearTrend
 
 
 def trend_of(logs: Sequence[Mapping[str, Any]]) -> Trend | None:
@@ -103,10 +103,10 @@ def kl_trend_of(logs: Sequence[Mapping[str, Any]]) -> KlTrend | None:
     return KlTrend(fall.before, int(half[len(half) // 4].get("step", 0)), fall.before - fall.nats, rises)
 
 
-def _fall(lines: Sequence[Mapping[str, Any]], name: str = "loss") -> Fall:
+def _fall(lines: Sequence[Mapping[str, Any]], name: str = "loss") -> LinearTrend:
     steps, losses = range(len(lines)), [log[name] for log in lines]
     slope, start = linear_regression(steps, losses)
     half, spread = len(lines) / 2, variance(steps) * (len(lines) - 1)
     left = sum((loss - start - slope * step) ** 2 for step, loss in zip(steps, losses, strict=True))
     error = (left / (len(lines) - 2) / spread) ** 0.5
-    return Fall(-slope * half, error * half, start + slope * (half - 1) / 2)
+    return LinearTrend(-slope * half, error * half, start + slope * (half - 1) / 2)

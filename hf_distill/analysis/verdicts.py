@@ -6,7 +6,7 @@ from math import log
 
 from .agreement import Agreement
 from .closeness import APART, NO_REFERENCES, References, signs_of_distance
-from .tokenizer_check import Tokenizer
+from .tokenizer_check import TokenizerCheck
 from .trend import KlTrend, Trend
 
 SHIFT = 0.75  # of the nats at its own place: another offset fits better below; a healthy pair is far above 1 there
@@ -39,7 +39,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Facts:
+class DiagnosisInputs:
     """What verdicts are made from.
 
     agreement:   of the pair
@@ -54,12 +54,12 @@ class Facts:
     temperature: float
     alpha: float
     trend: Trend | None = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerCheck | None = None
     references: References = NO_REFERENCES
     kl_trend: KlTrend | None = None
 
 
-def verdicts(facts: Facts) -> list[Verdict]:
+def verdicts(facts: DiagnosisInputs) -> list[Verdict]:
     """What went wrong, causes first; what a cause explains is not named beside it, for its advice would mislead."""
     for cause in (wrong_shift_or_mask, wrong_tokenizer):
         if verdict := cause(facts):
@@ -73,7 +73,7 @@ def verdicts(facts: Facts) -> list[Verdict]:
     return found
 
 
-def wrong_shift_or_mask(facts: Facts) -> Verdict | None:
+def wrong_shift_or_mask(facts: DiagnosisInputs) -> Verdict | None:
     """Another offset fits better, or padding is asked."""
     found, seen = facts.agreement, []
     for offset, nll in found.label_at.items():
@@ -101,7 +101,7 @@ def wrong_shift_or_mask(facts: Facts) -> Verdict | None:
     )
 
 
-def wrong_tokenizer(facts: Facts) -> Verdict | None:
+def wrong_tokenizer(facts: DiagnosisInputs) -> Verdict | None:
     """The teacher knows less of the labels than one who counted them, or the ids are not its tokenizer's."""
     found, tokenizer, seen = facts.agreement, facts.tokenizer, []
     if found.teacher_nll > found.counts_nll and found.below_counts > LOST:
@@ -124,7 +124,7 @@ def wrong_tokenizer(facts: Facts) -> Verdict | None:
     )
 
 
-def teacher_weaker_than_labels(facts: Facts) -> Verdict | None:
+def teacher_weaker_than_labels(facts: DiagnosisInputs) -> Verdict | None:
     """The student knows the labels better than its teacher."""
     found = facts.agreement
     if found.teacher_nll < found.student_nll + WEAKER:
@@ -137,7 +137,7 @@ def teacher_weaker_than_labels(facts: Facts) -> Verdict | None:
     )
 
 
-def temperature_too_high(facts: Facts) -> Verdict | None:
+def temperature_too_high(facts: DiagnosisInputs) -> Verdict | None:
     """At T the teacher is nearly uniform, and most of the soft gradient is about ids that it thinks unlikely."""
     found, most = facts.agreement, log(facts.agreement.vocab_size)
     if not facts.alpha or facts.temperature <= 1 or found.soft_entropy < FLAT * most or found.soft_tail < DROWNED:
@@ -151,7 +151,7 @@ def temperature_too_high(facts: Facts) -> Verdict | None:
     )
 
 
-def temperature_too_low(facts: Facts) -> Verdict | None:
+def temperature_too_low(facts: DiagnosisInputs) -> Verdict | None:
     """At T the teacher is nearly one-hot."""
     if not facts.alpha or facts.agreement.soft_entropy > HARD:
         return None
@@ -163,21 +163,21 @@ def temperature_too_low(facts: Facts) -> Verdict | None:
     )
 
 
-def alpha_too_high(facts: Facts) -> Verdict | None:
+def alpha_too_high(facts: DiagnosisInputs) -> Verdict | None:
     """The student copies mistakes of which the labels could have told it."""
     found, led = facts.agreement, facts.agreement.gradient.get("soft", 0.0)
-    if found.excess_mistakes < MISTAKES or found.copied < COPIED or led < LED:
+    if found.excess_errors < MISTAKES or found.copied_errors < COPIED or led < LED:
         return None
     return Verdict(
         "alpha_too_high",
-        f"For {found.mistakes:.0%} of the tokens the teacher is sure of another id than the label "
-        f"({found.excess_mistakes:.0%} more than it admits), and the student says the same for {found.copied:.0%} of "
-        f"them; {led:.0%} of the gradient is the soft term's.",
+        f"For {found.confident_teacher_errors:.0%} of the tokens the teacher is sure of another id than the label "
+        f"({found.excess_errors:.0%} more than it admits), and the student says the same for {found.copied_errors:.0%} "
+        f"of them; {led:.0%} of the gradient is the soft term's.",
         "Lower distill.alpha, so that the labels outweigh the teacher where it is wrong.",
     )
 
 
-def alpha_too_low(facts: Facts) -> Verdict | None:
+def alpha_too_low(facts: DiagnosisInputs) -> Verdict | None:
     """The soft term steers nothing."""
     led = facts.agreement.gradient.get("soft", 0.0)
     if not facts.alpha or led > IGNORED or facts.agreement.kl < APART:
@@ -189,7 +189,7 @@ def alpha_too_low(facts: Facts) -> Verdict | None:
     )
 
 
-def kl_increased(facts: Facts) -> Verdict | None:
+def kl_increased(facts: DiagnosisInputs) -> Verdict | None:
     """The student was closer to its teacher earlier in training than at the end."""
     trend = facts.kl_trend
     if trend is None or not facts.alpha or not trend.rises or trend.last <= APART:
@@ -202,7 +202,7 @@ def kl_increased(facts: Facts) -> Verdict | None:
     )
 
 
-def under_trained(facts: Facts) -> Verdict | None:
+def under_trained(facts: DiagnosisInputs) -> Verdict | None:
     """The loss still fell at the end, or, of a student that is still far, when the learning rate was brought down."""
     if facts.trend is None:
         return None
@@ -223,7 +223,7 @@ def under_trained(facts: Facts) -> Verdict | None:
     )
 
 
-def capacity_gap(facts: Facts) -> Verdict | None:
+def capacity_gap(facts: DiagnosisInputs) -> Verdict | None:
     """The loss fell no more, even at a high learning rate, and the student is far from its teacher."""
     found, trend = facts.agreement, facts.trend
     if trend is None or not facts.alpha or not (trend.at_end.flat and trend.while_high.flat and _far(found)):
@@ -236,7 +236,7 @@ def capacity_gap(facts: Facts) -> Verdict | None:
     )
 
 
-def far_from_teacher(facts: Facts) -> Verdict | None:
+def far_from_teacher(facts: DiagnosisInputs) -> Verdict | None:
     """The student is no better than a baseline, the student before training, or the control."""
     signs = signs_of_distance(facts.agreement, facts.references, facts.alpha)
     if not signs:
@@ -250,7 +250,7 @@ def far_from_teacher(facts: Facts) -> Verdict | None:
     )
 
 
-def collapsed_tail(facts: Facts) -> Verdict | None:
+def collapsed_tail(facts: DiagnosisInputs) -> Verdict | None:
     """The student is far surer than its teacher."""
     found = facts.agreement
     tail = found.teacher_tail > TAIL and found.student_tail < TAIL_LEFT * found.teacher_tail
@@ -271,7 +271,7 @@ def _far(found: Agreement) -> bool:
 
 
 # In this order; each verdict -> what it explains.
-_EXPLAINS: dict[Callable[[Facts], Verdict | None], tuple[str, ...]] = {
+_EXPLAINS: dict[Callable[[DiagnosisInputs], Verdict | None], tuple[str, ...]] = {
     # A teacher without opinions is flat too, and to be far from it is no fault.
     teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low", KL_INCREASED, "far_from_teacher"),
     temperature_too_high: (

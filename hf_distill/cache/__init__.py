@@ -1,14 +1,23 @@
 """Teachers on disk: what a teacher says of the training data, written once, verified, and read ever after."""
 
 from .api import write_cache
-from .example_keys import Example, examples_of
+from .example_keys import Example, batch_examples
 from .manifest import Manifest, read_manifest
-from .reader import Store, check_all
+from .reader import CacheReader, verify_cache
 
-__all__ = ["Example", "Manifest", "Store", "check_all", "examples_of", "open_cache", "read_manifest", "write_cache"]
+__all__ = [
+    "CacheReader",
+    "Example",
+    "Manifest",
+    "batch_examples",
+    "open_cache",
+    "read_manifest",
+    "verify_cache",
+    "write_cache",
+]
 
 
-def open_cache(path: str) -> Store:
+def open_cache(path: str) -> CacheReader:
     """A cache, ready to be read.
 
     Args:
@@ -17,6 +26,6 @@ def open_cache(path: str) -> Store:
     Raises:
         DistillError: it is no whole cache.
     """
-    from .hub import folder_of
+    from .hub import resolve_cache_dir
 
-    return Store(folder_of(path))
+    return CacheReader(resolve_cache_dir(path))

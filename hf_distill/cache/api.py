@@ -17,25 +17,26 @@ from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from .example_keys import other_inputs
-from .fingerprints import digest_of_template, digest_of_tokenizer, digest_of_weights
+from .fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from .manifest import Kind, Manifest
 from .serialization import DTYPES, check_kind
-from .writer import Ask, Progress, Rows, batch_of, capture, plan_rows, taps_of
+from .writer import CacheProgress, ShardPlan, TeacherFn, batch_of, plan_shards, taps_of, write_shards
 
 KINDS = ("hidden", "sampled", "top_k")
 _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
 
 
 @dataclass(frozen=True)
-class Options:
+class CacheOptions:
     """What is stored of a teacher.
 
     kind:        hidden: its last hidden states and, once, its output head: every divergence, at every temperature
                  sampled: draws from its distribution (random sampling KD, 2503.16870): forward KL without bias
                  top_k: log-probabilities of its k likeliest ids, and the mass of the rest
     temperature: of sampled and top_k; a run that reads the cache must have the same
-    draws:       of sampled, of each token
-    proposal:    of sampled: temperature of the distribution that is drawn from, with weights p / q; None: `temperature`
+    samples_per_token:    of sampled, of each token
+    proposal_temperature: of sampled: temperature of the distribution that is drawn from, with weights p / q;
+                 None: `temperature`
     k:           of top_k
     dtype:       of hidden states
     layers:      of hidden: blocks of the teacher whose outputs are stored too, for losses on hidden states
@@ -47,8 +48,8 @@ class Options:
 
     kind: Kind = "hidden"
     temperature: float = 2.0
-    draws: int = 12
-    proposal: float | None = None
+    samples_per_token: int = 12
+    proposal_temperature: float | None = None
     k: int = 64
     dtype: str = "bfloat16"
     layers: Sequence[int] = ()
@@ -58,10 +59,13 @@ class Options:
         problems = []
         if self.kind not in KINDS:
             problems.append(f"kind is {self.kind!r}; known: {', '.join(KINDS)}")
-        for name, value in (("temperature", self.temperature), ("proposal", self.proposal or 1.0)):
+        for name, value in (
+            ("temperature", self.temperature),
+            ("proposal_temperature", self.proposal_temperature or 1.0),
+        ):
             if not 0 < value < float("inf"):
                 problems.append(f"{name} is {value}; it must be a positive number")
-        for name, value in (("draws", self.draws), ("k", self.k)):
+        for name, value in (("samples_per_token", self.samples_per_token), ("k", self.k)):
             if not isinstance(value, int) or not 1 <= value < 1 << 16:
                 problems.append(f"{name} is {value!r}; it must be a whole number from 1 to 65535")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63:
@@ -76,7 +80,11 @@ class Options:
         """For the manifest."""
         found: dict[str, dict[str, Any]] = {
             "hidden": {"dtype": self.dtype, "layers": list(self.layers)},
-            "sampled": {"draws": self.draws, "proposal": self.proposal or self.temperature, "seed": self.seed},
+            "sampled": {
+                "samples_per_token": self.samples_per_token,
+                "proposal_temperature": self.proposal_temperature or self.temperature,
+                "seed": self.seed,
+            },
             "top_k": {"k": self.k},
         }
         return found[self.kind]
@@ -91,9 +99,9 @@ def write_cache(
     batch_size: int = 8,
     shard_rows: int = 256,
     device: torch.device | str | None = None,
-    known_as: dict[str, Any] | None = None,
+    teacher_name: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options,
 ) -> Manifest:
     """Write what a teacher says of the asked tokens of some rows; a capture that was cut off goes on.
@@ -107,10 +115,10 @@ def write_cache(
         batch_size: rows of a batch.
         shard_rows: rows of a shard: what is lost at most where a capture is cut off.
         device: of the batches; None: the teacher's.
-        known_as: how the teacher is called: {"model", "revision"}; None: its name_or_path.
+        teacher_name: how the teacher is called: {"model", "revision"}; None: its name_or_path.
         recipe: from which this is written, to be kept in the manifest.
         on_progress: told after each shard.
-        options: see `Options`.
+        options: see `CacheOptions`.
 
     Returns:
         the manifest of the whole cache.
@@ -119,20 +127,20 @@ def write_cache(
         DistillError: a value out of range, a teacher that cannot be captured in this kind, a folder that holds
             something else, a disk that is full.
     """
-    wanted, sizes = Options(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
+    wanted, sizes = CacheOptions(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
     raise_if_any([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
     shift = model_type_of(model).shifts_labels
     device = torch.device(device or next(model.parameters()).device)
-    ask: Ask = _asking(teacher) if isinstance(teacher, nn.Module) else teacher
-    planned, data = plan_rows(rows, _read_by(model, collator), batch_size, shard_rows, shift)
+    teacher_fn: TeacherFn = _make_teacher_fn(teacher) if isinstance(teacher, nn.Module) else teacher
+    planned, data = plan_shards(rows, _read_by(model, collator), batch_size, shard_rows, shift)
     manifest = Manifest(
         kind=wanted.kind,
         options=wanted.of_kind(),
         temperature=None if wanted.kind == "hidden" else wanted.temperature,
-        teacher=_described(known_as, model),
-        tokenizer=digest_of_tokenizer(processing_class),
-        chat_template=digest_of_template(processing_class),
+        teacher=_described(teacher_name, model),
+        tokenizer=tokenizer_fingerprint(processing_class),
+        chat_template=template_fingerprint(processing_class),
         data=data
         | sizes
         | _inputs_beside_ids(planned)
@@ -140,21 +148,21 @@ def write_cache(
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
         depth=depth_of(model),
-        **_tried(ask, planned, wanted.kind, device, shift, wanted.layers),
+        **_probe_teacher(teacher_fn, planned, wanted.kind, device, shift, wanted.layers),
     )
-    return capture(ask, planned, manifest, Path(folder), device, shift, on_progress)
+    return write_shards(teacher_fn, planned, manifest, Path(folder), device, shift, on_progress)
 
 
 def _read_by(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[list], dict]:
     return lambda rows: accepted_inputs(model, collator(rows))
 
 
-def _described(known_as: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
-    known = known_as or {"model": unwrap_model(model).name_or_path}
-    return known | {"class": type(unwrap_model(model)).__name__, "weights": digest_of_weights(model)}
+def _described(teacher_name: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
+    known = teacher_name or {"model": unwrap_model(model).name_or_path}
+    return known | {"class": type(unwrap_model(model)).__name__, "weights": weights_fingerprint(model)}
 
 
-def _inputs_beside_ids(rows: Rows) -> dict[str, Any]:
+def _inputs_beside_ids(rows: ShardPlan) -> dict[str, Any]:
     inputs = other_inputs(rows.batch(0))
     return {"inputs": inputs} if inputs else {}
 
@@ -167,18 +175,20 @@ def depth_of(model: nn.Module) -> int:
         return 0
 
 
-def _asking(model: nn.Module) -> Ask:
-    def ask(inputs, targets, wanted):
+def _make_teacher_fn(model: nn.Module) -> TeacherFn:
+    def teacher_fn(inputs, targets, wanted):
         with eval_mode(model):
             return extract_signals(model, inputs, targets, wanted)
 
-    return ask
+    return teacher_fn
 
 
-def _tried(ask: Ask, rows: Rows, kind: str, device: torch.device, shift: bool, layers: Sequence[int]) -> dict[str, Any]:
+def _probe_teacher(
+    teacher_fn: TeacherFn, rows: ShardPlan, kind: str, device: torch.device, shift: bool, layers: Sequence[int]
+) -> dict[str, Any]:
     """What the teacher's first answer tells of it."""
     batch, targets = batch_of(rows, 0, device, shift)
-    told = ask(batch, targets, taps_of(layers, batch, targets, shift))
+    told = teacher_fn(batch, targets, taps_of(layers, batch, targets, shift))
     check_kind(kind, told)
     source: Any = told.logits
     head = source if isinstance(source, LazyLogits) else None

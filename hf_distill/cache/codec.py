@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..errors import DistillError
 
-GRID = 128  # steps a nat of a stored log-probability
+STEPS_PER_NAT = 128  # steps a nat of a stored log-probability
 _ZSTD = pa.Codec("zstd", compression_level=3)
 
 
@@ -36,14 +36,14 @@ class Ragged:
         return len(self.sizes)
 
 
-def to_grid(nats: np.ndarray) -> np.ndarray:
+def quantize_nats(nats: np.ndarray) -> np.ndarray:
     """Numbers from 0 to 511 nats, in steps of 1 / GRID; what is beyond is 511, and so is infinity."""
-    return np.rint(np.clip(np.nan_to_num(nats, posinf=511.0), 0.0, 511.0) * GRID).astype(np.uint16)
+    return np.rint(np.clip(np.nan_to_num(nats, posinf=511.0), 0.0, 511.0) * STEPS_PER_NAT).astype(np.uint16)
 
 
-def from_grid(steps: np.ndarray) -> np.ndarray:
+def dequantize_nats(steps: np.ndarray) -> np.ndarray:
     """Nats in float32."""
-    return steps.astype(np.float32) / GRID
+    return steps.astype(np.float32) / STEPS_PER_NAT
 
 
 def encode(found: Ragged, vocab_size: int) -> bytes:

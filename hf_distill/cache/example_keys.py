@@ -37,7 +37,7 @@ class Example:
     asked: slice
 
 
-def examples_of(inputs: dict, targets: Targets) -> list[Example]:
+def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
     """The examples of a batch that ask something, in the order of their asked tokens.
 
     Args:
@@ -59,7 +59,7 @@ def examples_of(inputs: dict, targets: Targets) -> list[Example]:
         row = int(rows[start])
         tokens = ids[row][real[row] != 0]
         parts = [_part(name, _of_row(value, row, mask)) for name, value in sorted(others.items())]
-        key = key_of(tokens, positions[start:end] - row * width, labels[start:end], parts)
+        key = example_key(tokens, positions[start:end] - row * width, labels[start:end], parts)
         found.append(Example(key, slice(start, end)))
     return found
 
@@ -100,7 +100,7 @@ def _aligned(
             by_token, by_row = value.shape[:2] == documents.shape, len(value) == len(documents)
             own = value.flatten(0, 1)[first:last] if by_token else value[first // width] if by_row else value
             parts.append(_part(name, own))
-        key = key_of(ids[first:last], positions[start:end] - first, labels[start:end], parts)
+        key = example_key(ids[first:last], positions[start:end] - first, labels[start:end], parts)
         found.append(Example(key, slice(start, end)))
     return found
 
@@ -112,7 +112,7 @@ def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(bounds)) if len(numbers) else []
 
 
-def key_of(tokens: np.ndarray, asked: np.ndarray, labels: np.ndarray, others: Sequence[bytes] = ()) -> bytes:
+def example_key(tokens: np.ndarray, asked: np.ndarray, labels: np.ndarray, others: Sequence[bytes] = ()) -> bytes:
     """The key of an example.
 
     Args:
@@ -130,7 +130,7 @@ def key_of(tokens: np.ndarray, asked: np.ndarray, labels: np.ndarray, others: Se
     return digest.digest()
 
 
-def seed_of(key: bytes, seed: int) -> torch.Generator:
+def example_seed(key: bytes, seed: int) -> torch.Generator:
     """Random numbers that belong to an example: the same in whichever batch, process or attempt it comes."""
     mixed = hashlib.blake2b(key, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)

@@ -11,7 +11,7 @@ from ..errors import DistillError
 
 
 @contextmanager
-def writing(file: Path) -> Iterator[Path]:
+def atomic_path(file: Path) -> Iterator[Path]:
     """Yields a path to write to, which becomes the file when the block ends.
 
     Raises:
@@ -29,21 +29,21 @@ def writing(file: Path) -> Iterator[Path]:
         ) from error
 
 
-def entry_of(file: Path) -> dict[str, Any]:
+def file_entry(file: Path) -> dict[str, Any]:
     """By what a manifest knows a file."""
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
 
 
-def damage_of(folder: Path, entry: dict[str, Any]) -> str | None:
+def file_error(folder: Path, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file of a cache, by its entry in the manifest; None: nothing is."""
     file = folder / entry["file"]
     if not file.is_file():
         return f"{file} is missing"
     if (size := file.stat().st_size) != entry["bytes"]:
         return f"{file} is cut off or longer, {size} bytes in the place of {entry['bytes']}"
-    return f"{file} is damaged, for its checksum differs" if entry_of(file)["sha256"] != entry["sha256"] else None
+    return f"{file} is damaged, for its checksum differs" if file_entry(file)["sha256"] != entry["sha256"] else None
 
 
 def check_files(folder: Path, *entries: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def check_files(folder: Path, *entries: dict[str, Any]) -> None:
     Raises:
         DistillError: names all of them.
     """
-    if found := [damage for entry in entries if (damage := damage_of(folder, entry))]:
+    if found := [damage for entry in entries if (damage := file_error(folder, entry))]:
         raise DistillError(f"{'; '.join(found)}: write the cache again, or get these files from where it came from.")
 
 

@@ -12,7 +12,7 @@ _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
 
 
 @torch.no_grad()
-def digest_of_weights(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """A checksum of about every k-th number of each parameter, of a whole, quantised or sharded model.
 
     Called on all processes; a parameter that is sharded is gathered for a moment.
@@ -35,7 +35,7 @@ def _whole(parameter: Any) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def digest_of_tokenizer(tokenizer: Any) -> str | None:
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """A checksum of what ids mean and of how a text is split; None where there is no tokenizer."""
     if not hasattr(tokenizer, "get_vocab"):
         return None
@@ -43,7 +43,7 @@ def digest_of_tokenizer(tokenizer: Any) -> str | None:
     return _sha256(json.dumps([sorted(tokenizer.get_vocab().items()), split]))
 
 
-def digest_of_template(tokenizer: Any) -> str | None:
+def template_fingerprint(tokenizer: Any) -> str | None:
     """A checksum of the chat template; None where there is none."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else _sha256(json.dumps(template, sort_keys=True))

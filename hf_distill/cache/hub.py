@@ -8,9 +8,9 @@ from ..core.escape import markdown
 from ..core.local_paths import reduced
 from ..core.references import public_name, reference_kind
 from ..errors import DistillError
-from ..hub import address, asking, fetch_folder
+from ..hub import fetch_folder, parse_uri, translate_hub_errors
 from .manifest import FILE, Manifest, read_manifest
-from .reader import check_all
+from .reader import verify_cache
 
 _CARD = """---
 tags: [hf_distill, knowledge-distillation]
@@ -28,7 +28,7 @@ teacher: {{kind: cached, path: "hf://datasets/{repo}"}}
 """
 
 
-def folder_of(path: str) -> Path:
+def resolve_cache_dir(path: str) -> Path:
     """The folder of a cache on this machine; one on the Hub is downloaded, whole.
 
     Raises:
@@ -36,7 +36,7 @@ def folder_of(path: str) -> Path:
     """
     if reference_kind(path) != "address":
         return Path(path)
-    at = address(path)
+    at = parse_uri(path)
     if at.type != "dataset" or at.path_in_repo:
         raise DistillError(f"{path!r} is no address of a data set: write hf://datasets/org/name, or with @revision.")
     return fetch_folder(at)
@@ -61,7 +61,7 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder)
-    manifest, api = check_all(folder), HfApi()
+    manifest, api = verify_cache(folder), HfApi()
     card = _CARD.format(
         model=markdown(public_name(manifest.teacher["model"])),
         kind=manifest.kind,
@@ -78,7 +78,7 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
     files: list[Any] = [CommitOperationAdd(name, content) for name, content in written.items()]
     replaced = {entry["file"] for entry in stored.files} if stored else set()
     files += [CommitOperationDelete(name) for name in sorted((replaced & present) - {*written})]
-    with asking(repo, "dataset"):
+    with translate_hub_errors(repo, "dataset"):
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         done = api.create_commit(repo, files, repo_type="dataset", commit_message="Cache of hf_distill")
     return f"hf://datasets/{repo}@{done.oid}"
@@ -89,7 +89,7 @@ def _present(api: Any, repo: str) -> tuple[set[str], Manifest | None]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    with asking(repo, "dataset"):
+    with translate_hub_errors(repo, "dataset"):
         try:
             info: Any = api.dataset_info(repo)
         except RepositoryNotFoundError:

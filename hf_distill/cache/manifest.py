@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..core.references import path_exists
 from ..errors import DistillError
-from .files import checksum_of, writing
+from .files import atomic_path, checksum_of
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of a capture that goes on
@@ -93,7 +93,7 @@ class Manifest:
 
     def write(self, file: Path) -> None:
         """Write it whole or not at all, with a checksum of itself."""
-        with writing(file) as half:
+        with atomic_path(file) as half:
             half.write_text(self.as_text())
 
     def as_text(self) -> str:

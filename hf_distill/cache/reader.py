@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from .example_keys import KEY
-from .files import check_files, entry_of, writing
+from .files import atomic_path, check_files, file_entry
 from .manifest import INDEX, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
-class Stored:
+class CachedExample:
     """What a cache has of one example.
 
     tokens:  T of it
@@ -36,7 +36,9 @@ def schema_of(layers: Sequence[int]) -> pa.Schema:
     return pa.schema([*columns, *((f"hidden_{layer}", pa.large_binary()) for layer in layers)])
 
 
-def write_shard(file: Path, keys: Sequence[bytes], stored: Sequence[Stored], layers: Sequence[int]) -> dict[str, Any]:
+def write_shard(
+    file: Path, keys: Sequence[bytes], stored: Sequence[CachedExample], layers: Sequence[int]
+) -> dict[str, Any]:
     """Write a shard whole or not at all.
 
     Returns:
@@ -49,15 +51,15 @@ def write_shard(file: Path, keys: Sequence[bytes], stored: Sequence[Stored], lay
     columns += [[s.layers[i] for s in stored] for i in range(len(layers))]
     schema = schema_of(layers)
     arrays = [pa.array(values, type=kind.type) for values, kind in zip(columns, schema, strict=True)]
-    with writing(file) as half, half.open("wb") as out:
+    with atomic_path(file) as half, half.open("wb") as out:
         with pa.ipc.new_stream(out, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         out.flush()
         os.fsync(out.fileno())
-    return entry_of(file) | {"examples": len(keys), "tokens": sum(s.tokens for s in stored)}
+    return file_entry(file) | {"examples": len(keys), "tokens": sum(s.tokens for s in stored)}
 
 
-class Store:
+class CacheReader:
     """A cache's examples by key.
 
     A shard is checked when something of it is needed for the first time in a process, and mapped into memory from then
@@ -72,7 +74,7 @@ class Store:
         self._tables: dict[int, pa.Table] = {}
         self._index: tuple[np.ndarray, np.ndarray] | None = None
 
-    def find(self, keys: Sequence[bytes]) -> list[Stored | None]:
+    def get(self, keys: Sequence[bytes]) -> list[CachedExample | None]:
         """What there is of examples; None where there is nothing."""
         if self._index is None:
             self._index = self._sorted_keys()
@@ -81,7 +83,7 @@ class Store:
         at = np.searchsorted(known, wanted.view("<u8")[::2])
         return [self._at(key, int(i), known, places) for key, i in zip(keys, at, strict=True)]
 
-    def _at(self, key: bytes, i: int, known: np.ndarray, places: np.ndarray) -> Stored | None:
+    def _at(self, key: bytes, i: int, known: np.ndarray, places: np.ndarray) -> CachedExample | None:
         first = int.from_bytes(key[:8], "little")
         while i < len(known) and known[i] == first:
             shard, row = places[i].tolist()
@@ -91,9 +93,9 @@ class Store:
             i += 1
         return None
 
-    def _read(self, table: pa.Table, row: int) -> Stored:
+    def _read(self, table: pa.Table, row: int) -> CachedExample:
         layers = [table[f"hidden_{layer}"][row].as_buffer() for layer in self.manifest.options.get("layers", ())]
-        return Stored(
+        return CachedExample(
             table["tokens"][row].as_py(), table["ids"][row].as_py(), table["payload"][row].as_buffer(), layers
         )
 
@@ -120,14 +122,14 @@ class Store:
 
 def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write the keys of all shards into one file; its entry in the manifest."""
-    with writing(folder / INDEX) as half, half.open("wb") as out:
+    with atomic_path(folder / INDEX) as half, half.open("wb") as out:
         for shard in shards:
             with pa.ipc.open_stream(pa.memory_map(str(folder / shard["file"]))) as reader:
                 out.write(b"".join(reader.read_all()["key"].to_pylist()))
-    return entry_of(folder / INDEX)
+    return file_entry(folder / INDEX)
 
 
-def check_all(folder: Path) -> Manifest:
+def verify_cache(folder: Path) -> Manifest:
     """Check every file of a cache, and return its manifest.
 
     Raises:

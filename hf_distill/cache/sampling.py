@@ -27,7 +27,7 @@ def blocks_of(source: LazyLogits | DenseLogits) -> Iterator[tuple[slice, Tensor]
             yield slice(start + first, start + first + len(block)), block
 
 
-def systematic(count: int, draws: int, generator: torch.Generator) -> Tensor:
+def systematic_points(count: int, draws: int, generator: torch.Generator) -> Tensor:
     """Where to draw: one random number for each token, and the others at equal distances from it (Madow 1949).
 
     An id of probability p is drawn K p times, rounded up or down: K p on average, as by independent draws, with less
@@ -46,7 +46,7 @@ def systematic(count: int, draws: int, generator: torch.Generator) -> Tensor:
     return ((start + torch.arange(draws)) / draws).clamp_(max=1 - 2**-53)  # where the sum was rounded up
 
 
-def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample_by_inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Ids drawn from softmax(logits), by the inverse of its running sum.
 
     The sum is taken over blocks of ids first, and inside the blocks that were hit then.

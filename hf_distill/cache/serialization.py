@@ -13,16 +13,16 @@ from ..core.signals import FeatureKey, Signals
 from ..errors import DistillError
 from . import codec
 from .codec import Ragged
-from .example_keys import Example, seed_of
+from .example_keys import Example, example_seed
 from .manifest import Manifest
-from .reader import Stored
-from .sampling import blocks_of, draw, systematic
+from .reader import CachedExample
+from .sampling import blocks_of, sample_by_inverse_cdf, systematic_points
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LIFT = 64.0  # nats that are added to -log of a draw's weight, which may be below 0
 
 
-def stored_of(told: Signals, examples: Sequence[Example], manifest: Manifest) -> list[Stored]:
+def encode_signals(told: Signals, examples: Sequence[Example], manifest: Manifest) -> list[CachedExample]:
     """What a cache keeps of a batch's examples.
 
     Args:
@@ -36,7 +36,9 @@ def stored_of(told: Signals, examples: Sequence[Example], manifest: Manifest) ->
         dtype = DTYPES[manifest.options["dtype"]]
         rows = [_rows(tensor.to(dtype)) for tensor in (told.logits.hidden, *layers)]
         return [
-            Stored(e.asked.stop - e.asked.start, 0, rows[0](e.asked), [of_layer(e.asked) for of_layer in rows[1:]])
+            CachedExample(
+                e.asked.stop - e.asked.start, 0, rows[0](e.asked), [of_layer(e.asked) for of_layer in rows[1:]]
+            )
             for e in examples
         ]
     assert isinstance(told.logits, LazyLogits | DenseLogits)
@@ -49,11 +51,11 @@ def _rows(tensor: Tensor) -> Any:
     return lambda asked: whole[asked].tobytes()
 
 
-def _one(found: Ragged, asked: slice, vocab_size: int) -> Stored:
+def _one(found: Ragged, asked: slice, vocab_size: int) -> CachedExample:
     bounds = np.concatenate([[0], np.cumsum(found.sizes, dtype=np.int64)])
     ids = slice(bounds[asked.start], bounds[asked.stop])
     own = Ragged(found.sizes[asked], found.ids[ids], found.values[ids], found.extra[asked])
-    return Stored(len(own), len(own.ids), codec.encode(own, vocab_size), [])
+    return CachedExample(len(own), len(own.ids), codec.encode(own, vocab_size), [])
 
 
 def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
@@ -66,24 +68,24 @@ def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
         parts.append([x.cpu().numpy() for x in (ids, -kept, -tail)])
     ids, kept, tail = (np.concatenate(column) for column in zip(*parts, strict=True))
     sizes = np.full(len(ids), k, dtype=np.uint16)
-    return Ragged(sizes, ids.reshape(-1), codec.to_grid(kept.reshape(-1)), codec.to_grid(tail))
+    return Ragged(sizes, ids.reshape(-1), codec.quantize_nats(kept.reshape(-1)), codec.quantize_nats(tail))
 
 
 def _sampled(source: LazyLogits | DenseLogits, examples: Sequence[Example], manifest: Manifest) -> Ragged:
     """Systematic draws; of each distinct id how often, or its weight where the proposal is another one."""
-    draws, proposal = manifest.options["draws"], float(manifest.options["proposal"])
+    draws, proposal = manifest.options["samples_per_token"], float(manifest.options["proposal_temperature"])
     temperature = float(manifest.temperature or 1.0)
     seed = manifest.options["seed"]
-    each = [(example.asked.stop - example.asked.start, seed_of(example.key, seed)) for example in examples]
-    uniform = torch.cat([systematic(count, draws, own) for count, own in each])  # which belongs to the example
+    each = [(example.asked.stop - example.asked.start, example_seed(example.key, seed)) for example in examples]
+    uniform = torch.cat([systematic_points(count, draws, own) for count, own in each])  # which belongs to the example
     parts = []
     for rows, logits in blocks_of(source):
         own = uniform[rows].to(logits.device)
         if proposal == temperature:
-            ids, log_q = draw(logits if temperature == 1 else logits.div_(temperature), own)
+            ids, log_q = sample_by_inverse_cdf(logits if temperature == 1 else logits.div_(temperature), own)
             log_p = log_q
         else:
-            ids, log_q = draw(logits / proposal, own)
+            ids, log_q = sample_by_inverse_cdf(logits / proposal, own)
             logits = logits.div_(temperature)
             log_p = (logits.gather(1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
         weight = log_p - log_q - math.log(draws)  # of one draw
@@ -93,12 +95,12 @@ def _sampled(source: LazyLogits | DenseLogits, examples: Sequence[Example], mani
     first = np.diff(ids, axis=1, prepend=-1) != 0
     sizes = first.sum(1).astype(np.uint16)
     counts = np.diff(np.append(np.flatnonzero(first), first.size))
-    values = counts if proposal == temperature else codec.to_grid(_LIFT - weight[first] - np.log(counts))
-    return Ragged(sizes, ids[first], values, codec.to_grid(-expected))
+    values = counts if proposal == temperature else codec.quantize_nats(_LIFT - weight[first] - np.log(counts))
+    return Ragged(sizes, ids[first], values, codec.quantize_nats(-expected))
 
 
-def told_of(
-    stored: Sequence[Stored], manifest: Manifest, head: dict[str, Any], device: torch.device, ids: int
+def decode_signals(
+    stored: Sequence[CachedExample], manifest: Manifest, head: dict[str, Any], device: torch.device, ids: int
 ) -> Signals:
     """What the teacher said of the asked tokens of some examples, one example after another.
 
@@ -127,13 +129,17 @@ def told_of(
 
 def _sparse(found: Ragged, manifest: Manifest, device: torch.device, vocab_size: int) -> SparseLogProbs:
     ids, values, there = codec.padded(found)
-    options, temperature, extra = manifest.options, float(manifest.temperature or 1.0), -codec.from_grid(found.extra)
+    options, temperature, extra = (
+        manifest.options,
+        float(manifest.temperature or 1.0),
+        -codec.dequantize_nats(found.extra),
+    )
     if manifest.kind == "top_k":
-        logs = -codec.from_grid(values)
-    elif options["proposal"] == temperature:
-        logs = np.log(np.maximum(values, 1) / options["draws"], dtype=np.float32)
+        logs = -codec.dequantize_nats(values)
+    elif options["proposal_temperature"] == temperature:
+        logs = np.log(np.maximum(values, 1) / options["samples_per_token"], dtype=np.float32)
     else:
-        logs = _LIFT - codec.from_grid(values)
+        logs = _LIFT - codec.dequantize_nats(values)
     logs[~there] = -np.inf
     if (beyond := ids >= vocab_size).any():  # padding of the teacher's vocabulary
         if manifest.kind == "top_k":

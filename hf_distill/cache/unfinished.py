@@ -15,9 +15,9 @@ from typing import Any
 from transformers.utils import logging
 
 from ..core.locks import LOCK_FILE, lock_folder
-from ..core.processes import on_main
+from ..core.processes import run_on_main
 from ..errors import DistillError
-from .files import check_files, checksum_of, damage_of, writing
+from .files import atomic_path, check_files, checksum_of, file_error
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
 from .reader import write_index
@@ -38,11 +38,11 @@ def lock_capture(folder: Path) -> Iterator[None]:
         DistillError: another process writes into the folder, or it cannot be written to.
     """
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(lock_folder(folder, "hf-distill cache write")))
+        run_on_main(lambda: stack.enter_context(lock_folder(folder, "hf-distill cache write")))
         yield
 
 
-def claim(folder: Path, manifest: Manifest) -> Manifest | None:
+def open_output(folder: Path, manifest: Manifest) -> Manifest | None:
     """Make the folder this capture's; the manifest if the cache is complete already.
 
     Raises:
@@ -57,10 +57,10 @@ def claim(folder: Path, manifest: Manifest) -> Manifest | None:
                 )
             if name == FILE:
                 _check_complete(folder, there)
-                _tidy(folder)
+                _remove_temporary(folder)
                 return there
     barrier()
-    on_main(lambda: _begin(folder, manifest))
+    run_on_main(lambda: _begin(folder, manifest))
     return None
 
 
@@ -76,7 +76,7 @@ def _begin(folder: Path, manifest: Manifest) -> None:
 def _check_complete(folder: Path, manifest: Manifest) -> None:
     """Refuse a complete cache of which a file is damaged; each process reads its share of the files."""
     mine = manifest.files[rank() :: world_size()]
-    if damages := gather_lists([damage for entry in mine if (damage := damage_of(folder, entry))]):
+    if damages := gather_lists([damage for entry in mine if (damage := file_error(folder, entry))]):
         raise DistillError(
             f"{folder} is a complete cache, and {'; '.join(damages)}: remove the folder and write the cache again, or "
             "get these files from where it came from."
@@ -113,7 +113,7 @@ def verify_written(folder: Path, count: int) -> list[bool]:
 
 def _damage(folder: Path, file: str) -> str | None:
     entry = read_entry(folder, file)
-    return f"the entry of {file} is damaged" if entry is None else damage_of(folder, entry)
+    return f"the entry of {file} is damaged" if entry is None else file_error(folder, entry)
 
 
 def is_written(folder: Path, file: str) -> bool:
@@ -123,7 +123,7 @@ def is_written(folder: Path, file: str) -> bool:
 
 def write_entry(folder: Path, entry: dict[str, Any]) -> None:
     """Record that a file is complete, with a checksum of the record itself."""
-    with writing(_entry_file(folder, entry["file"])) as half:
+    with atomic_path(_entry_file(folder, entry["file"])) as half:
         half.write_text(json.dumps(entry | {"checksum": checksum_of(entry)}))
 
 
@@ -143,8 +143,8 @@ def finish(folder: Path, manifest: Manifest, count: int) -> Manifest:
     Raises:
         DistillError: a file was damaged while the capture ran.
     """
-    on_main(lambda: _complete(folder, manifest, count))
-    _tidy(folder)
+    run_on_main(lambda: _complete(folder, manifest, count))
+    _remove_temporary(folder)
     barrier()
     return read_manifest(folder)
 
@@ -161,7 +161,7 @@ def _complete(folder: Path, manifest: Manifest, count: int) -> None:
     replace(manifest, shards=shards, index=write_index(folder, shards), head=head).write(folder / FILE)
 
 
-def _tidy(folder: Path) -> None:
+def _remove_temporary(folder: Path) -> None:
     """Remove what belongs to the capture alone."""
     if rank() == 0:
         for file in [*folder.glob("shard-*.json"), *folder.glob("*.half"), _entry_file(folder, HEAD), folder / CAPTURE]:

@@ -18,22 +18,22 @@ from ..core.logits import LazyLogits
 from ..core.signals import FeatureKey, Signals, Targets
 from ..errors import DistillError
 from ..models.finite_weights import check_finite
-from .example_keys import Example, examples_of, fingerprint
-from .files import entry_of, writing
+from .example_keys import Example, batch_examples, fingerprint
+from .files import atomic_path, file_entry
 from .manifest import HEAD, Manifest
 from .ranks import barrier, rank, world_size
-from .reader import Stored, write_shard
-from .serialization import stored_of
-from .unfinished import claim, finish, is_written, lock_capture, shard_file, verify_written, write_entry
+from .reader import CachedExample, write_shard
+from .serialization import encode_signals
+from .unfinished import finish, is_written, lock_capture, open_output, shard_file, verify_written, write_entry
 
-Ask = Callable[[dict, Targets, Mapping[FeatureKey, Targets]], Signals]
+TeacherFn = Callable[[dict, Targets, Mapping[FeatureKey, Targets]], Signals]
 
 
 @dataclass(frozen=True)
-class Progress:
+class CacheProgress:
     """How far a capture is.
 
-    tokens:            stored by now, of `of`
+    tokens:            stored by now, of `total_tokens`
     of:                tokens in all
     bytes_per_token:   of what this process has stored
     tokens_per_second: of this run of it, all processes together
@@ -41,14 +41,14 @@ class Progress:
     """
 
     tokens: int
-    of: int
+    total_tokens: int
     bytes_per_token: float
     tokens_per_second: float
     seconds_left: float
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShardPlan:
     """What is captured: rows of the training data as training gets them, and those for evaluation.
 
     batch:  the collator's batch of a number
@@ -61,9 +61,9 @@ class Rows:
     shards: list[tuple[int, int]]
 
 
-def plan_rows(
+def plan_shards(
     parts: Sequence[Any], collate: Callable, batch_size: int, shard_rows: int, shift: bool
-) -> tuple[Rows, dict[str, Any]]:
+) -> tuple[ShardPlan, dict[str, Any]]:
     """Which rows are captured, in which batches and shards: a row whose examples were all met before is left out.
 
     Args:
@@ -85,7 +85,7 @@ def plan_rows(
     for part in parts:
         for i in range(len(part)):
             batch = collate([part[i]])
-            found = examples_of(batch, Targets.from_batch(batch, shift))
+            found = batch_examples(batch, Targets.from_batch(batch, shift))
             if any(example.key not in seen for example in found):
                 kept.append((part, i, found[-1].asked.stop))
                 count += len(found)
@@ -102,25 +102,25 @@ def plan_rows(
 
     tokens = [sum(asked for _, _, asked in span) for span in flat]
     facts = {"examples": count, "tokens": sum(tokens), "fingerprint": fingerprint([*seen])}
-    return Rows(batch_of, tokens, list(pairwise(ends))), facts
+    return ShardPlan(batch_of, tokens, list(pairwise(ends))), facts
 
 
-def capture(
-    ask: Ask,
-    rows: Rows,
+def write_shards(
+    teacher_fn: TeacherFn,
+    rows: ShardPlan,
     manifest: Manifest,
     folder: Path,
     device: torch.device,
     shift: bool,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[CacheProgress], None] = lambda progress: None,
 ) -> Manifest:
     """Write a cache, or go on with one that was cut off.
 
     On several processes each writes the shards that are its own; a teacher that is sharded over them runs in step.
 
     Args:
-        ask: what the teacher says of a batch; called equally often on all processes.
-        rows: see `plan_rows`.
+        teacher_fn: what the teacher says of a batch; called equally often on all processes.
+        rows: see `plan_shards`.
         manifest: without files.
         folder: of the cache.
         device: of the batches.
@@ -132,11 +132,15 @@ def capture(
             cannot be captured so.
     """
     with lock_capture(folder):
-        done = claim(folder, manifest)
-        return _capture(_Run(ask, rows, manifest, folder, device, shift), on_progress) if done is None else done
+        done = open_output(folder, manifest)
+        return (
+            _capture(_ShardWriter(teacher_fn, rows, manifest, folder, device, shift), on_progress)
+            if done is None
+            else done
+        )
 
 
-def _capture(run: "_Run", on_progress: Callable[[Progress], None]) -> Manifest:
+def _capture(run: "_ShardWriter", on_progress: Callable[[CacheProgress], None]) -> Manifest:
     """Write the shards that are missing, and end the capture."""
     rows, folder = run.rows, run.folder
     start, stored = time.perf_counter(), 0
@@ -152,7 +156,7 @@ def _capture(run: "_Run", on_progress: Callable[[Progress], None]) -> Manifest:
         stored += sum(sum(rows.tokens[slice(*rows.shards[i])]) for i in together if not ready[i])
         pace = stored / (time.perf_counter() - start)
         left = total - before - stored
-        on_progress(Progress(before + stored, total, run.bytes / max(run.tokens, 1), pace, left / pace))
+        on_progress(CacheProgress(before + stored, total, run.bytes / max(run.tokens, 1), pace, left / pace))
     barrier()
     if run.manifest.kind == "hidden" and not is_written(folder, HEAD):
         run.answer(0)  # all shards were there, and the head was not
@@ -160,11 +164,11 @@ def _capture(run: "_Run", on_progress: Callable[[Progress], None]) -> Manifest:
     return finish(folder, run.manifest, len(rows.shards))
 
 
-class _Run:
+class _ShardWriter:
     """One process's part of a capture."""
 
-    def __init__(self, ask: Ask, rows: Rows, manifest: Manifest, folder: Path, device, shift: bool):
-        self.ask, self.rows, self.manifest, self.folder = ask, rows, manifest, folder
+    def __init__(self, teacher_fn: TeacherFn, rows: ShardPlan, manifest: Manifest, folder: Path, device, shift: bool):
+        self.teacher_fn, self.rows, self.manifest, self.folder = teacher_fn, rows, manifest, folder
         self.device, self.shift = device, shift
         self.tokens = self.bytes = 0
         self.layers = manifest.options.get("layers", ())
@@ -173,12 +177,12 @@ class _Run:
         """Write a shard; None: answer as often as the others do, for a teacher that is sharded, and write nothing."""
         first, last = self.rows.shards[0 if number is None else number]
         keys: list[bytes] = []
-        stored: list[Stored] = []
+        stored: list[CachedExample] = []
         for step in range(steps):
             told, examples = self.answer(min(first + step, last - 1))
             if number is not None and first + step < last:
                 keys += [e.key for e in examples]
-                stored += stored_of(told, examples, self.manifest)
+                stored += encode_signals(told, examples, self.manifest)
         if number is None:
             return
         entry = write_shard(self.folder / shard_file(number), keys, stored, self.layers)
@@ -188,15 +192,15 @@ class _Run:
     def answer(self, number: int) -> tuple[Signals, list[Example]]:
         """What the teacher says of a batch, and of which examples."""
         batch, targets = batch_of(self.rows, number, self.device, self.shift)
-        told = self.ask(batch, targets, taps_of(self.layers, batch, targets, self.shift))
+        told = self.teacher_fn(batch, targets, taps_of(self.layers, batch, targets, self.shift))
         if self.manifest.kind == "hidden" and rank() == 0 and not is_written(self.folder, HEAD):
             assert isinstance(told.logits, LazyLogits)
             write_head(self.folder / HEAD, told.logits)
-            write_entry(self.folder, entry_of(self.folder / HEAD))
-        return told, examples_of(batch, targets)
+            write_entry(self.folder, file_entry(self.folder / HEAD))
+        return told, batch_examples(batch, targets)
 
 
-def batch_of(rows: Rows, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:
+def batch_of(rows: ShardPlan, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:
     """A batch on a device, and what it asks."""
     batch = {name: value.to(device) for name, value in rows.batch(number).items() if name != "source"}
     return batch, Targets.from_batch(batch, shift)
@@ -216,5 +220,5 @@ def write_head(file: Path, head: LazyLogits) -> None:
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     advice = "Load the teacher in another dtype, such as bfloat16 in the place of float16."
     check_finite(tensors, file, owner="the teacher's output head", advice=advice)
-    with writing(file) as half:
+    with atomic_path(file) as half:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, half)

@@ -32,7 +32,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Say the ve
         raise typer.Exit
 
 
-def no_other_bars() -> None:
+def disable_library_progress_bars() -> None:
     """Leave the terminal to our own progress."""
     from datasets import disable_progress_bars
     from transformers.utils import logging

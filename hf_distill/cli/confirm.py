@@ -15,7 +15,7 @@ from ..recipe.schema import Recipe
 from .app import out
 
 
-def agree(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None:
+def confirm_downloads(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None:
     """Of a recipe from the Hub, say what it downloads and ask whether to go on.
 
     Args:

@@ -63,7 +63,7 @@ class RichProgress(TrainerCallback):
     def stored(self, progress: Any) -> None:
         """Show how far a cache is; see `cache.capture.Progress`."""
         if "writing" not in self._bars:
-            self._start("writing", progress.of)
+            self._start("writing", progress.total_tokens)
         pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
         self._update("writing", progress.tokens, pace, "tokens", progress.seconds_left)
 

@@ -15,7 +15,7 @@ def is_alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-def on_main(call: Callable[[], T]) -> T:
+def run_on_main(call: Callable[[], T]) -> T:
     """`call()` on the main process alone; every process gets what it returned, or an error if it failed.
 
     Raises:

@@ -29,7 +29,7 @@ def reference_kind(name: str) -> Kind:
 
     package: a part of an installed package, package:module/file.gguf, or a packaged text, package:pydoc_data.topics
     smoke:   a tiny random model, smoke:family/role
-    address: a place on the Hub, hf://org/name@revision/file
+    parse_uri: a place on the Hub, hf://org/name@revision/file
     path:    of a file or folder: one is there (as libraries look there first), or it could be nothing else
     id:      of a repository on the Hub, org/name or name
     """

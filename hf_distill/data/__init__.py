@@ -1,27 +1,27 @@
 """Data: from sources to rows of tokens and batches."""
 
-from .collator import Collator, documents_of
-from .load import Examples, hold_out, load_documents
-from .mix import mix, mix_scheduled, tag
-from .packing import check_isolation, pack
+from .collator import Collator, unpack_row
+from .load import Examples, load_examples, split_held_out
+from .mix import add_source_column, mix, mix_scheduled
+from .packing import check_packed_attention, pack
 from .prompts import prompt_rows
-from .tokenize import causal_rows, example_rows, rows_of
+from .tokenize import concat_and_chunk, tokenize_dataset, tokenize_examples
 from .training_templates import training_template
 
 __all__ = [
     "Collator",
     "Examples",
-    "causal_rows",
-    "check_isolation",
-    "documents_of",
-    "example_rows",
-    "hold_out",
-    "load_documents",
+    "add_source_column",
+    "check_packed_attention",
+    "concat_and_chunk",
+    "load_examples",
     "mix",
     "mix_scheduled",
     "pack",
     "prompt_rows",
-    "rows_of",
-    "tag",
+    "split_held_out",
+    "tokenize_dataset",
+    "tokenize_examples",
     "training_template",
+    "unpack_row",
 ]

@@ -36,7 +36,7 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch: `input_ids`, `labels`, and `attention_mask` or `position_ids`, and `source`, where there are any."""
         packed = "seq_lengths" in rows[0]
-        batch = self._flatten([d for row in rows for d in documents_of(row)]) if packed else self._padded(rows)
+        batch = self._flatten([d for row in rows for d in unpack_row(row)]) if packed else self._padded(rows)
         if "source" in rows[0]:
             own = [torch.as_tensor(row["source"]).expand(len(row["input_ids"])) for row in rows]
             batch["source"] = torch.cat(own)[None] if packed else pad_sequence(own, batch_first=True)
@@ -58,7 +58,7 @@ class Collator:
         }
 
 
-def documents_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+def unpack_row(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The documents of a packed row, as rows; a row that is not packed is one document."""
     ends = [0, *accumulate(row.get("seq_lengths", [len(row["input_ids"])]))]
     return [{name: row[name][start:end] for name in ("input_ids", "labels")} for start, end in pairwise(ends)]

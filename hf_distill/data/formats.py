@@ -58,7 +58,7 @@ def format_of(
     )
 
 
-def encoder(
+def make_encode_fn(
     kind: str,
     tokenizer: Any,
     assistant_only: bool | None = None,

@@ -13,14 +13,14 @@ from datasets.exceptions import DatasetNotFoundError
 
 from ..core.references import DATASET_BUILDERS, PACKAGED_TEXTS, reference_kind
 from ..errors import DistillError, did_you_mean
-from ..hub import address, fetch, line_of, reading
+from ..hub import fetch, line_of, parse_uri, reading
 from .formats import MESSAGES, TEXT, format_of
 from .local_files import read_file, readable
 
 Examples: TypeAlias = Dataset | IterableDataset
 
 
-def load_documents(
+def load_examples(
     path: str, split: str = "train", name: str | None = None, column: str | None = None, streaming: bool = False
 ) -> Examples:
     """Examples of a source, in one of the formats of `format_of`; text is one column, `text`.
@@ -62,7 +62,7 @@ def load_documents(
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     revision = None
     if reference_kind(path) == "address":
-        at = address(path)
+        at = parse_uri(path)
         if at.path_in_repo:
             path = str(fetch(at).path)
         else:
@@ -131,7 +131,7 @@ def _python_builtins() -> Dataset:
 _PACKAGED = dict(zip(PACKAGED_TEXTS, (_python_topics, _python_modules, _python_builtins), strict=True))
 
 
-def hold_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def split_held_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split whole documents into (training, held-out), the same way for the same seed.
 
     Raises:

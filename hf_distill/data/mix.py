@@ -31,7 +31,7 @@ def shares(weights: Mapping[str, float]) -> list[float]:
     return found
 
 
-def tag(rows: Examples, source: int) -> Examples:
+def add_source_column(rows: Examples, source: int) -> Examples:
     """The same rows, each with its source's index in `source`."""
     features = None if rows.features is None else Features({**rows.features, "source": Value("int64")})
 
@@ -61,7 +61,7 @@ def mix(
     if len(rows) == 1:
         return next(iter(rows.values()))
     _check_paraphrases(rows)
-    parts: list[Any] = [tag(part, index) for index, part in enumerate(rows.values())]
+    parts: list[Any] = [add_source_column(part, index) for index, part in enumerate(rows.values())]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
     probabilities = shares({name: weights[name] for name in rows})
@@ -94,7 +94,7 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
     heights = np.stack([np.interp(progress, at, height) for at, height in curves])
     limits = heights.cumsum(0) / heights.sum(0)
     source = (np.random.default_rng(seed).random(count) >= limits[:-1]).sum(0)
-    parts = [tag(part.shuffle(seed=seed), index) for index, part in enumerate(rows.values())]
+    parts = [add_source_column(part.shuffle(seed=seed), index) for index, part in enumerate(rows.values())]
     chosen, start = np.empty(count, dtype=np.int64), 0
     for index, (name, part) in enumerate(zip(rows, parts, strict=True)):
         own = np.flatnonzero(source == index)

@@ -51,7 +51,7 @@ def _spread_source(row: dict) -> dict:
 
 
 @torch.no_grad()
-def check_isolation(model: nn.Module, who: str) -> None:
+def check_packed_attention(model: nn.Module, who: str) -> None:
     """Refuse a model in which a packed document sees the one before it.
 
     Tried, not looked up in a table of names: a document's logits must not move with the document before it. A student
@@ -70,7 +70,7 @@ def check_isolation(model: nn.Module, who: str) -> None:
         return
     if accepts_any_input(inner) or "position_ids" in input_names(inner):
         why = f"attention {inner.config._attn_implementation!r} does not keep them apart by position_ids"
-        leaks = _leaks(model, inner.get_input_embeddings().weight.device)
+        leaks = _documents_leak(model, inner.get_input_embeddings().weight.device)
     else:
         why, leaks = "it takes no position_ids", True
     if leaks:
@@ -81,7 +81,7 @@ def check_isolation(model: nn.Module, who: str) -> None:
         )
 
 
-def _leaks(model: nn.Module, device: torch.device) -> bool:
+def _documents_leak(model: nn.Module, device: torch.device) -> bool:
     """Whether the second of two packed documents is answered otherwise when the first is another."""
     ids = torch.arange(8, device=device)[None] % 4 + 1
     other = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from ..core.signals import IGNORE_INDEX
 from ..errors import DistillError
 from .checks import by_row, check_text
-from .formats import TEXT, encoder, format_of
+from .formats import TEXT, format_of, make_encode_fn
 from .load import Examples
 
 logger = logging.get_logger(__name__)
@@ -18,30 +18,32 @@ ROW = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64")
 TWO_VIEWS = Features({**ROW, "view_input_ids": List(Value("int64")), "view_labels": List(Value("int64"))})
 
 
-def rows_of(
+def tokenize_dataset(
     documents: Examples,
     tokenizer: Any,
     max_length: int,
     assistant_only: bool | None = None,
-    long: str = "truncate",
+    overflow: str = "truncate",
     paraphrase: bool = False,
     where: str = "The source",
     chat_template: str | None = None,
 ) -> Examples:
-    """Rows of at most `max_length` tokens of examples in any format; see `causal_rows` and `example_rows`.
+    """Rows of at most `max_length` tokens of examples in any format; see `concat_and_chunk` and `tokenize_examples`.
 
     Raises:
         DistillError: see there; options of conversations for text.
     """
     columns = documents.column_names or list(next(iter(documents)))
     if format_of(columns, where=where, paraphrase=paraphrase) != TEXT:
-        return example_rows(documents, tokenizer, max_length, assistant_only, long, paraphrase, where, chat_template)
+        return tokenize_examples(
+            documents, tokenizer, max_length, assistant_only, overflow, paraphrase, where, chat_template
+        )
     if assistant_only:
         raise DistillError("assistant_only is true, but the source is text, which has no turns: leave it out.")
-    return causal_rows(documents, tokenizer, max_length, where)
+    return concat_and_chunk(documents, tokenizer, max_length, where)
 
 
-def causal_rows(documents: Examples, tokenizer: Any, max_length: int, where: str = "The source") -> Examples:
+def concat_and_chunk(documents: Examples, tokenizer: Any, max_length: int, where: str = "The source") -> Examples:
     """Rows of exactly `max_length` tokens: documents joined with end-of-text tokens, then cut; the rest is dropped.
 
     Returns:
@@ -77,12 +79,12 @@ def causal_rows(documents: Examples, tokenizer: Any, max_length: int, where: str
     return rows
 
 
-def example_rows(
+def tokenize_examples(
     documents: Examples,
     tokenizer: Any,
     max_length: int,
     assistant_only: bool | None = None,
-    long: str = "truncate",
+    overflow: str = "truncate",
     paraphrase: bool = False,
     where: str = "The source",
     chat_template: str | None = None,
@@ -93,22 +95,22 @@ def example_rows(
         documents: `messages`, `prompt` + `completion`, or `input_ids`.
         tokenizer: the student's.
         max_length: tokens.
-        assistant_only: see `encoder`.
-        long: what becomes of longer ones: "truncate" keeps their start, "drop" leaves them out.
+        assistant_only: see `make_encode_fn`.
+        overflow: what becomes of longer ones: "truncate" keeps their start, "drop" leaves them out.
         paraphrase: also rows of the same completion after `paraphrase`, of which the same leading tokens are asked.
         where: for errors.
-        chat_template: see `encoder`.
+        chat_template: see `make_encode_fn`.
 
     Returns:
         a data set with `input_ids` and `labels`, [S] each; with paraphrases also `view_input_ids` and `view_labels`.
 
     Raises:
-        DistillError: see `encoder`; or no example asks anything.
+        DistillError: see `make_encode_fn`; or no example asks anything.
     """
     columns = documents.column_names or list(next(iter(documents)))
     features = TWO_VIEWS if paraphrase else ROW
     kind = format_of(columns, where=where, paraphrase=paraphrase)
-    encode = by_row(encoder(kind, tokenizer, assistant_only, paraphrase, chat_template), documents, where)
+    encode = by_row(make_encode_fn(kind, tokenizer, assistant_only, paraphrase, chat_template), documents, where)
     other = [c for c in columns if c not in features]
     rows = documents.with_format(None).map(encode, with_indices=True, remove_columns=other, features=features)
     whole = len(rows) if isinstance(rows, Dataset) else None
@@ -116,9 +118,9 @@ def example_rows(
         lengths = [pc.list_value_length(rows.data.column(name)) for name in features]
         longer = pc.sum(pc.greater(pc.max_element_wise(*lengths), max_length)).as_py()
         if longer:
-            done = "dropped" if long == "drop" else "truncated"
+            done = "dropped" if overflow == "drop" else "truncated"
             logger.warning(f"{longer} of {whole} examples are longer than max_length={max_length} and are {done}.")
-    if long == "drop":
+    if overflow == "drop":
         rows = rows.filter(lambda row: all(len(row[name]) <= max_length for name in features))
     else:
         rows = rows.map(lambda row: {name: row[name][:max_length] for name in features}, features=features)

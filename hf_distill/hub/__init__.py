@@ -1,22 +1,22 @@
 """What the project asks of the Hub: files at a commit, errors in words, licences. Imports no torch."""
 
-from .errors import asking
-from .files import Fetched, address, beside, fetch, fetch_folder, pinned, written, yaml_files
+from .errors import translate_hub_errors
+from .files import Fetched, fetch, fetch_folder, format_uri, parse_uri, pin, sibling_uri, yaml_files
 from .malformed import line_of, reading
 from .model_files import check_model, model_files
 
 __all__ = [
     "Fetched",
-    "address",
-    "asking",
-    "beside",
     "check_model",
     "fetch",
     "fetch_folder",
+    "format_uri",
     "line_of",
     "model_files",
-    "pinned",
+    "parse_uri",
+    "pin",
     "reading",
-    "written",
+    "sibling_uri",
+    "translate_hub_errors",
     "yaml_files",
 ]

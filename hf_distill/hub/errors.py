@@ -23,7 +23,9 @@ NAMES = {"model": "model", "dataset": "data set", "space": "space"}
 
 
 @contextmanager
-def asking(repo: str, kind: str = "model", revision: str | None = None, file: str | None = None) -> Iterator[None]:
+def translate_hub_errors(
+    repo: str, kind: str = "model", revision: str | None = None, file: str | None = None
+) -> Iterator[None]:
     """Turn what the Hub refuses within the block into words.
 
     Args:

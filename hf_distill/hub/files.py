@@ -11,7 +11,7 @@ from huggingface_hub.utils import HfUri, parse_hf_uri
 
 from ..core.references import HUB_PREFIX
 from ..errors import DistillError
-from .errors import asking
+from .errors import translate_hub_errors
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Fetched:
     """A file that was downloaded.
 
     path:    on this machine; what lies beside it are files of the same commit
-    address: with the commit as revision
+    parse_uri: with the commit as revision
     """
 
     path: Path
-    address: HfUri
+    parse_uri: HfUri
 
 
-def address(text: str) -> HfUri:
+def parse_uri(text: str) -> HfUri:
     """An address of a model or data set repository, or of something in one.
 
     Raises:
@@ -46,17 +46,17 @@ def address(text: str) -> HfUri:
 _FORM = "hf://org/name[@revision]/file, or hf://datasets/org/name[@revision]/file"
 
 
-def written(at: HfUri) -> str:
+def format_uri(at: HfUri) -> str:
     """An address as users write it."""
     return at.to_uri().replace(f"{HUB_PREFIX}models/", HUB_PREFIX)
 
 
-def pinned(at: HfUri, commit: str) -> HfUri:
+def pin(at: HfUri, commit: str) -> HfUri:
     """The same place, at a commit."""
     return replace(at, revision=commit)
 
 
-def beside(at: HfUri, name: str) -> HfUri:
+def sibling_uri(at: HfUri, name: str) -> HfUri:
     """A file of the same repository and revision, named as a file that lies at `at` would name it.
 
     Raises:
@@ -76,10 +76,10 @@ def fetch(at: HfUri, limit: int | None = None) -> Fetched:
         limit: bytes, of larger ones nothing is downloaded.
 
     Raises:
-        DistillError: see `asking`; it is larger than `limit`.
+        DistillError: see `translate_hub_errors`; it is larger than `limit`.
     """
     asked: Any = {"repo_id": at.id, "filename": at.path_in_repo, "repo_type": at.type, "revision": at.revision}
-    with asking(at.id, at.type, at.revision, at.path_in_repo):
+    with translate_hub_errors(at.id, at.type, at.revision, at.path_in_repo):
         if limit is not None:
             try:
                 size = hf_hub_download(**asked, dry_run=True).file_size
@@ -89,21 +89,21 @@ def fetch(at: HfUri, limit: int | None = None) -> Fetched:
         path = Path(hf_hub_download(**asked))
         _check_size(at, path.stat().st_size, limit)
     commit = path.parents[at.path_in_repo.count("/")].name
-    return Fetched(path, pinned(at, commit))
+    return Fetched(path, pin(at, commit))
 
 
 def _check_size(at: HfUri, size: int | None, limit: int | None) -> None:
     if size is not None and limit is not None and size > limit:
-        raise DistillError(f"{written(at)} has {size:,} bytes; at most {limit:,} are read.")
+        raise DistillError(f"{format_uri(at)} has {size:,} bytes; at most {limit:,} are read.")
 
 
 def fetch_folder(at: HfUri) -> Path:
     """A whole repository, on this machine.
 
     Raises:
-        DistillError: see `asking`.
+        DistillError: see `translate_hub_errors`.
     """
-    with asking(at.id, at.type, at.revision):
+    with translate_hub_errors(at.id, at.type, at.revision):
         return Path(snapshot_download(at.id, repo_type=at.type, revision=at.revision))
 
 
@@ -111,13 +111,13 @@ def yaml_files(at: HfUri) -> list[HfUri]:
     """YAML files in a folder of a repository and below it, at the commit that it has now; without a download.
 
     Raises:
-        DistillError: see `asking`; the folder holds none.
+        DistillError: see `translate_hub_errors`; the folder holds none.
     """
-    with asking(at.id, at.type, at.revision, at.path_in_repo):
+    with translate_hub_errors(at.id, at.type, at.revision, at.path_in_repo):
         info: Any = HfApi().repo_info(at.id, repo_type=at.type, revision=at.revision)
     names = [sibling.rfilename for sibling in info.siblings or ()]
     inside = f"{at.path_in_repo}/" if at.path_in_repo else ""
     found = sorted(name for name in names if name.startswith(inside) and name.endswith((".yaml", ".yml")))
     if not found:
-        raise DistillError(f"{written(at)} holds no YAML files; the repository has {len(names)} files.")
+        raise DistillError(f"{format_uri(at)} holds no YAML files; the repository has {len(names)} files.")
     return [replace(at, revision=info.sha, path_in_repo=name) for name in found]

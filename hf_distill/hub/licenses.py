@@ -9,12 +9,12 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..core.references import distribution_of, reference_kind
-from .errors import asking
+from .errors import translate_hub_errors
 from .malformed import reading
 
 
 @dataclass(frozen=True)
-class Licence:
+class License:
     """What a model's card says.
 
     id:      as the Hub writes it, such as apache-2.0; None: it does not say
@@ -48,7 +48,7 @@ _NO_DERIVATIVES = re.compile(r"cc-by(-nc)?-nd.*")
 
 
 @dataclass(frozen=True)
-class Judged:
+class LicenseDecision:
     """A student's licence.
 
     id:        that it gets
@@ -61,7 +61,9 @@ class Judged:
     conflicts: list[str]
 
 
-def judge(teachers: dict[str, Licence], base: Licence | None, name: str, wanted: str | None = None) -> Judged:
+def decide_license(
+    teachers: dict[str, License], base: License | None, name: str, wanted: str | None = None
+) -> LicenseDecision:
     """The licence of a student.
 
     Args:
@@ -95,10 +97,10 @@ def judge(teachers: dict[str, Licence], base: Licence | None, name: str, wanted:
     own = own or next((licence.id for licence in teachers.values() if licence.id), None)
     if wanted and binding and wanted not in binding:
         conflicts.append(f"{wanted} is wanted, and {own} is what {binding[str(own)]} passes on")
-    return Judged(wanted or own, notes, conflicts)
+    return LicenseDecision(wanted or own, notes, conflicts)
 
 
-def licence_of(model: str, revision: str | None = None) -> Licence:
+def licence_of(model: str, revision: str | None = None) -> License:
     """The licence of a model: of its card on the Hub or in its folder, or of the package that brings it.
 
     Args:
@@ -106,35 +108,35 @@ def licence_of(model: str, revision: str | None = None) -> Licence:
         revision: of an id.
 
     Raises:
-        DistillError: see `asking`.
+        DistillError: see `translate_hub_errors`.
     """
     match reference_kind(model):
         case "smoke":
-            return Licence("apache-2.0")  # the project's own
+            return License("apache-2.0")  # the project's own
         case "package":
-            return Licence(_of_package(model))
+            return License(_of_package(model))
         case "path":
             readme = Path(model) / "README.md"
-            return _of_file(model, readme) if readme.is_file() else Licence(None)
-    with asking(model, "model", revision):
+            return _of_file(model, readme) if readme.is_file() else License(None)
+    with translate_hub_errors(model, "model", revision):
         try:
             readme = Path(hf_hub_download(model, "README.md", revision=revision))
         except RemoteEntryNotFoundError:
-            return Licence(None)
+            return License(None)
     return _of_file(model, readme)
 
 
-def _of_file(model: str, readme: Path) -> Licence:
+def _of_file(model: str, readme: Path) -> License:
     with reading(f"The card of {model}"):
         return of_card(ModelCard.load(readme))
 
 
-def of_card(card: ModelCard) -> Licence:
+def of_card(card: ModelCard) -> License:
     """What a card says."""
     said = card.data.to_dict()
     own = said.get("license")
     own = own[0] if isinstance(own, list) and own else own
-    return Licence(str(own).lower() if own else None, said.get("license_link"), forbidding(card.text))
+    return License(str(own).lower() if own else None, said.get("license_link"), find_training_ban(card.text))
 
 
 def _of_package(name: str) -> str | None:
@@ -151,7 +153,7 @@ _TRAIN = re.compile(r"\b(train\w*|distil\w*|improv\w*|develop\w*)\b", re.IGNOREC
 _OTHERS = re.compile(r"\b(other|another|competing|student|different)\b[^.]*\bmodels?\b", re.IGNORECASE)
 
 
-def forbidding(text: str) -> str | None:
+def find_training_ban(text: str) -> str | None:
     """The sentence of a card that forbids training other models with the model or its outputs; None: there is none."""
     for sentence in re.split(r"(?<=[.!?])\s+|\n{2,}|\n[-*#]+ ", text):
         if all(part.search(sentence) for part in (_NOT, _TRAIN, _OTHERS)) and len(sentence) < 600:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Remo
 
 from ..core.references import path_exists, reference_kind
 from ..errors import DistillError
-from .errors import asking
+from .errors import translate_hub_errors
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
@@ -67,7 +67,7 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
         revision: of an id.
 
     Raises:
-        DistillError: see `asking`; a file is not a JSON object.
+        DistillError: see `translate_hub_errors`; a file is not a JSON object.
     """
     is_local, commit = reference_kind(name) != "id", None
     parts: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def _fetched(name: str, file: str, revision: str | None, is_local: bool) -> Path
     if is_local:
         path = Path(name) / file
         return path if path_exists(path) and path.is_file() else None
-    with asking(name, "model", revision, file):
+    with translate_hub_errors(name, "model", revision, file):
         try:
             return Path(hf_hub_download(name, file, revision=revision))
         except LocalEntryNotFoundError as error:
@@ -226,5 +226,5 @@ def _has(name: str, file: str, revision: str | None, is_local: bool) -> bool:
         return (Path(name) / file).is_file()
     if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
         return True
-    with asking(name, "model", revision, file):
+    with translate_hub_errors(name, "model", revision, file):
         return HfApi().file_exists(name, file, revision=revision)

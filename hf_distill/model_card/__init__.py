@@ -1,6 +1,6 @@
 """Model cards with the evidence of a distillation."""
 
-from .build import TAGS, Picture, card_of
-from .data import FILE, Facts, missing
+from .build import TAGS, Figure, build_card
+from .data import FILE, CardData, unmeasured
 
-__all__ = ["FILE", "TAGS", "Facts", "Picture", "card_of", "missing"]
+__all__ = ["FILE", "TAGS", "CardData", "Figure", "build_card", "unmeasured"]

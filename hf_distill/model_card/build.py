@@ -10,23 +10,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.escape import code_block, code_span, markdown, yaml_text
 from ..core.references import is_id
-from .data import Facts
+from .data import CardData
 from .snippet import snippet_of
 from .tables import SHOWN, held_out_table, retention_table
-from .text import licence_lines, made_lines, summary_of
+from .text import licence_lines, summary_of, training_lines
 
 TAGS = ("distillation", "hf-distill")
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """A plot of the report: its path in the repository, and what it shows."""
 
     path: str
     caption: str
 
 
-def card_of(facts: Facts, figures: Sequence[Picture] = ()) -> ModelCard:
+def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
     """The card of a distilled model.
 
     Args:
@@ -41,17 +41,17 @@ def card_of(facts: Facts, figures: Sequence[Picture] = ()) -> ModelCard:
         snippet=code_block(snippet, "python") if (snippet := snippet_of(facts)) else None,
         held_out=held_out_table(facts.held_out),
         retention=retention_table(facts.retention),
-        figures=[Picture(quote(figure.path), markdown(figure.caption)) for figure in figures],
+        figures=[Figure(quote(figure.path), markdown(figure.caption)) for figure in figures],
         diagnosis={code_span(name): markdown(text) for name, text in (facts.diagnosis or {}).items()},
         not_measured=facts.not_measured,
-        made=made_lines(facts),
+        made=training_lines(facts),
         recipe=code_block(yaml_text(facts.recipe), "yaml") if facts.recipe else None,
         origin=code_span(facts.origin) if facts.origin else None,
         licence=licence_lines(facts),
     )
 
 
-def _metadata(facts: Facts) -> ModelCardData:
+def _metadata(facts: CardData) -> ModelCardData:
     bases = [base] if (base := _hub_id(facts.student)) else []
     names = [entry["dataset"] for entry in facts.data.get("sources", {}).values() if is_id(entry.get("dataset"))]
     results = _results(facts)
@@ -75,7 +75,7 @@ def _hub_id(entry: Mapping[str, Any]) -> str | None:
     return name if is_id(name) else None
 
 
-def _results(facts: Facts) -> list[EvalResult]:
+def _results(facts: CardData) -> list[EvalResult]:
     """What the model index says: of the student alone, with the teacher's beside it in the card."""
     sources: dict[str, Any] = facts.data.get("sources", {})
     source = next((entry["dataset"] for entry in sources.values()), None)

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..core.local_paths import reduced, typed_paths
-from ..hub.licenses import Judged
+from ..hub.licenses import LicenseDecision
 
 FILE = "distillation.json"
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardData:
     """A distillation's evidence; `distillation.json` is this as JSON. Paths of this machine are reduced as it is made.
 
     repo:         org/name of the student
@@ -24,7 +24,7 @@ class Facts:
     held_out:     model -> metrics over the held-out rows
     environment:  versions and machine
     licence:      see `hub.licences.Judged`
-    not_measured: see `missing`
+    not_measured: see `unmeasured`
     retention:    tasks, as of `hf-distill retention`
     diagnosis:    verdicts of `hf-distill diagnose`, name -> text; None: nobody looked
     recipe:       as resolved; None: a script
@@ -41,7 +41,7 @@ class Facts:
     training: dict[str, Any]
     held_out: dict[str, dict[str, float]]
     environment: dict[str, Any]
-    licence: Judged
+    licence: LicenseDecision
     not_measured: Sequence[str] = ()
     retention: Sequence[Mapping[str, Any]] = ()
     diagnosis: Mapping[str, str] | None = None
@@ -60,7 +60,7 @@ class Facts:
         return asdict(self)
 
 
-def missing(
+def unmeasured(
     held_out: Mapping[str, Mapping[str, float]], retention: Sequence[Mapping[str, Any]], diagnosis: Mapping | None
 ) -> list[str]:
     """What a distillation's evidence does not say, each with what would tell."""

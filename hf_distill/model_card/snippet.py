@@ -2,10 +2,10 @@
 
 import json
 
-from .data import Facts
+from .data import CardData
 
 
-def snippet_of(facts: Facts) -> str | None:
+def snippet_of(facts: CardData) -> str | None:
     """Python that loads the model from the Hub and uses it once; None for a task without one."""
     if facts.task == "text-generation":
         how = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
@@ -20,7 +20,7 @@ def snippet_of(facts: Facts) -> str | None:
     return None
 
 
-def _pipeline(facts: Facts, prompt: object, last: str) -> str:
+def _pipeline(facts: CardData, prompt: object, last: str) -> str:
     given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n" if prompt is not None else ""
     task, repo = json.dumps(facts.task), json.dumps(facts.repo)
     return f"from transformers import pipeline\n\npipe = pipeline({task}, model={repo})\n{given}{last}"

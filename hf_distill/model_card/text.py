@@ -6,10 +6,10 @@ from typing import Any
 from ..core.escape import code_span, markdown
 from ..core.references import is_id
 from ..losses import LOSSES
-from .data import Facts
+from .data import CardData
 
 
-def summary_of(facts: Facts) -> str:
+def summary_of(facts: CardData) -> str:
     """One sentence of what it is, one of what that brought."""
     teachers = " and ".join(_named(entry) for entry in facts.teachers.values())
     text = f"{_student(facts)}, distilled from {teachers} with hf-distill."
@@ -25,7 +25,7 @@ def summary_of(facts: Facts) -> str:
     return text
 
 
-def _student(facts: Facts) -> str:
+def _student(facts: CardData) -> str:
     student = facts.student
     size = f" of {_count(student['parameters'])} parameters" if student.get("parameters") else ""
     if student.get("layers_kept"):
@@ -47,7 +47,7 @@ def _named(entry: Mapping[str, Any]) -> str:
     return code_span(known) if ":" in known else markdown(known)
 
 
-def made_lines(facts: Facts) -> list[str]:
+def training_lines(facts: CardData) -> list[str]:
     """How it was made: teachers, student, objective, data, training, machine."""
     lines = [f"{markdown(name.capitalize())}: {_described(entry)}." for name, entry in facts.teachers.items()]
     objective, training = facts.objective, facts.training
@@ -150,7 +150,7 @@ def _source(entry: Mapping[str, Any]) -> str:
     return text + (f", commit {code_span(entry['revision'][:12])}" if entry.get("revision") else "")
 
 
-def licence_lines(facts: Facts) -> list[str]:
+def licence_lines(facts: CardData) -> list[str]:
     """The licence, what the teachers' ask for, and what was accepted against them."""
     judged = facts.licence
     first = f"{judged.id}, " if judged.id else "Not said; "

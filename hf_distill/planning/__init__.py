@@ -3,9 +3,9 @@
 from importlib import import_module
 
 _HOME = {
-    "Anatomy": "model_stats",
-    "Job": "workload",
-    "Parts": "memory",
+    "ModelStats": "model_stats",
+    "Workload": "workload",
+    "MemoryBreakdown": "memory",
     "Plan": "planner",
     "Strategy": "strategy",
     "memory": "memory",
@@ -14,7 +14,17 @@ _HOME = {
     "rule_of_thumb": "flops",
 }
 
-__all__ = ["Anatomy", "Job", "Parts", "Plan", "Strategy", "memory", "model_config", "plan", "rule_of_thumb"]
+__all__ = [
+    "MemoryBreakdown",
+    "ModelStats",
+    "Plan",
+    "Strategy",
+    "Workload",
+    "memory",
+    "model_config",
+    "plan",
+    "rule_of_thumb",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -8,12 +8,12 @@ import torch
 
 from ..core.logits import LazyLogits
 from ..losses.fused import CPU_CACHE_BYTES, MAX_TEMPORARIES, auto_chunk_tokens
-from .model_stats import Anatomy
+from .model_stats import ModelStats
 from .strategy import Strategy
-from .workload import Job
+from .workload import Workload
 
 
-def activations(job: Job, strategy: Strategy) -> int:
+def activations(job: Workload, strategy: Strategy) -> int:
     """What the student's L blocks keep for the backward, or the teacher's working set; an estimate.
 
     A block keeps, in bytes a token, with norms computed in fp32, linear layers of c and no maps of attention:
@@ -45,7 +45,7 @@ def activations(job: Job, strategy: Strategy) -> int:
     return job.tokens * max(kept, 0 if strategy.teacher == "cache" else working)
 
 
-def head_gradients(job: Job, strategy: Strategy) -> int:
+def head_gradients(job: Workload, strategy: Strategy) -> int:
     """What the fused head keeps beside its workspace: see `sweep._Fused`.
 
     The asked tokens' hidden states of both models, and their gradient in fp32 and then in c:
@@ -63,7 +63,7 @@ def head_gradients(job: Job, strategy: Strategy) -> int:
     return states + by_weight + casts
 
 
-def workspace(job: Job, left: int | None) -> int:
+def workspace(job: Workload, left: int | None) -> int:
     """Logits of a chunk, of both models, in fp32, and temporaries; the rows are those of `sweep.chunk_of_workspace`.
 
     On a CPU 150 MiB, and temporaries of a block of rows that its cache holds; on a GPU an eighth of the memory that is
@@ -83,6 +83,6 @@ def workspace(job: Job, left: int | None) -> int:
     return row * min(job.tokens, max(16, max(left or 0, 0) // 8 // row))
 
 
-def _head(anatomy: Anatomy) -> LazyLogits:
+def _head(anatomy: ModelStats) -> LazyLogits:
     weight = torch.empty(anatomy.vocab, anatomy.hidden, device="meta")
     return LazyLogits(weight[:1], weight)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil, log2
 
-from .model_stats import Anatomy
+from .model_stats import ModelStats
 
 DRAWS, K = 12, 64
 _ROW = 28  # bytes of an example beside its payload: its key, its counts, its place
@@ -14,7 +14,7 @@ _BESIDE = {"sampled": 3.2, "top_k": 88.0}  # bytes a token for counts and log-pr
 
 
 @dataclass(frozen=True)
-class CacheCost:
+class CacheEstimate:
     """A kind of cache.
 
     kind:            as `hf-distill cache write --kind` says
@@ -25,7 +25,7 @@ class CacheCost:
 
     kind: str
     bytes_per_token: float
-    tells: str
+    supports: str
     head: int = 0
 
 
@@ -38,13 +38,13 @@ class CachePlan:
     tokens:       of the run; None where the recipe counts epochs
     """
 
-    kinds: list[CacheCost]
+    kinds: list[CacheEstimate]
     saved: float
     tokens: int | None
 
 
 def caches_of(
-    teacher: Anatomy, length: int, layers: int, forward: float, training: float, tokens: int | None, head: int
+    teacher: ModelStats, length: int, layers: int, forward: float, training: float, tokens: int | None, head: int
 ) -> CachePlan:
     """Caches of a teacher.
 
@@ -63,7 +63,7 @@ def caches_of(
 
 def kinds_of(
     vocab: int, hidden: int | None, length: float, layers: int = 0, distinct: float = _DISTINCT, head: int = 0
-) -> list[CacheCost]:
+) -> list[CacheEstimate]:
     """What each kind of cache takes.
 
     Args:
@@ -80,13 +80,13 @@ def kinds_of(
         for name, count in (("sampled", distinct), ("top_k", min(K, vocab)))
     }
     kinds = [
-        CacheCost(
+        CacheEstimate(
             "sampled",
             sparse["sampled"],
             f"forward KL without bias, by {DRAWS} draws, at one temperature; gradient's cosine 0.999 at T = 1; above, "
             "larger and noisier (hf-distill inspect)",
         ),
-        CacheCost(
+        CacheEstimate(
             "top_k",
             sparse["top_k"],
             f"losses on the {K} likeliest ids and the rest's mass, at one temperature; cosine 0.997",
@@ -95,4 +95,4 @@ def kinds_of(
     if hidden is None:
         return kinds
     exact = "all losses on logits at every temperature, equal to the teacher's up to bf16"
-    return [CacheCost("hidden", 2 * hidden * (1 + layers) + row, exact, head), *kinds]
+    return [CacheEstimate("hidden", 2 * hidden * (1 + layers) + row, exact, head), *kinds]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from ..recipe.schema import Recipe
-from .flops import Flops, counted_forward, rule_of_thumb, training_rule
-from .model_stats import Anatomy
-from .workload import Job
+from .flops import Flops, counted_forward, rule_of_thumb, six_nd
+from .model_stats import ModelStats
+from .workload import Workload
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Cost:
     control: float | None = 0.0
 
 
-def model_of(name: str, config: PretrainedConfig, anatomy: Anatomy, length: int, job: Job | None = None) -> Model:
+def model_of(
+    name: str, config: PretrainedConfig, anatomy: ModelStats, length: int, job: Workload | None = None
+) -> Model:
     """A model's operations; of the student, with the job that trains it."""
     flops, counted = Flops.of(anatomy, length), counted_forward(config, length)
     trained = 0 if job is None else anatomy.parameters if job.adapters is None else job.adapters
@@ -86,7 +88,7 @@ def cost_of(
     tokens = train.max_steps * step
     rule = rule_of_thumb(teacher.parameters, student.parameters, tokens).total
     control = tokens * student.training if has_control else 0.0
-    rule += training_rule(student.parameters, tokens) if has_control else 0.0
+    rule += six_nd(student.parameters, tokens) if has_control else 0.0
     flop = tokens * per_token + control
     hours = flop / (processes * speed) / 3600
     return Cost(step, tokens, per_token, flop, rule, per_second, gpus * hours, flop / pretraining, control)

@@ -4,16 +4,16 @@ import logging
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from .memory import Parts, memory
+from .memory import MemoryBreakdown, memory
 from .strategy import Strategy, alternatives
-from .workload import Job
+from .workload import Workload
 
 GiB = 2**30
 _MOST = 4096  # GPUs
 
 
 @dataclass(frozen=True)
-class Row:
+class StrategyEstimate:
     """A strategy on the GPUs asked for; memory in bytes.
 
     own:           whether it is the recipe's
@@ -26,7 +26,7 @@ class Row:
 
     strategy: Strategy
     own: bool
-    parts: Parts
+    parts: MemoryBreakdown
     total: int
     fits: bool
     overrides: list[str]
@@ -34,7 +34,7 @@ class Row:
     deepspeed_gib: float | None
 
 
-def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
+def estimate_strategies(job: Workload, own: Strategy, gpus: int, usable: int) -> list[StrategyEstimate]:
     """The recipe's own strategy and the alternatives, the preferred first.
 
     Args:
@@ -43,7 +43,7 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
         gpus: how many there are.
         usable: bytes of each.
     """
-    others = [strategy for strategy in alternatives(job.method, gpus, job.absent) if strategy != own]
+    others = [strategy for strategy in alternatives(job.method, gpus, job.teacher_absent_because) if strategy != own]
     rows = []
     for strategy in [own, *others]:
         parts = memory(job, strategy, gpus, usable)
@@ -51,7 +51,7 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
         if job.checkpointing and own.student == "fsdp2" != strategy.student:
             changes.append("train.activation_checkpointing=true")  # the recipe's may be a part of its fsdp_config
         rows.append(
-            Row(
+            StrategyEstimate(
                 strategy=strategy,
                 own=strategy == own,
                 parts=parts,
@@ -65,22 +65,22 @@ def rows_of(job: Job, own: Strategy, gpus: int, usable: int) -> list[Row]:
     return sorted(rows, key=lambda row: row.strategy.order)
 
 
-def min_gpus(job: Job, strategy: Strategy, usable: int) -> int | None:
+def min_gpus(job: Workload, strategy: Strategy, usable: int) -> int | None:
     """The least number of GPUs at which a strategy fits; None if it fits at none."""
     fewest = 2 if strategy.sharded and not strategy.offloads else 1
     counts = range(fewest, (_MOST if strategy.splits else fewest) + 1)
-    i = bisect_left(counts, True, key=lambda n: memory(job, strategy.on(n), n, usable).total <= usable)
+    i = bisect_left(counts, True, key=lambda n: memory(job, strategy.for_gpus(n), n, usable).total <= usable)
     return counts[i] if i < len(counts) else None
 
 
-def fewest_gpus(job: Job, usable: int) -> tuple[int, Strategy] | None:
+def fewest_gpus(job: Workload, usable: int) -> tuple[int, Strategy] | None:
     """The least number of GPUs that would do, and how; None where no number of them would."""
-    strategies = sorted(alternatives(job.method, 2, job.absent), key=lambda strategy: strategy.order)
+    strategies = sorted(alternatives(job.method, 2, job.teacher_absent_because), key=lambda strategy: strategy.order)
     found = [(least, strategy) for strategy in strategies if (least := min_gpus(job, strategy, usable))]
     return min(found, key=lambda pair: pair[0], default=None)
 
 
-def deepspeed_estimate(job: Job, strategy: Strategy, gpus: int) -> float | None:
+def deepspeed_estimate(job: Workload, strategy: Strategy, gpus: int) -> float | None:
     """GiB of a GPU for the student's weights, gradients and optimizer, as DeepSpeed's own estimators say.
 
     They count 18 bytes a parameter (20 under ZeRO-2), where `memory` counts 16: they hold gradients in fp32 beside
@@ -107,7 +107,11 @@ def deepspeed_estimate(job: Job, strategy: Strategy, gpus: int) -> float | None:
 
 
 def advice(
-    rows: list[Row], cheapest: Row | None, best: Row | None, gpus: int, least: tuple[int, Strategy] | None
+    rows: list[StrategyEstimate],
+    cheapest: StrategyEstimate | None,
+    best: StrategyEstimate | None,
+    gpus: int,
+    least: tuple[int, Strategy] | None,
 ) -> str:
     """What to do, in words.
 

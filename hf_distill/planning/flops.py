@@ -6,11 +6,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
-from .model_stats import Anatomy, meta_model
+from .model_stats import ModelStats, meta_model
 
 
 @dataclass(frozen=True)
-class Rule:
+class FlopEstimate:
     """The rule of thumb, in FLOP: 2 N a token forward, 6 N a token of training (2001.08361).
 
     teacher: forward of the teacher over the tokens
@@ -26,15 +26,15 @@ class Rule:
         return self.teacher + self.student
 
 
-def rule_of_thumb(teacher_parameters: float, student_parameters: float, tokens: float) -> Rule:
+def rule_of_thumb(teacher_parameters: float, student_parameters: float, tokens: float) -> FlopEstimate:
     """2 * N_teacher * tokens + 6 * N_student * tokens.
 
     70e9 into 8e9 on 20e9 tokens: 3.76e21 FLOP, 3.9 % of training the 8e9 on 2e12 tokens.
     """
-    return Rule(2 * teacher_parameters * tokens, training_rule(student_parameters, tokens))
+    return FlopEstimate(2 * teacher_parameters * tokens, six_nd(student_parameters, tokens))
 
 
-def training_rule(parameters: float, tokens: float) -> float:
+def six_nd(parameters: float, tokens: float) -> float:
     """6 * N * tokens, in FLOP."""
     return 6 * parameters * tokens
 
@@ -53,7 +53,7 @@ class Flops:
     head: float
 
     @classmethod
-    def of(cls, anatomy: Anatomy, length: int) -> "Flops":
+    def of(cls, anatomy: ModelStats, length: int) -> "Flops":
         """By formula; of experts only those that the token passes."""
         weights = anatomy.linear_weights + anatomy.active * anatomy.experts
         attention = 4 * length * anatomy.heads * anatomy.head_dim * anatomy.depth

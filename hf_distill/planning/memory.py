@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 from math import ceil, prod
 
 from .activations import activations, head_gradients, workspace
-from .model_stats import Anatomy
+from .model_stats import ModelStats
 from .strategy import SHARDED, Strategy
-from .workload import Job
+from .workload import Workload
 
 _LIVE = 10**9  # stage3_max_live_parameters, DeepSpeed's default
 _BUCKET = 5 * 10**8  # reduce_bucket_size, DeepSpeed's default, in values
@@ -16,7 +16,7 @@ _SPLIT = {"zero1": _ALL[2:], "zero2": _ALL[1:], "zero3": _ALL, "fsdp2": _ALL}
 
 
 @dataclass(frozen=True)
-class Parts:
+class MemoryBreakdown:
     """Bytes on one GPU, and in host memory.
 
     teacher:     its weights, or its share of them
@@ -47,7 +47,7 @@ class Parts:
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
 
 
-def memory(job: Job, strategy: Strategy, gpus: int, usable: int | None = None) -> Parts:
+def memory(job: Workload, strategy: Strategy, gpus: int, usable: int | None = None) -> MemoryBreakdown:
     """The parts of one GPU's memory.
 
     Args:
@@ -86,10 +86,10 @@ def memory(job: Job, strategy: Strategy, gpus: int, usable: int | None = None) -
     fixed = head_gradients(job, strategy)
     left = None if usable is None else usable - fixed - sum(rest.values())
     host = sum(size for part, size in held.items() if offloaded[part])
-    return Parts(head=fixed + workspace(job, left), host=host, **rest)
+    return MemoryBreakdown(head=fixed + workspace(job, left), host=host, **rest)
 
 
-def weights(anatomy: Anatomy, itemsize: int, kind: str) -> int:
+def weights(anatomy: ModelStats, itemsize: int, kind: str) -> int:
     """Bytes of a model's weights: parameters * itemsize, and in bitsandbytes' formats what these quantise.
 
     nf4 (2305.14314): of a linear layer, half a byte a weight, a byte for 64 of them, and four bytes for 256 of those;
@@ -111,7 +111,7 @@ def _nf4(count: int) -> int:
     return ceil(count / 2) + scales + 4 * ceil(scales / 256)
 
 
-def gathered(job: Job, strategy: Strategy, world: int) -> int:
+def gathered(job: Workload, strategy: Strategy, world: int) -> int:
     """Weights and gradients that are there twice for a while.
 
     zero3:      the largest block, and the head, or DeepSpeed's 1e9 live parameters if more; the gradient of a block
@@ -132,7 +132,7 @@ def gathered(job: Job, strategy: Strategy, world: int) -> int:
     return total + 2 * max((prod(shape) for anatomy in in_4_bits for shape in anatomy.linear.values()), default=0)
 
 
-def _gathered_shares(job: Job, strategy: Strategy) -> int:
+def _gathered_shares(job: Workload, strategy: Strategy) -> int:
     """Blocks of the model that runs, teacher or student; what is in no block of both."""
     blocks = outside = 0
     for anatomy, kind, size, gradient in (
@@ -146,7 +146,7 @@ def _gathered_shares(job: Job, strategy: Strategy) -> int:
     return blocks + outside
 
 
-def _at_a_time(anatomy: Anatomy, kind: str) -> tuple[int, int]:
+def _at_a_time(anatomy: ModelStats, kind: str) -> tuple[int, int]:
     """(parameters of blocks, parameters of what is in none) that are gathered at a time."""
     if kind == "fsdp2":
         return min(2 * anatomy.block, anatomy.parameters - anatomy.outside), anatomy.outside

@@ -16,7 +16,7 @@ from ..models.blocks import find_blocks
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStats:
     """The parts of a model, in parameters unless it says otherwise.
 
     parameters:   all of them, tied ones once
@@ -63,7 +63,7 @@ class Anatomy:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: PretrainedConfig, attention: str | None = None) -> "Anatomy":
+    def of(cls, config: PretrainedConfig, attention: str | None = None) -> "ModelStats":
         """Count the causal language model that a config describes.
 
         Args:

@@ -12,11 +12,11 @@ from ..recipe.models import FromTeacher
 from ..recipe.schema import Recipe
 from .cache_size import CachePlan, caches_of
 from .cost import Cost, Model, cost_of, model_of
-from .estimates import GiB, Row, advice, fewest_gpus, rows_of
-from .flops import training_rule
+from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewest_gpus
+from .flops import six_nd
 from .shapes import model_config
 from .strategy import Strategy
-from .workload import Job, job_of
+from .workload import Workload, make_workload
 
 CONTEXT = GiB  # the CUDA context and libraries' workspaces
 FRAGMENTATION = 0.05
@@ -51,14 +51,14 @@ class Plan:
     gpus: int
     gpu_memory: int
     usable: int
-    rows: list[Row]
+    rows: list[StrategyEstimate]
     cost: Cost
     mfu: float
     peak_tflops: float
     pretraining_tokens: float
     pretraining: float
-    cheapest: Row | None
-    best: Row | None
+    cheapest: StrategyEstimate | None
+    best: StrategyEstimate | None
     caches: CachePlan | None
     advice: str
 
@@ -86,21 +86,21 @@ def plan(
     """
     numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
     own, student_config, teacher_config = _checked(recipe, numbers | {"pretraining_tokens": pretraining_tokens})
-    job = job_of(recipe, student_config, teacher_config)
+    job = make_workload(recipe, student_config, teacher_config)
     memory_bytes = int(gpu_memory * GiB)
     usable = int(memory_bytes * (1 - FRAGMENTATION)) - CONTEXT
-    rows = rows_of(job, own, gpus, usable)
-    teacher = model_of(recipe.base, teacher_config, job.teacher, job.length)
-    name = recipe.student.model or f"{recipe.main.model}, cut to {job.student.depth} blocks"
+    rows = estimate_strategies(job, own, gpus, usable)
+    teacher = model_of(recipe.tokenizer_model, teacher_config, job.teacher, job.length)
+    name = recipe.student.model or f"{recipe.primary_teacher.model}, cut to {job.student.depth} blocks"
     student = model_of(name, student_config, job.student, job.length, job)
-    pretraining = training_rule(job.student.parameters, pretraining_tokens)
-    told = replace(teacher, forward=0.0) if job.absent == "cache" else teacher
+    pretraining = six_nd(job.student.parameters, pretraining_tokens)
+    told = replace(teacher, forward=0.0) if job.teacher_absent_because == "cache" else teacher
     cost = cost_of(recipe, own.processes(gpus), told, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
     could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
     best = next((row for row in rows if row.fits), None)
     uncounted = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
-    others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.main]
+    others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.primary_teacher]
     uncounted += [f"the teacher {model} and its forward" for model in others]
     uncounted += ["the time and the cache of writing completions"] if recipe.on_policy else []
     return Plan(
@@ -124,7 +124,7 @@ def plan(
     )
 
 
-def _caches(recipe: Recipe, job: Job, teacher: Model, student: Model, tokens: int | None) -> CachePlan | None:
+def _caches(recipe: Recipe, job: Workload, teacher: Model, student: Model, tokens: int | None) -> CachePlan | None:
     if not recipe.kinds <= {"frozen", "cached"} or recipe.on_policy:
         return None
     layers: set[int] = set()
@@ -146,13 +146,13 @@ def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, Pretr
         own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
     with collect_errors(problems):
-        teacher = model_config(recipe.base, recipe.base_revision)
+        teacher = model_config(recipe.tokenizer_model, recipe.tokenizer_revision)
         student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
     if spec.model is not None and spec.from_teacher is None:
         with collect_errors(problems):
             student = model_config(spec.model, spec.revision)
     raise_if_any(problems)
-    return own, student, teacher if recipe.main.model else student
+    return own, student, teacher if recipe.primary_teacher.model else student
 
 
 def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:

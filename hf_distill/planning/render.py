@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from .estimates import GiB, Row
+from .estimates import GiB, StrategyEstimate
 from .planner import Plan
 
 _MIB = 2**20
@@ -77,7 +77,7 @@ def caches_table(plan: Plan) -> list[Table | str]:
     tokens = plan.caches.tokens or 10**9
     for kind in plan.caches.kinds:
         size = (kind.bytes_per_token * tokens + kind.head) / GiB
-        table.add_row(kind.kind, _number(kind.bytes_per_token), f"{_number(size)} GiB", kind.tells)
+        table.add_row(kind.kind, _number(kind.bytes_per_token), f"{_number(size)} GiB", kind.supports)
     pays = (
         f"It saves {plan.caches.saved:.0%} of a step's operations, and pays from the second pass over the data on: an "
         "epoch, another student, another run."
@@ -141,7 +141,7 @@ def verdict(plan: Plan) -> list[str]:
     return lines
 
 
-def _style(row: Row, plan: Plan) -> str:
+def _style(row: StrategyEstimate, plan: Plan) -> str:
     return "bold" if row.own or row is plan.cheapest else "" if row.fits else "dim"
 
 

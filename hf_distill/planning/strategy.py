@@ -78,7 +78,7 @@ class Strategy:
         """How many processes train."""
         return 1 if self.teacher == "device_map" else gpus
 
-    def on(self, gpus: int) -> "Strategy":
+    def for_gpus(self, gpus: int) -> "Strategy":
         """The same on so many GPUs: a copy each process is `single` on one, `ddp` on more."""
         if self.student not in ("single", "ddp"):
             return self
@@ -98,11 +98,11 @@ class Strategy:
         Raises:
             DistillError: it is sharded, and there is one GPU and no offload.
         """
-        spec, train = recipe.main, recipe.train
+        spec, train = recipe.primary_teacher, recipe.train
         teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
         if spec.device_map and not spec.quantization:
             teacher = "device_map"
-        teacher = absent_of(recipe) or teacher
+        teacher = teacher_absence(recipe) or teacher
         teacher_zero, zero = (
             config if isinstance(config, dict) else {} for config in (spec.deepspeed, train.deepspeed)
         )
@@ -110,7 +110,7 @@ class Strategy:
         student = f"zero{stage}" if stage else "fsdp2" if train.fsdp else "ddp"
         strategy = cls(
             teacher, student, _offloads(teacher_zero, "param"), _offloads(zero, "param"), _offloads(zero, "optimizer")
-        ).on(gpus)
+        ).for_gpus(gpus)
         if strategy.sharded and not strategy.offloads and gpus == 1:
             whole = [change for change in cls("nf4", "single").overrides if change not in strategy.overrides]
             raise DistillError(
@@ -131,7 +131,7 @@ def alternatives(method: str, gpus: int, absent: str = "") -> list[Strategy]:
     Args:
         method: "full", "lora" or "qlora".
         gpus: one of them leaves nothing to shard.
-        absent: see `Job`.
+        absent: see `Workload`.
     """
     teachers = (absent,) if absent else ("whole", "int8", "nf4")
     if gpus == 1:
@@ -144,11 +144,11 @@ def alternatives(method: str, gpus: int, absent: str = "") -> list[Strategy]:
     return found + [Strategy("fsdp2", student) for student in students if student == "fsdp2"]
 
 
-def absent_of(recipe: Recipe) -> str:
-    """Why no teacher of the recipe is in memory, see `Job`; a cache counts where it is all there is."""
+def teacher_absence(recipe: Recipe) -> str:
+    """Why no teacher of the recipe is in memory, see `Workload`; a cache counts where it is all there is."""
     if all(spec.kind == "cached" and not spec.on_miss for spec in recipe.all_teachers):
         return "cache"
-    return "own" if recipe.main.model is None else ""
+    return "own" if recipe.primary_teacher.model is None else ""
 
 
 def _offloads(config: dict[str, Any], what: str) -> bool:

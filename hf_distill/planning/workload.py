@@ -11,12 +11,12 @@ from ..losses import get_loss
 from ..recipe.losses import LossSpec
 from ..recipe.models import Lora
 from ..recipe.schema import Recipe
-from .model_stats import Anatomy
-from .strategy import Strategy, absent_of
+from .model_stats import ModelStats
+from .strategy import Strategy, teacher_absence
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is asked of memory whichever way the models are held.
 
     student:       the student
@@ -34,8 +34,8 @@ class Job:
     device:        "cuda" or "cpu": the head's workspace differs
     """
 
-    student: Anatomy
-    teacher: Anatomy
+    student: ModelStats
+    teacher: ModelStats
     batch: int
     length: int
     student_dtype: torch.dtype = torch.float32
@@ -44,7 +44,7 @@ class Job:
     checkpointing: bool = False
     lora: Lora | None = None
     quantization: str | None = None
-    absent: str = ""
+    teacher_absent_because: str = ""
     captured: int = 0
     device: str = "cuda"
 
@@ -88,39 +88,39 @@ class Job:
         return strategy.student in ("single", "ddp") and self.stored(strategy) > self.compute
 
 
-def job_of(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig) -> Job:
+def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig) -> Workload:
     """A recipe's models and batch, as memory sees them.
 
     Raises:
         DistillError: a mapping names layers that a model does not have.
     """
     spec, train = recipe.student, recipe.train
-    attention = spec.attn_implementation or (recipe.main.attn_implementation if spec.from_teacher else None)
-    own = Anatomy.of(student, attention)
-    other = Anatomy.of(teacher, recipe.main.attn_implementation)
+    attention = spec.attn_implementation or (recipe.primary_teacher.attn_implementation if spec.from_teacher else None)
+    own = ModelStats.of(student, attention)
+    other = ModelStats.of(teacher, recipe.primary_teacher.attn_implementation)
     wrapped = train.fsdp_config.get("activation_checkpointing", False) if isinstance(train.fsdp_config, dict) else False
     length = recipe.data.max_length
-    return Job(
+    return Workload(
         student=own,
         teacher=other,
         batch=train.per_device_train_batch_size or 8,
         length=length,
         student_dtype=_dtype(spec.dtype, own),
-        teacher_dtype=_dtype(recipe.main.dtype if recipe.main.model else spec.dtype, other),
+        teacher_dtype=_dtype(recipe.primary_teacher.dtype if recipe.primary_teacher.model else spec.dtype, other),
         mixed=bool(train.bf16 or train.fp16),
         checkpointing=bool(train.activation_checkpointing or train.gradient_checkpointing or wrapped),
         lora=spec.lora,
         quantization=spec.quantization,
-        absent=absent_of(recipe),
+        teacher_absent_because=teacher_absence(recipe),
         captured=sum(_captured(loss, own, other, length) for loss in recipe.losses),
     )
 
 
-def _dtype(name: str, anatomy: Anatomy) -> torch.dtype:
+def _dtype(name: str, anatomy: ModelStats) -> torch.dtype:
     return anatomy.dtype if name == "auto" else getattr(torch, name)
 
 
-def _captured(spec: LossSpec, student: Anatomy, teacher: Anatomy, length: int) -> int:
+def _captured(spec: LossSpec, student: ModelStats, teacher: ModelStats, length: int) -> int:
     """Values that a term on features keeps of each token, of the mapped layers of both models."""
     kind, options = get_loss(spec.name).feature, spec.model_extra or {}
     if kind is None:

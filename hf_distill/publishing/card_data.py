@@ -8,8 +8,8 @@ from ..analysis.curve import compute, trained_tokens
 from ..core.io import damage_reported, read_json
 from ..core.references import public_name
 from ..errors import DistillError
-from ..hub.licenses import Judged, Licence, judge, licence_of
-from ..model_card import Facts, missing
+from ..hub.licenses import License, LicenseDecision, decide_license, licence_of
+from ..model_card import CardData, unmeasured
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
 from ..recipe.schema import Recipe
@@ -18,12 +18,12 @@ from ..runner.run_results import Run
 _PLAIN, _PROMPT = 20, 120  # characters, at least and at most, of the line of a sample's prompt that a card shows
 
 
-Lookup: TypeAlias = Callable[[str, str | None], Licence | None]
+Lookup: TypeAlias = Callable[[str, str | None], License | None]
 
 
-def facts_of(
+def run_card_data(
     run: Run, repo: str, licence: str | None = None, base_model: str | None = None, lookup: Lookup = licence_of
-) -> Facts:
+) -> CardData:
     """The evidence of a run that is over.
 
     Args:
@@ -46,7 +46,7 @@ def facts_of(
     retention = read_json(run.folder / "retention.json").get("tasks", [])
     diagnosis = _verdicts(run)
     teachers = teachers_of(run.recipe, evidence, lookup)
-    return Facts(
+    return CardData(
         repo=repo,
         task="text-generation",
         student=_student(run, known) | ({"base_model": base_model} if base_model else {}),
@@ -57,7 +57,7 @@ def facts_of(
         held_out=held_out,
         environment=evidence.get("environment", {}),
         licence=judged_of(run.recipe, teachers, repo, licence, base_model, lookup),
-        not_measured=[*_smoke_note(run.recipe), *missing(held_out, retention, diagnosis)],
+        not_measured=[*_smoke_note(run.recipe), *unmeasured(held_out, retention, diagnosis)],
         retention=retention,
         diagnosis=diagnosis,
         recipe=_recipe(run),
@@ -96,7 +96,9 @@ def _verdicts(run: Run) -> dict[str, str] | None:
 def _student(run: Run, known: dict[str, Any]) -> dict[str, Any]:
     """What the student is, and of whose weights it was made."""
     spec, evidence = run.recipe.student, run.results
-    donor: Student | TeacherSpec = run.recipe.main if spec.from_teacher and run.recipe.main.model else spec
+    donor: Student | TeacherSpec = (
+        run.recipe.primary_teacher if spec.from_teacher and run.recipe.primary_teacher.model else spec
+    )
     role = "teacher" if donor is not spec else "student"
     return {
         "model": public_name(donor.model),
@@ -117,18 +119,18 @@ def teachers_of(
     Args:
         recipe: as it ran, or will.
         evidence: of its run; empty before it.
-        lookup: see `facts_of`.
+        lookup: see `run_card_data`.
 
     Raises:
         DistillError: see `licence_of`.
     """
     found = {}
     for spec in recipe.all_teachers:
-        name, spoken = getattr(spec, "name", "teacher"), spec.speaker
+        name, spoken = getattr(spec, "name", "teacher"), spec.source_teacher
         known = evidence.get("provenance", {}).get(name, {})
         facts = known | {"kind": spec.kind, "model": public_name(spoken.model)}
         facts |= {"quantization": spoken.quantization} if spoken.quantization else {}
-        if spoken is recipe.main:
+        if spoken is recipe.primary_teacher:
             sizes = evidence.get("teacher", {})
             facts |= {key: sizes[key] for key in ("parameters", "blocks") if key in sizes}
         if spoken.model and (licence := lookup(spoken.model, spoken.revision)):
@@ -144,7 +146,7 @@ def judged_of(
     wanted: str | None,
     base_model: str | None,
     lookup: Lookup = licence_of,
-) -> Judged:
+) -> LicenseDecision:
     """The licence of a recipe's student; of one that was cut from its teacher, the teacher's is its own base's.
 
     Args:
@@ -152,16 +154,16 @@ def judged_of(
         teachers: see `teachers_of`.
         repo: org/name of the student.
         wanted: the licence that its author wants; None: inherited.
-        base_model: see `facts_of`.
-        lookup: see `facts_of`.
+        base_model: see `run_card_data`.
+        lookup: see `run_card_data`.
     """
-    given = {name: Licence(t["licence"], t["link"], t["forbids"]) for name, t in teachers.items() if "licence" in t}
+    given = {name: License(t["licence"], t["link"], t["forbids"]) for name, t in teachers.items() if "licence" in t}
     spec, own = recipe.student, None
     if base_model:
         own = lookup(base_model, None)
-    elif not spec.from_teacher or not recipe.main.model:
+    elif not spec.from_teacher or not recipe.primary_teacher.model:
         own = lookup(str(spec.model), spec.revision)
-    return judge(given, own, repo, wanted)
+    return decide_license(given, own, repo, wanted)
 
 
 def _sources(run: Run, known: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from ..core.escape import html_text
 from ..core.local_paths import typed_paths, with_reduced_keys, without_local_paths
 from ..core.references import is_id
 from ..errors import DistillError
-from ..model_card import FILE, Facts, Picture, card_of
+from ..model_card import FILE, CardData, Figure, build_card
 from ..models.sidecar import SIDECAR
 from ..runner.run_results import WRITTEN_BY, Run
 from .repository import CARD, with_digests
@@ -62,12 +62,12 @@ class Contents:
     notes: list[str]
 
 
-def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
+def contents_of(run: Run, facts: CardData, report: bool = False) -> Contents:
     """A student's files, its card and its facts.
 
     Args:
         run: see `open_run`.
-        facts: see `facts_of`.
+        facts: see `run_card_data`.
         report: the page too.
 
     Raises:
@@ -85,7 +85,7 @@ def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
     configs = [n for n in files if n.endswith(".json") and n not in _LISTS and n != _ADAPTER]
     left_out = [name for name in names if name not in files and name not in (CARD, FILE)]
     drawn = sorted((run.folder / "figures").glob("*.png"))
-    figures = [Picture(f"figures/{path.name}", _SHOWS.get(path.stem, path.stem)) for path in drawn]
+    figures = [Figure(f"figures/{path.name}", _SHOWS.get(path.stem, path.stem)) for path in drawn]
     files |= {figure.path: path for figure, path in zip(figures, drawn, strict=True)}
     if report:
         files["report.html"] = _report(run)
@@ -93,7 +93,7 @@ def contents_of(run: Run, facts: Facts, report: bool = False) -> Contents:
     if _ADAPTER in files:
         files[_ADAPTER], notes = _adapter_config(folder / _ADAPTER, facts)
     files |= {n: _without_places(folder / n) for n in configs}
-    files[CARD] = card_of(facts, figures).content.encode()
+    files[CARD] = build_card(facts, figures).content.encode()
     files[FILE] = _json(with_digests(facts.as_json(), {name: _digest(file) for name, file in files.items()}))
     return Contents(files, left_out, notes)
 
@@ -118,7 +118,7 @@ def _read(file: Path) -> Any:
         raise DistillError(f"{file} is not JSON ({error}): train or save the student again.") from None
 
 
-def _adapter_config(file: Path, facts: Facts) -> tuple[bytes, list[str]]:
+def _adapter_config(file: Path, facts: CardData) -> tuple[bytes, list[str]]:
     """Of adapters: with the id of their base, where it is known; else what others need to be told."""
     values = _read(file)
     own, base = values.get("base_model_name_or_path"), facts.student.get("base_model")

@@ -10,12 +10,12 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ..core.references import reference_kind
 from ..errors import DistillError
-from ..hub import asking
-from ..hub.licenses import Judged, Licence, licence_of
+from ..hub import translate_hub_errors
+from ..hub.licenses import License, LicenseDecision, licence_of
 from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
-from .card_data import facts_of, judged_of, teachers_of
+from .card_data import judged_of, run_card_data, teachers_of
 from .files import Contents, contents_of
 from .repository import CARD, Repository, check_repository, check_repository_id, look_at, to_delete
 
@@ -61,7 +61,7 @@ class DryRun:
     card: str
     sizes: dict[str, int]
     left_out: list[str]
-    licence: Judged
+    licence: LicenseDecision
     unknown: dict[str, str]
     notes: list[str]
     cache: int | None = None
@@ -108,7 +108,7 @@ def publish(
     api = HfApi()
     repo = _whole_name(api, repo)
     on_stage(f"Gathering what is known of {run.folder}")
-    facts = facts_of(run, repo, licence, base_model)
+    facts = run_card_data(run, repo, licence, base_model)
     _check_licence(facts.licence, accept_licence)
     contents = contents_of(run, facts, "report" in include)
     there = look_at(api, repo)
@@ -139,14 +139,14 @@ def dry_run(
     _check_arguments(repo, include, base_model)
     unknown: dict[str, str] = {}
 
-    def lookup(model: str, revision: str | None) -> Licence | None:
+    def lookup(model: str, revision: str | None) -> License | None:
         try:
             return licence_of(model, revision)
         except DistillError as error:
             unknown[model] = str(error)
             return None
 
-    facts = facts_of(run, repo, licence, base_model, lookup)
+    facts = run_card_data(run, repo, licence, base_model, lookup)
     contents = contents_of(run, facts, "report" in include)
     sizes = {name: content.stat().st_size if isinstance(content, Path) else len(content)
              for name, content in sorted(contents.files.items())}  # fmt: skip
@@ -183,7 +183,7 @@ def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None
         )
 
 
-def _check_licence(judged: Judged, accepted: bool) -> None:
+def _check_licence(judged: LicenseDecision, accepted: bool) -> None:
     if judged.conflicts and not accepted:
         lines = "\n".join(f"  {line}" for line in judged.conflicts)
         raise DistillError(
@@ -194,7 +194,7 @@ def _check_licence(judged: Judged, accepted: bool) -> None:
 
 def _whole_name(api: HfApi, repo: str) -> str:
     """org/name; checks that somebody is logged in."""
-    with asking(repo):
+    with translate_hub_errors(repo):
         try:
             user = api.whoami()["name"]
         except LocalTokenNotFoundError:
@@ -212,7 +212,7 @@ def _commit(
     operations += [CommitOperationDelete(name) for name in gone]
     size = sum(operation.upload_info.size for operation in operations if isinstance(operation, CommitOperationAdd))
     on_stage(f"Uploading {len(contents.files)} files, {size / 1e6:,.1f} MB, to {repo}")
-    with asking(repo):
+    with translate_hub_errors(repo):
         ModelCard(contents.files[CARD].decode()).validate()  # type: ignore[union-attr]
         if there.commit is None:  # not exist_ok: what somebody else made meanwhile has not been looked at
             api.create_repo(repo, private=private)
@@ -236,10 +236,10 @@ def _cache_of(run: Run) -> str:
 
 def _size_of_cache(run: Run) -> int:
     """Bytes of the cache that taught a run; its files are checked, as they are before an upload."""
-    from ..cache import check_all
+    from ..cache import verify_cache
 
     path = Path(_cache_of(run))
-    check_all(path)
+    verify_cache(path)
     return sum(file.stat().st_size for file in path.iterdir())
 
 

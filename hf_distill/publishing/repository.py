@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..core.references import is_id
 from ..errors import DistillError
-from ..hub import asking
-from ..model_card import FILE, Facts
+from ..hub import translate_hub_errors
+from ..model_card import FILE, CardData
 
 CARD = "README.md"
 # Weights of any framework and format, the index files of their shards, and what makes a folder one of adapters.
@@ -90,7 +90,7 @@ def look_at(api: HfApi, name: str) -> Repository:
     Raises:
         DistillError: see `hub.asking`.
     """
-    with asking(name):
+    with translate_hub_errors(name):
         try:
             info: Any = api.model_info(name, files_metadata=True)
         except RepositoryNotFoundError:
@@ -107,7 +107,7 @@ def look_at(api: HfApi, name: str) -> Repository:
 
 
 def check_repository(
-    there: Repository, names: Iterable[str], private: bool, replace: bool, facts: Facts | None = None
+    there: Repository, names: Iterable[str], private: bool, replace: bool, facts: CardData | None = None
 ) -> None:
     """Refuse a repository in which publishing would replace what it did not write.
 

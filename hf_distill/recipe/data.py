@@ -7,10 +7,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..core.schedule import parse_schedule
 from ..errors import did_you_mean
-from .strict_model import Name, Part
+from .strict_model import Name, StrictModel
 
 
-class Source(Part):
+class Source(StrictModel):
     """Examples: a data set id, a local file or save_to_disk folder, package:pydoc_data.topics or package:stdlib.
 
     The columns tell the format: input_ids, messages, prompt and completion, or text; the first that is there counts.
@@ -32,7 +32,7 @@ class Source(Part):
         description="Of conversations: whether the assistant's turns alone are target tokens, or all tokens (false). "
         "None: as true.",
     )
-    long: Literal["truncate", "drop"] = Field("truncate", description="What becomes of examples beyond max_length.")
+    overflow: Literal["truncate", "drop"] = Field("truncate", description="What becomes of examples beyond max_length.")
     streaming: bool = Field(False, description="Read it while training, in its own order; needs train.max_steps.")
 
     @field_validator("weight")
@@ -44,7 +44,7 @@ class Source(Part):
         return value
 
 
-class Eval(Part):
+class Eval(StrictModel):
     """Held-out examples: a source of its own, read as `task` is, or a share of those of each source."""
 
     path: Name | None = None
@@ -55,13 +55,13 @@ class Eval(Part):
     max_rows: int | None = Field(None, gt=0, description="At most so many rows of each source.")
 
     @model_validator(mode="after")
-    def _one_way(self):
+    def _exactly_one(self):
         if (self.path is None) == (self.holdout is None):
             raise ValueError("give either path or holdout")
         return self
 
 
-class Data(Part):
+class Data(StrictModel):
     """A source, `task`, and any number of others under names of their own, mixed by their weights.
 
     Text is tokenised, joined with end-of-text tokens and cut into rows of max_length; else an example is a row.
@@ -126,7 +126,7 @@ class Data(Part):
         return {"task": self.task, **(self.__pydantic_extra__ or {})}
 
 
-class OnPolicy(Part):
+class OnPolicy(StrictModel):
     """The student completes the data's prompts, and the teacher judges every token that it writes (GKD, 2306.13649).
 
     By trl.DistillationTrainer; sources are `messages`, or `prompt` and `completion`.

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 from ..core.references import reference_kind
 from ..errors import DistillError
-from ..hub import address, asking, model_files
+from ..hub import model_files, parse_uri, translate_hub_errors
 from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
 from .schema import Recipe
 
@@ -40,7 +40,7 @@ class Download:
     base: str | None = None
 
 
-def named(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
+def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
     """(what for, name, "model" or "dataset", revision) of all models and data that a recipe names, as it names them."""
     students = {"student": recipe.student} | {f"stage {i}": stage.student for i, stage in enumerate(recipe.stages, 1)}
     teachers = {getattr(spec, "name", "teacher"): spec for spec in recipe.all_teachers}
@@ -59,7 +59,9 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
 
 def random_models(recipe: Recipe) -> list[str]:
     """The tiny random models that a recipe names, as a smoke run does: such a run's figures mean nothing."""
-    return sorted({name for _, name, kind, _ in named(recipe) if kind == "model" and reference_kind(name) == "smoke"})
+    return sorted(
+        {name for _, name, kind, _ in referenced_repos(recipe) if kind == "model" and reference_kind(name) == "smoke"}
+    )
 
 
 def smoke_run(recipe: Recipe) -> str | None:
@@ -76,32 +78,33 @@ def downloads(recipe: Recipe) -> list[Download]:
         DistillError: one is not there, private or gated; an adapter's base is no model on the Hub; see `hub.asking`.
     """
     places: dict[Place, list[str]] = {}
-    for what, name, kind, revision in named(recipe):
-        if place := place_of(name, kind, revision):
+    for what, name, kind, revision in referenced_repos(recipe):
+        if place := hub_repo_of(name, kind, revision):
             places.setdefault(place, []).append(what)
-    found = [_looked_at(tuple(what), *place) for place, what in places.items()]
+    found = [inspect_repo(tuple(what), *place) for place, what in places.items()]
     known = {one.repo for one in found if one.kind == "model"}
     for one in [one for one in found if one.base]:
         if one.base not in known:
-            found.append(_looked_at((f"base of {one.repo}",), "model", str(one.base), None))
+            found.append(inspect_repo((f"base of {one.repo}",), "model", str(one.base), None))
     return found
 
 
-def place_of(name: str, kind: str, revision: str | None) -> Place | None:
+def hub_repo_of(name: str, kind: str, revision: str | None) -> Place | None:
     """(kind, repository, revision) of a name that is read as a whole from the Hub; None: it is read elsewhere.
 
     A single file's address is none: it is one of the recipe's own repository, small beside the rest.
     """
     if reference_kind(name) == "address":
-        at = address(name)
+        at = parse_uri(name)
         return None if at.path_in_repo else (at.type, at.id, at.revision)
     return (kind, name, revision) if reference_kind(name) == "id" else None
 
 
-def _looked_at(what: tuple[str, ...], kind: str, repo: str, revision: str | None) -> Download:
+def inspect_repo(what: tuple[str, ...], kind: str, repo: str, revision: str | None) -> Download:
+    """Size, missing bytes and file types of one repository, without downloading its weights."""
     if constants.HF_HUB_OFFLINE:
         return Download(what, kind, repo, revision, None, None)
-    with asking(repo, kind, revision):
+    with translate_hub_errors(repo, kind, revision):
         info: Any = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     read = _read_of_model(sizes) if kind == "model" else sizes

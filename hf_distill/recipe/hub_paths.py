@@ -17,7 +17,7 @@ from .safe_yaml import LIMIT
 _BESIDE = re.compile(r"(?:\.\./)*(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*\.json")
 
 
-def at_home(values: dict[str, Any], origin: str) -> dict[str, Any]:
+def pin_relative_paths(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """A recipe's values: DeepSpeed files as their content, data files by their address at the recipe's commit.
 
     Args:
@@ -69,12 +69,12 @@ def content_of(name: str, origin: str) -> dict[str, Any]:
     Raises:
         DistillError: the name is not allowed, there is no such file, or it holds no JSON object.
     """
-    from ..hub import address, beside, fetch
+    from ..hub import fetch, parse_uri, sibling_uri
 
     if is_packaged(name):
         text = files("hf_distill.recipes").joinpath("deepspeed", name).read_text()
     else:
-        at = beside(address(origin), name)
+        at = sibling_uri(parse_uri(origin), name)
         if not _BESIDE.fullmatch(name):
             raise DistillError(f"{name!r} is no DeepSpeed config: give a .json file that is in no hidden folder")
         text = read_text(fetch(at, LIMIT).path, name)
@@ -88,12 +88,12 @@ def content_of(name: str, origin: str) -> dict[str, Any]:
 
 
 def _with_path(part: Any, origin: str, problems: list[str]) -> Any:
-    from ..hub import address, beside, written
+    from ..hub import format_uri, parse_uri, sibling_uri
 
     if not isinstance(part, dict) or not isinstance(path := part.get("path"), str):
         return part
     if path.startswith((HUB_PREFIX, PACKAGE_PREFIX)) or PurePosixPath(path).suffix not in DATASET_BUILDERS:
         return part
     with collect_errors(problems):
-        return part | {"path": written(beside(address(origin), path))}
+        return part | {"path": format_uri(sibling_uri(parse_uri(origin), path))}
     return part

@@ -17,7 +17,7 @@ from .models import Student, TeacherSpec
 from .schema import Recipe
 
 # Hyperparameters of a training and of its evaluation.
-HARMLESS = {
+ALLOWED = {
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules", "max_grad_norm"),
@@ -40,7 +40,7 @@ HARMLESS = {
     *("fsdp", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "restore_callback_states_from_checkpoint"),
 }
 # Fields that are looked into, by a function below.
-_LOOKED_INTO = {"output_dir", "report_to", "deepspeed", "dataloader_num_workers", "fsdp_config", "accelerator_config"}
+_INSPECTED = {"output_dir", "report_to", "deepspeed", "dataloader_num_workers", "fsdp_config", "accelerator_config"}
 # Fields that name a place, an account, a backend or a file.
 REFUSED = {
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
@@ -49,7 +49,7 @@ REFUSED = {
     *("enable_jit_checkpoint", "parallelism_config", "dataloader_multiprocessing_context", "label_names"),
     *("ddp_backend", "local_rank"),
 }
-KNOWN = HARMLESS | _LOOKED_INTO | REFUSED
+KNOWN = ALLOWED | _INSPECTED | REFUSED
 
 _DEEPSPEED = {
     *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "gradient_clipping", "prescale_gradients"),
@@ -69,7 +69,7 @@ _OUTPUT = re.compile(r"(?:runs|caches)(?:/[A-Za-z0-9][\w.-]*)+")
 _WORKERS = 64
 
 
-def untrusted(recipe: Recipe) -> list[str]:
+def policy_violations(recipe: Recipe) -> list[str]:
     """What a recipe from the Hub says and may not, each with its place and what to do; nothing where all is harmless.
 
     Args:
@@ -135,10 +135,10 @@ def _no_public_name(name: str, packaged: re.Pattern[str]) -> str | None:
 
 
 def _is_address(text: str) -> bool:
-    from ..hub import address
+    from ..hub import parse_uri
 
     try:
-        return bool(address(text))
+        return bool(parse_uri(text))
     except DistillError:
         return False
 

@@ -7,9 +7,9 @@ from pathlib import Path, PurePosixPath
 
 from ..core.escape import printable
 from ..errors import DistillError
-from ..hub import address, fetch, written, yaml_files
+from ..hub import fetch, format_uri, parse_uri, yaml_files
 from .hub_paths import content_of, deepspeed_parts, is_packaged
-from .load import whole_values
+from .load import resolve_values
 from .resolve import find_recipe, on_the_hub, read_text, title_of
 from .safe_yaml import LIMIT, read_yaml
 
@@ -29,16 +29,16 @@ def list_remote(reference: str) -> dict[str, str]:
         DistillError: see `hub.asking`; it holds no recipes.
     """
     found = {}
-    for at in yaml_files(address(reference)):
+    for at in yaml_files(parse_uri(reference)):
         try:
             text = read_text(fetch(at, LIMIT).path, at.path_in_repo)
             values = read_yaml(text, at.path_in_repo)
             if not isinstance(values, dict) or len(_OWN_KEYS & values.keys()) < 2:
                 continue
-            whole_values(find_recipe(written(at)), written(at))
-            found[written(at)] = title_of(text)
+            resolve_values(find_recipe(format_uri(at)), format_uri(at))
+            found[format_uri(at)] = title_of(text)
         except DistillError as error:
-            found[written(at)] = f"(refused: {str(error).partition(chr(10))[0]})"
+            found[format_uri(at)] = f"(refused: {str(error).partition(chr(10))[0]})"
     if not found:
         raise DistillError(f"{reference} holds no recipes: none of its YAML files says what to teach whom.")
     return found
@@ -61,8 +61,8 @@ def pull_recipe(reference: str, to: str | Path, force: bool = False) -> list[Pat
     if not on_the_hub(reference):
         raise DistillError(f"{reference!r} is not on the Hub: give hf://org/name[@revision]/file.yaml.")
     found = find_recipe(reference)
-    whole_values(found, reference)
-    at = address(str(found.origin))
+    resolve_values(found, reference)
+    at = parse_uri(str(found.origin))
     own = PurePosixPath(at.path_in_repo).name
     if not _OWN_NAME.fullmatch(own):
         raise DistillError(f"{reference}: a file with the name {own!r} is not written; hidden files never are.")

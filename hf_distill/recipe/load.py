@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from ..core.deepspeed_config import check_teacher_config, read_deepspeed
 from ..errors import DistillError, collect_errors
 from ..version import __version__
-from .hub_paths import at_home
-from .hub_policy import untrusted
+from .hub_paths import pin_relative_paths
+from .hub_policy import policy_violations
 from .local_files import missing_files
 from .losses import Distill
 from .plain_yaml import Place, impossible_values, replaced, short
 from .problems import lines_of, place_of, raise_problems, with_known_keys, without_wrong_values
-from .resolve import Found, find_recipe, list_recipes, on_the_hub, packaged_text
+from .resolve import RecipeSource, find_recipe, list_recipes, on_the_hub, packaged_text
 from .safe_yaml import read_yaml
 from .schema import Recipe, Train
 from .smoke import smoke_values
@@ -40,7 +40,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
             a stranger's may not; every problem is listed with its place.
     """
     found = find_recipe(reference)
-    values = whole_values(found, reference)
+    values = resolve_values(found, reference)
     if smoke:
         values = smoke_values(validate(values, found.folder).model_dump(exclude_unset=True))
     for override in overrides:
@@ -48,7 +48,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
     return validate(values, found.folder)
 
 
-def whole_values(found: Found, reference: str) -> dict[str, Any]:
+def resolve_values(found: RecipeSource, reference: str) -> dict[str, Any]:
     """A recipe's values with what it extends; of one from the Hub, checked and with the files beside it in place.
 
     Raises:
@@ -58,11 +58,11 @@ def whole_values(found: Found, reference: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DistillError(f"{reference} is not a mapping of student, teacher, data, distill, train.")
     _check_version(values.get("requires"), reference)
-    values = _extended(values, reference)
+    values = apply_extends(values, reference)
     if found.origin is None:
         return values
-    values = at_home(values, found.origin)
-    if problems := untrusted(validate(values, found.folder)):
+    values = pin_relative_paths(values, found.origin)
+    if problems := policy_violations(validate(values, found.folder)):
         raise_problems(problems, f"in the recipe, which is a stranger's ({found.origin})")
     return values | {"origin": found.origin}
 
@@ -82,7 +82,7 @@ def _check_version(requires: Any, reference: str) -> None:
         )
 
 
-def _extended(values: dict[str, Any], reference: str) -> dict[str, Any]:
+def apply_extends(values: dict[str, Any], reference: str) -> dict[str, Any]:
     """A packaged recipe's values with these in their place: mappings key by key, anything else whole."""
     name = values.get("extends")
     if name is None:
@@ -90,12 +90,13 @@ def _extended(values: dict[str, Any], reference: str) -> dict[str, Any]:
     if not isinstance(name, str):
         raise DistillError(f"{reference}: extends takes the name of a packaged recipe; got {short(name)}.")
     base = read_yaml(packaged_text(name), name)
-    return _merged(base, {key: value for key, value in values.items() if key != "extends"})
+    return deep_merge(base, {key: value for key, value in values.items() if key != "extends"})
 
 
-def _merged(base: Any, own: Any) -> Any:
+def deep_merge(base: Any, own: Any) -> Any:
+    """Values of `own` over those of `base`; mappings are merged key by key."""
     if isinstance(base, dict) and isinstance(own, dict):
-        return base | {key: _merged(base.get(key), value) for key, value in own.items()}
+        return base | {key: deep_merge(base.get(key), value) for key, value in own.items()}
     return own
 
 
@@ -196,7 +197,7 @@ def _of_stages(values: dict[str, Any]) -> list[str]:
     return lines
 
 
-def parts_to_plan(recipe: Recipe) -> dict[str, Recipe]:
+def recipes_by_stage(recipe: Recipe) -> dict[str, Recipe]:
     """A recipe, as ""; of a chain the recipe of each stage, as far as it is known before the chain runs, and of its
     control, which is called "direct".
     """

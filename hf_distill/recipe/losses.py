@@ -12,7 +12,7 @@ from ..core.options import option_problem
 from ..errors import did_you_mean
 from ..layers import check_layers
 from .plain_yaml import short
-from .strict_model import Part
+from .strict_model import StrictModel
 
 
 @cache
@@ -41,7 +41,7 @@ def _check_loss(name: Any, options: Mapping[str, Any]) -> None:
         raise ValueError("; ".join(problems))
 
 
-class LossSpec(Part):
+class LossSpec(StrictModel):
     """A further term of the objective; other keys are options of the loss."""
 
     model_config = ConfigDict(extra="allow")
@@ -62,7 +62,7 @@ class LossSpec(Part):
         return self
 
 
-class ProjectorSpec(Part):
+class ProjectorSpec(StrictModel):
     """What stands between hidden states of student and teacher."""
 
     kind: Literal["auto", "linear", "mlp", "none"] = Field("auto", description="auto: linear where widths differ.")
@@ -71,7 +71,7 @@ class ProjectorSpec(Part):
     weight_decay: float | None = Field(None, ge=0, description="None: the run's.")
 
 
-class Distill(Part):
+class Distill(StrictModel):
     """The objective: alpha * T^2 * divergence + (1 - alpha) * cross entropy."""
 
     temperature: float = Field(2.0, gt=0)

@@ -6,10 +6,10 @@ from pydantic import Field, field_validator, model_validator
 
 from ..core.deepspeed_config import check_placement
 from ..core.schedule import parse_schedule
-from .strict_model import Name, Part
+from .strict_model import Name, StrictModel
 
 
-class FromTeacher(Part):
+class FromTeacher(StrictModel):
     """A student made of some of the teacher's blocks."""
 
     keep_layers: int | None = Field(None, gt=0, description="How many blocks to keep, chosen by `by`.")
@@ -17,7 +17,7 @@ class FromTeacher(Part):
     layers: list[int] | None = Field(None, min_length=1, description="The blocks to keep, explicitly.")
 
     @model_validator(mode="after")
-    def _one_way(self):
+    def _exactly_one(self):
         if (self.keep_layers is None) == (self.layers is None):
             raise ValueError("give either keep_layers or layers")
         return self
@@ -29,7 +29,7 @@ _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _Quantization = Literal["nf4", "int8"]
 
 
-class Lora(Part):
+class Lora(StrictModel):
     """Adapters that are trained instead of the model; names are those of peft.LoraConfig."""
 
     r: int = Field(16, gt=0, description="Rank.")
@@ -39,7 +39,7 @@ class Lora(Part):
     use_dora: bool = Field(False, description="Weights' norms are trained apart (DoRA, 2402.09353).")
 
 
-class Student(Part):
+class Student(StrictModel):
     """The model to be trained."""
 
     model: Name | None = Field(None, description="Id, path or package: reference.")
@@ -53,7 +53,7 @@ class Student(Part):
     )
 
     @model_validator(mode="after")
-    def _one_way(self):
+    def _exactly_one(self):
         if self.quantization and self.lora is None:
             raise ValueError("a quantised student cannot be trained: add lora (QLoRA), or leave quantization out")
         if self.quantization and self.from_teacher:
@@ -61,19 +61,21 @@ class Student(Part):
         return self
 
 
-class ViewSpec(Part):
+class ViewSpec(StrictModel):
     """How one of the two sees a batch otherwise; see docs/data.md."""
 
     token_dropout: float = Field(0.0, ge=0, lt=1, description="Share of tokens that a filler replaces.")
     span_deletion: float = Field(0.0, ge=0, lt=1, description="Share of the context's tokens that are hidden.")
     span_length: int = Field(3, gt=0, description="Tokens that are hidden together.")
-    other_context: int = Field(0, ge=0, description="Tokens of another row in front of each row.")
+    prepend_context_tokens: int = Field(0, ge=0, description="Tokens of another row in front of each row.")
     paraphrase: bool = Field(False, description="The data's column `paraphrase` in the place of `prompt`.")
 
     @model_validator(mode="after")
     def _differs(self):
-        if not (self.token_dropout or self.span_deletion or self.other_context or self.paraphrase):
-            raise ValueError("it changes nothing: give token_dropout, span_deletion, other_context or paraphrase")
+        if not (self.token_dropout or self.span_deletion or self.prepend_context_tokens or self.paraphrase):
+            raise ValueError(
+                "it changes nothing: give token_dropout, span_deletion, prepend_context_tokens or paraphrase"
+            )
         return self
 
 
@@ -94,14 +96,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "online": _PEER,
     "mutual": _PEER,
     "ema": ("decay", "warmup"),
-    "snapshot": ("every", "path"),
+    "snapshot": ("interval_steps", "path"),
     "multi_view": ("view", "view_for"),
-    "mtp": ("heads", "hard_weight", "soft_weight", "learning_rate"),
+    "mtp": ("num_future_tokens", "hard_weight", "soft_weight", "learning_rate"),
     "cached": ("path", "source", "on_miss", "use_source"),
 }
 
 
-class TeacherSpec(Part):
+class TeacherSpec(StrictModel):
     """What to learn from."""
 
     kind: Literal["frozen", "adapter_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached"] = (
@@ -134,7 +136,7 @@ class TeacherSpec(Part):
         None, description="Of ema, in [0, 1), by default 0.999; or [[progress, decay], ...]."
     )
     warmup: int | None = Field(None, ge=0, description="Steps over which ema's decay rises from 0; by default none.")
-    every: int | None = Field(None, gt=0, description="Steps between two snapshots.")
+    interval_steps: int | None = Field(None, gt=0, description="Steps between two snapshots.")
     path: Name | None = Field(
         None, description="Weights that a snapshot begins with; a cache: folder or hf://datasets/org/name[@revision]."
     )
@@ -147,7 +149,9 @@ class TeacherSpec(Part):
     view_for: Literal["student", "teacher"] | None = Field(
         None, description="Which of the two sees the view in training; by default the student."
     )
-    heads: int | None = Field(None, gt=0, description="Of mtp: tokens beyond the next one that are said; by default 3.")
+    num_future_tokens: int | None = Field(
+        None, gt=0, description="Of mtp: tokens beyond the next one that are said; by default 3."
+    )
     hard_weight: float | None = Field(None, ge=0, description="Of mtp: of each head's cross entropy; by default 0.3.")
     soft_weight: float | None = Field(
         None, ge=0, description="Of mtp: of what each head learns from the main head; by default 0.1."
@@ -179,8 +183,8 @@ class TeacherSpec(Part):
             self._check_cached()
         if self.kind == "multi_view" and self.view is None:
             raise ValueError("give its view, such as {token_dropout: 0.1}")
-        if self.kind == "snapshot" and self.every is None and self.path is None:
-            raise ValueError("a snapshot needs every, the steps between two of them, or the path of one")
+        if self.kind == "snapshot" and self.interval_steps is None and self.path is None:
+            raise ValueError("a snapshot needs interval_steps, the steps between two of them, or the path of one")
         check_placement(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self
 
@@ -195,14 +199,14 @@ class TeacherSpec(Part):
             raise ValueError("use_source leaves the cache out, and on_miss reads it: give one of them")
 
     @property
-    def speaker(self) -> "TeacherSpec":
+    def source_teacher(self) -> "TeacherSpec":
         """The model that a cache speaks for, where it is known; else the teacher itself."""
         return self.source or self
 
     @property
-    def spoken(self) -> "TeacherSpec":
+    def effective(self) -> "TeacherSpec":
         """The teacher that a run asks: the source of a cache that is to be left out."""
-        return self.speaker if self.use_source else self
+        return self.source_teacher if self.use_source else self
 
 
 class NamedTeacher(TeacherSpec):

@@ -13,7 +13,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Found:
+class RecipeSource:
     """A recipe's text.
 
     folder: where the names of files beside it start
@@ -42,7 +42,7 @@ def on_the_hub(reference: str) -> bool:
     return reference.startswith((HUB_PREFIX, "https://"))
 
 
-def find_recipe(reference: str) -> Found:
+def find_recipe(reference: str) -> RecipeSource:
     """The text of a recipe, and where it lies.
 
     Args:
@@ -58,8 +58,8 @@ def find_recipe(reference: str) -> Found:
     if path.suffix in _SUFFIXES:
         if not is_file(path):
             raise DistillError(f"There is no recipe file {short(reference)} (looked in {Path.cwd()}).")
-        return Found(read_text(path, reference), path.parent)
-    return Found(packaged_text(reference), Path())
+        return RecipeSource(read_text(path, reference), path.parent)
+    return RecipeSource(packaged_text(reference), Path())
 
 
 def packaged_text(name: str) -> str:
@@ -77,16 +77,16 @@ def packaged_text(name: str) -> str:
     return files("hf_distill.recipes").joinpath(f"{name}.yaml").read_text()
 
 
-def _on_the_hub(reference: str) -> Found:
-    from ..hub import address, fetch, written
+def _on_the_hub(reference: str) -> RecipeSource:
+    from ..hub import fetch, format_uri, parse_uri
 
-    at = address(reference)
+    at = parse_uri(reference)
     if not at.path_in_repo.endswith(_SUFFIXES):
         raise DistillError(
             f"{reference!r} names no .yaml file: `hf-distill recipes list hf://{at.id}` lists those of a repository."
         )
     fetched = fetch(at, LIMIT)
-    return Found(read_text(fetched.path, reference), fetched.path.parent, written(fetched.address))
+    return RecipeSource(read_text(fetched.path, reference), fetched.path.parent, format_uri(fetched.parse_uri))
 
 
 def read_text(path: Path, what: str) -> str:

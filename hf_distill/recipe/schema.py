@@ -14,8 +14,8 @@ from .losses import Distill, LossSpec, ProjectorSpec, packaged_schema
 from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
 from .ranges import RANGES, SHARES_OR_STEPS
-from .stages import Stage, unfit
-from .strict_model import Name, Part
+from .stages import Stage, stage_problems
+from .strict_model import Name, StrictModel
 
 _JSON_TYPES: dict[str, Any] = {
     "integer": int,
@@ -28,7 +28,7 @@ _JSON_TYPES: dict[str, Any] = {
 }
 
 
-class TrainBase(Part):
+class TrainBase(StrictModel):
     """Any field of transformers.TrainingArguments; output_dir is the run's folder."""
 
     @model_validator(mode="before")
@@ -100,7 +100,7 @@ else:
     Train = create_model("Train", __base__=TrainBase, __doc__=TrainBase.__doc__, **_train_fields())
 
 
-class Recipe(Part):
+class Recipe(StrictModel):
     """A whole distillation."""
 
     student: Student
@@ -135,27 +135,27 @@ class Recipe(Part):
     origin: str | None = Field(None, description="Where on the Hub it came from; said by what loads it.")
 
     @property
-    def base(self) -> str:
+    def tokenizer_model(self) -> str:
         """The model whose tokenizer is used: the teacher, or the student that is its own."""
-        return str(self.main.model or self.student.model)
+        return str(self.primary_teacher.model or self.student.model)
 
     @property
-    def base_revision(self) -> str | None:
+    def tokenizer_revision(self) -> str | None:
         """Of `base`."""
-        return self.main.revision if self.main.model else self.student.revision
+        return self.primary_teacher.revision if self.primary_teacher.model else self.student.revision
 
     @property
     def all_teachers(self) -> list[TeacherSpec]:
         """The teacher, or all of several; the source in the place of a cache that is to be left out."""
-        return [spec.spoken for spec in ([self.teacher] if self.teacher else self.teachers)]
+        return [spec.effective for spec in ([self.teacher] if self.teacher else self.teachers)]
 
     @property
-    def main(self) -> TeacherSpec:
+    def primary_teacher(self) -> TeacherSpec:
         """The teacher; of several the first that is a model of its own, from which a student may be cut.
 
         In the place of a cache the teacher that wrote it, where the recipe says which.
         """
-        speakers = [spec.speaker for spec in self.all_teachers]
+        speakers = [spec.source_teacher for spec in self.all_teachers]
         return next((spec for spec in speakers if spec.model), speakers[0])
 
     @property
@@ -176,9 +176,16 @@ class Recipe(Part):
     def _fits_together(self):
         """All contradictions between the parts at once; without a teacher nothing else can be told."""
         self._one_or_several()
-        checks = (self._chain, self._adapters, self._donor, self._ahead, self._writes, self._streams_end)
+        checks = (
+            self._chain,
+            self._adapters,
+            self._check_student_source,
+            self._check_mtp,
+            self._check_on_policy,
+            self._check_streaming,
+        )
         problems = []
-        for check in (*checks, self._schedules_end):
+        for check in (*checks, self._check_schedules):
             try:
                 check()
             except Problems as error:
@@ -190,7 +197,7 @@ class Recipe(Part):
         return self
 
     def _chain(self) -> None:
-        if problems := unfit(self):
+        if problems := stage_problems(self):
             raise Problems(problems)
 
     def _one_or_several(self) -> None:
@@ -219,18 +226,18 @@ class Recipe(Part):
         if student.from_teacher and kinds == {"adapter_base"}:
             raise ValueError("student.from_teacher needs a teacher of its own, and adapter_base is none")
 
-    def _donor(self) -> None:
+    def _check_student_source(self) -> None:
         given, cut = self.student.model, self.student.from_teacher
-        if "cached" in self.kinds and not self.main.model and (given is None or cut):
+        if "cached" in self.kinds and not self.primary_teacher.model and (given is None or cut):
             raise ValueError(
                 "student: a cache has no blocks: give the student's model, or teacher.source to cut it from"
             )
-        if self.main.model and (given is None) == (cut is None):
+        if self.primary_teacher.model and (given is None) == (cut is None):
             raise ValueError("student: give either model or from_teacher")
-        if not self.main.model and given is None:
-            raise ValueError(f"student: give its model, for a teacher of kind {self.main.kind} has none")
+        if not self.primary_teacher.model and given is None:
+            raise ValueError(f"student: give its model, for a teacher of kind {self.primary_teacher.kind} has none")
 
-    def _ahead(self) -> None:
+    def _check_mtp(self) -> None:
         if "mtp" not in self.kinds:
             return
         if self.student.lora or self.on_policy:
@@ -245,7 +252,7 @@ class Recipe(Part):
         if self.distill.alpha or self.losses:
             raise ValueError("teacher.kind mtp teaches its heads alone: set distill.alpha to 0, and leave losses out")
 
-    def _writes(self) -> None:
+    def _check_on_policy(self) -> None:
         if self.on_policy is None:
             return
         problems = []
@@ -265,12 +272,12 @@ class Recipe(Part):
         if problems:
             raise ValueError(f"on_policy: {'; '.join(problems)}")
 
-    def _streams_end(self) -> None:
+    def _check_streaming(self) -> None:
         streams = [name for name, source in self.data.sources.items() if source.streaming]
         if streams and (self.train.max_steps or 0) <= 0:
             raise ValueError(f"data.{streams[0]}.streaming: a stream has no length: set train.max_steps")
 
-    def _schedules_end(self) -> None:
+    def _check_schedules(self) -> None:
         if self.data.scheduled and (self.train.max_steps or 0) <= 0:
             raise ValueError("data: a weight over progress needs to know the end: set train.max_steps")
         if self.data.scheduled and self.train.train_sampling_strategy not in (None, "sequential"):

@@ -79,12 +79,12 @@ def _small_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> 
 def _small_teacher(teacher: dict[str, Any], cache: str) -> None:
     if teacher.get("model"):
         teacher |= {"model": f"{SMOKE_PREFIX}{family_of(teacher['model'])}/teacher", "revision": None}
-    if teacher.get("every"):
-        teacher["every"] = 2
+    if teacher.get("interval_steps"):
+        teacher["interval_steps"] = 2
     if teacher.get("source"):
         _small_teacher(teacher["source"], "")
     if teacher.get("path"):
-        teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "every": 2}
+        teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "interval_steps": 2}
 
 
 def _small(name: str, part: Any, text: str) -> Any:

@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import Field
 
 from .models import Student
-from .strict_model import Part
+from .strict_model import StrictModel
 
 
-class Stage(Part):
+class Stage(StrictModel):
     """One student of a chain, and what its stage has otherwise than the recipe."""
 
     student: Student
@@ -21,7 +21,7 @@ class Stage(Part):
 _PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def unfit(recipe: Any) -> list[str]:
+def stage_problems(recipe: Any) -> list[str]:
     """Why a recipe's stages make no chain; nothing where it has none."""
     stages, problems = recipe.stages, list[str]()
     if not stages:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, fiel
 _COMPONENT, _PATH = 255, 4096  # bytes; what Linux allows
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
     """A mapping of a recipe in which every key is known; numbers are finite, and true and false are no numbers."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -63,7 +63,7 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
 
 
 def _title(run: Run) -> str:
-    return f"{run.folder.resolve().name}: a student of {run.recipe.base.rpartition('/')[2]}"
+    return f"{run.folder.resolve().name}: a student of {run.recipe.tokenizer_model.rpartition('/')[2]}"
 
 
 def _subtitle(run: Run) -> str:

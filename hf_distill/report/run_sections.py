@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..cache.files import entry_of
+from ..cache.files import file_entry
 from ..runner.run_results import Run
 from . import plots
 from .figures import svg
@@ -93,7 +93,7 @@ def provenance(run: Run) -> Section:
     evidence = run.results
     facts = {k: v for k, v in evidence.items() if k in ("student", "teacher", "data", "caches", "environment")}
     weights = sorted((run.folder / "student").glob("*.safetensors"))
-    sums = [[f"student/{entry['file']}", f"{entry['bytes']:,}", entry["sha256"]] for entry in map(entry_of, weights)]
+    sums = [[f"student/{entry['file']}", f"{entry['bytes']:,}", entry["sha256"]] for entry in map(file_entry, weights)]
     text = yaml.safe_dump(_rounded(facts), sort_keys=False, default_flow_style=None, width=100)
     table = [Table(["file", "bytes", "SHA-256"], sums)] if sums else []
     return Section(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..analysis.initial_student import student_before
-from ..analysis.model_pair import Pair, load_model
+from ..analysis.model_pair import ModelPair, load_model
 from ..core.io import write_json
 from ..core.signals import IGNORE_INDEX
 from ..runner.run_results import Run
@@ -47,9 +47,9 @@ def write_samples(
         on_stage: told in a few words what begins.
 
     Raises:
-        DistillError: see `Pair.of_run`.
+        DistillError: see `ModelPair.of_run`.
     """
-    pair = Pair.of_run(run, on_stage=on_stage)
+    pair = ModelPair.of_run(run, on_stage=on_stage)
     makers: dict[str, Callable[[], Any]] = {
         "teacher": lambda: pair.teacher,
         "before": lambda: student_before(run, pair.teacher).to(pair.device),
@@ -82,7 +82,7 @@ def _prompt(row: dict[str, Any], count: int) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def _continue(model: nn.Module, ids: list[int], count: int, pair: Pair) -> str:
+def _continue(model: nn.Module, ids: list[int], count: int, pair: ModelPair) -> str:
     given = torch.tensor([ids], device=pair.device)
     whole: Any = model
     ends = pair.tokenizer.pad_token_id if pair.tokenizer.pad_token_id is not None else pair.tokenizer.eos_token_id

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from ..cache import Manifest, Store, write_cache
-from ..cache.example_keys import examples_of
+from ..cache import CacheReader, Manifest, write_cache
+from ..cache.example_keys import batch_examples
 from ..cache.manifest import FILE
-from ..cache.serialization import stored_of
-from ..cache.writer import Progress, batch_of, plan_rows, taps_of
+from ..cache.serialization import encode_signals
+from ..cache.writer import CacheProgress, batch_of, plan_shards, taps_of
 from ..core.references import reference_kind
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
@@ -18,10 +18,10 @@ from ..models.model_types import model_type_of
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
-from .datasets import Prepared
-from .model_loading import loaded
-from .teacher_only import load_speaker, speaker_of, with_speaker
-from .watchdog import Watch
+from .datasets import PreparedData
+from .model_loading import load_pretrained
+from .teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
+from .watchdog import HangWatchdog
 
 _PROBED = 16  # rows that are looked up before training begins
 
@@ -30,7 +30,7 @@ def write_recipe_cache(
     recipe: Recipe,
     folder: str | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options,
 ) -> tuple[Path, Manifest]:
     """Write what a recipe's teacher says of the recipe's rows, those held out too; goes on with what was cut off.
@@ -48,11 +48,11 @@ def write_recipe_cache(
     Raises:
         DistillError: a teacher that moves, losses that no cache serves, or see `write_cache`.
     """
-    spec = speaker_of(recipe)
+    spec = static_teacher_spec(recipe)
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
     if to is None or reference_kind(to) == "address":
         raise DistillError("Where to? Give a folder with -o; `hf-distill cache push` brings it to the Hub.")
-    teacher, data, tokenizer, args = load_speaker(recipe, spec, on_stage)
+    teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
     given = {
         "temperature": recipe.distill.temperature,
@@ -62,7 +62,7 @@ def write_recipe_cache(
     if not hasattr(data.train, "__len__"):
         raise DistillError("A stream has no end to be written to: leave data.*.streaming out.")
     on_stage("Finding the rows to write")
-    with Watch(args.ddp_timeout).kept():
+    with HangWatchdog(args.ddp_timeout).kept():
         manifest = write_cache(
             to,
             teacher,
@@ -71,26 +71,26 @@ def write_recipe_cache(
             collator=data.collator,
             processing_class=tokenizer,
             device=args.device,
-            known_as={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
-            recipe=with_speaker(recipe, spec),
+            teacher_name={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
+            recipe=with_teacher(recipe, spec),
             on_progress=on_progress,
             **given | options,
         )
     return Path(to), manifest
 
 
-def write_missing(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
+def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
     """Of a recipe with tiny models: write its cache, if there is none, so that the whole path runs."""
     spec = recipe.teacher
-    if spec is None or spec.kind != "cached" or spec.use_source or not spec.speaker.model or not spec.path:
+    if spec is None or spec.kind != "cached" or spec.use_source or not spec.source_teacher.model or not spec.path:
         return
-    if reference_kind(str(spec.speaker.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
+    if reference_kind(str(spec.source_teacher.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
         on_stage(f"Writing {spec.path}, for there is none")
         write_recipe_cache(recipe)
 
 
-def compare_with_teacher(
-    store: Store, count: int, on_stage: Callable[[str], None] = lambda text: None
+def verify_against_teacher(
+    store: CacheReader, count: int, on_stage: Callable[[str], None] = lambda text: None
 ) -> dict[str, float]:
     """Ask the teacher again about some of a cache's examples.
 
@@ -109,25 +109,28 @@ def compare_with_teacher(
     if manifest.recipe is None:
         raise DistillError("This cache was written from a script, so its teacher and data are not known here.")
     recipe = validate(manifest.recipe)
-    teacher, data, _, args = load_speaker(recipe, recipe.main, on_stage)
+    teacher, data, _, args = load_teacher_and_data(recipe, recipe.primary_teacher, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
     shift = model_type_of(teacher.model).shifts_labels
-    rows, facts = plan_rows([data.train, data.held_out], data.collator, size, shard_rows, shift)
+    rows, facts = plan_shards([data.train, data.held_out], data.collator, size, shard_rows, shift)
     if facts["fingerprint"] != manifest.data["fingerprint"]:
         raise DistillError("The data of the cache's recipe are other ones now: they have another fingerprint.")
     every = max(1, manifest.data["examples"] // max(count, 1) // size)
     compared = identical = 0
     for number in range(0, len(rows.tokens), every):
         batch, targets = batch_of(rows, number, args.device, shift)
-        examples = examples_of(batch, targets)
+        examples = batch_examples(batch, targets)
         taps = taps_of(manifest.options.get("layers", ()), batch, targets, shift)
-        now, then = stored_of(teacher(batch, targets, taps), examples, manifest), store.find([e.key for e in examples])
+        now, then = (
+            encode_signals(teacher(batch, targets, taps), examples, manifest),
+            store.get([e.key for e in examples]),
+        )
         compared += len(examples)
         identical += sum(b is not None and bytes(a.payload) == bytes(b.payload) for a, b in zip(now, then, strict=True))
     return {"examples": compared, "identical": identical / max(compared, 1)}
 
 
-def check_cached(teacher: Teacher, recipe: Recipe, data: Prepared, shift: bool) -> None:
+def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bool) -> None:
     """Look some rows of a run up in its cache, before the first step is paid for.
 
     Raises:
@@ -162,7 +165,7 @@ def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
             problems.append(f"{spec.name} needs {feature} of attention, which no cache holds: leave it out")
         if feature == "hidden":
             if own is None:
-                config = loaded(AutoConfig, str(student), revision=recipe.student.revision)
+                config = load_pretrained(AutoConfig, str(student), revision=recipe.student.revision)
                 own = config.get_text_config().num_hidden_layers
             layers = options.get("layers", "stretch")
             with collect_errors(problems):

@@ -11,7 +11,18 @@ from transformers.utils import logging
 
 from ..core.schedule import parse_schedule
 from ..core.signals import IGNORE_INDEX
-from ..data import Collator, Examples, hold_out, load_documents, mix, mix_scheduled, pack, prompt_rows, rows_of, tag
+from ..data import (
+    Collator,
+    Examples,
+    add_source_column,
+    load_examples,
+    mix,
+    mix_scheduled,
+    pack,
+    prompt_rows,
+    split_held_out,
+    tokenize_dataset,
+)
 from ..data.formats import TEXT
 from ..data.training_templates import renders_same, training_template
 from ..recipe.data import Data
@@ -21,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Rows of a recipe, ready for a trainer.
 
     train:    rows of the mixture, packed if the recipe says so; a stream where a source is one
@@ -44,7 +55,7 @@ class Prepared:
         return facts
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepared:
+def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> PreparedData:
     """Load, split, tokenise, mix and pack what a recipe names; of an on-policy recipe completions alone are asked.
 
     Args:
@@ -54,28 +65,28 @@ def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepa
         count: rows that the training takes; counts where weights change over its progress.
 
     Raises:
-        DistillError: see `load_documents`, `hold_out`, `rows_of`, `mix`, `mix_scheduled`.
+        DistillError: see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix`, `mix_scheduled`.
     """
     data, train, held_out = recipe.data, {}, []
     template = chat_template_of(data, tokenizer)
     for index, name in enumerate(data.sources):
         documents: Any = load_source(recipe, name)
         if data.eval.holdout:
-            documents, own = hold_out(documents, data.eval.holdout, seed)
+            documents, own = split_held_out(documents, data.eval.holdout, seed)
             rows = _first(_rows(own, recipe, name, tokenizer, template), data.eval.max_rows)
-            held_out.append(tag(rows, index) if len(data.sources) > 1 else rows)
+            held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
         train[name] = _rows(documents, recipe, name, tokenizer, template)
         if TEXT not in (documents.column_names or ()):
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
-        own = load_documents(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        own = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         own = prompt_rows(own, "data.eval") if recipe.on_policy else own
         held_out = [_first(_rows(own, recipe, "eval", tokenizer, template), data.eval.max_rows)]
     rows = mix_and_pack(data, train, seed, count)
-    return Prepared(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
+    return PreparedData(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
 
 
-def taken_by(args: Any) -> int:
+def num_training_rows(args: Any) -> int:
     """Rows that a training with these arguments takes, where its steps are counted."""
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
@@ -114,7 +125,7 @@ def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Exam
 def load_source(recipe: Recipe, name: str) -> Examples:
     """Examples of one of a recipe's sources; prompts and completions where the student writes these."""
     source = recipe.data.sources[name]
-    documents = load_documents(source.path, source.split, source.name, source.column, source.streaming)
+    documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
     return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
 
 
@@ -137,8 +148,8 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, templa
     data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
-    options = (source.assistant_only, source.long, paraphrase, where, template)
-    return rows_of(documents, tokenizer, data.max_length, *options)
+    options = (source.assistant_only, source.overflow, paraphrase, where, template)
+    return tokenize_dataset(documents, tokenizer, data.max_length, *options)
 
 
 def _log_targets(rows: Any, where: str) -> None:

@@ -11,12 +11,12 @@ from ..errors import DistillError
 from ..recipe.schema import Recipe
 
 
-def check_same(recipe: Recipe, facts: dict[str, Any]) -> None:
+def check_same_on_all_ranks(recipe: Recipe, facts: dict[str, Any]) -> None:
     """Refuse a launch whose processes were given different recipes, rows or versions: they would train on, wrongly.
 
     Args:
         recipe: of this process.
-        facts: of the run, see `Loaded`.
+        facts: of the run, see `RunContext`.
 
     Raises:
         DistillError: on all processes; says what differs on which ranks.
@@ -32,7 +32,7 @@ def check_same(recipe: Recipe, facts: dict[str, Any]) -> None:
     }
     told: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, own)
-    problems = [_parted(name, [of_rank[name] for of_rank in told]) for name in own]
+    problems = [_diff_by_rank(name, [of_rank[name] for of_rank in told]) for name in own]
     if any(problems):
         raise DistillError(
             "The processes of this launch were not given the same: "
@@ -41,7 +41,7 @@ def check_same(recipe: Recipe, facts: dict[str, Any]) -> None:
         )
 
 
-def _parted(name: str, values: list[str]) -> str:
+def _diff_by_rank(name: str, values: list[str]) -> str:
     """Which ranks have which value; empty where all have one."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):

@@ -5,14 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.processes import on_main
+from ..core.processes import run_on_main
 from ..core.signals import FeatureKey, Signals, Targets
 from ..recipe.schema import Recipe
 from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
 from ..trainer.trainer import DistillTrainer
 
 
-class NoTeacher(Teacher):
+class NullTeacher(Teacher):
     """Says nothing: a student is measured by the labels alone."""
 
     provides_soft_labels = False
@@ -22,7 +22,7 @@ class NoTeacher(Teacher):
         return Signals(None)
 
 
-def save_moved(trainer: DistillTrainer, export: str, folder: Path) -> None:
+def export_teachers(trainer: DistillTrainer, export: str, folder: Path) -> None:
     """Write RUN/peer of a peer, RUN/ema of an average that is to be exported, the heads into RUN/student."""
     given: Any = trainer.teacher
     for teacher in given if isinstance(given, MultiTeacher) else [given]:
@@ -33,10 +33,10 @@ def save_moved(trainer: DistillTrainer, export: str, folder: Path) -> None:
             with teacher.swapped_weights():
                 trainer.save_model(str(folder / "ema"))
         if isinstance(teacher, MTPTeacher) and export == "mtp":
-            on_main(partial(teacher.save_pretrained, folder / "student"))
+            run_on_main(partial(teacher.save_pretrained, folder / "student"))
 
 
-def of_moved(recipe: Recipe, student: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def teacher_metrics(recipe: Recipe, student: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Held-out metrics of the model that taught, from those of the student: "peer" or "ema"; the first of several."""
     kind = recipe.all_teachers[0].kind
     if kind not in ("online", "mutual", "ema"):

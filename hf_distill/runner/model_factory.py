@@ -30,13 +30,13 @@ from ..teachers import (
 )
 from ..teachers.loading import dtype_of, env_world_size, keep_layout, quantization_config, zero3_init_context
 from ..trainer.config import DistillConfig
-from .model_loading import checked, loaded, resolve_model, trust_options
+from .model_loading import checked, load_pretrained, resolve_model, trust_options
 
 logger = logging.get_logger(__name__)
 _CALIBRATION_ROWS = 8
 
 
-class Models:
+class ModelFactory:
     """The teacher, and students: as many as are asked for, each with the same weights.
 
     teacher:   of the trainers
@@ -49,7 +49,7 @@ class Models:
     """
 
     def __init__(self, recipe: Recipe, args: DistillConfig, path: str, tokenizer: Any):
-        self._student, self._spec, self._args, self._path = recipe.student, recipe.main, args, path
+        self._student, self._spec, self._args, self._path = recipe.student, recipe.primary_teacher, args, path
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # see `train_arguments`
         self.layers: list[int] | None = None
         self.influence: list[float] | None = None
@@ -68,9 +68,9 @@ class Models:
     def _teacher(self, spec: TeacherSpec) -> Teacher:
         """A teacher of a recipe."""
         if spec.kind == "cached":
-            source = self._frozen(spec.speaker) if spec.on_miss == "query_teacher" else None
+            source = self._frozen(spec.source_teacher) if spec.on_miss == "query_teacher" else None
             cached = CachedTeacher(str(spec.path), source=source, on_miss=spec.on_miss or "error")
-            own, wrote = spec.speaker.model, cached.manifest.teacher["model"]
+            own, wrote = spec.source_teacher.model, cached.manifest.teacher["model"]
             if spec.source and own != wrote:
                 raise DistillError(
                     f"{cached.path} was written by {wrote}, and its source is {own}: give the one or other."
@@ -97,11 +97,11 @@ class Models:
 
     def _load_whole(self) -> Any:
         with zero3_init_context(None):
-            return loaded(AutoModelForCausalLM, self._path, dtype=self._donor.dtype, **_named(self._donor))
+            return load_pretrained(AutoModelForCausalLM, self._path, dtype=self._donor.dtype, **_named(self._donor))
 
     def _load_peer(self, spec: TeacherSpec, path: str) -> Any:
         with zero3_init_context(None):
-            return loaded(AutoModelForCausalLM, path, dtype=torch.float32, **_named(spec))
+            return load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32, **_named(spec))
 
     def student(self, rows: Any) -> nn.Module:
         """A student, ready to be trained.
@@ -154,13 +154,13 @@ class Models:
             return self._cut(rows)
         path = resolve_model(str(spec.model))
         if quantization:
-            dtype = dtype_of(loaded(AutoConfig, path, revision=spec.revision), {"dtype": spec.dtype})
+            dtype = dtype_of(load_pretrained(AutoConfig, path, revision=spec.revision), {"dtype": spec.dtype})
             kwargs["quantization_config"] = quantization_config(quantization, dtype)
             if self._args.device.type != "cpu":
                 kwargs["device_map"] = {"": self._args.device}
         if self._shard and not whole:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
-        model = loaded(AutoModelForCausalLM, path, dtype=spec.dtype, **kwargs)
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=spec.dtype, **kwargs)
         return keep_layout(model) if quantization else model
 
     def _cut(self, rows: Any) -> nn.Module:

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Trust:
+class LoadPolicy:
     """What a model may bring beside safetensors; recipes have no say in it.
 
     remote_code: Python of its own (`trust_remote_code`)
@@ -36,11 +36,11 @@ class Trust:
     pickles: bool = False
 
 
-_TRUST = ContextVar("_TRUST", default=Trust())  # noqa: B039  it cannot change
+_TRUST = ContextVar("_TRUST", default=LoadPolicy())  # noqa: B039  it cannot change
 
 
 @contextmanager
-def trusting(trust: Trust) -> Iterator[None]:
+def load_policy(trust: LoadPolicy) -> Iterator[None]:
     """What models loaded within the block may bring."""
     token = _TRUST.set(trust)
     try:
@@ -49,7 +49,7 @@ def trusting(trust: Trust) -> Iterator[None]:
         _TRUST.reset(token)
 
 
-def loaded(kind: Any, reference: str, **options) -> Any:
+def load_pretrained(kind: Any, reference: str, **options) -> Any:
     """`kind.from_pretrained` of what a recipe names.
 
     Args:
@@ -133,12 +133,14 @@ def _from_package(reference: str) -> Path:
 def _convert(file: Path, to: Path) -> None:
     """GGUF to plain safetensors. A model loaded from GGUF counts as quantised, which neither saves nor trains."""
     logger.warning(f"Converting {file.name} to safetensors, once (half a minute).")
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    config = AutoConfig.for_model(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
-    plain = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
-    plain.load_state_dict(loaded.state_dict())
+    load_pretrained = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.for_model(
+        **{k: v for k, v in load_pretrained.config.to_dict().items() if k != "quantization_config"}
+    )
+    plain = AutoModelForCausalLM.from_config(config, dtype=load_pretrained.dtype)
+    plain.load_state_dict(load_pretrained.state_dict())
     plain.tie_weights()
-    plain.generation_config = loaded.generation_config
+    plain.generation_config = load_pretrained.generation_config
     plain.save_pretrained(to)
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(to)

@@ -7,7 +7,7 @@ from datasets import Dataset, Features
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..data import Examples, hold_out
+from ..data import Examples, split_held_out
 from ..data.checks import by_row, check_messages
 from ..data.conversations import Conversations
 from ..data.json_files import ExactJson, map_exactly
@@ -58,7 +58,7 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
     for name in data.sources:
         documents: Any = load_source(recipe, name)
         if data.eval.holdout:
-            documents, _ = hold_out(documents, data.eval.holdout, seed)
+            documents, _ = split_held_out(documents, data.eval.holdout, seed)
         rows[name] = _that_fit(documents, name, tokenizer, data.max_length - spec.max_completion_length)
     firsts = {name: next(iter(part)) for name, part in rows.items()}
     kinds = {name: "texts" if isinstance(row["prompt"], str) else "messages" for name, row in firsts.items()}

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..core.signals import IGNORE_INDEX
-from ..data import documents_of
+from ..data import unpack_row
 from ..recipe.schema import Recipe
 from .datasets import first_rows
-from .model_loading import loaded
+from .model_loading import load_pretrained
 
 _EXAMPLES = 200
 
@@ -42,7 +42,7 @@ def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
     Raises:
         DistillError: an input is wrong; as `run_recipe`.
     """
-    tokenizer: Any = loaded(AutoTokenizer, recipe.base, revision=recipe.base_revision)
+    tokenizer: Any = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
     seed = 42 if recipe.train.seed is None else recipe.train.seed
     found = first_rows(recipe, tokenizer, seed, _EXAMPLES)
     return [
@@ -54,7 +54,7 @@ def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
 
 def _documents(number: int, row: dict, names: list[str], tokenizer: Any) -> Iterator[Preview]:
     start = 0
-    for document in documents_of(row):
+    for document in unpack_row(row):
         ids = document["input_ids"]
         asked = [i > 0 and label != IGNORE_INDEX for i, label in enumerate(document["labels"])]
         source = row.get("source", 0)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
-from ..core.processes import on_main
+from ..core.processes import run_on_main
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
@@ -23,9 +23,9 @@ from ..teachers.loading import env_world_size
 from ..trainer.trainer import DistillTrainer
 from .run_dir import run_folder
 from .single_run import RunResult, run_single
-from .teacher_only import load_speaker, speaker_of
+from .teacher_only import load_teacher_and_data, static_teacher_spec
 from .training_arguments import arguments
-from .watchdog import Watch
+from .watchdog import HangWatchdog
 
 _PATIENCE = 1800  # seconds that a process may wait for others, if the recipe does not say
 
@@ -54,9 +54,9 @@ def run_chain(
             run_single(part, True, callbacks, on_stage)
             gc.collect()  # a trainer and its callbacks hold each other, and with them both models
         students = {name: Path(part.train.output_dir) / "student" for name, part in parts.items()}
-        with Watch(parts["stage-1"].train.ddp_timeout or _PATIENCE).kept():
+        with HangWatchdog(parts["stage-1"].train.ddp_timeout or _PATIENCE).kept():
             models = _compared(recipe, students, on_stage)
-            on_main(lambda: _leave(recipe, folder, parts, models))
+            run_on_main(lambda: _leave(recipe, folder, parts, models))
         return RunResult(folder, models)
 
 
@@ -72,7 +72,7 @@ def _parts(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 def _told(recipe: Recipe) -> str:
     cut = recipe.student.from_teacher
     made = f"{cut.keep_layers or len(cut.layers or ())} blocks" if cut else str(recipe.student.model)
-    return f"{recipe.base} into {made}"
+    return f"{recipe.tokenizer_model} into {made}"
 
 
 def _compared(
@@ -80,7 +80,7 @@ def _compared(
 ) -> dict[str, dict[str, float]]:
     """Held-out metrics of every student beside the first teacher, the last one as "student", direct as "control"."""
     on_stage("Comparing all students with the first teacher")
-    teacher, data, tokenizer, args = load_speaker(recipe, speaker_of(recipe), on_stage)
+    teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), on_stage)
     args.report_to, args.deepspeed_plugin, found = [], None, {}
     args.remove_unused_columns = False
     names = {f"stage-{len(recipe.stages)}": "student", "direct": "control"}
@@ -105,7 +105,7 @@ def _stage_facts(name: str, recipe: Recipe, evidence: dict[str, Any]) -> dict[st
     steps = recipe.train.max_steps
     return {
         "stage": name,
-        "teacher": recipe.base,
+        "teacher": recipe.tokenizer_model,
         "student": evidence["student"],
         "steps": steps,
         "train_seconds": student["train_seconds"],
@@ -129,8 +129,8 @@ def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[
     kept = ("environment", "data", "teacher", "provenance", "origin")
     whole = {key: facts["stage-1"][key] for key in kept if key in facts["stage-1"]}
     student = {k: v for k, v in facts[last]["student"].items() if k != "layers_kept"}
-    if layers := _layers_left([facts[f"stage-{n}"]["student"].get("layers_kept") for n in range(1, len(parts) + 1)
-                               if f"stage-{n}" in facts]):  # fmt: skip
+    stages = [facts[f"stage-{n}"]["student"] for n in range(1, len(parts) + 1) if f"stage-{n}" in facts]
+    if layers := _compose_kept_layers([stage.get("layers_kept") for stage in stages]):
         student["layers_kept"] = layers
     evidence = {"models": models, "chain": chain, **whole, "student": student, "status": "done"}
     evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
@@ -147,7 +147,7 @@ def _link(source: Path, target: Path) -> None:
     half.rename(target)
 
 
-def _layers_left(kept: Sequence[list[int] | None]) -> list[int] | None:
+def _compose_kept_layers(kept: Sequence[list[int] | None]) -> list[int] | None:
     """Which of the first teacher's blocks the last student is made of; None where a stage began with another model."""
     if None in kept:
         return None

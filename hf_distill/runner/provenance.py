@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..core.references import distribution_of, reference_kind
-from ..recipe.downloads import named, place_of
+from ..recipe.downloads import hub_repo_of, referenced_repos
 from ..recipe.schema import Recipe
 
 
@@ -19,11 +19,11 @@ def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:
     "model" or "dataset": the name; "revision": the commit on the Hub; "version": of the package that brings it.
     """
     found: dict[str, dict[str, Any]] = {}
-    for what, name, kind, asked in named(recipe):
+    for what, name, kind, asked in referenced_repos(recipe):
         known: dict[str, Any] = {kind: name}
         if reference_kind(name) == "package":
             known["version"] = _version(name)
-        elif place := place_of(name, kind, asked):
+        elif place := hub_repo_of(name, kind, asked):
             known["revision"] = _read_commit(*place[1:]) if kind == "model" else _commit(*place)
         found[what] = {key: value for key, value in known.items() if value is not None}
     return found

@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..recipe.schema import Recipe
-from ..trainer.signal_handling import Interrupts
+from ..trainer.signal_handling import GracefulShutdown
 from .progressive import run_chain
 from .single_run import RunResult, run_single
 
@@ -37,6 +37,6 @@ def run_recipe(
         RunError: it cannot go on, though its input was right.
         Interrupted: SIGTERM or SIGINT came, and was heeded.
     """
-    run, interrupts = run_chain if recipe.stages else run_single, Interrupts(on_stage)
-    with interrupts.heeded():
+    run, interrupts = run_chain if recipe.stages else run_single, GracefulShutdown(on_stage)
+    with interrupts.installed():
         return run(recipe, resume, [*callbacks, interrupts], on_stage)

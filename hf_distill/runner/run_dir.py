@@ -8,7 +8,7 @@ import yaml
 
 from ..core.io import write_atomic
 from ..core.locks import LOCK_FILE, check_unlocked, lock_folder, remove_lock_file
-from ..core.processes import on_main
+from ..core.processes import run_on_main
 from ..errors import DistillError
 from ..recipe.load import validate
 from ..recipe.safe_yaml import read_yaml
@@ -38,7 +38,7 @@ def run_folder(recipe: Recipe, resume: bool) -> Iterator[Path]:
     """
     folder = Path(recipe.train.output_dir)
     with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(_claimed(recipe, folder, resume)))
+        run_on_main(lambda: stack.enter_context(_claimed(recipe, folder, resume)))
         yield folder
 
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from ..core.io import MetricsFile, count_logs, environment, held_out_metrics, read_results, write_json
-from ..core.processes import on_main
-from ..data import check_isolation
+from ..core.processes import run_on_main
+from ..data import check_packed_attention
 from ..losses import get_loss
 from ..models.blocks import find_blocks
 from ..models.model_types import unwrap_model
@@ -32,19 +32,19 @@ from ..recipe.schema import Recipe
 from ..teachers.loading import zero3_init_context
 from ..trainer.config import DistillArguments, DistillConfig
 from ..trainer.trainer import DistillTrainer
-from .cache_writer import check_cached, write_missing
+from .cache_writer import check_cached, write_smoke_cache
 from .checkpoint_recipe import RecipeRecord, launch_values, result_values
-from .datasets import prepare_data, taken_by
-from .distributed import check_same
+from .datasets import num_training_rows, prepare_data
+from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
-from .export import NoTeacher, of_moved, save_moved
-from .model_factory import Models, check_launch
-from .model_loading import loaded, resolve_model
+from .export import NullTeacher, export_teachers, teacher_metrics
+from .model_factory import ModelFactory, check_launch
+from .model_loading import load_pretrained, resolve_model
 from .on_policy import prepare_prompts
 from .provenance import provenance
 from .run_dir import run_folder
 from .training_arguments import arguments
-from .watchdog import Watch
+from .watchdog import HangWatchdog
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run_single(
     """Run a recipe without stages; see `run_recipe`."""
     check_launch(recipe)
     args = arguments(recipe)
-    watch = Watch(args.ddp_timeout)
+    watch = HangWatchdog(args.ddp_timeout)
     with run_folder(recipe, resume) as folder:
         evidence = read_results(folder / "results.json") if resume else {}
         models = evidence.setdefault("models", {})
@@ -69,12 +69,12 @@ def run_single(
             on_stage("This run is over already.")
             return RunResult(folder, models)
         with watch.kept():
-            write_missing(recipe, on_stage)
+            write_smoke_cache(recipe, on_stage)
             record = RecipeRecord(result_values(recipe) | launch_values())
-            return _run(Loaded(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
+            return _run(RunContext(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
 
 
-def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
+def _run(run: "RunContext", evidence: dict[str, Any]) -> RunResult:
     """Train and measure what is missing in the evidence."""
     recipe, folder, models = run.recipe, run.folder, evidence["models"]
 
@@ -82,7 +82,7 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
         models.update(found)
         evidence.update(run.facts)
         evidence["steps"] = evidence.get("steps", {}) | run.steps
-        on_main(write)
+        run_on_main(write)
 
     def write() -> None:
         evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
@@ -90,7 +90,7 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
 
     if "student" not in models:
         before, student = run.distil()
-        keep(before=before, student=student, **of_moved(recipe, student))
+        keep(before=before, student=student, **teacher_metrics(recipe, student))
     if recipe.control and "control" not in models:
         run.on_stage("Training the control on hard labels alone")
         keep(control=run.control())
@@ -99,18 +99,18 @@ def _run(run: "Loaded", evidence: dict[str, Any]) -> RunResult:
     return RunResult(folder, models)
 
 
-class Loaded:
+class RunContext:
     """A recipe's models, data and arguments, loaded."""
 
     def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
         self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
         self.merges = recipe.export == "merged"
         set_seed(args.seed)
-        on_stage(f"Loading {recipe.base}")
+        on_stage(f"Loading {recipe.tokenizer_model}")
         with args.main_process_first():
-            path = resolve_model(recipe.base)
-        self.tokenizer: Any = loaded(AutoTokenizer, path, revision=recipe.base_revision)
-        count = taken_by(args)
+            path = resolve_model(recipe.tokenizer_model)
+        self.tokenizer: Any = load_pretrained(AutoTokenizer, path, revision=recipe.tokenizer_revision)
+        count = num_training_rows(args)
         with args.main_process_first():
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
@@ -118,8 +118,8 @@ class Loaded:
         self.steps: dict[str, int] = {}  # by training: the step of the model that it left
         made = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
-        check_same(recipe, self.facts)
-        self.models = Models(recipe, args, path, self.tokenizer)
+        check_same_on_all_ranks(recipe, self.facts)
+        self.models = ModelFactory(recipe, args, path, self.tokenizer)
         if args.should_save:
             self.facts |= {"provenance": provenance(recipe)} | ({"origin": recipe.origin} if recipe.origin else {})
 
@@ -154,9 +154,9 @@ class Loaded:
             check_cached(trainer.teacher, self.recipe, self.data, shift=True)
         if self.recipe.data.packing:
             with trainer.accelerator.autocast():
-                check_isolation(trainer.model, "student")
+                check_packed_attention(trainer.model, "student")
             if trainer.teacher is not None and trainer.teacher.model is not None:
-                check_isolation(trainer.teacher.model, "teacher")
+                check_packed_attention(trainer.teacher.model, "teacher")
         return trainer
 
     def _stopping(self) -> list[TrainerCallback]:
@@ -177,7 +177,7 @@ class Loaded:
         self.steps[name] = best or trainer.state.global_step
         if self.merges:
             self.on_stage(f"{name}: merging its adapters")
-            on_main(lambda: self.models.merge(self.folder / name, self.data.train))
+            run_on_main(lambda: self.models.merge(self.folder / name, self.data.train))
         return output.metrics["train_runtime"]
 
     def distil(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -190,7 +190,7 @@ class Loaded:
             trainer.setup_distillation(self.models.teacher, self._objective())
         self._describe(trainer)
         after = held_out_metrics(trainer.evaluate())
-        save_moved(trainer, self.recipe.export, self.folder)
+        export_teachers(trainer, self.recipe.export, self.folder)
         return held_out_metrics(before), {**after, "train_seconds": seconds}
 
     def _objective(self, **changes) -> DistillArguments:
@@ -224,7 +224,7 @@ class Loaded:
         if self.recipe.kinds <= {"frozen", "adapter_base", "cached"}:
             trainer.setup_distillation(self.models.teacher, self._objective(losses=losses or None))
         else:
-            trainer.setup_distillation(NoTeacher(), self._objective(alpha=0.0, losses=None))
+            trainer.setup_distillation(NullTeacher(), self._objective(alpha=0.0, losses=None))
         return {**held_out_metrics(trainer.evaluate()), "train_seconds": seconds}
 
 

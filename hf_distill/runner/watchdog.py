@@ -26,7 +26,7 @@ _WAITING = (
 )  # where a process waits for others
 
 
-class Watch(TrainerCallback):
+class HangWatchdog(TrainerCallback):
     """A thread of each process: it gives signs of life, and says where the process is.
 
     Where a process has waited for others for most of the time that one may wait, or where a collective fails, those

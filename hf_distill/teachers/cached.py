@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..cache import examples_of, open_cache
+from ..cache import batch_examples, open_cache
 from ..cache.api import depth_of
 from ..cache.example_keys import Example, other_inputs
 from ..cache.files import check_files
-from ..cache.fingerprints import digest_of_template, digest_of_tokenizer, digest_of_weights
+from ..cache.fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from ..cache.manifest import HEAD
-from ..cache.reader import Stored
-from ..cache.serialization import stored_of, told_of
+from ..cache.reader import CachedExample
+from ..cache.serialization import decode_signals, encode_signals
 from ..core.logits import LogitScaling
 from ..core.signals import FeatureKey, Signals, Targets
 from ..errors import DistillError, raise_if_any
@@ -68,8 +68,8 @@ class CachedTeacher(Teacher):
         manifest, problems = self.manifest, list[str]()
         self._ids, self._depth = model_type_of(student).num_outputs(unwrap_model(student)), depth_of(student)
         for name, there, here in (
-            ("tokenizer", manifest.tokenizer, digest_of_tokenizer(processing_class)),
-            ("chat template", manifest.chat_template, digest_of_template(processing_class)),
+            ("tokenizer", manifest.tokenizer, tokenizer_fingerprint(processing_class)),
+            ("chat template", manifest.chat_template, template_fingerprint(processing_class)),
         ):
             if manifest.tokenizer is not None and processing_class is not None and there != here:
                 problems.append(f"the cache {self.path} was written with another {name} than the student's")
@@ -79,7 +79,7 @@ class CachedTeacher(Teacher):
             own = type(unwrap_model(self.model)).__name__
             if own != manifest.teacher["class"]:
                 problems.append(f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {own}")
-            elif digest_of_weights(unwrap_model(self.model)) != manifest.teacher["weights"]:
+            elif weights_fingerprint(unwrap_model(self.model)) != manifest.teacher["weights"]:
                 problems.append(f"{self.path} was written by a {own} with other weights (or dtype) than its source's")
         raise_if_any(problems)
         self._head: dict[str, Any] = {}
@@ -120,9 +120,9 @@ class CachedTeacher(Teacher):
         Raises:
             DistillError: examples or layers that the cache lacks; a shard that is damaged.
         """
-        examples = examples_of(self._read(inputs), targets)
+        examples = batch_examples(self._read(inputs), targets)
         found = self._lookup_or_query(inputs, targets, examples)
-        told = told_of(found, self.manifest, self._head, targets.labels.device, self._ids)
+        told = decode_signals(found, self.manifest, self._head, targets.labels.device, self._ids)
         return Signals(told.logits, {key: told.features[FeatureKey("hidden", key.layer)] for key in wanted})
 
     def input_names(self) -> frozenset[str]:
@@ -164,12 +164,12 @@ class CachedTeacher(Teacher):
 
     def contains(self, inputs: dict, shift: bool) -> bool:
         """Whether all examples of a batch are there; `shift` as of `target_labels`."""
-        found = self.store.find([e.key for e in examples_of(self._read(inputs), Targets.from_batch(inputs, shift))])
+        found = self.store.get([e.key for e in batch_examples(self._read(inputs), Targets.from_batch(inputs, shift))])
         return None not in found
 
-    def _lookup_or_query(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[Stored]:
+    def _lookup_or_query(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[CachedExample]:
         """What there is of all examples, the missing ones asked of the source."""
-        found = self.store.find([example.key for example in examples])
+        found = self.store.get([example.key for example in examples])
         if None not in found:
             return [stored for stored in found if stored is not None]
         missing = [i for i, stored in enumerate(found) if stored is None]
@@ -184,7 +184,7 @@ class CachedTeacher(Teacher):
                 "on_miss: query_teacher with a source."
             )
         feature_keys = {FeatureKey("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
-        own = stored_of(self.source(inputs, targets, feature_keys), examples, self.manifest)
+        own = encode_signals(self.source(inputs, targets, feature_keys), examples, self.manifest)
         return [own[i] if stored is None else stored for i, stored in enumerate(found)]
 
     def metrics(self) -> dict[str, float]:

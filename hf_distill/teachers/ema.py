@@ -193,21 +193,21 @@ class SnapshotTeacher(StudentCopyTeacher):
     """The student as it was: taken anew every so many steps (temporal self-distillation).
 
     Args:
-        every: steps between two snapshots; None: it stays as it begins.
+        interval_steps: steps between two snapshots; None: it stays as it begins.
         path: a folder or id of weights to begin with, of the student's own class; None: the student as it begins.
 
     Raises:
-        DistillError: neither is given, so that the teacher would be the start for ever; or `every` is below 1.
+        DistillError: neither is given, so that the teacher would be the start for ever; or `interval_steps` is below 1.
     """
 
     kind = "snapshot"
 
-    def __init__(self, every: int | None = None, path: str | None = None):
-        if every is None and path is None:
+    def __init__(self, interval_steps: int | None = None, path: str | None = None):
+        if interval_steps is None and path is None:
             raise DistillError("A snapshot needs `every`, the steps between two of them, or the `path` of one.")
-        if every is not None and every < 1:
-            raise DistillError(f"every is {every}; it must be at least 1 step")
-        self._every, self._path = every, path
+        if interval_steps is not None and interval_steps < 1:
+            raise DistillError(f"interval_steps is {interval_steps}; it must be at least 1 step")
+        self._interval_steps, self._path = interval_steps, path
 
     @torch.no_grad()
     def _ensure_shadow(self) -> dict[str, Tensor]:
@@ -237,7 +237,7 @@ class SnapshotTeacher(StudentCopyTeacher):
         return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
 
     def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
-        if self._every is not None and step % self._every == 0:
+        if self._interval_steps is not None and step % self._interval_steps == 0:
             for name, value in held.items():
                 value.copy_(now[name])
 

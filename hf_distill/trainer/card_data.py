@@ -11,8 +11,8 @@ from torch import nn
 from ..core.io import environment, held_out_metrics
 from ..core.references import public_name
 from ..errors import DistillError
-from ..hub.licenses import Judged, Licence, judge, licence_of
-from ..model_card import Facts, missing
+from ..hub.licenses import License, LicenseDecision, decide_license, licence_of
+from ..model_card import CardData, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .config import distill_arguments
@@ -21,7 +21,9 @@ _OBJECTIVE = ("temperature", "alpha", "divergence", "losses")
 _DEFAULTS = {"temperature": 2.0, "alpha": 0.5, "divergence": "forward_kl", "losses": None}
 
 
-def trainer_card_data(trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], judged: Judged) -> Facts:
+def trainer_card_data(
+    trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], judged: LicenseDecision
+) -> CardData:
     """What is known by now.
 
     Args:
@@ -37,7 +39,7 @@ def trainer_card_data(trainer: Any, repo: str, teachers: dict[str, dict[str, Any
     rows = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     chat = getattr(trainer.processing_class, "chat_template", None)
     adapters = hasattr(unwrap_parallel(trainer.model), "peft_config")
-    return Facts(
+    return CardData(
         repo=repo,
         task=model_type_of(trainer.model).pipeline,
         student={"model": public_name(name), "parameters": _count(model), "adapters": adapters},
@@ -55,7 +57,7 @@ def trainer_card_data(trainer: Any, repo: str, teachers: dict[str, dict[str, Any
         held_out=held_out,
         environment=environment(str(args.device)) | {"processes": args.world_size},
         licence=judged,
-        not_measured=missing(held_out, (), None),
+        not_measured=unmeasured(held_out, (), None),
         prompt=[{"role": "user", "content": "Hello! What can you do?"}] if chat else None,
     )
 
@@ -79,19 +81,19 @@ def teacher_info(teacher: Teacher) -> dict[str, dict[str, Any]]:
     return found
 
 
-def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> Judged:
+def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> LicenseDecision:
     """The student's licence, as far as the Hub tells."""
-    licences = {name: Licence(t["licence"], forbids=t["forbids"]) for name, t in teachers.items() if t.get("model")}
+    licences = {name: License(t["licence"], forbids=t["forbids"]) for name, t in teachers.items() if t.get("model")}
     base = _known_licence(public_name(student)) if student else None
-    return judge(licences, base, repo)
+    return decide_license(licences, base, repo)
 
 
-def _known_licence(name: str | None) -> Licence:
+def _known_licence(name: str | None) -> License:
     """The licence of a model where it can be told; a push is not stopped by a Hub that does not answer."""
     try:
-        return licence_of(name) if name and not name.endswith("(a local folder)") else Licence(None)
+        return licence_of(name) if name and not name.endswith("(a local folder)") else License(None)
     except DistillError:
-        return Licence(None)
+        return License(None)
 
 
 # Where `datasets` keeps a data set of the Hub: org___name/configuration/version/commit/file.

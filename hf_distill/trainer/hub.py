@@ -9,7 +9,7 @@ from transformers.training_args import HubStrategy
 from transformers.utils import logging
 
 from ..core.io import write_json
-from ..model_card import FILE, card_of
+from ..model_card import FILE, build_card
 from ..models.model_types import unwrap_model
 from .card_data import license_decision, teacher_info, trainer_card_data
 
@@ -77,7 +77,7 @@ class HubMixin(_Base):
         judged = judged if license is None else replace(judged, id=license)
         titled = repo if model_name in (None, repo.rpartition("/")[2]) else str(model_name)
         facts = trainer_card_data(self, titled, teachers, judged)
-        card = card_of(facts)
+        card = build_card(facts)
         metadata = {"language": language, "base_model": finetuned_from, "pipeline_tag": tasks}
         metadata["datasets"] = _listed(dataset) or _listed(dataset_name) or None
         for name, value in metadata.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..cache.example_keys import examples_of
+from ..cache.example_keys import batch_examples
 from ..core.signals import Targets
 from ..models.finite_weights import first_nonfinite
 from ..teachers.weight_drift import local_shard
@@ -117,7 +117,7 @@ def locate_nonfinite_tokens(
             bad |= ~value.isfinite()
         where = bad.nonzero().squeeze(1).tolist()
         count += len(where)
-        examples = examples_of(dict(part.inputs), part.targets) if where else []
+        examples = batch_examples(dict(part.inputs), part.targets) if where else []
         width = part.targets.shape[1] if len(part.targets.shape) > 1 else 1
         for t in where[: _SHOWN - len(places)]:
             key = next((e.key.hex() for e in examples if e.asked.start <= t < e.asked.stop), "")

@@ -16,8 +16,8 @@ from ..errors import RunInterrupted
 _ECHO = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
 
 
-class Interrupts(TrainerCallback):
-    """A callback for trainers, and a context manager (`heeded`) within which signals are taken.
+class GracefulShutdown(TrainerCallback):
+    """A callback for trainers, and a context manager (`installed`) within which signals are taken.
 
     `hf-distill run` and `run_recipe` use it for all trainers of a run, a `DistillTrainer` with `stop_on_signal=True`
     for one training.
@@ -37,7 +37,7 @@ class Interrupts(TrainerCallback):
         self._trains = False
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """While it lasts, signals are taken; in a thread other than the main one nothing is changed."""
         if threading.current_thread() is not threading.main_thread():
             yield

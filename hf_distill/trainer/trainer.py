@@ -33,7 +33,7 @@ from .nonfinite import NonFiniteMixin
 from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarMixin
-from .signal_handling import Interrupts
+from .signal_handling import GracefulShutdown
 from .teacher_callback import TeacherCallback
 from .upstream import TRAINER, check_upstream
 from .validation import incompatible_arguments
@@ -117,10 +117,10 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         """
         if not getattr(self.args, "stop_on_signal", False):
             return super().train(*args, **kwargs)
-        interrupts = Interrupts(logger.warning, resume="train(resume_from_checkpoint=True) goes on")
+        interrupts = GracefulShutdown(logger.warning, resume="train(resume_from_checkpoint=True) goes on")
         self.add_callback(interrupts)
         try:
-            with interrupts.heeded():
+            with interrupts.installed():
                 return super().train(*args, **kwargs)
         finally:
             self.remove_callback(interrupts)

@@ -8,7 +8,7 @@ import trl.trainer.sft_trainer
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ..data import check_isolation
+from ..data import check_packed_attention
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
 from ..teachers import Teacher
@@ -80,9 +80,9 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         super().setup_distillation(teacher, fields)
         if self.padding_free:
             with self.accelerator.autocast():
-                check_isolation(self.model, "student")
+                check_packed_attention(self.model, "student")
             if teacher.model is not None:
-                check_isolation(teacher.model, "teacher")
+                check_packed_attention(teacher.model, "teacher")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the mixin's; tokens of a batch that did not fit into memory are not counted."""

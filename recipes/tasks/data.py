@@ -25,9 +25,9 @@ def gsm8k(**_: Any) -> DatasetDict:
 
 def documentation(**_: Any) -> DatasetDict:
     """Topics of Python's own documentation, of those that the packaged recipes hold out."""
-    from hf_distill.data import hold_out, load_documents
+    from hf_distill.data import load_examples, split_held_out
 
-    _, held_out = hold_out(load_documents("package:pydoc_data.topics"), 0.1, 0)
+    _, held_out = split_held_out(load_examples("package:pydoc_data.topics"), 0.1, 0)
     return DatasetDict(test=Dataset.from_list([{"text": row["text"][:2000]} for row in held_out]))
 
 

@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_distill.analysis import Pair
+from hf_distill.analysis import ModelPair
 
 VOCAB, LENGTH, RATE = 64, 48, 1e-2
 
@@ -107,7 +107,7 @@ def pair(seed, student, teacher, shift=1, **objective):
         labels[:, :-1] = ids[:, 1:]
         labels[:, -1] = -100
     rows = [{"input_ids": i, "labels": own} for i, own in zip(ids, labels, strict=True)]
-    return Pair(teacher, student, rows, collate, batch_size=8, **objective)
+    return ModelPair(teacher, student, rows, collate, batch_size=8, **objective)
 
 
 def distilled(seed, width=32, steps=250, kind="good", decay=True, **options):

@@ -10,18 +10,20 @@ from tiny import VOCAB, build, collate, rows
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.analysis import Pair
+from hf_distill.analysis import ModelPair
 from hf_distill.analysis import agreement as agreement_module
 from hf_distill.analysis.agreement import agreement_of
 from hf_distill.analysis.diagnosis import diagnose
-from hf_distill.analysis.tokenizer_check import Tokenizer, read_back
+from hf_distill.analysis.tokenizer_check import TokenizerCheck, roundtrip
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.smoke import byte_tokenizer
 
 
 def pair_of(kind="llama", count=12, **options):
-    return Pair(build(kind, 1, layers=3, width=48), build(kind, 0), rows(kind, count), collate, batch_size=4, **options)
+    return ModelPair(
+        build(kind, 1, layers=3, width=48), build(kind, 0), rows(kind, count), collate, batch_size=4, **options
+    )
 
 
 def whole(pair):
@@ -191,7 +193,7 @@ def test_asked_padding_is_seen(masked):
     data = [{"input_ids": row, "labels": row} for row in ids]
     if masked:
         data = [row | {"attention_mask": (torch.arange(20) < 10).long()} for row in data]
-    found = diagnose(Pair(*models(len(tokenizer)), data, collate, tokenizer, batch_size=4), None)
+    found = diagnose(ModelPair(*models(len(tokenizer)), data, collate, tokenizer, batch_size=4), None)
     # A masked position is not asked; the first of the padding is, by the last token of the text.
     assert found.agreement.padding == pytest.approx(1 / 10 if masked else 9 / 19)
     assert found.agreement.special == pytest.approx(1 / 10 if masked else 10 / 19)
@@ -204,7 +206,7 @@ def test_a_text_s_end_that_is_the_padding_token_is_no_padding():
     ids = torch.randint(0, 200, (8, 20), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = tokenizer.pad_token_id
     data = [{"input_ids": row, "labels": row, "attention_mask": torch.ones(20, dtype=torch.long)} for row in ids]
-    found = agreement_of(Pair(*models(len(tokenizer)), data, collate, tokenizer, batch_size=4), None)
+    found = agreement_of(ModelPair(*models(len(tokenizer)), data, collate, tokenizer, batch_size=4), None)
     assert found.padding == 0
     assert found.special == pytest.approx(1 / 19)
     assert found.asked == pytest.approx(19 / 20)
@@ -213,17 +215,17 @@ def test_a_text_s_end_that_is_the_padding_token_is_no_padding():
 def test_ids_of_another_tokenizer_do_not_come_back(smollm2_tokenizer):
     text = "Deferred evaluation of annotations was first introduced by the proposal; see the reference manual. " * 4
     ids = torch.tensor(smollm2_tokenizer(text)["input_ids"])
-    own = Pair(None, None, [{"input_ids": ids}], collate, smollm2_tokenizer)
-    assert read_back(own) == Tokenizer(1, 1.0, 0.0, 0)
-    wrong = Pair(None, None, [{"input_ids": (ids + 1) % len(smollm2_tokenizer)}], collate, smollm2_tokenizer)
-    assert read_back(wrong).kept < 0.97
-    strange = Pair(None, None, [{"input_ids": ids + 40_000}], collate, smollm2_tokenizer)
-    assert read_back(strange).outside == int((ids + 40_000 >= len(smollm2_tokenizer)).sum()) > 0
+    own = ModelPair(None, None, [{"input_ids": ids}], collate, smollm2_tokenizer)
+    assert roundtrip(own) == TokenizerCheck(1, 1.0, 0.0, 0)
+    wrong = ModelPair(None, None, [{"input_ids": (ids + 1) % len(smollm2_tokenizer)}], collate, smollm2_tokenizer)
+    assert roundtrip(wrong).kept < 0.97
+    strange = ModelPair(None, None, [{"input_ids": ids + 40_000}], collate, smollm2_tokenizer)
+    assert roundtrip(strange).outside == int((ids + 40_000 >= len(smollm2_tokenizer)).sum()) > 0
 
 
 def test_ids_that_a_model_lacks_are_told_before_an_embedding_fails():
     data = [{"input_ids": torch.tensor([5, 6, 200, 8]), "labels": torch.tensor([5, 6, 7, 8])}]
-    pair = Pair(build("llama", 1, vocab=256), build("llama", 0), data, collate)
+    pair = ModelPair(build("llama", 1, vocab=256), build("llama", 0), data, collate)
     with pytest.raises(DistillError, match=r"have the id 200, and the student has 97"):
         diagnose(pair)
 
@@ -233,10 +235,10 @@ def test_vocabularies_that_differ_by_padding_are_compared_on_what_both_have():
     with torch.no_grad():
         big.lm_head.weight[VOCAB:] = 0.0
     small = build("llama", 0)
-    found = agreement_of(Pair(big, small, rows("llama", 8), collate, batch_size=4), None)
+    found = agreement_of(ModelPair(big, small, rows("llama", 8), collate, batch_size=4), None)
     big.lm_head.weight = torch.nn.Parameter(big.lm_head.weight[:VOCAB].clone())
     big.resize_token_embeddings(VOCAB)
-    same = agreement_of(Pair(big, small, rows("llama", 8), collate, batch_size=4), None)
+    same = agreement_of(ModelPair(big, small, rows("llama", 8), collate, batch_size=4), None)
     assert found.vocab_size == VOCAB
     assert found.kl == pytest.approx(same.kl, rel=1e-5)
 
@@ -252,7 +254,7 @@ def test_a_student_that_diverged_is_told_and_not_averaged_away():
 def test_one_asked_token_a_row_has_no_neighbours_and_leaves_plain_json():
     data = [row | {"labels": torch.where(torch.arange(12) == 4, row["input_ids"], -100)} for row in rows("llama", 8)]
     data = [row for row in data if row["attention_mask"][4]]
-    found = diagnose(Pair(build("llama", 1), build("llama", 0), data, collate), None)
+    found = diagnose(ModelPair(build("llama", 1), build("llama", 0), data, collate), None)
     assert found.agreement.kl_at.keys() == found.agreement.label_at.keys() == {0}
     assert any("side by side" in line for line in found.not_looked_at)
     json.dumps(asdict(found), allow_nan=False)
@@ -260,7 +262,7 @@ def test_one_asked_token_a_row_has_no_neighbours_and_leaves_plain_json():
 
 def test_a_pair_without_one_of_the_two_is_told():
     with pytest.raises(DistillError, match="no student to diagnose"):
-        diagnose(pair_of().beside(None))
+        diagnose(pair_of().with_student(None))
 
 
 def test_the_command_leaves_its_findings_and_reads_the_control_too(tmp_path):

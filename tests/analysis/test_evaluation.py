@@ -14,7 +14,7 @@ from hf_distill import DistillError
 from hf_distill.analysis import lm_eval_tasks as harness
 from hf_distill.analysis import open_run
 from hf_distill.analysis.evaluation import retention, retention_of
-from hf_distill.analysis.lm_eval_tasks import Measured, load_tasks, values_of
+from hf_distill.analysis.lm_eval_tasks import Measured, load_tasks, per_example_scores
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 
@@ -155,7 +155,7 @@ def test_what_was_scored_is_not_scored_again(run, tasks, monkeypatch):
         asked.append([task.name for task in wanted])
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return values_of(model, tokenizer, wanted, limit, batch_size)
+        return per_example_scores(model, tokenizer, wanted, limit, batch_size)
 
     monkeypatch.setattr(per_task, "values_of", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_without_the_harness_the_command_to_install_it_is_told(monkeypatch):
 @pytest.mark.parametrize("kind", ["bert", "sequence", "token"])
 def test_an_encoder_is_refused(kind):
     with pytest.raises(DistillError, match="predicts no next token"):
-        values_of(build(kind), None, [], None, 1)
+        per_example_scores(build(kind), None, [], None, 1)
 
 
 def test_what_is_kept_is_told_against_a_teacher():

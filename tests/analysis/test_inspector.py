@@ -11,18 +11,20 @@ from tiny import VOCAB, build, collate, rows
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.analysis import Pair
+from hf_distill.analysis import ModelPair
 from hf_distill.analysis.advice import advice_of
 from hf_distill.analysis.inspector import inspect_teacher
 from hf_distill.analysis.soft_labels import AtTemperature, CacheKind, SoftLabels, ids_for
 from hf_distill.cache import write_cache
-from hf_distill.cache.sampling import draw, systematic
+from hf_distill.cache.sampling import sample_by_inverse_cdf, systematic_points
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 
 
 def pair_of(data=None, **options):
-    return Pair(build("llama", 1), None, rows("llama", 12) if data is None else data, collate, batch_size=4, **options)
+    return ModelPair(
+        build("llama", 1), None, rows("llama", 12) if data is None else data, collate, batch_size=4, **options
+    )
 
 
 def whole(pair):
@@ -95,7 +97,7 @@ def test_padding_is_neither_measured_nor_shown(pad):
     padded = rows("llama", 12, pad=pad)
     unwrap_model = [{k: v[row["attention_mask"] == 1] for k, v in row.items()} for row in padded]
     found = inspect_teacher(pair_of(padded), None)
-    alone = inspect_teacher(Pair(build("llama", 1), None, unwrap_model, collate, batch_size=1), None)
+    alone = inspect_teacher(ModelPair(build("llama", 1), None, unwrap_model, collate, batch_size=1), None)
     assert found.tokens == alone.tokens == sum(int((row["labels"][1:] != -100).sum()) for row in unwrap_model)
     assert found.entropy == pytest.approx(alone.entropy, rel=1e-5)
     assert found.cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-5)
@@ -166,7 +168,7 @@ def test_errors_of_caches_are_those_of_what_is_drawn_and_what_is_cut():
         assert top_k.error_of_sum == pytest.approx((cut.sum(0).norm() / p.sum(0).norm()).item(), rel=1e-4)
         each = of_sum = distinct = 0.0
         for _ in range(200):
-            ids, _ = draw((logits / t).clone(), systematic(len(p), 12, g))
+            ids, _ = sample_by_inverse_cdf((logits / t).clone(), systematic_points(len(p), 12, g))
             error = torch.zeros_like(p).scatter_add_(1, ids, torch.full_like(ids, 1 / 12, dtype=p.dtype)) - p
             each, of_sum = each + error.square().sum().item(), of_sum + error.sum(0).square().sum().item()
             distinct += sum(len(row.unique()) for row in ids) / len(ids)
@@ -185,7 +187,7 @@ def test_bytes_of_hidden_states_are_those_of_a_written_cache(tmp_path):
 
 
 def test_hidden_states_are_offered_where_there_is_a_plain_head_alone():
-    classes = Pair(build("token", 1), None, rows("token", 8), collate)
+    classes = ModelPair(build("token", 1), None, rows("token", 8), collate)
     kinds = {c.kind for c in inspect_teacher(classes, None, positions=()).caches}
     kinds_of_model = {c.kind for c in inspect_teacher(pair_of(), None, positions=()).caches}
     assert kinds == {"sampled", "top_k"}
@@ -212,7 +214,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_whole_batches_until_enough_was_asked_in_one_forward_of_the_teacher_alone():
-    pair, calls = pair_of().beside(build("llama", 0)), []
+    pair, calls = pair_of().with_student(build("llama", 0)), []
     pair.teacher.register_forward_hook(lambda *_: calls.append("teacher"))
     pair.student.register_forward_hook(lambda *_: calls.append("student"))
     asked = [sum(int((row["labels"][1:] != -100).sum()) for row in pair.rows[i : i + 4]) for i in (0, 4, 8)]
@@ -281,7 +283,7 @@ def test_bad_arguments_are_told(given, said):
 
 def test_no_teacher_and_an_empty_slice_are_told():
     with pytest.raises(DistillError, match="no teacher"):
-        inspect_teacher(Pair(None, build("llama"), rows("llama", 4), collate))
+        inspect_teacher(ModelPair(None, build("llama"), rows("llama", 4), collate))
     with pytest.raises(DistillError, match="held-out slice is empty"):
         inspect_teacher(pair_of([{**row, "labels": row["labels"] * 0 - 100} for row in rows("llama", 4)]))
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_distill import DistillError
 from hf_distill.analysis import temperature_search as temperature
-from hf_distill.analysis.successive_halving import Candidate, Rung, cost, front, ranked, rungs
+from hf_distill.analysis.successive_halving import Candidate, Rung, cost, pareto_front, ranked, rungs
 from hf_distill.analysis.temperature_search import compute_objective, find_temperature, hp_space
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
@@ -20,7 +20,7 @@ from hf_distill.report import plots
 from hf_distill.runner.cache_writer import write_recipe_cache
 from hf_distill.trainer.config import DistillArguments
 
-GRID = {"temperatures": [1.0, 2.0], "alphas": [0.5, 1.0]}
+STEPS_PER_NAT = {"temperatures": [1.0, 2.0], "alphas": [0.5, 1.0]}
 
 
 def recipe(folder, *overrides):
@@ -80,16 +80,18 @@ def test_the_front_compares_at_the_step_where_a_candidate_stopped():
         candidate("4-0.5", (2, 4.0, 0.6)),  # beaten in both by the first
         candidate("8-0.5", (2, 3.5, 0.1)),  # beats the second
     ]
-    assert [c.temperature for c in front(found)] == [1, 8]
-    assert [c.temperature for c in front(found[:3])] == [1, 2]
-    assert [c.temperature for c in front([candidate("1-1", (2, 3.0, None)), candidate("2-1", (2, 4.0, None))])] == [1]
+    assert [c.temperature for c in pareto_front(found)] == [1, 8]
+    assert [c.temperature for c in pareto_front(found[:3])] == [1, 2]
+    assert [
+        c.temperature for c in pareto_front([candidate("1-1", (2, 3.0, None)), candidate("2-1", (2, 4.0, None))])
+    ] == [1]
 
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "s"
     stages = []
-    found = find_temperature(recipe(folder / "run"), **GRID, folder=str(folder), on_stage=stages.append)
+    found = find_temperature(recipe(folder / "run"), **STEPS_PER_NAT, folder=str(folder), on_stage=stages.append)
     return found, stages
 
 
@@ -125,7 +127,7 @@ def test_checkpoints_go_and_the_record_stays(search):
 
 
 def test_kl_judges_otherwise(search, tmp_path):
-    found = find_temperature(recipe(tmp_path), **GRID, by="kl", folder=str(tmp_path / "s"))
+    found = find_temperature(recipe(tmp_path), **STEPS_PER_NAT, by="kl", folder=str(tmp_path / "s"))
     first = sorted(found.candidates, key=lambda c: c.rungs[0].kl)
     assert {c.name for c in found.candidates[:2]} == {c.name for c in first[:2]}
 
@@ -144,7 +146,7 @@ def test_killed_it_goes_on_to_the_same_end(search, tmp_path, stage):
         if len([t for t in told if t.startswith("T =")]) == stage:
             raise Killed
 
-    given = {**GRID, "folder": str(tmp_path / "s")}
+    given = {**STEPS_PER_NAT, "folder": str(tmp_path / "s")}
     same = recipe(Path(straight.folder) / "run")
     with pytest.raises(Killed):
         find_temperature(same, **given, on_stage=on_stage)
@@ -168,12 +170,12 @@ def test_killed_between_a_checkpoint_and_the_record_it_trains_no_step_too_many(s
         write(place, asked, candidates)
 
     same = recipe(Path(straight.folder) / "run")
-    monkeypatch.setattr(temperature, "record", dies)
+    monkeypatch.setattr(temperature, "save_search", dies)
     with pytest.raises(Killed):
-        find_temperature(same, **GRID, folder=str(folder))
+        find_temperature(same, **STEPS_PER_NAT, folder=str(folder))
     assert [*folder.glob("*/checkpoint-4")]
     monkeypatch.undo()
-    assert find_temperature(same, **GRID, folder=str(folder)).candidates == straight.candidates
+    assert find_temperature(same, **STEPS_PER_NAT, folder=str(folder)).candidates == straight.candidates
 
 
 def test_the_folder_of_another_search_is_refused(search, tmp_path):
@@ -182,7 +184,7 @@ def test_the_folder_of_another_search_is_refused(search, tmp_path):
         find_temperature(recipe(Path(found.folder) / "run"), [1.0], [0.5], folder=found.folder)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DistillError, match=r"holds files and no temperature\.json"):
-        find_temperature(recipe(tmp_path), **GRID, folder=str(tmp_path))
+        find_temperature(recipe(tmp_path), **STEPS_PER_NAT, folder=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_a_cache_without_whole_distributions_is_judged_by_nll_alone(tmp_path):
         find_temperature(given, **options, by="kl")
     found = find_temperature(given, **options)
     assert {c.rungs[-1].kl for c in found.candidates} == {None}
-    assert found.front == [found.candidates[0].name]
+    assert found.pareto_front == [found.candidates[0].name]
     assert len(plots.search(asdict(found)).axes[1].lines) == 0
 
 
@@ -270,7 +272,7 @@ def test_the_command_says_what_to_take(tmp_path):
     assert (tmp_path / "run-temperature" / "temperature.png").stat().st_size > 10_000
 
 
-class Seen(TrainerCallback):
+class PairBatch(TrainerCallback):
     """What the steps of each trial were taken with."""
 
     def __init__(self):
@@ -282,7 +284,7 @@ class Seen(TrainerCallback):
 
 
 def test_a_trial_of_optuna_trains_with_its_own_temperature(make_trainer):
-    seen = Seen()
+    seen = PairBatch()
     trainer = make_trainer(model_init=lambda: build("llama", 0), callbacks=[seen], max_steps=2, eval_strategy="no")
     seen.trainer = trainer
     best = trainer.hyperparameter_search(
@@ -297,7 +299,7 @@ def test_a_trial_of_optuna_trains_with_its_own_temperature(make_trainer):
 
 def test_the_best_values_set_by_hand_are_trained_with(make_trainer):
     """As the documentation of transformers sets them, after a search: on the trainer's arguments."""
-    seen = Seen()
+    seen = PairBatch()
     trainer = make_trainer(callbacks=[seen], max_steps=1)
     seen.trainer = trainer
     trainer.args.temperature, trainer.args.alpha = 5.0, 0.25
@@ -306,7 +308,7 @@ def test_the_best_values_set_by_hand_are_trained_with(make_trainer):
 
 
 def test_an_objective_given_otherwise_stays_when_the_arguments_do_not_change(make_trainer):
-    seen = Seen()
+    seen = PairBatch()
     trainer = make_trainer(callbacks=[seen], max_steps=1)
     seen.trainer = trainer
     trainer.setup_distillation(trainer.teacher, DistillArguments(temperature=7.0, alpha=0.1))

@@ -11,9 +11,9 @@ from scipy.stats import linregress
 from hf_distill.analysis.agreement import Agreement
 from hf_distill.analysis.closeness import NO_REFERENCES, HeldOut, References
 from hf_distill.analysis.diagnosis import diagnose
-from hf_distill.analysis.tokenizer_check import Tokenizer
+from hf_distill.analysis.tokenizer_check import TokenizerCheck
 from hf_distill.analysis.trend import KlTrend, kl_trend_of, trend_of
-from hf_distill.analysis.verdicts import Facts, verdicts
+from hf_distill.analysis.verdicts import DiagnosisInputs, verdicts
 
 V = 50_000
 GOOD = Agreement(
@@ -34,9 +34,9 @@ GOOD = Agreement(
     below_counts=0.15,
     teacher_accuracy=0.45,
     student_accuracy=0.44,
-    mistakes=0.1,
-    excess_mistakes=0.01,
-    copied=0.8,
+    confident_teacher_errors=0.1,
+    excess_errors=0.01,
+    copied_errors=0.8,
     teacher_tail=0.08,
     student_tail=0.09,
     soft_entropy=0.77 * log(V),
@@ -64,12 +64,12 @@ FALLING = trend_of(lines(noisy([4.0 - 0.05 * i for i in range(24)])))
 
 
 def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, references=NO_REFERENCES, kl_trend=None, **measured):
-    facts = Facts(replace(GOOD, **measured), temperature, alpha, trend, tokenizer, references, kl_trend)
+    facts = DiagnosisInputs(replace(GOOD, **measured), temperature, alpha, trend, tokenizer, references, kl_trend)
     return [verdict.name for verdict in verdicts(facts)]
 
 
 def test_a_good_pair_has_none():
-    assert names() == names(trend=None) == names(tokenizer=Tokenizer(8, 1.0, 0.0, 0)) == []
+    assert names() == names(trend=None) == names(tokenizer=TokenizerCheck(8, 1.0, 0.0, 0)) == []
 
 
 FAR = {"kl": 0.9, "student_nll": 3.2}
@@ -81,8 +81,8 @@ MEASURED = {
     ],
     "wrong_tokenizer": [
         {"teacher_nll": 9.7, "below_counts": 0.9},
-        {"tokenizer": Tokenizer(8, 0.9, 0.0, 3)},
-        {"tokenizer": Tokenizer(8, 0.9, 0.1, 0)},
+        {"tokenizer": TokenizerCheck(8, 0.9, 0.0, 3)},
+        {"tokenizer": TokenizerCheck(8, 0.9, 0.1, 0)},
     ],
     "teacher_weaker_than_labels": [{"teacher_nll": 2.9}],
     "temperature_too_high": [{"temperature": 8.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9}],
@@ -269,7 +269,7 @@ def test_without_logs_nothing_is_said_of_the_training():
 def test_a_student_that_learnt_nothing_is_named_without_a_log():
     """Closeness is judged without a log, and a run of which checks were skipped is not called sound."""
     pair, logs = healthy(0)
-    untrained = pair.beside(new(7, 16))
+    untrained = pair.with_student(new(7, 16))
     for lines_of_log in ((), logs):
         found = diagnose(untrained, None, lines_of_log)
         assert "far_from_teacher" in [verdict.name for verdict in found.verdicts]

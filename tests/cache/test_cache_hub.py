@@ -11,8 +11,8 @@ from tiny import build, collate, rows
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.cache import check_all, write_cache
-from hf_distill.cache.hub import folder_of, push_cache
+from hf_distill.cache import verify_cache, write_cache
+from hf_distill.cache.hub import push_cache, resolve_cache_dir
 from hf_distill.cache.manifest import read_manifest
 from hf_distill.cli import app
 
@@ -88,7 +88,7 @@ def test_a_data_set_of_somebody_else_is_not_written_over_and_no_path_goes_up(hub
     folder = tmp_path / "cache"
     teacher = {"model": f"{tmp_path}/teacher", "revision": None, "quantization": None}
     model = build("llama", 1)
-    write_cache(folder, model, rows("llama", 4), collator=collate, batch_size=4, known_as=teacher)
+    write_cache(folder, model, rows("llama", 4), collator=collate, batch_size=4, teacher_name=teacher)
     pointed(hub, monkeypatch, tmp_path / "hf")
     hub.put("datasets", "tester/theirs", {"README.md": b"---\nlicense: mit\n---\n# Mine\n"})
     with pytest.raises(DistillError, match=r"README\.md"):
@@ -98,7 +98,7 @@ def test_a_data_set_of_somebody_else_is_not_written_over_and_no_path_goes_up(hub
     repo = hub.repos["datasets", "tester/theirs"]
     for name, value in repo.commits[repo.at("main")].items():
         assert tmp_path.name.encode() not in hub.content(value), name
-    assert check_all(folder_of("hf://datasets/tester/theirs")).teacher["model"] == "teacher"
+    assert verify_cache(resolve_cache_dir("hf://datasets/tester/theirs")).teacher["model"] == "teacher"
 
 
 def test_another_cache_is_replaced_only_on_request_and_leaves_no_shards(hub, monkeypatch, tmp_path):
@@ -119,7 +119,7 @@ def test_another_cache_is_replaced_only_on_request_and_leaves_no_shards(hub, mon
     assert result.exit_code == 0, result.exception
     shards = {name for name in repo.commits[repo.at("main")] if name.startswith("shard-")}
     assert shards == {"shard-00000.arrow"}
-    assert check_all(folder_of("hf://datasets/tester/shared")).data["examples"] == 4
+    assert verify_cache(resolve_cache_dir("hf://datasets/tester/shared")).data["examples"] == 4
 
 
 @pytest.mark.parametrize("name", ["../../secret.arrow", "/etc/passwd", ".hidden", 5])
@@ -129,4 +129,4 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, na
     manifest.shards[0]["file"] = name
     manifest.write(tmp_path / "manifest.json")
     with pytest.raises(DistillError, match="manifest"):
-        check_all(tmp_path)
+        verify_cache(tmp_path)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_distill import DistillError
-from hf_distill.cache.codec import Ragged, decode, encode, from_grid, padded, to_grid
+from hf_distill.cache.codec import Ragged, decode, dequantize_nats, encode, padded, quantize_nats
 
 
 @st.composite
@@ -58,11 +58,11 @@ def test_rectangles_hold_each_token_s_own(case):
 @given(st.lists(st.floats(0, 600), max_size=20))
 def test_the_grid_is_off_by_half_a_step_at_most(nats):
     nats = np.array(nats)
-    assert np.abs(from_grid(to_grid(nats)) - np.clip(nats, 0, 511)).max(initial=0) <= 0.5 / 128 + 1e-4
+    assert np.abs(dequantize_nats(quantize_nats(nats)) - np.clip(nats, 0, 511)).max(initial=0) <= 0.5 / 128 + 1e-4
 
 
 def test_no_mass_is_no_mass():
-    assert np.exp(-from_grid(to_grid(np.array([np.inf])))) == 0
+    assert np.exp(-dequantize_nats(quantize_nats(np.array([np.inf])))) == 0
 
 
 def test_other_bytes_are_refused():

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import collate, rows
 
-from hf_distill.cache import examples_of
+from hf_distill.cache import batch_examples
 from hf_distill.core.signals import Targets
 from hf_distill.data import Collator
 
 
 def keys(batch, shift=True):
-    return [e.key for e in examples_of(batch, Targets.from_batch(batch, shift))]
+    return [e.key for e in batch_examples(batch, Targets.from_batch(batch, shift))]
 
 
 def documents(n=6):
@@ -51,7 +51,7 @@ def test_a_packed_document_has_the_key_of_its_row():
 def test_examples_cover_the_asked_tokens_in_order():
     batch = Collator(0)(documents())
     targets = Targets.from_batch(batch, shift=True)
-    spans = [e.asked for e in examples_of(batch, targets)]
+    spans = [e.asked for e in batch_examples(batch, targets)]
     assert spans[0].start == 0
     assert spans[-1].stop == len(targets)
     assert all(a.stop == b.start for a, b in pairwise(spans))
@@ -89,7 +89,7 @@ def test_inputs_other_than_ids_are_part_of_the_key():
     targets = Targets.from_batch({"labels": labels}, shift=False)
 
     def key(**inputs):
-        return examples_of({"labels": labels, **inputs}, targets)[0].key
+        return batch_examples({"labels": labels, **inputs}, targets)[0].key
 
     plain = key(input_ids=ids, attention_mask=mask)
     typed = key(input_ids=ids, attention_mask=mask, token_type_ids=types)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_distill.cache.sampling import blocks_of, draw, systematic
+from hf_distill.cache.sampling import blocks_of, sample_by_inverse_cdf, systematic_points
 from hf_distill.core.logits import DenseLogits, LazyLogits
 
 
@@ -15,7 +15,7 @@ def test_draws_are_those_of_the_running_sum(vocab):
     uniform = torch.rand(20, 12, generator=g, dtype=torch.float64)
     probs = torch.softmax(logits, -1)
     expected = torch.searchsorted(probs.cumsum(-1), uniform, right=True).clamp(max=vocab - 1).sort(-1).values
-    ids, log_p = draw(logits.clone(), uniform)
+    ids, log_p = sample_by_inverse_cdf(logits.clone(), uniform)
     assert torch.equal(ids, expected)
     torch.testing.assert_close(log_p, torch.log_softmax(logits, -1).gather(1, ids))
 
@@ -24,7 +24,7 @@ def test_shares_of_many_draws_are_the_probabilities():
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(1, 600, generator=g)
     probs, count = torch.softmax(logits.double(), -1)[0], 200_000
-    ids, _ = draw(logits.clone(), torch.rand(1, count, generator=g, dtype=torch.float64))
+    ids, _ = sample_by_inverse_cdf(logits.clone(), torch.rand(1, count, generator=g, dtype=torch.float64))
     shares = torch.bincount(ids[0], minlength=600) / count
     error = (probs * (1 - probs) / count).sqrt()
     assert ((shares - probs) / error).abs().max() < 5
@@ -33,18 +33,18 @@ def test_shares_of_many_draws_are_the_probabilities():
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
 def test_systematic_draws_are_rounded_shares_without_bias_and_of_the_variance_that_is_told(sharpness):
     g = torch.Generator().manual_seed(3)
-    logits, draws, tokens = sharpness * torch.randn(40, generator=g), 12, 20_000
+    logits, samples_per_token, tokens = sharpness * torch.randn(40, generator=g), 12, 20_000
     probs = torch.softmax(logits.double(), -1)
-    ids, _ = draw(logits.repeat(tokens, 1), systematic(tokens, draws, g))
+    ids, _ = sample_by_inverse_cdf(logits.repeat(tokens, 1), systematic_points(tokens, samples_per_token, g))
     counts = torch.nn.functional.one_hot(ids, 40).sum(1).double()
-    whole, part = (draws * probs).floor(), (draws * probs) % 1
+    whole, part = (samples_per_token * probs).floor(), (samples_per_token * probs) % 1
     assert bool(((counts == whole) | (counts == whole + 1)).all())
-    variance = part * (1 - part) / draws**2
-    error = (counts / draws - probs).mean(0) / (variance / tokens).sqrt()
+    variance = part * (1 - part) / samples_per_token**2
+    error = (counts / samples_per_token - probs).mean(0) / (variance / tokens).sqrt()
     assert error.abs().max() < 4
-    squares = (counts / draws - probs).square().mean(0)
+    squares = (counts / samples_per_token - probs).square().mean(0)
     torch.testing.assert_close(squares, variance, rtol=0.1, atol=2e-5)
-    independent = probs * (1 - probs) / draws
+    independent = probs * (1 - probs) / samples_per_token
     assert bool((variance <= independent + 1e-12).all())
 
 
@@ -52,7 +52,7 @@ def test_systematic_draws_are_rounded_shares_without_bias_and_of_the_variance_th
 def test_the_ends_of_the_unit_interval_hit_ids_that_have_mass(number):
     logits = torch.full((3, 700), -200.0)
     logits[0, 300], logits[1, 699], logits[2, 0] = 1.0, 1.0, 1.0
-    ids, log_p = draw(logits, torch.full((3, 4), number, dtype=torch.float64))
+    ids, log_p = sample_by_inverse_cdf(logits, torch.full((3, 4), number, dtype=torch.float64))
     assert ids.unique(dim=1).squeeze(1).tolist() == [300, 699, 0]
     assert log_p.abs().max() < 1e-9
 

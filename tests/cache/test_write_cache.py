@@ -14,7 +14,7 @@ import torch
 from tiny import build, collate, rows
 
 from hf_distill import DistillError
-from hf_distill.cache import Store, check_all, open_cache, read_manifest, write_cache
+from hf_distill.cache import CacheReader, open_cache, read_manifest, verify_cache, write_cache
 from hf_distill.cache import reader as store_module
 from hf_distill.core.locks import LOCK_FILE
 
@@ -38,7 +38,7 @@ def test_a_cache_is_whole_small_and_readable_by_datasets(tmp_path, kind):
     from datasets import load_dataset
 
     manifest = written(tmp_path / "cache", kind)
-    assert manifest == read_manifest(tmp_path / "cache") == check_all(tmp_path / "cache")
+    assert manifest == read_manifest(tmp_path / "cache") == verify_cache(tmp_path / "cache")
     head = ["head.safetensors"] if kind == "hidden" else []
     total = sum(f.stat().st_size for f in (tmp_path / "cache").iterdir() if f.name not in ("manifest.json", LOCK_FILE))
     assert manifest.size == total > manifest.payload
@@ -105,7 +105,7 @@ def test_what_is_whole_is_not_written_again(tmp_path):
     ("options", "what"),
     [
         ({"kind": "top_k"}, "kind is 'sampled' there and 'top_k' here"),
-        ({"draws": 3}, "options is"),
+        ({"samples_per_token": 3}, "options is"),
         ({"temperature": 1.0}, "temperature is 2.0 there and 1.0 here"),
         ({"data": rows("llama", 39)}, "data is"),
     ],
@@ -175,9 +175,9 @@ def test_a_hundred_of_a_hundred_flipped_bits_are_found_and_their_file_named(tmp_
         damaged[flips.randrange(len(whole))] ^= 1 << flips.randrange(8)
         file.write_bytes(damaged)
         with pytest.raises(DistillError, match=file.name):
-            check_all(folder)
+            verify_cache(folder)
         file.write_bytes(whole)
-    assert check_all(folder) == manifest
+    assert verify_cache(folder) == manifest
 
 
 def _partial(folder, kind):
@@ -256,15 +256,15 @@ def test_a_damaged_shard_is_refused_when_it_is_read(tmp_path, damage):
         file.unlink()
     else:
         file.write_bytes(damage(file.read_bytes()))
-    store = Store(folder)
+    store = CacheReader(folder)
     batch = [collate(rows("llama", 40)[i : i + 8]) for i in (0, 8)]
-    from hf_distill.cache import examples_of
+    from hf_distill.cache import batch_examples
     from hf_distill.core.signals import Targets
 
-    keys = [[e.key for e in examples_of(b, Targets.from_batch(b, shift=True))] for b in batch]
-    assert None not in store.find(keys[0])
+    keys = [[e.key for e in batch_examples(b, Targets.from_batch(b, shift=True))] for b in batch]
+    assert None not in store.get(keys[0])
     with pytest.raises(DistillError, match=r"shard-00001\.arrow is"):
-        store.find(keys[1])
+        store.get(keys[1])
 
 
 def test_what_is_no_cache_is_refused(tmp_path):
@@ -285,7 +285,7 @@ def test_examples_that_come_twice_are_stored_once(tmp_path):
     ("options", "what"),
     [
         ({"kind": "topk"}, "kind is 'topk'; known: hidden, sampled, top_k"),
-        ({"draws": 0}, "draws is 0"),
+        ({"samples_per_token": 0}, "draws is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"kind": "hidden", "dtype": "int8"}, "dtype is 'int8'"),
         ({"kind": "top_k", "layers": [1]}, "leave layers out"),

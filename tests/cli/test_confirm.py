@@ -5,8 +5,8 @@ from hub_server import Fault
 from huggingface_hub import HfApi
 
 from hf_distill import DistillError
-from hf_distill.data import load_documents
-from hf_distill.hub import address, asking, beside, fetch, written
+from hf_distill.data import load_examples
+from hf_distill.hub import address, asking, fetch, format_uri, sibling_uri
 from hf_distill.recipe import load_recipe
 from hf_distill.recipe.downloads import downloads
 from hf_distill.runner.provenance import provenance
@@ -19,26 +19,26 @@ def somewhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("text", ["hf://o/n@v/a/b.yaml", "hf://datasets/o/n", "hf://o/n@refs/pr/3/x.yaml"])
 def test_an_address_is_written_as_it_was_read(text):
-    assert written(address(text)) == text
+    assert format_uri(address(text)) == text
 
 
 @pytest.mark.parametrize("name", ["/etc/x", "~/x", "../../x", "a/../../../x", "..\\x"])
 def test_no_name_leads_out_of_a_repository(name):
     with pytest.raises(DistillError, match="leads out"):
-        beside(address("hf://o/n@c/a/r.yaml"), name)
+        sibling_uri(address("hf://o/n@c/a/r.yaml"), name)
 
 
 def test_names_beside_are_those_of_the_same_folder_and_commit():
     at = address("hf://o/n@c/a/r.yaml")
-    assert written(beside(at, "../b/x.json")) == "hf://o/n@c/b/x.json"
-    assert written(beside(at, "./x.json")) == "hf://o/n@c/a/x.json"
+    assert format_uri(sibling_uri(at, "../b/x.json")) == "hf://o/n@c/b/x.json"
+    assert format_uri(sibling_uri(at, "./x.json")) == "hf://o/n@c/a/x.json"
 
 
 def test_what_is_fetched_knows_its_commit(hub):
     commit = hub.put("datasets", "o/n", {"a/b/x.txt": b"x"})
     found = fetch(address("hf://datasets/o/n/a/b/x.txt"))
     assert found.path.read_bytes() == b"x"
-    assert written(found.address) == f"hf://datasets/o/n@{commit}/a/b/x.txt"
+    assert format_uri(found.address) == f"hf://datasets/o/n@{commit}/a/b/x.txt"
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_a_token_that_may_only_read_is_told_so(hub, monkeypatch):
 def test_data_sets_at_a_revision_and_files_of_repositories(hub):
     old = hub.put("datasets", "o/rows", {"data/train.jsonl": b'{"text": "old"}\n'})
     hub.put("datasets", "o/rows", {"data/train.jsonl": b'{"text": "new"}\n'})
-    assert load_documents("o/rows")[0]["text"] == "new"
-    assert load_documents(f"hf://datasets/o/rows@{old}")[0]["text"] == "old"
-    assert load_documents(f"hf://datasets/o/rows@{old}/data/train.jsonl")[0]["text"] == "old"
+    assert load_examples("o/rows")[0]["text"] == "new"
+    assert load_examples(f"hf://datasets/o/rows@{old}")[0]["text"] == "old"
+    assert load_examples(f"hf://datasets/o/rows@{old}/data/train.jsonl")[0]["text"] == "old"
     with pytest.raises(DistillError, match="no data set"):
-        load_documents("o/gone")
+        load_examples("o/gone")
 
 
 @pytest.fixture

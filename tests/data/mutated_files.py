@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_distill import DistillError
-from hf_distill.data import load_documents, rows_of
+from hf_distill.data import load_examples, tokenize_dataset
 
 WRONG = [
     None,
@@ -134,7 +134,9 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 def answer(path: Path, tokenizer: Any, streaming: bool = False) -> str | None:
     """The error that reading a file raises; None where it is read. Anything but a DistillError goes through."""
     try:
-        rows = list(rows_of(load_documents(str(path), streaming=streaming), tokenizer, 48, where=f"data.task ({path})"))
+        rows = list(
+            tokenize_dataset(load_examples(str(path), streaming=streaming), tokenizer, 48, where=f"data.task ({path})")
+        )
     except DistillError as error:
         return str(error)
     assert all(isinstance(i, int) for row in rows for i in row["input_ids"])

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from hf_distill import DistillError
-from hf_distill.data import rows_of
+from hf_distill.data import tokenize_dataset
 from hf_distill.data.conversations import Conversations
 from hf_distill.data.training_templates import training_template
 from hf_distill.recipe.smoke import byte_tokenizer
@@ -69,7 +69,7 @@ def test_targets_are_the_assistants_turns_without_their_prompts(smollm2_tokenize
 
 
 def test_of_smollm2_only_answers_and_their_ends_are_targets(smollm2_tokenizer):
-    (row,) = rows_of(Dataset.from_list([{"messages": CHAT}]), smollm2_tokenizer, 128)
+    (row,) = tokenize_dataset(Dataset.from_list([{"messages": CHAT}]), smollm2_tokenizer, 128)
     targets = [label for label in row["labels"] if label != -100]
     assert smollm2_tokenizer.decode(targets) == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
 
@@ -87,7 +87,7 @@ def test_tokens_of_a_tokenizer_without_offsets_are_located_too():
 def test_a_template_whose_prefixes_differ_is_refused_with_the_ways_out(smollm2_tokenizer, template, count):
     data = Dataset.from_list([{"messages": CHAT[:2]}, {"messages": CHAT}])
     with pytest.raises(DistillError) as caught:
-        rows_of(data, smollm2_tokenizer, 128, chat_template=template)
+        tokenize_dataset(data, smollm2_tokenizer, 128, chat_template=template)
     message = str(caught.value)
     assert (
         f"row 1 (counted from 0), column messages: the chat template renders the first {count} messages differently"
@@ -95,7 +95,7 @@ def test_a_template_whose_prefixes_differ_is_refused_with_the_ways_out(smollm2_t
     )
     assert "Either set `chat_template`" in message
     assert "`assistant_only: false`" in message
-    rows = rows_of(data, smollm2_tokenizer, 128, False, chat_template=template)
+    rows = tokenize_dataset(data, smollm2_tokenizer, 128, False, chat_template=template)
     assert rows["labels"] == rows["input_ids"]
 
 
@@ -119,7 +119,9 @@ def test_of_a_completion_the_assistants_turns_are_targets(smollm2_tokenizer, tem
     template = template and training_template(template)
 
     def targets(**options):
-        (row,) = rows_of(Dataset.from_list([example]), smollm2_tokenizer, 128, chat_template=template, **options)
+        (row,) = tokenize_dataset(
+            Dataset.from_list([example]), smollm2_tokenizer, 128, chat_template=template, **options
+        )
         return smollm2_tokenizer.decode([label for label in row["labels"] if label != -100])
 
     assert targets() == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
@@ -143,7 +145,7 @@ def test_a_role_that_neither_is_standard_nor_in_the_template_is_refused(
         DistillError, match=f"{place}found '{role}', .*system, developer, user, assistant, tool.*{rename}"
     ):
         list(
-            rows_of(
+            tokenize_dataset(
                 data.to_iterable_dataset() if streaming else data,
                 smollm2_tokenizer,
                 128,
@@ -161,7 +163,7 @@ def test_a_role_in_a_prompt_or_a_completion_is_refused(smollm2_tokenizer):
         ({"prompt": prompt, "completion": bot}, r"column completion\[0\].role: found 'bot'"),
     ):
         with pytest.raises(DistillError, match=place):
-            rows_of(Dataset.from_list([example]), smollm2_tokenizer, 128)
+            tokenize_dataset(Dataset.from_list([example]), smollm2_tokenizer, 128)
 
 
 @pytest.mark.parametrize("role", ["ipython", "function", "critic", "developer", "tool"])
@@ -172,7 +174,9 @@ def test_roles_that_the_template_names_are_rendered(smollm2_tokenizer, role):
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     messages = [CHAT[0], {"role": role, "content": "Rome?"}, CHAT[3]]
-    (row,) = rows_of(Dataset.from_list([{"messages": messages}]), smollm2_tokenizer, 128, chat_template=template)
+    (row,) = tokenize_dataset(
+        Dataset.from_list([{"messages": messages}]), smollm2_tokenizer, 128, chat_template=template
+    )
     assert "Rome?" in smollm2_tokenizer.decode(row["input_ids"])
     assert smollm2_tokenizer.decode([label for label in row["labels"] if label != -100]).strip() == "Rome."
 
@@ -184,14 +188,16 @@ def test_a_name_that_a_template_only_writes_is_no_role(smollm2_tokenizer):
         "{% if add_generation_prompt %}{{ 'model: ' }}{% endif %}"
     )
     with pytest.raises(DistillError, match="'model' -> 'assistant'"):
-        rows_of(Dataset.from_list([{"messages": answered_by("model")}]), smollm2_tokenizer, 128, chat_template=gemma)
+        tokenize_dataset(
+            Dataset.from_list([{"messages": answered_by("model")}]), smollm2_tokenizer, 128, chat_template=gemma
+        )
 
 
 def test_the_sharegpt_form_is_refused_with_its_mapping(smollm2_tokenizer):
     turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
     for column in ("messages", "conversations"):
         with pytest.raises(DistillError, match=r"human -> user and gpt -> assistant, `value` becomes `content`"):
-            rows_of(Dataset.from_list([{column: turns}]), smollm2_tokenizer, 128)
+            tokenize_dataset(Dataset.from_list([{column: turns}]), smollm2_tokenizer, 128)
 
 
 PARTS = [

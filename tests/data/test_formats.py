@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_distill import DistillError
-from hf_distill.data import hold_out, rows_of
+from hf_distill.data import split_held_out, tokenize_dataset
 from hf_distill.data.formats import format_of
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.runner.model_loading import resolve_model
@@ -43,7 +43,7 @@ def asked(row, tokenizer) -> str:
 
 
 def one(example, tokenizer, max_length=128, **options):
-    (row,) = rows_of(Dataset.from_list([example]), tokenizer, max_length, **options)
+    (row,) = tokenize_dataset(Dataset.from_list([example]), tokenizer, max_length, **options)
     return row
 
 
@@ -115,10 +115,10 @@ def test_long_examples_are_cut_or_dropped_and_counted(monkeypatch):
     said = []
     monkeypatch.setattr(rows.logger, "warning", said.append)
     data = Dataset.from_list([{"input_ids": list(range(n)), "labels": list(range(n))} for n in (3, 9, 4, 12)])
-    cut = rows_of(data, byte_tokenizer(), 4)
+    cut = tokenize_dataset(data, byte_tokenizer(), 4)
     assert [row["input_ids"] for row in cut] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert cut["labels"] == cut["input_ids"]
-    dropped = rows_of(data, byte_tokenizer(), 4, long="drop")
+    dropped = tokenize_dataset(data, byte_tokenizer(), 4, overflow="drop")
     assert [len(row["input_ids"]) for row in dropped] == [3, 4]
     assert [text.partition(" examples")[0] for text in said] == ["2 of 4", "2 of 4"]
     assert "truncated" in said[0]
@@ -131,11 +131,11 @@ def test_examples_that_ask_nothing_after_the_cut_are_left_out(monkeypatch):
     said = []
     monkeypatch.setattr(rows.logger, "warning", said.append)
     examples = [{"input_ids": [1, 2, 3, 4], "completion_mask": mask} for mask in ([0, 0, 0, 1], [0, 1, 1, 1])]
-    kept = rows_of(Dataset.from_list(examples), byte_tokenizer(), 3)
+    kept = tokenize_dataset(Dataset.from_list(examples), byte_tokenizer(), 3)
     assert kept["labels"] == [[-100, 2, 3]]
     assert said[1] == "1 of 2 examples ask nothing and are left out."
     with pytest.raises(DistillError, match="none of 1 examples has a target token among its first max_length=3 tokens"):
-        rows_of(Dataset.from_list(examples[:1]), byte_tokenizer(), 3)
+        tokenize_dataset(Dataset.from_list(examples[:1]), byte_tokenizer(), 3)
 
 
 def test_the_first_format_counts_and_a_named_column_beats_it():
@@ -227,12 +227,12 @@ def test_a_mask_that_hides_tokens_between_others_is_refused():
 def test_a_wrong_value_is_told_with_its_row_and_column(example, problem, streaming):
     data = Dataset.from_list([example])
     with pytest.raises(DistillError, match=rf"^data\.x, row 0 \(counted from 0\), {problem}"):
-        list(rows_of(data.to_iterable_dataset() if streaming else data, byte_tokenizer(), 8, where="data.x"))
+        list(tokenize_dataset(data.to_iterable_dataset() if streaming else data, byte_tokenizer(), 8, where="data.x"))
 
 
 def test_the_row_of_an_error_is_that_of_the_source_after_a_split():
     data = Dataset.from_list([{"prompt": str(i), "completion": None if i == 6 else "x"} for i in range(9)])
-    for part in hold_out(data, 0.4, seed=0):
+    for part in split_held_out(data, 0.4, seed=0):
         if 6 in [int(prompt) for prompt in part["prompt"]]:
             with pytest.raises(DistillError, match=r"row 6 \(counted from 0\), column completion"):
-                rows_of(part, byte_tokenizer(), 8)
+                tokenize_dataset(part, byte_tokenizer(), 8)

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_distill import DistillError
-from hf_distill.data.load import load_documents
+from hf_distill.data.load import load_examples
 
 CARDS = {
     "absolute file": "configs:\n- config_name: default\n  data_files: {place}\n",
@@ -26,7 +26,7 @@ def test_a_card_with(hub, tmp_path, what):
     hub.put("datasets", "org/other", {"a.jsonl": b'{"text": "other"}\n'})
     hub.put("datasets", "org/rows", {"README.md": f"---\n{card}---\n".encode(), "a.jsonl": b'{"text": "good"}\n'})
     with pytest.raises(DistillError, match="org/rows") as caught:
-        load_documents("org/rows")
+        load_examples("org/rows")
     assert "\n" not in str(caught.value)
 
 
@@ -45,5 +45,5 @@ def test_a_card_with(hub, tmp_path, what):
 def test_malformed_files_of_a_data_set(hub, files):
     hub.put("datasets", "org/rows", files)
     with pytest.raises(DistillError, match="org/rows") as caught:
-        load_documents("org/rows")
+        load_examples("org/rows")
     assert "\n" not in str(caught.value)

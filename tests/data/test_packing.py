@@ -7,7 +7,7 @@ from tiny import build
 from transformers import BloomConfig, BloomForCausalLM
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.data import Collator, check_isolation, documents_of, mix, pack
+from hf_distill.data import Collator, check_packed_attention, mix, pack, unpack_row
 
 
 def naive_documents(rows):
@@ -19,7 +19,7 @@ def test_packed_rows_hold_every_document_whole_and_no_more_than_fits():
     packed = pack(rows, 20)
     assert len(packed) < 30
     assert max(len(row["input_ids"]) for row in packed) <= 20
-    assert naive_documents(d for row in packed for d in documents_of(row)) == naive_documents(rows)
+    assert naive_documents(d for row in packed for d in unpack_row(row)) == naive_documents(rows)
 
 
 def test_each_token_of_a_packed_mixture_keeps_its_source():
@@ -92,14 +92,14 @@ def test_models_that_keep_documents_apart_pass(kind, attention):
     model = build(kind)
     model.set_attn_implementation(attention)
     model.train()
-    check_isolation(model, "student")
+    check_packed_attention(model, "student")
     assert model.training
 
 
 def test_a_model_without_positions_is_refused():
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(DistillError, match=r"in the student \(BloomForCausalLM\) a packed .* takes no position_ids"):
-        check_isolation(BloomForCausalLM(config), "student")
+        check_packed_attention(BloomForCausalLM(config), "student")
 
 
 def test_attention_that_lets_documents_see_each_other_is_refused(monkeypatch):
@@ -108,4 +108,4 @@ def test_attention_that_lets_documents_see_each_other_is_refused(monkeypatch):
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(DistillError, match=r"packing: in the teacher \(LlamaForCausalLM\) .* 'sdpa'"):
-        check_isolation(build("llama"), "teacher")
+        check_packed_attention(build("llama"), "teacher")

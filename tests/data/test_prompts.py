@@ -8,7 +8,7 @@ from datasets import Dataset
 from tiny import conversation
 
 from hf_distill import DistillError
-from hf_distill.data import load_documents, prompt_rows
+from hf_distill.data import load_examples, prompt_rows
 from hf_distill.runner.on_policy import _that_fit as prompts_that_fit
 
 
@@ -49,7 +49,7 @@ def test_contents_of_several_types_are_kept_as_they_are(tmp_path, smollm2_tokeni
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps({"messages": row, "more": ["a", 1][i % 2]}) + "\n" for i, row in enumerate(rows))
     )
-    prompts = prompt_rows(load_documents(str(tmp_path / "x.jsonl"), streaming=streaming))
+    prompts = prompt_rows(load_examples(str(tmp_path / "x.jsonl"), streaming=streaming))
     assert [row["prompt"] + row["completion"] for row in prompts] == rows
     texts = [turn["content"] if isinstance(turn["content"], str) else "null" for row in rows for turn in row]
     fitting = list(prompts_that_fit(prompts, "task", smollm2_tokenizer, 100))
@@ -57,7 +57,7 @@ def test_contents_of_several_types_are_kept_as_they_are(tmp_path, smollm2_tokeni
 
 
 def test_pythons_builtins_are_questions_with_answers():
-    rows = load_documents("package:builtins")
+    rows = load_examples("package:builtins")
     texts = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
     assert len(texts) == len(rows) > 200
     assert texts["What does `str.split` do in Python?"] == inspect.getdoc(str.split)

@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from mutated_files import answer, mutated
 
 from hf_distill import DistillError
-from hf_distill.data import hold_out, load_documents, rows_of
+from hf_distill.data import load_examples, split_held_out, tokenize_dataset
 
 ROWS = [{"body": f"document {i}", "n": i} for i in range(5)]
 
@@ -34,14 +34,14 @@ def files(tmp_path):
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "x.arrow", "saved", "splits"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_and_folders_give_the_same_text(files, name, streaming):
-    data = load_documents(str(files / name), column="body", streaming=streaming)
+    data = load_examples(str(files / name), column="body", streaming=streaming)
     assert list(data) == [{"text": row["body"]} for row in ROWS]
     assert isinstance(data, Dataset) != streaming
 
 
 def test_paragraphs_of_a_text_file_are_documents(tmp_path):
     (tmp_path / "x.txt").write_text("one\nline\n\ntwo\n")
-    assert [row["text"].strip() for row in load_documents(str(tmp_path / "x.txt"))] == ["one\nline", "two"]
+    assert [row["text"].strip() for row in load_examples(str(tmp_path / "x.txt"))] == ["one\nline", "two"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path):
 )
 def test_bad_sources_are_told(files, name, options, message):
     with pytest.raises(DistillError, match=message):
-        load_documents(str(files / name), **options)
+        load_examples(str(files / name), **options)
 
 
 def parquet(table) -> bytes:
@@ -100,7 +100,7 @@ TEXTS = pa.table({"text": ["a", "b"]})
 def test_damaged_files_are_told_with_their_place(tmp_path, name, content, message, streaming):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DistillError, match=f"{name}.*{message}"):
-        list(load_documents(str(tmp_path / name), streaming=streaming))
+        list(load_examples(str(tmp_path / name), streaming=streaming))
 
 
 ODD_TEXTS = ["1", "null", '"quoted"', " true", '{"a": 1}', "\u2028 \x00 \\ é \U0001f600", "", "2020-01-01", None]
@@ -134,7 +134,7 @@ def test_values_of_a_json_file_are_read_as_they_are(tmp_path, name, streaming, l
     lines = [json.dumps(row) for row in rows]
     content = "\n".join(lines) if name == "x.jsonl" else f"[{','.join(lines)}]"
     (tmp_path / name).write_text(content, encoding="utf-8")
-    read = list(load_documents(str(tmp_path / name), streaming=streaming))
+    read = list(load_examples(str(tmp_path / name), streaming=streaming))
     expected = [json.loads(line) for line in lines]
     assert [row["text"] for row in read] == [row["text"] for row in expected]
     for row, wanted in zip(read, expected, strict=True):
@@ -154,9 +154,9 @@ def without_null(value):
 def test_a_late_value_that_is_no_text_is_refused_with_its_row(tmp_path, smollm2_tokenizer, streaming, value):
     rows = [{"text": f"text {i}"} for i in range(1_500)] + [{"text": value}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load_documents(str(tmp_path / "x.jsonl"), streaming=streaming)
+    data = load_examples(str(tmp_path / "x.jsonl"), streaming=streaming)
     with pytest.raises(DistillError, match=r"^x.jsonl, row 1500 \(counted from 0\), column text: found .*needs a text"):
-        list(rows_of(data, smollm2_tokenizer, 16, where="x.jsonl"))
+        list(tokenize_dataset(data, smollm2_tokenizer, 16, where="x.jsonl"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -174,21 +174,23 @@ def test_a_late_value_that_is_no_text_is_refused_with_its_row(tmp_path, smollm2_
 def test_data_without_any_row_is_refused_before_training(tmp_path, smollm2_tokenizer, streaming, row, problem):
     (tmp_path / "x.jsonl").write_text((json.dumps(row) + "\n") * 2)
     with pytest.raises(DistillError, match=f"^data.x: .*{problem}"):
-        rows_of(load_documents(str(tmp_path / "x.jsonl"), streaming=streaming), smollm2_tokenizer, 16, where="data.x")
+        tokenize_dataset(
+            load_examples(str(tmp_path / "x.jsonl"), streaming=streaming), smollm2_tokenizer, 16, where="data.x"
+        )
 
 
 def test_a_file_that_changed_is_read_anew(tmp_path):
     for text in ("a", "b"):
         (tmp_path / "x.jsonl").write_text(json.dumps({"text": text}))
-        assert list(load_documents(str(tmp_path / "x.jsonl"))) == [{"text": text}]
+        assert list(load_examples(str(tmp_path / "x.jsonl"))) == [{"text": text}]
 
 
 def test_a_column_that_begins_late_in_a_stream_is_told(tmp_path):
     lines = [json.dumps({"text": "a"})] * 1_000 + [json.dumps({"text": "b", "extra": 1, "tools": "[]"})]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
-    assert len(load_documents(str(tmp_path / "x.jsonl"))) == 1_001
+    assert len(load_examples(str(tmp_path / "x.jsonl"))) == 1_001
     with pytest.raises(DistillError, match=r"x.jsonl, row 1000 \(counted from 0\), has the column tools"):
-        list(load_documents(str(tmp_path / "x.jsonl"), streaming=True))
+        list(load_examples(str(tmp_path / "x.jsonl"), streaming=True))
 
 
 def late_damage(suffix: str) -> bytes:
@@ -210,14 +212,14 @@ def test_damage_late_in_a_file_is_told_and_not_logged_beside(tmp_path, suffix, s
     path = tmp_path / f"x{suffix}"
     path.write_bytes(late_damage(suffix))
     with pytest.raises(DistillError, match=f"x{suffix} cannot be read as {suffix}: "):
-        list(load_documents(str(path), streaming=streaming))
+        list(load_examples(str(path), streaming=streaming))
     assert not [record for record in caplog.records if record.getMessage().startswith("Failed to")]
 
 
 def test_what_datasets_logs_elsewhere_is_left_alone(tmp_path, caplog):
     (tmp_path / "x.csv").write_bytes(late_damage(".csv"))
     with pytest.raises(DistillError):
-        load_documents(str(tmp_path / "x.csv"))
+        load_examples(str(tmp_path / "x.csv"))
     with pytest.raises(DatasetGenerationError):
         load_dataset("csv", data_files=str(tmp_path / "x.csv"))
     assert len([record for record in caplog.records if record.getMessage().startswith("Failed to read file")]) == 1
@@ -227,12 +229,12 @@ def test_a_damaged_folder_is_told(files):
     for file in (files / "saved").glob("*.arrow"):
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(DistillError, match="saved cannot be read as a folder of save_to_disk"):
-        load_documents(str(files / "saved"), column="body")
+        load_examples(str(files / "saved"), column="body")
 
 
 def test_fields_of_a_csv_file_are_texts(tmp_path):
     (tmp_path / "x.csv").write_text("prompt,completion\n1+1,2\n6+1,007\nCode of Namibia?,NA\nEmpty?,\nShort?\n")
-    rows = list(load_documents(str(tmp_path / "x.csv")))
+    rows = list(load_examples(str(tmp_path / "x.csv")))
     assert [row["completion"] for row in rows] == ["2", "007", "NA", None, None]
 
 
@@ -244,16 +246,16 @@ def test_a_file_damaged_anywhere_is_read_or_told(seed, tmp_path, smollm2_tokeniz
 
 
 def test_packaged_texts_are_there_and_others_are_told():
-    modules = load_documents("package:stdlib")
+    modules = load_examples("package:stdlib")
     assert len(modules) > 100
     assert any("class JSONDecodeError" in text or "import" in text for text in modules["text"])
     with pytest.raises(DistillError, match="no packaged text; did you mean 'package:stdlib'"):
-        load_documents("package:stdlb")
+        load_examples("package:stdlb")
 
 
 def test_whole_documents_are_held_out_the_same_way_each_time():
     data = Dataset.from_list([{"text": str(i)} for i in range(20)])
-    (train, test), again = hold_out(data, 0.2, seed=3), hold_out(data, 0.2, seed=3)
+    (train, test), again = split_held_out(data, 0.2, seed=3), split_held_out(data, 0.2, seed=3)
     assert (train["text"], test["text"]) == (again[0]["text"], again[1]["text"])
     assert len(test) == 4
     assert sorted([*train["text"], *test["text"]], key=int) == data["text"]

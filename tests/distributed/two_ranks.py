@@ -93,7 +93,7 @@ def moving(model: nn.Module) -> Teacher:
         tokenizer = SimpleNamespace(mask_token_id=5)
         return MultiViewTeacher({"token_dropout": 0.3, "span_deletion": 0.2}, processing_class=tokenizer)
     options = {"freeze_at_progress": 0.5} if MOVING == "frozen" else {"learning_rate": 3e-3}
-    return MTPTeacher(heads=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, **options)
+    return MTPTeacher(num_future_tokens=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, **options)
 
 
 def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:

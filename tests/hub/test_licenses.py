@@ -2,9 +2,9 @@
 
 import pytest
 
-from hf_distill.hub.licenses import Licence, forbidding, judge, licence_of
+from hf_distill.hub.licenses import License, decide_license, find_training_ban, licence_of
 
-FREE, BASE = Licence("apache-2.0"), Licence("mit")
+FREE, BASE = License("apache-2.0"), License("mit")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ FREE, BASE = Licence("apache-2.0"), Licence("mit")
     ],
 )
 def test_a_sentence_that_forbids_is_found(sentence):
-    assert forbidding(f"# Card\n\nA model.\n\n- {sentence}\n\nThe end.") == sentence
+    assert find_training_ban(f"# Card\n\nA model.\n\n- {sentence}\n\nThe end.") == sentence
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_sentence_that_forbids_is_found(sentence):
     ],
 )
 def test_a_sentence_that_does_not_forbid_is_left_alone(text):
-    assert forbidding(text) is None
+    assert find_training_ban(text) is None
 
 
 @pytest.mark.parametrize(
@@ -38,29 +38,29 @@ def test_a_sentence_that_does_not_forbid_is_left_alone(text):
     [
         (FREE, None, "apache-2.0"),
         (FREE, BASE, "mit"),
-        (Licence("gemma"), BASE, "gemma"),
-        (Licence("cc-by-nc-4.0"), BASE, "cc-by-nc-4.0"),
-        (FREE, Licence("llama3.1"), "llama3.1"),
-        (Licence("qwen"), BASE, "mit"),
+        (License("gemma"), BASE, "gemma"),
+        (License("cc-by-nc-4.0"), BASE, "cc-by-nc-4.0"),
+        (FREE, License("llama3.1"), "llama3.1"),
+        (License("qwen"), BASE, "mit"),
     ],
 )
 def test_the_licence_that_binds_is_inherited(teacher, base, own):
-    judged = judge({"teacher": teacher}, base, "org/Llama-x")
+    judged = decide_license({"teacher": teacher}, base, "org/Llama-x")
     assert (judged.id, judged.conflicts) == (own, [])
 
 
 def test_what_a_licence_asks_for_is_noted():
-    assert "Built with Qwen" in judge({"teacher": Licence("qwen")}, BASE, "org/x").notes[0]
+    assert "Built with Qwen" in decide_license({"teacher": License("qwen")}, BASE, "org/x").notes[0]
 
 
 def test_a_student_of_llama_wants_its_name():
-    teacher = {"teacher": Licence("llama3.1")}
-    assert judge(teacher, BASE, "org/small").conflicts
-    assert not judge(teacher, BASE, "org/Llama-small").conflicts
+    teacher = {"teacher": License("llama3.1")}
+    assert decide_license(teacher, BASE, "org/small").conflicts
+    assert not decide_license(teacher, BASE, "org/Llama-small").conflicts
 
 
 def test_an_unknown_licence_is_a_conflict_and_not_a_licence():
-    judged = judge({"teacher": Licence(None)}, None, "org/x")
+    judged = decide_license({"teacher": License(None)}, None, "org/x")
     assert judged.id is None
     assert "nobody says" in judged.conflicts[0]
 

@@ -14,7 +14,7 @@ from hf_distill import DistillError
 from hf_distill.hub import check_model
 from hf_distill.recipe import load_recipe
 from hf_distill.recipe.downloads import check_downloads, downloads
-from hf_distill.runner.model_loading import Trust, loaded, resolve_model, trusting
+from hf_distill.runner.model_loading import LoadPolicy, load_policy, load_pretrained, resolve_model
 
 
 @pytest.fixture(scope="session")
@@ -67,21 +67,21 @@ def test_a_config_that_asks_for(hub, whole, what):
     hub.put("models", "org/model", files)
     for kind in (AutoTokenizer, AutoModelForCausalLM):
         with pytest.raises(DistillError, match=r"org/model: config\.json: "):
-            loaded(kind, "org/model")
+            load_pretrained(kind, "org/model")
     assert not any("evil" in path or ("safetensors" in path and "index" not in path) for _, path in hub.requests)
 
 
 def test_what_transformers_writes_itself_is_allowed(hub, whole):
     ask = {"_attn_implementation": "sdpa", "attn_implementation": None, "use_pretrained_backbone": False}
     hub.put("models", "org/model", whole | {"config.json": changed(whole["config.json"], **ask)})
-    assert loaded(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
+    assert load_pretrained(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
 
 
 def test_the_same_of_a_folder_of_this_machine_and_the_user_s_word(whole, tmp_path):
     for name, content in (whole | {"config.json": changed(whole["config.json"], attn_implementation="a/b")}).items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DistillError, match="--trust-remote-code"):
-        loaded(AutoModelForCausalLM, str(tmp_path))
+        load_pretrained(AutoModelForCausalLM, str(tmp_path))
     check_model(str(tmp_path), remote_code=True)
 
 
@@ -91,13 +91,13 @@ def test_an_index_names_safetensors_of_its_own_repository_alone(hub, whole, shar
     files = {name: content for name, content in whole.items() if name != "model.safetensors"}
     hub.put("models", "org/model", files | {"model.safetensors.index.json": index, "pytorch_model.bin": b"x"})
     with pytest.raises(DistillError, match="no safetensors file"):
-        loaded(AutoModelForCausalLM, "org/model")
+        load_pretrained(AutoModelForCausalLM, "org/model")
 
 
 def test_an_adapter_and_its_base_are_loaded(hub, whole, adapter):
     hub.put("models", "org/base", whole)
     hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, "org/base")})
-    model = loaded(AutoModelForCausalLM, "org/adapter")
+    model = load_pretrained(AutoModelForCausalLM, "org/adapter")
     weights = load_file(written(hub, adapter))
     name = next(name for name in weights if "lora_A" in name)
     held = dict(model.named_parameters())
@@ -126,7 +126,7 @@ def test_an_adapter_of_the_hub_may_not_point_at_a_folder(hub, whole, adapter, ba
         Path("here", name).write_bytes(content)
     hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, base)})
     with pytest.raises(DistillError, match="base_model_name_or_path"):
-        loaded(AutoModelForCausalLM, "org/adapter")
+        load_pretrained(AutoModelForCausalLM, "org/adapter")
     with pytest.raises(DistillError, match="base_model_name_or_path"):
         downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))
 
@@ -136,7 +136,7 @@ def test_the_base_of_an_adapter_is_shown_and_checked(hub, whole, adapter):
     hub.put("models", "org/base", whole | {"config.json": kernel})
     hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, "org/base")})
     with pytest.raises(DistillError, match=r"org/base, the base of org/adapter: .*evil/kernel"):
-        loaded(AutoModelForCausalLM, "org/adapter")
+        load_pretrained(AutoModelForCausalLM, "org/adapter")
     found = {one.repo: one for one in downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))}
     assert found["org/base"].what == ("base of org/adapter",)
     assert found["org/base"].revision == hub.repos["models", "org/base"].at("main")
@@ -151,7 +151,7 @@ def test_a_pickled_adapter_is_never_read_unasked(hub, whole, adapter, full):
     files = {"adapter_config.json": based(adapter, "org/base"), "adapter_model.bin": pickle.dumps(Armed())}
     hub.put("models", "org/adapter", files | (whole if full else {}))
     with pytest.raises(DistillError, match="--allow-pickles"):
-        loaded(AutoModelForCausalLM, "org/adapter")
+        load_pretrained(AutoModelForCausalLM, "org/adapter")
     assert not any(path.endswith("adapter_model.bin") for _, path in hub.requests)
     with pytest.raises(DistillError, match="org/adapter: the weights are pickled"):
         check_downloads(downloads(load_recipe("quickstart", ["teacher.model=org/adapter"])))
@@ -172,7 +172,7 @@ def test_an_adapter_s_config_names_no_files_and_modules(hub, whole, adapter, val
     config = changed(based(adapter, "org/base"), **values)
     hub.put("models", "org/adapter", adapter | {"adapter_config.json": config})
     with pytest.raises(DistillError, match="may name no files"):
-        loaded(AutoModelForCausalLM, "org/adapter")
+        load_pretrained(AutoModelForCausalLM, "org/adapter")
 
 
 def test_what_is_loaded_is_the_commit_that_was_checked(hub: Hub, whole, monkeypatch):
@@ -187,7 +187,7 @@ def test_what_is_loaded_is_the_commit_that_was_checked(hub: Hub, whole, monkeypa
         return files
 
     monkeypatch.setattr("hf_distill.runner.model_loading.check_model", moves)
-    assert loaded(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
+    assert load_pretrained(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
 
 
 def test_a_tokenizer_s_config_reads_no_file_of_this_machine(hub, whole):
@@ -196,10 +196,10 @@ def test_a_tokenizer_s_config_reads_no_file_of_this_machine(hub, whole):
     config = changed(whole["tokenizer_config.json"], tokenizer_file=place)
     hub.put("models", "org/model", whole | {"tokenizer_config.json": config})
     with pytest.raises(DistillError, match="a file of this machine"):
-        loaded(AutoTokenizer, "org/model")
+        load_pretrained(AutoTokenizer, "org/model")
     elsewhere = changed(whole["tokenizer_config.json"], tokenizer_file="/home/author/tokenizer.json")
     hub.put("models", "org/model", whole | {"tokenizer_config.json": elsewhere})
-    assert loaded(AutoTokenizer, "org/model")
+    assert load_pretrained(AutoTokenizer, "org/model")
 
 
 def cut(content: bytes) -> bytes:
@@ -229,7 +229,7 @@ def test_a_malformed_file_ends_in_one_line(hub, whole, name, number):
     content = MALFORMED[name][number]
     hub.put("models", "org/model", whole | {name: content(whole[name]) if callable(content) else content})
     with pytest.raises(DistillError, match="org/model") as caught:
-        [loaded(kind, "org/model") for kind in (AutoTokenizer, AutoModelForCausalLM)]
+        [load_pretrained(kind, "org/model") for kind in (AutoTokenizer, AutoModelForCausalLM)]
     assert "\n" not in str(caught.value)
 
 
@@ -250,7 +250,7 @@ def test_a_malformed_adapter_ends_in_one_line(hub, whole, adapter, tmp_path):
     for change in changes:
         hub.put("models", "org/adapter", adapter | {"adapter_config.json": config} | change)
         with pytest.raises(DistillError) as caught:
-            loaded(AutoModelForCausalLM, "org/adapter")
+            load_pretrained(AutoModelForCausalLM, "org/adapter")
         assert "\n" not in str(caught.value), change
         assert "org/adapter" in str(caught.value)
 
@@ -260,5 +260,5 @@ def test_pickles_are_read_where_the_user_says_so(hub, whole, adapter):
     torch.save(load_file(written(hub, adapter)), "adapter.bin")
     files = {"adapter_config.json": based(adapter, "org/base"), "adapter_model.bin": Path("adapter.bin").read_bytes()}
     hub.put("models", "org/adapter", files)
-    with trusting(Trust(pickles=True)):
-        assert loaded(AutoModelForCausalLM, "org/adapter")
+    with load_policy(LoadPolicy(pickles=True)):
+        assert load_pretrained(AutoModelForCausalLM, "org/adapter")

@@ -13,11 +13,11 @@ from tiny import build
 from transformers import PreTrainedTokenizerFast
 
 from hf_distill.core.references import public_name
-from hf_distill.hub.licenses import Judged
-from hf_distill.model_card import Facts, Picture, card_of, missing
+from hf_distill.hub.licenses import LicenseDecision
+from hf_distill.model_card import CardData, Figure, build_card, unmeasured
 from hf_distill.recipe.smoke import byte_tokenizer
 
-FACTS = Facts(
+FACTS = CardData(
     repo="org/small",
     task="text-generation",
     student={"model": "org/base", "parameters": 1_500_000},
@@ -27,12 +27,12 @@ FACTS = Facts(
     training={"steps": 3},
     held_out={"student": {"perplexity": 9.0, "kl": 0.5, "agreement": 0.25, "teacher_perplexity": 8.0}},
     environment={"device": "cpu", "hf_distill": "0.1.0"},
-    licence=Judged("mit", ["teacher: wants its name"], ["teacher: forbids it"]),
+    licence=LicenseDecision("mit", ["teacher: wants its name"], ["teacher: forbids it"]),
 )
 
 
-def metadata(facts: Facts) -> dict:
-    return yaml.safe_load(card_of(facts).content.split("---\n")[1])
+def metadata(facts: CardData) -> dict:
+    return yaml.safe_load(build_card(facts).content.split("---\n")[1])
 
 
 def test_metadata_name_base_data_relation_and_results():
@@ -47,13 +47,13 @@ def test_metadata_name_base_data_relation_and_results():
 
 @pytest.mark.parametrize("name", ["/home/me/secret/model", "runs/stage-1/student", "package:x/y.gguf", None])
 def test_what_is_no_id_is_no_base_and_paths_stay_private(name):
-    card = card_of(replace(FACTS, student={"model": public_name(name)}))
+    card = build_card(replace(FACTS, student={"model": public_name(name)}))
     assert "base_model" not in card.data.to_dict()
     assert "/home/me" not in card.content
 
 
 def test_words_follow_from_the_facts():
-    text = card_of(FACTS).text
+    text = build_card(FACTS).text
     assert "A model of 1.5M parameters that began as [org/base]" in text
     assert "js(beta=0.1)" in text
     assert "commit `cccccccccccc`" in text
@@ -62,22 +62,23 @@ def test_words_follow_from_the_facts():
 
 
 def test_a_card_says_what_was_not_measured():
-    lines = " ".join(missing({}, (), None))
+    lines = " ".join(unmeasured({}, (), None))
     for word in ("nothing was evaluated", "no control", "retention", "diagnose", "seeds", "safety"):
         assert word in lines
     told = {"student": {}, "control": {}}
-    assert len(missing(told, [{"task": "x"}], {})) == 2
+    assert len(unmeasured(told, [{"task": "x"}], {})) == 2
 
 
 def test_verdicts_of_a_diagnosis_are_not_left_out():
     assert (
-        "`under_trained`: it still fell" in card_of(replace(FACTS, diagnosis={"under_trained": "it still fell"})).text
+        "`under_trained`: it still fell"
+        in build_card(replace(FACTS, diagnosis={"under_trained": "it still fell"})).text
     )
 
 
 def test_a_table_does_not_break_at_a_bar():
     task = {"task": "a|b", "metric": "acc", "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
-    assert "| a\\|b | acc | 3 | 0.500 ± 0.100 | - |" in card_of(replace(FACTS, retention=[task | {"kept": {}}])).text
+    assert "| a\\|b | acc | 3 | 0.500 ± 0.100 | - |" in build_card(replace(FACTS, retention=[task | {"kept": {}}])).text
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_the_snippet_of_each_task_runs_as_it_stands(task, kind, prompt, monkeypa
     with Hub() as hub:
         pointed(hub, monkeypatch, tmp_path / "hf")
         hub.put("models", "org/small", {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()})
-        card = card_of(replace(FACTS, task=task, prompt=prompt))
+        card = build_card(replace(FACTS, task=task, prompt=prompt))
         (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
         exec(code, {})
     assert capsys.readouterr().out.strip()
@@ -121,14 +122,14 @@ def test_external_text_in_any_fact_stays_text():
         data={"sources": {ATTACK: {"dataset": ATTACK, "revision": ATTACK}}},
         training={"stages": ATTACK, "arguments": {ATTACK: ATTACK}},
         environment={"device": ATTACK, "platform": ATTACK, "torch": ATTACK},
-        licence=Judged(ATTACK, [ATTACK], [ATTACK]),
+        licence=LicenseDecision(ATTACK, [ATTACK], [ATTACK]),
         retention=[task | {"kept": {}}],
         diagnosis={ATTACK: ATTACK},
         recipe={"train": {"run_name": ATTACK, "long": ATTACK * 3}},
         origin=ATTACK,
         prompt=ATTACK,
     )
-    card = card_of(facts, [Picture(f"figures/{ATTACK}.png", ATTACK)])
+    card = build_card(facts, [Figure(f"figures/{ATTACK}.png", ATTACK)])
     again = ModelCard(card.content)
     assert again.data.to_dict() == card.data.to_dict()
     assert again.data.license == ATTACK
@@ -159,12 +160,12 @@ def test_no_fact_names_a_folder_of_this_machine(tmp_path):
         teachers={"teacher": {"kind": "frozen", "model": place}},
         data={"sources": {"task": {"dataset": place}}},
         training={"arguments": {"liger": place}},
-        licence=Judged("mit", [f"of {place}:"], []),
+        licence=LicenseDecision("mit", [f"of {place}:"], []),
         diagnosis={"short": f"see {place}, `{place}`"},
         recipe={"data": {"task": {"path": place}}, "train": {"optim_args": f"file={place}"}},
         environment={"device": place},
         prompt=f"open {place}",
     )
-    for text in (card_of(facts).content, json.dumps(facts.as_json())):
+    for text in (build_card(facts).content, json.dumps(facts.as_json())):
         assert tmp_path.name not in text
         assert "rows.jsonl" in text

@@ -359,7 +359,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {message} [{place}]"
 
 
-def judge(cls: type[PreTrainedModel], partners: dict) -> dict:
+def decide_license(cls: type[PreTrainedModel], partners: dict) -> dict:
     """All pairs of a class, and its status: the worst of theirs."""
     start = time.monotonic()
     result: dict[str, Any] = {"class": cls.__name__, "status": "", "reason": "", "pairs": []}

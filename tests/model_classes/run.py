@@ -34,7 +34,7 @@ def work(names: list[str], out: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     quiet()
     from .classes import candidates
-    from .compare import judge
+    from .compare import decide_license
 
     classes, partners = candidates(), {}
     gc.freeze()  # each training collects garbage, which would look through every module of transformers
@@ -47,7 +47,7 @@ def work(names: list[str], out: Path) -> None:
         append(out, {"class": name, "status": "started"})
         signal.alarm(SECONDS)
         try:
-            result = judge(classes[name], partners)
+            result = decide_license(classes[name], partners)
         except TooLateError as error:
             result = {"class": name, "status": "cannot", "reason": str(error)}
         finally:

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig
 
-from hf_distill.planning import Anatomy, Job
+from hf_distill.planning import ModelStats, Workload
 from hf_distill.recipe import load_recipe
 
 SMALL = "HuggingFaceTB/SmolLM2-135M"
@@ -24,9 +24,9 @@ def shrunk(family: str, width: int = 128, layers: int = 2, **changes):
     return AutoConfig.for_model(family, **(fields | changes))
 
 
-def job(config, **fields) -> Job:
-    anatomy = Anatomy.of(config)
-    return Job(**(dict(student=anatomy, teacher=anatomy, batch=2, length=64) | fields))
+def job(config, **fields) -> Workload:
+    anatomy = ModelStats.of(config)
+    return Workload(**(dict(student=anatomy, teacher=anatomy, batch=2, length=64) | fields))
 
 
 def recipe(*overrides: str, name: str = "llama-70b-to-8b-nf4"):

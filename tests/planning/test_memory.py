@@ -8,11 +8,11 @@ from shrunk import SMALL, held, job, recipe, shrunk
 from tiny import build
 from transformers import AutoModelForCausalLM
 
-from hf_distill.planning import Anatomy, Job, Strategy, memory, model_config
+from hf_distill.planning import ModelStats, Strategy, Workload, memory, model_config
 from hf_distill.planning.activations import activations, head_gradients, workspace
 from hf_distill.planning.estimates import GiB
 from hf_distill.planning.memory import weights
-from hf_distill.planning.workload import job_of
+from hf_distill.planning.workload import make_workload
 from hf_distill.recipe.models import Lora
 
 
@@ -59,7 +59,7 @@ def test_quantised_weights_are_as_large_as_those_of_bitsandbytes(kind, tmp_path)
             total += held([state.absmax, state.state2.absmax])
         elif isinstance(module, Linear8bitLt):
             total += held([module.weight.SCB])
-    assert weights(Anatomy.of(config), 2, kind) == pytest.approx(total, rel=0.02)
+    assert weights(ModelStats.of(config), 2, kind) == pytest.approx(total, rel=0.02)
 
 
 def test_more_processes_halve_what_a_strategy_shards():
@@ -80,7 +80,7 @@ def test_more_processes_halve_what_a_strategy_shards():
 
 def test_a_device_map_spreads_the_teacher_of_one_process():
     asked = job(model_config(SMALL))
-    spread = Strategy("device_map", "ddp").on(4)
+    spread = Strategy("device_map", "ddp").for_gpus(4)
     parts = memory(asked, spread, 4)
     assert spread.processes(4) == 1
     assert spread.student == "single"
@@ -223,13 +223,13 @@ def test_features_are_those_that_are_captured():
             model(input_ids=ids)
         total += held(found.values())
     captured = 2 * 32 + 2 * 48
-    asked = Job(Anatomy.of(student.config), Anatomy.of(teacher.config), 2, 16, captured=captured)
+    asked = Workload(ModelStats.of(student.config), ModelStats.of(teacher.config), 2, 16, captured=captured)
     assert memory(asked, Strategy("whole", "single"), 1).features == total
 
 
 def test_losses_on_features_and_only_those_are_captured():
     loss = "{name: hidden_cosine, layers: 'last:4'}"
     configs = [model_config(f"meta-llama/Llama-3.1-{size}") for size in ("8B", "70B")]
-    with_it, without = (job_of(recipe(*losses), *configs) for losses in ([f"losses=[{loss}]"], []))
+    with_it, without = (make_workload(recipe(*losses), *configs) for losses in ([f"losses=[{loss}]"], []))
     assert memory(with_it, Strategy("nf4", "single"), 1).features == 2 * 2048 * 2 * 4 * (4096 + 8192)
     assert without.captured == 0

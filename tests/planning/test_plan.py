@@ -5,13 +5,13 @@ from shrunk import SMALL, job, recipe
 from transformers import AutoConfig
 
 from hf_distill.errors import DistillError
-from hf_distill.planning import Anatomy, Strategy, memory, model_config, plan
+from hf_distill.planning import ModelStats, Strategy, memory, model_config, plan
 from hf_distill.planning.estimates import GiB, deepspeed_estimate, fewest_gpus, min_gpus
 from hf_distill.planning.render import caches_table, verdict
 from hf_distill.planning.strategy import STUDENTS, alternatives
-from hf_distill.planning.workload import job_of
+from hf_distill.planning.workload import make_workload
 from hf_distill.recipe import load_recipe
-from hf_distill.recipe.load import parts_to_plan
+from hf_distill.recipe.load import recipes_by_stage
 
 # Strategies
 
@@ -25,7 +25,7 @@ def test_every_strategy_is_what_its_overrides_make_of_a_recipe(name):
         again = recipe(*models, *row.overrides, name=name)
         assert Strategy.of_recipe(again, 8) == row.strategy
         config = model_config(SMALL)
-        assert memory(job_of(again, config, config), row.strategy, 8, found.usable) == row.parts
+        assert memory(make_workload(again, config, config), row.strategy, 8, found.usable) == row.parts
 
 
 def test_quantised_models_are_not_sharded_and_engines_not_mixed():
@@ -99,7 +99,7 @@ def test_the_control_is_a_part_of_the_cost():
 
 def test_the_direct_control_of_a_chain_is_planned_beside_its_stages():
     chain = load_recipe("progressive", smoke=True)
-    parts = parts_to_plan(chain)
+    parts = recipes_by_stage(chain)
     assert [*parts] == [*(f"stage-{i}" for i in range(1, len(chain.stages) + 1)), "direct"]
     assert parts["direct"].train.max_steps == sum(parts[name].train.max_steps for name in parts if name != "direct")
 
@@ -124,7 +124,7 @@ def test_a_run_of_epochs_has_no_cost_that_can_be_known():
 
 def test_a_student_cut_from_its_teacher_has_fewer_blocks():
     found = plan(recipe("student={from_teacher: {keep_layers: 16}}", f"teacher.model={SMALL}"), 1, 80)
-    block = Anatomy.of(model_config(SMALL)).block
+    block = ModelStats.of(model_config(SMALL)).block
     assert found.student.parameters == 134515008 - 14 * block
 
 

@@ -52,7 +52,7 @@ def values(**data):
         ({"code": {"weight": 1}}, "data.code.path: missing"),
         ({"task": {"path": "x", "weight": -1}}, "data.task.weight: must be above 0"),
         ({"my code": {"path": "x"}}, "names of sources are letters, digits and _"),
-        ({"task": {"path": "x", "long": "split"}}, "data.task.long: Input should be 'truncate' or 'drop'"),
+        ({"task": {"path": "x", "overflow": "split"}}, "data.task.overflow: Input should be 'truncate' or 'drop'"),
         ({"stopping_strategy": "first"}, "data.stopping_strategy: Input should be 'first_exhausted', 'all_exhausted'"),
         ({"code": {"path": "x", "streaming": True}}, "nothing can be held out of a stream (code): give eval a path"),
         (

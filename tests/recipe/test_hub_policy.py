@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_distill import DistillError
 from hf_distill.recipe import list_recipes, load_recipe
-from hf_distill.recipe.hub_policy import HARMLESS, KNOWN, REFUSED, untrusted
+from hf_distill.recipe.hub_policy import ALLOWED, KNOWN, REFUSED, policy_violations
 from hf_distill.trainer.config import RUNTIME_FIELDS
 
 GOOD = """\
@@ -153,14 +153,14 @@ def test_a_recipe_of_ones_own_may_say_all_that(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipes_would_be_trusted_from_the_hub_too(name):
-    assert untrusted(load_recipe(name)) == []
+    assert policy_violations(load_recipe(name)) == []
 
 
 def test_each_field_of_a_training_is_decided_upon():
     """A field that a new version of transformers brings is refused until somebody looks at it; so is this test."""
-    named = {field.name for field in fields(TrainingArguments) if field.init}
-    assert named | {*RUNTIME_FIELDS, "early_stopping_patience"} == KNOWN
-    assert not HARMLESS & REFUSED
+    referenced_repos = {field.name for field in fields(TrainingArguments) if field.init}
+    assert referenced_repos | {*RUNTIME_FIELDS, "early_stopping_patience"} == KNOWN
+    assert not ALLOWED & REFUSED
 
 
 def test_files_beside_it_are_those_of_its_own_commit(hub):

@@ -122,7 +122,7 @@ def test_every_problem_is_told_at_once_with_its_place():
         (lambda v: v.update(teacher={"kind": "online"}), "teacher: give its model"),
         (lambda v: v.update(teacher={"kind": "ema", "decay": 1.0}), "teacher.decay: it must lie in [0, 1)"),
         (lambda v: v.update(teacher={"kind": "ema"}), "recipe: student: give its model, for a teacher of kind ema"),
-        (lambda v: v.update(teacher={"kind": "snapshot"}), "teacher: a snapshot needs every"),
+        (lambda v: v.update(teacher={"kind": "snapshot"}), "teacher: a snapshot needs interval_steps"),
         (lambda v: v.update(teacher={"kind": "multi_view"}), "teacher: give its view"),
         (lambda v: v.update(teacher={"kind": "multi_view", "view": {}}), "teacher.view: it changes nothing"),
         (lambda v: v.update(export="ema"), "recipe: export ema needs teacher.kind ema; it is frozen"),

@@ -166,7 +166,7 @@ def test_the_student_before_is_the_one_that_the_run_began_with(folder):
     from hf_distill.runner.model_loading import resolve_model
 
     run = open_run(folder)
-    teacher = AutoModelForCausalLM.from_pretrained(resolve_model(run.recipe.base)).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(resolve_model(run.recipe.tokenizer_model)).eval()
     student = student_before(run, teacher)
     ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hf_distill.cli import app
 from hf_distill.planning import plan
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
-from hf_distill.runner.cache_writer import compare_with_teacher, write_recipe_cache
+from hf_distill.runner.cache_writer import verify_against_teacher, write_recipe_cache
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_cut_off_capture_of_a_recipe_goes_on(texts, tmp_path):
 
 def test_its_teacher_says_the_same_again(texts, tmp_path):
     write_recipe_cache(recipe(texts, "teacher.path=c"), kind="sampled", shard_rows=8)
-    found = compare_with_teacher(open_cache("c"), 10)
+    found = verify_against_teacher(open_cache("c"), 10)
     assert found["examples"] >= 10
     assert found["identical"] == 1.0
     manifest = open_cache("c").manifest
@@ -90,7 +90,7 @@ def test_its_teacher_says_the_same_again(texts, tmp_path):
     lines = [json.dumps({"text": f"Other text altogether, {i}. " * 9}) for i in range(20)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     with pytest.raises(DistillError, match="another fingerprint"):
-        compare_with_teacher(open_cache("c"), 10)
+        verify_against_teacher(open_cache("c"), 10)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_manifest_of_another_teacher_is_refused(texts):
 
 def test_the_command_line_writes_verifies_and_runs(texts):
     runner = CliRunner()
-    write = ["cache", "write", "cached", *texts, "--smoke", "-o", "c", "--kind", "sampled", "--draws", "6"]
+    write = ["cache", "write", "cached", *texts, "--smoke", "-o", "c", "--kind", "sampled", "--samples-per-token", "6"]
     done = runner.invoke(app, write)
     assert done.exit_code == 0, done.output
     assert "of kind sampled" in done.output

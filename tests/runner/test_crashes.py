@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 import pytest
-from crashing import KINDS, PLACES, Fate, _without_complete, content, fates, job_of, started, trial
+from crashing import KINDS, PLACES, Fate, _without_complete, content, fates, make_workload, started, trial
 
 from hf_distill.trainer.checkpoints import checkpoints_of
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is of P
 def place(tmp_path_factory):
     """What trials share: a cache."""
     folder = tmp_path_factory.mktemp("crashes")
-    assert started(job_of("capture", folder), folder / "cache") == 0
+    assert started(make_workload("capture", folder), folder / "cache") == 0
     return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_lost_by_a_kill(place, kind):
-    job = job_of(kind, place)
+    job = make_workload(kind, place)
     assert started(job, place / kind, counts=place / f"{kind}.json") == 0, (place / kind / "log").read_text()[-3000:]
     counts, expected = json.loads((place / f"{kind}.json").read_text()), content(place / kind, kind)
     assert len(expected) > 3
@@ -35,7 +35,7 @@ def test_nothing_is_lost_by_a_kill(place, kind):
 
 def test_two_checkpoints_are_kept_through_a_kill(place):
     """The other tests keep one."""
-    job = job_of("ema", place, "train.save_total_limit=2")
+    job = make_workload("ema", place, "train.save_total_limit=2")
     assert started(job, place / "two", counts=place / "two.json") == 0
     assert len(checkpoints_of(place / "two" / "run")) == 2
     expected = content(place / "two", "ema")
@@ -46,7 +46,7 @@ def test_two_checkpoints_are_kept_through_a_kill(place):
 
 
 def test_the_loss_of_the_only_checkpoint_would_be_seen(place):
-    job = job_of("ema", place)
+    job = make_workload("ema", place)
     lost = trial(job, place / "none", Fate(place="step", call=5), {}, "ema")
     assert lost
     assert "not the same" in lost  # one is complete
@@ -57,9 +57,9 @@ def test_the_loss_of_the_only_checkpoint_would_be_seen(place):
 
 def test_a_difference_would_be_seen(place):
     """Another seed ends elsewhere: the comparison can fail."""
-    job = job_of("ema", place)
+    job = make_workload("ema", place)
     assert started(job, place / "one") == 0
-    assert started(job_of("ema", place, "train.seed=1"), place / "other") == 0
+    assert started(make_workload("ema", place, "train.seed=1"), place / "other") == 0
     one, other = content(place / "one", "ema"), content(place / "other", "ema")
     assert {"student/model.safetensors", "models", "logs"} <= {n for n in one if one[n] != other.get(n)}
 

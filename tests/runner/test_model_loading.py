@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.runner.model_loading import Trust, loaded, trusting
+from hf_distill.runner.model_loading import LoadPolicy, load_policy, load_pretrained
 
 CODE = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\nopen({!r}, 'w')\n"
 
@@ -23,11 +23,11 @@ def pickled(tmp_path):
 
 def test_pickled_weights_are_read_only_if_somebody_says_so(pickled):
     with pytest.raises(DistillError, match="--allow-pickles"):
-        loaded(AutoModelForCausalLM, pickled)
-    with trusting(Trust(pickles=True)):
-        assert loaded(AutoModelForCausalLM, pickled)
+        load_pretrained(AutoModelForCausalLM, pickled)
+    with load_policy(LoadPolicy(pickles=True)):
+        assert load_pretrained(AutoModelForCausalLM, pickled)
     with pytest.raises(DistillError, match="--allow-pickles"):
-        loaded(AutoModelForCausalLM, pickled)
+        load_pretrained(AutoModelForCausalLM, pickled)
 
 
 def test_a_teacher_that_is_loaded_later_is_read_no_other_way(pickled, tmp_path):
@@ -43,13 +43,13 @@ def test_code_of_a_model_is_run_only_if_somebody_says_so(tmp_path):
     (folder / "own.py").write_text(CODE.format(str(ran)))
     (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}')
     with pytest.raises(DistillError, match="--trust-remote-code"):
-        loaded(AutoConfig, str(folder))
+        load_pretrained(AutoConfig, str(folder))
     assert not ran.exists()
-    with trusting(Trust(remote_code=True)):
-        assert loaded(AutoConfig, str(folder)).model_type == "own"
+    with load_policy(LoadPolicy(remote_code=True)):
+        assert load_pretrained(AutoConfig, str(folder)).model_type == "own"
     assert ran.exists()
 
 
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(DistillError, match="cannot be loaded"):
-        loaded(AutoModelForCausalLM, str(tmp_path / "none"))
+        load_pretrained(AutoModelForCausalLM, str(tmp_path / "none"))

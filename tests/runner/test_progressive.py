@@ -9,9 +9,9 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from hf_distill import DistillError, DistillTrainer
-from hf_distill.analysis import Pair, open_run
+from hf_distill.analysis import ModelPair, open_run
 from hf_distill.recipe import load_recipe, run_recipe
-from hf_distill.recipe.load import parts_to_plan, validate
+from hf_distill.recipe.load import recipes_by_stage, validate
 from hf_distill.recipe.stages import direct_values
 
 
@@ -91,7 +91,7 @@ def test_a_stage_s_models_are_gone_before_the_next_begins(straight):
 def test_all_students_are_judged_by_the_first_teacher(straight):
     folder, result, _, _ = straight
     kl = count = 0.0
-    for seen in Pair.of_run(open_run(folder)).seen(None):
+    for seen in ModelPair.of_run(open_run(folder)).batches(None):
         p, q = (source.project().double().log_softmax(-1) for source in (seen.teacher, seen.student))
         kl, count = kl + (p.exp() * (p - q)).sum().item(), count + len(p)
     assert result.models["student"]["kl"] == pytest.approx(kl / count, rel=1e-4)
@@ -150,7 +150,7 @@ def test_a_chain_is_reported_and_diagnosed_as_a_run_is(straight):
     text = report(run).path.read_text()
     for name in ("stage-1", "stage-2", "student", "control"):
         assert f"{result.models[name]['kl']:.4f}" in text
-    assert diagnose(Pair.of_run(run), None, run.logs()).agreement.kl == pytest.approx(
+    assert diagnose(ModelPair.of_run(run), None, run.logs()).agreement.kl == pytest.approx(
         result.models["student"]["kl"], rel=1e-4
     )
 
@@ -164,7 +164,7 @@ def test_the_70b_chain_runs_small(tmp_path):
 
 
 def test_stages_are_planned_as_far_as_they_are_known():
-    parts = parts_to_plan(load_recipe("qwen-72b-chain"))
+    parts = recipes_by_stage(load_recipe("qwen-72b-chain"))
     names = [part.base.removeprefix("Qwen/Qwen2.5-") for part in parts.values()]
     assert names == ["72B-Instruct", "32B-Instruct", "14B-Instruct"]
     assert [part.train.learning_rate for part in parts.values()] == [5e-6, 1e-5, 2e-5]

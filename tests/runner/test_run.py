@@ -205,9 +205,9 @@ def test_every_family_has_a_tiny_model(family, tmp_path):
 
 def test_the_packaged_text_repeats_no_paragraph():
     """Held-out chapters must not quote training chapters."""
-    from hf_distill.data import load_documents
+    from hf_distill.data import load_examples
 
-    paragraphs = [p.strip() for d in load_documents("package:pydoc_data.topics")["text"] for p in d.split("\n\n")]
+    paragraphs = [p.strip() for d in load_examples("package:pydoc_data.topics")["text"] for p in d.split("\n\n")]
     assert len(paragraphs) > 800
     assert len(paragraphs) == len(set(paragraphs))
 
@@ -215,11 +215,11 @@ def test_the_packaged_text_repeats_no_paragraph():
 def test_rows_are_whole_and_hold_every_token_in_order():
     from datasets import Dataset
 
-    from hf_distill.data import causal_rows
+    from hf_distill.data import concat_and_chunk
     from hf_distill.recipe.smoke import byte_tokenizer
 
     tokenizer = byte_tokenizer()
-    rows = causal_rows(Dataset.from_dict({"text": ["abc", "defgh"]}), tokenizer, 4)
+    rows = concat_and_chunk(Dataset.from_dict({"text": ["abc", "defgh"]}), tokenizer, 4)
     end = tokenizer.eos_token_id
     ids = tokenizer("abcdefgh")["input_ids"]
     assert rows["input_ids"] == [[*ids[:3], end], ids[3:7]]

@@ -11,16 +11,16 @@ from transformers import DataCollatorWithFlattening
 
 from hf_distill import DistillError
 from hf_distill.core.signals import Targets
-from hf_distill.data import Collator, mix, mix_scheduled, pack, rows_of
+from hf_distill.data import Collator, mix, mix_scheduled, pack, tokenize_dataset
 from hf_distill.recipe.smoke import byte_tokenizer
-from hf_distill.teachers.multi_view import View, fill_token
+from hf_distill.teachers.multi_view import BatchView, replacement_token_id
 
 FILL = 1
 KINDS = {"llama": True, "bert": False, "token": False, "t5": False, "sequence": False}  # -> whether labels are shifted
-ALL = View(token_dropout=0.3, span_deletion=0.4, other_context=3)
+ALL = BatchView(token_dropout=0.3, span_deletion=0.4, prepend_context_tokens=3)
 
 
-def seen_of(view: View, kind: str, batch: dict, step: int = 0) -> tuple[Targets, dict, Targets]:
+def seen_of(view: BatchView, kind: str, batch: dict, step: int = 0) -> tuple[Targets, dict, Targets]:
     """(targets of the batch, the batch in the view, its targets); the batch must stay as it was."""
     before = {name: value.clone() for name, value in batch.items()}
     targets = Targets.from_batch(batch, KINDS[kind])
@@ -44,7 +44,9 @@ def long_rows(count: int = 8, length: int = 500, prompt: int = 400, seed: int = 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pad", ["left", "right"])
-@pytest.mark.parametrize("view", [View(token_dropout=0.3), View(span_deletion=0.4), View(other_context=3), ALL])
+@pytest.mark.parametrize(
+    "view", [BatchView(token_dropout=0.3), BatchView(span_deletion=0.4), BatchView(prepend_context_tokens=3), ALL]
+)
 def test_the_same_tokens_are_asked_in_every_view(kind, pad, view):
     batch = collate(rows(kind, 6, pad=pad))
     targets, seen, moved = seen_of(view, kind, batch)
@@ -75,7 +77,7 @@ def test_models_answer_a_view_at_the_positions_that_it_says(kind):
 @torch.no_grad()
 def test_a_context_that_nothing_sees_changes_no_answer():
     batch, model = collate(rows("llama", 4, pad="left")), build("llama", 0).eval()  # its positions are relative
-    targets, seen, moved = seen_of(View(other_context=4), "llama", batch)
+    targets, seen, moved = seen_of(BatchView(prepend_context_tokens=4), "llama", batch)
     added = (seen["attention_mask"].cumsum(1) <= 4) & (seen["attention_mask"] != 0)
     seen["attention_mask"] = seen["attention_mask"].masked_fill(added, 0)
     torch.testing.assert_close(moved.gather(model(**seen).logits), targets.gather(model(**batch).logits))
@@ -83,9 +85,9 @@ def test_a_context_that_nothing_sees_changes_no_answer():
 
 def test_shares_are_met_over_many_tokens():
     batch = long_rows()
-    _, seen, _ = seen_of(View(token_dropout=0.2), "llama", batch)
+    _, seen, _ = seen_of(BatchView(token_dropout=0.2), "llama", batch)
     assert abs((seen["input_ids"] == FILL).double().mean() - 0.2) < 0.02
-    _, seen, _ = seen_of(View(span_deletion=0.3, span_length=4), "llama", batch)
+    _, seen, _ = seen_of(BatchView(span_deletion=0.3, span_length=4), "llama", batch)
     hidden = seen["attention_mask"][:, 1:399] == 0
     assert abs(hidden.double().mean() - 0.3) < 0.04
     runs = (hidden[:, 1:] != hidden[:, :-1]).sum() / 2  # a span meets another in 3 of 10 cases
@@ -93,7 +95,7 @@ def test_shares_are_met_over_many_tokens():
 
 
 @pytest.mark.parametrize(
-    ("view", "changed"), [(View(token_dropout=0.3), "input_ids"), (View(span_deletion=0.3), "attention_mask")]
+    ("view", "changed"), [(BatchView(token_dropout=0.3), "input_ids"), (BatchView(span_deletion=0.3), "attention_mask")]
 )
 def test_a_row_is_seen_alike_in_every_batch_and_otherwise_at_another_step(view, changed):
     row = {name: value[:1] for name, value in long_rows(length=60, prompt=40).items()}
@@ -130,7 +132,7 @@ def test_only_context_is_hidden_and_a_row_keeps_its_first_token(kind, pad):
                 shown.add((row, column - 1))
     for step in range(20):
         targets = Targets.from_batch(batch, KINDS[kind])
-        view = View(token_dropout=0.9, span_deletion=0.9, span_length=2)
+        view = BatchView(token_dropout=0.9, span_deletion=0.9, span_length=2)
         seen, _ = view(batch, targets, step, FILL, encoder=kind == "t5")
         hidden = {tuple(at) for at in ((seen["attention_mask"] == 0) & real).nonzero().tolist()}
         assert not hidden & shown
@@ -148,7 +150,7 @@ def test_a_row_stands_behind_the_first_tokens_of_the_next(pad):
     mask = batch["attention_mask"]
     batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     batch["token_type_ids"] = mask.clone()
-    _, seen, _ = seen_of(View(other_context=3), "llama", batch)
+    _, seen, _ = seen_of(BatchView(prepend_context_tokens=3), "llama", batch)
     for row in range(5):
         expected = own_tokens(batch, (row + 1) % 5)[:3] + own_tokens(batch, row)
         assert own_tokens(seen, row) == expected
@@ -158,24 +160,24 @@ def test_a_row_stands_behind_the_first_tokens_of_the_next(pad):
         assert seen["attention_mask"][row, 0 if pad == "right" else -1] == 1
     assert seen["source"] is batch["source"]
     shortest = int(mask.sum(1).min())
-    _, seen, _ = seen_of(View(other_context=99), "llama", batch)
+    _, seen, _ = seen_of(BatchView(prepend_context_tokens=99), "llama", batch)
     assert seen["input_ids"].shape == (5, 12 + shortest)
     unwrap_model = {name: batch[name][:2, -4:] for name in ("input_ids", "labels")}
-    assert "attention_mask" not in seen_of(View(other_context=2), "llama", unwrap_model)[1]
+    assert "attention_mask" not in seen_of(BatchView(prepend_context_tokens=2), "llama", unwrap_model)[1]
 
 
 def test_a_row_alone_has_no_other_context():
     batch = collate(rows("llama", 1))
-    targets, seen, moved = seen_of(View(other_context=3), "llama", batch)
+    targets, seen, moved = seen_of(BatchView(prepend_context_tokens=3), "llama", batch)
     assert moved is targets
     assert torch.equal(seen["input_ids"], batch["input_ids"])
 
 
 def test_what_is_added_is_neither_dropped_nor_changes_what_is_drawn():
     batch = long_rows(count=3, length=40, prompt=30)
-    drop = View(token_dropout=0.5, span_deletion=0.3)
+    drop = BatchView(token_dropout=0.5, span_deletion=0.3)
     _, alone, _ = seen_of(drop, "llama", batch)
-    _, behind, _ = seen_of(View(token_dropout=0.5, span_deletion=0.3, other_context=6), "llama", batch)
+    _, behind, _ = seen_of(BatchView(token_dropout=0.5, span_deletion=0.3, prepend_context_tokens=6), "llama", batch)
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(behind[name][:, 6:], alone[name])
     assert torch.equal(behind["input_ids"][:, :6], batch["input_ids"][:, :6].roll(-1, 0))
@@ -200,16 +202,16 @@ def packed_batch() -> dict:
 def test_packed_documents_drop_tokens_but_not_their_first():
     batch, ever = packed_batch(), torch.zeros(1, 20, dtype=torch.bool)
     for step in range(30):
-        targets, seen, moved = seen_of(View(token_dropout=0.5), "llama", batch, step)
+        targets, seen, moved = seen_of(BatchView(token_dropout=0.5), "llama", batch, step)
         assert moved is targets
         assert "attention_mask" not in seen
         ever |= seen["input_ids"] == FILL
     assert torch.equal(ever, batch["position_ids"] != 0)
 
 
-@pytest.mark.parametrize("name", ["span_deletion", "other_context"])
+@pytest.mark.parametrize("name", ["span_deletion", "prepend_context_tokens"])
 def test_packed_rows_cannot_hide_or_add(name):
-    view = View.of({name: 0.5 if name == "span_deletion" else 2})
+    view = BatchView.parse({name: 0.5 if name == "span_deletion" else 2})
     with pytest.raises(DistillError, match=f"view has {name}, which packed rows cannot have"):
         seen_of(view, "llama", packed_batch())
 
@@ -221,7 +223,7 @@ def paired(i: int) -> dict:
 def test_the_paraphrase_asks_the_same_completion():
     tokenizer = byte_tokenizer()
     data = Dataset.from_list([paired(i) for i in (1, 30, 700)])
-    made = rows_of(data, tokenizer, 64, paraphrase=True)
+    made = tokenize_dataset(data, tokenizer, 64, paraphrase=True)
     for example, row in zip(data, made, strict=True):
         asked = example["completion"] + "<|end|>"
         assert tokenizer.decode(row["input_ids"]) == example["prompt"] + asked
@@ -230,11 +232,11 @@ def test_the_paraphrase_asks_the_same_completion():
             assert tokenizer.decode([label for label in row[name] if label != -100]) == asked
     batch = Collator(tokenizer.pad_token_id)(list(made))
     assert batch["view_attention_mask"].sum(1).tolist() == [len(row["view_input_ids"]) for row in made]
-    targets, seen, moved = seen_of(View(paraphrase=True), "llama", batch)
+    targets, seen, moved = seen_of(BatchView(paraphrase=True), "llama", batch)
     assert not seen.keys() & {"view_input_ids", "view_attention_mask", "view_labels"}
     assert torch.equal(moved.labels, targets.labels)
     assert torch.equal(seen["input_ids"].flatten()[moved.positions + 1], targets.labels)
-    _, seen, moved = seen_of(View(paraphrase=True, other_context=5), "llama", batch)
+    _, seen, moved = seen_of(BatchView(paraphrase=True, prepend_context_tokens=5), "llama", batch)
     assert torch.equal(seen["input_ids"].flatten()[moved.positions + 1], targets.labels)
     assert tokenizer.decode(own_tokens(seen, 0)[:5]) == "What "
 
@@ -245,7 +247,7 @@ def test_paraphrases_of_conversations_follow_the_template():
         [{"role": role, "content": text}] for role, text in (("user", "Sum?"), ("user", "Add up!"), ("assistant", "4"))
     ]
     example = dict(zip(("prompt", "paraphrase", "completion"), said, strict=True))
-    (row,) = rows_of(Dataset.from_list([example]), tokenizer, 64, paraphrase=True)
+    (row,) = tokenize_dataset(Dataset.from_list([example]), tokenizer, 64, paraphrase=True)
     assert tokenizer.decode(row["view_input_ids"]) == "user: Add up!\nassistant: 4<|end|>"
     assert tokenizer.decode([label for label in row["view_labels"] if label != -100]) == "4<|end|>"
 
@@ -258,26 +260,29 @@ def test_a_cut_leaves_the_tokens_that_both_ask():
         {"prompt": "ab", "paraphrase": "abcdefgh", "completion": "0123456789"},
         {"prompt": "", "paraphrase": "ab", "completion": "0123"},
     ]
-    made = rows_of(Dataset.from_list(examples), tokenizer, 8, paraphrase=True)
+    made = tokenize_dataset(Dataset.from_list(examples), tokenizer, 8, paraphrase=True)
     for row in made:
         own, view = ([label for label in row[name] if label != -100] for name in ("labels", "view_labels"))
         assert own == view
         assert max(len(row["input_ids"]), len(row["view_input_ids"])) <= 8
     texts = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in made]
     assert texts == ["0123", "0123"]  # the third asks nothing of 8 tokens; nothing predicts the first of the fourth
-    short = rows_of(Dataset.from_list(examples[:3]), tokenizer, 15, long="drop", paraphrase=True)
+    short = tokenize_dataset(Dataset.from_list(examples[:3]), tokenizer, 15, overflow="drop", paraphrase=True)
     assert short["input_ids"] == tokenizer(["ab0123456789<|end|>", "abcd0123456789<|end|>"])["input_ids"]
 
 
 def test_paraphrases_are_read_only_where_they_are_asked_for():
-    (row,) = rows_of(Dataset.from_list([paired(3)]), byte_tokenizer(), 64)
+    (row,) = tokenize_dataset(Dataset.from_list([paired(3)]), byte_tokenizer(), 64)
     assert set(row) == {"input_ids", "labels"}
     assert set(Collator(0)([row])) == {"input_ids", "labels"}
 
 
 def test_sources_with_and_without_paraphrases_do_not_mix():
     tokenizer, data = byte_tokenizer(), Dataset.from_list([paired(i) for i in range(4)])
-    both = {"task": rows_of(data, tokenizer, 64, paraphrase=True), "general": rows_of(data, tokenizer, 64)}
+    both = {
+        "task": tokenize_dataset(data, tokenizer, 64, paraphrase=True),
+        "general": tokenize_dataset(data, tokenizer, 64),
+    }
     with pytest.raises(DistillError, match="The sources general have no paraphrases"):
         mix(both, {"task": 1.0, "general": 1.0}, seed=0)
     with pytest.raises(DistillError, match="The sources general have no paraphrases"):
@@ -324,11 +329,11 @@ def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monke
 )
 def test_missing_paraphrases_are_told(example, message):
     with pytest.raises(DistillError, match=message):
-        rows_of(Dataset.from_list([example]), byte_tokenizer(), 64, paraphrase=True)
+        tokenize_dataset(Dataset.from_list([example]), byte_tokenizer(), 64, paraphrase=True)
 
 
 def test_a_batch_without_or_with_another_paraphrase_is_told():
-    batch, view = long_rows(count=2, length=9, prompt=4), View(paraphrase=True)
+    batch, view = long_rows(count=2, length=9, prompt=4), BatchView(paraphrase=True)
     with pytest.raises(DistillError, match="the batch has no view_input_ids, view_attention_mask, view_labels, only"):
         seen_of(view, "llama", batch)
     other = {f"view_{name}": value for name, value in batch.items()}
@@ -344,7 +349,7 @@ def test_a_batch_without_or_with_another_paraphrase_is_told():
 
 
 def test_batches_that_no_view_fits_are_told():
-    view, batch = View(token_dropout=0.1), collate(rows("llama", 3))
+    view, batch = BatchView(token_dropout=0.1), collate(rows("llama", 3))
     targets = Targets.from_batch(batch, True)
     with pytest.raises(DistillError, match=r"A view changes `input_ids`, and the batch has only \['labels'\]"):
         view({"labels": batch["labels"]}, targets, 0, FILL)
@@ -363,8 +368,9 @@ def test_batches_that_no_view_fits_are_told():
             "did you mean 'token_dropout'.*; view has span_deletion 1.0; it",
         ),
         (
-            {"token_dropout": -0.1, "span_length": 0, "other_context": 1.5, "paraphrase": 1},
-            "token_dropout -0.1; .*span_length 0; .*1 or more; .*other_context 1.5; .*paraphrase 1; it must be true or",
+            {"token_dropout": -0.1, "span_length": 0, "prepend_context_tokens": 1.5, "paraphrase": 1},
+            "token_dropout -0.1; .*span_length 0; .*1 or more; .*prepend_context_tokens 1.5; .*paraphrase 1; it must be "
+            "true or",
         ),
         ({"token_dropout": True}, "token_dropout True; it must be a share of tokens, from 0 to below 1"),
         ({}, "view changes nothing: give token_dropout"),
@@ -374,22 +380,24 @@ def test_batches_that_no_view_fits_are_told():
 )
 def test_what_is_no_view_is_told_all_at_once(value, message):
     with pytest.raises(DistillError, match=message):
-        View.of(value)
+        BatchView.parse(value)
 
 
 def test_a_view_is_read_from_a_mapping():
-    assert View.of({"token_dropout": 0.25, "other_context": 8}) == View(token_dropout=0.25, other_context=8)
-    assert View.of(ALL) is ALL
+    assert BatchView.parse({"token_dropout": 0.25, "prepend_context_tokens": 8}) == BatchView(
+        token_dropout=0.25, prepend_context_tokens=8
+    )
+    assert BatchView.parse(ALL) is ALL
 
 
 def test_the_filler_is_the_first_special_token_that_there_is(caplog):
     names = ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id")
     for i, name in enumerate(names):
-        assert fill_token(SimpleNamespace(**dict.fromkeys(names[i:], 10 + i))) == 10 + i, name
+        assert replacement_token_id(SimpleNamespace(**dict.fromkeys(names[i:], 10 + i))) == 10 + i, name
     tokenizer = byte_tokenizer()
     with caplog.at_level(logging.WARNING):
-        assert fill_token(tokenizer) == tokenizer.pad_token_id
+        assert replacement_token_id(tokenizer) == tokenizer.pad_token_id
     assert not caplog.records
-    assert fill_token(SimpleNamespace(mask_token_id=0)) == 0
+    assert replacement_token_id(SimpleNamespace(mask_token_id=0)) == 0
     with pytest.raises(DistillError, match="has none of mask_token, unk_token, pad_token, eos_token"):
-        fill_token(SimpleNamespace(mask_token_id=None))
+        replacement_token_id(SimpleNamespace(mask_token_id=None))

@@ -109,8 +109,8 @@ def gradient(job, hidden, weight):
     return loss.item(), torch.autograd.grad(loss, (head.hidden, head.weight))
 
 
-@pytest.mark.parametrize("proposal", [2.0, 1.2])
-def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal):
+@pytest.mark.parametrize("proposal_temperature", [2.0, 1.2])
+def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal_temperature):
     """The mean of 64 redraws is within 2 standard errors of the whole: in loss, and along the whole's gradient."""
     data = rows("llama", 8)
     batch = collate(data)
@@ -125,7 +125,12 @@ def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal):
     exact, (whole, _) = gradient(ChunkedLoss(told, targets, terms), hidden, weight)
     losses, along = [], []
     for seed in range(64):
-        options = {"kind": "sampled", "seed": seed, "proposal": proposal, "draws": 6}
+        options = {
+            "kind": "sampled",
+            "seed": seed,
+            "proposal_temperature": proposal_temperature,
+            "samples_per_token": 6,
+        }
         teacher = cache(tmp_path / str(seed), "llama", data, **options)
         teacher.prepare(build("llama"), torch.device("cpu"))
         loss, (own, _) = gradient(ChunkedLoss(teacher(batch, targets, {}).logits, targets, terms), hidden, weight)

@@ -127,7 +127,7 @@ def test_the_average_does_not_move_in_a_step_that_is_skipped(make_trainer, monke
 
 
 def test_a_snapshot_is_taken_on_time_though_the_step_is_skipped(make_trainer):
-    teacher = SnapshotTeacher(every=2)
+    teacher = SnapshotTeacher(interval_steps=2)
     trainer = make_trainer(teacher=teacher, **ALONE)
     broken = trainer.model.lm_head.weight
     broken.register_hook(lambda grad: grad * float("inf") if trainer.state.global_step == 3 else grad)
@@ -148,7 +148,7 @@ def test_hidden_terms_compare_with_the_past(make_trainer):
 
 
 def test_a_snapshot_is_taken_every_so_many_steps(make_trainer):
-    _, seen = run(make_trainer, SnapshotTeacher(every=2))
+    _, seen = run(make_trainer, SnapshotTeacher(interval_steps=2))
     for held, step in zip(seen.held, (0, 2, 2, 4, 4), strict=True):
         assert all(torch.equal(value, seen.student[step][name]) for name, value in held.items())
 
@@ -171,7 +171,7 @@ def test_a_snapshot_begins_with_the_weights_of_a_folder(make_trainer, tmp_path):
         make_trainer(teacher=SnapshotTeacher(path=str(tmp_path / "part")), folder="part-run").train()
 
 
-@pytest.mark.parametrize("kind", [lambda: EMATeacher(0.9, warmup=3), lambda: SnapshotTeacher(every=3)])
+@pytest.mark.parametrize("kind", [lambda: EMATeacher(0.9, warmup=3), lambda: SnapshotTeacher(interval_steps=3)])
 def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path, kind):
     options = dict(
         max_steps=6, save_strategy="steps", save_steps=2, learning_rate=0.05, train_dataset=rows("llama", 32)
@@ -194,7 +194,7 @@ def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path, kind):
         (lambda: EMATeacher(-0.1), r"decay is -0.1; it must lie in \[0, 1\]"),
         (lambda: EMATeacher(0.9, warmup=-1), "warmup is -1"),
         (lambda: SnapshotTeacher(), "needs `every`"),
-        (lambda: SnapshotTeacher(every=0), "every is 0; it must be at least 1"),
+        (lambda: SnapshotTeacher(interval_steps=0), "interval_steps is 0; it must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(make, problem):

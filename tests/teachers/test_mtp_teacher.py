@@ -119,7 +119,10 @@ def test_evaluation_tells_of_each_head_and_does_not_depend_on_kept_logits(make_t
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"heads": 0}, "heads is 0"), ({"hard_weight": -1.0}, "hard_weight of the heads is -1.0; it must be 0 or more")],
+    [
+        ({"num_future_tokens": 0}, "num_future_tokens is 0"),
+        ({"hard_weight": -1.0}, "hard_weight of the heads is -1.0; it must be 0 or more"),
+    ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(DistillError, match=message):

@@ -99,7 +99,7 @@ def test_a_teacher_with_a_padded_vocabulary_shares_the_ids_that_both_have(make_t
 def moving(kind: str):
     return {
         "ema": lambda: EMATeacher(0.5),
-        "snapshot": lambda: SnapshotTeacher(every=2),
+        "snapshot": lambda: SnapshotTeacher(interval_steps=2),
         "online": lambda: PeerTeacher(build("llama", 3), learning_rate=1e-2),
         "multi_view": lambda: MultiViewTeacher({"token_dropout": 0.3}, processing_class=TOKENIZER),
         "mtp": lambda: MTPTeacher(1),

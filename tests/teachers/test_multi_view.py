@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hf_distill import DistillError
 from hf_distill.core.signals import Targets
 from hf_distill.teachers import MultiViewTeacher
-from hf_distill.teachers.multi_view import View
+from hf_distill.teachers.multi_view import BatchView
 
 TOKENIZER = SimpleNamespace(mask_token_id=7)
 
@@ -27,7 +27,12 @@ def kl(told, said, temperature=2.0):
 @pytest.mark.parametrize("changed", ["student", "teacher"])
 @pytest.mark.parametrize(
     "view",
-    [{"token_dropout": 0.3}, {"span_deletion": 0.5}, {"other_context": 4}, {"token_dropout": 0.2, "other_context": 3}],
+    [
+        {"token_dropout": 0.3},
+        {"span_deletion": 0.5},
+        {"prepend_context_tokens": 4},
+        {"token_dropout": 0.2, "prepend_context_tokens": 3},
+    ],
 )
 def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed):
     data = rows("llama", 8, length=30)
@@ -38,7 +43,7 @@ def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed
     trainer = make_trainer(teacher=teacher(changed, **view), **options)
     batch = collate(trainer.train_dataset[:4])
     targets = Targets.from_batch(batch, shift=True)
-    seen, there = View(**view)(batch, targets, 0, 7)
+    seen, there = BatchView(**view)(batch, targets, 0, 7)
     both = [(batch, targets), (seen, there)]
     student, other = both[::-1] if changed == "student" else both
     model = build("llama", 0).eval()
@@ -55,7 +60,7 @@ def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed
 
 
 @pytest.mark.parametrize("changed", ["student", "teacher"])
-@pytest.mark.parametrize("view", [{"token_dropout": 0.3}, {"span_deletion": 0.5}, {"other_context": 4}])
+@pytest.mark.parametrize("view", [{"token_dropout": 0.3}, {"span_deletion": 0.5}, {"prepend_context_tokens": 4}])
 def test_hidden_states_are_compared_token_by_token(make_trainer, view, changed):
     data = rows("llama", 8, length=30)
     for row in data:
@@ -66,7 +71,7 @@ def test_hidden_states_are_compared_token_by_token(make_trainer, view, changed):
     trainer.train()
     batch = collate(data[:4])
     targets = Targets.from_batch(batch, shift=True)
-    seen, there = View(**view)(batch, targets, 0, 7)
+    seen, there = BatchView(**view)(batch, targets, 0, 7)
     model = build("llama", 0).eval()
     kept: list = []
     model.model.layers[1].register_forward_hook(lambda module, args, output: kept.append(output))
@@ -84,7 +89,7 @@ def test_hidden_states_are_compared_token_by_token(make_trainer, view, changed):
 @pytest.mark.parametrize(
     ("kind", "view", "loss", "refused"),
     [
-        ("llama", {"other_context": 4}, "value_relation", True),
+        ("llama", {"prepend_context_tokens": 4}, "value_relation", True),
         ("llama", {"token_dropout": 0.3}, "value_relation", False),
         ("sequence", {"span_deletion": 0.3}, "hidden_mse", True),
         ("sequence", {"token_dropout": 0.3}, "hidden_mse", False),
@@ -140,7 +145,7 @@ def test_no_gradient_passes_through_the_teacher(make_trainer):
     batch = collate(trainer.train_dataset[:4])
     trainer.train()
     targets = Targets.from_batch(batch, shift=True)
-    seen, there = View(token_dropout=0.3)(batch, targets, 0, 7)
+    seen, there = BatchView(token_dropout=0.3)(batch, targets, 0, 7)
     model = build("llama", 0)
     with torch.no_grad():
         told = targets.gather(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
@@ -157,7 +162,7 @@ def test_bad_options_are_refused(make_trainer):
         MultiViewTeacher({})
     with pytest.raises(DistillError, match="token_dropout needs a tokenizer"):
         make_trainer(teacher=MultiViewTeacher({"token_dropout": 0.1}))
-    long = make_trainer(teacher=teacher(other_context=60), train_dataset=rows("llama", 8, length=60))
+    long = make_trainer(teacher=teacher(prepend_context_tokens=60), train_dataset=rows("llama", 8, length=60))
     long.train_dataset = [{k: torch.cat([v, v, v, v, v])[:60] for k, v in row.items()} for row in rows("llama", 8)]
-    with pytest.raises(DistillError, match="lower other_context"):
+    with pytest.raises(DistillError, match="lower prepend_context_tokens"):
         long.train()

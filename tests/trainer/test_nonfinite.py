@@ -10,7 +10,7 @@ from tiny import build, collate, rows
 from transformers import TrainerCallback
 
 from hf_distill import DistillConfig, DistillError
-from hf_distill.cache.example_keys import examples_of
+from hf_distill.cache.example_keys import batch_examples
 from hf_distill.core.signals import Targets
 from hf_distill.errors import RunError
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
@@ -71,7 +71,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(make_trainer, to
     step = int(warning.split()[1])
     batch = collate([ROWS[BAD]])
     targets = Targets.from_batch(batch, shift=True)
-    assert examples_of(batch, targets)[0].key.hex() in warning
+    assert batch_examples(batch, targets)[0].key.hex() in warning
     assert f"soft: not finite for {len(targets)} of " in warning
     assert f"token {int(targets.labels[0])} at position {int(targets.positions[0])}" in warning
     assert "hard is finite there" in warning

@@ -51,10 +51,10 @@ TEACHERS = {
     "frozen": lambda: build("llama", 1, layers=3, width=48),
     "wider vocabulary": lambda: build("llama", 1, vocab=101),
     "ema": partial(EMATeacher, decay=0.5),
-    "snapshot": partial(SnapshotTeacher, every=2),
+    "snapshot": partial(SnapshotTeacher, interval_steps=2),
     "peer": peer,
     "several": lambda: MultiTeacher({"one": FrozenTeacher(build("llama", 1)), "two": FrozenTeacher(build("llama", 2))}),
-    "mtp": partial(MTPTeacher, heads=2),
+    "mtp": partial(MTPTeacher, num_future_tokens=2),
 }
 
 

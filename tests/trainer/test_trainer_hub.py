@@ -20,7 +20,7 @@ def pushed(hub: Hub, name: str = "tester/tiny") -> list[dict[str, bytes]]:
     return [files for files in whole if "model.safetensors" in files]
 
 
-def card_of(files: dict[str, bytes]) -> ModelCard:
+def build_card(files: dict[str, bytes]) -> ModelCard:
     return ModelCard(files["README.md"].decode())
 
 
@@ -33,7 +33,7 @@ def test_each_state_carries_a_card_and_no_projector(make_trainer, hub, strategy)
     states = pushed(hub)
     assert len(states) >= (1 if strategy == "end" else 2)
     for files in states:
-        card = card_of(files)
+        card = build_card(files)
         card.validate()
         assert {"distillation", "hf-distill"} <= set(card.data.tags)
         assert b"hidden_mse" in files["README.md"]
@@ -120,5 +120,5 @@ def test_trls_trainer_pushes_our_card_too(hub, tmp_path):
     trainer.train()
     trainer.push_to_hub()
     for files in pushed(hub, "tester/sft"):
-        assert "hf-distill" in card_of(files).data.tags
+        assert "hf-distill" in build_card(files).data.tags
         assert b"distilled from" in files["README.md"]

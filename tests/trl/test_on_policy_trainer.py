@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 from trl import DistillationConfig, DistillationTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.data import Collator, example_rows
+from hf_distill.data import Collator, tokenize_examples
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 ROWS = [{"prompt": conversation(i)[:1], "completion": conversation(i)[1:]} for i in range(12)]
@@ -162,7 +162,7 @@ def test_conversations_are_prompts_and_their_last_turns(make):
 
 def test_evaluation_is_on_the_data_sets_completions_where_it_has_them(make, smollm2_tokenizer):
     """Equal to DistillTrainer on the same answers as rows of tokens, and to those rows given as they are."""
-    rows = example_rows(Dataset.from_list(ROWS[:4]), smollm2_tokenizer, 64, assistant_only=False)
+    rows = tokenize_examples(Dataset.from_list(ROWS[:4]), smollm2_tokenizer, 64, assistant_only=False)
     trainer = make(on_policy_fraction=1.0, max_completion_length=64, per_device_eval_batch_size=4)
     options = dict(alpha=1.0, divergence="reverse_kl", temperature=1.0, per_device_eval_batch_size=4)
     options |= dict(eval_dataset=rows, data_collator=Collator(0))

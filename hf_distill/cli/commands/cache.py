@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
-from ..confirm import agree
+from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..confirm import confirm_downloads
 
 caches = typer.Typer(help="Write what a teacher says to disk, once; check it; push it.", no_args_is_help=True)
 app.add_typer(caches, name="cache")
@@ -20,8 +20,10 @@ def write(
         str | None, typer.Option("-o", "--output", help="Folder; else the recipe's teacher.path.")
     ] = None,
     kind: Annotated[str, typer.Option(help="hidden (exact), sampled or top_k.")] = "hidden",
-    draws: Annotated[int, typer.Option(help="Of sampled: of each token.")] = 12,
-    proposal: Annotated[float | None, typer.Option(help="Of sampled: temperature drawn at; else the recipe's.")] = None,
+    samples_per_token: Annotated[int, typer.Option(help="Of sampled: of each token.")] = 12,
+    proposal_temperature: Annotated[
+        float | None, typer.Option(help="Of sampled: temperature drawn at; else the recipe's.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", "--k", help="Of top_k: ids of each token.")] = 64,
     dtype: Annotated[str, typer.Option(help="Of hidden: bfloat16, float16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
@@ -34,13 +36,20 @@ def write(
     from ...recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
-    agree(recipe, loaded, yes)
+    confirm_downloads(recipe, loaded, yes)
     out.quiet = os.environ.get("RANK", "0") != "0"
     from ...runner.cache_writer import write_recipe_cache
     from ..progress import RichProgress
 
-    no_other_bars()
-    options = {"kind": kind, "draws": draws, "proposal": proposal, "k": k, "dtype": dtype, "seed": seed}
+    disable_library_progress_bars()
+    options = {
+        "kind": kind,
+        "samples_per_token": samples_per_token,
+        "proposal_temperature": proposal_temperature,
+        "k": k,
+        "dtype": dtype,
+        "seed": seed,
+    }
     options |= {"shard_rows": shard_rows} | ({} if batch_size is None else {"batch_size": batch_size})
     with RichProgress(out) as progress:
         folder, manifest = write_recipe_cache(loaded, output, progress.stage, progress.stored, **options)
@@ -61,17 +70,17 @@ def verify(
     ] = None,
 ) -> None:
     """Check every file of a cache, and whether its teacher still says the same."""
-    from ...cache import check_all, open_cache
-    from ...cache.hub import folder_of
+    from ...cache import open_cache, verify_cache
+    from ...cache.hub import resolve_cache_dir
 
-    place = folder_of(folder)
-    manifest = check_all(place)
+    place = resolve_cache_dir(folder)
+    manifest = verify_cache(place)
     out.print(f"{place}: {len(manifest.files)} files are what was written.", soft_wrap=True, highlight=False)
     if against_teacher is not None:
-        from ...runner.cache_writer import compare_with_teacher
+        from ...runner.cache_writer import verify_against_teacher
 
-        no_other_bars()
-        found = compare_with_teacher(open_cache(str(place)), against_teacher)
+        disable_library_progress_bars()
+        found = verify_against_teacher(open_cache(str(place)), against_teacher)
         out.print(
             f"Of {found['examples']:.0f} examples the teacher says now, to the byte, what is stored of "
             f"{found['identical']:.1%}.",

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ...core.references import path_exists
 from ...errors import DistillError
-from ..app import AsJson, RunFolder, app, no_other_bars, out
+from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
 
 
 @app.command()
@@ -32,15 +32,15 @@ def diagnose(
     opened.path(name)
     logs = opened.logs(name)
     out.quiet = as_json
-    no_other_bars()
+    disable_library_progress_bars()
     from ...analysis.closeness import References
     from ...analysis.diagnosis import diagnose as look
-    from ...analysis.model_pair import Pair
+    from ...analysis.model_pair import ModelPair
     from ...core.io import read_json, write_json
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        pair = Pair.of_run(opened, name, progress.stage)
+        pair = ModelPair.of_run(opened, name, progress.stage)
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)
         progress.stage(f"Comparing both models over {tokens:,} tokens")
@@ -87,7 +87,10 @@ def _measures(found: Any) -> Table:
         ("  the teacher's of the label before, after", _beside(a.label_at)),
         ("teacher gives the label less than the student", f"{a.teacher_worse:.1%}"),
         ("  less than the label's share of all labels", f"{a.below_counts:.1%}"),
-        ("teacher is sure and wrong; student says the same", f"{a.mistakes:.1%}; {a.copied:.1%}"),
+        (
+            "teacher is sure and wrong; student says the same",
+            f"{a.confident_teacher_errors:.1%}; {a.copied_errors:.1%}",
+        ),
         ("mass outside the teacher's likeliest: its, student's", f"{a.teacher_tail:.1%}, {a.student_tail:.1%}"),
         ("share of the gradient", shares),
         ("  of the soft one outside the teacher's likeliest", f"{a.soft_tail:.1%}"),

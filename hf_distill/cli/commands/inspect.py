@@ -12,8 +12,8 @@ from rich.text import Text
 
 from ...core.references import path_exists
 from ...errors import DistillError
-from ..app import AsJson, Overrides, Smoke, Yes, app, no_other_bars, out
-from ..confirm import agree
+from ..app import AsJson, Overrides, Smoke, Yes, app, disable_library_progress_bars, out
+from ..confirm import confirm_downloads
 
 
 @app.command("inspect")
@@ -44,15 +44,15 @@ def inspect_command(
     loaded = run.recipe if run else load_recipe(recipe, overrides or [], smoke=smoke)
     out.quiet = as_json
     if run is None:
-        agree(recipe, loaded, yes)
-    no_other_bars()
+        confirm_downloads(recipe, loaded, yes)
+    disable_library_progress_bars()
     from ...analysis.inspector import inspect_teacher
-    from ...analysis.model_pair import Pair
+    from ...analysis.model_pair import ModelPair
     from ...core.io import write_json
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        pair = Pair.of_run(run, None, progress.stage) if run else Pair.of_recipe(loaded, progress.stage)
+        pair = ModelPair.of_run(run, None, progress.stage) if run else ModelPair.of_recipe(loaded, progress.stage)
         progress.stage(f"Measuring up to {tokens:,} held-out tokens")
         found = inspect_teacher(pair, tokens, position or None, k)
     if run:

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from ...core.references import is_file
 from ...errors import DistillError
-from ..app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
-from ..confirm import agree
+from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..confirm import confirm_downloads
 from ..terminal import write_text
 
 recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
@@ -31,11 +31,11 @@ def list_command(
 
     found = list_recipes()
     if where is not None:
-        from ...hub import address, written
+        from ...hub import format_uri, parse_uri
         from ...recipe.hub_recipes import list_remote
 
-        known = {address(at): title for at, title in list_remote(where).items()}
-        out.print(Text(written(replace(next(iter(known)), path_in_repo="")), "dim"), soft_wrap=True)
+        known = {parse_uri(at): title for at, title in list_remote(where).items()}
+        out.print(Text(format_uri(replace(next(iter(known)), path_in_repo="")), "dim"), soft_wrap=True)
         found = {at.path_in_repo: title for at, title in known.items()}
     table = Table(box=None, show_header=False)
     table.add_column(no_wrap=True)
@@ -114,10 +114,10 @@ def preview(
     from ...recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
-    agree(recipe, loaded, yes)
+    confirm_downloads(recipe, loaded, yes)
     from ...runner.preview import preview_rows
 
-    no_other_bars()
+    disable_library_progress_bars()
     for document in preview_rows(loaded, rows):
         counts = f"row {document.row} · {document.source} · {document.tokens} tokens · {document.asked} asked"
         out.print(counts, style="bold", highlight=False)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..app import RunFolder, app, no_other_bars, out
+from ..app import RunFolder, app, disable_library_progress_bars, out
 
 
 @app.command()
@@ -23,7 +23,7 @@ def report(
     from ..progress import RichProgress
 
     require_package("matplotlib", "report", "A report")
-    no_other_bars()
+    disable_library_progress_bars()
     with RichProgress(out) as progress:
         if samples and not opened.has("samples.json"):
             write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.stage)

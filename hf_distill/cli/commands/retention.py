@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..app import AsJson, RunFolder, app, no_other_bars, out
+from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
 
 
 @app.command()
@@ -27,7 +27,7 @@ def retention(
     opened = open_run(run)
     opened.path("student")
     out.quiet = as_json
-    no_other_bars()
+    disable_library_progress_bars()
     from ...analysis.evaluation import retention_of
     from ..progress import RichProgress
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..app import Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
-from ..confirm import agree
+from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..confirm import confirm_downloads
 from .publish import publish_run
 
 
@@ -41,7 +41,7 @@ def run(
     changed = [*(overrides or []), *(["train.self_check=false"] if no_self_check else [])]
     loaded = load_recipe(recipe, changed, smoke=smoke)
     out.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
-    agree(recipe, loaded, yes, show=True)
+    confirm_downloads(recipe, loaded, yes, show=True)
     to = str(loaded.train.hub_model_id) if loaded.train.push_to_hub else None
     if to:
         from ...publishing import check_ready
@@ -50,12 +50,12 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ...core.io import read_json
     from ...runner.early_stopping import stopping_note
-    from ...runner.model_loading import Trust, trusting
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ...runner.run import run_recipe
     from ..progress import RichProgress
 
-    no_other_bars()
-    with RichProgress(out) as progress, trusting(Trust(trust_remote_code, allow_pickles)):
+    disable_library_progress_bars()
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.stage)
     evidence = read_json(result.folder / "results.json")
     out.print(results_table(result.models, evidence.get("chain")))
@@ -85,10 +85,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     from ...planning.planner import plan as plan_recipe
-    from ...recipe.load import parts_to_plan
+    from ...recipe.load import recipes_by_stage
 
     numbers = (gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
-    found = {name: plan_recipe(part, *numbers) for name, part in parts_to_plan(loaded).items()}
+    found = {name: plan_recipe(part, *numbers) for name, part in recipes_by_stage(loaded).items()}
     if as_json:
         plans: Any = {name: asdict(one) for name, one in found.items()}
         sys.stdout.write(json.dumps(plans if loaded.stages else plans[""], indent=2) + "\n")

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, no_other_bars, out
-from ..confirm import agree
+from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..confirm import confirm_downloads
 
 
 @app.command()
@@ -36,8 +36,8 @@ def temperature(
     loaded = load_recipe(recipe, ["train.max_steps=16", *given] if smoke else given, smoke=smoke)
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
     out.quiet = as_json or not speaks
-    agree(recipe, loaded, yes)
-    no_other_bars()
+    confirm_downloads(recipe, loaded, yes)
+    disable_library_progress_bars()
     from ...analysis.temperature_search import find_temperature
     from ..progress import RichProgress
 
@@ -63,7 +63,7 @@ def _table(found: Any) -> Table:
     for number, c in enumerate(found.candidates):
         last = c.rungs[-1]
         compared = ("-", "-") if last.kl is None else (f"{last.kl:.4f}", f"{last.agreement:.3f}")
-        notes = ["the recipe's own"][: int(c.own)] + ["front"][: int(c.name in found.front)]
+        notes = ["the recipe's own"][: int(c.own)] + ["front"][: int(c.name in found.pareto_front)]
         values = [f"{c.temperature:g}", f"{c.alpha:g}", f"{last.step}", f"{last.nll:.4f}", *compared]
         table.add_row(*values, ", ".join(notes), style="" if number else "bold")
     return table
@@ -77,7 +77,7 @@ def _words(found: Any) -> list[str]:
         met = next(rung for rung in found.candidates[0].rungs if rung.step == last.step)
         lead = last.value(found.by) - met.value(found.by)
         words.append(f"The last choice, at step {last.step}: ahead by {lead:.4f} nats/token of {found.by}.")
-    if len(found.front) > 1:
+    if len(found.pareto_front) > 1:
         other = "kl" if found.by == "nll" else "nll"
         words.append(
             f"NLL and KL disagree: no candidate beats one of the front in both, at the steps where it stopped. What "

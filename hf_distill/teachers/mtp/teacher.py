@@ -33,7 +33,7 @@ class MTPTeacher(TrainableTeacher):
     has no soft labels: alpha must be 0.
 
     Args:
-        heads: k, how many tokens beyond the next one are said.
+        num_future_tokens: how many tokens beyond the next one are predicted, one by each head.
         hard_weight: of each head's cross entropy.
         soft_weight: of each head's divergence.
         learning_rate: of the heads; None: the run's.
@@ -47,17 +47,22 @@ class MTPTeacher(TrainableTeacher):
     provides_soft_labels = False
 
     def __init__(
-        self, heads: int = 3, *, hard_weight: float = 0.3, soft_weight: float = 0.1, learning_rate: float | None = None
+        self,
+        num_future_tokens: int = 3,
+        *,
+        hard_weight: float = 0.3,
+        soft_weight: float = 0.1,
+        learning_rate: float | None = None,
     ):
         problems = []
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-            problems.append(f"heads is {heads!r}; it must be a whole number, 1 or more")
+        if isinstance(num_future_tokens, bool) or not isinstance(num_future_tokens, int) or num_future_tokens < 1:
+            problems.append(f"num_future_tokens is {num_future_tokens!r}; it must be a whole number, 1 or more")
         for name, value in (("hard_weight", hard_weight), ("soft_weight", soft_weight)):
             if not value >= 0:
                 problems.append(f"{name} of the heads is {value}; it must be 0 or more")
         raise_if_any(problems)
         super().__init__()
-        self._count, self._weights = heads, {"hard": hard_weight, "soft": soft_weight}
+        self._count, self._weights = num_future_tokens, {"hard": hard_weight, "soft": soft_weight}
         self.optimizer_overrides = {"lr": learning_rate}
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:

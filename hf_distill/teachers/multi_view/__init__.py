@@ -1,6 +1,6 @@
 """Multi-view distillation: student and teacher see different views of a batch."""
 
-from .augmentation import View, fill_token
+from .augmentation import BatchView, replacement_token_id
 from .teacher import MultiViewTeacher
 
-__all__ = ["MultiViewTeacher", "View", "fill_token"]
+__all__ = ["BatchView", "MultiViewTeacher", "replacement_token_id"]

@@ -13,7 +13,7 @@ from ...errors import DistillError, collect_errors, did_you_mean, raise_if_any
 _FILLERS = ("mask_token", "unk_token", "pad_token", "eos_token")
 
 
-def fill_token(tokenizer: Any) -> int:
+def replacement_token_id(tokenizer: Any) -> int:
     """The id that a dropped token becomes: the mask token's, else the unknown token's, else padding's, else the end's.
 
     Raises:
@@ -29,14 +29,14 @@ def fill_token(tokenizer: Any) -> int:
 
 
 @dataclass(frozen=True)
-class View:
+class BatchView:
     """How a batch is seen otherwise. What is drawn of a row depends on its own tokens and the step alone.
 
     token_dropout: share of tokens that a filler replaces, asked ones too; never the first of a row or packed document
     span_deletion: share of the context's tokens that attention_mask hides, positions staying as they are. The context
                    is what is neither asked nor the place from which it is predicted, but for a row's first token
     span_length:   tokens that are hidden together; fewer where a span meets what is no context
-    other_context: so many tokens of the batch's next row stand before each row; fewer where a row is shorter
+    prepend_context_tokens: so many tokens of the batch's next row stand before each row; fewer where a row is shorter
     paraphrase:    the batch's `view_input_ids`, with their mask and labels, take the place of its rows first
 
     Raises:
@@ -46,7 +46,7 @@ class View:
     token_dropout: float = 0.0
     span_deletion: float = 0.0
     span_length: int = 3
-    other_context: int = 0
+    prepend_context_tokens: int = 0
     paraphrase: bool = False
 
     def __post_init__(self):
@@ -55,18 +55,20 @@ class View:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 problems.append(f"view has {name} {value!r}; it must be a share of tokens, from 0 to below 1")
-        for name, least in (("span_length", 1), ("other_context", 0)):
+        for name, least in (("span_length", 1), ("prepend_context_tokens", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 problems.append(f"view has {name} {value!r}; it must be a whole number, {least} or more")
         if not isinstance(self.paraphrase, bool):
             problems.append(f"view has paraphrase {self.paraphrase!r}; it must be true or false")
-        if not (problems or self.token_dropout or self.span_deletion or self.other_context or self.paraphrase):
-            problems.append("view changes nothing: give token_dropout, span_deletion, other_context or paraphrase")
+        if not (problems or self.token_dropout or self.span_deletion or self.prepend_context_tokens or self.paraphrase):
+            problems.append(
+                "view changes nothing: give token_dropout, span_deletion, prepend_context_tokens or paraphrase"
+            )
         raise_if_any(problems)
 
     @classmethod
-    def of(cls, value: Any) -> "View":
+    def parse(cls, value: Any) -> "BatchView":
         """Read a config's value: a dict of fields, or a view.
 
         Raises:
@@ -94,7 +96,7 @@ class View:
             inputs: the collator's batch, which stays as it is; its `source` is that of the batch, not of the view.
             targets: the asked tokens of `inputs`.
             step: of the training; every step draws anew.
-            fill: see `fill_token`.
+            fill: see `replacement_token_id`.
             encoder: whether `input_ids` are an encoder's and the asked tokens a decoder's, which then stay.
 
         Raises:
@@ -118,15 +120,15 @@ class View:
         firsts = _firsts(real, seen.get("position_ids"))
         self._refuse_packed(firsts)
         dropped, hidden = self._drawn(ids, real, step)
-        asking = _asking(seen, targets) if aligned else torch.zeros_like(real)
+        translate_hub_errors = _asking(seen, targets) if aligned else torch.zeros_like(real)
         seen["input_ids"] = ids.masked_fill(dropped & ~firsts, fill)
         if self.span_deletion:
-            seen["attention_mask"] = mask.masked_fill(hidden & ~firsts & ~asking, 0)
-        count = min(self.other_context, int(real.sum(1).min()))
+            seen["attention_mask"] = mask.masked_fill(hidden & ~firsts & ~translate_hub_errors, 0)
+        count = min(self.prepend_context_tokens, int(real.sum(1).min()))
         return _behind_others(seen, targets, ids, real, count, aligned) if count and len(ids) > 1 else (seen, targets)
 
     def _refuse_packed(self, firsts: Tensor) -> None:
-        names = [name for name in ("span_deletion", "other_context") if getattr(self, name)]
+        names = [name for name in ("span_deletion", "prepend_context_tokens") if getattr(self, name)]
         if names and firsts.sum(1).max() > 1:
             raise DistillError(
                 f"view has {' and '.join(names)}, which packed rows cannot have, for no mask tells their documents "
@@ -170,9 +172,13 @@ def _shifts(inputs: dict, targets: Targets) -> bool:
 
 def _asking(inputs: dict, targets: Targets) -> Tensor:
     """The asked tokens and the places that predict them, [B, S]."""
-    asking = torch.zeros(targets.shape, dtype=torch.bool, device=targets.positions.device)
-    asking.view(-1)[targets.positions] = True
-    return asking | torch.nn.functional.pad(asking, (1, -1)) if _shifts(inputs, targets) else asking
+    translate_hub_errors = torch.zeros(targets.shape, dtype=torch.bool, device=targets.positions.device)
+    translate_hub_errors.view(-1)[targets.positions] = True
+    return (
+        translate_hub_errors | torch.nn.functional.pad(translate_hub_errors, (1, -1))
+        if _shifts(inputs, targets)
+        else translate_hub_errors
+    )
 
 
 def _paraphrased(seen: dict, inputs: dict, targets: Targets, aligned: bool) -> tuple[dict, Targets]:

@@ -12,7 +12,7 @@ from ...errors import DistillError
 from ...losses.objective import Term
 from ...models.model_types import SEQUENCE, model_type_of, unwrap_model
 from ..self_teacher import SelfTeacher
-from .augmentation import View, fill_token
+from .augmentation import BatchView, replacement_token_id
 
 
 class MultiViewTeacher(SelfTeacher):
@@ -22,7 +22,7 @@ class MultiViewTeacher(SelfTeacher):
     batch and the teacher the view: eval_kl and eval_agreement say how far a view moves the predictions.
 
     Args:
-        view: a `View`, or a dict of its fields.
+        view: a `BatchView`, or a dict of its fields.
         view_for: whose batch is changed in training, "student" or "teacher".
         processing_class: the tokenizer, whose mask, unknown, padding or end token stands for dropped ones; None: the
             trainer's.
@@ -33,8 +33,8 @@ class MultiViewTeacher(SelfTeacher):
 
     kind = "multi_view"
 
-    def __init__(self, view: View | dict, *, view_for: str = "student", processing_class: Any = None):
-        self.view = View.of(view)
+    def __init__(self, view: BatchView | dict, *, view_for: str = "student", processing_class: Any = None):
+        self.view = BatchView.parse(view)
         if view_for not in ("student", "teacher"):
             raise DistillError(f"view_for is {view_for!r}; it must be student or teacher")
         self._view_for, self._tokenizer, self._step = view_for, processing_class, 0
@@ -53,7 +53,7 @@ class MultiViewTeacher(SelfTeacher):
                     "token_dropout needs a tokenizer, for the token that stands for a dropped one: pass "
                     "processing_class to the trainer or to MultiViewTeacher."
                 )
-            self._fill = fill_token(tokenizer)
+            self._fill = replacement_token_id(tokenizer)
         window = unwrap_model(student).config.get_text_config()
         self._positions = getattr(window, "max_position_embeddings", None)
 
@@ -76,7 +76,9 @@ class MultiViewTeacher(SelfTeacher):
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Losses on features that would compare the features of different tokens."""
-        moving = [name for name in ("span_deletion", "other_context", "paraphrase") if getattr(self.view, name)]
+        moving = [
+            name for name in ("span_deletion", "prepend_context_tokens", "paraphrase") if getattr(self.view, name)
+        ]
         return [
             f"{term.name} compares every token of a row, or every pair of its tokens, and a view with "
             f"{' and '.join(moving)} has others: use token_dropout alone, or a loss on hidden states of target tokens"
@@ -100,9 +102,9 @@ class MultiViewTeacher(SelfTeacher):
         step = self._step if self.model.training else 0
         seen, targets = self.view(inputs, targets, step, self._fill, self._encoder)
         width = seen["input_ids"].shape[1]
-        if self.view.other_context and self._positions is not None and width > self._positions:
+        if self.view.prepend_context_tokens and self._positions is not None and width > self._positions:
             raise DistillError(
-                f"With other_context a row has {width} tokens, and the model {self._positions} positions: lower "
-                "other_context, or max_length of the data."
+                f"With prepend_context_tokens a row has {width} tokens, and the model {self._positions} positions: "
+                "lower prepend_context_tokens, or max_length of the data."
             )
         return seen, targets
