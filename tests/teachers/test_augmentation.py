@@ -369,8 +369,8 @@ def test_batches_that_no_view_fits_are_told():
         ),
         (
             {"token_dropout": -0.1, "span_length": 0, "prepend_context_tokens": 1.5, "paraphrase": 1},
-            "token_dropout -0.1; .*span_length 0; .*1 or more; .*prepend_context_tokens 1.5; .*paraphrase 1; it must be "
-            "true or",
+            "token_dropout -0.1; .*span_length 0; .*1 or more; .*prepend_context_tokens 1.5; .*paraphrase 1; it must "
+            "be true or",
         ),
         ({"token_dropout": True}, "token_dropout True; it must be a share of tokens, from 0 to below 1"),
         ({}, "view changes nothing: give token_dropout"),
