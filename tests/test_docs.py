@@ -62,7 +62,7 @@ def test_python_blocks_run(page, number, names, tmp_path, monkeypatch):
 
 
 def test_the_two_drop_in_scripts_differ_in_two_lines(names):
-    before, after = blocks(ROOT / "docs" / "drop-in.md", "python")
+    before, after = blocks(ROOT / "docs" / "migrating-from-trainer.md", "python")
     added = [line for line in after.splitlines() if line not in before.splitlines()]
     assert [line.strip() for line in added] == [
         "from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, TrainingArguments",

@@ -260,7 +260,7 @@ def hint(path: Path, found: CheckpointDefect) -> str:
     if found.state == "unfinished":
         return ""
     if found.state == "damaged":  # which is nearly always a fault of a disk or a copy
-        return " (For a checkpoint that you edited yourself, see docs/reliability.md.)"
+        return " (For a checkpoint that you edited yourself, see docs/fault-tolerance.md.)"
     return f" If you changed it on purpose, delete {path / MARK_FILE}: training then resumes from it without checks."
 
 
