@@ -13,7 +13,7 @@ import torch
 
 from hf_distill.analysis import ModelPair, inspect_teacher, open_run
 from hf_distill.cache import write_cache
-from hf_distill.cache.sampling import draw, systematic
+from hf_distill.cache.sampling import sample_by_inverse_cdf, systematic_points
 from hf_distill.core.io import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,7 +34,7 @@ def head_gradient(pair) -> dict:
             for t in TEMPERATURES:
                 p, s = (logits / t).softmax(-1), (own / t).softmax(-1)
                 kept = p.topk(K).indices
-                ids, _ = draw((logits / t).clone(), systematic(len(p), DRAWS, random))
+                ids, _ = sample_by_inverse_cdf((logits / t).clone(), systematic_points(len(p), DRAWS, random))
                 sampled = torch.zeros_like(p).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
                 rest, rest_s = p.scatter(1, kept, 0), s.scatter(1, kept, 0)
                 share = rest.sum(-1, keepdim=True) / rest_s.sum(-1, keepdim=True)

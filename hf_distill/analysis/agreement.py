@@ -143,7 +143,7 @@ def _agreement(pair: ModelPair, vocab: int, there: int, terms: Sequence[Term], f
             "vocab_size": vocab,
             "kl_at": _at("kl", found),
             "label_at": _at("label", found),
-            "copied": total["copied"] / max(total["mistakes"], 1.0),
+            "copied_errors": total["copied_errors"] / max(total["confident_teacher_errors"], 1.0),
             "gradient": {name: value / max(sum(sums.values()), 1e-12) for name, value in sums.items()},
             "soft_tail": total.get("tail_energy", 0.0) / max(total.get("energy", 0.0), 1e-30),
             "asked": len(column) / there,

@@ -105,9 +105,9 @@ def _of_labels(log_p: Tensor, log_q: Tensor, labels: Tensor) -> dict[str, Tensor
         "teacher_worse": q_nll > p_nll,
         "teacher_accuracy": said == labels,
         "student_accuracy": own == labels,
-        "mistakes": mistaken,
-        "excess_mistakes": mistaken.to(most.dtype) - (1 - most) * (most > 0.5),
-        "copied": mistaken & (own == said),
+        "confident_teacher_errors": mistaken,
+        "excess_errors": mistaken.to(most.dtype) - (1 - most) * (most > 0.5),
+        "copied_errors": mistaken & (own == said),
     }
 
 
