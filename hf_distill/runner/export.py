@@ -17,7 +17,7 @@ class NullTeacher(Teacher):
 
     provides_soft_labels = False
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Nothing."""
         return Signals(None)
 

@@ -1,6 +1,5 @@
 """Teachers: what the student learns from."""
 
-from .adapter_base import AdapterBaseTeacher
 from .base import Teacher
 from .cached import CachedTeacher
 from .ema import EMATeacher, SnapshotTeacher
@@ -9,6 +8,7 @@ from .mtp.teacher import MTPTeacher
 from .multi_teacher import MultiTeacher
 from .multi_view.teacher import MultiViewTeacher
 from .peer import PeerTeacher
+from .self_teacher import AdapterBaseTeacher
 
 __all__ = [
     "AdapterBaseTeacher",

@@ -1,4 +1,7 @@
-"""The interface of a teacher, and the only base class that a user plugs into."""
+"""`Teacher`, from which custom teachers derive, and `JointStep`, which a trained teacher runs in the student's forward.
+
+Shape letters are those of `hf_distill.core.signals`: B rows, S positions, V vocabulary, T target tokens of a batch.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,17 +22,56 @@ from ..models.model_call import input_names
 
 
 class Teacher(ABC):
-    """Something that says, for the asked tokens of a batch, what it would predict.
+    """Base class for teachers: returns logits, and optionally features, for the target tokens of a batch.
+
+    A custom teacher implements `forward`, and `prepare` if it needs the student's device or tokenizer:
+
+        import torch
+        from hf_distill import Teacher
+        from hf_distill.core.logits import DenseLogits
+        from hf_distill.core.signals import Signals
+
+        class MyTeacher(Teacher):
+            def __init__(self, model):
+                self.model = model
+
+            def prepare(self, student, device, processing_class=None):
+                self.model.to(device).eval().requires_grad_(False)
+
+            @torch.no_grad()
+            def forward(self, inputs, targets, feature_requests):
+                logits = self.model(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
+                return Signals(DenseLogits(targets.gather_logits(logits)))  # [B, S, V] -> [T, V]
+
+        trainer = DistillTrainer(student, args, teacher=MyTeacher(model), ...)
+
+    Target tokens are the labels that are not -100, after the shift by one position that causal language models need.
+    `Targets` holds the label, the position and the batch row of each of the T target tokens of a batch.
+
+    `Signals(logits, features)` is what `forward` returns. Its logits are one of:
+
+        DenseLogits(values)                   unnormalized logits of all ids, [T, V]
+        LazyLogits(hidden, weight, bias)      hidden states [T, H] and the output head; logits are computed in chunks
+        SparseLogProbs(ids, log_probs, ...)   log-probabilities of K ids for each target token, both [T, K], and the log
+                                              of the probability of all other ids, [T]; -inf marks unused slots
+        None                                  no soft labels: set `provides_soft_labels` to False
+
+    `SparseLogProbs` are probabilities at one temperature; the losses must be set to the same one. Its features map each
+    `FeatureKey` of `feature_requests` to a tensor; a teacher that leaves `layer_stack` as it is gets no such requests.
+
+    Preconditions: the ids of teacher and student mean the same tokens, tensors are on the device of `targets`, and no
+    tensor requires a gradient. V may differ from the student's: losses compare the ids that both models have.
+    Everything but `forward` has a default.
 
     kind:                 the name that recipes use; "" for a custom class
-    tied_to_student:      whether it works with the student alone that it was prepared for
+    tied_to_student:      whether the teacher works only with the student that it was prepared for
     model:                the teacher model after `prepare`; None if there is none
-    trainable_module:     what is trained of it, as a part of the student's sidecar; None: nothing
-    optimizer_overrides:  "lr" and "weight_decay" of `trainable_module`; None: as for the student
+    trainable_module:     the module of the teacher that is trained, as a part of the student's sidecar; None: none is
+    optimizer_overrides:  "lr" and "weight_decay" of `trainable_module`; None: those of the student
     max_grad_norm:        norm to which the gradient of `trainable_module` is clipped; None: clipped with the student's
-    provides_soft_labels: whether it gives soft labels for the student, whose weight is alpha
+    provides_soft_labels: whether the teacher gives the student soft labels, whose weight is alpha
     terms:                the losses of `trainable_module`; their names differ from those of the student's terms
-    progress:             of the training, in [0, 1]; the trainer sets it
+    progress:             progress of the training, in [0, 1]; the trainer sets it
     """
 
     kind: str = ""
@@ -42,40 +84,48 @@ class Teacher(ABC):
     terms: Sequence[Term] = ()
     progress: float = 0.0
 
-    @abstractmethod
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """Answer a batch, without gradient.
+        """Call `forward`."""
+        return self.forward(inputs, targets, feature_requests)
+
+    @abstractmethod
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+        """Return the logits, and the requested features, for the target tokens of a batch, without gradients.
 
         Args:
             inputs: the collator's batch, [B, S] tensors on the student's device.
-            targets: the asked tokens.
-            feature_requests: features to tell, with their tokens; empty where `stack` raises.
+            targets: the T target tokens.
+            feature_requests: the features to return, each with the tokens that it is needed for; empty where
+                `layer_stack` raises an error.
 
         Returns:
-            signals whose logits are [T, V_t], with a feature for each tap.
+            signals whose logits are [T, V], with a feature for each key of `feature_requests`.
         """
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The blocks whose features it can tell; see `blocks.stack_of`.
+        """The layers whose features the teacher can return.
+
+        Args:
+            which: "encoder" or "decoder" of a model that has both; None: the only stack.
 
         Raises:
-            DistillError: it tells logits alone.
+            DistillError: the teacher returns logits only, which is the default.
         """
         raise DistillError(
-            f"A {type(self).__name__} tells logits and no features: leave the losses on hidden states and attention "
-            "out, or use a FrozenTeacher."
+            f"A {type(self).__name__} returns logits and no features: remove the losses on hidden states and attention "
+            "from `losses`, or use a FrozenTeacher."
         )
 
     def input_names(self) -> frozenset[str]:
-        """Names of the inputs that its model's forward accepts; the trainer keeps columns of these names."""
+        """Names of the inputs that the forward of `model` accepts; the trainer keeps columns with these names."""
         return frozenset() if self.model is None else input_names(self.model)
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:  # noqa: B027
-        """Be ready for calls; called once, before the first of them.
+        """Load or move what `forward` needs; called once, before the first call.
 
         Args:
             student: the student, unwrapped.
-            device: where the student runs.
+            device: the student's device.
             processing_class: the student's tokenizer, if the trainer has one.
 
         Raises:
@@ -83,19 +133,25 @@ class Teacher(ABC):
         """
 
     def check_data(self, rows: Any, name: str) -> None:  # noqa: B027
-        """Refuse a data set that it cannot read, before training.
+        """Check before training that the teacher can read a data set.
 
         Args:
             rows: the data set.
             name: `train_dataset` or `eval_dataset`.
+
+        Raises:
+            DistillError: the teacher cannot read some rows.
         """
 
     def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """Why it cannot teach under these arguments; called after `prepare`."""
+        """Return the reasons why the teacher cannot work with these arguments; called after `prepare`."""
         return []
 
     def get_teacher(self, name: str | None) -> "Teacher":
-        """The teacher that a loss follows; `name` is None where it names none.
+        """Return the teacher that a loss uses.
+
+        Args:
+            name: the option `teacher` of the loss; None where the loss does not have it.
 
         Raises:
             DistillError: there is no such teacher.
@@ -108,20 +164,23 @@ class Teacher(ABC):
         return self
 
     def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Take the student's objective; a teacher that trains makes `terms` of it.
+        """Adapt the student's objective to this teacher; a teacher that is trained derives its own `terms` from it.
+
+        Args:
+            terms: the terms of the student's objective.
 
         Returns:
-            the objective with this teacher: a term follows what it can tell, or is left out.
+            the terms that this teacher supports; terms that need its logits are removed where it has none.
 
         Raises:
-            DistillError: an objective that makes no sense with this teacher.
+            DistillError: the objective does not work with this teacher.
         """
         for term in terms:
             self.get_teacher(term.teacher)
         return [term for term in terms if self.provides_soft_labels or not term.loss.needs]
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Why some losses of the objective cannot be taken with this teacher; called after `learn`."""
+        """Return the reasons why some terms do not work with this teacher; called after `adapt_objective`."""
         return []
 
     def joint_step(
@@ -131,42 +190,46 @@ class Teacher(ABC):
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
     ) -> "JointStep | None":
-        """What of it runs inside the student's forward, in the place of a call before it; None: nothing.
+        """Return the step of a teacher that is trained with the student; None: `forward` is called instead.
 
         Args:
-            inputs: as of a call.
-            targets: as of a call.
-            feature_requests: as of a call.
-            num_items: what sums over asked tokens are divided by; None: those of this batch.
+            inputs: as in `forward`.
+            targets: as in `forward`.
+            feature_requests: as in `forward`.
+            num_items: divisor of sums over target tokens; None: the number of target tokens of this batch.
         """
         return None
 
     def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
-        """What the student sees of a batch, and the same asked tokens where they stand in it; the batch itself."""
+        """Return the batch that the student reads, and the same target tokens at their positions in that batch."""
         return inputs, targets
 
     def on_train_begin(self, step: int) -> None:  # noqa: B027
-        """Training begins, or goes on after `load` and so many steps: the student is as its strategy holds it."""
-
-    def on_step_end(self, step: int, updated: bool) -> None:  # noqa: B027
-        """Move, if it does: called after each step of the optimizer, never between micro-batches.
+        """Called before the first step, after the student was wrapped by its strategy and `load` was called.
 
         Args:
-            step: counted from 1, skipped steps included.
-            updated: whether the step changed the student; False where it was skipped.
+            step: optimizer steps that were taken before; 0 unless a run is resumed.
+        """
+
+    def on_step_end(self, step: int, updated: bool) -> None:  # noqa: B027
+        """Update a teacher that changes during training; called after each optimizer step.
+
+        Args:
+            step: number of the step, counted from 1; skipped steps count.
+            updated: whether the step changed the student; False if it was skipped.
         """
 
     def metrics(self) -> dict[str, float]:
-        """What training logs say of it."""
+        """Return values for the training log."""
         return {}
 
     def save(self, folder: str, rank: int, write: bool) -> None:  # noqa: B027
-        """Write into a checkpoint what a resumed run needs of it; called on every rank.
+        """Write the teacher's state into a checkpoint; called on every rank.
 
         Args:
-            folder: of the checkpoint.
-            rank: of this process.
-            write: whether this rank writes what all ranks have.
+            folder: the checkpoint.
+            rank: rank of this process.
+            write: whether this rank writes the state that all ranks share.
         """
 
     def load(self, folder: str, rank: int) -> None:  # noqa: B027
@@ -174,19 +237,23 @@ class Teacher(ABC):
 
 
 class JointStep(ABC):
-    """What a teacher does inside the student's forward, once the student's logits are known.
+    """What a trained teacher runs inside the student's forward, when the student's logits are known.
 
-    told:      what it says of the asked tokens, for the student; known after the call
-    per_token: name -> [T], of its own terms; known after the call
+    teacher_signals: signals of the target tokens for the student's losses; set by the call
+    per_token:       name -> [T], losses of the teacher's own terms; set by the call
     """
 
     teacher_signals: Signals
     per_token: dict[str, Tensor]
 
     def context(self, student: nn.Module) -> AbstractContextManager:
-        """What lasts while the student's forward does."""
+        """Return the context in which the student's forward runs."""
         return nullcontext()
 
     @abstractmethod
-    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
-        """Its own loss, [], given the source of the student's logits, with the graph."""
+    def __call__(self, student_logits: LazyLogits | DenseLogits) -> Tensor:
+        """Return the teacher's own loss, [].
+
+        Args:
+            student_logits: logits of the target tokens, with their graph.
+        """

@@ -114,7 +114,7 @@ class CachedTeacher(Teacher):
         raise_if_any([f"{self.path}: {problem}" for problem in problems])
         return super().adapt_objective(terms)
 
-    def __call__(self, inputs: dict, targets: Targets, wanted: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Read what the teacher said of a batch.
 
         Raises:
@@ -123,7 +123,7 @@ class CachedTeacher(Teacher):
         examples = batch_examples(self._read(inputs), targets)
         found = self._lookup_or_query(inputs, targets, examples)
         told = decode_signals(found, self.manifest, self._head, targets.labels.device, self._ids)
-        return Signals(told.logits, {key: told.features[FeatureKey("hidden", key.layer)] for key in wanted})
+        return Signals(told.logits, {key: told.features[FeatureKey("hidden", key.layer)] for key in feature_requests})
 
     def input_names(self) -> frozenset[str]:
         """What the teacher that wrote the cache read besides token ids."""

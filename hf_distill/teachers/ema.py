@@ -1,8 +1,8 @@
-"""Teachers that are the student's own past: averaged (EMA) or as it was a while ago (snapshot).
+"""Teachers whose weights are earlier weights of the student: their moving average (EMA) or a snapshot.
 
-One model serves as both. What it was is held beside it in float32, one number for each that is trained, and takes the
-weights' place for the teacher's forward. So adapters are all that is held of a student with adapters, tied weights are
-held once, and a rank of a sharded student holds its share.
+There is one model. A float32 copy of the trained weights, the shadow, is kept and replaces the student's weights during
+the teacher's forward. The shadow holds only the adapters of a student with adapters, tied weights once, and on each
+rank of a sharded student the shards of that rank.
 """
 
 from abc import abstractmethod
@@ -23,18 +23,19 @@ from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
 from ..models.sidecar import strip_sidecar
 from .self_teacher import SelfTeacher
-from .state import load_state, save_state, state_file
-from .weight_drift import WeightDrift, is_sharded, local_shard
+from .state import WeightDrift, is_sharded, load_state, local_shard, save_state, state_file
+
+_SHADOW = "held"  # name of the group of the shadow's tensors in a checkpoint
 
 
 class StudentCopyTeacher(SelfTeacher):
-    """The student with weights of its own past; see the module. Classes that derive say how these move."""
+    """The student with a copy of its weights, the shadow, which derived classes update in `_move`."""
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Begin as the student is when it is first asked.
+        """Find the weights that training changes; the shadow is copied from them when it is first needed.
 
         Raises:
-            DistillError: nothing of the student is trained in floating point.
+            DistillError: no floating-point parameter of the student is trained.
         """
         self.model = student
         self._shadow: dict[str, Tensor] = {}
@@ -42,16 +43,17 @@ class StudentCopyTeacher(SelfTeacher):
         self._is_swapped = self._resharded = False
         if not self._tracked_tensors():
             raise DistillError(
-                f"{type(self).__name__}: nothing of the {type(unwrap_model(student)).__name__} is trained, so it has "
-                "no past. Wrap a quantised student by peft.get_peft_model, or unfreeze some of its parameters."
+                f"{type(self).__name__} copies the weights that are trained, and no parameter of the "
+                f"{type(unwrap_model(student)).__name__} is trained. Wrap a quantized student with "
+                "peft.get_peft_model, or unfreeze some of its parameters."
             )
 
     def teacher_mode(self) -> AbstractContextManager[None]:
-        """The past's weights are in place."""
+        """Put the shadow in place of the student's weights."""
         return self.swapped_weights()
 
-    def _told(self, signals: Signals) -> Signals:
-        """Where gathering the student's weights again would write over the head's, the head has its own."""
+    def _detach_from_weights(self, signals: Signals) -> Signals:
+        """Copy the head's weights under FSDP2, which writes over them when it gathers the student's weights again."""
         source = signals.logits
         if not self._resharded or not isinstance(source, LazyLogits):
             return signals
@@ -60,74 +62,83 @@ class StudentCopyTeacher(SelfTeacher):
 
     @contextmanager
     def swapped_weights(self) -> Iterator[None]:
-        """While it lasts, the student's weights are those of its past: to evaluate or save them."""
+        """Put the teacher's weights into the student while the context lasts, to evaluate or save the teacher."""
         if self._is_swapped:
             yield
             return
-        held = self._ensure_shadow()
+        shadow = self._ensure_shadow()
         self._is_swapped = True
-        now = self._tracked_tensors()
-        own = [_swap_in(now[name], value) for name, value in held.items()]
+        student = self._tracked_tensors()
+        student_values = [_swap_in(student[name], value) for name, value in shadow.items()]
         try:
             yield
         finally:
-            for name, value in zip(held, own, strict=True):
-                _swap_out(now[name], value)
+            for name, value in zip(shadow, student_values, strict=True):
+                _swap_out(student[name], value)
             self._reshard()
             self._is_swapped = False
 
     def on_train_begin(self, step: int) -> None:
-        """The past begins with the present."""
+        """Copy the shadow from the student, unless `load` has read it."""
         self._ensure_shadow()
 
     @torch.no_grad()
     def on_step_end(self, step: int, updated: bool) -> None:
-        """Move, after a step of the optimizer."""
+        """Update the shadow after an optimizer step."""
         self._move(
             self._ensure_shadow(), {name: local_shard(t) for name, t in self._tracked_tensors().items()}, step, updated
         )
 
     @abstractmethod
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None: ...
+    def _move(self, shadow: dict[str, Tensor], student: dict[str, Tensor], step: int, updated: bool) -> None:
+        """Update the shadow in place; see `on_step_end`.
+
+        Args:
+            shadow: name -> tensor of the teacher, float32, this rank's shard.
+            student: name -> tensor of the student, this rank's shard.
+            step: number of the optimizer step, counted from 1.
+            updated: whether the step changed the student.
+        """
 
     def metrics(self) -> dict[str, float]:
-        """`teacher_weight_drift`: how far it has moved, as a share of the norm of where it began."""
+        """Return `teacher_weight_drift`: ||weights - initial weights|| / ||initial weights||, from a sample."""
         return {"teacher_weight_drift": self._drift.to(self._ensure_shadow(), is_sharded(self.model))}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
-        """Write its weights and where they began into a checkpoint; each rank of a sharded student its share.
+        """Write the shadow and the sampled initial weights; each rank of a sharded student writes its shards.
 
         Raises:
-            RunError: its weights are not finite; nothing is written.
+            RunError: some weights are not finite; nothing is written.
         """
-        shared, held = is_sharded(self.model), self._ensure_shadow()
-        if not (write or shared):
+        sharded, shadow = is_sharded(self.model), self._ensure_shadow()
+        if not (write or sharded):
             return
-        file, buffers = state_file(folder, rank, shared), held.keys() - dict(self.model.named_parameters()).keys()
-        advice = "Go on from an earlier checkpoint with a smaller learning_rate."
-        check_finite(held, file, owner="the teacher, the student's past,", advice=advice, buffers=buffers)
-        save_state(file, held=held, start=self._drift.start)
+        file, buffers = state_file(folder, rank, sharded), shadow.keys() - dict(self.model.named_parameters()).keys()
+        advice = "Resume from an earlier checkpoint with a smaller learning_rate."
+        check_finite(shadow, file, owner="the teacher, a copy of the student,", advice=advice, buffers=buffers)
+        save_state(file, **{_SHADOW: shadow, "start": self._drift.start})
 
     def load(self, folder: str, rank: int) -> None:
         """Read what `save` wrote.
 
         Raises:
-            DistillError: the checkpoint has none.
+            DistillError: the checkpoint has no state of such a teacher.
         """
         file = state_file(folder, rank, is_sharded(self.model))
-        moving = self._tracked_tensors()
-        state = load_state(file, local_shard(next(iter(moving.values()))).device, held=moving, start=moving)
-        self._shadow, self._drift.start = state["held"], state["start"]
+        tracked = self._tracked_tensors()
+        device = local_shard(next(iter(tracked.values()))).device
+        state = load_state(file, device, **{_SHADOW: tracked, "start": tracked})
+        self._shadow, self._drift.start = state[_SHADOW], state["start"]
 
     def _reshard(self) -> None:
-        """Of FSDP2, which keeps what it gathered for a forward: the past's weights must not be taken for now's."""
+        """Free the weights that FSDP2 gathered for a forward, so that it does not use the shadow's for the student."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 self._resharded = True
                 module.reshard()
 
     def _tracked_tensors(self) -> dict[str, Tensor]:
-        """What training changes: trained parameters of the student, and those of its buffers that are saved."""
+        """Return the tensors that training changes: trained parameters of the student, and its persistent buffers."""
         self._reshard()
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
         if not trained:
@@ -142,7 +153,7 @@ class StudentCopyTeacher(SelfTeacher):
 
     @torch.no_grad()
     def _ensure_shadow(self) -> dict[str, Tensor]:
-        """The past, in float32; at first the present."""
+        """Return the shadow, float32; it is copied from the student's weights when it does not exist yet."""
         if not self._shadow:
             for name, tensor in self._tracked_tensors().items():
                 self._shadow[name] = local_shard(tensor).detach().float().clone()
@@ -151,17 +162,17 @@ class StudentCopyTeacher(SelfTeacher):
 
 
 class EMATeacher(StudentCopyTeacher):
-    """The moving average of the student (Mean Teacher, 1703.01780).
+    """Exponential moving average of the student's weights (Mean Teacher, arXiv 1703.01780).
 
-    After each step that changed the student: held = d * held + (1 - d) * student. With d = 0 it is the student as the
-    last step left it.
+    After each step that changed the student: teacher = d * teacher + (1 - d) * student. With d = 0 the teacher has the
+    student's weights after the last step.
 
     Args:
-        decay: d, in [0, 1); or points [[progress, d], ...], see `schedule`.
-        warmup: steps over which d rises in a straight line from 0; the first steps forget where training began.
+        decay: d, in [0, 1); or a schedule [[progress, d], ...], see `core.schedule`.
+        warmup: number of steps in which d rises linearly from 0, so that the initial weights are soon forgotten.
 
     Raises:
-        DistillError: a value out of range.
+        DistillError: a value is out of range.
     """
 
     kind = "ema"
@@ -169,42 +180,46 @@ class EMATeacher(StudentCopyTeacher):
     def __init__(self, decay: Any = 0.999, warmup: int = 0):
         self._decay = parse_schedule(decay, "decay", 0, 1)
         if any(d == 1 for _, d in self._decay):
-            raise DistillError(f"decay is {decay!r}; it must lie in [0, 1): with 1 the teacher never moves.")
+            raise DistillError(f"decay is {decay!r}; it must lie in [0, 1): with 1 the teacher never changes.")
         if warmup < 0:
             raise DistillError(f"warmup is {warmup}; it must be at least 0 steps")
         self._warmup = warmup
 
     def decay_at(self, step: int) -> float:
-        """d after a number of steps, at the training's progress."""
+        """Return d after a number of steps, at the present progress of the training."""
         return value_at(self._decay, self.progress) * (min(1.0, step / self._warmup) if self._warmup else 1.0)
 
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
+    def _move(self, shadow: dict[str, Tensor], student: dict[str, Tensor], step: int, updated: bool) -> None:
         if not updated:
             return
-        values = [now[name].detach().to(value.dtype) for name, value in held.items()]
-        torch._foreach_lerp_(list(held.values()), values, 1 - self.decay_at(step))
-        trained = dict(self.model.named_parameters()).keys()
-        for (name, value), new in zip(held.items(), values, strict=True):
-            if name not in trained:  # a mask with -inf, whose average with itself is NaN
+        values = [student[name].detach().to(value.dtype) for name, value in shadow.items()]
+        torch._foreach_lerp_(list(shadow.values()), values, 1 - self.decay_at(step))
+        parameters = dict(self.model.named_parameters()).keys()
+        for (name, value), new in zip(shadow.items(), values, strict=True):
+            if name not in parameters:  # a buffer that is a mask has -inf, whose average with itself is NaN
                 value.copy_(new.where(new.isinf(), value))
 
 
 class SnapshotTeacher(StudentCopyTeacher):
-    """The student as it was: taken anew every so many steps (temporal self-distillation).
+    """A snapshot of the student's weights, taken again after every `interval_steps` steps (temporal self-distillation).
 
     Args:
-        interval_steps: steps between two snapshots; None: it stays as it begins.
-        path: a folder or id of weights to begin with, of the student's own class; None: the student as it begins.
+        interval_steps: optimizer steps between two snapshots; None: the first snapshot stays.
+        path: folder or Hub id of the first snapshot, a model of the student's class; None: the initial student.
 
     Raises:
-        DistillError: neither is given, so that the teacher would be the start for ever; or `interval_steps` is below 1.
+        DistillError: neither is given, so that the teacher would always be the initial student; or `interval_steps` is
+            below 1.
     """
 
     kind = "snapshot"
 
     def __init__(self, interval_steps: int | None = None, path: str | None = None):
         if interval_steps is None and path is None:
-            raise DistillError("A snapshot needs `every`, the steps between two of them, or the `path` of one.")
+            raise DistillError(
+                "SnapshotTeacher was given neither `interval_steps`, the optimizer steps between two snapshots, nor "
+                "`path`, the folder or id of a snapshot: give at least one of them."
+            )
         if interval_steps is not None and interval_steps < 1:
             raise DistillError(f"interval_steps is {interval_steps}; it must be at least 1 step")
         self._interval_steps, self._path = interval_steps, path
@@ -212,58 +227,59 @@ class SnapshotTeacher(StudentCopyTeacher):
     @torch.no_grad()
     def _ensure_shadow(self) -> dict[str, Tensor]:
         fresh = not self._shadow
-        held = super()._ensure_shadow()
+        shadow = super()._ensure_shadow()
         if fresh and self._path is not None:
             if is_sharded(self.model):
                 raise DistillError(
-                    f"{self._path} holds whole weights and the student is sharded: leave the path out and give "
-                    "`every`, or use a FrozenTeacher of the path, which can be sharded."
+                    f"{self._path} holds unsharded weights and the student is sharded: leave `path` out and give "
+                    "`interval_steps`, or use a FrozenTeacher of the path, which can be sharded."
                 )
-            past, loading = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
-            then = self._tracked_tensors_of(past)
-            wrong = [name for name in loading["missing_keys"] if name in held]  # which were made up at random
-            wrong += [name for name in held if name not in then or then[name].shape != held[name].shape]
+            snapshot, report = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
+            tensors = self._tensors_of(snapshot)
+            wrong = [name for name in report["missing_keys"] if name in shadow]  # initialized at random
+            wrong += [name for name in shadow if name not in tensors or tensors[name].shape != shadow[name].shape]
             if wrong:
                 self._shadow.clear()
                 raise DistillError(
-                    f"{self._path} does not hold the student's weights: {wrong[0]} is missing or differs."
+                    f"{self._path} does not hold the student's weights: {wrong[0]} is missing or has another shape. "
+                    "Give a checkpoint of a model with the student's class and config."
                 )
-            for name, value in held.items():
-                value.copy_(then[name])
-            self._drift.begin(held)
-        return held
+            for name, value in shadow.items():
+                value.copy_(tensors[name])
+            self._drift.begin(shadow)
+        return shadow
 
-    def _tracked_tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
+    def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
 
-    def _move(self, held: dict[str, Tensor], now: dict[str, Tensor], step: int, updated: bool) -> None:
+    def _move(self, shadow: dict[str, Tensor], student: dict[str, Tensor], step: int, updated: bool) -> None:
         if self._interval_steps is not None and step % self._interval_steps == 0:
-            for name, value in held.items():
-                value.copy_(now[name])
+            for name, value in shadow.items():
+                value.copy_(student[name])
 
 
 def _swap_in(tensor: Any, value: Tensor) -> Tensor:
-    """Put a value in a tensor's place; returns what was there."""
-    mine = local_shard(tensor)
-    if mine is tensor:
-        own = tensor.data
-        tensor.data = value.to(own.dtype)
-        return own
-    own = mine.detach().clone()
+    """Write a value into a tensor, or this rank's shard of one, and return the value that it had."""
+    shard = local_shard(tensor)
+    if shard is tensor:
+        student_value = tensor.data
+        tensor.data = value.to(student_value.dtype)
+        return student_value
+    student_value = shard.detach().clone()
     _write(tensor, value)
-    return own
+    return student_value
 
 
-def _swap_out(tensor: Any, own: Tensor) -> None:
+def _swap_out(tensor: Any, student_value: Tensor) -> None:
     if local_shard(tensor) is tensor:
-        tensor.data = own
+        tensor.data = student_value
     else:
-        _write(tensor, own)
+        _write(tensor, student_value)
 
 
 @torch.no_grad()
 def _write(tensor: Any, value: Tensor) -> None:
-    """Into a rank's share; ZeRO-3 forgets what it had gathered of the tensor."""
+    """Write into this rank's shard; weights that ZeRO-3 gathered before are partitioned again."""
     local_shard(tensor).copy_(value)
     if hasattr(tensor, "ds_tensor") and tensor.ds_status.name == "AVAILABLE":
         tensor.partition()

@@ -91,7 +91,7 @@ class FrozenTeacher(Teacher):
         return get_layer_stack(self.model, which)
 
     @torch.no_grad()
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the frozen model; inputs that its forward does not accept are left out."""
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:

@@ -131,7 +131,7 @@ class MultiTeacher(Teacher):
             f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.incompatible_terms(terms)
         ]
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """What each of them says."""
         return _merge_signals(
             {n: t(inputs, targets, _requests_for(n, feature_requests)) for n, t in self.teachers.items()}

@@ -152,7 +152,7 @@ class PeerTeacher(TrainableTeacher):
         """The peer's blocks."""
         return get_layer_stack(self.model, which)
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the peer as it is, outside of the student's."""
         with eval_mode(self.model):
             return extract_signals(

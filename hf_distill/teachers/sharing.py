@@ -11,7 +11,7 @@ from .base import Teacher
 from .frozen import FrozenTeacher
 from .multi_teacher import MultiTeacher
 from .peer import PeerTeacher
-from .weight_drift import local_shard
+from .state import local_shard
 
 
 def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: Teacher) -> list[str]:

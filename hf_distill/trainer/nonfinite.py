@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..core.io import write_json
 from ..errors import RunError
 from ..models.model_types import unwrap_parallel
-from ..teachers.weight_drift import is_sharded
+from ..teachers.state import is_sharded
 from .checkpoints import latest_complete
 from .nonfinite_report import (
     LossSpikeDetector,

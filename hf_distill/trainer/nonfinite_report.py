@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..cache.example_keys import batch_examples
 from ..core.signals import Targets
 from ..models.finite_weights import first_nonfinite
-from ..teachers.weight_drift import local_shard
+from ..teachers.state import local_shard
 
 _SHOWN = 20  # places and parameters that are told; the rest is counted
 

@@ -368,7 +368,7 @@ def test_mixed_precision_compares_features_in_float32(make):
 
 
 class LogitsAlone(Teacher):
-    def __call__(self, inputs, targets, feature_requests):
+    def forward(self, inputs, targets, feature_requests):
         return Signals(DenseLogits(torch.zeros(len(targets), 97)))
 
 
@@ -390,7 +390,10 @@ class LogitsAlone(Teacher):
         ({"losses": [{"name": "hidden_mse"}], "projectors": {"lr": 1}}, "projectors has no field 'lr'"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": {"learning_rate": -1}}, "learning_rate -1; it must be"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": '{"kind": }'}, "projectors is not JSON"),
-        ({"losses": [{"name": "hidden_mse"}], "teacher": LogitsAlone()}, "A LogitsAlone tells logits and no features"),
+        (
+            {"losses": [{"name": "hidden_mse"}], "teacher": LogitsAlone()},
+            "A LogitsAlone returns logits and no feat",
+        ),
         ({"divergence": "hidden_mse"}, "divergence is 'hidden_mse', which does not look at the teacher's logits"),
     ],
 )

@@ -76,8 +76,8 @@ def adapted(**options):
     [
         ({"bias": "all"}, "2 parameters outside the adapters are trained"),
         ({"bias": "lora_only"}, "2 parameters outside the adapters are trained"),
-        ({"init_lora_weights": "pissa"}, "takes its part out of the base's weights"),
-        ({"init_lora_weights": "olora"}, "takes its part out of the base's weights"),
+        ({"init_lora_weights": "pissa"}, "subtracts the adapter from the base's weights"),
+        ({"init_lora_weights": "olora"}, "subtracts the adapter from the base's weights"),
     ],
 )
 def test_a_base_that_changes_is_no_teacher(make_trainer, options, message):

@@ -27,8 +27,8 @@ class Sick(FrozenTeacher):
         super().__init__(model)
         self.row, self.calls, self.value, self.called = row, calls, value, 0
 
-    def __call__(self, inputs, targets, feature_requests):
-        told = super().__call__(inputs, targets, feature_requests)
+    def forward(self, inputs, targets, feature_requests):
+        told = super().forward(inputs, targets, feature_requests)
         if not self.model.training and torch.is_grad_enabled():
             self.called += 1
         broken = torch.zeros(len(targets), dtype=torch.bool)

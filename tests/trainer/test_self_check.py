@@ -150,7 +150,7 @@ def test_another_weight_or_temperature_than_asked_is_seen(make_trainer):
 
 def test_an_answer_with_a_graph_is_seen(make_trainer):
     class Trained(FrozenTeacher):
-        def __call__(self, inputs, targets, feature_requests):
+        def forward(self, inputs, targets, feature_requests):
             logits = self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
             return Signals(DenseLogits(targets.gather(logits)))
 

@@ -254,7 +254,7 @@ def test_a_teacher_that_is_a_user_class_is_asked(make_trainer):
     from hf_distill.core.signals import DenseLogits, Signals
 
     class Uniform(Teacher):
-        def __call__(self, inputs, targets, feature_requests):
+        def forward(self, inputs, targets, feature_requests):
             return Signals(DenseLogits(torch.zeros(len(targets), 97)))
 
     metrics = make_trainer(teacher=Uniform()).evaluate()

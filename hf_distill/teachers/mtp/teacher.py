@@ -98,7 +98,7 @@ class MTPTeacher(TrainableTeacher):
         self.terms = [term for of_head in self._terms for term in of_head]
         return super().adapt_objective(terms)
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """Nothing that the student itself could learn from."""
         return Signals(None)
 

@@ -65,14 +65,14 @@ class MultiViewTeacher(SelfTeacher):
         """The student's batch, and its asked tokens there."""
         return self._viewed(inputs, targets) if training and self._view_for == "student" else (inputs, targets)
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
         """One forward of the student on the batch that it does not see itself."""
         if self._view_for == "teacher" or not self.model.training:
             inputs, targets = self._viewed(inputs, targets)
             feature_requests = {
                 key: targets.feature_positions(inputs, its.causal, key.stack) for key, its in feature_requests.items()
             }
-        return super().__call__(inputs, targets, feature_requests)
+        return super().forward(inputs, targets, feature_requests)
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Losses on features that would compare the features of different tokens."""
