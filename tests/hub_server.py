@@ -1,6 +1,6 @@
-"""A Hub in memory, on loopback: what huggingface_hub, transformers and datasets ask of one, and ways in which it fails.
+"""An in-memory Hub on localhost: the requests of huggingface_hub, transformers and datasets, with injected faults.
 
-`with Hub() as hub:` and `pointed(hub, monkeypatch, folder)` for this process, `hub.environment(folder)` for another.
+Use `with Hub() as hub:` and `pointed(hub, monkeypatch, folder)` in this process, `hub.environment(folder)` for another.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ LFS = (".safetensors", ".arrow", ".bin", ".parquet", ".png", ".gguf", ".h5", ".m
 
 @dataclass
 class Fault:
-    """What goes wrong with requests that match.
+    """A fault that is injected into matching requests.
 
-    match:  searched in "METHOD /path"
-    status: is answered in the place of what was asked
-    cut:    the connection is, before anything is done
-    lost:   the answer is: what was asked is done, and the connection cut
-    slow:   seconds before anything is done
-    times:  so often
+    match:  regular expression, searched in "METHOD /path"
+    status: HTTP status of the error that is sent; 0: none
+    cut:    the connection is closed before the request is handled
+    lost:   the request is handled, and the connection is closed without a response
+    slow:   seconds of delay before the request is handled
+    times:  number of requests that fail
     """
 
     match: str
@@ -39,7 +39,7 @@ class Fault:
 
 @dataclass
 class Repo:
-    """Files of each commit; large ones by the checksum under which `Hub.objects` holds them."""
+    """Files of each commit; a large file is represented by its checksum, the key in `Hub.objects`."""
 
     private: bool = False
     gated: bool = False
@@ -47,24 +47,24 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes | str]) -> str:
-        """Add a commit; its id."""
+        """Add a commit and return its id."""
         oid = hashlib.sha1(f"{branch} {len(self.commits)} {id(self)}".encode()).hexdigest()
         self.commits[oid], self.branches[branch] = files, oid
         return oid
 
     def at(self, revision: str) -> str | None:
-        """The commit of a branch or an id."""
+        """Return the commit of a branch, or the commit with an id."""
         return self.branches.get(revision) or (revision if revision in self.commits else None)
 
 
 class Hub:
-    """The server, and what it holds.
+    """The server and its content.
 
     repos:    (kind, name) -> repository
     objects:  checksum -> large file
-    uploaded: checksums of large files that were sent, in order
-    requests: (method, path) of each
-    faults:   what goes wrong
+    uploaded: checksums of the uploaded large files, in order
+    requests: (method, path) of each request
+    faults:   injected faults
     """
 
     token, reader, user = "hf_test", "hf_reader", "tester"
@@ -78,7 +78,7 @@ class Hub:
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfThisHub", (Answers,), {"hub": self}))
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # a client that was killed is none of ours
+        self._server.handle_error = lambda *_: None  # a killed client is no error of the server
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "Hub":
@@ -98,13 +98,13 @@ class Hub:
         gated: bool = False,
         branch: str = "main",
     ) -> str:
-        """Make a repository of "models" or "datasets", or add a commit with these files alone; the commit's id."""
+        """Create a repository of "models" or "datasets", or add a commit with exactly these files; return its id."""
         repo = self.repos.setdefault((kind, name), Repo())
         repo.private, repo.gated = private, gated
-        return repo.commit(branch, {path: self.held(path, content) for path, content in files.items()})
+        return repo.commit(branch, {path: self.to_stored(path, content) for path, content in files.items()})
 
-    def held(self, path: str, content: bytes) -> bytes | str:
-        """A file as a commit holds it."""
+    def to_stored(self, path: str, content: bytes) -> bytes | str:
+        """Return a file as a commit stores it: a large file as its checksum."""
         if not path.endswith(LFS):
             return content
         oid = hashlib.sha256(content).hexdigest()
@@ -112,11 +112,11 @@ class Hub:
         return oid
 
     def content(self, value: bytes | str) -> bytes:
-        """Of a file of a commit."""
+        """Return the bytes of a file of a commit."""
         return self.objects[value] if isinstance(value, str) else value
 
     def fault(self, request: str) -> Fault | None:
-        """What goes wrong with a request, once less from now on."""
+        """Return the fault for a request, and count it."""
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.match, request):
                 fault.times -= 1
@@ -124,7 +124,7 @@ class Hub:
         return None
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """For a process of its own, whose caches lie in `folder`."""
+        """Return the environment variables for a separate process whose caches are in `folder`."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token,
@@ -136,7 +136,7 @@ class Hub:
 
 
 def pointed(hub: Hub, monkeypatch: Any, folder: Path) -> None:
-    """Let the libraries of this process, which read where the Hub is when they are imported, talk to this one."""
+    """Direct the libraries of this process to this Hub; they read its address when they are imported."""
     import datasets
     import huggingface_hub
     import transformers.utils.hub

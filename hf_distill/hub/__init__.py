@@ -1,4 +1,4 @@
-"""What the project asks of the Hub: files at a commit, errors in words, licences. Imports no torch."""
+"""Access to the Hugging Face Hub: files at a commit, readable errors, licenses of models. Imports no torch."""
 
 from .errors import translate_hub_errors
 from .files import Fetched, fetch, fetch_folder, format_uri, parse_uri, pin, sibling_uri, yaml_files

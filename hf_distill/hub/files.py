@@ -1,4 +1,4 @@
-"""Files of repositories, by addresses such as hf://org/name@revision/file or hf://datasets/org/name/file."""
+"""Files of Hub repositories, named by URIs such as hf://org/name@revision/file or hf://datasets/org/name/file."""
 
 import posixpath
 from dataclasses import dataclass, replace
@@ -16,108 +16,112 @@ from .errors import translate_hub_errors
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that was downloaded.
+    """A downloaded file.
 
-    path:    on this machine; what lies beside it are files of the same commit
-    parse_uri: with the commit as revision
+    path: its path in the local Hub cache, in whose folder lie the other downloaded files of the same commit
+    uri:  its URI, with the commit as the revision
     """
 
     path: Path
-    parse_uri: HfUri
+    uri: HfUri
+
+
+_URI_FORMS = "hf://org/name[@revision]/file, or hf://datasets/org/name[@revision]/file"
 
 
 def parse_uri(text: str) -> HfUri:
-    """An address of a model or data set repository, or of something in one.
+    """Parse the URI of a model or data set repository, or of a file or folder in one.
 
     Raises:
-        DistillError: it is none; says how one is written.
+        DistillError: the text is not such a URI; the message shows the valid forms.
     """
     try:
-        found = parse_hf_uri(text)
+        uri = parse_hf_uri(text)
     except HfUriError as error:
-        raise DistillError(f"{text!r} is no address on the Hub: {error.msg} Write {_FORM}.") from None
-    if found.type not in ("model", "dataset"):
-        raise DistillError(f"{text!r} is a {found.type}, and no model or data set repository. Write {_FORM}.")
-    if ".." in found.path_in_repo.split("/"):
-        raise DistillError(f"{text!r} leads out of its repository.")
-    return found
+        raise DistillError(f"{text!r} is not a valid Hub URI: {error.msg} Write {_URI_FORMS}.") from None
+    if uri.type not in ("model", "dataset"):
+        raise DistillError(f"{text!r} is a {uri.type}, not a model or data set repository. Write {_URI_FORMS}.")
+    if ".." in uri.path_in_repo.split("/"):
+        raise DistillError(f"{text!r} leads out of its repository: remove the '..' from it.")
+    return uri
 
 
-_FORM = "hf://org/name[@revision]/file, or hf://datasets/org/name[@revision]/file"
+def format_uri(uri: HfUri) -> str:
+    """Return a URI as users write it: without `models/`."""
+    return uri.to_uri().replace(f"{HUB_PREFIX}models/", HUB_PREFIX)
 
 
-def format_uri(at: HfUri) -> str:
-    """An address as users write it."""
-    return at.to_uri().replace(f"{HUB_PREFIX}models/", HUB_PREFIX)
+def pin(uri: HfUri, commit: str) -> HfUri:
+    """Return the same URI with a commit as its revision."""
+    return replace(uri, revision=commit)
 
 
-def pin(at: HfUri, commit: str) -> HfUri:
-    """The same place, at a commit."""
-    return replace(at, revision=commit)
-
-
-def sibling_uri(at: HfUri, name: str) -> HfUri:
-    """A file of the same repository and revision, named as a file that lies at `at` would name it.
-
-    Raises:
-        DistillError: it leads out of the repository.
-    """
-    path = posixpath.normpath(posixpath.join(posixpath.dirname(at.path_in_repo), name))
-    if name.startswith(("/", "~")) or "\\" in name or path.split("/")[0] == "..":
-        raise DistillError(f"{name!r} leads out of the repository {at.id}.")
-    return replace(at, path_in_repo=path)
-
-
-def fetch(at: HfUri, limit: int | None = None) -> Fetched:
-    """A file of a repository; from the cache where it is there already, and where the Hub is out of reach.
+def sibling_uri(uri: HfUri, name: str) -> HfUri:
+    """Resolve a relative path in a file of a repository to a URI in the same repository and revision.
 
     Args:
-        at: where; without a revision the newest.
-        limit: bytes, of larger ones nothing is downloaded.
+        uri: the URI of the file that contains the relative path.
+        name: the relative path.
 
     Raises:
-        DistillError: see `translate_hub_errors`; it is larger than `limit`.
+        DistillError: the path leads out of the repository.
     """
-    asked: Any = {"repo_id": at.id, "filename": at.path_in_repo, "repo_type": at.type, "revision": at.revision}
-    with translate_hub_errors(at.id, at.type, at.revision, at.path_in_repo):
-        if limit is not None:
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(uri.path_in_repo), name))
+    if name.startswith(("/", "~")) or "\\" in name or path.split("/")[0] == "..":
+        raise DistillError(f"{name!r} leads out of the repository {uri.id}: name a file inside it.")
+    return replace(uri, path_in_repo=path)
+
+
+def fetch(uri: HfUri, max_bytes: int | None = None) -> Fetched:
+    """Download a file of a repository, or return it from the local cache if it is there or the Hub cannot be reached.
+
+    Args:
+        uri: the file; without a revision, the newest commit is used.
+        max_bytes: a larger file is not downloaded; None: no limit.
+
+    Raises:
+        DistillError: see `translate_hub_errors`; or the file is larger than `max_bytes`.
+    """
+    request: Any = {"repo_id": uri.id, "filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
+    with translate_hub_errors(uri.id, uri.type, uri.revision, uri.path_in_repo):
+        if max_bytes is not None:
             try:
-                size = hf_hub_download(**asked, dry_run=True).file_size
-            except (DryRunError, LocalEntryNotFoundError):  # offline: what is in the cache was small enough
+                size = hf_hub_download(**request, dry_run=True).file_size
+            except (DryRunError, LocalEntryNotFoundError):  # offline: the size of a cached file is checked below
                 size = None
-            _check_size(at, size, limit)
-        path = Path(hf_hub_download(**asked))
-        _check_size(at, path.stat().st_size, limit)
-    commit = path.parents[at.path_in_repo.count("/")].name
-    return Fetched(path, pin(at, commit))
+            _check_size(uri, size, max_bytes)
+        path = Path(hf_hub_download(**request))
+        _check_size(uri, path.stat().st_size, max_bytes)
+    commit = path.parents[uri.path_in_repo.count("/")].name
+    return Fetched(path, pin(uri, commit))
 
 
-def _check_size(at: HfUri, size: int | None, limit: int | None) -> None:
-    if size is not None and limit is not None and size > limit:
-        raise DistillError(f"{format_uri(at)} has {size:,} bytes; at most {limit:,} are read.")
+def _check_size(uri: HfUri, size: int | None, max_bytes: int | None) -> None:
+    if size is not None and max_bytes is not None and size > max_bytes:
+        raise DistillError(f"{format_uri(uri)} has {size:,} bytes; at most {max_bytes:,} bytes are read.")
 
 
-def fetch_folder(at: HfUri) -> Path:
-    """A whole repository, on this machine.
+def fetch_folder(uri: HfUri) -> Path:
+    """Download a full repository and return its local folder.
 
     Raises:
         DistillError: see `translate_hub_errors`.
     """
-    with translate_hub_errors(at.id, at.type, at.revision):
-        return Path(snapshot_download(at.id, repo_type=at.type, revision=at.revision))
+    with translate_hub_errors(uri.id, uri.type, uri.revision):
+        return Path(snapshot_download(uri.id, repo_type=uri.type, revision=uri.revision))
 
 
-def yaml_files(at: HfUri) -> list[HfUri]:
-    """YAML files in a folder of a repository and below it, at the commit that it has now; without a download.
+def yaml_files(uri: HfUri) -> list[HfUri]:
+    """List the YAML files in a folder of a repository and its subfolders, at the current commit, without a download.
 
     Raises:
-        DistillError: see `translate_hub_errors`; the folder holds none.
+        DistillError: see `translate_hub_errors`; or the folder has no YAML files.
     """
-    with translate_hub_errors(at.id, at.type, at.revision, at.path_in_repo):
-        info: Any = HfApi().repo_info(at.id, repo_type=at.type, revision=at.revision)
+    with translate_hub_errors(uri.id, uri.type, uri.revision, uri.path_in_repo):
+        info: Any = HfApi().repo_info(uri.id, repo_type=uri.type, revision=uri.revision)
     names = [sibling.rfilename for sibling in info.siblings or ()]
-    inside = f"{at.path_in_repo}/" if at.path_in_repo else ""
-    found = sorted(name for name in names if name.startswith(inside) and name.endswith((".yaml", ".yml")))
-    if not found:
-        raise DistillError(f"{format_uri(at)} holds no YAML files; the repository has {len(names)} files.")
-    return [replace(at, revision=info.sha, path_in_repo=name) for name in found]
+    prefix = f"{uri.path_in_repo}/" if uri.path_in_repo else ""
+    paths = sorted(name for name in names if name.startswith(prefix) and name.endswith((".yaml", ".yml")))
+    if not paths:
+        raise DistillError(f"{format_uri(uri)} holds no YAML files; the repository has {len(names)} files.")
+    return [replace(uri, revision=info.sha, path_in_repo=path) for path in paths]

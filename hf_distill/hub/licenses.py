@@ -1,8 +1,9 @@
-"""Licences of models: what a teacher's says of those that learn from it. Facts of the licences' texts, no advice."""
+"""Licenses of models: what a teacher's license requires of a student. Facts of the license texts, no legal advice."""
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import metadata as package_metadata
 from pathlib import Path
 
 from huggingface_hub import ModelCard, hf_hub_download
@@ -15,11 +16,11 @@ from .malformed import reading
 
 @dataclass(frozen=True)
 class License:
-    """What a model's card says.
+    """The license of a model, as its card states it.
 
-    id:      as the Hub writes it, such as apache-2.0; None: it does not say
-    link:    to its text, where it is `other`
-    forbids: the sentence of the card that forbids training other models with it; None: there is none
+    id:      the id that the Hub uses, such as apache-2.0; None: the card states no license
+    link:    the link to the license text, if the id is `other`
+    forbids: the sentence of the card that forbids training other models with this one; None: there is none
     """
 
     id: str | None
@@ -27,33 +28,35 @@ class License:
     forbids: str | None = None
 
 
-_LLAMA_OLD = "forbids using its outputs to improve any other large language model than Llama itself"
-_LLAMA = (
-    'wants a model trained on its outputs to have a name that begins with "Llama", and "Built with Llama" beside it'
+_LLAMA_BAN = "forbids using its outputs to improve any other large language model than Llama itself"
+_LLAMA_NAMING = (
+    'requires that a model trained on its outputs has a name that begins with "Llama" and is displayed with "Built '
+    'with Llama"'
 )
-_QWEN = 'wants "Built with Qwen" or "Improved using Qwen" beside a model trained on its outputs'
+_QWEN = 'requires that a model trained on its outputs is displayed with "Built with Qwen" or "Improved using Qwen"'
 _GEMMA = "counts a model that learns from its outputs as a derivative, which stays under its terms"
-_NAMED = {
-    "llama2": _LLAMA_OLD,
-    "llama3": _LLAMA_OLD,
-    **dict.fromkeys(("llama3.1", "llama3.2", "llama3.3", "llama4"), _LLAMA),
+_TERMS = {
+    "llama2": _LLAMA_BAN,
+    "llama3": _LLAMA_BAN,
+    **dict.fromkeys(("llama3.1", "llama3.2", "llama3.3", "llama4"), _LLAMA_NAMING),
     **dict.fromkeys(("qwen", "qwen-research", "tongyi-qianwen", "tongyi-qianwen-research"), _QWEN),
     "gemma": _GEMMA,
 }
-_FREE = re.compile(
+_PERMISSIVE = re.compile(
     r"apache-2\.0|mit|bsd.*|isc|cc0-1\.0|cc-by-[0-9.]+|unlicense|wtfpl|zlib|artistic-2\.0|afl-3\.0|ecl-2\.0|ms-pl|"
     r"postgresql|ncsa|cdla-permissive-.*|odc-by|pddl|bsl-1\.0"
 )
+_BASE = "the student's base model"
 _NO_DERIVATIVES = re.compile(r"cc-by(-nc)?-nd.*")
 
 
 @dataclass(frozen=True)
 class LicenseDecision:
-    """A student's licence.
+    """The license of a student.
 
-    id:        that it gets
-    notes:     what the licences of teacher and student ask for beside that
-    conflicts: why it may not be published like this; its author may know better
+    id:        the license that the student gets
+    notes:     further requirements of the licenses of teachers and base
+    conflicts: reasons not to publish the student under this license; its author may accept them
     """
 
     id: str | None
@@ -62,100 +65,104 @@ class LicenseDecision:
 
 
 def decide_license(
-    teachers: dict[str, License], base: License | None, name: str, wanted: str | None = None
+    teachers: dict[str, License], base: License | None, name: str, requested: str | None = None
 ) -> LicenseDecision:
-    """The licence of a student.
+    """Decide which license a student gets.
 
     Args:
-        teachers: by name; that of the one it was cut from is its base's.
-        base: of the model whose weights the student began with.
-        name: of the student's repository, org/name.
-        wanted: the licence that its author wants; None: inherited.
+        teachers: license of each teacher, by name. If the student was cut from a teacher, that one is its base too.
+        base: license of the model whose weights the student began with.
+        name: the student's repository, org/name.
+        requested: the license that the author requests; None: it is inherited.
     """
     notes, conflicts, binding = list[str](), list[str](), dict[str, str]()
-    for who, licence in {**teachers, **({"the student's own base": base} if base else {})}.items():
-        if licence.forbids:
-            conflicts.append(f"{who}: its card says: “{licence.forbids}”")
-        if licence.id is None:
-            conflicts.append(f"{who}: nobody says under which licence it is")
+    for owner, license in {**teachers, **({_BASE: base} if base else {})}.items():
+        if license.forbids:
+            conflicts.append(f"{owner}: its card says: “{license.forbids}”")
+        if license.id is None:
+            conflicts.append(f"{owner}: its license is not known")
             continue
-        if licence.id == "other":
-            conflicts.append(f"{who}: its licence is one of its own ({licence.link or 'no link to it'}): read it")
-        if says := _NAMED.get(licence.id):
-            stranger = base is not None and not str(base.id).startswith("llama")
-            breaks = {_LLAMA_OLD: stranger, _LLAMA: not name.rpartition("/")[2].lower().startswith("llama")}
-            (conflicts if breaks.get(says) else notes).append(f"{who}: {licence.id} {says}")
-        if _NO_DERIVATIVES.fullmatch(licence.id):
-            conflicts.append(f"{who}: {licence.id} allows no derivatives")
-        passes_on = says in (None, _GEMMA) or who == "the student's own base"
-        if not _FREE.fullmatch(licence.id) and licence.id != "other" and passes_on:
-            binding[licence.id] = who
+        if license.id == "other":
+            conflicts.append(
+                f"{owner}: it has a custom license ({license.link or 'without a link to the text'}): read it"
+            )
+        if terms := _TERMS.get(license.id):
+            is_violated = {
+                _LLAMA_BAN: base is not None and not str(base.id).startswith("llama"),
+                _LLAMA_NAMING: not name.rpartition("/")[2].lower().startswith("llama"),
+            }
+            (conflicts if is_violated.get(terms) else notes).append(f"{owner}: {license.id} {terms}")
+        if _NO_DERIVATIVES.fullmatch(license.id):
+            conflicts.append(f"{owner}: {license.id} allows no derivatives")
+        is_passed_on = terms in (None, _GEMMA) or owner == _BASE
+        if not _PERMISSIVE.fullmatch(license.id) and license.id != "other" and is_passed_on:
+            binding[license.id] = owner
     if len(binding) > 1:
-        each = ", ".join(f"{who} {licence}" for licence, who in binding.items())
-        conflicts.append(f"the licences bind to different ones: {each}")
-    own = next(iter(binding), None) or (base.id if base else None)
-    own = own or next((licence.id for licence in teachers.values() if licence.id), None)
-    if wanted and binding and wanted not in binding:
-        conflicts.append(f"{wanted} is wanted, and {own} is what {binding[str(own)]} passes on")
-    return LicenseDecision(wanted or own, notes, conflicts)
+        each = ", ".join(f"{owner} requires {license_id}" for license_id, owner in binding.items())
+        conflicts.append(f"the licenses require different licenses of the student: {each}")
+    inherited = next(iter(binding), None) or (base.id if base else None)
+    inherited = inherited or next((license.id for license in teachers.values() if license.id), None)
+    if requested and binding and requested not in binding:
+        conflicts.append(f"{requested} is requested, but {binding[str(inherited)]} requires {inherited}")
+    return LicenseDecision(requested or inherited, notes, conflicts)
 
 
-def licence_of(model: str, revision: str | None = None) -> License:
-    """The licence of a model: of its card on the Hub or in its folder, or of the package that brings it.
+def get_license(model: str, revision: str | None = None) -> License:
+    """Return the license of a model: from its card on the Hub or in its folder, or from the package that contains it.
 
     Args:
-        model: see `names.kind_of`.
-        revision: of an id.
+        model: a model reference, see `references.reference_kind`.
+        revision: the revision of a model on the Hub.
 
     Raises:
         DistillError: see `translate_hub_errors`.
     """
     match reference_kind(model):
         case "smoke":
-            return License("apache-2.0")  # the project's own
+            return License("apache-2.0")  # the license of this project
         case "package":
-            return License(_of_package(model))
+            return License(_package_license(model))
         case "path":
             readme = Path(model) / "README.md"
-            return _of_file(model, readme) if readme.is_file() else License(None)
+            return _card_file_license(model, readme) if readme.is_file() else License(None)
     with translate_hub_errors(model, "model", revision):
         try:
             readme = Path(hf_hub_download(model, "README.md", revision=revision))
         except RemoteEntryNotFoundError:
             return License(None)
-    return _of_file(model, readme)
+    return _card_file_license(model, readme)
 
 
-def _of_file(model: str, readme: Path) -> License:
+def _card_file_license(model: str, readme: Path) -> License:
     with reading(f"The card of {model}"):
-        return of_card(ModelCard.load(readme))
+        return card_license(ModelCard.load(readme))
 
 
-def of_card(card: ModelCard) -> License:
-    """What a card says."""
-    said = card.data.to_dict()
-    own = said.get("license")
-    own = own[0] if isinstance(own, list) and own else own
-    return License(str(own).lower() if own else None, said.get("license_link"), find_training_ban(card.text))
+def card_license(card: ModelCard) -> License:
+    """Return the license that a model card states."""
+    metadata = card.data.to_dict()
+    ids = metadata.get("license")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return License(str(first).lower() if first else None, metadata.get("license_link"), find_training_ban(card.text))
 
 
-def _of_package(name: str) -> str | None:
+def _package_license(name: str) -> str | None:
     try:
-        known = metadata(distribution_of(name))
+        package = package_metadata(distribution_of(name))
     except PackageNotFoundError:
         return None
-    said = known["License-Expression"] or known["License"] or ""
-    return said.strip().lower() if re.fullmatch(r"[\w.+-]+", said.strip()) else None
+    text = package["License-Expression"] or package["License"] or ""
+    return text.strip().lower() if re.fullmatch(r"[\w.+-]+", text.strip()) else None
 
 
-_NOT = re.compile(r"\b(not|never|prohibit\w*|forbid\w*|forbidden|disallow\w*|no)\b", re.IGNORECASE)
-_TRAIN = re.compile(r"\b(train\w*|distil\w*|improv\w*|develop\w*)\b", re.IGNORECASE)
-_OTHERS = re.compile(r"\b(other|another|competing|student|different)\b[^.]*\bmodels?\b", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(not|never|prohibit\w*|forbid\w*|forbidden|disallow\w*|no)\b", re.IGNORECASE)
+_TRAINING = re.compile(r"\b(train\w*|distil\w*|improv\w*|develop\w*)\b", re.IGNORECASE)
+_OTHER_MODELS = re.compile(r"\b(other|another|competing|student|different)\b[^.]*\bmodels?\b", re.IGNORECASE)
 
 
 def find_training_ban(text: str) -> str | None:
-    """The sentence of a card that forbids training other models with the model or its outputs; None: there is none."""
+    """Return the sentence of a card that forbids training other models with the model or its outputs, or None."""
     for sentence in re.split(r"(?<=[.!?])\s+|\n{2,}|\n[-*#]+ ", text):
-        if all(part.search(sentence) for part in (_NOT, _TRAIN, _OTHERS)) and len(sentence) < 600:
+        if all(part.search(sentence) for part in (_NEGATION, _TRAINING, _OTHER_MODELS)) and len(sentence) < 600:
             return " ".join(sentence.split()).lstrip("-*#> ")
     return None

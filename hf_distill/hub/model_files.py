@@ -1,8 +1,8 @@
-"""What the small files of a model may ask for: they are as untrusted as whoever uploaded them. Imports no torch.
+"""Checks of the configuration files of a model, which are as untrusted as whoever uploaded them. Imports no torch.
 
-A `config.json` can name kernels of other repositories, which are downloaded and run; an `adapter_config.json` names the
-model that is loaded in its place; the index of the shards names the files that are read, pickles too. transformers
-follows them. So they are read here first, and everything is refused that is not known to be harmless.
+A `config.json` can name kernels of other repositories, which transformers downloads and runs; an `adapter_config.json`
+names the base model that is loaded; the index of the shards names the weight files, which may be pickles. These files
+are therefore checked before transformers reads them, and every value that is not known to be harmless is refused.
 """
 
 import json
@@ -25,21 +25,22 @@ CONFIG, ADAPTER, INDEX, TOKENIZER = (
     *("config.json", "adapter_config.json", "model.safetensors.index.json", "tokenizer_config.json"),
 )
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_LIMIT = 64 * 2**20  # bytes; the index of a model with a million tensors has about that many
+_FILES = {"config": CONFIG, "adapter": ADAPTER, "index": INDEX, "tokenizer": TOKENIZER}
+_MAX_JSON_BYTES = 64 * 2**20  # about the size of the index of a model with a million tensors
 _SHARD = re.compile(r"[\w][\w.-]*\.safetensors")
 _FILE_KEY = re.compile(r"(?:^|_)(?:path|file|dir|folder|url)$", re.IGNORECASE)
-_KERNELS = "names a kernel of the Hub, which would be downloaded and run"
+_KERNELS = "names a kernel on the Hub, which would be downloaded and run"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The small files of a model that decide what is loaded, as JSON; None: there is no such file.
+    """The configuration files of a model that decide what is loaded, parsed from JSON; None: there is no such file.
 
-    name:      as the user or the recipe gives it
-    revision:  that is asked for
-    is_local:  whether it is a folder of this machine
-    commit:    of the files that were read; None where it is not known
-    config, adapter, index, tokenizer: contents of the files above
+    name:      the model, as the user or the recipe names it
+    revision:  the requested revision
+    is_local:  whether the model is a local folder
+    commit:    the commit of the files; None if it is not known
+    config, adapter, index, tokenizer: contents of the files named by the constants above
     has_safe_adapter: whether the adapter's weights are in safetensors
     """
 
@@ -55,89 +56,88 @@ class ModelFiles:
 
     @property
     def base(self) -> str | None:
-        """The model that an adapter is for, as it names it; None where there is no adapter."""
+        """The base model that the adapter's config names; None without an adapter."""
         return None if self.adapter is None else self.adapter.get("base_model_name_or_path")
 
 
 def model_files(name: str, revision: str | None = None) -> ModelFiles:
-    """The small files of a model that decide what is loaded; no weights are downloaded.
+    """Read the configuration files of a model that decide what is loaded; no weights are downloaded.
 
     Args:
-        name: an id on the Hub, or a folder of this machine.
-        revision: of an id.
+        name: an id on the Hub, or a local folder.
+        revision: the revision of a model on the Hub.
 
     Raises:
         DistillError: see `translate_hub_errors`; a file is not a JSON object.
     """
     is_local, commit = reference_kind(name) != "id", None
     parts: dict[str, Any] = {}
-    for key, file in _PARTS.items():
-        path = _fetched(name, file, commit or revision, is_local)
-        parts[key] = None if path is None else _json_of(path, f"{name}: {file}")
+    for key, file in _FILES.items():
+        path = _fetch_file(name, file, commit or revision, is_local)
+        parts[key] = None if path is None else _read_json_object(path, f"{name}: {file}")
         commit = commit or (path.parent.name if path is not None and not is_local else None)
-    safe = parts["adapter"] is not None and _has(name, ADAPTER_WEIGHTS, commit or revision, is_local)
+    safe = parts["adapter"] is not None and _has_file(name, ADAPTER_WEIGHTS, commit or revision, is_local)
     return ModelFiles(name, revision, is_local, commit, **parts, has_safe_adapter=safe)
 
 
-_PARTS = {"config": CONFIG, "adapter": ADAPTER, "index": INDEX, "tokenizer": TOKENIZER}
-
-
 def check_model(name: str, revision: str | None = None, remote_code: bool = False, pickles: bool = False) -> ModelFiles:
-    """Refuse a model whose files ask for code, pickles or files of this machine; the base of an adapter is checked too.
+    """Refuse a model whose files request code, pickles or local files; the base model of an adapter is checked too.
 
     Args:
-        name: an id on the Hub, or a folder of this machine.
-        revision: of an id.
-        remote_code: the user trusts the code that it asks for.
-        pickles: the user trusts its pickles.
+        name: an id on the Hub, or a local folder.
+        revision: the revision of a model on the Hub.
+        remote_code: whether the user trusts the code of the model.
+        pickles: whether the user trusts pickled weights of the model.
 
     Raises:
-        DistillError: see `model_files`; names the file, its key and value, and says what to do.
+        DistillError: see `model_files`; or a file requests one of these. The message names the file, key and value.
     """
     files = model_files(name, revision)
-    problems = [*_problems(files, remote_code, pickles)]
+    problems = [*_model_problems(files, remote_code, pickles)]
     if problems:
         raise DistillError(f"{name}: {'; '.join(problems)}")
     if files.base is not None and (not files.is_local or reference_kind(files.base) == "id"):
         base = model_files(files.base)
         if base.adapter is not None:
-            raise DistillError(f"{name} is an adapter of {files.base}, which is one itself: name a whole model.")
-        if problems := [*_problems(base, remote_code, pickles)]:
+            raise DistillError(
+                f"{name} is an adapter for {files.base}, which is an adapter itself: use an adapter for a full model."
+            )
+        if problems := [*_model_problems(base, remote_code, pickles)]:
             raise DistillError(f"{files.base}, the base of {name}: {'; '.join(problems)}")
     return files
 
 
 def check_adapter(files: ModelFiles) -> str:
-    """The base of an adapter; its weights are not looked at.
+    """Return the base model of an adapter after a check of the adapter's config; weights are not checked.
 
     Raises:
-        DistillError: the base is no model on the Hub, or the adapter's config asks for files or modules.
+        DistillError: the base is no model on the Hub, or the adapter's config names files or modules.
     """
-    if problems := [*_of_adapter(files, pickles=True)]:
+    if problems := [*_adapter_problems(files, pickles=True)]:
         raise DistillError(f"{files.name}: {'; '.join(problems)}")
     return str(files.base)
 
 
-def _problems(files: ModelFiles, remote_code: bool, pickles: bool) -> Iterator[str]:
+def _model_problems(files: ModelFiles, remote_code: bool, pickles: bool) -> Iterator[str]:
     if files.config is not None:
-        yield from _of_config(files.config, remote_code)
+        yield from _config_problems(files.config, remote_code)
     if files.adapter is not None:
-        yield from _of_adapter(files, pickles)
+        yield from _adapter_problems(files, pickles)
     if files.index is not None:
         shards = files.index.get("weight_map")
         shards = {*map(str, shards.values())} if isinstance(shards, dict) else {"weight_map is missing"}
         for shard in sorted(shard for shard in shards if not _SHARD.fullmatch(shard)):
             yield f"{INDEX} names {shard!r}, which is no safetensors file of the repository"
     if files.tokenizer is not None and not files.is_local:
-        for key, value in _values(files.tokenizer):
+        for key, value in _walk(files.tokenizer):
             if _FILE_KEY.search(key) and isinstance(value, str) and "/" in value and path_exists(value):
-                yield f"{TOKENIZER}: {key} is {value!r}, which is a file of this machine"
+                yield f"{TOKENIZER}: {key} is {value!r}, which is a file on this machine"
 
 
-def _of_config(config: dict[str, Any], remote_code: bool) -> Iterator[str]:
-    """Kernels, weights elsewhere and other models that a config asks for, at any depth."""
+def _config_problems(config: dict[str, Any], remote_code: bool) -> Iterator[str]:
+    """Yield an error for each kernel, weight file elsewhere and other model that a config names, at any depth."""
     hint = "read it; if you trust it, add --trust-remote-code"
-    for key, value in _values(config):
+    for key, value in _walk(config):
         names = [*value.values()] if isinstance(value, dict) else [value]
         unknown = [name for name in names if name is not None]
         if key.endswith("attn_implementation") or key == "_attn_implementation_internal":
@@ -149,7 +149,7 @@ def _of_config(config: dict[str, Any], remote_code: bool) -> Iterator[str]:
                 not (isinstance(value, str) and _SHARD.fullmatch(value.removesuffix(".index.json")))
                 and value is not None
             ):
-                yield f"{CONFIG}: transformers_weights is {value!r}, and may only name safetensors of its repository"
+                yield f"{CONFIG}: transformers_weights is {value!r}; it may only name safetensors of its repository"
             continue
         elif key == "use_pretrained_backbone" and value is True:
             yield f"{CONFIG}: use_pretrained_backbone would load another repository"
@@ -160,28 +160,28 @@ def _of_config(config: dict[str, Any], remote_code: bool) -> Iterator[str]:
             yield f"{CONFIG}: {key} is {unknown[0]!r}, which {_KERNELS}: {hint}"
 
 
-def _of_adapter(files: ModelFiles, pickles: bool) -> Iterator[str]:
+def _adapter_problems(files: ModelFiles, pickles: bool) -> Iterator[str]:
     base = files.base
     if not isinstance(base, str) or not base:
-        yield f"{ADAPTER}: base_model_name_or_path is {base!r}, and must name a model"
+        yield f"{ADAPTER}: base_model_name_or_path is {base!r}; it must name a model"
     elif not files.is_local and reference_kind(base) != "id":
         yield (
-            f"{ADAPTER}: base_model_name_or_path is {base!r}, a place on this machine, and must be the id of a model "
-            "on the Hub"
+            f"{ADAPTER}: base_model_name_or_path is {base!r}, which is a local path; it must be the id of a model on "
+            "the Hub"
         )
     if not files.has_safe_adapter and not pickles:
         yield (
-            f"the adapter's weights are no safetensors ({ADAPTER_WEIGHTS} is missing), and reading a pickle can run "
-            "what is inside: convert them, or trust them with --allow-pickles"
+            f"the adapter's weights are not in safetensors ({ADAPTER_WEIGHTS} is missing), and reading a pickle can "
+            "run code: convert the weights, or allow pickles with --allow-pickles if you trust them"
         )
-    for key, value in _values(files.adapter):
-        named = _FILE_KEY.search(key) and key != "base_model_name_or_path"
-        if (named or key in ("megatron_config", "tokenizer_kwargs")) and value:
-            yield f"{ADAPTER}: {key} is {value!r}, and an adapter may name no files, modules or options of loading"
+    for key, value in _walk(files.adapter):
+        names_file = _FILE_KEY.search(key) and key != "base_model_name_or_path"
+        if (names_file or key in ("megatron_config", "tokenizer_kwargs")) and value:
+            yield f"{ADAPTER}: {key} is {value!r}; an adapter may name no files, modules or loading options"
 
 
-def _values(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys of nested dicts and lists with their values."""
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all keys of nested dicts and lists with their values."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -192,20 +192,20 @@ def _values(value: Any) -> Iterator[tuple[str, Any]]:
             stack += item
 
 
-def _json_of(path: Path, what: str) -> dict[str, Any]:
-    if (size := path.stat().st_size) > _LIMIT:
-        raise DistillError(f"{what} has {size:,} bytes; at most {_LIMIT:,} are read.")
+def _read_json_object(path: Path, what: str) -> dict[str, Any]:
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise DistillError(f"{what} has {size:,} bytes; at most {_MAX_JSON_BYTES:,} bytes are read.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DistillError(f"{what} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DistillError(f"{what} holds {type(content).__name__}, and must hold an object.")
+        raise DistillError(f"{what} holds a value of type {type(content).__name__}; it must hold a JSON object.")
     return content
 
 
-def _fetched(name: str, file: str, revision: str | None, is_local: bool) -> Path | None:
-    """A small file of a model on this machine; None where the model has none of that name."""
+def _fetch_file(name: str, file: str, revision: str | None, is_local: bool) -> Path | None:
+    """Return the local path of a file of a model, downloaded if needed; None if the model has no such file."""
     if is_local:
         path = Path(name) / file
         return path if path_exists(path) and path.is_file() else None
@@ -215,13 +215,13 @@ def _fetched(name: str, file: str, revision: str | None, is_local: bool) -> Path
         except LocalEntryNotFoundError as error:
             if isinstance(error.__cause__, HfHubHTTPError):
                 raise
-            return None  # the Hub is out of reach: transformers reads the cache alone, too
+            return None  # offline, transformers reads only the cache as well
         except RemoteEntryNotFoundError:
             return None
 
 
-def _has(name: str, file: str, revision: str | None, is_local: bool) -> bool:
-    """Whether a model has a file, which is not downloaded."""
+def _has_file(name: str, file: str, revision: str | None, is_local: bool) -> bool:
+    """Whether a model has a file; the file is not downloaded."""
     if is_local:
         return (Path(name) / file).is_file()
     if isinstance(try_to_load_from_cache(name, file, revision=revision), str):

@@ -8,7 +8,7 @@ from ..analysis.curve import compute, trained_tokens
 from ..core.io import damage_reported, read_json
 from ..core.references import public_name
 from ..errors import DistillError
-from ..hub.licenses import License, LicenseDecision, decide_license, licence_of
+from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, unmeasured
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
@@ -22,7 +22,7 @@ Lookup: TypeAlias = Callable[[str, str | None], License | None]
 
 
 def run_card_data(
-    run: Run, repo: str, licence: str | None = None, base_model: str | None = None, lookup: Lookup = licence_of
+    run: Run, repo: str, licence: str | None = None, base_model: str | None = None, lookup: Lookup = get_license
 ) -> CardData:
     """The evidence of a run that is over.
 
@@ -112,7 +112,7 @@ _SIZES = ("parameters", "blocks", "layers_kept")
 
 
 def teachers_of(
-    recipe: Recipe, evidence: Mapping[str, Any] = MappingProxyType({}), lookup: Lookup = licence_of
+    recipe: Recipe, evidence: Mapping[str, Any] = MappingProxyType({}), lookup: Lookup = get_license
 ) -> dict[str, dict[str, Any]]:
     """What is known of each teacher, its licence too.
 
@@ -122,7 +122,7 @@ def teachers_of(
         lookup: see `run_card_data`.
 
     Raises:
-        DistillError: see `licence_of`.
+        DistillError: see `get_license`.
     """
     found = {}
     for spec in recipe.all_teachers:
@@ -145,7 +145,7 @@ def judged_of(
     repo: str,
     wanted: str | None,
     base_model: str | None,
-    lookup: Lookup = licence_of,
+    lookup: Lookup = get_license,
 ) -> LicenseDecision:
     """The licence of a recipe's student; of one that was cut from its teacher, the teacher's is its own base's.
 

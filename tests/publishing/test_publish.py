@@ -186,8 +186,8 @@ def test_the_widgets_text_is_what_the_snippet_says(run, hub):
         ("llama3", "apache-2.0", "", "forbids using its outputs"),
         ("llama3.1", "apache-2.0", "", "begins with"),
         ("cc-by-nd-4.0", None, "", "no derivatives"),
-        ("other", None, "", "one of its own"),
-        ("gemma", "cc-by-nc-4.0", "", "different ones"),
+        ("other", None, "", "custom license"),
+        ("gemma", "cc-by-nc-4.0", "", "different licenses"),
     ],
 )
 def test_a_licence_that_says_otherwise_must_be_accepted(run, hub, licence, student, text, why):
@@ -209,7 +209,7 @@ def test_the_licence_and_the_base_are_inherited(run, hub):
 
 
 def test_another_licence_than_a_teacher_passes_on_is_a_conflict(run, hub):
-    with pytest.raises(DistillError, match="mit is wanted, and gemma"):
+    with pytest.raises(DistillError, match="mit is requested, but teacher requires gemma"):
         publish(teacher_info(run, hub, "gemma"), "tester/quick", licence="mit")
 
 

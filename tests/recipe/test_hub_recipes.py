@@ -82,10 +82,10 @@ def test_a_run_records_the_commit_that_the_name_stood_for(hub):
         ("hf://org/recipes/smal.yaml", "did you mean 'small.yaml'?"),
         ("hf://org/recipes@mian/small.yaml", "did you mean 'main'?"),
         ("hf://org/recipes", "names no .yaml file"),
-        ("hf://recipes", "is no address on the Hub"),
-        ("hf://spaces/org/x/y.yaml", "no model or data set repository"),
+        ("hf://recipes", "is not a valid Hub URI"),
+        ("hf://spaces/org/x/y.yaml", "not a model or data set repository"),
         ("hf://org/recipes/../../x.yaml", "leads out of its repository"),
-        ("https://example.org/x.yaml", "is no address on the Hub"),
+        ("https://example.org/x.yaml", "is not a valid Hub URI"),
     ],
 )
 def test_what_is_not_there_is_told_with_near_names(hub, reference, words):
