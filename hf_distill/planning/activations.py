@@ -1,7 +1,7 @@
-"""What a step keeps beside weights, gradients and optimizer, in bytes: activations, the fused head.
+"""Bytes of a training step that are neither weights, gradients nor optimizer states: activations and the fused loss.
 
-Letters: T asked tokens, S a row; H, V, L as in `signals.py`; I the width of the feed-forward layers; c bytes of a
-number that is computed with, r of one in the residual stream.
+Letters: T target tokens, S tokens of a row, H, V and L as in `core/signals.py`; I the width of the feed-forward layers;
+c bytes of a number in the compute dtype, r bytes of a number in the residual stream.
 """
 
 import torch
@@ -13,76 +13,77 @@ from .strategy import Strategy
 from .workload import Workload
 
 
-def activations(job: Workload, strategy: Strategy) -> int:
-    """What the student's L blocks keep for the backward, or the teacher's working set; an estimate.
+def activation_bytes(workload: Workload, strategy: Strategy) -> int:
+    """Estimate the activations in bytes: what the student saves for backward, or the teacher's working set if larger.
 
-    A block keeps, in bytes a token, with norms computed in fp32, linear layers of c and no maps of attention:
+    Each of the student's L blocks saves, in bytes per token, with norms computed in fp32, linear layers computed in c
+    and no attention maps:
 
         norms * (4 + r) * H + inputs * c * H + c * (2 * heads + 2 * kv_heads) * head_dim + 4 * heads + 4 * c * I
 
-    where `inputs` is 2, or 5 under autocast, which casts the input of each linear layer anew. Eager attention adds
-    heads * S * (4 + c). Activation checkpointing keeps r * H of each block, and all of one. The teacher runs without
-    gradients: 3 * c * (H + I) of one block.
+    where `inputs` is 2, or 5 under autocast, which casts the input of each linear layer separately. Eager attention
+    adds heads * S * (4 + c). Activation checkpointing saves r * H per block, and everything of one block. The teacher
+    runs without gradients and needs 3 * c * (H + I) for one block.
 
-    Source: the accounting of 2205.05198 (34 * H of a block of GPT), for the blocks of transformers.
+    Source: the accounting of 2205.05198 (34 * H per GPT block), adapted to the blocks of transformers.
     """
-    student, c = job.student, job.compute
-    cast = job.autocast(strategy)
+    student, c = workload.student, workload.compute
+    cast = workload.autocast(strategy)
     r = 4 if cast else c
     attention = c * 2 * (student.heads + student.kv_heads) * student.head_dim + 4 * student.heads
     if student.head_norms:
         attention += (4 + c) * (student.heads + student.kv_heads) * student.head_dim
     if student.eager:
-        attention += student.heads * job.length * (4 + c + c * student.softcap)
+        attention += student.heads * workload.length * (4 + c + c * student.softcap)
         attention += c * 2 * (student.heads - student.kv_heads) * student.head_dim  # keys and values, repeated
     norms = student.norms * (4 + r) * student.hidden + (5 if cast else 2) * c * student.hidden
     block = norms + attention + 4 * c * student.intermediate
-    kept = student.depth * r * student.hidden + block if job.checkpointing else student.depth * block
-    kept += (4 + 2 * r) * student.hidden  # the last norm
-    teacher = job.teacher
-    working = 3 * max(job.teacher_dtype.itemsize, 2) * (teacher.hidden + teacher.intermediate)
-    working += teacher.heads * job.length * (4 + job.teacher_dtype.itemsize) * teacher.eager
-    return job.tokens * max(kept, 0 if strategy.teacher == "cache" else working)
+    saved = student.depth * r * student.hidden + block if workload.checkpointing else student.depth * block
+    saved += (4 + 2 * r) * student.hidden  # the last norm
+    teacher = workload.teacher
+    working = 3 * max(workload.teacher_dtype.itemsize, 2) * (teacher.hidden + teacher.intermediate)
+    working += teacher.heads * workload.length * (4 + workload.teacher_dtype.itemsize) * teacher.eager
+    return workload.tokens * max(saved, 0 if strategy.teacher == "cache" else working)
 
 
-def head_gradients(job: Workload, strategy: Strategy) -> int:
-    """What the fused head keeps beside its workspace: see `sweep._Fused`.
+def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:
+    """Bytes that the fused loss keeps besides its workspace; see `losses.fused`.
 
-    The asked tokens' hidden states of both models, and their gradient in fp32 and then in c:
-    T * (c * H_s + c * H_t + (4 + c) * H_s). A head that is trained: its gradient, V * H * (4 + c). No second copy where
-    c is 4. A head that is not held in what it is computed with: its cast, V * H * c.
+    Hidden states of the target tokens of both models, and their gradient in fp32 and then in c:
+    T * (c * H_s + c * H_t + (4 + c) * H_s). A trained output head adds its gradient, V * H * (4 + c). There is no
+    second copy where c is 4. An output head whose dtype is not the compute dtype adds its cast, V * H * c.
     """
-    student, c = job.student, job.compute
-    again = c if c != 4 else 0
-    states = job.tokens * (c * student.hidden + job.teacher_dtype.itemsize * job.teacher.hidden)
-    states += job.tokens * student.hidden * (4 + again)
-    by_weight = 0 if job.lora else student.head * (4 + again)
-    casts = student.head * c if job.autocast(strategy) and job.lora else 0
-    if job.mixed and job.teacher_dtype.itemsize > 2:
-        casts += job.teacher.head * 2
-    return states + by_weight + casts
+    student, c = workload.student, workload.compute
+    second_copy = c if c != 4 else 0
+    states = workload.tokens * (c * student.hidden + workload.teacher_dtype.itemsize * workload.teacher.hidden)
+    states += workload.tokens * student.hidden * (4 + second_copy)
+    weight_gradient = 0 if workload.lora else student.head * (4 + second_copy)
+    casts = student.head * c if workload.autocast(strategy) and workload.lora else 0
+    if workload.mixed_precision and workload.teacher_dtype.itemsize > 2:
+        casts += workload.teacher.head * 2
+    return states + weight_gradient + casts
 
 
-def workspace(job: Workload, left: int | None) -> int:
-    """Logits of a chunk, of both models, in fp32, and temporaries; the rows are those of `sweep.chunk_of_workspace`.
+def workspace_bytes(workload: Workload, free_bytes: int | None) -> int:
+    """Bytes of one chunk of the fused loss: fp32 logits of both models, and temporaries; see `auto_chunk_tokens`.
 
-    On a CPU 150 MiB, and temporaries of a block of rows that its cache holds; on a GPU an eighth of the memory that is
-    left, temporaries of the whole chunk included. At least 16 rows, at most T.
+    On a CPU the logits take 150 MiB, and the temporaries hold a block of rows that fits the CPU cache. On a GPU logits
+    and temporaries of the whole chunk take an eighth of the free memory. A chunk has at least 16 rows and at most T.
 
     Args:
-        job: the models and the batch.
-        left: bytes that the other parts leave on a GPU; None: unknown, the least is taken.
+        workload: the models and the batch.
+        free_bytes: bytes that the other parts leave on a GPU; None where it is unknown: the minimum is used.
     """
-    if job.device == "cpu":
-        row = 4 * (job.student.vocab + job.teacher.vocab)
-        rows = min(job.tokens, auto_chunk_tokens(_head(job.student), [_head(job.teacher)]))
+    if workload.device == "cpu":
+        row = 4 * (workload.student.vocab + workload.teacher.vocab)
+        rows = min(workload.tokens, auto_chunk_tokens(_head(workload.student), [_head(workload.teacher)]))
         return row * rows + MAX_TEMPORARIES * min(
-            CPU_CACHE_BYTES * torch.get_num_threads(), 4 * job.student.vocab * rows
+            CPU_CACHE_BYTES * torch.get_num_threads(), 4 * workload.student.vocab * rows
         )
-    row = 4 * (job.student.vocab + job.teacher.vocab + MAX_TEMPORARIES * job.student.vocab)
-    return row * min(job.tokens, max(16, max(left or 0, 0) // 8 // row))
+    row = 4 * (workload.student.vocab + workload.teacher.vocab + MAX_TEMPORARIES * workload.student.vocab)
+    return row * min(workload.tokens, max(16, max(free_bytes or 0, 0) // 8 // row))
 
 
-def _head(anatomy: ModelStats) -> LazyLogits:
-    weight = torch.empty(anatomy.vocab, anatomy.hidden, device="meta")
+def _head(stats: ModelStats) -> LazyLogits:
+    weight = torch.empty(stats.vocab, stats.hidden, device="meta")
     return LazyLogits(weight[:1], weight)

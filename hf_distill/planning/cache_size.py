@@ -1,4 +1,4 @@
-"""What a cache of a recipe's teacher would take, and when it pays."""
+"""Estimated size of a teacher cache for each kind of cache, and the share of a step's FLOP that a cache saves."""
 
 from dataclasses import dataclass
 from math import ceil, log2
@@ -6,21 +6,23 @@ from math import ceil, log2
 from .model_stats import ModelStats
 
 DRAWS, K = 12, 64
-_ROW = 28  # bytes of an example beside its payload: its key, its counts, its place
-# Measured on SmolLM2-135M-Instruct at T = 1 (benchmarks/results/cache.json), by which ids are scaled to other sizes.
-_DISTINCT = 6.6  # ids among 12 draws
-_KEPT = {"sampled": 0.92, "top_k": 0.61}  # bits an id takes of those that its number needs
-_BESIDE = {"sampled": 3.2, "top_k": 88.0}  # bytes a token for counts and log-probabilities
+_BYTES_PER_EXAMPLE = 28  # besides the payload: key, counts and offset
+# Measured on SmolLM2-135M-Instruct at T = 1 (benchmarks/results/cache.json). The bytes of ids are scaled to the
+# vocabulary size of other models.
+_DISTINCT_IDS = 6.6  # distinct ids among 12 draws
+_COMPRESSION = {"sampled": 0.92, "top_k": 0.61}  # compressed bits of an id / ceil(log2(vocabulary size))
+_VALUE_BYTES_PER_TOKEN = {"sampled": 3.2, "top_k": 88.0}  # counts and log-probabilities
 
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """A kind of cache.
+    """Estimated size of one kind of teacher cache.
 
-    kind:            as `hf-distill cache write --kind` says
-    bytes_per_token: expected
+    kind:            the value of `hf-distill cache write --kind`
+    bytes_per_token: expected bytes per token
+    supports:        which losses and temperatures it supports, and the measured cosine between its gradient and the
+                     exact one
     head:            bytes of the output head, which is stored once
-    tells:           what a run can have of it; the cosine of its gradient with the whole one, as measured there
     """
 
     kind: str
@@ -31,11 +33,11 @@ class CacheEstimate:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Caches for a recipe.
+    """Teacher caches for a recipe.
 
-    kinds:        what each takes
-    saved:        share of a step's operations that is the teacher's forward, which a cache saves
-    tokens:       of the run; None where the recipe counts epochs
+    kinds:  the estimate of each kind
+    saved:  share of a step's FLOP that the teacher's forward takes, which a cache saves
+    tokens: tokens of the run; None where the recipe counts epochs
     """
 
     kinds: list[CacheEstimate]
@@ -43,56 +45,59 @@ class CachePlan:
     tokens: int | None
 
 
-def caches_of(
+def estimate_caches(
     teacher: ModelStats, length: int, layers: int, forward: float, training: float, tokens: int | None, head: int
 ) -> CachePlan:
-    """Caches of a teacher.
+    """Estimate the caches of a teacher.
 
     Args:
         teacher: the teacher.
         length: tokens of a row.
-        layers: whose hidden states are stored beside the last.
-        forward: FLOP a token, of the teacher.
-        training: FLOP a token, of the student.
-        tokens: of the run.
-        head: bytes of the teacher's output head, as it is loaded.
+        layers: number of layers whose hidden states are stored in addition to the last.
+        forward: FLOP per token of the teacher's forward.
+        training: FLOP per token of the student's training.
+        tokens: tokens of the run; None where it is unknown.
+        head: bytes of the teacher's output head in the dtype in which it is loaded.
     """
     kinds = kinds_of(teacher.vocab, teacher.hidden, length, layers, head=head)
     return CachePlan(kinds, forward / (forward + training), tokens)
 
 
 def kinds_of(
-    vocab: int, hidden: int | None, length: float, layers: int = 0, distinct: float = _DISTINCT, head: int = 0
+    vocab: int, hidden: int | None, length: float, layers: int = 0, distinct: float = _DISTINCT_IDS, head: int = 0
 ) -> list[CacheEstimate]:
-    """What each kind of cache takes.
+    """Estimate each kind of cache.
 
     Args:
         vocab: V of the teacher.
-        hidden: H of it; None: its head is no plain layer, and its hidden states cannot be stored.
+        hidden: H of the teacher; None where its output head is no linear layer, so that hidden states cannot be
+            stored.
         length: tokens of a row.
-        layers: whose hidden states are stored beside the last.
-        distinct: ids among the draws of a token, expected.
+        layers: number of layers whose hidden states are stored in addition to the last.
+        distinct: expected number of distinct ids among the draws of a token.
         head: bytes of the output head.
     """
-    row, bits = _ROW / length, ceil(log2(vocab))
+    example, bits = _BYTES_PER_EXAMPLE / length, ceil(log2(vocab))
     sparse = {
-        name: count * bits * _KEPT[name] / 8 + _BESIDE[name] + row
+        name: count * bits * _COMPRESSION[name] / 8 + _VALUE_BYTES_PER_TOKEN[name] + example
         for name, count in (("sampled", distinct), ("top_k", min(K, vocab)))
     }
     kinds = [
         CacheEstimate(
             "sampled",
             sparse["sampled"],
-            f"forward KL without bias, by {DRAWS} draws, at one temperature; gradient's cosine 0.999 at T = 1; above, "
-            "larger and noisier (hf-distill inspect)",
+            f"an unbiased estimate of forward KL from {DRAWS} draws per token, at one temperature; cosine of its "
+            "gradient with the exact one: 0.999 at T = 1; a higher temperature makes the cache larger and the "
+            "gradient noisier (see `hf-distill inspect`)",
         ),
         CacheEstimate(
             "top_k",
             sparse["top_k"],
-            f"losses on the {K} likeliest ids and the rest's mass, at one temperature; cosine 0.997",
+            f"losses on the {K} most likely ids and the remaining mass, at one temperature; cosine of its gradient "
+            "with the exact one: 0.997",
         ),
     ]
     if hidden is None:
         return kinds
-    exact = "all losses on logits at every temperature, equal to the teacher's up to bf16"
-    return [CacheEstimate("hidden", 2 * hidden * (1 + layers) + row, exact, head), *kinds]
+    exact = "all losses on logits at every temperature; equal to the teacher up to bf16"
+    return [CacheEstimate("hidden", 2 * hidden * (1 + layers) + example, exact, head), *kinds]

@@ -1,4 +1,4 @@
-"""What a run computes, and how long that takes."""
+"""FLOP of a run and the time that they take."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,14 @@ from .workload import Workload
 
 @dataclass(frozen=True)
 class Model:
-    """A model's size and operations.
+    """Size and FLOP of a model.
 
-    forward:  FLOP a token, by formula
-    counted:  the same, by torch's FlopCounterMode; None where torch does not count all of it
-    training: FLOP a token of a forward and a backward; 0 for the teacher
+    name:       its id or path
+    parameters: number of all parameters
+    trained:    number of trained parameters; 0 for the teacher
+    forward:    FLOP per token of a forward, by formula
+    counted:    the same, counted by torch's FlopCounterMode; None where torch does not count every operation
+    training:   FLOP per token of a forward and a backward; 0 for the teacher
     """
 
     name: str
@@ -29,17 +32,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the recipe's own strategy computes and takes.
+    """FLOP and time of a run with the recipe's strategy.
 
-    tokens_per_step:   over all processes, accumulation included
-    tokens:            of the run; None where the recipe counts epochs, as the length of the data is unknown
-    flop_per_token:    teacher's forward and student's training
-    flop:              of the run, the control included; None as `tokens`
-    control:           FLOP of training the control, which is a part of `flop`; 0 without one
+    tokens_per_step:   tokens of an optimizer step over all processes, gradient accumulation included
+    tokens:            tokens of the run; None where the recipe counts epochs, because the length of the data is unknown
+    flop_per_token:    the teacher's forward and the student's training
+    flop:              FLOP of the run, its control included; None where `tokens` is None
     rule:              the same by the rule of thumb
-    tokens_per_second: at the share of the GPUs' peak that was given
-    gpu_hours:         of the run
-    share:             `flop` over pretraining the student
+    tokens_per_second: at the specified share of the GPUs' peak
+    gpu_hours:         GPU-hours of the run
+    share:             `flop` / FLOP of pretraining the student
+    control:           FLOP of training the control, which `flop` includes; 0 without a control
     """
 
     tokens_per_step: int
@@ -54,28 +57,28 @@ class Cost:
 
 
 def model_of(
-    name: str, config: PretrainedConfig, anatomy: ModelStats, length: int, job: Workload | None = None
+    name: str, config: PretrainedConfig, stats: ModelStats, length: int, workload: Workload | None = None
 ) -> Model:
-    """A model's operations; of the student, with the job that trains it."""
-    flops, counted = Flops.of(anatomy, length), counted_forward(config, length)
-    trained = 0 if job is None else anatomy.parameters if job.adapters is None else job.adapters
-    training = 0.0 if job is None else flops.training(job.adapters, job.checkpointing)
-    return Model(name, anatomy.parameters, trained, flops.forward, counted and counted / length, training)
+    """Compute the FLOP of a model; for the student pass the workload that trains it."""
+    flops, counted = Flops.of(stats, length), counted_forward(config, length)
+    trained = 0 if workload is None else stats.parameters if workload.adapters is None else workload.adapters
+    training = 0.0 if workload is None else flops.training(workload.adapters, workload.checkpointing)
+    return Model(name, stats.parameters, trained, flops.forward, counted and counted / length, training)
 
 
 def cost_of(
     recipe: Recipe, processes: int, teacher: Model, student: Model, speed: float, gpus: int, pretraining: float
 ) -> Cost:
-    """The cost of a recipe.
+    """Compute the cost of a recipe.
 
     Args:
-        recipe: its batches and steps count.
-        processes: how many train.
+        recipe: the recipe, for its batch size and its number of steps.
+        processes: number of training processes.
         teacher: the teacher.
         student: the student.
         speed: FLOP/s of a process.
-        gpus: how many are paid for.
-        pretraining: FLOP of the student's.
+        gpus: number of GPUs whose hours are counted.
+        pretraining: FLOP of pretraining the student.
     """
     train = recipe.train
     rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1) * processes

@@ -1,31 +1,34 @@
-"""Strategies side by side, each with its memory, and which to choose."""
+"""Estimate the memory of every placement strategy, and recommend one."""
 
 import logging
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from .memory import MemoryBreakdown, memory
+from .memory import MemoryBreakdown, estimate_memory
 from .strategy import Strategy, alternatives
 from .workload import Workload
 
 GiB = 2**30
-_MOST = 4096  # GPUs
+_MAX_GPUS = 4096
 
 
 @dataclass(frozen=True)
 class StrategyEstimate:
-    """A strategy on the GPUs asked for; memory in bytes.
+    """The memory of a strategy on a number of GPUs, in bytes.
 
-    own:           whether it is the recipe's
-    fits:          whether `total` is within what may be used
-    overrides:     what makes it the recipe's own: `hf-distill run RECIPE KEY=VALUE...`
-    min_gpus:      the least number of GPUs at which it fits; None: at none
-    deepspeed_gib: what DeepSpeed's estimator says of the student's weights, gradients and optimizer, in GiB; None
-                   for what it does not know, or without DeepSpeed
+    strategy:           the placement of teacher and student
+    is_recipe_strategy: whether the recipe uses this strategy
+    parts:              bytes of each part of the memory
+    total:              bytes on one GPU
+    fits:               whether `total` is at most the usable memory
+    overrides:          what changes the recipe to this strategy: `hf-distill run RECIPE KEY=VALUE...`
+    min_gpus:           the smallest number of GPUs on which it fits; None where it fits on no number of GPUs
+    deepspeed_gib:      DeepSpeed's estimate of the student's weights, gradients and optimizer states, in GiB; None
+                        where DeepSpeed has no estimate or is not installed
     """
 
     strategy: Strategy
-    own: bool
+    is_recipe_strategy: bool
     parts: MemoryBreakdown
     total: int
     fits: bool
@@ -34,64 +37,76 @@ class StrategyEstimate:
     deepspeed_gib: float | None
 
 
-def estimate_strategies(job: Workload, own: Strategy, gpus: int, usable: int) -> list[StrategyEstimate]:
-    """The recipe's own strategy and the alternatives, the preferred first.
+def estimate_strategies(
+    workload: Workload, recipe_strategy: Strategy, gpus: int, usable: int
+) -> list[StrategyEstimate]:
+    """Estimate the recipe's strategy and the alternatives; the preferred one comes first.
 
     Args:
-        job: the models and the batch.
-        own: the recipe's.
-        gpus: how many there are.
-        usable: bytes of each.
+        workload: the models and the batch.
+        recipe_strategy: the strategy of the recipe.
+        gpus: number of GPUs.
+        usable: bytes of each GPU that may be used.
     """
-    others = [strategy for strategy in alternatives(job.method, gpus, job.teacher_absent_because) if strategy != own]
+    others = [
+        strategy
+        for strategy in alternatives(workload.method, gpus, workload.teacher_absent_because)
+        if strategy != recipe_strategy
+    ]
     rows = []
-    for strategy in [own, *others]:
-        parts = memory(job, strategy, gpus, usable)
-        changes = [change for change in strategy.overrides if change not in own.overrides]
-        if job.checkpointing and own.student == "fsdp2" != strategy.student:
-            changes.append("train.activation_checkpointing=true")  # the recipe's may be a part of its fsdp_config
+    for strategy in [recipe_strategy, *others]:
+        parts = estimate_memory(workload, strategy, gpus, usable)
+        changes = [change for change in strategy.overrides if change not in recipe_strategy.overrides]
+        if workload.checkpointing and recipe_strategy.student == "fsdp2" != strategy.student:
+            changes.append("train.activation_checkpointing=true")  # the recipe may set it in its fsdp_config
         rows.append(
             StrategyEstimate(
                 strategy=strategy,
-                own=strategy == own,
+                is_recipe_strategy=strategy == recipe_strategy,
                 parts=parts,
                 total=parts.total,
                 fits=parts.total <= usable,
                 overrides=changes,
-                min_gpus=min_gpus(job, strategy, usable),
-                deepspeed_gib=deepspeed_estimate(job, strategy, gpus),
+                min_gpus=min_gpus(workload, strategy, usable),
+                deepspeed_gib=deepspeed_estimate(workload, strategy, gpus),
             )
         )
-    return sorted(rows, key=lambda row: row.strategy.order)
+    return sorted(rows, key=lambda row: row.strategy.preference)
 
 
-def min_gpus(job: Workload, strategy: Strategy, usable: int) -> int | None:
-    """The least number of GPUs at which a strategy fits; None if it fits at none."""
-    fewest = 2 if strategy.sharded and not strategy.offloads else 1
-    counts = range(fewest, (_MOST if strategy.splits else fewest) + 1)
-    i = bisect_left(counts, True, key=lambda n: memory(job, strategy.for_gpus(n), n, usable).total <= usable)
+def min_gpus(workload: Workload, strategy: Strategy, usable: int) -> int | None:
+    """Return the smallest number of GPUs on which a strategy fits; None where it fits on no number of GPUs."""
+    fewest = 2 if strategy.is_sharded and not strategy.has_offload else 1
+    counts = range(fewest, (_MAX_GPUS if strategy.shards_with_gpus else fewest) + 1)
+    i = bisect_left(
+        counts, True, key=lambda n: estimate_memory(workload, strategy.for_gpus(n), n, usable).total <= usable
+    )
     return counts[i] if i < len(counts) else None
 
 
-def fewest_gpus(job: Workload, usable: int) -> tuple[int, Strategy] | None:
-    """The least number of GPUs that would do, and how; None where no number of them would."""
-    strategies = sorted(alternatives(job.method, 2, job.teacher_absent_because), key=lambda strategy: strategy.order)
-    found = [(least, strategy) for strategy in strategies if (least := min_gpus(job, strategy, usable))]
-    return min(found, key=lambda pair: pair[0], default=None)
+def fewest_gpus(workload: Workload, usable: int) -> tuple[int, Strategy] | None:
+    """Return the smallest number of GPUs on which any strategy fits, and that strategy; None where none fits."""
+    strategies = sorted(
+        alternatives(workload.method, 2, workload.teacher_absent_because), key=lambda strategy: strategy.preference
+    )
+    fitting = [(least, strategy) for strategy in strategies if (least := min_gpus(workload, strategy, usable))]
+    return min(fitting, key=lambda pair: pair[0], default=None)
 
 
-def deepspeed_estimate(job: Workload, strategy: Strategy, gpus: int) -> float | None:
-    """GiB of a GPU for the student's weights, gradients and optimizer, as DeepSpeed's own estimators say.
+def deepspeed_estimate(workload: Workload, strategy: Strategy, gpus: int) -> float | None:
+    """Return DeepSpeed's own estimate of the student's weights, gradients and optimizer states on a GPU, in GiB.
 
-    They count 18 bytes a parameter (20 under ZeRO-2), where `memory` counts 16: they hold gradients in fp32 beside
-    those in bf16 (ZeRO-2: of a whole process's share), which a step makes and lets go. Of what is gathered they count
-    the largest layer in fp32. They know no adapters, activations or reduce buckets. None without DeepSpeed, and for
-    other strategies.
+    DeepSpeed counts 18 bytes per parameter (20 under ZeRO-2), where `estimate_memory` counts 16: it adds fp32 gradients
+    to the bf16 ones (under ZeRO-2 unsharded), which a step frees again. Of the gathered weights it counts the largest
+    layer in fp32. It counts no adapters, activations or reduce buckets.
+
+    Returns:
+        GiB; None without DeepSpeed and for other strategies.
     """
-    if strategy.student not in ("zero2", "zero3") or job.lora:
+    if strategy.student not in ("zero2", "zero3") or workload.lora:
         return None
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # importing DeepSpeed writes to stdout which accelerator it found
+    logging.disable(logging.WARNING)  # on import DeepSpeed logs to stdout which accelerator it selected
     try:
         from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
@@ -99,7 +114,7 @@ def deepspeed_estimate(job: Workload, strategy: Strategy, gpus: int) -> float | 
         return None
     finally:
         logging.disable(disabled)
-    student, offload = job.student, strategy.offload_optimizer
+    student, offload = workload.student, strategy.offload_optimizer
     if strategy.student == "zero2":
         return zero2(student.parameters, gpus, cpu_offload=offload)[1] / GiB
     layer = max(student.block, student.head)
@@ -113,38 +128,43 @@ def advice(
     gpus: int,
     least: tuple[int, Strategy] | None,
 ) -> str:
-    """What to do, in words.
+    """Recommend a strategy in one or two sentences.
 
     Args:
-        rows: the strategies.
-        cheapest: the row with the fewest GPUs.
-        best: the row preferred on all of them.
-        gpus: how many there are.
-        least: what `fewest_gpus` found.
+        rows: the estimates of all strategies.
+        cheapest: the estimate with the fewest GPUs.
+        best: the preferred estimate on all GPUs.
+        gpus: number of GPUs.
+        least: the result of `fewest_gpus`.
     """
-    own = next(row for row in rows if row.own)
-    said = f"The recipe's own, {own.strategy.name}, {'fits' if own.fits else 'does not fit'} {_count(gpus)}"
-    if not own.fits and own.min_gpus:
-        said += f" (it takes {own.min_gpus})"
+    recipe_row = next(row for row in rows if row.is_recipe_strategy)
+    text = f"The recipe's strategy, {recipe_row.strategy.name}, "
+    text += f"{'fits' if recipe_row.fits else 'does not fit'} on {_count(gpus)}"
+    if not recipe_row.fits and recipe_row.min_gpus:
+        text += f"; it needs {recipe_row.min_gpus}"
     if cheapest is None and least:
-        return f"{said}. Nothing here does: {least[1].name} takes the fewest, {_count(least[0])} of this size."
+        return (
+            f"{text}. No strategy fits on {_count(gpus)} of this size: {least[1].name} needs the fewest, "
+            f"{_count(least[0])}."
+        )
     if cheapest is None:
         return (
-            f"{said}, nor does anything here fit any number of them: lower train.per_device_train_batch_size or "
+            f"{text}. No strategy fits on any number of GPUs of this size: lower train.per_device_train_batch_size or "
             "data.max_length, set train.activation_checkpointing=true, train adapters (student.lora), or offload "
             "(train.deepspeed=zero3-student-offload.json)."
         )
     if cheapest.min_gpus == gpus:
-        said += "." if cheapest.own else f". What does: {cheapest.strategy.name}."
-    elif cheapest.own:
-        said += f"; {cheapest.min_gpus} would do, in as many GPU-hours for as many tokens."
+        text += "." if cheapest.is_recipe_strategy else f". The strategy {cheapest.strategy.name} fits."
+    elif cheapest.is_recipe_strategy:
+        text += f". It also fits on {_count(cheapest.min_gpus or 0)}, with the same number of GPU-hours per token."
     else:
-        said += (
-            f". Fewest GPUs: {cheapest.strategy.name} on {cheapest.min_gpus}, in as many GPU-hours for as many tokens."
+        text += (
+            f". The strategy that needs the fewest GPUs is {cheapest.strategy.name}: it fits on "
+            f"{_count(cheapest.min_gpus or 0)}, with the same number of GPU-hours per token."
         )
-    if best is not None and best is not cheapest and not best.own:
-        said += f" Preferred on all {gpus}: {best.strategy.name}."
-    return said
+    if best is not None and best is not cheapest and not best.is_recipe_strategy:
+        text += f" The preferred strategy on {_count(gpus)} is {best.strategy.name}."
+    return text
 
 
 def _count(gpus: int) -> str:

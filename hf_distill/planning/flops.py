@@ -1,4 +1,4 @@
-"""Floating-point operations: by formula, as torch counts them, and by the rule of thumb."""
+"""Floating-point operations (FLOP): by formula, as torch counts them, and by the rule of thumb (2 N and 6 N)."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from .model_stats import ModelStats, meta_model
 
 @dataclass(frozen=True)
 class FlopEstimate:
-    """The rule of thumb, in FLOP: 2 N a token forward, 6 N a token of training (2001.08361).
+    """FLOP by the rule of thumb: 2 N per token for a forward, 6 N per token for training (2001.08361).
 
-    teacher: forward of the teacher over the tokens
-    student: training of the student on them
+    teacher: FLOP of the teacher's forward over the tokens
+    student: FLOP of training the student on them
     """
 
     teacher: float
@@ -22,29 +22,29 @@ class FlopEstimate:
 
     @property
     def total(self) -> float:
-        """Of the distillation."""
+        """FLOP of the distillation."""
         return self.teacher + self.student
 
 
 def rule_of_thumb(teacher_parameters: float, student_parameters: float, tokens: float) -> FlopEstimate:
-    """2 * N_teacher * tokens + 6 * N_student * tokens.
+    """Estimate the FLOP of a distillation: 2 * N_teacher * tokens + 6 * N_student * tokens.
 
-    70e9 into 8e9 on 20e9 tokens: 3.76e21 FLOP, 3.9 % of training the 8e9 on 2e12 tokens.
+    70e9 into 8e9 parameters on 20e9 tokens: 3.76e21 FLOP, 3.9 % of training the 8e9 on 2e12 tokens.
     """
     return FlopEstimate(2 * teacher_parameters * tokens, six_nd(student_parameters, tokens))
 
 
 def six_nd(parameters: float, tokens: float) -> float:
-    """6 * N * tokens, in FLOP."""
+    """Estimate the FLOP of training a model: 6 * N * tokens."""
     return 6 * parameters * tokens
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations for one token of a sequence of a given length, in FLOP.
+    """FLOP per token of a sequence of a certain length.
 
     blocks:    2 * weights of the linear layers that the token passes
-    attention: 4 * length * heads * head_dim * L: both products, for the whole square, as torch counts it
+    attention: 4 * length * heads * head_dim * L: both products over the full square, as torch counts them
     head:      2 * V * H
     """
 
@@ -53,44 +53,46 @@ class Flops:
     head: float
 
     @classmethod
-    def of(cls, anatomy: ModelStats, length: int) -> "Flops":
-        """By formula; of experts only those that the token passes."""
-        weights = anatomy.linear_weights + anatomy.active * anatomy.experts
-        attention = 4 * length * anatomy.heads * anatomy.head_dim * anatomy.depth
-        return cls(2 * weights, attention, 2 * anatomy.head)
+    def of(cls, stats: ModelStats, length: int) -> "Flops":
+        """Compute the FLOP by formula; of a mixture of experts only the experts that a token passes count."""
+        weights = stats.linear_weights + stats.active * stats.experts
+        attention = 4 * length * stats.heads * stats.head_dim * stats.depth
+        return cls(2 * weights, attention, 2 * stats.head)
 
     @property
     def forward(self) -> float:
-        """A forward."""
+        """FLOP per token of a forward."""
         return self.blocks + self.attention + self.head
 
     def training(self, adapters: int | None, checkpointing: bool) -> float:
-        """A forward and a backward.
+        """FLOP per token of a forward and a backward.
 
-        All weights: 3 forwards. Adapters: 2 for weights that only pass the gradient on, 3 for attention and for
-        themselves. Activation checkpointing: the blocks' forward once more (1604.06174); torch leaves the last product
-        of each block out of it, which is not counted.
+        Training all weights takes 3 forwards. With adapters, frozen weights take 2, because they only pass the
+        gradient on; attention and the adapters take 3. Activation checkpointing adds one more forward of the blocks
+        (1604.06174). Torch skips the last product of each block in this recomputation; the formula does not.
 
         Args:
-            adapters: how many parameters adapters have; None: all weights are trained.
-            checkpointing: whether blocks are computed again in the backward.
+            adapters: number of parameters of the adapters; None: all weights are trained.
+            checkpointing: whether the backward recomputes the blocks.
         """
-        own = 0 if adapters is None else 2 * adapters
+        adapter_forward = 0 if adapters is None else 2 * adapters
         passes = 3 if adapters is None else 2
-        again = self.blocks + self.attention + own if checkpointing else 0
-        return passes * (self.blocks + self.head) + 3 * (self.attention + own) + again
+        recomputed = self.blocks + self.attention + adapter_forward if checkpointing else 0
+        return passes * (self.blocks + self.head) + 3 * (self.attention + adapter_forward) + recomputed
 
 
 def counted_forward(config: PretrainedConfig, length: int) -> int | None:
-    """FLOP of a forward over one sequence, as torch's FlopCounterMode counts them on the meta device.
+    """Count the FLOP of a forward over one sequence with torch's FlopCounterMode on the meta device.
 
-    None for a model whose experts are kept as one tensor: torch does not count their product.
+    Returns:
+        FLOP; None for a model whose experts are stored as one tensor, because torch does not count their product.
     """
     model = meta_model(config).eval()
     if any(p.ndim == 3 for p in model.parameters()):
         return None
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    mask = torch.ones(1, 1, length, length, dtype=model.dtype, device="meta")  # given, as making one looks at values
+    # The mask is passed in because making one reads values, which tensors on the meta device do not have.
+    mask = torch.ones(1, 1, length, length, dtype=model.dtype, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return counter.get_total_flops()

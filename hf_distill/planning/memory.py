@@ -1,34 +1,33 @@
-"""Memory of one GPU, part by part, in bytes, by formulas of two anatomies and a batch."""
+"""Memory of one GPU, part by part, in bytes: formulas of the shapes of two models and a batch."""
 
 from dataclasses import dataclass, fields
 from math import ceil, prod
 
-from .activations import activations, head_gradients, workspace
+from .activations import activation_bytes, head_gradient_bytes, workspace_bytes
 from .model_stats import ModelStats
 from .strategy import SHARDED, Strategy
 from .workload import Workload
 
-_LIVE = 10**9  # stage3_max_live_parameters, DeepSpeed's default
-_BUCKET = 5 * 10**8  # reduce_bucket_size, DeepSpeed's default, in values
+_MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
+_BUCKET_VALUES = 5 * 10**8  # DeepSpeed's default of reduce_bucket_size
 _BUCKETS = {"zero1": 1, "zero2": 2}  # two where communication overlaps, as in the packaged JSON files
 _ALL = ("student", "gradients", "optimizer")
-_SPLIT = {"zero1": _ALL[2:], "zero2": _ALL[1:], "zero3": _ALL, "fsdp2": _ALL}
+_SHARDED_PARTS = {"zero1": _ALL[2:], "zero2": _ALL[1:], "zero3": _ALL, "fsdp2": _ALL}
 
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """Bytes on one GPU, and in host memory.
+    """Bytes on one GPU, and bytes in host memory.
 
-    teacher:     its weights, or its share of them
-    student:     its weights and adapters, or its share
-    gradients:   of what is trained
-    optimizer:   AdamW's two moments; under DeepSpeed the fp32 weights too
-    activations: what the student's blocks keep for the backward, or the teacher's working set if that is larger; an
-                 estimate
-    head:        the fused head: a chunk of logits, and the gradients that it takes in the forward
-    features:    captured of both models
-    gathered:    weights and gradients that are there twice for a while
-    host:        offloaded, of one process
+    teacher:     the teacher's weights, or this GPU's shard of them
+    student:     the student's weights and adapters, or this GPU's shard of them
+    gradients:   gradients of the trained parameters
+    optimizer:   AdamW's two moments; under DeepSpeed also the fp32 weights
+    activations: estimated activations that the student saves for backward, or the teacher's working set if it is larger
+    head:        the fused loss: a chunk of logits, and the gradients that it computes in the forward
+    features:    captured features of both models
+    gathered:    temporary copies of weights and gradients: gathered shards, buckets, casts
+    host:        offloaded bytes of one process
     """
 
     teacher: int
@@ -43,112 +42,117 @@ class MemoryBreakdown:
 
     @property
     def total(self) -> int:
-        """On the GPU."""
+        """Bytes on the GPU."""
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
 
 
-def memory(job: Workload, strategy: Strategy, gpus: int, usable: int | None = None) -> MemoryBreakdown:
-    """The parts of one GPU's memory.
+def estimate_memory(workload: Workload, strategy: Strategy, gpus: int, usable: int | None = None) -> MemoryBreakdown:
+    """Compute the parts of one GPU's memory.
 
     Args:
-        job: the models and the batch.
-        strategy: how they are held.
-        gpus: how many there are.
-        usable: bytes that may be used; the head takes an eighth of what the rest leaves. None: its least.
+        workload: the models and the batch.
+        strategy: the placement of the models.
+        gpus: number of GPUs.
+        usable: bytes that may be used; the fused loss takes an eighth of what the other parts leave. None: the fused
+            loss takes its minimum.
     """
-    world, each, trained = strategy.processes(gpus), job.trained(strategy), job.trained_parameters
-    size = job.teacher_dtype.itemsize
-    teacher = {"own": 0, "cache": job.teacher.head * size}.get(
-        strategy.teacher
-    )  # a cache of hidden states has the head
-    teacher = weights(job.teacher, size, strategy.teacher) if teacher is None else teacher
-    student = weights(job.student, job.stored(strategy), job.quantization or "whole") + (job.adapters or 0) * each
-    held = {
+    world, trained_itemsize = strategy.processes(gpus), workload.trained(strategy)
+    trained, itemsize = workload.trained_parameters, workload.teacher_dtype.itemsize
+    without_model = {"self": 0, "cache": workload.teacher.head * itemsize}  # a cache of hidden states has the head
+    teacher = without_model.get(strategy.teacher)
+    teacher = weight_bytes(workload.teacher, itemsize, strategy.teacher) if teacher is None else teacher
+    student = weight_bytes(workload.student, workload.stored(strategy), workload.quantization or "full")
+    sizes = {
         "teacher": ceil(teacher / gpus) if strategy.teacher in (*SHARDED, "device_map") else teacher,
-        "student": student,
-        "gradients": trained * each,
-        "optimizer": trained * (12 if strategy.deepspeed else 2 * each),
+        "student": student + (workload.adapters or 0) * trained_itemsize,
+        "gradients": trained * trained_itemsize,
+        "optimizer": trained * (12 if strategy.uses_deepspeed else 2 * trained_itemsize),
     }
-    for part in _SPLIT.get(strategy.student, ()):
-        held[part] = ceil(held[part] / world)
+    for part in _SHARDED_PARTS.get(strategy.student, ()):
+        sizes[part] = ceil(sizes[part] / world)
     offloaded = {
         "teacher": strategy.offload_teacher,
         "student": strategy.offload_student,
         "gradients": strategy.offload_optimizer,
         "optimizer": strategy.offload_optimizer,
     }
-    rest = {
-        **{part: 0 if offloaded[part] else size for part, size in held.items()},
-        "activations": activations(job, strategy),
-        "features": job.captured * job.tokens * job.compute,
-        "gathered": gathered(job, strategy, world),
+    on_gpu = {
+        **{part: 0 if offloaded[part] else size for part, size in sizes.items()},
+        "activations": activation_bytes(workload, strategy),
+        "features": workload.captured * workload.tokens * workload.compute,
+        "gathered": gathered_bytes(workload, strategy, world),
     }
-    fixed = head_gradients(job, strategy)
-    left = None if usable is None else usable - fixed - sum(rest.values())
-    host = sum(size for part, size in held.items() if offloaded[part])
-    return MemoryBreakdown(head=fixed + workspace(job, left), host=host, **rest)
+    fixed = head_gradient_bytes(workload, strategy)
+    free_bytes = None if usable is None else usable - fixed - sum(on_gpu.values())
+    host = sum(size for part, size in sizes.items() if offloaded[part])
+    return MemoryBreakdown(head=fixed + workspace_bytes(workload, free_bytes), host=host, **on_gpu)
 
 
-def weights(anatomy: ModelStats, itemsize: int, kind: str) -> int:
-    """Bytes of a model's weights: parameters * itemsize, and in bitsandbytes' formats what these quantise.
+def weight_bytes(stats: ModelStats, itemsize: int, kind: str) -> int:
+    """Compute the bytes of a model's weights: parameters * itemsize; less where bitsandbytes quantizes linear layers.
 
-    nf4 (2305.14314): of a linear layer, half a byte a weight, a byte for 64 of them, and four bytes for 256 of those;
-    int8 (2208.07339): one byte a weight, four bytes an output. Embeddings, head, norms, biases and experts that are
-    kept as one tensor stay in the dtype.
+    nf4 (2305.14314): a linear layer takes half a byte per weight, one byte per 64 weights, and four bytes per 256 of
+    those; int8 (2208.07339): one byte per weight and four bytes per output. Embeddings, output head, norms, biases and
+    experts that are stored as one tensor keep their dtype.
+
+    Args:
+        stats: the model.
+        itemsize: bytes of a number of its dtype.
+        kind: "nf4" or "int8"; anything else: not quantized.
     """
     if kind not in ("nf4", "int8"):
-        return anatomy.parameters * itemsize
-    shapes = anatomy.linear.values()
+        return stats.parameters * itemsize
+    shapes = stats.linear.values()
     if kind == "int8":
-        held = sum(prod(shape) + 4 * shape[1] for shape in shapes)
+        quantized = sum(prod(shape) + 4 * shape[1] for shape in shapes)
     else:
-        held = sum(_nf4(prod(shape)) for shape in shapes)
-    return (anatomy.parameters - anatomy.linear_weights) * itemsize + held
+        quantized = sum(_nf4_bytes(prod(shape)) for shape in shapes)
+    return (stats.parameters - stats.linear_weights) * itemsize + quantized
 
 
-def _nf4(count: int) -> int:
+def _nf4_bytes(count: int) -> int:
     scales = ceil(count / 64)
     return ceil(count / 2) + scales + 4 * ceil(scales / 256)
 
 
-def gathered(job: Workload, strategy: Strategy, world: int) -> int:
-    """Weights and gradients that are there twice for a while.
+def gathered_bytes(workload: Workload, strategy: Strategy, world: int) -> int:
+    """Compute the bytes of temporary copies of weights and gradients.
 
-    zero3:      the largest block, and the head, or DeepSpeed's 1e9 live parameters if more; the gradient of a block
-    fsdp2:      two blocks, as the next is fetched early, and what is in no block; the gradient of a block
+    zero3:      the largest block and the output head, or DeepSpeed's 1e9 live parameters if more; a block's gradient
+    fsdp2:      two blocks, because the next one is prefetched, and the parameters outside blocks; a block's gradient
     zero1, 2:   DeepSpeed's reduce bucket
-    ddp:        its buckets, the gradients once more
-    autocast:   copies of the trained linear layers in c, kept until the forward ends
-    nf4:        the largest linear layer in the dtype, while it runs
+    ddp:        DDP's buckets, a second copy of the gradients
+    autocast:   casts of the trained linear layers to c, which are cached until the forward ends
+    nf4:        the largest linear layer, dequantized while it runs
     """
-    student, teacher, c = job.student, job.teacher, job.compute
-    total = _gathered_shares(job, strategy)
-    total += _BUCKETS.get(strategy.student, 0) * min(_BUCKET, job.trained_parameters) * c
+    student, teacher, c = workload.student, workload.teacher, workload.compute
+    total = _gathered_shards(workload, strategy)
+    total += _BUCKETS.get(strategy.student, 0) * min(_BUCKET_VALUES, workload.trained_parameters) * c
     if strategy.student == "ddp" and world > 1:
-        total += job.trained_parameters * job.trained(strategy)
-    if job.autocast(strategy) and not job.lora:
+        total += workload.trained_parameters * workload.trained(strategy)
+    if workload.autocast(strategy) and not workload.lora:
         total += c * (student.linear_weights + student.experts)
-    in_4_bits = [teacher] * (strategy.teacher == "nf4") + [student] * (job.quantization == "nf4")
-    return total + 2 * max((prod(shape) for anatomy in in_4_bits for shape in anatomy.linear.values()), default=0)
+    in_4_bits = [teacher] * (strategy.teacher == "nf4") + [student] * (workload.quantization == "nf4")
+    return total + 2 * max((prod(shape) for stats in in_4_bits for shape in stats.linear.values()), default=0)
 
 
-def _gathered_shares(job: Workload, strategy: Strategy) -> int:
-    """Blocks of the model that runs, teacher or student; what is in no block of both."""
+def _gathered_shards(workload: Workload, strategy: Strategy) -> int:
+    """Compute the bytes of gathered shards: blocks of the running model, and parameters outside blocks of both."""
     blocks = outside = 0
-    for anatomy, kind, size, gradient in (
-        (job.teacher, strategy.teacher, job.teacher_dtype.itemsize, 0),
-        (job.student, strategy.student, job.compute, 0 if job.lora else job.student.block),
+    for stats, kind, itemsize, gradient in (
+        (workload.teacher, strategy.teacher, workload.teacher_dtype.itemsize, 0),
+        (workload.student, strategy.student, workload.compute, 0 if workload.lora else workload.student.block),
     ):
         if kind in SHARDED:
-            live, rest = _at_a_time(anatomy, kind)
-            blocks = max(blocks, size * (live + gradient))
-            outside += size * rest
+            block_parameters, outside_parameters = _gathered_at_once(stats, kind)
+            blocks = max(blocks, itemsize * (block_parameters + gradient))
+            outside += itemsize * outside_parameters
     return blocks + outside
 
 
-def _at_a_time(anatomy: ModelStats, kind: str) -> tuple[int, int]:
-    """(parameters of blocks, parameters of what is in none) that are gathered at a time."""
+def _gathered_at_once(stats: ModelStats, kind: str) -> tuple[int, int]:
+    """Return (parameters of blocks, parameters outside blocks) that are gathered at the same time."""
     if kind == "fsdp2":
-        return min(2 * anatomy.block, anatomy.parameters - anatomy.outside), anatomy.outside
-    live = min(_LIVE, anatomy.parameters) - anatomy.head
-    return max(anatomy.block, live), anatomy.head
+        return min(2 * stats.block, stats.parameters - stats.outside), stats.outside
+    live = min(_MAX_LIVE_PARAMETERS, stats.parameters) - stats.head
+    return max(stats.block, live), stats.head

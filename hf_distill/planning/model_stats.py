@@ -1,4 +1,4 @@
-"""What memory and compute depend on in a model, counted on the meta device: no weights are loaded or made."""
+"""Shapes and sizes of a model, counted on the meta device: no weights are loaded or allocated."""
 
 import re
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ from ..models.blocks import find_blocks
 
 @dataclass(frozen=True)
 class ModelStats:
-    """The parts of a model, in parameters unless it says otherwise.
+    """Sizes of a causal language model; counts are in parameters unless another unit is named.
 
-    parameters:   all of them, tied ones once
-    depth:        blocks, L
-    block:        of the largest block
-    outside:      of what is in no block: embeddings, head, last norm
-    head:         of the output head, V * H, whether it is tied or not
-    tied:         whether the head's weight is the embeddings'
-    linear:       name -> (in, out) of every linear layer but the head
-    experts:      of experts that are kept as one tensor, all of them
-    active:       the share of the experts that a token passes
+    parameters:   all parameters; tied ones count once
+    depth:        number of blocks, L
+    block:        parameters of the largest block
+    outside:      parameters outside blocks: embeddings, output head, last norm
+    head:         parameters of the output head, V * H, whether it is tied or not
+    tied:         whether the output head shares the embeddings' weight
+    linear:       name -> (in, out) of every linear layer except the output head
+    experts:      parameters of all experts that are stored as one tensor
+    active:       share of the experts that a token passes
     hidden:       H
     vocab:        V
     intermediate: width of the feed-forward layers that a token passes
-    heads:        of queries
-    kv_heads:     of keys and values
-    head_dim:     width of one of them
-    norms:        norms of width H in a block
-    head_norms:   whether queries and keys have norms of their own
-    eager:        whether attention makes maps [heads, S, S]
-    softcap:      whether attention logits pass a tanh
-    dtype:        of the checkpoint
+    heads:        number of query heads
+    kv_heads:     number of key and value heads
+    head_dim:     width of an attention head
+    norms:        number of norms of width H in a block
+    head_norms:   whether queries and keys are normalized
+    eager:        whether attention materializes its maps [heads, S, S]
+    softcap:      whether attention logits are soft-capped
+    dtype:        dtype of the checkpoint
     """
 
     parameters: int
@@ -67,11 +67,11 @@ class ModelStats:
         """Count the causal language model that a config describes.
 
         Args:
-            config: of the model.
-            attention: its implementation; None: the default of transformers.
+            config: the config of the model.
+            attention: its attention implementation; None: the default of transformers.
 
         Raises:
-            DistillError: its blocks cannot be found.
+            DistillError: the blocks of the model cannot be found.
         """
         model, text = meta_model(config), config.get_text_config()
         blocks = find_blocks(model)[1]
@@ -107,34 +107,34 @@ class ModelStats:
 
     @cached_property
     def linear_weights(self) -> int:
-        """Weights of the linear layers but the head, without biases."""
+        """Weights of the linear layers except the output head, without biases."""
         return sum(map(prod, self.linear.values()))
 
     def adapters(self, rank: int, targets: str | Sequence[str]) -> int:
-        """Parameters that LoRA trains: rank * (in + out) for each layer that peft would adapt (2106.09685)."""
-        names = self.linear if targets == "all-linear" else [n for n in self.linear if _targeted(n, targets)]
+        """Count the parameters that LoRA trains: rank * (in + out) for each layer that peft adapts (2106.09685)."""
+        names = self.linear if targets == "all-linear" else [n for n in self.linear if _is_adapted(n, targets)]
         return sum(rank * sum(self.linear[name]) for name in names)
 
 
 def meta_model(config: PretrainedConfig) -> Any:
-    """The causal language model of a config, with shapes and no values."""
+    """Build the causal language model of a config on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of every linear layer but the output head."""
-    head, found = model.get_output_embeddings(), {}
+    """Return name -> (in, out) of every linear layer except the output head."""
+    head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
-            found[name] = (module.in_features, module.out_features)
+            layers[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            found[name] = (module.nx, module.nf)
-    return found
+            layers[name] = (module.nx, module.nf)
+    return layers
 
 
-def _targeted(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether peft adapts a layer: a pattern for the whole name, or names of which one ends it."""
+def _is_adapted(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether peft adapts a layer: `targets` is a pattern for the full name, or a list of names that may end it."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)

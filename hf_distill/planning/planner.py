@@ -1,4 +1,4 @@
-"""What a recipe needs before it is paid for: memory, operations, hours, and the cheapest strategy that fits."""
+"""Plan a recipe: its memory, FLOP and hours, and the strategy that needs the fewest GPUs."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from ..losses import get_loss
 from ..models.pruning import prune_config
 from ..recipe.models import FromTeacher
 from ..recipe.schema import Recipe
-from .cache_size import CachePlan, caches_of
+from .cache_size import CachePlan, estimate_caches
 from .cost import Cost, Model, cost_of, model_of
 from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewest_gpus
 from .flops import six_nd
@@ -18,31 +18,37 @@ from .shapes import model_config
 from .strategy import Strategy
 from .workload import Workload, make_workload
 
-CONTEXT = GiB  # the CUDA context and libraries' workspaces
-FRAGMENTATION = 0.05
+CUDA_CONTEXT_BYTES = GiB  # the CUDA context and the workspaces of its libraries
+FRAGMENTATION_SHARE = 0.05
 
 _UNCOUNTED = {
-    "online": "the peer's gradients, optimizer and activations, which are those of a student of its size",
-    "mutual": "the peer's gradients, optimizer and activations, which are those of a student of its size",
-    "ema": "the average, 4 bytes for each trained parameter",
-    "snapshot": "the snapshot, 4 bytes for each trained parameter",
-    "mtp": "the heads, each of which is a block, a projection of twice the width, and a sweep of the output head",
+    "online": "the peer's gradients, optimizer states and activations, which equal those of a student of its size",
+    "mutual": "the peer's gradients, optimizer states and activations, which equal those of a student of its size",
+    "ema": "the averaged weights, 4 bytes per trained parameter",
+    "snapshot": "the snapshot, 4 bytes per trained parameter",
+    "mtp": "the MTP heads, each with a block, a projection of twice the width, and another pass of the output head",
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """The result of `plan`.
 
-    length:      tokens a sequence
-    gpu_memory:  bytes of a GPU
-    usable:      of these, without the CUDA context (1 GiB) and fragmentation (5 %)
-    rows:        strategies, the preferred first
-    pretraining: FLOP of training the student on so many tokens by the rule of thumb
-    cheapest:    the row with the fewest GPUs, at most those given, and of these the one with the least communication
-    best:        the row preferred on all GPUs given
-    caches:      what a cache of the teacher would take; None of a teacher that moves
-    advice:      in words
+    teacher, student:   size and FLOP of the models
+    length:             tokens of a sequence
+    gpus:               number of GPUs
+    gpu_memory:         bytes of a GPU
+    usable:             of these, without the CUDA context (1 GiB) and fragmentation (5 %)
+    rows:               the estimate of each strategy, the preferred one first
+    cost:               FLOP and time of the run with the recipe's strategy
+    mfu:                share of the peak that training reaches
+    peak_tflops:        peak of a GPU, in TFLOP/s
+    pretraining_tokens: number of tokens of the pretraining that the run is compared with
+    pretraining:        FLOP of that pretraining by the rule of thumb
+    cheapest:           the estimate that needs the fewest GPUs, at most `gpus`; of several the preferred one
+    best:               the preferred estimate on all GPUs
+    caches:             estimates of a teacher cache; None for a teacher that changes during training
+    advice:             which strategy to choose
     """
 
     teacher: Model
@@ -71,42 +77,46 @@ def plan(
     peak_tflops: float = 989.0,
     pretraining_tokens: float = 2e12,
 ) -> Plan:
-    """What a recipe needs, from the configs of its models; no weights are read.
+    """Plan a recipe from the configs of its models; no weights are read.
 
     Args:
-        recipe: see `load_recipe`.
-        gpus: how many there are.
-        gpu_memory: of each, in GiB.
-        mfu: share of the peak that training reaches, recomputation counted.
-        peak_tflops: of one GPU, in TFLOP/s; 989: H100, bf16, dense.
-        pretraining_tokens: on which the student might have been trained instead.
+        recipe: the recipe, see `load_recipe`.
+        gpus: number of GPUs.
+        gpu_memory: memory of each GPU, in GiB.
+        mfu: share of the peak that training reaches (model FLOP utilization, recomputation counted).
+        peak_tflops: peak of a GPU, in TFLOP/s; 989 is an H100 in bf16, dense.
+        pretraining_tokens: number of tokens of a pretraining of the student to compare with.
 
     Raises:
-        DistillError: a model that nobody knows, a number out of range, a sharded strategy on one GPU; all at once.
+        DistillError: the config of a model is not found, a number is out of range, or a model is sharded on one GPU;
+            the error lists all problems.
     """
     numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
-    own, student_config, teacher_config = _checked(recipe, numbers | {"pretraining_tokens": pretraining_tokens})
-    job = make_workload(recipe, student_config, teacher_config)
+    numbers |= {"pretraining_tokens": pretraining_tokens}
+    recipe_strategy, student_config, teacher_config = _check_inputs(recipe, numbers)
+    workload = make_workload(recipe, student_config, teacher_config)
     memory_bytes = int(gpu_memory * GiB)
-    usable = int(memory_bytes * (1 - FRAGMENTATION)) - CONTEXT
-    rows = estimate_strategies(job, own, gpus, usable)
-    teacher = model_of(recipe.tokenizer_model, teacher_config, job.teacher, job.length)
-    name = recipe.student.model or f"{recipe.primary_teacher.model}, cut to {job.student.depth} blocks"
-    student = model_of(name, student_config, job.student, job.length, job)
-    pretraining = six_nd(job.student.parameters, pretraining_tokens)
-    told = replace(teacher, forward=0.0) if job.teacher_absent_because == "cache" else teacher
-    cost = cost_of(recipe, own.processes(gpus), told, student, peak_tflops * 1e12 * mfu, gpus, pretraining)
-    could = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
-    cheapest = min(could, key=lambda row: (row.min_gpus, row.strategy.order), default=None)
+    usable = int(memory_bytes * (1 - FRAGMENTATION_SHARE)) - CUDA_CONTEXT_BYTES
+    rows = estimate_strategies(workload, recipe_strategy, gpus, usable)
+    teacher = model_of(recipe.tokenizer_model, teacher_config, workload.teacher, workload.length)
+    name = recipe.student.model or f"{recipe.primary_teacher.model}, cut to {workload.student.depth} blocks"
+    student = model_of(name, student_config, workload.student, workload.length, workload)
+    pretraining = six_nd(workload.student.parameters, pretraining_tokens)
+    reads_cache = workload.teacher_absent_because == "cache"
+    running_teacher = replace(teacher, forward=0.0) if reads_cache else teacher
+    processes, speed = recipe_strategy.processes(gpus), peak_tflops * 1e12 * mfu
+    cost = cost_of(recipe, processes, running_teacher, student, speed, gpus, pretraining)
+    fitting = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
+    cheapest = min(fitting, key=lambda row: (row.min_gpus, row.strategy.preference), default=None)
     best = next((row for row in rows if row.fits), None)
     uncounted = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
     others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.primary_teacher]
     uncounted += [f"the teacher {model} and its forward" for model in others]
-    uncounted += ["the time and the cache of writing completions"] if recipe.on_policy else []
+    uncounted += ["the time and the KV cache of generating completions"] if recipe.on_policy else []
     return Plan(
         teacher=teacher,
         student=student,
-        length=job.length,
+        length=workload.length,
         gpus=gpus,
         gpu_memory=memory_bytes,
         usable=usable,
@@ -118,47 +128,53 @@ def plan(
         pretraining=pretraining,
         cheapest=cheapest,
         best=best,
-        caches=_caches(recipe, job, teacher, student, cost.tokens),
-        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(job, usable))
-        + "".join(f"\nNot counted: {what}." for what in uncounted),
+        caches=_plan_caches(recipe, workload, teacher, student, cost.tokens),
+        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(workload, usable))
+        + "".join(f"\nThe plan does not count {part}." for part in uncounted),
     )
 
 
-def _caches(recipe: Recipe, job: Workload, teacher: Model, student: Model, tokens: int | None) -> CachePlan | None:
+def _plan_caches(
+    recipe: Recipe, workload: Workload, teacher: Model, student: Model, tokens: int | None
+) -> CachePlan | None:
     if not recipe.kinds <= {"frozen", "cached"} or recipe.on_policy:
         return None
     layers: set[int] = set()
     for loss in recipe.losses:
         mapping = (loss.model_extra or {}).get("layers", "stretch")
         if get_loss(loss.name).feature == "hidden":
-            pairs = map_layers(mapping, job.student.depth, job.teacher.depth)
-            layers |= {*range(job.teacher.depth)} if mapping == LEARNED else {t for _, t in pairs}
-    head = job.teacher.head * job.teacher_dtype.itemsize
-    return caches_of(job.teacher, job.length, len(layers), teacher.forward, student.training, tokens, head)
+            pairs = map_layers(mapping, workload.student.depth, workload.teacher.depth)
+            layers |= {*range(workload.teacher.depth)} if mapping == LEARNED else {t for _, t in pairs}
+    head = workload.teacher.head * workload.teacher_dtype.itemsize
+    return estimate_caches(
+        workload.teacher, workload.length, len(layers), teacher.forward, student.training, tokens, head
+    )
 
 
-def _checked(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:
-    """The recipe's strategy, its student's config and its teacher's, or all that is wrong at once."""
+def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:
+    """Return the recipe's strategy and the configs of its student and its teacher; raise all problems at once."""
     problems = [f"{name} is {value:g}; it must be above 0." for name, value in numbers.items() if value <= 0]
     if numbers["mfu"] > 1:
-        problems.append(f"mfu is {numbers['mfu']:g}; it is a share of the peak, at most 1.")
+        problems.append(f"mfu is {numbers['mfu']:g}; it is a share of the peak and must be at most 1.")
     with collect_errors(problems):
-        own = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
+        strategy = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
     with collect_errors(problems):
         teacher = model_config(recipe.tokenizer_model, recipe.tokenizer_revision)
-        student = teacher if spec.from_teacher is None else _cut(spec.from_teacher, teacher)
+        student = teacher if spec.from_teacher is None else _prune_config(spec.from_teacher, teacher)
     if spec.model is not None and spec.from_teacher is None:
         with collect_errors(problems):
             student = model_config(spec.model, spec.revision)
     raise_if_any(problems)
-    return own, student, teacher if recipe.primary_teacher.model else student
+    return strategy, student, teacher if recipe.primary_teacher.model else student
 
 
-def _cut(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:
-    """Which blocks are kept is known after a look at them; any do for a plan."""
+def _prune_config(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of the pruned student; for a plan it does not matter which blocks it keeps."""
     depth = teacher.get_text_config().num_hidden_layers
     keep = cut.layers or list(range(cut.keep_layers or 0))
     if max(keep) >= depth:
-        raise DistillError(f"student.from_teacher keeps block {max(keep)}; the teacher has {depth}, from 0.")
+        raise DistillError(
+            f"student.from_teacher keeps block {max(keep)}, but the teacher has {depth} blocks, numbered from 0."
+        )
     return prune_config(teacher, keep, depth)

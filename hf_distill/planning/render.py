@@ -1,4 +1,4 @@
-"""A plan as a terminal shows it."""
+"""Tables and sentences that show a plan in a terminal."""
 
 from rich.table import Table
 
@@ -6,7 +6,7 @@ from .estimates import GiB, StrategyEstimate
 from .planner import Plan
 
 _MIB = 2**20
-# Part -> heading for 80 columns: at most as wide as a number.
+# Part -> heading for 80 columns, at most as wide as a number.
 _PARTS = {
     "teacher": "teach",
     "student": "stud",
@@ -20,26 +20,27 @@ _PARTS = {
 
 
 def plan_table(plan: Plan, wide: bool) -> Table:
-    """Memory of one GPU: a strategy a row, a part a column; parts that nobody needs are left out.
+    """Build the table of one GPU's memory: a row per strategy and a column per part that any strategy needs.
 
     Args:
-        plan: what to show.
-        wide: whether there is room for whole words and DeepSpeed's own estimates.
+        plan: the plan.
+        wide: whether there is room for full headings and for DeepSpeed's own estimates.
     """
     parts = [name for name in _PARTS if any(getattr(row.parts, name) for row in plan.rows)]
     unit, name = (GiB, "GiB") if max(row.total for row in plan.rows) > GiB else (_MIB, "MiB")
-    title = f"{name} on each of {plan.gpus} GPU{'s' if plan.gpus > 1 else ''} ({plan.usable / GiB:.1f} GiB may be used)"
+    gpus = f"each of {plan.gpus} GPUs" if plan.gpus > 1 else "1 GPU"
+    title = f"Memory in {name} on {gpus} ({plan.usable / GiB:.1f} GiB usable)"
     table = Table(title=title, box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("  teacher+student", no_wrap=True)
+    table.add_column("  teacher + student", no_wrap=True)
     for part in parts:
         table.add_column(part if wide else _PARTS[part], justify="right", no_wrap=True)
     for heading in ("total", "fits", "GPUs"):
         table.add_column(heading, justify="right", no_wrap=True)
     estimated = wide and any(row.deepspeed_gib is not None for row in plan.rows)
     if estimated:
-        table.add_column("DeepSpeed's", justify="right", no_wrap=True)
+        table.add_column("DeepSpeed", justify="right", no_wrap=True)
     for row in plan.rows:
-        mark = (">" if row.own else "") + ("*" if row is plan.cheapest else "")
+        mark = (">" if row.is_recipe_strategy else "") + ("*" if row is plan.cheapest else "")
         cells = [_amount(getattr(row.parts, part), unit) for part in parts] + [_amount(row.total, unit)]
         cells += ["yes" if row.fits else "no", str(row.min_gpus or "-")]
         if estimated:
@@ -49,10 +50,10 @@ def plan_table(plan: Plan, wide: bool) -> Table:
 
 
 def flops_table(plan: Plan) -> Table:
-    """Operations for a token and for a sequence: by formula, as torch counts them, by the rule of thumb."""
-    table = Table(title=f"Operations: GFLOP a token, TFLOP for {plan.length} tokens", box=None, pad_edge=False)
+    """Build the table of FLOP per token and per sequence: by formula, counted by torch, and by the rule of thumb."""
+    table = Table(title=f"GFLOP per token, and TFLOP per sequence of {plan.length} tokens", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("a token", "by formula", "torch's counter", "rule 2N, 6N"):
+    for heading in ("per token", "by formula", "torch's counter", "rule 2N, 6N"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = [
         ("teacher, forward", plan.teacher.forward, plan.teacher.counted, 2 * plan.teacher.parameters),
@@ -66,83 +67,105 @@ def flops_table(plan: Plan) -> Table:
 
 
 def caches_table(plan: Plan) -> list[Table | str]:
-    """What a cache of the teacher would take, and when it pays; nothing where there can be none."""
+    """Build the table of teacher caches, and say when a cache pays off; empty where the teacher cannot be cached."""
     if plan.caches is None:
         return []
-    table = Table(title="The teacher on disk (hf-distill cache write)", box=None, pad_edge=False)
+    table = Table(title="Size of a teacher cache (hf-distill cache write --kind KIND)", box=None, pad_edge=False)
     table.add_column("kind", no_wrap=True)
-    table.add_column("bytes a token", justify="right", no_wrap=True)
-    table.add_column("of the run's tokens" if plan.caches.tokens else "of 1e9 tokens", justify="right", no_wrap=True)
-    table.add_column("tells")
+    table.add_column("bytes per token", justify="right", no_wrap=True)
+    table.add_column("size for the run" if plan.caches.tokens else "size for 1e9 tokens", justify="right", no_wrap=True)
+    table.add_column("supports")
     tokens = plan.caches.tokens or 10**9
     for kind in plan.caches.kinds:
         size = (kind.bytes_per_token * tokens + kind.head) / GiB
         table.add_row(kind.kind, _number(kind.bytes_per_token), f"{_number(size)} GiB", kind.supports)
     pays = (
-        f"It saves {plan.caches.saved:.0%} of a step's operations, and pays from the second pass over the data on: an "
-        "epoch, another student, another run."
+        f"A cache saves {plan.caches.saved:.0%} of a step's FLOP. It pays off from the second pass over the data: a "
+        "second epoch, another student or another run."
     )
     heads = [
-        f"The output head takes {kind.head / _MIB:.0f} MiB of {kind.kind}." for kind in plan.caches.kinds if kind.head
+        f"The size of {kind.kind} includes {kind.head / _MIB:.0f} MiB for the output head."
+        for kind in plan.caches.kinds
+        if kind.head
     ]
     return [table, *heads, pays]
 
 
 def legend(plan: Plan, wide: bool) -> list[str]:
-    """What the memory table takes for granted, and the two models."""
+    """Explain the memory table and name the two models."""
     activations, gathered = [name if wide else _PARTS[name] for name in ("activations", "gathered")]
     lines = [
-        "> the recipe's own  * fewest GPUs  GPUs: the least of this size at which it fits",
-        f"{gathered}: shares made whole, buckets, casts. {activations}: an estimate. head: an eighth of what is left.",
-        "Kept free: 1 GiB for the CUDA context, and 5 % for fragmentation.",
+        "> the recipe's strategy  * the strategy that fits on the fewest GPUs",
+        "GPUs: the smallest number of GPUs of this size on which the strategy fits.",
+        *_strategy_legend(plan),
+        f"{activations}: activations, an estimate. {gathered}: gathered shards, buckets and casts."
+        if any(row.parts.gathered for row in plan.rows)
+        else f"{activations}: activations, an estimate.",
+        "head: gradients and one chunk of logits of the fused loss; the chunk takes an eighth of the free memory.",
+        "Usable memory leaves 1 GiB for the CUDA context and 5 % for fragmentation.",
     ]
     if wide and any(row.deepspeed_gib is not None for row in plan.rows):
-        lines.append("DeepSpeed's: its own estimate of student, gradients and optimizer.")
-    hosted = [row for row in plan.rows if row.parts.host]
+        lines.append("DeepSpeed: its own estimate of the student's weights, gradients and optimizer states.")
     lines += [
-        f"^ offloaded: {_amount(row.parts.host, GiB)} GiB of host memory a process, "
-        f"{_amount(row.parts.host * row.strategy.processes(plan.gpus), GiB)} in all"
-        for row in hosted
+        f"^ {row.strategy.name} offloads {_amount(row.parts.host, GiB)} GiB per process to host memory, "
+        f"{_amount(row.parts.host * row.strategy.processes(plan.gpus), GiB)} GiB in total."
+        for row in plan.rows
+        if row.parts.host
     ]
     lines.append("")
     for role, model in (("Teacher", plan.teacher), ("Student", plan.student)):
-        trained = "" if model.trained in (0, model.parameters) else f", {_size(model.trained)} more in adapters"
-        lines.append(f"{role}: {model.name}, {_size(model.parameters)} parameters{trained}")
+        adapters = "" if model.trained in (0, model.parameters) else f", and {_size(model.trained)} in adapters"
+        lines.append(f"{role}: {model.name}, {_size(model.parameters)} parameters{adapters}")
     return [*lines, ""]
 
 
+_PLACEMENTS = {
+    "self": "self: the teacher is the student in another state.",
+    "cache": "cache: the teacher is read from a teacher cache.",
+    "full": "full: every process has an unquantized copy of the teacher.",
+    "single": "single: the student trains in one process.",
+}
+
+
+def _strategy_legend(plan: Plan) -> list[str]:
+    """Explain the names of strategies that are not names of libraries."""
+    names = {name for row in plan.rows for name in (row.strategy.teacher, row.strategy.student)}
+    return [text for name, text in _PLACEMENTS.items() if name in names]
+
+
 def verdict(plan: Plan) -> list[str]:
-    """Operations, hours and share of the run, and what to do."""
+    """Say what the run costs, compare it with pretraining the student, and recommend a strategy."""
     cost, speed = plan.cost, plan.cost.tokens_per_second
-    pace = f"{speed:,.0f} tokens/s on {plan.gpus} x {plan.peak_tflops:g} TFLOP/s at {plan.mfu:.0%} of peak"
+    gpus = "1 GPU" if plan.gpus == 1 else f"each of {plan.gpus} GPUs"
+    pace = f"{speed:,.0f} tokens/s at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s on {gpus}"
     if cost.tokens is None or cost.gpu_hours is None or cost.share is None:
-        step = f"{cost.tokens_per_step:,} tokens a step"
         lines = [
-            f"Run: epochs of data whose length is unknown, {step}; its cost: give train.max_steps=N."
-            + (" The control trains the student as long again, without the teacher." if cost.control is None else ""),
+            f"Run: {cost.tokens_per_step:,} tokens per step. The recipe counts epochs and the length of its data is "
+            "unknown, so its cost is unknown too: set train.max_steps=N to see it."
+            + (" The control trains the student for as long, without the teacher." if cost.control is None else ""),
             f"Time: {pace}",
         ]
     else:
         lines = [
-            f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} a step: {cost.flop:.3g} FLOP by formula, "
-            f"{cost.rule:.3g} by the rule",
+            f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} per step; {cost.flop:.3g} FLOP by formula, "
+            f"{cost.rule:.3g} by the rule of thumb",
             f"Time: {pace}: {_number(cost.gpu_hours)} GPU-hours, {_number(cost.gpu_hours / plan.gpus)} hours",
             *(
-                [f"Control: {cost.control:.3g} FLOP of these train the student on hard labels alone"]
+                [f"Control: {cost.control:.3g} of these FLOP train the student on hard labels alone"]
                 if cost.control
                 else []
             ),
-            f"Share: {_number(100 * cost.share)} % of training the student alone on {plan.pretraining_tokens:.0e} "
-            f"tokens, {plan.pretraining:.3g} FLOP by the rule",
+            f"Share: {_number(100 * cost.share)} % of pretraining the student on {plan.pretraining_tokens:.0e} "
+            f"tokens, which takes {plan.pretraining:.3g} FLOP by the rule of thumb",
         ]
     lines = ["", *lines, "", plan.advice]
-    for row in {id(row): row for row in (plan.cheapest, plan.best) if row and not row.own}.values():
-        lines.append(f"{row.strategy.name}: {' '.join(row.overrides)}")
+    for row in {id(row): row for row in (plan.cheapest, plan.best) if row and not row.is_recipe_strategy}.values():
+        lines.append(f"To use {row.strategy.name}, add: {' '.join(row.overrides)}")
     return lines
 
 
 def _style(row: StrategyEstimate, plan: Plan) -> str:
-    return "bold" if row.own or row is plan.cheapest else "" if row.fits else "dim"
+    return "bold" if row.is_recipe_strategy or row is plan.cheapest else "" if row.fits else "dim"
 
 
 def _amount(count: int, unit: int) -> str:

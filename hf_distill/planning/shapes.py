@@ -1,4 +1,4 @@
-"""Shapes of public models, known without a download."""
+"""Configs of public models that are packaged, so that planning needs no download."""
 
 import json
 from functools import cache
@@ -16,22 +16,22 @@ from ..runner.model_loading import resolve_model
 
 @cache
 def known_shapes() -> dict[str, dict[str, Any]]:
-    """Id -> `{"parameters": as published, "config": the fields that shape the model}`."""
+    """Return id -> `{"parameters": the published number, "config": the fields that determine the model's shapes}`."""
     entries = json.loads(files(__package__).joinpath("shapes.json").read_text())
     return {name: entry for entry in entries for name in entry["ids"]}
 
 
 def model_config(reference: str, revision: str | None = None) -> PretrainedConfig:
-    """The config of a recipe's model, from the nearest place that has it; no weights are read.
+    """Return the config of a recipe's model without reading weights.
 
-    A reference to a package or a smoke model, a folder with a config.json, the packaged table, the Hub.
+    The sources are, in this order: a package or smoke model, a folder with a config.json, the packaged table, the Hub.
 
     Args:
-        reference: as in a recipe's `model:`.
-        revision: commit, tag or branch of an id; the table is for all of them.
+        reference: the value of a recipe's `model:`.
+        revision: commit, tag or branch of an id; the packaged table ignores it.
 
     Raises:
-        DistillError: nobody knows it.
+        DistillError: no source has the config.
     """
     if reference_kind(reference) in ("package", "smoke"):
         reference = resolve_model(reference)
@@ -43,8 +43,8 @@ def model_config(reference: str, revision: str | None = None) -> PretrainedConfi
             return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=False)
     except DistillError as error:
         raise DistillError(
-            f"The shape of model {reference!r} is unknown: no such folder with a config.json, not among the "
-            f"{len(table)} ids of the packaged table{did_you_mean(reference, table)}, and not to be had from the Hub "
-            f"({error}). Correct the id, or give a path to a folder with the "
-            "model's config.json: weights are not needed."
+            f"The config of model {reference!r} was not found: it is no folder with a config.json, it is not among the "
+            f"{len(table)} ids of the packaged table{did_you_mean(reference, table)}, and it could not be read from "
+            f"the Hub ({error}). Correct the id, or pass the path to a folder with the model's config.json; weights "
+            "are not needed."
         ) from None

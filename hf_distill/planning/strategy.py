@@ -1,4 +1,4 @@
-"""How teacher and student may be held on a number of GPUs."""
+"""Placement strategies: how teacher and student are distributed over a number of GPUs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,22 +7,23 @@ from ..errors import DistillError
 from ..recipe.schema import Recipe
 
 SHARDED = ("zero3", "fsdp2")
-# The least communication first.
-TEACHERS = ("own", "cache", "whole", "int8", "nf4", "device_map", "zero3", "fsdp2")
+# In order of preference: least communication first.
+TEACHERS = ("self", "cache", "full", "int8", "nf4", "device_map", "zero3", "fsdp2")
 STUDENTS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a teacher and a student are held.
+    """The placement of a teacher and a student.
 
-    teacher:           own: the student's base; cache: on disk; whole, int8 or nf4: a copy each process; zero3, fsdp2:
-                       a share; device_map: over the GPUs of one process
-    student:           single (one process), ddp: a copy each process; zero1: shares of the optimizer; zero2: of
-                       gradients too; zero3, fsdp2: of everything
-    offload_teacher:   a ZeRO-3 teacher's shares are in host memory
-    offload_student:   a ZeRO-3 student's
-    offload_optimizer: optimizer and gradients are in host memory
+    teacher:           self: the student's base model; cache: a teacher cache on disk; full, int8 or nf4: each process
+                       has a copy, unquantized or quantized; zero3, fsdp2: sharded over the processes; device_map:
+                       spread over the GPUs of one process
+    student:           single: one process; ddp: each process has a copy; zero1: optimizer states are sharded; zero2:
+                       gradients too; zero3, fsdp2: weights too
+    offload_teacher:   a ZeRO-3 teacher's shards are in host memory
+    offload_student:   a ZeRO-3 student's shards are in host memory
+    offload_optimizer: optimizer states and gradients are in host memory
     """
 
     teacher: str
@@ -33,33 +34,33 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        """In words; ^ where something is in host memory."""
+        """Name for tables, "teacher + student"; ^ marks a model that is offloaded to host memory."""
         student = self.offload_student or self.offload_optimizer
         return f"{self.teacher}{'^' * self.offload_teacher} + {self.student}{'^' * student}"
 
     @property
-    def offloads(self) -> bool:
-        """Whether something is in host memory."""
+    def has_offload(self) -> bool:
+        """Whether anything is offloaded to host memory."""
         return self.offload_teacher or self.offload_student or self.offload_optimizer
 
     @property
-    def sharded(self) -> bool:
-        """Whether a model is split over processes."""
+    def is_sharded(self) -> bool:
+        """Whether the weights of a model are sharded over processes."""
         return self.teacher in SHARDED or self.student in SHARDED
 
     @property
-    def deepspeed(self) -> bool:
+    def uses_deepspeed(self) -> bool:
         """Whether the student is trained by DeepSpeed."""
         return self.student.startswith("zero")
 
     @property
-    def splits(self) -> bool:
-        """Whether it takes less of each GPU, the more there are."""
-        return self.sharded or self.student in ("zero1", "zero2") or self.teacher == "device_map"
+    def shards_with_gpus(self) -> bool:
+        """Whether it needs less memory per GPU on more GPUs."""
+        return self.is_sharded or self.student in ("zero1", "zero2") or self.teacher == "device_map"
 
     @property
     def overrides(self) -> list[str]:
-        """What makes it a recipe's own."""
+        """Overrides `KEY=VALUE` that make a recipe use this strategy."""
         offload = "-offload" if self.offload_teacher else ""
         teacher = {
             "quantization": self.teacher if self.teacher in ("nf4", "int8") else "null",
@@ -69,37 +70,37 @@ class Strategy:
         }
         offload = "-offload" if self.offload_student or self.offload_optimizer else ""
         train = {
-            "deepspeed": f"{self.student}-student{offload}.json" if self.deepspeed else "null",
+            "deepspeed": f"{self.student}-student{offload}.json" if self.uses_deepspeed else "null",
             "fsdp": str(self.student == "fsdp2").lower(),
         }
         return [f"teacher.{k}={v}" for k, v in teacher.items()] + [f"train.{k}={v}" for k, v in train.items()]
 
     def processes(self, gpus: int) -> int:
-        """How many processes train."""
+        """Return the number of training processes."""
         return 1 if self.teacher == "device_map" else gpus
 
     def for_gpus(self, gpus: int) -> "Strategy":
-        """The same on so many GPUs: a copy each process is `single` on one, `ddp` on more."""
+        """Return the strategy for a number of GPUs: `single` becomes `ddp` where there are several processes."""
         if self.student not in ("single", "ddp"):
             return self
         kind = "single" if self.processes(gpus) == 1 else "ddp"
         return Strategy(self.teacher, kind, self.offload_teacher)
 
     @property
-    def order(self) -> tuple[int, int, int, int]:
-        """Smaller is to be preferred at an equal number of GPUs: a more precise teacher, then less communication."""
+    def preference(self) -> tuple[int, int, int, int]:
+        """Sort key, smaller is better: a more precise teacher, then no offloading, then less communication."""
         precision = ("int8", "nf4").index(self.teacher) + 1 if self.teacher in ("int8", "nf4") else 0
-        return precision, self.offloads, TEACHERS.index(self.teacher), STUDENTS.index(self.student)
+        return precision, self.has_offload, TEACHERS.index(self.teacher), STUDENTS.index(self.student)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, gpus: int) -> "Strategy":
-        """The recipe's own.
+        """Return the strategy of a recipe.
 
         Raises:
-            DistillError: it is sharded, and there is one GPU and no offload.
+            DistillError: the strategy shards a model without offloading, and there is one GPU.
         """
         spec, train = recipe.primary_teacher, recipe.train
-        teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "whole")
+        teacher: str = spec.quantization or ("zero3" if spec.deepspeed else "fsdp2" if spec.fsdp else "full")
         if spec.device_map and not spec.quantization:
             teacher = "device_map"
         teacher = teacher_absence(recipe) or teacher
@@ -109,48 +110,52 @@ class Strategy:
         stage = zero.get("zero_optimization", {}).get("stage", 0)
         student = f"zero{stage}" if stage else "fsdp2" if train.fsdp else "ddp"
         strategy = cls(
-            teacher, student, _offloads(teacher_zero, "param"), _offloads(zero, "param"), _offloads(zero, "optimizer")
+            teacher,
+            student,
+            _has_offload(teacher_zero, "param"),
+            _has_offload(zero, "param"),
+            _has_offload(zero, "optimizer"),
         ).for_gpus(gpus)
-        if strategy.sharded and not strategy.offloads and gpus == 1:
-            whole = [change for change in cls("nf4", "single").overrides if change not in strategy.overrides]
+        if strategy.is_sharded and not strategy.has_offload and gpus == 1:
+            changes = [change for change in cls("nf4", "single").overrides if change not in strategy.overrides]
             raise DistillError(
                 f"The recipe's strategy, teacher {teacher} and student {student}, needs at least 2 processes: on one "
-                f"GPU nothing is sharded. Give --gpus 2 or more; or hold the models whole "
-                f"({' '.join(whole)}, with student.lora to train adapters); or offload with "
+                "GPU there is nothing to shard over. Pass --gpus 2 or more; or use full copies of the models: "
+                f"{' '.join(changes)}, with student.lora to train adapters; or offload with "
                 "zero3-teacher-offload.json and zero3-student-offload.json."
             )
         return strategy
 
 
 def alternatives(method: str, gpus: int, absent: str = "") -> list[Strategy]:
-    """The strategies that make sense.
+    """Return the strategies that can be combined.
 
-    A quantised teacher is not sharded, nor a quantised student; DeepSpeed and FSDP2 are not mixed; adapters are too
-    few to shard without the model.
+    A quantized teacher or student is not sharded; DeepSpeed and FSDP2 are not mixed; adapters are too small to be
+    sharded without the model.
 
     Args:
         method: "full", "lora" or "qlora".
-        gpus: one of them leaves nothing to shard.
-        absent: see `Workload`.
+        gpus: number of GPUs; on one there is nothing to shard.
+        absent: why no teacher model is loaded, see `Workload.teacher_absent_because`.
     """
-    teachers = (absent,) if absent else ("whole", "int8", "nf4")
+    teachers = (absent,) if absent else ("full", "int8", "nf4")
     if gpus == 1:
         return [Strategy(teacher, "single") for teacher in teachers]
     students = {"full": STUDENTS[1:], "lora": ("ddp", *SHARDED), "qlora": ("ddp",)}[method]
-    found = [Strategy(teacher, student) for teacher in teachers for student in students]
+    strategies = [Strategy(teacher, student) for teacher in teachers for student in students]
     if absent:
-        return found
-    found += [Strategy("zero3", student) for student in students if student != "fsdp2"]
-    return found + [Strategy("fsdp2", student) for student in students if student == "fsdp2"]
+        return strategies
+    strategies += [Strategy("zero3", student) for student in students if student != "fsdp2"]
+    return strategies + [Strategy("fsdp2", student) for student in students if student == "fsdp2"]
 
 
 def teacher_absence(recipe: Recipe) -> str:
-    """Why no teacher of the recipe is in memory, see `Workload`; a cache counts where it is all there is."""
+    """Return why no teacher model is loaded, see `Workload`; a cache counts only if it serves every example."""
     if all(spec.kind == "cached" and not spec.on_miss for spec in recipe.all_teachers):
         return "cache"
-    return "own" if recipe.primary_teacher.model is None else ""
+    return "self" if recipe.primary_teacher.model is None else ""
 
 
-def _offloads(config: dict[str, Any], what: str) -> bool:
-    place = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
-    return place.get("device", "none") != "none"
+def _has_offload(config: dict[str, Any], part: str) -> bool:
+    target = config.get("zero_optimization", {}).get(f"offload_{part}") or {}
+    return target.get("device", "none") != "none"

@@ -1,4 +1,4 @@
-"""Configs of small models, jobs and recipes of them."""
+"""Small configs, and workloads and recipes that use them."""
 
 from transformers import AutoConfig
 
@@ -24,14 +24,14 @@ def shrunk(family: str, width: int = 128, layers: int = 2, **changes):
     return AutoConfig.for_model(family, **(fields | changes))
 
 
-def job(config, **fields) -> Workload:
-    anatomy = ModelStats.of(config)
-    return Workload(**(dict(student=anatomy, teacher=anatomy, batch=2, length=64) | fields))
+def workload_of(config, **fields) -> Workload:
+    stats = ModelStats.of(config)
+    return Workload(**(dict(student=stats, teacher=stats, batch=2, length=64) | fields))
 
 
 def recipe(*overrides: str, name: str = "llama-70b-to-8b-nf4"):
     return load_recipe(name, overrides)
 
 
-def held(tensors) -> int:
+def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,49 +1,49 @@
-"""Memory, part by part, against real tiny models, peft, bitsandbytes and autograd."""
+"""Each part of the planned memory equals what real tiny models, peft, bitsandbytes and autograd take."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from shrunk import SMALL, held, job, recipe, shrunk
+from shrunk import SMALL, bytes_of, recipe, shrunk, workload_of
 from tiny import build
 from transformers import AutoModelForCausalLM
 
-from hf_distill.planning import ModelStats, Strategy, Workload, memory, model_config
-from hf_distill.planning.activations import activations, head_gradients, workspace
+from hf_distill.planning import ModelStats, Strategy, Workload, estimate_memory, model_config
+from hf_distill.planning.activations import activation_bytes, head_gradient_bytes, workspace_bytes
 from hf_distill.planning.estimates import GiB
-from hf_distill.planning.memory import weights
+from hf_distill.planning.memory import weight_bytes
 from hf_distill.planning.workload import make_workload
 from hf_distill.recipe.models import Lora
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_gradients_and_optimizer_are_those_of_a_real_step(dtype):
+def test_weights_gradients_and_optimizer_states_have_the_bytes_of_a_real_step(dtype):
     config = shrunk("qwen3", tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters())
     model(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
-    parts = memory(job(config, student_dtype=dtype), Strategy("whole", "single"), 1)
+    parts = estimate_memory(workload_of(config, student_dtype=dtype), Strategy("full", "single"), 1)
     state = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
-    assert parts.student == held(model.parameters())
-    assert parts.gradients == held(p.grad for p in model.parameters())
-    assert parts.optimizer == held(state)
+    assert parts.student == bytes_of(model.parameters())
+    assert parts.gradients == bytes_of(p.grad for p in model.parameters())
+    assert parts.optimizer == bytes_of(state)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.1\..*up_proj"])
-def test_adapters_are_as_many_as_peft_trains(targets):
+def test_adapters_have_as_many_parameters_as_peft_trains(targets):
     from peft import LoraConfig, get_peft_model
 
     config = shrunk("llama")
     model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules=targets))
-    asked = job(config, lora=Lora(r=4, target_modules=targets), student_dtype=torch.bfloat16)
-    assert asked.adapters == model.get_nb_trainable_parameters()[0]
-    parts = memory(asked, Strategy("whole", "single"), 1)
-    assert (parts.gradients, parts.optimizer) == (4 * asked.adapters, 8 * asked.adapters)
+    workload = workload_of(config, lora=Lora(r=4, target_modules=targets), student_dtype=torch.bfloat16)
+    assert workload.adapters == model.get_nb_trainable_parameters()[0]
+    parts = estimate_memory(workload, Strategy("full", "single"), 1)
+    assert (parts.gradients, parts.optimizer) == (4 * workload.adapters, 8 * workload.adapters)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_weights_are_as_large_as_those_of_bitsandbytes(kind, tmp_path):
+def test_quantized_weights_have_the_bytes_of_bitsandbytes(kind, tmp_path):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import BitsAndBytesConfig
 
@@ -52,61 +52,61 @@ def test_quantised_weights_are_as_large_as_those_of_bitsandbytes(kind, tmp_path)
     four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     settings = BitsAndBytesConfig(**(four if kind == "nf4" else dict(load_in_8bit=True)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=settings)
-    total = held(model.parameters())
+    total = bytes_of(model.parameters())
     for module in model.modules():
         if isinstance(module, Linear4bit):
             state = module.weight.quant_state
-            total += held([state.absmax, state.state2.absmax])
+            total += bytes_of([state.absmax, state.state2.absmax])
         elif isinstance(module, Linear8bitLt):
-            total += held([module.weight.SCB])
-    assert weights(ModelStats.of(config), 2, kind) == pytest.approx(total, rel=0.02)
+            total += bytes_of([module.weight.SCB])
+    assert weight_bytes(ModelStats.of(config), 2, kind) == pytest.approx(total, rel=0.02)
 
 
-def test_more_processes_halve_what_a_strategy_shards():
-    asked = job(model_config(SMALL), mixed=True)
-    for student, sharded in (
+def test_twice_the_processes_halve_the_sharded_parts():
+    workload = workload_of(model_config(SMALL), mixed_precision=True)
+    for student, sharded_parts in (
         ("zero1", {"optimizer"}),
         ("zero2", {"optimizer", "gradients"}),
         ("zero3", {"optimizer", "gradients", "student"}),
         ("fsdp2", {"optimizer", "gradients", "student"}),
     ):
-        two, four = (memory(asked, Strategy("whole", student), n) for n in (2, 4))
+        two, four = (estimate_memory(workload, Strategy("full", student), n) for n in (2, 4))
         for part in ("student", "gradients", "optimizer", "teacher"):
-            share = 0.5 if part in sharded else 1
+            share = 0.5 if part in sharded_parts else 1
             assert getattr(four, part) == pytest.approx(share * getattr(two, part), abs=1), (student, part)
-    two, four = (memory(asked, Strategy("zero3", "zero3"), n) for n in (2, 4))
+    two, four = (estimate_memory(workload, Strategy("zero3", "zero3"), n) for n in (2, 4))
     assert four.teacher == pytest.approx(two.teacher / 2, abs=1)
 
 
-def test_a_device_map_spreads_the_teacher_of_one_process():
-    asked = job(model_config(SMALL))
+def test_a_device_map_spreads_the_teacher_over_the_gpus_of_one_process():
+    workload = workload_of(model_config(SMALL))
     spread = Strategy("device_map", "ddp").for_gpus(4)
-    parts = memory(asked, spread, 4)
+    parts = estimate_memory(workload, spread, 4)
     assert spread.processes(4) == 1
     assert spread.student == "single"
     assert (4 * parts.teacher, parts.student) == (2 * 134515008, 4 * 134515008)
 
 
-def test_under_autocast_trained_linear_layers_are_there_twice():
-    asked = job(model_config(SMALL), mixed=True)
-    once, twice = (memory(asked, Strategy("whole", s), 2).gathered for s in ("single", "ddp"))
-    assert once == 2 * asked.student.linear_weights
-    assert twice == once + 4 * asked.student.parameters
+def test_autocast_adds_casts_of_the_trained_linear_layers():
+    workload = workload_of(model_config(SMALL), mixed_precision=True)
+    single, ddp = (estimate_memory(workload, Strategy("full", s), 2).gathered for s in ("single", "ddp"))
+    assert single == 2 * workload.student.linear_weights
+    assert ddp == single + 4 * workload.student.parameters
 
 
-def test_deepspeed_in_bf16_holds_16_bytes_a_parameter():
-    asked = job(model_config(SMALL), mixed=True)
-    parts = memory(asked, Strategy("whole", "zero1"), 1)
-    assert parts.student + parts.gradients + parts.optimizer == 16 * asked.student.parameters
+def test_deepspeed_in_bf16_takes_16_bytes_per_parameter():
+    workload = workload_of(model_config(SMALL), mixed_precision=True)
+    parts = estimate_memory(workload, Strategy("full", "zero1"), 1)
+    assert parts.student + parts.gradients + parts.optimizer == 16 * workload.student.parameters
 
 
-def test_what_is_offloaded_is_in_host_memory():
-    asked = job(model_config(SMALL), mixed=True)
-    here = memory(asked, Strategy("zero3", "zero3"), 2)
-    there = memory(asked, Strategy("zero3", "zero3", True, True, True), 2)
-    assert there.teacher == there.student == there.gradients == there.optimizer == 0
-    assert there.host == here.teacher + here.student + here.gradients + here.optimizer
-    assert here.host == 0
+def test_offloaded_parts_are_in_host_memory():
+    workload = workload_of(model_config(SMALL), mixed_precision=True)
+    on_gpu = estimate_memory(workload, Strategy("zero3", "zero3"), 2)
+    offloaded = estimate_memory(workload, Strategy("zero3", "zero3", True, True, True), 2)
+    assert offloaded.teacher == offloaded.student == offloaded.gradients == offloaded.optimizer == 0
+    assert offloaded.host == on_gpu.teacher + on_gpu.student + on_gpu.gradients + on_gpu.optimizer
+    assert on_gpu.host == 0
 
 
 @pytest.mark.parametrize(
@@ -119,44 +119,51 @@ def test_what_is_offloaded_is_in_host_memory():
         ("gemma2", torch.bfloat16, False, 0.15),
     ],
 )
-def test_activations_are_what_autograd_keeps(family, dtype, mixed, tolerance):
-    kept = []
-    for layers in (2, 4):  # the difference is two blocks, whatever the ends keep
+def test_activations_are_what_autograd_saves(family, dtype, mixed, tolerance):
+    saved_bytes = []
+    for layers in (2, 4):  # the difference is two blocks, independent of embeddings and output head
         config = shrunk(family, layers=layers)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
-        seen = {}
+        weight_pointers = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+        saved = {}
 
-        def keep(tensor, own=own, seen=seen):
+        def save(tensor, weight_pointers=weight_pointers, saved=saved):
             storage = tensor.untyped_storage()
-            of_tokens = tensor.dim() > 2 or tensor.shape[:1] == (
+            has_tokens = tensor.dim() > 2 or tensor.shape[:1] == (
                 96,
-            )  # else a cast of a weight, which `gathered` counts
-            if storage.data_ptr() not in own and of_tokens:
-                seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+            )  # otherwise it is a cast of a weight, which `gathered` counts
+            if storage.data_ptr() not in weight_pointers and has_tokens:
+                saved[storage.data_ptr()] = (
+                    storage.nbytes(),
+                    tensor,
+                )  # kept alive, so that no other storage gets its address
             return tensor
 
         ids = torch.ones(2, 48, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", enabled=mixed):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t), torch.autocast("cpu", enabled=mixed):
             hidden = model.model(input_ids=ids, use_cache=False)[0]
-        kept.append(sum(size for size, _ in seen.values()))
+        saved_bytes.append(sum(size for size, _ in saved.values()))
         del hidden
-    asked = job(config, length=48, student_dtype=dtype, mixed=mixed)
-    shallow = replace(asked, student=replace(asked.student, depth=2))
-    single = Strategy("whole", "single")
-    assert activations(asked, single) - activations(shallow, single) == pytest.approx(kept[1] - kept[0], rel=tolerance)
+    workload = workload_of(config, length=48, student_dtype=dtype, mixed_precision=mixed)
+    shallow = replace(workload, student=replace(workload.student, depth=2))
+    single = Strategy("full", "single")
+    assert activation_bytes(workload, single) - activation_bytes(shallow, single) == pytest.approx(
+        saved_bytes[1] - saved_bytes[0], rel=tolerance
+    )
 
 
-def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block():
-    asked = job(shrunk("llama", layers=12), mixed=True)
-    all_kept, some = (activations(replace(asked, checkpointing=c), Strategy("whole", "zero2")) for c in (False, True))
+def test_checkpointing_saves_the_inputs_of_all_blocks_and_the_activations_of_one():
+    workload = workload_of(shrunk("llama", layers=12), mixed_precision=True)
+    without, checkpointed = (
+        activation_bytes(replace(workload, checkpointing=c), Strategy("full", "zero2")) for c in (False, True)
+    )
     ends = 128 * 8 * 128
-    block = (all_kept - ends) // 12
-    assert some == 12 * 128 * 128 * 2 + block + ends
+    block = (without - ends) // 12
+    assert checkpointed == 12 * 128 * 128 * 2 + block + ends
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_keeps_what_the_fused_head_keeps(dtype):
+def test_head_gradients_have_the_bytes_that_the_fused_loss_keeps(dtype):
     from hf_distill.core.logits import LazyLogits
     from hf_distill.core.signals import Targets
     from hf_distill.losses.fused import ChunkedLoss
@@ -171,46 +178,45 @@ def test_the_head_keeps_what_the_fused_head_keeps(dtype):
         LazyLogits(hidden, weight)
     )
     (fused,) = (f for f, _ in loss.grad_fn.next_functions if hasattr(f, "gradients"))
-    first = held(g for g in fused.gradients if g is not None)
+    first = bytes_of(g for g in fused.gradients if g is not None)
     loss.backward()
-    second = held([hidden.grad, weight.grad]) if dtype != torch.float32 else 0
-    asked = job(config, student_dtype=dtype, teacher_dtype=dtype)
-    assert head_gradients(asked, Strategy("whole", "single")) == first + second + 2 * held([hidden])
+    second = bytes_of([hidden.grad, weight.grad]) if dtype != torch.float32 else 0
+    workload = workload_of(config, student_dtype=dtype, teacher_dtype=dtype)
+    assert head_gradient_bytes(workload, Strategy("full", "single")) == first + second + 2 * bytes_of([hidden])
 
 
-def test_the_workspace_on_a_cpu_is_what_the_sweep_takes():
-    asked = replace(job(model_config(SMALL), device="cpu"), batch=16, length=1024)
+def test_the_workspace_on_a_cpu_is_that_of_the_fused_loss():
+    workload = replace(workload_of(model_config(SMALL), device="cpu"), batch=16, length=1024)
     rows = 150 * 2**20 // (8 * 49152)
-    assert workspace(asked, None) == rows * 8 * 49152 + 10 * 5 * 2**19 * torch.get_num_threads()
-    assert workspace(replace(asked, batch=1, length=8), None) == (8 + 10 * 4) * 8 * 49152
+    assert workspace_bytes(workload, None) == rows * 8 * 49152 + 10 * 5 * 2**19 * torch.get_num_threads()
+    assert workspace_bytes(replace(workload, batch=1, length=8), None) == (8 + 10 * 4) * 8 * 49152
 
 
-def test_no_divergence_takes_more_temporaries_than_the_sweep_counts_with():
+def test_no_divergence_takes_more_temporaries_than_the_fused_loss_reserves():
     from hf_distill.core.logits import LazyLogits
     from hf_distill.core.signals import Targets
-    from hf_distill.losses import LOSSES
-    from hf_distill.losses import fused as run_chunks
+    from hf_distill.losses import LOSSES, fused
     from hf_distill.losses.objective import objective
 
     labels = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     targets = Targets.from_batch({"labels": labels}, shift=True)
     hidden, weight = torch.randn(len(targets), 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
-    most = 0
+    max_temporaries = 0
     for name in (name for name, loss in LOSSES.items() if loss.needs and not loss.feature and loss.gradient):
-        told = LazyLogits(torch.randn(len(targets), 8), torch.randn(97, 8))
-        head = run_chunks.ChunkedLoss(told, targets, objective(0.5, 2.0, name, ()), statistics=1)
+        teacher_logits = LazyLogits(torch.randn(len(targets), 8), torch.randn(97, 8))
+        head = fused.ChunkedLoss(teacher_logits, targets, objective(0.5, 2.0, name, ()), statistics=1)
         head.from_hidden(LazyLogits(hidden, weight))
-        most = max(most, len(head._scratch._kept))
-    assert most == run_chunks.MAX_TEMPORARIES
+        max_temporaries = max(max_temporaries, len(head._scratch._kept))
+    assert max_temporaries == fused.MAX_TEMPORARIES
 
 
-def test_the_workspace_on_a_gpu_is_an_eighth_of_what_is_left_and_16_rows_at_least():
-    asked = replace(job(model_config(SMALL)), batch=64, length=2048)
-    assert workspace(asked, 8 * GiB) == pytest.approx(GiB, rel=0.01)
-    assert workspace(asked, -GiB) == workspace(asked, None) == 16 * (8 + 10 * 4) * 49152
+def test_the_workspace_on_a_gpu_is_an_eighth_of_the_free_memory_and_at_least_16_rows():
+    workload = replace(workload_of(model_config(SMALL)), batch=64, length=2048)
+    assert workspace_bytes(workload, 8 * GiB) == pytest.approx(GiB, rel=0.01)
+    assert workspace_bytes(workload, -GiB) == workspace_bytes(workload, None) == 16 * (8 + 10 * 4) * 49152
 
 
-def test_features_are_those_that_are_captured():
+def test_features_have_the_bytes_that_are_captured():
     from hf_distill.core.signals import FeatureKey, Targets
     from hf_distill.models.feature_capture import capture_features
 
@@ -219,17 +225,17 @@ def test_features_are_those_that_are_captured():
     targets = Targets.from_batch({"input_ids": ids, "labels": ids}, shift=False)
     total = 0
     for model, layers in ((student, (0, 1)), (teacher, (0, 2))):
-        with capture_features(model, {FeatureKey("hidden", i): targets for i in layers}) as found:
+        with capture_features(model, {FeatureKey("hidden", i): targets for i in layers}) as features:
             model(input_ids=ids)
-        total += held(found.values())
+        total += bytes_of(features.values())
     captured = 2 * 32 + 2 * 48
-    asked = Workload(ModelStats.of(student.config), ModelStats.of(teacher.config), 2, 16, captured=captured)
-    assert memory(asked, Strategy("whole", "single"), 1).features == total
+    workload = Workload(ModelStats.of(student.config), ModelStats.of(teacher.config), 2, 16, captured=captured)
+    assert estimate_memory(workload, Strategy("full", "single"), 1).features == total
 
 
-def test_losses_on_features_and_only_those_are_captured():
+def test_only_losses_on_features_capture_features():
     loss = "{name: hidden_cosine, layers: 'last:4'}"
     configs = [model_config(f"meta-llama/Llama-3.1-{size}") for size in ("8B", "70B")]
-    with_it, without = (make_workload(recipe(*losses), *configs) for losses in ([f"losses=[{loss}]"], []))
-    assert memory(with_it, Strategy("nf4", "single"), 1).features == 2 * 2048 * 2 * 4 * (4096 + 8192)
+    with_features, without = (make_workload(recipe(*losses), *configs) for losses in ([f"losses=[{loss}]"], []))
+    assert estimate_memory(with_features, Strategy("nf4", "single"), 1).features == 2 * 2048 * 2 * 4 * (4096 + 8192)
     assert without.captured == 0
