@@ -39,6 +39,7 @@ def names(tmp_path):
         "OUT": str(tmp_path / "out"),
         "student": build("llama", 0, vocab=vocab),
         "teacher": teacher,
+        "second_teacher": build("llama", 2, vocab=vocab),
         "train_rows": Dataset.from_list(rows),
         "eval_rows": Dataset.from_list(rows[:2]),
         "batches": [collator([{"input_ids": row["input_ids"]} for row in rows[:2]])],

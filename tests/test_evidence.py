@@ -54,7 +54,7 @@ def test_a_figure_that_changes_changes_the_page(report, monkeypatch):
 
 def test_the_readme_quotes_the_results(report, claims):
     results, readme = report.results(), (ROOT / "README.md").read_text()
-    told = readme[readme.index("- **Evidence.**") :].split("\n- **")[0]
+    told = readme[readme.index("**Evidence.**") :].split("\n\n")[0]
     labels = [f"{claims.mean(claims.every(results, cell)):.1f}" for cell in ("distilled", "hard")]
     ratios = [claims.pair(results, key, lambda ours, its: ours / its) for key in ("tokens_per_second", PEAK)]
     peers = [f"{value:.2f}" for by in ratios for value in by.values()]
