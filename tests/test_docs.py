@@ -1,9 +1,10 @@
-"""The code of the documents runs as it stands."""
+"""The code of the documentation runs, its recipes validate, and its links lead to files."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from tiny import build
 from transformers import DataCollatorForLanguageModeling
@@ -23,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def names(tmp_path):
-    """What the blocks take for granted."""
+    """Names that the code blocks use without defining them."""
     tokenizer = byte_tokenizer()
     vocab = len(tokenizer)
     build("llama", 0, vocab=vocab).save_pretrained(tmp_path / "student")
@@ -62,7 +63,7 @@ def test_python_blocks_run(page, number, names, tmp_path, monkeypatch):
         LOSSES.update(registered)
 
 
-def test_the_two_drop_in_scripts_differ_in_two_lines(names):
+def test_the_two_scripts_of_the_migration_page_differ_in_two_lines(names):
     before, after = blocks(ROOT / "docs" / "migrating-from-trainer.md", "python")
     added = [line for line in after.splitlines() if line not in before.splitlines()]
     assert [line.strip() for line in added] == [
@@ -89,6 +90,49 @@ def test_yaml_blocks_are_recipes(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
+def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def signals_of(teacher, student, inputs):
+    """What a teacher returns for a batch."""
+    from hf_distill.core.signals import Targets
+
+    teacher.prepare(student, torch.device("cpu"))
+    targets = Targets.from_batch(inputs, shift=True)
+    return targets, teacher(inputs, targets, {})
+
+
+def test_the_averaging_teacher_returns_the_mean_of_probabilities_in_the_order_of_the_targets(
+    names, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(ROOT / "docs" / "custom-teachers.md", "python")[0], names)
+    (inputs,) = names["batches"]
+    targets, signals = signals_of(
+        names["AverageTeacher"](names["teacher"], names["second_teacher"]), names["student"], inputs
+    )
+    with torch.no_grad():
+        probabilities = sum(
+            names[name](inputs["input_ids"]).logits.softmax(-1) for name in ("teacher", "second_teacher")
+        )
+    kept = inputs["labels"][:, 1:] != -100
+    expected = (probabilities[:, :-1] / 2)[kept]
+    assert targets.labels.equal(inputs["labels"][:, 1:][kept])
+    torch.testing.assert_close(signals.logits.project().exp(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("divergence", "is_equal"), [("forward_kl", True), ("reverse_kl", False)])
+def test_only_forward_kl_to_several_teachers_has_the_gradient_of_the_mean_teacher(divergence, is_equal):
+    generator = torch.Generator().manual_seed(0)
+    teachers = torch.randn(2, 5, 11, dtype=torch.float64, generator=generator)
+    student = torch.randn(5, 11, dtype=torch.float64, generator=generator).requires_grad_()
+    kl = LOSSES[divergence].function
+
+    def gradient(loss):
+        return torch.autograd.grad(loss.sum(), student)[0]
+
+    mixed = gradient(0.75 * kl(student, teachers[0], None) + 0.25 * kl(student, teachers[1], None))
+    mean = (0.75 * teachers[0].softmax(-1) + 0.25 * teachers[1].softmax(-1)).log()
+    assert torch.allclose(mixed, gradient(kl(student, mean, None)), atol=1e-9) is is_equal
