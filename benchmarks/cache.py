@@ -85,7 +85,7 @@ def read(folder: Path) -> dict:
     """Tokens a second that one core reads and decodes, of each kind, shuffled, in batches of 8 rows."""
     import torch
 
-    from hf_distill.core.signals import Targets
+    from hf_distill.core.targets import Targets
     from hf_distill.data import Collator
     from hf_distill.teachers import CachedTeacher
 

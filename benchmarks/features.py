@@ -41,7 +41,8 @@ def batch(rows: int) -> dict:
 
 def memory(case: dict) -> dict:
     """Peak of both forwards without gradients, their features kept, over a run that keeps none."""
-    from hf_distill.core.signals import FeatureKey, Targets
+    from hf_distill.core.signals import FeatureKey
+    from hf_distill.core.targets import Targets
     from hf_distill.models.feature_capture import capture_features
 
     student, teacher = pair("sdpa")

@@ -70,7 +70,7 @@ def rank(folder: str, way: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from hf_distill import FrozenTeacher
-    from hf_distill.core.signals import Targets
+    from hf_distill.core.targets import Targets
     from hf_distill.models.blocks import find_blocks
     from hf_distill.models.model_types import unwrap_model
 

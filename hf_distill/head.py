@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .core.logits import LazyLogits, LogitScaling
-from .core.signals import IGNORE_INDEX, Targets
+from .core.targets import IGNORE_INDEX, Targets
 from .errors import DistillError
 from .losses.fused import ChunkedLoss
 from .losses.objective import objective

@@ -97,7 +97,7 @@ def test_links_lead_to_files(page):
 
 def signals_of(teacher, student, inputs):
     """What a teacher returns for a batch."""
-    from hf_distill.core.signals import Targets
+    from hf_distill.core.targets import Targets
 
     teacher.prepare(student, torch.device("cpu"))
     targets = Targets.from_batch(inputs, shift=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..core.logits import DenseLogits, LazyLogits
-from ..core.signals import Targets
+from ..core.targets import Targets
 from ..errors import DistillError
 from ..models.forward import extract_signals
 from ..models.model_types import model_type_of

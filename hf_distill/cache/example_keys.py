@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.signals import SECOND_VIEW_KEYS, Targets
+from ..core.targets import SECOND_VIEW_KEYS, Targets
 
 KEY = 16  # bytes
 _NOT_READ = {  # what of a batch is in the key by itself, follows from it, or is no input

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..core.logits import LazyLogits
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from .example_keys import Example, batch_examples, fingerprint

@@ -1,4 +1,4 @@
-"""Sources of logits: held, made from hidden states chunk by chunk, or sparse. Shape letters: see `signals.py`."""
+"""Sources of logits: held, made from hidden states chunk by chunk, or sparse. Shape letters: see `targets.py`."""
 
 import builtins
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError
 from .roles import SHAREGPT_HINT
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 
 
 class Collator:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError, require_package
 from .checks import check_messages, check_text, check_tokens, check_tools, naming
 from .conversations import Conversations

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError
 from .checks import by_row, check_text
 from .formats import TEXT, format_of, make_encode_fn

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.logits import compute_dtype
 from ..core.options import COUNT
-from ..core.signals import Targets
+from ..core.targets import Targets
 from ..errors import DistillError
 from .registry import loss
 

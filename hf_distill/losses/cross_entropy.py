@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..core.options import FROM_0_TO_1
-from ..core.signals import Signals, Targets
+from ..core.signals import Signals
+from ..core.targets import Targets
 from .alignment import dense_logits
 from .registry import loss
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..core.logits import SparseLogProbs, cumulative_sum
 from ..core.options import BETWEEN_0_AND_1
-from ..core.signals import Signals, Targets
+from ..core.signals import Signals
+from ..core.targets import Targets
 from ..errors import DistillError
 from .alignment import LOG_ZERO as LOG_ZERO
 from .alignment import align

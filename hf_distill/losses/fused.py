@@ -22,7 +22,8 @@ from ..core.logits import (
     grad_hidden_matmul,
     named_sources,
 )
-from ..core.signals import Signals, Targets
+from ..core.signals import Signals
+from ..core.targets import Targets
 from ..errors import DistillError
 from .analytic_gradients import BufferPool, LogitPair
 from .objective import Term

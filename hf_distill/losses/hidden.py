@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..core.logits import compute_dtype
-from ..core.signals import Targets
+from ..core.targets import Targets
 from ..errors import DistillError
 from .registry import loss
 

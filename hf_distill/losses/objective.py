@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.logits import DenseLogits
-from ..core.signals import Signals, Targets
+from ..core.signals import Signals
+from ..core.targets import Targets
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import check_layers
 from . import Loss, get_loss

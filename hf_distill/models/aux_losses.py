@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
-from ..core.signals import IGNORE_INDEX, Targets
+from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import DistillError
 from .model_call import named_outputs
 from .model_types import unwrap_model, unwrap_parallel

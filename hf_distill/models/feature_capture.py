@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from ..core.signals import FeatureKey, RowPositions, Targets
+from ..core.signals import FeatureKey
+from ..core.targets import RowPositions, Targets
 from ..errors import DistillError
 from .blocks import get_layer_stack
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..core.signals import FeatureKey, RowPositions, Targets
+from ..core.signals import FeatureKey
+from ..core.targets import RowPositions, Targets
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, Pairs, map_layers
 from ..losses.objective import Term

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..losses.fused import ChunkedLoss
 from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .feature_capture import capture_features

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core.signals import SECOND_VIEW_KEYS
+from ..core.targets import SECOND_VIEW_KEYS
 from ..errors import DistillError
 from .model_types import model_type_of, unwrap_model
 

@@ -1,6 +1,6 @@
 """Bytes of a training step that are neither weights, gradients nor optimizer states: activations and the fused loss.
 
-Letters: T target tokens, S tokens of a row, H, V and L as in `core/signals.py`; I the width of the feed-forward layers;
+Letters: T target tokens, S tokens of a row, H, V and L as in `core/targets.py`; I the width of the feed-forward layers;
 c bytes of a number in the compute dtype, r bytes of a number in the residual stream.
 """
 

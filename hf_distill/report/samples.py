@@ -10,7 +10,7 @@ from torch import nn
 from ..analysis.initial_student import student_before
 from ..analysis.model_pair import ModelPair, load_model
 from ..core.io import write_json
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..runner.run_results import Run
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
 from ..core.schedule import parse_schedule
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..data import (
     Collator,
     Examples,

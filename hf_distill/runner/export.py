@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.processes import run_on_main
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..recipe.schema import Recipe
 from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
 from ..trainer.trainer import DistillTrainer

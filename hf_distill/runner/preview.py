@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..data import unpack_row
 from ..recipe.schema import Recipe
 from .datasets import first_rows

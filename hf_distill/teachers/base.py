@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..core.logits import DenseLogits, LazyLogits
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError
 from ..losses.objective import Term
 from ..models.blocks import LayerStack

@@ -16,7 +16,8 @@ from ..cache.manifest import HEAD
 from ..cache.reader import CachedExample
 from ..cache.serialization import decode_signals, encode_signals
 from ..core.logits import LogitScaling
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses.objective import Term

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals

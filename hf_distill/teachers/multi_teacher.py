@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..core.teacher_kinds import incompatible_teachers
 from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.objective import Term

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..core.logits import DenseLogits, LazyLogits
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError, raise_if_any
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term

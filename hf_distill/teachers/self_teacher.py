@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.signals import FeatureKey, Signals, Targets
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals, measure_output_head

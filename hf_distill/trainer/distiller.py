@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits, named_sources
-from ..core.signals import Signals, Targets
+from ..core.signals import Signals
+from ..core.targets import Targets
 from ..errors import DistillError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..cache.example_keys import batch_examples
-from ..core.signals import Targets
+from ..core.targets import Targets
 from ..models.finite_weights import first_nonfinite
 from ..teachers.state import local_shard
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype, named_sources
-from ..core.signals import IGNORE_INDEX, Signals, Targets
+from ..core.signals import Signals
+from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.references import path_exists, reference_kind
-from ..core.signals import SECOND_VIEW_KEYS, target_labels
+from ..core.targets import SECOND_VIEW_KEYS, target_labels
 from ..errors import DistillError, raise_if_any
 from ..losses.objective import repeated_names
 from ..models.features import Features

@@ -12,7 +12,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import flush_left
 
 from ..core.schedule import schedule_integral
-from ..core.signals import IGNORE_INDEX
+from ..core.targets import IGNORE_INDEX
 from ..data import Collator, prompt_rows
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..trainer.config import DistillArguments

@@ -7,7 +7,7 @@ import torch
 from tiny import collate, rows
 
 from hf_distill.cache import batch_examples
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.data import Collator
 
 

@@ -259,7 +259,7 @@ def test_a_damaged_shard_is_refused_when_it_is_read(tmp_path, damage):
     store = CacheReader(folder)
     batch = [collate(rows("llama", 40)[i : i + 8]) for i in (0, 8)]
     from hf_distill.cache import batch_examples
-    from hf_distill.core.signals import Targets
+    from hf_distill.core.targets import Targets
 
     keys = [[e.key for e in batch_examples(b, Targets.from_batch(b, shift=True))] for b in batch]
     assert None not in store.get(keys[0])

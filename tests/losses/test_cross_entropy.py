@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from hf_distill.core.signals import DenseLogits, Signals, Targets
+from hf_distill.core.logits import DenseLogits
+from hf_distill.core.signals import Signals
+from hf_distill.core.targets import Targets
 from hf_distill.losses import cross_entropy
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hf_distill import DistillError
 from hf_distill.core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.head import fused_distillation_loss
 from hf_distill.losses import LOSSES, loss
 from hf_distill.losses.alignment import align

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_distill import DistillError
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.losses import LOSSES
 
 B, S = 3, 7

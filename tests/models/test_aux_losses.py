@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, get_peft_model
 from tiny import VOCAB, build, collate, rows
 
 from hf_distill import DistillError
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.losses.objective import objective
 from hf_distill.models.aux_losses import plan_aux_losses
 from hf_distill.teachers import FrozenTeacher, PeerTeacher

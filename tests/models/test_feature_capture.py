@@ -6,7 +6,8 @@ from tiny import KINDS, build, collate, rows
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from hf_distill import DistillError
-from hf_distill.core.signals import FeatureKey, Targets
+from hf_distill.core.signals import FeatureKey
+from hf_distill.core.targets import Targets
 from hf_distill.models.blocks import get_layer_stack
 from hf_distill.models.feature_capture import capture_features
 from hf_distill.models.model_types import model_type_of

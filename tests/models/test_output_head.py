@@ -12,7 +12,7 @@ from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 import hf_distill.models.output_head as module
 from hf_distill import FrozenTeacher
 from hf_distill.core.logits import DenseLogits, LazyLogits, LogitScaling
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.losses import get_loss
 from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective

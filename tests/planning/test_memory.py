@@ -165,7 +165,7 @@ def test_checkpointing_saves_the_inputs_of_all_blocks_and_the_activations_of_one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_gradients_have_the_bytes_that_the_fused_loss_keeps(dtype):
     from hf_distill.core.logits import LazyLogits
-    from hf_distill.core.signals import Targets
+    from hf_distill.core.targets import Targets
     from hf_distill.losses.fused import ChunkedLoss
     from hf_distill.losses.objective import objective
 
@@ -194,7 +194,7 @@ def test_the_workspace_on_a_cpu_is_that_of_the_fused_loss():
 
 def test_no_divergence_takes_more_temporaries_than_the_fused_loss_reserves():
     from hf_distill.core.logits import LazyLogits
-    from hf_distill.core.signals import Targets
+    from hf_distill.core.targets import Targets
     from hf_distill.losses import LOSSES, fused
     from hf_distill.losses.objective import objective
 
@@ -217,7 +217,8 @@ def test_the_workspace_on_a_gpu_is_an_eighth_of_the_free_memory_and_at_least_16_
 
 
 def test_features_have_the_bytes_that_are_captured():
-    from hf_distill.core.signals import FeatureKey, Targets
+    from hf_distill.core.signals import FeatureKey
+    from hf_distill.core.targets import Targets
     from hf_distill.models.feature_capture import capture_features
 
     student, teacher = build("llama", 0), build("llama", 1, layers=3, width=48)

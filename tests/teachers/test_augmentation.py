@@ -10,7 +10,7 @@ from tiny import build, collate, rows
 from transformers import DataCollatorWithFlattening
 
 from hf_distill import DistillError
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.data import Collator, mix, mix_scheduled, pack, tokenize_dataset
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.teachers.multi_view import BatchView, replacement_token_id

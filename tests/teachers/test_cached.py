@@ -9,7 +9,8 @@ from tiny import VOCAB, build, collate, rows
 from hf_distill import DistillError
 from hf_distill.cache import write_cache
 from hf_distill.core.logits import DenseLogits, LazyLogits, SparseLogProbs
-from hf_distill.core.signals import Signals, Targets
+from hf_distill.core.signals import Signals
+from hf_distill.core.targets import Targets
 from hf_distill.data import Collator
 from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective

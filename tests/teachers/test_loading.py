@@ -9,7 +9,8 @@ from tiny import build, collate, rows
 
 from hf_distill import DistillError, FrozenTeacher
 from hf_distill.core.deepspeed_config import fill_teacher_config, read_deepspeed
-from hf_distill.core.signals import FeatureKey, Targets
+from hf_distill.core.signals import FeatureKey
+from hf_distill.core.targets import Targets
 
 
 @pytest.fixture

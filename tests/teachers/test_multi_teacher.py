@@ -7,7 +7,7 @@ import torch
 from tiny import build, collate
 
 from hf_distill import DistillError
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.teachers import (
     EMATeacher,
     FrozenTeacher,

@@ -8,7 +8,7 @@ from tiny import KINDS, build, collate, rows
 from transformers import TrainerCallback
 
 from hf_distill import DistillError
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.teachers import MultiViewTeacher
 from hf_distill.teachers.multi_view import BatchView
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_distill import DistillConfig, DistillError
 from hf_distill.cache.example_keys import batch_examples
-from hf_distill.core.signals import Targets
+from hf_distill.core.targets import Targets
 from hf_distill.errors import RunError
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
 from hf_distill.trainer.nonfinite_report import LossSpikeDetector

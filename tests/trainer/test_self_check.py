@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_distill import DistillTrainer
 from hf_distill.core.logits import DenseLogits
-from hf_distill.core.signals import Signals, Targets
+from hf_distill.core.signals import Signals
+from hf_distill.core.targets import Targets
 from hf_distill.errors import RunError
 from hf_distill.losses import LOSSES, get_loss, loss
 from hf_distill.losses.objective import Term

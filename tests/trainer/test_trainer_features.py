@@ -251,7 +251,8 @@ def test_every_field_parses_from_a_command_line(tmp_path):
 
 def test_a_teacher_that_is_a_user_class_is_asked(make_trainer):
     from hf_distill import Teacher
-    from hf_distill.core.signals import DenseLogits, Signals
+    from hf_distill.core.logits import DenseLogits
+    from hf_distill.core.signals import Signals
 
     class Uniform(Teacher):
         def forward(self, inputs, targets, feature_requests):

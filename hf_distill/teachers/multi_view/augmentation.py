@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.signals import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
+from ...core.targets import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
 from ...errors import DistillError, collect_errors, did_you_mean, raise_if_any
 
 _FILLERS = ("mask_token", "unk_token", "pad_token", "eos_token")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.signals import FeatureKey, Signals, Targets
+from ...core.signals import FeatureKey, Signals
+from ...core.targets import Targets
 from ...errors import DistillError
 from ...losses.objective import Term
 from ...models.model_types import SEQUENCE, model_type_of, unwrap_model

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from hf_distill import DistillError
-from hf_distill.core.logits import sum_at_doubling_distances
-from hf_distill.core.signals import DenseLogits, Targets
+from hf_distill.core.targets import Targets
 
 
 def test_causal_targets_are_the_next_tokens_and_never_cross_a_row():
@@ -16,7 +15,7 @@ def test_causal_targets_are_the_next_tokens_and_never_cross_a_row():
     )
 
 
-def test_labels_in_place_are_not_shifted():
+def test_labels_of_models_that_do_not_shift_are_left_alone():
     labels = torch.tensor([[5, -100, 7]])
     targets = Targets.from_batch({"labels": labels}, shift=False)
     assert targets.labels.tolist() == [5, 7]
@@ -28,13 +27,13 @@ def test_labels_that_a_collator_shifted_are_not_shifted_again():
     assert targets.labels.tolist() == [2, 9]
 
 
-def test_pick_takes_the_asked_rows():
+def test_gather_takes_the_target_tokens_only():
     targets = Targets.from_batch({"labels": torch.tensor([[-100, 3], [4, -100]])}, shift=False)
     values = torch.arange(8.0).reshape(2, 2, 2)
     assert targets.gather(values).tolist() == [[2, 3], [4, 5]]
 
 
-def test_pick_refuses_predictions_at_other_positions():
+def test_gather_refuses_predictions_at_other_positions():
     targets = Targets.from_batch({"labels": torch.tensor([[1, 2]])}, shift=False)
     with pytest.raises(DistillError, match="same positions"):
         targets.gather(torch.zeros(1, 3, 7))
@@ -59,14 +58,3 @@ def test_a_label_beyond_the_vocabulary_is_named():
     targets = Targets.from_batch({"labels": torch.tensor([[1, 12]])}, shift=False)
     with pytest.raises(DistillError, match=r"outside the student's 10 ids \(first: 12\)"):
         targets.check_ids(10)
-
-
-def test_logits_are_projected_in_float32_at_least():
-    assert DenseLogits(torch.zeros(2, 3, dtype=torch.bfloat16)).project().dtype == torch.float32
-    assert DenseLogits(torch.zeros(2, 3, dtype=torch.float64)).project().dtype == torch.float64
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 100])
-def test_the_deterministic_cumulative_sum_is_the_cumulative_sum(length):
-    values = torch.rand(3, length, dtype=torch.float64)
-    torch.testing.assert_close(sum_at_doubling_distances(values), values.cumsum(-1))
