@@ -1,4 +1,4 @@
-"""The fused head as a function, for loops of one's own."""
+"""The fused loss as a function, for custom training loops."""
 
 import torch
 from torch import Tensor
@@ -28,59 +28,61 @@ def fused_distillation_loss(
     teacher_scaling: LogitScaling = LogitScaling(),  # noqa: B008
     debug: bool = False,
 ) -> Tensor:
-    """Distillation loss from hidden states, for your own loop; logits never exist whole.
+    """Distillation loss from hidden states and output heads, without materializing the logits of all tokens.
 
-    alpha * T^2 * divergence + (1 - alpha) * cross entropy, summed over asked tokens / (num_items or asked tokens)
+    (alpha * T^2 * sum_i divergence_i + (1 - alpha) * sum_i cross_entropy_i) / num_items, over target tokens i
 
     Args:
         student_hidden: [N, H_s].
-        student_weight: [V_s, H_s], of the output head.
+        student_weight: [V_s, H_s] of the output head.
         teacher_hidden: [N, H_t]; no gradient reaches it.
-        teacher_weight: [V_t, H_t].
-        labels: [N] ids, already shifted; -100: not asked.
+        teacher_weight: [V_t, H_t] of the output head.
+        labels: [N] ids, already shifted; tokens with label -100 are no target tokens.
         divergence: name of a loss, or `{name, **options}`.
-        temperature: T, divides both logits.
+        temperature: T, divides the logits of both models.
         alpha: weight of the divergence, in [0, 1].
-        num_items: asked tokens of the global batch, under accumulation or DDP.
-        chunk_tokens: asked tokens a chunk, a knob for memory and not for accuracy; None: 150 MiB on a CPU.
-        student_bias: [V_s].
-        teacher_bias: [V_t].
-        student_scaling: what follows the student's head.
-        teacher_scaling: what follows the teacher's head.
-        debug: on a GPU too, look for NaN and inf in the hidden states where the loss is not finite (a CPU always does).
+        num_items: number of target tokens of the global batch, under gradient accumulation or DDP; None for those of
+            `labels`.
+        chunk_tokens: target tokens in a chunk; it changes the memory, not the result. None chooses it from the memory.
+        student_bias: [V_s] of the output head.
+        teacher_bias: [V_t] of the output head.
+        student_scaling: scale and soft cap of the student logits.
+        teacher_scaling: scale and soft cap of the teacher logits.
+        debug: on a GPU, check the hidden states for NaN and infinity if the loss is not finite; on a CPU they are
+            always checked.
 
     Returns:
-        [] with gradients for hidden states, weight and bias of the student; 0 with a graph where nothing is asked.
+        [], with gradients for the student's hidden states, weight and bias; 0, with a graph, without target tokens.
 
     Raises:
-        DistillError: shapes, devices or labels that do not fit, a value out of range, hidden states not finite.
+        DistillError: shapes, devices or labels do not fit, a value is out of range, or hidden states are not finite.
     """
-    _check(student_hidden, student_weight, student_bias, labels, "student")
-    _check(teacher_hidden, teacher_weight, teacher_bias, labels, "teacher")
+    _check_shapes(student_hidden, student_weight, student_bias, labels, "student")
+    _check_shapes(teacher_hidden, teacher_weight, teacher_bias, labels, "teacher")
     targets = Targets.from_batch({"labels": labels}, shift=False)
     targets.check_ids(len(student_weight))
     terms = [term for term in objective(alpha, temperature, divergence) if term.weight]
-    told = LazyLogits(
+    teacher_logits = LazyLogits(
         targets.gather(teacher_hidden.detach()), teacher_weight.detach(), _detached(teacher_bias), teacher_scaling
     )
-    job = ChunkedLoss(told, targets, terms, chunk_tokens=chunk_tokens, num_items=num_items)
-    said = LazyLogits(targets.gather(student_hidden), student_weight, student_bias, student_scaling)
-    loss = job.from_hidden(said)
+    student_logits = LazyLogits(targets.gather(student_hidden), student_weight, student_bias, student_scaling)
+    chunked_loss = ChunkedLoss(teacher_logits, targets, terms, chunk_tokens=chunk_tokens, num_items=num_items)
+    loss = chunked_loss.from_hidden(student_logits)
     if (debug or not loss.is_cuda) and not torch.isfinite(loss):
-        _name_not_finite(labels, student=student_hidden, teacher=teacher_hidden)
+        _check_finite(labels, student=student_hidden, teacher=teacher_hidden)
     return loss
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, who: str) -> None:
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, who: str) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise DistillError(
             f"{who}_hidden {tuple(hidden.shape)} and {who}_weight {tuple(weight.shape)} do not fit: give [N, H] and "
-            "[V, H]."
+            "[V, H] with the same H."
         )
     if labels.shape != hidden.shape[:1]:
         raise DistillError(
-            f"labels have shape {tuple(labels.shape)} and {who}_hidden {tuple(hidden.shape)}: give one label a row, "
-            "[N], already shifted."
+            f"labels have shape {tuple(labels.shape)} and {who}_hidden {tuple(hidden.shape)}: give one label for each "
+            "row, [N], already shifted."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise DistillError(f"{who}_bias {tuple(bias.shape)} does not fit {who}_weight {tuple(weight.shape)}: give [V].")
@@ -95,8 +97,11 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _name_not_finite(labels: Tensor, **hidden: Tensor) -> None:
+def _check_finite(labels: Tensor, **hidden: Tensor) -> None:
     for who, states in hidden.items():
-        bad = ~torch.isfinite(states).all(-1) & (labels != IGNORE_INDEX)
-        if bad.any():
-            raise DistillError(f"The {who}'s hidden state of token {int(bad.nonzero()[0])} is not finite.")
+        is_bad = ~torch.isfinite(states).all(-1) & (labels != IGNORE_INDEX)
+        if is_bad.any():
+            raise DistillError(
+                f"The {who}'s hidden state of token {int(is_bad.nonzero()[0])} is not finite: look for NaN and "
+                "infinity in its inputs and weights."
+            )

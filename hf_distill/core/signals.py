@@ -10,14 +10,14 @@ from .logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """A feature of one layer of a model.
+    """The key of one feature of one layer of a model.
 
-    kind:  "hidden": what the block puts out, [N, H]
-           "attention": its attention's maps, rows of the N tokens, [N, h, S]
-           "values": its attention's values, [B, h, S, H / h]
-    layer: index of the block
-    stack: "encoder" or "decoder" of a model that has both, else None
-    teacher: of several teachers: whose model it is
+    kind:    "hidden": the block's output hidden states of the N tokens, [N, H]
+             "attention": the attention maps' rows of the N tokens, [N, h, S]
+             "values": the attention's values, [B, h, S, H / h]
+    layer:   index of the block, counted from 0
+    stack:   "encoder" or "decoder" of a model that has both, else None
+    teacher: name of the teacher if there are several, else None
     """
 
     kind: str
@@ -28,10 +28,10 @@ class FeatureKey:
 
 @dataclass(frozen=True)
 class Signals:
-    """What a model said about a batch.
+    """The outputs of a model for a batch, reduced to what losses read.
 
-    logits:   of the asked tokens; of several teachers by name; None: it says nothing about them
-    features: of the taps that were asked for
+    logits:   of the target tokens, [T, V] in one of the representations of `logits.py`; None if there are none
+    features: the requested features, by their keys
     """
 
     logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None

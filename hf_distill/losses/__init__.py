@@ -1,6 +1,6 @@
-"""Losses. Each returns one number per asked token, [T]; the distiller alone weights, sums and divides."""
+"""Loss functions. Each returns one number for each target token, [T], neither weighted nor summed nor averaged."""
 
-from . import analytic_gradients as _analytic_gradients  # registers them
+from . import analytic_gradients as _analytic_gradients  # registers the analytic gradients
 from .attention import attention_kl, value_relation
 from .cross_entropy import cross_entropy
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation

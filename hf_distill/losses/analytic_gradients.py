@@ -1,7 +1,9 @@
-"""Closed forms: each loss and its gradient by the student's logits, for blocks that fit in a cache.
+"""Analytic gradients: for each loss, a function that returns its values and its gradient by the student logits.
 
-p and q as in `divergences.py`. With g = the derivative of the loss by p, the gradient by the student's logits is
-p * (g - sum(p * g)) / temperature.
+They work on one block of target tokens, which fits a CPU's cache, and keep their temporaries in a buffer pool.
+
+p and q are the softmaxes of student and teacher, as in `divergences.py`. If g is the derivative of the loss with
+respect to p, the gradient with respect to the student logits is p * (g - sum_v p(v) * g(v)) / temperature.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +19,12 @@ from .registry import register_gradient
 
 
 class Softmax(NamedTuple):
-    """logits [r, V] as divided by the temperature, probs [r, V], lse [r, 1]: log of the sum of exp(logits)."""
+    """A softmax of r tokens.
+
+    logits: [r, V], divided by the temperature
+    probs:  [r, V]
+    lse:    [r, 1] log-sum-exp of the logits
+    """
 
     logits: Tensor
     probs: Tensor
@@ -25,99 +32,108 @@ class Softmax(NamedTuple):
 
 
 class BufferPool:
-    """Memory that blocks use again and again: an allocator that gave and took it would fault every page anew."""
+    """Buffers that all blocks reuse: an allocator would map and fault the pages of each block's temporaries again."""
 
     def __init__(self):
-        self._kept: list[Tensor] = []
-        self._lent = 0
+        self._buffers: list[Tensor] = []
+        self._num_acquired = 0
 
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised tensor of that shape and dtype, until `give_back`."""
-        if self._lent == len(self._kept):
-            self._kept.append(like.new_empty(0))
-        kept = self._kept[self._lent]
-        if kept.numel() < like.numel() or kept.dtype != like.dtype:
-            kept = self._kept[self._lent] = like.new_empty(like.numel())
-        self._lent += 1
-        return kept[: like.numel()].view(like.shape)
+    def acquire(self, like: Tensor) -> Tensor:
+        """Return an uninitialized tensor of the shape and dtype of `like`, valid until it is released."""
+        if self._num_acquired == len(self._buffers):
+            self._buffers.append(like.new_empty(0))
+        buffer = self._buffers[self._num_acquired]
+        if buffer.numel() < like.numel() or buffer.dtype != like.dtype:
+            buffer = self._buffers[self._num_acquired] = like.new_empty(like.numel())
+        self._num_acquired += 1
+        return buffer[: like.numel()].view(like.shape)
 
-    def give_back_last(self) -> None:
-        """What was lent last is free again."""
-        self._lent -= 1
+    def release_last(self) -> None:
+        """Release the buffer that was acquired last."""
+        self._num_acquired -= 1
 
-    def give_back(self) -> None:
-        """All that was lent is free again."""
-        self._lent = 0
+    def release_all(self) -> None:
+        """Release all buffers."""
+        self._num_acquired = 0
 
 
 class LogitPair:
-    """The logits of both models for a block of asked tokens, and their softmaxes, each made once.
+    """The logits of student and teacher for a block of target tokens; each softmax is computed once.
 
-    student, teacher: [r, V] in float32 or better, over the same ids; teacher is None where there is none
+    student, teacher: [r, V] in float32 or float64, over the ids that both models have; teacher may be None
+    teacher_full:     [r, V_t] teacher logits over all ids of the teacher
     labels:           [r]
-    whole:            [r, V_t] the teacher's logits over all of its ids
-    sparse:           what a sparse teacher says in the place of logits
-    masked:           whether some logits may be -inf: ids without any probability
+    sparse_teacher:   the log-probabilities of a sparse teacher, instead of teacher logits
+    may_be_masked:    whether some logits may be -inf
     """
 
     def __init__(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: BufferPool, masked: bool = False
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor,
+        buffer_pool: BufferPool,
+        may_be_masked: bool = False,
     ):
-        self.student, self.teacher, self.labels, self._scratch = student, teacher, labels, scratch
-        self.masked = masked
-        self.whole: Any = teacher
-        self.sparse: Any = None
-        self._p: dict[float, Softmax] = {}
-        self._q: dict[float, Softmax] = {}
+        self.student, self.teacher, self.labels, self._buffer_pool = student, teacher, labels, buffer_pool
+        self.may_be_masked = may_be_masked
+        self.teacher_full: Any = teacher
+        self.sparse_teacher: Any = None
+        self._student_softmaxes: dict[float, Softmax] = {}
+        self._teacher_softmaxes: dict[float, Softmax] = {}
 
-    def beside(self, teacher: Tensor | SparseLogProbs) -> "LogitPair":
-        """The same student and a teacher, whose logits are [r, V_t], over the ids that both have; or a sparse one."""
-        sparse, whole = (teacher, None) if isinstance(teacher, SparseLogProbs) else (None, teacher)
-        size = whole.shape[1] if whole is not None else teacher.vocab_size
-        shared = self.student.shape[1] if size is None else min(size, self.student.shape[1])
-        both = whole if whole is None else whole[:, :shared]
-        pair = LogitPair(self.student[:, :shared], both, self.labels, self._scratch, self.masked)
-        pair.sparse, pair.whole = sparse, whole
+    def with_teacher(self, teacher: Tensor | SparseLogProbs) -> "LogitPair":
+        """Return a pair of the same student and a teacher, over the ids that both models have.
+
+        Args:
+            teacher: [r, V_t] logits, or sparse log-probabilities of r tokens.
+        """
+        sparse, full = (teacher, None) if isinstance(teacher, SparseLogProbs) else (None, teacher)
+        vocab_size = full.shape[1] if full is not None else teacher.vocab_size
+        shared = self.student.shape[1] if vocab_size is None else min(vocab_size, self.student.shape[1])
+        shared_teacher = full if full is None else full[:, :shared]
+        pair = LogitPair(self.student[:, :shared], shared_teacher, self.labels, self._buffer_pool, self.may_be_masked)
+        pair.sparse_teacher, pair.teacher_full = sparse, full
         if shared == self.student.shape[1]:
-            pair._p = self._p
+            pair._student_softmaxes = self._student_softmaxes
         return pair
 
-    def p(self, temperature: float = 1.0) -> Softmax:
-        """The student's; not to be written to."""
-        return self._softmax(self._p, self.student, temperature)
+    def student_softmax(self, temperature: float = 1.0) -> Softmax:
+        """Return the softmax of the student logits / temperature; callers must not write to it."""
+        return self._softmax(self._student_softmaxes, self.student, temperature)
 
-    def q(self, temperature: float = 1.0) -> Softmax:
-        """The teacher's; not to be written to."""
-        return self._softmax(self._q, self.teacher, temperature)
+    def teacher_softmax(self, temperature: float = 1.0) -> Softmax:
+        """Return the softmax of the teacher logits / temperature; callers must not write to it."""
+        return self._softmax(self._teacher_softmaxes, self.teacher, temperature)
 
-    def take(self) -> Tensor:
-        """A tensor [r, V] to write to, as long as the block lasts."""
-        return self._scratch.take(self.student)
+    def new_buffer(self) -> Tensor:
+        """Return an uninitialized tensor [r, V] that is valid until the next block."""
+        return self._buffer_pool.acquire(self.student)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """The dot product of each row, [r]."""
-        product = torch.mul(a, b, out=self.take())
-        self._scratch.give_back_last()
+        """Return the dot product of each row, [r]."""
+        product = torch.mul(a, b, out=self.new_buffer())
+        self._buffer_pool.release_last()
         return product.sum(-1)
 
-    def mean(self, probs: Tensor, values: Tensor) -> Tensor:
-        """sum_v probs(v) * values(v) of each row, [r], where an id without probability adds 0, whatever its value."""
-        if self.masked:
+    def expectation(self, probs: Tensor, values: Tensor) -> Tensor:
+        """Return sum_v probs(v) * values(v), [r]; an id with probability 0 adds 0, even if its value is infinite."""
+        if self.may_be_masked:
             values = torch.where(probs == 0, 0, values)
         return self.dot(probs, values)
 
-    def _softmax(self, made: dict[float, Softmax], logits: Any, temperature: float) -> Softmax:
-        if temperature not in made:
-            z = logits if temperature == 1.0 else torch.div(logits, temperature, out=self.take())
-            probs = torch.softmax(z, -1, out=self.take())
+    def _softmax(self, softmaxes: dict[float, Softmax], logits: Any, temperature: float) -> Softmax:
+        if temperature not in softmaxes:
+            z = logits if temperature == 1.0 else torch.div(logits, temperature, out=self.new_buffer())
+            probs = torch.softmax(z, -1, out=self.new_buffer())
             lse = z.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-            made[temperature] = Softmax(z, probs, lse)
-        return made[temperature]
+            softmaxes[temperature] = Softmax(z, probs, lse)
+        return softmaxes[temperature]
 
 
-def _by_logits(pair: LogitPair, p: Tensor, g: Tensor, factor: float) -> Tensor:
-    """factor * p * (g - sum(p * g)), written over g."""
-    if pair.masked:
+def _logit_gradient(pair: LogitPair, p: Tensor, g: Tensor, factor: float) -> Tensor:
+    """Return factor * p * (g - sum_v p(v) * g(v)), [r, V], and overwrite g with it."""
+    if pair.may_be_masked:
         g.masked_fill_(p == 0, 0)
     g.sub_(pair.dot(p, g)[:, None]).mul_(p)
     return g if factor == 1.0 else g.mul_(factor)
@@ -125,124 +141,134 @@ def _by_logits(pair: LogitPair, p: Tensor, g: Tensor, factor: float) -> Tensor:
 
 @register_gradient(cross_entropy_loss)
 def cross_entropy(pair: LogitPair, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """p - smoothed labels."""
-    z, p, lse = pair.p()
+    """Cross entropy with the labels; its gradient is p - (smoothed one-hot labels)."""
+    z, p, lse = pair.student_softmax()
     values = lse[:, 0] - z.gather(1, pair.labels[:, None])[:, 0]
-    hit = torch.full_like(pair.labels, 1.0, dtype=p.dtype)[:, None]
-    by_logits = (
-        torch.sub(p, label_smoothing / z.shape[-1], out=pair.take()) if label_smoothing else pair.take().copy_(p)
+    one = torch.full_like(pair.labels, 1.0, dtype=p.dtype)[:, None]
+    grad_logits = (
+        torch.sub(p, label_smoothing / z.shape[-1], out=pair.new_buffer())
+        if label_smoothing
+        else pair.new_buffer().copy_(p)
     )
-    by_logits.scatter_add_(1, pair.labels[:, None], (label_smoothing - 1) * hit)
+    grad_logits.scatter_add_(1, pair.labels[:, None], (label_smoothing - 1) * one)
     if not label_smoothing:
-        return values, by_logits
+        return values, grad_logits
     values = (1 - label_smoothing) * values + label_smoothing * (lse[:, 0] - z.mean(-1))
-    return values, by_logits
+    return values, grad_logits
 
 
 @register_gradient(divergences.forward_kl)
 def forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(p - q) / temperature."""
-    z, p, lse_s = pair.p(temperature)
-    y, q, lse_t = pair.q(temperature)
-    difference = torch.sub(y, z, out=pair.take())
-    values = pair.mean(q, difference) + (lse_s - lse_t)[:, 0]
+    """Forward KL; its gradient is (p - q) / temperature."""
+    z, p, lse_s = pair.student_softmax(temperature)
+    y, q, lse_t = pair.teacher_softmax(temperature)
+    difference = torch.sub(y, z, out=pair.new_buffer())
+    values = pair.expectation(q, difference) + (lse_s - lse_t)[:, 0]
     torch.sub(p, q, out=difference)
     return values, difference if temperature == 1.0 else difference.div_(temperature)
 
 
 @register_gradient(divergences.forward_kl, sparse=True)
 def sparse_forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """With w the teacher's mass of its ids and m all of it: (m * p - w) / temperature.
+    """Forward KL of a sparse teacher.
 
-    With mass w' outside its ids, where the student has p', and r = w' / p': (m * p - w) / temperature at its ids, and
+    w(v) is the teacher's probability of a stored id v (a sampled teacher's weight), and m the sum of all its
+    probabilities. The gradient is (m * p - w) / temperature. A top-k teacher has the mass w' outside its stored ids,
+    where the student has p': with r = w' / p', the gradient is (m * p - w) / temperature at stored ids and
     (m - r) * p / temperature elsewhere.
     """
-    told: SparseLogProbs = pair.sparse
-    check_temperature(told, temperature)
-    z, p, lse = pair.p(temperature)
-    logs = told.log_probs.to(p.dtype).clamp(min=LOG_ZERO)
-    weights, log_p = logs.exp(), z.gather(1, told.ids) - lse
+    teacher: SparseLogProbs = pair.sparse_teacher
+    check_temperature(teacher, temperature)
+    z, p, lse = pair.student_softmax(temperature)
+    log_w = teacher.log_probs.to(p.dtype).clamp(min=LOG_ZERO)
+    weights, log_p = log_w.exp(), z.gather(1, teacher.ids) - lse
     mass = weights.sum(1)
-    tail = None if told.ids.shape[1] == p.shape[1] else told.log_tail
-    if tail is None:
-        own = (weights * logs).sum(1) if told.negative_entropy is None else told.negative_entropy.to(p.dtype)
-        values = own - (weights * log_p).sum(1)
-        by_logits = torch.mul(p, mass[:, None], out=pair.take())
-        by_logits.scatter_add_(1, told.ids, -weights)
+    log_tail = None if teacher.ids.shape[1] == p.shape[1] else teacher.log_tail
+    if log_tail is None:
+        if teacher.negative_entropy is None:
+            negative_entropy = (weights * log_w).sum(1)
+        else:
+            negative_entropy = teacher.negative_entropy.to(p.dtype)
+        values = negative_entropy - (weights * log_p).sum(1)
+        grad_logits = torch.mul(p, mass[:, None], out=pair.new_buffer())
+        grad_logits.scatter_add_(1, teacher.ids, -weights)
     else:
-        left = tail.to(p.dtype).clamp(min=LOG_ZERO)
-        own = log_p.exp().mul_(told.log_probs > LOG_ZERO)  # a row with fewer ids names the rest of its K in vain
-        rest = (1 - own.sum(1)).clamp(min=torch.finfo(p.dtype).eps)
-        ratio = left.exp() / rest
-        values = (weights * (logs - log_p)).sum(1) + left.exp() * (left - rest.log())
-        by_logits = torch.mul(p, (mass + left.exp() - ratio)[:, None], out=pair.take())
-        by_logits.scatter_add_(1, told.ids, ratio[:, None] * own - weights)
-    return values, by_logits if temperature == 1.0 else by_logits.div_(temperature)
+        log_tail = log_tail.to(p.dtype).clamp(min=LOG_ZERO)
+        # Padding slots of a row with fewer than K ids (log_prob = -inf) must not contribute.
+        student_probs = log_p.exp().mul_(teacher.log_probs > LOG_ZERO)
+        student_tail = (1 - student_probs.sum(1)).clamp(min=torch.finfo(p.dtype).eps)
+        ratio = log_tail.exp() / student_tail
+        values = (weights * (log_w - log_p)).sum(1) + log_tail.exp() * (log_tail - student_tail.log())
+        grad_logits = torch.mul(p, (mass + log_tail.exp() - ratio)[:, None], out=pair.new_buffer())
+        grad_logits.scatter_add_(1, teacher.ids, ratio[:, None] * student_probs - weights)
+    return values, grad_logits if temperature == 1.0 else grad_logits.div_(temperature)
 
 
 @register_gradient(divergences.reverse_kl)
 def reverse_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """p * (log p - log q - KL(p || q)) / temperature."""
-    z, p, lse_s = pair.p(temperature)
-    y, _, lse_t = pair.q(temperature)
-    ratio = torch.sub(z, y, out=pair.take()).sub_(lse_s - lse_t)
-    return pair.mean(p, ratio), _by_logits(pair, p, ratio, 1 / temperature)
+    """Reverse KL; its gradient is p * (log p - log q - KL(p || q)) / temperature."""
+    z, p, lse_s = pair.student_softmax(temperature)
+    y, _, lse_t = pair.teacher_softmax(temperature)
+    ratio = torch.sub(z, y, out=pair.new_buffer()).sub_(lse_s - lse_t)
+    return pair.expectation(p, ratio), _logit_gradient(pair, p, ratio, 1 / temperature)
 
 
 def _mixture(pair: LogitPair, temperature: float, q_share: float) -> Tensor:
-    """q_share * q + (1 - q_share) * p, kept above 0."""
-    p, q = pair.p(temperature).probs, pair.q(temperature).probs
-    return torch.lerp(p, q, q_share, out=pair.take()).clamp_(min=torch.finfo(p.dtype).tiny)
+    """Return q_share * q + (1 - q_share) * p, [r, V], clamped above 0."""
+    p, q = pair.student_softmax(temperature).probs, pair.teacher_softmax(temperature).probs
+    return torch.lerp(p, q, q_share, out=pair.new_buffer()).clamp_(min=torch.finfo(p.dtype).tiny)
 
 
 @register_gradient(divergences.js)
 def js(pair: LogitPair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """(1 - beta) * p * (log p - log m - KL(p || m)) / temperature."""
-    z, p, lse_s = pair.p(temperature)
-    y, q, lse_t = pair.q(temperature)
+    """Generalized Jensen-Shannon divergence; its gradient is (1 - beta) * p * (log p - log m - KL(p || m)) / T."""
+    z, p, lse_s = pair.student_softmax(temperature)
+    y, q, lse_t = pair.teacher_softmax(temperature)
     log_m = _mixture(pair, temperature, beta).log_()
-    # The normaliser is subtracted before the sum: q adds up to 1 within 1e-5 only, and it may be 20.
-    from_t = pair.mean(q, torch.sub(y, log_m, out=pair.take()).sub_(lse_t))
+    # lse is subtracted before the sum: it may be 20, and the sum of q is 1 only to within 1e-5.
+    teacher_kl = pair.expectation(q, torch.sub(y, log_m, out=pair.new_buffer()).sub_(lse_t))
     ratio = torch.sub(z, log_m, out=log_m).sub_(lse_s)
-    values = beta * from_t + (1 - beta) * pair.mean(p, ratio)
-    return values, _by_logits(pair, p, ratio, (1 - beta) / temperature)
+    values = beta * teacher_kl + (1 - beta) * pair.expectation(p, ratio)
+    return values, _logit_gradient(pair, p, ratio, (1 - beta) / temperature)
 
 
 @register_gradient(divergences.skew_kl)
 def skew_kl(pair: LogitPair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
-    """g = -(1 - lam) * q / m."""
-    p = pair.p(temperature).probs
-    y, q, lse_t = pair.q(temperature)
+    """Skew KL; g = -(1 - lam) * q / m."""
+    p = pair.student_softmax(temperature).probs
+    y, q, lse_t = pair.teacher_softmax(temperature)
     m = _mixture(pair, temperature, lam)
-    g = torch.div(q, m, out=pair.take())
-    values = pair.mean(q, torch.sub(y, m.log_(), out=m).sub_(lse_t))
-    return values, _by_logits(pair, p, g, (lam - 1) / temperature)
+    g = torch.div(q, m, out=pair.new_buffer())
+    values = pair.expectation(q, torch.sub(y, m.log_(), out=m).sub_(lse_t))
+    return values, _logit_gradient(pair, p, g, (lam - 1) / temperature)
 
 
 @register_gradient(divergences.skew_reverse_kl)
 def skew_reverse_kl(pair: LogitPair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
-    """g = log p - log m - lam * p / m."""
-    z, p, lse_s = pair.p(temperature)
+    """Skew reverse KL; g = log p - log m - lam * p / m."""
+    z, p, lse_s = pair.student_softmax(temperature)
     m = _mixture(pair, temperature, 1 - lam)
-    share = torch.div(p, m, out=pair.take())
+    share = torch.div(p, m, out=pair.new_buffer())
     ratio = torch.sub(z, m.log_(), out=m).sub_(lse_s)
-    values = pair.mean(p, ratio)
-    return values, _by_logits(pair, p, ratio.sub_(share, alpha=lam), 1 / temperature)
+    values = pair.expectation(p, ratio)
+    return values, _logit_gradient(pair, p, ratio.sub_(share, alpha=lam), 1 / temperature)
 
 
 @register_gradient(divergences.total_variation)
 def total_variation(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """g = sign(p - q) / 2."""
-    p = pair.p(temperature).probs
-    difference = torch.sub(p, pair.q(temperature).probs, out=pair.take())
+    """Total variation; g = sign(p - q) / 2."""
+    p = pair.student_softmax(temperature).probs
+    difference = torch.sub(p, pair.teacher_softmax(temperature).probs, out=pair.new_buffer())
     values = 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
-    return values, _by_logits(pair, p, difference.sign_(), 0.5 / temperature)
+    return values, _logit_gradient(pair, p, difference.sign_(), 0.5 / temperature)
 
 
 @register_gradient(divergences.adaptive_kl)
 def adaptive_kl(pair: LogitPair, *, temperature: float = 1.0, head_mass: float = 0.5) -> tuple[Tensor, Tensor]:
-    """w * forward KL's + (1 - w) * reverse KL's."""
-    weight = divergences.adaptive_weight(pair.p(temperature).probs, pair.q(temperature).probs, head_mass)
-    forward, by_forward = forward_kl(pair, temperature=temperature)
-    reverse, by_reverse = reverse_kl(pair, temperature=temperature)
-    return weight * forward + (1 - weight) * reverse, by_reverse.lerp_(by_forward, weight[:, None])
+    """Adaptive KL; its gradient is w * (that of forward KL) + (1 - w) * (that of reverse KL)."""
+    weight = divergences.adaptive_weight(
+        pair.student_softmax(temperature).probs, pair.teacher_softmax(temperature).probs, head_mass
+    )
+    forward, grad_forward = forward_kl(pair, temperature=temperature)
+    reverse, grad_reverse = reverse_kl(pair, temperature=temperature)
+    return weight * forward + (1 - weight) * reverse, grad_reverse.lerp_(grad_forward, weight[:, None])

@@ -1,4 +1,4 @@
-"""Losses on attention of one pair of layers. In float32 at least; [N] numbers, one a token."""
+"""Losses on the attention of a pair of layers: one number for each token, [N], computed in float32 or float64."""
 
 import math
 
@@ -14,21 +14,22 @@ from .registry import loss
 
 @loss("attention_kl", needs=("attention",), paper="1909.10351")
 def attention_kl(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
-    """Mean over heads of KL(teacher's map || student's map), for the row of each token.
+    """KL between the attention maps, averaged over heads.
 
-    Where head counts differ, heads of the model that has more are averaged: neighbours in groups where one count
-    divides the other, else in as many overlapping windows as the other has heads. Positions that a model hides
-    (padding, the future) have no mass.
+    mean_h sum_u a_t(h, n, u) * (log a_t(h, n, u) - log a_s(h, n, u)) for token n and positions u
+
+    If the numbers of heads differ, neighboring heads of the model with more heads are averaged (adaptive average
+    pooling over heads). Masked positions (padding, later positions) have probability 0.
 
     Args:
-        student: [N, h_s, S] rows of its maps.
-        teacher: [N, h_t, S].
+        student: [N, h_s, S] rows of the student's attention maps.
+        teacher: [N, h_t, S] rows of the teacher's.
         targets: not used.
 
     Returns:
-        [N] nats. 0 for equal maps.
+        [N] in nats; 0 for equal maps.
 
-    Source: attention transfer of TinyBERT, arXiv 1909.10351, as a KL.
+    Source: attention transfer of TinyBERT, arXiv 1909.10351, with a KL instead of the squared error.
     """
     dtype, heads = compute_dtype(student), min(student.shape[1], teacher.shape[1])
     s, t = _pooled(student.to(dtype), heads), _pooled(teacher.to(dtype), heads)
@@ -39,52 +40,63 @@ def attention_kl(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
 
 @loss("value_relation", needs=("values",), paper="2002.10957", limits={"heads": COUNT})
 def value_relation(student: Tensor, teacher: Tensor, targets: Targets, *, heads: int | None = None) -> Tensor:
-    """Mean over relation heads of KL(teacher's || student's) of softmax(v_n . v_u / sqrt(d)) over the positions u.
+    """KL between the value relations, averaged over relation heads.
 
-    The values of all heads are joined and split anew into `heads` relation heads (MiniLM v2), so numbers of heads and
-    widths may differ, and no attention map is needed. A position u counts where the token n may see it.
+    mean_h KL(r_t || r_s), r(h, n, u) = softmax_u(v(h, n) . v(h, u) / sqrt(d)) for token n and the positions u it sees
+
+    The values of all heads are concatenated and split into `heads` relation heads (MiniLMv2). The models may have
+    different numbers of heads and widths, and no attention maps are needed.
 
     Args:
-        student: [B, h_s, S, d_s] values.
-        teacher: [B, h_t, S, d_t].
+        student: [B, h_s, S, d_s] values of the student's attention.
+        teacher: [B, h_t, S, d_t] values of the teacher's.
         targets: the N tokens.
-        heads: relation heads; None: the greatest number that divides both h_s and h_t.
+        heads: number of relation heads; None for the greatest common divisor of h_s and h_t.
 
     Returns:
-        [N] nats. 0 for equal relations.
+        [N] in nats; 0 for equal relations.
 
     Raises:
         DistillError: `heads` does not divide both widths.
 
-    Source: MiniLM, arXiv 2002.10957, and 2012.15828 for relation heads.
+    Source: MiniLM, arXiv 2002.10957; relation heads: MiniLMv2, arXiv 2012.15828.
     """
     dtype, (_, h_s, length, _), h_t = compute_dtype(student), student.shape, teacher.shape[1]
     heads = heads or math.gcd(h_s, h_t)
     widths = [values.shape[1] * values.shape[3] for values in (student, teacher)]
     if any(width % heads for width in widths):
-        raise DistillError(f"value_relation: {heads} heads do not divide the widths {widths[0]} and {widths[1]}.")
+        raise DistillError(
+            f"value_relation has heads {heads}, which does not divide the widths of the values, {widths[0]} and "
+            f"{widths[1]}: give a number that divides both."
+        )
     s, t = (_split(values.to(dtype), heads) for values in (student, teacher))
-    hidden, columns = ~targets.visible(), targets.positions % length
+    masked, columns = ~targets.visible(), targets.positions % length
     result = [s.new_zeros(0)]
-    for row, of_row in targets.by_row():
-        log_s, log_t = (_relation(values[row], columns[of_row], hidden[of_row]) for values in (s, t))
+    for row, row_tokens in targets.by_row():
+        log_s, log_t = (_log_relation(values[row], columns[row_tokens], masked[row_tokens]) for values in (s, t))
         result.append((log_t.exp() * (log_t - log_s)).sum(-1).mean(0))
     return torch.cat(result)
 
 
 def _pooled(maps: Tensor, heads: int) -> Tensor:
-    """[N, h, S] -> [N, heads, S], means of neighbours."""
+    """Average neighboring heads: [N, h, S] -> [N, heads, S]."""
     if maps.shape[1] == heads:
         return maps
     return torch.nn.functional.adaptive_avg_pool1d(maps.transpose(1, 2), heads).transpose(1, 2)
 
 
 def _split(values: Tensor, heads: int) -> Tensor:
-    """[B, h, S, d] -> [B, heads, S, h * d / heads]."""
+    """Split the concatenated heads into other heads: [B, h, S, d] -> [B, heads, S, h * d / heads]."""
     return values.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _relation(values: Tensor, columns: Tensor, hidden: Tensor) -> Tensor:
-    """Log-relations of some positions of a row to all of it, [heads, n, S], of values [heads, S, d]."""
+def _log_relation(values: Tensor, columns: Tensor, masked: Tensor) -> Tensor:
+    """Return the log-softmax relations of n positions of a row to all of its positions, [heads, n, S].
+
+    Args:
+        values: [heads, S, d] of the row.
+        columns: [n] positions.
+        masked: [n, S] positions that a token does not attend to.
+    """
     scores = values[:, columns] @ values.transpose(1, 2) / math.sqrt(values.shape[-1])
-    return torch.log_softmax(scores.masked_fill(hidden, -1e4), dim=-1)
+    return torch.log_softmax(scores.masked_fill(masked, -1e4), dim=-1)

@@ -1,4 +1,4 @@
-"""Losses on the labels, without a teacher."""
+"""Cross entropy with the labels: the hard term of the objective, without a teacher."""
 
 import torch
 from torch import Tensor
@@ -16,16 +16,16 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy with the labels: the next token, or the class.
 
-    (1 - label_smoothing) * -log p_s(label) + label_smoothing * mean_v -log p_s(v)
+    (1 - label_smoothing) * -log p(label) + label_smoothing * mean_v -log p(v)
 
     Args:
-        student: signals.
+        student: signals with the student logits [T, V].
         teacher: not used.
-        targets: the asked tokens.
+        targets: T target tokens.
         label_smoothing: in [0, 1].
 
     Returns:
-        [T] nats. The same numbers as `torch.nn.functional.cross_entropy(..., reduction="none")`.
+        [T] in nats, as `torch.nn.functional.cross_entropy(..., reduction="none")`.
     """
     return torch.nn.functional.cross_entropy(
         dense_logits(student), targets.labels, reduction="none", label_smoothing=label_smoothing

@@ -1,13 +1,23 @@
-"""The sweep over asked tokens: exact losses without logits, in four matrix products.
+"""The fused loss: the exact objective and its gradients, chunk by chunk, without logits for all target tokens at once.
 
-Chunk by chunk: logits of student and teacher into two buffers, every term of the objective and its gradient by the
-student's logits (written over them), and from it the gradients of hidden states, weight and bias. All of this happens
-in the forward; the backward scales. So the memory is that of one chunk, whatever the vocabulary and the tokens.
+For each chunk of target tokens, in the forward:
+
+1. `student_logits` [t, V_s] and `teacher_logits` [t, V_t] are computed into one buffer for each model.
+2. The chunk is divided into blocks [r, V] of rows that fit a CPU's cache (on a GPU the block is the chunk).
+3. For each block, every term of the objective gives its values [r] and its gradient with respect to the student logits,
+   from an analytic formula or from autograd. The weighted sum of the gradients overwrites the student logits.
+4. The chunk's gradient is multiplied with the output head's weight and with the hidden states: it is added to the
+   gradients of hidden states, weight and bias.
+
+The backward only scales these gradients by the incoming gradient. The memory is that of one chunk, whatever the size of
+the vocabulary and the number of target tokens. Each chunk costs four matrix products: the logits of both models and the
+gradients of hidden states and weight. Because the loss leaves through the output head's forward, DDP, FSDP2 and ZeRO-3
+gather the head's weight and reduce its gradient as usual.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,24 +39,28 @@ from .analytic_gradients import BufferPool, LogitPair
 from .objective import Term
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
-_CPU_CHUNK_BYTES = 150 * 2**20  # bytes of the two buffers on a CPU
+_CPU_CHUNK_BYTES = 150 * 2**20  # bytes of the buffers of a chunk on a CPU
 CPU_CACHE_BYTES = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
-MAX_TEMPORARIES = 10  # blocks [r, V] of temporaries that the closed forms take at most: js at T != 1, with statistics
+MAX_TEMPORARIES = 10  # most tensors [r, V] that analytic gradients allocate for a block: js at T != 1 with statistics
+
+LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs
+LogitChunk: TypeAlias = Tensor | SparseLogProbs
+OnGradient: TypeAlias = Callable[[slice, Tensor], None]
 
 
 @dataclass
 class ChunkedLoss:
-    """What to compute over the asked tokens, and what was found.
+    """The loss on the logits of one batch, computed chunk by chunk.
 
-    teacher:      source of the teacher's logits, or of several by name; None where no term needs one
-    targets:      T asked tokens
+    teacher:      teacher logits, or those of several teachers by name; None if no term reads them
+    targets:      T target tokens
     terms:        of the objective
-    statistics:   also `kl` (T = 1), `agreement` and the entropies and cross entropies of both models, for every
-                  so manieth block of tokens: 0 for none, 1 for all; `measured` is 1 where they were taken, and they
-                  are 0 elsewhere; of several teachers the first is compared with
-    chunk_tokens: asked tokens a chunk; None: as many as the workspace holds
-    num_items:    what the sum is divided by; None: T
-    per_token:    name -> [T], filled by a run
+    statistics:   also compute `kl` (T = 1), `agreement` (top-1) and the entropies and cross entropies of both models,
+                  on every n-th block (0 disables, 1 is every block). `measured` is 1 for the tokens of these blocks;
+                  for other tokens all of them are 0. Of several teachers, the first is compared
+    chunk_tokens: target tokens in a chunk; None for as many as `auto_chunk_tokens` allows
+    num_items:    divisor of the sum, number of target tokens of the global batch; None for T
+    per_token:    name -> [T], set by a run: the terms (scaled, not weighted) and the statistics
     """
 
     teacher: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
@@ -58,133 +72,169 @@ class ChunkedLoss:
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._scratch = BufferPool()
-        items = self.targets.divisor(self.num_items)
-        # Known on a CPU, so that gradients come out divided; elsewhere reading it would wait for the device.
-        self._divisor_in_forward = 1 / float(items) if items.device.type == "cpu" else 1.0
-        self._divisor_after = 1.0 if items.device.type == "cpu" else 1 / items
+        self._buffer_pool = BufferPool()
+        divisor = self.targets.divisor(self.num_items)
+        # A CPU tensor can be read here, so gradients are divided in the forward; reading a GPU's would wait for it.
+        self._factor_in_forward = 1 / float(divisor) if divisor.device.type == "cpu" else 1.0
+        self._factor_after = 1.0 if divisor.device.type == "cpu" else 1 / divisor
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise DistillError(f"chunk_tokens is {self.chunk_tokens}; it must be at least 1, or None.")
+            raise DistillError(
+                f"chunk_tokens is {self.chunk_tokens}; give a number of tokens of at least 1, or None to choose it "
+                "from the memory."
+            )
 
-    def from_hidden(self, head: LazyLogits) -> Tensor:
-        """The objective over asked tokens / num_items, [], of a student whose logits are made from hidden states."""
+    def from_hidden(self, student: LazyLogits) -> Tensor:
+        """Return the objective over target tokens / num_items, [], from the student's hidden states and output head."""
         needs_gradient = torch.is_grad_enabled()
-        return self._divisor_after * _Fused.apply(
-            head.hidden, head.weight, head.bias, head.scaling, needs_gradient, self
+        return self._factor_after * _LossFromHidden.apply(
+            student.hidden, student.weight, student.bias, student.scaling, needs_gradient, self
         )
 
-    def from_logits(self, logits: Tensor) -> Tensor:
-        """The same of a student whose logits [T, V] are there already."""
-        needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-        return self._divisor_after * _Dense.apply(logits, needs_gradient, self)
+    def from_logits(self, student_logits: Tensor) -> Tensor:
+        """Return the objective over target tokens / num_items, [], from materialized student logits [T, V]."""
+        needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+        return self._factor_after * _LossFromLogits.apply(student_logits, needs_gradient, self)
 
-    def run_chunks(self, student: DenseLogits | LazyLogits, on_gradient=None) -> Tensor:
-        """Run over all chunks.
+    def run_chunks(self, student: DenseLogits | LazyLogits, on_gradient: OnGradient | None = None) -> Tensor:
+        """Compute all chunks.
 
         Args:
-            student: source of the student's logits.
-            on_gradient: called with (rows, gradient [t, V]) for each chunk, the gradient by what the head itself puts
-                out; a buffer that the next chunk overwrites. None: no gradient is computed.
+            student: the student's logits.
+            on_gradient: called for each chunk with (rows, gradient [t, V] with respect to the output of the student's
+                output head). The next chunk overwrites the gradient. None computes no gradients.
 
         Returns:
-            [] sum over asked tokens of the weighted terms, divided by num_items where that is known on the CPU.
+            [], the sum over target tokens of the weighted terms; divided by num_items if that is known on the CPU.
         """
-        count, device = len(self.targets), self.targets.labels.device
+        num_tokens, device = len(self.targets), self.targets.labels.device
         teachers = named_sources(self.teacher)
-        chunk = self.chunk_tokens or auto_chunk_tokens(student, teachers.values())
+        chunk_tokens = self.chunk_tokens or auto_chunk_tokens(student, teachers.values())
+        buffer_rows = min(chunk_tokens, num_tokens)
         dtype = compute_dtype(student.hidden if isinstance(student, LazyLogits) else student.values)
-        own = _buffer(student, min(chunk, count), dtype)
-        buffers = {name: _buffer(source, min(chunk, count), dtype) for name, source in teachers.items()}
-        self._masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
-        self.per_token = {name: torch.zeros(count, dtype=dtype, device=device) for name in self._names()}
-        self._number = 0
-        for start in range(0, count, chunk):
-            rows = slice(start, min(start + chunk, count))
-            logits = student.project(rows, out=own)
-            told = {name: _told(source, rows, buffers[name], logits.device) for name, source in teachers.items()}
-            for block in _blocks(logits):
-                heard = {name: _part(of_chunk, block) for name, of_chunk in told.items()}
-                self._block(logits[block], heard, rows.start + block.start, student, on_gradient)
+        student_buffer = _new_buffer(student, buffer_rows, dtype)
+        teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teachers.items()}
+        self._may_be_masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
+        self.per_token = {name: torch.zeros(num_tokens, dtype=dtype, device=device) for name in self._metric_names()}
+        self._num_blocks = 0
+        for start in range(0, num_tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, num_tokens))
+            student_logits = student.project(rows, out=student_buffer)
+            teacher_logits = {
+                name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_logits.device)
+                for name, teacher in teachers.items()
+            }
+            for block in _cache_blocks(student_logits):
+                teacher_block = {name: _slice(chunk, block) for name, chunk in teacher_logits.items()}
+                gradients = self._run_block(
+                    student_logits[block], teacher_block, start + block.start, on_gradient is not None
+                )
+                if on_gradient is not None:
+                    scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
+                    _overwrite_with_gradient(student_logits[block], gradients, scaling)
             if on_gradient is not None:
-                on_gradient(rows, logits)
+                on_gradient(rows, student_logits)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
-        return total * self._divisor_in_forward
+        return total * self._factor_in_forward
 
-    def _names(self) -> list[str]:
-        """What `per_token` will hold, whatever is asked: every rank and batch must agree on it."""
+    def _metric_names(self) -> list[str]:
+        """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
         names = [term.name for term in self.terms]
         if self.statistics:
             names += STUDENT_METRICS
-            names += (
-                PAIR_METRICS
-                if isinstance(next(iter(named_sources(self.teacher).values()), None), DenseLogits | LazyLogits)
-                else ()
-            )
+            first_teacher = next(iter(named_sources(self.teacher).values()), None)
+            names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
         return names
 
-    def _keep(self, name: str, start: int, values: Tensor) -> None:
-        """Into one tensor for all tokens: small ones kept among a block's large temporaries would scatter the heap."""
+    def _store(self, name: str, start: int, values: Tensor) -> None:
+        """Copy the values of a block into the one tensor for all tokens.
+
+        Small tensors that outlive a block's large temporaries would fragment the heap.
+        """
         self.per_token[name][start : start + len(values)] = values.detach()
 
-    def _block(self, logits, told, start, student, on_gradient) -> None:
-        targets = self.targets.slice(slice(start, start + len(logits)))
-        self._scratch.give_back()
-        own = LogitPair(logits, None, targets.labels, self._scratch, self._masked)
-        pairs = {name: own.beside(heard) for name, heard in told.items()}
-        self._number += 1
-        if self.statistics and (self._number - 1) % self.statistics == 0:
+    def _run_block(
+        self, student_logits: Tensor, teacher_logits: Mapping[str | None, LogitChunk], start: int, needs_gradient: bool
+    ) -> list[tuple[Tensor, float]]:
+        """Store the terms and statistics of a block of rows.
+
+        Args:
+            student_logits: [r, V_s].
+            teacher_logits: name -> [r, V_t], or sparse log-probabilities of r tokens.
+            start: index of the block's first target token.
+            needs_gradient: whether gradients are computed.
+
+        Returns:
+            for each term with a weight: (gradient [r, v] with respect to the student logits, factor).
+        """
+        targets = self.targets.slice(slice(start, start + len(student_logits)))
+        self._buffer_pool.release_all()
+        student_only = LogitPair(student_logits, None, targets.labels, self._buffer_pool, self._may_be_masked)
+        pairs = {name: student_only.with_teacher(logits) for name, logits in teacher_logits.items()}
+        self._num_blocks += 1
+        if self.statistics and (self._num_blocks - 1) % self.statistics == 0:
             first = next(iter(pairs.values()), None)
-            for name, values in token_metrics(own, None if first is None or first.sparse else first).items():
-                self._keep(name, start, values)
-        said = Signals(DenseLogits(logits))
-        heard = {name: Signals(DenseLogits(t) if isinstance(t, Tensor) else t) for name, t in told.items()}
+            metrics = token_metrics(student_only, None if first is None or first.sparse_teacher else first)
+            for name, values in metrics.items():
+                self._store(name, start, values)
+        student_signals = Signals(DenseLogits(student_logits))
+        teacher_signals = {
+            name: Signals(DenseLogits(logits) if isinstance(logits, Tensor) else logits)
+            for name, logits in teacher_logits.items()
+        }
         gradients = []
         for term in self.terms:
-            pair = pairs.get(term.teacher) if term.loss.needs else own
-            analytic_gradient = term.analytic_gradient(pair) is not None
-            needs_gradient = on_gradient is not None and term.weight != 0
-            asks = None if term.loss.needs else targets.has_label_mask
-            if analytic_gradient or needs_gradient:  # a closed form is the shortest way to the values, too
-                values, gradient, factor = term.loss_and_grad(said, heard.get(term.teacher), targets, pair)
-                if needs_gradient:
-                    gradient = gradient if asks is None else gradient.mul_(asks[:, None])
-                    gradients.append((gradient, factor * self._divisor_in_forward))
+            pair = pairs.get(term.teacher) if term.loss.needs else student_only
+            label_mask = None if term.loss.needs else targets.has_label_mask
+            needs_term_gradient = needs_gradient and term.weight != 0
+            # An analytic gradient is the cheapest way to the values too.
+            if needs_term_gradient or term.analytic_gradient(pair) is not None:
+                values, gradient, factor = term.loss_and_grad(
+                    student_signals, teacher_signals.get(term.teacher), targets, pair
+                )
+                if needs_term_gradient:
+                    gradient = gradient if label_mask is None else gradient.mul_(label_mask[:, None])
+                    gradients.append((gradient, factor * self._factor_in_forward))
             else:
-                values = term(said, heard.get(term.teacher), targets)
-            values = values if asks is None else values * asks
-            self._keep(term.name, start, values)
-        if on_gradient is not None:
-            scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
-            _write(logits, gradients, scaling)
+                values = term(student_signals, teacher_signals.get(term.teacher), targets)
+            self._store(term.name, start, values if label_mask is None else values * label_mask)
+        return gradients
 
 
-def _write(logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: LogitScaling) -> None:
-    """The sum of (gradient [r, v], factor), by what the head puts out, over the logits [r, V]."""
+def _overwrite_with_gradient(
+    student_logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: LogitScaling
+) -> None:
+    """Overwrite logits with the gradient with respect to the output of the student's output head.
+
+    Args:
+        student_logits: [r, V].
+        gradients: (gradient [r, v] with respect to the first v logits, factor); they are summed.
+        scaling: applied to the head's output by the model; its derivative is multiplied in.
+    """
     if not gradients:
-        logits.zero_()
+        student_logits.zero_()
         return
-    derivative = scaling.derivative(logits)
+    derivative = scaling.derivative(student_logits)
     gradients = sorted(gradients, key=lambda item: item[0].shape[1], reverse=True)
     for i, (gradient, factor) in enumerate(gradients):
         width = gradient.shape[1]
         if i == 0:
-            torch.mul(gradient, factor, out=logits[:, :width])
-            logits[:, width:] = 0
+            torch.mul(gradient, factor, out=student_logits[:, :width])
+            student_logits[:, width:] = 0
         else:
-            logits[:, :width].add_(gradient, alpha=factor)
+            student_logits[:, :width].add_(gradient, alpha=factor)
     if isinstance(derivative, Tensor) or derivative != 1.0:
-        logits.mul_(derivative)
+        student_logits.mul_(derivative)
 
 
-class _Fused(torch.autograd.Function):
-    """hidden [T, H], weight [V, H], bias [V] or None -> the sum of the terms; gradients are taken in the forward."""
+class _LossFromHidden(torch.autograd.Function):
+    """hidden [T, H], weight [V, H], bias [V] or None -> sum of the terms, []; gradients are computed in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, scaling, needs_gradient, job):
-        head = LazyLogits(hidden, weight, bias, scaling)
+    def forward(ctx, hidden, weight, bias, scaling, needs_gradient, chunked_loss):
+        student = LazyLogits(hidden, weight, bias, scaling)
         needs = [needs_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         dtype = compute_dtype(hidden, weight)
         shapes = [None if t is None else t.shape for t in (hidden, weight, bias)]
@@ -192,93 +242,106 @@ class _Fused(torch.autograd.Function):
             hidden.new_zeros(shape, dtype=dtype) if need else None for need, shape in zip(needs, shapes, strict=True)
         ]
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        by_hidden, by_weight, by_bias = ctx.gradients
+        grad_hidden, grad_weight, grad_bias = ctx.gradients
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
-            if by_hidden is not None:
-                grad_hidden_matmul(gradient, weight, by_hidden[rows])
-            if by_weight is not None:
-                by_weight.addmm_(gradient.t(), hidden[rows].to(dtype))
-            if by_bias is not None:
-                by_bias.add_(gradient.sum(0))
+            if grad_hidden is not None:
+                grad_hidden_matmul(gradient, weight, grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(gradient.t(), hidden[rows].to(dtype))
+            if grad_bias is not None:
+                grad_bias.add_(gradient.sum(0))
 
         with torch.autocast(hidden.device.type, enabled=False):
-            return job.run_chunks(head, on_gradient if any(needs) else None)
+            return chunked_loss.run_chunks(student, on_gradient if any(needs) else None)
 
     @staticmethod
-    def backward(ctx, by_total):
+    def backward(ctx, grad_total):
         if ctx.gradients is None:
-            raise RuntimeError("The fused head's gradients were used already: run the forward again.")
+            raise RuntimeError(
+                "The gradients of the fused loss were already used by an earlier backward: run the forward again."
+            )
         gradients, ctx.gradients = ctx.gradients, None
-        if by_total.device.type != "cpu" or by_total != 1:
-            gradients = [g if g is None else g.mul_(by_total) for g in gradients]
+        if grad_total.device.type != "cpu" or grad_total != 1:
+            gradients = [g if g is None else g.mul_(grad_total) for g in gradients]
         gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
         return (*gradients, None, None, None)
 
 
-class _Dense(torch.autograd.Function):
-    """logits [T, V] -> the sum of the terms; the gradient is taken in the forward."""
+class _LossFromLogits(torch.autograd.Function):
+    """student logits [T, V] -> sum of the terms, []; the gradient is computed in the forward."""
 
     @staticmethod
-    def forward(ctx, logits, needs_gradient, job):
-        by_logits: Any = torch.empty_like(logits) if needs_gradient else None
+    def forward(ctx, student_logits, needs_gradient, chunked_loss):
+        grad_logits: Any = torch.empty_like(student_logits) if needs_gradient else None
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
-            by_logits[rows] = gradient
+            grad_logits[rows] = gradient
 
-        ctx.by_logits = by_logits
-        with torch.autocast(logits.device.type, enabled=False):
-            return job.run_chunks(DenseLogits(logits), on_gradient if needs_gradient else None)
+        ctx.grad_logits = grad_logits
+        with torch.autocast(student_logits.device.type, enabled=False):
+            return chunked_loss.run_chunks(DenseLogits(student_logits), on_gradient if needs_gradient else None)
 
     @staticmethod
-    def backward(ctx, by_total):
-        return ctx.by_logits * by_total, None, None
+    def backward(ctx, grad_total):
+        return ctx.grad_logits * grad_total, None, None
 
 
-def auto_chunk_tokens(
-    student: DenseLogits | LazyLogits, teachers: Iterable[DenseLogits | LazyLogits | SparseLogProbs]
-) -> int:
-    """How many asked tokens the buffers hold: 150 MiB on a CPU, an eighth of the free memory on a GPU."""
+def auto_chunk_tokens(student: DenseLogits | LazyLogits, teachers: Iterable[LogitSource]) -> int:
+    """Return the number of target tokens in a chunk, from the memory.
+
+    The buffers of a chunk take 150 MiB on a CPU, and with their temporaries an eighth of the free memory on a GPU.
+
+    Args:
+        student: the student's logits.
+        teachers: the logits of all teachers.
+    """
     values = student.hidden if isinstance(student, LazyLogits) else student.values
     itemsize = values.element_size() if values.dtype == torch.float64 else 4
-    dense = [source.vocab_size for source in (student, *teachers) if not isinstance(source, SparseLogProbs)]
-    row = itemsize * sum(dense)
+    widths = [source.vocab_size for source in (student, *teachers) if not isinstance(source, SparseLogProbs)]
+    token_bytes = itemsize * sum(widths)
     if values.is_cuda:
-        free = torch.cuda.mem_get_info(values.device)[0] // 8
-        return max(16, free // (row + MAX_TEMPORARIES * itemsize * student.vocab_size))  # blocks are whole chunks there
-    return max(16, _CPU_CHUNK_BYTES // row)
+        free_bytes = torch.cuda.mem_get_info(values.device)[0] // 8
+        # A block is the chunk on a GPU, so the temporaries of a block count too.
+        return max(16, free_bytes // (token_bytes + MAX_TEMPORARIES * itemsize * student.vocab_size))
+    return max(16, _CPU_CHUNK_BYTES // token_bytes)
 
 
-def _buffer(source: DenseLogits | LazyLogits | SparseLogProbs, rows: int, dtype: torch.dtype) -> Tensor | None:
-    """In the precision of the student's losses, whatever the teacher's."""
+def _new_buffer(source: LogitSource, rows: int, dtype: torch.dtype) -> Tensor | None:
+    """Allocate a buffer [rows, V] for logits, in the precision of the loss; None for a sparse teacher."""
     if isinstance(source, SparseLogProbs):
         return None
     like = source.hidden if isinstance(source, LazyLogits) else source.values
     return like.new_empty(rows, source.vocab_size, dtype=dtype)
 
 
-def _may_be_masked(source: DenseLogits | LazyLogits | SparseLogProbs) -> bool:
-    """Whether logits may be -inf; those of a head without a bias are not."""
+def _may_be_masked(source: LogitSource) -> bool:
+    """Whether some logits may be -inf; those of an output head without a bias never are."""
     if isinstance(source, SparseLogProbs):
         return False
     values = source.values if isinstance(source, DenseLogits) else source.bias
     return values is not None and bool((values == -torch.inf).any())
 
 
-def _blocks(logits: Tensor) -> list[slice]:
-    """Rows that fit the cache, as many for each thread; on a GPU all of them."""
+def _cache_blocks(logits: Tensor) -> list[slice]:
+    """Divide the rows of a chunk into blocks that fit the CPU's cache, with as many rows for each thread.
+
+    On a GPU one block holds all rows.
+    """
     count, width = logits.shape
-    threads = torch.get_num_threads()
-    per_thread = max(1, CPU_CACHE_BYTES // (width * logits.element_size() * threads))
-    size = count if logits.is_cuda else per_thread * threads
+    num_threads = torch.get_num_threads()
+    rows_per_thread = max(1, CPU_CACHE_BYTES // (width * logits.element_size() * num_threads))
+    size = count if logits.is_cuda else rows_per_thread * num_threads
     return [slice(i, min(i + size, count)) for i in range(0, count, max(size, 1))]
 
 
-def _told(
-    source: DenseLogits | LazyLogits | SparseLogProbs, rows: slice, buffer: Tensor | None, device: torch.device
-) -> Tensor | SparseLogProbs:
-    return source.slice(rows) if isinstance(source, SparseLogProbs) else source.project(rows, out=buffer).to(device)
+def _teacher_chunk(teacher: LogitSource, rows: slice, buffer: Tensor | None, device: torch.device) -> LogitChunk:
+    """Return the teacher logits of a chunk, [t, V_t], on the student's device; a sparse teacher stays sparse."""
+    if isinstance(teacher, SparseLogProbs):
+        return teacher.slice(rows)
+    return teacher.project(rows, out=buffer).to(device)
 
 
-def _part(told: Tensor | SparseLogProbs, block: slice) -> Tensor | SparseLogProbs:
-    return told.slice(block) if isinstance(told, SparseLogProbs) else told[block]
+def _slice(chunk: LogitChunk, block: slice) -> LogitChunk:
+    """Return some rows of the teacher logits of a chunk."""
+    return chunk.slice(block) if isinstance(chunk, SparseLogProbs) else chunk[block]

@@ -1,4 +1,4 @@
-"""Losses on hidden states of one pair of layers. In float32 at least; [N] numbers, one a token."""
+"""Losses on the hidden states of a pair of layers: one number for each token, [N], computed in float32 or float64."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from .registry import loss
 
 @loss("hidden_mse", needs=("hidden",), paper="1412.6550", project=True)
 def hidden_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
-    """Mean over the width of the squared difference.
+    """Mean squared error of the hidden states.
+
+    mean_i (s_i - t_i)^2 over the width H
 
     Args:
         student: [N, H], projected to the teacher's width.
@@ -19,20 +21,22 @@ def hidden_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         targets: not used.
 
     Returns:
-        [N]. 0 for equal states. As `torch.nn.functional.mse_loss(..., reduction="none").mean(-1)`.
+        [N], as `torch.nn.functional.mse_loss(..., reduction="none").mean(-1)`; 0 for equal states.
 
     Raises:
         DistillError: the shapes differ.
 
     Source: FitNets, arXiv 1412.6550.
     """
-    student, teacher = _alike(student, teacher)
+    student, teacher = _check_same_shape(student, teacher)
     return (student - teacher).square().mean(-1)
 
 
 @loss("hidden_cosine", needs=("hidden",), paper="1910.01108", project=True)
 def hidden_cosine(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
-    """1 - cos(student, teacher).
+    """Cosine distance of the hidden states.
+
+    1 - cos(s, t)
 
     Args:
         student: [N, H], projected to the teacher's width.
@@ -40,21 +44,23 @@ def hidden_cosine(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         targets: not used.
 
     Returns:
-        [N], in [0, 2]. 0 for states of one direction, whatever their lengths.
+        [N], in [0, 2]; 0 for states of the same direction.
 
     Raises:
         DistillError: the shapes differ.
 
     Source: DistilBERT, arXiv 1910.01108.
     """
-    s, t = _unit(*_alike(student, teacher))
-    # Half the squared distance of unit vectors: exactly 0 for equal ones, where 1 - cos is a rounding error.
+    s, t = _normalize(*_check_same_shape(student, teacher))
+    # Half the squared distance of the unit vectors is exactly 0 for equal ones; 1 - cos would have a rounding error.
     return (s - t).square().sum(-1) / 2
 
 
 @loss("hidden_normalized_mse", needs=("hidden",), project=True)
 def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
-    """Mean over the width of the squared difference of unit vectors: 2 (1 - cos) / H.
+    """Mean squared error of the normalized hidden states.
+
+    mean_i (s_i / |s| - t_i / |t|)^2 = 2 * (1 - cos(s, t)) / H
 
     Args:
         student: [N, H], projected to the teacher's width.
@@ -62,7 +68,7 @@ def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) ->
         targets: not used.
 
     Returns:
-        [N]. `hidden_cosine` times 2 / H, so its weight has to grow with the width.
+        [N]. It is `hidden_cosine` times 2 / H, so its weight has to grow with the width.
 
     Raises:
         DistillError: the shapes differ.
@@ -72,42 +78,45 @@ def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) ->
 
 @loss("hidden_relation", needs=("hidden",), paper="1907.09682")
 def hidden_relation(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
-    """Mean over the tokens u of its document of (cos(s_n, s_u) - cos(t_n, t_u))^2, for each token n.
+    """Squared difference of the cosine similarities between tokens.
 
-    Widths may differ: no projector is needed.
+    mean_u (cos(s_n, s_u) - cos(t_n, t_u))^2 for token n and the tokens u of its document
+
+    The widths may differ, and no projector is needed.
 
     Args:
         student: [N, H_s].
         teacher: [N, H_t].
-        targets: the N tokens; only they are related to each other.
+        targets: the N tokens.
 
     Returns:
-        [N]. 0 where states have equal angles among themselves.
+        [N]; 0 if the cosine similarities of both models are equal.
 
-    Source: similarity-preserving distillation, arXiv 1907.09682, with tokens for its examples.
+    Source: similarity-preserving distillation, arXiv 1907.09682, with tokens instead of examples.
     """
-    s, t = _unit(*_exact(student, teacher))
-    own, values = targets.own_documents(), [s.new_zeros(0)]
+    s, t = _normalize(*_upcast(student, teacher))
+    documents, values = targets.document_ids(), [s.new_zeros(0)]
     for _, row in targets.by_row():
-        together = (own[row, None] == own[row]).to(s.dtype)
-        difference = (s[row] @ s[row].T - t[row] @ t[row].T).square() * together
-        values.append(difference.sum(-1) / together.sum(-1))
+        same_document = (documents[row, None] == documents[row]).to(s.dtype)
+        difference = (s[row] @ s[row].T - t[row] @ t[row].T).square() * same_document
+        values.append(difference.sum(-1) / same_document.sum(-1))
     return torch.cat(values)
 
 
-def _exact(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _upcast(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(student)
     return student.to(dtype), teacher.to(dtype)
 
 
-def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _check_same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape:
         raise DistillError(
-            f"Hidden states of shape {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared number by "
-            "number: project the student's to the teacher's width first, or use hidden_relation."
+            f"The student's hidden states have shape {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}, "
+            "and this loss compares them element by element: use a projector to the teacher's width, or "
+            "hidden_relation."
         )
-    return _exact(student, teacher)
+    return _upcast(student, teacher)
 
 
-def _unit(*states: Tensor) -> list[Tensor]:
+def _normalize(*states: Tensor) -> list[Tensor]:
     return [torch.nn.functional.normalize(state, dim=-1) for state in states]

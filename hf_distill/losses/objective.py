@@ -1,4 +1,4 @@
-"""The objective: which losses, how much of each, at which temperature."""
+"""The objective: a weighted sum of losses, `alpha * soft + (1 - alpha) * hard + sum(weight * other losses)`."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ from .alignment import dense_logits
 from .analytic_gradients import LogitPair
 from .registry import FEATURE_OPTIONS
 
-# Names of other values of a token: a term of such a name would be taken for them.
+# Names of other values that are logged for each target token; no term may have one of them.
 RESERVED_NAMES = (
     *("kl", "agreement", "accuracy", "measured", "asked", "aux", "peer_aux"),
     *("student_ce", "student_entropy", "teacher_ce", "teacher_entropy"),
@@ -29,12 +29,15 @@ RESERVED_NAMES = (
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the objective: `weight * scale * loss(student, teacher, targets, **options)`.
+    """One term of the objective: `weight * scale * loss(student, teacher, targets, **options)`.
 
-    scale:  T^2 for a loss with a temperature, else 1
-    layers: of a loss on features: the mapping, see `layers.map_layers`
-    stack:  of a loss on features: "encoder" or "decoder" of a model that has both
-    teacher: of several: the name of the one it follows; None: of the only one
+    name:    name of the term in logs
+    loss:    registered loss
+    weight:  factor of the term in the objective
+    options: keyword arguments of the loss function
+    layers:  of a loss on features: the layer mapping, see `layers.map_layers`
+    stack:   of a loss on features: "encoder" or "decoder" of a model that has both
+    teacher: name of the teacher that the term reads if there are several, else None
     """
 
     name: str
@@ -47,35 +50,48 @@ class Term:
 
     @property
     def scale(self) -> float:
-        """T^2, so that gradients keep their size as the temperature grows."""
+        """T^2 for a loss with a temperature, so that gradients keep their size as the temperature grows; else 1."""
         return self.options.get("temperature", 1.0) ** 2
 
     def __call__(self, student: Any, teacher: Any, targets: Targets) -> Tensor:
-        """The scaled, unweighted loss of each asked token, [T]; see `losses.loss` for what student and teacher are."""
+        """Return the scaled, unweighted loss of each target token, [T].
+
+        Args:
+            student: signals, or a feature; see `losses.loss`.
+            teacher: signals, or a feature; see `losses.loss`.
+            targets: T target tokens.
+
+        Raises:
+            DistillError: the loss function returns another shape.
+        """
         values = self.loss.function(student, teacher, targets, **self.options)
         if values.shape != targets.labels.shape:
             raise DistillError(
-                f"Loss {self.loss.name!r} returned shape {tuple(values.shape)}; it must return one number per asked "
-                f"token, {tuple(targets.labels.shape)}, neither summed nor averaged."
+                f"Loss {self.loss.name!r} returned shape {tuple(values.shape)}; it must return one number for each "
+                f"target token, shape {tuple(targets.labels.shape)}, neither summed nor averaged."
             )
         return values * self.scale
 
     def analytic_gradient(self, pair: LogitPair | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """The closed form for a pair, if there is one."""
+        """Return the loss's analytic gradient for a pair of logits; None if it has none."""
         if pair is None:
             return None
-        return self.loss.gradient if pair.sparse is None else self.loss.sparse
+        return self.loss.gradient if pair.sparse_teacher is None else self.loss.sparse
 
-    def loss_and_grad(self, student: Signals, teacher: Signals | None, targets: Targets, pair: LogitPair | None):
-        """The same, and the gradient of its sum by the student's logits, [T, V], as (values, gradient, factor).
-
-        The weighted term's gradient is factor * gradient: the factor is left to whoever adds gradients up.
+    def loss_and_grad(
+        self, student: Signals, teacher: Signals | None, targets: Targets, pair: LogitPair | None
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return the loss of each target token and its gradient with respect to the student logits.
 
         Args:
-            student: signals with `Logits`.
-            teacher: signals, or None.
-            targets: the asked tokens.
-            pair: the same logits for closed forms, if they apply; else autograd is asked.
+            student: signals with the student logits [T, V].
+            teacher: signals with the teacher logits, or None.
+            targets: T target tokens.
+            pair: the same logits, for an analytic gradient; None uses autograd.
+
+        Returns:
+            (values, gradient, factor): the scaled, unweighted loss [T]; a gradient [T, V]; and the factor by which the
+            caller multiplies it to get the gradient of the weighted term.
         """
         if (analytic_gradient := self.analytic_gradient(pair)) is not None:
             values, gradient = analytic_gradient(pair, **self.options)
@@ -94,23 +110,24 @@ def objective(
     losses: Iterable[dict] = (),
     label_smoothing: float = 0.0,
 ) -> list[Term]:
-    """The terms of `alpha * soft + (1 - alpha) * hard + sum(weight * others)`.
+    """Build the terms of `alpha * soft + (1 - alpha) * hard + sum(weight * others)`.
 
     Args:
-        alpha: weight of the soft term, in [0, 1].
-        temperature: of the soft term, and of other terms that have one and do not set their own.
+        alpha: weight of the soft term (the divergence), in [0, 1]; the hard term (cross entropy) has 1 - alpha.
+        temperature: T of the soft term, and of other terms that have a temperature and do not set it.
         divergence: name of the soft term's loss, or `{name, **options}`.
-        losses: more terms, each `{name, weight, **options}`, and `teacher` where there are several.
+        losses: other terms, each `{name, weight, **options}`; with several teachers also `teacher`.
         label_smoothing: of the hard term, in [0, 1].
 
+    Returns:
+        the soft term, the hard term, the other terms.
+
     Raises:
-        DistillError: a value out of range, an unknown loss or option; all of them at once.
+        DistillError: a value is out of range, or a loss or option is unknown; the message names all problems.
     """
     problems: list[str] = []
     if not (_is_number(alpha) and 0 <= alpha <= 1):
-        problems.append(
-            f"alpha is {alpha!r}; it must be a number in [0, 1] (0: hard labels alone, 1: the teacher alone)"
-        )
+        problems.append(f"alpha is {alpha!r}; it must be a number in [0, 1] (0: only the labels, 1: only the teacher)")
     if not (_is_number(temperature) and temperature > 0 and math.isfinite(temperature)):
         problems.append(f"temperature is {temperature!r}; it must be a positive number")
     raise_if_any(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
@@ -129,21 +146,22 @@ def _is_number(value: Any) -> bool:
 
 
 def _deduplicate_names(terms: list[Term]) -> list[Term]:
-    """A loss that is used twice, or that is called as something else that is logged, gets a number behind its name."""
-    taken = set(RESERVED_NAMES)
+    """Append a number to the name of a term that an earlier term or another logged value already has."""
+    used_names = set(RESERVED_NAMES)
     result = []
     for term in terms:
-        name = next(n for n in chain([term.name], (f"{term.name}_{i}" for i in count(2))) if n not in taken)
-        taken.add(name)
+        name = next(n for n in chain([term.name], (f"{term.name}_{i}" for i in count(2))) if n not in used_names)
+        used_names.add(name)
         result.append(replace(term, name=name))
     return result
 
 
 def repeated_names(terms: Iterable[Term]) -> list[str]:
-    """What is wrong where losses of one's own are called as those that a teacher makes of the objective."""
+    """Return an error message for each name that several terms have, those that the teacher adds included."""
     counts = Counter(term.name for term in terms)
     return [
-        f"{number} losses are called {name!r}, as those of this teacher are: register yours under another name"
+        f"{number} losses have the name {name!r}, which this teacher uses for its own losses: register your loss under "
+        "another name"
         for name, number in counts.items()
         if number > 1
     ]
@@ -151,7 +169,7 @@ def repeated_names(terms: Iterable[Term]) -> list[str]:
 
 def _term(spec: dict, temperature: float, name: str | None) -> Term:
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise DistillError(f"A loss is written {{name: ..., weight: ..., options...}}; got {spec!r}")
+        raise DistillError(f"A loss must be a mapping {{name: ..., weight: ..., options...}}; got {spec!r}")
     options = {k: v for k, v in spec.items() if k not in ("name", "weight", "teacher")}
     loss, weight, teacher = get_loss(spec["name"]), spec.get("weight", 1.0), spec.get("teacher")
     loss.check(options)
@@ -159,11 +177,14 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
         raise DistillError(f"Loss {loss.name!r} has weight {weight!r}; it must be a number")
     if teacher is not None and not (isinstance(teacher, str) and loss.needs and name is None):
         raise DistillError(
-            f"Loss {loss.name!r} has teacher {teacher!r}; it is the name of a teacher, of a loss among `losses` that "
-            "looks at one"
+            f"Loss {loss.name!r} has teacher {teacher!r}; `teacher` must be the name of a teacher, and only an entry "
+            "of `losses` whose loss reads a teacher may have it"
         )
     if name == "soft" and "logits" not in loss.needs:
-        raise DistillError(f"divergence is {loss.name!r}, which does not look at the teacher's logits")
+        raise DistillError(
+            f"divergence is {loss.name!r}, which does not read the teacher's logits: use a divergence such as "
+            "forward_kl, and put this loss into `losses`"
+        )
     layers, stack = (options.pop(k, v) if loss.feature else None for k, v in FEATURE_OPTIONS.items())
     if loss.feature:
         check_layers(layers)

@@ -1,4 +1,4 @@
-"""The table of losses. A function's keyword parameters are the options that a config or a recipe may set."""
+"""The registry of losses. The keyword parameters of a loss function are options that a config or recipe may set."""
 
 import dataclasses
 import inspect
@@ -12,21 +12,22 @@ from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, raise_if_any
 
 FEATURES = ("hidden", "attention", "values")
-FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: which layers, of which stack
+FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: layer mapping and stack
 
 
 @dataclass(frozen=True)
 class Loss:
     """A registered loss.
 
-    function: (student, teacher, targets, **options) -> [T], in nats per asked token for divergences
-    needs:    what it looks at: "logits", or one kind of feature, or nothing of the teacher's
-    project:  whether the student's hidden states are brought to the teacher's width first
+    name:     name in configs, recipes and logs
+    function: (student, teacher, targets, **options) -> [T]; divergences are in nats
+    needs:    ("logits",), one kind of feature, or () if it reads nothing of the teacher
     paper:    arXiv id
-    options:  name -> default, read from the function's signature
-    limits:   name -> range of an option, as keys of JSON Schema; see `options`
-    gradient: its closed form, if it has one; see `gradient_of`
-    sparse:   the same beside a sparse teacher
+    options:  name -> default, from the function's signature
+    gradient: analytic gradient, see `register_gradient`; None uses autograd
+    sparse:   analytic gradient with a sparse teacher; None uses autograd
+    project:  whether a projector maps the student's hidden states to the teacher's width first
+    limits:   name -> range of an option, as keys of JSON Schema; see `core/options.py`
     """
 
     name: str
@@ -41,24 +42,27 @@ class Loss:
 
     @property
     def option_schemas(self) -> dict[str, dict[str, Any]]:
-        """Name -> JSON Schema of each option, those of all losses on features included."""
+        """Name -> JSON Schema of each option, including the options that all losses on features have."""
         known = self.options | (FEATURE_OPTIONS if self.feature else {})
-        free = {} if not self.feature else FEATURE_OPTIONS  # the mapping of layers has its own check
+        unchecked = FEATURE_OPTIONS if self.feature else {}  # `objective` checks them
         return {
-            name: {"default": default} if name in free else option_schema(default, self.limits.get(name, {}))
+            name: {"default": default} if name in unchecked else option_schema(default, self.limits.get(name, {}))
             for name, default in known.items()
         }
 
     @property
     def feature(self) -> str | None:
-        """The kind of feature that it compares; None for a loss on logits or labels."""
+        """Kind of feature that the loss compares; None for a loss on logits or labels."""
         return next((need for need in self.needs if need in FEATURES), None)
 
     def check(self, options: dict[str, Any]) -> None:
-        """Refuse options that the function does not have, and values of the wrong type or out of range.
+        """Check the names, types and ranges of options.
+
+        Args:
+            options: name -> value.
 
         Raises:
-            DistillError: all of them at once.
+            DistillError: an option is unknown, has a wrong type or is out of range; the message names all problems.
         """
         known, problems = self.option_schemas, []
         for name, value in options.items():
@@ -81,41 +85,52 @@ def loss(
 ) -> Callable[[Callable], Callable]:
     """Register a loss: `@loss("my_kl", needs=("logits",), paper="1503.02531")`.
 
-    The function takes `(student, teacher, targets, *, options...)` and returns one number per asked token, [T], neither
-    masked nor weighted nor averaged. A parameter called `temperature` gets the run's temperature, and the distiller
-    multiplies by its square. What student and teacher are:
+    The function takes `(student, teacher, targets, *, options...)` and returns one number for each target token, [T],
+    neither masked nor weighted nor averaged. A parameter `temperature` gets the run's temperature T, and the objective
+    multiplies the loss by T^2. `needs` decides what student and teacher are:
 
-        needs ("logits",)     two `Signals`; needs () the same, and the teacher's may be None
-        needs ("hidden",)     two tensors [N, H_s] and [N, H_t], the outputs of one pair of layers; with `project` the
-                              student's is brought to H_t first
-        needs ("attention",)  [N, h_s, S] and [N, h_t, S], rows of attention maps
-        needs ("values",)     [B, h_s, S, H_s / h_s] and [B, h_t, S, H_t / h_t], values of the attention
+        ("logits",)     two `Signals`
+        ()              two `Signals`; that of the teacher may be None
+        ("hidden",)     two tensors [N, H_s] and [N, H_t], the outputs of a pair of layers; with `project`, the
+                        student's is [N, H_t]
+        ("attention",)  [N, h_s, S] and [N, h_t, S], rows of the attention maps
+        ("values",)     [B, h_s, S, H_s / h_s] and [B, h_t, S, H_t / h_t], the attention's values
 
-    A loss on features returns [N], one number for each token of `targets`, and its term is the mean over the pairs of
-    layers. An option takes values of its default's type; `limits` gives the range of some, such as
-    `{"beta": {"minimum": 0}}`, by which configs and recipes are checked.
+    A loss on features returns [N], one number for each token of `targets`; its term is the mean over the pairs of
+    layers. An option takes values of the type of its default.
+
+    Args:
+        name: name in configs, recipes and logs.
+        needs: what the function reads of student and teacher.
+        paper: arXiv id.
+        project: whether a projector maps the student's hidden states to the teacher's width first.
+        limits: ranges of options, such as `{"beta": {"minimum": 0}}`; configs and recipes are checked against them.
+
+    Returns:
+        a decorator that returns the function unchanged.
 
     Raises:
-        DistillError: the name is taken or no identifier, needs are unknown or mixed, or the function swallows
-            unknown options.
+        DistillError: the name is used already or no identifier, `needs` is unknown, or the function has `**kwargs`.
     """
     if not name.isidentifier():
         raise DistillError(
-            f"A loss cannot be called {name!r}: logs and modules carry its name, so letters, digits and _ only."
+            f"A loss cannot have the name {name!r}: logs and modules use it, so give letters, digits and _ only, and "
+            "no digit first."
         )
     if not set(needs) <= {"logits", *FEATURES} or len(needs) > 1:
         raise DistillError(
-            f"Loss {name!r} needs {needs}; a loss needs nothing, or one of: logits, {', '.join(FEATURES)}."
+            f"Loss {name!r} has needs {needs}; give an empty tuple, or one of: logits, {', '.join(FEATURES)}."
         )
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())[3:]
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
             raise DistillError(
-                f"Loss {name!r} takes **{parameters[-1].name}: name its options, so that typos are found."
+                f"Loss {name!r} takes **{parameters[-1].name}: write its options as named parameters, so that a "
+                "misspelled option is an error."
             )
         if name in LOSSES and LOSSES[name].function.__qualname__ != function.__qualname__:
-            raise DistillError(f"A loss {name!r} is registered already: choose another name.")
+            raise DistillError(f"A loss with the name {name!r} is registered already: choose another name.")
         options = {p.name: p.default for p in parameters}
         ranges = {"temperature": POSITIVE} | (limits or {})
         if unknown := ranges.keys() - options.keys() - {"temperature"}:
@@ -127,27 +142,31 @@ def loss(
 
 
 def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable], Callable]:
-    """Register the closed form of a registered loss, which the fused head uses in place of autograd.
+    """Register the analytic gradient of a registered loss, which the fused loss uses instead of autograd.
 
-    The function takes `(pair, **options)`, a `Pair` of logits [r, V] in float32 or better over the same V, and returns
-    the loss [r] and its gradient by the student's logits, [r, V] in a tensor of its own (`pair.take()` lends one). With
-    `sparse` it is for pairs whose teacher is `pair.sparse`.
+    The function takes `(pair, **options)`, with the logits [r, V] of a `LogitPair`, and returns the loss [r] and its
+    gradient with respect to the student logits, [r, V], in a tensor that the caller may overwrite
+    (`pair.new_buffer()` returns one).
+
+    Args:
+        of: the registered loss function.
+        sparse: whether it is for a sparse teacher, which is `pair.sparse_teacher`.
     """
 
     def register(function: Callable) -> Callable:
         name = next(name for name, loss in LOSSES.items() if loss.function is of)
-        closed: dict[str, Any] = {"sparse" if sparse else "gradient": function}
-        LOSSES[name] = dataclasses.replace(LOSSES[name], **closed)
+        changes: dict[str, Any] = {"sparse" if sparse else "gradient": function}
+        LOSSES[name] = dataclasses.replace(LOSSES[name], **changes)
         return function
 
     return register
 
 
 def get_loss(name: str) -> Loss:
-    """The registered loss of that name.
+    """Return a registered loss.
 
     Raises:
-        DistillError: there is none; says which is near.
+        DistillError: no loss has this name; the message suggests the closest one.
     """
     if name not in LOSSES:
         raise DistillError(f"Unknown loss {name!r}{did_you_mean(name, LOSSES)}")

@@ -1,4 +1,4 @@
-"""What is measured of a block of asked tokens beside the losses: at T = 1, from softmaxes that the losses use too."""
+"""Statistics of each target token that are logged with the losses, and which metrics of an evaluation are better."""
 
 import re
 
@@ -17,18 +17,18 @@ _NEITHER_IS_BETTER = re.compile(r"(.+_)?(student|teacher)_entropy")
 
 
 def greater_is_better(metric: str) -> bool | None:
-    """Whether the best checkpoint has the greatest value of a metric of an evaluation; None: of an unknown metric.
+    """Return whether a greater value of a metric of an evaluation is better; None for an unknown metric.
 
     Args:
-        metric: its name, with or without `eval_` and the name of the data set.
+        metric: name of the metric, with or without `eval_` and the name of the data set.
 
     Raises:
-        DistillError: a metric that says nothing about how good a student is.
+        DistillError: neither a greater nor a smaller value of the metric is better.
     """
     name = metric.removeprefix("eval_")
     if _NEITHER_IS_BETTER.fullmatch(name):
         raise DistillError(
-            f"metric_for_best_model is {metric!r}, of which neither a greater nor a smaller value is better: use "
+            f"metric_for_best_model is {metric!r}, and neither a greater nor a smaller value of it is better: use "
             "eval_kl, eval_agreement or eval_loss, or set greater_is_better."
         )
     if _SMALLER_IS_BETTER.fullmatch(name):
@@ -36,34 +36,38 @@ def greater_is_better(metric: str) -> bool | None:
     return True if _GREATER_IS_BETTER.fullmatch(name) else None
 
 
-def token_metrics(own: LogitPair, both: LogitPair | None) -> dict[str, Tensor]:
-    """Statistics of each asked token, name -> [r], in nats or 0 and 1.
+def token_metrics(student: LogitPair, pair: LogitPair | None) -> dict[str, Tensor]:
+    """Return the statistics of each target token of a block at T = 1: name -> [r].
+
+    `kl`, entropies and cross entropies are in nats; `measured`, `accuracy` and `agreement` (top-1) are 0 or 1.
 
     Args:
-        own: the student over all of its ids.
-        both: student and teacher over the ids that both have; None: `OF_STUDENT` alone.
+        student: the student logits over all ids of the student.
+        pair: student and teacher logits over the ids that both have; None returns `STUDENT_METRICS` alone.
     """
-    z, p, lse = own.p()
-    label_logit, most = z.gather(1, own.labels[:, None]), own.student.amax(-1, keepdim=True)
-    found = {
+    z, p, lse = student.student_softmax()
+    label_logit = z.gather(1, student.labels[:, None])
+    top_logit = student.student.amax(-1, keepdim=True)
+    metrics = {
         "measured": torch.ones_like(lse[:, 0]),
         "student_ce": (lse - label_logit)[:, 0],
-        "student_entropy": lse[:, 0] - own.mean(p, z),
-        "accuracy": (own.student.gather(1, own.labels[:, None]) >= most)[:, 0].to(z.dtype),
+        "student_entropy": lse[:, 0] - student.expectation(p, z),
+        "accuracy": (student.student.gather(1, student.labels[:, None]) >= top_logit)[:, 0].to(z.dtype),
     }
-    if both is None:
-        return found
-    told = both.whole
-    y, q, lse_t = both.q()
-    z, _, lse = both.p()
-    found["kl"] = both.mean(q, torch.sub(y, z, out=both.take())) + (lse - lse_t)[:, 0]
-    known = own.labels < told.shape[1]
-    label_logit = told.gather(1, (own.labels * known)[:, None])
-    whole = lse_t if told.shape == both.q().logits.shape else torch.logsumexp(told, 1, keepdim=True)
-    found["teacher_ce"] = torch.where(known, (whole - label_logit)[:, 0], torch.inf)
-    found["teacher_entropy"] = lse_t[:, 0] - both.mean(q, y)
-    best = told.argmax(-1, keepdim=True)
-    inside = best < own.student.shape[1]
-    hit = own.student.gather(1, best * inside) >= most
-    found["agreement"] = (hit & inside)[:, 0].to(z.dtype)
-    return found
+    if pair is None:
+        return metrics
+    teacher_logits = pair.teacher_full
+    y, q, lse_t = pair.teacher_softmax()
+    z, _, lse = pair.student_softmax()
+    metrics["kl"] = pair.expectation(q, torch.sub(y, z, out=pair.new_buffer())) + (lse - lse_t)[:, 0]
+    in_teacher_vocab = student.labels < teacher_logits.shape[1]
+    label_logit = teacher_logits.gather(1, (student.labels * in_teacher_vocab)[:, None])
+    is_shared = teacher_logits.shape == pair.teacher_softmax().logits.shape
+    lse_full = lse_t if is_shared else torch.logsumexp(teacher_logits, 1, keepdim=True)
+    metrics["teacher_ce"] = torch.where(in_teacher_vocab, (lse_full - label_logit)[:, 0], torch.inf)
+    metrics["teacher_entropy"] = lse_t[:, 0] - pair.expectation(q, y)
+    teacher_top = teacher_logits.argmax(-1, keepdim=True)
+    in_student_vocab = teacher_top < student.student.shape[1]
+    agrees = student.student.gather(1, teacher_top * in_student_vocab) >= top_logit
+    metrics["agreement"] = (agrees & in_student_vocab)[:, 0].to(z.dtype)
+    return metrics

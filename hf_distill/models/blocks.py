@@ -1,4 +1,4 @@
-"""Where a model keeps its transformer blocks, found without a table of model names."""
+"""Finds the transformer blocks of a model, without a table of model names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from torch import nn
 from ..errors import DistillError
 from .model_types import model_type_of, unwrap_model
 
-SIDECAR = "distill_sidecar"  # the name under which modules that are not the model's own hang on it
+SIDECAR = "distill_sidecar"  # name of the submodule that holds trained modules outside the student
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """A model's blocks, or those of its encoder or decoder.
+    """The transformer blocks of a model, or of its encoder or decoder.
 
     name:      "encoder" or "decoder" of a model that has both, else None
     blocks:    in the order in which they run
-    width:     H, of what they put out
-    causal:    whether a position sees none after it
-    attention: its attention's implementation: "sdpa", "eager", ...
+    width:     H, hidden size of their outputs
+    causal:    whether attention is causal
+    attention: attention implementation: "sdpa", "eager", ...
     """
 
     name: str | None
@@ -30,11 +30,11 @@ class LayerStack:
 
 
 def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
-    """The blocks of a model.
+    """Return the blocks of a model.
 
     Args:
-        model: a transformers model, in wrappers or not.
-        which: "encoder" or "decoder" for a model that has both (None: its decoder), else None.
+        model: a transformers model, with or without wrappers.
+        which: "encoder" or "decoder" for a model that has both (None for its decoder), else None.
 
     Raises:
         DistillError: the model has no such stack, or its blocks cannot be found.
@@ -44,7 +44,7 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
         which = which or "decoder"
         root = model.get_encoder() if which == "encoder" else model.get_decoder()
     elif which is not None:
-        raise DistillError(f"{type(model).__name__} has one stack of blocks, no {which}: leave `stack` out.")
+        raise DistillError(f"{type(model).__name__} has one stack of blocks and no {which}: remove `stack`.")
     else:
         root = model
     _, blocks = find_blocks(root, which)
@@ -56,33 +56,37 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
 
 
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The model's transformer blocks and their name inside it.
+    """Return the name and the list of a model's transformer blocks.
 
-    The blocks are the outermost `nn.ModuleList` with as many members as the config says.
+    The blocks are the outermost `nn.ModuleList` with as many members as the config has layers.
 
     Args:
         model: a transformers model.
-        which: whose depth the config is asked for: "encoder" or "decoder"; None: the model's only one.
+        which: "encoder" or "decoder": the stack whose number of layers is read from the config; None for the model's
+            only stack.
+
+    Returns:
+        (name of the list inside the model, the list).
 
     Raises:
-        DistillError: there is none, or more than one (an encoder and a decoder).
+        DistillError: no list or several lists have this length (an encoder and a decoder).
     """
     model = unwrap_model(model)
     config = model.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
     depth = config.num_hidden_layers
     lists = dict(_outermost_lists(model))
-    found = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
-    if len(found) != 1:
-        seen = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
+    matches = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
+    if len(matches) != 1:
+        names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
         raise DistillError(
-            f"{type(model).__name__} has {len(found)} lists of {depth} blocks; exactly one is needed. Lists found: "
-            f"{seen}."
+            f"{type(model).__name__} has {len(matches)} lists of {depth} blocks, and exactly one is needed to find its "
+            f"layers. Its lists and their lengths: {names}."
         )
-    return next(iter(found.items()))
+    return next(iter(matches.items()))
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists that are in no list; what is inside them is not walked, so that this may be asked at each step."""
+    """Yield the lists that are in no other list, without walking their members: this runs at each step."""
     for name, child in module.named_children():
         if name == SIDECAR:
             continue

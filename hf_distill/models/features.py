@@ -1,4 +1,4 @@
-"""The terms on features: which layers they compare, and their sum, taken inside the student's forward."""
+"""Losses on features: the layers that they compare, and their weighted sum, computed in the student's forward."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,16 +15,17 @@ from .blocks import LayerStack, get_layer_stack
 from .projectors import LayerMixture, ProjectorConfig
 from .sidecar import Sidecar
 
-StackOf = Callable[[Term], LayerStack]  # of the teacher that a term follows
+StackOf = Callable[[Term], LayerStack]  # returns the blocks of the teacher that a term reads
 
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """A term, and the layers that it compares in one student and one teacher.
+    """A term on features, with the layers that it compares.
 
-    pairs:   (student, teacher) layers; of a learned mapping: where it starts
-    student: the student's stack
-    teacher: the teacher's
+    term:    term of the objective
+    pairs:   (student layer, teacher layer); those from which a learned mapping starts
+    student: the student's blocks
+    teacher: the teacher's blocks
     """
 
     term: Term
@@ -33,21 +34,21 @@ class FeatureTerm:
     teacher: LayerStack
 
     @property
-    def learned(self) -> bool:
-        """Whether each student layer learns from a trained mixture of all teacher layers."""
+    def is_learned(self) -> bool:
+        """Whether the layer mapping is learned: each student layer is compared with a mixture of all teacher layers."""
         return self.term.layers == LEARNED
 
-    def said(self, layer: int) -> FeatureKey:
-        """What the term looks at in a layer of the student."""
+    def student_key(self, layer: int) -> FeatureKey:
+        """Return the key of the feature that the term reads in a layer of the student."""
         return FeatureKey(str(self.term.loss.feature), layer, self.term.stack)
 
-    def told(self, layer: int) -> FeatureKey:
-        """What the term looks at in a layer of the teacher."""
-        return replace(self.said(layer), teacher=self.term.teacher)
+    def teacher_key(self, layer: int) -> FeatureKey:
+        """Return the key of the feature that the term reads in a layer of the teacher."""
+        return replace(self.student_key(layer), teacher=self.term.teacher)
 
     def teacher_layers(self) -> Iterable[int]:
-        """Layers of the teacher that it looks at."""
-        return range(len(self.teacher.blocks)) if self.learned else {t for _, t in self.pairs}
+        """Return the layers of the teacher that the term reads."""
+        return range(len(self.teacher.blocks)) if self.is_learned else {t for _, t in self.pairs}
 
     def __call__(
         self,
@@ -55,18 +56,29 @@ class FeatureTerm:
         teacher: Mapping[FeatureKey, Tensor],
         tokens: Targets,
         sidecar: Sidecar,
-    ):
-        """Mean over the pairs of the scaled, unweighted loss of each token, [N]."""
+    ) -> Tensor:
+        """Return the scaled, unweighted loss of each token, averaged over the pairs of layers, [N].
+
+        Args:
+            student: features of the student.
+            teacher: features of the teacher.
+            tokens: the N tokens.
+            sidecar: holds the projectors and learned mappings.
+        """
         projectors = sidecar.get("projectors", self.term.name)
-        shares = sidecar.get("mappings", self.term.name)() if self.learned else None
+        shares = sidecar.get("mappings", self.term.name)() if self.is_learned else None
         device = tokens.positions.device
-        told = {j: teacher[self.told(j)].to(device) for j in self.teacher_layers()}
+        teacher_features = {j: teacher[self.teacher_key(j)].to(device) for j in self.teacher_layers()}
         total = None
-        for i, (s_layer, t_layer) in enumerate(self.pairs):
-            said = student[self.said(s_layer)].to(device)
-            said = said if projectors is None else projectors[f"{s_layer}-{t_layer}"](said)
-            heard = told[t_layer] if shares is None else sum(shares[i, j] * layer for j, layer in told.items())
-            values = self.term(said, heard, tokens)
+        for i, (student_layer, teacher_layer) in enumerate(self.pairs):
+            student_feature = student[self.student_key(student_layer)].to(device)
+            if projectors is not None:
+                student_feature = projectors[f"{student_layer}-{teacher_layer}"](student_feature)
+            if shares is None:
+                teacher_feature = teacher_features[teacher_layer]
+            else:
+                teacher_feature = sum(shares[i, j] * feature for j, feature in teacher_features.items())
+            values = self.term(student_feature, teacher_feature, tokens)
             total = values if total is None else total + values
         assert total is not None, "a mapping has at least one pair"
         return total / len(self.pairs)
@@ -74,30 +86,31 @@ class FeatureTerm:
 
 @dataclass
 class FeatureLoss:
-    """What to compare in one batch, and what was found.
+    """The loss on the features of one batch.
 
-    terms:     on features
-    told:      the teacher's features
-    tokens:    stack -> the N tokens whose features are compared
-    targets:   T asked tokens
-    num_items: what the sum is divided by; None: T
-    per_token: name -> [T], filled by a run
+    terms:            on features
+    teacher_features: the teacher's features
+    tokens:           stack -> the N tokens whose features are compared
+    targets:          T target tokens
+    num_items:        divisor of the sum, number of target tokens of the global batch; None for T
+    per_token:        name -> [T], set by `total`: the scaled, unweighted terms
     """
 
     terms: list[FeatureTerm]
-    told: Mapping[FeatureKey, Tensor]
+    teacher_features: Mapping[FeatureKey, Tensor]
     tokens: Mapping[str | None, Targets]
     targets: Targets
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def total(self, said: Mapping[FeatureKey, Tensor], sidecar: Sidecar) -> Tensor:
-        """Sum over asked tokens of the weighted terms / num_items, []."""
+    def total(self, student_features: Mapping[FeatureKey, Tensor], sidecar: Sidecar) -> Tensor:
+        """Return the sum over target tokens of the weighted terms / num_items, []."""
         total = torch.zeros((), device=self.targets.labels.device)
-        for matched in self.terms:
-            tokens, term = self.tokens[matched.term.stack], matched.term
-            tokens = tokens.found() if isinstance(tokens, RowPositions) else tokens
-            values = tokens.to_target_tokens(matched(said, self.told, tokens, sidecar), self.targets)
+        for feature_term in self.terms:
+            tokens, term = self.tokens[feature_term.term.stack], feature_term.term
+            tokens = tokens.resolved() if isinstance(tokens, RowPositions) else tokens
+            token_losses = feature_term(student_features, self.teacher_features, tokens, sidecar)
+            values = tokens.to_target_tokens(token_losses, self.targets)
             self.per_token[term.name] = values.detach()
             total = total + term.weight * values.sum()
         return total / self.targets.divisor(self.num_items).to(total.device)
@@ -105,10 +118,10 @@ class FeatureLoss:
 
 @dataclass(frozen=True)
 class Features:
-    """The terms on features of an objective, matched to a student and a teacher; none of them by default.
+    """The terms on features of an objective, resolved for a student and a teacher.
 
-    terms:      matched
-    projectors: what stands between hidden states
+    terms:      resolved terms; none by default
+    projectors: settings of the projectors
     """
 
     terms: list[FeatureTerm] = field(default_factory=list)
@@ -118,35 +131,36 @@ class Features:
     def match(
         cls, terms: Iterable[Term], student: nn.Module, teacher: StackOf, projectors: ProjectorConfig
     ) -> "Features":
-        """Match terms to two models.
+        """Resolve the terms on features for two models.
 
         Args:
-            terms: of the objective; those on logits are left out.
+            terms: terms of the objective; those on logits and labels are left out.
             student: the model.
-            teacher: what tells the blocks that a term looks at in its teacher.
-            projectors: what stands between hidden states.
+            teacher: returns the teacher's blocks for a term.
+            projectors: settings of the projectors.
 
         Raises:
-            DistillError: layers that a model does not have, widths or attention that do not fit; all of it at once.
+            DistillError: a model does not have a layer, or widths or attention do not fit; the message names all
+                problems.
         """
-        matched: list[FeatureTerm] = []
+        resolved: list[FeatureTerm] = []
         problems: list[str] = []
         for term in (term for term in terms if term.loss.feature):
             with collect_errors(problems):
-                matched.append(_matched(term, student, teacher))
+                resolved.append(_resolve_term(term, student, teacher))
                 if term.loss.project:
-                    projectors.needs_projector(matched[-1].student.width, matched[-1].teacher.width)
+                    projectors.needs_projector(resolved[-1].student.width, resolved[-1].teacher.width)
         raise_if_any(problems)
-        return cls(matched, projectors)
+        return cls(resolved, projectors)
 
     @property
     def layout(self) -> tuple:
-        """What decides which projectors and mixtures there are."""
+        """All values that decide which projectors and learned mappings exist."""
         terms = [
             (
                 m.term.name,
                 m.term.loss.project,
-                m.learned,
+                m.is_learned,
                 m.pairs,
                 m.student.width,
                 m.teacher.width,
@@ -157,46 +171,51 @@ class Features:
         return self.projectors, terms
 
     def parts(self, seed: int) -> dict[str, dict[str, nn.Module]]:
-        """New projectors and mixtures for these terms, for a sidecar."""
+        """Build the projectors and learned mappings of these terms, for a sidecar."""
         generator = torch.Generator().manual_seed(seed)
         projectors: dict[str, nn.Module] = {}
         mappings: dict[str, nn.Module] = {}
-        for matched in self.terms:
-            widths = (matched.student.width, matched.teacher.width)
-            if matched.term.loss.project and self.projectors.needs_projector(*widths):
-                built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in matched.pairs}
-                projectors[matched.term.name] = nn.ModuleDict(built)
-            if matched.learned:
-                mappings[matched.term.name] = LayerMixture(matched.pairs, len(matched.teacher.blocks))
+        for feature_term in self.terms:
+            widths = (feature_term.student.width, feature_term.teacher.width)
+            if feature_term.term.loss.project and self.projectors.needs_projector(*widths):
+                built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in feature_term.pairs}
+                projectors[feature_term.term.name] = nn.ModuleDict(built)
+            if feature_term.is_learned:
+                mappings[feature_term.term.name] = LayerMixture(feature_term.pairs, len(feature_term.teacher.blocks))
         return {"projectors": projectors, "mappings": mappings}
 
     def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, Targets]:
-        """Of each stack that is looked at, the N tokens whose features are compared."""
-        stacks = {matched.term.stack: matched.student for matched in self.terms}
+        """Return, for each stack that a term reads, the N tokens whose features are compared."""
+        stacks = {feature_term.term.stack: feature_term.student for feature_term in self.terms}
         return {key: targets.feature_positions(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
 
     def said(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
-        """What to capture in the student."""
-        feature_keys = (matched.said(layer) for matched in self.terms for layer, _ in matched.pairs)
+        """Return the features to capture in the student, with their tokens."""
+        feature_keys = (
+            feature_term.student_key(layer) for feature_term in self.terms for layer, _ in feature_term.pairs
+        )
         return {key: tokens[key.stack] for key in feature_keys}
 
     def feature_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
-        """What to ask of the teacher."""
-        feature_keys = (matched.told(layer) for matched in self.terms for layer in matched.teacher_layers())
+        """Return the features to request from the teacher, with their tokens."""
+        feature_keys = (
+            feature_term.teacher_key(layer) for feature_term in self.terms for layer in feature_term.teacher_layers()
+        )
         return {key: tokens[key.stack] for key in feature_keys}
 
 
-def _matched(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
-    own, other = get_layer_stack(student, term.stack), teacher(term)
+def _resolve_term(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
+    student_stack, teacher_stack = get_layer_stack(student, term.stack), teacher(term)
     if term.loss.feature == "attention":
-        for who, stack in (("student", own), ("teacher", other)):
+        for who, stack in (("student", student_stack), ("teacher", teacher_stack)):
             if stack.attention != "eager":
                 raise DistillError(
-                    f"{term.loss.name} needs maps, which the {who}'s {stack.attention} attention never makes. Load the "
-                    f"{who} with attn_implementation='eager', or use value_relation, which needs none."
+                    f"{term.loss.name} needs attention maps, and the {who}'s {stack.attention} attention computes "
+                    f"none. Load the {who} with attn_implementation='eager', or use value_relation, which needs no "
+                    "maps."
                 )
     try:
-        pairs = map_layers(term.layers, len(own.blocks), len(other.blocks))
+        pairs = map_layers(term.layers, len(student_stack.blocks), len(teacher_stack.blocks))
     except DistillError as error:
         raise DistillError(f"{term.name}: {error}") from None
-    return FeatureTerm(term, pairs, own, other)
+    return FeatureTerm(term, pairs, student_stack, teacher_stack)

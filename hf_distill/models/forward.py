@@ -1,8 +1,8 @@
-"""One forward of a model whose output head sees asked tokens only, or is not run at all.
+"""Forward passes whose output head computes the fused loss of the target tokens, or no logits at all.
 
-The head's `forward` is swapped for the call, inside the model's own forward, so wrappers (DDP, ZeRO-3, FSDP) gather its
-weights as they always do. What the swapped head returns travels on through the model; what is meant for us is taken
-from the head's output by a hook, as wrappers left it.
+The `forward` of the output head is replaced for the call, inside the model's own forward, so wrappers (DDP, ZeRO-3,
+FSDP2) gather its weights as usual. The replacement returns the loss through the head's output: a forward hook on the
+head reads it there, after the wrappers' hooks, and the model passes it on as if it were logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,40 +29,44 @@ from .sidecar import sidecar_of
 def extract_signals(
     model: nn.Module, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]
 ) -> Signals:
-    """What a teacher says about the asked tokens, as hidden states and head where it has one, without running it.
+    """Run a model and return its logits and features for the target tokens.
+
+    The logits are lazy (hidden states and the output head's weight) unless `output_head` requires materialized ones.
 
     Args:
-        model: a model in eval mode; the caller turns gradients off.
+        model: a model in eval mode; the caller disables gradients.
         inputs: the collator's batch.
-        targets: the asked tokens.
-        feature_requests: features to be kept, with their tokens.
+        targets: T target tokens.
+        feature_requests: feature key -> the N tokens whose features are captured.
     """
     inputs = prepare_inputs(unwrap_model(model), inputs)
-    head, heads = output_head(model, inputs), []
+    head = output_head(model, inputs)
+    lazy: list[LazyLogits] = []
 
-    def keep(lazy_logits: LazyLogits) -> Tensor:
-        heads.append(lazy_logits.detach())
-        return _no_logits(lazy_logits)
+    def record_lazy(lazy_logits: LazyLogits) -> Tensor:
+        lazy.append(lazy_logits.detach())
+        return _placeholder_logits(lazy_logits)
 
-    with capture_features(model, feature_requests) as found:
-        outputs, sent_on = _run(model, inputs, targets, head, keep)
-    device = targets.labels.device  # of the student; a teacher may be spread over several
-    features = {tap: feature.to(device) for tap, feature in found.items()}
-    return Signals(DenseLogits(targets.gather_logits(outputs.logits)) if sent_on is None else heads[0], features)
+    with capture_features(model, feature_requests) as captured:
+        outputs, head_output = _run(model, inputs, targets, head, record_lazy)
+    device = targets.labels.device  # of the student; a teacher may be on several devices
+    features = {key: feature.to(device) for key, feature in captured.items()}
+    logits = DenseLogits(targets.gather_logits(outputs.logits)) if head_output is None else lazy[0]
+    return Signals(logits, features)
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What is computed inside a student's forward; made there, once the source of its logits is known.
+    """The losses of one step, which are computed in the student's forward.
 
-    head:     of its logits
-    features: of its features
-    own:      [] a loss of a teacher that trains beside it, which leaves with the student's; None: there is none
+    head:         loss on the student's logits
+    features:     loss on the student's features
+    teacher_loss: [] loss of a jointly trained teacher, which is added to the student's; None without one
     """
 
     head: ChunkedLoss
     features: FeatureLoss
-    own: Tensor | None = None
+    teacher_loss: Tensor | None = None
 
 
 def forward_with_loss(
@@ -70,86 +74,99 @@ def forward_with_loss(
     inputs: dict,
     targets: Targets,
     feature_keys: Mapping[FeatureKey, Targets],
-    jobs: Callable[[LazyLogits | DenseLogits], StepLosses],
+    make_losses: Callable[[LazyLogits | DenseLogits], StepLosses],
     keep_logits: bool = False,
 ) -> tuple[Tensor, Any, StepLosses]:
-    """The objective over asked tokens / num_items, [], the student's outputs, and the jobs, with per-token values.
+    """Run the student's forward and return the objective.
 
     Args:
-        model: as prepared, wrappers included; with features, its sidecar attached.
+        model: the student as prepared, wrappers included; with features, its sidecar is attached.
         inputs: the collator's batch.
-        targets: the asked tokens.
-        feature_keys: features of the student to be kept, with their tokens.
-        jobs: makes what is to be computed of the source of its logits; called in the model's forward.
-        keep_logits: make the logits of all positions, and leave them in the outputs (metrics need them).
+        targets: T target tokens.
+        feature_keys: feature key -> the N tokens whose features are captured in the student.
+        make_losses: makes the step's losses, given the student's logits; called in the model's forward.
+        keep_logits: materialize the logits of all positions and leave them in the outputs, for metrics.
+
+    Returns:
+        (the objective over target tokens / num_items, []; the student's outputs; the losses, with their values of each
+        token).
     """
     prepared = prepare_inputs(unwrap_model(model), inputs)
     head = output_head(model, prepared)
-    fused: list[StepLosses] = []  # in this forward; a model may be run twice
-    made: list[StepLosses] = []
+    in_head: list[StepLosses] = []  # made in the head of the forward that runs; a model may be run twice
+    done: list[StepLosses] = []
     plan = plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)
-    aux, lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
-    added: list[Tensor | None] = []
+    aux, is_lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
+    aux_losses: list[Tensor | None] = []
 
-    def fuse(source: LazyLogits) -> Tensor:
-        fused.append(jobs(source))
-        loss, own = fused[-1].head.from_hidden(source), fused[-1].own
-        loss = loss if own is None else loss + own
-        return loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views, on which hooks can get lost
+    def run_fused_loss(student_logits: LazyLogits) -> Tensor:
+        losses = make_losses(student_logits)
+        in_head.append(losses)
+        loss = losses.head.from_hidden(student_logits)
+        loss = loss if losses.teacher_loss is None else loss + losses.teacher_loss
+        return loss.reshape(1, 1, 1).clone()  # FSDP2 warns about views, whose hooks can be lost
 
-    def at_end(outputs: Any) -> Any:
-        """What did not leave through the head leaves as the model's `loss`, where DDP sees it."""
-        made.append(fused[-1] if fused else jobs(DenseLogits(targets.gather_logits(outputs.logits))))
-        parts = [] if fused or made[-1].own is None else [made[-1].own]
-        fused.clear()
-        added.append(aux.of(outputs))
-        if added[-1] is not None:  # by this batch's share of the target tokens of the global batch
-            items = targets.divisor(made[-1].head.num_items).to(added[-1].device)
-            parts.append(added[-1] * (len(targets) / items))
-        if made[-1].features.terms:
+    def add_remaining_losses(outputs: Any) -> Any:
+        """Put what did not leave through the head into the model's `loss`, where DDP finds its graph."""
+        losses = in_head[-1] if in_head else make_losses(DenseLogits(targets.gather_logits(outputs.logits)))
+        done.append(losses)
+        summands = [] if in_head or losses.teacher_loss is None else [losses.teacher_loss]
+        in_head.clear()
+        aux_losses.append(aux.of(outputs))
+        if aux_losses[-1] is not None:  # weighted with this batch's share of the target tokens of the global batch
+            divisor = targets.divisor(losses.head.num_items).to(aux_losses[-1].device)
+            summands.append(aux_losses[-1] * (len(targets) / divisor))
+        if losses.features.terms:
             sidecar: Any = sidecar_of(model)
-            parts.append(sidecar(lambda its: made[-1].features.total(found, its)))
-        if parts:
-            outputs["loss"] = torch.stack(parts).sum()
+            summands.append(sidecar(lambda parts: losses.features.total(captured, parts)))
+        if summands:
+            outputs["loss"] = torch.stack(summands).sum()
         return outputs
 
-    hook = unwrap_parallel(model).register_forward_hook(lambda *call: at_end(named_outputs(call[2], model)))
+    hook = unwrap_parallel(model).register_forward_hook(
+        lambda *call: add_remaining_losses(named_outputs(call[2], model))
+    )
     try:
-        with capture_features(model, feature_keys) as found, aux.recorded():
-            outputs, loss = _run(model, prepared, targets, head, fuse if lazy else None)
+        with capture_features(model, feature_keys) as captured, aux.recorded():
+            outputs, loss = _run(model, prepared, targets, head, run_fused_loss if is_lazy else None)
     finally:
         hook.remove()
-    loss = made[-1].head.from_logits(targets.gather_logits(outputs.logits)) if loss is None else loss.reshape(())
+    losses, aux_loss = done[-1], aux_losses[-1]
+    loss = losses.head.from_logits(targets.gather_logits(outputs.logits)) if loss is None else loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
-    if added[-1] is not None:
-        made[-1].head.per_token["aux"] = added[-1].detach().float().to(loss.device).expand(len(targets))
-    return loss, outputs, made[-1]
+    if aux_loss is not None:
+        losses.head.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
+    return loss, outputs, losses
 
 
-def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, replaced: bool) -> Any:
-    """The outputs for the first rows of a batch; with `replaced` the head returns a number in place of logits."""
-    prepared = prepare_inputs(unwrap_model(model), rows)
-    return _run(model, prepared, targets.first_rows(len(labels_of(rows))), head, _no_logits if replaced else None)[0]
+def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, is_replaced: bool) -> Any:
+    """Return the outputs for the first rows of a batch; with `is_replaced` the head returns a placeholder."""
+    prepared, first_targets = prepare_inputs(unwrap_model(model), rows), targets.first_rows(len(labels_of(rows)))
+    return _run(model, prepared, first_targets, head, _placeholder_logits if is_replaced else None)[0]
 
 
-def _no_logits(lazy_logits: LazyLogits) -> Tensor:
+def _placeholder_logits(lazy_logits: LazyLogits) -> Tensor:
     return lazy_logits.hidden.new_zeros(1, 1, 1)
 
 
 def _run(
     model: nn.Module, inputs: dict, targets: Targets, head: OutputHead, on_head: Callable[[LazyLogits], Tensor] | None
 ) -> tuple[Any, Tensor | None]:
-    """(outputs, what `on_head` sent through the head; None where the head made logits)."""
-    scaling, module, sent = head.scaling, head.module, []
+    """Run a model with its output head's forward replaced by `on_head`.
+
+    Returns:
+        (outputs, the output of the head after the wrappers' hooks; None if the head computed logits).
+    """
+    scaling, module, returned = head.scaling, head.module, []
     if scaling is None or on_head is None:
         return named_outputs(model(**inputs), model), None
 
     def forward(hidden: Tensor) -> Tensor:
         hidden, weight, bias = cast_like_autocast(targets.gather(hidden), module.weight, module.bias)
-        sent.append(on_head(LazyLogits(hidden, weight, bias, scaling)))
-        return sent[-1]
+        returned.append(on_head(LazyLogits(hidden, weight, bias, scaling)))
+        return returned[-1]
 
     received: list[Tensor] = []
     hook = module.register_forward_hook(lambda _module, _args, output: received.append(output))
@@ -158,24 +175,24 @@ def _run(
             outputs = named_outputs(model(**inputs), model)
     finally:
         hook.remove()
-    return outputs, received[-1] if sent else None
+    return outputs, received[-1] if returned else None
 
 
 def measure_output_head(model: nn.Module, inputs: dict) -> OutputHead:
-    """See `output_head`: for a model whose first forward is inside another model's, which is no place to measure."""
+    """Measure the output head of a model whose first forward runs inside another model's; see `output_head`."""
     return output_head(model, prepare_inputs(unwrap_model(model), inputs))
 
 
 def measure_before_student_loss(model: nn.Module, inputs: dict, targets: Targets) -> None:
     """Run the short forwards that `forward_with_loss` needs at its first call.
 
-    For a model that learns inside another model's forward, or whose features are captured there: neither is a place
-    for other forwards.
+    It is called before the step if the model is trained inside another model's forward, or its features are captured
+    there: the short forwards must not run inside it.
 
     Args:
         model: as prepared, wrappers included.
         inputs: the collator's batch.
-        targets: the target tokens.
+        targets: T target tokens.
     """
     head = measure_output_head(model, inputs)
     plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)

@@ -14,7 +14,7 @@ DIVERGENCES = [name for name, loss in LOSSES.items() if "logits" in loss.needs]
 
 
 def naive(name: str, p: list[float], q: list[float]) -> float:
-    """The textbook sum over a vocabulary, p the student's and q the teacher's."""
+    """The divergence as a sum over the vocabulary; p is the student's distribution and q the teacher's."""
 
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
@@ -55,7 +55,7 @@ def logits(n=6, v=11, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(("v_student", "v_teacher"), [(11, 11), (9, 11), (11, 9)])
-def test_each_divergence_is_its_textbook_sum_over_shared_ids(name, temperature, v_student, v_teacher):
+def test_each_divergence_is_its_formula_over_shared_ids(name, temperature, v_student, v_teacher):
     s, t = logits(v=v_student), logits(v=v_teacher, seed=1)
     got = LOSSES[name].function(s, t, temperature=temperature)
     shared = min(v_student, v_teacher)
@@ -66,21 +66,21 @@ def test_each_divergence_is_its_textbook_sum_over_shared_ids(name, temperature, 
     assert got.tolist() == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_worked_example_of_the_mission_holds_within_its_rounding():
-    """The mission prints 0.1136, from probabilities rounded to four places."""
+def test_forward_kl_of_a_worked_example_is_the_value_computed_by_hand():
+    """0.1136, computed from probabilities that are rounded to four places."""
     value = 4 * forward_kl(torch.tensor([[4.0, 2.5, 1.5]]), torch.tensor([[5.0, 3.0, 1.0]]), temperature=2.0)
     assert value.item() == pytest.approx(0.1136, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_identical_models_do_not_diverge(name, dtype):
+def test_identical_models_have_divergence_zero(name, dtype):
     same = logits(dtype=dtype)
     assert LOSSES[name].function(same, same.clone(), temperature=2.0).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_gradient_is_right_and_does_not_reach_the_teacher(name):
+def test_gradients_pass_gradcheck_and_do_not_reach_the_teacher(name):
     s, t = logits(n=3, v=5).requires_grad_(), logits(n=3, v=5, seed=1).requires_grad_()
     weight = adaptive_weight(s.detach().softmax(-1), t.detach().softmax(-1), 0.5)
 
@@ -94,14 +94,14 @@ def test_gradient_is_right_and_does_not_reach_the_teacher(name):
     assert t.grad is None
 
 
-def test_a_certain_teacher_makes_forward_kl_cross_entropy():
+def test_a_one_hot_teacher_makes_forward_kl_the_cross_entropy():
     s, labels = logits(), torch.tensor([3, 1, 4, 1, 5, 9])
     t = torch.full_like(s, -200.0).scatter_(1, labels[:, None], 200.0)
     expected = torch.nn.functional.cross_entropy(s, labels, reduction="none")
     torch.testing.assert_close(forward_kl(s, t), expected)
 
 
-def test_limits_of_the_parametrised_divergences():
+def test_skew_and_js_divergences_tend_to_forward_and_reverse_kl():
     s, t, e = logits(), logits(seed=1), 1e-7
     forward, reverse = forward_kl(s, t), reverse_kl(s, t)
     torch.testing.assert_close(skew_kl(s, t, lam=e), forward, rtol=1e-3, atol=1e-3)
@@ -111,20 +111,20 @@ def test_limits_of_the_parametrised_divergences():
     torch.testing.assert_close(js(s, t), js(t, s))
 
 
-def test_models_that_share_no_mass_are_as_far_as_can_be():
+def test_disjoint_distributions_have_the_largest_divergence():
     s, t = torch.tensor([[90.0, 0.0]]).double(), torch.tensor([[0.0, 90.0]]).double()
     assert total_variation(s, t).item() == pytest.approx(1)
     assert js(s, t).item() == pytest.approx(math.log(2))
 
 
-def test_a_padding_row_of_one_vocabulary_carries_no_mass():
+def test_padding_ids_of_one_vocabulary_do_not_change_the_loss():
     s, t = logits(v=11), logits(v=11, seed=1)
     padded = torch.cat([t, torch.full((6, 3), 50.0, dtype=t.dtype)], dim=1)
     torch.testing.assert_close(forward_kl(s, padded), forward_kl(s, t))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_sparse_teacher_that_knows_every_id_is_a_dense_one(name):
+def test_a_sparse_teacher_with_all_ids_has_the_loss_of_a_dense_teacher(name):
     s, t = logits(), logits(seed=1)
     log_probs, ids = (t / 2).log_softmax(-1).sort(-1, descending=True)
     sparse = SparseLogProbs(ids, log_probs, torch.full((6,), -torch.inf, dtype=t.dtype), temperature=2.0)
@@ -132,7 +132,7 @@ def test_a_sparse_teacher_that_knows_every_id_is_a_dense_one(name):
     torch.testing.assert_close(got, LOSSES[name].function(s, t, temperature=2.0))
 
 
-def test_mass_outside_the_top_k_counts_as_one_more_id():
+def test_the_tail_of_a_top_k_teacher_is_one_more_id():
     s, t = logits(), logits(seed=1)
     log_probs, ids = t.log_softmax(-1).topk(3)
     tail = (1 - log_probs.exp().sum(-1)).log()
@@ -152,14 +152,14 @@ def test_mass_outside_the_top_k_counts_as_one_more_id():
     assert got.tolist() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_sampled_teacher_is_for_forward_kl_alone_and_has_its_gradient():
+def test_a_sampled_teacher_has_the_gradient_of_forward_kl_and_other_divergences_refuse_it():
     s, t = logits(n=1).requires_grad_(), logits(n=1, seed=1)
     draws = torch.multinomial(t.softmax(-1)[0], 4000, replacement=True, generator=torch.Generator().manual_seed(0))
     ids, counts = draws.unique(return_counts=True)
     sampled = SparseLogProbs(ids[None], (counts / 4000).log()[None].double(), None)
     forward_kl(Signals(DenseLogits(s)), Signals(sampled)).sum().backward()
     torch.testing.assert_close(s.grad, s.detach().softmax(-1) - t.softmax(-1), rtol=0, atol=0.03)
-    with pytest.raises(DistillError, match="unbiased forward_kl and no other"):
+    with pytest.raises(DistillError, match="only forward_kl is unbiased"):
         reverse_kl(Signals(DenseLogits(s)), Signals(sampled))
 
 
@@ -167,12 +167,12 @@ def test_a_sampled_teacher_is_for_forward_kl_alone_and_has_its_gradient():
     ("call", "message"),
     [
         (lambda s, t: forward_kl(s, t, temperature=0.0), "temperature is 0.0"),
-        (lambda s, t: js(s, t, beta=1.0), "beta is 1.0; it must lie between 0 and 1"),
+        (lambda s, t: js(s, t, beta=1.0), "beta is 1.0; it must be above 0 and below 1"),
         (lambda s, t: skew_kl(s, t, lam=0.0), "lam is 0.0"),
         (lambda s, t: LOSSES["adaptive_kl"].function(s, t, head_mass=2.0), "head_mass is 2.0"),
         (
             lambda s, t: forward_kl(s, Signals(SparseLogProbs(torch.zeros(6, 1).long(), torch.zeros(6, 1), None, 2.0))),
-            "stored at temperature 2.0 and are asked for at 1.0",
+            "stored at temperature 2.0 and the loss has temperature 1.0",
         ),
     ],
 )
@@ -182,11 +182,11 @@ def test_options_out_of_range_are_refused(call, message):
 
 
 @pytest.mark.parametrize("name", ["js", "skew_kl", "skew_reverse_kl", "reverse_kl", "forward_kl"])
-def test_equal_models_with_large_logits_and_a_real_vocabulary_have_no_divergence(name):
+def test_equal_models_with_large_logits_and_a_large_vocabulary_have_divergence_zero(name):
     torch.manual_seed(0)
     logits = 4 * torch.randn(4, 49152) + 20
     values, gradient = get_loss(name).gradient(
-        LogitPair(logits, None, torch.zeros(4, dtype=torch.long), BufferPool()).beside(logits.clone())
+        LogitPair(logits, None, torch.zeros(4, dtype=torch.long), BufferPool()).with_teacher(logits.clone())
     )
     assert values.abs().max() < 1e-5
     assert gradient.abs().max() < 5e-6

@@ -5,14 +5,14 @@ from hf_distill.losses import LOSSES, get_loss, loss
 
 
 @pytest.fixture(autouse=True)
-def _table_as_it_was():
+def _restore_registry():
     before = dict(LOSSES)
     yield
     LOSSES.clear()
     LOSSES.update(before)
 
 
-def test_a_functions_keyword_parameters_are_its_options():
+def test_keyword_parameters_of_a_loss_function_are_options():
     @loss("mine", needs=("logits",), paper="0000.00000")
     def mine(student, teacher, targets, *, sharpness: float = 3.0):
         return student
@@ -22,20 +22,20 @@ def test_a_functions_keyword_parameters_are_its_options():
         get_loss("mine").check({"sharpnes": 1})
 
 
-def test_an_unknown_name_is_answered_with_a_near_one():
+def test_an_unknown_loss_gets_a_suggestion():
     with pytest.raises(DistillError, match="Unknown loss 'foward_kl'; did you mean 'forward_kl'"):
         get_loss("foward_kl")
 
 
-def test_a_loss_cannot_swallow_typos():
-    with pytest.raises(DistillError, match="so that typos are found"):
+def test_a_loss_with_kwargs_is_refused():
+    with pytest.raises(DistillError, match="so that a misspelled option is an error"):
 
         @loss("greedy")
         def greedy(student, teacher, targets, **kwargs):
             return student
 
 
-def test_a_name_cannot_be_taken_twice():
+def test_a_registered_name_cannot_be_used_again():
     with pytest.raises(DistillError, match="registered already"):
 
         @loss("forward_kl")
@@ -44,18 +44,18 @@ def test_a_name_cannot_be_taken_twice():
 
 
 @pytest.mark.parametrize("name", ["my.loss", "my loss", ""])
-def test_a_name_that_no_module_could_carry_is_refused(name):
+def test_a_name_that_is_no_identifier_is_refused(name):
     with pytest.raises(DistillError, match="letters, digits and _ only"):
         loss(name)
 
 
 @pytest.mark.parametrize("needs", [("hiden",), ("logits", "hidden")])
-def test_needs_that_nothing_can_give_are_refused(needs):
-    with pytest.raises(DistillError, match="needs nothing, or one of: logits, hidden, attention, values"):
+def test_unknown_needs_are_refused(needs):
+    with pytest.raises(DistillError, match="an empty tuple, or one of: logits, hidden, attention, values"):
         loss("mine", needs=needs)
 
 
-def test_a_loss_of_ones_own_on_hidden_states_is_trained(make_trainer):
+def test_a_custom_loss_on_hidden_states_is_trained(make_trainer):
     @loss("hidden_l1", needs=("hidden",), project=True)
     def hidden_l1(student, teacher, targets):
         return (student - teacher).abs().mean(-1)

@@ -1,4 +1,4 @@
-"""What is captured is what transformers itself would return, for the tokens and layers asked for, and no more."""
+"""Captured features equal those that transformers returns, for the requested tokens and layers only."""
 
 import pytest
 import torch
@@ -37,42 +37,46 @@ def family(name):
 
 
 def captured(model, batch, stack=None, layers=(0, 1), kinds=("hidden", "attention", "values"), **more):
-    """(features, the tokens they are of, what the model itself returns)."""
-    asked = Targets.from_batch(batch, model_type_of(model).shifts_labels)
-    where = asked.feature_positions(batch, get_layer_stack(model, stack).causal, stack)
+    """Return the captured features, their tokens, and the outputs of transformers."""
+    targets = Targets.from_batch(batch, model_type_of(model).shifts_labels)
+    tokens = targets.feature_positions(batch, get_layer_stack(model, stack).causal, stack)
     inputs = {k: v for k, v in batch.items() if k != "labels"} | more
     with torch.no_grad():
-        with capture_features(model, {FeatureKey(kind, i, stack): where for kind in kinds for i in layers}) as found:
+        with capture_features(
+            model, {FeatureKey(kind, i, stack): tokens for kind in kinds for i in layers}
+        ) as features:
             model(**inputs)
-        return found, where, model(**inputs, output_hidden_states=True, output_attentions=True)
+        return features, tokens, model(**inputs, output_hidden_states=True, output_attentions=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_decoder_families_are_captured_without_a_table_of_names(name):
-    found, where, whole = captured(family(name), collate(rows("llama", 5)))
+def test_features_of_decoder_families_are_those_of_transformers(name):
+    features, tokens, outputs = captured(family(name), collate(rows("llama", 5)))
     for i in (0, 1):
-        assert torch.equal(found[FeatureKey("hidden", i)], where.gather(whole.hidden_states[i + 1]))
-        assert torch.equal(found[FeatureKey("attention", i)], where.gather(whole.attentions[i].transpose(1, 2)))
-        assert found[FeatureKey("values", i)].shape[::2] == (5, 12)
+        assert torch.equal(features[FeatureKey("hidden", i)], tokens.gather(outputs.hidden_states[i + 1]))
+        assert torch.equal(features[FeatureKey("attention", i)], tokens.gather(outputs.attentions[i].transpose(1, 2)))
+        assert features[FeatureKey("values", i)].shape[::2] == (5, 12)
 
 
 @pytest.mark.parametrize(
     ("kind", "stack"), [("t5", "encoder"), ("t5", "decoder"), *((kind, None) for kind in KINDS if kind != "t5")]
 )
-def test_encoders_and_decoders_are_captured_apart(kind, stack):
+def test_features_of_encoders_and_decoders_are_those_of_transformers(kind, stack):
     model = build(kind, layers=3).eval()
     model.set_attn_implementation("eager")
     batch = collate(rows(kind, 5))
     ids = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])} if stack else {}
-    found, where, whole = captured(model, batch, stack, **ids)
+    features, tokens, outputs = captured(model, batch, stack, **ids)
     side = f"{stack}_" if stack else ""
-    attentions = whole[f"{side}attentions"]
+    attentions = outputs[f"{side}attentions"]
     for i in (0, 1):
-        assert torch.equal(found[FeatureKey("hidden", i, stack)], where.gather(whole[f"{side}hidden_states"][i + 1]))
-        assert torch.equal(found[FeatureKey("attention", i, stack)], where.gather(attentions[i].transpose(1, 2)))
+        assert torch.equal(
+            features[FeatureKey("hidden", i, stack)], tokens.gather(outputs[f"{side}hidden_states"][i + 1])
+        )
+        assert torch.equal(features[FeatureKey("attention", i, stack)], tokens.gather(attentions[i].transpose(1, 2)))
 
 
-def test_bart_whose_config_names_both_depths_is_captured():
+def test_bart_whose_config_has_two_depths_has_two_stacks():
     config = BartConfig(
         vocab_size=97, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, max_position_embeddings=64,
@@ -83,47 +87,49 @@ def test_bart_whose_config_names_both_depths_is_captured():
 
 def test_values_are_those_of_the_value_projection():
     model, batch = family("llama"), collate(rows("llama", 5))
-    found, _, whole = captured(model, batch)
+    features, _, outputs = captured(model, batch)
     block = model.model.layers[1]
-    values = block.self_attn.v_proj(block.input_layernorm(whole.hidden_states[1]))
-    torch.testing.assert_close(found[FeatureKey("values", 1)], values.unflatten(-1, (2, -1)).transpose(1, 2))
+    values = block.self_attn.v_proj(block.input_layernorm(outputs.hidden_states[1]))
+    torch.testing.assert_close(features[FeatureKey("values", 1)], values.unflatten(-1, (2, -1)).transpose(1, 2))
 
 
-def test_nothing_is_kept_of_layers_and_tokens_not_asked_for():
-    found, where, _ = captured(
+def test_only_requested_layers_and_tokens_are_captured():
+    features, tokens, _ = captured(
         build("llama", layers=3).eval(), collate(rows("llama", 5)), layers=(2,), kinds=("hidden",)
     )
-    assert list(found) == [FeatureKey("hidden", 2)]
-    assert found[FeatureKey("hidden", 2)].untyped_storage().nbytes() == len(where) * 32 * 4
+    assert list(features) == [FeatureKey("hidden", 2)]
+    assert features[FeatureKey("hidden", 2)].untyped_storage().nbytes() == len(tokens) * 32 * 4
 
 
-def test_capturing_leaves_the_model_as_it_was():
+def test_capturing_does_not_change_the_model():
     model, batch = build("gpt2", dropout=0.3), collate(rows("gpt2", 4))
     model.set_attn_implementation("eager")
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     torch.manual_seed(3)
     plain = model(**inputs).logits
     torch.manual_seed(3)
-    where = Targets.from_batch(batch, True).feature_positions(batch, True)
-    with capture_features(model, {FeatureKey("attention", 0): where}) as found:
+    tokens = Targets.from_batch(batch, True).feature_positions(batch, True)
+    with capture_features(model, {FeatureKey("attention", 0): tokens}) as features:
         assert torch.equal(model(**inputs).logits, plain)
-    assert found[FeatureKey("attention", 0)].sum(-1).allclose(torch.ones(1))  # maps as before dropout: distributions
+    assert features[FeatureKey("attention", 0)].sum(-1).allclose(torch.ones(1))  # maps as before dropout: distributions
     assert not any(block._forward_hooks for block in model.transformer.h)
 
 
-def test_attention_that_transformers_cannot_show_is_refused():
+def test_attention_outside_the_attention_interface_is_refused():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **SMALL)).eval()
     with pytest.raises(DistillError, match=r"BloomBlock does not compute its attention through .*AttentionInterface"):
         captured(model, collate(rows("llama", 2)), kinds=("values",))
 
 
-def test_a_model_whose_blocks_cannot_be_found_is_refused_with_what_was_found():
+def test_a_model_whose_blocks_cannot_be_found_is_refused_with_its_lists():
     model = build("llama")
     model.model.layers = torch.nn.Sequential(*model.model.layers)
-    with pytest.raises(DistillError, match=r"LlamaForCausalLM has 0 lists of 2 blocks.*Lists found: none"):
+    with pytest.raises(
+        DistillError, match=r"LlamaForCausalLM has 0 lists of 2 blocks.*Its lists and their lengths: none"
+    ):
         get_layer_stack(model)
 
 
 def test_a_stack_that_a_model_does_not_have_is_refused():
-    with pytest.raises(DistillError, match="LlamaForCausalLM has one stack of blocks, no encoder"):
+    with pytest.raises(DistillError, match="LlamaForCausalLM has one stack of blocks and no encoder"):
         get_layer_stack(build("llama"), "encoder")

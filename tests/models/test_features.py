@@ -1,4 +1,4 @@
-"""Terms on features in a Trainer: what they equal, and the life of projectors."""
+"""Losses on features in a Trainer: their values, and how projectors are trained, saved and loaded."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from hf_distill.core.logits import DenseLogits
 from hf_distill.core.signals import Signals
 from hf_distill.models.sidecar import FILE, sidecar_of
 
-TRAIN_STATISTICS_EVERY = [
+FEATURE_LOSSES = [
     {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"},
     {"name": "hidden_cosine", "layers": "uniform"},
     {"name": "hidden_normalized_mse", "layers": [[1, 0], [1, 2]]},
@@ -42,17 +42,17 @@ def make(make_trainer):
         student, teacher = eager(build(kind, 0), build(kind, 1, layers=3, width=48))
         if "model_init" not in options:
             options.setdefault("model", student)
-        return make_trainer(kind, **{"teacher": teacher, "losses": TRAIN_STATISTICS_EVERY} | options)
+        return make_trainer(kind, **{"teacher": teacher, "losses": FEATURE_LOSSES} | options)
 
     return trainer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_splitting_a_batch_changes_neither_loss_nor_gradient_of_features(make, kind):
-    whole, gradient = one_step(make, kind, 8, 1)
+def test_splitting_a_batch_does_not_change_loss_and_gradients_of_features(make, kind):
+    full_batch, gradient = one_step(make, kind, 8, 1)
     split, pieces = one_step(make, kind, 2, 4)
     for name in NAMES:
-        assert split[f"{name}_loss"] == pytest.approx(whole[f"{name}_loss"], rel=1e-5)
+        assert split[f"{name}_loss"] == pytest.approx(full_batch[f"{name}_loss"], rel=1e-5)
     assert any("projectors" in name for name in gradient)
     assert any("mappings" in name for name in gradient)
     for name in gradient:
@@ -61,27 +61,27 @@ def test_splitting_a_batch_changes_neither_loss_nor_gradient_of_features(make, k
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_the_padding_side_changes_no_feature(make, kind):
+def test_the_padding_side_does_not_change_losses_on_features(make, kind):
     logs = [one_step(make, kind, 4, 2, train_dataset=rows(kind, 8, pad=pad))[0] for pad in ("left", "right")]
     for name in NAMES:
         assert logs[0][f"{name}_loss"] == pytest.approx(logs[1][f"{name}_loss"], rel=1e-5)
 
 
-def test_a_term_is_the_mean_over_pairs_of_its_loss_on_what_the_models_return(make):
+def test_a_term_is_the_mean_over_layer_pairs_of_its_loss(make):
     trainer = make(losses=[{"name": "hidden_mse", "layers": [[0, 1], [1, 2]]}])
     metrics = trainer.evaluate()
     batch = collate(trainer.eval_dataset)
-    asked = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    is_target = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    found = {}
+    outputs = {}
     with torch.no_grad():
         for who, model in (("s", trainer.model), ("t", trainer.teacher.model)):
             for i, block in enumerate(model.model.layers):
-                block.register_forward_hook(lambda _m, _a, out, key=(who, i): found.__setitem__(key, out))
+                block.register_forward_hook(lambda _m, _a, out, key=(who, i): outputs.__setitem__(key, out))
             model(**inputs)
     projectors = sidecar_of(trainer.model).get("projectors", "hidden_mse")
     terms = [
-        (projectors[f"{s}-{t}"](found["s", s])[asked] - found["t", t][asked]).square().mean()
+        (projectors[f"{s}-{t}"](outputs["s", s])[is_target] - outputs["t", t][is_target]).square().mean()
         for s, t in ((0, 1), (1, 2))
     ]
     assert metrics["eval_hidden_mse_loss"] == pytest.approx((sum(terms) / 2).item(), rel=1e-5)
@@ -90,7 +90,7 @@ def test_a_term_is_the_mean_over_pairs_of_its_loss_on_what_the_models_return(mak
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_a_student_that_is_its_teacher_below_the_cut_costs_exactly_nothing(make_trainer, kind):
+def test_a_student_of_the_teachers_first_layers_has_feature_loss_exactly_zero(make_trainer, kind):
     teacher = eager(build(kind, 1, layers=3))[0].eval()
     student = cut_student(teacher, [0, 1])
     losses = [{"name": name, "layers": [[0, 0], [1, 1]]} for name in {n.removesuffix("_2") for n in NAMES}]
@@ -119,13 +119,13 @@ def test_models_of_different_heads_depths_and_widths_are_trained_padded_on_any_s
         assert logs[0][0][f"{name}_loss"] > 0
 
 
-def test_the_loss_in_the_outputs_is_the_whole_loss(make):
+def test_the_loss_in_the_outputs_is_the_full_loss(make):
     trainer = make()
     loss, outputs = trainer.compute_loss(trainer.model, collate(trainer.eval_dataset), return_outputs=True)
     assert outputs["loss"] == loss
 
 
-def test_a_projector_is_built_where_widths_differ_or_where_asked_for(make_trainer):
+def test_a_projector_is_built_if_widths_differ_or_if_requested(make_trainer):
     def parts(width, **options):
         trainer = make_trainer(teacher=build("llama", 1, width=width), losses=[{"name": "hidden_mse"}], **options)
         return {name: tuple(p.shape) for name, p in sidecar_of(trainer.model).named_parameters()}
@@ -163,7 +163,7 @@ def gathered_state_dict(trainer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_straight_run_bit_for_bit_projectors_included(make, tmp_path, kind):
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(make, tmp_path, kind):
     straight = make(kind, folder="straight", **CHECKPOINTS)
     straight.train()
     resumed = make(kind, folder="resumed", **CHECKPOINTS)
@@ -173,7 +173,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit_projectors_included(make,
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_no_projector_leaves_with_the_model(make, tmp_path):
+def test_projectors_are_not_saved_with_the_model(make, tmp_path):
     trainer = make(**CHECKPOINTS)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -188,20 +188,20 @@ def test_no_projector_leaves_with_the_model(make, tmp_path):
     )
 
 
-def test_the_best_model_comes_back_with_its_projectors(make, tmp_path):
+def test_load_best_model_at_end_loads_its_projectors(make, tmp_path):
     evaluations = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=True)
     trainer = make(**CHECKPOINTS, **evaluations, metric_for_best_model="eval_loss")  # the worst is the first
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     saved = load_file(best / FILE)
-    own = dict(sidecar_of(trainer.model).named_parameters())
-    assert all(torch.equal(own[name], value) for name, value in saved.items())
+    parameters = dict(sidecar_of(trainer.model).named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in saved.items())
     expected = next(log["eval_loss"] for log in trainer.state.log_history if log.get("eval_loss") and log["step"] == 2)
     assert best.name == "checkpoint-2"
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_loading_warns_of_no_missing_key(make, tmp_path, caplog):
+def test_resuming_does_not_warn_about_missing_keys(make, tmp_path, caplog):
     make(**CHECKPOINTS).train()
     make(**CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert "missing keys" not in caplog.text
@@ -223,7 +223,7 @@ def groups_of(trainer):
     return [{**g, "names": {names[id(p)] for p in g["params"]}} for g in trainer.optimizer.param_groups]
 
 
-def test_projectors_have_their_own_learning_rate_and_weight_decay(make):
+def test_learning_rate_and_weight_decay_of_projectors_are_used(make):
     trainer = make(projectors={"learning_rate": 0.5, "weight_decay": 0.25}, max_steps=1, weight_decay=0.1)
     trainer.train()
     groups = groups_of(trainer)
@@ -233,7 +233,7 @@ def test_projectors_have_their_own_learning_rate_and_weight_decay(make):
     assert not any("distill_sidecar" in n for g in groups[:2] for n in g["names"])
 
 
-def test_without_settings_projectors_are_optimized_as_the_student(make):
+def test_projectors_without_settings_join_the_students_param_groups(make):
     trainer = make(max_steps=1)
     trainer.train()
     groups = groups_of(trainer)
@@ -241,7 +241,7 @@ def test_without_settings_projectors_are_optimized_as_the_student(make):
     assert any("projectors" in n for n in groups[0]["names"])
 
 
-def test_clipping_counts_projectors(make):
+def test_gradient_clipping_includes_projectors(make):
     norms = []
 
     class Watch(TrainerCallback):
@@ -254,19 +254,19 @@ def test_clipping_counts_projectors(make):
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_an_optimizer_of_ones_own_gets_the_projectors(make):
+def test_a_custom_optimizer_gets_the_projectors(make):
     student = eager(build("llama"))[0]
-    own = torch.optim.SGD(student.parameters(), lr=0.1)
-    trainer = make(model=student, optimizers=(own, None), projectors={"learning_rate": 0.5}, max_steps=1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = make(model=student, optimizers=(optimizer, None), projectors={"learning_rate": 0.5}, max_steps=1)
     trainer.train()
-    assert [g["initial_lr"] for g in own.param_groups] == [0.1, 0.5]
-    own = torch.optim.SGD(student.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(own, lambda _: 1.0)
+    assert [g["initial_lr"] for g in optimizer.param_groups] == [0.1, 0.5]
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with pytest.raises(DistillError, match="scheduler that was made before what is trained beside the student"):
-        make(model=student, optimizers=(own, scheduler))
+        make(model=student, optimizers=(optimizer, scheduler))
 
 
-def test_an_optimizer_made_by_deepspeed_is_refused_beside_settings_of_projectors(make):
+def test_an_optimizer_of_the_deepspeed_config_is_refused_with_settings_of_projectors(make):
     trainer = make(projectors={"learning_rate": 0.5})
     trainer.args.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
     with pytest.raises(DistillError, match="DeepSpeed's config makes the optimizer: remove its `optimizer` section"):
@@ -274,7 +274,7 @@ def test_an_optimizer_made_by_deepspeed_is_refused_beside_settings_of_projectors
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_activation_checkpointing_changes_nothing(make, kind):
+def test_activation_checkpointing_does_not_change_loss_and_gradients(make, kind):
     plain, gradient = one_step(make, kind, 4, 1)
     again, same = one_step(make, kind, 4, 1, activation_checkpointing=True)
     assert again["loss"] == pytest.approx(plain["loss"], rel=1e-6)
@@ -282,7 +282,7 @@ def test_activation_checkpointing_changes_nothing(make, kind):
         torch.testing.assert_close(same[name], gradient[name], rtol=1e-4, atol=1e-6)
 
 
-def test_reentrant_checkpointing_is_refused_where_it_would_hide_the_graph(make):
+def test_reentrant_checkpointing_is_refused_for_losses_on_attention(make):
     trainer = make(
         activation_checkpointing=True,
         activation_checkpointing_kwargs={"use_reentrant": True},
@@ -318,7 +318,7 @@ def test_model_init_gives_each_model_new_projectors(make):
     assert sidecar_of(trainer.model) is not first
 
 
-def test_a_second_trainer_takes_the_first_ones_projectors_off(make, make_trainer):
+def test_a_second_trainer_removes_the_projectors_of_the_first(make, make_trainer):
     student = eager(build("llama"))[0]
     make(model=student)
     assert sidecar_of(student) is not None
@@ -327,7 +327,7 @@ def test_a_second_trainer_takes_the_first_ones_projectors_off(make, make_trainer
     assert not any("sidecar" in name for name, _ in student.named_parameters())
 
 
-def test_a_learned_mapping_starts_at_stretch_and_logs_what_it_chose(make):
+def test_a_learned_mapping_starts_at_stretch_and_logs_its_layers(make):
     trainer = make(losses=[{"name": "hidden_mse", "layers": "learned", "weight": 10}], learning_rate=0.1, max_steps=20)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "hidden_mse_layer_0" in log]
@@ -338,7 +338,7 @@ def test_a_learned_mapping_starts_at_stretch_and_logs_what_it_chose(make):
     assert abs(end["hidden_mse_layer_1"] - first["hidden_mse_layer_1"]) > 0.05
 
 
-def test_batches_with_nothing_asked_cost_no_feature_anything(make):
+def test_batches_without_target_tokens_do_not_change_losses_on_features(make):
     data = rows("llama", 4, seed=5)
     silent = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data[:2]]
     expected = make(eval_dataset=data).evaluate()
@@ -350,10 +350,10 @@ def test_batches_with_nothing_asked_cost_no_feature_anything(make):
     assert math.isnan(trainer.state.log_history[0]["loss"])
 
 
-def test_evaluation_with_logits_kept_says_the_same(make):
-    short, whole = make().evaluate(), make(compute_metrics=lambda p: {}).evaluate()
+def test_evaluation_with_materialized_logits_has_the_same_metrics(make):
+    lazy, materialized = make().evaluate(), make(compute_metrics=lambda p: {}).evaluate()
     for name in ("loss", *(f"{n}_loss" for n in NAMES)):
-        assert whole[f"eval_{name}"] == pytest.approx(short[f"eval_{name}"], rel=1e-6)
+        assert materialized[f"eval_{name}"] == pytest.approx(lazy[f"eval_{name}"], rel=1e-6)
 
 
 def test_mixed_precision_compares_features_in_float32(make):
@@ -367,7 +367,7 @@ def test_mixed_precision_compares_features_in_float32(make):
         assert logs[1][f"{name}_loss"] == pytest.approx(logs[0][f"{name}_loss"], rel=0.03)
 
 
-class LogitsAlone(Teacher):
+class LogitsOnlyTeacher(Teacher):
     def forward(self, inputs, targets, feature_requests):
         return Signals(DenseLogits(torch.zeros(len(targets), 97)))
 
@@ -383,7 +383,7 @@ class LogitsAlone(Teacher):
         ({"losses": [{"name": "hidden_mse", "layers": "firs"}]}, "it must be uniform, stretch"),
         ({"losses": [{"name": "hidden_mse", "layer": "stretch"}]}, "no option 'layer'; did you mean 'layers'"),
         ({"losses": [{"name": "js", "layers": "stretch"}]}, "'js' has no option 'layers'"),
-        ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of blocks, no encoder"),
+        ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of blocks and no encoder"),
         ({"losses": [{"name": "hidden_mse", "stack": "head"}]}, "stack 'head'; it must be encoder or decoder"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": "none"}, "are 32 wide and the teacher's 48"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": "lineal"}, "kind 'lineal'; it must be one of auto, linear"),
@@ -391,35 +391,35 @@ class LogitsAlone(Teacher):
         ({"losses": [{"name": "hidden_mse"}], "projectors": {"learning_rate": -1}}, "learning_rate -1; it must be"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": '{"kind": }'}, "projectors is not JSON"),
         (
-            {"losses": [{"name": "hidden_mse"}], "teacher": LogitsAlone()},
-            "A LogitsAlone returns logits and no feat",
+            {"losses": [{"name": "hidden_mse"}], "teacher": LogitsOnlyTeacher()},
+            "A LogitsOnlyTeacher returns logits and no feat",
         ),
-        ({"divergence": "hidden_mse"}, "divergence is 'hidden_mse', which does not look at the teacher's logits"),
+        ({"divergence": "hidden_mse"}, "divergence is 'hidden_mse', which does not read the teacher's logits"),
     ],
 )
-def test_bad_input_is_refused_with_what_was_given_and_what_is_possible(make, options, message):
+def test_bad_input_is_named_with_what_is_possible(make, options, message):
     with pytest.raises(DistillError, match=message):
         make(**options)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_maps_of_sdpa_attention_are_refused_and_the_model_is_named(make, who):
+def test_attention_kl_with_sdpa_attention_names_the_model(make, who):
     fast = build("llama", layers=3)
     options = {"model": fast} if who == "student" else {"teacher": fast}
     with pytest.raises(
-        DistillError, match=f"the {who}'s sdpa attention never makes. Load the {who} with attn_impl.*eager"
+        DistillError, match=f"the {who}'s sdpa attention computes none. Load the {who} with attn_impl.*eager"
     ):
         make(losses=[{"name": "attention_kl"}], **options)
     make(losses=[{"name": "value_relation"}], **options).evaluate()
 
 
-def test_all_problems_are_told_at_once(make):
+def test_all_problems_are_reported_at_once(make):
     losses = [{"name": "hidden_mse", "layers": [[0, 9]]}, {"name": "hidden_cosine", "layers": [[9, 0]]}]
     with pytest.raises(DistillError, match=r"\[\[0, 9\]\].*\[\[9, 0\]\]"):
         make(losses=losses)
 
 
-def test_a_config_of_features_survives_a_command_line(tmp_path):
+def test_losses_on_features_can_be_given_on_the_command_line(tmp_path):
     from transformers import HfArgumentParser
 
     from hf_distill import DistillConfig
@@ -428,10 +428,10 @@ def test_a_config_of_features_survives_a_command_line(tmp_path):
         "--output_dir",
         str(tmp_path),
         "--losses",
-        json.dumps(TRAIN_STATISTICS_EVERY),
+        json.dumps(FEATURE_LOSSES),
         "--projectors",
         '{"learning_rate": 1e-3}',
     ]
     (config,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(line)
-    assert config.losses == TRAIN_STATISTICS_EVERY
+    assert config.losses == FEATURE_LOSSES
     assert config.projectors == {"learning_rate": 1e-3}

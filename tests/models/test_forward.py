@@ -1,4 +1,4 @@
-"""The head inside real models: scalings, surprises, adapters, and equality with dense training."""
+"""The fused loss inside real models equals the loss on materialized logits: scales, caps, adapters, training."""
 
 import pytest
 import torch
@@ -31,15 +31,15 @@ SCALED = {
 
 
 def loss_and_gradients(student, teacher, batch, keep_logits):
-    told = FrozenTeacher(teacher)
-    told.prepare(student, torch.device("cpu"))
+    frozen_teacher = FrozenTeacher(teacher)
+    frozen_teacher.prepare(student, torch.device("cpu"))
     student.zero_grad()
-    step = Distiller(objective(0.5, 2.0), chunk_tokens=5)(student, told, batch, keep_logits=keep_logits)
+    step = Distiller(objective(0.5, 2.0), chunk_tokens=5)(student, frozen_teacher, batch, keep_logits=keep_logits)
     step.loss.backward()
     return step.loss.detach(), {n: p.grad.clone() for n, p in student.named_parameters()}
 
 
-def assert_fused_equals_dense(student, teacher, batch):
+def assert_fused_equals_materialized(student, teacher, batch):
     fused, dense = (loss_and_gradients(student, teacher, batch, keep) for keep in (False, True))
     torch.testing.assert_close(fused[0], dense[0], rtol=1e-5, atol=1e-6)
     for name in dense[1]:
@@ -47,15 +47,15 @@ def assert_fused_equals_dense(student, teacher, batch):
 
 
 @pytest.mark.parametrize("kind", SCALED)
-def test_caps_and_scales_after_the_head_are_honoured_for_both_models(kind):
+def test_scale_and_softcap_of_both_models_are_applied(kind):
     torch.manual_seed(0)
     student, teacher = SCALED[kind](), SCALED[kind]()
-    assert_fused_equals_dense(student, teacher, collate(rows("llama", 5)))
+    assert_fused_equals_materialized(student, teacher, collate(rows("llama", 5)))
     for model in (student, teacher):
         assert known_output_head(model).scaling == LogitScaling.of(model.config) != LogitScaling()
 
 
-def test_a_head_followed_by_something_unknown_is_found_out():
+def test_an_unknown_operation_after_the_head_materializes_the_logits():
     class OddForCausalLM(type(build("llama"))):
         def forward(self, *args, **kwargs):
             outputs = super().forward(*args, **kwargs)
@@ -64,7 +64,7 @@ def test_a_head_followed_by_something_unknown_is_found_out():
 
     student, teacher = OddForCausalLM(build("llama").config), OddForCausalLM(build("llama").config)
     batch = collate(rows("llama", 5))
-    assert_fused_equals_dense(student, teacher, batch)
+    assert_fused_equals_materialized(student, teacher, batch)
     for model in (student, teacher):
         assert known_output_head(model).scaling is None
         assert "its logits are not what its output head puts out" in known_output_head(model).reason
@@ -72,7 +72,7 @@ def test_a_head_followed_by_something_unknown_is_found_out():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
-def test_training_with_the_fused_head_is_training_with_whole_logits(make_trainer, monkeypatch, kind, tied):
+def test_training_with_the_fused_loss_is_training_with_materialized_logits(make_trainer, monkeypatch, kind, tied):
     def run():
         student = build(kind, 0)
         if tied and kind == "llama":
@@ -84,16 +84,16 @@ def test_training_with_the_fused_head_is_training_with_whole_logits(make_trainer
         return trainer
 
     fused = run()
-    monkeypatch.setattr(module, "_obstacle", lambda model, head: "a test says so")
-    whole = run()
-    for a, b in zip(fused.state.log_history[:10], whole.state.log_history[:10], strict=True):
+    monkeypatch.setattr(module, "_obstacle", lambda model, head: "the test requires it")
+    materialized = run()
+    for a, b in zip(fused.state.log_history[:10], materialized.state.log_history[:10], strict=True):
         for name in ("loss", "soft_loss", "hard_loss", "kl", "agreement", "student_entropy", "teacher_entropy"):
             assert a[name] == pytest.approx(b[name], rel=1e-5)
     for name, value in fused.model.state_dict().items():
-        torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, materialized.model.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
-def test_an_adapter_on_the_head_makes_logits_whole_and_says_so_once(make_trainer, caplog):
+def test_an_adapter_on_the_head_materializes_the_logits_and_warns_once(make_trainer, caplog):
     from peft import LoraConfig, get_peft_model
 
     module.logger.warning_once.cache_clear()
@@ -102,7 +102,7 @@ def test_an_adapter_on_the_head_makes_logits_whole_and_says_so_once(make_trainer
     assert sum("The logits of LlamaForCausalLM are materialized" in record.message for record in caplog.records) == 1
 
 
-def test_a_failing_forward_leaves_the_head_as_it_was():
+def test_a_failing_forward_restores_the_head():
     student = build("llama", 0)
     teacher = FrozenTeacher(build("llama", 1))
     teacher.prepare(student, torch.device("cpu"))

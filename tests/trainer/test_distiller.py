@@ -155,7 +155,7 @@ def test_a_loss_that_reduces_by_itself_is_refused():
 
     student, batch = build("llama", 0), collate(rows("llama", 4))
     try:
-        with pytest.raises(DistillError, match="one number per asked token"):
+        with pytest.raises(DistillError, match="one number for each target token"):
             Distiller(objective(0.5, 2.0, losses=[{"name": "reduced"}]))(
                 student, teacher_of(build("llama", 1), student), batch
             )

@@ -214,7 +214,7 @@ def test_a_loss_that_is_called_as_a_teacher_s_is_refused(make_trainer, name, tea
 
     loss(name, needs=())(lambda student, teacher, targets: torch.zeros(len(targets)))
     try:
-        with pytest.raises(DistillError, match=f"2 losses are called '{name}'"):
+        with pytest.raises(DistillError, match=f"2 losses have the name '{name}'"):
             make_trainer(teacher=teacher(), losses=[{"name": name, "weight": 1.0}])
     finally:
         del LOSSES[name]
