@@ -1,4 +1,4 @@
-"""Data: from sources to rows of tokens and batches."""
+"""Data sets: reading sources, tokenizing examples to rows, mixing, packing and collating."""
 
 from .collator import Collator, unpack_row
 from .load import Examples, load_examples, split_held_out

@@ -1,4 +1,4 @@
-"""What an example must hold, checked row by row: an error names the source, the row and the column."""
+"""Validation of examples, row by row: an error names the source, the row and the column."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,20 +12,20 @@ from ..errors import DistillError
 from .roles import SHAREGPT_HINT
 
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
-# Columns that the formats of `formats` read; others have no meaning here.
+# Columns that the formats in `formats` read; all others are ignored.
 EXAMPLE_COLUMNS = ("input_ids", "labels", *_MASKS, "messages", "tools", "prompt", "completion", "paraphrase", "text")
-_SHOWN = 60  # characters of a value that an error shows
+_MAX_SHOWN_CHARS = 60  # of a value in an error
 
 
 def by_row(
     function: Callable[[dict], dict], documents: Dataset | IterableDataset, where: str
 ) -> Callable[[dict, int], dict]:
-    """A function of an example and its index, for `map(with_indices=True)`, whose errors name the row, from 0.
+    """Wrap a function for `map(with_indices=True)` so that its errors name the source and the row, counted from 0.
 
     Args:
-        function: of one example.
-        documents: that it is mapped over; of a selection, the row is that of the data set selected from.
-        where: the source, for the error.
+        function: maps one example.
+        documents: the data set that it is mapped over; for a selection, errors name the row of the original data set.
+        where: name of the source in errors.
     """
     indices = getattr(documents, "_indices", None)
 
@@ -41,7 +41,7 @@ def by_row(
 
 @contextmanager
 def naming(column: str) -> Iterator[None]:
-    """Errors of the block name the column."""
+    """Prefix errors that are raised within the block with the column."""
     try:
         yield
     except DistillError as error:
@@ -49,126 +49,131 @@ def naming(column: str) -> Iterator[None]:
 
 
 def check_text(example: dict, column: str) -> str:
-    """The text in a column.
+    """Return the text in a column.
 
     Raises:
-        DistillError: it is no text.
+        DistillError: the value is no text.
     """
     value = example.get(column)
     if not isinstance(value, str):
-        raise _wrong(column, value, "a text")
+        raise _wrong_value(column, value, "a text (string)")
     return value
 
 
 def check_messages(example: dict, column: str) -> list[dict]:
-    """The messages in a column.
+    """Return the messages in a column.
 
     Raises:
-        DistillError: they are no list of `{"role": text, "content": text or list of text parts}`, or the list is empty.
-            A message with `tool_calls` needs no content.
+        DistillError: the value is no list of `{"role": text, "content": text or list of text parts}`, or the list is
+            empty. A message with `tool_calls` needs no content.
     """
     messages = example.get(column)
     if not isinstance(messages, list) or not messages:
-        raise _wrong(column, messages, "a list of messages {role, content}")
+        raise _wrong_value(column, messages, "a list of messages {role, content}")
     for index, message in enumerate(messages):
-        place = f"{column}[{index}]"
+        entry = f"{column}[{index}]"
         if not isinstance(message, dict):
-            raise _wrong(place, message, "a message {role, content}")
+            raise _wrong_value(entry, message, "a message {role, content}")
         if not isinstance(message.get("role"), str):
             if "from" in message and "value" in message:
-                raise _wrong(place, message, f"a message {{role, content}}. {SHAREGPT_HINT}")
-            raise _wrong(f"{place}.role", message.get("role"), "a text")
+                raise _wrong_value(entry, message, f"a message {{role, content}}. {SHAREGPT_HINT}")
+            raise _wrong_value(f"{entry}.role", message.get("role"), "a text (string)")
         content, calls = message.get("content"), message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-            raise _wrong(f"{place}.tool_calls", calls, "a list of calls")
+            raise _wrong_value(f"{entry}.tool_calls", calls, "a list of calls")
         if isinstance(content, list):
-            _check_parts(content, f"{place}.content")
+            _check_parts(content, f"{entry}.content")
         elif not isinstance(content, str) and not (content is None and calls):
-            raise _wrong(f"{place}.content", content, "a text")
+            raise _wrong_value(f"{entry}.content", content, "a text (string)")
     return messages
 
 
-def _check_parts(parts: list, place: str) -> None:
+def _check_parts(parts: list, column: str) -> None:
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _wrong(place, part, 'a part {"type": "text", "text": ...}; images and audio are not read here')
+            raise _wrong_value(column, part, 'a part {"type": "text", "text": ...}; images and audio are not supported')
 
 
 def check_tools(example: dict) -> list | None:
-    """The JSON schemas in a column `tools`, which may be JSON; None where there are none.
+    """Return the JSON schemas of functions in the column `tools`, a list or its JSON text; None if there are none.
 
     Raises:
-        DistillError: they are no list of mappings.
+        DistillError: the value is no list of mappings.
     """
     tools = example.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:
-            raise DistillError(f"column tools: {_shown(tools)} is not JSON: {error}") from None
+            raise DistillError(f"column tools: {_shorten(tools)} is not JSON: {error}") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise _wrong("tools", tools, "a list of functions' JSON schemas")
+        raise _wrong_value("tools", tools, "a list of JSON schemas of functions")
     return tools
 
 
-def check_tokens(example: dict, vocabulary: int) -> tuple[list[int], list[int] | None, list[list[int]]]:
-    """Token ids [S] of a row, its labels [S] if it has any, and its masks [S] of targets; without padding.
+def check_tokens(example: dict, vocab_size: int) -> tuple[list[int], list[int] | None, list[list[int]]]:
+    """Return the token ids [S] of a row, its labels [S] or None, and its target masks [S], all without padding.
 
-    Padding is what `attention_mask` hides at either end of the row.
+    Padding is the part of the row at either end that `attention_mask` hides.
 
     Args:
-        example: with `input_ids`, and perhaps `labels`, `attention_mask`, `completion_mask` and `assistant_masks`.
-        vocabulary: ids are below.
+        example: a row with `input_ids` and optionally `labels`, `attention_mask`, `completion_mask` and
+            `assistant_masks`.
+        vocab_size: V; ids are below it.
 
     Raises:
-        DistillError: they are no lists of whole numbers, have different lengths, or hold ids that do not exist.
+        DistillError: a column is no list of integers, the lengths differ, or an id is not in the vocabulary.
     """
-    ids = _numbers(example, "input_ids", range(vocabulary), "whole numbers, ids of the tokenizer's")
+    ids = _check_integers(example, "input_ids", range(vocab_size), "integers that are token ids of the tokenizer,")
     count = len(ids)
     labels = None
     if example.get("labels") is not None:
-        labels = _numbers(example, "labels", range(vocabulary), "whole numbers, ids of the tokenizer's or -100", count)
+        labels = _check_integers(
+            example, "labels", range(vocab_size), "integers that are -100 or token ids of the tokenizer,", count
+        )
     masks = {
-        name: _numbers(example, name, range(2), "0 and 1", count) for name in _MASKS if example.get(name) is not None
+        name: _check_integers(example, name, range(2), "0 and 1", count)
+        for name in _MASKS
+        if example.get(name) is not None
     }
-    start, end = _visible(masks.pop("attention_mask", [1] * count))
+    start, end = _visible_span(masks.pop("attention_mask", [1] * count))
     return ids[start:end], labels and labels[start:end], [mask[start:end] for mask in masks.values()]
 
 
-def _numbers(example: dict, column: str, allowed: range, needs: str, count: int | None = None) -> list[int]:
+def _check_integers(example: dict, column: str, allowed: range, needs: str, count: int | None = None) -> list[int]:
     values = example.get(column)
     if not isinstance(values, list):
-        raise _wrong(column, values, f"a list of {needs}")
-    for place, value in enumerate(values):
-        fits = value in allowed or (column == "labels" and value == IGNORE_INDEX)
-        if not (fits and isinstance(value, int)) or (isinstance(value, bool) and len(allowed) > 2):
-            raise _wrong(f"{column}[{place}]", value, needs + f" from 0 to {allowed[-1]}")
+        raise _wrong_value(column, values, f"a list of {needs}")
+    for index, value in enumerate(values):
+        is_allowed = value in allowed or (column == "labels" and value == IGNORE_INDEX)
+        if not (is_allowed and isinstance(value, int)) or (isinstance(value, bool) and len(allowed) > 2):
+            raise _wrong_value(f"{column}[{index}]", value, needs + f" from 0 to {allowed[-1]}")
     if count is not None and len(values) != count:
         raise DistillError(
-            f"column {column}: there are {len(values)} values and {count} input_ids. It needs one of each."
+            f"column {column}: it has {len(values)} values for {count} input_ids. It needs one value for each."
         )
     return values
 
 
-def _visible(mask: list[int]) -> tuple[int, int]:
-    """Where the tokens of a row begin and end that its mask does not hide."""
+def _visible_span(mask: list[int]) -> tuple[int, int]:
+    """Return the start and end of the tokens of a row that its attention mask does not hide."""
     if 1 not in mask:
         return 0, 0
     start, end = mask.index(1), len(mask) - mask[::-1].index(1)
     if 0 in mask[start:end]:
         raise DistillError(
-            "column attention_mask: it hides tokens between others, and rows are read without gaps. Remove those "
-            "tokens from the row, or keep them from being targets by `labels` of -100."
+            "column attention_mask: it hides tokens between visible tokens; it may only hide padding at the ends. "
+            "Remove those tokens from the row, or set their `labels` to -100 so that they are no targets."
         )
     return start, end
 
 
-def _wrong(place: str, value: Any, needs: str) -> DistillError:
-    return DistillError(f"column {place}: found {_shown(value)}, and it needs {needs}.")
+def _wrong_value(column: str, value: Any, needs: str) -> DistillError:
+    return DistillError(f"column {column}: found {_shorten(value)}, but it needs {needs}.")
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if value is None:
         return "null"
     text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

@@ -1,4 +1,4 @@
-"""Batches: rows padded to the longest, or packed documents one after another without padding."""
+"""Data collator: pads rows to the longest of the batch, or concatenates packed documents without padding."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -13,19 +13,19 @@ from ..core.targets import IGNORE_INDEX
 
 
 class Collator:
-    """Rows of `input_ids` and `labels` to a batch.
+    """Collates rows of `input_ids` and `labels` into a batch.
 
-    Rows of different lengths are padded on the right, with an `attention_mask` [B, S]; rows of one length need none.
-    Packed rows, which have `seq_lengths`, become one row [1, S] whose `position_ids` start again at each document, and
-    whose first tokens are not asked.
+    Rows of different lengths are padded on the right and get an `attention_mask` [B, S]; rows of equal length get none.
+    Packed rows, which have `seq_lengths`, become one row [1, S] whose `position_ids` restart at each document; the
+    first token of each document is no target.
 
-    Rows of two views have `view_input_ids` and `view_labels` besides, padded with a `view_attention_mask` of their own.
+    Rows with two views also have `view_input_ids` and `view_labels`, which are padded with their `view_attention_mask`.
 
-    With several sources, `source` [B, S] says of each token which one it is from; `DistillTrainer` reads it and reports
-    losses of each. A script of one's own sets `remove_unused_columns=False`, so that the column gets here.
+    With several sources, `source` [B, S] holds the index of each token's source. `DistillTrainer` reads it and reports
+    the losses of each source. A custom script must set `remove_unused_columns=False` to keep this column.
 
     Args:
-        pad_token_id: what padding is made of.
+        pad_token_id: token id of the padding.
         sources: names of the sources, in the order of their indices.
     """
 
@@ -34,21 +34,21 @@ class Collator:
         self._flatten = DataCollatorWithFlattening()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch: `input_ids`, `labels`, and `attention_mask` or `position_ids`, and `source`, where there are any."""
-        packed = "seq_lengths" in rows[0]
-        batch = self._flatten([d for row in rows for d in unpack_row(row)]) if packed else self._padded(rows)
+        """Return a batch of `input_ids` and `labels`, with `attention_mask` or `position_ids`, and `source` if any."""
+        is_packed = "seq_lengths" in rows[0]
+        batch = self._flatten([doc for row in rows for doc in unpack_row(row)]) if is_packed else self._pad(rows)
         if "source" in rows[0]:
-            own = [torch.as_tensor(row["source"]).expand(len(row["input_ids"])) for row in rows]
-            batch["source"] = torch.cat(own)[None] if packed else pad_sequence(own, batch_first=True)
+            sources = [torch.as_tensor(row["source"]).expand(len(row["input_ids"])) for row in rows]
+            batch["source"] = torch.cat(sources)[None] if is_packed else pad_sequence(sources, batch_first=True)
         return batch
 
-    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self._stacked(rows, "")
+    def _pad(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self._pad_view(rows, "")
         if len({len(row["input_ids"]) for row in rows}) == 1:
             del batch["attention_mask"]
-        return batch | (self._stacked(rows, "view_") if "view_input_ids" in rows[0] else {})
+        return batch | (self._pad_view(rows, "view_") if "view_input_ids" in rows[0] else {})
 
-    def _stacked(self, rows: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
+    def _pad_view(self, rows: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         ids = [torch.as_tensor(row[f"{view}input_ids"]) for row in rows]
         labels = [torch.as_tensor(row[f"{view}labels"]) for row in rows]
         return {
@@ -59,6 +59,6 @@ class Collator:
 
 
 def unpack_row(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The documents of a packed row, as rows; a row that is not packed is one document."""
+    """Return the documents of a packed row, as rows; a row that is not packed is one document."""
     ends = [0, *accumulate(row.get("seq_lengths", [len(row["input_ids"])]))]
     return [{name: row[name][start:end] for name in ("input_ids", "labels")} for start, end in pairwise(ends)]

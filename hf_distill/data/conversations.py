@@ -1,4 +1,4 @@
-"""Conversations as tokens: a chat template renders them, and the assistant's turns become target tokens."""
+"""Tokenization of conversations: a chat template renders them, and the assistant's turns become target tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +15,16 @@ _PROBE = "What is 2 + 2?"
 
 
 class Conversations:
-    """Turns conversations into tokens with one chat template.
+    """Tokenizes conversations with one chat template.
 
     Assistant turns are those that the template marks with `{% generation %}`. In a template without marks, an assistant
-    turn is what rendering the conversation up to and including the turn adds to rendering it up to the turn with a
-    generation prompt: the characters that follow the generation prompt, end-of-turn tokens included.
+    turn is the text that is added when the conversation is rendered up to and including the turn, compared with the
+    conversation up to the turn with a generation prompt. It follows the generation prompt and includes end-of-turn
+    tokens.
 
     Args:
-        tokenizer: the student's.
-        chat_template: Jinja source; None: the tokenizer's own.
+        tokenizer: the student's tokenizer.
+        chat_template: Jinja source; None: the tokenizer's chat template.
 
     Raises:
         DistillError: there is no chat template.
@@ -39,11 +40,11 @@ class Conversations:
             self.chat_template = self.chat_template.get("default")
         if self.chat_template is None:
             raise DistillError(
-                "The source has conversations, but the tokenizer has no chat_template. Set `data.chat_template` in a "
-                "recipe, or `tokenizer.chat_template`."
+                "The source has conversations, but the tokenizer has no chat_template. Set `data.chat_template` in the "
+                "recipe, or `tokenizer.chat_template` in a script."
             )
         self.has_marks = has_generation_markers(self.chat_template)
-        self.takes_parts = self._takes_parts()
+        self.renders_parts = self._renders_parts()
 
     def encode(
         self,
@@ -52,19 +53,19 @@ class Conversations:
         first: int = 0,
         assistant_only: bool = True,
     ) -> tuple[list[int], list[int]]:
-        """Token ids [S] of a conversation, and 1 for each target token among them [S].
+        """Return the token ids [S] of a conversation and its target mask [S]: 1 for a target token, 0 for others.
 
         Args:
-            messages: `{"role": ..., "content": ...}` each.
+            messages: list of `{"role": ..., "content": ...}`.
             tools: JSON schemas of functions, for the template.
-            first: index of the first message whose tokens may be targets; earlier ones are the prompt.
-            assistant_only: target the assistant's turns alone; otherwise every token from message `first` on.
+            first: index of the first message whose tokens may be targets; earlier messages are the prompt.
+            assistant_only: only the assistant's turns are targets; otherwise every token from message `first` on.
 
         Raises:
             DistillError: the template refuses the conversation, or renders a prefix of it differently than inside the
-                whole conversation.
+                full conversation.
         """
-        messages = self.plain(messages)
+        messages = self.normalize(messages)
         if assistant_only and self.has_marks and not first:
             return self._encode_marked(messages, tools)
         text = self.render(messages, tools)
@@ -73,14 +74,14 @@ class Conversations:
             spans = [(self._prefix_length(text, messages[:first], tools, True), len(text))]
         if assistant_only and not self.has_marks:
             turns = [i for i in range(first, len(messages)) if messages[i]["role"] == ASSISTANT]
-            spans = [self._turn(text, messages, i, tools) for i in turns]
+            spans = [self._turn_span(text, messages, i, tools) for i in turns]
         ids, mask = self._tokens(text, spans)
         if assistant_only and self.has_marks:
-            mask = [a and b for a, b in zip(mask, self._encode_marked(messages, tools)[1], strict=True)]
+            mask = [bit and marked for bit, marked in zip(mask, self._encode_marked(messages, tools)[1], strict=True)]
         return ids, mask
 
     def render(self, messages: Sequence[dict], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation.
+        """Return the text that the chat template renders of a conversation.
 
         Raises:
             DistillError: the template refuses the conversation.
@@ -101,11 +102,11 @@ class Conversations:
         encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return encoded["input_ids"], encoded["assistant_masks"]
 
-    def _turn(self, text: str, messages: Sequence[dict], index: int, tools: Any) -> Span:
-        """Where message `index` is in the text of the whole conversation, generation prompt excluded."""
+    def _turn_span(self, text: str, messages: Sequence[dict], index: int, tools: Any) -> Span:
+        """Return where message `index` is in the text of the full conversation, without the generation prompt."""
         if not index:
             raise DistillError(
-                f"the conversation begins with an assistant's turn, which has no prompt. {self._ways_out()}"
+                f"the conversation begins with an assistant's turn, which has no prompt. {self._remedy()}"
             )
         start = self._prefix_length(text, messages[:index], tools, True)
         end = len(text)
@@ -117,31 +118,32 @@ class Conversations:
         prefix = self.render(messages, tools, add_generation_prompt)
         if not text.startswith(prefix):
             raise DistillError(
-                f"the chat template renders the first {len(messages)} messages differently on their own than inside "
-                f"the whole conversation, so the tokens of the assistant's turns cannot be located. {self._ways_out()}"
+                f"the chat template renders the first {len(messages)} messages differently alone than inside the full "
+                f"conversation, so the tokens of the assistant's turns cannot be located. {self._remedy()}"
             )
         return len(prefix)
 
-    def _ways_out(self) -> str:
+    def _remedy(self) -> str:
         from .training_templates import matching_template
 
         name = matching_template(self.tokenizer, self.chat_template)
-        known = f" ({name!r} renders the same text)" if name else ""
+        hint = f" ({name!r} renders the same text)" if name else ""
         return (
             "Either set `chat_template` to a template that marks the assistant's turns with {% generation %}"
-            f"{known}, or train on all tokens of the conversation with `assistant_only: false`"
+            f"{hint}, or train on all tokens of the conversation with `assistant_only: false`"
         )
 
     def _tokens(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and 1 for each token that overlaps one of the spans."""
+        """Return the token ids [S] of a text and a mask [S]: 1 for each token that overlaps one of the spans."""
         if not getattr(self.tokenizer, "is_fast", False):
             return self._tokens_by_prefix(text, spans)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        mask = [int(any(a < end and b > start for start, end in spans)) for a, b in encoded["offset_mapping"]]
+        offsets = encoded["offset_mapping"]
+        mask = [int(any(first < end and last > start for start, end in spans)) for first, last in offsets]
         return encoded["input_ids"], mask
 
     def _tokens_by_prefix(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        """The same with a tokenizer that tells no offsets: tokens that a prefix of the text has in common with it."""
+        """Do the same for a tokenizer without offsets: compare the tokens of prefixes of the text with all tokens."""
         from trl.data_utils import common_prefix_length
 
         ids = self._ids(text)
@@ -157,21 +159,21 @@ class Conversations:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def plain(self, messages: Sequence[dict]) -> list[dict]:
-        """Messages without absent keys, which Arrow fills with None, and with text parts joined for a text template."""
+    def normalize(self, messages: Sequence[dict]) -> list[dict]:
+        """Return messages without the None values of Arrow, and with text parts joined if the template needs text."""
         plain = [_without_none(message) for message in messages]
         for message in plain:
-            if isinstance(message.get("content"), list) and not self.takes_parts:
+            if isinstance(message.get("content"), list) and not self.renders_parts:
                 message["content"] = "".join(part["text"] for part in message["content"])
         return plain
 
-    def _takes_parts(self) -> bool:
+    def _renders_parts(self) -> bool:
         """Whether the template renders a list of text parts as it renders their text."""
         contents: list[Any] = [[{"type": "text", "text": _PROBE}], _PROBE]
-        parts, text = (self._probed([{"role": "user", "content": content}]) for content in contents)
+        parts, text = (self._render_or_none([{"role": "user", "content": content}]) for content in contents)
         return parts is not None and (parts == text or _PROBE not in (text or ""))
 
-    def _probed(self, messages: Sequence[dict]) -> str | None:
+    def _render_or_none(self, messages: Sequence[dict]) -> str | None:
         try:
             return self.render(messages)
         except DistillError:

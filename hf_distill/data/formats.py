@@ -1,4 +1,4 @@
-"""Formats of examples, told by their columns, and how one example becomes a row of tokens."""
+"""Formats of examples, detected from the columns, and the tokenization of one example to a row."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 TEXT, MESSAGES, COMPLETION, TOKENS = "text", "messages", "completion", "tokens"
 PARAPHRASE = "paraphrase"
-_NEEDED = {TOKENS: {"input_ids"}, MESSAGES: {"messages"}, COMPLETION: {"prompt", "completion"}, TEXT: {"text"}}
-_KNOWN = (
+_FORMAT_COLUMNS = {TOKENS: {"input_ids"}, MESSAGES: {"messages"}, COMPLETION: {"prompt", "completion"}, TEXT: {"text"}}
+_FORMATS = (
     "text; messages; prompt and completion; input_ids (with labels, completion_mask or assistant_masks, or with none)"
 )
 
@@ -25,36 +25,36 @@ _KNOWN = (
 def format_of(
     columns: Sequence[str], column: str | None = None, where: str = "The source", paraphrase: bool = False
 ) -> str:
-    """Which format the columns are: `input_ids` counts before `messages`, `prompt` + `completion` and `text`.
+    """Return the format of a data set: the first of `input_ids`, `messages`, `prompt` + `completion` and `text`.
 
     Args:
-        columns: of the data set.
-        column: the column that holds the text; None: told by the columns.
-        where: for the error.
-        paraphrase: whether it must have `paraphrase`, another prompt before the same completion.
+        columns: column names of the data set.
+        column: the column that holds the text; None: the format is detected from the columns.
+        where: name of the source in errors.
+        paraphrase: whether the data set must have a column `paraphrase`, another prompt for the same completion.
 
     Returns:
         "tokens", "messages", "completion" or "text".
 
     Raises:
-        DistillError: no such column, none of the formats, or no paraphrases of prompts.
+        DistillError: there is no such column, the columns are none of the formats, or there are no paraphrases.
     """
     if column is not None:
         if column not in columns:
             raise DistillError(f"{where} has no column {column!r}; it has {list(columns)}. Set `column`.")
         return TEXT
-    for kind, needed in _NEEDED.items():
+    for kind, needed in _FORMAT_COLUMNS.items():
         if needed <= set(columns):
             if paraphrase and (kind != COMPLETION or PARAPHRASE not in columns):
                 raise DistillError(
-                    f"{where} is read as {kind} and has the columns {list(columns)}: paraphrases stand in a column "
-                    "`paraphrase` beside `prompt` and `completion`. Add it, or use a view without paraphrase."
+                    f"{where} has the format {kind} and the columns {list(columns)}; paraphrases need the columns "
+                    "`prompt`, `completion` and `paraphrase`. Add them, or use a view without paraphrase."
                 )
             return kind
     hint = f" {SHAREGPT_HINT}" if "conversations" in columns else ""
     raise DistillError(
-        f"{where} has the columns {list(columns)}, which are none of the four formats: {_KNOWN}. Rename columns, or "
-        f"name the one that holds the text: `column`.{hint}"
+        f"{where} has the columns {list(columns)}, which are none of the four formats: {_FORMATS}. Rename the columns, "
+        f"or set `column` to the one that holds the text.{hint}"
     )
 
 
@@ -65,17 +65,19 @@ def make_encode_fn(
     paraphrase: bool = False,
     chat_template: str | None = None,
 ) -> Callable[[dict], dict[str, list[int]]]:
-    """How an example of a format becomes `{"input_ids": [S], "labels": [S]}`, -100 where a token is no target.
+    """Return a function that tokenizes an example to `{"input_ids": [S], "labels": [S]}`.
+
+    Labels are -100 where a token is no target.
 
     Args:
         kind: "messages", "completion" or "tokens"; see `format_of`.
-        tokenizer: with a chat template where there are conversations.
-        assistant_only: of conversations, whether the assistant's turns alone are targets, or all tokens; None: as True.
-        paraphrase: of completions, also `view_input_ids` and `view_labels`: the completion after its other prompt.
-        chat_template: Jinja source that renders conversations; None: the tokenizer's.
+        tokenizer: the student's tokenizer; it has a chat template if there are conversations.
+        assistant_only: whether only the assistant's turns of a conversation are targets, or all tokens; None: True.
+        paraphrase: add `view_input_ids` and `view_labels` to completions: the completion after its paraphrased prompt.
+        chat_template: Jinja source that renders conversations; None: the tokenizer's chat template.
 
     Raises:
-        DistillError: an example is wrong; see `checks` and `Conversations.encode`.
+        DistillError: an example is invalid, see `checks` and `Conversations.encode`.
     """
     if kind == TOKENS:
         size = 1 + max(tokenizer.get_vocab().values())
@@ -83,13 +85,13 @@ def make_encode_fn(
     require_package("trl", "trl", "Reading conversations and completions")
     read = _Conversational(tokenizer, chat_template, assistant_only is not False)
     if kind == MESSAGES:
-        read.conversations  # noqa: B018  it is an error now, before the first row, that there is no chat template
+        read.conversations  # noqa: B018  a missing chat template is an error before the first row
         return read.from_messages
     return read.from_two_prompts if paraphrase else read.from_completion
 
 
-def _from_tokens(example: dict, tokenizer: Any, vocabulary: int) -> dict[str, list[int]]:
-    ids, labels, masks = check_tokens(example, vocabulary)
+def _from_tokens(example: dict, tokenizer: Any, vocab_size: int) -> dict[str, list[int]]:
+    ids, labels, masks = check_tokens(example, vocab_size)
     if labels is not None:
         return {"input_ids": ids, "labels": labels}
     if not masks and example.get("attention_mask") is None:
@@ -98,7 +100,7 @@ def _from_tokens(example: dict, tokenizer: Any, vocabulary: int) -> dict[str, li
 
 
 def _without_padding(ids: list[int], tokenizer: Any) -> list[int]:
-    """Ids without padding tokens at either end; of a token that also begins or ends texts, one stays."""
+    """Return ids without padding tokens at the ends; if the padding token is also BOS or EOS, one is kept."""
     pad = tokenizer.pad_token_id
     start, end = 0, len(ids)
     while start < end and ids[start] == pad:
@@ -113,7 +115,7 @@ def _without_padding(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 class _Conversational:
-    """Reads conversations, and prompts with completions, which may be conversations too."""
+    """Tokenizes conversations, and prompts with completions, which may be conversations too."""
 
     def __init__(self, tokenizer: Any, chat_template: str | None, assistant_only: bool):
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
@@ -145,30 +147,31 @@ class _Conversational:
         from trl.data_utils import common_prefix_length
 
         end = self.tokenizer.eos_token or ""
-        alone = self.tokenizer(prompt)["input_ids"]
+        prompt_ids = self.tokenizer(prompt)["input_ids"]
         ids = self.tokenizer(prompt + completion + ("" if completion.endswith(end) else end))["input_ids"]
-        start = common_prefix_length(alone, ids)
-        if start < len(alone):
+        start = common_prefix_length(prompt_ids, ids)
+        if start < len(prompt_ids):
             logger.warning_once(
-                f"The tokens of a prompt change where its completion follows: {self.tokenizer.decode(alone[start:])!r} "
-                "is asked as part of the completion. End prompts where a token ends. Said once."
+                "The last tokens of a prompt change when its completion follows: "
+                f"{self.tokenizer.decode(prompt_ids[start:])!r} becomes part of the target tokens. End prompts at a "
+                "token boundary. This warning is logged once."
             )
         return _row(ids, [0] * start + [1] * (len(ids) - start))
 
     def from_two_prompts(self, example: dict) -> dict[str, list[int]]:
         if type(example.get("prompt")) is not type(example.get(PARAPHRASE)):
             raise DistillError(
-                f"column {PARAPHRASE}: a paraphrase is a text where its prompt is one, and a list of messages where "
-                f"that is; got {example.get(PARAPHRASE)!r} for {example.get('prompt')!r}. Give every example one, or "
+                f"column {PARAPHRASE}: a paraphrase must have the type of its prompt, a text or a list of messages; "
+                f"found {example.get(PARAPHRASE)!r} for {example.get('prompt')!r}. Give every example a paraphrase, or "
                 "leave the example out."
             )
         view = self.from_completion(example, PARAPHRASE)
-        own = self.from_completion(example)
-        return own | {"view_input_ids": view["input_ids"], "view_labels": view["labels"]}
+        row = self.from_completion(example)
+        return row | {"view_input_ids": view["input_ids"], "view_labels": view["labels"]}
 
 
 def _row(ids: list[int], *masks: list[int]) -> dict[str, list[int]]:
-    """A row whose targets are the tokens that every mask has."""
+    """Return a row whose targets are the tokens that are 1 in every mask."""
     targets = zip(*masks, strict=True) if masks else ((True,) for _ in ids)
     return {
         "input_ids": ids,

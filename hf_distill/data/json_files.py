@@ -1,7 +1,7 @@
-"""JSON files: values are kept exactly as the file has them, and errors name the line.
+"""Reads JSON files: values are exactly those of the file, and errors name the line.
 
 The JSON reader of `datasets` changes values: in a column with values of several types, a text that is JSON itself ("5",
-"null") becomes that JSON, and where the types change late in a file, texts are read with their quotation marks.
+"null") is parsed, and if the types change late in a file, texts are read with their quotation marks.
 """
 
 import json
@@ -25,21 +25,21 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass
 class ExactJson:
-    """A column of `datasets` whose values have several types; each is stored as the JSON that it is written as."""
+    """A column type of `datasets` for values of several types; each value is stored as its JSON text."""
 
     pa_type: ClassVar[Any] = pa.string()
     _type: str = field(default="ExactJson", init=False, repr=False)
 
     def __call__(self) -> pa.DataType:
-        """How Arrow stores the column."""
+        """Return the Arrow type of the column."""
         return self.pa_type
 
     def encode_example(self, value: Any) -> str:
-        """A value as it is stored."""
+        """Return the stored JSON text of a value."""
         return json.dumps(value)
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
-        """A value as it was."""
+        """Return the value of a stored JSON text."""
         return None if value is None else json.loads(value)
 
 
@@ -50,13 +50,13 @@ with warnings.catch_warnings(action="ignore", category=UserWarning):  # register
 def map_exactly(
     rows: Any, function: Callable[[dict, int], dict], features: Features | None, remove_columns: Sequence[str] = ()
 ) -> Any:
-    """`rows.map` with indices, whose result keeps the values of `ExactJson` columns, which `map` alone cannot write.
+    """Call `rows.map` with indices and preserve the values of `ExactJson` columns, which `map` alone cannot write.
 
     Args:
         rows: a data set or a stream.
-        function: of an example and its index.
-        features: of the result; None: inferred.
-        remove_columns: of `rows`.
+        function: maps an example and its index.
+        features: features of the result; None: they are inferred.
+        remove_columns: columns of `rows` to remove.
     """
     exact = {name for name, kind in (features or {}).items() if isinstance(kind, ExactJson)}
     if not exact or isinstance(rows, IterableDataset):
@@ -70,19 +70,19 @@ def map_exactly(
 
 
 def read_json(path: str, streaming: bool) -> Dataset | IterableDataset | None:
-    """The rows of a JSON file: a list of objects, or an object on each line; None where it has none.
+    """Return the rows of a JSON file, a list of objects or an object on each line; None if it has no rows.
 
     Raises:
-        DistillError: it is no such file, with the line; of a stream, what stands later is an error when it is read.
+        DistillError: the file is malformed; the message names the line. A stream raises it when it reaches the line.
     """
     if streaming:
-        rows = IterableDataset.from_generator(_rows_of_equal_columns, gen_kwargs={"path": path})
+        rows = IterableDataset.from_generator(_stream_rows, gen_kwargs={"path": path})
         return None if next(iter(rows), None) is None else rows
     features = _features(path)
     if not features:
         return None
     state = Path(path).stat()
-    version = [state.st_size, state.st_mtime_ns]  # part of the key under which `datasets` keeps what was read
+    version = [state.st_size, state.st_mtime_ns]  # part of the cache key of `datasets`, so that a changed file is read
     return Dataset.from_generator(_rows, features, gen_kwargs={"path": path, "version": tuple(version)})
 
 
@@ -91,7 +91,7 @@ def _rows(path: str, version: tuple[int, ...] = ()) -> Iterator[dict[str, Any]]:
         start = file.read(1024).removeprefix(_BOM).lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            yield from _rows_of_list(path, file.read().removeprefix(_BOM))
+            yield from _list_rows(path, file.read().removeprefix(_BOM))
             return
         for number, line in enumerate(file, 1):
             line = line.removeprefix(_BOM) if number == 1 else line
@@ -100,26 +100,26 @@ def _rows(path: str, version: tuple[int, ...] = ()) -> Iterator[dict[str, Any]]:
 
 
 def _row(path: str, number: int, line: bytes) -> dict[str, Any]:
-    row = _parsed(path, number, line)
+    row = _parse(path, number, line)
     if not isinstance(row, dict):
-        raise _unreadable(path, f"line {number} holds {_type_name(row)}, and each line is an object, {{...}}")
+        raise _unreadable(path, f"line {number} holds {_type_name(row)}, but each line must be an object, {{...}}")
     return row
 
 
-def _rows_of_list(path: str, content: bytes) -> list[dict[str, Any]]:
-    rows = _parsed(path, 1, content)
+def _list_rows(path: str, content: bytes) -> list[dict[str, Any]]:
+    rows = _parse(path, 1, content)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            problem = f"row {index} (counted from 0) holds {_type_name(row)}, and each row is an object, {{...}}"
+            problem = f"row {index} (counted from 0) holds {_type_name(row)}, but each row must be an object, {{...}}"
             raise _unreadable(path, problem)
     return rows
 
 
-def _parsed(path: str, first_line: int, content: bytes) -> Any:
+def _parse(path: str, first_line: int, content: bytes) -> Any:
     try:
         value = json.loads(content.decode())
         if b"\\ud" in content or b"\\uD" in content:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
         return value
     except json.JSONDecodeError as error:
         line, problem = first_line + error.lineno - 1, f"is not JSON: {error.msg} (column {error.colno})"
@@ -135,8 +135,8 @@ def _parsed(path: str, first_line: int, content: bytes) -> Any:
 
 def _unreadable(path: str, problem: str) -> DistillError:
     return DistillError(
-        f"{path} cannot be read as {Path(path).suffix}: {problem}. A JSON file holds a list of objects, or an object "
-        "on each line."
+        f"{path} cannot be read as {Path(path).suffix}: {problem}. A JSON file must hold a list of objects, or an "
+        "object on each line."
     )
 
 
@@ -150,12 +150,14 @@ def _chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _features(path: str) -> Features:
-    """The types of the columns; `ExactJson` where the values of one have several."""
+    """Return the types of the columns; `ExactJson` for a column whose values have several types."""
     types: dict[str, pa.DataType | None] = {}
     for chunk in _chunks(_rows(path)):
         for name in dict.fromkeys(name for row in chunk for name in row):
             types[name] = _common_type(types.get(name, pa.null()), [row.get(name) for row in chunk])
-    return Features({name: ExactJson() if t is None else generate_from_arrow_type(t) for name, t in types.items()})
+    return Features(
+        {name: ExactJson() if kind is None else generate_from_arrow_type(kind) for name, kind in types.items()}
+    )
 
 
 def _common_type(known: pa.DataType | None, values: list[Any]) -> pa.DataType | None:
@@ -168,16 +170,16 @@ def _common_type(known: pa.DataType | None, values: list[Any]) -> pa.DataType | 
         return None
 
 
-def _rows_of_equal_columns(path: str) -> Iterator[dict[str, Any]]:
-    """Rows with the columns of the first chunk's rows, null where one lacks it, as a stream's columns stay the same."""
+def _stream_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yield rows with the columns of the first chunk, null where a row lacks one: the columns of a stream are fixed."""
     columns: dict[str, None] = {}
     for number, chunk in enumerate(_chunks(_rows(path))):
         columns = columns or dict.fromkeys(name for row in chunk for name in row)
         for index, row in enumerate(chunk, number * _CHUNK_ROWS):
-            if late := [name for name in row if name not in columns and name in EXAMPLE_COLUMNS]:
+            if new_columns := [name for name in row if name not in columns and name in EXAMPLE_COLUMNS]:
                 raise DistillError(
-                    f"{path}, row {index} (counted from 0), has the column {late[0]}, which none of the first "
-                    f"{_CHUNK_ROWS:,} rows has. Write it into an earlier row too, as null, or leave streaming out."
+                    f"{path}, row {index} (counted from 0), has the column {new_columns[0]}, which none of the first "
+                    f"{_CHUNK_ROWS:,} rows has. Add it to an earlier row with the value null, or turn streaming off."
                 )
             if columns:
                 yield {name: row.get(name) for name in columns}

@@ -1,4 +1,4 @@
-"""Sources: where examples come from, and the share of them that is held out."""
+"""Loads examples from files, data sets of the Hub and packaged texts, and splits off held-out examples."""
 
 import builtins
 import inspect
@@ -23,25 +23,28 @@ Examples: TypeAlias = Dataset | IterableDataset
 def load_examples(
     path: str, split: str = "train", name: str | None = None, column: str | None = None, streaming: bool = False
 ) -> Examples:
-    """Examples of a source, in one of the formats of `format_of`; text is one column, `text`.
+    """Load the examples of a source, in one of the formats of `format_of`; text is in one column, `text`.
 
     Args:
-        path: id of a data set; a .txt (its paragraphs are the documents), .jsonl, .json, .csv, .parquet or .arrow
-            file; a folder of `save_to_disk`; hf://datasets/org/name[@revision], a data set at a revision, or with a
-            file behind it, that file; or a packaged text: `package:pydoc_data.topics`, the chapters of Python's own
-            documentation, `package:stdlib`, the modules of its library, or `package:builtins`, questions about its
-            builtins with what help() answers; every Python has them.
-        split: of a data set with splits.
+        path: one of
+            - the id of a data set on the Hub;
+            - a .txt (each paragraph is a document), .jsonl, .json, .csv, .parquet or .arrow file;
+            - a folder of `save_to_disk`;
+            - hf://datasets/org/name[@revision], a data set at a revision, or a file in it with /file appended;
+            - a packaged text, which every Python installation has: `package:pydoc_data.topics` (chapters of the Python
+              documentation), `package:stdlib` (modules of the standard library) or `package:builtins` (questions about
+              the builtins, with the text of help() as the answer).
+        split: split of a data set that has splits.
         name: configuration of a data set.
-        column: the column that holds the text; None: the format is told by the columns.
-        streaming: read it while training.
+        column: the column that holds the text; None: the format is detected from the columns.
+        streaming: whether to read the data during training.
 
     Raises:
-        DistillError: no such data set, file, column or format, or no examples.
+        DistillError: there is no such data set, file, column or format, or the source has no examples.
     """
     if reference_kind(path) == "package":
         if path not in _PACKAGED:
-            raise DistillError(f"{path!r} is no packaged text{did_you_mean(path, _PACKAGED)}")
+            raise DistillError(f"{path!r} is not a packaged text{did_you_mean(path, _PACKAGED)}")
         data: Any = _PACKAGED[path]()
     else:
         data = _load(path, split, name, streaming)
@@ -62,22 +65,23 @@ def load_examples(
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
     revision = None
     if reference_kind(path) == "address":
-        at = parse_uri(path)
-        if at.path_in_repo:
-            path = str(fetch(at).path)
+        uri = parse_uri(path)
+        if uri.path_in_repo:
+            path = str(fetch(uri).path)
         else:
-            path, revision = at.id, at.revision
-    place = Path(path)
-    if place.suffix in DATASET_BUILDERS:
+            path, revision = uri.id, uri.revision
+    local_path = Path(path)
+    if local_path.suffix in DATASET_BUILDERS:
         return read_file(path, streaming)
-    if place.is_file():
+    if local_path.is_file():
         raise DistillError(
-            f"{path} is a file, and files are read whose names end with {', '.join(DATASET_BUILDERS)}. Rename it."
+            f"The file {path} has no supported suffix; supported are {', '.join(DATASET_BUILDERS)}. Convert or rename "
+            "it."
         )
-    if (place / "state.json").is_file():
+    if (local_path / "state.json").is_file():
         with readable(path):
             return load_from_disk(path)
-    if (place / "dataset_dict.json").is_file():
+    if (local_path / "dataset_dict.json").is_file():
         with readable(path):
             splits: Any = load_from_disk(path)
         if split not in splits:
@@ -87,43 +91,45 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
         try:
             return load_dataset(path, name, split=split, streaming=streaming, revision=revision)
         except DatasetNotFoundError as error:
-            raise DistillError(f"There is no data set {path!r} here or on the Hub: {line_of(error)}") from error
+            raise DistillError(
+                f"There is no data set {path!r} on this machine or on the Hub: {line_of(error)}"
+            ) from error
 
 
 def _python_topics() -> Dataset:
-    """Chapters quote each other: a paragraph counts where it stands first, so that held-out text is unseen text."""
-    seen: set[str] = set()
+    """Load the chapters without repeated paragraphs, so that held-out text does not occur in the training text."""
+    paragraphs: set[str] = set()
     documents = []
     for _, text in sorted(import_module("pydoc_data.topics").topics.items()):
         new = []
         for paragraph in text.split("\n\n"):
-            if paragraph.strip() and paragraph.strip() not in seen:
-                seen.add(paragraph.strip())
+            if paragraph.strip() and paragraph.strip() not in paragraphs:
+                paragraphs.add(paragraph.strip())
                 new.append(paragraph)
         documents.append("\n\n".join(new))
-    return Dataset.from_dict({TEXT: [d for d in documents if d]})
+    return Dataset.from_dict({TEXT: [document for document in documents if document]})
 
 
 def _python_modules() -> Dataset:
     folder = Path(sysconfig.get_path("stdlib"))
     files = (folder / f"{name}.py" for name in sorted(sys.stdlib_module_names))
-    return Dataset.from_dict({TEXT: [f.read_text(encoding="utf-8") for f in files if f.is_file()]})
+    return Dataset.from_dict({TEXT: [file.read_text(encoding="utf-8") for file in files if file.is_file()]})
 
 
 def _python_builtins() -> Dataset:
-    """What help() says of each builtin and of the methods of builtin types, as an answer to a question."""
-    named = {name: thing for name, thing in vars(builtins).items() if not name.startswith("_")}
-    types = {name: thing for name, thing in named.items() if isinstance(thing, type)}
-    for owner, kind in types.items():
-        own = {name: thing for name, thing in vars(kind).items() if not name.startswith("_")}
-        named |= {f"{owner}.{name}": thing for name, thing in own.items()}
-    seen: set[str] = set()
+    """Load questions about each builtin and the methods of builtin types, with the text of help() as the answer."""
+    objects = {name: value for name, value in vars(builtins).items() if not name.startswith("_")}
+    types = {name: value for name, value in objects.items() if isinstance(value, type)}
+    for type_name, builtin_type in types.items():
+        methods = {name: value for name, value in vars(builtin_type).items() if not name.startswith("_")}
+        objects |= {f"{type_name}.{name}": value for name, value in methods.items()}
+    answers: set[str] = set()
     rows = []
-    for name, thing in sorted(named.items()):
-        text = inspect.getdoc(thing)
-        if text and text not in seen:
-            seen.add(text)
-            question = f"What does `{name}` do in Python?" if callable(thing) else f"What is `{name}` in Python?"
+    for name, value in sorted(objects.items()):
+        text = inspect.getdoc(value)
+        if text and text not in answers:
+            answers.add(text)
+            question = f"What does `{name}` do in Python?" if callable(value) else f"What is `{name}` in Python?"
             rows.append([{"role": "user", "content": question}, {"role": "assistant", "content": text}])
     return Dataset.from_dict({MESSAGES: rows})
 
@@ -132,15 +138,20 @@ _PACKAGED = dict(zip(PACKAGED_TEXTS, (_python_topics, _python_modules, _python_b
 
 
 def split_held_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split whole documents into (training, held-out), the same way for the same seed.
+    """Split documents into (training, held-out) without dividing a document; the same seed gives the same split.
+
+    Args:
+        documents: N documents.
+        share: fraction of the documents that is held out, between 0 and 1.
+        seed: seed of the random split.
 
     Raises:
-        DistillError: too few documents for the share.
+        DistillError: there are too few documents for the share.
     """
     if not 1 <= round(share * len(documents)) < len(documents):
         raise DistillError(
-            f"A held-out share of {share} of {len(documents)} documents leaves one side empty. Give `eval` a path of "
-            "its own, or a source with more documents (in a .txt file each paragraph is one)."
+            f"A held-out share of {share} of {len(documents)} documents leaves one side empty. Give `eval` a separate "
+            "path, or use a source with more documents (in a .txt file each paragraph is a document)."
         )
     parts = documents.train_test_split(test_size=share, seed=seed)
     return parts["train"], parts["test"]

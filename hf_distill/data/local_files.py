@@ -1,4 +1,4 @@
-"""Local data files, whose damage is an error that names the file and the place."""
+"""Reads local data files; an error names the damaged file and, where possible, the line or row."""
 
 import logging
 import re
@@ -19,41 +19,41 @@ from .json_files import read_json
 
 
 def read_file(path: str, streaming: bool) -> Any:
-    """The examples of a .txt, .jsonl, .json, .csv, .parquet or .arrow file; None where it has none.
+    """Return the examples of a .txt, .jsonl, .json, .csv, .parquet or .arrow file; None if it has no examples.
 
-    Fields of a CSV file are texts, also where they look like numbers; empty ones are missing.
+    Fields of a CSV file are texts, also if they look like numbers; empty fields are None.
 
     Raises:
-        DistillError: there is no such file, or it cannot be read.
+        DistillError: the file does not exist or cannot be read.
     """
-    place, suffix = Path(path), Path(path).suffix
-    if not place.is_file():
-        raise DistillError(f"There is no file {path!r} (looked in {Path.cwd()}).")
-    if place.stat().st_size == 0:
+    file, suffix = Path(path), Path(path).suffix
+    if not file.is_file():
+        raise DistillError(f"There is no file {path!r} (the working directory is {Path.cwd()}).")
+    if file.stat().st_size == 0:
         return None
     with readable(path):
         if suffix in (".json", ".jsonl"):
             return read_json(path, streaming)
-        if suffix == ".parquet" and pq.ParquetFile(place).metadata.num_rows == 0:
+        if suffix == ".parquet" and pq.ParquetFile(file).metadata.num_rows == 0:
             return None
         if streaming:
             rows: Any = IterableDataset.from_generator(_stream, gen_kwargs={"path": path})
             return None if next(iter(rows), None) is None else rows
-        data: Any = _loaded(path, streaming)
-        data.data.validate(full=True)  # bytes that are no UTF-8 would fail in the middle of reading
+        data: Any = _load(path, streaming)
+        data.data.validate(full=True)  # otherwise bytes that are not UTF-8 fail in the middle of training
         return data
 
 
-def _loaded(path: str, streaming: bool) -> Any:
+def _load(path: str, streaming: bool) -> Any:
     suffix = Path(path).suffix
     options = _options(Path(path), suffix)
     return load_dataset(DATASET_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **options)
 
 
 def _stream(path: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file, read one after the other: what cannot be read is an error that names the file, also late."""
+    """Yield the rows of a file; an error that occurs late in the file names the file too."""
     with readable(path):
-        rows = iter(_loaded(path, True))
+        rows = iter(_load(path, True))
     while True:
         with readable(path):
             row = next(rows, None)
@@ -69,8 +69,8 @@ def _options(path: Path, suffix: str) -> dict[str, Any]:
         columns = pd.read_csv(path, nrows=0).columns
         if len(columns) == 1 and re.search(r"\w\s*[;\t|]\s*\w", columns[0]):
             raise DistillError(
-                f"{path} has one column, {columns[0]!r}: fields of a CSV file are separated by commas. Write it with "
-                "commas."
+                f"{path} has one column, {columns[0]!r}: fields of a CSV file must be separated by commas. Write the "
+                "file with commas."
             )
         texts = Features({str(name): Value("string") for name in columns})
         return {"features": texts, "keep_default_na": False, "na_values": [""]}
@@ -79,7 +79,10 @@ def _options(path: Path, suffix: str) -> dict[str, Any]:
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Errors of the libraries that read a file within the block name the file, and are not logged beside that."""
+    """Turn errors of the libraries that read a file within the block into a DistillError that names the file.
+
+    The libraries' own log lines of these errors are suppressed.
+    """
     suffix = Path(path).suffix
     log = logging.getLogger("datasets.packaged_modules.{0}.{0}".format(DATASET_BUILDERS.get(suffix, "arrow")))
     log.addFilter(_is_no_repeated_error)
@@ -98,5 +101,5 @@ def readable(path: str) -> Iterator[None]:
 
 
 def _is_no_repeated_error(record: logging.LogRecord) -> bool:
-    """False for what `datasets` logs of an error that it raises then."""
+    """Return False for the log line that `datasets` writes before it raises the same error."""
     return not str(record.msg).startswith("Failed to ")

@@ -1,4 +1,4 @@
-"""Several sources, mixed example by example."""
+"""Mixes several sources, example by example."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,48 +15,48 @@ logger = logging.get_logger(__name__)
 
 
 def shares(weights: Mapping[str, float]) -> list[float]:
-    """The sources' weights, normalised to sum to 1.
+    """Return the weights of the sources, normalized to sum to 1.
 
     Raises:
-        DistillError: a weight that is not above 0.
+        DistillError: a weight is not above 0.
     """
     wrong = {name: weight for name, weight in weights.items() if not weight > 0}
     if wrong:
-        raise DistillError(f"Weights of sources must be above 0: {wrong}. Leave a source out to give it none.")
+        raise DistillError(f"Weights of sources must be above 0, but got {wrong}. Remove a source to not use it.")
     total = sum(weights.values())
-    found = [weight / total for weight in weights.values()]
+    normalized = [weight / total for weight in weights.values()]
     if abs(total - 1) > 1e-6:
-        said = ", ".join(f"{name} {share:.3f}" for name, share in zip(weights, found, strict=True))
-        logger.warning(f"Weights of the sources sum to {total:g}; they count as shares: {said}.")
-    return found
+        text = ", ".join(f"{name} {share:.3f}" for name, share in zip(weights, normalized, strict=True))
+        logger.warning(f"The weights of the sources sum to {total:g} and are normalized to shares: {text}.")
+    return normalized
 
 
 def add_source_column(rows: Examples, source: int) -> Examples:
-    """The same rows, each with its source's index in `source`."""
+    """Return the same rows with a column `source`, the index of their source."""
     features = None if rows.features is None else Features({**rows.features, "source": Value("int64")})
 
-    def own(batch: dict) -> dict:
+    def source_column(batch: dict) -> dict:
         return {"source": [source] * len(next(iter(batch.values())))}
 
-    return rows.map(own, batched=True, features=features)
+    return rows.map(source_column, batched=True, features=features)
 
 
 def mix(
     rows: Mapping[str, Examples], weights: Mapping[str, float], seed: int, stopping_strategy: str = "first_exhausted"
 ) -> Examples:
-    """Rows of all sources in a random order, each drawn from a source with its share of the weights.
+    """Mix the rows of all sources in random order; the source of each row is drawn with its share of the weights.
 
     Args:
         rows: name of a source -> its rows.
-        weights: name of a source -> weight, above 0; they need not sum to 1.
-        seed: of the order.
-        stopping_strategy: as in `datasets.interleave_datasets`: when a source is exhausted, or when all are.
+        weights: name of a source -> weight, above 0; the weights need not sum to 1.
+        seed: seed of the order.
+        stopping_strategy: as in `datasets.interleave_datasets`: stop when one source is exhausted, or when all are.
 
     Returns:
-        the rows, with `source`, the index of the source; a single source is returned as it is.
+        the rows, with a column `source`, the index of the source; a single source is returned unchanged.
 
     Raises:
-        DistillError: a weight that is not above 0; paraphrases in some of the sources alone.
+        DistillError: a weight is not above 0, or only some of the sources have paraphrases.
     """
     if len(rows) == 1:
         return next(iter(rows.values()))
@@ -70,25 +70,25 @@ def mix(
 
 
 def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], seed: int, count: int) -> Dataset:
-    """Rows of all sources, drawn with shares that change on the way; a source that is exhausted begins again.
+    """Mix the rows of all sources with shares that change during training; an exhausted source starts again.
 
     Args:
         rows: name of a source -> its rows, which are shuffled.
-        weights: name of a source -> its weight over progress, see `schedule`; they need not sum to 1.
-        seed: of the order.
-        count: how many rows, which must be trained in their order; row i is drawn at progress i / count.
+        weights: name of a source -> its weight over progress, see `schedule`; the weights need not sum to 1.
+        seed: seed of the order.
+        count: number of rows N, which must be trained in their order; row i is drawn at progress i / N.
 
     Returns:
-        the rows, with `source`, the index of the source.
+        the rows, with a column `source`, the index of the source.
 
     Raises:
-        DistillError: at some moment all weights are 0; paraphrases in some of the sources alone.
+        DistillError: all weights are 0 at the same progress, or only some of the sources have paraphrases.
     """
     _check_paraphrases(rows)
     moments = sorted({0.0, 1.0, *(at for points in weights.values() for at, _ in points)})
     empty = [moment for moment in moments if sum(value_at(points, moment) for points in weights.values()) <= 0]
     if empty:
-        raise DistillError(f"At progress {empty[0]:g} all weights of sources are 0: one of them must be above.")
+        raise DistillError(f"At progress {empty[0]:g} all weights of sources are 0; at least one must be above 0.")
     progress = np.arange(count) / max(count, 1)
     curves = [np.array(weights[name]).T for name in rows]
     heights = np.stack([np.interp(progress, at, height) for at, height in curves])
@@ -97,19 +97,21 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
     parts = [add_source_column(part.shuffle(seed=seed), index) for index, part in enumerate(rows.values())]
     chosen, start = np.empty(count, dtype=np.int64), 0
     for index, (name, part) in enumerate(zip(rows, parts, strict=True)):
-        own = np.flatnonzero(source == index)
-        if len(own) > len(part):
-            logger.warning(f"Source {name}: {len(own)} rows are drawn of {len(part)}, which repeat.")
-        chosen[own] = start + np.arange(len(own)) % len(part)
+        drawn = np.flatnonzero(source == index)
+        if len(drawn) > len(part):
+            logger.warning(
+                f"Source {name}: {len(drawn)} rows are drawn from {len(part)} rows, so rows of this source repeat."
+            )
+        chosen[drawn] = start + np.arange(len(drawn)) % len(part)
         start += len(part)
     return concatenate_datasets(parts).select(chosen)
 
 
 def _check_paraphrases(rows: Mapping[str, Examples]) -> None:
     columns = {name: part.column_names or list(next(iter(part), ())) for name, part in rows.items()}
-    lacking = [name for name, own in columns.items() if "view_input_ids" not in own]
+    lacking = [name for name, names in columns.items() if "view_input_ids" not in names]
     if 0 < len(lacking) < len(rows):
         raise DistillError(
-            f"The sources {', '.join(lacking)} have no paraphrases, and the others do: give them a column "
-            "`paraphrase`, or read none with paraphrase=True."
+            f"The sources {', '.join(lacking)} have no paraphrases, but the others do: give them a column "
+            "`paraphrase`, or tokenize all sources without paraphrases."
         )

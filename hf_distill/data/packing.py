@@ -1,4 +1,4 @@
-"""Packing: whole documents in rows of almost equal length, kept apart by their positions."""
+"""Packing: several full documents in a row of almost equal length, separated by their position ids."""
 
 from typing import Any
 
@@ -14,22 +14,22 @@ from .load import Examples
 
 logger = logging.get_logger(__name__)
 
-_BUFFER = 1000  # what is packed at a time
+_SHUFFLE_BUFFER_ROWS = 1000
 
 
 def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
-    """Rows of several documents each, by best-fit decreasing (2404.10830).
+    """Pack documents into rows by best-fit decreasing (2404.10830).
 
     Args:
-        rows: `input_ids` and `labels` of at most `max_length` tokens; with `source` of several sources.
-        max_length: tokens.
-        seed: of a stream's order. Packing sorts by length, which a trainer's own shuffling undoes for data sets alone.
+        rows: `input_ids` and `labels` of at most `max_length` tokens; with several sources also `source`.
+        max_length: maximum tokens of a packed row.
+        seed: seed of the order of a stream. Packing sorts by length; a trainer shuffles data sets, but not streams.
 
     Returns:
-        rows with `seq_lengths`, the lengths of their documents; `source` becomes one a token.
+        rows with `seq_lengths`, the lengths of their documents; `source` has one value per token.
 
     Raises:
-        DistillError: rows with paraphrases.
+        DistillError: the rows have paraphrases.
     """
     require_package("trl", "trl", "Packing")
     from trl import pack_dataset
@@ -37,13 +37,15 @@ def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
     columns = rows.column_names or list(next(iter(rows)))
     if "view_input_ids" in columns:
         raise DistillError(
-            "packing: rows and their paraphrases have different lengths and cannot share packed rows. Leave packing "
+            "packing: rows and their paraphrases have different lengths and cannot be packed together. Turn packing "
             "off, or use a view without paraphrase."
         )
     if "source" in columns:
         rows = rows.map(_spread_source, remove_columns=["source"]).rename_column("sources", "source")
     packed = pack_dataset(rows, max_length, strategy="bfd")
-    return packed.shuffle(seed=seed, buffer_size=_BUFFER) if isinstance(packed, IterableDataset) else packed
+    return (
+        packed.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER_ROWS) if isinstance(packed, IterableDataset) else packed
+    )
 
 
 def _spread_source(row: dict) -> dict:
@@ -52,41 +54,43 @@ def _spread_source(row: dict) -> dict:
 
 @torch.no_grad()
 def check_packed_attention(model: nn.Module, who: str) -> None:
-    """Refuse a model in which a packed document sees the one before it.
+    """Refuse a model in which a packed document attends to the document before it.
 
-    Tried, not looked up in a table of names: a document's logits must not move with the document before it. A student
-    that ZeRO-3 holds in shares cannot run before it is prepared: that it was not tried is said once.
+    This is measured: the logits of a document must not change with the document before it. A model that ZeRO-3 has
+    partitioned cannot run before it is prepared; it is not checked, and a warning is logged once.
 
     Args:
-        model: a causal language model, in wrappers or not.
+        model: a causal language model, wrapped or not.
         who: student or teacher, for the error.
 
     Raises:
-        DistillError: it does not take positions, or does not keep documents apart by them.
+        DistillError: the model takes no position_ids, or does not separate documents by them.
     """
     inner: Any = unwrap_model(model)
     if model is unwrap_parallel(model) and is_zero3_partitioned(model):
-        logger.warning_once(f"The {who} is sharded, so it was not tried whether it keeps packed documents apart.")
+        logger.warning_once(f"The {who} is sharded, so it is not checked whether it separates packed documents.")
         return
     if accepts_any_input(inner) or "position_ids" in input_names(inner):
-        why = f"attention {inner.config._attn_implementation!r} does not keep them apart by position_ids"
+        why = f"its attention {inner.config._attn_implementation!r} does not separate documents by position_ids"
         leaks = _documents_leak(model, inner.get_input_embeddings().weight.device)
     else:
         why, leaks = "it takes no position_ids", True
     if leaks:
         raise DistillError(
-            f"packing: in the {who} ({type(inner).__name__}) a packed document sees the one before it: {why}. Leave "
-            "packing and padding_free off, or load it with attn_implementation='sdpa' or 'flash_attention_2' if it has "
-            "them."
+            f"packing: in the {who} ({type(inner).__name__}) a packed document attends to the one before it: {why}. "
+            "Turn packing and padding_free off, or load the model with attn_implementation='sdpa' or "
+            "'flash_attention_2' if it supports one of them."
         )
 
 
 def _documents_leak(model: nn.Module, device: torch.device) -> bool:
-    """Whether the second of two packed documents is answered otherwise when the first is another."""
+    """Whether the logits of the second of two packed documents change with the first document."""
     ids = torch.arange(8, device=device)[None] % 4 + 1
     other = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
     positions, training = (torch.arange(8, device=device) % 4)[None], model.training
     model.eval()
-    one, two = (model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 4:].float() for x in (ids, other))
+    logits, other_logits = (
+        model(input_ids=batch, position_ids=positions, use_cache=False).logits[:, 4:].float() for batch in (ids, other)
+    )
     model.train(training)
-    return bool((one - two).abs().max() > 1e-3 * one.std().clamp(min=1e-6))
+    return bool((logits - other_logits).abs().max() > 1e-3 * logits.std().clamp(min=1e-6))

@@ -1,4 +1,4 @@
-"""Prompts, for students that write the completions themselves."""
+"""Prompts for on-policy distillation, where the student generates the completions."""
 
 from typing import Any
 
@@ -13,14 +13,16 @@ from .load import Examples
 
 
 def prompt_rows(documents: Examples, where: str = "The source") -> Examples:
-    """Rows of `prompt` and `completion`, as texts or as lists of messages: of a conversation, its last turn.
+    """Return rows of `prompt` and `completion`, as texts or lists of messages.
+
+    The completion of a conversation is its last turn.
 
     Args:
-        documents: `messages`, or `prompt` with or without `completion`, which are returned as they are.
-        where: for the error.
+        documents: rows of `messages`, or of `prompt` with or without `completion`, which are returned unchanged.
+        where: name of the source in errors.
 
     Raises:
-        DistillError: another format; a conversation that does not end with a turn of the assistant.
+        DistillError: the format is another one, or a conversation does not end with a turn of the assistant.
     """
     columns = documents.column_names or list(next(iter(documents)))
     if "prompt" in columns:
@@ -28,26 +30,29 @@ def prompt_rows(documents: Examples, where: str = "The source") -> Examples:
     kind = format_of(columns, where=where)
     if kind != MESSAGES:
         raise DistillError(
-            f"{where} is {kind}, in which nothing says where a prompt ends: the student writes completions of prompts, "
-            "so give `messages`, or `prompt` and `completion`."
+            f"{where} has the format {kind}, which has no prompts, but the student generates completions of prompts: "
+            "use a source with `messages`, or with `prompt` and `completion`."
         )
     split = by_row(_split, documents, where)
     return map_exactly(documents.with_format(None), split, _split_features(documents.features), [MESSAGES])
 
 
 def _split_features(features: Features | None) -> Features | None:
-    """Prompts and completions have the type of the messages; `datasets` would change texts as it infers another."""
+    """Return features in which prompts and completions have the type of the messages.
+
+    If `datasets` inferred the type, it would change texts that are JSON.
+    """
     if features is None:
         return None
-    kept = {name: kind for name, kind in features.items() if name != MESSAGES}
-    return Features({**kept, "prompt": features[MESSAGES], "completion": features[MESSAGES]})
+    other = {name: kind for name, kind in features.items() if name != MESSAGES}
+    return Features({**other, "prompt": features[MESSAGES], "completion": features[MESSAGES]})
 
 
 def _split(example: dict) -> dict[str, Any]:
     messages = check_messages(example, MESSAGES)
     if len(messages) < 2 or messages[-1]["role"] != ASSISTANT:
         raise DistillError(
-            f"column {MESSAGES}: a conversation must end with an answer of the assistant's, and a turn before it; its "
-            f"roles are {[message['role'] for message in messages]}"
+            f"column {MESSAGES}: a conversation must have at least two messages and end with one of the assistant, but "
+            f"its roles are {[message['role'] for message in messages]}. Correct the conversation or leave it out"
         )
     return {"prompt": messages[:-1], "completion": messages[-1:]}

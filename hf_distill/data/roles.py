@@ -1,4 +1,4 @@
-"""Roles of messages: those that every chat template may get, and those that one chat template names itself."""
+"""Roles of messages: the standard roles, and the roles that a chat template names."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,7 +6,7 @@ from functools import lru_cache
 from ..errors import DistillError
 
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
-# What other data sets call these roles.
+# Names that other data sets use for the standard roles.
 _STANDARD_NAMES = {
     "human": "user",
     "prompter": "user",
@@ -22,7 +22,7 @@ _STANDARD_NAMES = {
     "observation": "tool",
 }
 SHAREGPT_HINT = (
-    "Conversations of the ShareGPT form ({from, value}) need other names: `from` becomes `role`, with human -> user "
+    "Conversations in the ShareGPT format ({from, value}) must be converted: `from` becomes `role`, with human -> user "
     "and gpt -> assistant, `value` becomes `content`, and the column becomes `messages`. In Python: "
     'roles = {"human": "user", "gpt": "assistant"}; messages = [{"role": roles.get(m["from"], m["from"]), '
     '"content": m["value"]} for m in conversation]'
@@ -31,7 +31,7 @@ SHAREGPT_HINT = (
 
 @lru_cache
 def template_roles(chat_template: str) -> frozenset[str]:
-    """Texts that a chat template compares values with or looks values up by, which include the roles that it names.
+    """Return all text constants that a chat template compares or looks up, which include the roles that it names.
 
     Args:
         chat_template: Jinja source.
@@ -40,23 +40,24 @@ def template_roles(chat_template: str) -> frozenset[str]:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tree = _compile_jinja_template(chat_template).environment.parse(chat_template)
-    places = (place for kind in (nodes.Compare, nodes.Dict, nodes.Filter, nodes.Test) for place in tree.find_all(kind))
-    constants = (constant.value for place in places for constant in place.find_all(nodes.Const))
+    kinds = (nodes.Compare, nodes.Dict, nodes.Filter, nodes.Test)
+    expressions = (expression for kind in kinds for expression in tree.find_all(kind))
+    constants = (constant.value for expression in expressions for constant in expression.find_all(nodes.Const))
     return frozenset(value for value in constants if isinstance(value, str))
 
 
 def check_roles(messages: Sequence[dict], chat_template: str, column: str) -> None:
     """Refuse a role that is not standard and that the chat template does not name.
 
-    Most templates write any role into the text, so that a wrong one would be read as a part of the prompt.
+    Most templates render any role, so the tokens of a message with a wrong role would be part of the prompt.
 
     Args:
-        messages: `{"role": ..., "content": ...}` each.
+        messages: list of `{"role": ..., "content": ...}`.
         chat_template: Jinja source.
-        column: for the error.
+        column: name of the column in errors.
 
     Raises:
-        DistillError: there is such a role.
+        DistillError: a message has such a role.
     """
     known = {*STANDARD_ROLES, *template_roles(chat_template)}
     wrong = [(index, message["role"]) for index, message in enumerate(messages) if message["role"] not in known]
@@ -66,8 +67,8 @@ def check_roles(messages: Sequence[dict], chat_template: str, column: str) -> No
     names = {name: _standard_name(name) for _, name in wrong}
     renames = ", ".join(f"{name!r} -> {standard!r}" for name, standard in names.items() if standard)
     raise DistillError(
-        f"column {column}[{index}].role: found {role!r}, and the roles are {', '.join(STANDARD_ROLES)}, and those that "
-        f"the chat template names, which {role!r} is not. Rename the roles of the data{renames and ': '}{renames}."
+        f"column {column}[{index}].role: found {role!r}, which is neither one of {', '.join(STANDARD_ROLES)} nor named "
+        f"by the chat template. Rename the roles of the data{renames and ': '}{renames}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of tokens: text is joined and cut into whole rows; of every other format an example is a row."""
+"""Tokenizes data sets: text is concatenated and cut into full rows; in every other format an example is a row."""
 
 from typing import Any
 
@@ -14,8 +14,10 @@ from .load import Examples
 
 logger = logging.get_logger(__name__)
 
-ROW = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
-TWO_VIEWS = Features({**ROW, "view_input_ids": List(Value("int64")), "view_labels": List(Value("int64"))})
+ROW_FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
+TWO_VIEW_FEATURES = Features(
+    {**ROW_FEATURES, "view_input_ids": List(Value("int64")), "view_labels": List(Value("int64"))}
+)
 
 
 def tokenize_dataset(
@@ -28,10 +30,12 @@ def tokenize_dataset(
     where: str = "The source",
     chat_template: str | None = None,
 ) -> Examples:
-    """Rows of at most `max_length` tokens of examples in any format; see `concat_and_chunk` and `tokenize_examples`.
+    """Tokenize examples of any format to rows of at most `max_length` tokens.
+
+    See `concat_and_chunk` for text and `tokenize_examples` for the other formats.
 
     Raises:
-        DistillError: see there; options of conversations for text.
+        DistillError: see these functions; or `assistant_only` is set for text.
     """
     columns = documents.column_names or list(next(iter(documents)))
     if format_of(columns, where=where, paraphrase=paraphrase) != TEXT:
@@ -39,22 +43,23 @@ def tokenize_dataset(
             documents, tokenizer, max_length, assistant_only, overflow, paraphrase, where, chat_template
         )
     if assistant_only:
-        raise DistillError("assistant_only is true, but the source is text, which has no turns: leave it out.")
+        raise DistillError("assistant_only is true, but the source is text, which has no turns: remove assistant_only.")
     return concat_and_chunk(documents, tokenizer, max_length, where)
 
 
 def concat_and_chunk(documents: Examples, tokenizer: Any, max_length: int, where: str = "The source") -> Examples:
-    """Rows of exactly `max_length` tokens: documents joined with end-of-text tokens, then cut; the rest is dropped.
+    """Concatenate documents with EOS tokens between them and cut them into rows of exactly `max_length` tokens.
+
+    The remainder of each batch of documents is dropped.
 
     Returns:
-        a data set with `input_ids` and `labels`, each row a list of `max_length` ids.
+        a data set with `input_ids` and `labels`, [max_length] each.
 
     Raises:
-        DistillError: the tokenizer has no end-of-text token, an example has no text, or there is too little text for
-            one row.
+        DistillError: the tokenizer has no EOS token, an example has no text, or there is too little text for one row.
     """
     if tokenizer.eos_token_id is None:
-        raise DistillError("The tokenizer has no eos_token to put between documents: set one.")
+        raise DistillError("The tokenizer has no eos_token to put between documents: set `tokenizer.eos_token`.")
 
     check = by_row(lambda example: {TEXT: check_text(example, TEXT)}, documents, where)
 
@@ -71,11 +76,14 @@ def concat_and_chunk(documents: Examples, tokenizer: Any, max_length: int, where
         batched=True,
         with_indices=True,
         remove_columns=documents.column_names or list(next(iter(documents))),
-        features=ROW,
+        features=ROW_FEATURES,
     )
     if next(iter(rows), None) is None:
         count = f"{len(documents)} documents" if isinstance(documents, Dataset) else "its documents"
-        raise DistillError(f"{where}: {count} hold fewer than max_length={max_length} tokens in all.")
+        raise DistillError(
+            f"{where}: {count} hold fewer than max_length={max_length} tokens in total. Use more text, or lower "
+            "max_length."
+        )
     return rows
 
 
@@ -89,65 +97,65 @@ def tokenize_examples(
     where: str = "The source",
     chat_template: str | None = None,
 ) -> Examples:
-    """A row for each example that asks something, of at most `max_length` tokens.
+    """Tokenize each example that has target tokens to a row of at most `max_length` tokens.
 
     Args:
         documents: `messages`, `prompt` + `completion`, or `input_ids`.
-        tokenizer: the student's.
-        max_length: tokens.
+        tokenizer: the student's tokenizer.
+        max_length: maximum tokens of a row.
         assistant_only: see `make_encode_fn`.
-        overflow: what becomes of longer ones: "truncate" keeps their start, "drop" leaves them out.
-        paraphrase: also rows of the same completion after `paraphrase`, of which the same leading tokens are asked.
-        where: for errors.
+        overflow: treatment of longer examples: "truncate" keeps their start, "drop" leaves them out.
+        paraphrase: also tokenize the completion after the prompt `paraphrase`; only the leading target tokens that both
+            views have in common remain targets.
+        where: name of the source in errors.
         chat_template: see `make_encode_fn`.
 
     Returns:
         a data set with `input_ids` and `labels`, [S] each; with paraphrases also `view_input_ids` and `view_labels`.
 
     Raises:
-        DistillError: see `make_encode_fn`; or no example asks anything.
+        DistillError: see `make_encode_fn`; or no example has a target token.
     """
     columns = documents.column_names or list(next(iter(documents)))
-    features = TWO_VIEWS if paraphrase else ROW
+    features = TWO_VIEW_FEATURES if paraphrase else ROW_FEATURES
     kind = format_of(columns, where=where, paraphrase=paraphrase)
     encode = by_row(make_encode_fn(kind, tokenizer, assistant_only, paraphrase, chat_template), documents, where)
-    other = [c for c in columns if c not in features]
+    other = [column for column in columns if column not in features]
     rows = documents.with_format(None).map(encode, with_indices=True, remove_columns=other, features=features)
-    whole = len(rows) if isinstance(rows, Dataset) else None
+    total = len(rows) if isinstance(rows, Dataset) else None
     if isinstance(rows, Dataset):
         lengths = [pc.list_value_length(rows.data.column(name)) for name in features]
         longer = pc.sum(pc.greater(pc.max_element_wise(*lengths), max_length)).as_py()
         if longer:
-            done = "dropped" if overflow == "drop" else "truncated"
-            logger.warning(f"{longer} of {whole} examples are longer than max_length={max_length} and are {done}.")
+            action = "dropped" if overflow == "drop" else "truncated"
+            logger.warning(f"{longer} of {total} examples are longer than max_length={max_length} and are {action}.")
     if overflow == "drop":
         rows = rows.filter(lambda row: all(len(row[name]) <= max_length for name in features))
     else:
         rows = rows.map(lambda row: {name: row[name][:max_length] for name in features}, features=features)
     if paraphrase:
-        rows = rows.map(_asked_in_both, features=features)
+        rows = rows.map(_common_targets, features=features)
     before = len(rows) if isinstance(rows, Dataset) else None
     rows = rows.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:]))
     if next(iter(rows), None) is None:
         raise DistillError(
-            f"{where}: none of {'its' if whole is None else whole} examples has a target token among its first "
+            f"{where}: none of {'its' if total is None else total} examples has a target token among its first "
             f"max_length={max_length} tokens: every label is -100, no turn has the role assistant, or the prompts "
             "alone are longer. Check the labels or roles of the data, or raise max_length."
         )
     if isinstance(rows, IterableDataset):
         return rows
     if before != len(rows):
-        logger.warning(f"{int(before or 0) - len(rows)} of {before} examples ask nothing and are left out.")
+        logger.warning(f"{int(before or 0) - len(rows)} of {before} examples have no target tokens and are left out.")
     return rows
 
 
-def _asked_in_both(row: dict) -> dict[str, list[int]]:
-    """The labels of a row and its paraphrase, of which the leading asked tokens that they have in common stay."""
+def _common_targets(row: dict) -> dict[str, list[int]]:
+    """Return the labels of a row and of its paraphrase, restricted to the leading target tokens that they share."""
     from trl.data_utils import common_prefix_length
 
     names = ("labels", "view_labels")
-    places = [[i for i, label in enumerate(row[name]) if i and label != IGNORE_INDEX] for name in names]
-    asked = [[row[name][i] for i in own] for name, own in zip(names, places, strict=True)]
-    count = common_prefix_length(*asked)
-    kept = {name: set(own[:count]) for name, own in zip(names, places, strict=True)}
-    return {name: [label if i in kept[name] else IGNORE_INDEX for i, label in enumerate(row[name])] for name in names}
+    positions = {name: [i for i, label in enumerate(row[name]) if i and label != IGNORE_INDEX] for name in names}
+    count = common_prefix_length(*([row[name][i] for i in positions[name]] for name in names))
+    common = {name: set(positions[name][:count]) for name in names}
+    return {name: [label if i in common[name] else IGNORE_INDEX for i, label in enumerate(row[name])] for name in names}

@@ -1,6 +1,6 @@
-"""Chat templates that mark the assistant's turns with `{% generation %}` and render the text of the original.
+"""Chat templates that mark the assistant's turns with `{% generation %}` and render the same text as the original.
 
-Some are written here, in `chat_templates/`; others are TRL's.
+Some are files in `chat_templates/`; the others come from TRL.
 """
 
 from functools import cache
@@ -11,8 +11,8 @@ from typing import Any
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..errors import DistillError, did_you_mean, require_package
 
-# Templates of trl.chat_template_utils; the others are files of ours.
-_OF_TRL = {
+# Names of the templates in trl.chat_template_utils; the other templates are files in `chat_templates/`.
+_TRL_TEMPLATES = {
     "gemma": "gemma_training_chat_template",
     "gemma3": "gemma3_training_chat_template",
     "llama3": "llama3_training_chat_template",
@@ -36,7 +36,7 @@ _ANSWER = {"role": "assistant", "content": " It is 5.\n"}
 _THOUGHT = {"role": "assistant", "content": "<think>\n2 and 3\n</think>\n\nIt is 5."}
 _CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _RESULT = {"role": "tool", "name": "add", "content": "5"}
-# Conversations whose text tells templates apart: (messages, tools, whether a generation prompt follows).
+# Conversations that different templates render differently: (messages, tools, whether a generation prompt follows).
 PROBES: tuple[tuple[list[dict], list[dict] | None, bool], ...] = (
     ([_USER], None, True),
     ([_SYSTEM, _USER], None, True),
@@ -49,20 +49,20 @@ PROBES: tuple[tuple[list[dict], list[dict] | None, bool], ...] = (
 
 
 def training_template(name: str) -> str:
-    """The Jinja source of a training template.
+    """Return the Jinja source of a training template.
 
     Args:
-        name: one of `names.CHAT_TEMPLATES`, or the path of a .jinja file.
+        name: one of `references.CHAT_TEMPLATES`, or the path of a .jinja file.
 
     Raises:
-        DistillError: there is no such template or file, or it is no Jinja.
+        DistillError: there is no such template or file, or it is not valid Jinja.
     """
     if name in CHAT_TEMPLATES:
-        return _packaged(name)
+        return _packaged_template(name)
     if not name.endswith(TEMPLATE_SUFFIX):
         raise DistillError(
-            f"There is no training template {name!r}{did_you_mean(name, CHAT_TEMPLATES)}. A file with a template ends "
-            f"with {TEMPLATE_SUFFIX}."
+            f"There is no training template {name!r}{did_you_mean(name, CHAT_TEMPLATES)}. The name of a template file "
+            f"must end with {TEMPLATE_SUFFIX}."
         )
     try:
         source = Path(name).expanduser().read_text(encoding="utf-8")
@@ -73,8 +73,8 @@ def training_template(name: str) -> str:
 
 
 @cache
-def _packaged(name: str) -> str:
-    if (constant := _OF_TRL.get(name)) is None:
+def _packaged_template(name: str) -> str:
+    if (constant := _TRL_TEMPLATES.get(name)) is None:
         folder = files("hf_distill.data").joinpath("chat_templates")
         return folder.joinpath(f"{name}{TEMPLATE_SUFFIX}").read_text(encoding="utf-8")
     require_package("trl", "trl", f"The training template {name}")
@@ -82,7 +82,7 @@ def _packaged(name: str) -> str:
 
     source = getattr(chat_template_utils, constant, None)
     if source is None:
-        raise DistillError(f"This version of trl has no training template {name} ({constant}): install trl 1.16.")
+        raise DistillError(f"The installed trl has no training template {name} ({constant}): install trl 1.16.")
     return source
 
 
@@ -93,20 +93,21 @@ def _check_jinja(name: str, source: str) -> None:
     try:
         _compile_jinja_template(source)
     except TemplateSyntaxError as error:
-        raise DistillError(f"The chat template {name!r} is no Jinja: line {error.lineno}: {error.message}") from error
+        message = f"The chat template {name!r} is not valid Jinja: line {error.lineno}: {error.message}"
+        raise DistillError(message) from error
 
 
-def rendered(tokenizer: Any, chat_template: Any = None) -> list[str | None]:
-    """The text of each of `PROBES`; None where the template refuses it.
+def render_probes(tokenizer: Any, chat_template: Any = None) -> list[str | None]:
+    """Render each of `PROBES`; None where the template refuses the conversation.
 
     Args:
-        tokenizer: whose special tokens the template writes.
-        chat_template: Jinja source; None: the tokenizer's own.
+        tokenizer: the tokenizer whose special tokens the template renders.
+        chat_template: Jinja source; None: the tokenizer's chat template.
     """
-    return [_rendered(tokenizer, chat_template, *probe) for probe in PROBES]
+    return [_render_probe(tokenizer, chat_template, *probe) for probe in PROBES]
 
 
-def _rendered(tokenizer: Any, chat_template: Any, messages: list, tools: list | None, prompt: bool) -> str | None:
+def _render_probe(tokenizer: Any, chat_template: Any, messages: list, tools: list | None, prompt: bool) -> str | None:
     try:
         return tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt
@@ -116,22 +117,25 @@ def _rendered(tokenizer: Any, chat_template: Any, messages: list, tools: list | 
 
 
 def renders_same(tokenizer: Any, training: str, chat_template: Any = None) -> bool:
-    """Whether a training template renders the same text as a chat template, in every one of `PROBES` that it takes.
+    """Whether a training template renders the same text as a chat template for all `PROBES`.
 
-    A training template may refuse tools, as a conversation that has any is an error then.
+    A training template may refuse conversations with tools, because such a conversation then raises an error.
 
     Args:
-        tokenizer: whose special tokens the templates write.
+        tokenizer: the tokenizer whose special tokens the templates render.
         training: Jinja source of the training template.
-        chat_template: Jinja source; None: the tokenizer's own.
+        chat_template: Jinja source; None: the tokenizer's chat template.
     """
-    pairs = zip(PROBES, rendered(tokenizer, chat_template), rendered(tokenizer, training), strict=True)
-    return all(a == b or (b is None and tools is not None) for (_, tools, _), a, b in pairs)
+    texts = zip(PROBES, render_probes(tokenizer, chat_template), render_probes(tokenizer, training), strict=True)
+    return all(
+        text == training_text or (training_text is None and tools is not None)
+        for (_, tools, _), text, training_text in texts
+    )
 
 
 def matching_template(tokenizer: Any, chat_template: Any = None) -> str | None:
-    """The name of a training template that renders the same text as a chat template; None where none does."""
-    if not any(rendered(tokenizer, chat_template)):
+    """Return the name of a training template that renders the same text as a chat template, or None."""
+    if not any(render_probes(tokenizer, chat_template)):
         return None
     names = (name for name in CHAT_TEMPLATES if renders_same(tokenizer, training_template(name), chat_template))
     return next(names, None)

@@ -76,7 +76,7 @@ def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
             columns = [column for column in ("prompt", "completion") if row.get(column)]
             for column in columns:
                 check_roles(check_messages(row, column), conversations.chat_template, column)
-            return {column: conversations.plain(row[column]) for column in columns}
+            return {column: conversations.normalize(row[column]) for column in columns}
 
         features = rows.features
         if features and any(isinstance(kind, ExactJson) for kind in features.values()):

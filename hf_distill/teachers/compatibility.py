@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..data.training_templates import rendered
+from ..data.training_templates import render_probes
 from ..errors import DistillError
 from ..hub import reading
 from ..models.model_types import ModelType, model_type_of, unwrap_model
@@ -158,7 +158,7 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
 def _compare_templates(teacher: Any, student: Any) -> None:
     """Warn where the two chat templates render some conversation differently; their sources may differ."""
     templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher, student)]
-    if None in templates or templates[0] == templates[1] or rendered(teacher) == rendered(student):
+    if None in templates or templates[0] == templates[1] or render_probes(teacher) == render_probes(student):
         return
     logger.warning_once(
         "The chat templates of teacher and student render conversations differently. Conversations are written by the "

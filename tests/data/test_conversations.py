@@ -1,4 +1,4 @@
-"""Target tokens of conversations against prefixes rendered by hand, for templates with marks and without."""
+"""Target tokens of conversations against a naive reference from rendered prefixes, for all kinds of templates."""
 
 import pytest
 from datasets import Dataset
@@ -18,7 +18,7 @@ CHAT = [
 ]
 SYSTEM = [{"role": "system", "content": "Answer briefly."}, *CHAT]
 TWO_ANSWERS = [*CHAT[:2], {"role": "assistant", "content": "It is on the Seine."}, *CHAT[2:]]
-# Without marks: turns end with an end token; a Llama template ends prompts with a header; BOS is written by hand.
+# Without marks: turns end with an end token, the generation prompt is a header, and the template renders BOS.
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
@@ -27,20 +27,20 @@ INST = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %}"
     " {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
-# Earlier answers lose their reasoning, and the last message decides what follows it.
-FORGETFUL = (
+# Renders the reasoning of the last answer only.
+LAST_REASONING = (
     "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'assistant' and loop.last %}"
     "{{ '<think></think>' }}{% endif %}"
     "{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-ENDING = (  # as Phi-3 does, ends the text with another token
+ENDING = (  # ends the text with another token, like the template of Phi-3
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
 
 def naive_mask(tokenizer, template, messages) -> list[int]:
-    """Tokens of the whole text that a prefix up to a turn does not cover and one up to its end does."""
+    """Return 1 for tokens that the prefix up to the end of an assistant's turn has and the prefix before it has not."""
 
     def count(n, prompt):
         text = tokenizer.apply_chat_template(
@@ -51,30 +51,30 @@ def naive_mask(tokenizer, template, messages) -> list[int]:
     mask = [0] * count(len(messages), False)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            for place in range(count(i, True), count(i + 1, False)):
-                mask[place] = 1
+            for position in range(count(i, True), count(i + 1, False)):
+                mask[position] = 1
     return mask
 
 
 @pytest.mark.parametrize("messages", [CHAT[:2], CHAT, SYSTEM, TWO_ANSWERS, CHAT[:3]])
 @pytest.mark.parametrize("template", [None, LLAMA, INST])
-def test_targets_are_the_assistants_turns_without_their_prompts(smollm2_tokenizer, template, messages):
+def test_targets_are_the_assistants_turns_without_generation_prompts(smollm2_tokenizer, template, messages):
     if template is INST and messages is SYSTEM:
         messages = messages[1:]
-    tokenizer = byte_tokenizer() if template else smollm2_tokenizer  # of bytes no token reaches over a turn's edge
+    tokenizer = byte_tokenizer() if template else smollm2_tokenizer  # one-byte tokens never cross a turn's boundary
     ids, mask = Conversations(tokenizer, template).encode(messages)
     assert ids == tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
     assert mask == naive_mask(tokenizer, template, messages)
     assert 0 < sum(mask) < len(mask)
 
 
-def test_of_smollm2_only_answers_and_their_ends_are_targets(smollm2_tokenizer):
+def test_only_answers_with_end_tokens_are_targets_for_smollm2(smollm2_tokenizer):
     (row,) = tokenize_dataset(Dataset.from_list([{"messages": CHAT}]), smollm2_tokenizer, 128)
     targets = [label for label in row["labels"] if label != -100]
     assert smollm2_tokenizer.decode(targets) == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
 
 
-def test_tokens_of_a_tokenizer_without_offsets_are_located_too():
+def test_targets_are_located_with_a_tokenizer_without_offsets():
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     tokenizer.chat_template = INST
@@ -83,8 +83,8 @@ def test_tokens_of_a_tokenizer_without_offsets_are_located_too():
     assert mask == naive_mask(tokenizer, None, CHAT)
 
 
-@pytest.mark.parametrize(("template", "count"), [(FORGETFUL, 2), (ENDING, 2)])
-def test_a_template_whose_prefixes_differ_is_refused_with_the_ways_out(smollm2_tokenizer, template, count):
+@pytest.mark.parametrize(("template", "count"), [(LAST_REASONING, 2), (ENDING, 2)])
+def test_a_template_whose_prefixes_differ_is_refused_with_a_remedy(smollm2_tokenizer, template, count):
     data = Dataset.from_list([{"messages": CHAT[:2]}, {"messages": CHAT}])
     with pytest.raises(DistillError) as caught:
         tokenize_dataset(data, smollm2_tokenizer, 128, chat_template=template)
@@ -99,7 +99,7 @@ def test_a_template_whose_prefixes_differ_is_refused_with_the_ways_out(smollm2_t
     assert rows["labels"] == rows["input_ids"]
 
 
-def test_the_way_out_names_a_template_that_renders_the_same(smollm2_tokenizer):
+def test_the_error_names_a_training_template_that_renders_the_same_text(smollm2_tokenizer):
     from trl.chat_template_utils import qwen3_chat_template
 
     with pytest.raises(DistillError, match="'qwen3' renders the same text"):
@@ -114,7 +114,7 @@ def test_the_way_out_names_a_template_that_renders_the_same(smollm2_tokenizer):
 
 
 @pytest.mark.parametrize("template", [None, "smollm2"])
-def test_of_a_completion_the_assistants_turns_are_targets(smollm2_tokenizer, template):
+def test_assistant_turns_of_a_completion_are_targets(smollm2_tokenizer, template):
     example = {"prompt": CHAT[:1], "completion": CHAT[1:]}
     template = template and training_template(template)
 
@@ -125,8 +125,8 @@ def test_of_a_completion_the_assistants_turns_are_targets(smollm2_tokenizer, tem
         return smollm2_tokenizer.decode([label for label in row["labels"] if label != -100])
 
     assert targets() == "Paris, of course.<|im_end|>\nRome.<|im_end|>\n"
-    whole = targets(assistant_only=False)
-    assert whole.startswith("Paris, of course.<|im_end|>\n<|im_start|>user\nAnd of Italy?")
+    all_targets = targets(assistant_only=False)
+    assert all_targets.startswith("Paris, of course.<|im_end|>\n<|im_start|>user\nAnd of Italy?")
 
 
 def answered_by(role: str) -> list[dict]:
@@ -136,13 +136,11 @@ def answered_by(role: str) -> list[dict]:
 @pytest.mark.parametrize(("role", "rename"), [("bot", "'bot' -> 'assistant'"), ("User", "'User' -> 'user'"), ("x", "")])
 @pytest.mark.parametrize("template", [None, "smollm2"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_role_that_neither_is_standard_nor_in_the_template_is_refused(
-    smollm2_tokenizer, role, rename, template, streaming
-):
+def test_an_unknown_role_is_refused(smollm2_tokenizer, role, rename, template, streaming):
     data = Dataset.from_list([{"messages": CHAT}, {"messages": answered_by(role)}])
-    place = r"^x, row 1 \(counted from 0\), column messages\[3\].role: "
+    prefix = r"^x, row 1 \(counted from 0\), column messages\[3\].role: "
     with pytest.raises(
-        DistillError, match=f"{place}found '{role}', .*system, developer, user, assistant, tool.*{rename}"
+        DistillError, match=f"{prefix}found '{role}', .*system, developer, user, assistant, tool.*{rename}"
     ):
         list(
             tokenize_dataset(
@@ -158,11 +156,11 @@ def test_a_role_that_neither_is_standard_nor_in_the_template_is_refused(
 def test_a_role_in_a_prompt_or_a_completion_is_refused(smollm2_tokenizer):
     prompt, completion = CHAT[:1], CHAT[1:2]
     human, bot = [prompt[0] | {"role": "human"}], [completion[0] | {"role": "bot"}]
-    for example, place in (
+    for example, message in (
         ({"prompt": human, "completion": completion}, r"column prompt\[0\].role: found 'human'"),
         ({"prompt": prompt, "completion": bot}, r"column completion\[0\].role: found 'bot'"),
     ):
-        with pytest.raises(DistillError, match=place):
+        with pytest.raises(DistillError, match=message):
             tokenize_dataset(Dataset.from_list([example]), smollm2_tokenizer, 128)
 
 
@@ -181,7 +179,7 @@ def test_roles_that_the_template_names_are_rendered(smollm2_tokenizer, role):
     assert smollm2_tokenizer.decode([label for label in row["labels"] if label != -100]).strip() == "Rome."
 
 
-def test_a_name_that_a_template_only_writes_is_no_role(smollm2_tokenizer):
+def test_a_name_that_a_template_only_renders_is_no_role(smollm2_tokenizer):
     gemma = (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
         "{% set role = m['role'] %}{% endif %}{{ role + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -193,7 +191,7 @@ def test_a_name_that_a_template_only_writes_is_no_role(smollm2_tokenizer):
         )
 
 
-def test_the_sharegpt_form_is_refused_with_its_mapping(smollm2_tokenizer):
+def test_the_sharegpt_format_is_refused_with_a_mapping(smollm2_tokenizer):
     turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
     for column in ("messages", "conversations"):
         with pytest.raises(DistillError, match=r"human -> user and gpt -> assistant, `value` becomes `content`"):
@@ -211,18 +209,18 @@ READS_PARTS = (
 
 
 @pytest.mark.parametrize("template", [None, PRINTED])
-def test_text_parts_are_their_text_under_a_template_of_texts(smollm2_tokenizer, template):
+def test_text_parts_are_joined_for_a_template_of_texts(smollm2_tokenizer, template):
     conversations = Conversations(smollm2_tokenizer, template)
     encode = {"assistant_only": False}
     assert conversations.encode(PARTS, **encode) == conversations.encode(CHAT, **encode)
 
 
-def test_a_template_that_reads_parts_gets_parts(smollm2_tokenizer):
+def test_text_parts_are_not_joined_for_a_template_of_parts(smollm2_tokenizer):
     ids, _ = Conversations(smollm2_tokenizer, READS_PARTS).encode(PARTS, assistant_only=False)
     assert smollm2_tokenizer.decode(ids).startswith("user: <Which>< city is")
 
 
-def test_keys_that_arrow_filled_with_null_are_absent(smollm2_tokenizer):
+def test_keys_filled_with_null_by_arrow_are_removed(smollm2_tokenizer):
     template = "{% for m in messages %}{{ m.keys() | sort | join(' ') }}{{ m.tool_calls }};{% endfor %}"
     call = {"function": {"name": "f", "arguments": {"a": 1, "b": None}}, "id": None}
     messages = [
@@ -235,7 +233,7 @@ def test_keys_that_arrow_filled_with_null_are_absent(smollm2_tokenizer):
     )
 
 
-def test_what_a_template_raises_is_told(smollm2_tokenizer):
+def test_exceptions_of_a_template_become_one_error(smollm2_tokenizer):
     for template in ("{{ raise_exception('no system') }}", "{{ 1 / 0 }}", "{{ messages[0].x.y }}"):
         with pytest.raises(DistillError, match=r"cannot render the conversation: .*Error"):
             Conversations(smollm2_tokenizer, template).encode(CHAT)

@@ -1,4 +1,4 @@
-"""Rows of every format against the chat template and the tokenizer called by hand."""
+"""Rows of every format against direct calls of the chat template and the tokenizer."""
 
 import pytest
 from datasets import Dataset
@@ -36,7 +36,7 @@ def marked(tokenizer):
     tokenizer.chat_template = before
 
 
-def asked(row, tokenizer) -> str:
+def decode_targets(row, tokenizer) -> str:
     assert len(row["labels"]) == len(row["input_ids"])
     assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
     return tokenizer.decode([label for label in row["labels"] if label != -100])
@@ -47,48 +47,48 @@ def one(example, tokenizer, max_length=128, **options):
     return row
 
 
-def test_all_tokens_of_a_conversation_are_targets_only_where_that_is_asked_for(tokenizer):
+def test_all_tokens_of_a_conversation_are_targets_only_with_assistant_only_false(tokenizer):
     row = one({"messages": CHAT}, tokenizer, assistant_only=False)
     assert row["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
     assert row["labels"] == row["input_ids"]
 
 
-def test_conversations_ask_the_marked_turns_alone(marked):
+def test_only_marked_turns_of_conversations_are_targets(marked):
     row = one({"messages": CHAT}, marked)
     assert row["input_ids"] == marked.apply_chat_template(CHAT, return_dict=True)["input_ids"]
-    assert asked(row, marked) == "Paris.<|im_end|>Rome.<|im_end|>"
+    assert decode_targets(row, marked) == "Paris.<|im_end|>Rome.<|im_end|>"
     assert one({"messages": CHAT}, marked, assistant_only=True) == row
     everything = one({"messages": CHAT}, marked, assistant_only=False)
     assert everything["labels"] == row["input_ids"]
 
 
-def test_text_has_no_turns(tokenizer):
+def test_assistant_only_is_refused_for_text(tokenizer):
     with pytest.raises(DistillError, match="the source is text, which has no turns"):
         one({"text": "a" * 99}, tokenizer, max_length=4, assistant_only=True)
 
 
-def test_plain_prompts_are_never_asked_and_completions_end(tokenizer):
+def test_prompts_are_no_targets_and_completions_end_with_eos(tokenizer):
     row = one({"prompt": "The capital of France is", "completion": " Paris."}, tokenizer)
     assert tokenizer.decode(row["input_ids"]) == "The capital of France is Paris.<|im_end|>"
-    assert asked(row, tokenizer) == " Paris.<|im_end|>"
+    assert decode_targets(row, tokenizer) == " Paris.<|im_end|>"
     ended = one({"prompt": "The capital of France is", "completion": " Paris.<|im_end|>"}, tokenizer)
     assert ended == row
 
 
-def test_prompts_of_conversations_are_never_asked(tokenizer):
+def test_prompts_of_conversations_are_no_targets(tokenizer):
     row = one({"prompt": CHAT[:3], "completion": CHAT[3:]}, tokenizer)
     assert row["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
-    assert asked(row, tokenizer) == "Rome.<|im_end|>\n"
+    assert decode_targets(row, tokenizer) == "Rome.<|im_end|>\n"
 
 
-def test_a_marked_template_asks_its_marks_of_a_completion(marked):
-    assert asked(one({"prompt": CHAT[:1], "completion": CHAT[1:]}, marked), marked) == (
+def test_targets_of_a_completion_are_the_marks_of_a_marked_template(marked):
+    assert decode_targets(one({"prompt": CHAT[:1], "completion": CHAT[1:]}, marked), marked) == (
         "Paris.<|im_end|>Rome.<|im_end|>"
     )
 
 
 @pytest.mark.parametrize(
-    ("more", "labels"),
+    ("extra_columns", "labels"),
     [
         ({}, [5, 6, 7]),
         ({"labels": [-100, 6, 7]}, [-100, 6, 7]),
@@ -96,49 +96,50 @@ def test_a_marked_template_asks_its_marks_of_a_completion(marked):
         ({"completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0], "attention_mask": [1, 1, 1]}, [-100, 6, -100]),
     ],
 )
-def test_tokens_are_taken_as_they_are(more, labels):
-    row = one({"input_ids": [5, 6, 7], "text": "other", **more}, byte_tokenizer())
+def test_tokenized_rows_are_used_unchanged(extra_columns, labels):
+    row = one({"input_ids": [5, 6, 7], "text": "other", **extra_columns}, byte_tokenizer())
     assert row == {"input_ids": [5, 6, 7], "labels": labels}
 
 
-@pytest.mark.parametrize("more", [{"labels": [1]}, {"completion_mask": [1, 1]}])
-def test_labels_of_another_length_are_told(more):
+@pytest.mark.parametrize("extra_columns", [{"labels": [1]}, {"completion_mask": [1, 1]}])
+def test_labels_of_another_length_are_refused(extra_columns):
     with pytest.raises(
-        DistillError, match=rf"row 0 \(counted from 0\), column {next(iter(more))}: .* It needs one of each"
+        DistillError,
+        match=rf"row 0 \(counted from 0\), column {next(iter(extra_columns))}: .* It needs one value for each",
     ):
-        one({"input_ids": [5, 6, 7], **more}, byte_tokenizer())
+        one({"input_ids": [5, 6, 7], **extra_columns}, byte_tokenizer())
 
 
-def test_long_examples_are_cut_or_dropped_and_counted(monkeypatch):
+def test_long_examples_are_truncated_or_dropped_with_a_warning(monkeypatch):
     from hf_distill.data import tokenize as rows
 
-    said = []
-    monkeypatch.setattr(rows.logger, "warning", said.append)
+    warnings = []
+    monkeypatch.setattr(rows.logger, "warning", warnings.append)
     data = Dataset.from_list([{"input_ids": list(range(n)), "labels": list(range(n))} for n in (3, 9, 4, 12)])
     cut = tokenize_dataset(data, byte_tokenizer(), 4)
     assert [row["input_ids"] for row in cut] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert cut["labels"] == cut["input_ids"]
     dropped = tokenize_dataset(data, byte_tokenizer(), 4, overflow="drop")
     assert [len(row["input_ids"]) for row in dropped] == [3, 4]
-    assert [text.partition(" examples")[0] for text in said] == ["2 of 4", "2 of 4"]
-    assert "truncated" in said[0]
-    assert "dropped" in said[1]
+    assert [text.partition(" examples")[0] for text in warnings] == ["2 of 4", "2 of 4"]
+    assert "truncated" in warnings[0]
+    assert "dropped" in warnings[1]
 
 
-def test_examples_that_ask_nothing_after_the_cut_are_left_out(monkeypatch):
+def test_examples_without_target_tokens_after_truncation_are_left_out(monkeypatch):
     from hf_distill.data import tokenize as rows
 
-    said = []
-    monkeypatch.setattr(rows.logger, "warning", said.append)
+    warnings = []
+    monkeypatch.setattr(rows.logger, "warning", warnings.append)
     examples = [{"input_ids": [1, 2, 3, 4], "completion_mask": mask} for mask in ([0, 0, 0, 1], [0, 1, 1, 1])]
-    kept = tokenize_dataset(Dataset.from_list(examples), byte_tokenizer(), 3)
-    assert kept["labels"] == [[-100, 2, 3]]
-    assert said[1] == "1 of 2 examples ask nothing and are left out."
+    tokenized = tokenize_dataset(Dataset.from_list(examples), byte_tokenizer(), 3)
+    assert tokenized["labels"] == [[-100, 2, 3]]
+    assert warnings[1] == "1 of 2 examples have no target tokens and are left out."
     with pytest.raises(DistillError, match="none of 1 examples has a target token among its first max_length=3 tokens"):
         tokenize_dataset(Dataset.from_list(examples[:1]), byte_tokenizer(), 3)
 
 
-def test_the_first_format_counts_and_a_named_column_beats_it():
+def test_the_format_is_the_first_that_the_columns_have_unless_a_column_is_named():
     assert format_of(["text", "messages"]) == "messages"
     assert format_of(["prompt", "completion", "text"]) == "completion"
     assert format_of(["text", "messages"], "text") == "text"
@@ -149,7 +150,7 @@ def test_the_first_format_counts_and_a_named_column_beats_it():
 
 
 @pytest.mark.parametrize("example", [{"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:2]}])
-def test_conversations_need_a_template(example):
+def test_conversations_without_a_chat_template_are_refused(example):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(DistillError, match="has no chat_template"):
@@ -161,7 +162,7 @@ MASK = [0, 0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
-    ("more", "labels"),
+    ("extra_columns", "labels"),
     [
         ({}, [5, 6, 7]),
         ({"labels": [-100, -100, -100, 6, 7, -100]}, [-100, 6, 7]),
@@ -169,12 +170,12 @@ MASK = [0, 0, 1, 1, 1, 0]
         ({"completion_mask": [1, 1, 0, 1, 1, 1]}, [-100, 6, 7]),
     ],
 )
-def test_padding_that_a_mask_hides_is_left_out(more, labels):
-    row = one({"input_ids": PADDED, "attention_mask": MASK, **more}, byte_tokenizer())
+def test_padding_hidden_by_the_attention_mask_is_removed(extra_columns, labels):
+    row = one({"input_ids": PADDED, "attention_mask": MASK, **extra_columns}, byte_tokenizer())
     assert row == {"input_ids": [5, 6, 7], "labels": labels}
 
 
-def test_padding_tokens_at_the_ends_are_no_targets_without_a_mask(tokenizer):
+def test_padding_tokens_at_the_ends_are_removed_without_a_mask(tokenizer):
     plain = byte_tokenizer()
     pad = plain.pad_token_id
     assert one({"input_ids": [pad, pad, 5, pad, 7, pad]}, plain)["input_ids"] == [5, pad, 7]
@@ -185,9 +186,9 @@ def test_padding_tokens_at_the_ends_are_no_targets_without_a_mask(tokenizer):
     assert one(dict(padded), tokenizer)["labels"] == tokenizer("A short one")["input_ids"]
 
 
-def test_a_mask_that_hides_tokens_between_others_is_refused():
+def test_a_mask_that_hides_tokens_between_visible_tokens_is_refused():
     with pytest.raises(
-        DistillError, match=r"row 0 \(counted from 0\), column attention_mask: it hides tokens between others"
+        DistillError, match=r"row 0 \(counted from 0\), column attention_mask: it hides tokens between visible tokens"
     ):
         one({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, byte_tokenizer())
 
@@ -199,19 +200,19 @@ def test_a_mask_that_hides_tokens_between_others_is_refused():
             {"messages": [{"from": "user", "value": "hi"}]},
             r"column messages\[0\]: found .*human -> user and gpt -> assistant",
         ),
-        ({"messages": []}, r"column messages: found \[\], and it needs a list of messages"),
+        ({"messages": []}, r"column messages: found \[\], but it needs a list of messages"),
         ({"messages": "hi"}, "column messages: found 'hi'"),
         ({"messages": [{"role": "user", "content": 5}]}, r"column messages\[0\].content: found 5"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            r"column messages\[0\].content: found .*; images and audio are not read here",
+            r"column messages\[0\].content: found .*; images and audio are not supported",
         ),
         ({"messages": CHAT, "tools": "[{"}, r"column tools: '\[\{' is not JSON: .*line 1 column 3"),
         ({"messages": CHAT, "tools": "5"}, "column tools: found 5"),
-        ({"prompt": "a", "completion": None}, "column completion: found null, and it needs a text"),
+        ({"prompt": "a", "completion": None}, "column completion: found null, but it needs a text"),
         ({"prompt": "a", "completion": 1}, "column completion: found 1"),
         ({"prompt": "a", "completion": CHAT}, "column completion: found .*needs a text"),
-        ({"prompt": CHAT[:1], "completion": "a"}, "column completion: found 'a', and it needs a list of messages"),
+        ({"prompt": CHAT[:1], "completion": "a"}, "column completion: found 'a', but it needs a list of messages"),
         ({"text": 3}, "column text: found 3"),
         ({"input_ids": [1.0, 2.0]}, r"column input_ids\[0\]: found 1.0, .* from 0 to 257"),
         ({"input_ids": [True, False]}, r"column input_ids\[0\]: found True"),
@@ -224,13 +225,13 @@ def test_a_mask_that_hides_tokens_between_others_is_refused():
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_wrong_value_is_told_with_its_row_and_column(example, problem, streaming):
+def test_an_error_of_a_wrong_value_names_row_and_column(example, problem, streaming):
     data = Dataset.from_list([example])
     with pytest.raises(DistillError, match=rf"^data\.x, row 0 \(counted from 0\), {problem}"):
         list(tokenize_dataset(data.to_iterable_dataset() if streaming else data, byte_tokenizer(), 8, where="data.x"))
 
 
-def test_the_row_of_an_error_is_that_of_the_source_after_a_split():
+def test_an_error_after_a_split_names_the_row_of_the_source():
     data = Dataset.from_list([{"prompt": str(i), "completion": None if i == 6 else "x"} for i in range(9)])
     for part in split_held_out(data, 0.4, seed=0):
         if 6 in [int(prompt) for prompt in part["prompt"]]:

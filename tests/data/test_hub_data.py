@@ -1,4 +1,4 @@
-"""Data sets of the Hub whose card or files are malformed, or name files elsewhere, end in one line."""
+"""Data sets on the Hub with a malformed card or file, or with a card that names other files, raise a one-line error."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from hf_distill import DistillError
 from hf_distill.data.load import load_examples
 
 CARDS = {
-    "absolute file": "configs:\n- config_name: default\n  data_files: {place}\n",
-    "absolute file of a split": "configs:\n- config_name: default\n  data_files: [{{split: train, path: {place}}}]\n",
-    "file above": "configs:\n- config_name: default\n  data_files: ../../../../../../../../..{place}\n",
-    "file address": "configs:\n- config_name: default\n  data_files: file://{place}\n",
+    "absolute file": "configs:\n- config_name: default\n  data_files: {path}\n",
+    "absolute file of a split": "configs:\n- config_name: default\n  data_files: [{{split: train, path: {path}}}]\n",
+    "file above": "configs:\n- config_name: default\n  data_files: ../../../../../../../../..{path}\n",
+    "file address": "configs:\n- config_name: default\n  data_files: file://{path}\n",
     "file of another repository": "configs:\n- config_name: default\n  data_files: hf://datasets/org/other/a.jsonl\n",
     "no list of configurations": "configs: 5\n",
     "numbers for names": "configs:\n- config_name: 5\n  data_files: [1]\n",
@@ -20,9 +20,9 @@ CARDS = {
 
 
 @pytest.mark.parametrize("what", CARDS)
-def test_a_card_with(hub, tmp_path, what):
+def test_a_malformed_card_raises_a_one_line_error(hub, tmp_path, what):
     (tmp_path / "secret.jsonl").write_text('{"text": "SECRET"}\n')
-    card = CARDS[what].format(place=tmp_path / "secret.jsonl")
+    card = CARDS[what].format(path=tmp_path / "secret.jsonl")
     hub.put("datasets", "org/other", {"a.jsonl": b'{"text": "other"}\n'})
     hub.put("datasets", "org/rows", {"README.md": f"---\n{card}---\n".encode(), "a.jsonl": b'{"text": "good"}\n'})
     with pytest.raises(DistillError, match="org/rows") as caught:
@@ -42,7 +42,7 @@ def test_a_card_with(hub, tmp_path, what):
     ],
     ids=lambda files: next(iter(files)),
 )
-def test_malformed_files_of_a_data_set(hub, files):
+def test_a_malformed_file_of_a_data_set_raises_a_one_line_error(hub, files):
     hub.put("datasets", "org/rows", files)
     with pytest.raises(DistillError, match="org/rows") as caught:
         load_examples("org/rows")

@@ -1,4 +1,4 @@
-"""Mixtures: their shares, their order, and what is said of each source."""
+"""Mixtures of sources: shares, order, and the losses of each source."""
 
 import sys
 
@@ -16,7 +16,7 @@ NAMES = ("task", "general")
 
 
 def numbers(start: int, count: int) -> Dataset:
-    """Rows of different lengths, each of which says which one it is: their first token."""
+    """Return rows of different lengths whose first token identifies the row."""
     rows = [[3 + (start + i) % (VOCAB - 3), *range(5, 8 + i % 4)] for i in range(count)]
     return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows])
 
@@ -25,48 +25,48 @@ def sources(count: int = 40) -> dict[str, Dataset]:
     return {"task": numbers(0, count), "general": numbers(50, count)}
 
 
-def test_the_mix_is_realised_within_one_percent():
+def test_shares_of_the_mix_are_within_one_percent_of_the_weights():
     rows = mix({name: numbers(0, 6000) for name in NAMES}, {"task": 0.7, "general": 0.3}, seed=0)
     drawn = torch.tensor(rows["source"][:5000]).double()
     assert abs(1 - drawn.mean() - 0.7) < 0.01
 
 
-def test_every_source_is_read_in_order_and_the_order_of_sources_follows_the_seed():
+def test_rows_of_a_source_stay_in_order_and_the_seed_decides_the_order_of_sources():
     parts = sources()
     rows = mix(parts, {"task": 0.5, "general": 0.5}, seed=1)
     for index, part in enumerate(parts.values()):
-        own = [row["input_ids"] for row in rows if row["source"] == index]
-        assert len(own) > 5
-        assert own == part["input_ids"][: len(own)]
+        from_source = [row["input_ids"] for row in rows if row["source"] == index]
+        assert len(from_source) > 5
+        assert from_source == part["input_ids"][: len(from_source)]
     assert rows["source"] == mix(parts, {"task": 0.5, "general": 0.5}, seed=1)["source"]
     assert rows["source"] != mix(parts, {"task": 0.5, "general": 0.5}, seed=2)["source"]
 
 
-def test_the_strategies_of_datasets_decide_when_it_ends():
+def test_the_stopping_strategy_decides_the_length_of_the_mix():
     parts, weights = {"task": numbers(0, 8), "general": numbers(50, 40)}, {"task": 0.5, "general": 0.5}
     lengths = [len(mix(parts, weights, 0, strategy)) for strategy in ("first_exhausted", "all_exhausted")]
     assert lengths[0] < 48 < lengths[1]
     assert len(mix(parts, weights, 0, "all_exhausted_without_replacement")) == 48
 
 
-def test_a_stream_mixes_as_its_data_set_does():
+def test_a_stream_is_mixed_like_a_data_set():
     parts, weights = sources(), {"task": 0.7, "general": 0.3}
     streamed = mix(parts | {"general": parts["general"].to_iterable_dataset()}, weights, seed=4)
     assert isinstance(streamed, IterableDataset)
-    found = [(row["source"], row["input_ids"]) for row in streamed.take(20)]
+    streamed_rows = [(row["source"], row["input_ids"]) for row in streamed.take(20)]
     for index, part in enumerate(parts.values()):
-        own = [ids for source, ids in found if source == index]
-        assert own
-        assert own == part["input_ids"][: len(own)]
+        from_source = [ids for source, ids in streamed_rows if source == index]
+        assert from_source
+        assert from_source == part["input_ids"][: len(from_source)]
 
 
-def test_weights_are_normalised_and_that_is_said(monkeypatch):
-    said = []
-    monkeypatch.setattr(sys.modules["hf_distill.data.mix"].logger, "warning", said.append)
+def test_weights_are_normalized_with_a_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(sys.modules["hf_distill.data.mix"].logger, "warning", warnings.append)
     assert shares({"task": 3.0, "general": 1.0}) == [0.75, 0.25]
-    assert said == ["Weights of the sources sum to 4; they count as shares: task 0.750, general 0.250."]
+    assert warnings == ["The weights of the sources sum to 4 and are normalized to shares: task 0.750, general 0.250."]
     assert shares({"task": 0.7, "general": 0.3}) == pytest.approx([0.7, 0.3])
-    assert len(said) == 1
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
@@ -75,12 +75,12 @@ def test_weights_must_be_above_0(weight):
         mix(sources(), {"task": 1.0, "general": weight}, seed=0)
 
 
-def test_a_single_source_is_left_alone():
+def test_a_single_source_is_returned_unchanged():
     rows = numbers(0, 5)
     assert mix({"task": rows}, {"task": 0.2}, seed=0) is rows
 
 
-def test_batches_are_padded_and_say_whose_each_token_is():
+def test_batches_are_padded_and_hold_the_source_of_each_token():
     rows = [
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "source": 1},
         {"input_ids": [4], "labels": [4], "source": 0},
@@ -94,8 +94,8 @@ def test_batches_are_padded_and_say_whose_each_token_is():
     assert Collator(9)([{"input_ids": [1, 2], "labels": [1, 2]}]).keys() == {"input_ids", "labels"}
 
 
-class Seen(TrainerCallback):
-    """Stops after a step, as somebody's Ctrl-C would."""
+class StopAtStep(TrainerCallback):
+    """Stops training after a step."""
 
     def __init__(self, stop: int | None = None):
         self.stop = stop
@@ -106,18 +106,18 @@ class Seen(TrainerCallback):
 
 
 class Recording(Collator):
-    """Keeps the first tokens of every batch."""
+    """Records source and first token of each row of every batch."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.seen = []
+        self.first_tokens = []
 
     def __call__(self, rows):
-        self.seen.append([(row["source"], row["input_ids"][0]) for row in rows])
+        self.first_tokens.append([(row["source"], row["input_ids"][0]) for row in rows])
         return super().__call__(rows)
 
 
-def trainer(tmp_path, rows, collator, stop=None, kind="llama", **options):
+def make_trainer(tmp_path, rows, collator, stop=None, kind="llama", **options):
     fields = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1} | options
     config = DistillConfig(
         str(tmp_path), remove_unused_columns=False, report_to="none", dataloader_pin_memory=False, **fields
@@ -126,68 +126,78 @@ def trainer(tmp_path, rows, collator, stop=None, kind="llama", **options):
     student, teacher = build(kind, 0), build(kind, 1, layers=3)
     return DistillTrainer(
         student, config, teacher=teacher, train_dataset=rows, eval_dataset=held_out, data_collator=collator,
-        callbacks=[Seen(stop)],
+        callbacks=[StopAtStep(stop)],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_resumed_run_sees_the_rows_of_a_straight_one(tmp_path, streaming):
+def test_a_resumed_run_trains_on_the_rows_of_an_uninterrupted_run(tmp_path, streaming):
     rows = mix(sources(), {"task": 0.7, "general": 0.3}, seed=0)
     rows = rows.to_iterable_dataset() if streaming else rows
     straight, cut, resumed = Recording(0, NAMES), Recording(0, NAMES), Recording(0, NAMES)
-    whole = trainer(tmp_path / "straight", rows, straight)
-    whole.train()
-    trainer(tmp_path / "cut", rows, cut, stop=2).train()
-    again = trainer(tmp_path / "cut", rows, resumed)
+    uninterrupted = make_trainer(tmp_path / "straight", rows, straight)
+    uninterrupted.train()
+    make_trainer(tmp_path / "cut", rows, cut, stop=2).train()
+    again = make_trainer(tmp_path / "cut", rows, resumed)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    # batches that were trained on already are collated again, and skipped
-    assert resumed.seen[-4:] == straight.seen[-4:] if not streaming else resumed.seen[2:6] == straight.seen[2:6]
-    for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    # the data loader collates the batches that a resumed run skips
+    assert (
+        resumed.first_tokens[-4:] == straight.first_tokens[-4:]
+        if not streaming
+        else resumed.first_tokens[2:6] == straight.first_tokens[2:6]
+    )
+    for resumed_weight, weight in zip(again.model.parameters(), uninterrupted.model.parameters(), strict=True):
+        assert torch.equal(resumed_weight, weight)
 
 
-def by_hand(model, teacher, rows, collator, source):
-    """Soft (T = 2) and hard loss per asked token of a source's rows, one row at a time."""
-    soft, hard, asked = 0.0, 0.0, 0
+def naive_losses(model, teacher, rows, collator, source):
+    """Return soft (T = 2) and hard loss per target token of the rows of a source, computed row by row."""
+    soft, hard, num_targets = 0.0, 0.0, 0
     for row in rows:
         if row["source"] == source:
             ids = torch.tensor([row["input_ids"]])
             with torch.no_grad():
-                s, t = (m(input_ids=ids).logits[0, :-1].double() for m in (model, teacher))
-            hard += float(torch.nn.functional.cross_entropy(s, ids[0, 1:], reduction="sum"))
-            p, q = (torch.log_softmax(x / 2, -1) for x in (s, t))
-            soft += 4 * float((q.exp() * (q - p)).sum())
-            asked += ids.shape[1] - 1
-    return soft / asked, hard / asked
+                student_logits, teacher_logits = (m(input_ids=ids).logits[0, :-1].double() for m in (model, teacher))
+            hard += float(torch.nn.functional.cross_entropy(student_logits, ids[0, 1:], reduction="sum"))
+            log_p, log_q = (torch.log_softmax(logits / 2, -1) for logits in (student_logits, teacher_logits))
+            soft += 4 * float((log_q.exp() * (log_q - log_p)).sum())
+            num_targets += ids.shape[1] - 1
+    return soft / num_targets, hard / num_targets
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_losses_of_each_source_are_those_of_its_rows(tmp_path, kind):
+def test_losses_of_a_source_are_those_of_the_rows_of_this_source(tmp_path, kind):
     rows = mix(sources(), {"task": 0.7, "general": 0.3}, seed=0)
-    its = trainer(tmp_path, rows, Collator(0, NAMES), kind=kind, max_steps=1, learning_rate=0.0, save_strategy="no")
-    its.train()
-    metrics = its.evaluate()
+    trainer = make_trainer(
+        tmp_path, rows, Collator(0, NAMES), kind=kind, max_steps=1, learning_rate=0.0, save_strategy="no"
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
     for index, name in enumerate(NAMES):
-        soft, hard = by_hand(its.model.eval(), its.teacher.model, its.eval_dataset, its.data_collator, index)
+        soft, hard = naive_losses(
+            trainer.model.eval(), trainer.teacher.model, trainer.eval_dataset, trainer.data_collator, index
+        )
         assert metrics[f"eval_soft_loss_{name}"] == pytest.approx(soft, rel=1e-4)
         assert metrics[f"eval_hard_loss_{name}"] == pytest.approx(hard, rel=1e-4)
-    log = its.state.log_history[0]
+    log = trainer.state.log_history[0]
     assert {f"{term}_loss_{name}" for term in ("soft", "hard") for name in NAMES} <= log.keys()
     assert min(log["soft_loss_task"], log["soft_loss_general"]) <= log["soft_loss"]
     assert log["soft_loss"] <= max(log["soft_loss_task"], log["soft_loss_general"])
 
 
-def test_one_source_has_no_losses_of_its_own_and_no_teacher_needs_no_source(tmp_path):
-    its = trainer(tmp_path, numbers(0, 24), Collator(0, ("task",)), max_steps=1, save_strategy="no")
-    its.train()
-    assert not [key for key in its.state.log_history[0] if key.endswith("_task")]
-    plain = trainer(tmp_path, mix(sources(), {"task": 1, "general": 1}, 0), Collator(0, NAMES), alpha=0.0, kind="gpt2")
+def test_a_single_source_and_training_without_teacher_log_no_losses_by_source(tmp_path):
+    trainer = make_trainer(tmp_path, numbers(0, 24), Collator(0, ("task",)), max_steps=1, save_strategy="no")
+    trainer.train()
+    assert not [key for key in trainer.state.log_history[0] if key.endswith("_task")]
+    plain = make_trainer(
+        tmp_path, mix(sources(), {"task": 1, "general": 1}, 0), Collator(0, NAMES), alpha=0.0, kind="gpt2"
+    )
     plain.train()
     assert "loss" in plain.state.log_history[0]
     assert "soft_loss_task" not in plain.state.log_history[0]
 
 
-def test_scheduled_weights_are_realised_along_the_way():
+def test_scheduled_shares_follow_the_weights_over_progress():
     parts = {name: numbers(0, 3000) for name in NAMES}
     rows = mix_scheduled(parts, {"task": ((0.0, 1.0), (0.5, 0.0)), "general": ((0.0, 1.0),)}, seed=0, count=8000)
     source = torch.tensor(rows["source"]).double()
@@ -199,15 +209,15 @@ def test_scheduled_weights_are_realised_along_the_way():
     assert again["source"] == rows["source"]
 
 
-def test_an_exhausted_source_of_a_scheduled_mixture_begins_again():
+def test_an_exhausted_source_of_a_scheduled_mixture_starts_again():
     rows = mix_scheduled(sources(10), {"task": ((0.0, 1.0),), "general": ((0.0, 1.0),)}, seed=0, count=60)
-    own = [tuple(row["input_ids"]) for row in rows if row["source"] == 0]
-    assert len(own) > 20
-    assert own[:10] == own[10:20]
-    assert len(set(own[:10])) == 10
+    from_source = [tuple(row["input_ids"]) for row in rows if row["source"] == 0]
+    assert len(from_source) > 20
+    assert from_source[:10] == from_source[10:20]
+    assert len(set(from_source[:10])) == 10
 
 
-def test_a_moment_without_any_source_is_refused():
+def test_weights_that_are_all_0_at_the_same_progress_are_refused():
     with pytest.raises(DistillError, match=r"At progress 0\.5 all weights of sources are 0"):
         mix_scheduled(
             sources(), {"task": ((0.0, 1.0), (0.5, 0.0)), "general": ((0.5, 0.0), (0.6, 1.0))}, seed=0, count=10

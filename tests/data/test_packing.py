@@ -1,4 +1,4 @@
-"""Packed documents train as padded ones do."""
+"""Packed documents give the same losses and gradients as padded documents."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def naive_documents(rows):
     return sorted((tuple(row["input_ids"]), tuple(row["labels"])) for row in rows)
 
 
-def test_packed_rows_hold_every_document_whole_and_no_more_than_fits():
+def test_packed_rows_hold_every_document_undivided_within_max_length():
     rows = numbers(0, 50)
     packed = pack(rows, 20)
     assert len(packed) < 30
@@ -22,20 +22,20 @@ def test_packed_rows_hold_every_document_whole_and_no_more_than_fits():
     assert naive_documents(d for row in packed for d in unpack_row(row)) == naive_documents(rows)
 
 
-def test_each_token_of_a_packed_mixture_keeps_its_source():
+def test_tokens_of_a_packed_mixture_keep_the_source():
     rows = mix(sources(), {"task": 0.7, "general": 0.3}, seed=0)
     expected = {(tuple(row["input_ids"]), row["source"]) for row in rows}
-    found = set()
+    text = set()
     for row in pack(rows, 24):
         start = 0
         for length in row["seq_lengths"]:
             (source,) = set(row["source"][start : start + length])
-            found.add((tuple(row["input_ids"][start : start + length]), source))
+            text.add((tuple(row["input_ids"][start : start + length]), source))
             start += length
-    assert found == expected
+    assert text == expected
 
 
-def test_positions_start_again_and_first_tokens_are_not_asked():
+def test_position_ids_restart_at_documents_and_first_tokens_are_no_targets():
     rows = [
         {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5], "seq_lengths": [3, 2], "source": [0, 0, 0, 1, 1]},
         {"input_ids": [6, 7], "labels": [6, 7], "seq_lengths": [2], "source": [1, 1]},
@@ -50,7 +50,7 @@ def test_positions_start_again_and_first_tokens_are_not_asked():
 
 
 def one_step(folder, rows, size, attention, kind="llama", alpha=0.5, **options):
-    """The first log and the gradient of a step over all rows."""
+    """Return the first log and the gradient of one optimizer step over all rows."""
     student, teacher = build(kind, 0).double(), build(kind, 1, layers=3).double()
     for model in (student, teacher):
         model.set_attn_implementation(attention)
@@ -88,7 +88,7 @@ def test_packing_changes_neither_loss_nor_gradient(tmp_path, attention, options)
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_models_that_keep_documents_apart_pass(kind, attention):
+def test_models_that_separate_documents_pass_the_check(kind, attention):
     model = build(kind)
     model.set_attn_implementation(attention)
     model.train()
@@ -96,14 +96,14 @@ def test_models_that_keep_documents_apart_pass(kind, attention):
     assert model.training
 
 
-def test_a_model_without_positions_is_refused():
+def test_a_model_without_position_ids_is_refused():
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(DistillError, match=r"in the student \(BloomForCausalLM\) a packed .* takes no position_ids"):
         check_packed_attention(BloomForCausalLM(config), "student")
 
 
-def test_attention_that_lets_documents_see_each_other_is_refused(monkeypatch):
-    """What a model does whose masks know nothing of packed rows."""
+def test_attention_across_packed_documents_is_refused(monkeypatch):
+    """Masks without packed sequences stand for a model that does not support packing."""
     from transformers import masking_utils
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)

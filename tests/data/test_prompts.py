@@ -1,4 +1,4 @@
-"""Prompts of the formats that have them."""
+"""Prompts for on-policy distillation from the formats that have prompts."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ def test_the_last_turn_of_a_conversation_is_the_completion():
         assert [turn["role"] for turn in row["completion"]] == ["assistant"]
 
 
-def test_prompts_stay_as_they_are():
+def test_rows_with_prompts_are_returned_unchanged():
     rows = Dataset.from_list([{"prompt": "x", "completion": "y"}, {"prompt": "z", "completion": "w"}])
     assert prompt_rows(rows) is rows
 
@@ -27,23 +27,23 @@ def test_prompts_stay_as_they_are():
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"text": "x"}, "data.task is text, in which nothing says where a prompt ends"),
-        ({"input_ids": [1]}, "data.task is tokens"),
+        ({"text": "x"}, "data.task has the format text, which has no prompts"),
+        ({"input_ids": [1]}, "data.task has the format tokens"),
         (
             {"messages": conversation(0)[:1]},
-            r"data.task, row 0 \(counted from 0\), column messages: a conversation must end with an answer",
+            r"data.task, row 0 \(counted from 0\), column messages: a conversation must have at least two messages",
         ),
         ({"messages": None}, r"data.task, row 0 \(counted from 0\), column messages: found null"),
     ],
 )
-def test_what_has_no_prompt_is_refused(row, problem):
+def test_data_without_prompts_is_refused(row, problem):
     with pytest.raises(DistillError, match=problem):
         prompt_rows(Dataset.from_list([row]), "data.task")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_contents_of_several_types_are_kept_as_they_are(tmp_path, smollm2_tokenizer, streaming):
-    """As texts and as lists of parts; texts that are JSON are not read as JSON."""
+def test_contents_of_several_types_are_not_changed(tmp_path, smollm2_tokenizer, streaming):
+    """Contents are texts and lists of parts; texts that are JSON are not parsed."""
     contents = ["5", [{"type": "text", "text": "null"}], '"quoted"', "6"]
     rows = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a in contents for b in contents]
     (tmp_path / "x.jsonl").write_text(
@@ -56,7 +56,7 @@ def test_contents_of_several_types_are_kept_as_they_are(tmp_path, smollm2_tokeni
     assert [row[column][0]["content"] for row in fitting for column in ("prompt", "completion")] == texts
 
 
-def test_pythons_builtins_are_questions_with_answers():
+def test_packaged_builtins_are_questions_with_answers():
     rows = load_examples("package:builtins")
     texts = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
     assert len(texts) == len(rows) > 200

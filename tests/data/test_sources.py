@@ -1,4 +1,4 @@
-"""Every kind of file gives the same examples."""
+"""All file types give the same examples, and errors of damaged files name the line or row."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from mutated_files import answer, mutated
+from mutated_files import mutated_file, read_error
 
 from hf_distill import DistillError
 from hf_distill.data import load_examples, split_held_out, tokenize_dataset
@@ -33,7 +33,7 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "x.arrow", "saved", "splits"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_and_folders_give_the_same_text(files, name, streaming):
+def test_all_file_types_give_the_same_text(files, name, streaming):
     data = load_examples(str(files / name), column="body", streaming=streaming)
     assert list(data) == [{"text": row["body"]} for row in ROWS]
     assert isinstance(data, Dataset) != streaming
@@ -50,12 +50,12 @@ def test_paragraphs_of_a_text_file_are_documents(tmp_path):
         ("none.jsonl", {}, "There is no file .*none.jsonl"),
         ("x.jsonl", {}, r"has the columns \['body', 'n'\], which are none of the four formats"),
         ("x.jsonl", {"column": "txt"}, r"has no column 'txt'; it has \['body', 'n'\]"),
-        ("x.tsv", {}, r"x.tsv is a file, and files are read whose names end with \.txt, \.jsonl"),
-        ("semicolon.csv", {}, "has one column, 'a;b': fields of a CSV file are separated by commas"),
+        ("x.tsv", {}, r"x.tsv has no supported suffix; supported are \.txt, \.jsonl"),
+        ("semicolon.csv", {}, "has one column, 'a;b': fields of a CSV file must be separated by commas"),
         ("splits", {"split": "trian"}, "has no split 'trian'; did you mean 'train'"),
     ],
 )
-def test_bad_sources_are_told(files, name, options, message):
+def test_invalid_sources_are_refused(files, name, options, message):
     with pytest.raises(DistillError, match=message):
         load_examples(str(files / name), **options)
 
@@ -85,19 +85,23 @@ TEXTS = pa.table({"text": ["a", "b"]})
         ("x.txt", b"\xff\xfe", "cannot be read as .txt: .*invalid start byte"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
         ("x.jsonl", '{"text": "\u2028"}\n{"text": b}\n'.encode(), "cannot be read as .jsonl: line 2 is not JSON: "),
-        ("x.jsonl", b'{"text": "a"}\n5\n', "line 2 holds int, and each line is an object"),
-        ("x.jsonl", b'null\n{"text": "a"}\n', "line 1 holds null, and each line is an object"),
-        ("x.json", b'["a", {"text": "b"}]', r"row 0 \(counted from 0\) holds str, and each row is an object"),
-        ("x.jsonl", b"[1, 2]\n", r"row 0 \(counted from 0\) holds int, and each row is an object"),
+        ("x.jsonl", b'{"text": "a"}\n5\n', "line 2 holds int, but each line must be an object"),
+        ("x.jsonl", b'null\n{"text": "a"}\n', "line 1 holds null, but each line must be an object"),
+        ("x.json", b'["a", {"text": "b"}]', r"row 0 \(counted from 0\) holds str, but each row must be an object"),
+        ("x.jsonl", b"[1, 2]\n", r"row 0 \(counted from 0\) holds int, but each row must be an object"),
         ("x.json", b'[{"text": "a"}, 5]', r"row 1 \(counted from 0\) holds int"),
         ("x.json", b'[{"text": "a"},\n{"text": }]', "line 2 is not JSON"),
-        ("x.json", b'{\n"text": "a"\n}', "line 1 is not JSON: .* A JSON file holds a list of objects, or an object on"),
+        (
+            "x.json",
+            b'{\n"text": "a"\n}',
+            "line 1 is not JSON: .* A JSON file must hold a list of objects, or an object on",
+        ),
         ("x.json", b"5", "line 1 holds int"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2 holds half of a surrogate pair"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_damaged_files_are_told_with_their_place(tmp_path, name, content, message, streaming):
+def test_an_error_of_a_damaged_file_names_the_line_or_row(tmp_path, name, content, message, streaming):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DistillError, match=f"{name}.*{message}"):
         list(load_examples(str(tmp_path / name), streaming=streaming))
@@ -128,8 +132,8 @@ CALLS = [{"arguments": {"a": 1}}, {"arguments": {"a": "1"}}, {"arguments": '{"a"
         [{}, {"a": {}}, []],
     ],
 )
-def test_values_of_a_json_file_are_read_as_they_are(tmp_path, name, streaming, late, values):
-    """Also where they have several types, and where these come after many rows of one."""
+def test_values_of_a_json_file_are_not_changed(tmp_path, name, streaming, late, values):
+    """Values may have several types, also if the second type first occurs after many rows."""
     rows = [{"text": "a", "messages": "b"}] * late + [{"text": "a", "messages": value} for value in values]
     lines = [json.dumps(row) for row in rows]
     content = "\n".join(lines) if name == "x.jsonl" else f"[{','.join(lines)}]"
@@ -137,13 +141,13 @@ def test_values_of_a_json_file_are_read_as_they_are(tmp_path, name, streaming, l
     read = list(load_examples(str(tmp_path / name), streaming=streaming))
     expected = [json.loads(line) for line in lines]
     assert [row["text"] for row in read] == [row["text"] for row in expected]
-    for row, wanted in zip(read, expected, strict=True):
-        assert without_null(row["messages"]) == without_null(wanted["messages"])
-        assert type(row["messages"]) is type(wanted["messages"]) or isinstance(wanted["messages"], int)
+    for row, expected_row in zip(read, expected, strict=True):
+        assert without_null(row["messages"]) == without_null(expected_row["messages"])
+        assert type(row["messages"]) is type(expected_row["messages"]) or isinstance(expected_row["messages"], int)
 
 
 def without_null(value):
-    """A value without the nulls that Arrow puts where an object lacks a key of another."""
+    """Remove the nulls that Arrow adds where an object lacks a key of another object."""
     if isinstance(value, dict):
         return {key: without_null(inner) for key, inner in value.items() if inner is not None}
     return [without_null(inner) for inner in value] if isinstance(value, list) else value
@@ -151,7 +155,7 @@ def without_null(value):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("value", [5, {"a": 1}, ["a"], None])
-def test_a_late_value_that_is_no_text_is_refused_with_its_row(tmp_path, smollm2_tokenizer, streaming, value):
+def test_an_error_of_a_late_value_names_the_row(tmp_path, smollm2_tokenizer, streaming, value):
     rows = [{"text": f"text {i}"} for i in range(1_500)] + [{"text": value}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_examples(str(tmp_path / "x.jsonl"), streaming=streaming)
@@ -171,7 +175,7 @@ def test_a_late_value_that_is_no_text_is_refused_with_its_row(tmp_path, smollm2_
         ({"text": "too short"}, "documents hold fewer than max_length=16 tokens"),
     ],
 )
-def test_data_without_any_row_is_refused_before_training(tmp_path, smollm2_tokenizer, streaming, row, problem):
+def test_data_without_rows_is_refused_before_training(tmp_path, smollm2_tokenizer, streaming, row, problem):
     (tmp_path / "x.jsonl").write_text((json.dumps(row) + "\n") * 2)
     with pytest.raises(DistillError, match=f"^data.x: .*{problem}"):
         tokenize_dataset(
@@ -179,13 +183,13 @@ def test_data_without_any_row_is_refused_before_training(tmp_path, smollm2_token
         )
 
 
-def test_a_file_that_changed_is_read_anew(tmp_path):
+def test_a_changed_file_is_read_again(tmp_path):
     for text in ("a", "b"):
         (tmp_path / "x.jsonl").write_text(json.dumps({"text": text}))
         assert list(load_examples(str(tmp_path / "x.jsonl"))) == [{"text": text}]
 
 
-def test_a_column_that_begins_late_in_a_stream_is_told(tmp_path):
+def test_a_column_that_first_occurs_late_in_a_stream_is_refused(tmp_path):
     lines = [json.dumps({"text": "a"})] * 1_000 + [json.dumps({"text": "b", "extra": 1, "tools": "[]"})]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     assert len(load_examples(str(tmp_path / "x.jsonl"))) == 1_001
@@ -194,7 +198,7 @@ def test_a_column_that_begins_late_in_a_stream_is_told(tmp_path):
 
 
 def late_damage(suffix: str) -> bytes:
-    """A file whose first rows are right and whose last is not."""
+    """Return a file whose first rows are valid and whose last row is damaged."""
     texts = [f"text {i}" for i in range(12_000)]
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": texts}), sink := io.BytesIO(), row_group_size=1_000)
@@ -208,7 +212,7 @@ def late_damage(suffix: str) -> bytes:
 
 @pytest.mark.parametrize("suffix", [".csv", ".txt", ".parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_damage_late_in_a_file_is_told_and_not_logged_beside(tmp_path, suffix, streaming, caplog):
+def test_an_error_late_in_a_file_is_raised_once_and_not_logged(tmp_path, suffix, streaming, caplog):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(late_damage(suffix))
     with pytest.raises(DistillError, match=f"x{suffix} cannot be read as {suffix}: "):
@@ -216,7 +220,7 @@ def test_damage_late_in_a_file_is_told_and_not_logged_beside(tmp_path, suffix, s
     assert not [record for record in caplog.records if record.getMessage().startswith("Failed to")]
 
 
-def test_what_datasets_logs_elsewhere_is_left_alone(tmp_path, caplog):
+def test_other_log_lines_of_datasets_are_not_suppressed(tmp_path, caplog):
     (tmp_path / "x.csv").write_bytes(late_damage(".csv"))
     with pytest.raises(DistillError):
         load_examples(str(tmp_path / "x.csv"))
@@ -225,7 +229,7 @@ def test_what_datasets_logs_elsewhere_is_left_alone(tmp_path, caplog):
     assert len([record for record in caplog.records if record.getMessage().startswith("Failed to read file")]) == 1
 
 
-def test_a_damaged_folder_is_told(files):
+def test_a_damaged_folder_is_refused(files):
     for file in (files / "saved").glob("*.arrow"):
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(DistillError, match="saved cannot be read as a folder of save_to_disk"):
@@ -239,21 +243,21 @@ def test_fields_of_a_csv_file_are_texts(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_file_damaged_anywhere_is_read_or_told(seed, tmp_path, smollm2_tokenizer):
-    name, content, _ = mutated(seed)
+def test_a_randomly_damaged_file_is_read_or_refused(seed, tmp_path, smollm2_tokenizer):
+    name, content, _ = mutated_file(seed)
     (tmp_path / name).write_bytes(content)
-    answer(tmp_path / name, smollm2_tokenizer, streaming=seed % 2 == 1)
+    read_error(tmp_path / name, smollm2_tokenizer, streaming=seed % 2 == 1)
 
 
-def test_packaged_texts_are_there_and_others_are_told():
+def test_packaged_texts_are_loaded_and_unknown_ones_refused():
     modules = load_examples("package:stdlib")
     assert len(modules) > 100
     assert any("class JSONDecodeError" in text or "import" in text for text in modules["text"])
-    with pytest.raises(DistillError, match="no packaged text; did you mean 'package:stdlib'"):
+    with pytest.raises(DistillError, match="not a packaged text; did you mean 'package:stdlib'"):
         load_examples("package:stdlb")
 
 
-def test_whole_documents_are_held_out_the_same_way_each_time():
+def test_the_same_seed_gives_the_same_split_of_documents():
     data = Dataset.from_list([{"text": str(i)} for i in range(20)])
     (train, test), again = split_held_out(data, 0.2, seed=3), split_held_out(data, 0.2, seed=3)
     assert (train["text"], test["text"]) == (again[0]["text"], again[1]["text"])

@@ -1,4 +1,4 @@
-"""Training templates render what the originals render, and mark what prefixes of the conversation locate."""
+"""Training templates render the same text as the originals and mark the turns that rendered prefixes locate."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from test_conversations import CHAT, SYSTEM, naive_mask
 from hf_distill import DistillError
 from hf_distill.core.references import CHAT_TEMPLATES
 from hf_distill.data.conversations import Conversations
-from hf_distill.data.training_templates import PROBES, matching_template, rendered, renders_same, training_template
+from hf_distill.data.training_templates import PROBES, matching_template, render_probes, renders_same, training_template
 from hf_distill.recipe.smoke import byte_tokenizer
 
 ORIGINALS = Path(trl.__file__).parent / "chat_templates"
-# The chat template of a model -> the file of it that trl has.
+# The name of a training template -> the file of the original template in trl.
 OF_TRL = {
     "gemma": "gemma",
     "gemma3": "gemma3",
@@ -39,25 +39,25 @@ def original(name, tokenizer):
 @pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if name != "mistral"])
 def test_a_training_template_renders_the_same_text_as_the_original(name, smollm2_tokenizer):
     source = original(name, smollm2_tokenizer)
-    texts = rendered(smollm2_tokenizer, source)
+    texts = render_probes(smollm2_tokenizer, source)
     assert any(texts)
-    assert rendered(smollm2_tokenizer, training_template(name)) == texts
+    assert render_probes(smollm2_tokenizer, training_template(name)) == texts
     assert matching_template(smollm2_tokenizer, source) in (name, "phi3" if name == "phi3.5" else name)
 
 
-def test_the_mistral_template_writes_what_its_model_reads(smollm2_tokenizer):
-    """Mistral-7B-Instruct-v0.3: the system message is part of the user's last turn, where that is the last of all."""
+def test_the_mistral_template_renders_the_format_of_the_model(smollm2_tokenizer):
+    """Mistral-7B-Instruct-v0.3: the system message is part of the user's turn if that is the last turn."""
 
     def text(messages):
-        found = smollm2_tokenizer.apply_chat_template(
+        rendered_text = smollm2_tokenizer.apply_chat_template(
             messages, chat_template=training_template("mistral"), tokenize=False
         )
-        return found.replace(smollm2_tokenizer.bos_token, "<s>").replace(smollm2_tokenizer.eos_token, "</s>")
+        return rendered_text.replace(smollm2_tokenizer.bos_token, "<s>").replace(smollm2_tokenizer.eos_token, "</s>")
 
-    asked = "<s>[INST] Which city is the capital of France?[/INST]"
-    assert text(CHAT[:1]) == asked
-    assert text(CHAT) == f"{asked} Paris, of course.</s>[INST] And of Italy?[/INST] Rome.</s>"
-    assert text(SYSTEM[:4]) == f"{asked} Paris, of course.</s>[INST] Answer briefly.\n\nAnd of Italy?[/INST]"
+    first_prompt = "<s>[INST] Which city is the capital of France?[/INST]"
+    assert text(CHAT[:1]) == first_prompt
+    assert text(CHAT) == f"{first_prompt} Paris, of course.</s>[INST] And of Italy?[/INST] Rome.</s>"
+    assert text(SYSTEM[:4]) == f"{first_prompt} Paris, of course.</s>[INST] Answer briefly.\n\nAnd of Italy?[/INST]"
     assert text(SYSTEM) == text(CHAT)
     for wrong in (CHAT[1:], [*CHAT, CHAT[1]], [{"role": "tool", "content": "x"}]):
         with pytest.raises(Exception, match=r"training template renders turns|must alternate"):
@@ -65,7 +65,7 @@ def test_the_mistral_template_writes_what_its_model_reads(smollm2_tokenizer):
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_a_training_template_marks_the_turns_that_prefixes_locate(name):
+def test_a_training_template_marks_the_same_turns_as_prefixes(name):
     tokenizer = byte_tokenizer()
     conversations = Conversations(tokenizer, training_template(name))
     assert conversations.has_marks
@@ -76,7 +76,7 @@ def test_a_training_template_marks_the_turns_that_prefixes_locate(name):
     assert mask == located
 
 
-def test_of_tool_calls_the_call_is_a_target(smollm2_tokenizer):
+def test_tool_calls_are_targets_and_tool_results_are_not(smollm2_tokenizer):
     messages, tools, _ = PROBES[-1]
     for name in ("qwen2.5", "qwen3", "qwen3-2507"):
         conversations = Conversations(smollm2_tokenizer, training_template(name))
@@ -88,17 +88,17 @@ def test_of_tool_calls_the_call_is_a_target(smollm2_tokenizer):
         assert "tool_response" not in targets
 
 
-def test_templates_that_render_otherwise_do_not_match(smollm2_tokenizer):
+def test_templates_that_render_another_text_do_not_match(smollm2_tokenizer):
     assert not renders_same(smollm2_tokenizer, training_template("chatml"))
     assert matching_template(smollm2_tokenizer, CHATML + "!") is None
     assert matching_template(smollm2_tokenizer, "{{ raise_exception('never') }}") is None
 
 
-def test_files_hold_templates_and_wrong_ones_are_told(tmp_path):
+def test_template_files_are_read_and_invalid_ones_refused(tmp_path):
     (tmp_path / "x.jinja").write_text(CHATML)
     assert training_template(str(tmp_path / "x.jinja")) == CHATML
     (tmp_path / "broken.jinja").write_text("a\n{% for %}")
-    with pytest.raises(DistillError, match=r"broken\.jinja' is no Jinja: line 2"):
+    with pytest.raises(DistillError, match=r"broken\.jinja' is not valid Jinja: line 2"):
         training_template(str(tmp_path / "broken.jinja"))
     with pytest.raises(DistillError, match="cannot be read"):
         training_template(str(tmp_path / "none.jinja"))
