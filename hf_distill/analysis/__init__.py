@@ -1,8 +1,8 @@
-"""After a run: what the teacher says, what the student has learnt of it, and what went wrong."""
+"""Analysis of recipes and runs: the teacher's soft labels, the student's agreement and retention, failure modes."""
 
 from importlib import import_module
 
-_HOME = {
+_MODULES = {
     "ModelPair": "analysis.model_pair",
     "Run": "runner.run_results",
     "compute": "analysis.curve",
@@ -36,4 +36,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hf_distill.analysis' has no attribute {name!r}")
-    return getattr(import_module(f"hf_distill.{_HOME[name]}"), name)
+    return getattr(import_module(f"hf_distill.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What an inspection means for a recipe."""
+"""Advice on temperature, labels and caches, derived from an inspection of a teacher."""
 
 from collections.abc import Sequence
 from math import log
@@ -6,15 +6,15 @@ from typing import Any
 
 from ..planning.cache_size import DRAWS, K
 from .soft_labels import AtTemperature, CacheKind
-from .verdicts import FLAT, HARD
+from .verdicts import MAX_ENTROPY_SHARE, MIN_ENTROPY_NATS
 
-TAIL = 0.5  # mass of the likeliest 100 ids: below, the thousands of others outweigh them
-WEAK = 0.25  # accuracy: below, language, template or shift of the data may not be the teacher's
-OVERSURE = 0.5  # nats/token that labels cost more than the entropy, which says what they should cost
-# Between what was seen of the cosine of the gradient by the head's weight with the whole one, of SmolLM2-135M-Instruct
-# and a student of its blocks (benchmarks/results/inspect.json).
-NOISY = 1.0  # error of a sampled cache: 0.985 at 0.44, 0.69 at 2.5; beyond 1 a token's draws are mostly noise
-LOST = 0.3  # mass that a top_k cache leaves out: 0.996 at 0.10, 0.94 at 0.75
+MIN_TOP_100_MASS = 0.5  # mass of the likeliest 100 ids; below, the remaining ids outweigh them
+MIN_ACCURACY = 0.25  # of the teacher; below, language, template or shift of the data may not fit the teacher
+MAX_LABEL_COST_NATS = 0.5  # nats/token by which the cross entropy of the labels may exceed the teacher's entropy
+# Both limits lie between measured values (benchmarks/results/inspect.json, SmolLM2-135M-Instruct and a student cut from
+# it). The cosine compares the gradient of the output head's weight with the gradient for the full distribution.
+MAX_SAMPLING_ERROR = 1.0  # of a sampled cache: cosine 0.985 at error 0.44, 0.69 at 2.5; beyond 1 the draws are noise
+MAX_TRUNCATED_MASS = 0.3  # left out by a top_k cache: cosine 0.996 at mass 0.10, 0.94 at 0.75
 
 
 def advice_of(
@@ -26,82 +26,92 @@ def advice_of(
     caches: Sequence[CacheKind],
     divergence: Any = "forward_kl",
 ) -> list[str]:
-    """Advice, a sentence or two each: on T, on the labels, on caches.
+    """Return advice of one or two sentences each: on temperature, on the labels, on caches.
 
     Args:
-        by_temperature: what T does; 1 and the recipe's are among them.
+        by_temperature: effect of T; contains T = 1 and the recipe's T.
         temperature: of the recipe.
         vocab_size: V.
         accuracy: of the teacher on the labels.
         cross_entropy: of the labels, nats/token.
-        caches: at 1 and the recipe's T.
+        caches: at T = 1 and the recipe's T.
         divergence: of the recipe: a name, or {"name": ..., options}.
     """
-    at = {found.temperature: found for found in by_temperature}
-    lines = [_of_temperature(at, temperature, log(vocab_size))]
-    if accuracy < WEAK:
+    effects = {effect.temperature: effect for effect in by_temperature}
+    lines = [_temperature_advice(effects, temperature, log(vocab_size))]
+    if accuracy < MIN_ACCURACY:
         lines.append(
-            f"The teacher's first choice is the label for {accuracy:.0%} of the tokens: check that it fits the data "
-            "(language, template, shift of the labels), and keep distill.alpha low if it does."
+            f"The teacher's likeliest id is the label for only {accuracy:.0%} of the tokens: check that the teacher "
+            "fits the data (language, template, shift of the labels), and keep distill.alpha low if it does."
         )
-    if cross_entropy > at[1.0].entropy + OVERSURE:
+    if cross_entropy > effects[1.0].entropy + MAX_LABEL_COST_NATS:
         lines.append(
-            f"The labels cost the teacher {cross_entropy:.2f} nats, and its entropy is {at[1.0].entropy:.2f}: it is "
-            "surer than it is right on this data. A higher T or a lower distill.alpha copies less of that."
+            f"The cross entropy of the labels is {cross_entropy:.2f} nats, and the teacher's entropy is "
+            f"{effects[1.0].entropy:.2f}: the teacher is overconfident on this data. A higher T or a lower "
+            "distill.alpha transfers less of that to the student."
         )
-    return [*lines, *_of_caches(caches, temperature, divergence)]
+    return [*lines, *_cache_advice(caches, temperature, divergence)]
 
 
-def _of_temperature(at: dict[float, AtTemperature], temperature: float, most: float) -> str:
-    own = at[temperature].entropy
-    told = f"At the recipe's T = {temperature:g} the teacher's entropy is {own:.2f} nats of at most {most:.2f}"
-    tuned = "`hf-distill temperature` finds which T serves this student."
-    if own < HARD:
-        softer = next((t for t in sorted(at) if t > temperature and at[t].entropy >= HARD), None)
-        raised = f"T = {softer:g} has {at[softer].entropy:.2f}" if softer else "hard labels alone serve as well"
-        return f"{told}: nearly one-hot, it says little more than a hard label would. {raised}."
-    if own > FLAT * most:
-        lower = [t for t in sorted(at) if t < temperature and at[t].entropy <= FLAT * most]
-        hint = f" T = {lower[-1]:g} has {at[lower[-1]].entropy:.2f}." if lower else ""
-        return f"{told}: nearly uniform, most of the gradient is about ids that it thinks unlikely.{hint}"
-    likeliest = at[temperature].mass.get(100, 1.0)
-    if likeliest < TAIL:
-        before = f" ({at[1.0].mass[100]:.0%} at T = 1)" if temperature != 1 else ""
+def _temperature_advice(effects: dict[float, AtTemperature], temperature: float, max_entropy: float) -> str:
+    entropy = effects[temperature].entropy
+    text = (
+        f"At the recipe's T = {temperature:g} the teacher's entropy is {entropy:.2f} nats of at most {max_entropy:.2f}"
+    )
+    search = "`hf-distill temperature` searches for the best T for this student."
+    if entropy < MIN_ENTROPY_NATS:
+        softer = next((t for t in sorted(effects) if t > temperature and effects[t].entropy >= MIN_ENTROPY_NATS), None)
+        alternative = (
+            f"At T = {softer:g} the entropy is {effects[softer].entropy:.2f}"
+            if softer
+            else "Training on hard labels alone gives about the same result"
+        )
+        return f"{text}: nearly one-hot, so it carries little more information than a hard label. {alternative}."
+    if entropy > MAX_ENTROPY_SHARE * max_entropy:
+        lower = [
+            t for t in sorted(effects) if t < temperature and effects[t].entropy <= MAX_ENTROPY_SHARE * max_entropy
+        ]
+        hint = f" At T = {lower[-1]:g} the entropy is {effects[lower[-1]].entropy:.2f}." if lower else ""
+        return f"{text}: nearly uniform, so most of the gradient is on ids that the teacher considers unlikely.{hint}"
+    top_mass = effects[temperature].mass.get(100, 1.0)
+    if top_mass < MIN_TOP_100_MASS:
+        before = f" ({effects[1.0].mass[100]:.0%} at T = 1)" if temperature != 1 else ""
         return (
-            f"{told}: the tail dominates, the likeliest 100 ids hold {likeliest:.0%}{before}. The soft labels say "
-            f"mostly how unlikely the others are. {tuned}"
+            f"{text}: the tail dominates, because the likeliest 100 ids have only {top_mass:.0%} of the mass{before}. "
+            f"Most of the gradient is on ids in the tail. {search}"
         )
-    if at[1.0].entropy < HARD:
-        return f"{told}, and at T = 1 nearly one-hot ({at[1.0].entropy:.2f}): stay above 1. {tuned}"
-    return f"{told}: neither one-hot nor flat. {tuned}"
+    if effects[1.0].entropy < MIN_ENTROPY_NATS:
+        return f"{text}; at T = 1 it is nearly one-hot ({effects[1.0].entropy:.2f} nats), so keep T above 1. {search}"
+    return f"{text}: neither one-hot nor flat. {search}"
 
 
-def _of_caches(caches: Sequence[CacheKind], temperature: float, divergence: Any) -> list[str]:
-    """Which kinds serve at the recipe's T, which do not and why, and when one pays."""
-    own = [cache for cache in caches if cache.temperature in (None, temperature)]
-    faults = {cache.kind: _fault(cache, divergence) for cache in own}
-    fit = [cache for cache in own if not faults[cache.kind]]
-    unfit = [f"{kind} does not, {fault}" for kind, fault in faults.items() if fault]
-    sizes = ", ".join(f"{cache.kind} ({cache.bytes_per_token:,.0f} bytes/token)" for cache in fit)
-    serves = f"{sizes} serve{'s' * (len(fit) == 1)}" if fit else "none serves"
-    lines = [f"Caches at T = {temperature:g}: {'; '.join([serves, *unfit])}."]
-    again = [c.kind for c in caches if c.temperature == 1 and faults[c.kind] and not _fault(c, divergence)]
-    if again:
-        lines.append(f"At T = 1 {' and '.join(again)} would serve too.")
+def _cache_advice(caches: Sequence[CacheKind], temperature: float, divergence: Any) -> list[str]:
+    """Say which kinds of cache are suitable at the recipe's T, why others are not, and when a cache pays off."""
+    at_recipe = [cache for cache in caches if cache.temperature in (None, temperature)]
+    faults = {cache.kind: _cache_fault(cache, divergence) for cache in at_recipe}
+    suitable = [cache for cache in at_recipe if not faults[cache.kind]]
+    unsuitable = [f"{kind} is not suitable, because {fault}" for kind, fault in faults.items() if fault]
+    sizes = ", ".join(f"{cache.kind} ({cache.bytes_per_token:,.0f} bytes/token)" for cache in suitable)
+    verb = "is" if len(suitable) == 1 else "are"
+    summary = f"{sizes} {verb} suitable" if suitable else "no kind is suitable"
+    lines = [f"Caches at T = {temperature:g}: {'; '.join([summary, *unsuitable])}."]
+    at_one = [c.kind for c in caches if c.temperature == 1 and faults[c.kind] and not _cache_fault(c, divergence)]
+    if at_one:
+        lines.append(f"At T = 1 {' and '.join(at_one)} would be suitable.")
     lines.append(
-        "Writing a cache takes one forward of the teacher, so it pays from the second pass over the data on: an "
-        "epoch, another student, another run. `hf-distill plan` says what it saves of a step."
+        "Writing a cache takes one forward pass of the teacher over the data, so it pays off from the second pass on: "
+        "another epoch, student or run. `hf-distill plan` shows the share of a step that it saves."
     )
     return lines
 
 
-def _fault(cache: CacheKind, divergence: Any) -> str:
-    """Why a kind does not serve; empty: it does."""
+def _cache_fault(cache: CacheKind, divergence: Any) -> str:
+    """Return why a kind of cache is not suitable; empty if it is."""
     name = divergence["name"] if isinstance(divergence, dict) else divergence
     if cache.kind == "sampled" and name not in ("forward_kl", None):
-        return f"it tells forward_kl alone, and the recipe's divergence is {name}"
-    if cache.kind == "sampled" and cache.error > NOISY:
-        return f"the error of a token's {DRAWS} draws is {cache.error:.1f} times what they stand for"
-    if cache.kind == "top_k" and cache.truncated_mass > LOST:
-        return f"{cache.truncated_mass:.0%} of the mass lies outside its {K} ids"
+        return f"it supports only forward_kl, and the recipe's divergence is {name}"
+    if cache.kind == "sampled" and cache.error > MAX_SAMPLING_ERROR:
+        return f"the error of a token's {DRAWS} draws is {cache.error:.1f} times the norm of its probabilities"
+    if cache.kind == "top_k" and cache.truncated_mass > MAX_TRUNCATED_MASS:
+        return f"{cache.truncated_mass:.0%} of the mass is outside its {K} ids"
     return ""

@@ -1,4 +1,4 @@
-"""Whether a student is close to its teacher at all: against baselines, itself before training, and the control."""
+"""Whether a student is close to its teacher, compared with baselines, the initial student and the control."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from typing import Any
 
 from .agreement import Agreement
 
-APART = 0.1  # nats/token: a student this close to its teacher has learnt from it
-CLOSER = 0.1  # share of the KL before training by which training must have lowered it
+CLOSE_KL_NATS = 0.1  # nats/token; a student with a lower KL to its teacher counts as close
+MIN_KL_REDUCTION_SHARE = 0.1  # share of the initial KL by which training must have lowered it
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A model's held-out metrics.
+    """A model's metrics on the held-out rows.
 
     nll: of the labels, nats/token
-    kl:  KL(teacher || model) at T = 1, nats/token; None where it was not measured
+    kl:  KL(teacher || model) at T = 1, nats/token; None if it was not measured
     """
 
     nll: float
@@ -24,20 +24,20 @@ class HeldOut:
 
     @classmethod
     def of(cls, metrics: Any) -> "HeldOut | None":
-        """From the metrics of one model in a run's evidence; None where they hold no perplexity."""
-        perplexity = _number(metrics, "perplexity")
+        """Read one model's metrics from results.json; None if they contain no perplexity."""
+        perplexity = _finite_number(metrics, "perplexity")
         if perplexity is None or perplexity <= 0:
             return None
-        return cls(log(perplexity), _number(metrics, "kl"))
+        return cls(log(perplexity), _finite_number(metrics, "kl"))
 
 
 @dataclass(frozen=True)
 class References:
-    """Measurements on all held-out rows of a run; None: there is none.
+    """Measurements on all held-out rows of a run; None where there are none.
 
     before:  the student before training
-    control: the same student, trained on hard labels alone
-    after:   the student that is diagnosed; None: what is measured for the diagnosis stands in for it
+    control: the same student, trained on hard labels only
+    after:   the diagnosed student; None: the measurements of the diagnosis are used instead
     """
 
     before: HeldOut | None = None
@@ -46,62 +46,63 @@ class References:
 
     @classmethod
     def of_evidence(cls, evidence: Any, name: str) -> "References":
-        """From results.json.
+        """Read the references from results.json.
 
         Args:
-            evidence: its content; measurements that are missing there are None.
-            name: of the model that is diagnosed: "student", "control", or anything else.
+            evidence: content of results.json; measurements that are missing become None.
+            name: the diagnosed model: "student", "control", or any other name.
         """
         models = evidence.get("models") if isinstance(evidence, Mapping) else None
         models = models if isinstance(models, Mapping) else {}
-        measured = {key: HeldOut.of(models.get(key)) for key in ("before", "student", "control")}
-        control = None if name == "control" else measured["control"]
-        return cls(measured["before"], control, measured.get(name))
+        metrics = {key: HeldOut.of(models.get(key)) for key in ("before", "student", "control")}
+        control = None if name == "control" else metrics["control"]
+        return cls(metrics["before"], control, metrics.get(name))
 
 
 NO_REFERENCES = References()
 
 
-def signs_of_distance(found: Agreement, references: References, alpha: float) -> list[str]:
-    """Why a student is not close to its teacher: one phrase for each comparison that it loses.
+def signs_of_distance(agreement: Agreement, references: References, alpha: float) -> list[str]:
+    """Return one phrase for each comparison that shows that a student is not close to its teacher.
 
-    A unigram baseline knows only how often each token occurs; a uniform distribution gives all ids the same.
+    The unigram baseline predicts each token with its frequency; the uniform distribution gives all ids the same
+    probability.
 
     Args:
-        found: of the pair.
-        references: what else the student is compared with.
+        agreement: measurements of teacher and student.
+        references: metrics of the initial student and of the control.
         alpha: of the objective; with 0 only the labels count.
     """
-    after = references.after or HeldOut(found.student_nll, found.kl)
-    kl = found.kl if after.kl is None else after.kl
-    if alpha and kl <= APART:
+    after = references.after or HeldOut(agreement.student_nll, agreement.kl)
+    kl = agreement.kl if after.kl is None else after.kl
+    if alpha and kl <= CLOSE_KL_NATS:
         return []
     signs = []
-    if found.student_nll >= found.counts_nll:
+    if agreement.student_nll >= agreement.counts_nll:
         signs.append(
-            f"the student's nll of the labels is {found.student_nll:.2f} nats, and that of a unigram baseline "
-            f"{found.counts_nll:.2f}"
+            f"the student's NLL of the labels is {agreement.student_nll:.2f} nats, and the unigram baseline's is "
+            f"{agreement.counts_nll:.2f}"
         )
-    uniform = log(found.vocab_size) - found.teacher_entropy
-    if alpha and found.kl >= uniform:
+    uniform_kl = log(agreement.vocab_size) - agreement.teacher_entropy
+    if alpha and agreement.kl >= uniform_kl:
         signs.append(
-            f"KL to the teacher is {found.kl:.2f} nats, and that of a uniform distribution over all "
-            f"{found.vocab_size:,} ids {uniform:.2f}"
+            f"the KL to the teacher is {agreement.kl:.2f} nats, and that of a uniform distribution over all "
+            f"{agreement.vocab_size:,} ids is {uniform_kl:.2f}"
         )
     if not alpha:
         return signs
     before, control = references.before, references.control
-    if before and before.kl is not None and kl > (1 - CLOSER) * before.kl:
-        signs.append(f"KL to the teacher was {before.kl:.2f} nats before training, and is {kl:.2f} after it")
+    if before and before.kl is not None and kl > (1 - MIN_KL_REDUCTION_SHARE) * before.kl:
+        signs.append(f"the KL to the teacher was {before.kl:.2f} nats before training, and is {kl:.2f} after it")
     if control and control.kl is not None and kl >= control.kl and after.nll >= control.nll:
         signs.append(
-            f"the control, which was trained on hard labels alone, has a KL of {control.kl:.2f} and an nll of "
+            f"the control, which was trained on hard labels only, has a KL of {control.kl:.2f} and an NLL of "
             f"{control.nll:.2f} nats, the student {kl:.2f} and {after.nll:.2f}"
         )
     return signs
 
 
-def _number(metrics: Any, name: str) -> float | None:
+def _finite_number(metrics: Any, name: str) -> float | None:
     value = metrics.get(name) if isinstance(metrics, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         return None

@@ -1,4 +1,4 @@
-"""What a run's tokens brought, and what they cost beside pretraining."""
+"""Quality of a run's student over its training tokens, and the compute compared with pretraining."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from ..runner.run_results import Run
 class Point:
     """One evaluation of a run.
 
-    tokens: that the student had been trained on
+    tokens: on which the student had been trained
     nll:    of the labels of the held-out rows, nats/token
-    kl:     KL(teacher || student) at T = 1; None where nothing was distilled
-    share:  of the run's whole fall of nll that was reached: 0 at its start, 1 at its end
+    kl:     KL(teacher || student) at T = 1, nats/token; None without distillation
+    agreement: top-1 agreement, in [0, 1]; None without distillation
+    share:  of the run's total fall of the NLL: 0 at the start, 1 at the end
     """
 
     step: int
@@ -33,14 +34,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Compute:
-    """What a run computed, in FLOP, beside pretraining its student.
+    """Compute of a run, in FLOP, compared with pretraining its student.
 
-    tokens:      that it trained on
-    teacher:     its forward; 0 where it stands on disk
-    student:     forward and backward
-    rule:        both by the rule of thumb, 2 N and 6 N a token
+    tokens:      on which the student was trained
+    teacher:     forward passes of the teacher; 0 with a teacher cache
+    student:     forward and backward passes of the student
+    rule:        both by the rule of thumb: 2 N and 6 N per token
     pretraining: of the student on `pretraining_tokens`, by the rule
-    share:       of both in it
+    share:       (teacher + student) / pretraining
     """
 
     tokens: int
@@ -54,11 +55,11 @@ class Compute:
 
 @dataclass(frozen=True)
 class Curve:
-    """A student's quality over its tokens, from one run's evaluations.
+    """Quality over tokens, from the evaluations of one run.
 
-    points:  in order
-    reached: share of the fall -> tokens after which it was there, on straight lines between points; of 4 or more
-    hint:    how to get more points, where there are few
+    points:  in the order of the steps
+    reached: share of the fall -> tokens after which it was reached, interpolated linearly; empty below 4 points
+    hint:    how to get more points; None if there are enough
     compute: see `Compute`
     """
 
@@ -69,23 +70,26 @@ class Curve:
 
 
 def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[float] = (0.5, 0.9, 0.95)) -> Curve:
-    """A run's quality over its tokens, and its operations.
+    """Return a run's quality over its tokens, and its compute.
 
     Args:
         run: see `open_run`.
-        pretraining_tokens: on which the student might have been trained instead.
+        pretraining_tokens: number of tokens of the pretraining that the compute is compared with.
         shares: for `reached`.
 
     Raises:
-        DistillError: the run has fewer than two evaluations, or is a chain's, whose stages are runs of their own.
+        DistillError: the run has fewer than two evaluations, or has stages, which are separate runs.
     """
     if run.recipe.stages:
-        raise DistillError(f"{run.folder} is a chain: give one of its stages, such as {run.folder / 'stage-1'}.")
+        raise DistillError(
+            f"{run.folder} is a run with stages: give the folder of one of its stages, such as "
+            f"{run.folder / 'stage-1'}."
+        )
     evaluations = {line["step"]: line for line in run.logs() if "eval_perplexity" in line}
     if len(evaluations) < 2:
         raise DistillError(
             f"{run.folder / 'metrics.jsonl'} has {len(evaluations)} evaluations of a language model, and a curve needs "
-            "two: `hf-distill run RECIPE train.eval_strategy=steps train.eval_steps=N` writes more."
+            "at least two: `hf-distill run RECIPE train.eval_strategy=steps train.eval_steps=N` writes more."
         )
     nll = {step: log(line["eval_perplexity"]) for step, line in sorted(evaluations.items())}
     first, last = nll[min(nll)], nll[max(nll)]
@@ -104,45 +108,45 @@ def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[floa
     hint = None
     if len(points) < 4:
         hint = (
-            f"{len(points)} evaluations are two ends and little between: set train.eval_strategy=steps and "
-            "train.eval_steps in the recipe for a curve."
+            f"{len(points)} evaluations are too few for a curve: set train.eval_strategy=steps and train.eval_steps in "
+            "the recipe to get at least 4."
         )
     tokens = trained_tokens(run, max(nll))
-    return Curve(
-        points, {} if hint else _reached(points, shares), hint, compute(run.recipe, tokens, pretraining_tokens)
-    )
+    reached = {} if hint else _tokens_at_shares(points, shares)
+    return Curve(points, reached, hint, compute(run.recipe, tokens, pretraining_tokens))
 
 
 def compute(recipe: Recipe, tokens: int, pretraining_tokens: float = 2e12) -> Compute:
-    """What a recipe computes over so many tokens, beside pretraining its student."""
-    sharded = recipe.train.fsdp or recipe.train.deepspeed or (recipe.teacher and recipe.teacher.fsdp)
-    found = plan(recipe, 8 if sharded else 1, 80.0, pretraining_tokens=pretraining_tokens)
-    student = found.student.training * tokens
-    teacher = found.cost.flop_per_token * tokens - student
-    rule = rule_of_thumb(found.teacher.parameters if teacher else 0, found.student.parameters, tokens).total
-    share = (teacher + student) / found.pretraining
-    return Compute(tokens, teacher, student, rule, pretraining_tokens, found.pretraining, share)
+    """Return the compute of a recipe over `tokens` training tokens, compared with pretraining its student."""
+    is_sharded = recipe.train.fsdp or recipe.train.deepspeed or (recipe.teacher and recipe.teacher.fsdp)
+    planned = plan(recipe, 8 if is_sharded else 1, 80.0, pretraining_tokens=pretraining_tokens)
+    student = planned.student.training * tokens
+    teacher = planned.cost.flop_per_token * tokens - student
+    rule = rule_of_thumb(planned.teacher.parameters if teacher else 0, planned.student.parameters, tokens).total
+    share = (teacher + student) / planned.pretraining
+    return Compute(tokens, teacher, student, rule, pretraining_tokens, planned.pretraining, share)
 
 
 def trained_tokens(run: Run, steps: int) -> int:
-    """Tokens that a run's student had been trained on after so many steps."""
+    """Return the number of tokens on which a run's student had been trained after `steps` optimizer steps."""
     return round(steps * _tokens_per_step(run))
 
 
 def _tokens_per_step(run: Run) -> float:
-    """Tokens of a global batch: rows times their mean length, as the run's evidence has it."""
-    train, facts = run.recipe.train, run.results
+    """Return the tokens of a global batch: rows times their mean length, from results.json."""
+    train, results = run.recipe.train, run.results
     rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1)
-    processes: Any = facts.get("environment", {}).get("processes", 1)
-    return rows * processes * facts.get("data", {}).get("tokens_per_row", run.recipe.data.max_length)
+    processes: Any = results.get("environment", {}).get("processes", 1)
+    return rows * processes * results.get("data", {}).get("tokens_per_row", run.recipe.data.max_length)
 
 
-def _reached(points: Sequence[Point], shares: Sequence[float]) -> dict[float, int]:
-    found = {}
+def _tokens_at_shares(points: Sequence[Point], shares: Sequence[float]) -> dict[float, int]:
+    """Interpolate after how many tokens each share of the fall was reached."""
+    reached = {}
     for share in shares:
         for before, after in pairwise(points):
             if after.share >= share:
-                part = (share - before.share) / (after.share - before.share)
-                found[share] = round(before.tokens + part * (after.tokens - before.tokens))
+                fraction = (share - before.share) / (after.share - before.share)
+                reached[share] = round(before.tokens + fraction * (after.tokens - before.tokens))
                 break
-    return found
+    return reached

@@ -1,4 +1,4 @@
-"""Why a distillation is worse than it should be."""
+"""Diagnosis of a distillation: measurements of teacher and student, and the failure modes that they show."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from .agreement import Agreement, agreement_of
 from .closeness import NO_REFERENCES, References
 from .model_pair import ModelPair
 from .tokenizer_check import TokenizerCheck, check_ids, roundtrip
-from .trend import LINES, kl_trend_of, trend_of
-from .verdicts import KL_INCREASED, OF_TEACHING, OF_TRAINING, DiagnosisInputs, Verdict, verdicts
+from .trend import MIN_LOG_LINES, kl_trend_of, trend_of
+from .verdicts import KL_INCREASED, TEACHER_VERDICTS, TRAINING_VERDICTS, DiagnosisInputs, Verdict, verdicts
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was measured of a pair, and what it means.
+    """Measurements of teacher and student, and the verdicts derived from them.
 
     agreement:     see `Agreement`
-    tokenizer:     None: the pair has none
-    verdicts:      failures by name; none of a smoke run
-    not_looked_at: what could not be judged, and why
-    conclusion:    what was found, or that the run could not be judged because checks were skipped; of a smoke run that
-                   it is one
-    references:    the student before training, and the control; None: not given
-    smoke:         of a smoke run, a sentence that says so; None: it is none
+    tokenizer:     None if the pair has no tokenizer
+    verdicts:      failure modes by name; empty for a smoke run
+    not_looked_at: checks that could not be made, each with the reason
+    conclusion:    the failures, or that none was found, or that the run cannot be judged because checks were skipped;
+                   for a smoke run, that it is one
+    references:    metrics of the initial student and of the control; None if not given
+    smoke:         for a smoke run, a sentence that states it; else None
     """
 
     agreement: Agreement
@@ -43,23 +43,25 @@ def diagnose(
     logs: Sequence[Mapping[str, Any]] = (),
     references: References | None = None,
 ) -> Diagnosis:
-    """Compare student and teacher over held-out tokens, in one forward of each, and name what went wrong.
+    """Compare student and teacher over held-out tokens, with one forward pass of each, and name failure modes.
 
     Args:
-        pair: see `ModelPair.of_run`; its objective is the one that the student was trained with, alpha 0 if none was.
-        tokens: until so many were asked; None: all.
-        logs: lines of the training's log (`run.logs()`); without them nothing is said of its course.
-        references: the student before training, and the control (`References.of_evidence`); without them the student
-            is compared with a unigram baseline and a uniform distribution alone.
+        pair: see `ModelPair.of_run`; its objective is the one that the student was trained with, with alpha 0 for a
+            student that was trained without a teacher.
+        tokens: number of target tokens after which no further batch is read; None reads all rows.
+        logs: lines of the training log (`run.logs()`); without them no verdict on the training is made.
+        references: metrics of the initial student and of the control (`References.of_evidence`); without them the
+            student is compared only with the unigram baseline and a uniform distribution.
 
     Raises:
-        DistillError: the slice is empty, a model is missing or broken, or the rows have ids that it lacks.
+        DistillError: the held-out rows have no target token, a model is missing or has NaN logits, or the rows have ids
+            that a model lacks.
     """
     if pair.teacher is None or pair.student is None:
-        lacks = "teacher" if pair.teacher is None else "student"
-        raise DistillError(f"There is no {lacks} to diagnose: a pair of both is compared.")
+        missing = "teacher" if pair.teacher is None else "student"
+        raise DistillError(f"There is no {missing} to diagnose: a diagnosis compares a teacher and a student.")
     check_ids(pair)
-    facts = DiagnosisInputs(
+    inputs = DiagnosisInputs(
         agreement_of(pair, tokens),
         pair.temperature,
         pair.alpha,
@@ -69,41 +71,43 @@ def diagnose(
         kl_trend_of(logs),
     )
     shift = model_type_of(pair.student).shifts_labels
-    found = verdicts(facts) if pair.smoke is None else []
-    names = [one.name for one in found]
-    skipped = [*_unknown(facts, {*names}, shift)]
-    if references is not None and facts.alpha and (references.before is None or references.before.kl is None):
-        skipped.append("far_from_teacher, against the student before training: no KL of it was measured")
+    failures = verdicts(inputs) if pair.smoke is None else []
+    names = [verdict.name for verdict in failures]
+    skipped = [*_skipped_checks(inputs, {*names}, shift)]
+    if references is not None and inputs.alpha and (references.before is None or references.before.kl is None):
+        skipped.append("far_from_teacher, compared with the initial student: its KL was not measured")
     conclusion = _conclusion(names, skipped)
     if pair.smoke is not None:
-        conclusion = f"{pair.smoke} Its figures mean nothing, so its quality is not judged."
-    return Diagnosis(facts.agreement, facts.tokenizer, found, skipped, conclusion, references, pair.smoke)
+        conclusion = f"{pair.smoke} Its metrics are not meaningful, so its quality is not judged."
+    return Diagnosis(inputs.agreement, inputs.tokenizer, failures, skipped, conclusion, references, pair.smoke)
 
 
-def _unknown(facts: DiagnosisInputs, named: set[str], shift: bool) -> Iterator[str]:
-    if not facts.alpha:
-        yield f"{', '.join(OF_TEACHING)}: alpha is 0, so the student heard no teacher"
-    if facts.trend is None:
-        kl = [KL_INCREASED] if facts.alpha and facts.kl_trend is None else []
-        names = ", ".join([*OF_TRAINING, *kl])
-        yield f"{names}: fewer than {LINES} lines of the training's log; lower train.logging_steps"
-    elif not (named & {*OF_TRAINING} or facts.trend.at_end.falls or facts.trend.at_end.flat):
-        yield f"{', '.join(OF_TRAINING)}: the loss is too noisy to tell whether it still fell; log more steps a line"
+def _skipped_checks(inputs: DiagnosisInputs, failures: set[str], shift: bool) -> Iterator[str]:
+    """Name the checks that could not be made, each with the reason."""
+    if not inputs.alpha:
+        yield f"{', '.join(TEACHER_VERDICTS)}: alpha is 0, so the student was trained without the teacher's logits"
+    if inputs.trend is None:
+        kl = [KL_INCREASED] if inputs.alpha and inputs.kl_trend is None else []
+        names = ", ".join([*TRAINING_VERDICTS, *kl])
+        yield f"{names}: the training log has fewer than {MIN_LOG_LINES} lines; lower train.logging_steps"
+    elif not (failures & {*TRAINING_VERDICTS} or inputs.trend.at_end.falls or inputs.trend.at_end.flat):
+        names = ", ".join(TRAINING_VERDICTS)
+        yield f"{names}: the loss is too noisy to decide whether it was still falling; raise train.logging_steps"
     if not shift:
-        yield "a wrong shift: this kind of model predicts in place"
-    elif len(facts.agreement.kl_at) < 2:
-        yield "a wrong shift: no two tokens that stand side by side are asked"
+        yield "a wrong shift: this type of model predicts each label at its own position"
+    elif len(inputs.agreement.kl_at) < 2:
+        yield "a wrong shift: no two target tokens are adjacent"
 
 
-def _conclusion(names: Sequence[str], skipped: Sequence[str]) -> str:
-    """One sentence on the whole run.
+def _conclusion(failures: Sequence[str], skipped: Sequence[str]) -> str:
+    """Return one sentence on the whole run.
 
     Args:
-        names: of the verdicts.
-        skipped: checks that could not be made, and why.
+        failures: names of the verdicts.
+        skipped: checks that could not be made, each with the reason.
     """
-    if names:
-        return f"{len(names)} failure{'s' if len(names) > 1 else ''} found: {', '.join(names)}."
+    if failures:
+        return f"{len(failures)} failure{'s' if len(failures) > 1 else ''} found: {', '.join(failures)}."
     if skipped:
-        return "The run could not be judged: the checks that were made found nothing wrong, and others were skipped."
-    return "Nothing was found to be wrong."
+        return "The run could not be judged: the checks that were made found no failure, and other checks were skipped."
+    return "No failure was found."

@@ -1,4 +1,4 @@
-"""What a student kept of its teacher, task by task, beside the student before and the control on hard labels."""
+"""Retention: a student's scores on evaluation tasks relative to its teacher's, with the initial student and control."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +15,12 @@ from .lm_eval_tasks import EvalTask, load_tasks, per_example_scores
 from .model_pair import ModelPair, load_model
 
 MODELS = ("teacher", "before", "student", "control")
-_RESAMPLES = 1000
+_NUM_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Score:
-    """A model on a task: its score and the standard error of it."""
+    """A model's score on a task, and its standard error."""
 
     value: float
     stderr: float
@@ -28,9 +28,10 @@ class Score:
 
 @dataclass(frozen=True)
 class RelativeScore:
-    """Percent of the teacher's score, and the 95 % interval of a bootstrap over examples.
+    """Percent of the teacher's score, with the 95 % interval of a bootstrap over examples.
 
-    score / teacher's, or teacher's / score where less is better. A model and its teacher are resampled together.
+    score / teacher's score, or teacher's score / score where lower is better. A model and its teacher are resampled
+    together.
     """
 
     percent: float
@@ -40,10 +41,10 @@ class RelativeScore:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task.
+    """Scores of all models on one task.
 
     scores: model -> `Score`
-    kept:   model -> `RelativeScore`; None where the teacher scores 0, of which nothing can be kept
+    kept:   model -> `RelativeScore`; None if the teacher scores 0, so that the ratio is undefined
     """
 
     task: str
@@ -57,9 +58,9 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Retention:
-    """All tasks, and means over the tasks of a category: category -> model -> `RelativeScore`.
+    """Scores on all tasks, and means over the tasks of a category: category -> model -> `RelativeScore`.
 
-    limit: examples of each task at most; None: all
+    limit: maximum number of examples of each task; None: all
     """
 
     tasks: list[TaskScore]
@@ -77,34 +78,36 @@ def retention(
     known: dict[str, dict[str, list]] | None = None,
     on_model: Callable[[str, dict], None] = lambda name, values: None,
 ) -> Retention:
-    """Score models on tasks of the lm-evaluation-harness, against the teacher.
+    """Score models on tasks of the lm-evaluation-harness, relative to the teacher.
 
     Args:
-        models: "teacher" and others, name -> a function that loads the model; one is held at a time.
-        tokenizer: of all of them.
+        models: name -> function that loads the model; "teacher" is among them. One model is in memory at a time.
+        tokenizer: of all models.
         tasks: see `load_tasks`.
-        limit: examples of each task at most.
+        limit: maximum number of examples of each task.
         batch_size: of the harness.
         seed: of the bootstrap.
-        known: values that were found before, model -> task -> those of the examples; they are not taken again.
-        on_model: told each model's values once they are there.
+        known: scores of an earlier evaluation, model -> task -> values of the examples; these are not computed again.
+        on_model: called with a model's name and scores when they are complete.
 
     Raises:
-        DistillError: there is no teacher among them, or a model predicts no next token.
+        DistillError: there is no teacher among the models, or a model is not a causal language model.
     """
     if "teacher" not in models:
-        raise DistillError(f"Models are {', '.join(models)}: what is kept is told against a teacher.")
+        raise DistillError(
+            f"The models are {', '.join(models)}: add the teacher, because scores are relative to the teacher's."
+        )
     values = {name: dict((known or {}).get(name, {})) for name in models}
-    for name, make in models.items():
+    for name, load in models.items():
         if missing := [task for task in tasks if task.name not in values[name]]:
-            values[name] |= per_example_scores(make(), tokenizer, missing, limit, batch_size)
+            values[name] |= per_example_scores(load(), tokenizer, missing, limit, batch_size)
         on_model(name, values[name])
-    scored, draws = [], {}
+    scores, resamples = [], {}
     for task in tasks:
-        of_task = {name: values[name][task.name] for name in models}
-        found, draws[task.name] = _scored(task, of_task, seed)
-        scored.append(found)
-    return Retention(scored, _by_category(scored, draws), limit)
+        task_values = {name: values[name][task.name] for name in models}
+        task_score, resamples[task.name] = _score_task(task, task_values, seed)
+        scores.append(task_score)
+    return Retention(scores, _by_category(scores, resamples), limit)
 
 
 def retention_of(
@@ -116,98 +119,102 @@ def retention_of(
     batch_size: int = 8,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> Retention:
-    """What the student of a run kept; leaves RUN/retention.json, and goes on with one that was cut off.
+    """Score the models of a run and write RUN/retention.json; an interrupted evaluation continues.
 
     Args:
         run: see `open_run`.
-        names: of tasks; None: all of the folder, or the packaged ones.
-        folder: of YAML tasks of one's own.
+        names: of tasks; None: all tasks of the folder, or the packaged ones.
+        folder: of custom tasks in YAML.
         models: of teacher, before, student, control; None: all that the run has.
-        limit: examples of each task at most.
+        limit: maximum number of examples of each task.
         batch_size: of the harness.
-        on_stage: told in a few words what begins.
+        on_stage: called with a short description of each stage as it begins.
 
     Raises:
         DistillError: see `load_tasks`, `ModelPair.of_run`.
     """
     tasks = load_tasks(names, folder)
-    wanted = [*(models or [m for m in MODELS if m != "control" or run.has("control")])]
-    if unknown := [name for name in wanted if name not in MODELS]:
-        raise DistillError(f"Models are {', '.join(MODELS)}; got {', '.join(unknown)}.")
-    if "control" in wanted:
+    requested = [*(models or [m for m in MODELS if m != "control" or run.has("control")])]
+    if unknown := [name for name in requested if name not in MODELS]:
+        raise DistillError(f"Unknown model {', '.join(unknown)}: possible models are {', '.join(MODELS)}.")
+    if "control" in requested:
         run.path("control")
     pair = ModelPair.of_run(run, on_stage=on_stage)
-    makers: dict[str, Callable[[], Any]] = {
+    loaders: dict[str, Callable[[], Any]] = {
         "teacher": lambda: pair.teacher,
         "before": lambda: student_before(run, pair.teacher).to(pair.device),
         "student": lambda: pair.student,
         "control": lambda: load_model(run.path("control"), pair.device),
     }
     file = run.folder / "retention.json"
-    before = read_json(file)
-    known = before.get("values", {}) if before.get("limit") == limit else {}
+    saved = read_json(file)
+    known = saved.get("values", {}) if saved.get("limit") == limit else {}
 
-    def make(name: str) -> Callable[[], Any]:
-        def maker() -> Any:
+    def loader(name: str) -> Callable[[], Any]:
+        def load() -> Any:
             on_stage(f"{name}: {', '.join(task.name for task in tasks)}")
-            return makers[name]()
+            return loaders[name]()
 
-        return maker
+        return load
 
-    def keep(name: str, values: dict) -> None:
+    def save(name: str, values: dict) -> None:
         known[name] = known.get(name, {}) | values
         write_json(file, {"limit": limit, "values": known})
 
-    found = retention({name: make(name) for name in wanted}, pair.tokenizer, tasks, limit, batch_size, 0, known, keep)
-    write_json(file, asdict(found) | {"values": known})
-    return found
+    result = retention(
+        {name: loader(name) for name in requested}, pair.tokenizer, tasks, limit, batch_size, 0, known, save
+    )
+    write_json(file, asdict(result) | {"values": known})
+    return result
 
 
-def _scored(task: EvalTask, values: Mapping[str, list], seed: int) -> tuple[TaskScore, dict[str, np.ndarray]]:
-    """A task's scores, and for each model what it kept in each resample."""
+def _score_task(task: EvalTask, values: Mapping[str, list], seed: int) -> tuple[TaskScore, dict[str, np.ndarray]]:
+    """Return a task's scores, and model -> share of the teacher's score in each resample."""
     count = len(values["teacher"])
-    order = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, count))
+    samples = np.random.default_rng(seed).integers(0, count, (_NUM_RESAMPLES, count))
     scores: dict[str, Score] = {}
-    draws: dict[str, np.ndarray] = {}
-    for name, own in values.items():
-        drawn = np.array([task.aggregate([own[i] for i in row]) for row in order], dtype=float)
-        plain = all(isinstance(value, int | float) for value in own)
-        stderr = np.std(own, ddof=1) / np.sqrt(count) if plain and count > 1 else drawn.std()
-        scores[name], draws[name] = Score(float(task.aggregate(own)), float(stderr)), drawn
-    kept: dict[str, RelativeScore | None] = {}
+    resampled: dict[str, np.ndarray] = {}
+    for name, examples in values.items():
+        resampled[name] = np.array([task.aggregate([examples[i] for i in row]) for row in samples], dtype=float)
+        is_numeric = all(isinstance(value, int | float) for value in examples)
+        stderr = np.std(examples, ddof=1) / np.sqrt(count) if is_numeric and count > 1 else resampled[name].std()
+        scores[name] = Score(float(task.aggregate(examples)), float(stderr))
+    relative: dict[str, RelativeScore | None] = {}
     shares: dict[str, np.ndarray] = {}
     for name in values:
         if name == "teacher":
             continue
         if scores["teacher"].value == 0:
-            kept[name] = None
+            relative[name] = None
             continue
-        shares[name] = _share(draws[name], draws["teacher"], task.higher_is_better)
-        whole = _share(np.array([scores[name].value]), np.array([scores["teacher"].value]), task.higher_is_better)
-        kept[name] = _kept(float(whole[0]), shares[name])
-    found = TaskScore(task.name, task.category, task.metric, task.higher_is_better, count, scores, kept)
-    return found, shares
+        shares[name] = _share(resampled[name], resampled["teacher"], task.higher_is_better)
+        student, teacher = np.array([scores[name].value]), np.array([scores["teacher"].value])
+        share = _share(student, teacher, task.higher_is_better)
+        relative[name] = _relative_score(float(share[0]), shares[name])
+    result = TaskScore(task.name, task.category, task.metric, task.higher_is_better, count, scores, relative)
+    return result, shares
 
 
-def _share(own: np.ndarray, teacher: np.ndarray, higher_is_better: bool) -> np.ndarray:
-    """Share of the teacher's score, NaN where there is nothing to divide by."""
-    above, below = (own, teacher) if higher_is_better else (teacher, own)
+def _share(scores: np.ndarray, teacher_scores: np.ndarray, higher_is_better: bool) -> np.ndarray:
+    """Return the share of the teacher's score; NaN where the divisor is 0."""
+    above, below = (scores, teacher_scores) if higher_is_better else (teacher_scores, scores)
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
-def _kept(share: float, draws: np.ndarray) -> RelativeScore:
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
+def _relative_score(share: float, resampled_shares: np.ndarray) -> RelativeScore:
+    low, high = np.nanpercentile(resampled_shares, [2.5, 97.5])
     return RelativeScore(100 * share, 100 * float(low), 100 * float(high))
 
 
-def _by_category(tasks: Sequence[TaskScore], draws: Mapping[str, Mapping[str, np.ndarray]]) -> dict:
-    """Means over the tasks of each category; tasks of which nothing can be kept are left out."""
-    found: dict[str, dict[str, RelativeScore]] = {}
+def _by_category(tasks: Sequence[TaskScore], resamples: Mapping[str, Mapping[str, np.ndarray]]) -> dict:
+    """Return means over the tasks of each category; tasks without a relative score are left out."""
+    categories: dict[str, dict[str, RelativeScore]] = {}
     for category in dict.fromkeys(task.category for task in tasks):
         for name in dict.fromkeys(name for task in tasks for name in task.kept):
-            own = [task for task in tasks if task.category == category and task.kept.get(name) is not None]
-            if own:
-                percents = [kept.percent for task in own if (kept := task.kept[name]) is not None]
-                together = np.mean([draws[task.task][name] for task in own], axis=0)
-                found.setdefault(category, {})[name] = _kept(float(np.mean(percents)) / 100, together)
-    return found
+            scored = [task for task in tasks if task.category == category and task.kept.get(name) is not None]
+            if scored:
+                percents = [score.percent for task in scored if (score := task.kept[name]) is not None]
+                shares = np.mean([resamples[task.task][name] for task in scored], axis=0)
+                mean = _relative_score(float(np.mean(percents)) / 100, shares)
+                categories.setdefault(category, {})[name] = mean
+    return categories

@@ -1,4 +1,4 @@
-"""The student as it was before its run."""
+"""The student of a run as it was before training."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from ..runner.run_results import Run
 
 
 def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
-    """The student that a run began with: the blocks of its teacher that it kept, or a model as published.
+    """Return the student before training: the blocks that were kept of its teacher, or a published model.
 
     Args:
         run: see `open_run`.
-        teacher: from which the student was cut; not needed where it was a model of its own.
+        teacher: the model that the student was cut from; not needed if the student began as a published model.
 
     Raises:
-        DistillError: the run's evidence does not say which blocks were kept.
+        DistillError: results.json does not contain which blocks were kept.
     """
     spec, donor = run.recipe.student, teacher
     if spec.from_teacher is None or donor is None:
@@ -29,9 +29,9 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
     layers = run.results.get("student", {}).get("layers_kept")
     if layers is None:
         raise DistillError(
-            f"{run.folder / 'results.json'} does not say which blocks the student kept: `hf-distill run RECIPE "
-            "--resume` ends the run, and writes it."
+            f"{run.folder / 'results.json'} does not contain which blocks the student kept (student.layers_kept): "
+            "`hf-distill run RECIPE --resume` completes the run and writes it."
         )
-    whole: Any = donor
-    student = cut_student(whole, layers).to(next(whole.parameters()).dtype)
+    full_model: Any = donor
+    student = cut_student(full_model, layers).to(next(full_model.parameters()).dtype)
     return student.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Two models over held-out rows, one forward of each: what every analysis of distributions looks at."""
+"""A teacher and a student with held-out rows: the input of every analysis that compares distributions."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,13 +24,13 @@ from ..runner.teacher_only import load_teacher_and_data
 
 @dataclass(frozen=True)
 class PairBatch:
-    """A batch and what the models say of its T asked tokens.
+    """A batch with both models' logits of its T target tokens.
 
     inputs:  the collator's batch
-    targets: the asked tokens
-    teacher: `.project(rows)` makes logits [t, V] of some of them; None: there is no such model
-    student: the same of the student
-    source:  [T] of a mixture: the index of each token's source; else None
+    targets: the target tokens
+    teacher: teacher logits; `.project(rows)` returns those of some tokens, [t, V]; None without a teacher
+    student: student logits, in the same form; None without a student
+    source:  [T] index of each token's source in a mixture; else None
     """
 
     inputs: dict[str, Tensor]
@@ -42,18 +42,18 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models and held-out rows to compare them on, made by `ModelPair.of_run` or `ModelPair.of_recipe`.
+    """Two models and the held-out rows to compare them on; made by `ModelPair.of_run` or `ModelPair.of_recipe`.
 
-    teacher:     a model; None: there is none
-    student:     a model; None: there is none
+    teacher:     a model; None without a teacher
+    student:     a model; None without a student
     rows:        with `input_ids` and `labels`
-    collator:    rows to a batch
-    tokenizer:   of both
-    device:      where the rows go
+    collator:    makes a batch of rows
+    tokenizer:   of both models
+    device:      to which batches are moved
     batch_size:  rows of a batch
     sources:     names of a mixture's sources
-    temperature: of the objective, and its alpha and divergence
-    smoke:       of a smoke run, a sentence that says so; None: it is none, or a script's
+    temperature, alpha, divergence: of the objective
+    smoke:       for a smoke run, a sentence that states it; else None
     """
 
     teacher: nn.Module | None
@@ -71,16 +71,20 @@ class ModelPair:
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, on_stage: Callable[[str], None] = lambda text: None) -> "ModelPair":
-        """The teacher of a recipe over its held-out rows, without a student.
+        """Load the teacher of a recipe with its held-out rows, without a student.
+
+        Args:
+            recipe: see `load_recipe`.
+            on_stage: called with a short description of each stage as it begins.
 
         Raises:
-            DistillError: the recipe's teacher is the student itself, or is trained beside it.
+            DistillError: the recipe's teacher is the student itself, or is trained together with it.
         """
         spec = recipe.primary_teacher.source_teacher
         if spec.kind != "frozen":
             raise DistillError(
-                f"The recipe's teacher is of kind {spec.kind}, and has no model before the run: this needs a frozen "
-                "teacher, or a cached one with its source."
+                f"The recipe's teacher is of kind {spec.kind}, so it has no model before the run: use a recipe with a "
+                "frozen teacher, or with a cached teacher that has a source."
             )
         teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
         return cls(
@@ -100,79 +104,86 @@ class ModelPair:
     def of_run(
         cls, run: Run, name: str | None = "student", on_stage: Callable[[str], None] = lambda text: None
     ) -> "ModelPair":
-        """The teacher of a run, and a model that the run left, over its held-out rows.
+        """Load the teacher of a run and one of the models that the run saved, with the held-out rows.
 
         Args:
             run: see `open_run`.
-            name: "student" or "control"; None: the teacher alone.
-            on_stage: told in a few words what begins.
+            name: "student", "control" or the folder of a model; None loads the teacher only.
+            on_stage: called with a short description of each stage as it begins.
 
         Raises:
-            DistillError: that model is missing, or the run's teacher left no model.
+            DistillError: the model is missing, or the run saved no model of its teacher.
         """
         folder = None if name is None else run.path(name)
-        pair = cls.of_recipe(_with_teacher(run), on_stage)
+        pair = cls.of_recipe(_recipe_with_saved_teacher(run), on_stage)
         if folder is None:
             return pair
         on_stage(f"Loading {folder}")
         return pair.with_student(load_model(folder, pair.device))
 
     def with_student(self, student: nn.Module | None) -> "ModelPair":
-        """The same with another student."""
+        """Return a copy with another student."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return ModelPair(**values | {"student": student})
 
     def batches(self, tokens: int | None = 4096) -> Iterator[PairBatch]:
-        """One forward of both models, batch by batch, until so many tokens were asked (None: of all rows).
+        """Yield batches with one forward pass of both models each, until there were `tokens` target tokens.
+
+        Args:
+            tokens: number of target tokens after which no further batch is read; None reads all rows.
 
         Raises:
-            DistillError: no token is asked: the slice is empty.
+            DistillError: the held-out rows have no target token.
         """
-        found, rows = 0, iter(self.rows)
+        num_targets, rows = 0, iter(self.rows)
         model: Any = self.teacher if self.student is None else self.student
         shift = model_type_of(model).shifts_labels
-        while (tokens is None or found < tokens) and (batch := [*islice(rows, self.batch_size)]):
+        while (tokens is None or num_targets < tokens) and (batch := [*islice(rows, self.batch_size)]):
             inputs = {name: value.to(self.device) for name, value in self.collator(batch).items()}
             source = inputs.pop("source", None)
             targets = Targets.from_batch(inputs, shift)
             if len(targets):
-                found += len(targets)
-                of_tokens = source.flatten()[targets.positions] if self.sources and source is not None else None
-                teacher, student = _said(self.teacher, inputs, targets), _said(self.student, inputs, targets)
-                yield PairBatch(inputs, targets, teacher, student, of_tokens)
-        if not found:
+                num_targets += len(targets)
+                token_source = source.flatten()[targets.positions] if self.sources and source is not None else None
+                teacher, student = (_logits(model, inputs, targets) for model in (self.teacher, self.student))
+                yield PairBatch(inputs, targets, teacher, student, token_source)
+        if not num_targets:
             raise DistillError(
-                "The held-out slice is empty: no token of it is asked. Set data.eval.holdout or data.eval.path in the "
-                "recipe, and raise data.eval.max_rows."
+                "The held-out rows are empty: they have no target token. Set data.eval.holdout or data.eval.path in "
+                "the recipe, and raise data.eval.max_rows."
             )
 
 
 def load_model(folder: str | Path, device: torch.device) -> nn.Module:
-    """A model that a run left, adapters on their base included, in eval mode."""
+    """Load a model that a run saved, adapters with their base model, in eval mode."""
     return AutoModelForCausalLM.from_pretrained(str(folder)).to(device).requires_grad_(False).eval()
 
 
-def _said(model: nn.Module | None, inputs: dict, targets: Targets) -> LazyLogits | DenseLogits | None:
+def _logits(model: nn.Module | None, inputs: dict, targets: Targets) -> LazyLogits | DenseLogits | None:
+    """Run a model in eval mode and return its logits of the target tokens; None without a model."""
     if model is None:
         return None
     with eval_mode(model):
-        source: Any = extract_signals(model, inputs, targets, {}).logits
-    return source
+        logits: Any = extract_signals(model, inputs, targets, {}).logits
+    return logits
 
 
-def _with_teacher(run: Run) -> Recipe:
-    """The run's recipe with the teacher as the run left it, where it moved."""
-    kept = {"online": "peer", "mutual": "peer", "ema": "ema"}
+def _recipe_with_saved_teacher(run: Run) -> Recipe:
+    """Return the run's recipe; a teacher that changed during training is replaced by the model that the run saved."""
+    folders = {"online": "peer", "mutual": "peer", "ema": "ema"}
     kind = run.recipe.primary_teacher.source_teacher.kind
     if kind == "frozen":
         return run.recipe
-    if kind not in kept:
-        raise DistillError(f"The teacher of {run.folder} is of kind {kind}, which leaves no model to compare with.")
+    if kind not in folders:
+        raise DistillError(
+            f"The teacher of {run.folder} is of kind {kind}, which saves no model, so the student cannot be compared "
+            f"with it. Runs with a frozen teacher, or one of kind {', '.join(folders)}, can be compared."
+        )
     if kind == "ema" and not run.has("ema"):
         raise DistillError(f"{run.folder / 'ema'} is missing: a run with export=ema writes it.")
     from ..recipe.load import validate
 
-    teacher = {"kind": "frozen", "model": str(run.path(kept[kind]))}
+    teacher = {"kind": "frozen", "model": str(run.path(folders[kind]))}
     values = run.recipe.model_dump(exclude_none=True)
     student = {"model": str(run.path("student"))}
     return validate(

@@ -1,4 +1,4 @@
-"""The folder of a search: a JSON file of what is known, whole at any moment, and the checkpoints to go on from."""
+"""The folder of a temperature search: a JSON file of all measurements, written atomically, and the checkpoints."""
 
 import shutil
 from contextlib import suppress
@@ -14,51 +14,59 @@ from .successive_halving import Candidate, Rung
 FILE = "temperature.json"
 
 
-def load_or_create(place: Path, asked: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
-    """The candidates as a search before left them, or as they are given.
+def load_or_create(folder: Path, settings: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
+    """Return the candidates with the rungs of an interrupted search, or the grid of a new search.
+
+    Args:
+        folder: of the search.
+        settings: recipe, criterion and eta; an interrupted search must have the same.
+        grid: the candidates without rungs.
 
     Raises:
-        DistillError: the folder is that of another search.
+        DistillError: the folder contains another search.
     """
-    before = read_json(place / FILE)
-    with damage_reported(place / FILE):
-        return _known(place, before, asked, grid)
+    saved = read_json(folder / FILE)
+    with damage_reported(folder / FILE):
+        return _restore(folder, saved, settings, grid)
 
 
-def _known(place: Path, before: dict[str, Any], asked: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
-    """The candidates with the rungs that the file has of them."""
-    if not before and place.is_dir() and any(place.iterdir()):
-        raise DistillError(f"{place} holds files and no {FILE}: choose another folder with -o.")
-    if not before or not any(c["rungs"] for c in before["candidates"]):
-        place.mkdir(parents=True, exist_ok=True)
-        save_search(place, asked, grid)
+def _restore(folder: Path, saved: dict[str, Any], settings: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
+    """Return the candidates with the rungs that the file has of them."""
+    if not saved and folder.is_dir() and any(folder.iterdir()):
+        raise DistillError(f"{folder} contains files but no {FILE}: choose another folder with -o.")
+    if not saved or not any(c["rungs"] for c in saved["candidates"]):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_search(folder, settings, grid)
         return grid
-    known = {(c["temperature"], c["alpha"]): c for c in before["candidates"]}
-    differ = [key for key in asked if before[key] != asked[key]]
-    if {*known} != {(c.temperature, c.alpha) for c in grid}:
-        differ.append("the grid")
-    if differ:
+    saved_candidates = {(c["temperature"], c["alpha"]): c for c in saved["candidates"]}
+    differences = [key for key in settings if saved[key] != settings[key]]
+    if {*saved_candidates} != {(c.temperature, c.alpha) for c in grid}:
+        differences.append("the grid")
+    if differences:
+        verb = "differs" if len(differences) == 1 else "differ"
         raise DistillError(
-            f"{place} holds another search: {', '.join(differ)} differ. Remove it, or choose another folder with -o."
+            f"{folder} contains another search: {', '.join(differences)} {verb}. Remove the folder, or choose another "
+            "one with -o."
         )
     for candidate in grid:
-        candidate.rungs.extend(Rung(**rung) for rung in known[candidate.temperature, candidate.alpha]["rungs"])
+        rungs = saved_candidates[candidate.temperature, candidate.alpha]["rungs"]
+        candidate.rungs.extend(Rung(**rung) for rung in rungs)
     return grid
 
 
-def save_search(place: Path, asked: dict[str, Any], candidates: list[Candidate]) -> None:
-    """Write what is known; then no earlier checkpoint is needed."""
-    write_json(place / FILE, asked | {"candidates": [asdict(c) for c in candidates]})
+def save_search(folder: Path, settings: dict[str, Any], candidates: list[Candidate]) -> None:
+    """Write all measurements, then delete the checkpoints of earlier rungs."""
+    write_json(folder / FILE, settings | {"candidates": [asdict(c) for c in candidates]})
     for candidate in candidates:
         for rung in candidate.rungs[:-1]:
-            shutil.rmtree(place / candidate.name / f"checkpoint-{rung.step}", ignore_errors=True)
+            shutil.rmtree(folder / candidate.name / f"checkpoint-{rung.step}", ignore_errors=True)
 
 
-def delete_checkpoints(place: Path, candidates: list[Candidate], kept: list[Candidate]) -> None:
-    """Remove the checkpoints of candidates that are not kept."""
+def delete_checkpoints(folder: Path, candidates: list[Candidate], remaining: list[Candidate]) -> None:
+    """Delete the checkpoints of candidates that are not in `remaining`."""
     for candidate in candidates:
-        if candidate not in kept:
-            for checkpoint in checkpoints_of(place / candidate.name):
+        if candidate not in remaining:
+            for checkpoint in checkpoints_of(folder / candidate.name):
                 shutil.rmtree(checkpoint, ignore_errors=True)
-            with suppress(OSError):  # it is not there, or holds files of someone else
-                (place / candidate.name).rmdir()
+            with suppress(OSError):  # the folder does not exist, or contains files of others
+                (folder / candidate.name).rmdir()

@@ -1,4 +1,4 @@
-"""Successive halving (1502.07943): all candidates train a little, the better ones go on, one trains to the end."""
+"""Successive halving (1502.07943): all candidates train briefly, the better ones continue, one trains to the end."""
 
 from dataclasses import dataclass
 from math import inf, isnan, log
@@ -8,11 +8,11 @@ from ..errors import DistillError
 
 @dataclass(frozen=True)
 class Rung:
-    """A candidate after some steps, on the held-out rows.
+    """A candidate's metrics on the held-out rows after some steps.
 
     nll:       of the labels, nats/token
-    kl:        KL(teacher || student) at T = 1, nats/token; None: of a cache that does not hold whole distributions
-    agreement: how often both models' likeliest id is the same, in [0, 1]; None with `kl`
+    kl:        KL(teacher || student) at T = 1, nats/token; None for a cache without full distributions
+    agreement: top-1 agreement, in [0, 1]; None if `kl` is
     """
 
     step: int
@@ -21,14 +21,14 @@ class Rung:
     agreement: float | None
 
     def value(self, by: str) -> float:
-        """Of "nll" or "kl"; infinite where training diverged, so that it loses."""
-        found = self.nll if by == "nll" else self.kl
-        return inf if found is None or isnan(found) else found
+        """Return "nll" or "kl"; infinite if training diverged, so that the candidate ranks last."""
+        metric = self.nll if by == "nll" else self.kl
+        return inf if metric is None or isnan(metric) else metric
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A temperature and an alpha, and how far they came; `from_recipe`: they are the recipe's."""
+    """A temperature and an alpha, with their rungs so far; `from_recipe`: both are the recipe's values."""
 
     temperature: float
     alpha: float
@@ -37,48 +37,51 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the candidate's folder."""
         return f"t{self.temperature:g}-a{self.alpha:g}"
 
 
 def rungs(candidates: int, steps: int, eta: int = 2) -> list[tuple[int, int]]:
-    """(candidates that train, step up to which) of each rung; what was trained before is not trained again.
+    """Return (number of candidates, step up to which they train) of each rung; no step is trained twice.
 
-    The last rung has one candidate and all steps; each one before it eta times as many, and eta times fewer. Of 8
-    candidates at eta 2: 8 to 1/8, 4 to 1/4, 2 to 1/2, 1 to the end: as many steps as 2.5 whole runs. Where the number
-    of candidates is no power of eta, the first rung has a few more or less.
+    The last rung has one candidate and all steps; each earlier rung has eta times as many candidates and eta times
+    fewer steps. Example: 8 candidates with eta 2 train as 8 to 1/8, 4 to 1/4, 2 to 1/2 and 1 to the end of the steps.
+    This costs as many steps as 2.5 full runs. If the number of candidates is not a power of eta, the first rung has a
+    few more or fewer.
 
     Args:
-        candidates: how many there are.
-        steps: of a whole run.
-        eta: one of so many goes on.
+        candidates: number of candidates.
+        steps: of a full run.
+        eta: one of eta candidates continues.
 
     Raises:
-        DistillError: no candidate, an eta below 2, or too few steps for the first rung.
+        DistillError: there is no candidate, eta is below 2, or the first rung would have less than 2 steps.
     """
     if candidates < 1 or eta < 2:
-        raise DistillError(f"There are {candidates} candidates and eta is {eta}: at least 1, and at least 2.")
+        raise DistillError(
+            f"There are {candidates} candidates and eta is {eta}: give at least 1 candidate, and an eta of at least 2."
+        )
     count = max(round(log(candidates, eta)), int(candidates > 1))
     if steps < 2 * eta**count:
         raise DistillError(
             f"{steps} steps are too few for {candidates} candidates: the first of {count + 1} rungs would have "
             f"{steps / eta**count:.1f}. Set train.max_steps to {2 * eta**count} or more, or give fewer candidates."
         )
-    kept = [candidates, *(eta**i for i in reversed(range(count)))]
-    return [(number, round(steps / eta ** (count - i))) for i, number in enumerate(kept)]
+    sizes = [candidates, *(eta**i for i in reversed(range(count)))]
+    return [(size, round(steps / eta ** (count - i))) for i, size in enumerate(sizes)]
 
 
 def cost(plan: list[tuple[int, int]]) -> int:
-    """Steps of a whole search: each candidate goes on from where it was."""
-    before, total = 0, 0
+    """Return the steps of a full search, in which each candidate continues from its last rung."""
+    previous_step, total = 0, 0
     for count, step in plan:
-        total += count * (step - before)
-        before = step
+        total += count * (step - previous_step)
+        previous_step = step
     return total
 
 
 def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
-    """Those that came farthest first, of them the best first; ties fall to the other measure, then to the grid.
+    """Sort candidates by the steps they trained, then by the criterion; ties by the other metric, then by the grid.
 
     Args:
         candidates: in the order of the grid.
@@ -96,16 +99,21 @@ def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
 
 
 def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
-    """Those that no other beat in both NLL and KL at the step where they stopped (the Pareto front).
+    """Return the candidates that no other one beats in both NLL and KL at the step where they stopped.
 
-    More than the winner where the two disagree: one that was dropped may lead in the measure that did not decide.
+    There is more than the winner if the metrics disagree: a stopped candidate may lead in the metric that is not the
+    criterion.
     """
 
-    def beaten(candidate: Candidate) -> bool:
+    def is_dominated(candidate: Candidate) -> bool:
         last = candidate.rungs[-1]
-        own = (last.value("nll"), last.value("kl"))
-        met = [rung for other in candidates for rung in other.rungs if rung.step == last.step]
-        rivals = [(rung.value("nll"), rung.value("kl")) for rung in met]
-        return any(r != own and r[0] <= own[0] and r[1] <= own[1] for r in rivals)
+        metrics = (last.value("nll"), last.value("kl"))
+        rivals = [
+            (rung.value("nll"), rung.value("kl"))
+            for other in candidates
+            for rung in other.rungs
+            if rung.step == last.step
+        ]
+        return any(r != metrics and r[0] <= metrics[0] and r[1] <= metrics[1] for r in rivals)
 
-    return [candidate for candidate in candidates if not beaten(candidate)]
+    return [candidate for candidate in candidates if not is_dominated(candidate)]

@@ -1,4 +1,4 @@
-"""Which temperature and alpha serve a student: short runs of candidates, judged by what no candidate can change."""
+"""Search for temperature and alpha: short runs of candidates, judged by metrics that do not depend on the objective."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,18 +24,18 @@ from .successive_halving import Candidate, Rung, cost, pareto_front, ranked, run
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9)
-_KINDS = {"frozen", "cached", "adapter_base"}  # of teachers that one candidate leaves to the next as it found them
+_REUSABLE_KINDS = {"frozen", "cached", "adapter_base"}  # of teachers that training a candidate does not change
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search that is over.
+    """Result of a completed search.
 
-    candidates: the best first
-    pareto_front:      names of those that no other beat in both NLL and KL; see `halving.front`
-    by:         what they were judged by: "nll" or "kl"
-    steps:      that all of them took together; `runs`: the same in whole runs
-    overrides:  of the recipe: the winner's values
+    candidates:   the best first
+    pareto_front: names of the candidates that no other one beats in both NLL and KL; see `pareto_front`
+    by:           criterion: "nll" or "kl"
+    steps:        of all candidates together; `runs`: the same in full runs
+    overrides:    the winner's values as overrides of the recipe
     """
 
     folder: str
@@ -56,23 +56,23 @@ def find_temperature(
     folder: str | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> SearchResult:
-    """Search temperature and alpha by successive halving; goes on with a search that was cut off.
+    """Search temperature and alpha by successive halving; an interrupted search continues.
 
-    All candidates have the same seed, data order and schedule of the learning rate; each trains on from where its last
-    rung left it. They are judged on the held-out rows by the labels' negative log-likelihood or by KL at T = 1: the
-    objective itself changes with T, so its value tells nothing.
+    All candidates have the same seed, data order and learning rate schedule, and each continues from its last rung. The
+    criterion is the NLL of the labels or the KL at T = 1 on the held-out rows. The loss itself is no criterion, because
+    its scale changes with T.
 
     Args:
-        recipe: train.max_steps are those of the winner; its own temperature and alpha are always a candidate.
-        temperatures: None: 1, 2, 4, 8; times `alphas`, the grid.
+        recipe: its train.max_steps are the winner's; its temperature and alpha are always a candidate.
+        temperatures: None: 1, 2, 4, 8; the grid is each of them with each of `alphas`.
         alphas: None: 0.5, 0.9.
-        by: "nll", or "kl" where the teacher is to be copied, right or wrong.
-        eta: one of so many candidates goes on.
-        folder: of the search; None: the recipe's train.output_dir with "-temperature".
-        on_stage: told in a few words what begins.
+        by: "nll", or "kl" if the student should copy the teacher even where it is wrong.
+        eta: one of eta candidates continues.
+        folder: of the search; None: the recipe's train.output_dir with "-temperature" appended.
+        on_stage: called with a short description of each stage as it begins.
 
     Raises:
-        DistillError: a grid or recipe that cannot be searched, or a folder of another search.
+        DistillError: the grid or recipe cannot be searched, or the folder contains another search.
 
     Source: 1502.07943
     """
@@ -80,61 +80,60 @@ def find_temperature(
     grid = _grid(recipe, temperatures, alphas)
     plan = rungs(len(grid), recipe.train.max_steps, eta)
     args = arguments(recipe)
-    place = Path(folder or f"{recipe.train.output_dir}-temperature")
-    asked = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
-    found = run_on_main(lambda: load_or_create(place, asked, grid))
+    search_folder = Path(folder or f"{recipe.train.output_dir}-temperature")
+    settings = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
+    candidates = run_on_main(lambda: load_or_create(search_folder, settings, grid))
     with ExitStack() as stack:
-        run_on_main(lambda: stack.enter_context(lock_folder(place, "a search for a temperature")))
-        won = _winner(found, plan, asked, recipe, args, place, on_stage)
-        search = _result(found, plan, won, recipe, place, by)
-        run_on_main(partial(write_json, place / FILE, asked | asdict(search)))
-        run_on_main(partial(delete_checkpoints, place, found, []))
-    return search
+        run_on_main(lambda: stack.enter_context(lock_folder(search_folder, "a search for a temperature")))
+        winner = _train_rungs(candidates, plan, settings, recipe, args, search_folder, on_stage)
+        result = _result(candidates, plan, winner, recipe, search_folder, by)
+        run_on_main(partial(write_json, search_folder / FILE, settings | asdict(result)))
+        run_on_main(partial(delete_checkpoints, search_folder, candidates, []))
+    return result
 
 
-def _winner(
-    found: list[Candidate],
+def _train_rungs(
+    candidates: list[Candidate],
     plan: list[tuple[int, int]],
-    asked: dict[str, Any],
+    settings: dict[str, Any],
     recipe: Recipe,
     args: Any,
-    place: Path,
+    folder: Path,
     on_stage: Callable[[str], None],
 ) -> Candidate:
-    """Train the candidates rung by rung; the one that is left."""
-    loaded: RunContext | None = None
-    left, by = found, asked["by"]
+    """Train the candidates rung by rung and return the winner."""
+    context: RunContext | None = None
+    remaining, by = candidates, settings["by"]
     for count, step in plan:
-        left = ranked(left, by)[:count]
-        run_on_main(partial(delete_checkpoints, place, found, left))
-        for candidate in left:
+        remaining = ranked(remaining, by)[:count]
+        run_on_main(partial(delete_checkpoints, folder, candidates, remaining))
+        for candidate in remaining:
             if candidate.rungs and candidate.rungs[-1].step >= step:
                 continue
-            loaded = loaded or _loaded(recipe, args, place, by, on_stage)
+            context = context or _load_context(recipe, args, folder, by, on_stage)
             on_stage(f"T = {candidate.temperature:g}, alpha = {candidate.alpha:g}: to step {step}")
-            candidate.rungs.append(_train(loaded, candidate, step))
-            run_on_main(partial(save_search, place, asked, found))
-    return left[0]
+            candidate.rungs.append(_train(context, candidate, step))
+            run_on_main(partial(save_search, folder, settings, candidates))
+    return remaining[0]
 
 
 def _result(
-    found: list[Candidate], plan: list[tuple[int, int]], won: Candidate, recipe: Recipe, place: Path, by: str
+    candidates: list[Candidate], plan: list[tuple[int, int]], winner: Candidate, recipe: Recipe, folder: Path, by: str
 ) -> SearchResult:
-    """What a search found."""
-    steps, found = cost(plan), ranked(found, by)
+    steps, candidates = cost(plan), ranked(candidates, by)
     return SearchResult(
-        folder=str(place),
-        candidates=found,
-        pareto_front=[candidate.name for candidate in pareto_front(found)],
+        folder=str(folder),
+        candidates=candidates,
+        pareto_front=[candidate.name for candidate in pareto_front(candidates)],
         by=by,
         steps=steps,
         runs=steps / recipe.train.max_steps,
-        overrides=[f"distill.temperature={won.temperature}", f"distill.alpha={won.alpha}"],
+        overrides=[f"distill.temperature={winner.temperature}", f"distill.alpha={winner.alpha}"],
     )
 
 
 def hp_space(trial: Any) -> dict[str, float]:
-    """For `Trainer.hyperparameter_search(backend="optuna")`: T from 1 to 8, evenly in its log; alpha from 0.1 to 1."""
+    """Search space for `Trainer.hyperparameter_search(backend="optuna")`: T from 1 to 8 (log scale), alpha 0.1 to 1."""
     return {
         "temperature": trial.suggest_float("temperature", 1.0, 8.0, log=True),
         "alpha": trial.suggest_float("alpha", 0.1, 1.0),
@@ -142,12 +141,12 @@ def hp_space(trial: Any) -> dict[str, float]:
 
 
 def compute_objective(metrics: dict[str, float]) -> float:
-    """For `Trainer.hyperparameter_search`, to be minimised: the labels' held-out nats/token, which no T changes."""
+    """Objective for `Trainer.hyperparameter_search`, to be minimized: held-out NLL in nats/token, independent of T."""
     return log(metrics["eval_perplexity"])
 
 
 class _StopAt(TrainerCallback):
-    """Ends a training early, with a checkpoint from which it can go on."""
+    """Stop training at a step, with a checkpoint to continue from."""
 
     def __init__(self, step: int):
         self.step = step
@@ -158,32 +157,35 @@ class _StopAt(TrainerCallback):
             control.should_save = state.global_step < state.max_steps
 
 
-def _loaded(recipe: Recipe, args: Any, place: Path, by: str, on_stage: Callable[[str], None]) -> RunContext:
-    """Models and data, once for all candidates.
+def _load_context(recipe: Recipe, args: Any, folder: Path, by: str, on_stage: Callable[[str], None]) -> RunContext:
+    """Load models and data once for all candidates.
 
     Raises:
-        DistillError: the search is judged by KL, and a cache does not tell it.
+        DistillError: the criterion is the KL, and a cache has no full distributions to compute it from.
     """
     check_launch(recipe)
     write_smoke_cache(recipe, on_stage)
-    loaded = RunContext(recipe, args, place, [], on_stage)
-    sparse = [path for path, facts in loaded.models.caches.items() if facts["kind"] != "hidden"]
+    context = RunContext(recipe, args, folder, [], on_stage)
+    sparse = [path for path, facts in context.models.caches.items() if facts["kind"] != "hidden"]
     if by == "kl" and sparse:
-        raise DistillError(f"{sparse[0]} holds no whole distributions, so there is no KL to judge by: judge by nll.")
-    return loaded
+        raise DistillError(
+            f"The cache {sparse[0]} has no full distributions, so the KL cannot be computed: judge by nll, or write a "
+            "cache of kind hidden."
+        )
+    return context
 
 
-def _train(loaded: RunContext, candidate: Candidate, step: int) -> Rung:
-    """Train a candidate on from its last rung to a step, and measure it.
+def _train(context: RunContext, candidate: Candidate, step: int) -> Rung:
+    """Train a candidate from its last rung to a step, and evaluate it.
 
-    Its newest checkpoint may be of a rung that a crash kept out of the record: that one is trained again.
+    After a crash the newest checkpoint may belong to a rung that was not saved in the file; that rung is trained again.
     """
-    home = loaded.folder / candidate.name
-    trainer = loaded.trainer(
+    folder = context.folder / candidate.name
+    trainer = context.trainer(
         candidate.name,
         temperature=candidate.temperature,
         alpha=candidate.alpha,
-        output_dir=str(home),
+        output_dir=str(folder),
         save_strategy="no",
         save_total_limit=None,
         save_only_model=False,
@@ -192,52 +194,59 @@ def _train(loaded: RunContext, candidate: Candidate, step: int) -> Rung:
         push_to_hub=False,
     )
     trainer.add_callback(_StopAt(step))
-    start = home / f"checkpoint-{candidate.rungs[-1].step}" if candidate.rungs else None
-    set_seed(loaded.args.seed)
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    found = held_out_metrics(trainer.evaluate())
-    return Rung(step, log(found["perplexity"]), found.get("kl"), found.get("agreement"))
+    checkpoint = folder / f"checkpoint-{candidate.rungs[-1].step}" if candidate.rungs else None
+    set_seed(context.args.seed)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = held_out_metrics(trainer.evaluate())
+    return Rung(step, log(metrics["perplexity"]), metrics.get("kl"), metrics.get("agreement"))
 
 
 def _check(recipe: Recipe, by: str) -> None:
+    """Check that a recipe can be searched.
+
+    Raises:
+        DistillError: names every reason why it cannot.
+    """
     problems = []
     if by not in ("nll", "kl"):
-        problems.append(f"by is {by!r}; known: nll, kl")
+        problems.append(f"by is {by!r}; possible values are nll and kl")
     if not (recipe.train.max_steps or 0) > 0:
-        problems.append("the recipe counts epochs: set train.max_steps, the steps of the winner")
+        problems.append("the recipe counts epochs: set train.max_steps, the number of steps of the winner")
     if recipe.on_policy:
-        problems.append("the recipe is on-policy, and its candidates would learn from other texts each")
+        problems.append("the recipe is on-policy, so each candidate would be trained on different texts")
     if recipe.stages:
-        problems.append("the recipe is a chain: search for one of its stages, in a recipe of its own")
-    if not recipe.kinds <= _KINDS:
+        problems.append("the recipe has stages: search for one of its stages, in a separate recipe")
+    if not recipe.kinds <= _REUSABLE_KINDS:
         problems.append(
-            f"a teacher of kind {', '.join(sorted(recipe.kinds - _KINDS))} has no soft labels that stay the same from "
-            f"candidate to candidate; those of {', '.join(sorted(_KINDS))} do"
+            f"the soft labels of a teacher of kind {', '.join(sorted(recipe.kinds - _REUSABLE_KINDS))} change from "
+            f"candidate to candidate; use a teacher of kind {', '.join(sorted(_REUSABLE_KINDS))}"
         )
     if problems:
-        raise DistillError(f"Nothing to search: {'; '.join(problems)}.")
+        raise DistillError(f"Temperature and alpha cannot be searched: {'; '.join(problems)}.")
 
 
 def _grid(recipe: Recipe, temperatures: Sequence[float] | None, alphas: Sequence[float] | None) -> list[Candidate]:
-    """Each temperature with each alpha, and the recipe's own values.
+    """Return each temperature with each alpha, and the recipe's values.
 
     Raises:
-        DistillError: nothing was given, or a value twice, or one out of range.
+        DistillError: the grid is empty, a value is out of range, or a pair is given twice.
     """
-    given_t = TEMPERATURES if temperatures is None else [float(t) for t in temperatures]
-    given_a = ALPHAS if alphas is None else [float(a) for a in alphas]
-    pairs = [(t, a) for t in given_t for a in given_a]
+    grid_temperatures = TEMPERATURES if temperatures is None else [float(t) for t in temperatures]
+    grid_alphas = ALPHAS if alphas is None else [float(a) for a in alphas]
+    pairs = [(t, a) for t in grid_temperatures for a in grid_alphas]
     if not pairs or not all(isfinite(t) and t > 0 and 0 < a <= 1 for t, a in pairs):
         raise DistillError(
-            "A grid is one or more temperatures above 0, and one or more alphas above 0 (that would be the control, "
-            f"which control: sft trains) and at most 1; got temperatures {[*given_t]} and alphas {[*given_a]}."
+            "A grid needs one or more temperatures above 0, and one or more alphas above 0 (alpha 0 would be the "
+            f"control, which `control: sft` trains) and at most 1; got temperatures {[*grid_temperatures]} and alphas "
+            f"{[*grid_alphas]}."
         )
-    own = (recipe.distill.temperature, recipe.distill.alpha)
-    if own not in pairs and own[1] > 0:
-        pairs.append(own)
-    found = [Candidate(t, a, (t, a) == own, []) for t, a in pairs]
-    if len({candidate.name for candidate in found}) < len(found):
+    recipe_pair = (recipe.distill.temperature, recipe.distill.alpha)
+    if recipe_pair not in pairs and recipe_pair[1] > 0:
+        pairs.append(recipe_pair)
+    candidates = [Candidate(t, a, (t, a) == recipe_pair, []) for t, a in pairs]
+    if len({candidate.name for candidate in candidates}) < len(candidates):
         raise DistillError(
-            f"A pair is given twice: temperatures {[*given_t]}, alphas {[*given_a]}, the recipe's {own}."
+            f"A pair of temperature and alpha is given twice: temperatures {[*grid_temperatures]}, alphas "
+            f"{[*grid_alphas]}, the recipe's pair {recipe_pair}. Give each value once."
         )
-    return found
+    return candidates

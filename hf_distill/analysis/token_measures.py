@@ -1,4 +1,4 @@
-"""What two models say of each of a chunk's tokens, as numbers of a token; see `agreement` for what they mean."""
+"""Measures of each target token of a chunk under teacher and student; `agreement` defines and aggregates them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,117 +13,124 @@ from ..errors import DistillError
 from ..losses.objective import Term
 from .model_pair import PairBatch
 
-OFFSETS = (-1, 0, 1)
-TOP = 20  # ids of each model, on whose union the two are correlated
-TAIL = 100  # ids after which a distribution's tail begins; at most a quarter of the vocabulary
+OFFSETS = (-1, 0, 1)  # positions by which the teacher is shifted
+TOP_IDS = 20  # likeliest ids of each model, on whose union the log-probabilities are correlated
+TAIL_START_IDS = 100  # likeliest ids that are not in a distribution's tail; at most a quarter of the vocabulary
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """r asked tokens of a batch.
+    """r target tokens of a batch.
 
-    rows:        which
-    near:        the same with one more on both sides, where there is one
-    student:     [r, V] logits, on the V ids that both have
-    around:      [n, V] the teacher's, of `near`
-    terms:       of the objective
-    temperature: of its soft term
+    batch:               the batch
+    rows:                indices of the tokens among the batch's target tokens
+    near_rows:           `rows` and one more token on both sides, where there is one
+    student_logits:      [r, V], on the V ids that both models have
+    near_teacher_logits: [n, V], of `near_rows`
+    terms:               of the objective
+    temperature:         of the soft term
     """
 
-    seen: PairBatch
+    batch: PairBatch
     rows: slice
-    near: slice
-    student: Tensor
-    around: Tensor
+    near_rows: slice
+    student_logits: Tensor
+    near_teacher_logits: Tensor
     terms: Sequence[Term]
     temperature: float
 
     @classmethod
-    def of(cls, seen: PairBatch, rows: slice, terms: Sequence[Term], temperature: float) -> "Chunk":
-        """Make the logits of some of a batch's tokens.
+    def of(cls, batch: PairBatch, rows: slice, terms: Sequence[Term], temperature: float) -> "Chunk":
+        """Compute the logits of some of a batch's target tokens.
 
         Raises:
-            DistillError: they are no numbers, or a label is none of the ids.
+            DistillError: the logits are NaN, or a label is not a valid id.
         """
-        assert seen.student is not None
-        assert seen.teacher is not None
-        near = slice(max(rows.start - 1, 0), min(rows.stop + 1, len(seen.targets)))
-        student, around = seen.student.project(rows).float(), seen.teacher.project(near).float()
-        for name, logits in (("student", student), ("teacher", around)):
+        assert batch.student is not None
+        assert batch.teacher is not None
+        near_rows = slice(max(rows.start - 1, 0), min(rows.stop + 1, len(batch.targets)))
+        student, teacher = batch.student.project(rows).float(), batch.teacher.project(near_rows).float()
+        for name, logits in (("student", student), ("teacher", teacher)):
             if logits.isnan().any():
                 raise DistillError(
-                    f"The {name}'s logits are NaN, so there is nothing to compare: its weights are broken. If it was "
+                    f"The {name}'s logits are NaN, so the models cannot be compared: its weights are broken. If it was "
                     "trained in this run, the training diverged: lower train.learning_rate, or train in bf16."
                 )
-        vocab = min(student.shape[1], around.shape[1])
-        seen.targets.check_ids(vocab)
-        return cls(seen, rows, near, student[:, :vocab].to(around.device), around[:, :vocab], terms, temperature)
+        vocab = min(student.shape[1], teacher.shape[1])
+        batch.targets.check_ids(vocab)
+        student = student[:, :vocab].to(teacher.device)
+        return cls(batch, rows, near_rows, student, teacher[:, :vocab], terms, temperature)
 
 
-def measured(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
-    """Name -> [r].
+def measure_tokens(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
+    """Return the measures of each token, name -> [r].
 
     Args:
         chunk: the tokens.
-        tokenizer: None: nothing is known of special tokens.
-        shift: whether labels are those of the next token; only then are there neighbours, NaN at the ends of rows.
+        tokenizer: of both models; None: special tokens are not recognized.
+        shift: whether labels are those of the next token; only then are there measures at offsets, NaN at row ends.
     """
-    targets = chunk.seen.targets.slice(chunk.rows)
-    log_p, log_near = chunk.student.log_softmax(-1), chunk.around.log_softmax(-1)
-    first, count = chunk.rows.start - chunk.near.start, len(targets)
-    teacher, log_q = chunk.around[first : first + count], log_near[first : first + count]
+    targets = chunk.batch.targets.slice(chunk.rows)
+    log_p, near_log_q = chunk.student_logits.log_softmax(-1), chunk.near_teacher_logits.log_softmax(-1)
+    first, count = chunk.rows.start - chunk.near_rows.start, len(targets)
+    teacher_logits, log_q = chunk.near_teacher_logits[first : first + count], near_log_q[first : first + count]
     p, q = log_p.exp(), log_q.exp()
-    best = teacher.topk(min(TAIL, max(teacher.shape[1] // 4, 1)), -1).indices
-    found = _of_labels(log_p, log_q, targets.labels) | _correlations(log_p, log_q)
-    found |= {"kl": dot(q, log_q - log_p), "student_entropy": -dot(p, log_p), "teacher_entropy": -dot(q, log_q)}
-    found |= {"teacher_tail": 1 - q.gather(1, best).sum(-1), "student_tail": 1 - p.gather(1, best).sum(-1)}
-    soft = (teacher / chunk.temperature).log_softmax(-1)
-    found["soft_entropy"] = -dot(soft.exp(), soft)
-    told = Signals(DenseLogits(teacher))
+    likeliest = teacher_logits.topk(min(TAIL_START_IDS, max(teacher_logits.shape[1] // 4, 1)), -1).indices
+    measures = _label_measures(log_p, log_q, targets.labels) | _correlations(log_p, log_q)
+    measures |= {"kl": dot(q, log_q - log_p), "student_entropy": -dot(p, log_p), "teacher_entropy": -dot(q, log_q)}
+    measures |= {"teacher_tail": 1 - q.gather(1, likeliest).sum(-1), "student_tail": 1 - p.gather(1, likeliest).sum(-1)}
+    soft_log_q = (teacher_logits / chunk.temperature).log_softmax(-1)
+    measures["soft_entropy"] = -dot(soft_log_q.exp(), soft_log_q)
+    student_signals, teacher_signals = Signals(DenseLogits(chunk.student_logits)), Signals(DenseLogits(teacher_logits))
     for term in chunk.terms:
         if term.weight:
-            _, gradient, factor = term.loss_and_grad(Signals(DenseLogits(chunk.student)), told, targets, None)
-            found[f"gradient@{term.name}"] = abs(factor) * gradient.norm(dim=-1)
+            _, gradient, factor = term.loss_and_grad(student_signals, teacher_signals, targets, None)
+            measures[f"gradient@{term.name}"] = abs(factor) * gradient.norm(dim=-1)
             if term.name == "soft":
                 energy = gradient.square().sum(-1)
-                found |= {"energy": energy, "tail_energy": energy - gradient.gather(1, best).square().sum(-1)}
+                measures |= {"energy": energy, "tail_energy": energy - gradient.gather(1, likeliest).square().sum(-1)}
     if shift:
-        found |= _beside(chunk, log_p, log_near)
-    return found | _asked(chunk, tokenizer, shift)
+        measures |= _offset_measures(chunk, log_p, near_log_q)
+    return measures | _target_measures(chunk, tokenizer, shift)
 
 
-def _of_labels(log_p: Tensor, log_q: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _label_measures(log_p: Tensor, log_q: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Measures that compare both models with the labels, [r] each."""
     p_nll, q_nll = (-log.gather(1, labels[:, None])[:, 0] for log in (log_p, log_q))
-    own, said = log_p.argmax(-1), log_q.argmax(-1)
-    most = log_q.amax(-1).exp()
-    mistaken = (said != labels) & (most > 0.5)
+    student_top, teacher_top = log_p.argmax(-1), log_q.argmax(-1)
+    teacher_confidence = log_q.amax(-1).exp()
+    is_confident = teacher_confidence > 0.5
+    is_error = (teacher_top != labels) & is_confident
     return {
         "labels": labels,
         "student_nll": p_nll,
         "teacher_nll": q_nll,
-        "agreement": own == said,
+        "agreement": student_top == teacher_top,
         "teacher_worse": q_nll > p_nll,
-        "teacher_accuracy": said == labels,
-        "student_accuracy": own == labels,
-        "confident_teacher_errors": mistaken,
-        "excess_errors": mistaken.to(most.dtype) - (1 - most) * (most > 0.5),
-        "copied_errors": mistaken & (own == said),
+        "teacher_accuracy": teacher_top == labels,
+        "student_accuracy": student_top == labels,
+        "confident_teacher_errors": is_error,
+        "excess_errors": is_error.to(teacher_confidence.dtype) - (1 - teacher_confidence) * is_confident,
+        "copied_errors": is_error & (student_top == teacher_top),
     }
 
 
 def _correlations(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
-    """Pearson's and Spearman's correlation on the union of both models' likeliest ids, each token by itself."""
-    k = min(TOP, log_p.shape[1])
+    """Pearson's and Spearman's correlation of each token on the union of both models' likeliest ids, [r] each."""
+    k = min(TOP_IDS, log_p.shape[1])
     ids = torch.cat([log_p.topk(k).indices, log_q.topk(k).indices], 1).sort(-1).values
-    twice = torch.zeros_like(ids, dtype=torch.bool)
-    twice[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    x, y, own = log_p.gather(1, ids), log_q.gather(1, ids), (~twice).to(log_p.dtype)
-    return {"pearson": _pearson(x, y, own), "spearman": _pearson(_ranks(x, twice), _ranks(y, twice), own)}
+    is_repeated = torch.zeros_like(ids, dtype=torch.bool)
+    is_repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    x, y, weight = log_p.gather(1, ids), log_q.gather(1, ids), (~is_repeated).to(log_p.dtype)
+    return {
+        "pearson": _pearson(x, y, weight),
+        "spearman": _pearson(_ranks(x, is_repeated), _ranks(y, is_repeated), weight),
+    }
 
 
-def _ranks(values: Tensor, out: Tensor) -> Tensor:
-    """The rank of each of a row's values, those left out aside."""
-    return values.masked_fill(out, torch.inf).argsort(-1).argsort(-1).to(values.dtype)
+def _ranks(values: Tensor, is_excluded: Tensor) -> Tensor:
+    """Rank of each value within its row, among the values that are not excluded."""
+    return values.masked_fill(is_excluded, torch.inf).argsort(-1).argsort(-1).to(values.dtype)
 
 
 def _pearson(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -133,25 +140,33 @@ def _pearson(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return dot(x, y) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)
 
 
-def _beside(chunk: Chunk, log_p: Tensor, log_near: Tensor) -> dict[str, Tensor]:
-    """KL and the label's nll with the neighbours' in the place of a token's own; NaN where there is no neighbour."""
-    positions, rows = chunk.seen.targets.positions, chunk.seen.targets.rows
-    at = torch.arange(chunk.rows.start, chunk.rows.stop, device=positions.device)
-    entropy = -dot(log_near.exp(), log_near)
-    found, own = {}, log_near[at - chunk.near.start]
+def _offset_measures(chunk: Chunk, log_p: Tensor, near_log_q: Tensor) -> dict[str, Tensor]:
+    """KL with the teacher shifted by each offset, and the teacher's NLL of the label at each offset, [r] each.
+
+    NaN where the neighbor is not a target token of the same row.
+    """
+    targets = chunk.batch.targets
+    positions, rows = targets.positions, targets.rows
+    index = torch.arange(chunk.rows.start, chunk.rows.stop, device=positions.device)
+    entropy = -dot(near_log_q.exp(), near_log_q)
+    measures, log_q = {}, near_log_q[index - chunk.near_rows.start]
     for offset in OFFSETS:
-        other = (at + offset).clamp(0, len(positions) - 1)
-        there = (positions[other] - positions[at] == offset) & (rows[other] == rows[at])
-        kl = -entropy[other - chunk.near.start] - dot(log_near[other - chunk.near.start].exp(), log_p)
-        label = chunk.seen.targets.labels[other][:, None]
-        found[f"kl@{offset}"] = torch.where(there, kl, torch.nan)
-        found[f"label@{offset}"] = torch.where(there, -own.gather(1, label)[:, 0], torch.nan)
-    return found
+        neighbor = (index + offset).clamp(0, len(positions) - 1)
+        has_neighbor = (positions[neighbor] - positions[index] == offset) & (rows[neighbor] == rows[index])
+        near = neighbor - chunk.near_rows.start
+        kl = -entropy[near] - dot(near_log_q[near].exp(), log_p)
+        label = targets.labels[neighbor][:, None]
+        measures[f"kl@{offset}"] = torch.where(has_neighbor, kl, torch.nan)
+        measures[f"label@{offset}"] = torch.where(has_neighbor, -log_q.gather(1, label)[:, 0], torch.nan)
+    return measures
 
 
-def _asked(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
-    """Where the tokens stand, and whether they should be asked: padding is told by its mask, or follows padding."""
-    targets, inputs = chunk.seen.targets, chunk.seen.inputs
+def _target_measures(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
+    """Column of each token, and whether it is padding or a special token.
+
+    A token is padding if its attention mask is 0, or if it is the padding token after another padding token.
+    """
+    targets, inputs = chunk.batch.targets, chunk.batch.inputs
     labels, rows = targets.labels[chunk.rows], targets.rows[chunk.rows]
     column = targets.positions[chunk.rows] % targets.shape[-1]
     padding = torch.zeros_like(labels, dtype=torch.bool)
@@ -165,12 +180,12 @@ def _asked(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
             padding = padding | ((labels == pad) & (ids[rows, column] == pad))
     if tokenizer is not None and len(targets.shape) > 1:
         special = torch.isin(labels, torch.tensor(tokenizer.all_special_ids, device=labels.device, dtype=labels.dtype))
-    found = {"column": column, "padding": padding, "special": special}
-    if chunk.seen.source is not None:
-        found["source"] = chunk.seen.source[chunk.rows]
-    return found
+    measures = {"column": column, "padding": padding, "special": special}
+    if chunk.batch.source is not None:
+        measures["source"] = chunk.batch.source[chunk.rows]
+    return measures
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of products over the ids; a product with 0 is 0, whatever the other factor."""
+    """Sum of products over the ids; a product with x = 0 is 0, even if y is infinite."""
     return (x * y.masked_fill(x == 0, 0)).sum(-1)

@@ -1,4 +1,4 @@
-"""Whether the ids of rows are those of a tokenizer, and those that models have."""
+"""Checks that the ids of rows belong to a tokenizer, and that the models have embeddings for them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from .model_pair import ModelPair
 
 @dataclass(frozen=True)
 class TokenizerCheck:
-    """What a tokenizer makes of rows that it should have made itself.
+    """Result of decoding rows with a tokenizer and encoding them again.
 
-    rows:    that were looked at
-    kept:    share of their ids that come back when their text is tokenised again; 1: they are this tokenizer's
-    unknown: share of ids that stand for what it does not know
-    outside: ids that it does not have
+    rows:    number of rows that were checked
+    kept:    share of the ids that are the same after the round trip; 1 if the rows were made with this tokenizer
+    unknown: share of the ids that are the tokenizer's unknown token
+    outside: number of ids that the tokenizer does not have
     """
 
     rows: int
@@ -25,34 +25,34 @@ class TokenizerCheck:
 
 
 def roundtrip(pair: ModelPair, count: int = 8) -> TokenizerCheck | None:
-    """Turn the first rows into text and back; None: the pair has no tokenizer."""
+    """Decode the first `count` rows and encode them again; None if the pair has no tokenizer."""
     tokenizer = pair.tokenizer
     if tokenizer is None:
         return None
     rows = [[int(i) for i in row["input_ids"]] for row in islice(pair.rows, count)]
-    # A few tokenizers use the end of a text in the place of an unknown token: it says nothing there.
+    # Some tokenizers use the end-of-text token as the unknown token; its occurrences do not mean unknown text.
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     unknown = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
     size = len(tokenizer)
-    kept = 0
+    num_equal = 0
     for row in rows:
-        known = [i for i in row if i < size]
-        again = tokenizer(tokenizer.decode(known), add_special_tokens=False)["input_ids"]
-        kept += (Counter(again) & Counter(row)).total()
+        valid_ids = [i for i in row if i < size]
+        encoded = tokenizer(tokenizer.decode(valid_ids), add_special_tokens=False)["input_ids"]
+        num_equal += (Counter(encoded) & Counter(row)).total()
     total = max(sum(map(len, rows)), 1)
     return TokenizerCheck(
         len(rows),
-        kept / total,
+        num_equal / total,
         sum(row.count(unknown) for row in rows) / total if unknown is not None else 0.0,
         sum(i >= size for row in rows for i in row),
     )
 
 
 def check_ids(pair: ModelPair) -> None:
-    """Refuse rows with ids that a model has no embedding for.
+    """Check that both models have an embedding for every id of the held-out rows.
 
     Raises:
-        DistillError: names the model and the first such id.
+        DistillError: a row has an id that a model lacks; names the id and the model.
     """
     sizes = {}
     for name in ("teacher", "student"):
@@ -63,6 +63,6 @@ def check_ids(pair: ModelPair) -> None:
         largest = max(map(int, row["input_ids"]), default=0)
         if largest >= size:
             raise DistillError(
-                f"The held-out rows have the id {largest}, and the {name} has {size}: they were made with another "
-                "tokenizer. Tokenise them with the models' own."
+                f"The held-out rows have the id {largest}, but the {name} has only {size} ids: the rows were made with "
+                "another tokenizer. Tokenize them with the tokenizer of the models."
             )

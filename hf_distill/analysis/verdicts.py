@@ -1,37 +1,48 @@
-"""Named failures of a distillation: from what was measured to a verdict with its advice. Pure functions."""
+"""Named failure modes of a distillation: pure functions from measurements to verdicts with advice."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 
 from .agreement import Agreement
-from .closeness import APART, NO_REFERENCES, References, signs_of_distance
+from .closeness import CLOSE_KL_NATS, NO_REFERENCES, References, signs_of_distance
 from .tokenizer_check import TokenizerCheck
 from .trend import KlTrend, Trend
 
-SHIFT = 0.75  # of the nats at its own place: another offset fits better below; a healthy pair is far above 1 there
-PADDING = 0.01  # share of asked padding: none is right
-# Share of labels that counting tells better: nearly all with wrong ids, fewer if a teacher is sure and wrong.
-LOST = 0.7
-UNKNOWN = 0.05  # share of unknown tokens: a tokenizer of the text's language has hardly any
-WEAKER = 0.05  # nats/token by which a teacher may lose to its student before it teaches nothing
-# Entropy, of log V, and share of the soft gradient in the teacher's tail: beyond both, noise leads.
-FLAT, DROWNED = 0.9, 0.5
-HARD = 0.15  # nats: below, the likeliest id has more than 97 % of the mass
-IGNORED = 0.03  # share of the soft term's gradient below which it steers nothing
-MISTAKES, COPIED, LED = 0.05, 0.5, 0.8  # of tokens, beyond what the teacher admits; of these; of the gradient
-GAP_KL, GAP_NLL = 0.3, 0.15  # nats/token from the teacher, and behind it on the labels: far
-TAIL, TAIL_LEFT = 0.01, 0.35  # mass of the teacher's tail; share of it that the student has left
-SHARPER = 0.5  # of the teacher's entropy
+# A neighboring position fits better if its NLL or KL is below this share of the aligned one; in a healthy pair it is
+# far above 1.
+MAX_NEIGHBOR_RATIO = 0.75
+MAX_PADDING_SHARE = 0.01  # of the target tokens; the correct share is 0
+# Share of labels that the unigram baseline predicts better than the teacher: nearly all if the ids are wrong, fewer if
+# the teacher is confident and wrong.
+MAX_BELOW_UNIGRAM_SHARE = 0.7
+MAX_UNKNOWN_SHARE = 0.05  # of the ids; a tokenizer made for the text's language produces hardly any unknown tokens
+TEACHER_NLL_MARGIN_NATS = 0.05  # nats/token by which the teacher's NLL may exceed the student's
+# Teacher entropy as a share of log V, and share of the soft gradient's squared norm in the teacher's tail. Beyond both,
+# noise dominates the gradient.
+MAX_ENTROPY_SHARE, MAX_TAIL_GRADIENT_SHARE = 0.9, 0.5
+MIN_ENTROPY_NATS = 0.15  # below, the likeliest id has more than 97 % of the mass
+MIN_SOFT_GRADIENT_SHARE = 0.03  # of the whole gradient; below, the soft term has no effect
+# Of all tokens, beyond what the teacher's probabilities predict; of the teacher's errors; of the whole gradient.
+MAX_EXCESS_ERROR_SHARE, MAX_COPIED_ERROR_SHARE, MAX_SOFT_GRADIENT_SHARE = 0.05, 0.5, 0.8
+CAPACITY_GAP_KL_NATS, CAPACITY_GAP_NLL_NATS = 0.3, 0.15  # nats/token: KL to the teacher; NLL above the teacher's
+MIN_TEACHER_TAIL_MASS, MIN_TAIL_RATIO = 0.01, 0.35  # mass of the teacher's tail; student's tail mass / teacher's
+MIN_ENTROPY_RATIO = 0.5  # student's entropy / teacher's
 
-OF_TEACHING = ("temperature_too_high", "temperature_too_low", "alpha_too_high", "alpha_too_low", "capacity_gap")
-OF_TRAINING = ("under_trained", "capacity_gap")
+TEACHER_VERDICTS = (
+    "temperature_too_high",
+    "temperature_too_low",
+    "alpha_too_high",
+    "alpha_too_low",
+    "capacity_gap",
+)  # need alpha > 0
+TRAINING_VERDICTS = ("under_trained", "capacity_gap")  # need a training log
 KL_INCREASED = "kl_increased"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A failure: its name, what was seen, what to do."""
+    """A failure mode: its name, the measurements that show it, and advice."""
 
     name: str
     text: str
@@ -40,14 +51,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class DiagnosisInputs:
-    """What verdicts are made from.
+    """The measurements and settings that verdicts are derived from.
 
-    agreement:   of the pair
+    agreement:   measurements of teacher and student
     temperature, alpha: of the objective
-    trend:       of the training's loss; None: unknown, and nothing is said of its course
-    tokenizer:   None: unknown
-    references:  the student before training, and the control
-    kl_trend:    of the KL to the teacher during training; None: unknown
+    trend:       of the training loss; None if unknown, then no verdict on the training is made
+    tokenizer:   round trip through the tokenizer; None if unknown
+    references:  metrics of the initial student and of the control
+    kl_trend:    of the KL to the teacher during training; None if unknown
     """
 
     agreement: Agreement
@@ -59,220 +70,238 @@ class DiagnosisInputs:
     kl_trend: KlTrend | None = None
 
 
-def verdicts(facts: DiagnosisInputs) -> list[Verdict]:
-    """What went wrong, causes first; what a cause explains is not named beside it, for its advice would mislead."""
-    for cause in (wrong_shift_or_mask, wrong_tokenizer):
-        if verdict := cause(facts):
-            return [verdict]  # nothing else means anything
-    found: list[Verdict] = []
+def verdicts(inputs: DiagnosisInputs) -> list[Verdict]:
+    """Return all failure modes, causes first.
+
+    A failure that another one explains is left out, because its advice would be misleading.
+    """
+    for find_cause in (wrong_shift_or_mask, wrong_tokenizer):
+        if verdict := find_cause(inputs):
+            return [verdict]  # no other measurement is meaningful
+    results: list[Verdict] = []
     explained: set[str] = set()
-    for one, explains in _EXPLAINS.items():
-        if one.__name__ not in explained and (verdict := one(facts)):
-            found.append(verdict)
+    for check, explains in _EXPLAINS.items():
+        if check.__name__ not in explained and (verdict := check(inputs)):
+            results.append(verdict)
             explained.update(explains)
-    return found
+    return results
 
 
-def wrong_shift_or_mask(facts: DiagnosisInputs) -> Verdict | None:
-    """Another offset fits better, or padding is asked."""
-    found, seen = facts.agreement, []
-    for offset, nll in found.label_at.items():
-        if nll < SHIFT * found.label_at[0]:
-            seen.append(
-                f"the teacher predicts the label at offset {offset:+d} better ({nll:.2f} nats, "
-                f"{found.label_at[0]:.2f} for its own)"
+def wrong_shift_or_mask(inputs: DiagnosisInputs) -> Verdict | None:
+    """A neighboring position fits better, or padding tokens are target tokens."""
+    agreement, reasons = inputs.agreement, []
+    for offset, nll in agreement.label_at.items():
+        if nll < MAX_NEIGHBOR_RATIO * agreement.label_at[0]:
+            reasons.append(
+                f"the teacher predicts the label at offset {offset:+d} better than the label at offset 0 "
+                f"({nll:.2f} nats instead of {agreement.label_at[0]:.2f})"
             )
-    for offset, kl in found.kl_at.items():
-        if found.kl_at[0] > APART and kl < SHIFT * found.kl_at[0]:
-            seen.append(
-                f"the student is closer to the teacher's token at offset {offset:+d} ({kl:.2f} nats, "
-                f"{found.kl_at[0]:.2f} to its own)"
+    for offset, kl in agreement.kl_at.items():
+        if agreement.kl_at[0] > CLOSE_KL_NATS and kl < MAX_NEIGHBOR_RATIO * agreement.kl_at[0]:
+            reasons.append(
+                f"the KL with the teacher shifted by {offset:+d} position is lower than the KL at the same position "
+                f"({kl:.2f} nats instead of {agreement.kl_at[0]:.2f})"
             )
-    if found.padding > PADDING:
-        seen.append(f"{found.padding:.0%} of the asked tokens are padding")
-    if not seen:
+    if agreement.padding > MAX_PADDING_SHARE:
+        reasons.append(f"{agreement.padding:.0%} of the target tokens are padding")
+    if not reasons:
         return None
-    text = "; ".join(seen)
     return Verdict(
         "wrong_shift_or_mask",
-        text[0].upper() + text[1:] + ".",
-        "Labels stand at the same position as their input ids, and the trainer shifts them once: do not shift them in "
-        "the data. Padding and prompts have the label -100. `hf-distill recipes preview` shows what is asked.",
+        _sentence(reasons),
+        "Each label must be at the same position as its input id, because the trainer shifts the labels once: do not "
+        "shift them in the data. Give padding and prompts the label -100. `hf-distill recipes preview` shows which "
+        "tokens are target tokens.",
     )
 
 
-def wrong_tokenizer(facts: DiagnosisInputs) -> Verdict | None:
-    """The teacher knows less of the labels than one who counted them, or the ids are not its tokenizer's."""
-    found, tokenizer, seen = facts.agreement, facts.tokenizer, []
-    if found.teacher_nll > found.counts_nll and found.below_counts > LOST:
-        seen.append(
-            f"the teacher's nll of the labels is {found.teacher_nll:.2f} nats; who only knows how often each occurs "
-            f"has {found.counts_nll:.2f}, and does better for {found.below_counts:.0%} of them"
+def wrong_tokenizer(inputs: DiagnosisInputs) -> Verdict | None:
+    """The teacher predicts the labels worse than the unigram baseline, or the ids are not the tokenizer's."""
+    agreement, tokenizer, reasons = inputs.agreement, inputs.tokenizer, []
+    if agreement.teacher_nll > agreement.counts_nll and agreement.below_counts > MAX_BELOW_UNIGRAM_SHARE:
+        reasons.append(
+            f"the teacher's NLL of the labels is {agreement.teacher_nll:.2f} nats; the unigram baseline's NLL is "
+            f"{agreement.counts_nll:.2f}, and it is better for {agreement.below_counts:.0%} of the labels"
         )
     if tokenizer and tokenizer.outside:
-        seen.append(f"the tokenizer does not have {tokenizer.outside} ids of the first {tokenizer.rows} rows")
-    if tokenizer and tokenizer.unknown > UNKNOWN:
-        seen.append(f"{tokenizer.unknown:.0%} of the ids stand for what the tokenizer does not know")
-    if not seen:
+        reasons.append(f"{tokenizer.outside} ids of the first {tokenizer.rows} rows are not in the tokenizer")
+    if tokenizer and tokenizer.unknown > MAX_UNKNOWN_SHARE:
+        reasons.append(f"{tokenizer.unknown:.0%} of the ids are the tokenizer's unknown token")
+    if not reasons:
         return None
-    text = "; ".join(seen)
     return Verdict(
         "wrong_tokenizer",
-        text[0].upper() + text[1:] + ".",
-        "The ids do not mean to the teacher what they mean to the data: tokenise with the teacher's own tokenizer, and "
-        "check that its weights were loaded (missing keys).",
+        _sentence(reasons),
+        "The ids of the data do not have the same meaning for the teacher: tokenize the data with the teacher's "
+        "tokenizer, and check that the teacher's weights were loaded completely (no missing keys).",
     )
 
 
-def teacher_weaker_than_labels(facts: DiagnosisInputs) -> Verdict | None:
-    """The student knows the labels better than its teacher."""
-    found = facts.agreement
-    if found.teacher_nll < found.student_nll + WEAKER:
+def teacher_weaker_than_labels(inputs: DiagnosisInputs) -> Verdict | None:
+    """The student predicts the labels better than its teacher."""
+    agreement = inputs.agreement
+    if agreement.teacher_nll < agreement.student_nll + TEACHER_NLL_MARGIN_NATS:
         return None
     return Verdict(
         "teacher_weaker_than_labels",
-        f"The teacher's nll of the labels is {found.teacher_nll:.2f} nats, the student's {found.student_nll:.2f}; the "
-        f"teacher gives the label less than the student for {found.teacher_worse:.0%} of the tokens.",
-        "Train the teacher on this data first, take another one, or lower distill.alpha: here the labels teach more.",
+        f"The teacher's NLL of the labels is {agreement.teacher_nll:.2f} nats, the student's is "
+        f"{agreement.student_nll:.2f}; for {agreement.teacher_worse:.0%} of the tokens the teacher gives the label a "
+        "lower probability than the student.",
+        "Train the teacher on this data first, use another teacher, or lower distill.alpha: on this data the labels "
+        "are the better signal.",
     )
 
 
-def temperature_too_high(facts: DiagnosisInputs) -> Verdict | None:
-    """At T the teacher is nearly uniform, and most of the soft gradient is about ids that it thinks unlikely."""
-    found, most = facts.agreement, log(facts.agreement.vocab_size)
-    if not facts.alpha or facts.temperature <= 1 or found.soft_entropy < FLAT * most or found.soft_tail < DROWNED:
+def temperature_too_high(inputs: DiagnosisInputs) -> Verdict | None:
+    """At T the teacher is nearly uniform, and ids that it considers unlikely dominate the soft gradient."""
+    agreement, max_entropy = inputs.agreement, log(inputs.agreement.vocab_size)
+    if not inputs.alpha or inputs.temperature <= 1:
+        return None
+    if agreement.soft_entropy < MAX_ENTROPY_SHARE * max_entropy or agreement.soft_tail < MAX_TAIL_GRADIENT_SHARE:
         return None
     return Verdict(
         "temperature_too_high",
-        f"At T = {facts.temperature:g} the teacher's entropy is {found.soft_entropy:.2f} of at most {most:.2f} nats "
-        f"(T = 1: {found.teacher_entropy:.2f}), and {found.soft_tail:.0%} of the soft gradient (squared norm) is about "
-        "ids that it thinks unlikely.",
-        "Lower distill.temperature; `hf-distill temperature` finds the one that serves.",
+        f"At T = {inputs.temperature:g} the teacher's entropy is {agreement.soft_entropy:.2f} of at most "
+        f"{max_entropy:.2f} nats (at T = 1: {agreement.teacher_entropy:.2f}), and {agreement.soft_tail:.0%} of the "
+        "soft gradient (squared norm) is on ids that the teacher considers unlikely.",
+        "Lower distill.temperature; `hf-distill temperature` searches for the best value.",
     )
 
 
-def temperature_too_low(facts: DiagnosisInputs) -> Verdict | None:
+def temperature_too_low(inputs: DiagnosisInputs) -> Verdict | None:
     """At T the teacher is nearly one-hot."""
-    if not facts.alpha or facts.agreement.soft_entropy > HARD:
+    if not inputs.alpha or inputs.agreement.soft_entropy > MIN_ENTROPY_NATS:
         return None
     return Verdict(
         "temperature_too_low",
-        f"At T = {facts.temperature:g} the teacher's entropy is {facts.agreement.soft_entropy:.3f} nats: its soft "
-        "labels say little more than hard ones.",
-        "Raise distill.temperature; `hf-distill temperature` finds the one that serves.",
+        f"At T = {inputs.temperature:g} the teacher's entropy is {inputs.agreement.soft_entropy:.3f} nats: its soft "
+        "labels carry little more information than hard labels.",
+        "Raise distill.temperature; `hf-distill temperature` searches for the best value.",
     )
 
 
-def alpha_too_high(facts: DiagnosisInputs) -> Verdict | None:
-    """The student copies mistakes of which the labels could have told it."""
-    found, led = facts.agreement, facts.agreement.gradient.get("soft", 0.0)
-    if found.excess_errors < MISTAKES or found.copied_errors < COPIED or led < LED:
+def alpha_too_high(inputs: DiagnosisInputs) -> Verdict | None:
+    """The student copies errors of the teacher that the labels could have corrected."""
+    agreement, soft_share = inputs.agreement, inputs.agreement.gradient.get("soft", 0.0)
+    if agreement.excess_errors < MAX_EXCESS_ERROR_SHARE or agreement.copied_errors < MAX_COPIED_ERROR_SHARE:
+        return None
+    if soft_share < MAX_SOFT_GRADIENT_SHARE:
         return None
     return Verdict(
         "alpha_too_high",
-        f"For {found.confident_teacher_errors:.0%} of the tokens the teacher is sure of another id than the label "
-        f"({found.excess_errors:.0%} more than it admits), and the student says the same for {found.copied_errors:.0%} "
-        f"of them; {led:.0%} of the gradient is the soft term's.",
+        f"For {agreement.confident_teacher_errors:.0%} of the tokens the teacher is confident of an id other than the "
+        f"label ({agreement.excess_errors:.0%} more than its own probabilities predict), and the student has the same "
+        f"top-1 id for {agreement.copied_errors:.0%} of these; {soft_share:.0%} of the gradient comes from the soft "
+        "term.",
         "Lower distill.alpha, so that the labels outweigh the teacher where it is wrong.",
     )
 
 
-def alpha_too_low(facts: DiagnosisInputs) -> Verdict | None:
-    """The soft term steers nothing."""
-    led = facts.agreement.gradient.get("soft", 0.0)
-    if not facts.alpha or led > IGNORED or facts.agreement.kl < APART:
+def alpha_too_low(inputs: DiagnosisInputs) -> Verdict | None:
+    """The soft term has no effect on the student."""
+    soft_share = inputs.agreement.gradient.get("soft", 0.0)
+    if not inputs.alpha or soft_share > MIN_SOFT_GRADIENT_SHARE or inputs.agreement.kl < CLOSE_KL_NATS:
         return None
     return Verdict(
         "alpha_too_low",
-        f"{led:.1%} of the gradient is the soft term's, and KL to the teacher is {facts.agreement.kl:.2f} nats.",
-        "Raise distill.alpha: as it is, this is training on hard labels.",
+        f"{soft_share:.1%} of the gradient comes from the soft term, and the KL to the teacher is "
+        f"{inputs.agreement.kl:.2f} nats.",
+        "Raise distill.alpha: at the present value this is training on hard labels.",
     )
 
 
-def kl_increased(facts: DiagnosisInputs) -> Verdict | None:
+def kl_increased(inputs: DiagnosisInputs) -> Verdict | None:
     """The student was closer to its teacher earlier in training than at the end."""
-    trend = facts.kl_trend
-    if trend is None or not facts.alpha or not trend.rises or trend.last <= APART:
+    trend = inputs.kl_trend
+    if trend is None or not inputs.alpha or not trend.rises or trend.last <= CLOSE_KL_NATS:
         return None
     return Verdict(
         KL_INCREASED,
-        f"KL to the teacher was {trend.lowest:.2f} nats at step {trend.step}, and is {trend.last:.2f} at the end.",
+        f"The KL to the teacher was {trend.lowest:.2f} nats at step {trend.step}, and is {trend.last:.2f} at the end.",
         "Set train.early_stopping_patience and train.metric_for_best_model=kl, which exports the best checkpoint; lower"
-        " train.learning_rate, or raise distill.alpha where the hard labels lead away from the teacher.",
+        " train.learning_rate, or raise distill.alpha if the hard labels lead away from the teacher.",
     )
 
 
-def under_trained(facts: DiagnosisInputs) -> Verdict | None:
-    """The loss still fell at the end, or, of a student that is still far, when the learning rate was brought down."""
-    if facts.trend is None:
+def under_trained(inputs: DiagnosisInputs) -> Verdict | None:
+    """The loss was still falling at the end, or at a high learning rate while the student is far from its teacher."""
+    if inputs.trend is None:
         return None
-    end, high = facts.trend.at_end, facts.trend.while_high
+    end, high = inputs.trend.at_end, inputs.trend.while_high
     if end.falls:
-        seen = f"The loss fell by {end.share:.1%} from the third to the last quarter of the steps."
-    elif high.falls and _far(facts.agreement):
-        seen = (
-            f"The loss still fell by {high.share:.1%} in the last third of the steps at a high learning rate, before "
-            f"the schedule ended it, and the student is {facts.agreement.kl:.2f} nats from its teacher."
+        text = f"The loss fell by {end.share:.1%} from the third to the last quarter of the steps."
+    elif high.falls and _is_far(inputs.agreement):
+        text = (
+            f"The loss was still falling by {high.share:.1%} in the last third of the steps at a high learning rate, "
+            f"before the schedule lowered it, and the KL to the teacher is {inputs.agreement.kl:.2f} nats."
         )
     else:
         return None
     return Verdict(
         "under_trained",
-        seen,
-        "Raise train.max_steps, or train.learning_rate; `hf-distill curve` shows what more tokens would bring.",
+        text,
+        "Raise train.max_steps or train.learning_rate; `hf-distill curve` shows how quality grows with tokens.",
     )
 
 
-def capacity_gap(facts: DiagnosisInputs) -> Verdict | None:
-    """The loss fell no more, even at a high learning rate, and the student is far from its teacher."""
-    found, trend = facts.agreement, facts.trend
-    if trend is None or not facts.alpha or not (trend.at_end.flat and trend.while_high.flat and _far(found)):
+def capacity_gap(inputs: DiagnosisInputs) -> Verdict | None:
+    """The loss is flat even at a high learning rate, and the student is far from its teacher."""
+    agreement, trend = inputs.agreement, inputs.trend
+    if trend is None or not inputs.alpha or not (trend.at_end.flat and trend.while_high.flat and _is_far(agreement)):
         return None
     return Verdict(
         "capacity_gap",
-        f"The loss had stopped falling before the learning rate did, and the student is {found.kl:.2f} nats from its "
-        f"teacher, {found.student_nll - found.teacher_nll:.2f} behind it on the labels.",
-        "Take a larger student, or go through students in between (`stages`, see the recipe progressive).",
+        f"The loss stopped falling before the learning rate did; the KL to the teacher is {agreement.kl:.2f} nats, "
+        f"and the student's NLL of the labels is {agreement.student_nll - agreement.teacher_nll:.2f} nats above the "
+        "teacher's.",
+        "Use a larger student, or distill through intermediate students (`stages`, see the recipe progressive).",
     )
 
 
-def far_from_teacher(facts: DiagnosisInputs) -> Verdict | None:
-    """The student is no better than a baseline, the student before training, or the control."""
-    signs = signs_of_distance(facts.agreement, facts.references, facts.alpha)
+def far_from_teacher(inputs: DiagnosisInputs) -> Verdict | None:
+    """The student is no better than a baseline, than before training, or than the control."""
+    signs = signs_of_distance(inputs.agreement, inputs.references, inputs.alpha)
     if not signs:
         return None
-    text = "; ".join(signs)
     return Verdict(
         "far_from_teacher",
-        text[0].upper() + text[1:] + ".",
+        _sentence(signs),
         "Look at the loss in metrics.jsonl: where it rose, lower train.learning_rate; where it hardly fell, raise "
         "train.max_steps or train.learning_rate. `hf-distill recipes preview` shows what the student is trained on.",
     )
 
 
-def collapsed_tail(facts: DiagnosisInputs) -> Verdict | None:
-    """The student is far surer than its teacher."""
-    found = facts.agreement
-    tail = found.teacher_tail > TAIL and found.student_tail < TAIL_LEFT * found.teacher_tail
-    if not tail and found.student_entropy > SHARPER * found.teacher_entropy:
+def collapsed_tail(inputs: DiagnosisInputs) -> Verdict | None:
+    """The student's distribution is far sharper than its teacher's."""
+    agreement = inputs.agreement
+    has_tail = agreement.teacher_tail > MIN_TEACHER_TAIL_MASS
+    lost_tail = has_tail and agreement.student_tail < MIN_TAIL_RATIO * agreement.teacher_tail
+    if not lost_tail and agreement.student_entropy > MIN_ENTROPY_RATIO * agreement.teacher_entropy:
         return None
     return Verdict(
         "collapsed_tail",
-        f"The student's entropy is {found.student_entropy:.2f} nats, its teacher's {found.teacher_entropy:.2f}; "
-        f"outside the teacher's likeliest ids it has {found.student_tail:.1%} of its mass, its teacher "
-        f"{found.teacher_tail:.1%}.",
-        "Take distill.divergence forward_kl (or js) in the place of reverse_kl, a sampled or hidden cache in the place "
-        "of a top_k one, and a lower learning rate.",
+        f"The student's entropy is {agreement.student_entropy:.2f} nats, the teacher's is "
+        f"{agreement.teacher_entropy:.2f}; outside the teacher's likeliest ids the student has "
+        f"{agreement.student_tail:.1%} of its mass, the teacher {agreement.teacher_tail:.1%}.",
+        "Use distill.divergence forward_kl (or js) instead of reverse_kl, a sampled or hidden cache instead of a top_k "
+        "cache, and a lower learning rate.",
     )
 
 
-def _far(found: Agreement) -> bool:
-    return found.kl > GAP_KL and found.student_nll - found.teacher_nll > GAP_NLL
+def _is_far(agreement: Agreement) -> bool:
+    nll_gap = agreement.student_nll - agreement.teacher_nll
+    return agreement.kl > CAPACITY_GAP_KL_NATS and nll_gap > CAPACITY_GAP_NLL_NATS
 
 
-# In this order; each verdict -> what it explains.
+def _sentence(phrases: list[str]) -> str:
+    """Join phrases to one sentence."""
+    text = "; ".join(phrases)
+    return text[0].upper() + text[1:] + "."
+
+
+# Checks in this order, each with the names of the verdicts that it explains.
 _EXPLAINS: dict[Callable[[DiagnosisInputs], Verdict | None], tuple[str, ...]] = {
-    # A teacher without opinions is flat too, and to be far from it is no fault.
+    # A weak teacher is flat as well, and a large KL to it is no failure.
     teacher_weaker_than_labels: ("temperature_too_high", "alpha_too_low", KL_INCREASED, "far_from_teacher"),
     temperature_too_high: (
         "alpha_too_low",
@@ -282,9 +311,9 @@ _EXPLAINS: dict[Callable[[DiagnosisInputs], Verdict | None], tuple[str, ...]] = 
     temperature_too_low: ("alpha_too_low",),
     alpha_too_high: (),
     alpha_too_low: (KL_INCREASED, "far_from_teacher"),
-    kl_increased: ("under_trained", "capacity_gap"),  # more steps would lead further away
-    collapsed_tail: ("capacity_gap",),  # it is far because it is too sharp
+    kl_increased: ("under_trained", "capacity_gap"),  # more steps would increase the KL further
+    collapsed_tail: ("capacity_gap",),  # the KL is large because the student is too sharp
     under_trained: ("capacity_gap", "far_from_teacher"),
-    far_from_teacher: ("capacity_gap",),  # a student that lost to a baseline did not reach its capacity
+    far_from_teacher: ("capacity_gap",),  # a student that is worse than a baseline has not used its capacity
     capacity_gap: (),
 }

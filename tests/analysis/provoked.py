@@ -1,6 +1,6 @@
-"""Distillations that fail for a known reason, and healthy ones: tiny models trained on a chain of tokens.
+"""Distillations that fail for a known reason, and healthy ones: tiny models trained on a Markov chain.
 
-The next of 64 tokens follows from the last one and the one before it, so that a model must attend to tell it.
+Each of 64 tokens depends on the two tokens before it, so a model needs attention to predict it.
 """
 
 import math
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_distill.analysis import ModelPair
 
-VOCAB, LENGTH, RATE = 64, 48, 1e-2
+VOCAB, LENGTH, LEARNING_RATE = 64, 48, 1e-2
 
 
 @cache
@@ -32,8 +32,8 @@ def sample(table, rows, seed):
     return ids
 
 
-def wrongly(table, seed):
-    """The same chain, but a third of the tokens is followed by what is wrong, for sure."""
+def corrupt(table, seed):
+    """The same chain, except that a third of the tokens is followed by one wrong token with near certainty."""
     generator = torch.Generator().manual_seed(seed + 99)
     wrong = table.clone()
     for last in torch.randperm(VOCAB, generator=generator)[: VOCAB // 3].tolist():
@@ -42,23 +42,23 @@ def wrongly(table, seed):
     return wrong / wrong.sum(-1, keepdim=True)
 
 
-def train(model, table, steps, seed, teacher=None, alpha=0.5, temperature=2.0, shift=1, told=None, decay=True):
-    """Train a model on a chain; lines of its log.
+def train(model, table, steps, seed, teacher=None, alpha=0.5, temperature=2.0, shift=1, distort=None, decay=True):
+    """Train a model on a chain and return the lines of its log.
 
-    shift: which token after a position its label is; 1 is right
-    told:  what is made of the teacher's logits
+    shift:   offset of the label from its position; 1 is correct
+    distort: applied to the teacher logits
     """
-    optimizer, logs = torch.optim.AdamW(model.parameters(), lr=RATE), []
+    optimizer, logs = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), []
     model.train()
     for step, ids in enumerate(sample(table, 12 * steps, seed * 100_003).split(12)):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0)
+            group["lr"] = LEARNING_RATE * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0)
         z = model(input_ids=ids).logits[:, :-shift].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(z, ids[:, shift:].flatten())
         if teacher is not None:
             with torch.no_grad():
                 y = teacher(input_ids=ids).logits[:, :-shift].flatten(0, 1)
-            y = y if told is None else told(y)
+            y = y if distort is None else distort(y)
             log_q, log_p = (y / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
             soft = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
             loss = alpha * temperature**2 * soft + (1 - alpha) * loss
@@ -72,7 +72,7 @@ def train(model, table, steps, seed, teacher=None, alpha=0.5, temperature=2.0, s
     return [{**group[-1], "loss": fmean(log["loss"] for log in group)} for group in groups]
 
 
-def new(seed, width, layers=2):
+def build_model(seed, width, layers=2):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -89,9 +89,9 @@ def new(seed, width, layers=2):
 
 @cache
 def teacher_of(seed, kind="good"):
-    """A teacher that knows the chain; "wrong": another one; "weak": hardly any."""
-    model, table = new(seed + 1000, 64), chain(seed)
-    train(model, wrongly(table, seed) if kind == "wrong" else table, 20 if kind == "weak" else 250, seed + 1)
+    """A teacher that was trained on the chain; "wrong": on a corrupted chain; "weak": for few steps."""
+    model, table = build_model(seed + 1000, 64), chain(seed)
+    train(model, corrupt(table, seed) if kind == "wrong" else table, 20 if kind == "weak" else 250, seed + 1)
     return model
 
 
@@ -100,39 +100,39 @@ def collate(rows):
 
 
 def pair(seed, student, teacher, shift=1, **objective):
-    """The two over held-out rows; with a wrong shift the labels are those of the data that the student saw."""
+    """Both models over held-out rows; with a wrong shift the labels are the shifted ones of the training."""
     ids = sample(chain(seed), 40, 7_000_000 + seed)
     labels = ids.clone()
     if shift == 2:
         labels[:, :-1] = ids[:, 1:]
         labels[:, -1] = -100
-    rows = [{"input_ids": i, "labels": own} for i, own in zip(ids, labels, strict=True)]
+    rows = [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
     return ModelPair(teacher, student, rows, collate, batch_size=8, **objective)
 
 
 def distilled(seed, width=32, steps=250, kind="good", decay=True, **options):
-    """(pair, logs) of a distillation."""
-    student, teacher = new(seed + 2000, width), teacher_of(seed, kind)
+    """Train a student; returns (pair, logs)."""
+    student, teacher = build_model(seed + 2000, width), teacher_of(seed, kind)
     logs = train(student, chain(seed), steps, seed + 2, teacher, decay=decay, **options)
     objective = {k: options[k] for k in ("alpha", "temperature") if k in options}
     return pair(seed, student, teacher, options.get("shift", 1), **objective), logs
 
 
-def of_another_tokenizer(seed):
-    """A teacher whose ids mean something else."""
+def permuted_ids(seed):
+    """A teacher for which the ids have other meanings."""
     import copy
 
-    made, logs = distilled(seed, steps=40)
-    other = copy.deepcopy(made.teacher)
+    correct, logs = distilled(seed, steps=40)
+    teacher = copy.deepcopy(correct.teacher)
     order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))
-    embedding = other.get_input_embeddings().weight
+    embedding = teacher.get_input_embeddings().weight
     with torch.no_grad():
         embedding.copy_(embedding[order])
-    return pair(seed, made.student, other), logs
+    return pair(seed, correct.student, teacher), logs
 
 
-def cut(logits):
-    """What a cache of the two likeliest ids without the rest's mass tells."""
+def truncate(logits):
+    """Teacher logits of a cache of the two likeliest ids, without the mass of the others."""
     return logits.masked_fill(logits < logits.topk(2).values[:, -1:], -30.0)
 
 
@@ -143,13 +143,13 @@ CASES = {
     "alpha_too_high": lambda seed: distilled(seed, kind="wrong", alpha=1.0),
     "alpha_too_low": lambda seed: distilled(seed, alpha=0.01, steps=60),
     "wrong_shift_or_mask": lambda seed: distilled(seed, shift=2, steps=120),
-    "wrong_tokenizer": of_another_tokenizer,
+    "wrong_tokenizer": permuted_ids,
     "teacher_weaker_than_labels": lambda seed: distilled(seed, kind="weak", alpha=0.1),
     "under_trained": lambda seed: distilled(seed, steps=25, decay=False),
-    "collapsed_tail": lambda seed: distilled(seed, told=cut, alpha=1.0, temperature=1.0),
+    "collapsed_tail": lambda seed: distilled(seed, distort=truncate, alpha=1.0, temperature=1.0),
 }
 
 
 def healthy(seed):
-    """A student of a good teacher, trained until it has learnt."""
+    """A student of a good teacher, trained until it is close to it."""
     return distilled(seed)

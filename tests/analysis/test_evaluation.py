@@ -1,4 +1,4 @@
-"""What was kept is the student's score against its teacher's, with an interval that says how sure that is."""
+"""Retention is the student's score relative to its teacher's, with a bootstrap interval."""
 
 import json
 import shutil
@@ -11,10 +11,9 @@ from tiny import build
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.analysis import lm_eval_tasks as harness
-from hf_distill.analysis import open_run
+from hf_distill.analysis import evaluation, lm_eval_tasks, open_run
 from hf_distill.analysis.evaluation import retention, retention_of
-from hf_distill.analysis.lm_eval_tasks import Measured, load_tasks, per_example_scores
+from hf_distill.analysis.lm_eval_tasks import EvalTask, load_tasks, per_example_scores
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 
@@ -47,15 +46,15 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def completed_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("retention") / "run"
     run_recipe(load_recipe("quickstart", [f"train.output_dir={folder}"], smoke=True))
     return folder
 
 
 @pytest.fixture
-def run(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def run(completed_run, tmp_path):
+    shutil.copytree(completed_run, tmp_path / "run")
     return open_run(tmp_path / "run")
 
 
@@ -71,8 +70,8 @@ def tasks(tmp_path):
     return folder
 
 
-def by_hand(model, tokenizer, case):
-    """Whether the likeliest of the choices is the right one."""
+def naive_score(model, tokenizer, case):
+    """1 if the likeliest of the choices is the correct one, else 0."""
     scores = []
     for choice in case["choices"]:
         before = tokenizer(case["question"])["input_ids"]
@@ -83,95 +82,93 @@ def by_hand(model, tokenizer, case):
     return float(np.argmax(scores) == case["gold"])
 
 
-def test_scores_are_those_of_likelihoods_by_hand(run, tasks):
+def test_scores_equal_those_of_naive_likelihoods(run, tasks):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = retention_of(run, folder=tasks)
+    result = retention_of(run, folder=tasks)
     model = AutoModelForCausalLM.from_pretrained(run.folder / "student")
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "student")
-    expected = [by_hand(model, tokenizer, case) for case in CASES]
-    kept = json.loads((run.folder / "retention.json").read_text())
-    assert kept["values"]["student"]["colours"] == expected
-    colours = next(task for task in found.tasks if task.task == "colours")
+    expected = [naive_score(model, tokenizer, case) for case in CASES]
+    written = json.loads((run.folder / "retention.json").read_text())
+    assert written["values"]["student"]["colours"] == expected
+    colours = next(task for task in result.tasks if task.task == "colours")
     assert colours.scores["student"].value == pytest.approx(np.mean(expected))
     assert colours.scores["student"].stderr == pytest.approx(np.std(expected, ddof=1) / 3)
     assert set(colours.scores) == {"teacher", "before", "student", "control"}
     assert colours.examples == 9
-    assert {task.task: task.higher_is_better for task in found.tasks} == {"colours": True, "prose": False}
-    assert set(found.categories) <= {"factual", "language"}
+    assert {task.task: task.higher_is_better for task in result.tasks} == {"colours": True, "prose": False}
+    assert set(result.categories) <= {"factual", "language"}
 
 
 def mean_task(higher=True, category="reasoning", name="made-up"):
-    return Measured(name, category, "acc", higher, lambda values: float(np.mean(values)), None)
+    return EvalTask(name, category, "acc", higher, lambda values: float(np.mean(values)), None)
 
 
-def known(**values):
-    return {model: {"made-up": own} for model, own in values.items()}
+def known_values(**values):
+    return {model: {"made-up": scores} for model, scores in values.items()}
 
 
-def test_an_interval_holds_what_resampling_both_together_gives():
+def test_the_interval_equals_that_of_resampling_student_and_teacher_together():
     rng = np.random.default_rng(1)
     teacher = rng.integers(0, 2, 200).astype(float)
     student = np.where(rng.random(200) < 0.8, teacher, 0.0)
-    given = known(teacher=teacher.tolist(), student=student.tolist())
-    found = retention(dict.fromkeys(given, None), None, [mean_task()], known=given).tasks[0].kept["student"]
-    assert found.percent == pytest.approx(100 * student.mean() / teacher.mean())
+    values = known_values(teacher=teacher.tolist(), student=student.tolist())
+    result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values).tasks[0].kept["student"]
+    assert result.percent == pytest.approx(100 * student.mean() / teacher.mean())
     draws = []
     for seed in range(2000):
         rows = np.random.default_rng(seed).integers(0, 200, 200)
         draws.append(100 * student[rows].mean() / teacher[rows].mean())
     low, high = np.percentile(draws, [2.5, 97.5])
-    assert found.low == pytest.approx(low, abs=1.0)
-    assert found.high == pytest.approx(high, abs=1.0)
+    assert result.low == pytest.approx(low, abs=1.0)
+    assert result.high == pytest.approx(high, abs=1.0)
 
 
-def test_a_student_that_answers_as_its_teacher_kept_everything_for_sure():
-    values = [1.0, 0.0, 1.0, 1.0, 0.0] * 8
-    given = known(teacher=values, student=values)
-    found = retention(dict.fromkeys(given, None), None, [mean_task()], known=given).tasks[0].kept["student"]
-    assert (found.percent, found.low, found.high) == (100.0, 100.0, 100.0)
+def test_a_student_with_its_teachers_answers_keeps_100_percent_without_uncertainty():
+    answers = [1.0, 0.0, 1.0, 1.0, 0.0] * 8
+    values = known_values(teacher=answers, student=answers)
+    result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values).tasks[0].kept["student"]
+    assert (result.percent, result.low, result.high) == (100.0, 100.0, 100.0)
 
 
-def test_less_is_better_of_perplexities():
-    given = known(teacher=[10.0] * 5, student=[20.0] * 5)
-    found = retention(dict.fromkeys(given, None), None, [mean_task(higher=False)], known=given)
-    assert found.tasks[0].kept["student"].percent == pytest.approx(50.0)
-    assert found.categories["reasoning"]["student"].percent == pytest.approx(50.0)
+def test_the_ratio_is_inverted_where_lower_is_better():
+    values = known_values(teacher=[10.0] * 5, student=[20.0] * 5)
+    result = retention(dict.fromkeys(values, None), None, [mean_task(higher=False)], known=values)
+    assert result.tasks[0].kept["student"].percent == pytest.approx(50.0)
+    assert result.categories["reasoning"]["student"].percent == pytest.approx(50.0)
 
 
-def test_of_a_teacher_that_scores_nothing_nothing_is_kept():
-    given = known(teacher=[0.0] * 5, student=[1.0] * 5)
-    found = retention(dict.fromkeys(given, None), None, [mean_task()], known=given)
-    assert found.tasks[0].kept == {"student": None}
-    assert found.categories == {}
+def test_a_teacher_with_score_zero_gives_no_relative_score():
+    values = known_values(teacher=[0.0] * 5, student=[1.0] * 5)
+    result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values)
+    assert result.tasks[0].kept == {"student": None}
+    assert result.categories == {}
 
 
-def test_what_was_scored_is_not_scored_again(run, tasks, monkeypatch):
-    from hf_distill.analysis import evaluation as per_task
+def test_saved_scores_are_not_computed_again(run, tasks, monkeypatch):
+    evaluated = []
 
-    asked = []
-
-    def counting(model, tokenizer, wanted, limit, batch_size):
-        asked.append([task.name for task in wanted])
-        if len(asked) == 3:
+    def counting(model, tokenizer, requested, limit, batch_size):
+        evaluated.append([task.name for task in requested])
+        if len(evaluated) == 3:
             raise KeyboardInterrupt
-        return per_example_scores(model, tokenizer, wanted, limit, batch_size)
+        return per_example_scores(model, tokenizer, requested, limit, batch_size)
 
-    monkeypatch.setattr(per_task, "values_of", counting)
+    monkeypatch.setattr(evaluation, "per_example_scores", counting)
     with pytest.raises(KeyboardInterrupt):
         retention_of(run, folder=tasks, limit=3)
-    found = retention_of(run, folder=tasks, limit=3)
-    assert len(asked) == 5  # two models before the interruption, two after it, and the one that was interrupted
-    assert found.tasks[0].examples == 3
+    result = retention_of(run, folder=tasks, limit=3)
+    assert len(evaluated) == 5  # two models before the interruption, the interrupted one, and two after it
+    assert result.tasks[0].examples == 3
     retention_of(run, names=["colours"], folder=tasks, limit=3)
-    assert len(asked) == 5
+    assert len(evaluated) == 5
     retention_of(run, names=["colours"], folder=tasks, limit=4, models=["teacher"])
-    assert asked[5:] == [["colours"]]
+    assert evaluated[5:] == [["colours"]]
 
 
-def test_bad_tasks_are_told_before_a_model_is_loaded(run, tasks, tmp_path, monkeypatch):
+def test_unknown_tasks_and_models_give_an_error_before_a_model_is_loaded(run, tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("hf_distill.analysis.evaluation.Pair", None)
+    monkeypatch.setattr("hf_distill.analysis.evaluation.ModelPair", None)
     with pytest.raises(DistillError, match=r"no task 'colour'; did you mean 'colours'"):
         retention_of(run, names=["colour"], folder=tasks)
     with pytest.raises(DistillError, match=r"No task was given"):
@@ -181,14 +178,16 @@ def test_bad_tasks_are_told_before_a_model_is_loaded(run, tasks, tmp_path, monke
     (tmp_path / "empty").mkdir()
     with pytest.raises(DistillError, match=r"has no \.yaml task"):
         retention_of(run, folder=tmp_path / "empty")
-    with pytest.raises(DistillError, match=r"Models are teacher, before, student, control; got tutor"):
+    with pytest.raises(
+        DistillError, match=r"Unknown model tutor: possible models are teacher, before, student, control"
+    ):
         retention_of(run, folder=tasks, models=["tutor"])
     shutil.rmtree(run.folder / "control")
     with pytest.raises(DistillError, match=r"control is missing: `hf-distill run RECIPE control=sft` writes it"):
         retention_of(run, folder=tasks, models=["teacher", "control"])
 
 
-def test_without_the_harness_the_command_to_install_it_is_told(monkeypatch):
+def test_a_missing_harness_gives_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr("hf_distill.errors.find_spec", lambda name: None)
     with pytest.raises(DistillError, match=r'pip install "hf-distill\[eval\]"'):
         load_tasks()
@@ -200,19 +199,19 @@ def test_an_encoder_is_refused(kind):
         per_example_scores(build(kind), None, [], None, 1)
 
 
-def test_what_is_kept_is_told_against_a_teacher():
-    with pytest.raises(DistillError, match="against a teacher"):
+def test_models_without_a_teacher_give_an_error():
+    with pytest.raises(DistillError, match="add the teacher"):
         retention({"student": None}, None, [mean_task()])
 
 
 def test_packaged_tasks_need_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = {task.name: task for task in load_tasks()}
-    assert {task.category for task in found.values()} == {"reasoning", "factual", "maths", "language"}
-    assert [len(found[name].task.dataset["test"]) for name in harness.PACKAGED[:3]] == [100, 100, 100]
+    tasks = {task.name: task for task in load_tasks()}
+    assert {task.category for task in tasks.values()} == {"reasoning", "factual", "maths", "language"}
+    assert [len(tasks[name].task.dataset["test"]) for name in lm_eval_tasks.PACKAGED[:3]] == [100, 100, 100]
 
 
-def test_packaged_tasks_say_what_to_install(monkeypatch):
+def test_a_missing_package_of_a_task_gives_the_command_that_installs_it(monkeypatch):
     import importlib.util
 
     real = importlib.util.find_spec
@@ -221,17 +220,17 @@ def test_packaged_tasks_say_what_to_install(monkeypatch):
         load_tasks(["mini_gsm8k"])
 
 
-def test_tasks_of_the_harness_have_a_category():
+def test_each_task_name_has_one_category():
     task = mean_task()
     assert replace(task, category="x").category == "x"
-    for category, starts in harness.CATEGORIES.items():
+    for category, starts in lm_eval_tasks.CATEGORIES.items():
         for start in starts:
-            assert [c for c, s in harness.CATEGORIES.items() if start in s] == [category]
+            assert [c for c, s in lm_eval_tasks.CATEGORIES.items() if start in s] == [category]
 
 
-def test_the_command_shows_scores_and_what_was_kept(run, tasks):
-    given = ["retention", str(run.folder), "--tasks-folder", str(tasks), "--limit", "3"]
-    result = CliRunner().invoke(app, given, env={"COLUMNS": "80"})
+def test_the_command_prints_scores_and_percents(run, tasks):
+    arguments = ["retention", str(run.folder), "--tasks-folder", str(tasks), "--limit", "3"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert "% of the teacher's score" in result.output
     assert "prose ↓" in result.output

@@ -1,11 +1,11 @@
-"""What went wrong is called by its name, what did not is not; on either side of each threshold."""
+"""Each failure mode is named, and what only resembles one is not; on either side of each threshold."""
 
 from dataclasses import replace
 from math import log
 
 import numpy as np
 import pytest
-from provoked import CASES, healthy, new
+from provoked import CASES, build_model, healthy
 from scipy.stats import linregress
 
 from hf_distill.analysis.agreement import Agreement
@@ -42,7 +42,7 @@ GOOD = Agreement(
     soft_entropy=0.77 * log(V),
     soft_tail=0.02,
     gradient={"soft": 0.2, "hard": 0.8},
-    asked=0.99,
+    target_share=0.99,
     padding=0.0,
     special=0.0,
     positions=[],
@@ -64,11 +64,12 @@ FALLING = trend_of(lines(noisy([4.0 - 0.05 * i for i in range(24)])))
 
 
 def names(alpha=0.5, temperature=2.0, trend=FLAT, tokenizer=None, references=NO_REFERENCES, kl_trend=None, **measured):
-    facts = DiagnosisInputs(replace(GOOD, **measured), temperature, alpha, trend, tokenizer, references, kl_trend)
-    return [verdict.name for verdict in verdicts(facts)]
+    agreement = replace(GOOD, **measured)
+    inputs = DiagnosisInputs(agreement, temperature, alpha, trend, tokenizer, references, kl_trend)
+    return [verdict.name for verdict in verdicts(inputs)]
 
 
-def test_a_good_pair_has_none():
+def test_a_healthy_pair_has_no_verdict():
     assert names() == names(trend=None) == names(tokenizer=TokenizerCheck(8, 1.0, 0.0, 0)) == []
 
 
@@ -87,7 +88,7 @@ MEASURED = {
     "teacher_weaker_than_labels": [{"teacher_nll": 2.9}],
     "temperature_too_high": [{"temperature": 8.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9}],
     "temperature_too_low": [{"temperature": 0.1, "soft_entropy": 0.1}],
-    "alpha_too_high": [{"excess_mistakes": 0.1, "gradient": {"soft": 0.9, "hard": 0.1}}],
+    "alpha_too_high": [{"excess_errors": 0.1, "gradient": {"soft": 0.9, "hard": 0.1}}],
     "alpha_too_low": [{"kl": 0.3, "gradient": {"soft": 0.01, "hard": 0.99}}],
     "under_trained": [{"trend": FALLING}],
     "capacity_gap": [FAR],
@@ -110,40 +111,40 @@ MEASURED = {
 
 
 @pytest.mark.parametrize(("name", "measured"), [(name, one) for name, cases in MEASURED.items() for one in cases])
-def test_each_failure_is_named_alone(name, measured):
+def test_each_failure_is_the_only_verdict(name, measured):
     assert names(**measured) == [name]
 
 
 @pytest.mark.parametrize(
     "measured",
     [
-        {"kl_at": {-1: 0.01, 0: 0.05, 1: 0.01}},  # so close that offsets are noise
+        {"kl_at": {-1: 0.01, 0: 0.05, 1: 0.01}},  # so close that differences between offsets are noise
         {"label_at": {}, "kl_at": {}},
-        {"teacher_nll": 6.5, "student_nll": 6.6, "below_counts": 0.5},  # sure and wrong, not lost
-        {"soft_entropy": 0.99 * log(V), "soft_tail": 0.2},  # flat, but the likely ids still lead
-        {"soft_tail": 0.9},  # a gradient in the tail of a teacher that is not flat: the student's errors are there
-        {"temperature": 1.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9},  # T has no part in it
-        {"excess_mistakes": 0.1},  # the labels lead
-        {"excess_mistakes": 0.1, "copied": 0.3, "gradient": {"soft": 1.0}},
-        {"gradient": {"soft": 0.01, "hard": 0.99}},  # close to its teacher for all that
-        {"kl": 0.9},  # apart, but as good on the labels
+        {"teacher_nll": 6.5, "student_nll": 6.6, "below_counts": 0.5},  # confident and wrong, but not on other ids
+        {"soft_entropy": 0.99 * log(V), "soft_tail": 0.2},  # flat, but the likely ids dominate the gradient
+        {"soft_tail": 0.9},  # the teacher is not flat: the gradient in the tail comes from the student's errors
+        {"temperature": 1.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9},  # T = 1 changes nothing
+        {"excess_errors": 0.1},  # the labels dominate the gradient
+        {"excess_errors": 0.1, "copied_errors": 0.3, "gradient": {"soft": 1.0}},
+        {"gradient": {"soft": 0.01, "hard": 0.99}},  # close to its teacher nevertheless
+        {"kl": 0.9},  # far from the teacher, but as good on the labels
         {"trend": None} | FAR,
         {"trend": None, "references": References(before=HeldOut(4.0, 2.0), control=HeldOut(3.3, 1.1))} | FAR,
         {"references": References(before=HeldOut(2.72, 0.05))},  # it was as close before
         {"kl": 0.5, "references": References(control=HeldOut(2.8, 0.4))},  # the control knows the labels less
         {"kl": 0.9, "kl_trend": KlTrend(0.88, 20, 0.9, False)},
-        {"kl_trend": KlTrend(0.01, 20, 0.07, True)},  # close for all that
+        {"kl_trend": KlTrend(0.01, 20, 0.07, True)},  # close nevertheless
         {"alpha": 0.0, "gradient": {"hard": 1.0}, "kl_trend": KlTrend(0.5, 20, 0.9, True)},
-        {"alpha": 0.0, "gradient": {"hard": 1.0}, "kl": 9.0},  # it learnt the labels, as it should
-        {"alpha": 0.0, "gradient": {"hard": 1.0}, "soft_entropy": 0.0} | FAR,  # no teacher was heard
-        {"teacher_tail": 0.005, "student_tail": 0.001},  # there is no tail to lose
+        {"alpha": 0.0, "gradient": {"hard": 1.0}, "kl": 9.0},  # without a soft term only the labels count
+        {"alpha": 0.0, "gradient": {"hard": 1.0}, "soft_entropy": 0.0} | FAR,  # trained without teacher logits
+        {"teacher_tail": 0.005, "student_tail": 0.001},  # the teacher has no tail
     ],
 )
-def test_what_only_resembles_a_failure_is_not_named(measured):
+def test_measurements_that_only_resemble_a_failure_give_no_verdict(measured):
     assert names(**measured) == []
 
 
-def test_evidence_of_any_content_gives_references_or_none():
+def test_malformed_results_give_no_references():
     models = {"before": {"perplexity": 20.0, "kl": 2.0}, "student": {"perplexity": 10.0}, "control": {"kl": 1.0}}
     assert References.of_evidence({"models": models}, "student") == References(
         HeldOut(log(20), 2.0), None, HeldOut(log(10), None)
@@ -154,12 +155,12 @@ def test_evidence_of_any_content_gives_references_or_none():
         assert References.of_evidence(evidence, "student") == NO_REFERENCES, evidence
 
 
-def test_what_a_cause_explains_is_not_named_beside_it():
-    """Its advice would mislead: with a weak teacher, to raise alpha."""
-    ignored = {"kl": 0.9, "gradient": {"soft": 0.01, "hard": 0.99}}
-    assert names(teacher_nll=3.5, **ignored) == ["teacher_weaker_than_labels"]
+def test_a_failure_that_another_explains_is_not_named():
+    """Its advice would be misleading: to raise alpha although the teacher is weak."""
+    small_gradient = {"kl": 0.9, "gradient": {"soft": 0.01, "hard": 0.99}}
+    assert names(teacher_nll=3.5, **small_gradient) == ["teacher_weaker_than_labels"]
     high = {"temperature": 8.0, "soft_entropy": 0.99 * log(V), "soft_tail": 0.9}
-    assert names(**ignored, **high) == ["temperature_too_high"]
+    assert names(**small_gradient, **high) == ["temperature_too_high"]
     assert names(trend=FALLING, **FAR) == ["under_trained"]
     assert names(student_entropy=0.5, **FAR) == ["collapsed_tail"]
     assert names(padding=0.2, teacher_nll=9.7, below_counts=0.9) == ["wrong_shift_or_mask"]
@@ -173,41 +174,41 @@ def cosine(steps):
     return [max(0.0, 1 - i / steps) for i in range(steps)]
 
 
-def test_a_loss_that_the_schedule_ended_is_no_capacity_gap():
-    """A cosine flattens every loss; whether the student had more in it shows while the rate was high."""
+def test_a_loss_that_the_schedule_flattened_is_no_capacity_gap():
+    """A cosine schedule flattens every loss; the capacity shows while the learning rate is high."""
     falling = [4.0 - 0.08 * i for i in range(14)] + [2.9] * 10
     trend = trend_of(lines(noisy(falling), cosine(24)))
     assert trend.at_end.flat
     assert names(trend=trend, **FAR) == ["under_trained"]
-    assert names(trend=trend) == []  # it is close to its teacher: it has learnt
+    assert names(trend=trend) == []  # it is close to its teacher
     level = trend_of(lines(noisy([4.0, 3.5] + [3.0] * 22), cosine(24)))
     assert names(trend=level, **FAR) == ["capacity_gap"]
 
 
-def test_noise_is_neither_a_fall_nor_flat():
+def test_a_noisy_loss_neither_falls_nor_is_flat():
     trend = trend_of(lines(noisy([3.0 - 0.02 * i for i in range(24)], scale=0.6)))
     assert not trend.at_end.falls
     assert not trend.at_end.flat
     assert names(trend=trend, **FAR) == []
 
 
-def test_a_soft_loss_near_zero_that_halves_has_not_fallen():
+def test_a_soft_loss_near_zero_that_halves_does_not_count_as_falling():
     assert not trend_of(lines(noisy([0.04 / (1 + i) for i in range(24)], scale=0.0001))).at_end.falls
 
 
-def test_a_fall_is_that_of_the_line_through_the_last_half():
+def test_the_fall_equals_that_of_a_regression_line_over_the_last_half():
     losses = [4.0 - 0.05 * i for i in range(24)]
     end = trend_of(lines(noisy(losses))).at_end
     assert end.nats == pytest.approx(0.3, abs=0.01)
     assert end.before == pytest.approx(sum(losses[12:18]) / 6, abs=0.01)
-    tilt = [0.3 * (-1) ** i for i in range(24)]
-    noise = trend_of(lines([loss + by for loss, by in zip(losses, tilt, strict=True)])).at_end
+    noise = [0.3 * (-1) ** i for i in range(24)]
+    trend = trend_of(lines([loss + error for loss, error in zip(losses, noise, strict=True)])).at_end
     x = np.arange(12)
-    fit = linregress(x, np.array(losses[12:]) + np.array(tilt[12:]))
-    assert noise.error == pytest.approx(6 * fit.stderr)
+    fit = linregress(x, np.array(losses[12:]) + np.array(noise[12:]))
+    assert trend.error == pytest.approx(6 * fit.stderr)
 
 
-def test_a_kl_that_rises_is_told_from_one_that_falls_and_from_noise():
+def test_a_rising_kl_is_distinguished_from_a_falling_one_and_from_noise():
     def evaluated(*values):
         return [{"step": 10 * i, "eval_kl": value, "eval_loss": 1.0} for i, value in enumerate(values)]
 
@@ -228,52 +229,52 @@ def test_a_kl_that_rises_is_told_from_one_that_falls_and_from_noise():
     assert kl_trend_of(steps([0.5] * 7)) is None
 
 
-def test_few_lines_have_no_trend():
+def test_too_few_log_lines_give_no_trend():
     assert trend_of(lines([3.0] * 7)) is None
     assert trend_of([{"eval_loss": 1.0}] * 20) is None
-    assert trend_of([{"loss": 3.0}] * 12) is not None  # a log without rates
+    assert trend_of([{"loss": 3.0}] * 12) is not None  # a log without learning rates
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_provoked_failure_is_called_by_its_name(name):
+def test_a_provoked_failure_is_named(name):
     pair, logs = CASES[name](0)
-    found = diagnose(pair, None, logs)
-    assert name in [verdict.name for verdict in found.verdicts]
-    assert found.not_looked_at == []
-    assert all(verdict.text.endswith(".") and verdict.advice.endswith(".") for verdict in found.verdicts)
+    diagnosis = diagnose(pair, None, logs)
+    assert name in [verdict.name for verdict in diagnosis.verdicts]
+    assert diagnosis.not_looked_at == []
+    assert all(verdict.text.endswith(".") and verdict.advice.endswith(".") for verdict in diagnosis.verdicts)
 
 
-def test_a_healthy_run_is_not_called_ill():
+def test_a_healthy_run_has_no_verdict():
     pair, logs = healthy(0)
     assert diagnose(pair, None, logs).verdicts == []
 
 
-def test_what_is_named_is_not_said_to_be_unknown():
-    """A fall while the rate was high, and noise at the end."""
+def test_a_check_with_a_verdict_is_not_listed_as_skipped():
+    """The loss fell while the learning rate was high, and is noisy at the end."""
     losses = [4.0 - 0.15 * i for i in range(13)] + [2.0 + 0.5 * (-1) ** i for i in range(11)]
     pair, _ = CASES["wrong_shift_or_mask"](0)
     pair = replace(pair, rows=healthy(0)[0].rows)
-    found = diagnose(pair, 500, lines(losses, cosine(24)))
+    diagnosis = diagnose(pair, 500, lines(losses, cosine(24)))
     assert not trend_of(lines(losses, cosine(24))).at_end.flat
-    assert [verdict.name for verdict in found.verdicts] == ["under_trained"]
-    assert found.not_looked_at == []
+    assert [verdict.name for verdict in diagnosis.verdicts] == ["under_trained"]
+    assert diagnosis.not_looked_at == []
 
 
-def test_without_logs_nothing_is_said_of_the_training():
+def test_without_logs_there_is_no_verdict_on_the_training():
     pair, _ = CASES["under_trained"](0)
-    found = diagnose(pair, None)
-    assert not {"under_trained", "capacity_gap"} & {verdict.name for verdict in found.verdicts}
-    assert "train.logging_steps" in found.not_looked_at[0]
+    diagnosis = diagnose(pair, None)
+    assert not {"under_trained", "capacity_gap"} & {verdict.name for verdict in diagnosis.verdicts}
+    assert "train.logging_steps" in diagnosis.not_looked_at[0]
 
 
-def test_a_student_that_learnt_nothing_is_named_without_a_log():
-    """Closeness is judged without a log, and a run of which checks were skipped is not called sound."""
+def test_an_untrained_student_is_named_without_a_log():
+    """Closeness is judged without a log, and a run with skipped checks is not called healthy."""
     pair, logs = healthy(0)
-    untrained = pair.with_student(new(7, 16))
+    untrained = pair.with_student(build_model(7, 16))
     for lines_of_log in ((), logs):
-        found = diagnose(untrained, None, lines_of_log)
-        assert "far_from_teacher" in [verdict.name for verdict in found.verdicts]
-    assert diagnose(pair, None, logs).conclusion == "Nothing was found to be wrong."
+        diagnosis = diagnose(untrained, None, lines_of_log)
+        assert "far_from_teacher" in [verdict.name for verdict in diagnosis.verdicts]
+    assert diagnose(pair, None, logs).conclusion == "No failure was found."
     skipped = diagnose(pair, None)
     assert skipped.verdicts == []
     assert skipped.conclusion.startswith("The run could not be judged")

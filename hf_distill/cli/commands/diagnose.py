@@ -1,4 +1,4 @@
-"""diagnose."""
+"""The `diagnose` command: names the failure modes of a run, with advice."""
 
 import json
 import sys
@@ -18,11 +18,13 @@ from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
 @app.command()
 def diagnose(
     run: RunFolder,
-    student: Annotated[str, typer.Option(help="student, control, or the folder of a model.")] = "student",
-    tokens: Annotated[int, typer.Option(min=1, help="Look at so many held-out tokens.")] = 4096,
+    student: Annotated[
+        str, typer.Option(help="The model to diagnose: student, control, or the folder of a model.")
+    ] = "student",
+    tokens: Annotated[int, typer.Option(min=1, help="Read batches up to this number of held-out tokens.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
-    """Why a run is worse than it should be: failures by name, each with its advice."""
+    """Compare student and teacher over held-out tokens, and name what went wrong, with advice."""
     from ...runner.run_results import open_run
 
     opened = open_run(run)
@@ -34,7 +36,7 @@ def diagnose(
     out.quiet = as_json
     disable_library_progress_bars()
     from ...analysis.closeness import References
-    from ...analysis.diagnosis import diagnose as look
+    from ...analysis.diagnosis import diagnose as diagnose_pair
     from ...analysis.model_pair import ModelPair
     from ...core.io import read_json, write_json
     from ..progress import RichProgress
@@ -45,80 +47,83 @@ def diagnose(
             pair = replace(pair, alpha=0.0)
         progress.stage(f"Comparing both models over {tokens:,} tokens")
         references = References.of_evidence(read_json(opened.folder / "results.json"), name)
-        found = look(pair, tokens, logs, references)
+        diagnosis = diagnose_pair(pair, tokens, logs, references)
     if name == "student":
-        write_json(opened.folder / "diagnosis.json", asdict(found))
+        write_json(opened.folder / "diagnosis.json", asdict(diagnosis))
     if as_json:
-        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        sys.stdout.write(json.dumps(asdict(diagnosis), indent=2) + "\n")
         return
-    for part in _shown(found):
+    for part in _render(diagnosis):
         out.print(part, highlight=False)
 
 
-def _shown(found: Any) -> list[Any]:
-    parts: list[Any] = [Text(found.conclusion, "bold"), ""] if found.smoke else []
-    parts += [_measures(found), "", _parts("Within rows", found.agreement.positions)]
-    if found.agreement.sources:
-        parts += ["", _parts("Sources", found.agreement.sources)]
-    if found.smoke:
+def _render(diagnosis: Any) -> list[Any]:
+    parts: list[Any] = [Text(diagnosis.conclusion, "bold"), ""] if diagnosis.smoke else []
+    parts += [_measurements(diagnosis), "", _parts("By position in the row", diagnosis.agreement.positions)]
+    if diagnosis.agreement.sources:
+        parts += ["", _parts("By source", diagnosis.agreement.sources)]
+    if diagnosis.smoke:
         return parts
     parts.append("")
-    judged = not found.verdicts and not found.not_looked_at
-    parts.append(Text(found.conclusion, "green" if judged else "bold"))
-    for verdict in found.verdicts:
+    is_complete = not diagnosis.verdicts and not diagnosis.not_looked_at
+    parts.append(Text(diagnosis.conclusion, "green" if is_complete else "bold"))
+    for verdict in diagnosis.verdicts:
         parts += [Text(verdict.name, "bold red"), f"  {verdict.text}", f"  → {verdict.advice}"]
-    return [*parts, *(f"Not looked at: {line}." for line in found.not_looked_at)]
+    return [*parts, *(f"Not checked: {line}." for line in diagnosis.not_looked_at)]
 
 
-def _measures(found: Any) -> Table:
-    a = found.agreement
-    table = Table(title=f"{a.tokens:,} held-out tokens", box=None, pad_edge=False, show_header=False)
+def _measurements(diagnosis: Any) -> Table:
+    a = diagnosis.agreement
+    table = Table(title=f"{a.tokens:,} held-out target tokens", box=None, pad_edge=False, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     shares = ", ".join(f"{name} {share:.0%}" for name, share in a.gradient.items())
     rows = [
         ("KL to the teacher, nats/token", f"{a.kl:.4f}"),
-        ("  with the teacher's token before, after", _beside(a.kl_at)),
-        ("same first choice", f"{a.agreement:.1%}"),
-        ("correlation of log-probabilities: Pearson, rank", f"{a.pearson:.3f}, {a.spearman:.3f}"),
+        ("  with the teacher shifted by -1, +1 position", _at_offsets(a.kl_at)),
+        ("top-1 agreement", f"{a.agreement:.1%}"),
+        ("correlation of log-probabilities: Pearson, Spearman", f"{a.pearson:.3f}, {a.spearman:.3f}"),
         ("entropy of teacher, student, nats", f"{a.teacher_entropy:.3f}, {a.student_entropy:.3f}"),
-        ("nll of the labels: teacher, student, nats", f"{a.teacher_nll:.3f}, {a.student_nll:.3f}"),
-        ("  of who only knows how often each occurs", f"{a.counts_nll:.3f}"),
-        ("  the teacher's of the label before, after", _beside(a.label_at)),
-        ("teacher gives the label less than the student", f"{a.teacher_worse:.1%}"),
-        ("  less than the label's share of all labels", f"{a.below_counts:.1%}"),
+        ("NLL of the labels: teacher, student, nats", f"{a.teacher_nll:.3f}, {a.student_nll:.3f}"),
+        ("  of the unigram baseline", f"{a.counts_nll:.3f}"),
+        ("  teacher's, with the label at offset -1, +1", _at_offsets(a.label_at)),
+        ("label less likely under teacher than student", f"{a.teacher_worse:.1%}"),
+        ("  than under the unigram baseline", f"{a.below_counts:.1%}"),
         (
-            "teacher is sure and wrong; student says the same",
+            "confident teacher errors; copied by the student",
             f"{a.confident_teacher_errors:.1%}; {a.copied_errors:.1%}",
         ),
-        ("mass outside the teacher's likeliest: its, student's", f"{a.teacher_tail:.1%}, {a.student_tail:.1%}"),
+        ("mass outside teacher's likeliest: teacher, student", f"{a.teacher_tail:.1%}, {a.student_tail:.1%}"),
         ("share of the gradient", shares),
-        ("  of the soft one outside the teacher's likeliest", f"{a.soft_tail:.1%}"),
-        ("asked of all tokens; special, padding of these", f"{a.asked:.1%}; {a.special:.1%}, {a.padding:.1%}"),
+        ("  of the soft term, outside teacher's likeliest", f"{a.soft_tail:.1%}"),
+        (
+            "target tokens of all; special, padding of these",
+            f"{a.target_share:.1%}; {a.special:.1%}, {a.padding:.1%}",
+        ),
     ]
-    references = found.references
-    for title, one in (
+    references = diagnosis.references
+    for title, held_out in (
         ("before training", references and references.before),
         ("control", references and references.control),
     ):
-        if one is not None:
-            kl = "-" if one.kl is None else f"{one.kl:.4f}"
-            rows.append((f"{title}: KL to the teacher; nll of the labels", f"{kl}; {one.nll:.3f}"))
-    if found.tokenizer is not None:
-        t = found.tokenizer
-        rows.append(("ids that come back from their text; unknown", f"{t.kept:.1%}; {t.unknown:.1%}"))
+        if held_out is not None:
+            kl = "-" if held_out.kl is None else f"{held_out.kl:.4f}"
+            rows.append((f"{title}: KL to the teacher; NLL of the labels", f"{kl}; {held_out.nll:.3f}"))
+    if diagnosis.tokenizer is not None:
+        check = diagnosis.tokenizer
+        rows.append(("ids equal after decode and encode; unknown", f"{check.kept:.1%}; {check.unknown:.1%}"))
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _beside(values: dict[int, float]) -> str:
+def _at_offsets(values: dict[int, float]) -> str:
     return ", ".join(f"{values[offset]:.2f}" if offset in values else "-" for offset in (-1, 1))
 
 
 def _parts(title: str, parts: Any) -> Table:
     table = Table(title=title, box=None, pad_edge=False)
-    for heading in ("", "tokens", "KL", "same first choice", "teacher's nll", "student's"):
+    for heading in ("", "tokens", "KL", "top-1 agreement", "teacher NLL", "student NLL"):
         table.add_column(heading, justify="right" if heading else "left")
     for part in parts:
         values = (f"{part.kl:.3f}", f"{part.agreement:.1%}", f"{part.teacher_nll:.3f}", f"{part.student_nll:.3f}")

@@ -1,4 +1,4 @@
-"""report."""
+"""The `report` command: writes a run as one HTML page."""
 
 from typing import Annotated
 
@@ -10,10 +10,12 @@ from ..app import RunFolder, app, disable_library_progress_bars, out
 @app.command()
 def report(
     run: RunFolder,
-    samples: Annotated[int, typer.Option(min=0, help="Let the models continue so many held-out rows; 0: none.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Of each sample.")] = 48,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Number of held-out rows that the models continue as samples; 0 writes none.")
+    ] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each sample.")] = 48,
 ) -> None:
-    """One HTML page of a run, with its plots: RUN/report.html, RUN/figures/*.png."""
+    """Write a run as one HTML page with its plots: RUN/report.html, RUN/figures/*.png."""
     from ...runner.run_results import open_run
 
     opened = open_run(run)
@@ -27,7 +29,8 @@ def report(
     with RichProgress(out) as progress:
         if samples and not opened.has("samples.json"):
             write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.stage)
-        found = write_report(opened, progress.stage)
-    out.print(f"{found.path}, and {len(found.figures)} plots in {found.path.parent / 'figures'}", soft_wrap=True)
-    for what, command in found.missing.items():
-        out.print(f"  without {what}: `{command}` adds it", soft_wrap=True, highlight=False)
+        written = write_report(opened, progress.stage)
+    figures = written.path.parent / "figures"
+    out.print(f"Wrote {written.path}, and {len(written.figures)} plots in {figures}", soft_wrap=True)
+    for section, command in written.missing.items():
+        out.print(f"  Not in the report: {section}; `{command}` adds it", soft_wrap=True, highlight=False)

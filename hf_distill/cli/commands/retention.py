@@ -1,4 +1,4 @@
-"""retention."""
+"""The `retention` command: scores the models of a run on evaluation tasks, relative to the teacher."""
 
 import json
 import sys
@@ -14,14 +14,18 @@ from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
 @app.command()
 def retention(
     run: RunFolder,
-    task: Annotated[list[str] | None, typer.Option(help="Of the harness, or of --tasks-folder; repeat it.")] = None,
-    tasks_folder: Annotated[str | None, typer.Option(help="Of YAML tasks of your own.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="teacher, before, student, control; repeat it.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task at most.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task of the harness or of --tasks-folder; can be repeated.")
+    ] = None,
+    tasks_folder: Annotated[str | None, typer.Option(help="Folder of custom tasks in YAML.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="teacher, before, student or control; can be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of examples of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the harness.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """What the student kept of its teacher on tasks of the lm-evaluation-harness, with intervals."""
+    """Score the student relative to its teacher on tasks of the lm-evaluation-harness, with intervals."""
     from ...runner.run_results import open_run
 
     opened = open_run(run)
@@ -32,39 +36,42 @@ def retention(
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        found = retention_of(opened, task, tasks_folder, model, limit, batch_size, progress.stage)
+        result = retention_of(opened, task, tasks_folder, model, limit, batch_size, progress.stage)
     if as_json:
-        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
         return
-    out.print(_scores(found))
+    out.print(_scores(result))
     out.print()
-    out.print(_kept(found))
-    out.print("Intervals: 95 %, by a bootstrap over examples; each model is resampled with its teacher.", style="dim")
+    out.print(_relative_scores(result))
+    out.print(
+        "Intervals: 95 %, from a bootstrap over examples; each model is resampled together with its teacher.",
+        style="dim",
+    )
 
 
-def _scores(found: Any) -> Table:
-    models = [*found.tasks[0].scores]
+def _scores(result: Any) -> Table:
+    models = [*result.tasks[0].scores]
     table = Table(title="Scores ± standard error", box=None, pad_edge=False)
     table.add_column("task")
     table.add_column("n", justify="right")
     for name in models:
         table.add_column(name, justify="right")
-    for task in found.tasks:
+    for task in result.tasks:
         arrow = "" if task.higher_is_better else " ↓"
         values = [f"{score.value:.3f}±{score.stderr:.3f}" for score in task.scores.values()]
         table.add_row(task.task + arrow, f"{task.examples}", *values)
     return table
 
 
-def _kept(found: Any) -> Table:
-    models = [name for name in found.tasks[0].scores if name != "teacher"]
+def _relative_scores(result: Any) -> Table:
+    models = [name for name in result.tasks[0].scores if name != "teacher"]
     table = Table(title="% of the teacher's score", box=None, pad_edge=False)
     table.add_column("")
     for name in models:
         table.add_column(name, justify="right")
-    rows = [(task.task, task.kept) for task in found.tasks]
-    rows += [(f"· {category}", kept) for category, kept in found.categories.items()]
-    for title, kept in rows:
-        cells = [kept.get(name) for name in models]
-        table.add_row(title, *("-" if k is None else f"{k.percent:.0f} [{k.low:.0f}, {k.high:.0f}]" for k in cells))
+    rows = [(task.task, task.kept) for task in result.tasks]
+    rows += [(f"· {category}", scores) for category, scores in result.categories.items()]
+    for title, scores in rows:
+        cells = [scores.get(name) for name in models]
+        table.add_row(title, *("-" if c is None else f"{c.percent:.0f} [{c.low:.0f}, {c.high:.0f}]" for c in cells))
     return table

@@ -1,4 +1,4 @@
-"""temperature."""
+"""The `temperature` command: searches temperature and alpha in short runs."""
 
 import json
 import os
@@ -19,77 +19,81 @@ from ..confirm import confirm_downloads
 def temperature(
     recipe: Recipe,
     overrides: Overrides = None,
-    at: Annotated[list[float] | None, typer.Option("-t", "--temperature", help="Repeat it for more.")] = None,
-    alpha: Annotated[list[float] | None, typer.Option("-a", "--alpha", help="Repeat it for more.")] = None,
-    by: Annotated[str, typer.Option(help="Judge by nll of the labels, or by kl to the teacher.")] = "nll",
-    eta: Annotated[int, typer.Option(help="One of so many candidates goes on.")] = 2,
+    at: Annotated[
+        list[float] | None, typer.Option("-t", "--temperature", help="A temperature of the grid; can be repeated.")
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option("-a", "--alpha", help="An alpha of the grid; can be repeated.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="Criterion: nll of the labels, or kl to the teacher.")] = "nll",
+    eta: Annotated[int, typer.Option(help="After each rung, one of ETA candidates continues.")] = 2,
     output: Annotated[str | None, typer.Option("-o", "--output", help="Folder of the search.")] = None,
     smoke: Smoke = False,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search T and alpha in short runs; run it again after a crash, and it goes on."""
+    """Search T and alpha in short runs; an interrupted search continues when the command is repeated."""
     from ...recipe.load import load_recipe
 
-    given = overrides or []
-    # A smoke run's own 4 steps are too few for the rungs.
-    loaded = load_recipe(recipe, ["train.max_steps=16", *given] if smoke else given, smoke=smoke)
-    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes
-    out.quiet = as_json or not speaks
+    requested = overrides or []
+    # The 4 steps of a smoke run are too few for the rungs.
+    loaded = load_recipe(recipe, ["train.max_steps=16", *requested] if smoke else requested, smoke=smoke)
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    out.quiet = as_json or not is_main_process
     confirm_downloads(recipe, loaded, yes)
     disable_library_progress_bars()
     from ...analysis.temperature_search import find_temperature
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        found = find_temperature(loaded, at, alpha, by, eta, output, progress.stage)
-    if not speaks:
+        result = find_temperature(loaded, at, alpha, by, eta, output, progress.stage)
+    if not is_main_process:
         return
     out.quiet = False
-    plot = _plot(found)
+    plot = _plot(result)
     if as_json:
-        sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
+        sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
         return
-    out.print(_table(found), *_words(found), plot, sep="\n", highlight=False, markup=False, soft_wrap=True)
-    command = ["hf-distill run", recipe, *given, *found.overrides, *["--smoke"][: int(smoke)]]
-    out.print(f"Take it: {' '.join(command)}", soft_wrap=True, highlight=False, markup=False)
+    out.print(_table(result), *_summary(result), plot, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    command = ["hf-distill run", recipe, *requested, *result.overrides, *["--smoke"][: int(smoke)]]
+    out.print(f"Train with these values: {' '.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _table(found: Any) -> Table:
-    """All candidates; the winner is bold."""
-    table = Table(title=f"Held-out rows, the best by {found.by} first", box=None, pad_edge=False)
+def _table(result: Any) -> Table:
+    """Return a table of all candidates, with the winner in bold."""
+    table = Table(title=f"Held-out rows, sorted by {result.by}", box=None, pad_edge=False)
     for heading in ("T", "alpha", "steps", "NLL", "KL to teacher", "agreement", ""):
         table.add_column(heading, justify="right" if heading else "left")
-    for number, c in enumerate(found.candidates):
+    for number, c in enumerate(result.candidates):
         last = c.rungs[-1]
         compared = ("-", "-") if last.kl is None else (f"{last.kl:.4f}", f"{last.agreement:.3f}")
-        notes = ["the recipe's own"][: int(c.own)] + ["front"][: int(c.name in found.pareto_front)]
+        notes = ["recipe"][: int(c.from_recipe)] + ["front"][: int(c.name in result.pareto_front)]
         values = [f"{c.temperature:g}", f"{c.alpha:g}", f"{last.step}", f"{last.nll:.4f}", *compared]
         table.add_row(*values, ", ".join(notes), style="" if number else "bold")
     return table
 
 
-def _words(found: Any) -> list[str]:
-    """What the table means, and what it cost."""
-    words = [f"Cost: {found.steps} steps, those of {found.runs:.2f} whole runs."]
-    for second in found.candidates[1:2]:
+def _summary(result: Any) -> list[str]:
+    """Return sentences on the cost, the winner's lead, and the Pareto front."""
+    lines = [f"Cost: {result.steps} steps, as many as {result.runs:.2f} full runs."]
+    for second in result.candidates[1:2]:
         last = second.rungs[-1]
-        met = next(rung for rung in found.candidates[0].rungs if rung.step == last.step)
-        lead = last.value(found.by) - met.value(found.by)
-        words.append(f"The last choice, at step {last.step}: ahead by {lead:.4f} nats/token of {found.by}.")
-    if len(found.pareto_front) > 1:
-        other = "kl" if found.by == "nll" else "nll"
-        words.append(
-            f"NLL and KL disagree: no candidate beats one of the front in both, at the steps where it stopped. What "
-            f"{other} would choose: --by {other}, in another folder."
+        winner = next(rung for rung in result.candidates[0].rungs if rung.step == last.step)
+        lead = last.value(result.by) - winner.value(result.by)
+        lines.append(f"At step {last.step} the winner leads the second by {lead:.4f} nats/token of {result.by}.")
+    if len(result.pareto_front) > 1:
+        other = "kl" if result.by == "nll" else "nll"
+        lines.append(
+            "NLL and KL disagree: no candidate beats one that is marked as front in both metrics, at the step where "
+            f"that one stopped. To search by {other} instead, use --by {other} with another folder."
         )
-    return words
+    return lines
 
 
-def _plot(found: Any) -> str:
+def _plot(result: Any) -> str:
     if not find_spec("matplotlib"):
-        return 'Plot: pip install "hf-distill[report]", and run this again.'
+        return 'There is no plot, because matplotlib is missing: pip install "hf-distill[report]", then repeat this.'
     from ...report import plots
     from ...report.figures import png
 
-    return f"Plot: {png(plots.search(asdict(found)), Path(found.folder) / 'temperature.png')}"
+    return f"Plot: {png(plots.search(asdict(result)), Path(result.folder) / 'temperature.png')}"
