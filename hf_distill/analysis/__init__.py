@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_MODULES = {
+_HOME = {
     "ModelPair": "analysis.model_pair",
     "Run": "runner.run_results",
     "compute": "analysis.curve",
@@ -36,4 +36,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hf_distill.analysis' has no attribute {name!r}")
-    return getattr(import_module(f"hf_distill.{_MODULES[name]}"), name)
+    return getattr(import_module(f"hf_distill.{_HOME[name]}"), name)
