@@ -58,7 +58,7 @@ def _table(found: list[Any]) -> Table:
     for one in found:
         name = one.repo if one.kind == "model" else f"datasets/{one.repo}"
         commit = (one.revision or "newest")[:12]
-        table.add_row(name, ", ".join(one.what), commit, in_units(one.size), in_units(one.missing))
+        table.add_row(name, ", ".join(one.used_for), commit, in_units(one.size), in_units(one.missing))
     return table
 
 

@@ -1,12 +1,12 @@
-"""Recipes: a whole distillation as a YAML file; read and checked here, without torch, and run by `running`."""
+"""Recipes: YAML files that describe a distillation run. They are read and validated here without torch."""
 
 from importlib import import_module
 
-_HOME = {
+_MODULES = {
     "Recipe": ".schema",
     "load_recipe": ".load",
     "list_recipes": ".resolve",
-    "run_recipe": "..runner.run",  # by the name that users know
+    "run_recipe": "..runner.run",  # re-exported for users, imported on first use
 }
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "run_recipe"]
@@ -15,4 +15,4 @@ __all__ = ["Recipe", "list_recipes", "load_recipe", "run_recipe"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hf_distill.recipe' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name], __name__), name)
+    return getattr(import_module(_MODULES[name], __name__), name)

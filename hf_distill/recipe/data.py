@@ -1,4 +1,4 @@
-"""What a recipe may say about data. Imports no torch, as `schema` does not."""
+"""The `data` and `on_policy` sections of a recipe. Imports no torch."""
 
 from typing import Any, Literal
 
@@ -11,48 +11,63 @@ from .strict_model import Name, StrictModel
 
 
 class Source(StrictModel):
-    """Examples: a data set id, a local file or save_to_disk folder, package:pydoc_data.topics or package:stdlib.
+    """A data source: a dataset id, a local file or save_to_disk folder, or a packaged text.
 
-    The columns tell the format: input_ids, messages, prompt and completion, or text; the first that is there counts.
+    The columns determine the format. The formats are tried in this order: input_ids; messages; prompt and completion;
+    text.
     """
 
     path: Name = Field(
-        description="Id; .txt, .jsonl, .json, .csv, .parquet or .arrow file; folder; package: reference."
+        description="Dataset id on the Hub; path to a .txt, .jsonl, .json, .csv, .parquet or .arrow file; "
+        "save_to_disk folder; or packaged text, such as package:pydoc_data.topics or package:stdlib."
     )
-    split: str = "train"
-    name: str | None = Field(None, description="Configuration of the data set.")
-    column: str | None = Field(None, description="The column that holds the text; None: the columns tell the format.")
+    split: str = Field("train", description="Split of the dataset. Default: train.")
+    name: str | None = Field(None, description="Configuration (subset) of the dataset. Default: the dataset's default.")
+    column: str | None = Field(
+        None, description="Column that holds the text. Default (null): the format is inferred from the columns."
+    )
     weight: float | list[tuple[float, float]] = Field(
         1.0,
-        description="How often an example is drawn from it, beside other sources; or [[progress, weight], ...], with "
-        "straight lines between.",
+        description="Sampling weight relative to the other sources: a number above 0, or points [[progress, weight], "
+        "...] with weights of at least 0 that are interpolated linearly over training progress from 0 to 1. "
+        "Default: 1.",
     )
     assistant_only: bool | None = Field(
         None,
-        description="Of conversations: whether the assistant's turns alone are target tokens, or all tokens (false). "
-        "None: as true.",
+        description="For conversations: whether only the assistant's turns are target tokens (true), or all tokens "
+        "(false). Default (null): true.",
     )
-    overflow: Literal["truncate", "drop"] = Field("truncate", description="What becomes of examples beyond max_length.")
-    streaming: bool = Field(False, description="Read it while training, in its own order; needs train.max_steps.")
+    overflow: Literal["truncate", "drop"] = Field(
+        "truncate", description="Whether examples longer than max_length are truncated or dropped. Default: truncate."
+    )
+    streaming: bool = Field(
+        False, description="Read the dataset as a stream, in its stored order. Needs train.max_steps. Default: false."
+    )
 
     @field_validator("weight")
     @classmethod
-    def _weighs(cls, value: Any) -> Any:
+    def _check_weight(cls, value: Any) -> Any:
         if isinstance(value, float) and value <= 0:
-            raise ValueError("must be above 0: leave a source out to give it none")
-        parse_schedule(value, "it", low=0)
+            raise ValueError("must be above 0; to exclude a source, remove it from data")
+        parse_schedule(value, "weight", low=0)
         return value
 
 
 class Eval(StrictModel):
-    """Held-out examples: a source of its own, read as `task` is, or a share of those of each source."""
+    """Held-out examples: a separate dataset, read with the options of `task`, or a share of each source."""
 
-    path: Name | None = None
-    split: str = "test"
-    name: str | None = None
-    column: str | None = None
-    holdout: float | None = Field(None, gt=0, lt=1, description="Share of each source's examples that is held out.")
-    max_rows: int | None = Field(None, gt=0, description="At most so many rows of each source.")
+    path: Name | None = Field(
+        None, description="Dataset to evaluate on, as in data.task.path. Give either path or holdout."
+    )
+    split: str = Field("test", description="Split of the dataset at path. Default: test.")
+    name: str | None = Field(None, description="Configuration (subset) of the dataset at path.")
+    column: str | None = Field(None, description="Column that holds the text of the dataset at path.")
+    holdout: float | None = Field(
+        None, gt=0, lt=1, description="Share of each source's examples that is held out, between 0 and 1."
+    )
+    max_rows: int | None = Field(
+        None, gt=0, description="Maximum number of rows of each source that are evaluated. Default (null): all rows."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self):
@@ -62,62 +77,78 @@ class Eval(StrictModel):
 
 
 class Data(StrictModel):
-    """A source, `task`, and any number of others under names of their own, mixed by their weights.
+    """The training data: a source called `task`, and any number of further named sources, mixed by their weights.
 
-    Text is tokenised, joined with end-of-text tokens and cut into rows of max_length; else an example is a row.
+    Plain text is tokenized, joined with end-of-text tokens and cut into rows of max_length tokens. In the other
+    formats each example becomes one row.
     """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Source]
 
-    task: Source
-    eval: Eval
-    max_length: int = Field(512, gt=1, description="Tokens a row.")
+    task: Source = Field(description="The main data source.")
+    eval: Eval = Field(description="The held-out examples.")
+    max_length: int = Field(512, gt=1, description="Maximum number of tokens in a row, at least 2. Default: 512.")
     chat_template: Name | None = Field(
         None,
-        description=f"What conversations are rendered by: {', '.join(CHAT_TEMPLATES)}, or a .jinja file; None: the "
-        "chat template of the student's tokenizer.",
+        description=f"Chat template that renders conversations: {', '.join(CHAT_TEMPLATES)}, or a .jinja file. "
+        "Default (null): the chat template of the student's tokenizer.",
     )
-    packing: bool = Field(False, description="Put several examples into a row, without padding; they stay apart.")
+    packing: bool = Field(
+        False,
+        description="Pack several examples into each row without padding; they do not attend to each other. "
+        "Default: false.",
+    )
     stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
-        "first_exhausted", description="When the mixture ends; as in datasets.interleave_datasets."
+        "first_exhausted",
+        description="When the mixture ends, as in datasets.interleave_datasets. Default: first_exhausted.",
     )
 
     @field_validator("chat_template")
     @classmethod
-    def _known_template(cls, value: str | None) -> str | None:
+    def _check_chat_template(cls, value: str | None) -> str | None:
         if value is not None and value not in CHAT_TEMPLATES and not value.endswith(TEMPLATE_SUFFIX):
-            raise ValueError(f"no training template {value!r}{did_you_mean(value, CHAT_TEMPLATES)}; or a .jinja file")
+            raise ValueError(
+                f"there is no packaged chat template {value!r}{did_you_mean(value, CHAT_TEMPLATES)}; the path of a "
+                ".jinja file is possible too"
+            )
         return value
 
     @model_validator(mode="after")
-    def _names_and_streams(self):
+    def _check_names_and_streams(self):
         bad = [name for name in self.sources if not name.isidentifier()]
         if bad:
-            raise ValueError(f"names of sources are letters, digits and _, for they become part of metrics: {bad}")
+            raise ValueError(
+                f"source names may contain letters, digits and _ only, because they become part of metric names: {bad}"
+            )
         streams = [name for name, source in self.sources.items() if source.streaming]
         if streams and self.eval.holdout:
-            raise ValueError(f"nothing can be held out of a stream ({', '.join(streams)}): give eval a path")
+            raise ValueError(
+                f"examples cannot be held out of a streamed source ({', '.join(streams)}): set data.eval.path instead "
+                "of holdout"
+            )
         return self
 
     @model_validator(mode="after")
-    def _schedules(self):
+    def _check_schedules(self):
         if not self.scheduled:
             return self
         problems = []
         if self.packing:
-            problems.append("packing puts rows of different moments together: leave it out")
+            problems.append("packing would put rows of different training progress together: set packing to false")
         if streams := [name for name, source in self.sources.items() if source.streaming]:
-            problems.append(f"rows of a stream ({', '.join(streams)}) cannot be drawn in advance: leave streaming out")
+            problems.append(
+                f"rows of a streamed source ({', '.join(streams)}) cannot be drawn in advance: set streaming to false"
+            )
         if "stopping_strategy" in self.model_fields_set:
-            problems.append("sources repeat until train.max_steps: leave stopping_strategy out")
+            problems.append("sources repeat until train.max_steps: remove stopping_strategy")
         if problems:
-            raise ValueError(f"a weight over progress and {'; '.join(problems)}")
+            raise ValueError(f"a source has a weight schedule, and {'; '.join(problems)}")
         return self
 
     @property
     def scheduled(self) -> bool:
-        """Whether a weight changes over progress."""
+        """Whether the weight of a source changes over training progress."""
         return any(isinstance(source.weight, list) for source in self.sources.values())
 
     @property
@@ -127,24 +158,38 @@ class Data(StrictModel):
 
 
 class OnPolicy(StrictModel):
-    """The student completes the data's prompts, and the teacher judges every token that it writes (GKD, 2306.13649).
+    """On-policy distillation: the student completes prompts, and the teacher scores each token (GKD, 2306.13649).
 
-    By trl.DistillationTrainer; sources are `messages`, or `prompt` and `completion`.
+    Training uses trl.DistillationTrainer. Sources must have the columns `messages`, or `prompt` and `completion`.
     """
 
     fraction: float | list[tuple[float, float]] = Field(
         1.0,
-        description="Share of the rows that the student completes; the others keep the data's completion, which alone "
-        "has hard labels. Or [[progress, share], ...], with straight lines between.",
+        description="Share of the rows that the student completes, from 0 to 1, or points [[progress, share], ...] "
+        "that are interpolated linearly. The other rows keep the completion of the data; only these rows have hard "
+        "labels. Default: 1.",
     )
-    max_completion_length: int = Field(128, gt=0, description="Tokens that the student writes at most.")
-    sampling_temperature: float = Field(1.0, gt=0, description="At which it writes; distill.temperature is the loss's.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens.")
-    vllm: Literal["colocate", "server"] | None = Field(None, description="Generate with vLLM, which needs a GPU.")
+    max_completion_length: int = Field(
+        128, gt=0, description="Maximum number of tokens that the student generates for a prompt. Default: 128."
+    )
+    sampling_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature at which the student samples, above 0. distill.temperature is that of the loss. "
+        "Default: 1.",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: top-p above 0 and at most 1. Default: 1.")
+    top_k: int = Field(
+        0, ge=0, description="Top-k sampling: number of tokens to sample from. Default: 0, which means all tokens."
+    )
+    vllm: Literal["colocate", "server"] | None = Field(
+        None,
+        description="Generate with vLLM, which needs a GPU, in the training process (colocate) or on a vLLM server "
+        "(server). Default (null): generate with transformers.",
+    )
 
     @field_validator("fraction")
     @classmethod
-    def _shares(cls, value: Any) -> Any:
-        parse_schedule(value, "it", 0, 1)
+    def _check_fraction(cls, value: Any) -> Any:
+        parse_schedule(value, "fraction", 0, 1)
         return value

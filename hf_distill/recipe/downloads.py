@@ -1,4 +1,4 @@
-"""What a recipe downloads: which repositories, at which commit, how many bytes; nothing is downloaded to know it."""
+"""Lists the Hub repositories that a recipe downloads, with commit and size, without downloading them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,25 +12,28 @@ from ..hub import model_files, parse_uri, translate_hub_errors
 from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
 from .schema import Recipe
 
-Place: TypeAlias = tuple[str, str, str | None]
-_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".zip")
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+HubRepo: TypeAlias = tuple[str, str, str | None]
+_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".zip")
+_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
 
 @dataclass(frozen=True)
 class Download:
-    """A repository that a recipe reads.
+    """A repository on the Hub that a recipe reads.
 
-    what:     student, teacher, a source of data, ...: all for which it is read
-    kind:     "model" or "dataset"
-    revision: commit that is read now; what was asked for where the Hub is out of reach
-    size:     bytes of the files that are read; None where the Hub is out of reach
-    missing:  bytes of them that are not in the cache; of a data set as if none were, for it is kept converted
-    pickled:  the model's weights are pickles, of which reading is running
-    base:     of an adapter: the model that it is for
+    Attributes:
+        used_for: All purposes for which the repository is read: student, teacher, data sources, ...
+        kind: "model" or "dataset".
+        repo: Id of the repository.
+        revision: Current commit of the requested revision, or the requested revision in offline mode.
+        size: Bytes of the files that are read; None in offline mode.
+        missing: Bytes of these files that are not cached. For a dataset these are all bytes, because the cache keeps
+            datasets in another format. None in offline mode.
+        pickled: Whether the weights of a model are pickles, which can run code when they are loaded.
+        base: For an adapter, the id of its base model.
     """
 
-    what: tuple[str, ...]
+    used_for: tuple[str, ...]
     kind: str
     repo: str
     revision: str | None
@@ -41,16 +44,16 @@ class Download:
 
 
 def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
-    """(what for, name, "model" or "dataset", revision) of all models and data that a recipe names, as it names them."""
+    """Yield all models and datasets that a recipe names, as (purpose, name, "model" or "dataset", revision)."""
     students = {"student": recipe.student} | {f"stage {i}": stage.student for i, stage in enumerate(recipe.stages, 1)}
     teachers = {getattr(spec, "name", "teacher"): spec for spec in recipe.all_teachers}
     specs: dict[str, Any] = students | teachers
-    for what, spec in specs.items():
-        spoken = getattr(spec, "speaker", spec)
-        if spoken.model:
-            yield what, spoken.model, "model", spoken.revision
+    for used_for, spec in specs.items():
+        source = getattr(spec, "source_teacher", spec)
+        if source.model:
+            yield used_for, source.model, "model", source.revision
         if isinstance(path := getattr(spec, "path", None), str):
-            yield f"cache of {what}", path, "dataset", None
+            yield f"cache of {used_for}", path, "dataset", None
     sources: dict[str, Any] = {**recipe.data.sources, "eval": recipe.data.eval}
     for name, source in sources.items():
         if source.path:
@@ -58,41 +61,42 @@ def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None
 
 
 def random_models(recipe: Recipe) -> list[str]:
-    """The tiny random models that a recipe names, as a smoke run does: such a run's figures mean nothing."""
+    """Return the tiny random models that a recipe names. They occur in smoke runs, whose metrics mean nothing."""
     return sorted(
         {name for _, name, kind, _ in referenced_repos(recipe) if kind == "model" and reference_kind(name) == "smoke"}
     )
 
 
 def smoke_run(recipe: Recipe) -> str | None:
-    """A sentence that says that a recipe is a smoke run, with its random models; None: it is none."""
+    """Return a sentence that marks a smoke run and names its random models; None for any other recipe."""
     if not (names := random_models(recipe)):
         return None
-    return f"This is a smoke run: its models are tiny and began with random weights ({', '.join(names)})."
+    return f"This is a smoke run: its models are tiny and were initialized with random weights ({', '.join(names)})."
 
 
 def downloads(recipe: Recipe) -> list[Download]:
-    """The repositories of the Hub that a recipe reads, in the order in which it names them, bases of adapters too.
+    """Return the Hub repositories that a recipe reads, in the order of the recipe, then the base models of adapters.
 
     Raises:
-        DistillError: one is not there, private or gated; an adapter's base is no model on the Hub; see `hub.asking`.
+        DistillError: A repository does not exist or is not accessible (see `hub.translate_hub_errors`), or the base of
+            an adapter is not a model on the Hub.
     """
-    places: dict[Place, list[str]] = {}
-    for what, name, kind, revision in referenced_repos(recipe):
-        if place := hub_repo_of(name, kind, revision):
-            places.setdefault(place, []).append(what)
-    found = [inspect_repo(tuple(what), *place) for place, what in places.items()]
-    known = {one.repo for one in found if one.kind == "model"}
-    for one in [one for one in found if one.base]:
+    uses: dict[HubRepo, list[str]] = {}
+    for used_for, name, kind, revision in referenced_repos(recipe):
+        if hub_repo := hub_repo_of(name, kind, revision):
+            uses.setdefault(hub_repo, []).append(used_for)
+    repos = [inspect_repo(tuple(used_for), *hub_repo) for hub_repo, used_for in uses.items()]
+    known = {one.repo for one in repos if one.kind == "model"}
+    for one in [one for one in repos if one.base]:
         if one.base not in known:
-            found.append(inspect_repo((f"base of {one.repo}",), "model", str(one.base), None))
-    return found
+            repos.append(inspect_repo((f"base of {one.repo}",), "model", str(one.base), None))
+    return repos
 
 
-def hub_repo_of(name: str, kind: str, revision: str | None) -> Place | None:
-    """(kind, repository, revision) of a name that is read as a whole from the Hub; None: it is read elsewhere.
+def hub_repo_of(name: str, kind: str, revision: str | None) -> HubRepo | None:
+    """Return (kind, repository, revision) of a name that stands for a Hub repository; None for any other name.
 
-    A single file's address is none: it is one of the recipe's own repository, small beside the rest.
+    The address of a single file returns None: such a file is small and belongs to the repository of the recipe.
     """
     if reference_kind(name) == "address":
         at = parse_uri(name)
@@ -100,43 +104,43 @@ def hub_repo_of(name: str, kind: str, revision: str | None) -> Place | None:
     return (kind, name, revision) if reference_kind(name) == "id" else None
 
 
-def inspect_repo(what: tuple[str, ...], kind: str, repo: str, revision: str | None) -> Download:
-    """Size, missing bytes and file types of one repository, without downloading its weights."""
+def inspect_repo(used_for: tuple[str, ...], kind: str, repo: str, revision: str | None) -> Download:
+    """Return the size, missing bytes and file types of one repository, without downloading its weights."""
     if constants.HF_HUB_OFFLINE:
-        return Download(what, kind, repo, revision, None, None)
+        return Download(used_for, kind, repo, revision, None, None)
     with translate_hub_errors(repo, kind, revision):
         info: Any = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    read = _read_of_model(sizes) if kind == "model" else sizes
-    missing = {name: size for name, size in read.items() if not _cached(repo, kind, name, info.sha)}
+    read = _files_to_load(sizes) if kind == "model" else sizes
+    missing = {name: size for name, size in read.items() if not _is_cached(repo, kind, name, info.sha)}
     adapter = kind == "model" and ADAPTER in read
     safe = ADAPTER_WEIGHTS in read if adapter else any(name.endswith(".safetensors") for name in read)
     base = check_adapter(model_files(repo, info.sha)) if adapter else None
     size, pickled = sum(read.values()), kind == "model" and not safe
-    return Download(what, kind, repo, info.sha, size, sum(missing.values()), pickled, base)
+    return Download(used_for, kind, repo, info.sha, size, sum(missing.values()), pickled, base)
 
 
-def _read_of_model(sizes: dict[str, int]) -> dict[str, int]:
-    """What from_pretrained reads: files of the root; safetensors, or what there is instead of them."""
+def _files_to_load(sizes: dict[str, int]) -> dict[str, int]:
+    """Return the files that from_pretrained reads: root files, with safetensors weights if there are any."""
     root = {name: size for name, size in sizes.items() if "/" not in name}
     weights = {name: size for name, size in root.items() if name.endswith(".safetensors")}
-    weights = weights or {name: size for name, size in root.items() if name.endswith(_WEIGHTS)}
-    return weights | {name: size for name, size in root.items() if name.endswith(_BESIDE)}
+    weights = weights or {name: size for name, size in root.items() if name.endswith(_WEIGHT_SUFFIXES)}
+    return weights | {name: size for name, size in root.items() if name.endswith(_CONFIG_SUFFIXES)}
 
 
-def _cached(repo: str, kind: str, name: str, commit: str | None) -> bool:
+def _is_cached(repo: str, kind: str, name: str, commit: str | None) -> bool:
     return isinstance(try_to_load_from_cache(repo, name, revision=commit, repo_type=kind), str)
 
 
-def check_downloads(found: list[Download]) -> None:
-    """Refuse pickled weights, for a recipe whose author is not its user.
+def check_downloads(repos: list[Download]) -> None:
+    """Refuse pickled weights, for an untrusted recipe.
 
     Raises:
-        DistillError: which models, and what to do.
+        DistillError: Some models have pickled weights.
     """
-    pickled = [one.repo for one in found if one.pickled]
+    pickled = [one.repo for one in repos if one.pickled]
     if pickled:
         raise DistillError(
-            f"{', '.join(pickled)}: the weights are pickled, and reading a pickle can run what a stranger put into it. "
-            "Name models with safetensors, as key=value on the command line."
+            f"{', '.join(pickled)}: the weights are pickled, and loading a pickle can run code that its author put "
+            "there. Choose models with safetensors weights, as key=value on the command line."
         )

@@ -1,4 +1,4 @@
-"""Makes `schema.json` from the code: `python -m hf_distill.recipe.generate_schema`. Imports torch."""
+"""Generates `schema.json` from the code: `python -m hf_distill.recipe.generate_schema`. Imports torch."""
 
 import dataclasses
 import enum
@@ -12,7 +12,7 @@ _NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of recipes: the pydantic model, the fields of TrainingArguments and the registered losses."""
+    """Build the JSON Schema of recipes from the pydantic model, TrainingArguments and the registered losses."""
     from ..losses.registry import LOSSES
     from .schema import Recipe
 
@@ -37,12 +37,14 @@ def _training_fields() -> dict[str, Any]:
     from ..trainer.config import RUNTIME_FIELDS, DistillArguments
     from .ranges import RANGES
 
-    hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # True is the documented way
-    fields = {f.name: _field(hints[f.name]) for f in dataclasses.fields(TrainingArguments) if f.init}
-    own = typing.get_type_hints(DistillArguments)
-    fields |= {name: _field(own[name]) for name in RUNTIME_FIELDS} | {"early_stopping_patience": {"type": ["integer"]}}
+    hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str}  # transformers documents True as the value
+    fields = {field.name: _field(hints[field.name]) for field in dataclasses.fields(TrainingArguments) if field.init}
+    distill_hints = typing.get_type_hints(DistillArguments)
+    fields |= {name: _field(distill_hints[name]) for name in RUNTIME_FIELDS} | {
+        "early_stopping_patience": {"type": ["integer"]}
+    }
     keys = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    limits = {name: {keys[key]: limit for key, limit in given.items()} for name, given in RANGES.items()}
+    limits = {name: {keys[key]: limit for key, limit in field_range.items()} for name, field_range in RANGES.items()}
     return {name: field | limits.get(name, {}) for name, field in fields.items()}
 
 

@@ -1,4 +1,4 @@
-"""Names that a recipe from the Hub gives to files beside it: they mean files of the same commit, and no others."""
+"""Relative paths in a recipe from the Hub: they refer to files of the same repository at the same commit."""
 
 import copy
 import json
@@ -11,27 +11,30 @@ from typing import Any
 from ..core.references import DATASET_BUILDERS, HUB_PREFIX, PACKAGE_PREFIX
 from ..errors import DistillError, collect_errors, raise_if_any
 from .resolve import read_text
-from .safe_yaml import LIMIT
+from .safe_yaml import MAX_BYTES
 
-# A file that a recipe may name beside itself: no hidden folder, no executable suffix, no name that a shell expands.
-_BESIDE = re.compile(r"(?:\.\./)*(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*\.json")
+# Relative paths of JSON files without hidden folders or characters that a shell expands.
+_RELATIVE_JSON = re.compile(r"(?:\.\./)*(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*\.json")
 
 
 def pin_relative_paths(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """A recipe's values: DeepSpeed files as their content, data files by their address at the recipe's commit.
+    """Replace DeepSpeed files by their content, and data files by their address at the commit of the recipe.
 
     Args:
-        values: of the YAML, of whatever types.
-        origin: hf:// address of the recipe, at a commit.
+        values: Values as read from YAML, not yet validated.
+        origin: hf:// address of the recipe at a commit.
+
+    Returns:
+        A copy of the values with these replacements.
 
     Raises:
-        DistillError: a name leads out of the repository, or no such file is there; all of them at once.
+        DistillError: Paths lead out of the repository, or files do not exist. The message lists all of them.
     """
     problems: list[str] = []
     values = copy.deepcopy(values)
-    for part in deepspeed_parts(values):
+    for part in deepspeed_sections(values):
         with collect_errors(problems):
-            part["deepspeed"] = content_of(part["deepspeed"], origin)
+            part["deepspeed"] = deepspeed_content(part["deepspeed"], origin)
     data = values.get("data")
     if isinstance(data, dict):
         values = values | {"data": {name: _with_path(part, origin, problems) for name, part in data.items()}}
@@ -39,11 +42,11 @@ def pin_relative_paths(values: dict[str, Any], origin: str) -> dict[str, Any]:
     return values
 
 
-def deepspeed_parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The sections of a recipe whose field `deepspeed` names a file: of `train`, teachers and stages, and no others.
+def deepspeed_sections(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the sections whose key `deepspeed` names a file: `train` and teachers of the recipe and its stages.
 
     Args:
-        values: of the YAML, of whatever types.
+        values: Values as read from YAML, not yet validated.
     """
     stages, teachers = (values.get(name) for name in ("stages", "teachers"))
     stages, teachers = (part if isinstance(part, list) else [] for part in (stages, teachers))
@@ -51,23 +54,25 @@ def deepspeed_parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
     sections = [owner.get(name) for owner in owners if isinstance(owner, dict) for name in ("train", "teacher")]
     sections += teachers
     sections += [section.get("source") for section in sections if isinstance(section, dict)]
-    yield from (s for s in sections if isinstance(s, dict) and isinstance(s.get("deepspeed"), str))
+    yield from (
+        section for section in sections if isinstance(section, dict) and isinstance(section.get("deepspeed"), str)
+    )
 
 
 def is_packaged(name: str) -> bool:
-    """Whether a name is that of a DeepSpeed config of this package."""
+    """Whether a name is that of a packaged DeepSpeed config."""
     return any(file.name == name for file in files("hf_distill.recipes").joinpath("deepspeed").iterdir())
 
 
-def content_of(name: str, origin: str) -> dict[str, Any]:
-    """The content of a packaged DeepSpeed config, or of one beside a recipe.
+def deepspeed_content(name: str, origin: str) -> dict[str, Any]:
+    """Read a packaged DeepSpeed config, or one in the repository of a recipe.
 
     Args:
-        name: as the recipe gives it.
-        origin: hf:// address of the recipe, at a commit.
+        name: Name or path as given in the recipe.
+        origin: hf:// address of the recipe at a commit.
 
     Raises:
-        DistillError: the name is not allowed, there is no such file, or it holds no JSON object.
+        DistillError: The path is not allowed, the file does not exist, or it does not hold a JSON object.
     """
     from ..hub import fetch, parse_uri, sibling_uri
 
@@ -75,15 +80,17 @@ def content_of(name: str, origin: str) -> dict[str, Any]:
         text = files("hf_distill.recipes").joinpath("deepspeed", name).read_text()
     else:
         at = sibling_uri(parse_uri(origin), name)
-        if not _BESIDE.fullmatch(name):
-            raise DistillError(f"{name!r} is no DeepSpeed config: give a .json file that is in no hidden folder")
-        text = read_text(fetch(at, LIMIT).path, name)
+        if not _RELATIVE_JSON.fullmatch(name):
+            raise DistillError(
+                f"{name!r} cannot be a DeepSpeed config: give the path of a .json file that is not in a hidden folder"
+            )
+        text = read_text(fetch(at, MAX_BYTES).path, name)
     try:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DistillError(f"{name} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DistillError(f"{name} holds {type(content).__name__}, no mapping")
+        raise DistillError(f"{name} holds a {type(content).__name__}; a DeepSpeed config must be a JSON object")
     return content
 
 

@@ -1,7 +1,8 @@
-"""What a recipe from the Hub may not say: it is data of a stranger until its user says otherwise on the command line.
+"""The policy for untrusted recipes from the Hub: which values are allowed.
 
-Everything is refused that is not known to be harmless: fields of TrainingArguments, sections of a DeepSpeed config and
-implementations of attention are listed here by name, so that a new one is a decision.
+Only values that are known to be harmless are allowed. Fields of TrainingArguments, sections of a DeepSpeed config and
+attention implementations are listed here by name, so that a new one is refused until someone adds it to a list. The
+user can set any value on the command line.
 """
 
 import re
@@ -16,7 +17,7 @@ from .data import Source
 from .models import Student, TeacherSpec
 from .schema import Recipe
 
-# Hyperparameters of a training and of its evaluation.
+# Hyperparameters of training and evaluation.
 ALLOWED = {
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
@@ -39,9 +40,9 @@ ALLOWED = {
     *("self_check", "max_consecutive_nonfinite_steps"),
     *("fsdp", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "restore_callback_states_from_checkpoint"),
 }
-# Fields that are looked into, by a function below.
+# Fields whose values are checked by the functions below.
 _INSPECTED = {"output_dir", "report_to", "deepspeed", "dataloader_num_workers", "fsdp_config", "accelerator_config"}
-# Fields that name a place, an account, a backend or a file.
+# Fields that name a path, an account, a backend or a file.
 REFUSED = {
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     *("hub_revision", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
@@ -62,18 +63,18 @@ _DEEPSPEED = {
     ),
     *("activation_checkpointing", "gradient_predivide_factor", "data_types"),
 }
-_PLACE = re.compile(r"path|file|dir|folder|url|host", re.IGNORECASE)
-_MODEL = re.compile(r"package:[A-Za-z_]\w*/[\w-][\w.-]*\.gguf")  # a dotted module would be imported to be found
+_PATH_KEY = re.compile(r"path|file|dir|folder|url|host", re.IGNORECASE)
+_MODEL = re.compile(r"package:[A-Za-z_]\w*/[\w-][\w.-]*\.gguf")  # no dots: finding a dotted module imports its parent
 _TEXT = re.compile(r"package:[\w.]+")
 _OUTPUT = re.compile(r"(?:runs|caches)(?:/[A-Za-z0-9][\w.-]*)+")
-_WORKERS = 64
+_MAX_WORKERS = 64
 
 
 def policy_violations(recipe: Recipe) -> list[str]:
-    """What a recipe from the Hub says and may not, each with its place and what to do; nothing where all is harmless.
+    """List the values of an untrusted recipe that are not allowed, with key and remedy; empty if all are allowed.
 
     Args:
-        recipe: as it came, validated, before its user's `key=value`.
+        recipe: The validated recipe, before the overrides of the user.
     """
     problems = [*_models(recipe), *_data(recipe)]
     problems += _train(recipe.train.model_dump(exclude_unset=True), "train")
@@ -83,52 +84,61 @@ def policy_violations(recipe: Recipe) -> list[str]:
 
 
 def _models(recipe: Recipe) -> Iterator[str]:
-    students = {"student": recipe.student} | {f"stages.{i}.student": s.student for i, s in enumerate(recipe.stages, 1)}
-    teachers = {"teacher": recipe.teacher} if recipe.teacher else {f"teachers.{t.name}": t for t in recipe.teachers}
-    sources = {f"{place}.source": spec.source for place, spec in teachers.items() if spec and spec.source}
+    students = {"student": recipe.student} | {
+        f"stages.{i}.student": stage.student for i, stage in enumerate(recipe.stages, 1)
+    }
+    teachers = (
+        {"teacher": recipe.teacher}
+        if recipe.teacher
+        else {f"teachers.{teacher.name}": teacher for teacher in recipe.teachers}
+    )
+    sources = {f"{location}.source": spec.source for location, spec in teachers.items() if spec and spec.source}
     specs: dict[str, Any] = {**students, **teachers, **sources}
-    for place, spec in specs.items():
-        yield from _model(spec, place)
+    for location, spec in specs.items():
+        yield from _model(spec, location)
         if isinstance(spec, TeacherSpec):
-            yield from _teacher(spec, place)
+            yield from _teacher(spec, location)
 
 
-def _model(spec: Student | TeacherSpec, place: str) -> Iterator[str]:
-    if spec.model is not None and (why := _no_public_name(spec.model, _MODEL)):
-        yield f"{place}.model: {spec.model!r} {why}: give the id of a model on the Hub"
+def _model(spec: Student | TeacherSpec, location: str) -> Iterator[str]:
+    if spec.model is not None and (why := _why_not_public(spec.model, _MODEL)):
+        yield f"{location}.model: {spec.model!r} {why}; an untrusted recipe must give the id of a model on the Hub"
     if spec.attn_implementation not in (None, *ATTENTION):
         yield (
-            f"{place}.attn_implementation: {spec.attn_implementation!r} would be downloaded and run: it may be one of "
+            f"{location}.attn_implementation: {spec.attn_implementation!r} would be downloaded and run; allowed are "
             f"{', '.join(ATTENTION)}"
         )
     if isinstance(spec, Student) and spec.lora:
         modules = spec.lora.target_modules
         if any(not re.fullmatch(r"[\w.-]+", name) for name in ([modules] if isinstance(modules, str) else modules)):
-            yield f"{place}.lora.target_modules: a pattern may take for ever to match: name modules, or all-linear"
+            yield (
+                f"{location}.lora.target_modules: regular expressions are not allowed, because matching one "
+                "can take unlimited time; give a list of module names, or all-linear"
+            )
 
 
-def _teacher(spec: TeacherSpec, place: str) -> Iterator[str]:
+def _teacher(spec: TeacherSpec, location: str) -> Iterator[str]:
     if (
         spec.path
         and not _OUTPUT.fullmatch(spec.path)
         and not (reference_kind(spec.path) == "address" and _is_address(spec.path))
     ):
-        yield f"{place}.path: {spec.path!r} is a place on this machine: it may be caches/NAME or hf://datasets/..."
+        yield f"{location}.path: {spec.path!r} is a path on this machine; allowed are caches/NAME and hf://datasets/..."
     if spec.deepspeed:
-        yield from _deepspeed(spec.deepspeed, f"{place}.deepspeed")
+        yield from _deepspeed(spec.deepspeed, f"{location}.deepspeed")
     if isinstance(spec.device_map, dict) and "disk" in spec.device_map.values():
-        yield f"{place}.device_map: it may not write to the disk"
+        yield f"{location}.device_map: offloading to disk is not allowed in an untrusted recipe"
 
 
-def _no_public_name(name: str, packaged: re.Pattern[str]) -> str | None:
-    """Why a model's or data set's name would not be looked up on the Hub, or in an installed package."""
+def _why_not_public(name: str, packaged: re.Pattern[str]) -> str | None:
+    """Return why a name is neither on the Hub nor in an installed package; None if it is on one of them."""
     match reference_kind(name):
         case "package":
-            return None if packaged.fullmatch(name) else "is no part of an installed package"
+            return None if packaged.fullmatch(name) else "is not a file in an installed package"
         case "address":
-            return None if _is_address(name) else "is no address of a model or data set repository"
+            return None if _is_address(name) else "is not the address of a model or dataset repository"
         case "path":
-            return "is a folder on this machine" if Path(name).exists() else "is no id on the Hub"
+            return "is a path on this machine" if Path(name).exists() else "is not an id on the Hub"
         case "smoke":
             return "is a tiny random model"
     return None
@@ -146,54 +156,66 @@ def _is_address(text: str) -> bool:
 def _data(recipe: Recipe) -> Iterator[str]:
     if recipe.data.chat_template not in (None, *CHAT_TEMPLATES):
         yield (
-            f"data.chat_template: {recipe.data.chat_template!r} is a file on this machine: name one of "
+            f"data.chat_template: {recipe.data.chat_template!r} is a file on this machine; allowed are "
             f"{', '.join(CHAT_TEMPLATES)}"
         )
     sources: dict[str, Any] = {**recipe.data.sources, "eval": recipe.data.eval}
     for name, source in sources.items():
-        place = f"data.{name}"
-        if source.path and (why := _no_public_name(source.path, _TEXT)):
+        location = f"data.{name}"
+        if source.path and (why := _why_not_public(source.path, _TEXT)):
             yield (
-                f"{place}.path: {source.path!r} {why}: give the id of a data set, or a .jsonl, .csv, .parquet, .arrow "
-                "or .txt file of the recipe's own repository"
+                f"{location}.path: {source.path!r} {why}; an untrusted recipe must give the id of a dataset, or a "
+                ".jsonl, .csv, .parquet, .arrow or .txt file in the repository of the recipe"
             )
         if source.name and not re.fullmatch(r"[\w.+-]+", source.name):
-            yield f"{place}.name: {source.name!r} is no name of a configuration"
+            yield f"{location}.name: {source.name!r} is not the name of a dataset configuration"
         if isinstance(source, Source) and not re.fullmatch(r"[\w\[\]:%+.-]+", source.split):
-            yield f"{place}.split: {source.split!r} is no split"
+            yield f"{location}.split: {source.split!r} is not the name of a split"
 
 
-def _train(train: dict[str, Any], place: str) -> Iterator[str]:
+def _train(train: dict[str, Any], location: str) -> Iterator[str]:
     for name in train:
         if name in REFUSED or name not in KNOWN:
-            yield f"{place}.{name}: it is its user's to say; give it on the command line as {place}.{name}=..."
+            yield (
+                f"{location}.{name}: not allowed in a recipe from the Hub; pass {location}.{name}=... on the "
+                "command line"
+            )
     if "output_dir" in train and not _OUTPUT.fullmatch(str(train["output_dir"])):
         yield (
-            f"{place}.output_dir: {train['output_dir']!r} is not inside runs/: give {place}.output_dir=... on the "
-            "command line for another place"
+            f"{location}.output_dir: {train['output_dir']!r} is not inside runs/; for another folder, pass "
+            f"{location}.output_dir=... on the command line"
         )
     trackers = train.get("report_to") or []
     if {*([trackers] if isinstance(trackers, str) else trackers)} - {"none", "tensorboard"}:
-        yield f"{place}.report_to: {trackers!r} would log into your accounts: give it on the command line"
-    if isinstance(workers := train.get("dataloader_num_workers"), int) and workers > _WORKERS:
-        yield f"{place}.dataloader_num_workers: {workers} processes; at most {_WORKERS}"
+        yield (
+            f"{location}.report_to: {trackers!r} would log to your accounts; to allow that, pass "
+            f"{location}.report_to=... on the command line"
+        )
+    if isinstance(workers := train.get("dataloader_num_workers"), int) and workers > _MAX_WORKERS:
+        yield f"{location}.dataloader_num_workers: {workers} processes are not allowed; at most {_MAX_WORKERS} are"
     for name in ("fsdp_config", "accelerator_config"):
         if isinstance(train.get(name), str):
-            yield f"{place}.{name}: {train[name]!r} is a file on this machine: write its content"
-        yield from (f"{place}.{name}.{key}: it names a place" for key in _keys(train.get(name)) if _PLACE.search(key))
+            yield f"{location}.{name}: {train[name]!r} is a file on this machine; write its content into the recipe"
+        yield from (
+            f"{location}.{name}.{key}: keys that name a path are not allowed"
+            for key in _keys(train.get(name))
+            if _PATH_KEY.search(key)
+        )
     if train.get("deepspeed"):
-        yield from _deepspeed(train["deepspeed"], f"{place}.deepspeed")
+        yield from _deepspeed(train["deepspeed"], f"{location}.deepspeed")
 
 
-def _deepspeed(config: Any, place: str) -> Iterator[str]:
+def _deepspeed(config: Any, location: str) -> Iterator[str]:
     if not isinstance(config, dict):
-        yield f"{place}: {config!r} is no packaged config and no file of the recipe's repository"
+        yield f"{location}: {config!r} is neither a packaged config nor a file in the repository of the recipe"
         return
     for name in config.keys() - _DEEPSPEED:
-        yield f"{place}.{name}: this section is not known to be harmless: leave it out"
-    yield from (f"{place}.{key}: it names a place on this machine" for key in _keys(config) if _PLACE.search(key))
+        yield f"{location}.{name}: this section is not allowed in an untrusted recipe; remove it"
+    yield from (
+        f"{location}.{key}: keys that name a path are not allowed" for key in _keys(config) if _PATH_KEY.search(key)
+    )
     if "nvme" in _texts(config):
-        yield f"{place}: it may not offload to a disk: cpu, or none"
+        yield f"{location}: offloading to disk is not allowed; use the device cpu, or none"
 
 
 def _keys(value: Any) -> Iterator[str]:

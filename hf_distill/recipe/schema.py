@@ -1,4 +1,4 @@
-"""What a recipe may say. Validation imports no torch: what the code knows is read from the packaged `schema.json`."""
+"""The pydantic model of a recipe. It reads the packaged `schema.json`, so that validation imports no torch."""
 
 from functools import reduce
 from operator import or_
@@ -29,58 +29,67 @@ _JSON_TYPES: dict[str, Any] = {
 
 
 class TrainBase(StrictModel):
-    """Any field of transformers.TrainingArguments; output_dir is the run's folder."""
+    """Training arguments: any field of transformers.TrainingArguments. output_dir is the folder of the run."""
 
     @model_validator(mode="before")
     @classmethod
     def _yaml_no(cls, values: Any) -> Any:
-        """YAML reads a bare `no` as False; `eval_strategy: no` means the word."""
+        """Restore the string "no": YAML reads the bare word in `eval_strategy: no` as False."""
         if not isinstance(values, dict):
             return values
         specs = packaged_schema()["properties"]["train"]["properties"]
-        return {k: "no" if v is False and "no" in specs.get(k, {}).get("enum", ()) else v for k, v in values.items()}
+        return {
+            key: "no" if value is False and "no" in specs.get(key, {}).get("enum", ()) else value
+            for key, value in values.items()
+        }
 
     @model_validator(mode="after")
-    def _stops_early(self):
-        given: Any = self
-        patience, strategy = given.early_stopping_patience, given.eval_strategy
+    def _check_early_stopping(self):
+        args: Any = self
+        patience, strategy = args.early_stopping_patience, args.eval_strategy
         if patience is None:
             return self
         problems = []
         if strategy in (None, "no"):
-            problems.append("nothing is evaluated in training: set eval_strategy to steps, and eval_steps, or to epoch")
-        elif given.save_strategy not in (None, "best", strategy):
             problems.append(
-                f"save_strategy {given.save_strategy} is not eval_strategy {strategy}: leave save_strategy out"
+                "it needs evaluations during training: set eval_strategy to epoch, or to steps with eval_steps"
             )
-        elif strategy == "steps" and given.save_steps and given.eval_steps and given.save_steps % given.eval_steps:
-            problems.append(f"save_steps {given.save_steps} is no multiple of eval_steps {given.eval_steps}")
-        if given.load_best_model_at_end is False:
-            problems.append("the best checkpoint is exported: leave load_best_model_at_end out")
+        elif args.save_strategy not in (None, "best", strategy):
+            problems.append(
+                f"save_strategy is {args.save_strategy} and eval_strategy is {strategy}; they must be the same: remove "
+                "save_strategy"
+            )
+        elif strategy == "steps" and args.save_steps and args.eval_steps and args.save_steps % args.eval_steps:
+            problems.append(
+                f"save_steps is {args.save_steps}; it must be a multiple of eval_steps, which is {args.eval_steps}"
+            )
+        if args.load_best_model_at_end is False:
+            problems.append("it always exports the best checkpoint: remove load_best_model_at_end")
         if problems:
             raise ValueError("early_stopping_patience: " + "; ".join(problems))
         return self
 
     @model_validator(mode="after")
-    def _whole_steps(self):
-        """Steps above 1 are counted; below 1 they are a share of all."""
+    def _check_step_counts(self):
+        """Check that numbers of steps above 1 are whole. Below 1 they are a share of all steps."""
         steps = {name: getattr(self, name) for name in SHARES_OR_STEPS}
         broken = [f"{name} is {steps[name]}" for name in steps if (steps[name] or 0) > 1 and steps[name] % 1]
         if broken:
-            raise ValueError(f"{'; '.join(broken)}: from 1 on it is a whole number of steps, below a share of all")
+            raise ValueError(f"{'; '.join(broken)}; give a whole number of steps, or a share of all steps below 1")
         return self
 
     @model_validator(mode="after")
-    def _pushed_at_the_end(self):
-        given: Any = self
-        if given.hub_token:
-            raise ValueError("hub_token: a recipe holds no secrets: run `hf auth login`, or set HF_TOKEN")
-        if given.push_to_hub and not given.hub_model_id:
-            raise ValueError("push_to_hub: where to? Give hub_model_id, org/name")
-        if given.push_to_hub and given.hub_strategy not in (None, "end"):
+    def _check_push_to_hub(self):
+        args: Any = self
+        if args.hub_token:
+            raise ValueError("hub_token: a recipe must not contain a token: run `hf auth login`, or set HF_TOKEN")
+        if args.push_to_hub and not args.hub_model_id:
+            raise ValueError("push_to_hub needs a repository: set hub_model_id to org/name")
+        if args.push_to_hub and args.hub_strategy not in (None, "end"):
             raise ValueError(
-                f"hub_strategy is {given.hub_strategy}: a recipe's student is published once, with its evidence, when "
-                "the run is over (end); a script with DistillTrainer pushes checkpoints too"
+                f"hub_strategy is {args.hub_strategy}; only end is possible in a recipe, because the student is "
+                "published with its results when the run is complete. To push checkpoints, use DistillTrainer in a "
+                "script"
             )
         return self
 
@@ -101,84 +110,106 @@ else:
 
 
 class Recipe(StrictModel):
-    """A whole distillation."""
+    """A recipe: the student, the teacher, the data, the objective and the training of one distillation run."""
 
-    student: Student
+    student: Student = Field(description="The model to train.")
     stages: list[Stage] = Field(
         default_factory=list,
-        description="A chain: each stage's student is the next one's teacher. `student` is then the last stage's.",
+        description="Progressive distillation: each stage trains one student, which is the teacher of the next stage. "
+        "`student` is then the student of the last stage. Default: no stages.",
     )
-    teacher: TeacherSpec | None = None
+    teacher: TeacherSpec | None = Field(None, description="The teacher. Give either teacher or teachers.")
     teachers: list[NamedTeacher] = Field(
         default_factory=list,
-        description="Several in the place of one; losses say which they follow, by default the first.",
+        description="Two or more named teachers, instead of one. A loss selects one with its key teacher; the "
+        "default is the "
+        "first.",
     )
-    data: Data
-    distill: Distill = Field(default_factory=lambda: Distill.model_validate({}))
-    losses: list[LossSpec] = Field(default_factory=list)
-    projectors: ProjectorSpec | None = Field(None, description="Between hidden states; a bare word is its kind.")
-    on_policy: OnPolicy | None = Field(None, description="The student learns on completions that it writes itself.")
-    train: Train
+    data: Data = Field(description="The training and evaluation data.")
+    distill: Distill = Field(
+        default_factory=lambda: Distill.model_validate({}), description="The distillation objective."
+    )
+    losses: list[LossSpec] = Field(
+        default_factory=list, description="Additional loss terms, such as losses on hidden states. Default: none."
+    )
+    projectors: ProjectorSpec | None = Field(
+        None, description="Projectors between hidden states of student and teacher. A string is short for {kind: ...}."
+    )
+    on_policy: OnPolicy | None = Field(
+        None,
+        description="On-policy distillation: the student trains on completions that it generates. Default (null): off.",
+    )
+    train: Train = Field(description="The training arguments.")
     control: Literal["sft", "direct"] | None = Field(
         None,
-        description="sft: train the same student on the hard labels alone too; direct, of a chain: distil its last "
-        "student from the first teacher too, in as many steps as all stages have.",
+        description="Train a control for comparison. sft: the same student on the hard labels only. direct (needs "
+        "stages): the last student distilled from the first teacher, in the total number of steps of all stages. "
+        "Default (null): no control.",
     )
-
     export: Literal["adapter", "merged", "ema", "mtp"] = Field(
         "adapter",
-        description="adapter, merged: of a student with lora, its adapters alone, or a model with them merged in; "
-        "ema: the average too, as RUN/ema; mtp: the heads too, as RUN/student/mtp.safetensors.",
+        description="What the run exports. adapter: for a student with lora, the adapters only, else the model. "
+        "merged: a model with the adapters merged in. ema: the averaged model too, as RUN/ema. mtp: the heads too, as "
+        "RUN/student/mtp.safetensors. Default: adapter.",
     )
-    extends: str | None = Field(None, description="A packaged recipe, whose values hold where none are given here.")
-    requires: str | None = Field(None, description="Versions of hf-distill that it is for, such as '>=0.2'.")
-    origin: str | None = Field(None, description="Where on the Hub it came from; said by what loads it.")
+    extends: str | None = Field(
+        None, description="Name of a packaged recipe whose values are used for all keys that this recipe does not set."
+    )
+    requires: str | None = Field(
+        None, description="Range of hf-distill versions that can read the recipe, such as '>=0.2'."
+    )
+    origin: str | None = Field(
+        None, description="Address of the recipe on the Hub; set when the recipe is loaded, never by the recipe itself."
+    )
 
     @property
     def tokenizer_model(self) -> str:
-        """The model whose tokenizer is used: the teacher, or the student that is its own."""
+        """The model whose tokenizer is used: the primary teacher, or the student if the teacher has no model."""
         return str(self.primary_teacher.model or self.student.model)
 
     @property
     def tokenizer_revision(self) -> str | None:
-        """Of `base`."""
+        """The revision of `tokenizer_model`."""
         return self.primary_teacher.revision if self.primary_teacher.model else self.student.revision
 
     @property
     def all_teachers(self) -> list[TeacherSpec]:
-        """The teacher, or all of several; the source in the place of a cache that is to be left out."""
+        """All teachers, with the source instead of a cache whose `use_source` is set."""
         return [spec.effective for spec in ([self.teacher] if self.teacher else self.teachers)]
 
     @property
     def primary_teacher(self) -> TeacherSpec:
-        """The teacher; of several the first that is a model of its own, from which a student may be cut.
+        """The teacher from which a student may be pruned: of several teachers the first that has a model.
 
-        In the place of a cache the teacher that wrote it, where the recipe says which.
+        For a cache this is its source, if the recipe gives it.
         """
-        speakers = [spec.source_teacher for spec in self.all_teachers]
-        return next((spec for spec in speakers if spec.model), speakers[0])
+        sources = [spec.source_teacher for spec in self.all_teachers]
+        return next((spec for spec in sources if spec.model), sources[0])
 
     @property
     def kinds(self) -> set[str]:
-        """Of the teachers."""
+        """The kinds of all teachers."""
         return {spec.kind for spec in self.all_teachers}
 
     @model_validator(mode="before")
     @classmethod
-    def _last_student(cls, values: Any) -> Any:
-        """The student of a chain is that of its last stage, unless it is given as well."""
+    def _default_student(cls, values: Any) -> Any:
+        """Use the student of the last stage as `student` if the recipe does not give one."""
         stages = values.get("stages") if isinstance(values, dict) else None
         if stages and isinstance(stages, list) and isinstance(stages[-1], dict) and "student" in stages[-1]:
             return {"student": stages[-1]["student"], **values}
         return values
 
     @model_validator(mode="after")
-    def _fits_together(self):
-        """All contradictions between the parts at once; without a teacher nothing else can be told."""
-        self._one_or_several()
+    def _check_consistency(self):
+        """Check the sections against each other and raise all problems at once.
+
+        Without a valid teacher the other checks are not possible, so its problems are raised first.
+        """
+        self._check_teachers()
         checks = (
-            self._chain,
-            self._adapters,
+            self._check_stages,
+            self._check_adapters,
             self._check_student_source,
             self._check_mtp,
             self._check_on_policy,
@@ -196,61 +227,74 @@ class Recipe(StrictModel):
             raise Problems(problems)
         return self
 
-    def _chain(self) -> None:
+    def _check_stages(self) -> None:
         if problems := stage_problems(self):
             raise Problems(problems)
 
-    def _one_or_several(self) -> None:
+    def _check_teachers(self) -> None:
         if (self.teacher is None) == (not self.teachers):
-            raise ValueError("give either teacher, or teachers: a list of two or more")
+            raise ValueError("give either teacher, or teachers with two or more entries")
         names = [spec.name for spec in self.teachers]
         if len(names) == 1 or len({*names}) < len(names):
-            raise ValueError(f"teachers: two or more, of different names; got {', '.join(names)}")
+            raise ValueError(f"teachers: give two or more teachers with different names; got {', '.join(names)}")
         if problems := incompatible_teachers({spec.name: spec.kind for spec in self.teachers}):
             raise ValueError(f"teachers: {'; '.join(problems)}")
         for loss in self.losses:
             if loss.teacher is not None and loss.teacher not in names:
                 raise ValueError(
-                    f"losses: {loss.name} follows the teacher {loss.teacher!r}"
-                    + (did_you_mean(loss.teacher, names) if names else ", and there is one teacher, without a name")
+                    f"losses: {loss.name} names the teacher {loss.teacher!r}"
+                    + (
+                        did_you_mean(loss.teacher, names)
+                        if names
+                        else ", but the recipe has one teacher, which has no name: remove the key teacher"
+                    )
                 )
 
-    def _adapters(self) -> None:
+    def _check_adapters(self) -> None:
         student, kinds = self.student, self.kinds
         if student.lora is None and "adapter_base" in kinds:
-            raise ValueError("teacher.kind adapter_base switches the student's adapters off: give student.lora")
+            raise ValueError(
+                "teacher.kind adapter_base disables the student's adapters, and the student has none: add student.lora"
+            )
         if student.lora is None and self.export == "merged":
-            raise ValueError("export merged merges adapters: give student.lora, or leave export out")
+            raise ValueError("export merged needs a student with adapters: add student.lora, or remove export")
         if self.export in ("ema", "mtp") and self.export not in kinds:
-            raise ValueError(f"export {self.export} needs teacher.kind {self.export}; it is {', '.join(sorted(kinds))}")
+            raise ValueError(
+                f"export {self.export} needs teacher.kind {self.export}; the kind is {', '.join(sorted(kinds))}"
+            )
         if student.from_teacher and kinds == {"adapter_base"}:
-            raise ValueError("student.from_teacher needs a teacher of its own, and adapter_base is none")
+            raise ValueError(
+                "student.from_teacher needs a teacher with its own model, which kind adapter_base does not have"
+            )
 
     def _check_student_source(self) -> None:
-        given, cut = self.student.model, self.student.from_teacher
-        if "cached" in self.kinds and not self.primary_teacher.model and (given is None or cut):
+        model, pruned = self.student.model, self.student.from_teacher
+        if "cached" in self.kinds and not self.primary_teacher.model and (model is None or pruned):
             raise ValueError(
-                "student: a cache has no blocks: give the student's model, or teacher.source to cut it from"
+                "student: a teacher cache holds no weights to prune a student from: set student.model, or "
+                "teacher.source"
             )
-        if self.primary_teacher.model and (given is None) == (cut is None):
+        if self.primary_teacher.model and (model is None) == (pruned is None):
             raise ValueError("student: give either model or from_teacher")
-        if not self.primary_teacher.model and given is None:
-            raise ValueError(f"student: give its model, for a teacher of kind {self.primary_teacher.kind} has none")
+        if not self.primary_teacher.model and model is None:
+            raise ValueError(
+                f"student: set student.model, because a teacher of kind {self.primary_teacher.kind} has no model"
+            )
 
     def _check_mtp(self) -> None:
         if "mtp" not in self.kinds:
             return
         if self.student.lora or self.on_policy:
             raise ValueError(
-                "teacher.kind mtp trains heads of a whole student on the data's text: leave student.lora and on_policy "
-                "out"
+                "teacher.kind mtp trains heads of a full student on the text of the data: remove student.lora and "
+                "on_policy"
             )
         if self.teachers:
             return
         if "alpha" not in self.distill.model_fields_set:
             self.distill.alpha = 0.0
         if self.distill.alpha or self.losses:
-            raise ValueError("teacher.kind mtp teaches its heads alone: set distill.alpha to 0, and leave losses out")
+            raise ValueError("teacher.kind mtp teaches only its heads: set distill.alpha to 0, and remove losses")
 
     def _check_on_policy(self) -> None:
         if self.on_policy is None:
@@ -258,32 +302,43 @@ class Recipe(StrictModel):
         problems = []
         if "cached" in self.kinds:
             problems.append(
-                "no cache knows what the student will write: set teacher.use_source, or use a frozen teacher"
+                "a teacher cache does not contain what the student generates: set teacher.use_source, or use "
+                "kind frozen"
             )
         if self.on_policy.max_completion_length >= self.data.max_length:
-            problems.append("max_completion_length leaves no room for a prompt: raise data.max_length")
+            problems.append(
+                "max_completion_length must be below data.max_length, to leave room for the prompt: raise "
+                "data.max_length"
+            )
         if self.data.packing:
-            problems.append("completions have no length before they are written: leave data.packing out")
+            problems.append(
+                "completions cannot be packed, because their length is not known: set data.packing to false"
+            )
         if self.train.deepspeed or self.train.fsdp:
-            problems.append("run it from a script with OnPolicyDistillTrainer, or leave train.deepspeed and fsdp out")
-        lowest = min(share for _, share in parse_schedule(self.on_policy.fraction, "it", 0, 1))
+            problems.append(
+                "a recipe cannot combine it with DeepSpeed or FSDP: remove train.deepspeed and train.fsdp, or use "
+                "OnPolicyDistillTrainer in a script"
+            )
+        lowest = min(share for _, share in parse_schedule(self.on_policy.fraction, "fraction", 0, 1))
         if self.distill.alpha < 1 and lowest == 1:
-            problems.append("no row has hard labels: set distill.alpha to 1, or fraction below 1")
+            problems.append("no row has hard labels: set distill.alpha to 1, or on_policy.fraction below 1")
         if problems:
             raise ValueError(f"on_policy: {'; '.join(problems)}")
 
     def _check_streaming(self) -> None:
         streams = [name for name, source in self.data.sources.items() if source.streaming]
         if streams and (self.train.max_steps or 0) <= 0:
-            raise ValueError(f"data.{streams[0]}.streaming: a stream has no length: set train.max_steps")
+            raise ValueError(f"data.{streams[0]}.streaming: a stream has no known length: set train.max_steps")
 
     def _check_schedules(self) -> None:
         if self.data.scheduled and (self.train.max_steps or 0) <= 0:
-            raise ValueError("data: a weight over progress needs to know the end: set train.max_steps")
+            raise ValueError("data: a weight schedule needs a known number of steps: set train.max_steps")
         if self.data.scheduled and self.train.train_sampling_strategy not in (None, "sequential"):
-            raise ValueError("data: a weight over progress fixes the order: leave train.train_sampling_strategy out")
+            raise ValueError(
+                "data: a weight schedule determines the order of rows: remove train.train_sampling_strategy"
+            )
 
     @field_validator("projectors", mode="before")
     @classmethod
-    def _kind(cls, value: Any) -> Any:
+    def _expand_kind(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value

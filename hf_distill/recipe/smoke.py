@@ -1,4 +1,4 @@
-"""The same recipe in seconds: tiny random models of the same families, packaged text, a few steps, no download."""
+"""Smoke runs: a recipe with tiny random models, packaged text and a few steps, which downloads nothing."""
 
 import json
 from copy import deepcopy
@@ -9,7 +9,7 @@ from ..core.references import SMOKE_PREFIX, is_file
 from ..errors import DistillError
 
 _TEACHER_DEPTH = 4
-# A word in a model's id -> its model_type; the first that occurs counts.
+# Part of a model id -> model_type. The first match is used.
 _FAMILIES = {
     "smollm3": "smollm3",
     "smollm": "llama",
@@ -27,26 +27,26 @@ _FAMILIES = {
 
 
 def family_of(reference: str) -> str:
-    """The model_type of a model: from a local folder's config, else from a word in its name, else llama."""
+    """Return the model_type of a model: from a local config, else from its name, else llama."""
     config = Path(reference) / "config.json"
     if is_file(config):
         try:
             return str(json.loads(config.read_text())["model_type"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DistillError(f"{config} is no config of a model: {error}") from None
+            raise DistillError(f"{config} is not the config of a model: {error}") from None
     return next((kind for word, kind in _FAMILIES.items() if word in reference.lower()), "llama")
 
 
 def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
-    """A validated recipe's values, made small; what is not about size stays."""
+    """Reduce the validated values of a recipe to a smoke run. Values that do not affect the size are kept."""
     values = deepcopy(values)
     student, train = values["student"], values["train"]
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
-        _small_teacher(teacher, f"{train['output_dir']}-smoke/cache")
-    _small_student(student)
+        _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache")
+    _shrink_student(student)
     for i, stage in enumerate(values.get("stages", ())):
-        _small_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1))
-        stage["train"] = {k: v for k, v in stage.get("train", {}).items() if k == "learning_rate"}
+        _shrink_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1))
+        stage["train"] = {key: value for key, value in stage.get("train", {}).items() if key == "learning_rate"}
     if values.get("stages"):
         values["student"] = values["stages"][-1]["student"]
     for loss in values.get("losses", ()):
@@ -58,8 +58,10 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("on_policy"):
         text, length = "package:builtins", 128
         values["on_policy"] |= {"max_completion_length": 8, "vllm": None}
-    values["data"].pop("chat_template", None)  # rendered in bytes it would fill a row
-    values["data"] = {name: _small(name, part, text) for name, part in values["data"].items()} | {"max_length": length}
+    values["data"].pop("chat_template", None)  # with the byte-level tokenizer, a rendered template would fill a row
+    values["data"] = {name: _shrink_data(name, part, text) for name, part in values["data"].items()} | {
+        "max_length": length
+    }
     for key in ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim"):
         train.pop(key, None)
     train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
@@ -67,7 +69,7 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _small_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> None:
+def _shrink_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> None:
     if student.get("from_teacher"):
         cut = student["from_teacher"]
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": depth}
@@ -76,19 +78,19 @@ def _small_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> 
         student |= {"model": f"{SMOKE_PREFIX}{family_of(student['model'])}/{role}", "revision": None}
 
 
-def _small_teacher(teacher: dict[str, Any], cache: str) -> None:
+def _shrink_teacher(teacher: dict[str, Any], cache: str) -> None:
     if teacher.get("model"):
         teacher |= {"model": f"{SMOKE_PREFIX}{family_of(teacher['model'])}/teacher", "revision": None}
     if teacher.get("interval_steps"):
         teacher["interval_steps"] = 2
     if teacher.get("source"):
-        _small_teacher(teacher["source"], "")
+        _shrink_teacher(teacher["source"], "")
     if teacher.get("path"):
         teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "interval_steps": 2}
 
 
-def _small(name: str, part: Any, text: str) -> Any:
-    """A part of `data`: sources become packaged ones, with their weights."""
+def _shrink_data(name: str, part: Any, text: str) -> Any:
+    """Reduce one entry of `data`: a source becomes a packaged text with the same weight."""
     if name == "eval":
         return {"holdout": 0.1, "max_rows": 4}
     if not isinstance(part, dict):
@@ -97,7 +99,7 @@ def _small(name: str, part: Any, text: str) -> Any:
 
 
 def build_tiny(reference: str, folder: Path) -> None:
-    """Write a tiny random model and a byte-level tokenizer, `smoke:family/role`, into a folder."""
+    """Write the tiny random model `smoke:family/role` and a byte-level tokenizer into a folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     family, _, role = reference.removeprefix(SMOKE_PREFIX).partition("/")
@@ -123,7 +125,7 @@ def build_tiny(reference: str, folder: Path) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of the 256 bytes, an end-of-text and a padding token, whose chat template marks answers."""
+    """Return a byte-level tokenizer with an end-of-text and a padding token; its template marks assistant turns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,9 +134,9 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    made.chat_template = _TEMPLATE
-    return made
+    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast_tokenizer.chat_template = _TEMPLATE
+    return fast_tokenizer
 
 
 _TEMPLATE = (

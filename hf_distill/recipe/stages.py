@@ -1,4 +1,4 @@
-"""What a recipe may say about a chain of students. Imports no torch, as `schema` does not."""
+"""The `stages` section of a recipe: progressive distillation through a chain of students. Imports no torch."""
 
 from typing import Any
 
@@ -9,99 +9,115 @@ from .strict_model import StrictModel
 
 
 class Stage(StrictModel):
-    """One student of a chain, and what its stage has otherwise than the recipe."""
+    """One student of a chain, and the values in which its stage differs from the recipe."""
 
-    student: Student
+    student: Student = Field(description="The student of this stage, which is the teacher of the next stage.")
     distill: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of `distill` in the place of the recipe's."
+        default_factory=dict, description="Fields of `distill` that override those of the recipe in this stage."
     )
-    train: dict[str, Any] = Field(default_factory=dict, description="Fields of `train` in the place of the recipe's.")
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of `train` that override those of the recipe in this stage."
+    )
 
 
-_PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def stage_problems(recipe: Any) -> list[str]:
-    """Why a recipe's stages make no chain; nothing where it has none."""
+    """List why the stages of a recipe cannot run as a chain; empty if they can, or if there are none."""
     stages, problems = recipe.stages, list[str]()
     if not stages:
-        return ["control direct compares with a chain, and there are no stages"] if recipe.control == "direct" else []
+        return (
+            ["control: direct is for recipes with stages, and this recipe has none"]
+            if recipe.control == "direct"
+            else []
+        )
     if len(stages) < 2:
-        problems.append("stages: two or more; one student is `student`, without stages")
+        problems.append("stages: give two or more stages; for one student, use `student` without stages")
     if recipe.student != stages[-1].student:
-        problems.append("student: leave it out; a chain's student is that of its last stage")
+        problems.append("student: remove it, because the student of the last stage is used; or make both the same")
     if recipe.teachers or recipe.teacher is None or recipe.teacher.kind not in ("frozen", "cached"):
-        problems.append("stages: the first stage has one teacher, of kind frozen or cached")
+        problems.append("stages: the recipe needs exactly one teacher, of kind frozen or cached, for the first stage")
     if recipe.on_policy or recipe.losses:
-        problems.append("stages: on_policy and losses are not for chains: run each stage from a recipe of its own")
+        problems.append(
+            "stages: on_policy and losses cannot be combined with stages: run each stage as a separate recipe"
+        )
     if recipe.control == "sft":
-        problems.append("control: of a chain it is direct")
+        problems.append("control: sft cannot be combined with stages; use direct")
     for i, stage in enumerate(stages, 1):
-        problems += [f"stages.{i}: {problem}" for problem in _unfit(stage, recipe.control, i == len(stages))]
+        problems += [
+            f"stages.{i}: {problem}" for problem in _incompatible_values(stage, recipe.control, i == len(stages))
+        ]
     return problems
 
 
-def _unfit(stage: Stage, control: str | None, last: bool) -> list[str]:
-    whole = [name for name in ("output_dir", "seed") if name in stage.train]
-    problems = [f"train.{name} is the whole chain's: leave it out" for name in whole]
+def _incompatible_values(stage: Stage, control: str | None, last: bool) -> list[str]:
+    chain_keys = [name for name in ("output_dir", "seed") if name in stage.train]
+    problems = [f"train.{name} applies to the whole chain: set it in the recipe's train" for name in chain_keys]
     if stage.student.lora:
-        problems.append("adapters are no teacher of their own: leave student.lora out")
+        problems.append("a student with adapters cannot be the teacher of the next stage: remove student.lora")
     if control == "direct":
-        other = [name for name in _PER_STEP if name in stage.train]
-        problems += [f"train.{name}: with control direct all steps have as many tokens" for name in other]
+        other = [name for name in _BATCH_FIELDS if name in stage.train]
+        problems += [
+            f"train.{name}: with control direct, all stages need the same batch size: remove it" for name in other
+        ]
         cut = stage.student.from_teacher
         if last and cut and cut.layers:
-            problems.append("with control direct, give keep_layers: the first teacher has other blocks")
+            problems.append(
+                "student.from_teacher.layers: the first teacher has other layers; with control direct, use keep_layers"
+            )
     return problems
 
 
-_HELD = ("dtype", "attn_implementation", "quantization", "deepspeed", "fsdp", "device_map")
+_PLACEMENT_FIELDS = ("dtype", "attn_implementation", "quantization", "deepspeed", "fsdp", "device_map")
 
 
 def stage_values(values: dict[str, Any], number: int, teacher: str | None = None) -> dict[str, Any]:
-    """The recipe of one stage, as plain values.
+    """Return the plain values of the recipe of one stage.
 
-    Each stage goes through the data in an order of its own, else all of them would see the same first rows.
+    Each stage has another data seed; otherwise all stages would train on the same first rows.
 
     Args:
-        values: of the whole recipe, validated.
-        number: of the stage, from 1.
-        teacher: path of the student of the stage before; None: where the chain leaves it. It is held as the first
-            teacher is.
+        values: Validated values of the recipe with stages.
+        number: Number of the stage, from 1.
+        teacher: Path of the student of the previous stage, which is loaded with the placement options of the first
+            teacher. None: the folder into which the chain writes it.
     """
     stage, train = values["stages"][number - 1], values["train"]
-    own = {k: v for k, v in values.items() if k not in ("stages", "control")} | {"student": stage["student"]}
-    own["distill"] = {**values.get("distill", {}), **stage.get("distill", {})}
-    own["train"] = {**train, **stage.get("train", {}), "output_dir": f"{train['output_dir']}/stage-{number}"}
+    result = {key: value for key, value in values.items() if key not in ("stages", "control")} | {
+        "student": stage["student"]
+    }
+    result["distill"] = {**values.get("distill", {}), **stage.get("distill", {})}
+    result["train"] = {**train, **stage.get("train", {}), "output_dir": f"{train['output_dir']}/stage-{number}"}
     if number > 1:
-        own["train"].setdefault("data_seed", (42 if train.get("seed") is None else train["seed"]) + number - 1)
+        result["train"].setdefault("data_seed", (42 if train.get("seed") is None else train["seed"]) + number - 1)
         first = values["teacher"]
-        held = {name: first[name] for name in _HELD if first.get(name)}
+        placement = {name: first[name] for name in _PLACEMENT_FIELDS if first.get(name)}
         path = teacher or f"{train['output_dir']}/stage-{number - 1}/student"
-        own["teacher"] = {"kind": "frozen", "model": path, **held}
-    return own
+        result["teacher"] = {"kind": "frozen", "model": path, **placement}
+    return result
 
 
 def direct_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of the last student taught by the first teacher, in as many steps as all stages have together."""
+    """Return the recipe that distills the first teacher into the last student in the total steps of all stages."""
     train, stages = values["train"], values["stages"]
-    own = {k: v for k, v in values.items() if k not in ("stages", "control")}
+    result = {key: value for key, value in values.items() if key not in ("stages", "control")}
     total = {
         name: sum(counts)
         for name in ("max_steps", "num_train_epochs")
         if None not in (counts := [stage.get("train", {}).get(name, train.get(name)) for stage in stages])
     }
-    return own | {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
+    return result | {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
 
 
 def planned_values(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The recipes of all stages as they can be known before the chain runs, by name.
+    """Return the recipes of all stages by name, as far as they are known before the chain runs.
 
-    A student that is cut from its teacher is not there yet to be looked at: the stage after it is planned with the last
-    model that is, which is larger.
+    A student that is pruned from its teacher does not exist yet. The stage after it is planned with the last model that
+    exists, which is larger.
     """
-    found, teacher = {}, values["teacher"].get("model")
+    planned, teacher = {}, values["teacher"].get("model")
     for number, stage in enumerate(values["stages"], 1):
-        found[f"stage-{number}"] = stage_values(values, number, teacher)
+        planned[f"stage-{number}"] = stage_values(values, number, teacher)
         teacher = stage["student"].get("model") or teacher
-    return found
+    return planned

@@ -1,4 +1,4 @@
-"""The base of all mappings of a recipe, and the type of names of files, models and data sets. Imports no torch."""
+"""The base model of all recipe sections, and the type for names of files, models and datasets. Imports no torch."""
 
 import os
 import types
@@ -8,35 +8,38 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
-_COMPONENT, _PATH = 255, 4096  # bytes; what Linux allows
+_MAX_COMPONENT_BYTES, _MAX_PATH_BYTES = 255, 4096  # the limits of Linux
 
 
 class StrictModel(BaseModel):
-    """A mapping of a recipe in which every key is known; numbers are finite, and true and false are no numbers."""
+    """A section of a recipe. Unknown keys, non-finite numbers, and booleans in the place of numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name and _has_boolean(value) and not _takes_booleans(cls, info.field_name):
-            raise ValueError("true and false are no numbers")
+            raise ValueError("must be a number, not true or false")
         return value
 
 
 def check_name(name: str) -> str:
-    """A name of a file, model or data set with `~` as the user's folder.
+    """Expand `~` in the name of a file, model or dataset, and check its length.
 
     Raises:
-        ValueError: it is longer than a file system allows.
+        ValueError: The name is longer than a file system allows.
     """
     if name == "~" or name.startswith("~/"):
         name = os.path.expanduser(name)
-    size, longest = len(name.encode(errors="replace")), max(len(p.encode(errors="replace")) for p in name.split("/"))
-    if size > _PATH or longest > _COMPONENT:
+    size, longest = (
+        len(name.encode(errors="replace")),
+        max(len(part.encode(errors="replace")) for part in name.split("/")),
+    )
+    if size > _MAX_PATH_BYTES or longest > _MAX_COMPONENT_BYTES:
         raise ValueError(
-            f"a name of {size:,} bytes, whose longest part has {longest:,}; at most {_PATH:,} and {_COMPONENT} are "
-            "possible"
+            f"the name has {size:,} bytes, and its longest part {longest:,}; a name can have at most "
+            f"{_MAX_PATH_BYTES:,} bytes, and each part {_MAX_COMPONENT_BYTES}"
         )
     return name
 
@@ -58,7 +61,7 @@ def _takes_booleans(cls: type[BaseModel], field: str) -> bool:
 
 
 def _includes_boolean(annotation: Any) -> bool:
-    """Whether a type has booleans somewhere in it; those of a mapping with fields are its own to check."""
+    """Whether a type accepts booleans at some depth. Nested models are not searched: they check their own fields."""
     if isinstance(annotation, typing.ForwardRef | str):
         return True
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)

@@ -1,1 +1,1 @@
-"""From a recipe to a run's folder: models, data, trainers, evidence."""
+"""Runs recipes: loads models and data, trains, evaluates, and writes the run folder."""

@@ -1,4 +1,4 @@
-"""A recipe's teacher written to disk, on the data of the recipe; and compared with it again."""
+"""Writes the teacher cache of a recipe, and verifies a cache against its teacher."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from .model_loading import load_pretrained
 from .teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
 from .watchdog import HangWatchdog
 
-_PROBED = 16  # rows that are looked up before training begins
+_MAX_PROBED_ROWS = 16  # rows that are looked up before training begins
 
 
 def write_recipe_cache(
@@ -33,36 +33,45 @@ def write_recipe_cache(
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options,
 ) -> tuple[Path, Manifest]:
-    """Write what a recipe's teacher says of the recipe's rows, those held out too; goes on with what was cut off.
+    """Write the outputs of a recipe's teacher for all training and held-out rows. An unfinished cache is continued.
 
     Args:
-        recipe: its teacher is frozen, or cached with a source.
-        folder: where to; None: the `path` of a cached teacher.
-        on_stage: told in a few words what begins.
-        on_progress: see `write_cache`.
-        options: of `write_cache`: kind, draws, proposal, k, dtype, seed, batch_size, shard_rows.
+        recipe: Recipe whose teacher is frozen, or cached with a source.
+        folder: Folder of the cache. None: the `path` of the cached teacher.
+        on_stage: Called with a short description of each stage when it begins.
+        on_progress: See `write_cache`.
+        options: Options of `write_cache`: kind, samples_per_token, proposal_temperature, k, dtype, seed, batch_size,
+            shard_rows.
 
     Returns:
-        the folder, and the manifest of the whole cache.
+        The folder, and the manifest of the complete cache.
 
     Raises:
-        DistillError: a teacher that moves, losses that no cache serves, or see `write_cache`.
+        DistillError: The teacher is not frozen, a loss needs outputs that a cache does not hold, or `write_cache`
+            refuses.
     """
     spec = static_teacher_spec(recipe)
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
     if to is None or reference_kind(to) == "address":
-        raise DistillError("Where to? Give a folder with -o; `hf-distill cache push` brings it to the Hub.")
+        raise DistillError(
+            "A cache is written to a local folder, and none is given. Pass one with -o; `hf-distill cache push` "
+            "uploads it "
+            "to the Hub."
+        )
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
-    given = {
+    defaults = {
         "temperature": recipe.distill.temperature,
         "batch_size": args.per_device_train_batch_size,
         "layers": layers,
     }
     if not hasattr(data.train, "__len__"):
-        raise DistillError("A stream has no end to be written to: leave data.*.streaming out.")
-    on_stage("Finding the rows to write")
-    with HangWatchdog(args.ddp_timeout).kept():
+        raise DistillError(
+            "A streamed source cannot be cached, because its length is not known. Set streaming to false in all "
+            "sources."
+        )
+    on_stage("Preparing the rows to write")
+    with HangWatchdog(args.ddp_timeout).running():
         manifest = write_cache(
             to,
             teacher,
@@ -74,67 +83,79 @@ def write_recipe_cache(
             teacher_name={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
             recipe=with_teacher(recipe, spec),
             on_progress=on_progress,
-            **given | options,
+            **defaults | options,
         )
     return Path(to), manifest
 
 
 def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
-    """Of a recipe with tiny models: write its cache, if there is none, so that the whole path runs."""
+    """Write the cache of a smoke recipe if it does not exist, so that the run can read it."""
     spec = recipe.teacher
     if spec is None or spec.kind != "cached" or spec.use_source or not spec.source_teacher.model or not spec.path:
         return
     if reference_kind(str(spec.source_teacher.model)) == "smoke" and not (Path(spec.path) / FILE).is_file():
-        on_stage(f"Writing {spec.path}, for there is none")
+        on_stage(f"Writing the cache {spec.path}, because it does not exist")
         write_recipe_cache(recipe)
 
 
 def verify_against_teacher(
-    store: CacheReader, count: int, on_stage: Callable[[str], None] = lambda text: None
+    cache: CacheReader, count: int, on_stage: Callable[[str], None] = lambda text: None
 ) -> dict[str, float]:
-    """Ask the teacher again about some of a cache's examples.
+    """Compare some examples of a cache with new outputs of its teacher.
 
     Args:
-        store: of a cache that was written from a recipe.
-        count: examples, about.
-        on_stage: told in a few words what begins.
+        cache: Reader of a cache that was written from a recipe.
+        count: Approximate number of examples to compare.
+        on_stage: Called with a short description of each stage when it begins.
 
     Returns:
-        "examples" that were compared; "identical": the share of them of which the same bytes would be written now.
+        "examples": number of compared examples. "identical": share of them whose stored bytes would be the same now,
+        from 0 to 1.
 
     Raises:
-        DistillError: it was written from a script, or its teacher is another one now.
+        DistillError: The cache was written from a script, or the data of its recipe has changed.
     """
-    manifest = store.manifest
+    manifest = cache.manifest
     if manifest.recipe is None:
-        raise DistillError("This cache was written from a script, so its teacher and data are not known here.")
+        raise DistillError(
+            "This cache was written from a script, so its manifest does not record the teacher and the data. "
+            "Only a cache "
+            "that was written from a recipe can be compared with its teacher."
+        )
     recipe = validate(manifest.recipe)
     teacher, data, _, args = load_teacher_and_data(recipe, recipe.primary_teacher, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
     shift = model_type_of(teacher.model).shifts_labels
     rows, facts = plan_shards([data.train, data.held_out], data.collator, size, shard_rows, shift)
     if facts["fingerprint"] != manifest.data["fingerprint"]:
-        raise DistillError("The data of the cache's recipe are other ones now: they have another fingerprint.")
+        raise DistillError(
+            "The data of the cache's recipe has changed since the cache was written: it has another "
+            "fingerprint. Restore "
+            "the data, or write the cache again."
+        )
     every = max(1, manifest.data["examples"] // max(count, 1) // size)
     compared = identical = 0
     for number in range(0, len(rows.tokens), every):
         batch, targets = batch_of(rows, number, args.device, shift)
         examples = batch_examples(batch, targets)
-        taps = taps_of(manifest.options.get("layers", ()), batch, targets, shift)
-        now, then = (
-            encode_signals(teacher(batch, targets, taps), examples, manifest),
-            store.get([e.key for e in examples]),
+        feature_requests = taps_of(manifest.options.get("layers", ()), batch, targets, shift)
+        current, stored = (
+            encode_signals(teacher(batch, targets, feature_requests), examples, manifest),
+            cache.get([example.key for example in examples]),
         )
         compared += len(examples)
-        identical += sum(b is not None and bytes(a.payload) == bytes(b.payload) for a, b in zip(now, then, strict=True))
+        identical += sum(
+            old is not None and bytes(new.payload) == bytes(old.payload)
+            for new, old in zip(current, stored, strict=True)
+        )
     return {"examples": compared, "identical": identical / max(compared, 1)}
 
 
 def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bool) -> None:
-    """Look some rows of a run up in its cache, before the first step is paid for.
+    """Check before the first step that the teacher caches contain some of the rows of a run.
 
     Raises:
-        DistillError: a cache lacks some of them; says what its recipe had otherwise.
+        DistillError: A cache lacks some of the rows. The message lists the data options that differ.
     """
     for one in teacher if isinstance(teacher, MultiTeacher) else [teacher]:
         if not isinstance(one, CachedTeacher) or one.source is not None:
@@ -142,33 +163,51 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
         for part in (data.train, data.held_out):
             if not hasattr(part, "__len__"):
                 continue
-            every = max(1, len(part) // _PROBED)
+            every = max(1, len(part) // _MAX_PROBED_ROWS)
             missing = [i for i in range(0, len(part), every) if not one.contains(data.collator([part[i]]), shift)]
             if missing:
-                there, here = (one.manifest.recipe or {}).get("data", {}), recipe.model_dump(exclude_none=True)["data"]
-                differ = [f"{k}: {there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here[k]]
+                cached_data, run_data = (
+                    (one.manifest.recipe or {}).get("data", {}),
+                    recipe.model_dump(exclude_none=True)["data"],
+                )
+                differ = [
+                    f"{key}: {cached_data.get(key)} in the cache, {run_data[key]} in this recipe"
+                    for key in run_data
+                    if cached_data.get(key) != run_data[key]
+                ]
                 raise DistillError(
-                    f"{one.path} lacks {len(missing)} of {len(range(0, len(part), every))} rows that were looked up. "
-                    + (f"It was written for other data: {'; '.join(differ)}. " if differ and there else "")
+                    f"The cache {one.path} lacks {len(missing)} of the {len(range(0, len(part), every))} rows "
+                    "that were checked. "
+                    + (
+                        f"It was written with other data options: {'; '.join(differ)}. "
+                        if differ and cached_data
+                        else ""
+                    )
                     + "Write it with this recipe (`hf-distill cache write`), or set teacher.on_miss to query_teacher."
                 )
 
 
 def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
-    """Blocks of the teacher whose hidden states the recipe's losses look at."""
-    depth, found, problems = len(teacher.layer_stack().blocks), set[int](), list[str]()
+    """Return the indices of the teacher's layers whose hidden states the losses of the recipe need."""
+    depth, needed, problems = len(teacher.layer_stack().blocks), set[int](), list[str]()
     cut, student = recipe.student.from_teacher, recipe.student.model
-    own = len(cut.layers) if cut and cut.layers else cut.keep_layers if cut else None
+    student_depth = len(cut.layers) if cut and cut.layers else cut.keep_layers if cut else None
     for spec in recipe.losses:
         options, feature = spec.model_extra or {}, get_loss(spec.name).feature
         if feature not in (None, "hidden"):
-            problems.append(f"{spec.name} needs {feature} of attention, which no cache holds: leave it out")
+            problems.append(
+                f"loss {spec.name!r} needs attention {feature}, which a cache does not hold: remove the loss"
+            )
         if feature == "hidden":
-            if own is None:
+            if student_depth is None:
                 config = load_pretrained(AutoConfig, str(student), revision=recipe.student.revision)
-                own = config.get_text_config().num_hidden_layers
+                student_depth = config.get_text_config().num_hidden_layers
             layers = options.get("layers", "stretch")
             with collect_errors(problems):
-                found |= {*range(depth)} if layers == LEARNED else {t for _, t in map_layers(layers, own, depth)}
+                needed |= (
+                    {*range(depth)}
+                    if layers == LEARNED
+                    else {teacher_layer for _, teacher_layer in map_layers(layers, student_depth, depth)}
+                )
     raise_if_any(problems)
-    return sorted(found)
+    return sorted(needed)

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to the recipe that wrote it: which values of a recipe change the result."""
+"""Binds checkpoints to the recipe that wrote them, by the values that change the result of a run."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ from ..core.processes import is_alone
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 
-# Keys of a recipe that describe where it came from.
+# Keys of a recipe that describe its origin.
 _ORIGIN = {"origin", "requires", "extends"}
-# Keys of `train` that change what is logged, saved, published or how fast rows are read, and no weight or metric.
+# Keys of `train` that affect logging, saving, publishing and reading speed, but no weight and no metric.
 _LOGGING = {
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
@@ -33,42 +33,42 @@ _READING = {
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
 _PROCESSES = "number of processes"
 _OTHER_PROCESSES = (
-    "\nA Trainer of transformers would resume with another number of processes. But even where "
-    "train.per_device_train_batch_size and train.gradient_accumulation_steps keep the global batch as it was, the rows "
-    "are divided otherwise, and each process has saved a random state of its own. Start as many processes as before."
+    "\nThe number of processes changes the result even if train.per_device_train_batch_size and "
+    "train.gradient_accumulation_steps keep the global batch size the same: the rows are distributed differently, and "
+    "each process has saved its own random state. Start as many processes as before."
 )
 _STEPS = {"train.max_steps", "train.num_train_epochs"}
 
 
 def result_values(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe that change the weights or metrics of a run, by dotted key.
+    """Return the values of a recipe that change the weights or metrics of a run, by dotted key.
 
-    When and where checkpoints are saved changes the result where the best of them is exported; the number of workers
-    changes it where a stream is divided among them.
+    The save options change the result if the best checkpoint is exported. The number of data workers changes it if a
+    streamed source is divided among them.
     """
     train = recipe.train
-    free = _LOGGING | _EVALUATION_MEMORY
+    ignored = _LOGGING | _EVALUATION_MEMORY
     if not (train.load_best_model_at_end or train.early_stopping_patience):
-        free |= _SAVING
+        ignored |= _SAVING
     else:
-        free |= _SAVING - {"save_strategy", "save_steps", "save_total_limit"}
+        ignored |= _SAVING - {"save_strategy", "save_steps", "save_total_limit"}
     if not any(source.streaming for source in recipe.data.sources.values()):
-        free |= _READING
+        ignored |= _READING
     values = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
-    flat = _flat({key: value for key, value in values.items() if key not in _ORIGIN})
-    return {key: value for key, value in flat.items() if key.removeprefix("train.") not in free}
+    flat = _flatten({key: value for key, value in values.items() if key not in _ORIGIN})
+    return {key: value for key, value in flat.items() if key.removeprefix("train.") not in ignored}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; empty ones and lists are values."""
-    found: dict[str, Any] = {}
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys. Empty mappings and lists are values."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def launch_values() -> dict[str, Any]:
-    """What changes the result and is no value of a recipe: how many processes share each step's batch."""
+    """Return what changes the result but is not a value of the recipe: the number of processes."""
     return {_PROCESSES: 1 if is_alone() else torch.distributed.get_world_size()}
 
 
@@ -76,52 +76,56 @@ def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> N
     """Refuse to resume a run with values that change its result.
 
     Args:
-        before: result values of the recipe that wrote the run; of a checkpoint also the `launch_values` of then.
-        recipe: the one that is to go on with it.
-        source: the file that `before` was read from, for the message.
+        before: Result values of the recipe that wrote the run; for a checkpoint also its `launch_values`.
+        recipe: The recipe that resumes the run.
+        source: The file that `before` was read from, for the message.
 
     Raises:
-        DistillError: lists every value that differs, old -> new.
+        DistillError: Some values differ. The message lists each of them as old -> new.
     """
     now = result_values(recipe) | {key: value for key, value in launch_values().items() if key in before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if not changed:
         return
-    lines = "".join(f"\n  {key}: {_shown(before, key)} -> {_shown(now, key)}" for key in changed)
+    lines = "".join(f"\n  {key}: {_format_value(before, key)} -> {_format_value(now, key)}" for key in changed)
     longer = (
-        "\nThe learning rate, the schedules of losses and the order of rows depend on the number of steps, so it "
-        f"cannot change while a run lasts. To train longer, start a new run from its student: student.model="
-        f"{Path(recipe.train.output_dir) / 'student'}, with another train.output_dir."
+        "\nThe number of steps cannot change during a run, because the learning rate, the loss schedules and the order "
+        "of rows depend on it. To train longer, start a new run from its student: set student.model="
+        f"{Path(recipe.train.output_dir) / 'student'} and another train.output_dir."
     )
     raise DistillError(
-        f"{recipe.train.output_dir} holds a run of another recipe. These values change the result, and differ from "
-        f"{source}:{lines}\nResume with the values of that run, or set train.output_dir to another folder; how often "
-        "is logged or saved, and the number of data workers, may change."
+        f"{recipe.train.output_dir} holds a run of another recipe. These values change the result and differ from "
+        f"{source}:{lines}\nResume with the values of that run, or set train.output_dir to another folder. Only the "
+        "options of logging and saving and the number of data workers may change."
         + (longer if _STEPS.intersection(changed) else "")
         + (_OTHER_PROCESSES if _PROCESSES in changed else "")
     )
 
 
-def _shown(values: dict[str, Any], key: str) -> str:
+def _format_value(values: dict[str, Any], key: str) -> str:
     if key not in values:
-        return "(not given)"
+        return "(not set)"
     text = json.dumps(values[key], ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class RecipeRecord(TrainerCallback, ExportableState):
-    """Records in each checkpoint's `trainer_state.json` the values of the recipe that wrote it."""
+    """Records the result values of the recipe in the `trainer_state.json` of each checkpoint.
+
+    Args:
+        values: The values to record.
+    """
 
     def __init__(self, values: dict[str, Any]):
         self.values = values
 
     def state(self) -> dict[str, Any]:
-        """What a Trainer saves of a callback."""
+        """Return the state that the Trainer saves for this callback."""
         return {"args": {"values": self.values}, "attributes": {}}
 
 
 def recorded_values(checkpoint: Path) -> dict[str, Any] | None:
-    """The result values that a checkpoint records; empty if no recipe wrote it, None if its state cannot be read."""
+    """Return the result values of a checkpoint; empty if no recipe wrote it, None if its state cannot be read."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         values = state["stateful_callbacks"].get(RecipeRecord.__name__, {"args": {"values": {}}})["args"]["values"]

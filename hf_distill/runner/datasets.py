@@ -1,4 +1,4 @@
-"""A recipe's `data`: sources to rows, mixed, packed and held out."""
+"""Prepares the data of a recipe: loads, splits, tokenizes, mixes and packs the sources."""
 
 import hashlib
 from collections.abc import Iterator
@@ -33,11 +33,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Rows of a recipe, ready for a trainer.
+    """The tokenized rows of a recipe.
 
-    train:    rows of the mixture, packed if the recipe says so; a stream where a source is one
-    held_out: rows for evaluation, never packed; with `source` where they are shares of several sources
-    collator: for both
+    Attributes:
+        train: Training rows of the mixture, packed if the recipe sets `packing`; a stream if a source is streamed.
+        held_out: Evaluation rows, which are never packed. They have a column `source` if they come from several
+            sources.
+        collator: Collator for both.
     """
 
     train: Examples
@@ -45,7 +47,7 @@ class PreparedData:
     collator: Collator
 
     def facts(self) -> dict[str, Any]:
-        """For the evidence."""
+        """Return the numbers of rows and the fingerprints that results.json records."""
         facts: dict[str, Any] = {"eval_rows": len(self.held_out), "eval_fingerprint": fingerprint_of(self.held_out)}
         if len(self.collator.sources) > 1:
             facts["sources"] = list(self.collator.sources)
@@ -56,43 +58,46 @@ class PreparedData:
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> PreparedData:
-    """Load, split, tokenise, mix and pack what a recipe names; of an on-policy recipe completions alone are asked.
+    """Load, split, tokenize, mix and pack the sources of a recipe.
+
+    In an on-policy recipe only the tokens of completions are target tokens.
 
     Args:
-        recipe: the recipe.
-        tokenizer: the student's.
-        seed: of the split and the mixture.
-        count: rows that the training takes; counts where weights change over its progress.
+        recipe: The recipe.
+        tokenizer: The student's tokenizer. It gets the chat template of the recipe if its own renders differently.
+        seed: Seed of the split and of the mixture.
+        count: Number of rows that the training uses. It matters only if source weights have a schedule.
 
     Raises:
-        DistillError: see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix`, `mix_scheduled`.
+        DistillError: An input is invalid; see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix` and
+            `mix_scheduled`.
     """
     data, train, held_out = recipe.data, {}, []
     template = chat_template_of(data, tokenizer)
     for index, name in enumerate(data.sources):
         documents: Any = load_source(recipe, name)
         if data.eval.holdout:
-            documents, own = split_held_out(documents, data.eval.holdout, seed)
-            rows = _first(_rows(own, recipe, name, tokenizer, template), data.eval.max_rows)
+            documents, held_out_documents = split_held_out(documents, data.eval.holdout, seed)
+            rows = _first(_rows(held_out_documents, recipe, name, tokenizer, template), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
         train[name] = _rows(documents, recipe, name, tokenizer, template)
         if TEXT not in (documents.column_names or ()):
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
-        own = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
-        own = prompt_rows(own, "data.eval") if recipe.on_policy else own
-        held_out = [_first(_rows(own, recipe, "eval", tokenizer, template), data.eval.max_rows)]
+        held_out_documents = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        held_out_documents = prompt_rows(held_out_documents, "data.eval") if recipe.on_policy else held_out_documents
+        held_out = [_first(_rows(held_out_documents, recipe, "eval", tokenizer, template), data.eval.max_rows)]
     rows = mix_and_pack(data, train, seed, count)
     return PreparedData(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
 
 
 def num_training_rows(args: Any) -> int:
-    """Rows that a training with these arguments takes, where its steps are counted."""
+    """Return the number of rows that `max_steps` optimizer steps use."""
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
-    """Rows of all sources as a recipe mixes them."""
+    """Mix the rows of all sources by the weights of the recipe."""
     weights: Any = {name: source.weight for name, source in data.sources.items()}
     if data.scheduled:
         points = {name: parse_schedule(weight, f"data.{name}.weight", low=0) for name, weight in weights.items()}
@@ -101,19 +106,19 @@ def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Exam
 
 
 def mix_and_pack(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
-    """Rows of all sources as a recipe mixes and packs them."""
+    """Mix the rows of all sources, and pack them if the recipe sets `packing`."""
     mixed = mix_sources(data, rows, seed, count)
     return pack(mixed, data.max_length, seed) if data.packing else mixed
 
 
 def collator_of(data: Data, tokenizer: Any) -> Collator:
-    """The collator of a recipe's rows; padding is never seen, so any id serves."""
+    """Return the collator for the rows of a recipe. Padding is masked, so any token id can be used for it."""
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Collator(pad, tuple(data.sources))
 
 
 def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Examples:
-    """Rows as training gets them, of the first examples of each source, nothing held out."""
+    """Return training rows made of the first examples of each source, without a held-out split."""
     data, template = recipe.data, chat_template_of(recipe.data, tokenizer)
     rows = {
         name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizer, template)
@@ -123,17 +128,17 @@ def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Exam
 
 
 def load_source(recipe: Recipe, name: str) -> Examples:
-    """Examples of one of a recipe's sources; prompts and completions where the student writes these."""
+    """Load the examples of one source; in an on-policy recipe as prompts and completions."""
     source = recipe.data.sources[name]
     documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
     return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
 
 
 def chat_template_of(data: Data, tokenizer: Any) -> str | None:
-    """The template that renders a recipe's conversations; None: the tokenizer's own.
+    """Return the chat template that renders the conversations of a recipe; None for that of the tokenizer.
 
-    The tokenizer, which is saved with the student, keeps its own template where that renders the same text, as not
-    every inference engine reads `{% generation %}`; otherwise it gets the recipe's.
+    The tokenizer is saved with the student. It keeps its own template if that renders the same text, because not every
+    inference engine supports `{% generation %}`. Otherwise it gets the template of the recipe.
     """
     if data.chat_template is None:
         return None
@@ -144,7 +149,7 @@ def chat_template_of(data: Data, tokenizer: Any) -> str | None:
 
 
 def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, template: str | None) -> Any:
-    """Rows of a source by name; `eval` is read as `task` is."""
+    """Tokenize the examples of a source; `eval` uses the options of `task`."""
     data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
@@ -153,17 +158,19 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, templa
 
 
 def _log_targets(rows: Any, where: str) -> None:
-    """Log the share of a source's tokens that are targets, which is not known of a stream."""
+    """Log the share of target tokens of a source, unless it is a stream."""
     if not isinstance(rows, Dataset):
         return
     tokens = targets = 0
     for batch in rows.select_columns(["labels"]).with_format("arrow").iter(1_000):
         labels = batch["labels"].combine_chunks()
         tokens += len(labels.flatten())
-        targets += _count(labels.flatten()) - _count(pc.list_element(labels, 0))  # nothing predicts a row's first token
+        targets += _count(labels.flatten()) - _count(
+            pc.list_element(labels, 0)
+        )  # the first token of a row is not predicted
     logger.warning(
         f"{where}: {targets:,} of {tokens:,} tokens are target tokens ({targets / tokens:.1%}). `hf-distill recipes "
-        "preview` shows which."
+        "preview` shows them."
     )
 
 
@@ -178,7 +185,7 @@ def _first(rows: Any, count: int | None) -> Any:
 
 
 def _columns(rows: Dataset) -> Iterator[Any]:
-    """The tokens of some rows at a time, as an Arrow array of lists."""
+    """Yield the token ids of 1,000 rows at a time as an Arrow array of lists."""
     for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(1_000):
         yield batch["input_ids"].combine_chunks()
 
@@ -188,7 +195,7 @@ def _mean_length(rows: Dataset) -> float:
 
 
 def fingerprint_of(rows: Dataset) -> str:
-    """SHA-256 of the rows' tokens in order, with their lengths: what was trained on, whatever it was made from."""
+    """Return the SHA-256 of the token ids and lengths of all rows in order."""
     digest = hashlib.sha256()
     for ids in _columns(rows):
         digest.update(ids.value_lengths().to_numpy().astype("<i8").tobytes())

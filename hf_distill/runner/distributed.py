@@ -1,4 +1,4 @@
-"""The processes of a launch: what all must have in common."""
+"""Checks that all processes of a launch use the same recipe, rows and package versions."""
 
 import hashlib
 import json
@@ -12,41 +12,44 @@ from ..recipe.schema import Recipe
 
 
 def check_same_on_all_ranks(recipe: Recipe, facts: dict[str, Any]) -> None:
-    """Refuse a launch whose processes were given different recipes, rows or versions: they would train on, wrongly.
+    """Refuse a launch whose processes have different recipes, rows or versions, which would train incorrectly.
 
     Args:
-        recipe: of this process.
-        facts: of the run, see `RunContext`.
+        recipe: The recipe of this process.
+        facts: The facts of the run; see `RunContext`.
 
     Raises:
-        DistillError: on all processes; says what differs on which ranks.
+        DistillError: Something differs. All processes raise it, and the message names the ranks.
     """
     if is_alone():
         return
-    data, made = facts["data"], facts["environment"]
-    own = {
+    data, environment = facts["data"], facts["environment"]
+    local_values = {
         "recipe": hashlib.sha256(json.dumps(recipe.model_dump(), sort_keys=True).encode()).hexdigest()[:12],
-        "rows to train on": str(data.get("train_fingerprint"))[:12],
+        "training rows": str(data.get("train_fingerprint"))[:12],
         "held-out rows": data["eval_fingerprint"][:12],
-        **{name: version for name, version in made.items() if name in ("hf_distill", "torch", "transformers")},
+        **{name: version for name, version in environment.items() if name in ("hf_distill", "torch", "transformers")},
     }
-    told: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, own)
-    problems = [_diff_by_rank(name, [of_rank[name] for of_rank in told]) for name in own]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, local_values)
+    problems = [_diff_by_rank(name, [of_rank[name] for of_rank in gathered]) for name in local_values]
     if any(problems):
         raise DistillError(
-            "The processes of this launch were not given the same: "
+            "The processes of this launch differ: "
             + "; ".join(problem for problem in problems if problem)
-            + ". Start all of them with one recipe, the same files and the same packages."
+            + ". Start all of them with the same recipe, the same files and the same package versions."
         )
 
 
 def _diff_by_rank(name: str, values: list[str]) -> str:
-    """Which ranks have which value; empty where all have one."""
+    """Describe which ranks have which value; empty if all ranks have the same."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
     if len(ranks) == 1:
         return ""
-    each = ", ".join(f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}" for value, on in ranks.items())
+    each = ", ".join(
+        f"{value} on rank{'s' if len(ranks_with_value) > 1 else ''} {', '.join(ranks_with_value)}"
+        for value, ranks_with_value in ranks.items()
+    )
     return f"{name}: {each}"

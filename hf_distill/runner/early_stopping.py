@@ -1,4 +1,4 @@
-"""Early stopping of a recipe's training: `train.early_stopping_patience`."""
+"""Early stopping in recipes: `train.early_stopping_patience`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,22 +9,22 @@ from transformers import TrainerCallback
 class EarlyStopping(TrainerCallback):
     """Stops training after a number of evaluations without an improvement of `metric_for_best_model`.
 
-    transformers' `EarlyStoppingCallback` counts in an attribute, which a resumed training does not have. This one
+    transformers' `EarlyStoppingCallback` counts in an attribute, which is lost when training is resumed. This callback
     counts in the log history, which is part of each checkpoint, so that a resumed training stops at the same step.
 
     Args:
-        patience: evaluations without improvement after which training stops.
+        patience: Number of evaluations without an improvement after which training stops.
     """
 
     def __init__(self, patience: int):
         self.patience = patience
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Stop at once if training is resumed from the checkpoint at which it had stopped."""
+        """Stop immediately if training is resumed from the checkpoint at which it stopped."""
         control.should_training_stop |= self._is_exhausted(args, state.log_history)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """Stop if the newest evaluations did not improve."""
+        """Stop if the last `patience` evaluations did not improve."""
         control.should_training_stop |= self._is_exhausted(args, state.log_history)
 
     def _is_exhausted(self, args: Any, history: list[dict[str, float]]) -> bool:
@@ -34,7 +34,7 @@ class EarlyStopping(TrainerCallback):
 
 
 def evaluations_since_best(values: list[float], greater_is_better: bool) -> int:
-    """How many of the newest values are no better than the best one before them; NaN is never better."""
+    """Count the values after the best one. NaN is never better."""
     since, best = 0, None
     for value in values:
         better = value == value and (best is None or (value > best if greater_is_better else value < best))
@@ -43,29 +43,29 @@ def evaluations_since_best(values: list[float], greater_is_better: bool) -> int:
 
 
 def stopping_note(steps: Mapping[str, int]) -> str | None:
-    """A note for a table in which student and control had different amounts of training; None: they had the same.
+    """Return a note for tables in which student and control were trained for different numbers of steps, else None.
 
     Args:
-        steps: by training ("student", "control"): the step of the model that it left.
+        steps: Step of the exported model, for "student" and "control".
     """
     student, control = steps.get("student"), steps.get("control")
     if student is None or control is None or student == control:
         return None
     return (
-        f"The student is that of step {student}, and the control that of step {control}: each is the best checkpoint "
-        "of a training of its own, so that the comparison is not at the same number of steps."
+        f"The student is the checkpoint of step {student}, and the control that of step {control}: each is the best "
+        "checkpoint of its training, so they are not compared at the same number of steps."
     )
 
 
 def stopping_arguments(train: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `TrainingArguments` with which early stopping exports the best checkpoint.
+    """Return the training arguments with which early stopping exports the best checkpoint.
 
     Args:
-        train: values of a recipe's `train`, without `early_stopping_patience`.
+        train: Values of the section `train` of a recipe, without `early_stopping_patience`.
 
     Returns:
-        `train`, with the best checkpoint loaded in the end; a checkpoint of each evaluation, and the held-out loss as
-        metric, where the recipe does not say otherwise.
+        `train` with `load_best_model_at_end`, and with defaults that save a checkpoint at each evaluation and select
+        the best by the held-out loss.
     """
     saving = {"save_strategy": train["eval_strategy"]}
     if "eval_steps" in train:

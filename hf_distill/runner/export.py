@@ -1,4 +1,4 @@
-"""What a run leaves of a teacher that moved, beside the student."""
+"""Exports non-frozen teachers (peer, EMA, MTP heads) and their metrics."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,19 +14,19 @@ from ..trainer.trainer import DistillTrainer
 
 
 class NullTeacher(Teacher):
-    """Says nothing: a student is measured by the labels alone."""
+    """A teacher without outputs, to evaluate a student on the hard labels only."""
 
     provides_soft_labels = False
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """Nothing."""
+        """Return no signals."""
         return Signals(None)
 
 
 def export_teachers(trainer: DistillTrainer, export: str, folder: Path) -> None:
-    """Write RUN/peer of a peer, RUN/ema of an average that is to be exported, the heads into RUN/student."""
-    given: Any = trainer.teacher
-    for teacher in given if isinstance(given, MultiTeacher) else [given]:
+    """Write a peer to RUN/peer; with export "ema" the average to RUN/ema; with "mtp" the heads to RUN/student."""
+    trained: Any = trainer.teacher
+    for teacher in trained if isinstance(trained, MultiTeacher) else [trained]:
         if isinstance(teacher, PeerTeacher):
             teacher.processing_class = trainer.processing_class
             teacher.save_pretrained(folder / "peer", trainer.args.should_save)
@@ -38,9 +38,9 @@ def export_teachers(trainer: DistillTrainer, export: str, folder: Path) -> None:
 
 
 def teacher_metrics(recipe: Recipe, student: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Held-out metrics of the model that taught, from those of the student: "peer" or "ema"; the first of several."""
+    """Return the held-out metrics of the first teacher as "peer" or "ema", taken from those of the student."""
     kind = recipe.all_teachers[0].kind
     if kind not in ("online", "mutual", "ema"):
         return {}
-    own = {k.removeprefix("peer_"): v for k, v in student.items() if k.startswith("peer_")}
-    return {"ema" if kind == "ema" else "peer": {"perplexity": student["teacher_perplexity"], **own}}
+    peer_metrics = {key.removeprefix("peer_"): value for key, value in student.items() if key.startswith("peer_")}
+    return {"ema" if kind == "ema" else "peer": {"perplexity": student["teacher_perplexity"], **peer_metrics}}

@@ -1,4 +1,4 @@
-"""What a recipe's `model:` may name: a path, an id, a file in an installed package, or a tiny random model."""
+"""Loads the models that recipes name: a path, an id, a GGUF file of an installed package, or a smoke model."""
 
 import hashlib
 import os
@@ -26,139 +26,148 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class LoadPolicy:
-    """What a model may bring beside safetensors; recipes have no say in it.
+    """What may be loaded in addition to safetensors weights. A recipe cannot change it.
 
-    remote_code: Python of its own (`trust_remote_code`)
-    pickles:     weights that are pickled, of which reading can be running
+    Attributes:
+        remote_code: Whether Python code of a model may run (`trust_remote_code`).
+        pickles: Whether pickled weights may be loaded, which can run code.
     """
 
     remote_code: bool = False
     pickles: bool = False
 
 
-_TRUST = ContextVar("_TRUST", default=LoadPolicy())  # noqa: B039  it cannot change
+_POLICY = ContextVar("_POLICY", default=LoadPolicy())  # noqa: B039  LoadPolicy is immutable
 
 
 @contextmanager
-def load_policy(trust: LoadPolicy) -> Iterator[None]:
-    """What models loaded within the block may bring."""
-    token = _TRUST.set(trust)
+def load_policy(policy: LoadPolicy) -> Iterator[None]:
+    """Apply a policy to all models that are loaded within the block."""
+    token = _POLICY.set(policy)
     try:
         yield
     finally:
-        _TRUST.reset(token)
+        _POLICY.reset(token)
 
 
 def load_pretrained(kind: Any, reference: str, **options) -> Any:
-    """`kind.from_pretrained` of what a recipe names.
+    """Call `kind.from_pretrained` for a model that a recipe names.
 
     Args:
         kind: AutoModelForCausalLM, AutoTokenizer or AutoConfig.
-        reference: see `resolve_model`.
-        options: of from_pretrained.
+        reference: Reference of the model; see `resolve_model`.
+        options: Arguments of from_pretrained.
 
     Raises:
-        DistillError: see `resolve_model`; there is no such model, or it brings code or pickles that nobody said are
-            trusted.
+        DistillError: The model does not exist or cannot be loaded, or it has Python code or pickled weights that the
+            policy does not allow.
     """
-    given = trust_options() if kind is AutoModelForCausalLM else {"trust_remote_code": _TRUST.get().remote_code}
+    trust_kwargs = trust_options() if kind is AutoModelForCausalLM else {"trust_remote_code": _POLICY.get().remote_code}
     path = resolve_model(reference)
-    options |= checked(path, options.get("revision"), kind is AutoModelForCausalLM)
+    options |= check_and_pin(path, options.get("revision"), kind is AutoModelForCausalLM)
     try:
         with reading(reference):
-            return kind.from_pretrained(path, **given, **options)
+            return kind.from_pretrained(path, **trust_kwargs, **options)
     except DistillError as error:
-        if not _TRUST.get().remote_code and "trust_remote_code" in str(error):
-            why = "brings Python code of its own. Read it; if you trust it, add --trust-remote-code."
+        if not _POLICY.get().remote_code and "trust_remote_code" in str(error):
+            why = "contains Python code. Read it, and if you trust it, add --trust-remote-code."
             raise DistillError(f"{reference} {why}") from error.__cause__
         hint = ""
-        if not _TRUST.get().pickles and "safetensors" in str(error):
-            hint = " Pickled weights (.bin) can run what is inside: convert them, or trust them with --allow-pickles."
+        if not _POLICY.get().pickles and "safetensors" in str(error):
+            hint = (
+                " Pickled weights (.bin) can run code when they are loaded. Convert them to safetensors, or add "
+                "--allow-pickles if you trust them."
+            )
         raise DistillError(f"{error}{hint}") from error.__cause__
 
 
-def checked(path: str, revision: str | None = None, weights: bool = True) -> dict[str, Any]:
-    """Check what a model's files ask for; the options of from_pretrained that read the commit which was checked.
+def check_and_pin(path: str, revision: str | None = None, weights: bool = True) -> dict[str, Any]:
+    """Check the files of a model against the policy, and pin the commit that was checked.
 
     Args:
-        path: a folder or id; see `resolve_model`.
-        revision: of an id.
-        weights: whether weights are read, and not the config or the tokenizer alone.
+        path: Folder or id; see `resolve_model`.
+        revision: Revision of an id.
+        weights: Whether weights are loaded, and not only the config or the tokenizer.
+
+    Returns:
+        The arguments of from_pretrained that select the checked commit.
 
     Raises:
-        DistillError: see `hub.check_model`.
+        DistillError: The policy does not allow the files; see `hub.check_model`.
     """
-    trust = _TRUST.get()
-    files = check_model(path, revision, trust.remote_code, trust.pickles)
+    policy = _POLICY.get()
+    files = check_model(path, revision, policy.remote_code, policy.pickles)
     if files.commit is None:
         return {}
     if files.adapter is None:
         return {"revision": files.commit}
-    return {"adapter_kwargs": {"revision": files.commit}} if weights else {}  # `revision` would be the base's, too
+    return (
+        {"adapter_kwargs": {"revision": files.commit}} if weights else {}
+    )  # `revision` would apply to the base model too
 
 
 def trust_options() -> dict[str, bool]:
-    """Of from_pretrained, for a model's weights."""
-    trust = _TRUST.get()
-    return {"trust_remote_code": trust.remote_code} | ({} if trust.pickles else {"use_safetensors": True})
+    """Return the arguments of from_pretrained by which the policy applies to the weights of a model."""
+    policy = _POLICY.get()
+    return {"trust_remote_code": policy.remote_code} | ({} if policy.pickles else {"use_safetensors": True})
 
 
 def resolve_model(reference: str) -> str:
-    """A path or id that `from_pretrained` takes.
+    """Return a path or id that `from_pretrained` accepts.
 
     Args:
-        reference: a path or id, returned as it is; `package:module/file.gguf`, converted to safetensors once and kept
-            in the user's cache; or `smoke:family/role`.
+        reference: A path or id, which is returned unchanged; `package:module/file.gguf`, which is converted to
+            safetensors once and cached; or `smoke:family/role`, a tiny random model, which is created once and cached.
 
     Raises:
-        DistillError: the package is not installed or has no such file.
+        DistillError: The package is not installed or has no such file.
     """
     if reference_kind(reference) == "package":
         return str(_from_package(reference))
     if reference_kind(reference) == "smoke":
-        made_by = hashlib.sha256(Path(str(smoke.__file__)).read_bytes()).hexdigest()[:16]
-        name = f"{reference.replace(':', '-').replace('/', '-')}-{made_by}"
-        return str(_cached(name, lambda to: build_tiny(reference, to)))
+        code_digest = hashlib.sha256(Path(str(smoke.__file__)).read_bytes()).hexdigest()[:16]
+        name = f"{reference.replace(':', '-').replace('/', '-')}-{code_digest}"
+        return str(_build_in_cache(name, lambda to: build_tiny(reference, to)))
     return reference
 
 
 def _from_package(reference: str) -> Path:
     file = packaged_file(reference)
     require_package("gguf", "gguf", "Reading a GGUF file")
-    with file.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    return _cached(f"{file.stem}-{digest[:16]}", lambda to: _convert(file, to))
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _build_in_cache(f"{file.stem}-{digest[:16]}", lambda to: _convert(file, to))
 
 
 def _convert(file: Path, to: Path) -> None:
-    """GGUF to plain safetensors. A model loaded from GGUF counts as quantised, which neither saves nor trains."""
-    logger.warning(f"Converting {file.name} to safetensors, once (half a minute).")
-    load_pretrained = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    """Convert GGUF to safetensors: transformers treats a model loaded from GGUF as quantized, which cannot train."""
+    logger.warning(f"Converting {file.name} to safetensors. This happens once and takes about half a minute.")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     config = AutoConfig.for_model(
-        **{k: v for k, v in load_pretrained.config.to_dict().items() if k != "quantization_config"}
+        **{key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     )
-    plain = AutoModelForCausalLM.from_config(config, dtype=load_pretrained.dtype)
-    plain.load_state_dict(load_pretrained.state_dict())
+    plain = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
-    plain.generation_config = load_pretrained.generation_config
+    plain.generation_config = loaded.generation_config
     plain.save_pretrained(to)
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(to)
 
 
-def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the user's cache, made whole or not at all."""
+def _build_in_cache(name: str, make: Callable[[Path], None]) -> Path:
+    """Build a folder in the user's cache atomically, and return its path."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_distill"
     folder = cache / name
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
         try:
-            make(half)
-            half.rename(folder)
+            make(temporary)
+            temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first
+            if not folder.is_dir():  # otherwise another process has built it first
                 raise
         finally:
-            shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder

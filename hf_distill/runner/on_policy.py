@@ -1,4 +1,4 @@
-"""A recipe's `on_policy`: prompts in the place of rows, and the trainer's arguments."""
+"""The `on_policy` section of a recipe: the prompts, and the arguments of the trainer."""
 
 from dataclasses import MISSING, fields
 from typing import Any
@@ -19,38 +19,39 @@ from .datasets import load_source, mix_sources
 logger = logging.get_logger(__name__)
 
 
-def on_policy_arguments(recipe: Recipe, given: dict[str, Any]) -> Any:
-    """The arguments of an `OnPolicyDistillTrainer`.
+def on_policy_arguments(recipe: Recipe, recipe_arguments: dict[str, Any]) -> Any:
+    """Build the arguments of an `OnPolicyDistillTrainer`.
 
     Args:
-        recipe: with `on_policy`.
-        given: fields of `DistillConfig` that the recipe sets; others have the defaults of TrainingArguments, not TRL's.
+        recipe: A recipe with `on_policy`.
+        recipe_arguments: Fields of `DistillConfig` that the recipe sets. All other fields have the defaults of
+            TrainingArguments, not those of TRL.
     """
     require_package("trl", "trl", "on_policy")
     from ..trl import OnPolicyDistillConfig
 
     spec = recipe.on_policy
     assert spec is not None
-    plain: dict[str, Any] = {field.name: field.default for field in fields(TrainingArguments) if field.init}
-    plain = {name: default for name, default in plain.items() if default is not MISSING}
-    written = spec.model_dump(exclude={"fraction", "vllm"})
-    written |= {"on_policy_fraction": spec.fraction, "shuffle_dataset": not recipe.data.scheduled}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(TrainingArguments) if field.init}
+    defaults = {name: default for name, default in defaults.items() if default is not MISSING}
+    on_policy_fields = spec.model_dump(exclude={"fraction", "vllm"})
+    on_policy_fields |= {"on_policy_fraction": spec.fraction, "shuffle_dataset": not recipe.data.scheduled}
     if spec.vllm:
-        written |= {"use_vllm": True, "vllm_mode": spec.vllm}
-    return OnPolicyDistillConfig(**plain | given | written)
+        on_policy_fields |= {"use_vllm": True, "vllm_mode": spec.vllm}
+    return OnPolicyDistillConfig(**defaults | recipe_arguments | on_policy_fields)
 
 
 def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Examples:
-    """Rows of `prompt` and `completion` of a recipe's sources, mixed; what `prepare_data` holds out is left out.
+    """Return the mixed rows (`prompt`, `completion`) of all sources, without those that `prepare_data` holds out.
 
     Args:
-        recipe: with `on_policy`.
-        tokenizer: the student's.
-        seed: as of `prepare_data`.
-        count: as of `prepare_data`.
+        recipe: A recipe with `on_policy`.
+        tokenizer: The student's tokenizer.
+        seed: Seed of the split and of the mixture, as in `prepare_data`.
+        count: Number of rows that the training uses, as in `prepare_data`.
 
     Raises:
-        DistillError: a source without prompts, or whose prompts are all too long.
+        DistillError: A source has no prompts, all its prompts are too long, or the formats of prompts differ.
     """
     data, spec = recipe.data, recipe.on_policy
     assert spec is not None
@@ -59,16 +60,16 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
         documents: Any = load_source(recipe, name)
         if data.eval.holdout:
             documents, _ = split_held_out(documents, data.eval.holdout, seed)
-        rows[name] = _that_fit(documents, name, tokenizer, data.max_length - spec.max_completion_length)
+        rows[name] = _filter_by_prompt_length(documents, name, tokenizer, data.max_length - spec.max_completion_length)
     firsts = {name: next(iter(part)) for name, part in rows.items()}
     kinds = {name: "texts" if isinstance(row["prompt"], str) else "messages" for name, row in firsts.items()}
     if len({*kinds.values()}) > 1:
-        raise DistillError(f"Prompts of one mixture must be all texts or all messages: {kinds}.")
+        raise DistillError(f"The prompts of all sources must have the same format, texts or messages; got {kinds}.")
     return mix_sources(data, rows, seed, count)
 
 
-def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
-    """Rows whose prompt has at most so many tokens; messages as their text, where the template reads no parts."""
+def _filter_by_prompt_length(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
+    """Keep rows whose prompt has at most `limit` tokens; flatten text parts if the template does not support them."""
     if isinstance(next(iter(rows))["prompt"], list):
         conversations = Conversations(tokenizer)
 
@@ -91,12 +92,16 @@ def _that_fit(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
         ids = tokenizer.apply_chat_template(row["prompt"], tokenize=True, return_dict=True, add_generation_prompt=True)
         return len(ids["input_ids"]) <= limit
 
-    kept = rows.filter(fits)
+    short_rows = rows.filter(fits)
     if isinstance(rows, Dataset):
-        if len(kept) == 0:
+        if len(short_rows) == 0:
             raise DistillError(
-                f"data.{name}: all {len(rows)} prompts are longer than the {limit} tokens that max_length leaves them."
+                f"data.{name}: all {len(rows)} prompts have more than the {limit} tokens that data.max_length leaves "
+                "after on_policy.max_completion_length. Raise data.max_length."
             )
-        if len(kept) < len(rows):
-            logger.warning(f"{len(rows) - len(kept)} of {len(rows)} prompts of {name} have more than {limit} tokens.")
-    return kept
+        if len(short_rows) < len(rows):
+            logger.warning(
+                f"{len(rows) - len(short_rows)} of {len(rows)} prompts of {name} have more than {limit} tokens "
+                "and are not used."
+            )
+    return short_rows

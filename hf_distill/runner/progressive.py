@@ -1,7 +1,7 @@
-"""A chain of students, each the next one's teacher: progressive distillation (1902.03393).
+"""Progressive distillation (1902.03393): a chain of students, each of which is the teacher of the next one.
 
-The folder: `stage-1`, `stage-2`, ... and `direct`, each the folder of a run; `student/` and `control/`, the last
-student and the one that was taught directly; `recipe.yaml`, `metrics.jsonl`, `results.json` of the whole.
+The run folder holds `stage-1`, `stage-2`, ... and `direct`, each of which is a run folder; `student/` and `control/`,
+the last student and the directly distilled one; and `recipe.yaml`, `metrics.jsonl` and `results.json` of the chain.
 """
 
 import gc
@@ -27,7 +27,7 @@ from .teacher_only import load_teacher_and_data, static_teacher_spec
 from .training_arguments import arguments
 from .watchdog import HangWatchdog
 
-_PATIENCE = 1800  # seconds that a process may wait for others, if the recipe does not say
+_DEFAULT_TIMEOUT_SECONDS = 1800  # how long a process may wait for others, by default
 
 
 def run_chain(
@@ -35,33 +35,33 @@ def run_chain(
 ) -> RunResult:
     """Run the stages of a recipe one after another; see `run_recipe`.
 
-    Each stage is a run of its own, with a folder of its own, and is resumed as one. What it loaded is freed before the
-    next begins. In the end all students are compared with the first teacher.
+    Each stage is a separate run in its own folder, and is resumed separately. Its models are freed before the next
+    stage begins. Finally all students are compared with the first teacher.
 
     Raises:
         DistillError: see `run_recipe`.
     """
-    parts = dict(_parts(recipe))
+    parts = dict(_build_stage_recipes(recipe))
     if env_world_size():
-        arguments(parts["stage-1"])  # lets the processes find each other, before one of them claims the folder for all
+        arguments(parts["stage-1"])  # initializes the process group, which run_folder needs
     with run_folder(recipe, resume) as folder:
         evidence = read_results(folder / "results.json") if resume else {}
         if evidence.get("status") == "done":
-            on_stage("This chain is over already.")
+            on_stage("This chain is complete already.")
             return RunResult(folder, evidence["models"])
         for name, part in parts.items():
-            on_stage(f"{name}: {_told(part)}")
+            on_stage(f"{name}: {_describe(part)}")
             run_single(part, True, callbacks, on_stage)
-            gc.collect()  # a trainer and its callbacks hold each other, and with them both models
+            gc.collect()  # trainer and callbacks form reference cycles that keep both models
         students = {name: Path(part.train.output_dir) / "student" for name, part in parts.items()}
-        with HangWatchdog(parts["stage-1"].train.ddp_timeout or _PATIENCE).kept():
-            models = _compared(recipe, students, on_stage)
-            run_on_main(lambda: _leave(recipe, folder, parts, models))
+        with HangWatchdog(parts["stage-1"].train.ddp_timeout or _DEFAULT_TIMEOUT_SECONDS).running():
+            models = _compare_students(recipe, students, on_stage)
+            run_on_main(lambda: _write_outputs(recipe, folder, parts, models))
         return RunResult(folder, models)
 
 
-def _parts(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """The runs of a chain, in order."""
+def _build_stage_recipes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Yield the name and the recipe of each run of a chain, in order."""
     values = recipe.model_dump(exclude_none=True, exclude_unset=True)
     for number in range(1, len(recipe.stages) + 1):
         yield f"stage-{number}", validate(stage_values(values, number))
@@ -69,19 +69,19 @@ def _parts(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "direct", validate(direct_values(values))
 
 
-def _told(recipe: Recipe) -> str:
+def _describe(recipe: Recipe) -> str:
     cut = recipe.student.from_teacher
-    made = f"{cut.keep_layers or len(cut.layers or ())} blocks" if cut else str(recipe.student.model)
-    return f"{recipe.tokenizer_model} into {made}"
+    student = f"{cut.keep_layers or len(cut.layers or ())} layers" if cut else str(recipe.student.model)
+    return f"{recipe.tokenizer_model} into {student}"
 
 
-def _compared(
+def _compare_students(
     recipe: Recipe, students: dict[str, Path], on_stage: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Held-out metrics of every student beside the first teacher, the last one as "student", direct as "control"."""
+    """Evaluate every student against the first teacher; the last is called "student", the direct one "control"."""
     on_stage("Comparing all students with the first teacher")
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), on_stage)
-    args.report_to, args.deepspeed_plugin, found = [], None, {}
+    args.report_to, args.deepspeed_plugin, metrics = [], None, {}
     args.remove_unused_columns = False
     names = {f"stage-{len(recipe.stages)}": "student", "direct": "control"}
     for name, folder in students.items():
@@ -95,12 +95,12 @@ def _compared(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        found[names.get(name, name)] = held_out_metrics(trainer.evaluate())
-    return found
+        metrics[names.get(name, name)] = held_out_metrics(trainer.evaluate())
+    return metrics
 
 
 def _stage_facts(name: str, recipe: Recipe, evidence: dict[str, Any]) -> dict[str, Any]:
-    """What a stage was, and how close its student came to its own teacher."""
+    """Return the models of a stage, and the metrics of its student against its teacher."""
     student = evidence["models"]["student"]
     steps = recipe.train.max_steps
     return {
@@ -114,44 +114,44 @@ def _stage_facts(name: str, recipe: Recipe, evidence: dict[str, Any]) -> dict[st
     }
 
 
-def _leave(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[str, dict[str, float]]) -> None:
-    """Write what a run leaves: the last student and the control, by hard links, all logs, the evidence."""
+def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[str, dict[str, float]]) -> None:
+    """Write the outputs of the chain: the last student and the control (by hard links), all logs, and the results."""
     last = f"stage-{len(recipe.stages)}"
     names, logs, facts = {last: "student", "direct": "control"}, [], {}
     for name in parts:
         facts[name] = read_results(folder / name / "results.json")
         if name in names:
-            _link(folder / name / "student", folder / names[name])
+            _copy_with_hard_links(folder / name / "student", folder / names[name])
         for log in read_logs(folder / name / "metrics.jsonl"):
             logs.append(json.dumps(log | {"run": names.get(name, name)}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(logs))
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
-    kept = ("environment", "data", "teacher", "provenance", "origin")
-    whole = {key: facts["stage-1"][key] for key in kept if key in facts["stage-1"]}
-    student = {k: v for k, v in facts[last]["student"].items() if k != "layers_kept"}
-    stages = [facts[f"stage-{n}"]["student"] for n in range(1, len(parts) + 1) if f"stage-{n}" in facts]
-    if layers := _compose_kept_layers([stage.get("layers_kept") for stage in stages]):
+    shared_keys = ("environment", "data", "teacher", "provenance", "origin")
+    shared = {key: facts["stage-1"][key] for key in shared_keys if key in facts["stage-1"]}
+    student = {key: value for key, value in facts[last]["student"].items() if key != "layers_kept"}
+    stages = [facts[f"stage-{number}"]["student"] for number in range(1, len(parts) + 1) if f"stage-{number}" in facts]
+    if layers := _compose_layers([stage.get("layers_kept") for stage in stages]):
         student["layers_kept"] = layers
-    evidence = {"models": models, "chain": chain, **whole, "student": student, "status": "done"}
+    evidence = {"models": models, "chain": chain, **shared, "student": student, "status": "done"}
     evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
     write_json(folder / "results.json", evidence)
 
 
-def _link(source: Path, target: Path) -> None:
-    """A copy of a folder by hard links, complete or not there; one that is there is of this chain and stays."""
+def _copy_with_hard_links(source: Path, target: Path) -> None:
+    """Copy a folder atomically by hard links. An existing target was written by this chain and is kept."""
     if target.is_dir():
         return
-    half = target.with_name(f"{target.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    shutil.copytree(source, half, copy_function=os.link)
-    half.rename(target)
+    temporary = target.with_name(f"{target.name}.half")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=os.link)
+    temporary.rename(target)
 
 
-def _compose_kept_layers(kept: Sequence[list[int] | None]) -> list[int] | None:
-    """Which of the first teacher's blocks the last student is made of; None where a stage began with another model."""
-    if None in kept:
+def _compose_layers(layers_by_stage: Sequence[list[int] | None]) -> list[int] | None:
+    """Return the first teacher's layers that are in the last student; None if a stage started from another model."""
+    if None in layers_by_stage:
         return None
-    left = [*(kept[0] or ())]
-    for layers in kept[1:]:
+    left = [*(layers_by_stage[0] or ())]
+    for layers in layers_by_stage[1:]:
         left = [left[i] for i in layers or ()]
     return left

@@ -1,4 +1,4 @@
-"""Which models and data a recipe's run really read: commits, versions of packages."""
+"""Records the commits and package versions of the models and data that a run has read."""
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,30 +14,31 @@ from ..recipe.schema import Recipe
 
 
 def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Of all that a recipe names: what for -> its name, and its commit or version where one can be told.
+    """Return what a recipe has read, as purpose -> entry.
 
-    "model" or "dataset": the name; "revision": the commit on the Hub; "version": of the package that brings it.
+    An entry has the key "model" or "dataset" with the name, and if it is known "revision", the commit on the Hub, or
+    "version", that of the package.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for what, name, kind, asked in referenced_repos(recipe):
+    entries: dict[str, dict[str, Any]] = {}
+    for used_for, name, kind, revision in referenced_repos(recipe):
         known: dict[str, Any] = {kind: name}
         if reference_kind(name) == "package":
             known["version"] = _version(name)
-        elif place := hub_repo_of(name, kind, asked):
-            known["revision"] = _read_commit(*place[1:]) if kind == "model" else _commit(*place)
-        found[what] = {key: value for key, value in known.items() if value is not None}
-    return found
+        elif hub_repo := hub_repo_of(name, kind, revision):
+            known["revision"] = _read_commit(*hub_repo[1:]) if kind == "model" else _commit(*hub_repo)
+        entries[used_for] = {key: value for key, value in known.items() if value is not None}
+    return entries
 
 
 def _version(name: str) -> str | None:
     try:
         return version(distribution_of(name))
     except PackageNotFoundError:
-        return None  # a text of Python's own
+        return None  # the text is part of Python
 
 
 def _read_commit(repo: str, revision: str | None) -> str | None:
-    """The commit of a model's config in the cache, which has just been read."""
+    """Return the commit of a model, from its config in the Hub cache."""
     file = try_to_load_from_cache(repo, "config.json", revision=revision or constants.DEFAULT_REVISION)
     return Path(file).parent.name if isinstance(file, str) else None
 

@@ -1,4 +1,4 @@
-"""Run a recipe, whatever it is of: one student, or a chain of them."""
+"""Runs a recipe: a single student, or a chain of students."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,23 +19,25 @@ def run_recipe(
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[str], None] = logger.info,
 ) -> RunResult:
-    """Run a recipe from loading to evidence.
+    """Run a recipe: train and evaluate the student and its control, and write the run folder.
 
-    `train.push_to_hub` is for the program, or for `publishing.publish` afterwards: nothing is pushed here.
+    Nothing is pushed to the Hub. The command line handles `train.push_to_hub`; in a script, call
+    `publishing.publish` afterwards.
 
     Args:
-        recipe: see `load_recipe`.
-        resume: go on from the newest whole checkpoint of the recipe's run folder; start afresh if there is none.
-        callbacks: for the trainers.
-        on_stage: told in a few words what begins.
+        recipe: The recipe; see `load_recipe`.
+        resume: Resume from the newest complete checkpoint in the run folder, or start from the beginning if there is
+            none.
+        callbacks: Callbacks for the trainers.
+        on_stage: Called with a short description of each stage when it begins.
 
     Returns:
-        the run's folder and metrics.
+        The run folder and the metrics.
 
     Raises:
-        DistillError: the folder holds another run, or an input is wrong.
-        RunError: it cannot go on, though its input was right.
-        Interrupted: SIGTERM or SIGINT came, and was heeded.
+        DistillError: The folder holds another run, or an input is invalid.
+        RunError: The run cannot continue although its input is valid.
+        RunInterrupted: SIGTERM or SIGINT stopped the run, and what it has saved is kept.
     """
     run, interrupts = run_chain if recipe.stages else run_single, GracefulShutdown(on_stage)
     with interrupts.installed():

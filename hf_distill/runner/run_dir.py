@@ -1,4 +1,4 @@
-"""A run's folder: which run it holds, who writes to it, and what is left of a run that was refused."""
+"""Prepares the run folder: checks which run it holds, locks it, and cleans up after a refused run."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,18 +23,18 @@ _WRITTEN = (RECIPE, *_LOGS, "results.json", "student", "control", "peer", "ema",
 
 @contextmanager
 def run_folder(recipe: Recipe, resume: bool) -> Iterator[Path]:
-    """The folder of a recipe's run, which holds the resolved recipe and is locked while the block runs.
+    """Lock the run folder while the block runs, write the resolved recipe into it, and yield its path.
 
-    Nothing that is there is removed or replaced: a folder that holds a run is refused, or resumed by the recipe that
-    wrote it. A run that is refused before it has saved anything leaves nothing behind.
+    Existing files are never removed or replaced: a folder that holds a run is refused, or resumed by the recipe that
+    wrote it. A run that is refused before it has saved anything leaves no files behind.
 
     Args:
-        recipe: `train.output_dir` is the folder.
-        resume: go on with the run that the folder holds, if it holds one.
+        recipe: The recipe, whose `train.output_dir` is the folder.
+        resume: Whether to resume the run in the folder, if it holds one.
 
     Raises:
-        DistillError: the folder holds a run and `resume` is off, or a run of another recipe; another process writes to
-            it; it cannot be written to.
+        DistillError: The folder holds a run and `resume` is false, or it holds a run of another recipe, another process
+            writes to it, or it is not writable.
     """
     folder = Path(recipe.train.output_dir)
     with ExitStack() as stack:
@@ -44,7 +44,7 @@ def run_folder(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
 @contextmanager
 def _claimed(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
-    check_unlocked(folder)  # advice for a run that ended is wrong for one that goes on
+    check_unlocked(folder)  # first, because the advice of _check is wrong while another run is active
     _check(recipe, folder, resume)  # before anything is created
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     unlocked = not (folder / LOCK_FILE).exists()
@@ -61,14 +61,14 @@ def _claimed(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Refuse a folder that holds another run, or any run unless it is to be resumed."""
-    there = _run_files(folder)
-    if there and not resume:
+    """Refuse a folder that holds a run of another recipe, or any run if `resume` is false."""
+    existing = _run_files(folder)
+    if existing and not resume:
         raise DistillError(
-            f"{folder} holds a run already ({', '.join(there[:3])}). Add --resume to go on with it, or set "
-            "train.output_dir to another folder. A run never removes or replaces what another one wrote."
+            f"{folder} holds a run already ({', '.join(existing[:3])}). Add --resume to continue it, or set "
+            "train.output_dir to another folder. A run never removes or replaces the files of another run."
         )
-    if not there:
+    if not existing:
         return
     file = folder / RECIPE
     if file.is_file():
@@ -79,19 +79,20 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
     for path, values in records.items():
         if not values:
             raise DistillError(
-                f"{path} was not written by a run of a recipe, so this recipe cannot go on from it. Move it out of "
+                f"{path} was not written by a run of a recipe, so this recipe cannot resume from it. Move it out of "
                 f"{folder}, or set train.output_dir to another folder."
             )
         check_same_result(values, recipe, path / "trainer_state.json")
     if not file.is_file() and not records:
         raise DistillError(
-            f"{folder} holds {', '.join(there[:3])} and no {RECIPE}, and no checkpoint there records which recipe "
-            f"wrote it, so it cannot be resumed. Put the {RECIPE} of that run back, or set another train.output_dir."
+            f"{folder} holds {', '.join(existing[:3])} and no {RECIPE}, and none of its checkpoints records "
+            "which recipe "
+            f"wrote it, so it cannot be resumed. Restore the {RECIPE} of that run, or set another train.output_dir."
         )
 
 
 def _values_of(file: Path) -> dict:
-    """Result values of the recipe in a run's folder."""
+    """Return the result values of the recipe in a run folder."""
     try:
         values = read_yaml(file.read_text(), str(file))
         if not isinstance(values, dict):
@@ -100,36 +101,37 @@ def _values_of(file: Path) -> dict:
     except (DistillError, OSError, UnicodeDecodeError) as error:
         raise DistillError(
             f"{file} is damaged: {error}. Restore it; or remove it and resume with the recipe that wrote the run, "
-            "which is compared with what its checkpoints record."
+            "which is then compared with the values that the checkpoints record."
         ) from error
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe; one that is there stays as it is."""
+    """Write the resolved recipe, unless the folder has one already."""
     if (folder / RECIPE).is_file():
         return
     try:
         write_atomic(folder / RECIPE, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False))
     except OSError as error:
         raise DistillError(
-            f"train.output_dir: {folder} cannot be written to ({error.strerror}): give another, or make room there."
+            f"train.output_dir: {folder} cannot be written to ({error.strerror}). Set another folder, or make "
+            "this one writable."
         ) from error
 
 
 def _run_files(folder: Path) -> list[str]:
-    """Names of what runs write that a folder holds; other files are the user's."""
+    """Return the names of the files in a folder that runs write. All other files belong to the user."""
     return sorted(path.name for pattern in _WRITTEN for path in folder.glob(pattern))
 
 
 def _remove_refused(folder: Path, created: list[Path], refused: bool, unlocked: bool) -> None:
-    """Remove what this run wrote, if that is its recipe alone (and, of a run that was refused, its first logs)."""
-    ours = [RECIPE, *(_LOGS if refused else ())]
-    if set(_run_files(folder)) - {*ours}:
+    """Remove the files of this run if it wrote only its recipe (and, if it was refused, its first logs)."""
+    removable = [RECIPE, *(_LOGS if refused else ())]
+    if set(_run_files(folder)) - {*removable}:
         return
-    for name in ours:
+    for name in removable:
         (folder / name).unlink(missing_ok=True)
     if unlocked:
         remove_lock_file(folder)
     for path in created:
-        with suppress(OSError):  # it holds something else
+        with suppress(OSError):  # the folder is not empty
             path.rmdir()

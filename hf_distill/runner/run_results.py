@@ -1,4 +1,4 @@
-"""A run's folder, as a run left it; read by every analysis, each of which leaves a JSON file of its own in it."""
+"""Reads run folders for analyses, each of which adds a JSON file to the folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..errors import DistillError
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
 
-# What an analysis leaves in the folder -> the command that writes it.
+# File or folder in a run folder -> the command that writes it.
 WRITTEN_BY = {
     "recipe.yaml": "hf-distill run RECIPE",
     "results.json": "hf-distill run RECIPE",
@@ -29,20 +29,21 @@ WRITTEN_BY = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder with its recipe.
+    """A run folder and its recipe.
 
-    folder: of the run
-    recipe: as resolved when it ran
+    Attributes:
+        folder: The run folder.
+        recipe: The resolved recipe of the run.
     """
 
     folder: Path
     recipe: Recipe
 
     def path(self, name: str) -> Path:
-        """A file of the run, or the folder of a model that was trained.
+        """Return the path of a file of the run, or of the folder of a trained model.
 
         Raises:
-            DistillError: it is not there; says which command writes it.
+            DistillError: It does not exist. The message names the command that writes it.
         """
         path = self.folder / name
         if not self.has(name):
@@ -51,20 +52,20 @@ class Run:
         return path
 
     def has(self, name: str) -> bool:
-        """Whether a file is there, or a trained model: while it is trained its folder has checkpoints at most."""
+        """Whether a file or a trained model exists. Before the end of its training, a model has checkpoints only."""
         path = self.folder / name
         return path.is_file() or any((path / f"{kind}config.json").is_file() for kind in ("", "adapter_"))
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the run proved, from results.json."""
+        """The content of results.json: metrics, models and environment of the run."""
         return read_results(self.path("results.json"))
 
     def logs(self, run: str = "student") -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl of one of its trainings ("student", "control"), in order.
+        """Return the lines of metrics.jsonl of one training ("student" or "control"), in order.
 
         Raises:
-            DistillError: it is damaged, or lacks lines that it had when the run was over.
+            DistillError: The file is damaged, or lacks lines that it had at the end of the run.
         """
         file = self.path("metrics.jsonl")
         logs = [log for log in read_logs(file) if log["run"] == run]
@@ -72,24 +73,24 @@ class Run:
         if len(logs) < recorded:
             raise DistillError(
                 f"{file} was truncated: it holds {len(logs)} lines of {run}, and had {recorded}. Restore it from a "
-                f"copy; or remove results.json, and `hf-distill run {self.folder / 'recipe.yaml'} --resume` writes "
-                "both again from the last checkpoint."
+                f"copy; or remove results.json and run `hf-distill run {self.folder / 'recipe.yaml'} --resume`, which "
+                "writes both again from the last checkpoint."
             )
         return logs
 
 
 def open_run(folder: str | Path) -> Run:
-    """A run's folder.
+    """Open a run folder.
 
     Raises:
-        DistillError: it is no run's: its recipe.yaml is missing.
+        DistillError: The folder does not exist, or is not a run folder because it has no recipe.yaml.
     """
     folder = Path(folder)
     if not path_exists(folder) or not folder.is_dir():
-        raise DistillError(f"There is no folder {folder}: give the folder of a run, as `hf-distill run` left it.")
+        raise DistillError(f"There is no folder {folder}. Give the folder of a run, which `hf-distill run` writes.")
     if not (folder / "recipe.yaml").is_file():
         raise DistillError(
-            f"{folder / 'recipe.yaml'} is missing, so {folder} is not the folder of a run: "
+            f"{folder / 'recipe.yaml'} is missing, so {folder} is not the folder of a run. "
             f"`{WRITTEN_BY['recipe.yaml']}` writes it."
         )
     return Run(folder, load_recipe(str(folder / "recipe.yaml")))

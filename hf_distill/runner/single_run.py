@@ -1,7 +1,7 @@
-"""One student of a recipe: load, distil, train the control, evaluate all of them, leave a run folder.
+"""Runs a recipe with one student: loads, distills, trains the control, evaluates, and writes the run folder.
 
-The folder: `recipe.yaml` as resolved, `student/` and `control/` as `from_pretrained` loads them, `metrics.jsonl`,
-`results.json`, `checkpoint-*`.
+The run folder holds the resolved `recipe.yaml`, the models `student/` and `control/`, which `from_pretrained` loads,
+`metrics.jsonl`, `results.json` and `checkpoint-*`.
 """
 
 import copy
@@ -49,7 +49,12 @@ from .watchdog import HangWatchdog
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, and the metrics of each model ("before", "student", "control")."""
+    """A finished run.
+
+    Attributes:
+        folder: The run folder.
+        models: Metrics of each model: "before" (the initial student), "student", "control" and others.
+    """
 
     folder: Path
     models: dict[str, dict[str, float]]
@@ -66,20 +71,20 @@ def run_single(
         evidence = read_results(folder / "results.json") if resume else {}
         models = evidence.setdefault("models", {})
         if evidence.get("status") == "done":
-            on_stage("This run is over already.")
+            on_stage("This run is complete already.")
             return RunResult(folder, models)
-        with watch.kept():
+        with watch.running():
             write_smoke_cache(recipe, on_stage)
             record = RecipeRecord(result_values(recipe) | launch_values())
             return _run(RunContext(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
 
 
 def _run(run: "RunContext", evidence: dict[str, Any]) -> RunResult:
-    """Train and measure what is missing in the evidence."""
+    """Train and evaluate the models that results.json does not have yet."""
     recipe, folder, models = run.recipe, run.folder, evidence["models"]
 
-    def keep(**found: dict[str, float]) -> None:
-        models.update(found)
+    def record_results(**metrics: dict[str, float]) -> None:
+        models.update(metrics)
         evidence.update(run.facts)
         evidence["steps"] = evidence.get("steps", {}) | run.steps
         run_on_main(write)
@@ -89,18 +94,18 @@ def _run(run: "RunContext", evidence: dict[str, Any]) -> RunResult:
         write_json(folder / "results.json", evidence)
 
     if "student" not in models:
-        before, student = run.distil()
-        keep(before=before, student=student, **teacher_metrics(recipe, student))
+        before, student = run.distill()
+        record_results(before=before, student=student, **teacher_metrics(recipe, student))
     if recipe.control and "control" not in models:
-        run.on_stage("Training the control on hard labels alone")
-        keep(control=run.control())
+        run.on_stage("Training the control on the hard labels only")
+        record_results(control=run.control())
     evidence["status"] = "done"
-    keep()
+    record_results()
     return RunResult(folder, models)
 
 
 class RunContext:
-    """A recipe's models, data and arguments, loaded."""
+    """The loaded models, data and arguments of a recipe."""
 
     def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
         self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
@@ -115,22 +120,30 @@ class RunContext:
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
-        self.steps: dict[str, int] = {}  # by training: the step of the model that it left
-        made = environment(str(args.device)) | {"processes": args.world_size}
-        self.facts: dict[str, Any] = {"environment": made, "data": self.data.facts()}
+        self.steps: dict[str, int] = {}  # training -> step of the exported model
+        run_environment = environment(str(args.device)) | {"processes": args.world_size}
+        self.facts: dict[str, Any] = {"environment": run_environment, "data": self.data.facts()}
         check_same_on_all_ranks(recipe, self.facts)
         self.models = ModelFactory(recipe, args, path, self.tokenizer)
         if args.should_save:
             self.facts |= {"provenance": provenance(recipe)} | ({"origin": recipe.origin} if recipe.origin else {})
 
     def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
-        """A trainer of a new student, with some arguments changed; its logs go to metrics.jsonl under that name."""
+        """Build a trainer for a new student.
+
+        Args:
+            name: Name of the training in metrics.jsonl: "student" or "control".
+            on_policy: Whether the student trains on its own completions.
+            changes: Training arguments that differ from those of the recipe.
+        """
         args = arguments(self.recipe, on_policy=True) if on_policy else copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
-        args.remove_unused_columns = False  # rows have what the collator reads, and nothing else
+        args.remove_unused_columns = False  # the rows have only the columns that the collator reads
         if isinstance(self.data.train, IterableDataset) and args.accelerator_config.dispatch_batches is None:
-            args.accelerator_config.dispatch_batches = False  # else batches of different lengths would be joined
+            args.accelerator_config.dispatch_batches = (
+                False  # dispatching would concatenate batches of different lengths
+            )
         kind: Any = DistillTrainer
         rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
         if on_policy:
@@ -146,7 +159,7 @@ class RunContext:
             processing_class=self.tokenizer,
             callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self._stopping(), *self.callbacks],
         )
-        self.args.deepspeed_plugin = None  # accelerate keeps the first trainer's, and refuses another
+        self.args.deepspeed_plugin = None  # accelerate keeps that of the first trainer and refuses a second one
         trainer.sources = self.data.collator.sources
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -164,29 +177,29 @@ class RunContext:
         return [EarlyStopping(patience)] if patience else []
 
     def train(self, trainer: DistillTrainer, name: str) -> float:
-        """Train and save `RUN/name`; seconds that it took."""
+        """Train a student and save it as RUN/name; return the training time in seconds."""
         checkpoint = trainer.newest_checkpoint()
         trainer.args.eval_on_start = name == "student" and checkpoint is None
         self.on_stage(
             f"{name}: from step {checkpoint.name.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"
         )
-        set_seed(self.args.seed)  # equal data order for student and control
+        set_seed(self.args.seed)  # the same order of rows for student and control
         output = trainer.train(None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(self.folder / name))
         best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
         self.steps[name] = best or trainer.state.global_step
         if self.merges:
-            self.on_stage(f"{name}: merging its adapters")
+            self.on_stage(f"{name}: merging the adapters")
             run_on_main(lambda: self.models.merge(self.folder / name, self.data.train))
         return output.metrics["train_runtime"]
 
-    def distil(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Train the student; its metrics before and after, with the projectors that it was trained with."""
+    def distill(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Train the student; return its held-out metrics before and after the training."""
         trainer = self.trainer("student", on_policy=self.recipe.on_policy is not None)
         self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)
-        if not trainer.is_distilling:  # a recipe with alpha 0
+        if not trainer.is_distilling:  # alpha is 0: the teacher was not needed for training
             trainer.setup_distillation(self.models.teacher, self._objective())
         self._describe(trainer)
         after = held_out_metrics(trainer.evaluate())
@@ -210,12 +223,13 @@ class RunContext:
             self.facts.setdefault("teacher", {})["block_influence"] = self.models.influence
 
     def control(self) -> dict[str, float]:
-        """Train on hard labels alone; its metrics under the recipe's objective, without the terms on features.
+        """Train the control on the hard labels only, and return its held-out metrics.
 
-        Beside a teacher that moved with another student, its metrics of the labels alone.
+        They are computed with the objective of the recipe, without the losses on features. If the teacher changed
+        during the training of the student, they are those of the hard labels only.
         """
         changes: dict[str, Any] = {"alpha": 0.0, "losses": None}
-        if self.args.load_best_model_at_end:  # without a teacher there is no KL to judge by
+        if self.args.load_best_model_at_end:  # without a teacher there is no KL to select the best checkpoint by
             changes |= {"metric_for_best_model": "loss", "greater_is_better": False}
         trainer = self.trainer("control", **changes)
         seconds = self.train(trainer, "control")
@@ -229,8 +243,8 @@ class RunContext:
 
 
 def _size(model: nn.Module) -> dict[str, Any]:
-    """Of the whole model, however it is held, adapters aside."""
+    """Return the size of the full model, without adapters, however it is quantized or sharded."""
     config = unwrap_model(model).config
     with zero3_init_context(None), torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
-    return {"parameters": sum(p.numel() for p in whole.parameters()), "blocks": len(find_blocks(whole)[1])}
+        full_model = AutoModelForCausalLM.from_config(config)
+    return {"parameters": sum(p.numel() for p in full_model.parameters()), "blocks": len(find_blocks(full_model)[1])}

@@ -1,4 +1,4 @@
-"""The frozen teacher of a recipe, loaded without a student: what a cache is written by and an analysis looks at."""
+"""Loads the frozen teacher of a recipe without a student, for writing caches and for analyses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,24 +18,30 @@ from .training_arguments import arguments
 
 
 def static_teacher_spec(recipe: Recipe) -> TeacherSpec:
-    """The frozen teacher, or the source of a cached one.
+    """Return the frozen teacher, or the source of a cached one.
 
     Raises:
-        DistillError: there are several, or it moves, or the cache's source is not given.
+        DistillError: The recipe has several teachers, the teacher is not frozen, or the cache has no source.
     """
     if recipe.teacher is None:
-        raise DistillError("The recipe has several teachers: give a recipe with one of them.")
+        raise DistillError(
+            "The recipe has several teachers, and this command needs exactly one: give a recipe with one of them."
+        )
     spec = recipe.teacher.source_teacher
     if spec.kind != "frozen":
-        what = "has no source" if spec.kind == "cached" else f"is {spec.kind} and moves"
-        raise DistillError(f"The recipe's teacher {what}: this needs a teacher of kind frozen, or teacher.source.")
+        what = "is a cache without a source" if spec.kind == "cached" else f"has kind {spec.kind}"
+        raise DistillError(
+            f"The teacher of the recipe {what}, and this command needs a frozen teacher: set teacher.kind to "
+            "frozen, or "
+            "teacher.source for a cache."
+        )
     return spec
 
 
 def with_teacher(recipe: Recipe, spec: TeacherSpec) -> dict[str, Any]:
-    """The recipe with the teacher that spoke, as plain values: the only one, which every loss follows."""
+    """Return the plain values of a recipe with this teacher as its only one, which all losses use."""
     values = recipe.model_dump(exclude_none=True)
-    losses = [{k: v for k, v in loss.items() if k != "teacher"} for loss in values["losses"]]
+    losses = [{key: value for key, value in loss.items() if key != "teacher"} for loss in values["losses"]]
     named = ("name", "weight")
     return values | {"teachers": [], "losses": losses, "teacher": spec.model_dump(exclude_none=True, exclude={*named})}
 
@@ -43,7 +49,7 @@ def with_teacher(recipe: Recipe, spec: TeacherSpec) -> dict[str, Any]:
 def load_teacher_and_data(
     recipe: Recipe, spec: TeacherSpec, on_stage: Callable[[str], None]
 ) -> tuple[Teacher, PreparedData, Any, Any]:
-    """(teacher, data, tokenizer, arguments); the student is there by its config alone."""
+    """Load teacher, data, tokenizer and arguments; the student has no weights (meta device)."""
     check_launch(recipe)
     online = validate(with_teacher(recipe, spec))
     args = arguments(online)

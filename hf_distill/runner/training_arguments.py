@@ -1,4 +1,4 @@
-"""What a recipe says to a trainer."""
+"""Builds the arguments of the trainer from a recipe."""
 
 from typing import Any
 
@@ -16,12 +16,14 @@ logger = logging.get_logger(__name__)
 
 
 def arguments(recipe: Recipe, on_policy: bool = False) -> Any:
-    """The arguments of a recipe's trainer, for the machine at hand."""
+    """Build the arguments of the trainer of a recipe, for this machine."""
     losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
     projectors = recipe.model_dump(include={"projectors"})["projectors"]
-    given = train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
+    recipe_arguments = (
+        train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
+    )
     try:
-        args = on_policy_arguments(recipe, given) if on_policy else DistillConfig(**given)
+        args = on_policy_arguments(recipe, recipe_arguments) if on_policy else DistillConfig(**recipe_arguments)
     except DistillError:
         raise
     except (ValueError, TypeError) as error:
@@ -34,19 +36,27 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> Any:
 
 
 def train_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Of TrainingArguments, for the machine at hand.
+    """Return the fields of TrainingArguments that a recipe sets, adapted to this machine.
 
-    accelerate has FSDP for GPUs alone. On CPUs the student is sharded by transformers as it loads: FSDP2 as well, but
-    without checkpoints to resume from.
+    accelerate supports FSDP on GPUs only. On CPUs, transformers shards the student with FSDP2 while it is loaded, but
+    the run cannot write checkpoints.
     """
-    train = recipe.train.model_dump(exclude_unset=True, exclude_none=True)  # null stands for the default
-    train = {k: v for k, v in train.items() if k != "push_to_hub" and not k.startswith("hub_")}  # published when over
+    train = recipe.train.model_dump(exclude_unset=True, exclude_none=True)  # null means the default
+    train = {
+        key: value for key, value in train.items() if key != "push_to_hub" and not key.startswith("hub_")
+    }  # the run publishes at its end
     if train.pop("early_stopping_patience", None):
         train = stopping_arguments(train)
     if torch.accelerator.is_available():
         return train
-    train.setdefault("use_cpu", True)  # else processes do not find each other
+    train.setdefault("use_cpu", True)  # otherwise the process group is not initialized
     if train.get("fsdp"):
-        logger.warning("FSDP on CPUs: transformers shards the student as it loads, and the run writes no checkpoints.")
-        train = {k: v for k, v in train.items() if k not in ("fsdp", "fsdp_config")} | {"save_strategy": "no"}
+        logger.warning(
+            "train.fsdp on CPUs: transformers shards the student while it is loaded, and the run writes no "
+            "checkpoints, so "
+            "it cannot be resumed."
+        )
+        train = {key: value for key, value in train.items() if key not in ("fsdp", "fsdp_config")} | {
+            "save_strategy": "no"
+        }
     return train

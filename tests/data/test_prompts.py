@@ -9,7 +9,7 @@ from tiny import conversation
 
 from hf_distill import DistillError
 from hf_distill.data import load_examples, prompt_rows
-from hf_distill.runner.on_policy import _that_fit as prompts_that_fit
+from hf_distill.runner.on_policy import _filter_by_prompt_length as prompts_that_fit
 
 
 def test_the_last_turn_of_a_conversation_is_the_completion():

@@ -18,9 +18,9 @@ SCRIPT = Path(__file__).with_name("watched.py")
 @pytest.mark.parametrize(
     ("fate", "told"),
     [
-        ("die", r"Rank 1 is gone \(last seen at .*\. The others cannot go on without it"),
+        ("die", r"Rank 1 has ended \(last seen at .*\. The others cannot go on without it"),
         ("hang", r"Rank 0 has waited for \d+ s: rank 1 is at distributed/watched\.py:\d+ in on_step_begin\."),
-        ("stop", r"Rank 0 has waited for \d+ s: rank 1 gives no sign of life \(last seen at "),
+        ("stop", r"Rank 0 has waited for \d+ s: rank 1 sends no heartbeat \(last seen at "),
     ],
 )
 def test_a_rank_that_is_gone_or_stuck_is_named_and_the_other_ends(tmp_path, fate, told):

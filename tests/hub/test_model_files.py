@@ -140,7 +140,7 @@ def test_the_base_of_an_adapter_is_listed_and_checked(hub, model_bytes, adapter)
     with pytest.raises(DistillError, match=r"org/base, the base of org/adapter: .*evil/kernel"):
         load_pretrained(AutoModelForCausalLM, "org/adapter")
     by_repo = {one.repo: one for one in downloads(load_recipe("quickstart", ["teacher.model=org/adapter"]))}
-    assert by_repo["org/base"].what == ("base of org/adapter",)
+    assert by_repo["org/base"].used_for == ("base of org/adapter",)
     assert by_repo["org/base"].revision == hub.repos["models", "org/base"].at("main")
     hub.put("models", "org/base", {"config.json": b"{}", "pytorch_model.bin": b"x"})
     with pytest.raises(DistillError, match="org/base: the weights are pickled"):

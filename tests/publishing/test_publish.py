@@ -412,7 +412,7 @@ def test_a_smoke_run_is_published_only_on_request_and_its_card_says_what_it_is(r
     shown = CliRunner().invoke(app, [*command, "--dry-run"])
     assert shown.exit_code == 0, shown.exception
     assert shown.output.startswith(
-        "This is a smoke run: its models are tiny and began with random weights (smoke:llama"
+        "This is a smoke run: its models are tiny and were initialized with random weights (smoke:llama"
     )
     assert "refused without --allow-smoke" in shown.output
     assert CliRunner().invoke(app, [*command, "--allow-smoke"]).exit_code == 0

@@ -74,12 +74,12 @@ class Mutation:
     overrides: list[str]
 
 
-def places(value: Any, here: tuple = ()) -> Iterator[tuple]:
+def locations(value: Any, location: tuple = ()) -> Iterator[tuple]:
     """Paths of all values inside a value."""
-    yield here
+    yield location
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
-        yield from places(item, (*here, key))
+        yield from locations(item, (*location, key))
 
 
 def mutated(seed: int) -> Mutation:
@@ -98,7 +98,7 @@ def _text(draw: random.Random, recipe: dict, count: int) -> str:
     """YAML with marks in some places, each of which becomes what no YAML writer would write."""
     marks = {}
     for number in range(count):
-        *above, last = draw.choice([place for place in places(recipe) if place] or [("student",)])
+        *above, last = draw.choice([location for location in locations(recipe) if location] or [("student",)])
         owner: Any = recipe
         for key in above:
             owner = owner[key]
@@ -121,10 +121,10 @@ def _text(draw: random.Random, recipe: dict, count: int) -> str:
 
 
 def _override(draw: random.Random, recipe: dict) -> str:
-    place = [str(part) for part in draw.choice([place for place in places(recipe) if place])]
+    location = [str(part) for part in draw.choice([location for location in locations(recipe) if location])]
     if draw.random() < 0.3:
-        place[-1] = draw.choice([*KEYS, *ODD_KEYS])
-    return f"{'.'.join(place)}{draw.choice(['=', '=', '=', '', '=='])}{draw.choice(VALUES)}"
+        location[-1] = draw.choice([*KEYS, *ODD_KEYS])
+    return f"{'.'.join(location)}{draw.choice(['=', '=', '=', '', '=='])}{draw.choice(VALUES)}"
 
 
 def _spoiled(draw: random.Random, content: bytes) -> bytes:
@@ -178,5 +178,5 @@ def fault(mutation: Mutation, file: Path) -> str | None:
         return "it is refused without a reason"
     if any(len(line) > 2000 for line in lines):
         return f"a line of {max(map(len, lines))} characters"
-    odd = {c for c in printed if ord(c) < 32 or 127 <= ord(c) < 160} - {"\n", "\t"}
+    odd = {character for character in printed if ord(character) < 32 or 127 <= ord(character) < 160} - {"\n", "\t"}
     return f"control characters {sorted(odd)} are printed" if odd else None

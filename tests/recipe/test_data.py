@@ -28,9 +28,9 @@ train: {output_dir: runs/x, learning_rate: 1.0e-3}
 def values(**data):
     import yaml
 
-    found = yaml.safe_load(MIX)
-    found["data"] |= data
-    return found
+    mixture = yaml.safe_load(MIX)
+    mixture["data"] |= data
+    return mixture
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def values(**data):
         ),
     ],
 )
-def test_wrong_data_is_told_with_its_place(data, problem):
+def test_an_invalid_data_section_is_reported_with_its_key(data, problem):
     with pytest.raises(DistillError) as caught:
         validate(values(**data))
     assert problem in str(caught.value)
 
 
-def test_sources_keep_their_order_and_the_resolved_recipe_says_all_of_them():
+def test_sources_keep_their_order_and_are_all_in_the_resolved_recipe():
     recipe = validate(values())
     assert list(recipe.data.sources) == ["task", "code"]
     assert validate(recipe.model_dump(exclude_none=True)) == recipe
@@ -86,7 +86,7 @@ def file(tmp_path, monkeypatch):
 
 def logs(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "loss" in k} for line in lines if "loss" in line]
+    return [{key: value for key, value in line.items() if "loss" in key} for line in lines if "loss" in line]
 
 
 class StopAt(TrainerCallback):
@@ -101,7 +101,7 @@ STREAM = ["data.code={path: sums.jsonl, streaming: true}", "data.eval={path: tes
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize("overrides", [SUMS, STREAM], ids=["sums", "stream"])
-def test_a_mixture_runs_resumes_and_tells_its_sources_apart(file, tmp_path, overrides, packing):
+def test_a_mixture_resumes_exactly_and_logs_the_losses_of_each_source(file, tmp_path, overrides, packing):
     overrides = [*overrides, f"data.packing={packing}", "control=sft"]
 
     def load(name):
@@ -115,13 +115,13 @@ def test_a_mixture_runs_resumes_and_tells_its_sources_apart(file, tmp_path, over
     for name in ("student", "control"):
         one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / run / name) for run in ("cut", "straight"))
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    told = {"soft_loss_task", "hard_loss_task", "soft_loss_code", "hard_loss_code"}
-    assert told <= set().union(*logs(tmp_path / "cut"))
-    assert (told <= straight.models["student"].keys()) == (overrides[:2] == SUMS)
+    source_losses = {"soft_loss_task", "hard_loss_task", "soft_loss_code", "hard_loss_code"}
+    assert source_losses <= set().union(*logs(tmp_path / "cut"))
+    assert (source_losses <= straight.models["student"].keys()) == (overrides[:2] == SUMS)
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["data"]["sources"] == ["task", "code"]
 
 
-def test_a_teacher_that_cannot_keep_packed_documents_apart_stops_the_run(file, monkeypatch):
+def test_a_model_that_attends_across_packed_documents_is_refused(file, monkeypatch):
     from transformers import masking_utils
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
@@ -130,7 +130,7 @@ def test_a_teacher_that_cannot_keep_packed_documents_apart_stops_the_run(file, m
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_preview_shows_what_is_asked_and_where_it_is_from(file, packing):
+def test_preview_shows_target_tokens_and_sources(file, packing):
     recipe = load_recipe(file, [*SUMS, f"data.packing={packing}"], smoke=True)
     shown = preview_rows(recipe, 2)
     assert (len(shown) > 2) == (packing == "true")
@@ -138,15 +138,15 @@ def test_preview_shows_what_is_asked_and_where_it_is_from(file, packing):
     for document in shown:
         assert document.source in ("task", "code")
         text = "".join(text for text, _ in document.spans)
-        asked = "".join(text for text, wanted in document.spans if wanted)
+        target_text = "".join(text for text, is_target in document.spans if is_target)
         assert text.startswith("What is ")
-        assert asked.startswith(" It is ")
-        assert asked.endswith(".<|end|>")
-        assert document.asked == len(asked) - len("<|end|>") + 1  # tokens are bytes
+        assert target_text.startswith(" It is ")
+        assert target_text.endswith(".<|end|>")
+        assert document.target_text == len(target_text) - len("<|end|>") + 1  # tokens are bytes
         assert document.tokens == len(text) - len("<|end|>") + 1
 
 
-def test_preview_marks_what_is_asked_where_it_is_piped(file):
+def test_preview_marks_target_tokens_in_piped_output(file):
     done = CliRunner().invoke(app, ["recipes", "preview", file, "--smoke", "--rows", "1", "data.packing=false", *SUMS])
     assert done.exit_code == 0, done.output
     heading, text = done.output.splitlines()
@@ -157,7 +157,7 @@ def test_preview_marks_what_is_asked_where_it_is_piped(file):
     assert text.endswith("<|end|>»")
 
 
-def test_smoke_keeps_sources_weights_and_packing():
+def test_a_smoke_run_keeps_sources_weights_and_packing():
     from hf_distill.recipe.smoke import smoke_values
 
     small = smoke_values(validate(values(max_length=4096)).model_dump(exclude_unset=True))["data"]
@@ -167,7 +167,7 @@ def test_smoke_keeps_sources_weights_and_packing():
     assert (small["packing"], small["max_length"], small["eval"]) == (True, 64, {"holdout": 0.1, "max_rows": 4})
 
 
-def test_the_shown_mixture_is_the_trained_one(file):
+def test_preview_shows_the_rows_that_are_trained_on(file):
     """Preview reads the first examples alone; the trainer gets the same rows where there are no more."""
     from transformers import AutoTokenizer
 
@@ -211,7 +211,9 @@ def chats(tmp_path):
     return recipe
 
 
-def test_of_conversations_answers_are_targets_which_is_shown_and_logged_once(chats, monkeypatch, smollm2_tokenizer):
+def test_only_answers_of_conversations_are_target_tokens_and_their_share_is_logged_once(
+    chats, monkeypatch, smollm2_tokenizer
+):
     from hf_distill.runner import datasets as examples
 
     logged = []
@@ -220,15 +222,15 @@ def test_of_conversations_answers_are_targets_which_is_shown_and_logged_once(cha
     assert [text for text, is_target in document.spans if is_target] == ["Four.<|im_end|>\n", "Five.<|im_end|>\n"]
     assert logged == []
     prepared = examples.prepare_data(chats(), smollm2_tokenizer, 0, 0)
-    targets, tokens = document.asked * len(prepared.train), document.tokens * len(prepared.train)
+    targets, tokens = document.target_text * len(prepared.train), document.tokens * len(prepared.train)
     assert [text.partition(". `")[0] for text in logged] == [
         f"data.task: {targets} of {tokens} tokens are target tokens ({targets / tokens:.1%})"
     ]
     (everything,) = preview_rows(chats(assistant_only=False), 1)
-    assert everything.asked == everything.tokens - 1 > 4 * document.asked
+    assert everything.target_text == everything.tokens - 1 > 4 * document.target_text
 
 
-def test_a_row_that_is_wrong_is_told_by_preview_and_before_training(chats, smollm2_tokenizer):
+def test_an_invalid_row_is_reported_by_preview_and_before_training(chats, smollm2_tokenizer):
     from hf_distill.runner.datasets import prepare_data
 
     lines = chats.path.read_text().splitlines()
@@ -241,7 +243,7 @@ def test_a_row_that_is_wrong_is_told_by_preview_and_before_training(chats, smoll
         prepare_data(chats(), smollm2_tokenizer, 0, 0)
 
 
-def test_the_tokenizer_keeps_its_template_where_the_recipes_renders_the_same(chats, smollm2_tokenizer):
+def test_the_tokenizer_keeps_its_template_if_the_template_of_the_recipe_renders_the_same(chats, smollm2_tokenizer):
     from copy import deepcopy
 
     from hf_distill.data import training_template

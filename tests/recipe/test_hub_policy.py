@@ -29,9 +29,9 @@ def somewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def put(hub: Hub, text: str, **beside: str) -> str:
+def put(hub: Hub, text: str, **other_files: str) -> str:
     """The address of a recipe in a new repository, other files beside it."""
-    files = {"a/recipe.yaml": text} | {name.replace("__", "/"): content for name, content in beside.items()}
+    files = {"a/recipe.yaml": text} | {name.replace("__", "/"): content for name, content in other_files.items()}
     hub.put("models", "stranger/recipes", {name: content.encode() for name, content in files.items()})
     return "hf://stranger/recipes/a/recipe.yaml"
 
@@ -39,8 +39,8 @@ def put(hub: Hub, text: str, **beside: str) -> str:
 def changed(**parts) -> str:
     """The good recipe with other values at dotted places, `__` for the dot."""
     values = yaml.safe_load(GOOD)
-    for place, value in parts.items():
-        *parents, last = place.split("__")
+    for dotted_key, value in parts.items():
+        *parents, last = dotted_key.split("__")
         inner = values
         for name in parents:
             inner = inner.setdefault(name, {})
@@ -116,7 +116,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_strangers_recipe_that(hub, tmp_path, what):
+def test_an_untrusted_recipe_is_refused_if_it(hub, tmp_path, what):
     """...is refused with a line that names what is wrong; nothing is executed, written, or read from this machine."""
     text, why = HOSTILE[what]
     (tmp_path / "here").mkdir()
@@ -125,15 +125,15 @@ def test_a_strangers_recipe_that(hub, tmp_path, what):
         load_recipe(put(hub, text))
     assert why in str(caught.value)
     assert {path for path in tmp_path.rglob("*") if "hf" not in path.parts} == before
-    asked = {path for _, path in hub.requests}
-    assert all("stranger/recipes" in path for path in asked), asked
+    requested = {path for _, path in hub.requests}
+    assert all("stranger/recipes" in path for path in requested), requested
 
 
-def test_twenty_five_and_more_are_tried():
+def test_at_least_25_hostile_recipes_are_tried():
     assert len(HOSTILE) >= 25
 
 
-def test_a_harmless_one_is_loaded_at_its_commit(hub):
+def test_an_allowed_recipe_is_loaded_at_its_commit(hub):
     at = put(hub, GOOD)
     recipe = load_recipe(at)
     commit = hub.repos["models", "stranger/recipes"].at("main")
@@ -145,25 +145,25 @@ def test_an_origin_cannot_be_forged(hub):
     assert "forged" not in str(load_recipe(put(hub, GOOD + "origin: hf://forged/x/a.yaml\n")).origin)
 
 
-def test_a_recipe_of_ones_own_may_say_all_that(tmp_path, monkeypatch):
+def test_a_local_recipe_is_not_restricted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own.yaml").write_text(changed(teacher__model="/srv/model", train__output_dir="/srv/run"))
     assert load_recipe("own.yaml").teacher.model == "/srv/model"
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_packaged_recipes_would_be_trusted_from_the_hub_too(name):
+def test_packaged_recipes_comply_with_the_policy_for_the_hub(name):
     assert policy_violations(load_recipe(name)) == []
 
 
-def test_each_field_of_a_training_is_decided_upon():
+def test_each_training_argument_is_allowed_inspected_or_refused():
     """A field that a new version of transformers brings is refused until somebody looks at it; so is this test."""
-    referenced_repos = {field.name for field in fields(TrainingArguments) if field.init}
-    assert referenced_repos | {*RUNTIME_FIELDS, "early_stopping_patience"} == KNOWN
+    fields_of_transformers = {field.name for field in fields(TrainingArguments) if field.init}
+    assert fields_of_transformers | {*RUNTIME_FIELDS, "early_stopping_patience"} == KNOWN
     assert not ALLOWED & REFUSED
 
 
-def test_files_beside_it_are_those_of_its_own_commit(hub):
+def test_relative_paths_refer_to_files_at_the_commit_of_the_recipe(hub):
     zero = '{"zero_optimization": {"stage": 3}}'
     text = changed(teacher__deepspeed="../ds/t.json", data__task={"path": "rows.jsonl"}, data__eval={"holdout": 0.1})
     at = put(hub, text, ds__t_json="x", **{"ds__t.json": zero, "a__rows.jsonl": '{"text": "a"}\n'})
@@ -177,13 +177,13 @@ def test_files_beside_it_are_those_of_its_own_commit(hub):
         load_recipe(at)
 
 
-def test_templates_stay_text(hub):
+def test_templates_in_values_are_not_rendered(hub):
     recipe = load_recipe(put(hub, changed(train__run_name="{{ cycler.__init__.__globals__.os.system('touch x') }}")))
     assert recipe.train.run_name.startswith("{{")
     assert not os.path.exists("x")
 
 
-def test_what_is_wrong_is_told_at_once(hub):
+def test_all_violations_are_reported_at_once(hub):
     text = textwrap.dedent("""\
         student: {model: /a}
         teacher: {model: /b}

@@ -21,7 +21,7 @@ GOOD = """\
 extends: quickstart
 train: {max_steps: 2}
 """
-HUB_PREFIX = "hf://org/recipes/small.yaml"
+ADDRESS = "hf://org/recipes/small.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +36,15 @@ def refused(reference: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_what_it_extends_is_the_packaged_recipe_with_its_own_values(hub):
-    own, packaged = load_recipe(HUB_PREFIX), load_recipe("quickstart")
-    assert own.train.max_steps == 2
-    assert own.train.learning_rate == packaged.train.learning_rate
-    assert own.student == packaged.student
+def test_a_recipe_that_extends_another_overrides_its_values(hub):
+    extended, packaged = load_recipe(ADDRESS), load_recipe("quickstart")
+    assert extended.train.max_steps == 2
+    assert extended.train.learning_rate == packaged.train.learning_rate
+    assert extended.student == packaged.student
 
 
 @pytest.mark.parametrize("kind", ["models", "datasets"])
-def test_model_and_data_set_repositories_revisions_and_folders(hub, kind):
+def test_recipes_load_from_model_and_dataset_repositories_revisions_and_folders(hub, kind):
     old = hub.put(kind, "org/more", {"a/b/x.yaml": GOOD.encode()})
     hub.put(kind, "org/more", {"a/b/x.yaml": GOOD.replace("2}", "7}").encode()})
     prefix = "hf://datasets/" if kind == "datasets" else "hf://"
@@ -55,23 +55,23 @@ def test_model_and_data_set_repositories_revisions_and_folders(hub, kind):
     assert load_recipe(page) == then
 
 
-def test_once_read_it_needs_no_network(hub, monkeypatch):
-    first = load_recipe(HUB_PREFIX)
+def test_a_cached_recipe_needs_no_network(hub, monkeypatch):
+    first = load_recipe(ADDRESS)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert load_recipe(HUB_PREFIX) == first
+    assert load_recipe(ADDRESS) == first
     assert not hub.requests
 
 
-def test_a_run_records_the_commit_that_the_name_stood_for(hub):
+def test_a_run_records_the_commit_of_its_recipe(hub):
     commit = hub.repos["models", "org/recipes"].at("main")
-    result = run_recipe(load_recipe(HUB_PREFIX, ["control=null"], smoke=True))
-    there = f"hf://org/recipes@{commit}/small.yaml"
-    assert yaml.safe_load((result.folder / "recipe.yaml").read_text())["origin"] == there
-    assert f'"origin": "{there}"' in (result.folder / "results.json").read_text()
+    result = run_recipe(load_recipe(ADDRESS, ["control=null"], smoke=True))
+    pinned = f"hf://org/recipes@{commit}/small.yaml"
+    assert yaml.safe_load((result.folder / "recipe.yaml").read_text())["origin"] == pinned
+    assert f'"origin": "{pinned}"' in (result.folder / "results.json").read_text()
     hub.put("models", "org/recipes", {"small.yaml": GOOD.encode() + b"# moved\n"})
-    resumed = load_recipe(HUB_PREFIX, ["control=null"], smoke=True)
-    assert resumed.origin != there
+    resumed = load_recipe(ADDRESS, ["control=null"], smoke=True)
+    assert resumed.origin != pinned
     run_recipe(resumed, resume=True)  # an equal recipe at another commit is no other run
 
 
@@ -88,16 +88,16 @@ def test_a_run_records_the_commit_that_the_name_stood_for(hub):
         ("https://example.org/x.yaml", "is not a valid Hub URI"),
     ],
 )
-def test_what_is_not_there_is_told_with_near_names(hub, reference, words):
+def test_a_missing_reference_is_reported_with_similar_names(hub, reference, words):
     assert words in refused(reference)
 
 
-def test_a_data_set_that_is_asked_for_as_a_model_is_pointed_at(hub):
+def test_a_dataset_requested_as_a_model_is_suggested(hub):
     hub.put("datasets", "org/other", {"a.yaml": GOOD.encode()})
     assert "hf://datasets/org/other" in refused("hf://org/other/a.yaml")
 
 
-def test_gated_private_and_tokens_are_told_apart(hub, monkeypatch):
+def test_gated_private_and_unauthenticated_access_have_different_errors(hub, monkeypatch):
     hub.put("models", "org/gated", {"a.yaml": GOOD.encode()}, gated=True)
     assert "accept its terms at" in refused("hf://org/gated/a.yaml")
     hub.put("models", "org/private", {"a.yaml": GOOD.encode()}, private=True)
@@ -106,14 +106,14 @@ def test_gated_private_and_tokens_are_told_apart(hub, monkeypatch):
     assert "hf auth login" in refused("hf://org/private@main/a.yaml".replace("private", "gone"))
 
 
-def test_a_hub_that_fails_is_told_so(hub):
+def test_a_failing_hub_is_reported(hub):
     hub.faults.append(Fault(match=".*", status=500, times=999))
-    assert "The Hub" in refused(HUB_PREFIX)
+    assert "The Hub" in refused(ADDRESS)
     hub.faults[:] = [Fault(match=".*", cut=True, times=999)]
-    assert "cannot be reached" in refused(HUB_PREFIX)
+    assert "cannot be reached" in refused(ADDRESS)
 
 
-def test_a_newer_recipe_is_told_before_its_keys_are_looked_at(hub):
+def test_a_recipe_for_a_newer_version_is_refused_before_its_keys_are_validated(hub):
     hub.put("models", "org/recipes", {"new.yaml": b"requires: '>=99'\nfuture: {x: 1}\n"})
     message = refused("hf://org/recipes/new.yaml")
     assert __version__ in message
@@ -127,20 +127,20 @@ def test_large_files_are_not_downloaded(hub):
     assert ("GET", "/org/recipes/resolve/main/big.yaml") not in hub.requests
 
 
-def test_recipes_of_a_repository_are_listed_and_others_left_out(hub):
+def test_list_remote_lists_recipes_and_omits_other_yaml_files(hub):
     hub.put(
         "models", "org/recipes", {"a.yaml": GOOD.encode(), "config.yaml": b"x: 1\n", "evil.yaml": b"student: !!x y"}
     )
-    found = {at.rpartition("/")[2]: title for at, title in list_remote("hf://org/recipes").items()}
-    assert found.keys() == {"a.yaml", "evil.yaml"}
-    assert found["a.yaml"] == "Small into smaller."
-    assert found["evil.yaml"].startswith("(refused:")
+    titles = {at.rpartition("/")[2]: title for at, title in list_remote("hf://org/recipes").items()}
+    assert titles.keys() == {"a.yaml", "evil.yaml"}
+    assert titles["a.yaml"] == "Small into smaller."
+    assert titles["evil.yaml"].startswith("(refused:")
     hub.put("models", "org/none", {"README.md": b""})
     with pytest.raises(DistillError, match="no YAML files"):
         list_remote("hf://org/none")
 
 
-def test_a_pulled_recipe_is_whole_checked_and_says_where_it_came_from(hub, tmp_path):
+def test_a_pulled_recipe_is_complete_validated_and_records_its_origin(hub, tmp_path):
     text = GOOD.replace("{max_steps: 2}", "{max_steps: 2, deepspeed: ds/zero.json}")
     files = {
         "r/x.yaml": text.encode(),
@@ -205,7 +205,7 @@ def test_a_recipe_with_a_hidden_name_is_not_pulled_and_a_config_is_written_as_it
     assert not packaged.stat().st_mode & 0o111
 
 
-def test_run_says_what_it_reads_and_asks_a_stranger_s_recipe_once(hub):
+def test_run_lists_downloads_and_requires_confirmation_for_an_untrusted_recipe(hub):
     hub.put(
         "models",
         "org/teacher",
@@ -222,26 +222,24 @@ def test_run_says_what_it_reads_and_asks_a_stranger_s_recipe_once(hub):
 @pytest.mark.parametrize(
     "command", [["inspect"], ["temperature"], ["recipes", "preview"], ["cache", "write", "-o", "here"]], ids=" ".join
 )
-def test_other_commands_that_load_models_ask_too(hub, command, tmp_path):
-    result = CliRunner().invoke(
-        app, [*command[:2], HUB_PREFIX, *command[2:]] if len(command) > 1 else [*command, HUB_PREFIX]
-    )
+def test_other_commands_that_load_models_require_confirmation(hub, command, tmp_path):
+    result = CliRunner().invoke(app, [*command[:2], ADDRESS, *command[2:]] if len(command) > 1 else [*command, ADDRESS])
     assert "--yes" in str(result.exception)
     assert not (tmp_path / "here").exists()
 
 
-def test_a_recipe_that_was_pulled_is_its_users_and_not_asked_about(hub, tmp_path):
-    (path,) = pull_recipe(HUB_PREFIX, tmp_path / "mine")
+def test_a_pulled_recipe_is_trusted_and_needs_no_confirmation(hub, tmp_path):
+    (path,) = pull_recipe(ADDRESS, tmp_path / "mine")
     result = CliRunner().invoke(app, ["run", str(path), "train.output_dir=mine/run", "--smoke", "control=null"])
     assert result.exit_code == 0, result.exception
 
 
-def test_checking_one_imports_no_torch(hub, tmp_path):
+def test_loading_a_recipe_from_the_hub_imports_no_torch(hub, tmp_path):
     code = (
         "import sys; from hf_distill.recipe import load_recipe; load_recipe(sys.argv[1]); print('torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, HUB_PREFIX],
+        [sys.executable, "-c", code, ADDRESS],
         env=os.environ | hub.environment(tmp_path / "home"),
         capture_output=True,
         text=True,
@@ -249,14 +247,14 @@ def test_checking_one_imports_no_torch(hub, tmp_path):
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_pickled_weights_of_a_stranger_s_recipe_are_refused(hub):
+def test_pickled_weights_of_an_untrusted_recipe_are_refused(hub):
     hub.put("models", "org/teacher", {"pytorch_model.bin": b"x", "config.json": b"{}"})
     hub.put("models", "org/recipes", {"t.yaml": GOOD.encode() + b"teacher: {model: org/teacher}\n"})
     result = CliRunner().invoke(app, ["run", "--yes", "hf://org/recipes/t.yaml"])
     assert "pickled" in str(result.exception)
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(hub, tmp_path):
+def test_a_missing_model_is_reported_before_anything_is_loaded(hub, tmp_path):
     hub.put("models", "org/teacher", {"model.safetensors": b"x", "config.json": b"{}"})
     result = CliRunner().invoke(app, ["run", "quickstart", "teacher.model=org/teachr"])
     assert "did you mean 'org/teacher'?" in str(result.exception)

@@ -33,12 +33,12 @@ def problems_of(change) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-def test_defaults_are_the_missions(good):
+def test_the_defaults_of_the_objective_do_not_change(good):
     recipe = load_recipe(str(good))
     assert (recipe.distill.temperature, recipe.distill.alpha, recipe.distill.divergence) == (2.0, 0.5, "forward_kl")
 
 
-def test_yaml_traps_are_read_as_meant(good):
+def test_floats_without_a_dot_and_bare_no_are_read_as_intended(good):
     """PyYAML reads 1e-4 as a string and a bare `no` as False."""
     recipe = load_recipe(str(good))
     assert recipe.train.learning_rate == 1e-4
@@ -52,19 +52,19 @@ def test_packaged_recipes_are_valid(name):
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_packaged_recipes_tell_command_hardware_time_and_result(name):
+def test_headers_of_packaged_recipes_state_command_hardware_time_and_result(name):
     header = [line for line in find_recipe(name).text.splitlines() if line.startswith("#")]
     for word in ("command:", "hardware:", "time:", "result:"):
         assert any(line.startswith(f"# {word}") for line in header)
 
 
-def test_overrides_beat_the_file_and_smoke(good):
+def test_overrides_take_precedence_over_the_file_and_smoke_values(good):
     assert load_recipe(str(good), ["train.max_steps=7", "distill.alpha=1"]).distill.alpha == 1
     assert load_recipe(str(good), ["train.max_steps=7"], smoke=True).train.max_steps == 7
     assert load_recipe(str(good), smoke=True).train.max_steps == 4
 
 
-def test_smoke_keeps_the_objective_and_the_kind_of_student(good):
+def test_a_smoke_run_keeps_the_objective_and_the_kind_of_student(good):
     recipe = load_recipe(str(good), ["student={model: Qwen/Qwen2.5-0.5B}"], smoke=False)
     assert recipe.student.model == "Qwen/Qwen2.5-0.5B"
     small = load_recipe(str(good), ["distill.temperature=3"], smoke=True)
@@ -72,12 +72,14 @@ def test_smoke_keeps_the_objective_and_the_kind_of_student(good):
     assert small.student.from_teacher.keep_layers == 3
 
 
-def test_smoke_fits_layers_to_the_small_models():
-    layers = [[loss.model_extra["layers"] for loss in load_recipe("features", smoke=s).losses] for s in (False, True)]
+def test_a_smoke_run_maps_layers_to_the_tiny_models():
+    layers = [
+        [loss.model_extra["layers"] for loss in load_recipe("features", smoke=smoke).losses] for smoke in (False, True)
+    ]
     assert layers == [[[[2, 4], [9, 17], [16, 26], [19, 29]], "last:2"], ["stretch", "last:1"]]
 
 
-def test_every_problem_is_told_at_once_with_its_place():
+def test_every_problem_is_reported_at_once_with_its_key():
     def spoil(values):
         values["student"] = {"modle": "x"}
         values["data"]["task"]["splt"] = "train"
@@ -111,24 +113,36 @@ def test_every_problem_is_told_at_once_with_its_place():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda v: v.pop("teacher"), "recipe: give either teacher, or teachers"),
-        (lambda v: v["student"].update(model="x"), "recipe: student: give either model or from_teacher"),
-        (lambda v: v["student"]["from_teacher"].update(layers=[1]), "student.from_teacher: give either keep_layers"),
-        (lambda v: v["data"]["eval"].update(path="x"), "data.eval: give either path or holdout"),
-        (lambda v: v.update(distill={"divergence": {"name": "js", "bta": 1}}), "distill.divergence: loss 'js' has no"),
-        (lambda v: v.update(distill={"divergence": {"beta": 1}}), "distill.divergence: unknown loss"),
-        (lambda v: v["teacher"].update(kind="frozn"), "teacher.kind: Input should be 'frozen'"),
-        (lambda v: v["teacher"].update(kind="mutual", decay=0.9), "teacher: kind mutual has no decay; it takes model"),
-        (lambda v: v.update(teacher={"kind": "online"}), "teacher: give its model"),
-        (lambda v: v.update(teacher={"kind": "ema", "decay": 1.0}), "teacher.decay: it must lie in [0, 1)"),
-        (lambda v: v.update(teacher={"kind": "ema"}), "recipe: student: give its model, for a teacher of kind ema"),
-        (lambda v: v.update(teacher={"kind": "snapshot"}), "teacher: a snapshot needs interval_steps"),
-        (lambda v: v.update(teacher={"kind": "multi_view"}), "teacher: give its view"),
-        (lambda v: v.update(teacher={"kind": "multi_view", "view": {}}), "teacher.view: it changes nothing"),
-        (lambda v: v.update(export="ema"), "recipe: export ema needs teacher.kind ema; it is frozen"),
+        (lambda values: values.pop("teacher"), "recipe: give either teacher, or teachers"),
+        (lambda values: values["student"].update(model="x"), "recipe: student: give either model or from_teacher"),
+        (
+            lambda values: values["student"]["from_teacher"].update(layers=[1]),
+            "student.from_teacher: give either keep_layers",
+        ),
+        (lambda values: values["data"]["eval"].update(path="x"), "data.eval: give either path or holdout"),
+        (
+            lambda values: values.update(distill={"divergence": {"name": "js", "bta": 1}}),
+            "distill.divergence: loss 'js' has no",
+        ),
+        (lambda values: values.update(distill={"divergence": {"beta": 1}}), "distill.divergence: unknown loss"),
+        (lambda values: values["teacher"].update(kind="frozn"), "teacher.kind: Input should be 'frozen'"),
+        (
+            lambda values: values["teacher"].update(kind="mutual", decay=0.9),
+            "teacher: kind mutual has no decay; it takes model",
+        ),
+        (lambda values: values.update(teacher={"kind": "online"}), "teacher: give its model"),
+        (lambda values: values.update(teacher={"kind": "ema", "decay": 1.0}), "teacher.decay: it must lie in [0, 1)"),
+        (
+            lambda values: values.update(teacher={"kind": "ema"}),
+            "recipe: student: give its model, for a teacher of kind ema",
+        ),
+        (lambda values: values.update(teacher={"kind": "snapshot"}), "teacher: a snapshot needs interval_steps"),
+        (lambda values: values.update(teacher={"kind": "multi_view"}), "teacher: give its view"),
+        (lambda values: values.update(teacher={"kind": "multi_view", "view": {}}), "teacher.view: it changes nothing"),
+        (lambda values: values.update(export="ema"), "recipe: export ema needs teacher.kind ema; it is frozen"),
     ],
 )
-def test_contradictions_are_told(change, problem):
+def test_contradictions_are_reported(change, problem):
     assert any(p.startswith(problem) for p in problems_of(change))
 
 
@@ -142,12 +156,12 @@ def test_contradictions_are_told(change, problem):
         ("quickstart", ["train.max_steps=[1"], "is not YAML"),
     ],
 )
-def test_what_is_not_a_recipe_is_told(reference, overrides, message):
+def test_invalid_references_and_overrides_are_reported(reference, overrides, message):
     with pytest.raises(DistillError, match=message):
         load_recipe(reference, overrides)
 
 
-def test_a_file_that_is_no_mapping_is_told(tmp_path):
+def test_a_file_that_is_not_a_mapping_is_reported(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("- 1\n")
     with pytest.raises(DistillError, match="is not a mapping"):
@@ -159,7 +173,7 @@ def test_validation_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_recipes_know_the_settings_of_projectors():
+def test_projector_options_of_recipes_match_the_projector_config():
     from hf_distill.models.projectors import INITS, KINDS, ProjectorConfig
     from hf_distill.recipe.losses import ProjectorSpec
 
@@ -168,7 +182,7 @@ def test_recipes_know_the_settings_of_projectors():
     assert (tuple(known["kind"]["enum"]), tuple(known["init"]["enum"])) == (KINDS, INITS)
 
 
-def test_the_packaged_schema_is_the_one_that_the_code_makes():
+def test_the_packaged_schema_is_up_to_date():
     import json
 
     from hf_distill.recipe.generate_schema import schema
@@ -195,14 +209,14 @@ def test_the_packaged_schema_is_the_one_that_the_code_makes():
         ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),
     ],
 )  # fmt: skip
-def test_ways_to_hold_models_are_checked_with_the_recipe(tmp_path, change, problem):
+def test_placement_options_are_validated_with_the_recipe(tmp_path, change, problem):
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | change))
     with pytest.raises(DistillError, match=problem):
         load_recipe(str(path))
 
 
-def test_a_deepspeed_file_beside_the_recipe_becomes_part_of_it(tmp_path):
+def test_a_relative_deepspeed_file_becomes_part_of_the_recipe(tmp_path):
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | {"teacher": {"model": "a/b", "deepspeed": "own.json"}}))

@@ -22,7 +22,7 @@ def answered(path: str, overrides: Sequence[str] = ()) -> str:
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_a_file_of_anything_is_answered(content, tmp_path_factory):
+def test_a_file_with_arbitrary_bytes_is_refused_without_a_traceback(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "anything.yaml"
     path.write_bytes(content)
     assert answered(str(path)), "noise is no recipe"
@@ -30,7 +30,7 @@ def test_a_file_of_anything_is_answered(content, tmp_path_factory):
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(key=st.text(max_size=30), value=st.text(max_size=30))
-def test_overrides_of_anything_are_answered(key, value):
+def test_arbitrary_overrides_are_refused_without_a_traceback(key, value):
     assert "Traceback" not in answered("quickstart", [f"{key}={value}"])
 
 
@@ -38,5 +38,5 @@ def test_overrides_of_anything_are_answered(key, value):
 def test_a_mutated_recipe_is_valid_or_refused_with_readable_lines(first, tmp_path):
     """A sample of `make fuzz`."""
     seeds = range(first, first + 100)
-    faults = {seed: found for seed in seeds if (found := fault(mutated(seed), tmp_path / "mutated.yaml"))}
+    faults = {seed: problem for seed in seeds if (problem := fault(mutated(seed), tmp_path / "mutated.yaml"))}
     assert not faults

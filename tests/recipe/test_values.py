@@ -82,9 +82,9 @@ def problems_of(*overrides: str) -> list[str]:
         ("losses=[{name: forward_kl, weight: .inf}]", "losses.0.weight: inf is not a finite number"),
     ],
 )
-def test_an_impossible_value_is_refused_at_its_place(change, problem):
-    found = problems_of(change)
-    assert [line.startswith(problem) for line in found if "set train.max_steps" not in line] == [True], found
+def test_an_impossible_value_is_refused_with_its_key(change, problem):
+    problems = problems_of(change)
+    assert [line.startswith(problem) for line in problems if "set train.max_steps" not in line] == [True], problems
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_an_impossible_value_is_refused_at_its_place(change, problem):
         ("9" * 5000, "9'..., 5,000 characters is no value of the kind 'int'"),
     ],
 )
-def test_text_that_its_yaml_tag_does_not_allow_is_refused(text, problem, tmp_path):
+def test_a_scalar_that_does_not_match_its_yaml_tag_is_refused(text, problem, tmp_path):
     code, printed = answer("recipes", "validate", "quickstart", f"train.max_steps={text}")
     assert code == 2
     assert problem in printed
     assert all(len(line) < 400 for line in printed.splitlines())
 
 
-def test_unknown_keys_hide_no_other_problem():
-    found = problems_of(
+def test_unknown_keys_do_not_hide_other_problems():
+    problems = problems_of(
         "teacher.modle=x",
         "data.tsk=x",
         "data.task.splt=train",
@@ -128,12 +128,19 @@ def test_unknown_keys_hide_no_other_problem():
         "train.learning_rate: Input should be greater than or equal to 0",
         "train.seed: Input should be greater than or equal to 0",
     ):
-        assert any(line.startswith(start) for line in found), (start, found)
+        assert any(line.startswith(start) for line in problems), (start, problems)
 
 
-def test_contradictions_between_parts_are_listed_with_unknown_keys_and_each_other():
-    found = problems_of("on_policy={}", "data.packing=true", "export=merged", "data.max_length=64", "student.modell=x",
-                        "data.task.streaming=true", "data.eval={path: x}")  # fmt: skip
+def test_contradictions_between_sections_are_listed_with_all_other_problems():
+    problems = problems_of(
+        "on_policy={}",
+        "data.packing=true",
+        "export=merged",
+        "data.max_length=64",
+        "student.modell=x",
+        "data.task.streaming=true",
+        "data.eval={path: x}",
+    )
     for part in (
         "student.modell: unknown key; did you mean 'model'?",
         "student: give either model or from_teacher",  # with the key that was meant
@@ -141,22 +148,22 @@ def test_contradictions_between_parts_are_listed_with_unknown_keys_and_each_othe
         "on_policy: max_completion_length leaves no room for a prompt",
         "data.task.streaming: a stream has no length",
     ):
-        assert any(part in line for line in found), (part, found)
+        assert any(part in line for line in problems), (part, problems)
 
 
-def test_stages_are_checked_beside_other_problems():
+def test_problems_of_stages_are_listed_with_other_problems():
     stage = "{student: {model: x}, train: {lerning_rate: 1, seed: -1}, distill: {alpha: 2}}"
-    found = problems_of(f"stages=[{stage}, {stage}]", "train.max_steps=many", "student={model: x}")
+    problems = problems_of(f"stages=[{stage}, {stage}]", "train.max_steps=many", "student={model: x}")
     for start in (
         "stages.0.train.lerning_rate: unknown key; did you mean 'learning_rate'?",
         "stages.1.train.seed: Input should be greater than or equal to 0",
         "stages.1.distill.alpha: Input should be less than or equal to 1",
         "train.max_steps: Input should be a valid integer",
     ):
-        assert any(line.startswith(start) for line in found), (start, found)
+        assert any(line.startswith(start) for line in problems), (start, problems)
 
 
-def test_possible_values_are_still_possible():
+def test_valid_boundary_values_are_accepted():
     """Numbers written as text, zero where it means none, and booleans where they belong."""
     assert (
         problems_of(
@@ -177,7 +184,7 @@ def test_possible_values_are_still_possible():
     assert problems_of("train.max_steps=-1") == []  # fmt: skip
 
 
-def test_every_number_of_the_training_arguments_has_a_range():
+def test_every_numeric_training_argument_has_a_range():
     """A field of a newer transformers is a decision, and no range is for a field that is gone."""
     fields = packaged_schema()["properties"]["train"]["properties"]
     numbers = {name for name, spec in fields.items() if {"integer", "number"} & {*spec.get("type", ())}}
@@ -185,14 +192,14 @@ def test_every_number_of_the_training_arguments_has_a_range():
     assert {*SHARES_OR_STEPS} <= numbers
 
 
-def test_the_packaged_schema_is_that_of_the_code():
+def test_generating_the_schema_does_not_change_the_registered_losses():
     before = dict(LOSSES)
     assert json.loads(json.dumps(schema())) == packaged_schema()
     assert before == LOSSES
 
 
 @pytest.mark.parametrize("options", [{"beta": 1.0}, {"beta": float("nan")}, {"beta": "x"}, {"beta": True}])
-def test_a_script_is_refused_the_same_values(options, tmp_path):
+def test_a_script_with_the_same_invalid_values_is_refused(options, tmp_path):
     with pytest.raises(DistillError, match="Loss 'js': beta is"):
         DistillConfig(str(tmp_path), divergence={"name": "js", **options})
 
@@ -215,7 +222,7 @@ def test_a_custom_loss_has_its_own_ranges():
         loss("bounded", limits={"powr": {}})(lambda student, teacher, targets, *, power=1: 0)
 
 
-def test_the_users_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_to_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = load_recipe(
         "quickstart", ["teacher.model=~/model", "data.task.path=~/rows.jsonl", "train.output_dir=~/run"]
@@ -243,7 +250,7 @@ def test_the_users_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
         ["quickstart", "train.seed=" + "9" * 5000],
     ],
 )
-def test_impossible_names_on_the_command_line_end_in_a_line(words):
+def test_impossible_names_on_the_command_line_give_a_readable_error(words):
     code, printed = answer("recipes", "validate", *words)
     assert code == 2
     assert printed.startswith("Error: ")
@@ -264,7 +271,7 @@ def test_impossible_names_on_the_command_line_end_in_a_line(words):
         ("package:yaml", "has no GGUF file ''"),
     ],
 )
-def test_a_model_that_is_on_no_machine_is_refused_by_validate(name, reason):
+def test_validate_refuses_a_model_that_does_not_exist(name, reason):
     code, printed = answer("recipes", "validate", "quickstart", f"teacher.model={name}")
     assert code == 2
     assert printed.startswith("Error: 1 problem in the recipe:\n  teacher.model: ")
@@ -294,15 +301,15 @@ def test_missing_files_and_contradictions_are_listed_with_other_problems(tmp_pat
         assert part in printed, (part, printed)
 
 
-def test_a_value_that_is_wrong_causes_no_further_problem():
+def test_an_invalid_value_causes_no_further_problem():
     """Without it the recipe would lack what a stream needs."""
-    given = ["data.task.streaming=true", "data.eval={path: org/held}", "train.max_steps=many"]
-    code, printed = answer("recipes", "validate", "quickstart", *given)
+    overrides = ["data.task.streaming=true", "data.eval={path: org/held}", "train.max_steps=many"]
+    code, printed = answer("recipes", "validate", "quickstart", *overrides)
     assert code == 2
     assert printed.startswith("Error: 1 problem in the recipe:\n  train.max_steps: ")
 
 
-def test_several_recipes_are_validated_and_other_commands_say_that_they_take_one(tmp_path):
+def test_validate_accepts_several_recipes_and_other_commands_refuse_them(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: quickstart\ncontrol: sftt\n")
     code, printed = answer("recipes", "validate", "quickstart", str(tmp_path / "a.yaml"), "ema", "train.seed=3")
     assert code == 2
@@ -314,7 +321,7 @@ def test_several_recipes_are_validated_and_other_commands_say_that_they_take_one
     assert "'other.yaml' is a second recipe, and this command takes one" in printed
 
 
-def test_a_local_model_without_a_type_is_refused_by_smoke(tmp_path):
+def test_a_smoke_run_refuses_a_local_model_without_a_model_type(tmp_path):
     for content in ("[]", "{", "{}", "5"):
         (tmp_path / "config.json").write_text(content)
         values = load_recipe("quickstart", [f"teacher.model={tmp_path}"]).model_dump(exclude_unset=True)
@@ -325,9 +332,9 @@ def test_a_local_model_without_a_type_is_refused_by_smoke(tmp_path):
 def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded(tmp_path):
     (tmp_path / "empty").mkdir()
     model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
-    given = [f"teacher.model={model}", f"data.task.path={rows}", f"data.eval={{path: {tmp_path / 'held'}/}}"]
+    overrides = [f"teacher.model={model}", f"data.task.path={rows}", f"data.eval={{path: {tmp_path / 'held'}/}}"]
     for command in ("validate", "preview"):
-        code, printed = answer("recipes", command, "quickstart", *given)
+        code, printed = answer("recipes", command, "quickstart", *overrides)
         assert code == 2
         for part in (
             f"teacher.model: there is no file or folder '{model}'",
@@ -341,6 +348,6 @@ def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded
     model.mkdir()
     (model / "config.json").write_text("{}")
     rows.write_text("{}")
-    given[2] = "data.eval={holdout: 0.1}"
-    assert answer("recipes", "validate", "quickstart", *given)[0] == 0
+    overrides[2] = "data.eval={holdout: 0.1}"
+    assert answer("recipes", "validate", "quickstart", *overrides)[0] == 0
     assert answer("recipes", "validate", "quickstart", "teacher.model=some/id", "data.task.path=other/id")[0] == 0
