@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_MODULES = {
+_HOME = {
     "Recipe": ".schema",
     "load_recipe": ".load",
     "list_recipes": ".resolve",
@@ -15,4 +15,4 @@ __all__ = ["Recipe", "list_recipes", "load_recipe", "run_recipe"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'hf_distill.recipe' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name], __name__), name)
+    return getattr(import_module(_HOME[name], __name__), name)

@@ -109,8 +109,8 @@ class Data(StrictModel):
     def _check_chat_template(cls, value: str | None) -> str | None:
         if value is not None and value not in CHAT_TEMPLATES and not value.endswith(TEMPLATE_SUFFIX):
             raise ValueError(
-                f"there is no packaged chat template {value!r}{did_you_mean(value, CHAT_TEMPLATES)}; the path of a "
-                ".jinja file is possible too"
+                f"{value!r} is neither the path of a .jinja file nor a packaged chat template"
+                f"{did_you_mean(value, CHAT_TEMPLATES)}"
             )
         return value
 

@@ -1,4 +1,4 @@
-"""Recipes with anything in the place of anything, as text and as `key=value`; and what the command line answers."""
+"""Random mutations of recipes, as text and as `key=value`, and the response of the command line to them."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from hf_distill.recipe import list_recipes, load_recipe
 from hf_distill.recipe.resolve import find_recipe
 
 RECIPES = [yaml.safe_load(find_recipe(name).text) for name in list_recipes()]
-# YAML that stands in the place of a value.
+# YAML that replaces a value.
 VALUES = [
     *(".nan", ".inf", "-.inf", "1e999", "'nan'", "'inf'", "'1e999'", "-1", "0", "1.5", "1e-400", "'2'", "1_000"),
     *("true", "false", "no", "null", "~", "[true, false]", "[[0, true], [1, .nan]]", "[]", "{}", "[[]]", "''", "' '"),
@@ -68,7 +68,7 @@ ODD_KEYS = [
 
 @dataclass(frozen=True)
 class Mutation:
-    """A file's bytes, and overrides on the command line."""
+    """The bytes of a recipe file, and overrides on the command line."""
 
     text: bytes
     overrides: list[str]
@@ -83,7 +83,7 @@ def locations(value: Any, location: tuple = ()) -> Iterator[tuple]:
 
 
 def mutated(seed: int) -> Mutation:
-    """A packaged recipe in which some values and keys are others, whose bytes are others, or with odd overrides."""
+    """Return a packaged recipe with other values and keys, with changed bytes, or with unusual overrides."""
     draw = random.Random(seed)
     kind = draw.choice(["values", "values", "values", "bytes", "overrides"])
     if kind == "overrides":
@@ -95,7 +95,7 @@ def mutated(seed: int) -> Mutation:
 
 
 def _text(draw: random.Random, recipe: dict, count: int) -> str:
-    """YAML with marks in some places, each of which becomes what no YAML writer would write."""
+    """Return YAML in which some values and keys are replaced by text that a YAML writer would not produce."""
     marks = {}
     for number in range(count):
         *above, last = draw.choice([location for location in locations(recipe) if location] or [("student",)])
@@ -145,7 +145,7 @@ def _spoiled(draw: random.Random, content: bytes) -> bytes:
 
 
 def answer(*words: str) -> tuple[int, str]:
-    """The exit code of `hf-distill` and all that it prints, as UTF-8 can hold it."""
+    """Return the exit code of `hf-distill` and everything that it prints, which must be valid UTF-8."""
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     before = sys.argv
     try:
@@ -162,7 +162,7 @@ def answer(*words: str) -> tuple[int, str]:
 
 
 def fault(mutation: Mutation, file: Path) -> str | None:
-    """What is wrong with how `recipes validate` answers a mutation, or how a recipe that it calls valid is used."""
+    """Return what is wrong with the response of `recipes validate` to a mutation; None if it is correct."""
     file.write_bytes(mutation.text)
     try:
         code, printed = answer("recipes", "validate", str(file), *mutation.overrides)

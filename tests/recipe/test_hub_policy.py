@@ -1,4 +1,4 @@
-"""Recipes of strangers: what they may not say is refused in words before anything is fetched for it, run or written."""
+"""Untrusted recipes: values that are not allowed are refused before anything is fetched, run or written."""
 
 import os
 import textwrap
@@ -16,7 +16,7 @@ from hf_distill.recipe.hub_policy import ALLOWED, KNOWN, REFUSED, policy_violati
 from hf_distill.trainer.config import RUNTIME_FIELDS
 
 GOOD = """\
-# A recipe of a stranger.
+# An untrusted recipe.
 student: {model: org/student}
 teacher: {model: org/teacher}
 data: {task: {path: org/data}, eval: {holdout: 0.1}}
@@ -30,14 +30,14 @@ def somewhere(monkeypatch, tmp_path):
 
 
 def put(hub: Hub, text: str, **other_files: str) -> str:
-    """The address of a recipe in a new repository, other files beside it."""
+    """Put a recipe and other files into a new repository; return the address of the recipe."""
     files = {"a/recipe.yaml": text} | {name.replace("__", "/"): content for name, content in other_files.items()}
     hub.put("models", "stranger/recipes", {name: content.encode() for name, content in files.items()})
     return "hf://stranger/recipes/a/recipe.yaml"
 
 
 def changed(**parts) -> str:
-    """The good recipe with other values at dotted places, `__` for the dot."""
+    """Return the good recipe with other values at dotted keys, with `__` for the dot."""
     values = yaml.safe_load(GOOD)
     for dotted_key, value in parts.items():
         *parents, last = dotted_key.split("__")
@@ -58,50 +58,59 @@ HOSTILE = {
     "runs a constructor": ("student: !!python/object/apply:os.system ['touch pwned']", "python/object/apply"),
     "imports a module": ("student: !!python/module:antigravity", "python/module"),
     "hides a path in binary": (GOOD.replace("org/student", "!!binary L2V0Yy9wYXNzd2Q="), "'binary'"),
-    "is an alias bomb": (bomb(), "once its aliases are written out"),
-    "contains itself": ("a: &a [*a]", "part of"),
+    "is an alias bomb": (bomb(), "after its aliases are expanded"),
+    "contains itself": ("a: &a [*a]", "a value which contains the alias"),
     "is nested without end": ("[" * 5000, "levels deep"),
     "is too large": ("# " + "x" * 300_000, "at most"),
     "gives a key twice": (GOOD + "train: {output_dir: /etc}\n", "twice"),
-    "trusts remote code": (changed(student__trust_remote_code=True), "no recipe says that"),
-    "loads a local model": (changed(teacher__model="/etc/secret"), "no id on the Hub"),
-    "climbs to a local model": (changed(teacher__model="../../secret"), "no id on the Hub"),
-    "names a folder that is here": (changed(teacher__model="here"), "a folder on this machine"),
+    "trusts remote code": (changed(student__trust_remote_code=True), "not allowed in a recipe"),
+    "loads a local model": (changed(teacher__model="/etc/secret"), "is not an id on the Hub"),
+    "climbs to a local model": (changed(teacher__model="../../secret"), "is not an id on the Hub"),
+    "names a folder that is here": (changed(teacher__model="here"), "a path on this machine"),
     "imports a package to find a model": (changed(teacher__model="package:os.path/x.gguf"), "installed package"),
     "climbs out of a package": (changed(teacher__model="package:yaml/../x.gguf"), "installed package"),
     "runs a kernel of the Hub": (changed(teacher__attn_implementation="evil/kernel"), "downloaded and run"),
-    "matches a pattern for ever": (changed(student__lora={"target_modules": "(a+)+$"}), "for ever"),
+    "matches a pattern in unlimited time": (changed(student__lora={"target_modules": "(a+)+$"}), "unlimited time"),
     "reads a local file": (changed(data__task={"path": "/etc/hosts.txt"}), "leads out of the repository"),
     "climbs out of its repository": (changed(data__task={"path": "../../../x.jsonl"}), "leads out of the repository"),
     "reads the home": (changed(data__task={"path": "~/secret.jsonl"}), "leads out of the repository"),
-    "reads a local folder": (changed(data__task={"path": "/home"}), "a folder on this machine"),
-    "reads the internet": (changed(data__task={"path": "https://evil.example/x"}), "no id on the Hub"),
-    "reads a bucket": (changed(data__task={"path": "hf://spaces/evil/x"}), "no address"),
+    "reads a local folder": (changed(data__task={"path": "/home"}), "a path on this machine"),
+    "reads the internet": (changed(data__task={"path": "https://evil.example/x"}), "is not an id on the Hub"),
+    "reads a bucket": (changed(data__task={"path": "hf://spaces/evil/x"}), "is not the address"),
     "evaluates a local file": (changed(data__eval={"path": "/etc/x.csv"}), "leads out of the repository"),
     "writes elsewhere": (changed(train__output_dir="/tmp/x"), "not inside runs/"),
     "reads a template": (changed(data__chat_template="/etc/x.jinja"), "is a file on this machine"),
     "climbs to write": (changed(train__output_dir="runs/../.git"), "not inside runs/"),
     "writes to a hidden folder": (changed(train__output_dir="runs/.ssh"), "not inside runs/"),
-    "pushes to an account": (changed(train__push_to_hub=True, train__hub_model_id="evil/x"), "its user's to say"),
-    "brings a token": (changed(train__hub_token="hf_x"), "holds no secrets"),
+    "pushes to an account": (
+        changed(train__push_to_hub=True, train__hub_model_id="evil/x"),
+        "not allowed in a recipe from the Hub",
+    ),
+    "brings a token": (changed(train__hub_token="hf_x"), "must not contain a token"),
     "logs into an account": (changed(train__report_to="wandb"), "your accounts"),
     "logs into all accounts": (changed(train__report_to="all"), "your accounts"),
-    "reads a pickled checkpoint": (changed(train__resume_from_checkpoint="/tmp/x"), "its user's to say"),
-    "compiles by another backend": (changed(train__torch_compile_backend="evil"), "its user's to say"),
+    "reads a pickled checkpoint": (
+        changed(train__resume_from_checkpoint="/tmp/x"),
+        "not allowed in a recipe from the Hub",
+    ),
+    "compiles by another backend": (
+        changed(train__torch_compile_backend="evil"),
+        "not allowed in a recipe from the Hub",
+    ),
     "reads a config of the machine": (changed(train__fsdp_config="/etc/x.json"), "a file on this machine"),
     "starts a thousand processes": (changed(train__dataloader_num_workers=1000), "at most 64"),
     "reads DeepSpeed of the machine": (changed(train__deepspeed="/etc/ds.json"), "leads out of the repository"),
-    "reads DeepSpeed from a hidden folder": (changed(train__deepspeed=".vscode/tasks.json"), "no hidden folder"),
-    "reads DeepSpeed from a script": (changed(teacher__deepspeed="ds/run.sh"), "give a .json file"),
+    "reads DeepSpeed from a hidden folder": (changed(train__deepspeed=".vscode/tasks.json"), "not in a hidden folder"),
+    "reads DeepSpeed from a script": (changed(teacher__deepspeed="ds/run.sh"), "give the path of a .json file"),
     "offloads to a disk": (
         changed(teacher__deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}),
-        "offload to a disk",
+        "offloading to disk",
     ),
     "lets DeepSpeed write": (
         changed(train__deepspeed={"flops_profiler": {"enabled": True, "output_file": "/tmp/x"}}),
-        "names a place",
+        "keys that name a path",
     ),
-    "reads a local cache": (changed(teacher={"kind": "cached", "path": "/srv/cache"}), "a place on this machine"),
+    "reads a local cache": (changed(teacher={"kind": "cached", "path": "/srv/cache"}), "a path on this machine"),
     "extends a file": ("extends: ../../secret.yaml\n" + GOOD, "no packaged recipe"),
     "hides a stage": (
         changed(
@@ -117,7 +126,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_an_untrusted_recipe_is_refused_if_it(hub, tmp_path, what):
-    """...is refused with a line that names what is wrong; nothing is executed, written, or read from this machine."""
+    """The message names what is wrong; nothing is executed, written, or read from this machine."""
     text, why = HOSTILE[what]
     (tmp_path / "here").mkdir()
     before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
@@ -147,8 +156,8 @@ def test_an_origin_cannot_be_forged(hub):
 
 def test_a_local_recipe_is_not_restricted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("own.yaml").write_text(changed(teacher__model="/srv/model", train__output_dir="/srv/run"))
-    assert load_recipe("own.yaml").teacher.model == "/srv/model"
+    Path("local.yaml").write_text(changed(teacher__model="/srv/model", train__output_dir="/srv/run"))
+    assert load_recipe("local.yaml").teacher.model == "/srv/model"
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -157,7 +166,7 @@ def test_packaged_recipes_comply_with_the_policy_for_the_hub(name):
 
 
 def test_each_training_argument_is_allowed_inspected_or_refused():
-    """A field that a new version of transformers brings is refused until somebody looks at it; so is this test."""
+    """A field of a newer transformers is refused until it is added to a list, and this test fails."""
     fields_of_transformers = {field.name for field in fields(TrainingArguments) if field.init}
     assert fields_of_transformers | {*RUNTIME_FIELDS, "early_stopping_patience"} == KNOWN
     assert not ALLOWED & REFUSED

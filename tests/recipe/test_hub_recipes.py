@@ -1,4 +1,4 @@
-"""Recipes that live on the Hub: found, pinned, listed, copied; refused in words where they cannot be had."""
+"""Recipes on the Hub are loaded, pinned, listed and copied; inaccessible ones are reported."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ def test_a_run_records_the_commit_of_its_recipe(hub):
         ("hf://org/recipe/small.yaml", "did you mean 'org/recipes'?"),
         ("hf://org/recipes/smal.yaml", "did you mean 'small.yaml'?"),
         ("hf://org/recipes@mian/small.yaml", "did you mean 'main'?"),
-        ("hf://org/recipes", "names no .yaml file"),
+        ("hf://org/recipes", "is not the address of a .yaml file"),
         ("hf://recipes", "is not a valid Hub URI"),
         ("hf://spaces/org/x/y.yaml", "not a model or data set repository"),
         ("hf://org/recipes/../../x.yaml", "leads out of its repository"),
@@ -197,7 +197,7 @@ def test_a_recipe_with_a_hidden_name_is_not_pulled_and_a_config_is_written_as_it
         "package.json": config,
     }
     hub.put("models", "org/recipes", files)
-    with pytest.raises(DistillError, match="hidden files never are"):
+    with pytest.raises(DistillError, match="hidden files are never written"):
         pull_recipe("hf://org/recipes/.pre-commit-config.yaml", tmp_path / "mine")
     recipe, packaged = pull_recipe("hf://org/recipes/x.yaml", tmp_path / "mine")
     assert "\u202e" not in recipe.read_text()

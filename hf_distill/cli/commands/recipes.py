@@ -119,7 +119,9 @@ def preview(
 
     disable_library_progress_bars()
     for document in preview_rows(loaded, rows):
-        counts = f"row {document.row} · {document.source} · {document.tokens} tokens · {document.num_targets} asked"
+        counts = (
+            f"row {document.row} · {document.source} · {document.tokens} tokens · {document.num_targets} target tokens"
+        )
         out.print(counts, style="bold", highlight=False)
         if out.is_terminal:
             out.print(Text.assemble(*((text, "green" if asked else "dim") for text, asked in document.spans)))
