@@ -46,7 +46,7 @@ def test_a_recipe_for_a_large_teacher_runs_with_its_own_strategy(tmp_path, recip
         assert all(p.numel() for p in loaded.parameters())
     again = on_two(tmp_path, recipe, "--smoke", "--resume", "train.output_dir=run", *overrides)
     assert again.returncode == 0
-    assert "This run is over already." in again.stdout
+    assert "This run is complete already." in again.stdout
 
 
 def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):

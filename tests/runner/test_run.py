@@ -110,7 +110,7 @@ def test_resume_starts_afresh_without_a_checkpoint_and_does_nothing_after_the_en
     written = (folder / "results.json").stat().st_mtime_ns
     stages.clear()
     result = run_recipe(recipe(folder), resume=True, on_stage=stages.append)
-    assert stages == ["This run is over already."]
+    assert stages == ["This run is complete already."]
     assert (folder / "results.json").stat().st_mtime_ns == written
     assert set(result.models) == {"before", "student", "control"}
 
