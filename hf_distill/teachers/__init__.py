@@ -1,4 +1,4 @@
-"""Teachers: what the student learns from."""
+"""Teachers: frozen models, teacher caches, teachers that change during training, and several teachers at once."""
 
 from .base import Teacher
 from .cached import CachedTeacher

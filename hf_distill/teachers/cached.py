@@ -1,4 +1,4 @@
-"""A teacher on disk."""
+"""A teacher whose signals are read from a teacher cache (offline distillation)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,61 +27,78 @@ from .base import Teacher
 
 
 class CachedTeacher(Teacher):
-    """What a teacher said of the data, read from a cache in the place of its forward.
+    """Reads the teacher's signals from a teacher cache instead of running the teacher.
 
-    hidden:  equals the teacher up to the rounding of stored hidden states; every loss on logits, at every temperature
-    sampled: forward KL without bias, at the temperature of the cache
-    top_k:   losses on logits over the stored ids and the mass of the rest, at the temperature of the cache
+    What a cache supports depends on its kind:
+
+    hidden:  hidden states and the output head: every loss on logits, at every temperature, up to the rounding of the
+             stored hidden states
+    sampled: sampled ids: an unbiased estimate of forward KL, at the temperature of the cache
+    top_k:   the k most probable ids and the probability of all others: losses on logits, at the temperature of the
+             cache
 
     Args:
         path: folder of a cache, or hf://datasets/org/name[@revision].
-        source: the teacher that wrote it, a `Teacher` or what `FrozenTeacher` takes;
-            called with `on_miss="query_teacher"`.
-        on_miss: what happens to examples that the cache lacks: "error" raises an error, "query_teacher" asks the
-            source, whose answer is rounded, drawn or cut as the cache's are.
+        source: the teacher that wrote the cache; it is used with `on_miss="query_teacher"`.
+        on_miss: what happens when the cache lacks an example: "error" raises an error, "query_teacher" runs the source,
+            whose signals are rounded, sampled or truncated as those of the cache are.
 
     Raises:
-        DistillError: no whole cache, or a on_miss without a source.
+        DistillError: there is no complete cache at `path`, or `on_miss` needs a source and there is none.
     """
 
     kind = "cached"
 
     def __init__(self, path: str, *, source: Teacher | None = None, on_miss: str = "error"):
         if on_miss not in ("error", "query_teacher"):
-            raise DistillError(f"on_miss is {on_miss!r}; it must be error or query_teacher")
+            raise DistillError(f"on_miss is {on_miss!r}; it must be 'error' or 'query_teacher'")
         if on_miss == "query_teacher" and source is None:
-            raise DistillError("on_miss: query_teacher asks the teacher that wrote the cache: give it as `source`")
+            raise DistillError(
+                "on_miss='query_teacher' runs the teacher that wrote the cache: pass that teacher as `source`"
+            )
         self.path, self.store = path, open_cache(path)
         self.source = source if on_miss == "query_teacher" else None
         self._missing = 0
 
     @property
     def manifest(self):
-        """Of the cache."""
+        """The manifest of the cache."""
         return self.store.manifest
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Check that the cache is of the student's tokenizer, and of its source.
+        """Check that the cache was written with the student's tokenizer, and by the source.
 
         Raises:
-            DistillError: all that differs.
+            DistillError: a tokenizer, chat template or teacher differs; the message lists all of them.
         """
         manifest, problems = self.manifest, list[str]()
-        self._ids, self._depth = model_type_of(student).num_outputs(unwrap_model(student)), depth_of(student)
-        for name, there, here in (
+        self._vocab_size, self._student_depth = (
+            model_type_of(student).num_outputs(unwrap_model(student)),
+            depth_of(student),
+        )
+        for name, of_cache, of_student in (
             ("tokenizer", manifest.tokenizer, tokenizer_fingerprint(processing_class)),
             ("chat template", manifest.chat_template, template_fingerprint(processing_class)),
         ):
-            if manifest.tokenizer is not None and processing_class is not None and there != here:
-                problems.append(f"the cache {self.path} was written with another {name} than the student's")
+            if manifest.tokenizer is not None and processing_class is not None and of_cache != of_student:
+                problems.append(
+                    f"the cache {self.path} was written with another {name} than the student's: "
+                    "write the cache again with the student's tokenizer"
+                )
         if self.source is not None:
             self.source.prepare(student, device, processing_class)
             self.model = self.source.model
-            own = type(unwrap_model(self.model)).__name__
-            if own != manifest.teacher["class"]:
-                problems.append(f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {own}")
+            source_class = type(unwrap_model(self.model)).__name__
+            if source_class != manifest.teacher["class"]:
+                problems.append(
+                    f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {source_class}: "
+                    "pass the teacher that wrote the cache as source"
+                )
             elif weights_fingerprint(unwrap_model(self.model)) != manifest.teacher["weights"]:
-                problems.append(f"{self.path} was written by a {own} with other weights (or dtype) than its source's")
+                problems.append(
+                    f"{self.path} was written by a {source_class} with other weights (or dtype) than its source's: "
+                    "pass the teacher that wrote the cache as source"
+                )
         raise_if_any(problems)
         self._head: dict[str, Any] = {}
         if manifest.head is not None:
@@ -92,10 +109,10 @@ class CachedTeacher(Teacher):
             }
 
     def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Refuse what the cache cannot tell.
+        """Check that the cache holds what the objective needs.
 
         Raises:
-            DistillError: a temperature, divergence or feature that it lacks; all of it at once.
+            DistillError: a temperature, divergence or feature is not in the cache; the message lists all of them.
         """
         manifest, problems = self.manifest, []
         for term in terms:
@@ -105,89 +122,97 @@ class CachedTeacher(Teacher):
                 problems += self._missing_layers(term)
             elif manifest.temperature is not None:
                 if manifest.kind == "sampled" and term.loss.name != "forward_kl":
-                    problems.append(f"{term.name} is {term.loss.name}, and a sampled cache tells forward_kl alone")
-                asked = term.options.get("temperature", 1.0)
-                if asked != manifest.temperature:
                     problems.append(
-                        f"{term.name} has temperature {asked:g}, and the cache was written at "
-                        f"{manifest.temperature:g}: set that, or write a cache of kind hidden, which has all"
+                        f"{term.name} is {term.loss.name}, and a sampled cache supports forward_kl only: use "
+                        "forward_kl, or write a cache of kind hidden"
+                    )
+                temperature = term.options.get("temperature", 1.0)
+                if temperature != manifest.temperature:
+                    problems.append(
+                        f"{term.name} has temperature {temperature:g}, and the cache was written at "
+                        f"{manifest.temperature:g}: set that temperature, or write a cache of kind hidden, which "
+                        "supports every temperature"
                     )
         raise_if_any([f"{self.path}: {problem}" for problem in problems])
         return super().adapt_objective(terms)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """Read what the teacher said of a batch.
+        """Read the teacher's signals for a batch.
 
         Raises:
-            DistillError: examples or layers that the cache lacks; a shard that is damaged.
+            DistillError: the cache lacks examples or layers, or a shard is damaged.
         """
         examples = batch_examples(self._read(inputs), targets)
-        found = self._lookup_or_query(inputs, targets, examples)
-        told = decode_signals(found, self.manifest, self._head, targets.labels.device, self._ids)
-        return Signals(told.logits, {key: told.features[FeatureKey("hidden", key.layer)] for key in feature_requests})
+        cached = self._lookup_or_query(inputs, targets, examples)
+        signals = decode_signals(cached, self.manifest, self._head, targets.labels.device, self._vocab_size)
+        return Signals(
+            signals.logits, {key: signals.features[FeatureKey("hidden", key.layer)] for key in feature_requests}
+        )
 
     def input_names(self) -> frozenset[str]:
-        """What the teacher that wrote the cache read besides token ids."""
+        """Names of the inputs, besides token ids, that the cached teacher read, and of those that the source reads."""
         return super().input_names() | frozenset(self.manifest.data.get("inputs", ()))
 
     def _read(self, inputs: dict) -> dict:
-        """A batch as the teacher that wrote the cache read it.
+        """Return the inputs that the teacher that wrote the cache read.
 
         Raises:
-            DistillError: it read an input that the batch lacks.
+            DistillError: the batch lacks one of them.
         """
-        read = self.manifest.data.get("inputs", ())
-        if missing := [name for name in read if name not in inputs]:
+        cached_inputs = self.manifest.data.get("inputs", ())
+        if missing := [name for name in cached_inputs if name not in inputs]:
             raise DistillError(
                 f"The teacher that wrote {self.path} read {', '.join(missing)}, and the batch has only "
                 f"{', '.join(sorted(inputs))}: keep these columns in the data."
             )
-        foreign = {*other_inputs(inputs)} - {*read}
+        foreign = {*other_inputs(inputs)} - {*cached_inputs}
         return {name: value for name, value in inputs.items() if name not in foreign}
 
     def _missing_layers(self, term: Term) -> list[str]:
+        """Return the reason why the cache cannot serve a loss on features, if there is one."""
         layers, depth = self.manifest.options.get("layers", []), self.manifest.depth
         if term.loss.feature != "hidden":
-            return [f"{term.name} needs {term.loss.feature} of attention, which no cache holds: use a frozen teacher"]
-        wanted = {t for _, t in map_layers(term.layers, self._depth, depth)}
-        wanted = {*range(depth)} if term.layers == LEARNED else wanted
-        if lacking := sorted(wanted - {*layers}):
+            return [f"{term.name} needs {term.loss.feature} of attention, which no cache holds: use a FrozenTeacher"]
+        needed = {t for _, t in map_layers(term.layers, self._student_depth, depth)}
+        needed = {*range(depth)} if term.layers == LEARNED else needed
+        if missing := sorted(needed - {*layers}):
             return [
-                f"{term.name} needs hidden states of the layers {lacking}, and the cache has "
-                f"{layers or 'none but those before the head'}: write it again with this recipe, or name other layers"
+                f"{term.name} needs hidden states of the layers {missing}, and the cache has "
+                f"{layers or 'none but those before the output head'}: write the cache again with this recipe, or map "
+                "other layers"
             ]
         return []
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The teacher's blocks, by number alone."""
+        """Placeholders for the teacher's layers: there are as many as the teacher has, and they hold no weights."""
         blocks = nn.ModuleList(nn.Identity() for _ in range(self.manifest.depth))
         return LayerStack(which, blocks, int(self.manifest.width or 0), causal=True, attention="none")
 
     def contains(self, inputs: dict, shift: bool) -> bool:
-        """Whether all examples of a batch are there; `shift` as of `target_labels`."""
-        found = self.store.get([e.key for e in batch_examples(self._read(inputs), Targets.from_batch(inputs, shift))])
-        return None not in found
+        """Whether the cache has all examples of a batch; `shift` is that of `target_labels`."""
+        examples = batch_examples(self._read(inputs), Targets.from_batch(inputs, shift))
+        return None not in self.store.get([example.key for example in examples])
 
     def _lookup_or_query(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[CachedExample]:
-        """What there is of all examples, the missing ones asked of the source."""
-        found = self.store.get([example.key for example in examples])
-        if None not in found:
-            return [stored for stored in found if stored is not None]
-        missing = [i for i, stored in enumerate(found) if stored is None]
+        """Read the examples from the cache, and run the source for those that the cache lacks."""
+        cached = self.store.get([example.key for example in examples])
+        if None not in cached:
+            return [entry for entry in cached if entry is not None]
+        missing = [i for i, entry in enumerate(cached) if entry is None]
         self._missing += len(missing)
         if self.source is None:
             example = examples[missing[0]]
             text = targets.labels[example.asked][:12].tolist()
             raise DistillError(
                 f"{len(missing)} of {len(examples)} examples of a batch are not in {self.path}, which has "
-                f"{self.manifest.data['examples']} examples (the first that is missing has the labels {text}). It was "
-                "written for other text, max_length, chat template or labels: write it again with this recipe, or set "
-                "on_miss: query_teacher with a source."
+                f"{self.manifest.data['examples']} examples (the first missing one has the labels {text}). The cache "
+                "was written for other text, max_length, chat template or labels: write it again with this recipe, or "
+                "set on_miss: query_teacher with a source."
             )
         feature_keys = {FeatureKey("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
-        own = encode_signals(self.source(inputs, targets, feature_keys), examples, self.manifest)
-        return [own[i] if stored is None else stored for i, stored in enumerate(found)]
+        queried = encode_signals(self.source(inputs, targets, feature_keys), examples, self.manifest)
+        return [queried[i] if entry is None else entry for i, entry in enumerate(cached)]
 
     def metrics(self) -> dict[str, float]:
-        """`cache_missing`: examples that were asked of the source since training began, where it may be asked."""
+        """Return `cache_missing`, the number of examples for which the source was run; without a source, nothing."""
         return {} if self.source is None else {"cache_missing": float(self._missing)}

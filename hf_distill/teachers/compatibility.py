@@ -1,7 +1,8 @@
-"""Checks that the ids of teacher and student mean the same.
+"""Checks that teacher and student are of one model type and that their token ids or classes mean the same.
 
-Models of one family often pad one tokenizer's vocabulary to different sizes (151936 and 152064): that works, over the
-ids both have. Different tokenizers do not: a divergence over ids that mean different tokens teaches nonsense.
+Models of one family often pad the vocabulary of one tokenizer to different sizes (151936 and 152064). That is
+supported: losses compare the ids that both models have. Different tokenizers are refused, because a divergence between
+ids that mean different tokens is meaningless.
 """
 
 from typing import Any
@@ -26,75 +27,75 @@ def check_teacher_student(
     path: str = "",
     **options: Any,
 ) -> None:
-    """Refuse a model that cannot teach this student, before it is loaded where that can be told.
+    """Check that a model can teach a student; the config alone is enough for all checks but those of the model type.
 
     Args:
-        teacher: a model, or the config of one that is not loaded yet.
-        student: unwrapped.
-        tokenizer: the teacher's, or its processor; None: the one beside its files, if there is one on this machine.
-        processing_class: the student's; None: likewise.
-        path: of the teacher's files.
-        options: of `from_pretrained`, for the teacher's tokenizer: revision, trust_remote_code, ...
+        teacher: a model, or the config of a model that is not loaded yet.
+        student: the student, unwrapped.
+        tokenizer: the teacher's tokenizer or processor; None: the tokenizer in its folder, if it is on this machine.
+        processing_class: the student's tokenizer or processor; None: likewise.
+        path: folder or id of the teacher.
+        options: arguments of `from_pretrained` for the teacher's tokenizer: revision, trust_remote_code, ...
 
     Raises:
-        DistillError: it is the student itself, of another kind, of another tokenizer or of other classes.
+        DistillError: the teacher is the student itself, or has another model type, another tokenizer or other classes.
     """
     if teacher is student:
         raise DistillError(
-            "Teacher and student are the same object, and what is done to one would be done to the other. Load the "
-            "model twice, or copy it."
+            "Teacher and student are the same object, so that training the student would change the teacher. Load the "
+            "model twice, or copy it with copy.deepcopy."
         )
-    task = model_type_of(student)
+    student_type = model_type_of(student)
     if isinstance(teacher, nn.Module):
-        own, config = model_type_of(teacher), unwrap_model(teacher).config
+        teacher_type, config = model_type_of(teacher), unwrap_model(teacher).config
         path = path or getattr(unwrap_model(teacher), "name_or_path", "")
-        check_kinds(own, task)
+        check_kinds(teacher_type, student_type)
     else:
         config = teacher
-    if not task.vocabulary:
+    if not student_type.vocabulary:
         check_classes(config, student.config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
-    sizes: Any = [getattr(c.get_text_config(), "vocab_size", None) for c in (config, student.config)]
-    if None in sizes or not (task.vocabulary or student.main_input_name == "input_ids"):
-        return  # nothing is read or predicted that a tokenizer makes
+    sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student.config)]
+    if None in sizes or not (student_type.vocabulary or student.main_input_name == "input_ids"):
+        return  # the models neither read nor predict token ids
     check_vocabulary(
         tokenizer or local_tokenizer(path, **options),
         processing_class or local_tokenizer(getattr(student, "name_or_path", "")),
         sizes[0],
         sizes[1],
-        is_warned=task.vocabulary,
+        is_warned=student_type.vocabulary,
     )
 
 
 def check_kinds(teacher: ModelType, student: ModelType) -> None:
-    """Refuse a teacher of another kind, or one whose predictions stand at other positions.
+    """Check that two model types are the same, and that both or none shift the labels in their own loss.
 
     Raises:
-        DistillError: the kinds differ.
+        DistillError: the model types or the positions of the predictions differ.
     """
     if teacher.name != student.name:
         raise DistillError(
-            f"The teacher is a {teacher.name} and the student a {student.name}: use two models of one kind."
+            f"The teacher is a {teacher.name} and the student a {student.name}: use two models of the same type."
         )
     if teacher.shifts_labels != student.shifts_labels:
-        one, other = ("teacher", "student") if teacher.shifts_labels else ("student", "teacher")
+        shifting, unshifting = ("teacher", "student") if teacher.shifts_labels else ("student", "teacher")
         raise DistillError(
-            f"The {one} shifts its labels in its own loss and the {other} does not, so that their logits at one "
-            "position are predictions of different tokens: use two models of one convention."
+            f"The {shifting} shifts its labels in its own loss and the {unshifting} does not, so that their logits at "
+            "one position predict different tokens: use two models that both shift the labels, or two that do not."
         )
 
 
 def tokenizer_in(processing_class: Any) -> Any:
-    """The tokenizer of a processor; anything else as it is."""
+    """Return the tokenizer of a processor; return anything else unchanged."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
 def local_tokenizer(path: str, **options: Any) -> Any:
-    """The tokenizer beside a model's files, from this machine alone; None where there is none.
+    """Load the tokenizer in a model's folder without network access; return None if there is none.
 
     Args:
-        path: of the model.
-        options: of `from_pretrained`; its code is not run unless they say so.
+        path: folder or id of the model.
+        options: arguments of `from_pretrained`; remote code is not run unless `trust_remote_code` is among them.
     """
     if not path:
         return None
@@ -107,14 +108,14 @@ def local_tokenizer(path: str, **options: Any) -> Any:
 
 
 def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size: int, is_warned: bool = True) -> None:
-    """Compare two tokenizers over the ids that both models have.
+    """Check that two tokenizers agree on the ids that both models have.
 
     Args:
         teacher: the teacher's tokenizer, or None if unknown.
         student: the student's tokenizer, or None if unknown.
-        teacher_size: V_t.
-        student_size: V_s.
-        is_warned: whether unknown tokenizers are worth a warning.
+        teacher_size: V_t, rows of the teacher's vocabulary.
+        student_size: V_s, rows of the student's vocabulary.
+        is_warned: whether an unknown tokenizer is logged as a warning.
 
     Raises:
         DistillError: some shared ids mean different tokens, or the tokenizers split text differently.
@@ -122,11 +123,11 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
     if not (hasattr(teacher, "get_vocab") and hasattr(student, "get_vocab")):
         if not is_warned:
             return
-        unknown = " and ".join(n for n, t in (("teacher", teacher), ("student", student)) if t is None)
+        unknown = " and ".join(name for name, each in (("teacher", teacher), ("student", student)) if each is None)
         logger.warning_once(
             f"The tokenizer of the {unknown or 'models'} is not known: ids below {min(teacher_size, student_size)} are "
             "assumed to mean the same tokens for both. Pass processing_class to the trainer and to FrozenTeacher to "
-            "have it checked."
+            "check this."
         )
         return
     tokens_t, tokens_s = ({i: token for token, i in tok.get_vocab().items()} for tok in (teacher, student))
@@ -135,16 +136,17 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
     if differ:
         i = differ[0]
         raise DistillError(
-            f"Teacher has {teacher_size} ids and student {student_size}; {len(differ)} ids differ in meaning (first: "
-            f"{i} {tokens_t[i]!r} / {tokens_s[i]!r}). Use a teacher and a student with the same tokenizer."
+            f"The teacher has {teacher_size} ids and the student {student_size}, and {len(differ)} ids mean different "
+            f"tokens (first: {i} is {tokens_t[i]!r} for the teacher and {tokens_s[i]!r} for the student). "
+            "Use a teacher and a student with the same tokenizer."
         )
-    lacking = sorted({*tokens_s} - {*tokens_t})
-    if lacking:
-        i = lacking[0]
+    missing = sorted({*tokens_s} - {*tokens_t})
+    if missing:
+        i = missing[0]
         logger.warning_once(
-            f"The teacher's tokenizer lacks {len(lacking)} ids of the student's (first: {i} {tokens_s[i]!r}): the "
-            "teacher has not learned what they mean. Its soft labels are of little use where they occur, and rows with "
-            f"ids from {teacher_size} on, which it cannot read at all, are refused."
+            f"The teacher's tokenizer lacks {len(missing)} ids of the student's (first: {i} {tokens_s[i]!r}): the "
+            "teacher was not trained on these tokens. Its soft labels are of little use where they occur, and rows "
+            f"with ids from {teacher_size} on are refused, because the teacher has no embedding for them."
         )
     probe = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
     if teacher(probe, add_special_tokens=False)["input_ids"] != student(probe, add_special_tokens=False)["input_ids"]:
@@ -156,30 +158,30 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
 
 
 def _compare_templates(teacher: Any, student: Any) -> None:
-    """Warn where the two chat templates render some conversation differently; their sources may differ."""
+    """Warn if the two chat templates render some conversation differently, even if their texts differ otherwise."""
     templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (teacher, student)]
     if None in templates or templates[0] == templates[1] or render_probes(teacher) == render_probes(student):
         return
     logger.warning_once(
-        "The chat templates of teacher and student render conversations differently. Conversations are written by the "
-        "student's, which the teacher was not trained on: give the student's tokenizer the teacher's chat_template, "
-        "unless you mean it."
+        "The chat templates of teacher and student render conversations differently. Conversations are rendered with "
+        "the student's, on which the teacher was not trained. Give the student's tokenizer the teacher's "
+        "chat_template, unless this is intended."
     )
 
 
 def check_classes(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
-    """Compare the classes of two classifiers.
+    """Check that two classifiers have the same classes.
 
     Raises:
-        DistillError: different numbers of classes, or different names for the same index.
+        DistillError: the numbers of classes differ, or the names of one class.
     """
     if teacher.num_labels != student.num_labels:
         raise DistillError(
-            f"The teacher tells {teacher.num_labels} classes apart and the student {student.num_labels}: load the "
+            f"The teacher has {teacher.num_labels} classes and the student {student.num_labels}: load the "
             f"student with num_labels={teacher.num_labels} and the teacher's id2label."
         )
-    names = [{int(i): name for i, name in (c.id2label or {}).items()} for c in (teacher, student)]
-    named = [n for n in names if n and not all(str(label).startswith("LABEL_") for label in n.values())]
+    names = [{int(i): name for i, name in (config.id2label or {}).items()} for config in (teacher, student)]
+    named = [each for each in names if each and not all(str(label).startswith("LABEL_") for label in each.values())]
     if len(named) == 2 and named[0] != named[1]:
         i = next(i for i in sorted({**named[0], **named[1]}) if named[0].get(i) != named[1].get(i))
         raise DistillError(

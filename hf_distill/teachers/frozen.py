@@ -1,4 +1,4 @@
-"""A teacher that does not move."""
+"""The frozen teacher: a model that does not change during training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,22 +21,23 @@ from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_con
 
 
 class FrozenTeacher(Teacher):
-    """A model in eval mode, without gradients, never in the optimizer and never in the student's checkpoint.
+    """A model in eval mode, without gradients; it is neither in the optimizer nor in the student's checkpoint.
 
     Args:
-        model: a model (frozen in place), or the path or id of one, or of adapters. It is loaded in the class that wrote
-            the checkpoint, which must be of the student's kind, and every weight must be in the checkpoint.
-        processing_class: its tokenizer, compared with the student's. Without it the one beside the model's files is
-            read, if there is one on this machine.
-        quantization: hold it in 4 bits ("nf4") or 8 ("int8").
-        deepspeed: shard it by ZeRO-3, whatever the student's strategy: a config, its path, or a packaged name such as
-            "zero3-teacher.json".
-        fsdp: shard it by FSDP2 over all processes.
+        model: a model (frozen in place), or the path or Hub id of a model or of adapters. A path or id is loaded in the
+            class that wrote the checkpoint, which must be of the student's model type; the checkpoint must hold every
+            weight.
+        processing_class: the teacher's tokenizer, which is compared with the student's; None: the tokenizer in the
+            model's folder, if it is on this machine.
+        quantization: load the model in 4 bits ("nf4") or 8 bits ("int8").
+        deepspeed: shard the model with ZeRO-3, independently of the student's strategy: a config, its path, or the name
+            of a packaged config such as "zero3-teacher.json".
+        fsdp: shard the model with FSDP2 over all processes.
         init_kwargs: passed to `from_pretrained` (dtype, revision, device_map, quantization_config, ...).
 
     Raises:
-        DistillError: ways that exclude each other or that this machine or launch cannot go; options of loading beside
-            a model that is loaded already.
+        DistillError: placements that exclude each other or that this machine or launch does not support; loading
+            options for a model that is already loaded.
     """
 
     kind = "frozen"
@@ -51,13 +52,13 @@ class FrozenTeacher(Teacher):
         fsdp: bool = False,
         **init_kwargs,
     ):
-        self._loading = TeacherLoader(quantization, deepspeed, fsdp, init_kwargs)
-        given = [*sorted(init_kwargs), *(["quantization"] if quantization else []), *(["fsdp"] if fsdp else [])]
+        self._loader = TeacherLoader(quantization, deepspeed, fsdp, init_kwargs)
+        options = [*sorted(init_kwargs), *(["quantization"] if quantization else []), *(["fsdp"] if fsdp else [])]
         model = as_path(model)
-        if not isinstance(model, str) and given:
+        if not isinstance(model, str) and options:
             raise DistillError(
-                f"teacher_init_kwargs {given} were given beside a model that is loaded already: give the "
-                "model's id or path instead, or load it with them yourself."
+                f"teacher_init_kwargs {options} say how to load a model, but the teacher is a model that is already "
+                "loaded: give the model's id or path instead, or load the model with these arguments yourself."
             )
         self._path: Any = model if isinstance(model, str) else None
         self.processing_class = processing_class
@@ -65,35 +66,39 @@ class FrozenTeacher(Teacher):
         self._limits: InputLimits | None = None
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Check that the model fits the student, load it if need be, freeze it, put it where it stays."""
-        task, options = model_type_of(student), self._loading.init_kwargs
-        given = self.model
-        if given is None:
-            given = read_config(self._path, options)
+        """Check that the model fits the student, load it if it is a path or id, freeze it and place it on its device.
+
+        Raises:
+            DistillError: the model cannot be loaded, or cannot teach this student.
+        """
+        model_type, options = model_type_of(student), self._loader.init_kwargs
+        model_or_config = self.model
+        if model_or_config is None:
+            model_or_config = read_config(self._path, options)
             is_adapter = read_adapter_config(self._path, options) is not None
-            check_checkpoint(self._path, task, given, is_adapter)
+            check_checkpoint(self._path, model_type, model_or_config, is_adapter)
         check_teacher_student(
-            given, student, self.processing_class, processing_class, self._path or "", **hub_options(options)
+            model_or_config, student, self.processing_class, processing_class, self._path or "", **hub_options(options)
         )
         if self.model is None:
-            self.model = self._loading.load(student, self._path, given, device)
-            check_kinds(model_type_of(self.model), task)
+            self.model = self._loader.load(student, self._path, model_or_config, device)
+            check_kinds(model_type_of(self.model), model_type)
         self.model.requires_grad_(False).eval()
-        self.model = self._loading.dispatch(self.model, device)
+        self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
 
     def check_data(self, rows: Any, name: str) -> None:
-        """Refuse rows with ids beyond the model's embedding."""
+        """Check that the model has an embedding for every id of a data set."""
         if self._limits is not None:
             check_data(self._limits, rows, name)
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The model's blocks, or those of its encoder or decoder."""
+        """The layers of the model, or of its encoder or decoder."""
         return get_layer_stack(self.model, which)
 
     @torch.no_grad()
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """One forward of the frozen model; inputs that its forward does not accept are left out."""
+        """Run the frozen model once, with those inputs that its forward accepts."""
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:
             inputs = self._limits.readable(inputs)

@@ -1,4 +1,7 @@
-"""Which ids and how many positions a teacher can read: beyond its embeddings it fails, on a GPU without a message."""
+"""Checks that ids and positions lie within a model's embeddings.
+
+An index beyond an embedding would otherwise raise an error without an explanation, on a GPU a device-side assert.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +16,12 @@ from ..models.model_types import unwrap_model
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What a teacher can read.
+    """Largest inputs that a teacher can read.
 
-    ids:          rows of its token embedding; None: unknown
-    positions:    rows of its learned position embedding, without reserved ones; None: it has none
-    fill:         the id that stands for masked tokens that it cannot read
-    is_id_checked: whether ids have to be looked at: the student has more of them
+    ids:           rows of its token embedding; None: unknown
+    positions:     rows of its learned position embedding, without reserved ones; None: it has no such embedding
+    fill:          the id that replaces masked tokens for which the teacher has no embedding
+    is_id_checked: whether ids have to be checked, because the student has more ids than the teacher
     """
 
     ids: int | None
@@ -28,18 +31,19 @@ class InputLimits:
 
     @classmethod
     def of(cls, teacher: nn.Module, student: nn.Module) -> "InputLimits":
-        """Read them from the models."""
+        """Read the limits from the embeddings of the models."""
         teacher, student = unwrap_model(teacher), unwrap_model(student)
-        ids, of_student = _embedding_rows(teacher), _embedding_rows(student)
+        ids, student_ids = _embedding_rows(teacher), _embedding_rows(student)
         fill = getattr(teacher.config.get_text_config(), "pad_token_id", None)
-        checked = ids is not None and (of_student is None or of_student > ids)
-        return cls(ids, _positions(teacher), fill if isinstance(fill, int) and 0 <= fill < (ids or 0) else 0, checked)
+        is_id_checked = ids is not None and (student_ids is None or student_ids > ids)
+        fill = fill if isinstance(fill, int) and 0 <= fill < (ids or 0) else 0
+        return cls(ids, _positions(teacher), fill, is_id_checked)
 
     def readable(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch that the teacher can read; tokens that are masked stand for nothing and are replaced.
+        """Return a batch that the teacher can read: masked tokens without an embedding are replaced by `fill`.
 
         Raises:
-            DistillError: a token or a position is beyond the teacher's embedding.
+            DistillError: another token, or a position, is beyond the teacher's embedding.
         """
         inputs = dict(inputs)
         for name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
@@ -55,35 +59,42 @@ class InputLimits:
         return inputs
 
     def check_ids(self, largest: int) -> None:
-        """Refuse an id that the teacher has no embedding for."""
+        """Check that the teacher has an embedding for the largest id.
+
+        Raises:
+            DistillError: it has none.
+        """
         if self.ids is not None and largest >= self.ids:
             raise DistillError(
-                f"The data has the token id {largest}, and the teacher's embedding has {self.ids} rows: it cannot read "
-                "it. Use a teacher with the student's tokenizer, resize the teacher's embeddings and train them, or "
-                "leave the rows with added tokens out."
+                f"The data has the token id {largest}, and the teacher's embedding has {self.ids} rows, for the "
+                f"ids 0 to {self.ids - 1}. Use a teacher with the student's tokenizer, resize the teacher's embeddings "
+                "and train them, or remove the rows with added tokens."
             )
 
     def _check_positions(self, inputs: Mapping[str, Any], ids: Tensor) -> None:
         if self.positions is None:
             return
-        given = inputs.get("position_ids")
+        position_ids = inputs.get("position_ids")
         longest = ids.shape[1]
-        if longest > self.positions and isinstance(given, Tensor) and given.shape == ids.shape:
-            longest = int(given.max()) + 1
+        if longest > self.positions and isinstance(position_ids, Tensor) and position_ids.shape == ids.shape:
+            longest = int(position_ids.max()) + 1
         if longest > self.positions:
             raise DistillError(
                 f"A row of the data has {longest} tokens, and the teacher has {self.positions} positions: shorten the "
-                "rows (max_length), or use a teacher that reads longer ones."
+                "rows (max_length), or use a teacher with more positions."
             )
 
 
 def check_data(limits: InputLimits, rows: Any, name: str) -> None:
-    """Refuse a data set with ids that the teacher cannot read, before training.
+    """Check before training that the teacher has an embedding for every id of a data set.
 
     Args:
-        limits: of the teacher.
-        rows: a data set; only columns of a `datasets.Dataset` and lists of rows are looked at.
-        name: of the data set, for the error.
+        limits: the teacher's limits.
+        rows: a data set; a `datasets.Dataset` and a list of rows are checked, other kinds are not.
+        name: name of the data set in the error.
+
+    Raises:
+        DistillError: an id is beyond the teacher's embedding.
     """
     if not limits.is_id_checked:
         return
@@ -95,12 +106,12 @@ def check_data(limits: InputLimits, rows: Any, name: str) -> None:
 
 
 def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Refuse a batch with ids that the student's token embedding lacks, where it alone reads them.
+    """Check that the student has an embedding for every id of a batch.
 
-    A model of text and images may replace ids of its own before it looks them up, so these are left to the model.
+    A multimodal model may replace some ids before it looks them up, so its ids are not checked.
 
     Raises:
-        DistillError: names the id and the embedding's size.
+        DistillError: an id is negative or beyond the student's embedding.
     """
     student = unwrap_model(student)
     rows, config = _embedding_rows(student), getattr(student, "config", None)
@@ -114,20 +125,21 @@ def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
         if smallest < 0 or largest >= rows:
             raise DistillError(
                 f"{name} has the token id {smallest if smallest < 0 else largest}, and the student's embedding has "
-                f"{rows} rows, for the ids 0 to {rows - 1}. Tokenise the data with the student's tokenizer, or call "
+                f"{rows} rows, for the ids 0 to {rows - 1}. Tokenize the data with the student's tokenizer, or call "
                 "`model.resize_token_embeddings` after tokens were added."
             )
 
 
 def _largest_ids(rows: Any) -> Iterator[int]:
+    """Yield the largest unmasked id of each part of a data set."""
     if hasattr(rows, "column_names") and hasattr(rows, "data") and "input_ids" in (rows.column_names or ()):
         import pyarrow.compute as pc
 
         for batch in rows.with_format("arrow").iter(batch_size=1000):
-            ids, kept = pc.list_flatten(batch["input_ids"]), None
+            ids, is_unmasked = pc.list_flatten(batch["input_ids"]), None
             if "attention_mask" in batch.column_names:
-                kept = pc.equal(pc.list_flatten(batch["attention_mask"]), 1)
-            ids = ids if kept is None or len(kept) != len(ids) else ids.filter(kept)
+                is_unmasked = pc.equal(pc.list_flatten(batch["attention_mask"]), 1)
+            ids = ids if is_unmasked is None or len(is_unmasked) != len(ids) else ids.filter(is_unmasked)
             if len(ids) and (largest := pc.max(ids).as_py()) is not None:
                 yield int(largest)
     elif isinstance(rows, list):
@@ -152,9 +164,9 @@ def _embedding_rows(model: Any) -> int | None:
 
 
 def _positions(model: Any) -> int | None:
-    """Rows of an embedding of as many positions as the config says, but for those that it keeps for padding."""
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(stated, int):
+    """Return the rows of the learned position embedding without those reserved for padding; None: there is none."""
+    config_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(config_positions, int):
         return None
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
@@ -163,6 +175,6 @@ def _positions(model: Any) -> int | None:
         reserved = getattr(module, "offset", None)
         if reserved is None:
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-        if module.num_embeddings in (stated, stated + reserved):
+        if module.num_embeddings in (config_positions, config_positions + reserved):
             return module.num_embeddings - reserved
     return None

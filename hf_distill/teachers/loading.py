@@ -1,6 +1,6 @@
-"""How a frozen teacher is held: whole, quantised, spread over devices, or sharded over processes.
+"""Loading and placement of a frozen teacher: on one device, quantized, spread over devices, or sharded over processes.
 
-Whatever holds it, `from_pretrained` puts it there while it loads, so that what does not fit is never whole.
+`from_pretrained` places the weights while it loads them, so that no device ever holds the full model unless it has to.
 """
 
 import ctypes
@@ -28,20 +28,24 @@ from .pretrained import load_pretrained
 logger = logging.get_logger(__name__)
 QUANTIZATIONS = ("nf4", "int8")
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_FIGHT = (
-    "{given} spreads one teacher over devices for which {count} processes would fight: start one process, or shard the "
-    "teacher (deepspeed='zero3-teacher.json' or fsdp=True)"
+_DEVICES_ARE_SHARED = (
+    "{option} spreads one teacher over several devices, and each of the {count} processes of this launch would load "
+    "one onto the same devices: start one process, or shard the teacher (deepspeed='zero3-teacher.json' or fsdp=True)"
 )
 
 
 @dataclass(frozen=True)
 class TeacherLoader:
-    """How a teacher is to be loaded and held.
+    """How a teacher is loaded and where its weights are placed.
 
-    quantization: "nf4" (double quantisation, 2305.14314) or "int8" (2208.07339), of all but its head
-    deepspeed:    shard it by ZeRO-3 (1910.02054): a config, the path of one, or the name of a packaged one
-    fsdp:         shard it by FSDP2 over all processes
-    init_kwargs:  of from_pretrained: dtype (in which a quantised model computes), revision, device_map, ...
+    quantization: "nf4" (with double quantization, arXiv 2305.14314) or "int8" (arXiv 2208.07339), of all weights but
+                  those of the output head
+    deepspeed:    shard with ZeRO-3 (arXiv 1910.02054): a config, the path of one, or the name of a packaged one
+    fsdp:         shard with FSDP2 over all processes
+    init_kwargs:  arguments of from_pretrained: dtype (in which a quantized model computes), revision, device_map, ...
+
+    Raises:
+        DistillError: placements that exclude each other, do not work in this launch or need a missing package.
     """
 
     quantization: str | None = None
@@ -58,7 +62,7 @@ class TeacherLoader:
         with collect_errors(problems):
             check_placement(quantized, self.deepspeed, self.fsdp, device_map)
         if device_map is not None and env_world_size() > 1 and _spreads(device_map):
-            problems.append(_FIGHT.format(given=f"device_map={device_map!r}", count=env_world_size()))
+            problems.append(_DEVICES_ARE_SHARED.format(option=f"device_map={device_map!r}", count=env_world_size()))
         with collect_errors(problems):
             if self.quantization:
                 require_package("bitsandbytes", "quant", f"quantization={self.quantization!r}")
@@ -70,52 +74,55 @@ class TeacherLoader:
         raise_if_any(problems)
 
     def load(self, student: nn.Module, path: str, config: PretrainedConfig, device: torch.device) -> nn.Module:
-        """The model, frozen, in eval mode, ready for calls.
+        """Load the model of a path or id.
 
         Args:
-            student: of whose kind it is to be.
-            path: or id.
-            config: the model's.
-            device: of this process.
+            student: the student, whose model type the model must have.
+            path: folder or id of the model.
+            config: the model's config.
+            device: device of this process.
 
         Raises:
-            DistillError: a quantised checkpoint is to be sharded or quantised again; there is no such model.
+            DistillError: there is no such model, or a quantized checkpoint would be quantized again or sharded.
         """
-        kwargs, task = dict(self.init_kwargs), model_type_of(student)
-        before = getattr(config, "quantization_config", None)
-        if before is not None and (self.quantization or self.deepspeed or self.fsdp):
+        kwargs, model_type = dict(self.init_kwargs), model_type_of(student)
+        checkpoint_quantization = getattr(config, "quantization_config", None)
+        if checkpoint_quantization is not None and (self.quantization or self.deepspeed or self.fsdp):
             raise DistillError(
-                f"{path} is a quantised checkpoint already: it is loaded as it is, on each process, and neither "
-                "quantised again nor sharded. Leave quantization, deepspeed and fsdp out, or name the checkpoint that "
-                "it was made from."
+                f"{path} is already a quantized checkpoint: every process loads it as it is, and it can neither be "
+                "quantized again nor sharded. Leave quantization, deepspeed and fsdp out, or give the unquantized "
+                "checkpoint."
             )
         if self.quantization:
             kwargs["quantization_config"] = quantization_config(self.quantization, dtype_of(config, kwargs))
-        if device.type != "cpu" and (before is not None or "quantization_config" in kwargs):
+        if device.type != "cpu" and (checkpoint_quantization is not None or "quantization_config" in kwargs):
             kwargs.setdefault("device_map", {"": device})
         if self.fsdp:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=env_world_size())
         if not self.deepspeed:
             with zero3_init_context(None):
-                return load_pretrained(path, task, student, config, kwargs)
+                return load_pretrained(path, model_type, student, config, kwargs)
         with zero3_init_context(self._zero3(config)), _malloc_trim_while_loading():
-            return load_pretrained(path, task, student, config, kwargs)
+            return load_pretrained(path, model_type, student, config, kwargs)
 
     def dispatch(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """A frozen model where it stays: in DeepSpeed's engine, where it was spread or sharded, or on the device.
+        """Place a frozen model in a DeepSpeed engine or on the device; a spread or sharded model stays where it is.
 
-        A model that is partitioned because it was loaded while a student's ZeRO-3 config was alive gets an engine too.
+        A model that was partitioned because a ZeRO-3 config of the student existed while it was loaded gets an engine
+        too.
 
         Raises:
             DistillError: the model is spread over devices, and there are several processes.
         """
         if isinstance(model, PreTrainedModel) and (self.deepspeed or is_zero3_partitioned(model)):
-            return engine(model, self._zero3(model.config))
-        spread = getattr(model, "hf_device_map", None)
-        if spread is not None and env_world_size() > 1 and _spreads(spread):
-            raise DistillError(_FIGHT.format(given=f"the teacher's device map {spread}", count=env_world_size()))
-        fixed = spread is not None or getattr(model, "quantization_method", None) is not None
-        if fixed or is_zero3_partitioned(model) or is_fsdp_managed_module(model):
+            return deepspeed_engine(model, self._zero3(model.config))
+        device_map = getattr(model, "hf_device_map", None)
+        if device_map is not None and env_world_size() > 1 and _spreads(device_map):
+            raise DistillError(
+                _DEVICES_ARE_SHARED.format(option=f"the teacher's device map {device_map}", count=env_world_size())
+            )
+        is_placed = device_map is not None or getattr(model, "quantization_method", None) is not None
+        if is_placed or is_zero3_partitioned(model) or is_fsdp_managed_module(model):
             return keep_layout(model)
         return model.to(device)
 
@@ -126,9 +133,9 @@ class TeacherLoader:
 
 
 def run_eagerly(model: nn.Module) -> nn.Module:
-    """The model inside wrappers for data parallelism or compilation, which a teacher does not need.
+    """Remove the wrappers of data parallelism and compilation, which a teacher does not need.
 
-    A compiled forward would keep the output head that is replaced for each call.
+    A compiled forward would not see that the forward of the output head is replaced for each call.
     """
     inner, compiled = model, False
     while isinstance(inner, OptimizedModule | DistributedDataParallel | DataParallel):
@@ -137,12 +144,14 @@ def run_eagerly(model: nn.Module) -> nn.Module:
     if getattr(inner, "_compiled_call_impl", None) is not None:
         inner._compiled_call_impl, compiled = None, True
     if compiled:
-        logger.warning_once("The teacher is compiled: it runs without compilation, which would hide its output head.")
+        logger.warning_once(
+            "The teacher is compiled: it runs without compilation, because the forward of its output head is replaced."
+        )
     return inner
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for "nf4" or "int8"; NF4 computes in `dtype`."""
+    """Return the config of bitsandbytes for "nf4", which computes in `dtype`, or for "int8"."""
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -151,7 +160,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def keep_layout(model: nn.Module) -> nn.Module:
-    """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights, but not rows shorter than a block: these stay."""
+    """Keep bitsandbytes from repacking 4-bit weights for AVX512-BF16 whose rows are shorter than a block: it fails."""
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.shape[-1] % state.blocksize:
@@ -160,19 +169,19 @@ def keep_layout(model: nn.Module) -> nn.Module:
 
 
 def dtype_of(config: PretrainedConfig, init_kwargs: dict[str, Any]) -> torch.dtype:
-    """In which dtype `from_pretrained` loads: the one given, else the checkpoint's."""
-    given = init_kwargs.get("dtype", "auto")
-    if given == "auto":
-        given = getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, given) if isinstance(given, str) else given
+    """Return the dtype in which `from_pretrained` loads a model: the requested one, else the checkpoint's."""
+    dtype = init_kwargs.get("dtype", "auto")
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """DeepSpeed's engine around a teacher: gathers layer by layer in the forward, no optimizer.
+def deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """Wrap a teacher in a DeepSpeed engine without an optimizer, which gathers weights layer by layer in the forward.
 
     Args:
-        model: partitioned by `zero.Init`, or whole: it is partitioned here then.
-        config: a filled ZeRO-3 config.
+        model: a model that `zero.Init` partitioned, or an unsharded one, which the engine partitions.
+        config: a ZeRO-3 config without "auto" values.
     """
     import deepspeed
 
@@ -182,30 +191,30 @@ def engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def env_world_size() -> int:
-    """Processes of this run, as its launcher says; 0 without a launcher."""
+    """Return the number of processes of this launch; 0 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 0
 
 
 @contextmanager
 def zero3_init_context(config: dict[str, Any] | None) -> Iterator[None]:
-    """`from_pretrained` shards for this config, or for none, whatever the student's is."""
-    before = integration._hf_deepspeed_config_weak_ref
+    """Let `from_pretrained` use this DeepSpeed config, or none, instead of the student's."""
+    student_config = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
-    mine = config and integration.HfDeepSpeedConfig(config)  # a weak reference is kept: it lives as long as this does
+    teacher_config = config and integration.HfDeepSpeedConfig(config)  # transformers keeps a weak reference only
     try:
         yield
     finally:
-        del mine
-        integration._hf_deepspeed_config_weak_ref = before
+        del teacher_config
+        integration._hf_deepspeed_config_weak_ref = student_config
 
 
 @contextmanager
 def _malloc_trim_while_loading() -> Iterator[None]:
-    """glibc gives each MiB back when it is freed, instead of keeping holes between the shards of a model.
+    """Let glibc return freed blocks of 1 MiB and more to the system while a model is loaded.
 
-    With the holes a rank that loads into CPU memory ends up holding as much as the whole model.
+    Fragmentation would otherwise make a rank that loads a shard into CPU memory use as much memory as the full model.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # exists in glibc only
     if mallopt is None:
         yield
         return
@@ -213,22 +222,29 @@ def _malloc_trim_while_loading() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # where glibc itself ends up in a process with large tensors
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the value to which glibc raises it in a process with large tensors
 
 
 def _check_zero3(config: dict[str, Any]) -> None:
+    """Check a ZeRO-3 config; with parameters in CPU memory one process is enough."""
     check_teacher_config(config)
     _check_processes("deepspeed", 1 if "offload_param" in config["zero_optimization"] else 2)
 
 
-def _check_processes(way: str, least: int) -> None:
+def _check_processes(option: str, least: int) -> None:
+    """Check that a launcher started at least so many processes.
+
+    Raises:
+        DistillError: there are fewer, or there is no launcher.
+    """
     if env_world_size() < least:
         raise DistillError(
-            f"a teacher held by {way} is sharded over the processes of a launcher, {least} or more; here "
-            f"{'is 1' if env_world_size() else 'is no launcher'}. Start with `torchrun --nproc_per_node "
-            f"{max(least, 2)} ...` or `accelerate launch ...`, or hold it on one GPU with quantization='nf4'."
+            f"{option} shards the teacher over the processes of a launcher, and needs {least} or more; this run "
+            f"{'has 1 process' if env_world_size() else 'has no launcher'}. Start it with `torchrun --nproc_per_node "
+            f"{max(least, 2)} ...` or `accelerate launch ...`, or load the teacher on one GPU with quantization='nf4'."
         )
 
 
 def _spreads(device_map: Any) -> bool:
+    """Whether a device map may name several devices."""
     return not isinstance(device_map, dict) or len(set(map(str, device_map.values()))) > 1

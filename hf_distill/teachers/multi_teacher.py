@@ -1,4 +1,4 @@
-"""Several teachers at once, by name."""
+"""Several named teachers of one student."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,19 +23,19 @@ from .trainable import TrainableTeacher
 
 
 class MultiTeacher(Teacher):
-    """Several teachers, each with its share of the soft term (multi-teacher distillation).
+    """Several teachers, each with a share of the soft loss (multi-teacher distillation).
 
     L = alpha * sum over teachers of share * T^2 * divergence(teacher || student) + (1 - alpha) * cross entropy
-        + further losses, each with the teacher that it names, else with the first
+        + further losses, each with the teacher that its option `teacher` names, or with the first teacher
 
-    Statistics (KL, agreement, the teacher's perplexity) compare with the first teacher.
+    Metrics that compare with a teacher (KL, top-1 agreement, the teacher's perplexity) use the first teacher.
 
     Args:
-        teachers: name -> a `Teacher`, a model, or the path or id of one; two or more.
-        weights: name -> weight, normalised to shares; those left out count 1.
+        teachers: name -> a `Teacher`, a model, or the path or id of a model; two or more.
+        weights: name -> weight above 0; the weights are normalized to shares, and a missing weight counts 1.
 
     Raises:
-        DistillError: names or weights that are wrong, or teachers that make no sense together; all of it at once.
+        DistillError: names or weights are wrong, or the teachers cannot be combined; the message lists all problems.
     """
 
     def __init__(self, teachers: Mapping[str, Any], weights: Mapping[str, float] | None = None):
@@ -43,17 +43,15 @@ class MultiTeacher(Teacher):
             name: teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
             for name, teacher in teachers.items()
         }
-        given, spoken = (
-            dict(weights or {}),
-            [name for name, teacher in self.teachers.items() if teacher.provides_soft_labels],
-        )
+        weights = dict(weights or {})
+        names = [name for name, teacher in self.teachers.items() if teacher.provides_soft_labels]
         raise_if_any(
-            _validate(self.teachers, given, spoken)
-            + incompatible_teachers({n: t.kind for n, t in self.teachers.items()})
+            _validate(self.teachers, weights, names)
+            + incompatible_teachers({name: teacher.kind for name, teacher in self.teachers.items()})
         )
-        total = sum(given.get(name, 1.0) for name in spoken)
-        self.shares = {name: given.get(name, 1.0) / total for name in spoken}
-        self.provides_soft_labels, self._progress = bool(spoken), 0.0
+        total = sum(weights.get(name, 1.0) for name in names)
+        self.shares = {name: weights.get(name, 1.0) / total for name in names}
+        self.provides_soft_labels, self._progress = bool(names), 0.0
         self.tied_to_student = any(teacher.tied_to_student for teacher in self)
         self._trained = next((teacher for teacher in self if isinstance(teacher, TrainableTeacher)), None)
 
@@ -62,7 +60,7 @@ class MultiTeacher(Teacher):
 
     @property
     def progress(self) -> float:
-        """Of the training; each of them is told."""
+        """Progress of the training, in [0, 1]; setting it sets that of every teacher."""
         return self._progress
 
     @progress.setter
@@ -72,22 +70,27 @@ class MultiTeacher(Teacher):
             teacher.progress = value
 
     def get_teacher(self, name: str | None) -> Teacher:
-        """The teacher of that name; without one the first that has soft labels."""
+        """Return the teacher of that name; without a name the first teacher with soft labels.
+
+        Raises:
+            DistillError: no teacher with soft labels has that name.
+        """
         if name is None:
             return self.teachers[next(iter(self.shares or self.teachers))]
         if name not in self.shares:
+            known = ", ".join(self.shares) or "there are none"
             raise DistillError(
-                f"A loss names the teacher {name!r}, which is none of {', '.join(self.shares) or 'those that tell'}"
+                f"A loss names the teacher {name!r}, which is not one of the teachers with soft labels ({known})"
                 f"{did_you_mean(name, self.shares)}"
             )
         return self.teachers[name]
 
     def input_names(self) -> frozenset[str]:
-        """What any of their models accepts."""
+        """Names of the inputs that any of the teachers accepts."""
         return frozenset().union(*(teacher.input_names() for teacher in self))
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Prepare each; `model` is the first one's, `trained` and its options those of the one that is trained."""
+        """Prepare every teacher; `model` is that of the first, `trainable_module` that of the trained one."""
         for teacher in self:
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
@@ -98,44 +101,49 @@ class MultiTeacher(Teacher):
             )
 
     def check_data(self, rows: Any, name: str) -> None:
-        """Each refuses what it cannot read."""
+        """Check a data set with every teacher."""
         for teacher in self:
             teacher.check_data(rows, name)
 
     def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """What any of them says."""
+        """Return the problems of every teacher, and take over `max_grad_norm` of the one that is trained."""
         problems = [
-            f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.check_arguments(args)
+            f"{name}: {problem}" for name, teacher in self.teachers.items() for problem in teacher.check_arguments(args)
         ]
         self.max_grad_norm = self._trained.max_grad_norm if self._trained else None
         return problems
 
     def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """The soft term becomes `soft_NAME` of each, with its share of the weight."""
-        soft, hard, *others = terms
+        """Replace the soft term by a term `soft_NAME` for each teacher, with its share of the weight."""
+        soft, hard, *further = terms
         for name, teacher in self.teachers.items():
             teacher.adapt_objective([replace(soft, weight=soft.weight * self.shares.get(name, 0.0)), hard])
         self.terms = self._trained.terms if self._trained else ()
-        for term in others:
+        for term in further:
             self.get_teacher(term.teacher)
-        apart = [
+        soft_terms = [
             replace(soft, name=f"soft_{name}", teacher=name, weight=soft.weight * share)
             for name, share in self.shares.items()
         ]
         first = next(iter(self.shares), None)
-        others = [replace(t, teacher=first) if t.loss.needs and t.teacher is None else t for t in others]
-        return [*apart, hard, *(term for term in others if self.provides_soft_labels or not term.loss.needs)]
+        further = [replace(t, teacher=first) if t.loss.needs and t.teacher is None else t for t in further]
+        return [*soft_terms, hard, *(term for term in further if self.provides_soft_labels or not term.loss.needs)]
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """What any of them says: a view that one of them gives the student is compared with all teachers."""
+        """Return the problems of every teacher; a view that one teacher gives the student concerns the terms of all."""
         return [
-            f"{name}: {why}" for name, teacher in self.teachers.items() for why in teacher.incompatible_terms(terms)
+            f"{name}: {problem}"
+            for name, teacher in self.teachers.items()
+            for problem in teacher.incompatible_terms(terms)
         ]
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """What each of them says."""
+        """Call every teacher."""
         return _merge_signals(
-            {n: t(inputs, targets, _requests_for(n, feature_requests)) for n, t in self.teachers.items()}
+            {
+                name: teacher(inputs, targets, _requests_for(name, feature_requests))
+                for name, teacher in self.teachers.items()
+            }
         )
 
     def joint_step(
@@ -145,94 +153,108 @@ class MultiTeacher(Teacher):
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
     ) -> JointStep | None:
-        """The one that is trained, and what the others say."""
-        runs = {
-            n: t.joint_step(inputs, targets, _requests_for(n, feature_requests), num_items)
-            for n, t in self.teachers.items()
+        """Return the step of the teacher that is trained, joined with the signals of the others."""
+        steps = {
+            name: teacher.joint_step(inputs, targets, _requests_for(name, feature_requests), num_items)
+            for name, teacher in self.teachers.items()
         }
-        run = next((run for run in runs.values() if run is not None), None)
-        if run is None:
+        trained_step = next((step for step in steps.values() if step is not None), None)
+        if trained_step is None:
             return None
-        others = {
-            n: t(inputs, targets, _requests_for(n, feature_requests))
-            for n, t in self.teachers.items()
-            if runs[n] is None
+        frozen = {
+            name: teacher(inputs, targets, _requests_for(name, feature_requests))
+            for name, teacher in self.teachers.items()
+            if steps[name] is None
         }
-        return _CombinedStep(run, lambda told: _merge_signals({n: others.get(n, told) for n in self.teachers}))
+
+        def merge(trained: Signals) -> Signals:
+            return _merge_signals({name: frozen.get(name, trained) for name in self.teachers})
+
+        return _CombinedStep(trained_step, merge)
 
     def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
-        """What the student sees where one of them gives it a view."""
+        """Apply the transformations of all teachers."""
         for teacher in self:
             inputs, targets = teacher.transform_student_batch(inputs, targets, training)
         return inputs, targets
 
     def on_train_begin(self, step: int) -> None:
-        """Each begins."""
+        """Call the hook of every teacher."""
         for teacher in self:
             teacher.on_train_begin(step)
 
     def on_step_end(self, step: int, updated: bool) -> None:
-        """Each moves, if it does."""
+        """Call the hook of every teacher."""
         for teacher in self:
             teacher.on_step_end(step, updated)
 
     def metrics(self) -> dict[str, float]:
-        """What each says, with its name behind: `teacher_weight_drift_NAME`."""
-        return {f"{key}_{name}": value for name, t in self.teachers.items() for key, value in t.metrics().items()}
+        """Return the metrics of every teacher with its name appended: `teacher_weight_drift_NAME`."""
+        return {
+            f"{key}_{name}": value
+            for name, teacher in self.teachers.items()
+            for key, value in teacher.metrics().items()
+        }
 
     def save(self, folder: str, rank: int, write: bool) -> None:
-        """Each into a folder of its own in the checkpoint."""
+        """Write the state of every teacher into the folder `teachers/NAME` of the checkpoint."""
         for name, teacher in self.teachers.items():
             teacher.save(str(Path(folder) / "teachers" / name), rank, write)
 
     def load(self, folder: str, rank: int) -> None:
-        """Each from its folder."""
+        """Read the state of every teacher from its folder."""
         for name, teacher in self.teachers.items():
             teacher.load(str(Path(folder) / "teachers" / name), rank)
 
 
 class _CombinedStep(JointStep):
-    """A run of the one that is trained, whose answer is told among those of the others."""
+    """The step of the trained teacher, whose signals are merged with those of the other teachers."""
 
-    def __init__(self, run: JointStep, together: Callable[[Signals], Signals]):
-        self.run, self.together = run, together
+    def __init__(self, trained_step: JointStep, merge: Callable[[Signals], Signals]):
+        self.trained_step, self.merge = trained_step, merge
 
     def context(self, student: nn.Module) -> AbstractContextManager:
-        return self.run.context(student)
+        return self.trained_step.context(student)
 
-    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
-        loss = self.run(said)
-        self.teacher_signals, self.per_token = self.together(self.run.teacher_signals), self.run.per_token
+    def __call__(self, student_logits: LazyLogits | DenseLogits) -> Tensor:
+        loss = self.trained_step(student_logits)
+        self.teacher_signals = self.merge(self.trained_step.teacher_signals)
+        self.per_token = self.trained_step.per_token
         return loss
 
 
 def _requests_for(name: str, feature_requests: Mapping[FeatureKey, Targets]) -> dict[FeatureKey, Targets]:
+    """Return the requests for the features of one teacher."""
     return {key: tokens for key, tokens in feature_requests.items() if key.teacher == name}
 
 
-def _merge_signals(told: Mapping[str, Signals]) -> Signals:
-    """Signals of several teachers as one; who says nothing about the asked tokens is left out."""
-    sources: dict[str, Any] = {name: signals.logits for name, signals in told.items() if signals.logits is not None}
-    features = {key: feature for signals in told.values() for key, feature in signals.features.items()}
+def _merge_signals(by_teacher: Mapping[str, Signals]) -> Signals:
+    """Merge the signals of several teachers; a teacher without logits contributes its features only."""
+    sources: dict[str, Any] = {name: each.logits for name, each in by_teacher.items() if each.logits is not None}
+    features = {key: feature for each in by_teacher.values() for key, feature in each.features.items()}
     return Signals(MultiTeacherLogits(sources) if sources else None, features)
 
 
-def _validate(teachers: Mapping[str, Teacher], weights: Mapping[str, float], spoken: list[str]) -> list[str]:
-    """What is wrong with names and weights."""
+def _validate(teachers: Mapping[str, Teacher], weights: Mapping[str, float], with_soft_labels: list[str]) -> list[str]:
+    """Return the problems of the names and weights."""
     problems = [
-        f"a teacher is called {name!r}: logs and losses carry its name, so letters, digits and _ only"
+        f"a teacher has the name {name!r}, which is a part of names in logs: use letters, digits and _ only"
         for name in teachers
         if not str(name).isidentifier()
     ]
     if len(teachers) < 2:
-        problems.append(f"there are {len(teachers)} teachers by name: give two or more, or one as `teacher`")
+        problems.append(f"`teachers` has {len(teachers)} entries: give two or more, or pass a single one as `teacher`")
     nested = [name for name, teacher in teachers.items() if isinstance(teacher, MultiTeacher)]
-    problems += [f"{name} is several teachers itself: name all of them side by side" for name in nested]
+    problems += [
+        f"{name} is itself a MultiTeacher: give all of its teachers by name in `teachers` instead" for name in nested
+    ]
     for name, weight in weights.items():
         if name not in teachers:
-            problems.append(f"there is no teacher {name!r} to weigh{did_you_mean(name, teachers)}")
-        elif name not in spoken:
-            problems.append(f"{name} has a weight, but no soft labels to weigh: leave its weight out")
+            problems.append(
+                f"a weight is given for {name!r}, and there is no such teacher{did_you_mean(name, teachers)}"
+            )
+        elif name not in with_soft_labels:
+            problems.append(f"{name} has a weight, but gives no soft labels that it could weight: leave its weight out")
         elif not 0 < weight < math.inf:
-            problems.append(f"{name} has the weight {weight!r}; it must be above 0")
+            problems.append(f"{name} has the weight {weight!r}; it must be a finite number above 0")
     return problems

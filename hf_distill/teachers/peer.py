@@ -1,4 +1,4 @@
-"""A teacher that is trained beside the student, by the same optimizer, in one backward."""
+"""A teacher that is trained together with the student, by the same optimizer and in the same backward."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,24 +35,26 @@ logger = logging.get_logger(__name__)
 
 
 class PeerTeacher(TrainableTeacher):
-    """A second model that learns while it teaches: online distillation, or mutual learning (1706.00384).
+    """A second model that is trained while it teaches: online distillation, or mutual learning (arXiv 1706.00384).
 
-    online: the peer learns by cross entropy with the labels, and no loss of the student reaches it.
-    mutual: the peer learns as the student does, alpha * T^2 * divergence + (1 - alpha) * cross entropy, and the student
-        is its teacher: each model learns from what the other one says, without gradient through that.
+    online: the peer is trained by cross entropy with the labels, and the student's losses do not change it.
+    mutual: the peer is trained like the student, by alpha * T^2 * divergence + (1 - alpha) * cross entropy, with the
+        student as its teacher. Each model uses the other's logits without gradients.
 
     Args:
-        model: a model to be trained, or the path or id of one, loaded in the student's auto class in float32.
-        mutual: whether the peer learns from the student, too.
-        learning_rate: of the peer; None: the run's.
-        weight_decay: of the peer; None: the run's.
-        max_grad_norm: the peer's gradient is clipped apart from the student's, to this; None: the run's.
-        freeze_at_progress: progress of the training, in (0, 1], from which the peer is frozen; None: never.
-        processing_class: its tokenizer, compared with the student's; None: the one beside the model's files.
+        model: a model, or the path or id of one, which is loaded in float32.
+        mutual: whether the peer also learns from the student.
+        learning_rate: learning rate of the peer; None: that of the run.
+        weight_decay: weight decay of the peer; None: that of the run.
+        max_grad_norm: norm to which the peer's gradient is clipped, separately from the student's; None: that of the
+            run.
+        freeze_at_progress: progress of the training, in (0, 1], from which on the peer is frozen; None: never.
+        processing_class: the peer's tokenizer, which is compared with the student's; None: the tokenizer in the model's
+            folder.
         init_kwargs: passed to `from_pretrained`.
 
     Raises:
-        DistillError: a value out of range.
+        DistillError: a value is out of range; the message lists all such values.
     """
 
     model: Any = None
@@ -76,13 +78,19 @@ class PeerTeacher(TrainableTeacher):
         if max_grad_norm is not None and not max_grad_norm > 0:
             problems.append(f"max_grad_norm of the peer is {max_grad_norm}; it must be more than 0")
         if freeze_at_progress is not None and not 0 < freeze_at_progress <= 1:
-            problems.append(f"freeze_at_progress is {freeze_at_progress}; it is a progress of the training, in (0, 1]")
+            problems.append(
+                f"freeze_at_progress is {freeze_at_progress}; it must be a progress of the training, in (0, 1]"
+            )
         if not isinstance(model, str) and init_kwargs:
-            problems.append(f"{sorted(init_kwargs)} were given beside a model that is loaded already: leave them out")
+            problems.append(
+                f"{sorted(init_kwargs)} say how to load a model, but the peer is a model that is already loaded: leave "
+                "them out, or give the model's id or path"
+            )
         raise_if_any(problems)
         model = as_path(model)
         super().__init__()
-        self._given, self._init_kwargs, self._mutual = model, init_kwargs, mutual
+        self._init_kwargs, self._mutual = init_kwargs, mutual
+        self._model_or_path = model
         self._path = model if isinstance(model, str) else None
         self.kind = "mutual" if mutual else "online"
         self.optimizer_overrides = {"lr": learning_rate, "weight_decay": weight_decay}
@@ -90,71 +98,85 @@ class PeerTeacher(TrainableTeacher):
         self.processing_class = processing_class
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Check that the model fits the student, and load it if need be.
+        """Check that the model fits the student, and load it if it is a path or id.
 
         Raises:
-            DistillError: it does not fit, or nothing of it can be trained.
+            DistillError: the model does not fit the student, or has no parameters that can be trained.
         """
-        task, options = model_type_of(student), self._init_kwargs
-        given: Any = self._given
-        if isinstance(given, str):
-            given = read_config(given, options)
-            check_checkpoint(self._given, task, given)
+        model_type, options = model_type_of(student), self._init_kwargs
+        model_or_config: Any = self._model_or_path
+        if isinstance(model_or_config, str):
+            model_or_config = read_config(model_or_config, options)
+            check_checkpoint(self._model_or_path, model_type, model_or_config)
         check_teacher_student(
-            given, student, self.processing_class, processing_class, str(self._path or ""), **hub_options(options)
+            model_or_config,
+            student,
+            self.processing_class,
+            processing_class,
+            str(self._path or ""),
+            **hub_options(options),
         )
         if self.model is None and self._path is None:
-            self.model = self._given
+            self.model = self._model_or_path
         elif self.model is None:
             kwargs = {"dtype": torch.float32, **options}
-            self.model = load_pretrained(str(self._path), task, student, given, kwargs)
-            check_kinds(model_type_of(self.model), task)
+            self.model = load_pretrained(str(self._path), model_type, student, model_or_config, kwargs)
+            check_kinds(model_type_of(self.model), model_type)
         self._limits = InputLimits.of(self.model, student)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
             raise DistillError(
-                f"Nothing of the peer, a {type(unwrap_model(self.model)).__name__}, can be trained: load it in "
-                "float32, with parameters that require gradients, or use a FrozenTeacher."
+                f"The peer, a {type(unwrap_model(self.model)).__name__}, has no floating-point parameter that requires "
+                "a gradient, so it cannot be trained: load it in float32 with trainable parameters, or use a "
+                "FrozenTeacher."
             )
         self.trainable_module = self.model
 
     def check_data(self, rows: Any, name: str) -> None:
-        """Refuse rows with ids beyond the peer's embedding."""
+        """Check that the peer has an embedding for every id of a data set."""
         check_data(self._limits, rows, name)
 
     def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """What the strategy or the run's arguments would not do for the peer."""
+        """Return what the strategy or the arguments of the run do not support, and set `max_grad_norm`."""
         self.max_grad_norm, problems = self._max_grad_norm or args.max_grad_norm, []
         if args.fsdp or any(hasattr(p, "to_local") for p in self.model.parameters()):
-            problems.append("a peer is trained inside the student and not sharded by FSDP: use DDP or DeepSpeed")
+            problems.append(
+                "a peer is trained as a part of the student, and FSDP does not shard it: use DDP or DeepSpeed"
+            )
         if args.deepspeed and self._max_grad_norm is not None:
-            problems.append("DeepSpeed clips all gradients together: leave the peer's max_grad_norm out")
+            problems.append(
+                "DeepSpeed clips the gradients of student and peer together: leave the peer's max_grad_norm out"
+            )
         if args.deepspeed and self.freeze_at_progress is not None:
-            problems.append("DeepSpeed goes on moving what has no gradient: leave freeze_at_progress out, or use DDP")
+            problems.append(
+                "DeepSpeed updates parameters without a gradient too: leave freeze_at_progress out, or use DDP"
+            )
         if self._max_grad_norm is not None and not args.max_grad_norm:
-            problems.append("max_grad_norm of the run is 0, which clips nothing: set it, or leave the peer's out")
+            problems.append(
+                "max_grad_norm of the run is 0, which disables clipping: set it, or leave the peer's max_grad_norm out"
+            )
         if self.freeze_at_progress is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = args.world_size > 1 or None  # of a peer that is frozen by then
+            args.ddp_find_unused_parameters = args.world_size > 1 or None  # those of a frozen peer
         return problems
 
     def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Make the peer's terms of the student's: `peer_hard`, and `peer_soft` of a mutual one."""
+        """Derive the peer's terms from the student's: `peer_hard`, and `peer_soft` with mutual learning."""
         soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
         self.terms = [replace(hard, name="peer_hard", weight=hard.weight if self._mutual else 1.0)]
         if self._mutual:
             self.terms = [replace(soft, name="peer_soft"), *self.terms]
             if hard.weight == 0:
                 logger.warning(
-                    "Mutual learning with alpha 1: each model learns from the other alone, and nothing anchors the "
-                    "pair to the data. Set alpha below 1."
+                    "Mutual learning with alpha=1: the two models learn only from each other, and no loss uses the "
+                    "labels of the data. Set alpha below 1."
                 )
         return super().adapt_objective(terms)
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The peer's blocks."""
+        """The peer's layers."""
         return get_layer_stack(self.model, which)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """One forward of the peer as it is, outside of the student's."""
+        """Run the peer once in eval mode, outside the student's forward."""
         with eval_mode(self.model):
             return extract_signals(
                 self.model, self._limits.readable(accepted_inputs(self.model, inputs)), targets, feature_requests
@@ -167,27 +189,27 @@ class PeerTeacher(TrainableTeacher):
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
     ) -> JointStep:
-        """The peer's forward and its own loss."""
-        frozen = self.freeze_at_progress is not None and self.progress >= self.freeze_at_progress
+        """Return a step that runs the peer and computes its loss."""
+        is_frozen = self.freeze_at_progress is not None and self.progress >= self.freeze_at_progress
         inputs = self._limits.readable(accepted_inputs(self.model, inputs))
-        if frozen:
+        if is_frozen:
             self.model.eval()
         measure_before_student_loss(self.model, inputs, targets)
-        return _PeerStep(self.model, self.terms, frozen, inputs, targets, feature_requests, num_items)
+        return _PeerStep(self.model, self.terms, is_frozen, inputs, targets, feature_requests, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
-        """Write the peer as a folder of its own, as `from_pretrained` loads it.
+        """Save the peer so that `from_pretrained` can load it.
 
         Args:
-            folder: where to.
-            write: whether this rank writes; every rank has to call.
+            folder: the folder to write.
+            write: whether this rank writes; every rank must call the method.
 
         Raises:
-            RunError: its weights are not finite; nothing is written.
+            RunError: some weights are not finite; nothing is written.
         """
         state = gathered_state_dict(self.model)
         buffers = state.keys() - dict(self.model.named_parameters()).keys()
-        advice = "Go on from a checkpoint with a smaller learning_rate of the peer."
+        advice = "Resume from a checkpoint with a smaller learning_rate of the peer."
         check_finite(state, folder, owner="the peer", advice=advice, buffers=buffers)
         if write:
             self.model.save_pretrained(folder, state_dict=state)
@@ -196,25 +218,26 @@ class PeerTeacher(TrainableTeacher):
 
 
 class _PeerStep(JointStep):
-    """One forward of the peer inside the student's."""
+    """One forward of the peer inside the student's forward."""
 
-    def __init__(self, model, terms, frozen, inputs, targets, feature_requests, num_items):
-        self.model, self.terms, self.frozen = model, terms, frozen
+    def __init__(self, model, terms, is_frozen, inputs, targets, feature_requests, num_items):
+        self.model, self.terms, self.is_frozen = model, terms, is_frozen
         self.inputs, self.targets, self.feature_requests, self.num_items = inputs, targets, feature_requests, num_items
 
-    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
-        own: list[LazyLogits | DenseLogits] = []
-        learns = any(term.loss.needs for term in self.terms)
+    def __call__(self, student_logits: LazyLogits | DenseLogits) -> Tensor:
+        peer_logits: list[LazyLogits | DenseLogits] = []
+        is_mutual = any(term.loss.needs for term in self.terms)
 
-        def jobs(its: LazyLogits | DenseLogits) -> StepLosses:
-            own.append(its.detach())
-            job = ChunkedLoss(said.detach() if learns else None, self.targets, self.terms, num_items=self.num_items)
-            return StepLosses(job, FeatureLoss([], {}, {}, self.targets))
+        def build_losses(logits: LazyLogits | DenseLogits) -> StepLosses:
+            peer_logits.append(logits.detach())
+            teacher_logits = student_logits.detach() if is_mutual else None
+            chunked_loss = ChunkedLoss(teacher_logits, self.targets, self.terms, num_items=self.num_items)
+            return StepLosses(chunked_loss, FeatureLoss([], {}, {}, self.targets))
 
-        learning = torch.is_grad_enabled() and not self.frozen
-        with torch.set_grad_enabled(learning), capture_features(self.model, self.feature_requests) as found:
-            loss, _, done = forward_with_loss(self.model, self.inputs, self.targets, {}, jobs)
-        self.teacher_signals = Signals(own[-1], {tap: feature.detach() for tap, feature in found.items()})
+        is_trained = torch.is_grad_enabled() and not self.is_frozen
+        with torch.set_grad_enabled(is_trained), capture_features(self.model, self.feature_requests) as features:
+            loss, _, losses = forward_with_loss(self.model, self.inputs, self.targets, {}, build_losses)
+        self.teacher_signals = Signals(peer_logits[-1], {key: feature.detach() for key, feature in features.items()})
         names = {"aux": "peer_aux"}
-        self.per_token = {names.get(name, name): values for name, values in done.head.per_token.items()}
+        self.per_token = {names.get(name, name): values for name, values in losses.head.per_token.items()}
         return loss

@@ -1,4 +1,4 @@
-"""Teachers given by path or id: their config, their class, and whether the checkpoint has all of their weights."""
+"""Teachers that are given by path or Hub id: their config, their class, and the weights that the checkpoint holds."""
 
 import json
 import os
@@ -20,10 +20,10 @@ _ADAPTER_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_
 
 
 def as_path(model: Any) -> Any:
-    """A path or id as a string, with the user's folder for `~`; anything else as it is.
+    """Return a path or id as a string, with `~` expanded, and a model unchanged.
 
     Raises:
-        DistillError: neither a path, an id nor a module; or a path where there is nothing.
+        DistillError: the value is neither a path, an id nor a module, or there is no folder at the path.
     """
     if isinstance(model, str | os.PathLike):
         path = os.path.expanduser(os.fspath(model))
@@ -42,12 +42,12 @@ def as_path(model: Any) -> Any:
 
 
 def hub_options(init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say which files are read, for a config or a tokenizer."""
+    """Return those arguments of `from_pretrained` that select files, for loading a config or a tokenizer."""
     return {name: value for name, value in init_kwargs.items() if name in HUB_OPTIONS}
 
 
 def read_config(path: str, init_kwargs: dict[str, Any]) -> PretrainedConfig:
-    """The config of a model given by path; of a folder with adapters that of their base.
+    """Load the config of a model, or of the base model of adapters.
 
     Raises:
         DistillError: there is no such model, or its config cannot be read.
@@ -58,75 +58,81 @@ def read_config(path: str, init_kwargs: dict[str, Any]) -> PretrainedConfig:
         if adapter is None:
             return AutoConfig.from_pretrained(path, **options)
         require_package("peft", "peft", f"The teacher {path}, which is a folder of adapters,")
-        options = {k: v for k, v in options.items() if k not in ("revision", "subfolder")}
+        options = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
         return AutoConfig.from_pretrained(
             adapter["base_model_name_or_path"], revision=adapter.get("revision") or "main", **options
         )
 
 
 def read_adapter_config(path: str, init_kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The config of the adapters that a folder or repository holds; None where it holds none.
+    """Read the adapter config of a folder or repository; return None if it holds no adapters.
 
     Raises:
-        DistillError: it is no JSON object, or does not name the model that the adapters are for.
+        DistillError: the file is no JSON object, or does not name the base model of the adapters.
     """
-    options = {k: v for k, v in init_kwargs.items() if k in _ADAPTER_OPTIONS} | init_kwargs.get("adapter_kwargs", {})
+    options = {name: value for name, value in init_kwargs.items() if name in _ADAPTER_OPTIONS}
+    options |= init_kwargs.get("adapter_kwargs", {})
     with reading(f"The teacher {path}"):
         file = find_adapter_config_file(path, **options)
         config = None if file is None else json.loads(Path(file).read_text())
     if config is not None and not (isinstance(config, dict) and config.get("base_model_name_or_path")):
-        raise DistillError(f"adapter_config.json of the teacher {path} names no base_model_name_or_path.")
+        raise DistillError(
+            f"adapter_config.json of the teacher {path} has no base_model_name_or_path: set it to the path or id of "
+            "the model that the adapters were trained on."
+        )
     return config
 
 
 def load_pretrained(
-    path: str, task: ModelType, student: nn.Module, config: PretrainedConfig, kwargs: dict
+    path: str, model_type: ModelType, student: nn.Module, config: PretrainedConfig, kwargs: dict
 ) -> nn.Module:
-    """The model of a checkpoint, in the class that wrote it, else in the student's auto class.
+    """Load a checkpoint in the class that wrote it, or in the student's auto class if that class is unknown.
 
     Args:
-        path: or id.
-        task: the student's kind.
+        path: folder or id of the checkpoint.
+        model_type: the student's model type.
         student: the student.
-        config: of the checkpoint; see `read_config`.
-        kwargs: of `from_pretrained`.
+        config: config of the checkpoint; see `read_config`.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
-        DistillError: the checkpoint is of another kind, cannot be read, or lacks weights of the model.
+        DistillError: the checkpoint is of another model type, cannot be read, or lacks weights of the model.
     """
     adapter = read_adapter_config(path, kwargs)
-    model_class = _class_of(path, task, student, config, adapter is not None)
+    model_class = _class_of(path, model_type, student, config, adapter is not None)
     with reading(f"The teacher {path}"):
         model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    trained = (adapter or {}).get("modules_to_save") or ()
-    missing = [key for key in report["missing_keys"] if not {*key.split(".")} & {*trained} and "lora_" not in key]
+    adapter_modules = (adapter or {}).get("modules_to_save") or ()
+    missing = [
+        key for key in report["missing_keys"] if not {*key.split(".")} & {*adapter_modules} and "lora_" not in key
+    ]
     missing += [key[0] for key in report["mismatched_keys"]]
     if missing:
         raise DistillError(
             f"The teacher {path} has no weights for {', '.join(sorted(missing)[:3])}"
             f"{f' and {len(missing) - 3} others' if len(missing) > 3 else ''} of a "
-            f"{type(unwrap_model(model)).__name__}: they would be random, and so would its predictions. Give the "
-            "checkpoint of a model that was trained for this task; if these weights do not matter, load the model and "
-            "pass it in place of its path."
+            f"{type(unwrap_model(model)).__name__}: they would be initialized at random, and the predictions would be "
+            "random too. Give the checkpoint of a model that was trained for this task; if these weights do not "
+            "matter, load the model yourself and pass it instead of its path."
         )
     return model
 
 
-def check_checkpoint(path: str, task: ModelType, config: PretrainedConfig, is_adapter: bool = False) -> None:
-    """Refuse a checkpoint of another kind than the student, by the class that wrote it.
+def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig, is_adapter: bool = False) -> None:
+    """Check that the class that wrote a checkpoint is of the student's model type.
 
     Raises:
-        DistillError: it is of another kind, or no classifier of single labels.
+        DistillError: it is of another model type, or a classifier without classes of which one applies.
     """
-    check_has_classes(f"The teacher {path}", task, config)
+    check_has_classes(f"The teacher {path}", model_type, config)
     written_by = _written_by(config)
-    kind = None if written_by is None or is_adapter else model_type_of_class(written_by)
-    if kind in (CAUSAL, SEQ2SEQ):
-        kind = SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL
-    if kind is not None and kind.name != task.name:
+    written_type = None if written_by is None or is_adapter else model_type_of_class(written_by)
+    if written_type in (CAUSAL, SEQ2SEQ):
+        written_type = SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL
+    if written_type is not None and written_type.name != model_type.name:
         raise DistillError(
-            f"The teacher {path} is a {kind.name} ({written_by.__name__}) and the student a {task.name}: use two "
-            "models of one kind."
+            f"The teacher {path} is a {written_type.name} ({written_by.__name__}) and the student a {model_type.name}: "
+            "use two models of the same type."
         )
 
 
@@ -135,24 +141,25 @@ def _written_by(config: PretrainedConfig) -> Any:
     return getattr(transformers, names[0], None)
 
 
-def _class_of(path: str, task: ModelType, student: nn.Module, config: PretrainedConfig, is_adapter: bool) -> Any:
-    check_checkpoint(path, task, config, is_adapter)
+def _class_of(path: str, model_type: ModelType, student: nn.Module, config: PretrainedConfig, is_adapter: bool) -> Any:
+    check_checkpoint(path, model_type, config, is_adapter)
     written_by = _written_by(config)
     if written_by is not None and model_type_of_class(written_by) is not None and not is_adapter:
         return written_by
-    return getattr(transformers, auto_class_of(type(unwrap_model(student)), task))
+    return getattr(transformers, auto_class_of(type(unwrap_model(student)), model_type))
 
 
-def auto_class_of(model_class: type, task: ModelType) -> str:
-    """The auto class whose table names a model class; that of its kind where none or several do."""
+def auto_class_of(model_class: type, model_type: ModelType) -> str:
+    """Return the name of the auto class that maps to a model class; that of its model type if none or several do."""
     names = {base.__name__ for base in model_class.__mro__}
-    found = []
+    auto_classes = []
     for name in dir(transformers):
         mapping = (
             getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModelFor") else None
         )
         for value in getattr(mapping, "_model_mapping", {}).values():
             if names & ({value} if isinstance(value, str) else {*value}):
-                found.append(name)
+                auto_classes.append(name)
                 break
-    return task.auto_class if task.auto_class in found or not found else found[0]
+    is_default = not auto_classes or model_type.auto_class in auto_classes
+    return model_type.auto_class if is_default else auto_classes[0]

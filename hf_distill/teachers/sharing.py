@@ -1,4 +1,4 @@
-"""What a student must not share with a teacher that is a model of its own."""
+"""Checks that a student shares no trained weights and no dropout modules with a teacher that is another model."""
 
 from collections.abc import Collection
 
@@ -15,12 +15,12 @@ from .state import local_shard
 
 
 def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: Teacher) -> list[str]:
-    """Parameters and modules that the student shares with its teacher and that one would change for the other.
+    """Return the parameters and modules that student and teacher share although training changes them, as messages.
 
     Args:
-        student: the model.
-        trained: names of its parameters that are trained.
-        teacher: a prepared teacher; those that are the student itself, in another state, share all by design.
+        student: the student.
+        trained: names of the student's trained parameters.
+        teacher: a prepared teacher; a teacher that is the student in another state shares all weights by design.
     """
     if isinstance(teacher, MultiTeacher):
         return [
@@ -32,8 +32,8 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
     if not isinstance(teacher, FrozenTeacher | PeerTeacher) or not isinstance(model, nn.Module):
         return []
     pointers = {local_shard(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())} - {0}
-    own = strip_sidecar(dict(student.named_parameters()))  # a peer that trains hangs in the student's sidecar
-    if shared := [name for name in own if name in trained and local_shard(own[name]).data_ptr() in pointers]:
+    parameters = strip_sidecar(dict(student.named_parameters()))  # a trained peer is in the student's sidecar
+    if shared := [name for name, p in parameters.items() if name in trained and local_shard(p).data_ptr() in pointers]:
         return [
             f"the student and its teacher share {len(shared)} parameters that are trained ({', '.join(shared[:3])}): "
             "build the student from copies (copy.deepcopy of the teacher's modules), or freeze them in the student. To "
@@ -42,16 +42,16 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
     modules = {id(module) for module in model.modules()}
     if shared := [
         name
-        for name, m in strip_sidecar(dict(student.named_modules())).items()
-        if id(m) in modules and _depends_on_mode(m)
+        for name, module in strip_sidecar(dict(student.named_modules())).items()
+        if id(module) in modules and _depends_on_mode(module)
     ]:
         return [
             f"the student and its teacher share modules ({', '.join(shared[:3])}), so that dropout in the student's "
-            "training is dropout in its teacher: build the student from copies (copy.deepcopy)"
+            "training is applied in the teacher too: build the student from copies (copy.deepcopy)"
         ]
     return []
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether a module may do something else in training; a single linear layer, embedding or norm does not."""
+    """Whether a module may compute something else in training; a single linear layer, embedding or norm does not."""
     return isinstance(module, _DropoutNd | _BatchNorm) or any(True for _ in module.children())

@@ -271,8 +271,8 @@ def test_a_student_cut_from_a_quantised_teacher_is_cut_from_the_whole_one(folder
         (["train.fsdp=true"], "train.fsdp shards the student over processes of a launcher; here is none"),
         (["train.fsdp=true", "train.deepspeed=zero2-student.json"], "exclude each other"),
         (["train.fsdp=true"], "one cut from its teacher is not loaded"),
-        (["teacher.deepspeed=zero3-teacher.json"], "a teacher held by deepspeed is sharded over the processes"),
-        (["teacher.fsdp=true"], "a teacher held by fsdp is sharded over the processes"),
+        (["teacher.deepspeed=zero3-teacher.json"], "deepspeed shards the teacher over the processes"),
+        (["teacher.fsdp=true"], "fsdp shards the teacher over the processes"),
         (
             [
                 "student={model: 'smoke:llama/student', quantization: nf4, lora: {}}",

@@ -212,7 +212,7 @@ def test_packed_documents_drop_tokens_but_not_their_first():
 @pytest.mark.parametrize("name", ["span_deletion", "prepend_context_tokens"])
 def test_packed_rows_cannot_hide_or_add(name):
     view = BatchView.parse({name: 0.5 if name == "span_deletion" else 2})
-    with pytest.raises(DistillError, match=f"view has {name}, which packed rows cannot have"):
+    with pytest.raises(DistillError, match=f"view has {name}, which does not work with packed rows"):
         seen_of(view, "llama", packed_batch())
 
 
@@ -338,7 +338,7 @@ def test_a_batch_without_or_with_another_paraphrase_is_told():
         seen_of(view, "llama", batch)
     other = {f"view_{name}": value for name, value in batch.items()}
     other["view_labels"] = other["view_labels"].where(other["view_labels"] == -100, 7)
-    with pytest.raises(DistillError, match="asks 10 tokens and its paraphrase 10, which are not the same"):
+    with pytest.raises(DistillError, match="has 10 target tokens and its paraphrase 10, which are not the same"):
         seen_of(view, "llama", batch | other)
     for kind in ("t5", "sequence"):
         batch = collate(rows(kind, 3))

@@ -200,7 +200,7 @@ def test_draws_of_missing_examples_are_those_that_would_have_been_written(make_t
 @pytest.mark.parametrize(
     ("kind", "options", "why"),
     [
-        ("sampled", {"divergence": "js"}, "soft is js, and a sampled cache tells forward_kl alone"),
+        ("sampled", {"divergence": "js"}, "soft is js, and a sampled cache supports forward_kl only"),
         ("top_k", {"temperature": 1.0}, "soft has temperature 1, and the cache was written at 2"),
         ("sampled", {"losses": [{"name": "hidden_mse"}]}, "hidden_mse needs hidden states of the layers"),
     ],
@@ -228,7 +228,7 @@ def test_another_tokenizer_template_source_or_weights_are_refused(make_trainer, 
         asking = CachedTeacher(str(tmp_path / "cache"), source=FrozenTeacher(model), on_miss="query_teacher")
         with pytest.raises(DistillError, match=why):
             make_trainer(teacher=asking)
-    with pytest.raises(DistillError, match="give it as `source`"):
+    with pytest.raises(DistillError, match="pass that teacher as `source`"):
         CachedTeacher(str(tmp_path / "cache"), on_miss="query_teacher")
 
 

@@ -71,7 +71,7 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is_and_not_quantised_again(saved
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for way in ({"quantization": "int8"}, {"deepspeed": "zero3-teacher.json"}, {"fsdp": True}):
-        with pytest.raises(DistillError, match="is a quantised checkpoint already"):
+        with pytest.raises(DistillError, match="is already a quantized checkpoint"):
             prepared(quantised, **way)
 
 
@@ -94,9 +94,9 @@ def test_a_teacher_whose_head_lies_on_disk_tells_the_same(saved, tmp_path):
         ({"quantization": "nf4", "deepspeed": "zero3-teacher.json"}, "quantization and deepspeed at once: choose"),
         ({"quantization": "nf4", "fsdp": True}, "quantization and fsdp at once"),
         ({"device_map": "auto", "fsdp": True}, "device_map spreads a teacher over the devices of one process"),
-        ({"deepspeed": "zero3-teacher.json"}, "2 or more; here is no launcher. Start with `torchrun"),
-        ({"deepspeed": "zero3-teacher-offload.json"}, "processes of a launcher, 1 or more; here is no"),
-        ({"fsdp": True}, "Start with `torchrun --nproc_per_node 2"),
+        ({"deepspeed": "zero3-teacher.json"}, "2 or more; this run has no launcher. Start it with"),
+        ({"deepspeed": "zero3-teacher-offload.json"}, "processes of a launcher, and needs 1 or more; this"),
+        ({"fsdp": True}, "Start it with `torchrun --nproc_per_node 2"),
         ({"deepspeed": "zero3-techer.json"}, "did you mean 'zero3-teacher.json'"),
         ({"deepspeed": "zero2-student.json"}, "zero_optimization.stage is 2; a teacher has no gradients"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {}}}, "no 'optimizer' section: remove it"),
@@ -111,11 +111,11 @@ def test_a_device_map_is_refused_beside_other_processes_unless_it_names_one_devi
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for device_map in ("auto", {"model": 0, "lm_head": 1}):
-        with pytest.raises(DistillError, match="for which 2 processes would fight"):
+        with pytest.raises(DistillError, match="each of the 2 processes of this launch"):
             FrozenTeacher(saved, device_map=device_map)
     model = build("llama", 1)
     model.hf_device_map = {"model": 0, "lm_head": 1}
-    with pytest.raises(DistillError, match="for which 2 processes would fight"):
+    with pytest.raises(DistillError, match="each of the 2 processes of this launch"):
         prepared(model)
     assert prepared(saved, device_map={"": "cpu"}).model.device.type == "cpu"
 
@@ -131,7 +131,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(saved, mon
 
 
 def test_ways_of_loading_are_refused_beside_a_model_that_is_loaded(make_trainer):
-    with pytest.raises(DistillError, match=r"'quantization'.* beside a model that is loaded already"):
+    with pytest.raises(DistillError, match=r"'quantization'.* a model that is already loaded"):
         FrozenTeacher(build("llama"), quantization="nf4")
     with pytest.raises(DistillError, match=r"'deepspeed'.* beside a Teacher"):
         make_trainer(teacher=FrozenTeacher(build("llama")), teacher_deepspeed="zero3-teacher.json")

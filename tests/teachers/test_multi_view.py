@@ -156,7 +156,7 @@ def test_no_gradient_passes_through_the_teacher(make_trainer):
 
 
 def test_bad_options_are_refused(make_trainer):
-    with pytest.raises(DistillError, match="view_for is 'both'; it must be student or teacher"):
+    with pytest.raises(DistillError, match="view_for is 'both'; it must be 'student' or 'teacher'"):
         teacher("both")
     with pytest.raises(DistillError, match="view changes nothing"):
         MultiViewTeacher({})

@@ -1,4 +1,4 @@
-"""Multi-token prediction: heads that predict tokens further ahead, their training, and generation with them."""
+"""Multi-token prediction: heads that predict tokens after the next one, their training, and generation with them."""
 
 from .teacher import MTPTeacher
 

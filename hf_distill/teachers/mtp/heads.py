@@ -1,4 +1,4 @@
-"""Multi-token prediction: modules that say, at each position, what comes after the next token."""
+"""Multi-token prediction heads: modules that predict, at each position, the tokens after the next one."""
 
 import copy
 import inspect
@@ -22,7 +22,7 @@ WEIGHTS, SETTINGS = "mtp.safetensors", "mtp.json"
 
 
 class MTPHeads(nn.Module):
-    """Modules in a chain, each of which looks at one more token than the one before and says the token after it.
+    """A chain of modules, each of which reads one more token than the one before and predicts the token after it.
 
     h^d_i = block_d(project_d([norm(h^(d-1)_i); norm(embed(token i + d))])), d = 1..k
     logits of token i + d + 1 = head(norm(h^d_i)), with the model's own embedding and output head
@@ -31,14 +31,14 @@ class MTPHeads(nn.Module):
     """
 
     def __init__(self, student: nn.Module, heads: int):
-        """Start each module from the student's last block and final norm, without random numbers.
+        """Initialize each module from the student's last block and final norm, without random numbers.
 
         Args:
-            student: a causal language model, in parallel wrappers or not; it is left as it is.
-            heads: k, how many tokens after the next one are said.
+            student: a causal language model, with or without parallel wrappers; it is not changed.
+            heads: k, how many tokens after the next one are predicted.
 
         Raises:
-            DistillError: no module, or a student whose last block or output head cannot serve.
+            DistillError: `heads` is below 1, or the last block or output head of the student is not supported.
         """
         super().__init__()
         if heads < 1:
@@ -58,27 +58,27 @@ class MTPHeads(nn.Module):
     def forward(
         self, hidden: Tensor, input_ids: Tensor, embed: nn.Module, block_kwargs: Mapping[str, Any]
     ) -> list[Tensor]:
-        """What the output head is given to say token i + d + 1 at position i, for d = 1..k.
+        """Return the inputs of the output head that predict token i + d + 1 at position i, for d = 1..k.
 
         Args:
-            hidden: [B, S, H] as the model's output head gets it.
-            input_ids: [B, S]; d positions at the end of a row have no token i + d, and nothing is to be asked there.
+            hidden: [B, S, H] inputs of the model's output head.
+            input_ids: [B, S]; the last d positions of a row have no token i + d, so their outputs are meaningless.
             embed: the model's input embedding.
-            block_kwargs: what the model's last block was called with; see `last_block_call`.
+            block_kwargs: arguments of the model's last block; see `record_last_block_kwargs`.
 
         Returns:
             k tensors [B, S, H].
         """
         embedded, rows = embed(input_ids), []
-        for d, depth in enumerate(self.depths, 1):
-            # The first tokens of the row fill its end: a causal mask keeps them there.
-            hidden, row = depth(hidden, embedded.roll(-d, dims=1), block_kwargs)
+        for d, module in enumerate(self.depths, 1):
+            # The first tokens of the row are moved to its end, where a causal mask hides them from the others.
+            hidden, row = module(hidden, embedded.roll(-d, dims=1), block_kwargs)
             rows.append(row)
         return rows
 
 
 class MTPModule(nn.Module):
-    """One module of the chain; it starts as the student's last block on the hidden states that it is given."""
+    """One module of the chain; after initialization it is the student's last block applied to the hidden states."""
 
     def __init__(self, block: nn.Module, norm: nn.Module, width: int):
         super().__init__()
@@ -86,54 +86,55 @@ class MTPModule(nn.Module):
         self.norm_hidden, self.norm_token, self.norm_out = (_copy(norm).to(like) for _ in range(3))
         self.project = nn.utils.skip_init(nn.Linear, 2 * width, width, bias=False, device=like.device, dtype=like.dtype)
         self.block = _copy(block)
-        nn.init.eye_(self.project.weight)  # hidden states as they are: the last block is at home with those alone
+        nn.init.eye_(self.project.weight)  # the last block gets the hidden states unchanged, as in the student
 
     def forward(self, hidden: Tensor, tokens: Tensor, block_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """What the next module and what the output head are given, both [B, S, H].
+        """Return the inputs of the next module and of the output head, both [B, S, H].
 
         Args:
-            hidden: [B, S, H] of the module before, or of the model.
-            tokens: [B, S, H] embedding of the token that stands d further on.
+            hidden: [B, S, H] output of the previous module, or of the model.
+            tokens: [B, S, H] embeddings of the tokens d positions later.
             block_kwargs: see `MTPHeads.forward`.
         """
-        both = torch.cat([self.norm_hidden(hidden), self.norm_token(tokens)], dim=-1)
-        outputs = self.block(self.project(both), **block_kwargs)
+        hidden_and_tokens = torch.cat([self.norm_hidden(hidden), self.norm_token(tokens)], dim=-1)
+        outputs = self.block(self.project(hidden_and_tokens), **block_kwargs)
         hidden = outputs[0] if isinstance(outputs, tuple) else outputs
         return hidden, self.norm_out(hidden)
 
 
 @contextmanager
 def record_last_block_kwargs(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """What the model's last block was called with, by name; without its hidden states, and without a cache.
+    """Record the arguments of the model's last block by name, without its hidden states and without a KV cache.
 
     Args:
-        model: a transformers model, in wrappers or not; run it inside the context, on rows that have no past.
+        model: a transformers model, with or without wrappers; run it inside the context, without past key values.
     """
     block = find_blocks(model)[1][-1]
     names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
-    call: dict[str, Any] = {}
+    block_kwargs: dict[str, Any] = {}
 
-    def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        call.clear()
-        call.update((k, None if isinstance(v, Cache) else v) for k, v in given.items() if k != names[0])
+    def record(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments.pop(names[0], None)
+        block_kwargs.clear()
+        block_kwargs.update((name, None if isinstance(value, Cache) else value) for name, value in arguments.items())
 
-    hook = block.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = block.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield call
+        yield block_kwargs
     finally:
         hook.remove()
 
 
 def save_heads(heads: MTPHeads, folder: str | Path) -> None:
-    """Write `mtp.safetensors` and `mtp.json`, beside the student or anywhere.
+    """Write `mtp.safetensors` and `mtp.json` into a folder, which may be that of the student.
 
     Raises:
-        RunError: the weights of the heads are not finite; nothing is written.
+        RunError: some weights of the heads are not finite; nothing is written.
     """
     folder, state = Path(folder), heads.state_dict()
     buffers = state.keys() - dict(heads.named_parameters()).keys()
-    advice = "Go on from a checkpoint with a smaller learning_rate."
+    advice = "Resume from a checkpoint with a smaller learning_rate."
     check_finite(state, folder, owner="the heads", advice=advice, buffers=buffers)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
@@ -145,19 +146,22 @@ def load_heads(student: nn.Module, folder: str | Path) -> MTPHeads:
 
     Args:
         student: the model that the heads were trained with.
-        folder: that holds the two files.
+        folder: the folder that holds the two files.
 
     Raises:
-        DistillError: the folder has no heads, or those of another model.
+        DistillError: the folder has no heads, or the heads of another model.
     """
     folder = Path(folder)
     missing = [name for name in (WEIGHTS, SETTINGS) if not (folder / name).is_file()]
     if missing:
         raise DistillError(f"{folder} has no {' and no '.join(missing)}: give a folder that `save_heads` wrote to.")
     settings = json.loads((folder / SETTINGS).read_text())
-    own = _settings(student, settings.get("heads", 1))
-    if settings != own:
-        raise DistillError(f"The heads in {folder} are {settings} and the student's would be {own}: load its own.")
+    expected = _settings(student, settings.get("heads", 1))
+    if settings != expected:
+        raise DistillError(
+            f"The heads in {folder} have the settings {settings}, and heads of this student have {expected}: load "
+            "heads that were trained with this student."
+        )
     heads, state = MTPHeads(student, settings["heads"]), load_file(folder / WEIGHTS)
     wrong = [
         name for name, value in heads.state_dict().items() if name not in state or state[name].shape != value.shape
@@ -174,26 +178,30 @@ def load_heads(student: nn.Module, folder: str | Path) -> MTPHeads:
 
 
 def _check(student: nn.Module) -> None:
+    """Raise a DistillError if heads cannot be made from the student."""
     model = unwrap_model(student)
-    name, task = type(model).__name__, model_type_of(model)
-    if not task.shifts_labels:
-        raise DistillError(f"{name} is a {task.name}: only a causal language model has a next token to look beyond.")
+    name, model_type = type(model).__name__, model_type_of(model)
+    if not model_type.shifts_labels:
+        raise DistillError(
+            f"{name} is a {model_type.name}, and multi-token prediction predicts the tokens after the next one: use a "
+            "causal language model."
+        )
     if unwrap_parallel(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
         raise DistillError(
-            f"{name} wears adapters, and multi-token prediction trains a copy of its last block: merge them first "
-            "(`merge_and_unload()`), or train the whole student."
+            f"{name} has adapters, and multi-token prediction trains a copy of its last block: merge the adapters "
+            "first (`merge_and_unload()`), or train the full student."
         )
     if getattr(model, "is_quantized", False) or is_zero3_partitioned(model):
-        kind = "is partitioned by ZeRO-3" if is_zero3_partitioned(model) else "is quantised"
+        state = "is partitioned by ZeRO-3" if is_zero3_partitioned(model) else "is quantized"
         raise DistillError(
-            f"{name} {kind}, and multi-token prediction trains a copy of its last block, which needs whole, "
-            "floating-point weights: make the heads from a student loaded in bf16 or fp32."
+            f"{name} {state}, and multi-token prediction trains a copy of its last block, which needs unsharded "
+            "floating-point weights: make the heads from a student that is loaded in bf16 or fp32."
         )
     head, embed, width = model.get_output_embeddings(), model.get_input_embeddings(), _settings(model, 1)["hidden_size"]
     if not isinstance(head, nn.Linear) or {head.in_features, embed.weight.shape[-1]} != {width}:
         raise DistillError(
-            f"{name} has the output head {head} and the embedding {embed}: multi-token prediction shares both, so both "
-            f"must be of the model's hidden size, {width}, and the head a linear layer."
+            f"{name} has the output head {head} and the embedding {embed}: multi-token prediction uses both, so both "
+            f"must have the model's hidden size, {width}, and the head must be a linear layer."
         )
 
 
@@ -203,14 +211,14 @@ def _settings(model: nn.Module, heads: int) -> dict[str, Any]:
 
 
 def _final_norm(parent: nn.Module, blocks: nn.ModuleList, width: int) -> nn.Module:
-    """The only module beside the blocks whose parameters are all [H]; a new one where that tells none or several."""
-    beside = [child for child in parent.children() if child is not blocks]
-    norms = [child for child in beside if {tuple(p.shape) for p in child.parameters()} == {(width,)}]
+    """Return the norm after the blocks: the only sibling whose parameters are all [H]; a new norm if there is none."""
+    siblings = [child for child in parent.children() if child is not blocks]
+    norms = [child for child in siblings if {tuple(p.shape) for p in child.parameters()} == {(width,)}]
     return norms[0] if len(norms) == 1 else nn.RMSNorm(width, eps=1e-6)
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy without hooks, whose owners would be copied too; configs are shared, so that settings reach both."""
+    """Copy a module without its hooks, whose owners would be copied too; the config is shared with the original."""
     memo: dict[int, Any] = {}
     for inner in module.modules():
         for name, value in vars(inner).items():

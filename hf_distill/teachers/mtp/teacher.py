@@ -1,4 +1,4 @@
-"""The student's output head teaches heads that look further ahead."""
+"""The teacher for multi-token prediction: the student's next-token predictions teach the additional heads."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,23 +24,23 @@ from .heads import MTPHeads, record_last_block_kwargs, save_heads
 
 
 class MTPTeacher(TrainableTeacher):
-    """Multi-token prediction (2412.19437, 2.2) with the main head as the teacher of the others.
+    """Multi-token prediction (arXiv 2412.19437, section 2.2) with the main head as the teacher of the other heads.
 
     L = cross entropy of the student
         + sum over d of (hard_weight * cross entropy_d + soft_weight * T^2 * divergence(main head || head d))
 
-    Head d at position i says token i + d + 1; its soft labels are what the main head says of that token at position
-    i + d, without gradient. All sums are over asked tokens, divided by those of the global batch. The student itself
-    has no soft labels: alpha must be 0.
+    Head d at position i predicts token i + d + 1; its soft labels are the main head's prediction of that token at
+    position i + d, without gradients. All sums are over target tokens, divided by the number of target tokens of the
+    global batch. The student itself has no soft labels, so alpha must be 0.
 
     Args:
-        num_future_tokens: how many tokens beyond the next one are predicted, one by each head.
-        hard_weight: of each head's cross entropy.
-        soft_weight: of each head's divergence.
-        learning_rate: of the heads; None: the run's.
+        num_future_tokens: how many tokens after the next one are predicted, one by each head.
+        hard_weight: weight of each head's cross entropy.
+        soft_weight: weight of each head's divergence.
+        learning_rate: learning rate of the heads; None: that of the run.
 
     Raises:
-        DistillError: a value out of range.
+        DistillError: a value is out of range; the message lists all such values.
     """
 
     kind = "mtp"
@@ -67,40 +67,40 @@ class MTPTeacher(TrainableTeacher):
         self.optimizer_overrides = {"lr": learning_rate}
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Make the heads of the student's last block, if there are none yet.
+        """Make the heads from the student's last block, if there are none yet.
 
         Raises:
-            DistillError: a student that they cannot be made of.
+            DistillError: heads cannot be made from this student.
         """
         self.model = student
         if self.trainable_module is None:
             self.trainable_module = MTPHeads(student, self._count)
 
     def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """Strategies that shard what the heads share with the student."""
-        return ["MTP heads are not trained under FSDP: use DDP or DeepSpeed"] if args.fsdp else []
+        """Return the reason why FSDP is not supported: it shards what the heads share with the student."""
+        return ["MTP heads cannot be trained under FSDP: use DDP or DeepSpeed"] if args.fsdp else []
 
     def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Make the heads' terms of the student's: `mtp_hard_d` and `mtp_soft_d` for each of them.
+        """Derive the heads' terms from the student's: `mtp_hard_d` and `mtp_soft_d` for each head d.
 
         Raises:
-            DistillError: the student has soft labels or features to learn from.
+            DistillError: the objective has a soft loss or further losses of the student.
         """
         soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
         if soft.weight or len(terms) > 2:
             raise DistillError(
                 f"alpha is {soft.weight:g} and there are {len(terms) - 2} further losses, but an MTPTeacher teaches "
-                "its heads alone and tells the student itself nothing: set alpha to 0 and leave losses out."
+                "only its heads and gives the student itself no soft labels: set alpha to 0 and leave losses out."
             )
         self._terms = [
             [replace(t, name=f"mtp_{t.name}_{d}", weight=self._weights[t.name]) for t in (soft, hard)]
             for d in range(1, self._count + 1)
         ]
-        self.terms = [term for of_head in self._terms for term in of_head]
+        self.terms = [term for head_terms in self._terms for term in head_terms]
         return super().adapt_objective(terms)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """Nothing that the student itself could learn from."""
+        """Return no logits: the student itself learns from the labels only."""
         return Signals(None)
 
     def joint_step(
@@ -110,87 +110,100 @@ class MTPTeacher(TrainableTeacher):
         feature_requests: Mapping[FeatureKey, Targets],
         num_items: Tensor | int | None,
     ) -> JointStep:
-        """The heads' forward and their losses."""
-        run = _MTPStep(self.model, self.trainable_module, self._terms, inputs, targets, targets.divisor(num_items))
-        self._run = run
-        return run
+        """Return a step that runs the heads and computes their losses."""
+        self._step = _MTPStep(
+            self.model, self.trainable_module, self._terms, inputs, targets, targets.divisor(num_items)
+        )
+        return self._step
 
     def metrics(self) -> dict[str, float]:
-        """`teacher_weight_drift` of the heads, and `mtp_heads_skipped`: how many had no token in the last batch."""
-        return super().metrics() | {"mtp_heads_skipped": float(self._run.skipped)}
+        """Return `teacher_weight_drift`, and `mtp_heads_skipped`: how many heads had no token in the last batch."""
+        return super().metrics() | {"mtp_heads_skipped": float(self._step.skipped)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `mtp.safetensors` and `mtp.json`, for `generate_with_mtp`.
 
         Raises:
-            RunError: the weights of the heads are not finite; nothing is written.
+            RunError: some weights of the heads are not finite; nothing is written.
         """
         assert isinstance(self.trainable_module, MTPHeads)
         save_heads(self.trainable_module, folder)
 
 
 class _MTPStep(JointStep):
-    """One forward of the heads inside the student's."""
+    """One forward of the heads inside the student's forward."""
 
     teacher_signals = Signals(None)
 
-    def __init__(self, student, heads, terms, inputs, targets, items):
+    def __init__(self, student, heads, terms, inputs, targets, divisor):
         self.student, self.heads, self.terms = unwrap_model(student), heads, terms
-        self.inputs, self.targets, self.items = inputs, targets, items
+        self.inputs, self.targets, self.divisor = inputs, targets, divisor
         self.per_token, self.skipped = {}, 0
 
     @contextmanager
     def context(self, student: nn.Module):
-        """Note what the last block is called with, and the hidden states that the output head gets."""
+        """Record the arguments of the last block and the hidden states that the output head gets."""
         head = self.student.get_output_embeddings()
 
-        def note(_module: nn.Module, args: tuple) -> None:
+        def record(_module: nn.Module, args: tuple) -> None:
             self.hidden = args[0]
 
         with ExitStack() as stack:
-            stack.callback(head.register_forward_pre_hook(note).remove)
+            stack.callback(head.register_forward_pre_hook(record).remove)
             self.block_kwargs = stack.enter_context(record_last_block_kwargs(student))
             yield
 
-    def __call__(self, said: LazyLogits | DenseLogits) -> Tensor:
+    def __call__(self, student_logits: LazyLogits | DenseLogits) -> Tensor:
         hidden = self.hidden
         rows = self.heads(hidden, self.inputs["input_ids"], self.student.get_input_embeddings(), self.block_kwargs)
-        main, total = said.detach(), torch.zeros((), device=hidden.device)
+        main_logits, total = student_logits.detach(), torch.zeros((), device=hidden.device)
         documents = self.targets.feature_positions(self.inputs, causal=True).documents
-        for d, (of_head, row) in enumerate(zip(self.terms, rows, strict=True), 1):
-            kept, targets = self._ahead(d, documents.flatten())
+        for d, (terms, row) in enumerate(zip(self.terms, rows, strict=True), 1):
+            token_indices, targets = self._targets_of_head(d, documents.flatten())
             self.skipped += len(targets) == 0
-            job = ChunkedLoss(_rows(main, kept), targets, of_head, num_items=self.items)
-            total = total + job.from_hidden(self._head(said, row.flatten(0, 1)[targets.positions]))
-            for name, values in job.per_token.items():
-                spread = values.new_zeros(len(self.targets))
-                self.per_token[name] = spread.index_copy(0, kept, values)
+            teacher_logits = _select(main_logits, token_indices)
+            chunked_loss = ChunkedLoss(teacher_logits, targets, terms, num_items=self.divisor)
+            total = total + chunked_loss.from_hidden(self._logits(student_logits, row.flatten(0, 1)[targets.positions]))
+            for name, values in chunked_loss.per_token.items():
+                zeros = values.new_zeros(len(self.targets))
+                self.per_token[name] = zeros.index_copy(0, token_indices, values)
         return total
 
-    def _ahead(self, d: int, documents: Tensor) -> tuple[Tensor, Targets]:
-        """Which asked tokens head d can say, and from where: d places before the main head does, in their document."""
-        asked, width = self.targets, self.targets.shape[1]
-        before = (asked.positions - d).clamp(min=0)
-        inside = (asked.positions % width >= d) & (documents[before] == documents[asked.positions])
-        kept = inside.nonzero().squeeze(1)
-        return kept, replace(asked, labels=asked.labels[kept], positions=before[kept], rows=asked.rows[kept])
+    def _targets_of_head(self, d: int, documents: Tensor) -> tuple[Tensor, Targets]:
+        """Select the target tokens that head d predicts, from d positions earlier within the same document.
 
-    def _head(self, said: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:
-        if isinstance(said, LazyLogits):
-            return LazyLogits(hidden.to(said.weight.dtype), said.weight, said.bias, said.scaling)
+        Args:
+            d: number of the head, counted from 1.
+            documents: [B * S] document of each position.
+
+        Returns:
+            the indices of these tokens among the T target tokens, and their targets for head d.
+        """
+        targets, width = self.targets, self.targets.shape[1]
+        earlier = (targets.positions - d).clamp(min=0)
+        is_inside = (targets.positions % width >= d) & (documents[earlier] == documents[targets.positions])
+        indices = is_inside.nonzero().squeeze(1)
+        return indices, replace(
+            targets, labels=targets.labels[indices], positions=earlier[indices], rows=targets.rows[indices]
+        )
+
+    def _logits(self, student_logits: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:
+        """Return the logits of hidden states of a head, [t, H], by the student's output head."""
+        if isinstance(student_logits, LazyLogits):
+            weight = student_logits.weight
+            return LazyLogits(hidden.to(weight.dtype), weight, student_logits.bias, student_logits.scaling)
         head = known_output_head(self.student)
         if head is None or head.scaling is None:
             raise DistillError(
-                f"MTPTeacher predicts through the output head of {type(self.student).__name__}, whose logits cannot be "
-                f"made from hidden states: {head.reason if head else 'it has none'}. Use a student with a plain linear "
-                "output head, or another teacher."
+                f"MTPTeacher uses the output head of {type(self.student).__name__}, whose logits cannot be computed "
+                f"from hidden states: {head.reason if head else 'it has no output head'}. Use a student with a plain "
+                "linear output head, or another teacher."
             )
         return LazyLogits(hidden, head.module.weight, head.module.bias, head.scaling)
 
 
-def _rows(source: LazyLogits | DenseLogits, kept: Tensor) -> LazyLogits | DenseLogits:
-    return (
-        DenseLogits(source.values[kept])
-        if isinstance(source, DenseLogits)
-        else replace(source, hidden=source.hidden[kept])
-    )
+def _select(logits: LazyLogits | DenseLogits, indices: Tensor) -> LazyLogits | DenseLogits:
+    """Return the logits of some target tokens."""
+    if isinstance(logits, DenseLogits):
+        return DenseLogits(logits.values[indices])
+    return replace(logits, hidden=logits.hidden[indices])

@@ -1,4 +1,4 @@
-"""Multi-view distillation: student and teacher see different views of a batch."""
+"""Multi-view distillation: student and teacher read different views of a batch."""
 
 from .augmentation import BatchView, replacement_token_id
 from .teacher import MultiViewTeacher

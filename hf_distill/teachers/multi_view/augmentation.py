@@ -1,4 +1,4 @@
-"""Views of a batch: the same tokens are asked, and what is seen of the rest differs."""
+"""Views of a batch: the target tokens stay the same, and the inputs around them are augmented."""
 
 import hashlib
 from dataclasses import dataclass, fields, replace
@@ -10,37 +10,39 @@ from torch import Tensor
 from ...core.targets import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
 from ...errors import DistillError, collect_errors, did_you_mean, raise_if_any
 
-_FILLERS = ("mask_token", "unk_token", "pad_token", "eos_token")
+_REPLACEMENT_TOKENS = ("mask_token", "unk_token", "pad_token", "eos_token")
 
 
 def replacement_token_id(tokenizer: Any) -> int:
-    """The id that a dropped token becomes: the mask token's, else the unknown token's, else padding's, else the end's.
+    """Return the id that replaces dropped tokens: the first of mask, unknown, padding and end token that is defined.
 
     Raises:
         DistillError: the tokenizer has none of them.
     """
-    for name in _FILLERS:
+    for name in _REPLACEMENT_TOKENS:
         if (token := getattr(tokenizer, f"{name}_id", None)) is not None:
             return token
     raise DistillError(
-        f"token_dropout needs a token to put in the place of others, and the tokenizer has none of "
-        f"{', '.join(_FILLERS)}: set one, such as tokenizer.pad_token."
+        f"token_dropout replaces tokens by a special token, and the tokenizer has none of "
+        f"{', '.join(_REPLACEMENT_TOKENS)}: set one, such as tokenizer.pad_token."
     )
 
 
 @dataclass(frozen=True)
 class BatchView:
-    """How a batch is seen otherwise. What is drawn of a row depends on its own tokens and the step alone.
+    """An augmentation of a batch. The random numbers of a row depend only on its tokens and the step.
 
-    token_dropout: share of tokens that a filler replaces, asked ones too; never the first of a row or packed document
-    span_deletion: share of the context's tokens that attention_mask hides, positions staying as they are. The context
-                   is what is neither asked nor the place from which it is predicted, but for a row's first token
-    span_length:   tokens that are hidden together; fewer where a span meets what is no context
-    prepend_context_tokens: so many tokens of the batch's next row stand before each row; fewer where a row is shorter
-    paraphrase:    the batch's `view_input_ids`, with their mask and labels, take the place of its rows first
+    token_dropout: share of tokens that are replaced, target tokens included, but not the first token of a row or packed
+                   document
+    span_deletion: share of the context tokens that attention_mask hides; positions stay as they are. Context tokens are
+                   neither target tokens, nor the tokens from which these are predicted, nor the first token of a row
+    span_length:   number of adjacent tokens that are hidden together; fewer at the border of the context
+    prepend_context_tokens: number of tokens of the batch's next row that are prepended to each row; fewer if a row of
+                   the batch is shorter
+    paraphrase:    whether the batch's `view_input_ids`, with their mask and labels, replace its rows first
 
     Raises:
-        DistillError: a value out of its range, or nothing that differs.
+        DistillError: a value is out of range, or the view changes nothing; the message lists all problems.
     """
 
     token_dropout: float = 0.0
@@ -69,10 +71,10 @@ class BatchView:
 
     @classmethod
     def parse(cls, value: Any) -> "BatchView":
-        """Read a config's value: a dict of fields, or a view.
+        """Build a view from a dict of its fields; return a view unchanged.
 
         Raises:
-            DistillError: unknown fields, and what is wrong with the known ones, all at once.
+            DistillError: a field is unknown, or its value is out of range; the message lists all problems.
         """
         known = [field.name for field in fields(cls)]
         if isinstance(value, cls):
@@ -83,159 +85,167 @@ class BatchView:
             f"view has no field {name!r}{did_you_mean(str(name), known)}" for name in value if name not in known
         ]
         with collect_errors(problems):
-            view = cls(**{name: its for name, its in value.items() if name in known})
+            view = cls(**{name: option for name, option in value.items() if name in known})
         raise_if_any(problems)
         return view
 
     def __call__(
         self, inputs: dict, targets: Targets, step: int, fill: int, encoder: bool = False
     ) -> tuple[dict, Targets]:
-        """The batch as it is seen, and its asked tokens: the same T in the same order, where they stand now.
+        """Return the augmented batch, and the same T target tokens, in the same order, at their new positions.
 
         Args:
-            inputs: the collator's batch, which stays as it is; its `source` is that of the batch, not of the view.
-            targets: the asked tokens of `inputs`.
-            step: of the training; every step draws anew.
-            fill: see `replacement_token_id`.
-            encoder: whether `input_ids` are an encoder's and the asked tokens a decoder's, which then stay.
+            inputs: the collator's batch, which is not changed; `source` stays that of the batch.
+            targets: the target tokens of `inputs`.
+            step: step of the training; every step draws new random numbers.
+            fill: id that replaces dropped tokens; see `replacement_token_id`.
+            encoder: whether `input_ids` are read by an encoder and the target tokens are a decoder's, which then keep
+                their positions.
 
         Raises:
-            DistillError: no `input_ids`, or what the view needs of the batch is not there; packed rows, which have no
-                mask, with a view that hides or adds tokens.
+            DistillError: the batch has no `input_ids` or lacks what the view needs; the rows are packed, so that they
+                have no mask, and the view hides or prepends tokens.
         """
         if "input_ids" not in inputs:
-            raise DistillError(f"A view changes `input_ids`, and the batch has only {sorted(inputs)}: leave view out.")
-        aligned = not encoder and len(targets.shape) == 2
-        seen = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
+            raise DistillError(
+                f"A view changes `input_ids`, and the batch has only {sorted(inputs)}: use a teacher without a view."
+            )
+        is_aligned = not encoder and len(targets.shape) == 2
+        view = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
         if self.paraphrase:
-            seen, targets = _paraphrased(seen, inputs, targets, aligned)
-        ids, mask = seen["input_ids"], seen.get("attention_mask")
+            view, targets = _paraphrased(view, inputs, targets, is_aligned)
+        ids, mask = view["input_ids"], view.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        if mask.shape != ids.shape or (aligned and targets.shape != ids.shape):
+        if mask.shape != ids.shape or (is_aligned and targets.shape != ids.shape):
             raise DistillError(
-                f"A view needs input_ids, attention_mask and asked labels of one shape; got {tuple(ids.shape)}, "
-                f"{tuple(mask.shape)} and {tuple(targets.shape)}. Say encoder=True where labels are a decoder's."
+                f"A view needs input_ids, attention_mask and labels of one shape; got {tuple(ids.shape)}, "
+                f"{tuple(mask.shape)} and {tuple(targets.shape)}. Pass encoder=True if the labels are a decoder's."
             )
-        real = mask != 0
-        firsts = _firsts(real, seen.get("position_ids"))
-        self._refuse_packed(firsts)
-        dropped, hidden = self._drawn(ids, real, step)
-        translate_hub_errors = _asking(seen, targets) if aligned else torch.zeros_like(real)
-        seen["input_ids"] = ids.masked_fill(dropped & ~firsts, fill)
+        is_token = mask != 0
+        first_tokens = _first_tokens(is_token, view.get("position_ids"))
+        self._refuse_packed(first_tokens)
+        is_dropped, is_hidden = self._draw(ids, is_token, step)
+        is_needed = _target_and_predicting_tokens(view, targets) if is_aligned else torch.zeros_like(is_token)
+        view["input_ids"] = ids.masked_fill(is_dropped & ~first_tokens, fill)
         if self.span_deletion:
-            seen["attention_mask"] = mask.masked_fill(hidden & ~firsts & ~translate_hub_errors, 0)
-        count = min(self.prepend_context_tokens, int(real.sum(1).min()))
-        return _behind_others(seen, targets, ids, real, count, aligned) if count and len(ids) > 1 else (seen, targets)
+            view["attention_mask"] = mask.masked_fill(is_hidden & ~first_tokens & ~is_needed, 0)
+        count = min(self.prepend_context_tokens, int(is_token.sum(1).min()))
+        if not count or len(ids) == 1:
+            return view, targets
+        return _prepend_context(view, targets, ids, is_token, count, is_aligned)
 
-    def _refuse_packed(self, firsts: Tensor) -> None:
+    def _refuse_packed(self, first_tokens: Tensor) -> None:
+        """Raise a DistillError for packed rows, where the view hides or prepends tokens."""
         names = [name for name in ("span_deletion", "prepend_context_tokens") if getattr(self, name)]
-        if names and firsts.sum(1).max() > 1:
+        if names and first_tokens.sum(1).max() > 1:
             raise DistillError(
-                f"view has {' and '.join(names)}, which packed rows cannot have, for no mask tells their documents "
-                "apart: leave packing and padding_free off, or use token_dropout alone."
+                f"view has {' and '.join(names)}, which does not work with packed rows, because they have no mask that "
+                "separates their documents: turn packing and padding_free off, or use token_dropout alone."
             )
 
-    def _drawn(self, ids: Tensor, real: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Which tokens are drawn to be dropped, and which to be hidden, [B, S] each; padding never is."""
-        dropped, hidden = torch.zeros(2, *ids.shape, dtype=torch.bool)
-        for row, (tokens, own) in enumerate(zip(ids.cpu(), real.cpu(), strict=True)):
-            draws, count = _generator(tokens[own], step), int(own.sum())
-            dropped[row, own] = torch.rand(count, generator=draws) < self.token_dropout
-            start = torch.randint(self.span_length, (1,), generator=draws)
-            spans = torch.rand(count // self.span_length + 2, generator=draws) < self.span_deletion
-            hidden[row, own] = spans[(torch.arange(count) + start) // self.span_length]
-        return dropped.to(ids.device), hidden.to(ids.device)
+    def _draw(self, ids: Tensor, is_token: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Draw which tokens are dropped and which are hidden, [B, S] each; padding never is."""
+        is_dropped, is_hidden = torch.zeros(2, *ids.shape, dtype=torch.bool)
+        for row, (tokens, mask) in enumerate(zip(ids.cpu(), is_token.cpu(), strict=True)):
+            generator, count = _generator(tokens[mask], step), int(mask.sum())
+            is_dropped[row, mask] = torch.rand(count, generator=generator) < self.token_dropout
+            start = torch.randint(self.span_length, (1,), generator=generator)
+            spans = torch.rand(count // self.span_length + 2, generator=generator) < self.span_deletion
+            is_hidden[row, mask] = spans[(torch.arange(count) + start) // self.span_length]
+        return is_dropped.to(ids.device), is_hidden.to(ids.device)
 
 
 def _generator(tokens: Tensor, step: int) -> torch.Generator:
-    """What a row's draws come from: the same for the same tokens [S] and step, in every batch and process."""
+    """Return the generator of a row: the same for the same tokens [S] and step, in every batch and process."""
     content = torch.cat([torch.tensor([step]), tokens.long()]).numpy().astype("<i8").tobytes()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
 
 
-def _firsts(real: Tensor, position_ids: Tensor | None) -> Tensor:
-    """The first token of each row, and of each document of a packed one, [B, S]."""
-    firsts = torch.zeros_like(real).scatter(1, real.int().argmax(1, keepdim=True), True)
-    if position_ids is not None and position_ids.shape == real.shape:
-        firsts |= real & (position_ids == 0)
-    return firsts
+def _first_tokens(is_token: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return the mask of the first token of each row, and of each document of a packed row, [B, S]."""
+    first_tokens = torch.zeros_like(is_token).scatter(1, is_token.int().argmax(1, keepdim=True), True)
+    if position_ids is not None and position_ids.shape == is_token.shape:
+        first_tokens |= is_token & (position_ids == 0)
+    return first_tokens
 
 
 def _shifts(inputs: dict, targets: Targets) -> bool:
-    """Whether the asked tokens stand one after the places that predict them."""
+    """Whether target tokens are predicted from the position before them."""
     labels = inputs.get("labels")
     if labels is None:
         return True
-    # The last label of a batch that is asked in place would be elsewhere had it been shifted: the two never agree.
+    # With a shift the last label of a batch is predicted one position earlier, so the two lists never agree.
     return not torch.equal((labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1), targets.positions)
 
 
-def _asking(inputs: dict, targets: Targets) -> Tensor:
-    """The asked tokens and the places that predict them, [B, S]."""
-    translate_hub_errors = torch.zeros(targets.shape, dtype=torch.bool, device=targets.positions.device)
-    translate_hub_errors.view(-1)[targets.positions] = True
-    return (
-        translate_hub_errors | torch.nn.functional.pad(translate_hub_errors, (1, -1))
-        if _shifts(inputs, targets)
-        else translate_hub_errors
-    )
+def _target_and_predicting_tokens(inputs: dict, targets: Targets) -> Tensor:
+    """Return the mask of the target tokens and of the tokens from which they are predicted, [B, S]."""
+    is_predicting = torch.zeros(targets.shape, dtype=torch.bool, device=targets.positions.device)
+    is_predicting.view(-1)[targets.positions] = True
+    if not _shifts(inputs, targets):
+        return is_predicting
+    return is_predicting | torch.nn.functional.pad(is_predicting, (1, -1))
 
 
-def _paraphrased(seen: dict, inputs: dict, targets: Targets, aligned: bool) -> tuple[dict, Targets]:
-    """The batch's other rows, which ask the same."""
-    needed = SECOND_VIEW_KEYS if aligned else SECOND_VIEW_KEYS[:2]
+def _paraphrased(view: dict, inputs: dict, targets: Targets, is_aligned: bool) -> tuple[dict, Targets]:
+    """Replace the rows by their paraphrases, which have the same target tokens."""
+    needed = SECOND_VIEW_KEYS if is_aligned else SECOND_VIEW_KEYS[:2]
     if missing := [name for name in needed if name not in inputs]:
         raise DistillError(
             f"view has paraphrase, and the batch has no {', '.join(missing)}, only {sorted(inputs)}. Give each source "
-            "a column `paraphrase` beside prompt and completion, read them by rows_of(..., paraphrase=True), and set "
-            "remove_unused_columns=False."
+            "a column `paraphrase` in addition to prompt and completion, tokenize with "
+            "tokenize_dataset(..., paraphrase=True), and set remove_unused_columns=False."
         )
-    shift = aligned and _shifts(inputs, targets)
-    old = ("position_ids", "token_type_ids", "shift_labels")
-    seen = {name: value for name, value in seen.items() if name not in old}
-    seen |= {"input_ids": inputs["view_input_ids"], "attention_mask": inputs["view_attention_mask"]}
-    if not aligned:
-        return seen, targets
-    seen["labels"] = inputs["view_labels"]
-    found = Targets.from_batch(seen, shift)
-    if not (torch.equal(found.labels, targets.labels) and torch.equal(found.rows, targets.rows)):
+    shift = is_aligned and _shifts(inputs, targets)
+    replaced = ("position_ids", "token_type_ids", "shift_labels")
+    view = {name: value for name, value in view.items() if name not in replaced}
+    view |= {"input_ids": inputs["view_input_ids"], "attention_mask": inputs["view_attention_mask"]}
+    if not is_aligned:
+        return view, targets
+    view["labels"] = inputs["view_labels"]
+    view_targets = Targets.from_batch(view, shift)
+    if not (torch.equal(view_targets.labels, targets.labels) and torch.equal(view_targets.rows, targets.rows)):
         raise DistillError(
-            f"The batch asks {len(targets)} tokens and its paraphrase {len(found)}, which are not the same ones in the "
-            "same order: make view_labels by rows_of(..., paraphrase=True), or ask the same completion in both."
+            f"The batch has {len(targets)} target tokens and its paraphrase {len(view_targets)}, which are not the "
+            "same tokens in the same order: make view_labels with tokenize_dataset(..., paraphrase=True), or use the "
+            "same completion in both."
         )
-    return seen, replace(targets, positions=found.positions, shape=found.shape)
+    return view, replace(targets, positions=view_targets.positions, shape=view_targets.shape)
 
 
-def _behind_others(
-    seen: dict, targets: Targets, ids: Tensor, real: Tensor, count: int, aligned: bool
+def _prepend_context(
+    view: dict, targets: Targets, ids: Tensor, is_token: Tensor, count: int, is_aligned: bool
 ) -> tuple[dict, Targets]:
-    """Each row behind the first `count` tokens [B, count] of the next one, itself moved; padding stays outside."""
+    """Prepend the first `count` tokens of the next row to each row.
+
+    Padding stays at the outer ends of a row.
+    """
     width, device = ids.shape[1], ids.device
-    start = real.int().argmax(1, keepdim=True)
+    start = is_token.int().argmax(1, keepdim=True)
     columns = torch.arange(width, device=device)
-    moved = columns + count * (columns >= start)  # [B, S]
-    ahead = torch.arange(count, device=device).expand(len(ids), -1)
-    order = torch.sort((~real).int(), dim=1, stable=True).indices[:, :count]
-    fronts: dict[str, Any] = {
+    new_columns = columns + count * (columns >= start)  # [B, S]
+    prefix_columns = torch.arange(count, device=device).expand(len(ids), -1)
+    order = torch.sort((~is_token).int(), dim=1, stable=True).indices[:, :count]
+    prefixes: dict[str, Any] = {
         "input_ids": ids.gather(1, order).roll(-1, 0),
         "attention_mask": 1,
         "token_type_ids": 0,
-        "position_ids": ahead,
+        "position_ids": prefix_columns,
     }
-    if "position_ids" in seen:
-        seen = seen | {"position_ids": seen["position_ids"] + count}
-    if aligned:
-        fronts |= {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
-        if seen.get("labels") is not None and _shifts(seen, targets):  # what was a first token still is not asked
-            seen = seen | {"labels": seen["labels"].scatter(1, start, IGNORE_INDEX)}
+    if "position_ids" in view:
+        view = view | {"position_ids": view["position_ids"] + count}
+    if is_aligned:
+        prefixes |= {"labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
+        if view.get("labels") is not None and _shifts(view, targets):  # the former first token is still no target
+            view = view | {"labels": view["labels"].scatter(1, start, IGNORE_INDEX)}
 
-    def widened(name: str, values: Tensor) -> Tensor:
-        front = torch.as_tensor(fronts[name], dtype=values.dtype, device=device).expand(len(ids), count)
-        wide = values.new_empty(len(ids), width + count).scatter(1, moved, values)
-        return wide.scatter(1, start + ahead, front)
+    def with_prefix(name: str, values: Tensor) -> Tensor:
+        prefix = torch.as_tensor(prefixes[name], dtype=values.dtype, device=device).expand(len(ids), count)
+        longer = values.new_empty(len(ids), width + count).scatter(1, new_columns, values)
+        return longer.scatter(1, start + prefix_columns, prefix)
 
-    seen = seen | {name: widened(name, seen[name]) for name in fronts if seen.get(name) is not None}
-    if not aligned:
-        return seen, targets
-    positions = targets.rows * (width + count) + moved.flatten()[targets.positions]
-    return seen, replace(targets, positions=positions, shape=torch.Size((len(ids), width + count)))
+    view = view | {name: with_prefix(name, view[name]) for name in prefixes if view.get(name) is not None}
+    if not is_aligned:
+        return view, targets
+    positions = targets.rows * (width + count) + new_columns.flatten()[targets.positions]
+    return view, replace(targets, positions=positions, shape=torch.Size((len(ids), width + count)))

@@ -1,4 +1,4 @@
-"""The student teaches itself: what it says of a clean batch, for what it says of a changed one."""
+"""The multi-view teacher: the student on one view of a batch teaches the student on another view."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,19 +17,19 @@ from .augmentation import BatchView, replacement_token_id
 
 
 class MultiViewTeacher(SelfTeacher):
-    """The same model, in eval mode and without gradient, on the other view of the batch.
+    """The student, in eval mode and without gradients, on another view of the batch.
 
-    In training one of the two sees the view and the other the clean batch. In evaluation the student sees the clean
-    batch and the teacher the view: eval_kl and eval_agreement say how far a view moves the predictions.
+    In training one of the two reads the view and the other the original batch. In evaluation the student reads the
+    original batch and the teacher the view: eval_kl and eval_agreement measure how much a view changes the predictions.
 
     Args:
         view: a `BatchView`, or a dict of its fields.
-        view_for: whose batch is changed in training, "student" or "teacher".
-        processing_class: the tokenizer, whose mask, unknown, padding or end token stands for dropped ones; None: the
+        view_for: which of the two reads the view in training, "student" or "teacher".
+        processing_class: the tokenizer, whose mask, unknown, padding or end token replaces dropped tokens; None: the
             trainer's.
 
     Raises:
-        DistillError: an unknown field, or a value out of range.
+        DistillError: a field is unknown, or a value is out of range.
     """
 
     kind = "multi_view"
@@ -37,21 +37,21 @@ class MultiViewTeacher(SelfTeacher):
     def __init__(self, view: BatchView | dict, *, view_for: str = "student", processing_class: Any = None):
         self.view = BatchView.parse(view)
         if view_for not in ("student", "teacher"):
-            raise DistillError(f"view_for is {view_for!r}; it must be student or teacher")
+            raise DistillError(f"view_for is {view_for!r}; it must be 'student' or 'teacher'")
         self._view_for, self._tokenizer, self._step = view_for, processing_class, 0
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Find what stands for dropped tokens.
+        """Find the token that replaces dropped tokens, and the number of positions of the model.
 
         Raises:
-            DistillError: tokens are to be dropped, and no tokenizer is known.
+            DistillError: the view drops tokens, and no tokenizer is known.
         """
         self.model, tokenizer = student, self._tokenizer or processing_class
         self._encoder, self._fill = bool(unwrap_model(student).config.is_encoder_decoder), 0
         if self.view.token_dropout:
             if tokenizer is None:
                 raise DistillError(
-                    "token_dropout needs a tokenizer, for the token that stands for a dropped one: pass "
+                    "token_dropout needs a tokenizer, whose special token replaces the dropped tokens: pass "
                     "processing_class to the trainer or to MultiViewTeacher."
                 )
             self._fill = replacement_token_id(tokenizer)
@@ -59,32 +59,34 @@ class MultiViewTeacher(SelfTeacher):
         self._positions = getattr(window, "max_position_embeddings", None)
 
     def teacher_mode(self) -> AbstractContextManager[None]:
-        """The student as it is."""
+        """The student unchanged."""
         return nullcontext()
 
     def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
-        """The student's batch, and its asked tokens there."""
-        return self._viewed(inputs, targets) if training and self._view_for == "student" else (inputs, targets)
+        """Return the view in training if it is the student's, and else the batch unchanged."""
+        return self._view_of(inputs, targets) if training and self._view_for == "student" else (inputs, targets)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """One forward of the student on the batch that it does not see itself."""
+        """Run the student on the view, or on the original batch where the student is trained on the view."""
         if self._view_for == "teacher" or not self.model.training:
-            inputs, targets = self._viewed(inputs, targets)
+            inputs, targets = self._view_of(inputs, targets)
             feature_requests = {
-                key: targets.feature_positions(inputs, its.causal, key.stack) for key, its in feature_requests.items()
+                key: targets.feature_positions(inputs, tokens.causal, key.stack)
+                for key, tokens in feature_requests.items()
             }
         return super().forward(inputs, targets, feature_requests)
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Losses on features that would compare the features of different tokens."""
-        moving = [
+        """Return the losses on features that would compare the features of different tokens."""
+        changes = [
             name for name in ("span_deletion", "prepend_context_tokens", "paraphrase") if getattr(self.view, name)
         ]
         return [
             f"{term.name} compares every token of a row, or every pair of its tokens, and a view with "
-            f"{' and '.join(moving)} has others: use token_dropout alone, or a loss on hidden states of target tokens"
+            f"{' and '.join(changes)} has other tokens: use token_dropout alone, or a loss on hidden states of target "
+            "tokens"
             for term in terms
-            if moving and term.loss.feature and not (term.loss.feature == "hidden" and self._keeps_tokens(term))
+            if changes and term.loss.feature and not (term.loss.feature == "hidden" and self._keeps_tokens(term))
         ]
 
     def _keeps_tokens(self, term: Term) -> bool:
@@ -92,20 +94,20 @@ class MultiViewTeacher(SelfTeacher):
         return model_type_of(self.model) is not SEQUENCE and term.stack != "encoder"
 
     def on_step_end(self, step: int, updated: bool) -> None:
-        """Each step draws anew."""
+        """Draw new random numbers in the next step."""
         self._step = step
 
     def on_train_begin(self, step: int) -> None:
-        """So does each step of a resumed run."""
+        """Continue the random numbers of a resumed run."""
         self._step = step
 
-    def _viewed(self, inputs: dict, targets: Targets) -> tuple[dict, Targets]:
+    def _view_of(self, inputs: dict, targets: Targets) -> tuple[dict, Targets]:
         step = self._step if self.model.training else 0
-        seen, targets = self.view(inputs, targets, step, self._fill, self._encoder)
-        width = seen["input_ids"].shape[1]
+        view, targets = self.view(inputs, targets, step, self._fill, self._encoder)
+        width = view["input_ids"].shape[1]
         if self.view.prepend_context_tokens and self._positions is not None and width > self._positions:
             raise DistillError(
-                f"With prepend_context_tokens a row has {width} tokens, and the model {self._positions} positions: "
+                f"With prepend_context_tokens a row has {width} tokens, and the model has {self._positions} positions: "
                 "lower prepend_context_tokens, or max_length of the data."
             )
-        return seen, targets
+        return view, targets
