@@ -177,7 +177,7 @@ def test_wrong_weights_are_told_all_at_once():
 
 def test_a_loss_that_names_no_teacher_of_the_run_is_refused(make_trainer):
     losses = [{"name": "js", "weight": 0.1, "teacher": "bug"}]
-    with pytest.raises(DistillError, match="'bug', which is not one of the teachers with soft labels .big, own"):
+    with pytest.raises(DistillError, match=r"'bug', which is not one of the teachers with soft labels .big, own"):
         make_trainer(teacher=None, teachers={"big": build("llama", 1), "own": moving("ema")}, losses=losses)
     with pytest.raises(DistillError, match="there is one teacher, without a name"):
         make_trainer(teacher=build("llama", 1), losses=losses)

@@ -241,7 +241,7 @@ def test_a_peer_that_does_not_fit_is_refused(make_trainer, smollm2_tokenizer):
             teacher=PeerTeacher(build("llama", 1), processing_class=byte_tokenizer()),
             processing_class=smollm2_tokenizer,
         )
-    with pytest.raises(DistillError, match="The peer, .* cannot be trained"):
+    with pytest.raises(DistillError, match=r"The peer, .* cannot be trained"):
         make_trainer(teacher=PeerTeacher(build("llama", 1).requires_grad_(False)))
     student = build("llama", 0)
     with pytest.raises(DistillError, match="the same object"):
