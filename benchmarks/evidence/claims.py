@@ -1,4 +1,4 @@
-"""What is claimed, what was seen, and whether it holds: verdicts that follow from the results alone."""
+"""Claims, measurements, and verdicts that are computed from the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import log
@@ -8,8 +8,8 @@ from cells import BY_ALPHA, BY_TEMPERATURE
 from compute import share
 from tables import Results, closed, fall, lines, of, peers_of
 
-HOLDS, NOT, EVEN = "holds", "**does not hold here**", "no difference beyond that of seeds"
-SAID, OURS = "commonly said", "ours"
+HOLDS, NOT, EVEN = "holds", "**does not hold here**", "no difference beyond the range of seeds"
+COMMON, OURS = "common", "this project"
 Claim = tuple[str, str, str, str]
 
 
@@ -19,7 +19,7 @@ def claims(results: Results) -> str:
         soft, half_of_the_gap, features, temperature, balance, quantised, progressive, early, computing,
         draws, top_12, cached, mixed, quality_of_peers, pace_of_peers, memory_of_peers, encoders,
     )  # fmt: skip
-    return lines(("claim", "whose", "seen here", "verdict"), [claim(results) for claim in made])
+    return lines(("claim", "source", "measured here", "verdict"), [claim(results) for claim in made])
 
 
 def every(results: Results, cell: str, key: str = "perplexity") -> list[float]:
@@ -39,8 +39,8 @@ def noise(results: Results, cell: str) -> float:
 
 
 def seeds_alone(results: Results, cell: str) -> str:
-    """The same in words."""
-    return f"seeds alone {100 * noise(results, cell):.1f} %"
+    """The range of seeds as text."""
+    return f"range of seeds {100 * noise(results, cell):.1f} %"
 
 
 def change(results: Results, cell: str, other: str, key: str = "perplexity") -> float:
@@ -49,7 +49,7 @@ def change(results: Results, cell: str, other: str, key: str = "perplexity") -> 
 
 
 def against(results: Results, cell: str, other: str) -> tuple[str, bool]:
-    """Perplexity and KL of two cells in words, and whether all seeds of the first are below all of the second."""
+    """Perplexity and KL of two cells as text, and whether all seeds of the first are below all of the second."""
     told, apart = [], True
     for key, name, digits in (("perplexity", "perplexity", 2), ("kl", "KL", 3)):
         one, two = every(results, cell, key), every(results, other, key)
@@ -61,7 +61,7 @@ def against(results: Results, cell: str, other: str) -> tuple[str, bool]:
 def soft(results: Results) -> Claim:
     """Both, of all seeds."""
     told, apart = against(results, "distilled", "hard")
-    return "Soft labels beat hard labels", SAID, told, f"{HOLDS}, every seed" if apart else NOT
+    return "Soft labels beat hard labels", COMMON, told, f"{HOLDS} for every seed" if apart else NOT
 
 
 def half_of_the_gap(results: Results) -> Claim:
@@ -69,36 +69,36 @@ def half_of_the_gap(results: Results) -> Claim:
     end = log(results["before", 0]["metrics"]["teacher_perplexity"])
     hard, distilled = (log(mean(every(results, cell))) for cell in ("hard", "distilled"))
     part = (hard - distilled) / (hard - end)
-    told = f"{100 * part:.0f} % of what hard labels leave, in nats a token"
+    told = f"{100 * part:.0f} % of the gap left by hard labels, in nats per token"
     return (
         "A teacher closes half of the gap that hard labels leave",
-        SAID,
+        COMMON,
         told,
         HOLDS if part >= 0.5 else NOT,
     )
 
 
 def features(results: Results) -> Claim:
-    """Hidden states beside the logits, seed by seed: the same rows in the same order."""
+    """Hidden states in addition to logits, seed by seed, on the same rows in the same order."""
     plain, hidden = ([closed(results, p) for p in every(results, cell)] for cell in ("distilled", "hidden"))
     points = [100 * (with_it - without) for with_it, without in zip(hidden, plain, strict=True)]
     told = f"{', '.join(f'{point:+.2f}' for point in points)} points of the gap closed, seed by seed"
-    less = "less than that, at every seed" if min(points) > 0 else EVEN if max(points) > 0 else NOT
-    return "Features add 1 to 3 %", SAID, told, HOLDS if min(points) >= 1 else less
+    less = "smaller improvement, for every seed" if min(points) > 0 else EVEN if max(points) > 0 else NOT
+    return "Features add 1 to 3 %", COMMON, told, HOLDS if min(points) >= 1 else less
 
 
 def temperature(results: Results) -> Claim:
     """At alpha = 0.5."""
-    return "T = 2 is best", SAID, *lowest(results, "T", BY_TEMPERATURE, 2)
+    return "T = 2 is best", COMMON, *lowest(results, "T", BY_TEMPERATURE, 2)
 
 
 def balance(results: Results) -> Claim:
     """At T = 2."""
-    return "alpha = 0.5 is best", SAID, *lowest(results, "alpha", BY_ALPHA, 0.5)
+    return "alpha = 0.5 is best", COMMON, *lowest(results, "alpha", BY_ALPHA, 0.5)
 
 
 def lowest(results: Results, name: str, cells: Mapping[Any, str], claimed: float) -> tuple[str, str]:
-    """Where perplexity and KL are lowest, and whether that is where it is said to be."""
+    """Where perplexity and KL are lowest, and whether that is the claimed value."""
     by_text, by_teacher = (
         min(cells, key=lambda value: of(results, cells[value])[0][key]) for key in ("perplexity", "kl")
     )
@@ -112,28 +112,30 @@ def quantised(results: Results) -> Claim:
     """Teachers in fewer bits."""
     int8, nf4 = (change(results, f"teacher_{bits}", "distilled") for bits in ("int8", "nf4"))
     told = f"perplexity {100 * int8:+.1f} % with INT8, {100 * nf4:+.1f} % with NF4; {seeds_alone(results, 'distilled')}"
-    return "A 4-bit teacher costs nothing", SAID, told, HOLDS if nf4 <= noise(results, "distilled") else NOT
+    return "A 4-bit teacher costs nothing", COMMON, told, HOLDS if nf4 <= noise(results, "distilled") else NOT
 
 
 def progressive(results: Results) -> Claim:
-    """Students that teach the next."""
-    cells = {"the same tokens in all": "progressive", "as many for each student": "progressive_each"}
+    """Progressive distillation."""
+    cells = {"the same total tokens": "progressive", "the same tokens per student": "progressive_each"}
     by = {
         title: [change(results, cell, "distilled", key) for key in ("perplexity", "kl")]
         for title, cell in cells.items()
     }
     told = "; ".join(f"perplexity {100 * p:+.1f} %, KL {100 * kl:+.1f} % at {title}" for title, (p, kl) in by.items())
     better = any(p < -0.02 and kl < 0 for p, kl in by.values())
-    return "Chains are 2 to 3 % better", SAID, told, HOLDS if better else NOT
+    return "Chains are 2 to 3 % better", COMMON, told, HOLDS if better else NOT
 
 
 def early(results: Results) -> Claim:
-    """Of one run, and its own fall."""
+    """Share of the improvement of one run after a tenth of its tokens."""
     curve = results["long", 0]["curve"]
     at = next(i for i, point in enumerate(curve) if point["step"] >= curve[-1]["step"] / 10)
     part, ratio = fall(curve)[at], curve[-1]["perplexity"] / curve[at]["perplexity"]
-    told = f"{100 * part:.0f} % of the fall in nats, {100 * ratio:.0f} % as final over early perplexity"
-    return "A tenth of the tokens brings 93 % of the quality", SAID, told, HOLDS if part >= 0.93 else NOT
+    told = (
+        f"{100 * part:.0f} % of the improvement in nats, {100 * ratio:.0f} % as the ratio of final to early perplexity"
+    )
+    return "A tenth of the tokens gives 93 % of the quality", COMMON, told, HOLDS if part >= 0.93 else NOT
 
 
 def computing(results: Results) -> Claim:
@@ -144,34 +146,34 @@ def computing(results: Results) -> Claim:
     told = f"{100 * large:.1f} % for 70B → 8B by the rule, {100 * own:.1f} % for this pair, both at 1 % of the tokens"
     return (
         "3 to 5 % of pretraining's compute",
-        SAID,
+        COMMON,
         told,
         f"{HOLDS}, as arithmetic" if large < 0.05 else NOT,
     )
 
 
 def draws(results: Results) -> Claim:
-    """Unbiased draws, beside the running teacher."""
+    """Unbiased samples compared with the running teacher."""
     by = change(results, "cache_sampled_12", "pure")
     kl = change(results, "cache_sampled_12", "pure", "kl")
     told = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} %; {seeds_alone(results, 'pure')} of perplexity"
     verdict = HOLDS if by <= noise(results, "pure") else NOT
-    return "12 draws teach as the whole distribution does", "2503.16870", told, verdict
+    return "12 samples teach as well as the full distribution", "2503.16870", told, verdict
 
 
 def top_12(results: Results) -> Claim:
-    """The likeliest alone."""
+    """The most probable ids only."""
     by, kl = (change(results, "cache_top_12", "hard", key) for key in ("perplexity", "kl"))
-    told = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} % beside hard labels"
+    told = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} % relative to hard labels"
     part = HOLDS if by > 0 and kl > 0 else f"{HOLDS} for perplexity, not for KL" if by > 0 else NOT
     return "The top 12 are worse than hard labels", "2503.16870", told, part
 
 
 def cached(results: Results) -> Claim:
-    """Our own bar: what has no bias."""
+    """A claim of this project: unbiased caches."""
     by = {
         name: change(results, f"cache_{cell}", "pure")
-        for name, cell in {"hidden states": "hidden", "12 draws": "sampled_12", "50 draws": "sampled_50"}.items()
+        for name, cell in {"hidden states": "hidden", "12 samples": "sampled_12", "50 samples": "sampled_50"}.items()
     }
     told = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in by.items())
     within = max(by.values()) <= 0.01
@@ -179,15 +181,15 @@ def cached(results: Results) -> Claim:
 
 
 def mixed(results: Results) -> Claim:
-    """A task, and what is not of it."""
+    """A task and general text."""
     task, general, both = (of(results, cell)[0] for cell in ("technical", "general", "mixed"))
     by_task, by_general, by_both = (log(run["general_perplexity"]) for run in (task, general, both))
     kept, cost = (
         (by_task - by_both) / (by_task - by_general),
         both["technical_perplexity"] / task["technical_perplexity"],
     )
-    told = f"{100 * kept:.0f} % of it in nats, at {100 * (cost - 1):+.1f} % of task perplexity, beside the task alone"
-    return "0.3 of general text keeps most of general ability", SAID, told, HOLDS if kept > 0.5 else NOT
+    told = f"{100 * kept:.0f} % of it in nats, at {100 * (cost - 1):+.1f} % task perplexity relative to the task only"
+    return "0.3 of general text keeps most of general ability", COMMON, told, HOLDS if kept > 0.5 else NOT
 
 
 def pair(results: Results, key: str, what: Callable[[float, float], float]) -> dict[str, float]:
@@ -203,7 +205,7 @@ _ENDS = {"forward KL": "kl", "JSD": "js"}
 
 
 def quality_of_peers(results: Results) -> Claim:
-    """Our own bar."""
+    """A claim of this project."""
     by: Mapping[str, Any] = {key: pair(results, key, lambda ours, its: ours / its - 1) for key in ("perplexity", "kl")}
     told = "; ".join(
         f"{name}: perplexity {100 * by['perplexity'][name]:+.1f} %, KL {100 * by['kl'][name]:+.1f} %" for name in _ENDS
@@ -214,14 +216,14 @@ def quality_of_peers(results: Results) -> Claim:
 
 
 def pace_of_peers(results: Results) -> Claim:
-    """Our own bar."""
+    """A claim of this project."""
     by = pair(results, "tokens_per_second", lambda ours, its: ours / its)
     told = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
     return "At least 1.2 times TRL's tokens/s", OURS, told, HOLDS if min(by.values()) >= 1.2 else NOT
 
 
 def memory_of_peers(results: Results) -> Claim:
-    """Our own bar."""
+    """A claim of this project."""
     by = pair(results, "peak_mib_over_what_stays", lambda ours, its: ours / its)
     told = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
     what = "At most half of TRL's peak beyond weights, gradients and optimizer"
@@ -229,7 +231,7 @@ def memory_of_peers(results: Results) -> Claim:
 
 
 def encoders(results: Results) -> Claim:
-    """The encoder table, in words."""
+    """The encoder table as text."""
     runs = of(results, "encoder")
     student, control = ([run[who] for run in runs] for who in ("student", "control"))
     told = f"accuracy {mean(student):.3f} against {mean(control):.3f}"

@@ -16,7 +16,7 @@ def of(results: Results, cell: str) -> list[Mapping[str, Any]]:
 
 
 def closed(results: Results, perplexity: float) -> float:
-    """Share of the gap, in nats a token, between the student as it was cut and the teacher."""
+    """Share of the gap in nats per token between the pruned student before training and the teacher."""
     before = results["before", 0]["metrics"]
     start, end = log(before["perplexity"]), log(before["teacher_perplexity"])
     return (start - log(perplexity)) / (start - end)
@@ -38,7 +38,7 @@ def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def students(results: Results, rows: Mapping[str, str], first: str = " ", seeds: int = 1) -> str:
-    """Held-out figures of students, by title and cell, of as many seeds as were run, or of the first alone."""
+    """Held-out metrics of students by title and cell, of all seeds or of the first one only."""
 
     def row(title: str, cell: str) -> list[str]:
         found = of(results, cell)[:seeds]
@@ -65,12 +65,12 @@ def setting(results: Results) -> str:
 def labels(results: Results) -> str:
     """Hard labels, soft labels, features."""
     rows = {
-        "cut, not trained": "before",
-        "hard labels alone": "hard",
+        "pruned, before training": "before",
+        "hard labels only": "hard",
         "distilled (T = 2, alpha = 0.5)": "distilled",
         "+ hidden states": "hidden",
         "+ hidden states and attention": "attention",
-        "soft labels alone (T = 1, alpha = 1)": "pure",
+        "soft labels only (T = 1, alpha = 1)": "pure",
     }
     teacher = results["before", 0]["metrics"]["teacher_perplexity"]
     return students(results, rows, seeds=3) + f"\n| teacher, 30 blocks | {teacher:.2f} | 0 | 1 | 100 % |"
@@ -78,8 +78,8 @@ def labels(results: Results) -> str:
 
 def rates(results: Results) -> str:
     """The learning rate, chosen by what suits hard labels."""
-    rows = {"4e-4": "hard_4e-4", "8e-4, taken": "hard", "16e-4": "hard_16e-4"}
-    return students(results, rows, "hard labels alone at")
+    rows = {"4e-4": "hard_4e-4", "8e-4, used": "hard", "16e-4": "hard_16e-4"}
+    return students(results, rows, "hard labels only, learning rate")
 
 
 def temperatures(results: Results) -> str:
@@ -99,29 +99,29 @@ def divergences(results: Results) -> str:
 
 
 def quantised(results: Results) -> str:
-    """What the teacher's bits cost its student."""
+    """Students of quantized teachers."""
     return students(results, {"float32": "distilled", "INT8": "teacher_int8", "NF4": "teacher_nf4"}, "teacher")
 
 
 def chains(results: Results) -> str:
-    """Students that teach the next."""
+    """Progressive distillation."""
     rows = {
         "30 → 15 blocks": "distilled",
-        "30 → 25 → 20 → 15, the same tokens in all": "progressive",
-        "30 → 25 → 20 → 15, the same tokens for each": "progressive_each",
+        "30 → 25 → 20 → 15, the same total tokens": "progressive",
+        "30 → 25 → 20 → 15, the same tokens per student": "progressive_each",
     }
     return students(results, rows, "chain")
 
 
 def moving(results: Results) -> str:
-    """Teachers that move."""
+    """Online and self-distillation."""
     rows = {
-        "none: hard labels alone": "hard",
+        "none: hard labels only": "hard",
         "frozen": "distilled",
-        "trained on the labels beside the student (online)": "online",
-        "a peer, each other's teacher (mutual)": "mutual",
-        "the student's own average (EMA)": "ema",
-        "the student, seeing all of the text (multi-view)": "multi_view",
+        "online: jointly trained on the labels": "online",
+        "mutual: a peer, both teach each other": "mutual",
+        "EMA of the student": "ema",
+        "multi-view: the student on the unchanged text": "multi_view",
         "heads for later tokens (MTP)": "mtp",
     }
     return students(results, rows, "teacher")
@@ -144,7 +144,14 @@ def tokens(results: Results) -> str:
         hard = f"{control[step]['perplexity']:.2f}" if step in control else ""
         told = (f"{point['perplexity']:.2f}", f"{point['kl']:.4f}", f"{100 * share_of:.0f} %", hard)
         rows.append((f"{step * each:,.0f}", f"{100 * step / run['curve'][-1]['step']:.0f} %", *told))
-    head = ("tokens", "of all", "perplexity", "KL to teacher", "of the run's fall", "hard labels alone")
+    head = (
+        "tokens",
+        "share of tokens",
+        "perplexity",
+        "KL to teacher",
+        "share of the improvement",
+        "perplexity, hard labels only",
+    )
     return lines(head, rows)
 
 
@@ -160,28 +167,34 @@ def compute(results: Results) -> str:
         total, part = share(teacher, student, count)
         times = (2 * teacher + 6 * student) / (6 * student)
         rows.append((title, f"{count:,.0f}", f"{total:.2e}", f"{times:.2f}", f"{100 * part:.2g} %"))
-    head = ("pair", "tokens", "FLOP", "of a step without a teacher", f"of {PRETRAINING:.0e} tokens alone")
+    head = (
+        "pair",
+        "tokens",
+        "FLOP",
+        "relative to a step without a teacher",
+        f"share of pretraining on {PRETRAINING:.0e} tokens",
+    )
     return lines(head, rows)
 
 
 def caches(results: Results) -> str:
-    """Teachers on disk at T = 1 and alpha = 1; the online one beside them."""
+    """Teacher caches and the running teacher, at T = 1 and alpha = 1."""
     rows = {
-        "nothing: the teacher runs along": "pure",
+        "none: running teacher": "pure",
         "hidden states": "cache_hidden",
-        "12 draws": "cache_sampled_12",
-        "50 draws": "cache_sampled_50",
+        "12 samples": "cache_sampled_12",
+        "50 samples": "cache_sampled_50",
         "top 12": "cache_top_12",
         "top 64": "cache_top_64",
-        "hard labels alone": "hard",
+        "hard labels only": "hard",
     }
-    mixed = {"running teacher, alpha = 0.5": "temperature_1", "12 draws, alpha = 0.5": "cache_sampled_12_half"}
-    return students(results, rows | mixed, "what is stored")
+    mixed = {"running teacher, alpha = 0.5": "temperature_1", "12 samples, alpha = 0.5": "cache_sampled_12_half"}
+    return students(results, rows | mixed, "cache")
 
 
 def mixture(results: Results) -> str:
     """Perplexity on each kind of text, by what was trained on."""
-    titles = {"documentation alone": "technical", "0.7 and 0.3": "mixed", "addresses alone": "general"}
+    titles = {"documentation only": "technical", "0.7 and 0.3": "mixed", "addresses only": "general"}
     kinds = ("technical", "general")
     found = {title: of(results, cell)[0] for title, cell in titles.items() if of(results, cell)}
     rows = [(title, *(f"{run[f'{kind}_perplexity']:.2f}" for kind in kinds)) for title, run in found.items()]
@@ -207,16 +220,16 @@ def peers(results: Results) -> str:
     for who, title in titles.items():
         if runs := peers_of(results, who):
             rows.append((title, *(spread([run[key] for run in runs], digits) for key, digits in parts)))
-    return lines((" ", "perplexity", "KL to teacher", "tokens/s", "peak, MiB over what stays"), rows)
+    return lines((" ", "perplexity", "KL to teacher", "tokens/s", "peak, MiB beyond weights and optimizer"), rows)
 
 
 def encoder(results: Results) -> str:
     """Accuracy on held-out rows of five topics."""
-    titles = {"teacher": "teacher, 6 layers", "student": "student, 2 layers", "control": "the same, hard labels alone"}
+    titles = {"teacher": "teacher, 6 layers", "student": "student, 2 layers", "control": "the same, hard labels only"}
     runs, rows = of(results, "encoder"), []
     for who, title in titles.items():
         if runs:
             kept = spread([run[who] / run["teacher"] for run in runs], 1, percent=True)
             size = f"{runs[0][f'{who}_parameters'] / 1e6:.1f} M"
             rows.append((title, size, spread([run[who] for run in runs], 3), kept))
-    return lines((" ", "parameters", "accuracy", "of the teacher's"), rows)
+    return lines((" ", "parameters", "accuracy", "relative to the teacher"), rows)
