@@ -15,6 +15,10 @@ from hf_distill.recipe.smoke import byte_tokenizer
 
 ROOT = Path(hf_distill.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PAGES = [
+    ROOT / name
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "recipes/README.md")
+]
 TEXTS = [f"The {i}th sentence says something about number {i * i}." for i in range(8)]
 
 
@@ -89,10 +93,27 @@ def test_yaml_blocks_are_recipes(page, tmp_path):
         assert load_recipe(str(tmp_path / "block.yaml"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert "://" in target or (page.parent / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_the_architecture_page_lists_every_package():
+    tree = blocks(ROOT / "docs" / "architecture.md", "")[0]
+    listed = {name for name in re.findall(r"^  (\w+)/", tree, flags=re.M)}
+    assert listed == {path.parent.name for path in (ROOT / "hf_distill").glob("*/__init__.py")}
 
 
 def signals_of(teacher, student, inputs):
