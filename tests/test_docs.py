@@ -112,7 +112,7 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_the_architecture_page_lists_every_package():
     tree = blocks(ROOT / "docs" / "architecture.md", "")[0]
-    listed = {name for name in re.findall(r"^  (\w+)/", tree, flags=re.M)}
+    listed = set(re.findall(r"^  (\w+)/", tree, flags=re.M))
     assert listed == {path.parent.name for path in (ROOT / "hf_distill").glob("*/__init__.py")}
 
 
