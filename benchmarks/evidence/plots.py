@@ -5,7 +5,7 @@ from pathlib import Path
 from cells import BY_ALPHA, BY_TEMPERATURE
 from tables import Results, of, tokens_a_step
 
-from hf_distill.report.figures import COLOURS, axes
+from hf_distill.report.figures import COLORS, axes
 
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 
@@ -25,7 +25,7 @@ def labels(results: Results):
     for axis, key in zip(both, ("perplexity", "kl"), strict=True):
         for place, cell in enumerate(cells.values()):
             values = [metrics[key] for metrics in of(results, cell)]
-            colour = COLOURS["control" if cell == "hard" else "student"]
+            colour = COLORS["control" if cell == "hard" else "student"]
             axis.plot([place] * len(values), values, "o", color=colour, alpha=0.8)
         axis.set_xticks(range(len(cells)), cells, rotation=20, ha="right")
     return figure
@@ -36,10 +36,10 @@ def temperatures(results: Results):
     figure, both = axes("Temperature and alpha", "", "held-out perplexity", width=9, count=2)
     for axis, cells, name in ((both[0], BY_TEMPERATURE, "T, at alpha = 0.5"), (both[1], BY_ALPHA, "alpha, at T = 2")):
         found = {x: of(results, cell)[0] for x, cell in cells.items() if of(results, cell)}
-        axis.plot([*found], [metrics["perplexity"] for metrics in found.values()], "o-", color=COLOURS["student"])
+        axis.plot([*found], [metrics["perplexity"] for metrics in found.values()], "o-", color=COLORS["student"])
         axis.set_xlabel(name)
         right = axis.twinx()
-        right.plot([*found], [metrics["kl"] for metrics in found.values()], "s--", color=COLOURS["teacher"])
+        right.plot([*found], [metrics["kl"] for metrics in found.values()], "s--", color=COLORS["teacher"])
         right.grid(False)
     right.set_ylabel("KL to the teacher (dashed), nats/token")
     return figure
@@ -54,8 +54,8 @@ def tokens(results: Results):
         points = [point for point in run[curve] if point["step"]]
         title = "distilled" if name == "student" else "hard labels alone"
         x, y = [each * point["step"] for point in points], [point["perplexity"] for point in points]
-        axis.plot(x, y, "o-", color=COLOURS[name], label=title)
-    axis.axhline(results["before", 0]["metrics"]["teacher_perplexity"], color=COLOURS["teacher"], label="teacher")
+        axis.plot(x, y, "o-", color=COLORS[name], label=title)
+    axis.axhline(results["before", 0]["metrics"]["teacher_perplexity"], color=COLORS["teacher"], label="teacher")
     axis.legend()
     return figure
 
@@ -68,7 +68,7 @@ def peers(results: Results):
     for axis, key in zip(both, ("tokens_per_second", "peak_mib_over_what_stays"), strict=True):
         for place, cell in enumerate(who.values()):
             values = [metrics[key] for metrics in of(results, f"peer_{cell}")]
-            colour = COLOURS["student" if cell.startswith("ours") else "control"]
+            colour = COLORS["student" if cell.startswith("ours") else "control"]
             axis.plot([place] * len(values), values, "o", color=colour, alpha=0.8)
         axis.set_xticks(range(len(who)), who, rotation=20, ha="right")
         axis.set_ylim(bottom=0)

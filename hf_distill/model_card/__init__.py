@@ -1,4 +1,4 @@
-"""Model cards with the evidence of a distillation."""
+"""Model cards of distilled models, generated from the data of their distillation."""
 
 from .build import TAGS, Figure, build_card
 from .data import FILE, CardData, unmeasured

@@ -1,4 +1,4 @@
-"""A distilled model's card, from the facts of its distillation: what was measured, how, and what was not."""
+"""Generates the card of a distilled model: metadata for the Hub, and text, tables and figures from the template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from ..core.escape import code_block, code_span, markdown, yaml_text
 from ..core.references import is_id
 from .data import CardData
 from .snippet import snippet_of
-from .tables import SHOWN, held_out_table, retention_table
-from .text import licence_lines, summary_of, training_lines
+from .tables import METRICS, held_out_table, retention_table
+from .text import license_lines, summary_of, training_lines
 
 TAGS = ("distillation", "hf-distill")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot of the report: its path in the repository, and what it shows."""
+    """A plot of the report: its path in the repository, and a caption."""
 
     path: str
     caption: str
 
 
 def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
-    """The card of a distilled model.
+    """Return the card of a distilled model.
 
     Args:
-        facts: of its distillation.
-        figures: plots that lie beside it.
+        facts: data of its distillation.
+        figures: plots in the same repository.
     """
     return ModelCard.from_template(
         _metadata(facts),
@@ -44,15 +44,15 @@ def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
         figures=[Figure(quote(figure.path), markdown(figure.caption)) for figure in figures],
         diagnosis={code_span(name): markdown(text) for name, text in (facts.diagnosis or {}).items()},
         not_measured=facts.not_measured,
-        made=training_lines(facts),
+        training=training_lines(facts),
         recipe=code_block(yaml_text(facts.recipe), "yaml") if facts.recipe else None,
         origin=code_span(facts.origin) if facts.origin else None,
-        licence=licence_lines(facts),
+        license_lines=license_lines(facts),
     )
 
 
 def _metadata(facts: CardData) -> ModelCardData:
-    bases = [base] if (base := _hub_id(facts.student)) else []
+    base_models = [base] if (base := _hub_id(facts.student)) else []
     names = [entry["dataset"] for entry in facts.data.get("sources", {}).values() if is_id(entry.get("dataset"))]
     results = _results(facts)
     return ModelCardData(
@@ -61,8 +61,8 @@ def _metadata(facts: CardData) -> ModelCardData:
         library_name="peft" if facts.student.get("adapters") else "transformers",
         pipeline_tag=facts.task,
         license=facts.licence.id,
-        base_model=bases or None,
-        base_model_relation=("adapter" if facts.student.get("adapters") else "finetune") if bases else None,
+        base_model=base_models or None,
+        base_model_relation=("adapter" if facts.student.get("adapters") else "finetune") if base_models else None,
         teacher_model=[model for t in facts.teachers.values() if is_id(model := t.get("model"))] or None,
         datasets=list(dict.fromkeys(names)) or None,
         tags=[*TAGS],
@@ -76,26 +76,26 @@ def _hub_id(entry: Mapping[str, Any]) -> str | None:
 
 
 def _results(facts: CardData) -> list[EvalResult]:
-    """What the model index says: of the student alone, with the teacher's beside it in the card."""
+    """The metrics of the student for the model index; the card shows the teacher's as well."""
     sources: dict[str, Any] = facts.data.get("sources", {})
     source = next((entry["dataset"] for entry in sources.values()), None)
     title = f"held-out rows of {source}" if source else "held-out rows"
-    where: dict[str, Any] = {"task_type": facts.task, "dataset_type": source or "held-out", "dataset_name": title}
+    held_out: dict[str, Any] = {"task_type": facts.task, "dataset_type": source or "held-out", "dataset_name": title}
     student = facts.held_out.get("student", {})
-    found = [
-        EvalResult(**where, metric_type=key, metric_name=name, metric_value=round(student[key], 6))
-        for key, name, _ in SHOWN
+    results = [
+        EvalResult(**held_out, metric_type=key, metric_name=name, metric_value=round(student[key], 6))
+        for key, name, _ in METRICS
         if key in student
     ]
     for task in facts.retention:
         if score := task["scores"].get("student"):
-            about: dict[str, Any] = {
+            dataset: dict[str, Any] = {
                 "task_type": facts.task,
                 "dataset_type": task["task"],
                 "dataset_name": task["task"],
             }
             value = round(score["value"], 6)
-            found.append(
-                EvalResult(**about, metric_type=task["metric"], metric_name=task["metric"], metric_value=value)
+            results.append(
+                EvalResult(**dataset, metric_type=task["metric"], metric_name=task["metric"], metric_value=value)
             )
-    return found
+    return results

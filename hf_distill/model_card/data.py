@@ -1,4 +1,4 @@
-"""What is known of a distilled model."""
+"""Data of a distilled model's card, and the list of what was not measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,24 +12,24 @@ FILE = "distillation.json"
 
 @dataclass(frozen=True)
 class CardData:
-    """A distillation's evidence; `distillation.json` is this as JSON. Paths of this machine are reduced as it is made.
+    """Data of a distillation; `distillation.json` contains it as JSON. Local paths are reduced to their last component.
 
     repo:         org/name of the student
     task:         of the pipeline, such as text-generation
-    student:      model it began with or blocks it was cut to, parameters, adapters (whether it is adapters alone)
-    teachers:     by name: kind, model, revision, licence, parameters
+    student:      the model it began as or the blocks it was cut to, parameters, adapters (whether it is only adapters)
+    teachers:     name -> kind, model, revision, license (key `licence`), parameters
     objective:    temperature, alpha, divergence, losses
-    data:         sources, rows, fingerprints
-    training:     steps, tokens, seconds, arguments, FLOP: what is known of them
-    held_out:     model -> metrics over the held-out rows
+    data:         sources, numbers of rows, fingerprints
+    training:     steps, tokens, seconds, arguments, FLOP, as far as known
+    held_out:     model -> metrics on the held-out rows
     environment:  versions and machine
-    licence:      see `hub.licences.Judged`
+    licence:      the license of the student, see `hub.licenses.LicenseDecision`
     not_measured: see `unmeasured`
-    retention:    tasks, as of `hf-distill retention`
-    diagnosis:    verdicts of `hf-distill diagnose`, name -> text; None: nobody looked
-    recipe:       as resolved; None: a script
-    origin:       address of the recipe on the Hub
-    prompt:       that the card begins with
+    retention:    tasks, from `hf-distill retention`
+    diagnosis:    verdicts from `hf-distill diagnose`, name -> text; None: no diagnosis was made
+    recipe:       as resolved; None for a script
+    origin:       URI of the recipe on the Hub
+    prompt:       of the code example and the widget
     """
 
     repo: str
@@ -56,23 +56,31 @@ class CardData:
             object.__setattr__(self, field.name, reduced(getattr(self, field.name), known))
 
     def as_json(self) -> dict[str, Any]:
-        """For distillation.json."""
+        """Return the content of distillation.json."""
         return asdict(self)
 
 
 def unmeasured(
     held_out: Mapping[str, Mapping[str, float]], retention: Sequence[Mapping[str, Any]], diagnosis: Mapping | None
 ) -> list[str]:
-    """What a distillation's evidence does not say, each with what would tell."""
+    """Return what was not measured, each with the command or option that measures it.
+
+    Args:
+        held_out: model -> metrics on the held-out rows.
+        retention: tasks, from `hf-distill retention`.
+        diagnosis: verdicts from `hf-distill diagnose`; None: no diagnosis was made.
+    """
     lines = []
     if "student" not in held_out:
-        lines.append("Quality: nothing was evaluated on held-out rows.")
+        lines.append("Quality: the student was not evaluated on held-out rows.")
     if "control" not in held_out:
-        lines.append("Whether the teacher helped: no control was trained on the hard labels alone (`control: sft`).")
+        lines.append(
+            "Benefit of the teacher: no control was trained on the hard labels only (`control: sft` trains one)."
+        )
     if not retention:
-        lines.append("What was kept on tasks (`hf-distill retention RUN`).")
+        lines.append("Scores on evaluation tasks (`hf-distill retention RUN` measures them).")
     if diagnosis is None:
-        lines.append("Whether training went wrong in a known way (`hf-distill diagnose RUN`).")
-    lines.append("Other seeds: all numbers are of one run.")
-    lines.append("Other domains and languages than those of the data; safety; bias.")
+        lines.append("Known failure modes of the training (`hf-distill diagnose RUN` checks for them).")
+    lines.append("Variation between seeds: all numbers are from one run.")
+    lines.append("Domains and languages other than those of the data, safety, and bias.")
     return lines

@@ -1,4 +1,4 @@
-"""The lines of a card that use the model: they run as they stand."""
+"""The code example of a card, which loads and runs the model."""
 
 import json
 
@@ -6,11 +6,11 @@ from .data import CardData
 
 
 def snippet_of(facts: CardData) -> str | None:
-    """Python that loads the model from the Hub and uses it once; None for a task without one."""
+    """Return Python code that loads the model from the Hub and runs it once; None for a task without an example."""
     if facts.task == "text-generation":
-        how = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
-        last = '[-1]["content"]' if not isinstance(facts.prompt, str) and facts.prompt else ""
-        return _pipeline(facts, facts.prompt or "Once upon a time", how.format(last))
+        call = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
+        last_message = '[-1]["content"]' if not isinstance(facts.prompt, str) and facts.prompt else ""
+        return _pipeline(facts, facts.prompt or "Once upon a time", call.format(last_message))
     if facts.task == "fill-mask":
         return _pipeline(
             facts, None, 'print(pipe(f"The capital of France is {pipe.tokenizer.mask_token}.")[0]["token_str"])'
@@ -20,7 +20,7 @@ def snippet_of(facts: CardData) -> str | None:
     return None
 
 
-def _pipeline(facts: CardData, prompt: object, last: str) -> str:
-    given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n" if prompt is not None else ""
+def _pipeline(facts: CardData, prompt: object, call: str) -> str:
+    prompt_line = f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n" if prompt is not None else ""
     task, repo = json.dumps(facts.task), json.dumps(facts.repo)
-    return f"from transformers import pipeline\n\npipe = pipeline({task}, model={repo})\n{given}{last}"
+    return f"from transformers import pipeline\n\npipe = pipeline({task}, model={repo})\n{prompt_line}{call}"

@@ -1,4 +1,4 @@
-"""A run as one HTML page, and samples of what its student writes."""
+"""A report of a run as one HTML page, with samples of the text that its models generate."""
 
 from importlib import import_module
 

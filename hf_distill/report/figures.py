@@ -1,4 +1,4 @@
-"""What every plot is drawn on: one drawing serves the page, light or dark, and a PNG."""
+"""Axes and styles of all plots, and their output as SVG for the page and as PNG."""
 
 from io import StringIO
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 from ..core.escape import html_text
 from ..errors import require_package
 
-# Ink becomes the page's own text colour; as it is, it is black on a PNG's white.
-INK = "#010203"
-COLOURS = {
+# The SVG replaces this color with the text color of the page; in a PNG it is nearly black on white.
+TEXT_COLOR = "#010203"
+COLORS = {
     "student": "#2f7ed8",
     "control": "#e07b28",
     "teacher": "#2a9d6f",
@@ -17,29 +17,37 @@ COLOURS = {
     "soft": "#a55fc4",
     "hard": "#c9505e",
 }
-_CYCLE = ["#2f7ed8", "#e07b28", "#2a9d6f", "#a55fc4", "#c9505e", "#8f96a3", "#b59b1c", "#1fa3b5"]
+_COLOR_CYCLE = ["#2f7ed8", "#e07b28", "#2a9d6f", "#a55fc4", "#c9505e", "#8f96a3", "#b59b1c", "#1fa3b5"]
 _STYLE: Any = {
-    "axes.edgecolor": INK,
+    "axes.edgecolor": TEXT_COLOR,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": INK,
+    "axes.labelcolor": TEXT_COLOR,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
     "font.size": 10,
     "grid.alpha": 0.14,
-    "grid.color": INK,
+    "grid.color": TEXT_COLOR,
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "hf_distill",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "text.color": TEXT_COLOR,
+    "xtick.color": TEXT_COLOR,
+    "ytick.color": TEXT_COLOR,
 }
 
 
 def axes(title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, count: int = 1) -> tuple[Any, Any]:
-    """(figure, axes) of matplotlib, with the house's colours; several axes side by side are a list.
+    """Return (figure, axes) of matplotlib in the common style; with `count` > 1 axes is a list of axes in one row.
+
+    Args:
+        title: of the figure.
+        x: label of the x axis.
+        y: label of the first y axis.
+        width: inches.
+        height: inches.
+        count: number of axes.
 
     Raises:
         DistillError: matplotlib is not installed.
@@ -49,23 +57,23 @@ def axes(title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, co
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_CYCLE)}):
+    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_COLOR_CYCLE)}):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.suptitle(title, fontsize="large")
-        made = [figure.add_subplot(1, count, i + 1) for i in range(count)]
-        for one in made:
-            one.set_xlabel(x)
-        made[0].set_ylabel(y)
-    return figure, made[0] if count == 1 else made
+        subplots = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+        for subplot in subplots:
+            subplot.set_xlabel(x)
+        subplots[0].set_ylabel(y)
+    return figure, subplots[0] if count == 1 else subplots
 
 
 def legend(axes: Any, **options) -> None:
-    """The names of what is drawn, in ink."""
-    axes.legend(frameon=False, labelcolor=INK, **options)
+    """Add a legend in the text color."""
+    axes.legend(frameon=False, labelcolor=TEXT_COLOR, **options)
 
 
-def _without_formulas(figure: Any) -> Any:
-    """The figure, whose names are text, also with dollars in them; numbers at its axes stay formulas."""
+def _disable_formulas(figure: Any) -> Any:
+    """Show labels with dollar signs as plain text; tick labels remain formulas, because matplotlib formats them so."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -75,16 +83,16 @@ def _without_formulas(figure: Any) -> Any:
 
 
 def svg(figure: Any) -> str:
-    """A figure as an element of a page, in the page's text colour, without a fixed size."""
+    """Return a figure as an SVG element with the page's text color and without a fixed size."""
     import matplotlib
 
     text = StringIO()
     with matplotlib.rc_context(_STYLE):
-        _without_formulas(figure).savefig(
+        _disable_formulas(figure).savefig(
             text, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
     element = text.getvalue()
-    element = element[element.index("<svg") :].replace(INK, "currentColor")
+    element = element[element.index("<svg") :].replace(TEXT_COLOR, "currentColor")
     name = html_text(figure.get_suptitle())
     width, height = (f"{inches * 72:g}pt" for inches in figure.get_size_inches())
     return element.replace(
@@ -93,6 +101,6 @@ def svg(figure: Any) -> str:
 
 
 def png(figure: Any, path: Path) -> Path:
-    """A figure as a file, on white."""
-    _without_formulas(figure).savefig(path, format="png", dpi=160, facecolor="white")
+    """Write a figure as a PNG on white, and return the path."""
+    _disable_formulas(figure).savefig(path, format="png", dpi=160, facecolor="white")
     return path

@@ -1,10 +1,11 @@
-"""One page that shows what a run did: no file beside it, no network, light or dark, on screen or paper."""
+"""Writes a run as one HTML page without external files: readable offline, in light and dark mode, and in print."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..core.io import write_atomic
 from ..errors import require_package
 from ..runner.run_results import Run
 from .analysis_sections import curve, diagnosis, inspection, retention, samples, temperature
@@ -17,8 +18,8 @@ class Report:
     """A report that was written.
 
     path:    of the page
-    figures: name -> PNG of each of its plots
-    missing: what it has not -> the command that adds it
+    figures: name -> PNG of each plot
+    missing: content that the run does not have -> command that adds it
     """
 
     path: Path
@@ -27,38 +28,39 @@ class Report:
 
 
 def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Report:
-    """Write RUN/report.html, and its plots as RUN/figures/NAME.png, of what stands in the run's folder.
+    """Write RUN/report.html and its plots as RUN/figures/NAME.png, from the files in the run's folder.
 
-    Nothing is computed anew: `hf-distill inspect`, `diagnose`, `retention` and `curve` leave in the folder what their
-    sections show, and the page says which are missing.
+    Nothing is computed again: `hf-distill inspect`, `diagnose`, `retention` and `curve` write the results that their
+    sections show, and the page lists the sections that are missing.
 
     Args:
         run: see `open_run`.
-        on_stage: told in a few words what begins.
+        on_stage: called with a short description of each stage as it begins.
 
     Raises:
-        DistillError: matplotlib is not installed, or the folder lacks what a run writes.
+        DistillError: matplotlib is not installed, or the folder lacks a file that every run writes.
     """
     require_package("matplotlib", "report", "A report")
     from jinja2 import Environment
 
     for name in ("results.json", "metrics.jsonl"):
         run.path(name)
-    on_stage("Drawing")
-    makers = (results, diagnosis, training, inspection, temperature, curve, retention, samples, provenance)
-    sections = [make(run) for make in makers]
+    on_stage("Drawing the plots")
+    builders = (results, diagnosis, training, inspection, temperature, curve, retention, samples, provenance)
+    sections = [build(run) for build in builders]
     shown = [section for section in sections if not section.missing]
-    missing = {what: command for section in sections for what, command in section.missing.items()}
+    missing = {content: command for section in sections for content, command in section.missing.items()}
     (run.folder / "figures").mkdir(exist_ok=True)
-    drawn = [figure for section in shown for figure in section.figures]
-    figures = {figure.name: png(figure.drawn, run.folder / "figures" / f"{figure.name}.png") for figure in drawn}
+    figures = {
+        figure.name: png(figure.figure, run.folder / "figures" / f"{figure.name}.png")
+        for section in shown
+        for figure in section.figures
+    }
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files(__package__).joinpath("report.html").read_text()
     )
     page = template.render(title=_title(run), subtitle=_subtitle(run), sections=shown, missing=missing)
-    half = run.folder / "report.html.half"
-    half.write_text(page)
-    half.replace(run.folder / "report.html")
+    write_atomic(run.folder / "report.html", page)
     return Report(run.folder / "report.html", figures, missing)
 
 
@@ -69,12 +71,11 @@ def _title(run: Run) -> str:
 def _subtitle(run: Run) -> str:
     evidence = run.results
     sizes = [
-        f"{role.capitalize()} of {size['parameters'] / 1e6:,.1f}M parameters in {size['blocks']} blocks"
+        f"{role.capitalize()}: {size['parameters'] / 1e6:,.1f}M parameters, {size['blocks']} blocks"
         for role in ("teacher", "student")
         if (size := evidence.get(role, {})).get("parameters")
     ]
-    made = evidence.get("environment", {})
-    where = ", ".join(
-        f"{name} {made[name]}" for name in ("hf_distill", "torch", "transformers", "device") if name in made
-    )
-    return ". ".join([*sizes, f"Made with {where}."])
+    environment = evidence.get("environment", {})
+    names = ("hf_distill", "torch", "transformers", "device")
+    versions = ", ".join(f"{name} {environment[name]}" for name in names if name in environment)
+    return ". ".join([*sizes, f"Environment: {versions}."])

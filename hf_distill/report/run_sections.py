@@ -1,4 +1,4 @@
-"""The sections of a report: what stands in a run's folder, as words, tables and figures."""
+"""Sections of a report with the results and the logs of a run, as text, tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from ..runner.run_results import Run
 from . import plots
 from .figures import svg
 
-MODELS = {
-    "before": "student before",
-    "student": "student after",
-    "control": "control",
+MODEL_TITLES = {
+    "before": "student before training",
+    "student": "student after training",
+    "control": "control (hard labels only)",
     "peer": "peer",
-    "ema": "average",
+    "ema": "EMA teacher",
 }
 
 
@@ -30,21 +30,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A matplotlib figure, with what to see in it."""
+    """A matplotlib figure with a caption."""
 
     name: str
-    drawn: Any
+    figure: Any
     caption: str = ""
 
     @property
     def svg(self) -> str:
-        """For a page."""
-        return svg(self.drawn)
+        """The figure as an SVG element for the page."""
+        return svg(self.figure)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; what it lacks is left out."""
+    """A section of the page; empty parts are left out.
+
+    missing: content that the run does not have -> command that adds it; such a section is not shown
+    """
 
     name: str
     title: str
@@ -58,38 +61,44 @@ class Section:
 
 
 def results(run: Run) -> Section:
-    """Held-out quality of all models."""
+    """Held-out metrics of all models."""
     models = run.results["models"]
     rows, after = [], models["student"]
     if "teacher_perplexity" in after:
         rows.append(["teacher", f"{after['teacher_perplexity']:.2f}", "0", "1"])
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
-    for name, title in (stages | MODELS).items():
+    for name, title in (stages | MODEL_TITLES).items():
         m = models.get(name, {})
         if "perplexity" in m:
             compared = [f"{m['kl']:.4f}", f"{m['agreement']:.3f}"] if "kl" in m else ["-", "-"]
             rows.append([title, f"{m['perplexity']:.2f}", *compared])
     table = Table(["held-out rows", "perplexity", "KL to teacher, nats/token", "top-1 agreement"], rows)
-    return Section("results", "Results", [_in_words(models)], [table])
+    return Section("results", "Results", [_summary(models)], [table])
 
 
 def training(run: Run) -> Section:
-    """What the run logged as it went."""
+    """Plots of the logged metrics."""
     logs = {name: run.logs(name) for name in ("student", "control") if run.logs(name)}
     student = logs.get("student", [])
-    drawn = [
+    figures = [
         Figure(
-            "losses", plots.losses(student), "Each term as it is logged, before its weight; T^2 is in the soft one."
+            "losses",
+            plots.losses(student),
+            "Each term is shown as logged, before it is multiplied by its weight; the soft term contains T².",
         ),
         Figure("closeness", plots.closeness(logs)),
         Figure("sources", plots.sources(student)),
-        Figure("entropies", plots.entropies(student), "A student far below its teacher is too sure of itself."),
+        Figure(
+            "entropies",
+            plots.entropies(student),
+            "A student whose entropy is far below the teacher's is overconfident.",
+        ),
     ]
-    return Section("training", "Training", figures=[figure for figure in drawn if figure.drawn is not None])
+    return Section("training", "Training", figures=[figure for figure in figures if figure.figure is not None])
 
 
 def provenance(run: Run) -> Section:
-    """The recipe, the models and the machine."""
+    """Recipe, models, machine and checksums of the weights."""
     evidence = run.results
     facts = {k: v for k, v in evidence.items() if k in ("student", "teacher", "data", "caches", "environment")}
     weights = sorted((run.folder / "student").glob("*.safetensors"))
@@ -99,24 +108,24 @@ def provenance(run: Run) -> Section:
     return Section(
         "provenance",
         "Recipe and provenance",
-        ["The recipe as it ran, what the run found out, and the weights that it left."],
+        ["The resolved recipe, the models, data and machine of the run, and the checksums of the student's weights."],
         table,
         code=[run.path("recipe.yaml").read_text(), text],
     )
 
 
-def _in_words(models: dict[str, dict[str, float]]) -> str:
-    """What the distillation brought, against the control where there is one."""
+def _summary(models: dict[str, dict[str, float]]) -> str:
+    """Return one sentence on the student's perplexity, compared with the control if there is one."""
     after, control = models["student"], models.get("control", {})
     if "perplexity" not in after:
-        return "The student is no language model: its losses are below."
+        return "The student is not a language model: see its losses below."
     text = f"The student's held-out perplexity is {after['perplexity']:.2f}"
     if "perplexity" in models.get("before", {}):
-        text += f", {models['before']['perplexity']:.2f} before"
+        text += f" ({models['before']['perplexity']:.2f} before training)"
     if "perplexity" in control:
         gain = 1 - after["perplexity"] / control["perplexity"]
-        verdict = "better" if gain > 0 else "worse"
-        text += f"; that is {abs(gain):.1%} {verdict} than the same student trained on hard labels alone"
+        comparison = "better" if gain > 0 else "worse"
+        text += f", which is {abs(gain):.1%} {comparison} than the same student trained on hard labels only"
     return text + "."
 
 

@@ -1,4 +1,4 @@
-"""Cards: their code runs, their words follow from the facts, and nothing private is in them."""
+"""Cards: the code example runs, the text follows from the data, and nothing private is in them."""
 
 import json
 import re
@@ -35,48 +35,48 @@ def metadata(facts: CardData) -> dict:
     return yaml.safe_load(build_card(facts).content.split("---\n")[1])
 
 
-def test_metadata_name_base_data_relation_and_results():
-    found = metadata(FACTS)
-    assert (found["base_model"], found["base_model_relation"]) == (["org/base"], "finetune")
-    assert (found["datasets"], found["license"], found["library_name"]) == (["org/rows"], "mit", "transformers")
-    results = {m["type"]: m["value"] for r in found["model-index"][0]["results"] for m in r["metrics"]}
+def test_metadata_contain_base_model_relation_data_and_results():
+    values = metadata(FACTS)
+    assert (values["base_model"], values["base_model_relation"]) == (["org/base"], "finetune")
+    assert (values["datasets"], values["license"], values["library_name"]) == (["org/rows"], "mit", "transformers")
+    results = {m["type"]: m["value"] for r in values["model-index"][0]["results"] for m in r["metrics"]}
     assert results == {"perplexity": 9.0, "kl": 0.5, "agreement": 0.25}
     adapters = metadata(replace(FACTS, student=FACTS.student | {"adapters": True}))
     assert (adapters["base_model_relation"], adapters["library_name"]) == ("adapter", "peft")
 
 
 @pytest.mark.parametrize("name", ["/home/me/secret/model", "runs/stage-1/student", "package:x/y.gguf", None])
-def test_what_is_no_id_is_no_base_and_paths_stay_private(name):
+def test_a_path_is_not_published_as_a_base_model(name):
     card = build_card(replace(FACTS, student={"model": public_name(name)}))
     assert "base_model" not in card.data.to_dict()
     assert "/home/me" not in card.content
 
 
-def test_words_follow_from_the_facts():
+def test_the_text_follows_from_the_data():
     text = build_card(FACTS).text
-    assert "A model of 1.5M parameters that began as [org/base]" in text
+    assert "A model with 1.5M parameters, initialized from [org/base]" in text
     assert "js(beta=0.1)" in text
     assert "commit `cccccccccccc`" in text
     assert "wants its name" in text
     assert "Accepted by the author: teacher: forbids it." in text
 
 
-def test_a_card_says_what_was_not_measured():
+def test_a_card_lists_what_was_not_measured():
     lines = " ".join(unmeasured({}, (), None))
-    for word in ("nothing was evaluated", "no control", "retention", "diagnose", "seeds", "safety"):
+    for word in ("was not evaluated", "no control", "retention", "diagnose", "seeds", "safety"):
         assert word in lines
-    told = {"student": {}, "control": {}}
-    assert len(unmeasured(told, [{"task": "x"}], {})) == 2
+    held_out = {"student": {}, "control": {}}
+    assert len(unmeasured(held_out, [{"task": "x"}], {})) == 2
 
 
-def test_verdicts_of_a_diagnosis_are_not_left_out():
+def test_a_card_contains_the_verdicts_of_the_diagnosis():
     assert (
         "`under_trained`: it still fell"
         in build_card(replace(FACTS, diagnosis={"under_trained": "it still fell"})).text
     )
 
 
-def test_a_table_does_not_break_at_a_bar():
+def test_a_bar_in_a_cell_does_not_break_the_table():
     task = {"task": "a|b", "metric": "acc", "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
     assert "| a\\|b | acc | 3 | 0.500 ± 0.100 | - |" in build_card(replace(FACTS, retention=[task | {"kept": {}}])).text
 
@@ -92,7 +92,7 @@ def test_a_table_does_not_break_at_a_bar():
         ("token-classification", "token", None),
     ],
 )
-def test_the_snippet_of_each_task_runs_as_it_stands(task, kind, prompt, monkeypatch, tmp_path, capsys):
+def test_the_code_example_of_each_task_runs(task, kind, prompt, monkeypatch, tmp_path, capsys):
     tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     build(kind, 0, vocab=len(tokenizer)).save_pretrained(tmp_path / "m")
@@ -108,11 +108,11 @@ def test_the_snippet_of_each_task_runs_as_it_stands(task, kind, prompt, monkeypa
         assert card.data.widget[0] == {"text" if isinstance(prompt, str) else "messages": prompt}
 
 
-ATTACK = '<img src=x onerror=alert(1)>[x](https://evil.example)\n\n```\n# own heading\n---\nlicense: "evil"\n'
+ATTACK = '<img src=x onerror=alert(1)>[x](https://evil.example)\n\n```\n# another heading\n---\nlicense: "evil"\n'
 
 
-def test_external_text_in_any_fact_stays_text():
-    """Names, sample text, licences, tasks and values of a recipe hold HTML, links, fences, a metadata's end."""
+def test_external_text_is_not_rendered_as_markup():
+    """Names, samples, licenses, tasks and the recipe contain HTML, links, fences, and the end of the metadata."""
     task = {"task": ATTACK, "metric": ATTACK, "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
     entry = {"kind": "frozen", "model": ATTACK, "licence": ATTACK, "version": ATTACK, "quantization": ATTACK}
     facts = replace(
@@ -130,9 +130,9 @@ def test_external_text_in_any_fact_stays_text():
         prompt=ATTACK,
     )
     card = build_card(facts, [Figure(f"figures/{ATTACK}.png", ATTACK)])
-    again = ModelCard(card.content)
-    assert again.data.to_dict() == card.data.to_dict()
-    assert again.data.license == ATTACK
+    parsed = ModelCard(card.content)
+    assert parsed.data.to_dict() == card.data.to_dict()
+    assert parsed.data.license == ATTACK
     tokens = list(flatten(MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)))
     assert not [t.content for t in tokens if t.type in ("html_block", "html_inline")]
     assert {t.attrGet("href") for t in tokens if t.type == "link_open"} == {
@@ -140,7 +140,7 @@ def test_external_text_in_any_fact_stays_text():
         "https://arxiv.org/abs/2306.13649",
     }
     headings = [tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"]
-    assert [h for h in headings if "own" in h] == []
+    assert [h for h in headings if "another" in h] == []
     blocks = [t for t in tokens if t.type == "fence"]
     assert [t.info for t in blocks] == ["python", "yaml"]
     assert yaml.safe_load(blocks[1].content)["train"]["run_name"] == ATTACK
@@ -152,19 +152,19 @@ def flatten(tokens):
         yield from flatten(token.children or ())
 
 
-def test_no_fact_names_a_folder_of_this_machine(tmp_path):
-    place = f"{tmp_path}/secret/rows.jsonl"
+def test_a_card_contains_no_folder_of_this_machine(tmp_path):
+    path = f"{tmp_path}/secret/rows.jsonl"
     facts = replace(
         FACTS,
-        student={"model": place},
-        teachers={"teacher": {"kind": "frozen", "model": place}},
-        data={"sources": {"task": {"dataset": place}}},
-        training={"arguments": {"liger": place}},
-        licence=LicenseDecision("mit", [f"of {place}:"], []),
-        diagnosis={"short": f"see {place}, `{place}`"},
-        recipe={"data": {"task": {"path": place}}, "train": {"optim_args": f"file={place}"}},
-        environment={"device": place},
-        prompt=f"open {place}",
+        student={"model": path},
+        teachers={"teacher": {"kind": "frozen", "model": path}},
+        data={"sources": {"task": {"dataset": path}}},
+        training={"arguments": {"liger": path}},
+        licence=LicenseDecision("mit", [f"of {path}:"], []),
+        diagnosis={"short": f"see {path}, `{path}`"},
+        recipe={"data": {"task": {"path": path}}, "train": {"optim_args": f"file={path}"}},
+        environment={"device": path},
+        prompt=f"open {path}",
     )
     for text in (build_card(facts).content, json.dumps(facts.as_json())):
         assert tmp_path.name not in text

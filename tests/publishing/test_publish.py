@@ -144,7 +144,7 @@ def test_the_card_is_valid_and_true(run, hub):
     assert told["perplexity"] == pytest.approx(student["perplexity"], rel=1e-5)
     assert told["kl"] == pytest.approx(student["kl"], abs=1e-5)
     assert f"{run.results['models']['control']['perplexity']:.2f}" in card.text
-    assert "retention RUN" in card.text.split("What was not measured")[1]
+    assert "retention RUN" in card.text.split("## Not measured")[1]
     facts = json.loads(Path(snapshot_download("tester/quick"), "distillation.json").read_text())
     assert facts["held_out"]["student"]["kl"] == student["kl"]
     assert facts["data"]["train_fingerprint"] == run.results["data"]["train_fingerprint"]

@@ -1,4 +1,4 @@
-"""A report is one file that a browser shows as it is meant, without a network."""
+"""A report is one file that a browser renders correctly without a network."""
 
 import json
 import re
@@ -17,30 +17,30 @@ from hf_distill.report.html import report
 from hf_distill.report.samples import write_samples
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-QUIET += "--disable-component-update --disable-sync --hide-scrollbars --host-resolver-rules=MAP*~NOTFOUND"
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync --hide-scrollbars --host-resolver-rules=MAP*~NOTFOUND"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run, with everything that a report may show."""
+def completed_run(tmp_path_factory):
+    """The folder of a run with two data sources and a control."""
     folder = tmp_path_factory.mktemp("report") / "run"
     run_recipe(load_recipe("task-mix", [f"train.output_dir={folder}"], smoke=True))
     return folder
 
 
 @pytest.fixture
-def folder(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def folder(completed_run, tmp_path):
+    shutil.copytree(completed_run, tmp_path / "run")
     return tmp_path / "run"
 
 
 def browse(page, tmp_path, *options):
-    """What headless Chromium says of a page."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    """Open a page in headless Chromium and return the finished process."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     assert browser, f"none of {', '.join(BROWSERS)} is installed: `make test` installs chromium where it may"
     profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [browser, *QUIET.split(), profile, *options, f"file://{page}"]
+    command = [browser, *FLAGS.split(), profile, *options, f"file://{page}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
@@ -50,38 +50,40 @@ def pixels(file):
     return matplotlib.image.imread(file)[..., :3]
 
 
-def test_a_browser_shows_it_light_and_dark(folder, tmp_path):
+def test_a_browser_shows_the_report_in_light_and_dark_mode(folder, tmp_path):
     page = report(open_run(folder)).path
-    seen = {}
+    screenshots = {}
     for name, scheme in (("light", 1), ("dark", 0)):
         shot = tmp_path / f"{name}.png"
         browse(page, tmp_path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}",
                "--window-size=1000,2400")  # fmt: skip
-        seen[name] = pixels(shot)
-        assert seen[name].shape[:2] == (2400, 1000)
-        assert len({tuple(p) for p in seen[name][::7, ::7].reshape(-1, 3).tolist()}) > 50  # text and coloured lines
-    assert seen["light"][0, 0].min() > 0.95
-    assert seen["dark"][0, 0].max() < 0.2
-    # Ink of titles and axes follows the page: the darkest pixels of one are as far from its ground as in the other.
-    assert seen["light"].min() < 0.2
-    assert seen["dark"].max() > 0.85
+        screenshots[name] = pixels(shot)
+        assert screenshots[name].shape[:2] == (2400, 1000)
+        assert (
+            len({tuple(p) for p in screenshots[name][::7, ::7].reshape(-1, 3).tolist()}) > 50
+        )  # text and coloured lines
+    assert screenshots["light"][0, 0].min() > 0.95
+    assert screenshots["dark"][0, 0].max() < 0.2
+    # Titles and axes of plots have the text color of the page, so that they are readable on both backgrounds.
+    assert screenshots["light"].min() < 0.2
+    assert screenshots["dark"].max() > 0.85
 
 
-def test_it_prints(folder, tmp_path):
+def test_a_browser_prints_the_report(folder, tmp_path):
     page = report(open_run(folder)).path
     browse(page, tmp_path, f"--print-to-pdf={tmp_path / 'report.pdf'}")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
 class Links(HTMLParser):
-    """Everything in a page that a browser would fetch."""
+    """Collects everything in a page that a browser would fetch."""
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.urls = []
 
     def handle_starttag(self, tag, attrs):
-        self.found += [
+        self.urls += [
             (tag, k, v)
             for k, v in attrs
             if k in ("src", "href", "xlink:href", "data", "srcset") and not v.startswith("#")
@@ -89,24 +91,24 @@ class Links(HTMLParser):
         assert tag not in ("script", "link", "iframe", "img")
 
 
-def test_it_fetches_nothing(folder):
+def test_the_report_fetches_nothing(folder):
     text = report(open_run(folder)).path.read_text()
     links = Links()
     links.feed(text)
-    assert links.found == []
+    assert links.urls == []
     assert not re.search(r"@import|url\((?!#)", text)
 
 
-def test_what_the_run_found_stands_in_it(folder):
+def test_the_report_shows_the_results_of_the_run(folder):
     run = open_run(folder)
-    found = report(run)
-    text = found.path.read_text()
+    written = report(run)
+    text = written.path.read_text()
     models = run.results["models"]
     for name in ("before", "student"):
         assert f"{models[name]['perplexity']:.2f}" in text
         assert f"{models[name]['kl']:.4f}" in text
-    assert {"losses", "closeness", "sources", "entropies"} <= set(found.figures)
-    for file in found.figures.values():
+    assert {"losses", "closeness", "sources", "entropies"} <= set(written.figures)
+    for file in written.figures.values():
         assert pixels(file).std() > 0.01
     for source in run.recipe.data.sources:
         assert source in text
@@ -114,30 +116,30 @@ def test_what_the_run_found_stands_in_it(folder):
     assert run.results["environment"]["torch"] in text
 
 
-def test_what_other_commands_left_stands_in_it(folder):
+def test_the_report_shows_the_results_of_the_analysis_commands(folder):
     from dataclasses import asdict
 
     from hf_distill.analysis.evaluation import retention
-    from hf_distill.analysis.lm_eval_tasks import Measured
+    from hf_distill.analysis.lm_eval_tasks import EvalTask
     from hf_distill.core.io import read_json, write_json
 
     for command in ("inspect", "diagnose", "curve"):
         result = CliRunner().invoke(app, [command, str(folder)])
         assert result.exit_code == 0, result.output
-    task = Measured("mini_maths", "maths", "acc", True, lambda values: sum(values) / len(values), None)
+    task = EvalTask("mini_maths", "maths", "acc", True, lambda values: sum(values) / len(values), None)
     values = {"teacher": [1, 1, 1, 0], "student": [1, 0, 1, 0], "control": [0, 0, 1, 0]}
-    kept = retention(dict.fromkeys(values), None, [task], known={m: {"mini_maths": v} for m, v in values.items()})
-    write_json(folder / "retention.json", asdict(kept))
+    scores = retention(dict.fromkeys(values), None, [task], known={m: {"mini_maths": v} for m, v in values.items()})
+    write_json(folder / "retention.json", asdict(scores))
     rung = {"step": 4, "nll": 3.25, "kl": 0.5, "agreement": 0.75}
-    other = {"temperature": 1.0, "alpha": 0.9, "rungs": [rung | {"nll": 3.5}]}
-    search = {"candidates": [{"temperature": 2.0, "alpha": 0.5, "rungs": [rung]}, other], "by": "nll", "runs": 2.5}
+    without_kl = {"temperature": 1.0, "alpha": 0.9, "rungs": [rung | {"nll": 3.5, "kl": None, "agreement": None}]}
+    search = {"candidates": [{"temperature": 2.0, "alpha": 0.5, "rungs": [rung]}, without_kl], "by": "nll", "runs": 2.5}
     folder.with_name("run-temperature").mkdir()
     write_json(folder.with_name("run-temperature") / "temperature.json", search | {"overrides": ["distill.alpha=0.5"]})
     write_samples(open_run(folder), 1, new_tokens=3)
-    found = report(open_run(folder))
-    assert found.missing == {}
-    assert {"teacher_t", "teacher_entropy", "temperature", "curve", "retention"} <= set(found.figures)
-    text = found.path.read_text()
+    written = report(open_run(folder))
+    assert written.missing == {}
+    assert {"teacher_t", "teacher_entropy", "temperature", "curve", "retention"} <= set(written.figures)
+    text = written.path.read_text()
     inspection, diagnosis = (read_json(folder / f"{name}.json") for name in ("inspection", "diagnosis"))
     assert f"entropy {inspection['entropy']:.2f} nats" in text
     for verdict in diagnosis["verdicts"]:
@@ -147,7 +149,7 @@ def test_what_other_commands_left_stands_in_it(folder):
     assert "3.2500" in text
 
 
-def test_what_models_write_is_text_and_no_markup(folder):
+def test_generated_text_is_not_rendered_as_markup(folder):
     samples = write_samples(open_run(folder), 2, new_tokens=5)
     assert [set(sample.written) for sample in samples] == [{"teacher", "before", "student", "control"}] * 2
     file = folder / "samples.json"
@@ -157,8 +159,8 @@ def test_what_models_write_is_text_and_no_markup(folder):
     assert "&lt;script&gt;" in text
 
 
-def test_the_student_before_is_the_one_that_the_run_began_with(folder):
-    """Its likeliest tokens after a prompt are those of the blocks that were kept, cut by hand."""
+def test_the_initial_student_equals_the_kept_blocks_of_the_teacher(folder):
+    """Its logits equal those of a teacher whose other blocks were removed by hand."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -170,30 +172,30 @@ def test_the_student_before_is_the_one_that_the_run_began_with(folder):
     student = student_before(run, teacher)
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        got = student(ids).logits
-        kept = [teacher.model.layers[i] for i in run.results["student"]["layers_kept"]]
-        teacher.model.layers = torch.nn.ModuleList(kept)
-        teacher.config.num_hidden_layers = teacher.model.config.num_hidden_layers = len(kept)
-        assert torch.equal(got, teacher(ids, use_cache=False).logits)
+        logits = student(ids).logits
+        blocks = [teacher.model.layers[i] for i in run.results["student"]["layers_kept"]]
+        teacher.model.layers = torch.nn.ModuleList(blocks)
+        teacher.config.num_hidden_layers = teacher.model.config.num_hidden_layers = len(blocks)
+        assert torch.equal(logits, teacher(ids, use_cache=False).logits)
 
 
-def test_what_is_missing_is_named_with_the_command_that_writes_it(folder, tmp_path):
-    found = report(open_run(folder))
+def test_missing_results_are_listed_with_the_command_that_writes_them(folder, tmp_path):
+    written = report(open_run(folder))
     command = f"hf-distill inspect {folder}"
-    assert found.missing["what the teacher's soft labels hold"] == command
-    assert command in found.path.read_text()
+    assert written.missing["measures of the teacher's soft labels"] == command
+    assert command in written.path.read_text()
     (folder / "metrics.jsonl").unlink()
-    found.path.unlink()
+    written.path.unlink()
     with pytest.raises(DistillError, match=r"metrics\.jsonl is missing: `hf-distill run RECIPE` writes it"):
         report(open_run(folder))
-    assert not found.path.exists()
+    assert not written.path.exists()
     with pytest.raises(DistillError, match=r"recipe\.yaml is missing, so .* is not the folder of a run"):
         open_run(tmp_path)
     with pytest.raises(DistillError, match="There is no folder"):
         open_run(tmp_path / "nowhere")
 
 
-def test_the_command_writes_samples_and_page(folder):
+def test_the_command_writes_samples_and_report(folder):
     result = CliRunner().invoke(app, ["report", str(folder), "--samples", "1", "--new-tokens", "4"])
     assert result.exit_code == 0, result.output
     assert (folder / "report.html").is_file()
@@ -201,8 +203,8 @@ def test_the_command_writes_samples_and_page(folder):
     assert "hf-distill inspect" in result.output
 
 
-def test_external_text_in_a_report_is_text(folder):
-    """Samples, losses and the recipe hold HTML, and dollars that a plot could take for a formula."""
+def test_external_text_in_a_report_is_not_rendered_as_markup(folder):
+    """Samples, losses and the recipe contain HTML, and dollar signs that matplotlib could render as a formula."""
     attack = "<img src=x onerror=alert(1)></pre><script>alert(1)</script> $\\frac{1$ \"'"
     sample = {"prompt": attack, "reference": attack, "written": {attack: attack}}
     (folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
@@ -218,16 +220,15 @@ def test_external_text_in_a_report_is_text(folder):
     assert page.count("&lt;script&gt;") >= 3
 
 
-def test_a_plot_s_title_and_legend_are_text():
+def test_title_and_legend_of_a_plot_are_not_rendered_as_markup():
     from xml.etree import ElementTree
 
     from hf_distill.report.figures import axes, legend, svg
 
     attack = '<script>alert("1")</script> & $\\frac{1$ \' '
-    figure, one = axes(attack, attack, attack)
-    one.plot([1, 2], label=attack)
-    legend(one)
-    drawn = svg(figure)
-    root = ElementTree.fromstring(drawn)
+    figure, subplot = axes(attack, attack, attack)
+    subplot.plot([1, 2], label=attack)
+    legend(subplot)
+    root = ElementTree.fromstring(svg(figure))
     assert not [element for element in root.iter() if "script" in element.tag]
     assert root.attrib["aria-label"] == attack.strip() or root.attrib["aria-label"] == attack
