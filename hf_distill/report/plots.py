@@ -185,8 +185,8 @@ def relative_scores(retention: Mapping[str, Any]) -> Any:
             [max(score["percent"] - score["low"], 0) for _, score in scores],
             [max(score["high"] - score["percent"], 0) for _, score in scores],
         ]
-        subplot.bar(positions, heights, width * 0.9, yerr=intervals, capsize=3, color=COLORS.get(name), ecolor=TEXT_COLOR,
-               label=name)  # fmt: skip
+        style = {"color": COLORS.get(name), "ecolor": TEXT_COLOR, "capsize": 3, "label": name}
+        subplot.bar(positions, heights, width * 0.9, yerr=intervals, **style)
     subplot.axhline(100, lw=1, color=COLORS["teacher"])
     subplot.set_xticks(range(len(tasks)), [task["task"].removeprefix("mini_") for task in tasks])
     subplot.grid(axis="x", visible=False)

@@ -141,7 +141,7 @@ def test_the_report_shows_the_results_of_the_analysis_commands(folder):
     assert {"teacher_t", "teacher_entropy", "temperature", "curve", "retention"} <= set(written.figures)
     text = written.path.read_text()
     inspection, diagnosis = (read_json(folder / f"{name}.json") for name in ("inspection", "diagnosis"))
-    assert f"entropy {inspection['entropy']:.2f} nats" in text
+    assert f"the entropy is {inspection['entropy']:.2f} nats" in text
     for verdict in diagnosis["verdicts"]:
         assert verdict["name"] in text
     assert f"{diagnosis['agreement']['pearson']:.3f}" in text
