@@ -267,7 +267,7 @@ def test_a_pair_without_a_student_gives_an_error():
         diagnose(pair_of().with_student(None))
 
 
-def test_the_command_writes_its_results_and_diagnoses_the_control_too(tmp_path):
+def test_the_command_writes_results_and_diagnoses_the_control_too(tmp_path):
     folder = tmp_path / "run"
     run_recipe(load_recipe("task-mix", [f"train.output_dir={folder}"], smoke=True))
     result = CliRunner().invoke(app, ["diagnose", str(folder)], env={"COLUMNS": "80"})

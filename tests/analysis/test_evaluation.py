@@ -18,7 +18,7 @@ from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 
 CHOICE = """
-task: colours
+task: colors
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 output_type: multiple_choice
@@ -41,7 +41,7 @@ metric_list: [{{metric: byte_perplexity}}]
 metadata: {{version: 1.0, category: language}}
 """
 CASES = [
-    {"question": f"The colour of number {i} is", "choices": ["red", "green", "blue"], "gold": i % 3} for i in range(9)
+    {"question": f"The color of number {i} is", "choices": ["red", "green", "blue"], "gold": i % 3} for i in range(9)
 ]
 
 
@@ -65,7 +65,7 @@ def tasks(tmp_path):
     folder.mkdir()
     data = folder / "cases.jsonl"
     data.write_text("".join(json.dumps(case) + "\n" for case in CASES))
-    (folder / "colours.yaml").write_text(CHOICE.format(data=data))
+    (folder / "colors.yaml").write_text(CHOICE.format(data=data))
     (folder / "prose.yaml").write_text(ROLLING.format(data=data))
     return folder
 
@@ -90,13 +90,13 @@ def test_scores_equal_those_of_naive_likelihoods(run, tasks):
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "student")
     expected = [naive_score(model, tokenizer, case) for case in CASES]
     written = json.loads((run.folder / "retention.json").read_text())
-    assert written["values"]["student"]["colours"] == expected
-    colours = next(task for task in result.tasks if task.task == "colours")
-    assert colours.scores["student"].value == pytest.approx(np.mean(expected))
-    assert colours.scores["student"].stderr == pytest.approx(np.std(expected, ddof=1) / 3)
-    assert set(colours.scores) == {"teacher", "before", "student", "control"}
-    assert colours.examples == 9
-    assert {task.task: task.higher_is_better for task in result.tasks} == {"colours": True, "prose": False}
+    assert written["values"]["student"]["colors"] == expected
+    colors = next(task for task in result.tasks if task.task == "colors")
+    assert colors.scores["student"].value == pytest.approx(np.mean(expected))
+    assert colors.scores["student"].stderr == pytest.approx(np.std(expected, ddof=1) / 3)
+    assert set(colors.scores) == {"teacher", "before", "student", "control"}
+    assert colors.examples == 9
+    assert {task.task: task.higher_is_better for task in result.tasks} == {"colors": True, "prose": False}
     assert set(result.categories) <= {"factual", "language"}
 
 
@@ -124,7 +124,7 @@ def test_the_interval_equals_that_of_resampling_student_and_teacher_together():
     assert result.high == pytest.approx(high, abs=1.0)
 
 
-def test_a_student_with_its_teachers_answers_keeps_100_percent_without_uncertainty():
+def test_a_student_with_the_answers_of_the_teacher_scores_100_percent_without_uncertainty():
     answers = [1.0, 0.0, 1.0, 1.0, 0.0] * 8
     values = known_values(teacher=answers, student=answers)
     result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values).tasks[0].kept["student"]
@@ -160,17 +160,17 @@ def test_saved_scores_are_not_computed_again(run, tasks, monkeypatch):
     result = retention_of(run, folder=tasks, limit=3)
     assert len(evaluated) == 5  # two models before the interruption, the interrupted one, and two after it
     assert result.tasks[0].examples == 3
-    retention_of(run, names=["colours"], folder=tasks, limit=3)
+    retention_of(run, names=["colors"], folder=tasks, limit=3)
     assert len(evaluated) == 5
-    retention_of(run, names=["colours"], folder=tasks, limit=4, models=["teacher"])
-    assert evaluated[5:] == [["colours"]]
+    retention_of(run, names=["colors"], folder=tasks, limit=4, models=["teacher"])
+    assert evaluated[5:] == [["colors"]]
 
 
 def test_unknown_tasks_and_models_give_an_error_before_a_model_is_loaded(run, tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("hf_distill.analysis.evaluation.ModelPair", None)
-    with pytest.raises(DistillError, match=r"no task 'colour'; did you mean 'colours'"):
-        retention_of(run, names=["colour"], folder=tasks)
+    with pytest.raises(DistillError, match=r"no task 'color'; did you mean 'colors'"):
+        retention_of(run, names=["color"], folder=tasks)
     with pytest.raises(DistillError, match=r"No task was given"):
         retention_of(run, names=[])
     with pytest.raises(DistillError, match=r"data of task 'gsm8k' cannot be loaded .*YAML tasks on local files"):

@@ -213,7 +213,7 @@ def test_chunk_size_does_not_change_the_measures(monkeypatch):
     assert floats(asdict(small)) == pytest.approx(floats(asdict(at_once)), rel=1e-5, abs=1e-9)
 
 
-def test_full_batches_are_read_until_there_are_enough_targets_and_the_student_is_not_run():
+def test_batches_are_read_until_the_number_of_targets_is_reached_and_the_student_is_not_run():
     pair, calls = pair_of().with_student(build("llama", 0)), []
     pair.teacher.register_forward_hook(lambda *_: calls.append("teacher"))
     pair.student.register_forward_hook(lambda *_: calls.append("student"))
@@ -319,7 +319,7 @@ def test_the_command_inspects_the_teacher_of_a_recipe(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_inspects_a_run_and_writes_the_result_there(tmp_path):
+def test_the_command_inspects_a_run_and_writes_the_result_to_the_folder(tmp_path):
     folder = tmp_path / "run"
     run_recipe(load_recipe("quickstart", [f"train.output_dir={folder}"], smoke=True))
     shutil.rmtree(folder / "student")  # the student is not needed

@@ -28,7 +28,7 @@ def naive_metrics(pair, tokens=None):
 
 
 @pytest.mark.parametrize("name", ["quickstart", "task-mix", "mutual", "cached"])
-def test_metrics_of_a_pair_equal_those_of_its_run(tmp_path, monkeypatch, name):
+def test_metrics_of_a_pair_equal_those_of_the_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     run = run_of(tmp_path / "run", name)
     kl, ce, _ = naive_metrics(ModelPair.of_run(run))
@@ -44,7 +44,7 @@ def test_the_control_can_be_the_student_of_a_pair(tmp_path):
     assert kl == pytest.approx(run.results["models"]["control"]["kl"], rel=1e-4)
 
 
-def test_each_token_of_a_mixture_has_its_source(tmp_path):
+def test_each_token_of_a_mixture_has_the_index_of_the_source(tmp_path):
     pair = ModelPair.of_recipe(load_recipe("task-mix", [f"train.output_dir={tmp_path}"], smoke=True))
     sources = torch.cat([batch.source for batch in pair.batches(None)])
     assert pair.sources == ("task", "code")

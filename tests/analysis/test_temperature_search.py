@@ -95,7 +95,7 @@ def search(tmp_path_factory):
     return result, stages
 
 
-def test_the_winner_equals_an_uninterrupted_run_with_its_values(search, tmp_path):
+def test_the_winner_equals_an_uninterrupted_run_with_the_same_values(search, tmp_path):
     """Stopping and resuming at each rung does not change the held-out metrics."""
     result, _ = search
     run = run_recipe(recipe(tmp_path / "run", "control=null", *result.overrides))
@@ -117,7 +117,7 @@ def test_the_better_candidates_continue(search):
     assert result.runs == 2.0
 
 
-def test_a_completed_search_keeps_its_file_and_no_checkpoints(search):
+def test_a_completed_search_keeps_the_file_and_no_checkpoints(search):
     result, _ = search
     folder = Path(result.folder)
     assert {f.name for f in folder.iterdir()} == {"temperature.json", "metrics.jsonl", ".lock"}
@@ -214,7 +214,7 @@ def test_a_recipe_that_cannot_be_searched_gives_an_error_before_anything_is_writ
     assert not any(tmp_path.iterdir())
 
 
-def test_the_recipes_own_values_are_a_candidate(tmp_path):
+def test_the_values_of_the_recipe_are_a_candidate(tmp_path):
     searched = recipe(tmp_path / "run", "distill.temperature=3", "distill.alpha=0.7")
     result = find_temperature(searched, [1.0], [0.5], folder=str(tmp_path / "s"))
     assert {(c.temperature, c.alpha, c.from_recipe) for c in result.candidates} == {(1.0, 0.5, False), (3.0, 0.7, True)}
@@ -285,7 +285,7 @@ class ObjectiveRecorder(TrainerCallback):
         self.steps.append((terms["soft"].options["temperature"], terms["soft"].weight, args.temperature, args.alpha))
 
 
-def test_each_trial_of_optuna_trains_with_its_temperature(make_trainer):
+def test_each_trial_of_optuna_trains_with_the_temperature_of_the_trial(make_trainer):
     recorder = ObjectiveRecorder()
     trainer = make_trainer(model_init=lambda: build("llama", 0), callbacks=[recorder], max_steps=2, eval_strategy="no")
     recorder.trainer = trainer

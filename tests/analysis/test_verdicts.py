@@ -260,7 +260,7 @@ def test_a_check_with_a_verdict_is_not_listed_as_skipped():
     assert diagnosis.not_looked_at == []
 
 
-def test_without_logs_there_is_no_verdict_on_the_training():
+def test_without_logs_no_verdict_on_the_training_is_made():
     pair, _ = CASES["under_trained"](0)
     diagnosis = diagnose(pair, None)
     assert not {"under_trained", "capacity_gap"} & {verdict.name for verdict in diagnosis.verdicts}
