@@ -1,6 +1,6 @@
-"""Knowledge distillation as a Hugging Face Trainer.
+"""Knowledge distillation with the Hugging Face Trainer.
 
-Public names are imported when they are first used, so `import hf_distill` stays free of torch.
+Public names are imported when they are first used, so `import hf_distill` does not import torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m hf_distill` is the same program as `hf-distill`."""
+"""`python -m hf_distill` runs the `hf-distill` command."""
 
 from .cli import main
 

@@ -1,6 +1,6 @@
-"""Layer mapping: which student layer learns from which teacher layer. Pure functions of two depths.
+"""Layer mappings: which student layer is compared with which teacher layer, as functions of the two depths.
 
-A layer index i means the output of block i, counted from 0; the embeddings have none.
+Layer i is the output of block i, counted from 0. The output of the embeddings has no index.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,32 @@ LEARNED = "learned"
 
 
 def uniform(n_student: int, n_teacher: int) -> Pairs:
-    """Every student layer, with teacher layer round(i * n_teacher / n_student).
+    """Pair each student layer i with the teacher layer round(i * n_teacher / n_student).
 
-    32 and 80 give 0 -> 0, 15 -> 38, 31 -> 78: the last teacher layers are never reached; `stretch` reaches them.
+    32 and 80 layers give 0 -> 0, 15 -> 38, 31 -> 78. The last teacher layers have no pair; with `stretch` they have.
+
+    Args:
+        n_student: number of student layers.
+        n_teacher: number of teacher layers.
+
+    Returns:
+        (student layer, teacher layer) of each student layer.
     """
     return [(i, min(round(i * n_teacher / n_student), n_teacher - 1)) for i in range(n_student)]
 
 
 def stretch(n_student: int, n_teacher: int) -> Pairs:
-    """Every student layer, first with first and last with last: round(i * (n_teacher - 1) / (n_student - 1)).
+    """Pair each student layer i with the teacher layer round(i * (n_teacher - 1) / (n_student - 1)).
 
-    A student of one layer learns from the last.
+    The first layers and the last layers are paired (endpoint-aligned). The layer of a one-layer student is paired with
+    the last teacher layer.
+
+    Args:
+        n_student: number of student layers.
+        n_teacher: number of teacher layers.
+
+    Returns:
+        (student layer, teacher layer) of each student layer.
     """
     if n_student == 1:
         return [(0, n_teacher - 1)]
@@ -31,23 +46,35 @@ def stretch(n_student: int, n_teacher: int) -> Pairs:
 
 
 def last(n_student: int, n_teacher: int, n: int) -> Pairs:
-    """The last n layers of each, in order.
+    """Pair the last n layers of both models, in order.
+
+    Args:
+        n_student: number of student layers.
+        n_teacher: number of teacher layers.
+        n: number of pairs.
+
+    Returns:
+        n pairs (student layer, teacher layer).
 
     Raises:
         DistillError: n is below 1, or one of the models has fewer layers.
     """
     if not 1 <= n <= min(n_student, n_teacher):
         raise DistillError(
-            f"last:{n} needs {n} layers of each model; the student has {n_student} and the teacher {n_teacher}."
+            f"last:{n} needs {n} layers of each model, and the student has {n_student} and the teacher {n_teacher}: "
+            f"give a number from 1 to {min(n_student, n_teacher)}."
         )
     return [(n_student - n + i, n_teacher - n + i) for i in range(n)]
 
 
 def check_layers(spec: Any) -> None:
-    """Refuse what can be no mapping, before depths are known.
+    """Check the form of a layer mapping, before the depths of the models are known.
+
+    Args:
+        spec: "uniform", "stretch", "last:N", "learned", or a list of [student layer, teacher layer].
 
     Raises:
-        DistillError: neither a known word nor pairs of indices.
+        DistillError: it is none of these.
     """
     if isinstance(spec, str):
         word, _, n = spec.partition(":")
@@ -62,12 +89,15 @@ def check_layers(spec: Any) -> None:
 
 
 def map_layers(spec: str | Sequence[Sequence[int]], n_student: int, n_teacher: int) -> Pairs:
-    """The (student, teacher) pairs of a mapping: a word that `check_layers` knows, or pairs.
+    """Return the (student layer, teacher layer) pairs of a layer mapping.
 
-    `learned` starts at `stretch`, and gives its pairs.
+    Args:
+        spec: see `check_layers`. A "learned" mapping starts at "stretch" and has its pairs.
+        n_student: number of student layers.
+        n_teacher: number of teacher layers.
 
     Raises:
-        DistillError: not a mapping, or a layer that one of the models does not have.
+        DistillError: `spec` is no layer mapping, or one of the models does not have a layer.
     """
     check_layers(spec)
     if spec == "uniform":

@@ -1,4 +1,4 @@
-"""Students cut from a teacher: `block_influence` and `cut_student`."""
+"""Layer pruning: `block_influence` and `cut_student` make a student from the blocks of a teacher."""
 
 from .models.pruning import block_influence, cut_student
 

@@ -1,3 +1,3 @@
-"""The version, alone in its file so that it can be read without importing anything."""
+"""The version of the package, in a module without imports so that setuptools can read it."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""No network, no trackers, one place for trainers of tiny models."""
+"""Fixtures: trainers of tiny models, a Hub in memory, a real tokenizer; without network and trackers."""
 
 import os
 import sys
@@ -17,23 +17,23 @@ from transformers import AutoTokenizer
 from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.runner.model_loading import resolve_model
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much when cores are busy
+torch.set_num_threads(1)  # more threads do not make tiny models faster, and slow them down on busy cores
 
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """`make_trainer("llama", alpha=0.3)`: a trainer of a tiny pair; what is no config field goes to the trainer."""
+    """`make_trainer("llama", alpha=0.3)`: a trainer of tiny models; options that are no config fields go to the trainer."""
 
     def make(kind: str = "llama", *, folder: str = "out", cls=DistillTrainer, **options):
-        passed = {k: options.pop(k) for k in list(options) if k not in DistillConfig.__dataclass_fields__}
+        trainer_options = {k: options.pop(k) for k in list(options) if k not in DistillConfig.__dataclass_fields__}
         fields = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no"} | options
         arguments = {
-            "model": None if "model_init" in passed else build(kind, 0),
+            "model": None if "model_init" in trainer_options else build(kind, 0),
             "train_dataset": rows(kind, 32),
             "eval_dataset": rows(kind, 7, seed=5),
             "data_collator": collate,
-        } | passed
-        if cls is DistillTrainer and "teacher" not in passed:
+        } | trainer_options
+        if cls is DistillTrainer and "teacher" not in trainer_options:
             arguments["teacher"] = build(kind, 1, layers=3, width=48)
         return cls(args=DistillConfig(str(tmp_path / folder), dataloader_pin_memory=False, **fields), **arguments)
 
@@ -42,7 +42,7 @@ def make_trainer(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub in memory, to which the libraries of this process talk; they do not wait between their own retries."""
+    """A Hub in memory that the libraries of this process connect to; they do not wait between retries."""
     with Hub() as server:
         pointed(server, monkeypatch, tmp_path / "hf")
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -11,7 +11,7 @@ def test_uniform_is_the_published_formula():
 
 
 @pytest.mark.parametrize(("n_student", "n_teacher"), [(32, 80), (1, 12), (5, 5), (12, 6), (2, 3)])
-def test_mappings_stay_inside_both_models_and_stretch_meets_at_the_ends(n_student, n_teacher):
+def test_mappings_have_existing_layers_and_stretch_pairs_the_endpoints(n_student, n_teacher):
     for pairs in (uniform(n_student, n_teacher), stretch(n_student, n_teacher)):
         assert [s for s, _ in pairs] == list(range(n_student))
         assert all(0 <= t < n_teacher for _, t in pairs)
@@ -21,11 +21,11 @@ def test_mappings_stay_inside_both_models_and_stretch_meets_at_the_ends(n_studen
         assert stretch(n_student, n_teacher)[0] == (0, 0)
 
 
-def test_last_pairs_the_ends():
+def test_last_pairs_the_last_layers():
     assert last(4, 10, 2) == map_layers("last:2", 4, 10) == [(2, 8), (3, 9)]
 
 
-def test_pairs_are_taken_as_they_are():
+def test_explicit_pairs_are_not_changed():
     assert map_layers([[3, 9], [1, 2]], 4, 10) == [(3, 9), (1, 2)]
 
 
@@ -34,7 +34,7 @@ def test_pairs_are_taken_as_they_are():
     [
         ([[4, 9]], r"\[\[4, 9\]\] do not exist: .* 0 to 3 and the teacher 0 to 9"),
         ([[-1, 9]], "do not exist"),
-        ("last:5", "last:5 needs 5 layers of each model; the student has 4 and the teacher 10"),
+        ("last:5", "last:5 needs 5 layers of each model, and the student has 4 and the teacher 10"),
         ("last:0", "it must be uniform, stretch, last:N, learned, or .student, teacher. pairs"),
         ("strech", "it must be uniform, stretch"),
         ([], "it must be"),
@@ -44,6 +44,6 @@ def test_pairs_are_taken_as_they_are():
         ({"3": 9}, "it must be"),
     ],
 )
-def test_a_mapping_that_cannot_be_is_refused_with_what_can(spec, message):
+def test_an_invalid_mapping_names_the_valid_ones(spec, message):
     with pytest.raises(DistillError, match=message):
         map_layers(spec, 4, 10)

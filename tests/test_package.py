@@ -36,12 +36,12 @@ LAYERS = [
     {"__init__", "__main__"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
-# Public names that a package hands on from a later one, when they are first used.
+# Public names that a package imports from a later one when they are first used.
 RE_EXPORTED = {("recipe", "runner")}
 
 
 def module_of(path: Path) -> tuple[str, ...]:
-    """The package that a file stands in, as a path from the root of the repository."""
+    """The package that a file is in, as a path from the root of the repository."""
     return ("hf_distill", *path.relative_to(ROOT).parts[:-1])
 
 
@@ -53,7 +53,7 @@ def absolute(name: str, package: tuple[str, ...]) -> list[str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Top-level parts of the package that a file imports, wherever in the file and by whatever statement."""
+    """Top-level parts of the package that a file imports, by any statement anywhere in the file."""
     package = module_of(path)
     tree = ast.parse(path.read_text())
     names = []
@@ -107,31 +107,31 @@ def test_imports_point_one_way(path):
         "_HOME = {'a': '..cli.app'}\nimport_module(_HOME[name], __name__)",
     ],
 )
-def test_every_form_of_import_is_read(source, monkeypatch):
+def test_all_forms_of_imports_are_recognized(source, monkeypatch):
     path = ROOT / "cache" / "imports.py"
     monkeypatch.setattr(Path, "read_text", lambda self: source)
     assert imports_of(path) == {"cli"}
 
 
-def test_importing_the_package_imports_no_torch():
+def test_importing_the_package_does_not_import_torch():
     code = "import sys, hf_distill; assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_recipes_are_read_and_checked_without_torch():
+def test_recipes_are_validated_without_importing_torch():
     modules = [f"hf_distill.recipe.{path.stem}" for path in (ROOT / "recipe").glob("[a-z]*.py")]
     code = f"import sys, {', '.join(modules)}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_every_public_name_is_there_and_an_unknown_one_is_told():
+def test_public_names_exist_and_an_unknown_name_is_an_attribute_error():
     for name in hf_distill.__all__:
         assert getattr(hf_distill, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'DistilTrainer'"):
         _ = hf_distill.DistilTrainer
 
 
-def test_the_wheel_holds_recipes_and_cards_and_no_package_called_recipes(tmp_path):
+def test_the_wheel_contains_recipes_and_cards_and_no_package_named_recipes(tmp_path):
     import zipfile
 
     root = ROOT.parent
@@ -161,8 +161,8 @@ def test_the_wheel_holds_recipes_and_cards_and_no_package_called_recipes(tmp_pat
 
 
 @pytest.mark.parametrize("path", sorted((ROOT.parent / "benchmarks").glob("*.py")), ids=lambda p: p.name)
-def test_benchmarks_name_what_is_there(path):
-    """They run seldom, so that a move would be noticed late."""
+def test_benchmarks_import_existing_names(path):
+    """Benchmarks run rarely, so a renamed module would be noticed late."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_distill"):
             module = importlib.import_module(node.module)

@@ -1,4 +1,4 @@
-"""Tiny models of every kind, from a config, and batches for them."""
+"""Tiny models of all kinds, built from a config, and batches for them."""
 
 import torch
 from transformers import (
@@ -86,7 +86,7 @@ def build(kind: str, seed: int = 0, layers: int = 2, width: int = 32, vocab: int
 
 
 def rows(kind: str, n: int = 16, length: int = 12, seed: int = 1, pad: str = "right") -> list[dict]:
-    """Ragged rows, padded to one length, some labels not asked."""
+    """Rows of different lengths, padded to one length, with some labels -100."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for i in range(n):
@@ -126,7 +126,7 @@ def conversation(i: int) -> list[dict]:
 
 
 def one_step(make_trainer, kind, micro, pieces, **options):
-    """The log and the gradient of one step of SGD, of `pieces` micro-batches of `micro` rows."""
+    """Return the log and the gradient of one SGD step, over `pieces` micro-batches of `micro` rows."""
     trainer = make_trainer(
         kind,
         folder=f"{micro}x{pieces}",

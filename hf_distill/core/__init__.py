@@ -1,1 +1,1 @@
-"""Types and functions without models that every other package uses."""
+"""Types and functions that all other packages use; none of them needs a model."""

@@ -1,4 +1,4 @@
-"""Ways to hold a teacher that exclude each other; DeepSpeed configs: found, checked, filled. Imports no torch."""
+"""Placement options of a teacher, and DeepSpeed configs: read, checked and filled in. Imports no torch."""
 
 import json
 from importlib.resources import files
@@ -10,53 +10,60 @@ from .references import is_file
 
 
 def check_placement(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) -> None:
-    """Refuse ways to hold a teacher that exclude each other; each is falsy where it is not gone.
+    """Check that the placement options of a teacher do not exclude each other; an option that is not set is falsy.
 
     Raises:
-        DistillError: which were given, and which to choose.
+        DistillError: options that exclude each other are set; the message says which to choose.
     """
-    ways = {"quantization": quantization, "deepspeed": deepspeed, "fsdp": fsdp}
-    given, problems = [name for name, value in ways.items() if value], []
-    if len(given) > 1:
+    options = {"quantization": quantization, "deepspeed": deepspeed, "fsdp": fsdp}
+    names, problems = [name for name, value in options.items() if value], []
+    if len(names) > 1:
         problems.append(
-            f"a teacher cannot be held by {' and '.join(given)} at once: choose quantization (each process holds all "
-            "of it, in 4 or 8 bits), deepspeed or fsdp (each holds a share, in its dtype); they exclude each other"
+            f"a teacher cannot be loaded with {' and '.join(names)} at once, because they exclude each other: choose "
+            "quantization (each process has the full model, in 4 or 8 bits), or deepspeed or fsdp (each process has a "
+            "shard, in the model's dtype)"
         )
     if device_map and (deepspeed or fsdp):
-        problems.append("device_map spreads a teacher over the devices of one process, deepspeed and fsdp over many")
+        problems.append(
+            "device_map spreads a teacher over the devices of one process, and deepspeed and fsdp shard it over "
+            "several processes: remove device_map, or deepspeed and fsdp"
+        )
     raise_if_any(problems)
 
 
 def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[str, Any]:
-    """The content of a DeepSpeed config.
+    """Return the content of a DeepSpeed config.
 
     Args:
-        config: its content; or a JSON file: a path, relative to `folder`, or the name of a packaged one.
-        folder: where relative paths start.
+        config: the content; or a JSON file: a path, relative to `folder`, or the name of a packaged config.
+        folder: folder that relative paths start from.
 
     Raises:
-        DistillError: there is no such file, or it holds no JSON mapping.
+        DistillError: the file does not exist, or holds no JSON mapping.
     """
     if isinstance(config, dict):
         return config
     packaged = files("hf_distill.recipes").joinpath("deepspeed")
-    found = next((f for f in (folder / config, packaged.joinpath(config)) if is_file(f)), None)
-    if found is None:
+    file = next((f for f in (folder / config, packaged.joinpath(config)) if is_file(f)), None)
+    if file is None:
         known = [f.name for f in packaged.iterdir()]
         raise DistillError(
-            f"there is no file {config[:200]!r} in {folder.resolve()}, and no packaged one{did_you_mean(config, known)}"
+            f"there is no file {config[:200]!r} in {folder.resolve()}, and no packaged config with this name"
+            f"{did_you_mean(config, known)}"
         )
     try:
-        content = json.loads(found.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DistillError(f"{config} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DistillError(f"{config} holds {type(content).__name__}, no mapping")
+        raise DistillError(f"{config} holds a {type(content).__name__}; a DeepSpeed config must be a JSON mapping")
     return content
 
 
 def enable_zero3_gather_on_save(args: Any) -> None:
-    """Let ZeRO-3 gather a student's weights when it is saved, as a folder for `from_pretrained`, unless told not to.
+    """Let ZeRO-3 gather a student's weights when it is saved, so that `from_pretrained` can load the folder.
+
+    A value that the user set for it in the DeepSpeed config stays.
 
     Args:
         args: TrainingArguments.
@@ -67,32 +74,32 @@ def enable_zero3_gather_on_save(args: Any) -> None:
 
 
 def check_teacher_config(config: dict[str, Any]) -> None:
-    """Refuse what a teacher cannot have: it is sharded and run, never trained.
+    """Check the DeepSpeed config of a teacher, which is sharded and run but not trained.
 
     Raises:
-        DistillError: an optimizer or a scheduler, or another stage than 3; all of it at once.
+        DistillError: it has an optimizer or a scheduler, or a ZeRO stage other than 3; the message names all problems.
     """
     problems = [
-        f"a teacher is not trained, so its DeepSpeed config has no {name!r} section: remove it"
+        f"a teacher is not trained, so its DeepSpeed config must have no {name!r} section: remove it"
         for name in ("optimizer", "scheduler")
         if name in config
     ]
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         problems.append(
-            f"zero_optimization.stage is {stage}; a teacher has no gradients and no optimizer to shard, so stage 3, "
-            "which shards weights, is the only one that does something for it"
+            f"zero_optimization.stage is {stage}; a teacher has no gradients and no optimizer states to shard: use "
+            "stage 3, which shards weights"
         )
     raise_if_any(problems)
 
 
 def fill_teacher_config(config: dict[str, Any], hidden_size: int, dtype: str) -> dict[str, Any]:
-    """A copy of a teacher's config with its "auto" values filled in, as Trainer does for a student's.
+    """Return a copy of a teacher's config with its "auto" values filled in, as Trainer does for a student.
 
     Args:
-        config: see `check_teacher_config`.
+        config: a config that `check_teacher_config` accepts.
         hidden_size: H_t.
-        dtype: in which the teacher is loaded: "bfloat16", "float16" or another.
+        dtype: dtype that the teacher is loaded in: "bfloat16", "float16" or another.
     """
     zero = {**config["zero_optimization"]}
     for key, value in (
@@ -105,7 +112,7 @@ def fill_teacher_config(config: dict[str, Any], hidden_size: int, dtype: str) ->
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
         if filled.get(key, {}).get("enabled") == "auto":
             filled[key] = {**filled[key], "enabled": dtype == name}
-    # DeepSpeed wants to know batches, though it trains nothing here.
+    # DeepSpeed requires a batch size although nothing is trained.
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if filled.get(key) == "auto":
             del filled[key]

@@ -1,7 +1,8 @@
-"""External text, made safe for the place that shows it: a terminal, Markdown, YAML or HTML. Imports no torch.
+"""Escapes external text for a terminal, Markdown, YAML or HTML. Imports no torch.
 
-External text is whatever the user of this process did not type: names of models and data sets, sample text, licences,
-task names, recipes and errors of a server. Each target has one function, and all code that writes to it uses that one.
+External text is all text that the user of this process did not type: names of models and data sets, sample text,
+licenses, task names, recipes and error messages of a server. Each target has one function, which all code that writes
+to it uses.
 """
 
 import html
@@ -18,32 +19,32 @@ _BLOCK_MARKER = re.compile(r"^(\d{1,9})?([#+\-.)])(?=[#\s]|--)")
 
 
 def printable(text: str) -> str:
-    """Text without control characters: a terminal that shows it executes no escape sequence.
+    """Return text without control characters, so that a terminal executes no escape sequence.
 
     Args:
-        text: of any origin; tabs and newlines stay.
+        text: any text; tabs and newlines stay.
     """
     return _CONTROLS.sub("", text.replace("\r\n", "\n"))
 
 
 def markdown(text: Any) -> str:
-    """Text as one line of Markdown that renders as it reads: no markup, no HTML, no formula, no table cell ends in it.
+    """Return text as one line of Markdown that is rendered literally: no markup, HTML, formula or end of a table cell.
 
     Args:
-        text: of any origin; anything else is converted by `str`.
+        text: any text; other values are converted by `str`.
     """
     line = " ".join(printable(str(text)).split())
-    line = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], line)
+    line = re.sub("[&<>]", lambda match: _ENTITIES[match[0]], line)
     return _BLOCK_MARKER.sub(
-        lambda found: f"{found[1] or ''}\\{found[2]}", _INLINE.sub(lambda found: f"\\{found[0]}", line)
+        lambda match: f"{match[1] or ''}\\{match[2]}", _INLINE.sub(lambda match: f"\\{match[0]}", line)
     )
 
 
 def code_span(text: Any) -> str:
-    """Text as a code span of Markdown, on one line.
+    """Return text as a Markdown code span, on one line.
 
     Args:
-        text: of any origin; anything else is converted by `str`.
+        text: any text; other values are converted by `str`.
     """
     line = " ".join(printable(str(text)).split())
     fence = "`" * (_longest_run(line) + 1)
@@ -52,11 +53,11 @@ def code_span(text: Any) -> str:
 
 
 def code_block(text: str, language: str) -> str:
-    """Text as a fenced block of Markdown, whose fence is longer than any run of backticks in the text.
+    """Return text as a fenced Markdown block, whose fence is longer than any run of backticks in the text.
 
     Args:
-        text: of any origin.
-        language: of the block; our own word.
+        text: any text.
+        language: language of the block; not escaped, so it must not be external text.
     """
     text = printable(text)
     fence = "`" * max(3, _longest_run(text) + 1)
@@ -64,7 +65,7 @@ def code_block(text: str, language: str) -> str:
 
 
 def yaml_text(values: Any) -> str:
-    """Plain values as a YAML document: no text in them becomes a key, a tag or the end of the document.
+    """Return plain values as a YAML document: no text in them becomes a key, a tag or the end of the document.
 
     Args:
         values: dicts, lists, strings, numbers, booleans and None.
@@ -73,10 +74,10 @@ def yaml_text(values: Any) -> str:
 
 
 def html_text(text: Any) -> str:
-    """Text for an element or a quoted attribute of HTML.
+    """Return text for an HTML element or quoted attribute.
 
     Args:
-        text: of any origin; anything else is converted by `str`.
+        text: any text; other values are converted by `str`.
     """
     return html.escape(printable(str(text)))
 

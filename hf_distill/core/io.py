@@ -1,4 +1,4 @@
-"""What a run proved: `results.json` and `metrics.jsonl` of a run folder."""
+"""Reads and writes the result files of a run folder: atomic JSON, `results.json` and `metrics.jsonl`."""
 
 import json
 import os
@@ -22,7 +22,11 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "s
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions and machine, for whoever reads the numbers later."""
+    """Return the versions of packages and the machine that results were measured with.
+
+    Args:
+        device: name of the device.
+    """
     return {
         "hf_distill": __version__,
         "python": platform.python_version(),
@@ -34,22 +38,22 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    half = path.with_name(f"{path.name}.half")
-    half.write_text(text)
-    half.replace(path)
+    """Write a file atomically: an interrupted write leaves the old file, or none."""
+    partial = path.with_name(f"{path.name}.half")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_atomic(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The values of a JSON file; empty if there is none.
+    """Return the values of a JSON file; an empty dict if it does not exist.
 
     Raises:
-        DistillError: it cannot be read, or holds no mapping.
+        DistillError: the file cannot be read, or holds no mapping.
     """
     if not path.exists():
         return {}
@@ -61,10 +65,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The values of a run's `results.json`; empty if there is none.
+    """Return the values of a run's `results.json`; an empty dict if it does not exist.
 
     Raises:
-        DistillError: see `read_json`; its metrics are not numbers by name.
+        DistillError: the file cannot be read, or a field has a wrong type.
     """
     values = read_json(path)
     with damage_reported(path):
@@ -88,9 +92,12 @@ class _Results(BaseModel):
 
 @contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Errors of the block, which reads the values of a file, become a DistillError that names the file.
+    """Turn errors of a block that reads a file into a DistillError that names the file.
 
-    A DistillError of the block stays what it is.
+    A DistillError of the block is raised unchanged.
+
+    Args:
+        path: the file, for the error message.
     """
     try:
         yield
@@ -105,18 +112,18 @@ def damage_reported(path: Path) -> Iterator[None]:
 
 
 def read_logs(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, in order.
+    """Return the lines of a `metrics.jsonl`, in order.
 
     Raises:
-        DistillError: names the first line that was cut off or cannot be read.
+        DistillError: a line is truncated or cannot be read; the message names the first one.
     """
     with damage_reported(path):
         lines = path.read_text().splitlines()
-    found = []
+    logs = []
     for number, line in enumerate(lines, 1):
         with damage_reported(Path(f"{path}, line {number},")):
-            found.append(_log(line))
-    return found
+            logs.append(_log(line))
+    return logs
 
 
 def _log(line: str) -> dict[str, Any]:
@@ -127,28 +134,33 @@ def _log(line: str) -> dict[str, Any]:
 
 
 def count_logs(path: Path) -> dict[str, int]:
-    """For each training, the number of its lines in a `metrics.jsonl`, by which a file that lost some is recognised."""
+    """Return the number of lines of each training in a `metrics.jsonl`; fewer lines later show that some were lost."""
     return dict(Counter(log["run"] for log in read_logs(path))) if path.exists() else {}
 
 
 def held_out_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Held-out metrics without the `eval_` prefix and the timing."""
+    """Return the metrics of an evaluation, without the prefix `eval_` and without the timing."""
     timing = ("runtime", "per_second", "preparation_time")
-    found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}
-    return {k: v for k, v in found.items() if not k.endswith(timing)}
+    values = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval_")}
+    return {k: v for k, v in values.items() if not k.endswith(timing)}
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of a trainer to a file of JSON lines, `{"run": ..., "step": ..., ...}`.
+    """Appends each log of a trainer to a file of JSON lines, `{"run": ..., "step": ..., ...}`.
 
-    Where training begins, its lines are those of the checkpoint that it goes on from, and others stay.
+    At the beginning of training, the lines of this training are replaced by those of the checkpoint that it resumes
+    from. Lines of other trainings stay.
+
+    Args:
+        path: the file.
+        run: name of the training.
     """
 
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take back what came after the checkpoint, and a line that was cut off."""
+        """Remove the lines after the checkpoint, and a truncated line."""
         if state.is_world_process_zero and self.path.exists():
             with damage_reported(self.path):
                 lines = self.path.read_text(errors="replace").splitlines(keepends=True)
@@ -159,7 +171,7 @@ class MetricsFile(TrainerCallback):
         try:
             return _log(line)["run"] != self.run and line[-1] == "\n"
         except (ValueError, TypeError, LookupError, RecursionError):
-            logger.warning(f"{self.path}, line {number}, is damaged and left out.")
+            logger.warning(f"{self.path}, line {number}, is damaged: it is removed from the file.")
             return False
 
     def _line(self, step: int, logs: dict[str, float]) -> str:

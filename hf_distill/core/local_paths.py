@@ -1,4 +1,4 @@
-"""Paths of this machine in what is published: each is reduced to its last component. Imports no torch."""
+"""Removes local paths from published text: each path is reduced to its last component. Imports no torch."""
 
 import re
 import tempfile
@@ -10,37 +10,37 @@ from typing import Any
 from .references import path_exists, reference_kind
 
 _NAME = r"[^\s\\/\"'<>|*?:;,()\[\]{}`&#]+"
-# A path in running text: of a Windows drive, or absolute, of a home folder, relative with a leading dot. One slash
-# begins it, and no word, slash, "<" or "+" stands before it: those are addresses, quotients, tags and base64.
+# A path in running text: on a Windows drive, absolute, in a home folder, or relative with a leading dot. A word, slash,
+# "<" or "+" before its first slash would make it a URL, a quotient, a tag or base64.
 _PATH = re.compile(
     rf"(?<!\w)[A-Za-z]:[\\/]{_NAME}(?:[\\/]+{_NAME})*|"
     rf"(?<![\w/<+.])(?:file://)?(?:~[\w.-]*|\.{{1,2}})?/(?!/){_NAME}(?:/+{_NAME})*/?"
 )
-_WHOLE = re.compile(r"(?:file://)?(?:~[\w.-]*/|\.{1,2}/|[A-Za-z]:[\\/]|/)[^\s/]")
+_PATH_ONLY = re.compile(r"(?:file://)?(?:~[\w.-]*/|\.{1,2}/|[A-Za-z]:[\\/]|/)[^\s/]")
 _PATH_KEY = re.compile(r"(?:^|_)(?:path|file)$|^model$", re.IGNORECASE)
 
 
 def without_local_paths(text: str, known: Collection[str] = ()) -> str:
-    """Text in which each path of this machine is reduced to its last component.
+    """Return text in which each path of this machine is reduced to its last component.
 
     Args:
-        text: running text, or a path alone, which may hold spaces then.
-        known: paths that the text may hold, also relative ones and ones with spaces; see `typed_paths`.
+        text: running text, or only a path, which may then contain spaces.
+        known: paths that the text may contain, also relative ones and ones with spaces; see `typed_paths`.
     """
-    if _WHOLE.match(text) and (path_exists(text) or not re.search(r"\s", text)):
+    if _PATH_ONLY.match(text) and (path_exists(text) or not re.search(r"\s", text)):
         return last_part(text)
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, last_part(path))
-    for place in _places():
-        text = re.sub(re.escape(place) + r"(?=[\\/])", "", text)
+    for folder in _known_folders():
+        text = re.sub(re.escape(folder) + r"(?=[\\/])", "", text)
     return _PATH.sub(_reduced, text)
 
 
 def reduced(value: Any, known: Collection[str] = ()) -> Any:
-    """Plain values, or a dataclass of them, in which each path of this machine is reduced to its last component.
+    """Return plain values, or a dataclass of them, with each path of this machine reduced to its last component.
 
-    A string under a key such as `path` or `model` may be a relative path: it is reduced where it names no repository,
-    address or package.
+    A string under a key such as `path` or `model` may be a relative path: it is reduced unless it is a repository id, a
+    Hub URI or a package.
 
     Args:
         value: dicts, lists, tuples, dataclasses, strings, numbers, booleans and None.
@@ -58,7 +58,7 @@ def reduced(value: Any, known: Collection[str] = ()) -> Any:
 
 
 def typed_paths(values: Any) -> Iterator[str]:
-    """Strings under a key such as `path` or `model` that are paths of this machine, at any depth.
+    """Yield the strings under keys such as `path` or `model` that are paths of this machine, at any depth.
 
     Args:
         values: dicts and lists of plain values.
@@ -71,7 +71,7 @@ def typed_paths(values: Any) -> Iterator[str]:
 
 
 def with_reduced_keys(values: Any) -> Any:
-    """Values in which strings under a key such as `name_or_path` are reduced, and all other text stays as it is.
+    """Return values in which only strings under keys such as `name_or_path` are reduced; other text is not changed.
 
     Args:
         values: dicts and lists of plain values, such as a tokenizer's config, whose tokens may look like paths.
@@ -85,7 +85,7 @@ def with_reduced_keys(values: Any) -> Any:
 
 
 def last_part(path: str) -> str:
-    """The last component of a path, also of one with a slash at its end."""
+    """Return the last component of a path, which may end with a slash."""
     return re.split(r"[\\/]+", path.strip().rstrip("\\/"))[-1]
 
 
@@ -97,14 +97,14 @@ def _under(key: str, value: Any, known: Collection[str]) -> Any:
     return last_part(value) if isinstance(value, str) and _is_path(key, value) else reduced(value, known)
 
 
-def _reduced(found: re.Match[str]) -> str:
-    whole = found[0]
-    if whole.count("/") + whole.count("\\") == 1 and whole.startswith("/") and not path_exists(whole):
-        return whole  # "/s", "/token": no folder of this machine
-    return last_part(whole)
+def _reduced(match: re.Match[str]) -> str:
+    path = match[0]
+    if path.count("/") + path.count("\\") == 1 and path.startswith("/") and not path_exists(path):
+        return path  # "/s" or "/token" is a unit and no folder of this machine
+    return last_part(path)
 
 
-def _places() -> list[str]:
-    """Folders of this machine that running text may name with spaces in them, the longest first."""
-    found = {str(place) for place in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())) if len(place.parts) > 1}
-    return sorted(found, key=len, reverse=True)
+def _known_folders() -> list[str]:
+    """Return folders of this machine that text may contain with spaces in their names, the longest first."""
+    folders = (Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
+    return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)

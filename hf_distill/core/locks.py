@@ -1,4 +1,4 @@
-"""One writer for each folder: a lock file that the operating system releases when its process ends, however it ends."""
+"""Lock files: one process at a time writes to a folder. The system releases a lock when its process ends."""
 
 import os
 import socket
@@ -52,7 +52,7 @@ def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Refuse a folder that another process writes to at the moment; nothing of it is changed.
+    """Check that no other process writes to a folder at the moment; the folder is not changed.
 
     Raises:
         DistillError: another process holds the lock.

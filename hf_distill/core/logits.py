@@ -1,4 +1,4 @@
-"""Sources of logits: held, made from hidden states chunk by chunk, or sparse. Shape letters: see `targets.py`."""
+"""Representations of logits: dense, lazy (hidden states and output head) or sparse. Shape letters: see `targets.py`."""
 
 import builtins
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where a tensor has it, else float32: losses are never computed in less."""
+    """Return float64 if a tensor has it, else float32; losses are never computed in a lower precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 @dataclass(frozen=True)
 class DenseLogits:
-    """A source of logits that holds them: `values` [T, V]."""
+    """Materialized logits: `values` [T, V]."""
 
     values: Tensor
 
@@ -26,11 +26,16 @@ class DenseLogits:
         return self.values.shape[-1]
 
     def detach(self) -> "DenseLogits":
-        """The same without its graph."""
+        """Return the logits without their graph."""
         return DenseLogits(self.values.detach())
 
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """The logits of some asked tokens, [t, V], in float32 or better; in the buffer `out` if given."""
+        """Return the logits of some target tokens, [t, V], in float32 or float64.
+
+        Args:
+            rows: target tokens.
+            out: buffer [at least t, V] that is written and returned; None allocates one.
+        """
         chunk = self.values[rows]
         return chunk.to(compute_dtype(chunk)) if out is None else out[: len(chunk)].copy_(chunk)
 
@@ -40,7 +45,7 @@ _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_so
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """What follows the head in some models: `softcap * tanh(scale * z / softcap)`, or `scale * z` without a cap.
+    """Scale and soft cap after the output head: `softcap * tanh(scale * z / softcap)`, or `scale * z` without a cap.
 
     scale:   Cohere's `logit_scale`, one over Granite's `logits_scaling`
     softcap: Gemma's `final_logit_softcapping`, RecurrentGemma's `logits_soft_cap`, xLSTM's `output_logit_soft_cap`
@@ -51,14 +56,14 @@ class LogitScaling:
 
     @classmethod
     def of(cls, config: Any) -> "LogitScaling":
-        """Read it from a model's config: what it declares; `output_head` measures whether the model does it."""
+        """Read the scaling that a model's config declares; `output_head` measures whether the model applies it."""
         config = config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         caps = (getattr(config, name, None) for name in _SOFTCAP_NAMES)
         return cls(scale, next((cap for cap in caps if cap), None))
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """In place."""
+        """Apply the scaling to the output of the head, in place."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -66,7 +71,7 @@ class LogitScaling:
         return logits
 
     def derivative(self, logits: Tensor) -> Tensor | float:
-        """The derivative, by the logits that `apply_` returned."""
+        """Return the derivative with respect to the head's output, given the logits that `apply_` returned."""
         if self.softcap is None:
             return self.scale
         return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
@@ -74,9 +79,12 @@ class LogitScaling:
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """A source of logits that makes them: `scaling(hidden @ weight.T + bias)`, chunk by chunk, never whole.
+    """Logits that are computed chunk by chunk: `scaling(hidden @ weight.T + bias)`.
 
-    hidden [T, H], weight [V, H], bias [V] or None
+    hidden:  [T, H] input of the output head
+    weight:  [V, H] of the output head
+    bias:    [V] of the output head, or None
+    scaling: scale and soft cap after the head
     """
 
     hidden: Tensor
@@ -90,16 +98,16 @@ class LazyLogits:
         return self.weight.shape[0]
 
     def detach(self) -> "LazyLogits":
-        """The same without its graph: aliases, which outlive a wrapper that takes gathered weights back."""
+        """Return the logits without their graph; the aliases stay valid after a wrapper frees its gathered weights."""
         bias = None if self.bias is None else self.bias.detach()
         return LazyLogits(self.hidden.detach(), self.weight.detach(), bias, self.scaling)
 
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """The logits of some asked tokens, [t, V], in float32 or better, accumulated in it too.
+        """Return the logits of some target tokens, [t, V], computed and accumulated in float32 or float64.
 
         Args:
-            rows: which of the asked tokens.
-            out: a buffer [at least t, V] to be written.
+            rows: target tokens.
+            out: buffer [at least t, V] that is written and returned; None allocates one.
         """
         hidden = self.hidden[rows]
         if out is None:
@@ -110,32 +118,38 @@ class LazyLogits:
         return self.scaling.apply_(out)
 
 
-_TILE = 4096  # rows of the head that are held in float32 at a time
+_TILE_ROWS = 4096  # rows of the head's weight that are converted to float32 at a time
 
 
 def project_matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """`hidden @ weight.T` into `out` [t, V], in the precision of `out` whatever the dtype of the factors."""
+    """Write `hidden @ weight.T` into `out` [t, V], in the precision of `out`.
+
+    Args:
+        hidden: [t, H].
+        weight: [V, H].
+        out: [t, V].
+    """
     if hidden.dtype == weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
     if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize < out.dtype.itemsize:
         return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
-    for v in range(0, len(weight), _TILE):
-        torch.mm(hidden, weight[v : v + _TILE].to(out.dtype).t(), out=out[:, v : v + _TILE])
+    for v in range(0, len(weight), _TILE_ROWS):
+        torch.mm(hidden, weight[v : v + _TILE_ROWS].to(out.dtype).t(), out=out[:, v : v + _TILE_ROWS])
     return out
 
 
 @dataclass(frozen=True)
 class SparseLogProbs:
-    """What a teacher said about some ids of each asked token.
+    """Log-probabilities of a teacher for K ids of each target token.
 
-    ids:         [T, K]
-    log_probs:   [T, K], -inf where a row has fewer; of sampled teachers: logs of the draws' unbiased weights
-    log_tail:    [T] log of the mass outside `ids`; None for a sampled teacher
-    temperature: at which the probabilities were taken
-    expected:    [T] of a sampled teacher: sum over the draws of weight * its own log-probability, with which the value
-                 of forward KL has no bias; None: unknown, and the value is KL(weights || student)
-    vocab_size:  V of the teacher, of whose ids these are some; None: that of the student
+    ids:              [T, K]
+    log_probs:        [T, K], -inf in padding slots; of a sampled teacher: logs of the unbiased weights of the draws
+    log_tail:         [T] log of the probability of all other ids; None for a sampled teacher
+    temperature:      temperature of the probabilities
+    negative_entropy: [T] of a sampled teacher: sum over the draws of weight * log-probability, with which the value of
+                      forward KL is unbiased; None if unknown, and the value is KL(weights || student)
+    vocab_size:       V of the teacher; None if it is that of the student
     """
 
     ids: Tensor
@@ -146,14 +160,16 @@ class SparseLogProbs:
     vocab_size: int | None = None
 
     def slice(self, rows: builtins.slice) -> "SparseLogProbs":
-        """The same for some of the asked tokens."""
-        tail, expected = (None if t is None else t[rows] for t in (self.log_tail, self.negative_entropy))
-        return SparseLogProbs(self.ids[rows], self.log_probs[rows], tail, self.temperature, expected, self.vocab_size)
+        """Return the log-probabilities of some of the target tokens."""
+        log_tail, negative_entropy = (None if t is None else t[rows] for t in (self.log_tail, self.negative_entropy))
+        return SparseLogProbs(
+            self.ids[rows], self.log_probs[rows], log_tail, self.temperature, negative_entropy, self.vocab_size
+        )
 
 
 @dataclass(frozen=True)
 class MultiTeacherLogits:
-    """What several teachers said of the same asked tokens, by their names; losses say which one they follow."""
+    """The logits of several teachers for the same target tokens, by their names; `Term.teacher` selects one."""
 
     sources: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
 
@@ -161,23 +177,29 @@ class MultiTeacherLogits:
 def named_sources(
     source: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None,
 ) -> dict[str | None, DenseLogits | LazyLogits | SparseLogProbs]:
-    """The sources of one, several or no teachers; the name of the only one is None."""
+    """Return the logits of all teachers by name; the name of a single teacher is None."""
     if isinstance(source, MultiTeacherLogits):
         return dict(source.sources.items())
     return {} if source is None else {None: source}
 
 
 def grad_hidden_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """`gradient @ weight` added to `out` [t, H], in the precision of `out`."""
+    """Add `gradient @ weight` to `out` [t, H], in the precision of `out`.
+
+    Args:
+        gradient: [t, V].
+        weight: [V, H].
+        out: [t, H].
+    """
     if weight.dtype == out.dtype:
         return out.addmm_(gradient, weight)
-    for v in range(0, len(weight), _TILE):
-        out.addmm_(gradient[:, v : v + _TILE], weight[v : v + _TILE].to(out.dtype))
+    for v in range(0, len(weight), _TILE_ROWS):
+        out.addmm_(gradient[:, v : v + _TILE_ROWS], weight[v : v + _TILE_ROWS].to(out.dtype))
     return out
 
 
 def cumulative_sum(values: Tensor) -> Tensor:
-    """`values.cumsum(-1)`; where deterministic algorithms are required, by adding at doubling distances on a GPU.
+    """Return `values.cumsum(-1)`, also on a GPU with deterministic algorithms.
 
     PyTorch has no deterministic cumulative sum of floating-point numbers on CUDA and raises an error there.
     """
@@ -187,7 +209,7 @@ def cumulative_sum(values: Tensor) -> Tensor:
 
 
 def sum_at_doubling_distances(values: Tensor) -> Tensor:
-    """The cumulative sum over the last dimension, in log2 of its length additions."""
+    """Return the cumulative sum over the last dimension of length n, with log2(n) additions of shifted tensors."""
     distance = 1
     while distance < values.shape[-1]:
         values = values + torch.nn.functional.pad(values[..., :-distance], (distance, 0))

@@ -1,4 +1,4 @@
-"""Options of losses: which type and which range each has, as JSON Schema. Imports no torch."""
+"""Types and ranges of the options of losses, as JSON Schema. Imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ _LIMITS = {
 
 
 def option_schema(default: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON Schema of an option: its default, its type as the default tells it, and its limits.
+    """Return the JSON Schema of an option: its default, the type of its default, and its limits.
 
     Args:
-        default: of the function's parameter; None: any type, unless the limits name one.
+        default: default of the function's parameter; None allows any type, unless the limits have a type.
         limits: keys of JSON Schema, such as `BETWEEN_0_AND_1`.
     """
     kind = next((name for type_, name in _TYPES if isinstance(default, type_)), None)
@@ -31,9 +31,14 @@ def option_schema(default: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | None:
-    """What is wrong with the value of an option; None: nothing is.
+    """Return an error message for the value of an option; None if it is valid.
 
-    A value that is the default is always right, so an option whose default is None takes None.
+    An option whose default is None may be None.
+
+    Args:
+        name: name of the option.
+        value: value to check.
+        schema: see `option_schema`.
     """
     kind = schema.get("type")
     if value is None and schema["default"] is None:
@@ -42,10 +47,10 @@ def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | No
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not _is_finite(value) or (kind == "integer" and value != int(value)):
             return f"{name} is {_short(value)}; it must be {'a whole number' if kind == 'integer' else 'a number'}"
-        broken = [key for key, (_, holds) in _LIMITS.items() if key in schema and not holds(value, schema[key])]
-        if broken:
-            needs = " and ".join(text.format(schema[key]) for key, (text, _) in _LIMITS.items() if key in schema)
-            return f"{name} is {_short(value)}; it must be {needs}"
+        violated = [key for key, (_, holds) in _LIMITS.items() if key in schema and not holds(value, schema[key])]
+        if violated:
+            limits = " and ".join(text.format(schema[key]) for key, (text, _) in _LIMITS.items() if key in schema)
+            return f"{name} is {_short(value)}; it must be {limits}"
     elif kind in ("boolean", "string") and not isinstance(value, bool if kind == "boolean" else str):
         return f"{name} is {_short(value)}; it must be a {kind}"
     return None
@@ -54,7 +59,7 @@ def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | No
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 

@@ -1,4 +1,4 @@
-"""What one process of a launch does for all of them."""
+"""Calls that the main process of a distributed launch makes for all processes."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,16 +11,16 @@ T = TypeVar("T")
 
 
 def is_alone() -> bool:
-    """Whether this process has no others to wait for."""
+    """Whether this process is the only one of its launch."""
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def run_on_main(call: Callable[[], T]) -> T:
-    """`call()` on the main process alone; every process gets what it returned, or an error if it failed.
+    """Run `call()` on the main process only, and return its result on all processes.
 
     Raises:
-        DistillError, RunError, Interrupted: on all processes, if `call` raised one of them.
-        RunError: on the other processes, if `call` raised anything else, which the main process raises.
+        DistillError, RunError, RunInterrupted: on all processes, if `call` raises one of them.
+        RunError: on the other processes, if `call` raises another exception, which the main process raises itself.
     """
     if is_alone():
         return call()
@@ -29,29 +29,29 @@ def run_on_main(call: Callable[[], T]) -> T:
     if torch.distributed.get_rank() == 0:
         try:
             message[0] = call()
-        except BaseException as error:  # the others would wait for this process until their timeout
-            failure, message[1] = error, _described(error)
+        except BaseException as error:  # the other processes would wait until their timeout
+            failure, message[1] = error, _to_plain(error)
     torch.distributed.broadcast_object_list(message)
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raise _remade(*message[1])
+        raise _from_plain(*message[1])
     return message[0]
 
 
-def _described(error: BaseException) -> tuple[str, Any]:
-    """An error as plain values: not every exception can be pickled."""
+def _to_plain(error: BaseException) -> tuple[str, Any]:
+    """Return an error as plain values, because not every exception can be pickled."""
     if isinstance(error, RunInterrupted):
-        return "Interrupted", error.code
+        return "RunInterrupted", error.code
     for kind in (DistillError, RunError):
         if isinstance(error, kind):
             return kind.__name__, str(error)
     return type(error).__name__, str(error).partition("\n")[0][:500]
 
 
-def _remade(kind: str, value: Any) -> BaseException:
+def _from_plain(kind: str, value: Any) -> BaseException:
     known: dict[str, type[BaseException]] = {
-        "Interrupted": RunInterrupted,
+        "RunInterrupted": RunInterrupted,
         "DistillError": DistillError,
         "RunError": RunError,
     }

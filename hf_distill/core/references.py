@@ -1,4 +1,4 @@
-"""What a recipe's name of a model or of data means, decided in one place. Imports no torch."""
+"""Names of models and data in recipes: whether a name is a package, a path, a Hub id or a Hub URI. Imports no torch."""
 
 import re
 from pathlib import Path
@@ -25,24 +25,24 @@ Kind = Literal["package", "smoke", "address", "path", "id"]
 
 
 def reference_kind(name: str) -> Kind:
-    """What a name is.
+    """Return the kind of a name.
 
-    package: a part of an installed package, package:module/file.gguf, or a packaged text, package:pydoc_data.topics
+    package: a file of an installed package, package:module/file.gguf, or a packaged text, package:pydoc_data.topics
     smoke:   a tiny random model, smoke:family/role
-    parse_uri: a place on the Hub, hf://org/name@revision/file
-    path:    of a file or folder: one is there (as libraries look there first), or it could be nothing else
-    id:      of a repository on the Hub, org/name or name
+    address: a URI of the Hub, hf://org/name@revision/file
+    path:    a file or folder: it exists (libraries look there first), or the name is no id
+    id:      the id of a repository on the Hub, org/name or name
     """
-    starts: dict[str, Kind] = {PACKAGE_PREFIX: "package", SMOKE_PREFIX: "smoke", HUB_PREFIX: "address"}
-    for start, kind in starts.items():
-        if name.startswith(start):
+    kinds: dict[str, Kind] = {PACKAGE_PREFIX: "package", SMOKE_PREFIX: "smoke", HUB_PREFIX: "address"}
+    for prefix, kind in kinds.items():
+        if name.startswith(prefix):
             return kind
-    shaped = _ID.fullmatch(name) and ".." not in name and Path(name).suffix not in DATASET_BUILDERS
-    return "id" if shaped and not path_exists(name) else "path"
+    is_id_like = _ID.fullmatch(name) and ".." not in name and Path(name).suffix not in DATASET_BUILDERS
+    return "id" if is_id_like and not path_exists(name) else "path"
 
 
 def path_exists(path: str | Path) -> bool:
-    """Whether a path is there; what no file system could hold is not."""
+    """Whether a path exists; False for names that no file system allows."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -50,7 +50,7 @@ def path_exists(path: str | Path) -> bool:
 
 
 def is_file(path: Any) -> bool:
-    """Whether a path is that of a file; what no file system could hold is none."""
+    """Whether a path is a file; False for names that no file system allows."""
     try:
         return bool(path.is_file())
     except (OSError, ValueError):
@@ -63,17 +63,17 @@ def is_id(name: Any) -> bool:
 
 
 def module_of(name: str) -> str:
-    """The module of a packaged name."""
+    """Return the module of a `package:` name."""
     return name.removeprefix(PACKAGE_PREFIX).partition("/")[0]
 
 
 def distribution_of(name: str) -> str:
-    """What pip calls the package of a packaged name."""
+    """Return the name of the pip package of a `package:` name."""
     return module_of(name).partition(".")[0].replace("_", "-")
 
 
 def public_name(name: Any) -> str | None:
-    """A name as others may see it: of a path its last part alone; None where there is none."""
+    """Return a name as it may be published: of a path only the last component; None for an empty name."""
     if not name:
         return None
     name = str(name)

@@ -1,7 +1,7 @@
-"""Values that change while training goes on: pure functions of its progress, so that nothing of them is saved.
+"""Schedules: values that change during training, as functions of its progress in [0, 1], without saved state.
 
-A schedule is written as a number, or as points [[progress, value], ...] with progress from 0 to 1: straight lines
-between them, level before the first and after the last. So it never jumps.
+A schedule is a number, or points [[progress, value], ...] with progress from 0 to 1. It is linear between two points,
+and constant before the first point and after the last.
 """
 
 import json
@@ -16,28 +16,32 @@ Points: TypeAlias = tuple[tuple[float, float], ...]
 
 
 def parse_schedule(value: Any, name: str, low: float, high: float = math.inf) -> Points:
-    """A schedule's points, from how users write it.
+    """Return the points of a schedule.
 
     Args:
-        value: a number, points, or the JSON of either.
-        name: of the setting, for the error.
-        low: smallest value that is allowed.
-        high: largest one.
+        value: a number, points, or either as JSON.
+        name: name of the setting, for the error message.
+        low: smallest allowed value.
+        high: largest allowed value.
+
+    Returns:
+        (progress, value) of each point.
 
     Raises:
-        DistillError: it is neither, progress does not rise from 0 to at most 1, or a value is out of range.
+        DistillError: `value` is none of these, progress does not increase from point to point within [0, 1], or a
+            value is out of range.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise DistillError(f"{name} is {value!r}; {_SHAPE}") from None
-    given: Any = value if isinstance(value, Sequence) else [[0.0, value]]
-    if not given or not all(isinstance(point, Sequence) and len(point) == 2 for point in given):
+    pairs: Any = value if isinstance(value, Sequence) else [[0.0, value]]
+    if not pairs or not all(isinstance(point, Sequence) and len(point) == 2 for point in pairs):
         raise DistillError(f"{name} is {value!r}; {_SHAPE}")
-    if not all(_is_number(x) for point in given for x in point):
+    if not all(_is_number(x) for point in pairs for x in point):
         raise DistillError(f"{name} is {value!r}; {_SHAPE}")
-    points = tuple((float(at), float(y)) for at, y in given)
+    points = tuple((float(at), float(y)) for at, y in pairs)
     if not (points[0][0] >= 0 and points[-1][0] <= 1 and all(a < b for (a, _), (b, _) in pairwise(points))):
         raise DistillError(f"{name} is {value!r}; progress must rise from point to point, within [0, 1]")
     if not all(low <= y <= high for _, y in points):
@@ -54,7 +58,12 @@ def _is_number(x: Any) -> bool:
 
 
 def value_at(points: Points, progress: float) -> float:
-    """The value of a schedule at a moment of training, in [0, 1]."""
+    """Return the value of a schedule.
+
+    Args:
+        points: see `parse_schedule`.
+        progress: progress of training, in [0, 1].
+    """
     for (start, low), (end, high) in pairwise(points):
         if start <= progress < end:
             return low + (high - low) * (progress - start) / (end - start)
@@ -62,6 +71,11 @@ def value_at(points: Points, progress: float) -> float:
 
 
 def schedule_integral(points: Points, progress: float) -> float:
-    """The area under a schedule from 0 to a moment of training: for a constant, constant * progress."""
+    """Return the integral of a schedule from 0 to `progress`; for a constant c it is c * progress.
+
+    Args:
+        points: see `parse_schedule`.
+        progress: progress of training, in [0, 1].
+    """
     knots = sorted({0.0, progress, *(at for at, _ in points if 0 < at < progress)})
     return sum((b - a) * (value_at(points, a) + value_at(points, b)) / 2 for a, b in pairwise(knots))

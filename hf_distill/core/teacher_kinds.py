@@ -1,4 +1,4 @@
-"""Kinds of teachers, by the names that recipes use, and which of them make no sense together."""
+"""Kinds of teachers, by their names in recipes, and which of them cannot be combined."""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -7,10 +7,10 @@ TRAINABLE_KINDS = ("online", "mutual", "mtp")
 
 
 def incompatible_teachers(kinds: Mapping[str, str]) -> list[str]:
-    """Why teachers cannot teach one student together; empty if they can.
+    """Return an error message for each two teachers that cannot be combined for one student.
 
     Args:
-        kinds: name -> kind.
+        kinds: name of the teacher -> its kind.
     """
     return [
         f"{one} and {other}: {why}"
@@ -22,11 +22,11 @@ def incompatible_teachers(kinds: Mapping[str, str]) -> list[str]:
 def _why(kinds: set[str], same: bool) -> str:
     if "mutual" in kinds:
         return (
-            "mutual learning is symmetric, and a third model would teach the student and not its peer. Make the peer "
-            "online, or leave the other teacher out"
+            "mutual learning is symmetric, and a further teacher would teach the student and not its peer. Use the "
+            "kind online for the peer, or remove the other teacher"
         )
     if kinds <= {*TRAINABLE_KINDS}:
-        return "both are trained beside the student, and there is room for one: train one of them first"
+        return "both are trained jointly with the student, and only one teacher can be: train one of them first"
     if same and kinds == {"multi_view"}:
-        return "the student sees one view of a batch: join their views into one"
+        return "the student sees one view of a batch: combine the views into one multi_view teacher"
     return ""

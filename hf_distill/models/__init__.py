@@ -1,1 +1,1 @@
-"""What is read from transformers models: their type, layers, features, logits and forward passes."""
+"""Transformers models: their type, layers, features, output head, forward passes and checkpoints."""

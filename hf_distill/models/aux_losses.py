@@ -1,10 +1,9 @@
-"""Auxiliary losses: what a model's own forward adds to its cross entropy, such as router losses, z-losses, AdaLoRA's.
+"""Auxiliary losses: what a model's forward adds to its cross entropy, such as router losses, z-losses and AdaLoRA's.
 
-A model adds them where it gets labels, by its own rules and coefficients. So the student's forward gets labels, its
-cross entropy is replaced by zero, and the `loss` that it returns is the sum of its auxiliary losses. Whether a model
-adds any, and whether they can be had without the logits of all positions, is found by running it on two rows of the
-first batch. A model whose own loss fails, or contains losses that cannot be separated from its cross entropy, is
-refused.
+A model adds them if it gets labels, with its own rules and coefficients. So the student's forward gets labels, its
+cross entropy is replaced by zero, and the `loss` that it returns is the sum of its auxiliary losses. Two rows of the
+first batch are run to measure whether a model adds any, and whether they need the logits of all positions. A model is
+refused if its loss fails, or contains losses that cannot be separated from its cross entropy.
 """
 
 import inspect
@@ -30,22 +29,24 @@ from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import DistillError
 from .model_call import named_outputs
 from .model_types import unwrap_model, unwrap_parallel
-from .module_state import kept_attributes
+from .module_state import restored_attributes
 
 logger = logging.get_logger(__name__)
 PROBE_ROWS = 2
 _SWITCH = (bool, int, float)
-_LOSS_SETTING = re.compile("loss|coef|router_logits|smoothing|^eps$")  # names of settings that add to a model's loss
+_LOSS_SETTING = re.compile(
+    "loss|coef|router_logits|smoothing|^eps$"
+)  # names of config settings that add to a model's loss
 _ROUNDING = 2e-5  # of two cross entropies of the same logits: those of a model without training differ by little more
 _RELATIVE_TOLERANCE = 1e-3  # between two runs of one forward: a loss that depends on the logits differs by far more
 
 
 @dataclass(frozen=True)
 class AuxPlan:
-    """How the auxiliary losses of a model are had.
+    """How the auxiliary losses of a model are computed.
 
-    needs_labels:  whether the model adds losses where it gets labels
-    needs_logits:  whether it must then make the logits of all positions
+    needs_labels: whether the model adds auxiliary losses if it gets labels
+    needs_logits: whether it then has to materialize the logits of all positions
     """
 
     needs_labels: bool = False
@@ -53,33 +54,33 @@ class AuxPlan:
 
 
 class AuxLosses:
-    """Within `recorded`, the model's `loss` is what it adds to its cross entropy; `of(outputs)` returns that.
+    """The auxiliary losses of one batch: within `recorded`, the model's `loss` is their sum, and `of` returns it.
 
     Args:
         model: as prepared, wrappers and adapters included.
         inputs: the collator's batch.
-        plan: whether its labels are given to the model; without, only what adapters around the model add is recorded.
+        plan: whether the model gets the labels; if not, only the losses that adapters add are recorded.
     """
 
     def __init__(self, model: nn.Module, inputs: dict, plan: AuxPlan):
         self.model, self.plan = model, plan
         self.labels = labels_of(inputs) if plan.needs_labels else None
-        self._zero: Tensor | None = None  # stands for the cross entropy of the forward that runs
-        self.replaced = ""  # what was replaced by zero: "loss_function" or "cross_entropy"
-        self.cross_entropies = 0  # how many were called in the last forward
-        self.added_by_model: Tensor | None = None  # by the model itself, inside its adapters
+        self._zero: Tensor | None = None  # replaces the cross entropy of the current forward
+        self.replaced = ""  # the replaced function: "loss_function" or "cross_entropy"
+        self.cross_entropies = 0  # number of calls in the last forward
+        self.added_by_model: Tensor | None = None  # without the losses that adapters add
 
     def of(self, outputs: Any) -> Tensor | None:
-        """The sum of the auxiliary losses, [], with its graph; None: there are none."""
+        """Return the sum of the auxiliary losses, [], with its graph; None if there are none."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         return loss if loss is not None and not self._is_untouched_zero(loss) else None
 
     @contextmanager
     def recorded(self, replace: bool = True) -> Iterator["AuxLosses"]:
-        """Replace the cross entropy by zero while it lasts, for forwards of the model.
+        """Replace the cross entropy by zero in forwards of the model, within a `with` block.
 
         Args:
-            replace: False: give the model its labels and leave the cross entropy in its loss.
+            replace: False gives the model its labels and keeps the cross entropy in its loss.
         """
         model = unwrap_model(self.model)
         if self.labels is None and model is unwrap_parallel(self.model):
@@ -91,7 +92,7 @@ class AuxLosses:
         before = {name: model.__dict__[name] for name in patches if name in model.__dict__}
         model.__dict__.update(patches)
         try:
-            # Of a model whose logits are not made the loss function is replaced as a whole.
+            # Without logits the full loss function is replaced, so its cross entropy is not called.
             with _ZeroCrossEntropy(self) if replace and self.plan.needs_logits else nullcontext():
                 yield self
         finally:
@@ -100,14 +101,19 @@ class AuxLosses:
             model.__dict__.update(before)
 
     def zero(self, like: Tensor, replaced: str) -> Tensor:
-        """What is returned for the cross entropy, [] in float32: a new one for each forward."""
+        """Return a new zero, [] in float32, instead of the cross entropy of this forward.
+
+        Args:
+            like: tensor on the device of the result.
+            replaced: name of the replaced function.
+        """
         with torch.inference_mode(False):
             self._zero, self.replaced = torch.zeros((), device=like.device), replaced
         return self._zero
 
     @property
     def is_replaced(self) -> bool:
-        """Whether this forward's cross entropy has been replaced; later ones are auxiliary losses themselves."""
+        """Whether the cross entropy of this forward was replaced; later cross entropies are auxiliary losses."""
         return self._zero is not None
 
     def _is_untouched_zero(self, loss: Tensor) -> bool:
@@ -118,11 +124,11 @@ class AuxLosses:
         def run(*args: Any, **kwargs: Any) -> Any:
             self._zero, self.replaced, self.cross_entropies = None, "", 0
             if self.labels is not None:
-                kwargs["labels"] = self.labels.clone()  # some models fill them in place
+                kwargs["labels"] = self.labels.clone()  # some models change them in place
             outputs = named_outputs(forward(*args, **kwargs), self.model)
             self.added_by_model = self.of(outputs)
             if outputs.get("loss") is None:
-                outputs["loss"] = self.zero(outputs["logits"], "")  # adapters add theirs to it
+                outputs["loss"] = self.zero(outputs["logits"], "")  # adapters add their losses to it
             return outputs
 
         return run
@@ -134,13 +140,13 @@ class AuxLosses:
             if self.is_replaced:
                 return loss_function(*args, **kwargs)
             tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            return self.zero(next(tensors), "loss_function")  # classes name their logits differently
+            return self.zero(next(tensors), "loss_function")  # the name of the logits depends on the class
 
         return loss
 
 
 class _ZeroCrossEntropy(TorchFunctionMode):
-    """The first call of `torch.nn.functional.cross_entropy` in a forward returns zero."""
+    """Lets the first call of `torch.nn.functional.cross_entropy` in a forward return zero."""
 
     def __init__(self, losses: AuxLosses):
         super().__init__()
@@ -158,16 +164,16 @@ _plans: WeakKeyDictionary[nn.Module, dict[Any, AuxPlan]] = WeakKeyDictionary()
 
 
 def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan:
-    """How the auxiliary losses of a model are had; found once for each mode and config, on the first rows of a batch.
+    """Return how the auxiliary losses of a model are computed; measured once for each mode and config of the model.
 
     Args:
         model: as prepared.
-        inputs: the collator's batch.
+        inputs: the collator's batch; its first rows are run.
         forward: called with (rows of the batch, whether the output head is replaced); returns the model's outputs.
         targets: the target tokens of the batch.
 
     Raises:
-        DistillError: the model's own loss fails, or contains losses that cannot be separated from its cross entropy.
+        DistillError: the model's loss fails, or contains losses that cannot be separated from its cross entropy.
     """
     inner = unwrap_model(model)
     switches = sorted((name, value) for name, value in inputs.items() if isinstance(value, bool))
@@ -176,20 +182,20 @@ def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, boo
     if key in plans:
         return plans[key]
     plan = _probe(model, inputs, forward, targets) if _takes_labels(type(inner)) else AuxPlan()
-    if plan is None:  # the batch has no target tokens: the next one will show it
+    if plan is None:  # without target tokens it is measured on the next batch
         return AuxPlan()
     plans[key] = plan
     return plan
 
 
 def labels_of(inputs: dict) -> Tensor:
-    """The labels of a batch as a model's own forward reads them: those that a collator shifted are shifted back."""
+    """Return the labels of a batch as a model's forward reads them: `shift_labels` are shifted back."""
     labels = inputs.get("labels")
     return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else labels
 
 
 def _takes_labels(cls: Any) -> bool:
-    """Whether labels reach the forward of a class, or that of a base to which its forward hands `**kwargs` on."""
+    """Whether labels reach the forward of a class, or that of a base class to which its `**kwargs` are passed."""
     for base in cls.__mro__:
         if "forward" not in vars(base) or base is nn.Module:
             continue
@@ -202,20 +208,20 @@ def _takes_labels(cls: Any) -> bool:
 
 
 def _probe(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan | None:
-    """The plan; None where the batch has no target tokens, without which a model's own loss cannot be judged."""
+    """Return the plan; None if the batch has no target tokens, without which it cannot be measured."""
     first = first_rows(inputs, PROBE_ROWS)
     for rows in [first] if first is inputs else [first, inputs]:  # some models read several rows as one example
         try:
             return _probe_rows(model, rows, forward, targets)
-        except _OwnLossError as error:
+        except _ModelLossError as error:
             failure = error
     if not len(targets):
         return None
     inner = unwrap_model(model)
     raise DistillError(
         f"{type(inner).__name__} cannot compute its own loss from the batch ({failure}). What a model adds to its "
-        "cross entropy, such as router losses, belongs to the objective, and here nobody can tell what it adds. Give "
-        f"the batch the inputs and labels that its own loss needs. {_without_own_loss(inner)}"
+        "cross entropy, such as router losses, is part of the objective, and it cannot be measured here. Use a "
+        f"collator that makes the inputs and labels that its loss needs. {_how_to_disable_model_loss(inner)}"
     ) from failure
 
 
@@ -234,20 +240,20 @@ def _probe_rows(model: nn.Module, rows: dict, forward: Callable[[dict, bool], An
             return AuxPlan(needs_labels=True)
     logger.warning_once(
         f"{type(unwrap_model(model)).__name__} adds auxiliary losses to its cross entropy that need its logits: the "
-        "logits of all positions are made. The objective is the same; the memory is not."
+        "logits of all positions are materialized. The objective is the same; each step takes more memory."
     )
     return plan
 
 
-class _OwnLossError(Exception):
-    """A model's own forward fails with the labels of the batch."""
+class _ModelLossError(Exception):
+    """The forward of a model fails with the labels of the batch."""
 
 
 def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], Any], replace: bool = True) -> Any:
-    """`call()`, which runs the model's forward with labels.
+    """Return `call()`, which runs the model's forward with labels.
 
     Raises:
-        _OwnLossError: the forward fails.
+        _ModelLossError: the forward fails.
     """
     with torch.no_grad(), losses.recorded(replace), _unchanged(model):
         try:
@@ -255,61 +261,61 @@ def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], Any
         except Exception as error:
             if isinstance(error, DistillError) or should_reduce_batch_size(error):  # out of memory
                 raise
-            raise _OwnLossError(f"{type(error).__name__}: {error}") from error
+            raise _ModelLossError(f"{type(error).__name__}: {error}") from error
 
 
 def _is_separable(
     model: nn.Module, losses: AuxLosses, rows: dict, forward: Callable[[dict, bool], Any], targets: Targets
 ) -> bool | None:
-    """Whether a model's own loss is its cross entropy plus what was recorded; False: it is the cross entropy alone.
+    """Return whether a model's loss is its cross entropy plus the recorded losses; False if it is only the former.
 
-    Some models sum several cross entropies whose mean is that of their logits, or write it as a log-softmax.
+    Some models sum several cross entropies whose mean is that of their logits, or compute it by a log-softmax.
 
     Returns:
-        None where the rows have no target tokens and nothing was recognised as a cross entropy.
+        None if the rows have no target tokens and no cross entropy was recognized.
 
     Raises:
-        DistillError: it contains other losses, or another cross entropy.
+        DistillError: the loss contains other losses, or another cross entropy.
     """
     added, replaced, count = losses.added_by_model, losses.replaced, losses.cross_entropies
     assert added is not None
     outputs = _run_with_labels(model, losses, lambda: forward(rows, False), replace=False)
-    asked = targets.first_rows(len(labels_of(rows)))
-    if not len(asked):
+    first_targets = targets.first_rows(len(labels_of(rows)))
+    if not len(first_targets):
         return True if replaced else None
-    logits, own = asked.gather_logits(outputs.logits), losses.added_by_model
-    assert own is not None
-    plain = float(cross_entropy(logits.double(), asked.labels.to(logits.device)))
-    rounding = max(_ROUNDING, 8 * torch.finfo(own.dtype).eps) * abs(plain)
-    value, recorded = float(own), float(added)
+    logits, model_loss = first_targets.gather_logits(outputs.logits), losses.added_by_model
+    assert model_loss is not None
+    plain = float(cross_entropy(logits.double(), first_targets.labels.to(logits.device)))
+    rounding = max(_ROUNDING, 8 * torch.finfo(model_loss.dtype).eps) * abs(plain)
+    value, recorded = float(model_loss), float(added)
     if replaced and abs(value - plain - recorded) <= max(rounding, _RELATIVE_TOLERANCE * (abs(value) + abs(recorded))):
         return True
     if abs(value - plain) <= rounding:
         return False
-    if replaced and count == 1:  # a cross entropy over other positions, such as those of a mask
+    if replaced and count == 1:  # a cross entropy over other positions, such as masked ones
         return True
     inner = unwrap_model(model)
     raise DistillError(
         f"The own loss of {type(inner).__name__} is {value:.6g} for the first rows, and the cross entropy of its "
-        f"logits with the labels is {plain:.6g}: it contains losses that cannot be separated from the cross entropy "
-        f"and would be left out. {_without_own_loss(inner)}"
+        f"logits with the labels is {plain:.6g}: it contains losses that cannot be separated from the cross entropy, "
+        f"so the objective would miss them. {_how_to_disable_model_loss(inner)}"
     )
 
 
-def _without_own_loss(model: nn.Module) -> str:
-    """How to train a model without what its own forward adds, for an error."""
+def _how_to_disable_model_loss(model: nn.Module) -> str:
+    """Return how to train a model without the losses that its forward adds, for an error message."""
     parts = (model.config, model.config.get_text_config()) if hasattr(model.config, "get_text_config") else ()
-    found = {name: value for part in parts for name, value in vars(part).items() if _LOSS_SETTING.search(name)}
-    values = ", ".join(f"{name}={value!r}" for name, value in sorted(found.items()) if isinstance(value, _SWITCH))
-    turn_off = f"turn its own losses off in its config (it has {values}); or " if values else ""
+    settings = {name: value for part in parts for name, value in vars(part).items() if _LOSS_SETTING.search(name)}
+    values = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()) if isinstance(value, _SWITCH))
+    turn_off = f"disable them in its config (it has {values}); or " if values else ""
     return (
         f"To train without such losses, {turn_off}derive a class from {type(model).__name__} whose forward has no "
-        "`labels` and no `**kwargs`, which has no loss of its own."
+        "`labels` and no `**kwargs`, so that it computes no loss."
     )
 
 
 def first_rows(inputs: dict, count: int) -> dict:
-    """The first rows of a batch; all of it where a tensor does not have one entry for each row."""
+    """Return the first rows of a batch; the full batch if a tensor does not have one entry for each row."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     size = len(labels_of(inputs))
     if any(value.dim() == 0 or len(value) != size for value in tensors.values()):
@@ -318,10 +324,10 @@ def first_rows(inputs: dict, count: int) -> dict:
 
 
 def _settings(config: Any) -> tuple:
-    """The switches and coefficients of a config, which decide what a model adds to its loss.
+    """Return the numbers and booleans of a config, which decide what a model adds to its loss.
 
-    Texts are left out: saving a model writes some into the config, and only on the process that writes. The processes
-    of a sharded model have to probe together.
+    Strings are excluded: saving a model changes some of them, and only on the process that writes, while all processes
+    of a sharded model have to measure at the same step.
     """
     parts = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
     return tuple(value for part in parts for value in vars(part).values() if isinstance(value, _SWITCH))
@@ -329,21 +335,21 @@ def _settings(config: Any) -> tuple:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """A forward in training mode that leaves random states, what modules keep and the config as they were."""
+    """Restore random states, attributes of modules and the config after a forward in training mode."""
     config = vars(unwrap_model(model).config)
-    before, python, of_numpy = dict(config), random.getstate(), numpy.random.get_state()
+    before, python_state, numpy_state = dict(config), random.getstate(), numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     for norm in norms:
         norm.eval()
     try:
-        with torch.random.fork_rng(devices=list(devices)), kept_attributes(model):
+        with torch.random.fork_rng(devices=list(devices)), restored_attributes(model):
             yield
     finally:
         for norm in norms:
             norm.train()
-        random.setstate(python)
-        numpy.random.set_state(of_numpy)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
         config.clear()
         config.update(before)
 

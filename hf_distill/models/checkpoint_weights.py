@@ -1,8 +1,8 @@
-"""A checkpoint's weights, read back into the model that they were saved from.
+"""Loads the weights of a checkpoint into the model that wrote it.
 
-transformers saves many classes under other names, and in other shapes, than their modules have (fused or split experts,
-renamed blocks). `from_pretrained` converts them back; so does `load_weights`, into a model that is in use: parameters
-stay the objects that optimizers and hooks know.
+transformers saves the weights of many classes with other names and shapes than those of their modules (fused or split
+experts, renamed blocks), and `from_pretrained` converts them back. `load_weights` does so in place, for a model in use:
+its parameters stay the objects that optimizers and hooks refer to.
 """
 
 import copy
@@ -29,19 +29,19 @@ from transformers.utils import (
 
 from ..errors import DistillError
 
-_SHOWN = 5  # keys that a message names
+_MAX_NAMED_KEYS = 5  # in an error message
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy a checkpoint's weights into a model, in place.
 
     Args:
-        model: without parallel wrappers and not sharded. Of one with adapters, checkpoints hold the adapters alone.
-        folder: a checkpoint of one weights file, or of several with an index.
+        model: a model without parallel wrappers, not sharded. With adapters, checkpoints have the adapters only.
+        folder: a checkpoint with one weights file, or several with an index.
 
     Raises:
-        DistillError: there are no weights; keys are missing, unexpected or of another shape. Parameters that are tied
-            to one that is there are not missing.
+        DistillError: the checkpoint has no weights, or keys are missing, unexpected or have other shapes. A parameter
+            that is tied to a loaded one is not missing.
     """
     if hasattr(model, "peft_config"):
         _load_adapters(model, folder)
@@ -52,7 +52,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU."""
+    """Return all tensors of a checkpoint, on the CPU."""
     for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / name).is_file():
             return _read_file(folder / name)
@@ -61,11 +61,13 @@ def _read(folder: Path) -> dict[str, Tensor]:
             state: dict[str, Tensor] = {}
             for shard in sorted(set(json.loads((folder / name).read_text())["weight_map"].values())):
                 if not (folder / shard).is_file():
-                    raise DistillError(f"{folder} has no {shard}, which its {name} lists: restore it.")
+                    raise DistillError(
+                        f"{folder} has no {shard}, which its {name} lists: restore the file, or use another checkpoint."
+                    )
                 state |= _read_file(folder / shard)
             return state
     if not folder.is_dir():
-        raise DistillError(f"Can't find a valid checkpoint at {folder}: there is no such folder.")
+        raise DistillError(f"Can't find a valid checkpoint at {folder}: the folder does not exist.")
     raise DistillError(
         f"Can't find a valid checkpoint at {folder}: it has no {SAFE_WEIGHTS_NAME} and no index of several files."
     )
@@ -78,28 +80,28 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _load_converted(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Load through the conversions with which this model would be saved; else those of its class."""
-    tried = getattr(model, "_weight_conversions", None)
-    mappings = [] if tried is None else [copy.deepcopy(tried)]
+    """Load with the conversions that this model would be saved with, or else with those of its class."""
+    conversions = getattr(model, "_weight_conversions", None)
+    mappings = [] if conversions is None else [copy.deepcopy(conversions)]
     mappings.append(get_model_conversion_mapping(model))
     for mapping in mappings:
         problems = _convert_into(model, state, mapping)
         if not problems:
             return
-    _refuse(model, folder, problems)
+    _raise_problems(model, folder, problems)
 
 
 @torch.no_grad()
 def _convert_into(model: PreTrainedModel, state: dict[str, Tensor], mapping: list) -> list[str]:
-    """Convert a state dict and copy it into a model; what does not fit, and then nothing is copied."""
+    """Convert a state dict and copy it into a model; return problems, in which case nothing is copied."""
     before, conversions = list(_tensors(model)), getattr(model, "_weight_conversions", None)
     try:
         config = LoadStateDictConfig(weight_mapping=mapping)
         info, _ = convert_and_load_state_dict_in_model(model, dict(state), config)
-        loaded = [held[name] for held, name, _ in before]
-    finally:  # conversion puts new tensors into the modules
-        for held, name, tensor in before:
-            held[name] = tensor
+        loaded = [tensors[name] for tensors, name, _ in before]
+    finally:  # the conversion replaces the tensors of the modules
+        for tensors, name, tensor in before:
+            tensors[name] = tensor
         model._weight_conversions = conversions
     errors = [*info.error_msgs, *info.conversion_errors.values()]
     shapes = [f"{key} has shape {tuple(a)} instead of {tuple(b)}" for key, a, b in sorted(info.mismatched_keys)]
@@ -114,60 +116,62 @@ def _convert_into(model: PreTrainedModel, state: dict[str, Tensor], mapping: lis
 def _load_plain(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # of other shapes
+    except RuntimeError as error:  # shapes differ
         raise DistillError(f"{folder} does not fit this {type(model).__name__}: {error}") from error
-    _refuse(model, folder, _differences(model, missing, unexpected))
+    _raise_problems(model, folder, _differences(model, missing, unexpected))
 
 
 def _load_adapters(model: Any, folder: Path) -> None:
-    """Read adapters through peft's own conversion, in the dtype that they are trained in.
+    """Load adapters with peft's conversion, in the dtype that they are trained in.
 
-    peft's file of a `default` adapter is in the checkpoint itself, and those of others are in folders of their names.
+    peft writes the adapter `default` into the checkpoint folder, and each other adapter into a subfolder of its name.
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     for name, config in model.peft_config.items():
-        places = [place for place in (folder / name, folder) if _has_adapter(place)]
-        if not places:
+        adapter_folder = next((path for path in (folder / name, folder) if _has_adapter(path)), None)
+        if adapter_folder is None:
             raise DistillError(
                 f"Can't find a valid checkpoint at {folder}: it has no {ADAPTER_SAFE_WEIGHTS_NAME} of {name!r}."
             )
         try:
-            state = load_peft_weights(str(places[0]), device="cpu")
+            state = load_peft_weights(str(adapter_folder), device="cpu")
             missing, unexpected = set_peft_model_state_dict(model, state, adapter_name=name)
-        except (KeyError, RuntimeError) as error:  # a module that is saved as a whole is missing; other shapes
-            raise DistillError(f"{places[0]} does not fit the adapter {name!r} of this model: {error}") from error
+        except (KeyError, RuntimeError) as error:  # a fully saved module is missing, or shapes differ
+            raise DistillError(f"{adapter_folder} does not fit the adapter {name!r} of this model: {error}") from error
         trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-        lacking = [key for key in missing if key in trained and not _is_of_another(key, name, model.peft_config)]
-        if config.is_prompt_learning:  # of which peft loads the prompts by another call, strictly
+        lacking = [
+            key for key in missing if key in trained and not _is_of_another_adapter(key, name, model.peft_config)
+        ]
+        if config.is_prompt_learning:  # peft loads the prompts separately and strictly
             lacking = [key for key in lacking if not key.startswith("prompt_encoder.")]
             unexpected = [key for key in unexpected if "prompt" not in key]
-        _refuse(model, places[0], _differences(model, lacking, unexpected))
+        _raise_problems(model, adapter_folder, _differences(model, lacking, unexpected))
 
 
-def _has_adapter(place: Path) -> bool:
-    return any((place / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
+def _has_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
 
 
-def _is_of_another(key: str, adapter: str, adapters: Mapping[str, Any]) -> bool:
-    words = key.split(".")
-    return adapter not in words and any(other in words for other in adapters)
+def _is_of_another_adapter(key: str, adapter: str, adapters: Mapping[str, Any]) -> bool:
+    parts = key.split(".")
+    return adapter not in parts and any(other in parts for other in adapters)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Each parameter and buffer with the dict of its module that holds it."""
+    """Yield each parameter and buffer as (dict of its module, name in this dict, tensor)."""
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            yield from ((held, name, tensor) for name, tensor in held.items() if tensor is not None)
+        for tensors in (module._parameters, module._buffers):
+            yield from ((tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
 def _differences(model: nn.Module, missing: Any, unexpected: Any) -> list[str]:
-    """Keys that a checkpoint lacks or has too many, but for those that a model does without."""
+    """Return a message for each missing or unexpected key, without tied parameters and keys that are never saved."""
     missing, unexpected = set(missing), set(unexpected)
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    there = {id(tensor) for name, tensor in named.items() if name not in missing}
-    tied = {name for name in missing if name in named and id(named[name]) in there}
+    loaded_ids = {id(tensor) for name, tensor in named.items() if name not in missing}
+    tied = {name for name in missing if name in named and id(named[name]) in loaded_ids}
     if isinstance(model, PreTrainedModel):
         unsaved = set(model._keys_to_ignore_on_save or ())
         missing -= {name for name in unsaved & missing if not getattr(named.get(name), "requires_grad", False)}
@@ -176,11 +180,11 @@ def _differences(model: nn.Module, missing: Any, unexpected: Any) -> list[str]:
     ]
 
 
-def _refuse(model: nn.Module, folder: Path, problems: list[str]) -> None:
+def _raise_problems(model: nn.Module, folder: Path, problems: list[str]) -> None:
     if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        more = f" and {len(problems) - _MAX_NAMED_KEYS} more" if len(problems) > _MAX_NAMED_KEYS else ""
         raise DistillError(
             f"The weights in {folder} are not those of this {type(model).__name__}: "
-            f"{'; '.join(problems[:_SHOWN])}{more}. Resume with the model that wrote it, made with the same config "
-            "and adapters."
+            f"{'; '.join(problems[:_MAX_NAMED_KEYS])}{more}. Resume with the model that wrote the checkpoint, built "
+            "with the same config and adapters."
         )

@@ -1,4 +1,4 @@
-"""The one check that all weights pass before a file of them is written: none is NaN or infinite."""
+"""Checks that weights are finite before they are written to a file."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -13,17 +13,17 @@ from ..errors import RunError
 def check_finite(
     tensors: Mapping[str, Tensor], path: str | Path, *, owner: str, advice: str, buffers: Collection[str] = ()
 ) -> None:
-    """Refuse to write weights that are not finite.
+    """Check that all weights are finite before they are written.
 
     Args:
-        tensors: what is to be written, by name.
-        path: the file or folder that it is written to, for the error.
-        owner: whose weights they are, for the error, such as "the peer".
-        advice: what the reader of the error can do.
-        buffers: names of tensors that are no parameters; masks among them may hold infinities.
+        tensors: tensors to write, by name.
+        path: file or folder that they are written to, for the error message.
+        owner: model whose weights they are, for the error message, such as "the peer".
+        advice: what the user can do, for the error message.
+        buffers: names of the tensors that are buffers; these may be infinite (masks), but not NaN.
 
     Raises:
-        RunError: names the first tensor that is not finite.
+        RunError: a tensor is not finite; the message names the first one.
     """
     weights = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     name = first_nonfinite(weights, {name: tensor for name, tensor in tensors.items() if name in buffers})
@@ -32,26 +32,30 @@ def check_finite(
 
 
 def first_nonfinite(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> str | None:
-    """The first weight with a NaN or an infinity, or buffer with a NaN; None: there is none.
+    """Return the name of the first weight with a NaN or an infinity, or buffer with a NaN; None if all are finite.
 
-    It reads each tensor once and waits for the device once. Quantised tensors are passed over.
+    Each tensor is read once, and the device is synchronized once. Quantized tensors are skipped.
+
+    Args:
+        weights: parameters by name.
+        buffers: buffers by name.
     """
     weights = {name: tensor for name, tensor in weights.items() if _can_be_nonfinite(tensor)}
     buffers = {name: tensor for name, tensor in buffers.items() if _can_be_nonfinite(tensor)}
     largest = [_largest(weights.values()), _largest(buffers.values())]
     if largest[0].isfinite() and not largest[1].isnan():
         return None
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    return next(iter([*broken, *(name for name, tensor in buffers.items() if tensor.isnan().any())]), None)
+    nonfinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    return next(iter([*nonfinite, *(name for name, tensor in buffers.items() if tensor.isnan().any())]), None)
 
 
 def _can_be_nonfinite(tensor: Tensor) -> bool:
-    """Whether it has values in a dtype that can be NaN or infinite; 8-bit floats are quantised weights."""
+    """Whether a tensor has values of a dtype that can be NaN or infinite; 8-bit floats are quantized weights."""
     return (
         tensor.is_floating_point() and tensor.element_size() > 1 and tensor.device.type != "meta" and tensor.numel() > 0
     )
 
 
 def _largest(tensors: Iterable[Tensor]) -> Tensor:
-    """The largest magnitude, which is NaN where a value is, []."""
+    """Return the largest magnitude, []; NaN if a value is NaN."""
     return torch.nn.utils.get_total_norm([t.detach() for t in tensors], norm_type=math.inf).cpu()

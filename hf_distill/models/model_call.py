@@ -1,7 +1,7 @@
-"""What a model is called with, and its outputs by name.
+"""The inputs that a model is called with, and its outputs by name.
 
-Each model of a step is given the inputs that its own forward accepts. Labels are never passed on: a model would compute
-its own loss from them.
+Each model of a step gets the inputs that its forward accepts. Labels are not passed on, because a model would compute
+a loss from them.
 """
 
 import inspect
@@ -24,35 +24,35 @@ _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDi
 
 
 def input_names(model: nn.Module) -> frozenset[str]:
-    """The names of the inputs that a model's forward accepts.
+    """Return the names of the inputs that a model's forward accepts.
 
-    These are its named parameters and, where it has `**kwargs`, those of the classes and submodules to which it may
-    hand them on.
+    These are its named parameters and, if it has `**kwargs`, those of the classes and submodules that it may pass them
+    to.
 
     Args:
-        model: a model, in wrappers or not.
+        model: a model, with or without wrappers.
     """
     return _accepted(model)[0]
 
 
 def accepts_any_input(model: nn.Module) -> bool:
-    """Whether a class outside transformers has `**kwargs`, which may stand for any name."""
+    """Whether the model's forward accepts any input: a class outside transformers has `**kwargs`."""
     return _accepted(model)[1]
 
 
 def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a batch that a model's forward accepts, and the labels."""
+    """Return the inputs of a batch that a model's forward accepts, and the labels."""
     names, accepts_any = _accepted(model)
     return {k: v for k, v in inputs.items() if accepts_any or k in names or k in _NOT_INPUTS}
 
 
 def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, Any], foreign: Iterable[str]) -> dict[str, Any]:
-    """A batch without the inputs that only another model reads.
+    """Return a batch without the inputs that only another model accepts.
 
     Args:
-        model: the model that is to be called.
+        model: the model that is called.
         inputs: the collator's batch.
-        foreign: names of the inputs that the other model reads.
+        foreign: names of the inputs that the other model accepts.
     """
     names, accepts_any = _accepted(model)
     dropped = set() if accepts_any else {*foreign} - names - {*_NOT_INPUTS}
@@ -60,37 +60,48 @@ def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, Any], foreign:
 
 
 def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a model's forward: without labels, and with decoder inputs where it needs them.
+    """Return the keyword arguments of a model's forward: without labels, and with decoder inputs if it needs them.
 
     Args:
         model: a transformers model, without wrappers.
-        inputs: the collator's batch, reduced to what the model accepts.
+        inputs: the collator's batch, with the inputs that the model accepts.
 
     Raises:
         DistillError: an encoder-decoder model needs decoder inputs, and they cannot be made from the labels.
     """
     labels = inputs.get("labels")
     inputs = {k: v for k, v in inputs.items() if k not in _NOT_INPUTS}
-    given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    if getattr(model.config, "is_encoder_decoder", False) and not given and model_type_of(model).vocabulary:
+    has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+    if (
+        getattr(model.config, "is_encoder_decoder", False)
+        and not has_decoder_inputs
+        and model_type_of(model).vocabulary
+    ):
         inputs["decoder_input_ids"] = decoder_input_ids(model, labels)
     if "use_cache" in _parameters_of(model.__class__)[0]:
-        inputs["use_cache"] = False  # a cache lets packed documents see each other
+        inputs["use_cache"] = False  # with a cache, packed documents would attend to each other
     if getattr(model.config, "return_dict", True) is False and isinstance(model, PreTrainedModel):
         inputs["return_dict"] = True
     return inputs
 
 
 def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
-    """The labels shifted right, as the model itself makes its decoder's inputs, [B, S].
+    """Return the labels shifted right by the model's own function, [B, S].
+
+    Args:
+        model: an encoder-decoder model, without wrappers.
+        labels: [B, S], or None if the batch has none.
 
     Raises:
-        DistillError: there are no labels, or the model has no function for it or lacks a special token.
+        DistillError: there are no labels, the model has no such function, or it lacks a special token.
     """
     name = type(model).__name__
     if labels is None:
-        raise DistillError(f"{name} needs `decoder_input_ids` or `labels`, and the batch has neither.")
-    labels = labels.clone()  # some models, such as FSMT, fill their labels in place
+        raise DistillError(
+            f"{name} needs `decoder_input_ids` or `labels`, and the batch has neither: use a collator that makes them, "
+            "such as DataCollatorForSeq2Seq(tokenizer, model=model)."
+        )
+    labels = labels.clone()  # some models, such as FSMT, change their labels in place
     parts = (model.config, getattr(model.config, "decoder", None), model.config.get_text_config())
     pad, start = (
         next((value for part in parts if (value := getattr(part, key, None)) is not None), None)
@@ -104,8 +115,8 @@ def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
         for cls in type(model).__mro__:
             shift = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
             if shift is not None:
-                more = (start,) if len(inspect.signature(shift).parameters) > 2 else ()
-                return shift(labels, pad, *more)
+                start_argument = (start,) if len(inspect.signature(shift).parameters) > 2 else ()
+                return shift(labels, pad, *start_argument)
     except (TypeError, ValueError, AssertionError) as error:
         raise DistillError(
             f"{name} cannot make decoder inputs from the labels: {error} (pad_token_id is {pad}, "
@@ -118,14 +129,15 @@ def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
 
 
 def named_outputs(outputs: Any, model: nn.Module) -> Any:
-    """A model's outputs with `logits` by name, whether the model returned names, a dict, a tuple or a tensor.
+    """Return a model's outputs as a ModelOutput with `logits`.
 
     Args:
-        outputs: what the model returned; in a tuple the logits come first, or after the loss, a scalar.
-        model: the model, for the error.
+        outputs: a ModelOutput, another mapping, a tuple, an object with attributes, or the logits. In a tuple the
+            logits are the first member, or the second after a scalar loss.
+        model: the model, for the error message.
 
     Raises:
-        DistillError: there are no logits among the outputs.
+        DistillError: the outputs have no logits.
     """
     if isinstance(outputs, ModelOutput) and getattr(outputs, "logits", None) is not None:
         return outputs
@@ -144,7 +156,7 @@ def named_outputs(outputs: Any, model: nn.Module) -> Any:
     if not isinstance(logits, Tensor):
         raise DistillError(
             f"{type(unwrap_model(model)).__name__} returns no `logits` (it returns {type(outputs).__name__} "
-            f"{sorted(map(str, named))}): distillation needs a model whose outputs hold the logits under this name, or "
+            f"{sorted(map(str, named))}): distillation needs a model whose outputs have the logits under this name, or "
             "as the first member of a tuple."
         )
     result = ModelOutput()
@@ -163,16 +175,16 @@ def _accepted(model: nn.Module) -> tuple[frozenset[str], bool]:
 
 def _read_signatures(model: nn.Module) -> tuple[frozenset[str], bool]:
     names = set(_parameters(model.forward)[0])
-    hands_on = accepts_any = False
+    has_kwargs = accepts_any = False
     for cls in type(model).__mro__:
         if "forward" not in vars(cls) or cls is nn.Module:
             continue
-        own, hands_on, typed = _parameters_of(cls)
-        names |= own | typed
-        accepts_any |= hands_on and not cls.__module__.startswith("transformers.")
-        if not hands_on:
+        parameters, has_kwargs, typed = _parameters_of(cls)
+        names |= parameters | typed
+        accepts_any |= has_kwargs and not cls.__module__.startswith("transformers.")
+        if not has_kwargs:
             break
-    if hands_on:
+    if has_kwargs:
         for module in model.modules():
             if module is not model and isinstance(module, PreTrainedModel):
                 names |= _parameters_of(module.__class__)[0]
@@ -185,15 +197,15 @@ def _parameters_of(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
 
 
 def _parameters(forward: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
-    """(named parameters, whether there are `**kwargs`, names that their annotation gives)."""
+    """Return (named parameters, whether there are `**kwargs`, names of a TypedDict that annotates these)."""
     parameters = inspect.signature(forward).parameters.values()
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = frozenset(p.name for p in parameters if p.kind not in variadic)
     typed: set[str] = set()
-    is_open = False
+    has_kwargs = False
     for parameter in parameters:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            is_open = True
+            has_kwargs = True
             for dictionary in get_args(parameter.annotation):
                 typed |= set(getattr(dictionary, "__annotations__", ()))
-    return named, is_open, frozenset(typed)
+    return named, has_kwargs, frozenset(typed)

@@ -1,7 +1,7 @@
-"""Which kinds of models distil, and what is peculiar to each.
+"""The types of models that can be distilled: causal, masked, sequence-to-sequence, and two types of classifiers.
 
-Whether the labels of a causal model are shifted is decided by its own loss; every other kind predicts in place. The
-logits of a classifier are just a small vocabulary.
+The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
+position. The classes of a classifier are treated as a small vocabulary.
 """
 
 import re
@@ -19,12 +19,13 @@ from .label_shift import loss_shifts_labels
 
 @dataclass(frozen=True)
 class ModelType:
-    """A kind of model.
+    """A type of model.
 
-    auto_class: of transformers
-    pipeline:   as the Hub calls what it does
-    shift:      whether its own loss shifts labels; of `CAUSAL` itself: what most models of the kind do
-    vocabulary: whether V is a tokenizer's
+    name:          name for messages
+    auto_class:    auto class of transformers
+    pipeline:      pipeline tag of the Hub
+    shifts_labels: whether the model's loss shifts labels; for `CAUSAL`, the default if it cannot be measured
+    vocabulary:    whether V is the size of a tokenizer's vocabulary, and not a number of classes
     """
 
     name: str
@@ -34,11 +35,11 @@ class ModelType:
     vocabulary: bool
 
     def num_outputs(self, model: nn.Module) -> int:
-        """V: how many ids or classes an unwrapped model tells apart."""
+        """Return V, the number of ids or classes that a model without wrappers predicts."""
         if not self.vocabulary:
             return model.config.num_labels
         head = model.get_output_embeddings()
-        # peft's copy of a tied head takes `out_features` from the embedding: what it was copied from is right.
+        # In peft's copy of a tied head `out_features` is that of the embedding; the original module has the right one.
         head = getattr(head, "original_module", None) or head
         return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
@@ -66,8 +67,8 @@ TOKEN = ModelType(
 )
 
 _BY_CLASS = {
-    class_name: task
-    for names, task in (
+    class_name: model_type
+    for names, model_type in (
         (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, TOKEN),
         (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, SEQUENCE),
         (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, MASKED),
@@ -86,78 +87,87 @@ _BY_LOSS = {
 
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
-    """The model inside parallel and compiled wrappers, its adapters included."""
+    """Return the model inside parallel and compiled wrappers, with its adapters."""
     from accelerate.utils import extract_model_from_parallel
 
-    if isinstance(model, transformers.PreTrainedModel):  # no wrapper; accelerate would look through all of its modules
+    if isinstance(model, transformers.PreTrainedModel):  # accelerate would walk all of its modules
         return model
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside parallel, compiled and PEFT wrappers (never to be called: that skips DDP)."""
+    """Return the transformers model inside parallel, compiled and PEFT wrappers.
+
+    Do not call the result: without its wrappers there is no DDP, FSDP2 or ZeRO-3.
+    """
     model = unwrap_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_zero3_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds shares of a model's parameters; without an engine around it such a model cannot run."""
+    """Whether ZeRO-3 partitions a model's parameters; such a model cannot run outside its engine."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def model_type_of_class(cls: type) -> ModelType | None:
-    """The kind of the models of a class, from its name or that of a base; None if it is none of those that distil."""
+    """Return the type of the models of a class, from its name or that of a base class; None if it is unknown."""
     for base in cls.__mro__:
         named = re.findall(f"({'|'.join(LOSS_MAPPING)})", base.__name__)
         loss = LOSS_MAPPING.get(base.__name__) or LOSS_MAPPING.get(named[0] if named else "")
-        if task := _BY_CLASS.get(base.__name__) or _BY_LOSS.get(loss):
-            return task
+        if model_type := _BY_CLASS.get(base.__name__) or _BY_LOSS.get(loss):
+            return model_type
     return None
 
 
 def model_type_of(model: nn.Module) -> ModelType:
-    """The kind of `model`, from its class; for classes outside transformers, from its `loss_type`.
+    """Return the type of a model, from its class, or from its `loss_type` for classes outside transformers.
+
+    Args:
+        model: a model, with or without wrappers.
 
     Raises:
-        DistillError: it is no transformers model, or has no per-token or per-row distribution over ids or classes.
+        DistillError: it is no transformers model, or predicts no distribution over ids or classes.
     """
     model = unwrap_model(model)
     config = getattr(model, "config", None)
-    task = _BY_CLASS.get(type(model).__name__) or _BY_LOSS.get(LOSS_MAPPING.get(getattr(model, "loss_type", None)))
-    task = task or model_type_of_class(type(model))
-    if task is None or not isinstance(model, transformers.PreTrainedModel):
-        what = f"none of {', '.join(t.name for t in MODEL_TYPES)}"
+    model_type = _BY_CLASS.get(type(model).__name__) or _BY_LOSS.get(
+        LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    )
+    model_type = model_type or model_type_of_class(type(model))
+    if model_type is None or not isinstance(model, transformers.PreTrainedModel):
+        names = ", ".join(t.name for t in MODEL_TYPES)
+        is_transformers = isinstance(model, transformers.PreTrainedModel)
         raise DistillError(
             f"{type(model).__name__} cannot be distilled: it is "
-            f"{what if isinstance(model, transformers.PreTrainedModel) else 'no transformers model'}. "
-            f"Use a transformers model ({', '.join(t.name for t in MODEL_TYPES)}; the model itself, not a module "
-            "around it), derive a teacher from hf_distill.Teacher, or train without a teacher."
+            f"{f'none of {names}' if is_transformers else 'no transformers model'}. "
+            f"Use a transformers model ({names}; the model itself, not a module around it), derive "
+            "a teacher from hf_distill.Teacher, or train without a teacher."
         )
-    check_has_classes(type(model).__name__, task, config)
-    if task in (CAUSAL, SEQ2SEQ):
+    check_has_classes(type(model).__name__, model_type, config)
+    if model_type in (CAUSAL, SEQ2SEQ):
         if getattr(config, "is_encoder_decoder", False):
             return SEQ2SEQ
         shift = loss_shifts_labels(model)
         return CAUSAL if shift is None else replace(CAUSAL, shifts_labels=shift)
-    return task
+    return model_type
 
 
-def check_has_classes(name: str, task: ModelType, config: Any) -> None:
-    """Refuse a classifier whose outputs are no distribution over classes.
+def check_has_classes(name: str, model_type: ModelType, config: Any) -> None:
+    """Check that the outputs of a classifier are a distribution over classes.
 
     Args:
-        name: of its class, for the error.
-        task: its kind.
-        config: its config.
+        name: name of its class, for the error message.
+        model_type: type of the model.
+        config: config of the model.
 
     Raises:
-        DistillError: it is set up for regression or for several labels at once.
+        DistillError: it is configured for regression or for several labels at once.
     """
     problem = getattr(config, "problem_type", None)
-    one_output = task is SEQUENCE and getattr(config, "num_labels", 2) == 1
-    if not task.vocabulary and (problem in ("regression", "multi_label_classification") or one_output):
+    one_output = model_type is SEQUENCE and getattr(config, "num_labels", 2) == 1
+    if not model_type.vocabulary and (problem in ("regression", "multi_label_classification") or one_output):
         raise DistillError(
-            f"{name} is set up for {problem or 'regression'}: its outputs are no distribution over classes. Use "
+            f"{name} is configured for {problem or 'regression'}: its outputs are no distribution over classes. Use "
             "single-label classification, or train it without a teacher."
         )
 

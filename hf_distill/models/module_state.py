@@ -1,7 +1,7 @@
-"""Forwards that are only measurements: they leave a model's modules as they were.
+"""Context managers for forwards that measure something and must not change a model's modules.
 
-Modules keep more than parameters between forwards: the mode, a router's capacity, the longest sequence so far with the
-rotary embedding for it. A measurement that changed these would change the training that follows.
+Modules have more state than parameters: the mode, a router's capacity, the longest sequence so far with its rotary
+embedding. A measurement that changes them would change the training that follows.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back every number, tensor and buffer that a module holds and that was replaced while this lasts.
+def restored_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore all numbers, tensors and buffers of modules that are replaced in the block.
 
-    Values that change in place, such as running means, are not put back; neither is anything of a model that ZeRO-3
-    partitions, whose modules hold state of DeepSpeed's.
+    Values that are changed in place, such as running means, are not restored. Nothing of a model that ZeRO-3 partitions
+    is restored, because its modules hold state of DeepSpeed.
 
     Args:
-        model: any; in either mode.
+        model: any model, in either mode.
     """
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         yield
@@ -42,8 +42,12 @@ def _is_value(name: str, value: object) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """While it lasts, every module is in eval mode and there are no gradients; then each is as it was."""
-    with kept_attributes(model), torch.no_grad():
+    """Put all modules in eval mode and disable gradients in the block, then restore the mode of each module.
+
+    Args:
+        model: any model, in either mode.
+    """
+    with restored_attributes(model), torch.no_grad():
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
@@ -53,4 +57,4 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-__all__ = ["eval_mode", "kept_attributes"]
+__all__ = ["eval_mode", "restored_attributes"]

@@ -1,14 +1,14 @@
-"""Whether a model's logits are exactly its output head's product: measured once, before the logits are left out.
+"""Measures whether a model's logits are the product of its output head, before the fused loss relies on it.
 
 Two short forwards of a few rows of the first batch decide, in eval mode and without gradients:
 
-1. The unmodified forward. Its logits, whole vectors of several positions, are compared with the lazy ones, which are
-   made from the input of the output head.
-2. The same forward with known numbers, small and large, in the place of the head's output. What the model makes of
-   them shows every soft cap, scale, bias or slice that follows the head, also one that is too small to be seen at
-   initialization, and every trained parameter that takes part.
+1. The unmodified forward. Its logits at several positions are compared with lazy logits, which are computed from the
+   input of the output head.
+2. The same forward, in which the output of the head is replaced by known numbers, small and large. The logits of this
+   forward show every soft cap, scale, bias or slice after the head, also one whose effect at initialization is below
+   rounding, and every trained parameter that is applied after the head.
 
-Where either differs, the logits are materialized: the objective is the same, and memory pays.
+If either differs, the logits are materialized: the objective is the same, and each step takes more memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,8 +30,8 @@ from .module_state import eval_mode
 
 logger = logging.get_logger(__name__)
 
-_MAX_ROWS, _MAX_POSITIONS = 2, 64  # of the batch on which the forwards run
-_COMPARED_POSITIONS = 16
+_MAX_ROWS, _MAX_POSITIONS = 2, 64  # part of the batch that the forwards run on
+_NUM_COMPARED_POSITIONS = 16
 _SEQUENCE_INPUTS = {
     "input_ids",
     "attention_mask",
@@ -46,11 +46,11 @@ _SEQUENCE_INPUTS = {
 
 @dataclass(frozen=True)
 class LogitSample:
-    """A few positions of the unmodified forward, on the CPU.
+    """Hidden states and logits of the unmodified forward at n positions, on the CPU.
 
     hidden: [n, H] input of the output head
-    logits: [n, V] what the model made of it
-    eps:    relative rounding of the logits
+    logits: [n, V] logits of the model
+    eps:    relative rounding error of the logits
     """
 
     hidden: Tensor
@@ -60,12 +60,12 @@ class LogitSample:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What is known of a model's output head.
+    """The output head of a model, as measured.
 
-    module:  the head; None where the model has none
-    scaling: what follows it; None: its logits have to be materialized
-    reason:  why they have to
-    sample:  the model's own logits, for the self-check
+    module:  the head; None if the model has none
+    scaling: scale and soft cap after the head; None if the logits have to be materialized
+    reason:  why the logits have to be materialized, else ""
+    sample:  logits of the unmodified forward, for the self-check
     """
 
     module: Any
@@ -78,11 +78,11 @@ _known: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
 
 
 def output_head(model: nn.Module, inputs: dict) -> OutputHead:
-    """What is known of a model's output head; measured at the first call, and whenever the head is another module.
+    """Return the output head of a model, measured at the first call and after the head module was replaced.
 
     Args:
-        model: in wrappers or not; under DDP, FSDP and ZeRO-3 every rank has to call.
-        inputs: what its forward is about to be called with.
+        model: a model, with or without wrappers; under DDP, FSDP2 and ZeRO-3 every rank has to call it.
+        inputs: keyword arguments of its forward.
     """
     inner = unwrap_model(model)
     getter = getattr(inner, "get_output_embeddings", None)
@@ -92,7 +92,7 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     if known is None or known.module is not module or bool(known.reason) < bool(obstacle):
         known = OutputHead(module, None, obstacle) if obstacle else _measure(model, inner, module, inputs)
         if not obstacle and not _on_all_ranks(inner, known.scaling is not None) and not known.reason:
-            known = OutputHead(module, None, "another process found that its logits differ from the lazy ones")
+            known = OutputHead(module, None, "on another process its logits differ from the lazy ones")
         _known[inner] = known
         if known.reason and model_type_of(inner).vocabulary:
             _log_cost(inner, known.reason, inputs)
@@ -100,21 +100,25 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
 
 
 def known_output_head(model: nn.Module) -> OutputHead | None:
-    """What `output_head` measured of this model; None before its first forward."""
+    """Return what `output_head` measured for a model; None before its first forward."""
     return _known.get(unwrap_model(model))
 
 
 def forget_output_head(model: nn.Module) -> None:
-    """Measure it anew in the next forward: its weights may have changed."""
+    """Let the next forward measure the output head again, for example after its weights changed."""
     _known.pop(unwrap_model(model), None)
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]:
-    """Replace a module's forward inside its hooks, and those of accelerate, which stand in `forward` themselves.
+    """Replace a module's forward in a `with` block; its hooks still run, also those that accelerate adds.
+
+    Args:
+        module: the module.
+        forward: the replacement.
 
     Yields:
-        the forward that was replaced.
+        the original forward.
     """
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     instance, original = module.__dict__.get(name), getattr(module, name)
@@ -129,7 +133,7 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
 
 
 def cast_like_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as autocast would hand them to a linear layer."""
+    """Return tensors in the dtype in which autocast passes them to a linear layer."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -138,7 +142,7 @@ def cast_like_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _obstacle(model: nn.Module, head: Any) -> str:
-    """Why a head's code alone rules lazy logits out; "" where it does not."""
+    """Return why the class of a head rules lazy logits out, without a measurement; "" if it does not."""
     if head is None:
         return "the model names no output embeddings"
     if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
@@ -150,22 +154,22 @@ def _obstacle(model: nn.Module, head: Any) -> str:
     if replaced is not None and getattr(replaced, "__func__", None) is not nn.Linear.forward:
         return "the forward of its output head was replaced on the instance"
     if type(head).forward is not nn.Linear.forward:
-        return f"its output head is a {type(head).__name__} with a forward of its own"
+        return f"its output head is a {type(head).__name__}, whose forward is not that of a linear layer"
     return ""
 
 
 def _measure(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
-    short = _short(inputs)
+    short = _shorten(inputs)
     try:
         return _compare(model, inner, head, inputs if short is None else short)
     except Exception:
         if short is None:
             raise
-        return _compare(model, inner, head, inputs)  # a model that cannot read a part of a row
+        return _compare(model, inner, head, inputs)  # the model cannot read a part of a row
 
 
-def _short(inputs: dict) -> dict | None:
-    """A few rows and positions; None where an input is not known to be [B, S]."""
+def _shorten(inputs: dict) -> dict | None:
+    """Return a few rows and positions of a batch; None if an input is not known to be [B, S]."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if not tensors or not set(tensors) <= _SEQUENCE_INPUTS or any(t.dim() < 2 for t in tensors.values()):
         return None
@@ -183,13 +187,13 @@ def _short(inputs: dict) -> dict | None:
 
 
 def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
-    sample: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, raw lazy logits, and which positions
+    sample: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, lazy logits without scaling, positions
     outputs_of_head: list[Tensor] = []
 
     def record(hidden: Tensor) -> Tensor:
         outputs_of_head.append(original(hidden))
         flat = hidden.flatten(0, -2)
-        positions = torch.linspace(0, len(flat) - 1, min(_COMPARED_POSITIONS, len(flat)), device=flat.device).long()
+        positions = torch.linspace(0, len(flat) - 1, min(_NUM_COMPARED_POSITIONS, len(flat)), device=flat.device).long()
         rows, weight, bias = cast_like_autocast(flat[positions], head.weight, head.bias)
         assert rows is not None
         assert weight is not None
@@ -203,23 +207,25 @@ def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) 
             return OutputHead(head, None, reason)
         assert logits is not None
         hidden, raw, positions = sample[0]
-        own = logits.flatten(0, -2)[positions].to(raw.dtype)
+        model_logits = logits.flatten(0, -2)[positions].to(raw.dtype)
         del outputs_of_head[1:]
         probe = _probe(outputs_of_head[0])
         parameters = _UsedParameters()
         with replaced_forward(head, lambda _hidden: parameters.enter(probe)), parameters.around(inner):
-            after = _logits(model(**inputs))
-    half = logits.dtype.itemsize < 4 or hidden.dtype.itemsize < 4
-    sampled = LogitSample(hidden.cpu(), own.cpu(), max(torch.finfo(t.dtype).eps for t in (logits, hidden)))
+            probe_logits = _logits(model(**inputs))
+    is_half = logits.dtype.itemsize < 4 or hidden.dtype.itemsize < 4
+    sampled = LogitSample(hidden.cpu(), model_logits.cpu(), max(torch.finfo(t.dtype).eps for t in (logits, hidden)))
     if parameters.used:
-        return OutputHead(head, None, "a trained parameter takes part after its output head")
+        return OutputHead(head, None, "it applies a trained parameter after its output head")
     candidates = list(dict.fromkeys([LogitScaling.of(inner.config), LogitScaling()]))
     for scaling in candidates:
-        follows = after is not None and _alike(scaling.apply_(probe.to(raw.dtype)), after, after.dtype.itemsize < 4)
-        if follows and _alike(scaling.apply_(raw.clone()), own, half, of_row=True):
+        explains_probe = probe_logits is not None and _is_close(
+            scaling.apply_(probe.to(raw.dtype)), probe_logits, probe_logits.dtype.itemsize < 4
+        )
+        if explains_probe and _is_close(scaling.apply_(raw.clone()), model_logits, is_half, is_product=True):
             return OutputHead(head, scaling, sample=sampled)
-    return OutputHead(head, None, "its logits are not what its output head puts out (a cap, scale, bias or mask that "
-                      "hf_distill does not know follows it)")  # fmt: skip
+    return OutputHead(head, None, "its logits are not the output of its output head (the model applies a cap, scale, "
+                      "bias or mask after it that hf_distill does not know)")  # fmt: skip
 
 
 @contextmanager
@@ -242,48 +248,53 @@ def _reason_of_shapes(outputs_of_head: list[Tensor], logits: Tensor | None) -> s
         return f"its forward calls the output head {len(outputs_of_head)} times"
     if logits is None or logits.shape != outputs_of_head[0].shape:
         shape = None if logits is None else tuple(logits.shape)
-        return f"its logits have shape {shape} where its output head puts out {tuple(outputs_of_head[0].shape)}"
+        return f"its logits have shape {shape} and the output of its output head {tuple(outputs_of_head[0].shape)}"
     return ""
 
 
 def _probe(like: Tensor) -> Tensor:
-    """Known numbers in the place of a head's output: each row of another size, from hundredths to tens."""
+    """Return numbers that replace a head's output: each row has another standard deviation, from 0.01 to 50."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(like.shape, generator=generator)
     sizes = torch.logspace(-2, 1.7, values.shape[:-1].numel()).view(*values.shape[:-1], 1)
     return (values * sizes).to(like.device, like.dtype)
 
 
-def _alike(lazy: Tensor, own: Tensor, half: bool, of_row: bool = False) -> bool:
-    """Whether two sets of logits differ by rounding alone: element by element, and in their size as a whole.
+def _is_close(lazy: Tensor, logits: Tensor, is_half: bool, is_product: bool = False) -> bool:
+    """Return whether lazy logits and those of the model differ by rounding only: each element, and the overall scale.
 
-    of_row: whether an element may err by the rounding of its row's largest (a product), or by its own (no product).
+    Args:
+        lazy: [..., V].
+        logits: [..., V] of the model.
+        is_half: whether a half-precision dtype rounded them.
+        is_product: whether both are matrix products, whose rounding error is relative to the largest element of a row,
+            and not to each element.
     """
-    lazy, own = lazy.double(), own.to(lazy.device).double()
-    if not torch.equal(lazy == -torch.inf, own == -torch.inf):
+    lazy, logits = lazy.double(), logits.to(lazy.device).double()
+    if not torch.equal(lazy == -torch.inf, logits == -torch.inf):
         return False
-    finite = lazy.isfinite() & own.isfinite()
-    lazy, own = lazy.where(finite, 0), own.where(finite, 0)
-    tolerance = 3e-2 if half else 2e-3  # TF32 errs by a thousandth
-    size = own.abs().amax(-1, keepdim=True) if of_row else own.abs()
-    if ((lazy - own).abs() > tolerance * size + 1e-6).any():
+    finite = lazy.isfinite() & logits.isfinite()
+    lazy, logits = lazy.where(finite, 0), logits.where(finite, 0)
+    tolerance = 3e-2 if is_half else 2e-3  # TF32 has a relative error of 1e-3
+    size = logits.abs().amax(-1, keepdim=True) if is_product else logits.abs()
+    if ((lazy - logits).abs() > tolerance * size + 1e-6).any():
         return False
-    square = own.square().sum()
-    return bool(((lazy - own) * own).sum().abs() <= tolerance / 8 * square) if square > 0 else True
+    square = logits.square().sum()
+    return bool(((lazy - logits) * logits).sum().abs() <= tolerance / 8 * square) if square > 0 else True
 
 
 class _UsedParameters(TorchFunctionMode):
-    """Whether a parameter that is trained changes what the output head put out, before the model's forward ends.
+    """Records whether a trained parameter is applied to the head's output before the model's forward ends.
 
-    Tensors that are made from the head's output and tensors that are made from trained parameters are followed; an
-    operation on one of each answers it. Hooks that only move parameters, as those of ZeRO-3 do, do not.
+    Tensors computed from the head's output, and tensors computed from trained parameters, are tracked. An operation on
+    one of each sets `used`; hooks that only move parameters, such as those of ZeRO-3, do not.
     """
 
     def __init__(self):
         super().__init__()
         self.used, self._active = False, False
         self._from_head: dict[int, Tensor] = {}
-        self._from_parameters: dict[int, Tensor] = {}  # both keep their tensors, so that ids stay theirs
+        self._from_parameters: dict[int, Tensor] = {}  # both hold their tensors, so that no id is reused
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -303,7 +314,7 @@ class _UsedParameters(TorchFunctionMode):
         return result
 
     def enter(self, probe: Tensor) -> Tensor:
-        """Watch from here on; hands a copy of the probe through."""
+        """Start tracking and return a copy of the probe, which replaces the head's output."""
         probe = probe.clone()
         self._from_head[id(probe)] = probe
         if not self._active:
@@ -313,7 +324,7 @@ class _UsedParameters(TorchFunctionMode):
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
-        """Stop to watch where the model's forward ends."""
+        """Stop tracking when the model's forward ends."""
         hook = model.register_forward_hook(lambda *_: self._leave(), always_call=True)
         try:
             yield
@@ -328,7 +339,7 @@ class _UsedParameters(TorchFunctionMode):
 
 
 def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
-    """Whether lazy logits are possible on every rank: ranks that share a model's weights have to do the same."""
+    """Return whether lazy logits are possible on all ranks, since the ranks of a sharded model have to do the same."""
     sharded = is_zero3_partitioned(model) or any(hasattr(p, "to_local") for p in model.parameters())
     if not sharded or not dist.is_initialized():
         return possible
@@ -342,7 +353,8 @@ def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:
     vocab_size = model_type_of(model).num_outputs(model)
     cost = ""
     if ids is not None:
-        cost = f", {ids.numel()} x {vocab_size} float32 numbers ({ids.numel() * vocab_size * 4 / 2**20:.0f} MiB) here"
+        mebibytes = ids.numel() * vocab_size * 4 / 2**20
+        cost = f", {ids.numel()} x {vocab_size} float32 numbers ({mebibytes:.0f} MiB) for this batch"
     logger.warning_once(
         f"The logits of {type(model).__name__} are materialized{cost}, because {reason}. The objective is the same; "
         "each step takes more memory."

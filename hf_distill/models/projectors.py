@@ -1,4 +1,4 @@
-"""Projectors: from the student's width to the teacher's, for losses on hidden states. Trained, and never exported."""
+"""Projectors from the student's hidden size to the teacher's, for losses on hidden states. They are not exported."""
 
 import math
 from dataclasses import dataclass, fields
@@ -15,15 +15,15 @@ INITS = ("orthogonal", "identity")
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """What stands between a student's hidden states and its teacher's.
+    """Settings of the projectors.
 
-    kind:          "auto": linear where widths differ, nothing where they agree; "linear", "mlp" or "none": always
-    init:          "orthogonal", or "identity" (padded with zeros, or cut)
-    learning_rate: their own; None: the run's
-    weight_decay:  their own; None: the run's
+    kind:          "auto" (linear if the widths differ, else none), "linear", "mlp" or "none"
+    init:          "orthogonal", or "identity" (padded with zeros, or truncated)
+    learning_rate: of the projectors; None for that of the run
+    weight_decay:  of the projectors; None for that of the run
 
     Raises:
-        DistillError: an unknown value.
+        DistillError: a value is unknown or out of range.
     """
 
     kind: str = "auto"
@@ -44,7 +44,11 @@ class ProjectorConfig:
 
     @classmethod
     def of(cls, value: Any) -> "ProjectorConfig":
-        """Read a config's value: a dict of fields, a kind, or None for the defaults."""
+        """Read the value of a config: a dict of fields, a kind, or None for the defaults.
+
+        Raises:
+            DistillError: it is none of these, or a field is unknown.
+        """
         if isinstance(value, str):
             return cls(kind=value)
         if value is not None and not isinstance(value, dict):
@@ -57,31 +61,41 @@ class ProjectorConfig:
 
     @property
     def options(self) -> dict[str, float | None]:
-        """Of their own in the optimizer; None: as the student's."""
+        """Options of the projectors' parameter groups; None for those of the student."""
         return {"lr": self.learning_rate, "weight_decay": self.weight_decay}
 
     def needs_projector(self, from_width: int, to_width: int) -> bool:
-        """Whether a projector stands between these widths.
+        """Return whether a projector is needed.
+
+        Args:
+            from_width: hidden size of the student.
+            to_width: hidden size of the teacher.
 
         Raises:
-            DistillError: none is wanted and the widths differ.
+            DistillError: the kind is "none" and the widths differ.
         """
         if self.kind == "none" and from_width != to_width:
             raise DistillError(
                 f"projectors is none, but the student's hidden states are {from_width} wide and the teacher's "
-                f"{to_width}: leave projectors out, or use a loss that needs none (hidden_relation)."
+                f"{to_width}: remove projectors, or use a loss that needs no projector (hidden_relation)."
             )
         return self.kind in ("linear", "mlp") or (self.kind == "auto" and from_width != to_width)
 
     def build(self, from_width: int, to_width: int, generator: torch.Generator) -> nn.Module:
-        """A projector [N, from_width] -> [N, to_width]."""
+        """Build a projector [N, from_width] -> [N, to_width].
+
+        Args:
+            from_width: hidden size of the student.
+            to_width: hidden size of the teacher.
+            generator: random state of the initialization.
+        """
         layers = [self._linear(from_width, to_width, generator)]
         if self.kind == "mlp":
             layers += [nn.GELU(), self._linear(to_width, to_width, generator)]
         return Projector(*layers)
 
     def _linear(self, from_width: int, to_width: int, generator: torch.Generator) -> nn.Linear:
-        layer = nn.utils.skip_init(nn.Linear, from_width, to_width, bias=False)  # leaves the global random state alone
+        layer = nn.utils.skip_init(nn.Linear, from_width, to_width, bias=False)  # does not use the global random state
         with torch.no_grad():
             if self.init == "identity":
                 nn.init.eye_(layer.weight)
@@ -91,17 +105,23 @@ class ProjectorConfig:
 
 
 class Projector(nn.Sequential):
-    """Layers that take hidden states of any dtype in their own."""
+    """Layers that convert hidden states to the dtype of their weights."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, from_width] -> [N, to_width]."""
+        """Map hidden states [N, from_width] to [N, to_width]."""
         return super().forward(hidden.to(next(self.parameters()).dtype))
 
 
 class LayerMixture(nn.Module):
-    """Which teacher layers each student layer learns from: softmax of trained weights, [L_s, L_t].
+    """Learned layer mapping: the share of each teacher layer for each student layer.
 
-    It starts with 0.9 on the layer that `stretch` gives, and the rest spread evenly.
+    shares = softmax(weight), [L_s, L_t]
+
+    Each student layer starts with a share of 0.9 for the teacher layer of its pair, and equal shares for the others.
+
+    Args:
+        pairs: (student layer, teacher layer), those of `stretch`.
+        n_teacher: L_t, number of teacher layers.
 
     Source: ALP-KD, arXiv 2012.14022.
     """
@@ -112,10 +132,10 @@ class LayerMixture(nn.Module):
         for row, (_, layer) in enumerate(pairs):
             weight[row, layer] = math.log(9 * max(n_teacher - 1, 1))
         self.weight = nn.Parameter(weight)
-        self.shares = weight.softmax(-1)  # no buffer: nothing to save
+        self.shares = weight.softmax(-1)  # not a buffer, so that it is not saved
 
     def forward(self) -> Tensor:
-        """[L_s, L_t], rows that sum to 1; kept in `shares` without graph."""
+        """Return the shares, [L_s, L_t], whose rows sum to 1; `self.shares` has them without graph."""
         shares = self.weight.softmax(-1)
         self.shares = shares.detach()
         return shares

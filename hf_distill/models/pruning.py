@@ -1,4 +1,4 @@
-"""Students cut from their teacher: the same model with fewer blocks."""
+"""Layer pruning: students that are their teacher with fewer blocks."""
 
 import copy
 import re
@@ -15,19 +15,19 @@ from .model_types import unwrap_model
 
 @torch.no_grad()
 def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
-    """How much each block changes what passes through it.
+    """Block influence: how much each block changes its hidden states.
 
     1 - mean over tokens of cos(input of the block, output of the block)
 
     Args:
-        model: any model whose blocks `find_blocks` finds.
-        batches: inputs of the model, `input_ids` [B, S] and maybe `attention_mask` [B, S]; masked tokens do not count.
+        model: a model whose blocks `find_blocks` finds.
+        batches: inputs, `input_ids` [B, S] and optionally `attention_mask` [B, S]; masked tokens are not counted.
 
     Returns:
-        one number a block, in [0, 2]; the least is the block whose loss changes the model least.
+        one number for each block, in [0, 2]; removing the block with the smallest changes the model least.
 
     Raises:
-        DistillError: no batches.
+        DistillError: there is no batch with a token.
 
     Source: ShortGPT, arXiv 2403.03853.
     """
@@ -65,17 +65,17 @@ def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
 
 
 def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
-    """A copy of the teacher with only some of its blocks, in their order; the teacher is left as it is.
+    """Copy a teacher with only some of its blocks, in their order; the teacher is not changed.
 
     Args:
         teacher: a transformers model.
-        layers: indices of the blocks to keep, each once; block 0 comes after the embeddings.
+        layers: indices of the blocks to keep, each once; block 0 is the first after the embeddings.
 
     Returns:
-        a trainable model of the teacher's class whose config says how many blocks it has.
+        a model of the teacher's class in training mode, whose config has the new number of layers.
 
     Raises:
-        DistillError: an index outside the teacher, or twice, or no index at all.
+        DistillError: an index does not exist or is repeated, or there is no index.
     """
     name, blocks = find_blocks(teacher)
     teacher, depth, keep = unwrap_model(teacher), len(blocks), sorted(layers)
@@ -100,23 +100,36 @@ def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
 
 
 def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
-    """Indices of the `keep_layers` blocks with the greatest influence, in ascending order.
+    """Return the indices of the blocks with the largest influence, in ascending order.
+
+    Args:
+        influence: see `block_influence`.
+        keep_layers: number of blocks.
 
     Raises:
-        DistillError: more blocks asked for than there are, or none.
+        DistillError: keep_layers is not from 1 to the number of blocks.
     """
     if not 0 < keep_layers <= len(influence):
-        raise DistillError(f"keep_layers is {keep_layers}; the teacher has {len(influence)} blocks.")
+        raise DistillError(
+            f"keep_layers is {keep_layers}; the teacher has {len(influence)} blocks: give a number from 1 to "
+            f"{len(influence)}."
+        )
     by_influence = sorted(range(len(influence)), key=lambda i: influence[i], reverse=True)
     return sorted(by_influence[:keep_layers])
 
 
 def prune_config(config: Any, keep: Sequence[int], depth: int) -> Any:
-    """The config of a model with only the blocks `keep` of `depth`."""
+    """Return the config of a model with only some of its blocks.
+
+    Args:
+        config: config of the model.
+        keep: indices of the blocks to keep.
+        depth: number of blocks of the model.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with an entry a block
+        if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with one entry for each block
             setattr(text, key, [value[i] for i in keep])
     text.num_hidden_layers = len(keep)
     return config

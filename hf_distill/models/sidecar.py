@@ -1,8 +1,8 @@
-"""The sidecar: every trained module that is not the student.
+"""The sidecar: all trained modules outside the student, such as projectors and a jointly trained teacher.
 
-Projectors, a teacher that trains. It hangs on the student as a submodule, so optimizers, clipping, DDP, ZeRO and FSDP
-find its parameters, and it runs inside the student's forward. It has no part in the student's state dict: whatever
-saves the student saves it without. Checkpoints hold it in a file of its own.
+It is a submodule of the student, so that optimizers, gradient clipping, DDP, ZeRO and FSDP2 find its parameters, and it
+runs inside the student's forward. It is no part of the student's state dict, so the student is saved without it.
+Checkpoints have it in a separate file, `sidecar.safetensors`.
 """
 
 from collections.abc import Callable
@@ -22,25 +22,29 @@ FILE = "sidecar.safetensors"
 
 
 class Sidecar(nn.Module):
-    """Modules by kind and by the term that they serve: `sidecar.parts["projectors"]["hidden_cosine"]`."""
+    """Trained modules, by kind and by the name of their term: `sidecar.parts["projectors"]["hidden_cosine"]`.
+
+    Args:
+        parts: kind -> name of the term -> module.
+    """
 
     def __init__(self, parts: dict[str, dict[str, nn.Module]]):
         super().__init__()
-        self.parts = nn.ModuleDict({kind: nn.ModuleDict(of_kind) for kind, of_kind in parts.items()})
-        self.register_state_dict_post_hook(_leave_out)
-        self.register_load_state_dict_post_hook(_not_missing)
+        self.parts = nn.ModuleDict({kind: nn.ModuleDict(modules) for kind, modules in parts.items()})
+        self.register_state_dict_post_hook(_remove_from_state_dict)
+        self.register_load_state_dict_post_hook(_remove_from_missing_keys)
 
     def forward(self, call: Callable[["Sidecar"], Any]) -> Any:
-        """`call(self)`, inside the forward of this module and so of the student."""
+        """Return `call(self)`, run inside the forward of this module, where wrappers gather its parameters."""
         return call(self)
 
     def get(self, kind: str, term: str) -> Any:
-        """The module of a kind that serves a term; None if it needs none."""
+        """Return the module of a kind for a term; None if the term has none."""
         return self.parts[kind][term] if kind in self.parts and term in self.parts[kind] else None
 
 
 def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
-    """Hang a sidecar on a student, in the place of an earlier one; None: just take that off."""
+    """Attach a sidecar to a student, replacing an earlier one; None removes it."""
     student = unwrap_parallel(model)
     student._modules.pop(SIDECAR, None)
     if sidecar is not None:
@@ -48,23 +52,23 @@ def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
 
 
 def sidecar_of(model: nn.Module) -> Sidecar | None:
-    """The sidecar of a student, in wrappers or not."""
+    """Return the sidecar of a student, with or without wrappers; None if it has none."""
     sidecar: Any = unwrap_parallel(model)._modules.get(SIDECAR)
     return sidecar
 
 
 def strip_sidecar(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A student's state dict that was put together from parameters, without the sidecar's."""
+    """Return a state dict without the parameters of the sidecar."""
     return {key: value for key, value in state_dict.items() if SIDECAR not in key.split(".")}
 
 
 def save_sidecar(sidecar: Sidecar, folder: str, write: bool) -> None:
-    """Write `sidecar.safetensors`. Called on every rank, since sharded parameters have to be gathered.
+    """Write `sidecar.safetensors`. Every rank has to call it, because sharded parameters are gathered.
 
     Args:
-        sidecar: whole or sharded (ZeRO-3, FSDP2).
-        folder: of a checkpoint.
-        write: whether this rank writes.
+        sidecar: the sidecar, sharded (ZeRO-3, FSDP2) or not.
+        folder: folder of a checkpoint.
+        write: whether this rank writes the file.
     """
     state = gathered_state_dict(sidecar)
     if write:
@@ -72,10 +76,12 @@ def save_sidecar(sidecar: Sidecar, folder: str, write: bool) -> None:
 
 
 def gathered_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A trained module's parameters, tied ones once, and the buffers that it saves; called on every rank.
+    """Return the unsharded parameters (tied ones once) and persistent buffers of a module, on the CPU.
+
+    Every rank has to call it.
 
     Args:
-        module: of a sidecar, whole or sharded.
+        module: a module of a sidecar, sharded (ZeRO-3, FSDP2) or not.
     """
     with _gathered(module):
         return {name: _full_tensor(t.detach()).cpu().contiguous().clone() for name, t in _saved_tensors(module).items()}
@@ -83,65 +89,73 @@ def gathered_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_sidecar(sidecar: Sidecar, folder: str) -> None:
-    """Read what `save_sidecar` wrote.
+    """Load the file that `save_sidecar` wrote. Every rank has to call it.
+
+    Args:
+        sidecar: the sidecar, sharded (ZeRO-3, FSDP2) or not.
+        folder: folder of a checkpoint.
 
     Raises:
-        DistillError: the checkpoint has no sidecar, or that of other losses.
+        DistillError: the checkpoint has no sidecar, or one with other parameters.
     """
     file = Path(folder) / FILE
     if not file.is_file():
         raise DistillError(
-            f"{folder} has no {FILE}: it was written by a run without projectors or a teacher that trains. Resume with "
-            "the `losses`, `projectors` and teacher of that run, or start afresh."
+            f"{folder} has no {FILE}: it was written by a run without projectors and without a jointly trained "
+            "teacher. Resume with the `losses`, `projectors` and teacher of that run, or start a new run."
         )
     state = load_file(file)
     with _gathered(sidecar, modify=True):
-        own = _saved_tensors(sidecar)
-        shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (own, state)]
-        if shapes[0] != shapes[1]:
+        tensors = _saved_tensors(sidecar)
+        run_shapes, file_shapes = ({name: tuple(t.shape) for name, t in part.items()} for part in (tensors, state))
+        if run_shapes != file_shapes:
             raise DistillError(
-                f"{file} holds {_summarize(shapes[1], shapes[0])} and this run has {_summarize(shapes[0], shapes[1])}: "
-                "resume with the `losses`, `projectors` and teacher of the run that wrote it, or start afresh."
+                f"{file} holds {_summarize(file_shapes, run_shapes)} and this run has "
+                f"{_summarize(run_shapes, file_shapes)}: resume with the `losses`, `projectors` and teacher of the run "
+                "that wrote it, or start a new run."
             )
-        for name, parameter in own.items():
+        for name, parameter in tensors.items():
             parameter.data.copy_(_distribute_like(state[name], parameter))
 
 
 def move_to_param_groups(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], options: dict[str, float]
 ) -> None:
-    """Move parameters into groups of their own, one beside each group that they are in.
+    """Move parameters of a sidecar from the optimizer's parameter groups to new ones.
+
+    For each group with such parameters a new group is added, with its options unless `options` sets others.
 
     Args:
-        optimizer: any; parameters that it lacks join those of its first group, which is the one with decay.
-        parameters: of a sidecar.
-        options: "lr" of the new groups, "weight_decay" of the first of them; else as the group beside.
+        optimizer: any optimizer. Parameters that it does not have are added with those of its first group, which has
+            weight decay.
+        parameters: parameters of a sidecar.
+        options: "lr" of the new groups, and "weight_decay" of the first of them.
     """
-    mine, given = {id(p): p for p in parameters}, dict(options)
-    lacking = mine.keys() - {id(p) for group in optimizer.param_groups for p in group["params"]}
+    to_move, new_options = {id(p): p for p in parameters}, dict(options)
+    missing = to_move.keys() - {id(p) for group in optimizer.param_groups for p in group["params"]}
     for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in mine]
-        group["params"] = [p for p in group["params"] if id(p) not in mine]
+        moved = [p for p in group["params"] if id(p) in to_move]
+        group["params"] = [p for p in group["params"] if id(p) not in to_move]
         if group is optimizer.param_groups[0]:
-            moved += [mine[key] for key in mine if key in lacking]
+            moved += [to_move[key] for key in to_move if key in missing]
         else:
-            given.pop("weight_decay", None)
+            new_options.pop("weight_decay", None)
         if moved:
-            beside = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**beside, **given, "params": moved})
+            group_options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            optimizer.add_param_group({**group_options, **new_options, "params": moved})
 
 
-def _leave_out(module: nn.Module, state_dict: dict, prefix: str, _metadata: Any) -> None:
+def _remove_from_state_dict(module: nn.Module, state_dict: dict, prefix: str, _metadata: Any) -> None:
     for key in [key for key in state_dict if prefix and key.startswith(prefix)]:
         del state_dict[key]
 
 
-def _not_missing(_module: nn.Module, keys: Any) -> None:
+def _remove_from_missing_keys(_module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if SIDECAR not in key.split(".")]
 
 
 def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and buffers that are saved."""
+    """Return the parameters (tied ones once) and persistent buffers of a module by name."""
     named = dict(module.named_parameters())
     for prefix, part in module.named_modules():
         for name, buffer in part._buffers.items():
@@ -151,7 +165,7 @@ def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _gathered(module: nn.Module, modify: bool = False) -> Any:
-    """A context in which parameters that ZeRO-3 has partitioned are whole."""
+    """Return a context manager that gathers parameters that ZeRO-3 partitions."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -162,9 +176,9 @@ def _gathered(module: nn.Module, modify: bool = False) -> Any:
 
 
 def _summarize(shapes: dict[str, tuple], others: dict[str, tuple]) -> str:
-    """The first few of the shapes that the others lack or have otherwise."""
-    differ = {name: shape for name, shape in shapes.items() if others.get(name) != shape}
-    return f"{dict(list(differ.items())[:3])}{' and more' if len(differ) > 3 else ''}"
+    """Return the first three shapes that differ from the others, for an error message."""
+    different = {name: shape for name, shape in shapes.items() if others.get(name) != shape}
+    return f"{dict(list(different.items())[:3])}{' and more' if len(different) > 3 else ''}"
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:
@@ -172,7 +186,7 @@ def _full_tensor(tensor: Tensor) -> Tensor:
 
 
 def _distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole value laid out as a parameter, which FSDP2 may have sharded."""
+    """Return an unsharded value with the placement of a parameter, which FSDP2 may have sharded."""
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""What a model's own forward adds to its cross entropy is part of the objective, and is logged."""
+"""Losses that a model adds to its cross entropy are part of the objective, and are logged."""
 
 import logging
 
@@ -34,7 +34,7 @@ class LlamaWithEntropyBonus(tf.LlamaForCausalLM):
 
 
 class BertWithWeightDecay(tf.BertForMaskedLM):
-    """Adds a loss in training alone, to a cross entropy that it computes itself."""
+    """Adds a loss in training mode only, to a cross entropy that it computes itself."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
@@ -44,7 +44,7 @@ class BertWithWeightDecay(tf.BertForMaskedLM):
 
 
 class LlamaWithHiddenLabels(tf.LlamaForCausalLM):
-    """Labels reach the base class through `**kwargs` alone."""
+    """Labels reach the base class only through `**kwargs`."""
 
     def forward(self, input_ids=None, **kwargs):
         outputs = super().forward(input_ids, **kwargs)
@@ -53,7 +53,7 @@ class LlamaWithHiddenLabels(tf.LlamaForCausalLM):
         return outputs
 
 
-# As classes of remote code often are, they are called as those of transformers.
+# Classes of remote code often have the names of classes of transformers.
 LlamaWithEntropyBonus.__name__, BertWithWeightDecay.__name__ = "LlamaForCausalLM", "BertForMaskedLM"
 
 
@@ -82,7 +82,7 @@ SWITCH |= dict(router_z_loss_coef=0.5, router_aux_loss_coef=0.5, router_jitter_n
 SWITCH |= dict(pad_token_id=0, decoder_start_token_id=0)
 
 
-MODELS = {  # name -> (how it is made, the rows that it reads, whether its head is fused)
+MODELS = {  # name -> (factory, kind of its rows, whether the loss is fused)
     "Mixtral": (
         lambda: of_class("MixtralForCausalLM", "MixtralConfig", **DECODER, **MOE, num_local_experts=4),
         "llama",
@@ -125,37 +125,37 @@ MODELS = {  # name -> (how it is made, the rows that it reads, whether its head 
     "AdaLoRA on a classifier": (lambda: adalora("token", "TOKEN_CLS"), "token", False),
     "a class outside transformers": (lambda: LlamaWithEntropyBonus(build("llama").config), "llama", False),
     "labels that reach it through kwargs": (lambda: LlamaWithHiddenLabels(build("llama").config), "llama", False),
-    "a loss in training alone": (lambda: BertWithWeightDecay(build("bert").config), "bert", False),
+    "a loss in training mode only": (lambda: BertWithWeightDecay(build("bert").config), "bert", False),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_hard_objective_is_the_model_s_own_loss_with_its_gradients(name, caplog):
+def test_the_hard_objective_has_the_loss_and_gradients_of_the_model(name, caplog):
     make, kind, fused = MODELS[name]
     tf.set_seed(0)
     student = make().train()
     batch, teacher = collate(rows(kind, 4)), FrozenTeacher(build(kind, 1))
     batch |= {"output_router_logits": True} if "Switch" in name else {}
     teacher.prepare(student, torch.device("cpu"))
-    own = student(**batch)
-    own.loss.backward()
+    outputs = student(**batch)
+    outputs.loss.backward()
     expected = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
     with caplog.at_level(logging.WARNING):
         step = Distiller(objective(0.0, 1.0))(student, teacher, batch, statistics=1)
     step.loss.backward()
-    torch.testing.assert_close(step.loss, own.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.loss, outputs.loss, rtol=1e-5, atol=1e-6)
     assert {n for n, p in student.named_parameters() if p.grad is not None} == set(expected)
     for n, p in student.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=1e-6, msg=n)
-    added = own.loss - step.per_token["student_ce"].mean()
+    added = outputs.loss - step.per_token["student_ce"].mean()
     assert added.abs() > 1e-3
     torch.testing.assert_close(step.per_token["aux"].mean(), added.detach(), rtol=1e-3, atol=1e-5)
     assert (step.outputs.logits.shape[-1] == 1) == fused
 
 
-def test_a_switch_that_is_turned_on_later_is_noticed():
+def test_a_config_setting_that_is_enabled_later_is_used():
     student, batch = MODELS["Mixtral"][0](), collate(rows("llama", 4))
     teacher, distiller = FrozenTeacher(build("llama", 1)), Distiller(objective(0.5, 2.0))
     teacher.prepare(student, torch.device("cpu"))
@@ -165,12 +165,12 @@ def test_a_switch_that_is_turned_on_later_is_noticed():
     assert distiller(student, teacher, batch).per_token["aux"].mean() > 0
 
 
-def test_a_dense_model_is_run_as_before_and_finding_out_changes_no_random_state():
+def test_measuring_a_model_without_auxiliary_losses_changes_no_random_state():
     student, batch = build("bert", 0, dropout=0.1).train(), collate(rows("bert", 4))
     teacher, distiller = FrozenTeacher(build("bert", 1)), Distiller(objective(0.5, 2.0))
     teacher.prepare(student, torch.device("cpu"))
     config, losses = student.config.to_dict(), []
-    for _ in range(2):  # the first finds out
+    for _ in range(2):  # the first run measures
         torch.manual_seed(0)
         losses.append(distiller(student, teacher, batch))
     assert torch.equal(losses[0].loss, losses[1].loss)
@@ -179,27 +179,27 @@ def test_a_dense_model_is_run_as_before_and_finding_out_changes_no_random_state(
     assert not {"forward", "_loss_function"} & set(vars(student))
 
 
-def test_the_logs_and_the_evaluation_hold_it(make_trainer):
+def test_logs_and_evaluation_have_the_auxiliary_losses(make_trainer):
     tf.set_seed(0)
     student = MODELS["AdaLoRA"][0]()
     trainer = make_trainer(model=student, max_steps=2, gradient_accumulation_steps=2, learning_rate=0.0)
     trainer.train()
     with torch.no_grad():
         batch = collate(trainer.train_dataset[:4])
-        own = student(**batch)
-        unwrap_model = student.get_base_model()(**batch)
-    log, expected = trainer.state.log_history[0], float(own.loss - unwrap_model.loss)
+        outputs = student(**batch)
+        base_outputs = student.get_base_model()(**batch)
+    log, expected = trainer.state.log_history[0], float(outputs.loss - base_outputs.loss)
     assert log["aux_loss"] == pytest.approx(expected, rel=1e-4)
     assert log["loss"] == pytest.approx((log["soft_loss"] + log["hard_loss"]) / 2 + expected, rel=1e-4)
     for metrics in (False, True):
         trainer.compute_metrics = (lambda prediction: {}) if metrics else None
-        found = trainer.evaluate()
-        assert found["eval_aux_loss"] == pytest.approx(expected, rel=1e-4)
-        mix = (found["eval_soft_loss"] + found["eval_hard_loss"]) / 2
-        assert found["eval_loss"] == pytest.approx(mix + expected, rel=1e-4)
+        evaluation = trainer.evaluate()
+        assert evaluation["eval_aux_loss"] == pytest.approx(expected, rel=1e-4)
+        mix = (evaluation["eval_soft_loss"] + evaluation["eval_hard_loss"]) / 2
+        assert evaluation["eval_loss"] == pytest.approx(mix + expected, rel=1e-4)
 
 
-def test_a_peer_learns_by_its_own_auxiliary_losses(make_trainer):
+def test_a_peer_is_trained_with_its_auxiliary_losses(make_trainer):
     tf.set_seed(0)
     peer = MODELS["Mixtral"][0]()
     trainer = make_trainer(teacher=PeerTeacher(peer), max_steps=1, learning_rate=0.0)
@@ -207,11 +207,11 @@ def test_a_peer_learns_by_its_own_auxiliary_losses(make_trainer):
     log = trainer.state.log_history[0]
     assert log["peer_aux_loss"] > 0
     assert "aux_loss" not in log
-    own = (log["soft_loss"] + log["hard_loss"]) / 2
-    assert log["loss"] == pytest.approx(own + log["peer_hard_loss"] + log["peer_aux_loss"], rel=1e-5)
+    student_loss = (log["soft_loss"] + log["hard_loss"]) / 2
+    assert log["loss"] == pytest.approx(student_loss + log["peer_hard_loss"] + log["peer_aux_loss"], rel=1e-5)
 
 
-def test_saving_a_model_is_no_reason_to_probe_again(tmp_path):
+def test_saving_a_model_does_not_repeat_the_measurement(tmp_path):
     model = build("llama")
     batch = collate(rows("llama", 3))
     probes = []
@@ -222,38 +222,38 @@ def test_saving_a_model_is_no_reason_to_probe_again(tmp_path):
 
     plan_aux_losses(model, batch, forward, Targets.from_batch(batch, shift=True))
     before = len(probes)
-    model.save_pretrained(tmp_path)  # by the main process alone, which the others would wait for
+    model.save_pretrained(tmp_path)  # only on the main process; the others would wait in a measurement
     plan_aux_losses(model, batch, forward, Targets.from_batch(batch, shift=True))
     assert len(probes) == before > 0
 
 
-class BertWithOwnLoss(tf.BertForMaskedLM):
-    """Computes its loss by `own_loss`, which replaces the one of the class that it derives from."""
+class BertWithCustomLoss(tf.BertForMaskedLM):
+    """Computes its loss by `custom_loss`, which replaces the one of the class that it derives from."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, attention_mask, **kwargs)
         if labels is not None:
-            outputs["loss"] = self.own_loss(outputs.logits, labels)
+            outputs["loss"] = self.custom_loss(outputs.logits, labels)
         return outputs
 
 
-class BertWithoutLabels(BertWithOwnLoss):
-    """The way out that the error names."""
+class BertWithoutLabels(BertWithCustomLoss):
+    """The class without labels that the error message proposes."""
 
     def forward(self, input_ids=None, attention_mask=None):
         return super().forward(input_ids, attention_mask)
 
 
 def nll(logits, labels):
-    """A cross entropy that calls no function of that name."""
+    """A cross entropy that does not call `cross_entropy`."""
     return F.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten())
 
 
-def nll_and_more(logits, labels):
+def nll_and_penalty(logits, labels):
     return nll(logits, labels) + 0.01 * logits.square().mean()
 
 
-def halves(logits, labels):
+def two_halves(logits, labels):
     """The mean over all tokens as the weighted sum of two cross entropies; fails for fewer than three rows."""
     parts = [F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum") for x, y in
              zip(logits.split((2, len(logits) - 2)), labels.split((2, len(labels) - 2)), strict=True)]  # fmt: skip
@@ -262,8 +262,8 @@ def halves(logits, labels):
     return (parts[0] + parts[1]) / (labels != -100).sum()
 
 
-def unlike_parts(logits, labels):
-    """Two cross entropies, the first of which counts twice."""
+def unequal_parts(logits, labels):
+    """Two cross entropies, the first with weight 2."""
     first = F.cross_entropy(logits[:1].flatten(0, 1), labels[:1].flatten())
     return 2 * first + F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
@@ -278,10 +278,10 @@ def hard_step(student, size=4):
     return Distiller(objective(0.0, 1.0))(student, teacher, batch), batch
 
 
-@pytest.mark.parametrize("loss", [nll, halves])
-def test_a_loss_that_is_the_cross_entropy_in_other_words_adds_nothing(loss):
-    student = BertWithOwnLoss(build("bert").config).train()
-    student.own_loss = loss
+@pytest.mark.parametrize("loss", [nll, two_halves])
+def test_a_loss_that_equals_the_cross_entropy_adds_nothing(loss):
+    student = BertWithCustomLoss(build("bert").config).train()
+    student.custom_loss = loss
     step, batch = hard_step(student)
     torch.testing.assert_close(step.loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
     assert "aux" not in step.per_token
@@ -290,25 +290,25 @@ def test_a_loss_that_is_the_cross_entropy_in_other_words_adds_nothing(loss):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (nll_and_more, "cannot be separated from the cross entropy"),
-        (unlike_parts, "cannot be separated from the cross entropy"),
+        (nll_and_penalty, "cannot be separated from the cross entropy"),
+        (unequal_parts, "cannot be separated from the cross entropy"),
         (fails, "cannot compute its own loss from the batch .KeyError: 'boxes'"),
     ],
 )
-def test_a_loss_whose_additions_cannot_be_had_is_refused(loss, message):
-    student = BertWithOwnLoss(build("bert").config).train()
-    student.own_loss = loss
+def test_a_loss_that_cannot_be_separated_is_refused(loss, message):
+    student = BertWithCustomLoss(build("bert").config).train()
+    student.custom_loss = loss
     with pytest.raises(DistillError, match=message) as error:
         hard_step(student)
-    assert "derive a class from BertWithOwnLoss" in str(error.value)
+    assert "derive a class from BertWithCustomLoss" in str(error.value)
     plain = BertWithoutLabels(student.config).train()
-    plain.own_loss = loss
+    plain.custom_loss = loss
     step, batch = hard_step(plain)
     logits = plain(batch["input_ids"], batch["attention_mask"]).logits
     torch.testing.assert_close(step.loss, nll(logits, batch["labels"]), rtol=1e-5, atol=1e-6)
 
 
-def test_the_setting_that_turns_an_addition_off_is_named_and_works():
+def test_the_error_names_a_setting_that_disables_the_added_loss():
     sizes = dict(vocab_size=VOCAB, hidden_size=32, num_encoder_layers=1, num_decoder_layers=1, encoder_ffn_dim=32)
     sizes |= dict(num_encoder_attention_heads=2, num_decoder_attention_heads=2, decoder_ffn_dim=32, pad_token_id=0)
     sizes |= dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=0)
@@ -324,7 +324,7 @@ def test_the_setting_that_turns_an_addition_off_is_named_and_works():
         torch.testing.assert_close(step.loss, student(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loss_function_may_call_its_logits_otherwise():
+def test_a_loss_function_may_have_another_name_for_logits():
     sizes = dict(num_channels=1, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_labels=3, drop_path_rate=0.0)
     student, other = (of_class("ConvNextForImageClassification", "ConvNextConfig", **sizes).train() for _ in range(2))
     batch = {"pixel_values": torch.randn(4, 1, 32, 32), "labels": torch.tensor([0, 1, 2, 0])}

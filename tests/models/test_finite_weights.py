@@ -1,4 +1,4 @@
-"""No file with weights that are NaN or infinite is written, whoever writes it."""
+"""No file with NaN or infinite weights is written, by any writer."""
 
 from types import SimpleNamespace
 
@@ -10,59 +10,59 @@ from tiny import build
 from hf_distill.cache.writer import write_head
 from hf_distill.core.logits import LazyLogits
 from hf_distill.errors import RunError
-from hf_distill.runner.model_factory import Models
+from hf_distill.runner.model_factory import ModelFactory
 from hf_distill.teachers import EMATeacher, PeerTeacher
 from hf_distill.teachers.mtp.heads import MTPHeads, save_heads
 
 
-def peer(broken, folder):
+def peer(value, folder):
     teacher = PeerTeacher(build("llama", 1))
     teacher.prepare(build("llama", 0), torch.device("cpu"))
-    teacher.model.model.norm.weight.data[3] = broken
+    teacher.model.model.norm.weight.data[3] = value
     return lambda: teacher.save_pretrained(folder)
 
 
-def heads(broken, folder):
+def heads(value, folder):
     module = MTPHeads(build("llama"), 1)
-    next(module.parameters()).data[0] = broken
+    next(module.parameters()).data[0] = value
     return lambda: save_heads(module, folder)
 
 
-def past_self(broken, folder):
+def ema(value, folder):
     student = build("llama")
     student.register_buffer("mask", torch.full((3,), float("-inf")))
     teacher = EMATeacher(0.5)
     teacher.prepare(student, torch.device("cpu"))
     teacher.on_train_begin(0)
-    student.model.norm.weight.data[3] = broken
+    student.model.norm.weight.data[3] = value
     teacher.on_step_end(1, True)
     return lambda: teacher.save(str(folder), 0, True)
 
 
-def head_of_a_cache(broken, folder):
+def cache_head(value, folder):
     folder.mkdir()
-    return lambda: write_head(folder / "head.safetensors", LazyLogits(torch.ones(1, 2), torch.full((5, 2), broken)))
+    return lambda: write_head(folder / "head.safetensors", LazyLogits(torch.ones(1, 2), torch.full((5, 2), value)))
 
 
-def merged(broken, folder):
+def merged_adapter(value, folder):
     """Merging adds 10 to the largest value of float16, which is finite before."""
     base = build("llama").half()
     for weight in base.parameters():
-        weight.data.fill_(torch.finfo(torch.float16).max if broken != 1 else 1)
+        weight.data.fill_(torch.finfo(torch.float16).max if value != 1 else 1)
     adapters = get_peft_model(build("llama").half(), LoraConfig(target_modules=["q_proj"], r=1, lora_alpha=1))
     for name, weight in adapters.named_parameters():
         if "lora_" in name:
             weight.data.fill_(100.0)
     adapters.save_pretrained(folder)
-    models = SimpleNamespace(_base=lambda rows, quantization, whole: base)
-    return lambda: Models.merge(models, folder, None)
+    factory = SimpleNamespace(_base=lambda rows, **options: base)
+    return lambda: ModelFactory.merge(factory, folder, None)
 
 
-WRITERS = [peer, heads, past_self, head_of_a_cache, merged]
+WRITERS = [peer, heads, ema, cache_head, merged_adapter]
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_weights_that_are_not_finite_are_written_by_nobody(writer, tmp_path):
+def test_nonfinite_weights_are_not_written(writer, tmp_path):
     folder = tmp_path / "broken"
     write = writer(float("nan"), folder)
     before = {file: file.read_bytes() for file in folder.rglob("*")}
@@ -86,6 +86,6 @@ def test_the_average_of_a_mask_with_itself_is_the_mask():
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_weights_that_are_finite_are_written(writer, tmp_path):
-    writer(1.0, tmp_path / "whole")()
-    assert list((tmp_path / "whole").glob("*.safetensors"))
+def test_finite_weights_are_written(writer, tmp_path):
+    writer(1.0, tmp_path / "finite")()
+    assert list((tmp_path / "finite").glob("*.safetensors"))

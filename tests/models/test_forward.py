@@ -67,7 +67,7 @@ def test_an_unknown_operation_after_the_head_materializes_the_logits():
     assert_fused_equals_materialized(student, teacher, batch)
     for model in (student, teacher):
         assert known_output_head(model).scaling is None
-        assert "its logits are not what its output head puts out" in known_output_head(model).reason
+        assert "its logits are not the output of its output head" in known_output_head(model).reason
 
 
 @pytest.mark.parametrize("tied", [False, True])

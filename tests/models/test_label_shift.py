@@ -1,4 +1,4 @@
-"""The model's own loss decides whether labels are shifted, and how each kind is told."""
+"""The loss of a model decides whether its labels are shifted, and its model type."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def bart_decoder():
 
 
 class SwappedForCausalLM(tf.LlamaForCausalLM):
-    """Its own forward compares in place."""
+    """Its forward compares the logits at position i with the label at i."""
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         outputs = super().forward(input_ids, **kwargs)
@@ -62,7 +62,7 @@ class SwappedForCausalLM(tf.LlamaForCausalLM):
         (lambda: build("t5"), False),
     ],
 )
-def test_the_own_loss_of_the_model_decides(make, shift):
+def test_the_loss_of_the_model_decides_the_shift(make, shift):
     model = make().eval()
     before = torch.get_rng_state()
     assert model_type_of(model.train()).shifts_labels == shift
@@ -70,7 +70,7 @@ def test_the_own_loss_of_the_model_decides(make, shift):
     assert all(module.training for module in model.modules())
 
 
-def test_a_loss_function_that_the_user_sets_decides():
+def test_a_loss_function_that_the_user_sets_decides_the_shift():
     model = build("llama")
     assert model_type_of(model) == CAUSAL
     model.loss_function = lambda logits, labels, **kwargs: torch.nn.functional.cross_entropy(
@@ -79,22 +79,22 @@ def test_a_loss_function_that_the_user_sets_decides():
     assert not model_type_of(model).shifts_labels
 
 
-def test_an_audio_model_with_a_decoder_alone_is_a_causal_language_model():
+def test_a_decoder_only_audio_model_is_a_causal_language_model():
     assert model_type_of(audio()) == CAUSAL
     assert model_type_of(build("t5")) is SEQ2SEQ
 
 
-def test_the_hard_loss_is_the_own_loss_of_a_model_that_does_not_shift(make_trainer):
+def test_the_hard_loss_of_a_model_that_does_not_shift_is_its_loss(make_trainer):
     student, teacher = xlm().eval(), xlm().eval()
     ids = torch.arange(5, 17)[None]
     rows = [{"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[0]}] * 4
     with torch.no_grad():
-        own = float(student(ids, labels=ids).loss)
+        model_loss = float(student(ids, labels=ids).loss)
     student.transformer.dropout = student.transformer.attention_dropout = 0.0
     trainer = make_trainer(model=student, teacher=teacher, train_dataset=rows, eval_dataset=rows, max_steps=1)
-    assert trainer.evaluate()["eval_hard_loss"] == pytest.approx(own, rel=1e-4)
+    assert trainer.evaluate()["eval_hard_loss"] == pytest.approx(model_loss, rel=1e-4)
 
 
-def test_teachers_that_predict_other_positions_are_refused(make_trainer):
+def test_a_teacher_with_another_shift_is_refused(make_trainer):
     with pytest.raises(DistillError, match="shifts its labels"):
         make_trainer(model=xlm(), teacher=build("llama", 1))

@@ -1,4 +1,4 @@
-"""What each model of a step is called with, and its outputs by name."""
+"""The inputs of each model of a step, and its outputs by name."""
 
 import pytest
 import torch
@@ -38,21 +38,21 @@ def mbart():
 
 
 @pytest.mark.parametrize("make", [m2m, bart, mbart, lambda: build("t5").eval()])
-def test_decoder_inputs_are_those_that_the_model_makes_of_its_labels(make):
+def test_decoder_inputs_are_those_that_the_model_makes_from_labels(make):
     model = make()
     called = []
     handle = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: called.append(kwargs["input_ids"]), with_kwargs=True
     )
     with torch.no_grad():
-        own = model(**BATCH).logits
-        ours = model(**prepare_inputs(model, BATCH)).logits
+        expected = model(**BATCH).logits
+        logits = model(**prepare_inputs(model, BATCH)).logits
     handle.remove()
     assert torch.equal(called[0], called[1])
-    assert torch.equal(own, ours)
+    assert torch.equal(logits, expected)
 
 
-def test_a_model_that_fills_its_labels_in_place_leaves_those_of_the_batch():
+def test_a_model_that_changes_labels_in_place_does_not_change_the_batch():
     sizes = {k: v for k, v in SEQ2SEQ.items() if k != "vocab_size"} | dict(src_vocab_size=97, tgt_vocab_size=89)
     model, other = (tf.FSMTForConditionalGeneration(tf.FSMTConfig(langs=["en", "de"], **sizes)).eval() for _ in "ab")
     batch = {"input_ids": BATCH["input_ids"], "labels": BATCH["labels"].clone()}
@@ -66,7 +66,7 @@ def test_a_model_that_fills_its_labels_in_place_leaves_those_of_the_batch():
     torch.testing.assert_close(step.loss, cross_entropy(logits.flatten(0, 1), BATCH["labels"].flatten()))
 
 
-def test_an_encoder_decoder_classifier_does_not_read_its_classes_as_decoder_inputs():
+def test_classes_are_no_decoder_inputs_of_an_encoder_decoder_classifier():
     config = tf.T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, num_labels=3)
     tokens = tf.T5ForTokenClassification(config)
     rows = tf.BartForSequenceClassification(tf.BartConfig(**SEQ2SEQ, num_labels=3))
@@ -74,14 +74,14 @@ def test_an_encoder_decoder_classifier_does_not_read_its_classes_as_decoder_inpu
         assert "decoder_input_ids" not in prepare_inputs(model, BATCH | {"labels": labels})
 
 
-def test_a_missing_start_token_is_named_before_the_model_runs():
+def test_a_missing_start_token_is_named():
     model = m2m()
     model.config.decoder_start_token_id = None
     with pytest.raises(DistillError, match="decoder_start_token_id is None"):
         prepare_inputs(model, BATCH)
 
 
-def test_each_model_is_given_what_its_forward_accepts():
+def test_each_model_gets_the_inputs_that_its_forward_accepts():
     bert = build("sequence")
     distilbert = tf.DistilBertForSequenceClassification(
         tf.DistilBertConfig(vocab_size=97, dim=16, n_layers=1, n_heads=1, hidden_dim=16)
@@ -89,11 +89,11 @@ def test_each_model_is_given_what_its_forward_accepts():
     batch = {**BATCH, "token_type_ids": torch.zeros(1, 4), "unknown": torch.zeros(1)}
     assert set(accepted_inputs(bert, batch)) == {"input_ids", "labels", "token_type_ids"}
     assert set(accepted_inputs(distilbert, batch)) == {"input_ids", "labels"}
-    read = input_names(bert)
-    assert set(without_foreign_inputs(distilbert, batch, read)) == {"input_ids", "labels", "unknown"}
+    bert_inputs = input_names(bert)
+    assert set(without_foreign_inputs(distilbert, batch, bert_inputs)) == {"input_ids", "labels", "unknown"}
 
 
-def test_inputs_behind_kwargs_are_given():
+def test_inputs_of_kwargs_are_accepted():
     class Anything(tf.BertForSequenceClassification):
         def forward(self, input_ids=None, labels=None, **kwargs):
             assert "bbox" in kwargs
@@ -103,11 +103,11 @@ def test_inputs_behind_kwargs_are_given():
     batch = {**BATCH, "token_type_ids": torch.ones(1, 4, dtype=torch.long), "bbox": torch.zeros(1, 4, 4)}
     model(**prepare_inputs(model, accepted_inputs(model, batch)))
     # A classifier of transformers whose class names neither, and whose base model names `token_type_ids`.
-    handed_on = tf.Gemma3TextConfig(
+    config = tf.Gemma3TextConfig(
         vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
         intermediate_size=16, head_dim=16, num_labels=3,
     )  # fmt: skip
-    assert "position_ids" in input_names(tf.Gemma3TextForSequenceClassification(handed_on))
+    assert "position_ids" in input_names(tf.Gemma3TextForSequenceClassification(config))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_inputs_behind_kwargs_are_given():
         torch.ones(1, 2, 3),
     ],
 )
-def test_logits_are_found_in_every_form_of_outputs(outputs):
+def test_logits_are_read_from_all_forms_of_outputs(outputs):
     named = named_outputs(outputs, build("bert"))
     assert torch.equal(named.logits, torch.ones(1, 2, 3))
     named["loss"] = torch.zeros(())
@@ -141,32 +141,33 @@ def distilbert(labels=5):
 
 
 @pytest.mark.parametrize("how", ["frozen", "by name", "peer"])
-def test_a_student_that_does_not_read_token_types_learns_from_a_teacher_that_does(make_trainer, how):
+def test_only_the_teacher_gets_token_types_that_only_it_accepts(make_trainer, how):
     from datasets import Dataset
 
     from hf_distill.teachers import PeerTeacher
 
     student, teacher = distilbert(), build("sequence", 1).eval()
-    teacher.bert.embeddings.token_type_embeddings.weight.data *= 5  # what it reads there matters
+    teacher.bert.embeddings.token_type_embeddings.weight.data *= 5  # so that they change the logits
     rows = [
         {"input_ids": [2, 9 + i, 8, 3, 40 + i, 7], "token_type_ids": [0, 0, 0, 1, 1, 1], "labels": i} for i in range(4)
     ]
     ids, types = (torch.tensor([row[key] for row in rows]) for key in ("input_ids", "token_type_ids"))
     with torch.no_grad():
-        said, told = student(ids).logits / 2, teacher(ids, token_type_ids=types).logits / 2
-        blind = teacher(ids).logits / 2
+        student_logits, teacher_logits = student(ids).logits / 2, teacher(ids, token_type_ids=types).logits / 2
+        logits_without_types = teacher(ids).logits / 2
     kl = torch.nn.functional.kl_div
     right, wrong = (
-        float(4 * kl(said.log_softmax(-1), logits.softmax(-1), reduction="batchmean")) for logits in (told, blind)
+        float(4 * kl(student_logits.log_softmax(-1), logits.softmax(-1), reduction="batchmean"))
+        for logits in (teacher_logits, logits_without_types)
     )
-    given = {
+    teachers = {
         "frozen": lambda: {"teacher": teacher},
         "by name": lambda: {"teachers": {"one": teacher, "other": build("sequence", 1)}},
         "peer": lambda: {"teacher": PeerTeacher(teacher)},
     }[how]()
     trainer = make_trainer(
         "sequence", model=student, train_dataset=Dataset.from_list(rows), data_collator=None, max_steps=1,
-        learning_rate=0.0, **({"teacher": None} | given),
+        learning_rate=0.0, **({"teacher": None} | teachers),
     )  # fmt: skip
     trainer.train()
     log = trainer.state.log_history[0]
@@ -185,7 +186,7 @@ class AsDict(tf.BertForMaskedLM):
 
 
 @pytest.mark.parametrize("how", ["config", "tuple", "dict"])
-def test_outputs_without_names_train_as_those_with_names(make_trainer, how):
+def test_tuples_and_dicts_of_outputs_have_the_loss_of_a_model_output(make_trainer, how):
     def loss(named: bool):
         student, teacher = build("bert", 0), build("bert", 1, layers=3, width=48)
         if how == "config":

@@ -1,4 +1,4 @@
-"""Measurements leave a model's modules as they were."""
+"""Measurements do not change a model's modules."""
 
 import torch
 from tiny import build
@@ -8,7 +8,7 @@ from hf_distill.models.module_state import eval_mode
 
 
 class Capacity(nn.Module):
-    """As routers and rotary embeddings do, it keeps numbers and buffers of the last forward."""
+    """Stores numbers and buffers of the last forward, as routers and rotary embeddings do."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class Capacity(nn.Module):
         return x
 
 
-def test_a_measurement_changes_no_number_tensor_or_buffer_of_a_module():
+def test_numbers_tensors_and_buffers_of_modules_are_restored():
     model, x = Capacity().train(), torch.ones(3)
     with eval_mode(model):
         model(x)
@@ -30,7 +30,7 @@ def test_a_measurement_changes_no_number_tensor_or_buffer_of_a_module():
     assert model.table.tolist() == [0.0, 0.0]
 
 
-def test_each_module_returns_to_the_mode_that_it_was_in():
+def test_the_mode_of_each_module_is_restored():
     model = build("llama").train()
     model.model.layers[0].eval()
     with eval_mode(model):

@@ -1,4 +1,4 @@
-"""Whether logits may be left out: every head, and everything after a head, that is more than a plain product."""
+"""Logits are materialized for each head, and each operation after a head, that is more than a plain product."""
 
 import copy
 
@@ -42,7 +42,7 @@ def after_head(function, register=lambda model: None):
 
 
 class ScaledLinear(nn.Linear):
-    """As the linear layers of quantization-aware training: a product, and then something learned."""
+    """A product followed by a learned scale, as in linear layers of quantization-aware training."""
 
     def __init__(self, *size):
         super().__init__(*size, bias=False)
@@ -53,7 +53,7 @@ class ScaledLinear(nn.Linear):
 
 
 class LowRankLinear(nn.Linear):
-    """As loralib's: equal to a plain linear layer until its second factor is trained."""
+    """A LoRA layer as in loralib: equal to a plain linear layer until its second factor is trained."""
 
     def __init__(self, *size):
         super().__init__(*size, bias=False)
@@ -101,7 +101,7 @@ def called_twice(seed: int):
 
 
 def small_soft_cap(seed: int):
-    """A cap that changes nothing that could be seen of the small logits of a fresh model."""
+    """A soft cap whose effect on the small logits of an untrained model is below rounding."""
     model = after_head(lambda _model, logits: 0.5 * torch.tanh(logits / 0.5))(seed)
     model.lm_head.weight.data.mul_(1e-4)
     return model
@@ -112,35 +112,35 @@ def trained_bias(model):
 
 
 OTHER_HEADS = {
-    "linear with its own forward": (with_head(ScaledLinear), "with a forward of its own"),
-    "low-rank linear": (with_head(LowRankLinear), "with a forward of its own"),
+    "linear with its own forward": (with_head(ScaledLinear), "whose forward is not that of a linear layer"),
+    "low-rank linear": (with_head(LowRankLinear), "whose forward is not that of a linear layer"),
     "patched forward": (patched, "was replaced on the instance"),
-    "hook on the head": (hooked, "not what its output head puts out"),
+    "hook on the head": (hooked, "not the output of its output head"),
     "two calls": (called_twice, "calls the output head 2 times"),
-    "soft cap": (after_head(lambda _model, z: 2 * torch.tanh(z / 2)), "not what its output head puts out"),
-    "soft cap, small logits": (small_soft_cap, "not what its output head puts out"),
+    "soft cap": (after_head(lambda _model, z: 2 * torch.tanh(z / 2)), "not the output of its output head"),
+    "soft cap, small logits": (small_soft_cap, "not the output of its output head"),
     "bias for each id": (after_head(lambda _model, z: z + torch.linspace(0, 6, VOCAB)), "not what its output head"),
     "trained bias of zeros": (after_head(lambda model, z: z + model.bias, trained_bias), "trained parameter"),
-    "scale of 1.005": (after_head(lambda _model, z: 1.005 * z), "not what its output head puts out"),
+    "scale of 1.005": (after_head(lambda _model, z: 1.005 * z), "not the output of its output head"),
     "masked ids": (
         after_head(lambda _model, z: z.masked_fill(torch.arange(VOCAB) == 1, -torch.inf)),
-        "not what its output head puts out",
+        "not the output of its output head",
     ),
 }
 
 
 def reference(student, teacher, batch) -> torch.Tensor:
-    """alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross entropy, from whole logits."""
+    """alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross entropy, from materialized logits."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    wanted = labels != -100
+    is_target = labels != -100
     with torch.no_grad():
-        q = torch.softmax(teacher(**inputs).logits[wanted].double() / T, -1)
-    logits = student(**inputs).logits[wanted].double()
+        q = torch.softmax(teacher(**inputs).logits[is_target].double() / T, -1)
+    logits = student(**inputs).logits[is_target].double()
     log_p = torch.log_softmax(logits / T, -1)
     kl = torch.where(q > 0, q * (q.log() - log_p), 0).sum(-1)
-    return ALPHA * T**2 * kl.mean() + (1 - ALPHA) * F.cross_entropy(logits, labels[wanted])
+    return ALPHA * T**2 * kl.mean() + (1 - ALPHA) * F.cross_entropy(logits, labels[is_target])
 
 
 def assert_like_reference(student, teacher, batch):
@@ -161,21 +161,21 @@ def assert_like_reference(student, teacher, batch):
 
 @pytest.mark.parametrize("kind", OTHER_HEADS)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_what_the_head_or_the_model_adds_is_part_of_the_loss(kind, side, caplog):
+def test_operations_of_the_head_and_after_it_are_part_of_the_loss(kind, side, caplog):
     module.logger.warning_once.cache_clear()
     make, reason = OTHER_HEADS[kind]
     student, teacher = (make if who == side else lambda seed: build("llama", seed) for who in ("student", "teacher"))
     if kind == "masked ids" and side == "student":
-        student = teacher = make  # KL is infinite where the student alone masks an id
+        student = teacher = make  # KL is infinite if only the student masks an id
     student, teacher = student(0), teacher(1)
     assert_like_reference(student, teacher, collate(rows("llama", 5)))
     messages = [record.message for record in caplog.records if "are materialized" in record.message]
-    nothing_yet = kind == "trained bias of zeros" and side == "teacher"  # which is frozen, and adds nothing
-    assert len(messages) == (0 if nothing_yet else 1)
-    assert all(reason in message and "MiB) here" in message for message in messages)
+    adds_nothing = kind == "trained bias of zeros" and side == "teacher"  # a frozen teacher adds zeros
+    assert len(messages) == (0 if adds_nothing else 1)
+    assert all(reason in message and "MiB) for this batch" in message for message in messages)
 
 
-def test_a_slice_of_the_logits_is_found():
+def test_sliced_logits_are_materialized():
     make = after_head(lambda _model, logits: logits[..., :90])
     student, batch = make(0), collate(rows("llama", 5))
     batch["labels"][batch["labels"] >= 90] = 5
@@ -196,9 +196,9 @@ PLAIN = {
 
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("pad", ["left", "right"])
-def test_plain_heads_leave_logits_out_and_measuring_changes_nothing(kind, pad):
+def test_plain_heads_have_lazy_logits_and_measuring_does_not_change_the_model(kind, pad):
     model = PLAIN[kind]().train()
-    model.get_input_embeddings().eval()  # a part that its user froze
+    model.get_input_embeddings().eval()  # a part that the user froze
     inputs = {k: v for k, v in collate(rows("llama", 5, pad=pad)).items() if k != "labels"}
     if kind == "t5":
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -211,10 +211,10 @@ def test_plain_heads_leave_logits_out_and_measuring_changes_nothing(kind, pad):
     assert "forward" not in vars(model.get_output_embeddings())
     assert not any(p.grad is not None for p in model.parameters())
     model.set_output_embeddings(with_head(ScaledLinear)(0).lm_head)
-    assert output_head(model, inputs).scaling is None  # another head is another question
+    assert output_head(model, inputs).scaling is None  # another head is measured again
 
 
-def test_a_hook_that_only_moves_parameters_is_none_of_it():
+def test_a_hook_that_only_moves_parameters_keeps_lazy_logits():
     model = build("llama")
     model.lm_head.register_forward_hook(lambda module, _args, _output: module.weight.clone().sum() and None)
     inputs = {k: v for k, v in collate(rows("llama", 5)).items() if k != "labels"}
@@ -222,7 +222,7 @@ def test_a_hook_that_only_moves_parameters_is_none_of_it():
 
 
 def masked_head(seed: int, ids: slice):
-    """A head whose bias gives some ids no probability."""
+    """A head whose bias is -inf for some ids."""
     model = build("llama", seed)
     head = nn.Linear(*model.lm_head.weight.shape[::-1])
     head.weight.data.copy_(model.lm_head.weight.data)
@@ -232,7 +232,7 @@ def masked_head(seed: int, ids: slice):
 
 
 @pytest.mark.parametrize("student_masks", [False, True])
-def test_ids_without_probability_leave_the_loss_finite(student_masks):
+def test_masked_ids_leave_the_loss_finite(student_masks):
     batch = collate(rows("llama", 5))
     batch["labels"][batch["labels"] >= 90] = 5
     student = masked_head(0, slice(95, None)) if student_masks else build("llama", 0)
@@ -252,22 +252,24 @@ DIVERGENCES = {
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_divergence_over_masked_ids_is_that_over_the_others(name, fused):
+def test_masked_ids_do_not_change_a_divergence(name, fused):
     torch.manual_seed(0)
-    hidden, weight, of_teacher = torch.randn(6, 8), torch.randn(20, 8), torch.randn(6, 20)
+    hidden, weight, teacher_logits = torch.randn(6, 8), torch.randn(20, 8), torch.randn(6, 20)
     mask = torch.arange(20) >= 15
     labels = torch.randint(0, 15, (6,))
     loss, options = get_loss(name), DIVERGENCES[name] | {"temperature": 2.0}
     values = []
-    for masked in (True, False):  # ids that neither has mass for, and no such ids
+    for masked in (True, False):  # with ids that both models mask, and without these ids
         leaf = hidden.clone().requires_grad_()
         bias = torch.zeros(20).masked_fill(mask, -torch.inf) if masked else torch.zeros(15)
-        teacher = of_teacher.masked_fill(mask, -torch.inf) if masked else of_teacher[:, :15]
+        teacher = teacher_logits.masked_fill(mask, -torch.inf) if masked else teacher_logits[:, :15]
         if fused:
             term = [t for t in objective(1.0, 2.0, {"name": name, **DIVERGENCES[name]}) if t.weight]
-            job = ChunkedLoss(DenseLogits(teacher), Targets.from_batch({"labels": labels}, False), term, statistics=1)
-            total = job.from_hidden(LazyLogits(leaf, weight[: len(bias)], bias)) / 4
-            assert all(torch.isfinite(of_tokens).all() for of_tokens in job.per_token.values())
+            chunked_loss = ChunkedLoss(
+                DenseLogits(teacher), Targets.from_batch({"labels": labels}, False), term, statistics=1
+            )
+            total = chunked_loss.from_hidden(LazyLogits(leaf, weight[: len(bias)], bias)) / 4
+            assert all(torch.isfinite(values_of_term).all() for values_of_term in chunked_loss.per_token.values())
         else:
             total = loss.function(leaf @ weight[: len(bias)].t() + bias, teacher, **options).mean()
         total.backward()
@@ -284,7 +286,7 @@ def test_an_infinite_divergence_stays_infinite(name):
 @pytest.mark.parametrize("student", [torch.float32, torch.float64])
 @pytest.mark.parametrize("teacher", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["llama", "sequence"])
-def test_precisions_of_both_models_mix(make_trainer, kind, student, teacher):
+def test_student_and_teacher_may_have_different_dtypes(make_trainer, kind, student, teacher):
     losses = {"losses": [{"name": "hidden_mse", "weight": 0.1, "layers": "last:1"}]} if kind == "llama" else {}
     trainer = make_trainer(kind, model=build(kind, 0).to(student), teacher=build(kind, 1).to(teacher), **losses)
     trainer.train()
@@ -294,7 +296,7 @@ def test_precisions_of_both_models_mix(make_trainer, kind, student, teacher):
     assert trainer.evaluate()["eval_kl"] == pytest.approx(plain.evaluate()["eval_kl"], rel=1e-4)
 
 
-def test_a_moved_weight_is_measured_anew_by_the_self_check(make_trainer):
+def test_the_self_check_measures_a_changed_weight_again(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()
     trainer.model.lm_head.weight.data.mul_(3)

@@ -10,18 +10,18 @@ from hf_distill.models.pruning import find_blocks, top_layers
 @pytest.mark.parametrize(
     ("kind", "name"), [("llama", "model.layers"), ("gpt2", "transformer.h"), ("bert", "bert.encoder.layer")]
 )
-def test_blocks_are_found_without_a_table_of_names(kind, name):
-    found, blocks = find_blocks(build(kind, layers=3))
-    assert (found, len(blocks)) == (name, 3)
+def test_the_list_of_blocks_is_found(kind, name):
+    list_name, blocks = find_blocks(build(kind, layers=3))
+    assert (list_name, len(blocks)) == (name, 3)
 
 
-def test_two_lists_of_blocks_are_told_not_guessed():
+def test_two_lists_of_blocks_are_an_error():
     with pytest.raises(DistillError, match=r"encoder.block \(2\), .*decoder.block \(2\)"):
         find_blocks(build("t5"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_block_influence_is_one_minus_the_mean_cosine_of_a_blocks_input_and_output(kind):
+def test_block_influence_is_one_minus_the_mean_cosine_of_input_and_output(kind):
     model, batch = build(kind, layers=3).eval(), collate(rows(kind, 5))
     with torch.no_grad():
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
@@ -45,7 +45,7 @@ def test_block_influence_is_one_minus_the_mean_cosine_of_a_blocks_input_and_outp
     assert got == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_block_that_changes_nothing_has_no_influence():
+def test_an_identity_block_has_influence_zero():
     model = build("llama", layers=3)
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
@@ -58,7 +58,7 @@ def test_a_block_that_changes_nothing_has_no_influence():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_a_cut_student_computes_what_the_teacher_without_those_blocks_does(kind):
+def test_a_cut_student_has_the_logits_of_the_teacher_without_the_other_blocks(kind):
     teacher, batch = build(kind, layers=4).eval(), collate(rows(kind, 3))
     student = cut_student(teacher, [0, 3]).eval()
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
@@ -73,7 +73,7 @@ def test_a_cut_student_computes_what_the_teacher_without_those_blocks_does(kind)
     )
 
 
-def test_keeping_every_block_is_a_copy():
+def test_keeping_all_blocks_copies_the_teacher():
     teacher = build("llama", layers=3)
     student = cut_student(teacher, [2, 0, 1])
     for name, value in teacher.state_dict().items():
@@ -81,7 +81,7 @@ def test_keeping_every_block_is_a_copy():
         assert value.data_ptr() != student.state_dict()[name].data_ptr()
 
 
-def test_a_cut_student_generates_and_is_loaded_again(tmp_path):
+def test_a_cut_student_generates_and_can_be_saved_and_loaded(tmp_path):
     student = cut_student(build("llama", layers=4), [1, 2]).eval()
     ids = collate(rows("llama", 1))["input_ids"][:, :5]
     cached = student.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
@@ -91,7 +91,7 @@ def test_a_cut_student_generates_and_is_loaded_again(tmp_path):
     assert len(type(student).from_pretrained(tmp_path).model.layers) == 2
 
 
-def test_lists_with_an_entry_a_block_are_cut_too():
+def test_config_lists_with_one_entry_for_each_block_are_cut():
     small = dict(vocab_size=97, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
     teacher = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, num_hidden_layers=4))
     kinds = teacher.config.layer_types
@@ -99,7 +99,7 @@ def test_lists_with_an_entry_a_block_are_cut_too():
     assert student.config.layer_types == [kinds[1], kinds[2], kinds[3]]
 
 
-def test_tied_heads_stay_tied():
+def test_tied_heads_remain_tied():
     config = OPTConfig(
         vocab_size=97, hidden_size=16, ffn_dim=16, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=16
     )
@@ -108,13 +108,13 @@ def test_tied_heads_stay_tied():
 
 
 @pytest.mark.parametrize("layers", [[], [0, 0], [4], [-1]])
-def test_wrong_blocks_are_refused(layers):
+def test_invalid_blocks_are_refused(layers):
     with pytest.raises(DistillError, match="from 0 to 3"):
         cut_student(build("llama", layers=4), layers)
 
 
-def test_wrong_numbers_are_refused():
-    with pytest.raises(DistillError, match="keep_layers is 9; the teacher has 3 blocks"):
+def test_invalid_numbers_of_blocks_are_refused():
+    with pytest.raises(DistillError, match="keep_layers is 9; the teacher has 3 blocks: give a number from 1 to 3"):
         top_layers([0.1, 0.2, 0.3], 9)
     with pytest.raises(DistillError, match="at least one batch"):
         block_influence(build("llama"), [])

@@ -85,7 +85,10 @@ def test_a_recipe_with_several_teachers_trains_by_their_shares_and_plans(tmp_pat
     ("change", "why"),
     [
         ({"teachers": [{"name": "a", "model": "x/y", "kind": "mutual"}, {"name": "b", "model": "x/z"}]}, "symmetric"),
-        ({"teachers": [{"name": "a", "model": "x/y", "kind": "online"}, {"name": "b", "kind": "mtp"}]}, "room for one"),
+        (
+            {"teachers": [{"name": "a", "model": "x/y", "kind": "online"}, {"name": "b", "kind": "mtp"}]},
+            "only one teacher can be",
+        ),
         ({"teachers": [{"name": "a", "model": "x/y"}, {"name": "a", "model": "x/z"}]}, "of different names"),
         ({"teachers": [{"name": "a", "model": "x/y"}]}, "two or more"),
         ({"teacher": {"model": "x/y"}}, "either teacher, or teachers"),
