@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # more threads do not make tiny models faster, and slo
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """`make_trainer("llama", alpha=0.3)`: a trainer of tiny models; options that are no config fields go to the trainer."""
+    """`make_trainer("llama", alpha=0.3)`: a trainer of tiny models; other options than config fields go to it."""
 
     def make(kind: str = "llama", *, folder: str = "out", cls=DistillTrainer, **options):
         trainer_options = {k: options.pop(k) for k in list(options) if k not in DistillConfig.__dataclass_fields__}

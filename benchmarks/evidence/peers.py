@@ -105,7 +105,7 @@ def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float
             args = DistillSFTConfig(folder, alpha=1.0, temperature=1.0, divergence=divergence, seed=seed, **_COMMON)
             trainer = DistillSFTTrainer(teacher=teacher, args=args, train_dataset=split(rows), **common)
         trainer.train()
-        decide_license = DistillSFTTrainer(
+        evaluator = DistillSFTTrainer(
             student,
             DistillSFTConfig(f"{folder}/judge", **_HELD_OUT),
             teacher=teacher,
@@ -113,7 +113,7 @@ def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float
             eval_dataset=split(conversations(texts / "held_out.jsonl", tokenizer)),
             processing_class=tokenizer,
         )
-        found = decide_license.evaluate()
+        found = evaluator.evaluate()
     kept = {key: found[f"eval_{key}"] for key in ("perplexity", "kl", "agreement", "teacher_perplexity")}
     return {**kept, "tokens_per_second": meter.pace, "peak_mib_over_what_stays": meter.peak, "tokens": meter.tokens}
 

@@ -1,4 +1,4 @@
-"""External text stays text: in a terminal, in Markdown, in YAML and in HTML."""
+"""External text is expected literally in a terminal, in Markdown, in YAML and in HTML."""
 
 from html.parser import HTMLParser
 
@@ -34,7 +34,7 @@ _READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrou
 
 
 class Text(HTMLParser):
-    """The text of a page, and the tags in it."""
+    """The text and the tags of an HTML page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -49,16 +49,16 @@ class Text(HTMLParser):
 
 
 @pytest.mark.parametrize("text", ATTACKS)
-@pytest.mark.parametrize("place", ["{}\n", "- a line: {}\n", "- {}\n", "| a | b |\n| --- | --- |\n| {} | 1 |\n"])
-def test_markdown_renders_as_it_reads(text, place):
-    shown = " ".join(printable(text).split())
-    page, plain = Text(_READER.render(place.format(markdown(text)))), Text(_READER.render(place.format("word")))
+@pytest.mark.parametrize("template", ["{}\n", "- a line: {}\n", "- {}\n", "| a | b |\n| --- | --- |\n| {} | 1 |\n"])
+def test_markdown_renders_text_literally(text, template):
+    expected = " ".join(printable(text).split())
+    page, plain = Text(_READER.render(template.format(markdown(text)))), Text(_READER.render(template.format("word")))
     assert page.tags == plain.tags
-    assert page.text == plain.text.replace("word", shown)
+    assert page.text == plain.text.replace("word", expected)
 
 
 @pytest.mark.parametrize("text", ATTACKS)
-def test_a_code_span_and_a_block_hold_the_text_alone(text):
+def test_code_spans_and_blocks_contain_only_the_text(text):
     page = Text(_READER.render(code_span(text)))
     assert (page.tags, page.text.strip()) == (["p", "code"], " ".join(printable(text).split()))
     page = Text(_READER.render(f"before\n\n{code_block(text, 'python')}\n\nafter"))
@@ -67,18 +67,18 @@ def test_a_code_span_and_a_block_hold_the_text_alone(text):
 
 
 @pytest.mark.parametrize("text", ATTACKS)
-def test_yaml_gives_the_text_back(text):
+def test_yaml_round_trips_text(text):
     values = {"name": text, text: [text, {"a": text}]}
     assert yaml.safe_load(yaml_text(values)) == values
     assert "\n---" not in yaml_text(values)
 
 
 @pytest.mark.parametrize("text", ATTACKS)
-def test_html_shows_the_text(text):
+def test_html_renders_text_literally(text):
     assert Text(f'<p title="{html_text(text)}">{html_text(text)}</p>').tags == ["p"]
     assert Text(html_text(text)).text == printable(text)
 
 
-def test_no_control_character_is_printed_and_words_stay():
+def test_printable_removes_control_characters_only():
     assert printable("\x1b[31mred\x07\x9b \u202eevil") == "[31mred evil"
     assert printable("tab\tand\r\nline\n\tcafé 日本 👍") == "tab\tand\nline\n\tcafé 日本 👍"

@@ -1,4 +1,4 @@
-"""What is published names no folder of the machine that published it."""
+"""Published text contains no folder of the machine that published it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from hf_distill.core.local_paths import reduced, without_local_paths
         ("<code>/srv/runs/x</code>", "<code>x</code>"),
     ],
 )
-def test_a_path_is_reduced_to_its_last_component(text, expected, tmp_path, monkeypatch):
+def test_a_path_is_reduced_to_the_last_component(text, expected, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "other project").mkdir()
     (tmp_path / "other project" / "x.yaml").touch()
@@ -44,17 +44,17 @@ def test_a_path_is_reduced_to_its_last_component(text, expected, tmp_path, monke
         "font: 16px/1.55",
     ],
 )
-def test_what_is_no_path_stays(text):
+def test_text_that_is_no_path_is_not_changed(text):
     assert without_local_paths(text) == text
 
 
-def test_the_working_folder_s_name_may_hold_spaces(tmp_path, monkeypatch):
-    (place := tmp_path / "my secret project").mkdir()
-    monkeypatch.chdir(place)
-    assert without_local_paths(f"rows of {place}/a/b.jsonl") == "rows of b.jsonl"
+def test_the_working_folder_may_have_spaces_in_the_name(tmp_path, monkeypatch):
+    (folder := tmp_path / "my secret project").mkdir()
+    monkeypatch.chdir(folder)
+    assert without_local_paths(f"rows of {folder}/a/b.jsonl") == "rows of b.jsonl"
 
 
-def test_values_are_reduced_at_any_depth_and_typed_ones_where_they_are_relative(tmp_path, monkeypatch):
+def test_values_are_reduced_at_any_depth_and_relative_paths_under_path_keys(tmp_path, monkeypatch):
     @dataclass(frozen=True)
     class Inner:
         line: str

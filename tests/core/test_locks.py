@@ -1,4 +1,4 @@
-"""One writer for each folder."""
+"""Only one process at a time writes to a folder."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ import os, sys, time
 from pathlib import Path
 from hf_distill.core.locks import lock_folder
 with lock_folder(Path(sys.argv[1]), "a run"):
-    if os.fork() == 0:  # as the workers of a data loader
+    if os.fork() == 0:  # like a worker of a data loader
         print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_process_is_refused_and_a_killed_holder_blocks_nobody_though_its_worker_lives(tmp_path):
+def test_a_second_process_is_refused_and_a_killed_process_releases_the_lock_although_a_worker_lives(tmp_path):
     folder = tmp_path / "out"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     worker = int(holder.stdout.readline())
@@ -38,7 +38,7 @@ def test_a_second_process_is_refused_and_a_killed_holder_blocks_nobody_though_it
         os.kill(worker, signal.SIGKILL)
 
 
-def test_the_lock_is_released_after_an_error_and_not_held_twice_by_one_process(tmp_path):
+def test_the_lock_is_released_after_an_error_and_cannot_be_acquired_twice(tmp_path):
     def fails():
         with lock_folder(tmp_path, "a run"):
             with pytest.raises(DistillError, match="at the moment: a run, process"):
@@ -50,7 +50,7 @@ def test_the_lock_is_released_after_an_error_and_not_held_twice_by_one_process(t
             fails()
 
 
-def test_a_look_at_a_lock_changes_nothing(tmp_path):
+def test_checking_a_lock_does_not_change_the_folder(tmp_path):
     check_unlocked(tmp_path)
     assert not [*tmp_path.iterdir()]
     with lock_folder(tmp_path, "a run"), pytest.raises(DistillError, match=r"Another process writes to .*: a run"):
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
         pass
 
 
-def test_without_file_locks_there_is_a_warning(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     def unsupported(*args, **kwargs):
         raise NotImplementedError
 

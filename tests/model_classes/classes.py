@@ -1,4 +1,4 @@
-"""Every class of the installed transformers that predicts ids or classes, so that `DistillTrainer` might accept it."""
+"""All classes of the installed transformers that predict ids or classes, which `DistillTrainer` could accept."""
 
 import importlib
 import inspect
@@ -27,14 +27,14 @@ _GROUPS = re.compile("|".join(LOSS_MAPPING))
 
 @cache
 def candidates() -> dict[str, type[PreTrainedModel]]:
-    """Class name -> class, in alphabetical order."""
+    """Return class name -> class, in alphabetical order."""
     mapped = {
         name
         for mapping in _MAPPINGS
         for value in mapping.values()
         for name in ([value] if isinstance(value, str) else value)
     }
-    found = {}
+    classes = {}
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         source = path.read_text()
         if not any(name in source for name in ("For", "LMHead")):
@@ -49,11 +49,11 @@ def candidates() -> dict[str, type[PreTrainedModel]]:
             if not (inspect.isclass(cls) and issubclass(cls, PreTrainedModel)) or cls.__module__ != module:
                 continue
             if "PreTrainedModel" not in name and (name in mapped or _loss(name) in _LOSSES):
-                found[name] = cls
-    return dict(sorted(found.items()))
+                classes[name] = cls
+    return dict(sorted(classes.items()))
 
 
 def _loss(name: str):
-    """The loss that transformers gives a class of this name."""
+    """Return the loss of transformers for a class of this name."""
     group = _GROUPS.search(name)
     return LOSS_MAPPING[group[0]] if group else None

@@ -1,6 +1,6 @@
-"""One class of transformers against a plain reference: loss and all gradients of one training step.
+"""Compares one class of transformers with a plain reference: loss and all gradients of one training step.
 
-The reference is the model's own forward with all of its logits, KL with T^2 and cross entropy as torch has them.
+The reference is the model's forward with materialized logits, and the KL (times T^2) and cross entropy of torch.
 """
 
 import contextlib
@@ -27,21 +27,21 @@ from .table import CANNOT, CONFIGS
 
 TEMPERATURE, ALPHA = 2.0, 0.5
 SCALES = {"small": 0.3, "large": 10.0}  # standard deviations of logits over the vocabulary
-CLOSE = 1e-4  # of a loss; float32 through a few layers differs by 1e-6
-CLOSE_GRADIENT = 1e-3  # of a gradient's norm; it differs by 2e-5 in the worst of a hundred
+LOSS_TOLERANCE = 1e-4  # relative; float32 through a few layers differs by 1e-6
+GRADIENT_TOLERANCE = 1e-3  # relative to the gradient's norm; of a hundred classes, the worst differs by 2e-5
 
 
 class CannotBuildError(Exception):
-    """The class cannot be made or run tiny."""
+    """A tiny model of the class cannot be built or run."""
 
 
 def overrides_of(cls: type[PreTrainedModel]) -> dict:
-    """The table's overrides for the config of a class."""
+    """Return the overrides of `table.py` for the config of a class."""
     return CONFIGS.get(cls.__name__, {})
 
 
 def build(cls: type[PreTrainedModel], seed: int) -> PreTrainedModel:
-    """A tiny model of a class, no parameter of which is zero or all equal."""
+    """Build a tiny model of a class, without parameters that are zero or constant."""
     config = shrunk(cls.config_class(), overrides=overrides_of(cls))
     set_seed(seed)
     model = cls(config)
@@ -51,7 +51,7 @@ def build(cls: type[PreTrainedModel], seed: int) -> PreTrainedModel:
                 name not in dict(model.named_parameters()) and "logits_bias" not in name
             ):
                 continue
-            if tensor.numel() and not tensor.abs().max() < 1e4:  # never filled, or not finite
+            if tensor.numel() and not tensor.abs().max() < 1e4:  # uninitialized or not finite
                 tensor.normal_(0, 0.1)
             tensor.add_(torch.randn_like(tensor), alpha=0.1 if tensor.dim() < 2 else 0.02)
     return model.train()
@@ -59,7 +59,7 @@ def build(cls: type[PreTrainedModel], seed: int) -> PreTrainedModel:
 
 @dataclass
 class Pair:
-    """What one student, one teacher and one batch came to."""
+    """The result of one step of one student with one teacher."""
 
     student: str
     teacher: str
@@ -74,10 +74,10 @@ class Pair:
 
 
 def logits_of(model: PreTrainedModel, batch: dict, labels: bool) -> ModelOutput:
-    """The outputs of the model's own forward on what it reads of the batch.
+    """Return the outputs of the model's forward for the inputs of the batch that it accepts.
 
     Raises:
-        CannotBuildError: that forward fails.
+        CannotBuildError: the forward fails.
         AttributeError: its outputs have no logits.
     """
     named = inspect.signature(model.forward).parameters
@@ -87,14 +87,14 @@ def logits_of(model: PreTrainedModel, batch: dict, labels: bool) -> ModelOutput:
     try:
         outputs = model(**read, return_dict=True)
     except Exception as error:
-        raise CannotBuildError(f"its own forward fails: {_said(error)}") from error
+        raise CannotBuildError(f"its own forward fails: {_describe(error)}") from error
     if not isinstance(outputs.get("logits"), torch.Tensor):
         raise AttributeError(f"the outputs have no logits, only {[*outputs]}")
     return outputs
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [T, V] and labels [T] of the tokens that have a label."""
+def logits_and_labels(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits [T, V] and labels [T] of the target tokens."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     rows = labels.flatten() != -100
@@ -102,40 +102,42 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, shift: bool) -> tu
 
 
 def shift_of(model: PreTrainedModel, batch: dict) -> bool | None:
-    """Whether the model's own loss shifts labels; None where its loss is neither of the two, or could be both.
+    """Return whether the model's loss shifts labels; None if it is neither cross entropy, or could be both.
 
     Args:
-        model: with large logits, where the two differ.
-        batch: with labels.
+        model: a model with large logits, for which the two differ.
+        batch: a batch with labels.
     """
     try:
-        with torch.no_grad(), kept_buffers(model):
+        with torch.no_grad(), restored_buffers(model):
             set_seed(0)
             outputs = logits_of(model, batch, labels=True)
-    except (CannotBuildError, AttributeError):  # labels of another shape are for the comparison to judge
+    except (CannotBuildError, AttributeError):  # the comparison reports labels of another shape
         return None
-    own, labels = outputs.get("loss"), batch["labels"]
-    if own is None or outputs.logits.shape[:-1] != labels.shape:
+    loss, labels = outputs.get("loss"), batch["labels"]
+    if loss is None or outputs.logits.shape[:-1] != labels.shape:
         return None
     plain = {
-        shift: float((own - F.cross_entropy(*cross_entropy(outputs.logits.float(), labels, shift))).abs() / own.abs())
+        shift: float(
+            (loss - F.cross_entropy(*logits_and_labels(outputs.logits.float(), labels, shift))).abs() / loss.abs()
+        )
         for shift in ((True, False) if labels.dim() > 1 else (False,))
     }
-    close = 2e-2 if routes(model) else 1e-4  # a router's loss has a small weight
+    close = 2e-2 if adds_router_loss(model) else 1e-4  # a router's loss has a small weight
     nearest = min(plain, key=plain.get)
     others = [difference for shift, difference in plain.items() if shift != nearest]
     return nearest if plain[nearest] < close and not any(x < 5 * plain[nearest] for x in others) else None
 
 
-def routes(model: PreTrainedModel) -> bool:
-    """Whether the model adds its router's loss to its own."""
+def adds_router_loss(model: PreTrainedModel) -> bool:
+    """Whether the model adds the auxiliary loss of its router."""
     parts = [model.config, *[v for v in vars(model.config).values() if isinstance(v, PreTrainedConfig)]]
     return any(getattr(part, "output_router_logits", False) for part in parts)
 
 
 @contextlib.contextmanager
-def kept_buffers(*models: nn.Module):
-    """Put buffers back that a forward in train mode moves, such as running means."""
+def restored_buffers(*models: nn.Module):
+    """Restore buffers that a forward in training mode changes, such as running means."""
     before = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
     try:
         yield
@@ -151,28 +153,28 @@ def _exact(logits: torch.Tensor) -> torch.Tensor:
 
 
 def reference(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict, shift: bool, decodes: bool):
-    """The objective, and its gradient by parameter name."""
+    """Return the objective, and its gradient by parameter name."""
     student.train()
     teacher.eval()
     student.zero_grad(set_to_none=True)
     set_seed(0)
     outputs = logits_of(student, batch, labels=decodes)
     with torch.no_grad():
-        told = _exact(logits_of(teacher, batch, labels=decodes).logits)
-    said, labels = cross_entropy(_exact(outputs.logits), batch["labels"], shift)
-    told, _ = cross_entropy(told, batch["labels"], shift)
-    size = min(said.shape[-1], told.shape[-1])
+        teacher_logits = _exact(logits_of(teacher, batch, labels=decodes).logits)
+    student_logits, labels = logits_and_labels(_exact(outputs.logits), batch["labels"], shift)
+    teacher_logits, _ = logits_and_labels(teacher_logits, batch["labels"], shift)
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     soft = F.kl_div(
-        F.log_softmax(said[:, :size] / TEMPERATURE, -1),
-        F.log_softmax(told[:, :size] / TEMPERATURE, -1),
+        F.log_softmax(student_logits[:, :size] / TEMPERATURE, -1),
+        F.log_softmax(teacher_logits[:, :size] / TEMPERATURE, -1),
         reduction="batchmean",
         log_target=True,
     )
-    loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * F.cross_entropy(said, labels)
-    if routes(student):
+    loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * F.cross_entropy(student_logits, labels)
+    if adds_router_loss(student):
         set_seed(0)
-        own = logits_of(student, batch, labels=True)
-        loss = loss + own.loss - F.cross_entropy(*cross_entropy(_exact(own.logits), batch["labels"], shift))
+        outputs = logits_of(student, batch, labels=True)
+        loss = loss + outputs.loss - F.cross_entropy(*logits_and_labels(_exact(outputs.logits), batch["labels"], shift))
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad(set_to_none=True)
@@ -188,7 +190,7 @@ class _Recorder(TrainerCallback):
 
 
 class _Trainer(DistillTrainer):
-    """Rows in their order, and the loss of the step kept."""
+    """Uses rows in their order, and stores the loss of the step."""
 
     step_loss: Any = None
 
@@ -203,7 +205,7 @@ class _Trainer(DistillTrainer):
 
 
 def trained(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict):
-    """Loss and gradients of one step of `DistillTrainer`."""
+    """Return loss and gradients of one step of `DistillTrainer`."""
     rows = [{name: value[i] for name, value in batch.items()} for i in range(len(batch["labels"]))]
     recorder = _Recorder()
     with tempfile.TemporaryDirectory() as folder:
@@ -236,27 +238,27 @@ def _stack(rows: list[dict]) -> dict:
 
 
 def scale_logits(model: PreTrainedModel, batch: dict, deviation: float, decodes: bool) -> bool:
-    """Scale the output head until logits of a row have about this standard deviation; whether there is such a head."""
-    seen: list[nn.Module] = []
+    """Scale the output head until rows of logits have about this standard deviation; return False without a head."""
+    candidates: list[tuple[nn.Module, int]] = []
 
-    def note(module, _args, output):
+    def record(module, _args, output):
         if isinstance(output, torch.Tensor) and isinstance(getattr(module, "weight", None), torch.Tensor):
-            seen.append((module, output.shape[-1]))
+            candidates.append((module, output.shape[-1]))
 
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
     try:
-        with torch.no_grad(), kept_buffers(model):
+        with torch.no_grad(), restored_buffers(model):
             logits = logits_of(model, batch, labels=decodes).logits
     except AttributeError:
         return False
     finally:
         for hook in hooks:
             hook.remove()
-    heads = [module for module, width in seen if width == logits.shape[-1] and module.weight.dim() >= 2]
+    heads = [module for module, width in candidates if width == logits.shape[-1] and module.weight.dim() >= 2]
     if not heads:
         return False
     total = 1.0
-    with torch.no_grad(), kept_buffers(model):
+    with torch.no_grad(), restored_buffers(model):
         for _ in range(3):
             spread = logits_of(model, batch, labels=decodes).logits.float().std(-1).mean()
             if not spread.isfinite() or spread == 0:
@@ -270,50 +272,53 @@ def scale_logits(model: PreTrainedModel, batch: dict, deviation: float, decodes:
 
 
 def compare(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict, pair: Pair, kind: made.Kind) -> Pair:
-    """Fill a pair with what came of it."""
+    """Run the reference and the Trainer, and set the result of the pair."""
     problem, copies = "", _copies(student, teacher)
     try:
-        with kept_buffers(student, teacher):
+        with restored_buffers(student, teacher):
             expected, gradients = reference(student, teacher, batch, kind.shift, kind.decodes)
         if not expected.isfinite():
             raise CannotBuildError("the reference is not finite")
     except CannotBuildError:
         raise
-    except Exception as error:  # such as outputs without logits: to be refused
-        problem = f"there is no reference ({_said(error)}), but it trains"
+    except Exception as error:  # for example outputs without logits, which must be refused
+        problem = f"there is no reference ({_describe(error)}), but the Trainer trains it"
     try:
-        with kept_buffers(student, teacher):
-            loss, found = trained(student, teacher, batch)
+        with restored_buffers(student, teacher):
+            loss, trainer_gradients = trained(student, teacher, batch)
     except DistillError as error:
         pair.status, pair.reason = "refused", str(error)
         return pair
     except Exception as error:
-        pair.status, pair.reason = "crash", _said(error)
+        pair.status, pair.reason = "crash", _describe(error)
         return pair
     finally:
         student.zero_grad(set_to_none=True)
     if problem:
         pair.status, pair.reason = "wrong", problem
         return pair
-    pair.status, pair.reason = _verdict(pair, loss, found, expected, gradients)
+    pair.status, pair.reason = _verdict(pair, loss, trainer_gradients, expected, gradients)
     if pair.status == "wrong" and copies is not None and _equal_in_float64(*copies, batch, kind):
         pair.status, pair.reason = "compared", f"equal in float64; in float32 rounding is amplified: {pair.reason}"
     return pair
 
 
-def _verdict(pair: Pair, loss: torch.Tensor, found: dict, expected: torch.Tensor, gradients: dict) -> tuple[str, str]:
+def _verdict(
+    pair: Pair, loss: torch.Tensor, trainer_gradients: dict, expected: torch.Tensor, gradients: dict
+) -> tuple[str, str]:
+    """Return the status of a pair and its reason, and set its numbers."""
     pair.loss, pair.expected = float(loss), float(expected)
     problems = []
-    if abs(pair.loss - pair.expected) > CLOSE * max(abs(pair.expected), 1e-2):
+    if abs(pair.loss - pair.expected) > LOSS_TOLERANCE * max(abs(pair.expected), 1e-2):
         problems.append(f"the loss is {pair.loss:.6g} instead of {pair.expected:.6g}")
-    worst, pair.gradient = _worst(found, gradients)
-    if not pair.gradient <= CLOSE_GRADIENT:
+    worst, pair.gradient = _worst(trainer_gradients, gradients)
+    if not pair.gradient <= GRADIENT_TOLERANCE:
         problems.append(f"the gradient of {worst} differs by {pair.gradient:.3g} of its norm")
     return ("wrong" if problems else "compared"), "; ".join(problems)
 
 
 def _copies(*models: PreTrainedModel) -> tuple[PreTrainedModel, ...] | None:
-    """The models as they are before anything is measured of them; None where they cannot be copied."""
+    """Return copies of models; None if they cannot be copied."""
     try:
         return tuple(copy.deepcopy(model) for model in models)
     except (RuntimeError, TypeError):
@@ -321,26 +326,26 @@ def _copies(*models: PreTrainedModel) -> tuple[PreTrainedModel, ...] | None:
 
 
 def _equal_in_float64(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict, kind: made.Kind) -> bool:
-    """Whether loss and gradients agree where rounding is no reason to differ, of models that were never trained."""
+    """Whether loss and gradients agree in float64, for models that were not trained."""
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     try:
         student.double()
         teacher.double()
-        with kept_buffers(student, teacher):
+        with restored_buffers(student, teacher):
             expected, gradients = reference(student, teacher, batch, kind.shift, kind.decodes)
-        with kept_buffers(student, teacher):
-            loss, found = trained(student, teacher, batch)
-    except Exception:  # many classes compute parts in float32, whatever their dtype
+        with restored_buffers(student, teacher):
+            loss, trainer_gradients = trained(student, teacher, batch)
+    except Exception:  # many classes compute parts in float32 regardless of their dtype
         return False
-    return _verdict(Pair("", "", "", False), loss, found, expected, gradients)[0] == "compared"
+    return _verdict(Pair("", "", "", False), loss, trainer_gradients, expected, gradients)[0] == "compared"
 
 
-def _worst(found: dict, expected: dict) -> tuple[str, float]:
-    """The parameter whose gradient differs most, relative to its norm or to a thousandth of the largest norm."""
+def _worst(gradients: dict, expected: dict) -> tuple[str, float]:
+    """Return the parameter whose gradient differs most, relative to its norm or to a thousandth of the largest norm."""
     largest = max([float(g.norm()) for g in expected.values()], default=0.0)
     worst, most = "", 0.0
-    for name in {**found, **expected}:
-        one, other = found.get(name), expected.get(name)
+    for name in {**gradients, **expected}:
+        one, other = gradients.get(name), expected.get(name)
         one = torch.zeros_like(other) if one is None else one
         other = torch.zeros_like(one) if other is None else other
         difference = float((one.float() - other.float()).norm()) / max(float(other.norm()), 1e-3 * largest, 1e-8)
@@ -349,18 +354,19 @@ def _worst(found: dict, expected: dict) -> tuple[str, float]:
     return worst, most
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
+    """Return an error as text, with the file and line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = [f for f in traceback.extract_tb(error.__traceback__) if "/hf_distill/" in f.filename]
-    place = f"{last.filename.rsplit('/', 1)[-1]}:{last.lineno}"
-    if ours:
-        place += f" by {ours[-1].filename.rsplit('/', 1)[-1]}:{ours[-1].lineno}"
+    package_frames = [f for f in traceback.extract_tb(error.__traceback__) if "/hf_distill/" in f.filename]
+    location = f"{last.filename.rsplit('/', 1)[-1]}:{last.lineno}"
+    if package_frames:
+        location += f" by {package_frames[-1].filename.rsplit('/', 1)[-1]}:{package_frames[-1].lineno}"
     message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message} [{place}]"
+    return f"{type(error).__name__}: {message} [{location}]"
 
 
-def decide_license(cls: type[PreTrainedModel], partners: dict) -> dict:
-    """All pairs of a class, and its status: the worst of theirs."""
+def compare_class(cls: type[PreTrainedModel], partners: dict) -> dict:
+    """Compare all pairs of a class; its status is the worst status of its pairs."""
     start = time.monotonic()
     result: dict[str, Any] = {"class": cls.__name__, "status": "", "reason": "", "pairs": []}
     if cls.__name__ in CANNOT:
@@ -368,13 +374,13 @@ def decide_license(cls: type[PreTrainedModel], partners: dict) -> dict:
     try:
         pairs = _pairs(cls, partners, result)
     except Exception as error:
-        reason = str(error) if isinstance(error, CannotBuildError) else _said(error)
+        reason = str(error) if isinstance(error, CannotBuildError) else _describe(error)
         result.update(status="cannot", reason=reason, pairs=[])
     else:
         for status in ("wrong", "crash", "compared", "refused"):
-            some = [pair for pair in pairs if pair.status == status]
-            if some:
-                first = some[0]
+            matching = [pair for pair in pairs if pair.status == status]
+            if matching:
+                first = matching[0]
                 reason = first.reason and f"{first.reason} ({first.student} <- {first.teacher}, {first.scale}, " + (
                     "padded)" if first.padded else "not padded)"
                 )
@@ -386,50 +392,50 @@ def decide_license(cls: type[PreTrainedModel], partners: dict) -> dict:
 
 
 def _pairs(cls: type[PreTrainedModel], partners: dict, result: dict) -> list[Pair]:
-    tried = Tried.of(cls, partners)
-    kind = tried.kind
+    compared = ComparedClass.of(cls, partners)
+    kind = compared.kind
     result["kind"] = f"{kind.name}, {kind.modality}, labels {'shifted' if kind.shift else 'not shifted'}"
-    if not tried.known:
+    if not compared.is_shift_measured:
         result["notes"] = ["its own loss is no plain cross entropy, so the shift of its labels is assumed"]
     paddings = (False, True) if kind.text else (False,)
-    pairs = [tried.pair("same", scale, padded) for scale in SCALES for padded in paddings]
+    pairs = [compared.pair("same", scale, padded) for scale in SCALES for padded in paddings]
     if kind.partner(cls) is not None:
         for role in ("student", "teacher"):
             try:
-                pairs.append(tried.pair(role, "large", kind.text))
+                pairs.append(compared.pair(role, "large", kind.text))
             except CannotBuildError:  # the two read different inputs
                 result.setdefault("notes", []).append(f"not compared as {role} with {kind.partner(cls).__name__}")
     return pairs
 
 
 @dataclass
-class Tried:
-    """A class under trial: two models of it, and what it reads.
+class ComparedClass:
+    """Two models of a class, and what it reads and predicts.
 
-    known: whether its own loss says if labels are shifted
+    is_shift_measured: whether its loss shows if labels are shifted
     """
 
     one: PreTrainedModel
     two: PreTrainedModel
     kind: made.Kind
-    known: bool
+    is_shift_measured: bool
     partners: dict
 
     @classmethod
-    def of(cls, tried: type[PreTrainedModel], partners: dict) -> "Tried":
-        """Build both.
+    def of(cls, model_class: type[PreTrainedModel], partners: dict) -> "ComparedClass":
+        """Build both models.
 
         Args:
-            tried: the class.
-            partners: class -> two models of it, filled here.
+            model_class: the class.
+            partners: class -> two models of it; models of partner classes are added.
         """
-        one = build(tried, 0)
+        one = build(model_class, 0)
         kind = made.reference_kind(one)
         batch = made.batch_for(one, kind, False)
         scale_logits(one, batch, SCALES["large"], kind.decodes)
         shift = shift_of(one, batch)
         kind = kind if shift is None else replace(kind, shift=shift)
-        return cls(one, build(tried, 1), kind, shift is not None or kind.name == "sequence", partners)
+        return cls(one, build(model_class, 1), kind, shift is not None or kind.name == "sequence", partners)
 
     def pair(self, role: str, scale: str, padded: bool) -> Pair:
         """Compare one step.
@@ -437,7 +443,7 @@ class Tried:
         Args:
             role: "same": both models are of the class; "student" or "teacher": the other is of its partner.
             scale: "small" or "large" logits.
-            padded: whether some rows are shorter than others.
+            padded: whether matching rows are shorter than others.
         """
         kind, student, teacher = self.kind, self.one, self.two
         if role != "same":

@@ -1,4 +1,4 @@
-"""Batches for any class: of ids, images, videos or sound, with the labels of its kind."""
+"""Batches for any class: ids, images, videos or sound, with the labels of its kind."""
 
 import inspect
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from .table import INPUTS, ROWS, TARGET, TEXT, WIDTH
 class Kind:
     """What a class reads and predicts.
 
-    name:    causal, masked, seq2seq, sequence or token
-    modality: the main input
-    decodes: whether its forward makes decoder inputs of labels
-    shift:   whether labels are shifted against predictions
+    name:     causal, masked, seq2seq, sequence or token
+    modality: name of the main input
+    decodes:  whether its forward makes decoder inputs from labels
+    shift:    whether its loss shifts labels
     """
 
     name: str
@@ -46,8 +46,8 @@ class Kind:
             ("sequence", "pixel_values_videos"): ("VJEPA2ForVideoClassification",),
             ("sequence", "input_values"): ("Wav2Vec2ForSequenceClassification", "HubertForSequenceClassification"),
         }.get((self.name, self.modality), ())
-        found = [name for name in names if name != cls.__name__]
-        return getattr(transformers, found[0]) if found else None
+        others = [name for name in names if name != cls.__name__]
+        return getattr(transformers, others[0]) if others else None
 
 
 _KINDS = {
@@ -60,7 +60,7 @@ _KINDS = {
 
 
 def reference_kind(model: PreTrainedModel) -> Kind:
-    """From what `DistillTrainer` takes it for; where it refuses it, from its name."""
+    """Return the kind of a model, from its model type; for a refused model, from its main input."""
     from hf_distill.models.model_types import model_type_of
 
     try:
@@ -80,7 +80,7 @@ def reference_kind(model: PreTrainedModel) -> Kind:
 
 
 def batch_for(model: PreTrainedModel, kind: Kind, padded: bool) -> dict[str, Tensor]:
-    """A batch of four rows, on which the labels of some tokens are left out."""
+    """Return a batch of four rows, with label -100 for some tokens."""
     generator = torch.Generator().manual_seed(7)
     config = model.config
     batch = _main(model, kind, padded, generator)
@@ -144,7 +144,7 @@ def _main(model: PreTrainedModel, kind: Kind, padded: bool, generator: torch.Gen
 
 
 def _first(config: PreTrainedConfig, *names: str):
-    """The first of these fields that the config, or a config in it, has."""
+    """Return the first of these fields that the config, or a config in it, has."""
     for part in (config, *[v for v in vars(config).values() if isinstance(v, PreTrainedConfig)]):
         for name in names:
             if getattr(part, name, None) is not None:

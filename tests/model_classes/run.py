@@ -1,10 +1,10 @@
 """All classes, in several processes: `python -m model_classes.run --out FILE.jsonl`.
 
-What FILE holds already is not run again.
+Classes that FILE already has are not run again.
 
 --workers N       processes (2)
 --again a,b       statuses that are run again: wrong, crash, cannot, refused, compared
---only A,B        these classes alone (always run)
+--only A,B        only these classes, also if FILE has them
 --summary FILE    counts, and every class that is not compared, with its reason
 """
 
@@ -24,20 +24,20 @@ ADDRESS_SPACE = 10 * 2**30  # a config that did not become tiny fails here, not 
 
 
 class TooLateError(BaseException):
-    """A class took too long; no `Exception`, which a comparison would take for a result."""
+    """A class took too long; not an `Exception`, which the comparison would catch."""
 
 
 def work(names: list[str], out: Path) -> None:
-    """Judge classes one after the other; a line for each, and one before it, so that a crash of the process shows."""
+    """Compare classes one by one; write a line before and after each, so that a crash of the process is visible."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     quiet()
     from .classes import candidates
-    from .compare import decide_license
+    from .compare import compare_class
 
     classes, partners = candidates(), {}
-    gc.freeze()  # each training collects garbage, which would look through every module of transformers
+    gc.freeze()  # garbage collection in each training would walk every module of transformers
 
     def late(_signal, _frame):
         raise TooLateError(f"more than {SECONDS} seconds")
@@ -47,7 +47,7 @@ def work(names: list[str], out: Path) -> None:
         append(out, {"class": name, "status": "started"})
         signal.alarm(SECONDS)
         try:
-            result = decide_license(classes[name], partners)
+            result = compare_class(classes[name], partners)
         except TooLateError as error:
             result = {"class": name, "status": "cannot", "reason": str(error)}
         finally:
@@ -56,7 +56,7 @@ def work(names: list[str], out: Path) -> None:
 
 
 def quiet() -> None:
-    """Warnings of other libraries are no results."""
+    """Disable warnings of other libraries."""
     import logging
     import warnings
 
@@ -75,7 +75,7 @@ def append(out: Path, line: dict) -> None:
 
 
 def read(out: Path) -> dict[str, dict]:
-    """The last line of each class."""
+    """Return the last line of each class."""
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return {line["class"]: line for line in lines}
 
@@ -114,31 +114,31 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--summary", type=Path)
     parser.add_argument("--names", help=argparse.SUPPRESS)  # of a worker
-    given = parser.parse_args()
-    if given.names:
-        work(given.names.split(","), given.out)
+    options = parser.parse_args()
+    if options.names:
+        work(options.names.split(","), options.out)
         return 0
     quiet()
     from .classes import candidates
 
-    names, done = list(candidates()), read(given.out)
-    again = {"queued", "started", *given.again.split(",")}
+    names, done = list(candidates()), read(options.out)
+    again = {"queued", "started", *options.again.split(",")}
     todo = [n for n in names if n not in done or done[n]["status"] in again]
-    if given.only:
-        todo = given.only.split(",")
+    if options.only:
+        todo = options.only.split(",")
     start = time.monotonic()
-    spread(todo, given.out, given.workers)
-    results = {n: r for n, r in read(given.out).items() if n in names}
-    found = summary(results)
-    if given.summary:
-        given.summary.write_text(json.dumps(found, indent=2) + "\n")
-    counts = ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, int))
+    spread(todo, options.out, options.workers)
+    results = {n: r for n, r in read(options.out).items() if n in names}
+    counts_by_status = summary(results)
+    if options.summary:
+        options.summary.write_text(json.dumps(counts_by_status, indent=2) + "\n")
+    counts = ", ".join(f"{name} {value}" for name, value in counts_by_status.items() if isinstance(value, int))
     sys.stdout.write(f"{counts}; {time.monotonic() - start:.0f} s\n")
-    return bool(found["wrong"] or found["crash"])
+    return bool(counts_by_status["wrong"] or counts_by_status["crash"])
 
 
 def spread(todo: list[str], out: Path, workers: int) -> None:
-    """Run classes in processes; one that dies is noted as a crash of its class, and the others go on."""
+    """Run classes in several processes; a process that dies is a crash of its class, and the others continue."""
     for name in todo:
         append(out, {"class": name, "status": "queued"})
     shares = [todo[i::workers] for i in range(workers)]

@@ -1,6 +1,6 @@
 """Tiny configs of any transformers class: every size becomes small, all dropout is off, special ids fit the vocabulary.
 
-The rules go by the names of config fields. What they do not get right stands in `table.py`.
+The rules match the names of config fields; `table.py` has the exceptions.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ VOCAB = 97
 CLASSES = 5
 WIDTH = 32
 
-# Name of a field (whole) -> its small value; the first match wins. A list or tuple is mapped element by element.
+# Pattern of a full field name -> small value; the first match is used. A list or tuple is mapped element by element.
 SIZES: list[tuple[str, Any]] = [
     (r"type_vocab_size|token_type_vocab_size|language_vocab_size", lambda n: min(n, 4)),
     (r".*codebook_size|.*codebook_vocab_size", lambda n: min(n, 32)),
@@ -96,17 +96,17 @@ _INIT = re.compile(r"initializer_range|init_std|embed_init_std|init_range")
 def shrunk(
     config: PreTrainedConfig, ids: dict[int, int] | None = None, overrides: dict | None = None
 ) -> PreTrainedConfig:
-    """A tiny config like `config`.
+    """Return a tiny config like `config`.
 
     Args:
         config: any, usually the default of its class.
-        ids: special ids too large for the vocabulary -> those that stand for them; filled here.
+        ids: special ids beyond the vocabulary -> their replacements; added by this function.
         overrides: field -> value, or field -> overrides for the config in it.
     """
     ids = {} if ids is None else ids
     overrides = {**CONFIGS.get(config.model_type, {}), **(overrides or {})}
     fields = {f.name: f for f in dataclasses.fields(config)}
-    kept = _kept_layers(config)
+    selected = _selected_layers(config)
     kwargs: dict[str, Any] = {}
     for name in dict.fromkeys([*fields, *vars(config)]):
         value = _value(config, name)
@@ -115,14 +115,14 @@ def shrunk(
             kwargs[name] = part if isinstance(part, PreTrainedConfig) else shrunk(value, ids, part)
         elif name in fields and _default(fields[name]) is not None:
             kwargs[name] = _small(name, _default(fields[name]) if value == "auto" else value, ids)
-        if kept and isinstance(value, list | tuple) and name in fields and len(value) == kept[1]:
-            kwargs[name] = [_small(name, value[i], ids) for i in kept[2]]
-    if kept and len(kept[2]) > 1:
-        kwargs[kept[0]] = len(kept[2])
+        if selected and isinstance(value, list | tuple) and name in fields and len(value) == selected[1]:
+            kwargs[name] = [_small(name, value[i], ids) for i in selected[2]]
+    if selected and len(selected[2]) > 1:
+        kwargs[selected[0]] = len(selected[2])
     if kwargs.get("num_key_value_heads") and _value(config, "num_key_value_heads") == _value(
         config, "num_attention_heads"
     ):
-        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]  # latent attention knows no groups
+        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]  # latent attention has no groups
     if "head_dim" in fields and kwargs.get("head_dim") is None and isinstance(kwargs.get("num_attention_heads"), int):
         kwargs["head_dim"] = kwargs["hidden_size"] // kwargs["num_attention_heads"]
     if "output_router_logits" in fields:
@@ -156,7 +156,7 @@ def shrunk(
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
-    """The value of a field; its default, where it differs from layer to layer; "auto" where it is derived from such."""
+    """Return the value of a field; its default if layers differ in it; "auto" if it is derived from such a field."""
     field = next((f for f in dataclasses.fields(config) if f.name == name), None)
     if field is not None and isinstance(_default(field), str) and not isinstance(vars(config).get(name, ""), str):
         return "auto"
@@ -164,7 +164,7 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
         return getattr(config, name, None)
     except AttributeError:
         raise
-    except Exception:  # transformers refuses to say one value for all layers
+    except Exception:  # transformers has no single value for all layers
         return None if field is None else _default(field)
 
 
@@ -174,8 +174,8 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
 
 
-def _kept_layers(config: PreTrainedConfig) -> tuple[str, int, list[int]] | None:
-    """(field that counts layers, how many there are, which stay): one of each kind, where a list names their kinds."""
+def _selected_layers(config: PreTrainedConfig) -> tuple[str, int, list[int]] | None:
+    """Return (field with the number of layers, this number, selected layers: one of each kind in a list of kinds)."""
     counts = [
         name for name in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(vars(config).get(name), int)
     ]
@@ -192,8 +192,8 @@ def _kept_layers(config: PreTrainedConfig) -> tuple[str, int, list[int]] | None:
     kinds: dict[tuple, int] = {}
     for i, kind in enumerate(zip(*lists, strict=True)):
         kinds.setdefault(kind, i)
-    kept = sorted(kinds.values())
-    return counts[0], total, kept if len(kept) > 1 else [0, 1]
+    selected = sorted(kinds.values())
+    return counts[0], total, selected if len(selected) > 1 else [0, 1]
 
 
 def _small(name: str, value: Any, ids: dict[int, int]) -> Any:
@@ -231,11 +231,11 @@ def _rope(rope: dict, partial: float | None) -> dict:
 
 
 def special_ids(config: PreTrainedConfig) -> set[int]:
-    """All ids that some field of the config, or of a config in it, names."""
-    found = set()
+    """Return all special ids of a config and of the configs in it."""
+    ids = set()
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            found |= special_ids(value)
+            ids |= special_ids(value)
         elif _TOKEN.fullmatch(name):
-            found |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
-    return found
+            ids |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+    return ids

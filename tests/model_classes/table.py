@@ -1,4 +1,4 @@
-"""What the general rules do not get right: per model type or class, fields of the config, and inputs of the forward."""
+"""Exceptions from the rules of `shrink.py` and `inputs.py`, for model types and classes."""
 
 import torch
 
@@ -12,8 +12,8 @@ CONFIGS: dict[str, dict] = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1},
-    "prophetnet": {"disable_ngram_loss": True},  # a loss of further streams, which cannot be separated
-    # lists that go by layers
+    "prophetnet": {"disable_ngram_loss": True},  # its additional loss cannot be separated from the cross entropy
+    # lists with one entry for each layer
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "cohere_compass_text": {

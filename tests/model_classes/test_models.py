@@ -1,15 +1,15 @@
-"""A sample of `make test-models`: one class for each mechanism, against a plain reference."""
+"""A sample of `make test-models`: one class for each mechanism, compared with a plain reference."""
 
 import gc
 
 import pytest
 import transformers
 
-from .compare import Tried
+from .compare import ComparedClass
 
 SAMPLE = [
-    # class, role of it in the pair, logits, padded
-    # causal: a plain head, a tied one, what follows a head in some models
+    # class, its role in the pair, scale of the logits, padded
+    # causal: a plain head, a tied head, scales and soft caps after the head
     ("LlamaForCausalLM", "same", "small", True),
     ("CohereForCausalLM", "same", "large", False),
     ("GraniteForCausalLM", "teacher", "large", True),
@@ -24,11 +24,11 @@ SAMPLE = [
     ("MambaForCausalLM", "same", "large", False),
     ("RwkvForCausalLM", "same", "small", False),
     ("JambaForCausalLM", "same", "small", True),
-    # labels that the model's own loss does not shift, whatever its mapping says
+    # labels that the loss of the model does not shift, although it is in the causal mapping
     ("BartForCausalLM", "same", "small", False),
     ("XLNetLMHeadModel", "same", "large", True),
     ("XLMWithLMHeadModel", "same", "small", True),
-    # text of models that also read images or sound
+    # text of multimodal models
     ("Qwen2VLForConditionalGeneration", "same", "small", True),
     ("VoxtralForConditionalGeneration", "same", "small", True),
     ("LlavaForConditionalGeneration", "student", "large", True),
@@ -60,7 +60,7 @@ REFUSED = [
     ("PPLCNetForImageClassification", "teacher"),
     ("CsmDepthDecoderForCausalLM", "student"),
     ("DiaForConditionalGeneration", "same"),
-    ("CsmForConditionalGeneration", "same"),  # its own loss needs labels of all codebooks
+    ("CsmForConditionalGeneration", "same"),  # its loss needs labels of all codebooks
     ("ShieldGemma2ForImageClassification", "same"),
 ]
 _partners: dict = {}
@@ -68,7 +68,7 @@ _partners: dict = {}
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen():
-    """Each training collects garbage, which would look through every module that is there already."""
+    """Freeze existing objects: garbage collection in each training would walk every imported module."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -76,12 +76,12 @@ def _frozen():
 
 
 @pytest.mark.parametrize(("name", "role", "scale", "padded"), SAMPLE, ids=lambda value: str(value))
-def test_loss_and_gradients_are_those_of_the_plain_forward(name, role, scale, padded):
-    pair = Tried.of(getattr(transformers, name), _partners).pair(role, scale, padded)
+def test_loss_and_gradients_are_those_of_the_reference(name, role, scale, padded):
+    pair = ComparedClass.of(getattr(transformers, name), _partners).pair(role, scale, padded)
     assert pair.status == "compared", pair.reason
 
 
 @pytest.mark.parametrize(("name", "role"), REFUSED)
-def test_a_class_without_logits_or_a_loss_of_its_labels_is_refused(name, role):
-    pair = Tried.of(getattr(transformers, name), _partners).pair(role, "large", False)
+def test_a_class_without_logits_or_with_another_loss_is_refused(name, role):
+    pair = ComparedClass.of(getattr(transformers, name), _partners).pair(role, "large", False)
     assert pair.status == "refused", pair.reason
