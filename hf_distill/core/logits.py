@@ -63,7 +63,11 @@ class LogitScaling:
         return cls(scale, next((cap for cap in caps if cap), None))
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """Apply the scaling to the output of the head, in place."""
+        """Apply the scaling in place and return the logits.
+
+        Args:
+            logits: [t, V] output of the head.
+        """
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -71,7 +75,14 @@ class LogitScaling:
         return logits
 
     def derivative(self, logits: Tensor) -> Tensor | float:
-        """Return the derivative with respect to the head's output, given the logits that `apply_` returned."""
+        """Return the derivative of the scaling with respect to the output of the head.
+
+        Args:
+            logits: [t, V], as `apply_` returned them.
+
+        Returns:
+            [t, V], or one number without a soft cap.
+        """
         if self.softcap is None:
             return self.scale
         return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)

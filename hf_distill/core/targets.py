@@ -111,7 +111,13 @@ class Targets:
         return torch.as_tensor(len(self) if num_items is None else num_items).clamp(min=1)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Select the target tokens of `values` [*shape, ...] as [T, ...].
+        """Select the target tokens.
+
+        Args:
+            values: [*shape, ...].
+
+        Returns:
+            [T, ...].
 
         Raises:
             DistillError: `values` does not have one entry for each position.
@@ -122,7 +128,13 @@ class Targets:
         return values.flatten(0, num_dims - 1)[self.positions.to(values.device)]
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """Select the target tokens of a model's logits [*shape, V] as [T, V].
+        """Select the target tokens of a model's logits.
+
+        Args:
+            logits: [*shape, V].
+
+        Returns:
+            [T, V].
 
         Raises:
             DistillError: the logits do not have one row for each label.
@@ -194,7 +206,12 @@ class Targets:
         return self.all_tokens_of_rows(documents, causal)
 
     def all_tokens_of_rows(self, documents: Tensor, causal: bool) -> "Targets":
-        """Return all tokens of the rows that have target tokens, given the documents [B, S]."""
+        """Return all tokens of the rows that have target tokens.
+
+        Args:
+            documents: [B, S], 0 for padding.
+            causal: whether attention is causal.
+        """
         has_targets = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)
         has_targets[self.rows] = True
         positions = ((documents > 0) & has_targets[:, None]).flatten().nonzero().squeeze(1)

@@ -1,6 +1,8 @@
 """Analytic gradients: for each loss, a function that returns its values and its gradient by the student logits.
 
-They work on one block of target tokens, which fits a CPU's cache, and keep their temporaries in a buffer pool.
+They work on one block of r target tokens, which fits a CPU's cache, and keep their temporaries in a buffer pool. Each
+takes a `LogitPair` and the options of its loss, and returns (loss [r], gradient with respect to the student logits
+[r, V]); the caller may overwrite the gradient.
 
 p and q are the softmaxes of student and teacher, as in `divergences.py`. If g is the derivative of the loss with
 respect to p, the gradient with respect to the student logits is p * (g - sum_v p(v) * g(v)) / temperature.
@@ -111,13 +113,23 @@ class LogitPair:
         return self._buffer_pool.acquire(self.student)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the dot product of each row, [r]."""
+        """Return the dot product of each row, [r].
+
+        Args:
+            a: [r, V].
+            b: [r, V].
+        """
         product = torch.mul(a, b, out=self.new_buffer())
         self._buffer_pool.release_last()
         return product.sum(-1)
 
     def expectation(self, probs: Tensor, values: Tensor) -> Tensor:
-        """Return sum_v probs(v) * values(v), [r]; an id with probability 0 adds 0, even if its value is infinite."""
+        """Return sum_v probs(v) * values(v), [r]; an id with probability 0 adds 0, even if its value is infinite.
+
+        Args:
+            probs: [r, V].
+            values: [r, V].
+        """
         if self.may_be_masked:
             values = torch.where(probs == 0, 0, values)
         return self.dot(probs, values)

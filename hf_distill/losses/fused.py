@@ -84,14 +84,22 @@ class ChunkedLoss:
             )
 
     def from_hidden(self, student: LazyLogits) -> Tensor:
-        """Return the objective over target tokens / num_items, [], from the student's hidden states and output head."""
+        """Return the objective over target tokens / num_items, [], computed chunk by chunk.
+
+        Args:
+            student: hidden states [T, H] of the student and its output head, which get gradients.
+        """
         needs_gradient = torch.is_grad_enabled()
         return self._factor_after * _LossFromHidden.apply(
             student.hidden, student.weight, student.bias, student.scaling, needs_gradient, self
         )
 
     def from_logits(self, student_logits: Tensor) -> Tensor:
-        """Return the objective over target tokens / num_items, [], from materialized student logits [T, V]."""
+        """Return the objective over target tokens / num_items, [], for materialized student logits.
+
+        Args:
+            student_logits: [T, V], which get a gradient.
+        """
         needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
         return self._factor_after * _LossFromLogits.apply(student_logits, needs_gradient, self)
 

@@ -104,7 +104,12 @@ class FeatureLoss:
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
     def total(self, student_features: Mapping[FeatureKey, Tensor], sidecar: Sidecar) -> Tensor:
-        """Return the sum over target tokens of the weighted terms / num_items, []."""
+        """Return the sum over target tokens of the weighted terms / num_items, [].
+
+        Args:
+            student_features: features of the student.
+            sidecar: holds the projectors and learned mappings.
+        """
         total = torch.zeros((), device=self.targets.labels.device)
         for feature_term in self.terms:
             tokens, term = self.tokens[feature_term.term.stack], feature_term.term
