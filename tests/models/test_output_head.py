@@ -119,7 +119,10 @@ OTHER_HEADS = {
     "two calls": (called_twice, "calls the output head 2 times"),
     "soft cap": (after_head(lambda _model, z: 2 * torch.tanh(z / 2)), "not the output of its output head"),
     "soft cap, small logits": (small_soft_cap, "not the output of its output head"),
-    "bias for each id": (after_head(lambda _model, z: z + torch.linspace(0, 6, VOCAB)), "not what its output head"),
+    "bias for each id": (
+        after_head(lambda _model, z: z + torch.linspace(0, 6, VOCAB)),
+        "not the output of its output head",
+    ),
     "trained bias of zeros": (after_head(lambda model, z: z + model.bias, trained_bias), "trained parameter"),
     "scale of 1.005": (after_head(lambda _model, z: 1.005 * z), "not the output of its output head"),
     "masked ids": (
