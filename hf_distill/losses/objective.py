@@ -22,7 +22,7 @@ from .registry import FEATURE_OPTIONS
 
 # Names of other values that are logged for each target token; no term may have one of them.
 RESERVED_NAMES = (
-    *("kl", "agreement", "accuracy", "measured", "asked", "aux", "peer_aux"),
+    *("kl", "agreement", "accuracy", "measured", "target_tokens", "aux", "peer_aux"),
     *("student_ce", "student_entropy", "teacher_ce", "teacher_entropy"),
 )
 

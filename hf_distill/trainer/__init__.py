@@ -1,6 +1,6 @@
 """`DistillTrainer`: a transformers `Trainer` with a teacher.
 
-Names are imported when they are first used, so that parts which need no torch can be read without it.
+Names are imported when they are first used, so that the package can be imported without torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a trainer knows of its distillation, as the facts of a card."""
+"""The data of a model card that a trainer knows: models, objective, training arguments, metrics, licenses."""
 
 import re
 from dataclasses import fields
@@ -22,30 +22,30 @@ _DEFAULTS = {"temperature": 2.0, "alpha": 0.5, "divergence": "forward_kl", "loss
 
 
 def trainer_card_data(
-    trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], judged: LicenseDecision
+    trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], decision: LicenseDecision
 ) -> CardData:
-    """What is known by now.
+    """Collect the data of a model card from a trainer.
 
     Args:
-        trainer: that distils.
-        repo: org/name of the student.
-        teachers: see `taught_by`.
-        judged: see `judged_by`.
+        trainer: a trainer with a teacher.
+        repo: org/name of the student's repository.
+        teachers: the result of `teacher_info`.
+        decision: the result of `license_decision`.
     """
     args, state, model = trainer.args, trainer.state, unwrap_model(trainer.model)
     name: Any = model.name_or_path
     evaluated = next((log for log in reversed(state.log_history) if "eval_loss" in log), None)
     held_out = {"student": held_out_metrics(evaluated)} if evaluated else {}
-    rows = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
-    chat = getattr(trainer.processing_class, "chat_template", None)
+    datasets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    chat_template = getattr(trainer.processing_class, "chat_template", None)
     adapters = hasattr(unwrap_parallel(trainer.model), "peft_config")
     return CardData(
         repo=repo,
         task=model_type_of(trainer.model).pipeline,
-        student={"model": public_name(name), "parameters": _count(model), "adapters": adapters},
+        student={"model": public_name(name), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
         objective={k: v for k, v in distill_arguments(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS),
-        data={"sources": _sources(rows)} | {f"{part}_rows": _length(data) for part, data in rows.items()},
+        data={"sources": _sources(datasets)} | {f"{split}_rows": _length(rows) for split, rows in datasets.items()},
         training={
             "steps": state.global_step,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -56,60 +56,69 @@ def trainer_card_data(
         },
         held_out=held_out,
         environment=environment(str(args.device)) | {"processes": args.world_size},
-        licence=judged,
+        licence=decision,
         not_measured=unmeasured(held_out, (), None),
-        prompt=[{"role": "user", "content": "Hello! What can you do?"}] if chat else None,
+        prompt=[{"role": "user", "content": "Hello! What can you do?"}] if chat_template else None,
     )
 
 
 def teacher_info(teacher: Teacher) -> dict[str, dict[str, Any]]:
-    """What is known of each teacher, with its licence."""
-    several = teacher.teachers if isinstance(teacher, MultiTeacher) else {"teacher": teacher}
-    found = {}
-    for name, one in several.items():
-        known: dict[str, Any] = {"kind": one.kind}
+    """Return for each teacher, by name, its kind, model, revision or number of parameters, and license."""
+    teachers = teacher.teachers if isinstance(teacher, MultiTeacher) else {"teacher": teacher}
+    infos = {}
+    for name, one in teachers.items():
+        info: dict[str, Any] = {"kind": one.kind}
         if isinstance(one, CachedTeacher):
-            known |= {
+            info |= {
                 "model": public_name(one.manifest.teacher["model"]),
                 "revision": one.manifest.teacher.get("revision"),
             }
         elif one.model is not None:
-            held: Any = unwrap_model(one.model)
-            known |= {"model": public_name(held.name_or_path), "parameters": _count(held)}
-        licence = _known_licence(known.get("model"))
-        found[name] = known | {"licence": licence.id, "forbids": licence.forbids}
-    return found
+            model: Any = unwrap_model(one.model)
+            info |= {"model": public_name(model.name_or_path), "parameters": _num_parameters(model)}
+        license_ = _known_license(info.get("model"))
+        infos[name] = info | {"licence": license_.id, "forbids": license_.forbids}
+    return infos
 
 
 def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> LicenseDecision:
-    """The student's licence, as far as the Hub tells."""
-    licences = {name: License(t["licence"], forbids=t["forbids"]) for name, t in teachers.items() if t.get("model")}
-    base = _known_licence(public_name(student)) if student else None
-    return decide_license(licences, base, repo)
+    """Return the license of the student, from the licenses of the models on the Hub.
+
+    Args:
+        teachers: the result of `teacher_info`.
+        student: id or path of the model that the student was initialized from; may be empty.
+        repo: org/name of the student's repository.
+    """
+    licenses = {
+        name: License(info["licence"], forbids=info["forbids"]) for name, info in teachers.items() if info.get("model")
+    }
+    base = _known_license(public_name(student)) if student else None
+    return decide_license(licenses, base, repo)
 
 
-def _known_licence(name: str | None) -> License:
-    """The licence of a model where it can be told; a push is not stopped by a Hub that does not answer."""
+def _known_license(name: str | None) -> License:
+    """Return the license of a model, or an unknown one: a push does not fail if the Hub does not answer."""
     try:
         return get_license(name) if name and not name.endswith("(a local folder)") else License(None)
     except DistillError:
         return License(None)
 
 
-# Where `datasets` keeps a data set of the Hub: org___name/configuration/version/commit/file.
-_CACHED = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+$")
+# Path of a dataset of the Hub in the cache of `datasets`: org___name/configuration/version/commit/file.
+_CACHED_DATASET = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+$")
 
 
-def _sources(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Data sets of the Hub, by where their files are kept."""
-    found = {}
-    for name, rows in given.items():
+def _sources(datasets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return id and commit of the datasets that are from the Hub, read from the paths of their files."""
+    sources = {}
+    for name, rows in datasets.items():
         files = [file["filename"] for file in getattr(rows, "cache_files", None) or ()]
-        if files and (kept := _CACHED.search(Path(files[0]).as_posix())):
-            found[name] = {"dataset": f"{kept[1]}/{kept[2]}", "revision": kept[3]}
-    return found
+        if files and (match := _CACHED_DATASET.search(Path(files[0]).as_posix())):
+            sources[name] = {"dataset": f"{match[1]}/{match[2]}", "revision": match[3]}
+    return sources
 
 
+# Arguments that a card leaves out: paths, accounts, logging, and values that the card shows elsewhere.
 _EXCLUDED_PREFIXES = (
     *("output", "hub", "push", "logging", "log_", "report", "run_name", "save", "eval", "do_", "project", "trackio"),
     *("disable_tqdm", "dataloader", "use_cpu", "local_rank", "resume", "deepspeed", "fsdp", *_OBJECTIVE),
@@ -117,7 +126,7 @@ _EXCLUDED_PREFIXES = (
 
 
 def _arguments(args: Any) -> dict[str, Any]:
-    """Numbers, words and switches that are not as by default, places and accounts aside."""
+    """Return the training arguments that differ from their defaults, without the excluded ones."""
     changed = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
     return {
         name: value.value if isinstance(value, Enum) else value
@@ -126,10 +135,11 @@ def _arguments(args: Any) -> dict[str, Any]:
     }
 
 
-def _count(model: nn.Module) -> int:
-    """Parameters, of a model that is sharded all of them."""
+def _num_parameters(model: nn.Module) -> int:
+    """Return the number of parameters; for a model that ZeRO-3 shards, that of the full model."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _length(rows: Any) -> int | None:
+    """Return the number of rows; None for a stream, and for several datasets by name."""
     return len(rows) if hasattr(rows, "__len__") and not isinstance(rows, dict) else None

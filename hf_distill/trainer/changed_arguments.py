@@ -1,4 +1,4 @@
-"""Arguments of the objective that are changed between two trainings: taken, or refused."""
+"""Checks for arguments of the objective that change between two trainings of one trainer."""
 
 from typing import Any
 
@@ -7,30 +7,34 @@ from .config import RUNTIME_FIELDS, DistillArguments, distill_arguments
 
 
 def objective_arguments(args: Any) -> dict[str, Any]:
-    """Copies of the arguments that the objective is made of."""
+    """Return copies of the arguments that define the objective."""
     return distill_arguments(args) | {"label_smoothing_factor": args.label_smoothing_factor}
 
 
 def changed_arguments(args: Any, before: dict[str, Any], is_distilling: bool) -> list[str]:
-    """Names of what was changed in a trainer's arguments since the objective was made of them.
+    """Return the names of the arguments of the objective that changed since the objective was built.
 
     Args:
-        args: the trainer's arguments.
-        before: `objective_arguments` that the objective was made of.
-        is_distilling: whether there is a teacher.
+        args: the present arguments of the trainer.
+        before: `objective_arguments` when the objective was built.
+        is_distilling: whether the trainer has a teacher.
 
     Raises:
-        DistillError: a value out of range, or a change that cannot be taken any more.
+        DistillError: a value is out of range, or an argument changed that cannot be changed any more.
     """
-    now = objective_arguments(args)
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    current = objective_arguments(args)
+    changed = [name for name in {**before, **current} if before.get(name) != current.get(name)]
     if not changed:
         return []
     if isinstance(args, DistillArguments):
-        DistillArguments.__post_init__(args)  # reads JSON, and refuses what is out of range
-    if fixed := [name for name in changed if name.startswith("teacher_")]:
-        raise DistillError(f"{fixed} changed after the teacher was loaded: make a new trainer with these arguments.")
+        DistillArguments.__post_init__(args)  # parses JSON, and checks the ranges
+    if teacher_fields := [name for name in changed if name.startswith("teacher_")]:
+        raise DistillError(
+            f"{teacher_fields} changed after the teacher was loaded. Create a new trainer with these arguments."
+        )
     unused = [name for name in changed if name not in ("label_smoothing_factor", "stop_on_signal", *RUNTIME_FIELDS)]
     if unused and not is_distilling:
-        raise DistillError(f"{unused} changed, and there is no teacher: pass one, with alpha above 0.")
+        raise DistillError(
+            f"{unused} changed, and there is no teacher. Create a trainer with `teacher=` and alpha above 0."
+        )
     return changed

@@ -1,4 +1,4 @@
-"""A Trainer that reads its checkpoints' weights back exactly: through the key conversion, no key left out."""
+"""`WeightsMixin`: a Trainer that loads the weights of its checkpoints completely, or raises an error."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,34 +15,35 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class WeightsMixin(_Base):
-    """For any Trainer; under FSDP and DeepSpeed the checkpoints are theirs, and they read them."""
+    """Loads checkpoints with the key conversion of `from_pretrained`; FSDP and DeepSpeed load theirs themselves."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the Trainer's, which loads with `strict=False` under the names of the file.
+        """Load the weights of a checkpoint; the Trainer would load them with `strict=False`, without key conversion.
 
         Raises:
-            DistillError: see `load_weights`.
+            DistillError: the weights do not match the model; see `load_weights`.
         """
-        if self._reads_by_itself():
+        if self._uses_trainer_loading():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         logger.info(f"Loading model from {resume_from_checkpoint}.")
         load_weights(unwrap_parallel(self.model if model is None else model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """As the Trainer's.
+        """Load the weights of the best checkpoint.
 
         Raises:
-            DistillError: see `load_weights`.
+            DistillError: the weights do not match the model; see `load_weights`.
         """
-        if self._reads_by_itself():
+        if self._uses_trainer_loading():
             super()._load_best_model()
             return
         best = str(self.state.best_model_checkpoint)
         logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
         load_weights(unwrap_parallel(self.model), Path(best))
 
-    def _reads_by_itself(self) -> bool:
+    def _uses_trainer_loading(self) -> bool:
+        """Return whether the Trainer loads this model itself: it is sharded, or its base weights are quantized."""
         quantized = getattr(unwrap_parallel(self.model), "hf_quantizer", None) is not None
         adapters = hasattr(unwrap_parallel(self.model), "peft_config")
         return (

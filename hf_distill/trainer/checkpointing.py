@@ -1,4 +1,4 @@
-"""A Trainer's checkpoints: sealed when they are complete, verified before training resumes from them, rotated last."""
+"""`CheckpointMixin`: a Trainer that marks complete checkpoints, and verifies a checkpoint before it resumes from it."""
 
 import errno
 import shutil
@@ -20,7 +20,7 @@ from .checkpoints import (
     checkpoints_of,
     hint,
     latest_complete,
-    listed,
+    list_defects,
     mark_complete,
     mark_incomplete,
     remove,
@@ -33,25 +33,30 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class CheckpointMixin(_Base):
-    """For any Trainer."""
+    """Marks, verifies and rotates the checkpoints of a Trainer, and removes those that do not fit on the disk."""
 
-    _verified: Path | None = None  # the checkpoint that was read last and is complete
-    _limit: int | None = None  # save_total_limit while a checkpoint is written
+    _verified: Path | None = None  # the checkpoint that was verified last
+    _save_total_limit: int | None = None  # the user's save_total_limit, while a checkpoint is written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; `True` is the newest checkpoint that is complete.
+        """Train as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, which is verified; True for the newest complete one.
+            args: further arguments of `Trainer.train`.
+            kwargs: further arguments of `Trainer.train`.
 
         Raises:
-            DistillError: the checkpoint is not complete, or differs from what was written.
+            DistillError: the checkpoint is incomplete, or differs from what was written.
         """
         self._restore(Path(self.args.output_dir))
         if resume_from_checkpoint is True:
-            there = self._checkpoints(Path(self.args.output_dir))
+            checkpoints = self._checkpoints(Path(self.args.output_dir))
             newest = self.newest_checkpoint()
-            if newest is None and there:
+            if newest is None and checkpoints:
                 raise DistillError(
-                    f"Training cannot be resumed from {there[0]}: it was not written to its end, and no other "
-                    "checkpoint is complete: start again without resuming."
+                    f"Training cannot be resumed from {checkpoints[0]}: writing it was interrupted, and no other "
+                    "checkpoint is complete. Start again without resuming."
                 )
             resume_from_checkpoint = True if newest is None else str(newest)  # the Trainer reports an empty folder
         elif resume_from_checkpoint:
@@ -59,78 +64,87 @@ class CheckpointMixin(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint of the output folder, every file verified; called on every rank.
+        """Return the newest complete checkpoint of the output folder, with all files verified; call it on every rank.
 
-        Those that are not complete are passed over with a warning. None: there is none, or the writing of all of them
-        was interrupted.
+        It skips incomplete checkpoints with a warning.
+
+        Returns:
+            the checkpoint; None if there is none, or if writing was interrupted for all of them.
 
         Raises:
-            DistillError: a checkpoint was changed after it was written, or all of them are damaged.
+            DistillError: a checkpoint was changed after it was written, or one is damaged and none is complete.
         """
         folder = Path(self.args.output_dir)
         self._restore(folder)
-        flaws: dict[Path, CheckpointDefect] = {}
+        defects: dict[Path, CheckpointDefect] = {}
         for path in self._checkpoints(folder):
-            found = self._flaw(path)
-            if found is None:
-                self._warn_of(flaws)
+            defect = self._defect(path)
+            if defect is None:
+                self._warn_of_skipped(defects)
                 return path
-            if found.state == "changed":
-                self._warn_of(flaws)
-                raise DistillError(f"Training cannot be resumed from {path}: {found}.{hint(path, found)}")
-            flaws[path] = found
-        damaged = {path: found for path, found in flaws.items() if found.state == "damaged"}
+            if defect.state == "changed":
+                self._warn_of_skipped(defects)
+                raise DistillError(f"Training cannot be resumed from {path}: {defect}.{hint(path, defect)}")
+            defects[path] = defect
+        damaged = {path: defect for path, defect in defects.items() if defect.state == "damaged"}
         if damaged:
-            path, found = next(iter(damaged.items()))
+            path, defect = next(iter(damaged.items()))
             raise DistillError(
-                f"Training cannot be resumed from {folder}: no checkpoint is complete ({listed(flaws.items())})."
-                f" To start again, remove the checkpoints or choose another folder.{hint(path, found)}"
+                f"Training cannot be resumed from {folder}: no checkpoint is complete "
+                f"({list_defects(defects.items())}). To start again, remove the checkpoints or choose another folder."
+                f"{hint(path, defect)}"
             )
-        self._warn_of(flaws)
+        self._warn_of_skipped(defects)
         return None
 
-    def _warn_of(self, flaws: Mapping[Path, CheckpointDefect]) -> None:
-        """Log which checkpoints are passed over; where training does not start, the error alone names them."""
+    def _warn_of_skipped(self, defects: Mapping[Path, CheckpointDefect]) -> None:
+        """Log which checkpoints are skipped; if training does not start, only the error names them."""
         if self.args.should_save:
-            for path, found in flaws.items():
-                logger.warning(f"{path} is skipped: {found}.")
+            for path, defect in defects.items():
+                logger.warning(f"{path} is skipped: {defect}.")
 
     def verify(self, path: Path) -> None:
-        """Check a checkpoint before it is read; a folder that is missing is the Trainer's to report.
+        """Check a checkpoint before it is read; the Trainer reports a folder that does not exist.
+
+        Args:
+            path: the checkpoint.
 
         Raises:
-            DistillError: it is not complete, or differs from what was written.
+            DistillError: it is incomplete, or differs from what was written.
         """
-        if path == self._verified or (found := self._flaw(path)) is None:
+        if path == self._verified or (defect := self._defect(path)) is None:
             return
         others = [other for other in self._checkpoints(path.parent) if other != path]
-        whole = next((other for other in others if self._flaw(other) is None), None)
-        then = f"{whole} is complete: resume from that" if whole else "No other is complete: start again"
-        raise DistillError(f"Training cannot be resumed from {path}: {found}. {then}.{hint(path, found)}")
+        complete = next((other for other in others if self._defect(other) is None), None)
+        action = (
+            f"{complete} is complete. Resume from it" if complete else "No other checkpoint is complete. Start again"
+        )
+        raise DistillError(f"Training cannot be resumed from {path}: {defect}. {action}.{hint(path, defect)}")
 
-    def _flaw(self, path: Path) -> CheckpointDefect | None:
-        """What is wrong with a checkpoint; the ranks that save read it, and all ranks get the same answer."""
-        flaws = [checkpoint_defect(path) if self.args.should_save and path.is_dir() else None]
+    def _defect(self, path: Path) -> CheckpointDefect | None:
+        """Return the defect of a checkpoint; the ranks that save read it, and all ranks return the same result."""
+        defects = [checkpoint_defect(path) if self.args.should_save and path.is_dir() else None]
         if self.accelerator.num_processes > 1:
-            flaws = gather_object(flaws)
-        found = next((each for each in flaws if each is not None), None)
-        self._verified = path if found is None else None
-        return found
+            defects = gather_object(defects)
+        defect = next((each for each in defects if each is not None), None)
+        self._verified = path if defect is None else None
+        return defect
 
     def _checkpoints(self, folder: Path) -> list[Path]:
-        """The checkpoints of a folder, newest first, as rank 0 sees them."""
+        """Return the checkpoints of a folder on rank 0, newest first."""
         paths: list[Any] = [checkpoints_of(folder)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(paths)
         return paths[0]
 
     def _restore(self, folder: Path) -> None:
+        """Finish interrupted removals and replacements before any rank reads the folder."""
         if self.args.should_save:
             restore(folder)
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """As the Trainer's, which takes one step too many where it resumes from the last one, or from an early stop."""
+        """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
             return
@@ -139,17 +153,17 @@ class CheckpointMixin(_Base):
             self._load_rng_state(kwargs["resume_from_checkpoint"])
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, of a checkpoint that is verified."""
+        """Verify the best checkpoint, then load it."""
         self.verify(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the Trainer's, but older checkpoints are removed after this one is sealed.
+        """Save a checkpoint, mark it as complete, and only then remove older ones.
 
-        One that cannot be written is removed again.
+        A checkpoint that cannot be written is removed.
 
         Raises:
-            OSError: ENOSPC, with a message for whoever runs this.
+            OSError: the disk is full (ENOSPC); the message says what to do.
             RunError: the weights are not finite.
         """
         output_dir = Path(self._get_output_dir(trial=trial))
@@ -162,7 +176,7 @@ class CheckpointMixin(_Base):
             with self._no_rotation():
                 super()._save_checkpoint(model, trial)
             if not self.args.push_to_hub:
-                self._seal(folder)
+                self._mark_complete(folder)
         except RunError:
             self._discard(folder)
             raise
@@ -173,7 +187,7 @@ class CheckpointMixin(_Base):
             rotate(output_dir, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; where it would keep the best checkpoint alone, a kill cannot leave half of another."""
+        """Remove checkpoints with `rotate` when training ends, so that a kill cannot leave a part of one."""
         with self._no_rotation():
             output = super()._finalize_training(trial, *args, **kwargs)
         best = self.state.best_model_checkpoint
@@ -183,52 +197,61 @@ class CheckpointMixin(_Base):
 
     @contextmanager
     def _no_rotation(self) -> Iterator[None]:
-        """The Trainer removes no checkpoints in the block."""
-        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """Keep the Trainer from removing checkpoints in this context."""
+        self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
         finally:
-            self.args.save_total_limit = self._limit
+            self.args.save_total_limit = self._save_total_limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the Trainer's, which saves its arguments too: those that the user gave."""
-        current, self.args.save_total_limit = self.args.save_total_limit, self._limit or self.args.save_total_limit
+        """Save the model; the training arguments that are saved with it get the user's `save_total_limit`."""
+        during_save = self.args.save_total_limit
+        self.args.save_total_limit = self._save_total_limit or during_save
         try:
             super()._save(output_dir, state_dict=state_dict)
         finally:
-            self.args.save_total_limit = current
+            self.args.save_total_limit = during_save
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the Trainer's, of a checkpoint that is sealed."""
-        self._seal(Path(checkpoint_folder))
+        """Mark the checkpoint as complete, then push it."""
+        self._mark_complete(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _seal(self, folder: Path) -> None:
+    def _mark_complete(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(folder)
         self.accelerator.wait_for_everyone()
 
     def _discard(self, folder: Path) -> None:
-        """Remove a checkpoint that was begun; one of the same step that it was to replace returns."""
+        """Remove an incomplete checkpoint, and restore the one of the same step that it was to replace."""
         if self.args.should_save:
             remove(folder)
             restore(folder.parent)
 
     def _report_full_disk(self, folder: Path, error: BaseException) -> None:
-        """Remove what did not fit on a full disk, and raise a message; return where the error was another."""
-        free = shutil.disk_usage(folder.parent).free
-        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if not _for_want_of_room(error, free, written):
+        """Remove a checkpoint that did not fit on the disk, and say so; return if the error has another cause.
+
+        Raises:
+            OSError: the disk is full (ENOSPC).
+        """
+        free_bytes = shutil.disk_usage(folder.parent).free
+        written_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if not _is_disk_full(error, free_bytes, written_bytes):
             return
         self._discard(folder)
-        whole = latest_complete(folder.parent)
-        last = f"resume from {whole.name}, which is complete" if whole else "start again"
-        size = f"{free / 1e6:,.1f} MB are free there, and {written / 1e6:,.1f} MB of it had been written"
-        raise OSError(errno.ENOSPC, f"{folder} could not be written: {size}. Make room, and {last}.") from error
+        complete = latest_complete(folder.parent)
+        action = f"resume from {complete.name}, which is complete" if complete else "start again"
+        size = (
+            f"{free_bytes / 1e6:,.1f} MB are free on the disk, and {written_bytes / 1e6:,.1f} MB of the checkpoint had "
+            "been written"
+        )
+        message = f"{folder} could not be written: {size}. Free some space on the disk, and {action}."
+        raise OSError(errno.ENOSPC, message) from error
 
 
-def _for_want_of_room(error: BaseException, free: int, written: int) -> bool:
-    """Whether a disk was full: writers do not agree on how to say so."""
-    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return told or "os error 28" in str(error) or free < max(written, 1 << 20)
+def _is_disk_full(error: BaseException, free_bytes: int, written_bytes: int) -> bool:
+    """Return whether a write failed because the disk is full, which not every library reports as ENOSPC."""
+    has_error_code = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return has_error_code or "os error 28" in str(error) or free_bytes < max(written_bytes, 1 << 20)

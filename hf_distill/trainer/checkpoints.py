@@ -1,8 +1,9 @@
-"""Which checkpoints are complete. One is marked before anything is written into it, and sealed when it is on disk.
+"""Complete and incomplete checkpoints: marking, checking, removal and rotation.
 
-The mark (`checkpoint.json`) records the size and the XXH3-128 digest of each file, so that a checkpoint that was cut
-off or damaged, by a kill, a disk or a copy, is told from a complete one. No removal can leave a part of a checkpoint
-that looks complete: a folder is renamed before its files are deleted.
+A checkpoint is marked as incomplete before its first file is written, and as complete when all files are on the disk.
+The mark (`checkpoint.json`) records the size and the XXH3-128 digest of each file, so that a checkpoint that was
+truncated or damaged by a kill, a disk or a copy is recognized. Before the files of a checkpoint are deleted, its folder
+is renamed, so that an interrupted removal never leaves a folder that looks like a complete checkpoint.
 """
 
 import hashlib
@@ -18,17 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..core.io import write_json
 
 MARK_FILE = "checkpoint.json"
-_STATE = "trainer_state.json"
-# A Trainer's pushes to the Hub leave out names that begin so.
+_STATE_FILE = "trainer_state.json"
+# The Trainer's pushes to the Hub leave out names with these prefixes.
 _REMOVED, _REPLACED = "_removed-", "_replaced-"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 class _File(BaseModel):
@@ -38,10 +39,10 @@ class _File(BaseModel):
 
 
 class _Mark(BaseModel):
-    """Contents of `checkpoint.json`; `digest` is that of `files`, so that damage to the mark itself is seen."""
+    """Contents of `checkpoint.json`; `digest` is the digest of `files`, which shows damage to the mark itself."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    whole: bool
+    is_complete: bool = Field(alias="whole")
     files: dict[str, _File] = {}
     digest: str = ""
 
@@ -50,9 +51,9 @@ class _Mark(BaseModel):
 class CheckpointDefect:
     """Why training cannot be resumed from a checkpoint.
 
-    state:  "unfinished": its writing was interrupted; "damaged": a file differs from what was written; "changed": it
-            holds weights that were added afterwards, as after sharding anew
-    reason: for a message
+    state:  "unfinished": writing it was interrupted; "damaged": a file differs from what was written; "changed":
+            weights were added afterwards, for example by sharding them again
+    reason: a clause for messages
     """
 
     state: Literal["unfinished", "damaged", "changed"]
@@ -63,7 +64,10 @@ class CheckpointDefect:
 
 
 def mark_incomplete(folder: Path) -> None:
-    """Mark a checkpoint as not yet complete. A complete one of the same step is kept aside until `seal`."""
+    """Create the folder of a checkpoint, marked as incomplete.
+
+    A complete checkpoint of the same step is renamed, and deleted by `mark_complete`.
+    """
     if folder.exists():
         if checkpoint_defect(folder, digests=False) is None:
             _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
@@ -75,7 +79,7 @@ def mark_incomplete(folder: Path) -> None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Have the system write a checkpoint's files to the disk, then mark it as complete."""
+    """Flush the files of a checkpoint to the disk, then mark it as complete."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK_FILE)
     with ThreadPoolExecutor(4) as pool:  # hashing and flushing release the interpreter lock
         entries = {
@@ -83,7 +87,7 @@ def mark_complete(folder: Path) -> None:
         }
     write_json(folder / MARK_FILE, {"whole": True, "files": entries, "digest": _digest_of(entries)})
     for path in (folder / MARK_FILE, folder, folder.parent):
-        with suppress(OSError):  # not every system opens folders
+        with suppress(OSError):  # not every file system can open a folder
             _flush(path)
     _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
 
@@ -111,40 +115,42 @@ def _digest_of(entries: dict[str, Any]) -> str:
 
 
 def checkpoint_defect(folder: Path, digests: bool = True) -> CheckpointDefect | None:
-    """Why training cannot be resumed from a checkpoint; None: it is complete, or has no mark (of a plain Trainer).
+    """Return why training cannot be resumed from a checkpoint; None if it can.
+
+    A checkpoint without a mark was written by a plain Trainer and has no defect that could be found.
 
     Args:
-        folder: of the checkpoint.
-        digests: whether to read all files; else their sizes are compared.
+        folder: the checkpoint.
+        digests: whether to read all files and compare their digests; otherwise only sizes are compared.
     """
-    found = _damage(folder, digests)
-    if found is not None:
-        return found
+    defect = _difference_from_mark(folder, digests)
+    if defect is not None:
+        return defect
     try:
-        TrainerState.load_from_json(str(folder / _STATE))
-    except FileNotFoundError:  # a Trainer writes it last, and the kill may have come before the mark
-        return CheckpointDefect("unfinished", f"{_STATE} is missing")
+        TrainerState.load_from_json(str(folder / _STATE_FILE))
+    except FileNotFoundError:  # the Trainer writes it last, so writing was interrupted
+        return CheckpointDefect("unfinished", f"{_STATE_FILE} is missing")
     except (OSError, ValueError, TypeError, AttributeError):
-        return CheckpointDefect("damaged", f"{_STATE} cannot be read")
+        return CheckpointDefect("damaged", f"{_STATE_FILE} cannot be read")
     return None
 
 
-def _damage(folder: Path, digests: bool) -> CheckpointDefect | None:
-    """The first difference between a checkpoint and its mark."""
+def _difference_from_mark(folder: Path, digests: bool) -> CheckpointDefect | None:
+    """Return the first difference between a checkpoint and its mark."""
     try:
         mark = _Mark.model_validate_json((folder / MARK_FILE).read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return CheckpointDefect("damaged", f"its {MARK_FILE} cannot be read")
-    if not mark.whole:
-        return CheckpointDefect("unfinished", "it was not written to its end")
+    if not mark.is_complete:
+        return CheckpointDefect("unfinished", "writing it was interrupted")
     if mark.digest != _digest_of({name: entry.model_dump() for name, entry in mark.files.items()}):
         return CheckpointDefect("damaged", f"its {MARK_FILE} is damaged")
     paths = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MARK_FILE}
-    added = sorted(name for name in paths - mark.files.keys() if name.endswith(_WEIGHTS))
+    added = sorted(name for name in paths - mark.files.keys() if name.endswith(_WEIGHTS_SUFFIXES))
     if added:
-        return CheckpointDefect("changed", f"{added[0]} was added after it was written")
+        return CheckpointDefect("changed", f"{added[0]} was added after the checkpoint was written")
     for name, entry in mark.files.items():
         path = folder / name
         if not path.is_file():
@@ -152,12 +158,12 @@ def _damage(folder: Path, digests: bool) -> CheckpointDefect | None:
         if (size := path.stat().st_size) != entry.size:
             return CheckpointDefect("damaged", f"{name} has {size:,} bytes instead of {entry.size:,}")
     if digests:
-        return _changed_bytes(folder, mark.files)
+        return _digest_mismatch(folder, mark.files)
     return None
 
 
 def is_as_written(folder: Path, name: str) -> bool:
-    """Whether a file of a checkpoint has the digest that its mark records; True where there is no mark."""
+    """Return whether a file of a checkpoint has the digest in the mark; True if the checkpoint has no mark."""
     try:
         mark = _Mark.model_validate_json((folder / MARK_FILE).read_bytes())
         return name in mark.files and mark.files[name].xxh3_128 == _digest(folder / name)
@@ -167,12 +173,12 @@ def is_as_written(folder: Path, name: str) -> bool:
         return False
 
 
-def _changed_bytes(folder: Path, files: dict[str, _File]) -> CheckpointDefect | None:
+def _digest_mismatch(folder: Path, files: dict[str, _File]) -> CheckpointDefect | None:
     with ThreadPoolExecutor(4) as pool:
         for name, digest in zip(files, pool.map(lambda name: _digest_if_readable(folder / name), files), strict=True):
             if digest != files[name].xxh3_128:
-                what = "cannot be read" if digest is None else "is damaged (its digest is not the recorded one)"
-                return CheckpointDefect("damaged", f"{name} {what}")
+                problem = "cannot be read" if digest is None else "is damaged (its digest is not the recorded one)"
+                return CheckpointDefect("damaged", f"{name} {problem}")
     return None
 
 
@@ -184,7 +190,7 @@ def _digest_if_readable(path: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    """Delete a checkpoint; if this is interrupted, no folder is left that looks like a checkpoint."""
     target = folder.with_name(f"{_REMOVED}{folder.name}")
     _delete(target)
     with suppress(FileNotFoundError):
@@ -197,7 +203,7 @@ def _delete(folder: Path) -> None:
 
 
 def restore(output_dir: Path) -> None:
-    """Finish what a kill interrupted: removals, and the replacement of a checkpoint by one of the same step."""
+    """Finish removals and replacements of checkpoints that were interrupted."""
     for path in output_dir.glob(f"{_REMOVED}{PREFIX_CHECKPOINT_DIR}-*"):
         _delete(path)
     for path in output_dir.glob(f"{_REPLACED}{PREFIX_CHECKPOINT_DIR}-*"):
@@ -211,7 +217,7 @@ def restore(output_dir: Path) -> None:
 
 @contextmanager
 def _quiet_sorting() -> Iterator[None]:
-    """transformers warns where all checkpoints have one time, and sorts by steps, which is right too."""
+    """Hide the warning of transformers that sorts checkpoints of equal times by step, which is correct too."""
     log = logging.getLogger("transformers.trainer_utils")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -222,48 +228,48 @@ def _quiet_sorting() -> Iterator[None]:
 
 
 def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond a limit, as a Trainer does; never the newest or the best one.
+    """Remove the oldest checkpoints beyond a limit, as the Trainer does, but never the newest or the best one.
 
     Args:
-        output_dir: of the run.
-        newest: the checkpoint that was just sealed.
-        limit: `save_total_limit`.
+        output_dir: the output folder of the training.
+        newest: the checkpoint that was just completed.
+        limit: `save_total_limit` of the training arguments.
         best: `best_model_checkpoint` of the Trainer's state.
     """
     if limit is None or limit <= 0:
         return
-    kept = {newest.name} | ({Path(best).name} if best else set())
+    protected = {newest.name} | ({Path(best).name} if best else set())
     with _quiet_sorting():
         paths = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
-    excess = len(paths) - max(limit, len(kept))
-    for path in [path for path in paths if path.name not in kept][: max(excess, 0)]:
+    excess = len(paths) - max(limit, len(protected))
+    for path in [path for path in paths if path.name not in protected][: max(excess, 0)]:
         remove(path)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints of an output folder, newest first."""
-    found = [(path.name.rpartition("-")[2], path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    steps = [(int(step), path) for step, path in found if step.isdecimal() and path.is_dir()]
+    """Return the checkpoints of an output folder, newest first."""
+    candidates = [(path.name.rpartition("-")[2], path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    steps = [(int(step), path) for step, path in candidates if step.isdecimal() and path.is_dir()]
     return [path for _, path in sorted(steps, reverse=True)]
 
 
 def latest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint of an output folder with all its files in their sizes; None if there is none.
+    """Return the newest checkpoint whose files all have their recorded sizes; None if there is none.
 
-    For messages: before training resumes from one, `flaw` reads it.
+    This does not read the files and serves messages; before training resumes, `checkpoint_defect` compares digests.
     """
     return next((path for path in checkpoints_of(folder) if checkpoint_defect(path, digests=False) is None), None)
 
 
-def hint(path: Path, found: CheckpointDefect) -> str:
-    """How a user accepts a checkpoint that was changed on purpose; empty where its writing was interrupted."""
-    if found.state == "unfinished":
+def hint(path: Path, defect: CheckpointDefect) -> str:
+    """Return how to resume from a checkpoint that was changed on purpose; empty if writing it was interrupted."""
+    if defect.state == "unfinished":
         return ""
-    if found.state == "damaged":  # which is nearly always a fault of a disk or a copy
+    if defect.state == "damaged":  # nearly always caused by a disk or a copy
         return " (For a checkpoint that you edited yourself, see docs/fault-tolerance.md.)"
-    return f" If you changed it on purpose, delete {path / MARK_FILE}: training then resumes from it without checks."
+    return f" If you changed it on purpose, delete {path / MARK_FILE}. Training then resumes from it without checks."
 
 
-def listed(flaws: Iterable[tuple[Path, CheckpointDefect]]) -> str:
-    """Checkpoints with their flaws, for a message."""
-    return "; ".join(f"{path.name}: {found}" for path, found in flaws)
+def list_defects(defects: Iterable[tuple[Path, CheckpointDefect]]) -> str:
+    """Return the names of checkpoints with their defects, for a message."""
+    return "; ".join(f"{path.name}: {defect}" for path, defect in defects)

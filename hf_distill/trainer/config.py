@@ -1,4 +1,4 @@
-"""The arguments of a distillation, beside those of any training."""
+"""`DistillArguments`, the arguments of a distillation, and `DistillConfig`, which adds them to `TrainingArguments`."""
 
 import copy
 import json
@@ -14,80 +14,113 @@ from ..losses.objective import Term, objective
 from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
 
-RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps")  # of how training is watched, not of what is learnt
+# Fields that say how training is monitored; they do not change what the student learns.
+RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps")
 
 
 @dataclass
 class DistillArguments:
-    """What distilling adds to a trainer's arguments, with its defaults.
+    """The arguments that distillation adds to those of a trainer.
 
     Raises:
-        DistillError: a value out of range, an unknown loss or option; all of them at once.
+        DistillError: a value is out of range, or a loss or an option is unknown; the message names all of them.
     """
 
     _DICT_FIELDS: ClassVar = ["divergence", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
 
     temperature: float = field(
         default=2.0,
-        metadata={"help": "Divides the logits of teacher and student; the divergence is multiplied by its square."},
+        metadata={
+            "help": "The logits of teacher and student are divided by this temperature, and the divergence is "
+            "multiplied by its square. It must be above 0; the default is 2.0."
+        },
     )
     alpha: float = field(
         default=0.5,
-        metadata={"help": "Weight of the teacher's soft labels, in [0, 1]; the hard labels get 1 - alpha."},
+        metadata={
+            "help": "Weight of the divergence from the teacher, between 0 and 1. The cross entropy on the labels gets "
+            "the weight 1 - alpha. The default is 0.5."
+        },
     )
     divergence: dict | str | None = field(
         default="forward_kl",
-        metadata={"help": "Loss between the two distributions: a name, or {name, **options} (or its JSON)."},
+        metadata={
+            "help": "Divergence between the distributions of teacher and student: the name of a loss, or a dict "
+            '{"name": ..., option: ...}, also as JSON. The default is forward_kl.'
+        },
     )
     losses: list | str | None = field(
         default=None,
-        metadata={"help": "More terms, a list (or its JSON) of {name, weight, **options}."},
+        metadata={
+            "help": "Additional losses, such as losses on hidden states or attention: a list of dicts "
+            '{"name": ..., "weight": ..., option: ...}, also as JSON. The default is None, which adds no loss.'
+        },
     )
     chunk_tokens: int | None = field(
         default=None,
-        metadata={"help": "Asked tokens a chunk of the fused head: memory, not accuracy. None: 150 MiB on a CPU."},
+        metadata={
+            "help": "Number of target tokens for which the fused loss materializes logits at a time, at least 1. It "
+            "changes the memory that is needed, not the result. The default is None: as many as fit into 150 MiB on a "
+            "CPU, or into an eighth of the free memory on a GPU."
+        },
     )
     projectors: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Between hidden states: linear, mlp or none, or {kind, init, learning_rate, weight_decay} (or its "
-            "JSON). None: linear where widths differ."
+            "help": "Projectors between the hidden states of student and teacher: linear, mlp or none, or a dict with "
+            "the keys kind, init, learning_rate and weight_decay, also as JSON. The default is None: a linear "
+            "projector wherever the widths differ."
         },
     )
     teacher_init_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "How to load a teacher given as id or path: a dict (or its JSON) for from_pretrained, and "
-            "quantization: nf4 or int8."
+            "help": "Keyword arguments for from_pretrained when the teacher is an id or a path: a dict, also as JSON. "
+            "The key quantization (nf4 or int8) quantizes the teacher. The default is None."
         },
     )
     teacher_deepspeed: dict | str | None = field(
         default=None,
-        metadata={"help": "Shard the teacher by ZeRO-3: a config, its path, or a packaged one (zero3-teacher.json)."},
+        metadata={
+            "help": "Shards the teacher with ZeRO-3: a DeepSpeed config as a dict or JSON, the path of one, or the "
+            "name of a packaged one (zero3-teacher.json). The default is None, which does not shard it."
+        },
     )
-    teacher_fsdp: bool = field(default=False, metadata={"help": "Shard the teacher by FSDP2 over all processes."})
+    teacher_fsdp: bool = field(
+        default=False,
+        metadata={"help": "Whether to shard the teacher over all processes with FSDP2. The default is False."},
+    )
     stop_on_signal: bool = field(
         default=False,
-        metadata={"help": "On SIGTERM or Ctrl-C, save a checkpoint after the step and exit with code 143 or 130."},
+        metadata={
+            "help": "Whether SIGTERM or Ctrl-C ends training after the current step with a checkpoint. The process "
+            "then exits with code 143 or 130. The default is False."
+        },
     )
     self_check: bool = field(
         default=True,
-        metadata={"help": "Compare the first batch's loss and gradient with a plain reference on 32 tokens."},
+        metadata={
+            "help": "Whether to compare the loss and the gradient of the first batch with an unfused reference, on 32 "
+            "target tokens. The default is True."
+        },
     )
     max_consecutive_nonfinite_steps: int = field(
         default=5,
-        metadata={"help": "Steps whose loss or gradient is not finite are skipped; after so many in a row it stops."},
+        metadata={
+            "help": "Training stops after this number of consecutive steps whose loss or gradient is not finite, at "
+            "least 1; each of these steps is skipped. The default is 5."
+        },
     )
 
     def __post_init__(self):
         if isinstance(self.divergence, str) and self.divergence.startswith("{"):
-            self.divergence = _parsed("divergence", self.divergence, dict)
+            self.divergence = _parse_json("divergence", self.divergence, dict)
         if isinstance(self.projectors, str) and self.projectors.startswith("{"):
-            self.projectors = _parsed("projectors", self.projectors, dict)
+            self.projectors = _parse_json("projectors", self.projectors, dict)
         if isinstance(self.teacher_deepspeed, str) and self.teacher_deepspeed.startswith("{"):
-            self.teacher_deepspeed = _parsed("teacher_deepspeed", self.teacher_deepspeed, dict)
-        self.losses = _parsed("losses", self.losses, list)
-        self.teacher_init_kwargs = _parsed("teacher_init_kwargs", self.teacher_init_kwargs, dict)
+            self.teacher_deepspeed = _parse_json("teacher_deepspeed", self.teacher_deepspeed, dict)
+        self.losses = _parse_json("losses", self.losses, list)
+        self.teacher_init_kwargs = _parse_json("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         problems = self._wrong_types()
         with collect_errors(problems):
             self._choose_direction()
@@ -99,48 +132,50 @@ class DistillArguments:
         raise_if_any(problems)
 
     def _wrong_types(self) -> list[str]:
-        """Fields whose value is of a wrong type or out of range, those of the training arguments included."""
+        """Describe the values of a wrong type or out of range, those of the training arguments included."""
         problems = []
-        for name, least in (
-            ("chunk_tokens", "None, or a whole number of at least 1"),
-            ("max_consecutive_nonfinite_steps", ""),
-        ):
+        for name, may_be_none in (("chunk_tokens", True), ("max_consecutive_nonfinite_steps", False)):
             value = getattr(self, name)
-            if not (least and value is None) and (type(value) is not int or value < 1):
-                problems.append(f"{name} is {value!r}; it must be {least or 'a whole number of at least 1'}")
+            if not (may_be_none and value is None) and (type(value) is not int or value < 1):
+                expected = "None, or a whole number of at least 1" if may_be_none else "a whole number of at least 1"
+                problems.append(f"{name} is {value!r}; it must be {expected}")
         for name in ("teacher_fsdp", "stop_on_signal", "self_check"):
             if not isinstance(value := getattr(self, name), bool):
                 problems.append(f"{name} is {value!r}; it must be True or False")
         if self.teacher_deepspeed is not None and not isinstance(self.teacher_deepspeed, dict | str | os.PathLike):
-            problems.append(f"teacher_deepspeed is {self.teacher_deepspeed!r}; it must be a dict, its JSON, or a path")
+            problems.append(f"teacher_deepspeed is {self.teacher_deepspeed!r}; it must be a dict, JSON, or a path")
         if not (self.divergence is None or (self.divergence and isinstance(self.divergence, dict | str))):
             problems.append(f"divergence is {self.divergence!r}; it must be a name or {{name, **options}}")
-        own = {item.name for item in fields(DistillArguments)}
+        distill_names = {item.name for item in fields(DistillArguments)}
         for item in fields(self):
             value, default = getattr(self, item.name, None), item.default
-            if item.name in own or isinstance(default, bool) or not isinstance(default, int | float):
+            if item.name in distill_names or isinstance(default, bool) or not isinstance(default, int | float):
                 continue
             if isinstance(value, str | list | dict) or (isinstance(value, float) and isnan(value)):
-                problems.append(f"{item.name} is {value!r}; it must be a number (by default it is {default!r})")
+                problems.append(f"{item.name} is {value!r}; it must be a number (the default is {default!r})")
         return problems
 
     def _choose_direction(self) -> None:
-        """Set `greater_is_better` of a metric of a distillation, where it is not set; else transformers chooses."""
+        """Set `greater_is_better` for a metric of this package if it is not set; transformers chooses for others."""
         metric = getattr(self, "metric_for_best_model", None)
         if metric is not None and getattr(self, "greater_is_better", None) is None:
             self.greater_is_better = greater_is_better(metric)
 
     def terms(self, label_smoothing: float = 0.0) -> list[Term]:
-        """The terms of the objective."""
+        """Return the terms of the objective.
+
+        Args:
+            label_smoothing: smoothing of the cross entropy on the labels, between 0 and 1.
+        """
         losses: Any = self.losses or ()
         return objective(self.alpha, self.temperature, self.divergence or "forward_kl", losses, label_smoothing)
 
 
 @dataclass
 class DistillConfig(DistillArguments, TrainingArguments):
-    """`transformers.TrainingArguments` and the fields of a distillation.
+    """`transformers.TrainingArguments` with the arguments of a distillation.
 
-    Every field can be set from a command line through `HfArgumentParser`.
+    Every field can be set on the command line of a script that uses `HfArgumentParser`.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *DistillArguments._DICT_FIELDS]
@@ -151,21 +186,26 @@ class DistillConfig(DistillArguments, TrainingArguments):
 
 
 def distill_arguments(args: Any) -> dict[str, Any]:
-    """Copies of the values of the fields of a distillation in any arguments; empty if there are none."""
+    """Return copies of the `DistillArguments` fields of any training arguments; empty for plain `TrainingArguments`."""
     names = [item.name for item in fields(DistillArguments)] if isinstance(args, DistillArguments) else []
     return {name: copy.deepcopy(getattr(args, name)) for name in names}
 
 
-def _parsed(name: str, value: Any, kind: type) -> Any:
+def _parse_json(name: str, value: Any, kind: type) -> Any:
+    """Return the value of a field, parsed if it is JSON.
+
+    Raises:
+        DistillError: it is not valid JSON, or not of the type `kind`.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             example = '[{"name": "hidden_mse", "weight": 1.0}]' if kind is list else '{"name": "value"}'
             raise DistillError(
-                f"{name} is not JSON ({error.msg} at character {error.pos}): {value!r}; give a {kind.__name__}, or its "
-                f"JSON, such as {example}"
+                f"{name} is not JSON ({error.msg} at character {error.pos}): {value!r}. Pass a {kind.__name__}, "
+                f"or JSON such as {example}"
             ) from None
     if value is not None and not isinstance(value, kind):
-        raise DistillError(f"{name} must be a {kind.__name__} or its JSON; got {value!r}")
+        raise DistillError(f"{name} is {value!r}; it must be a {kind.__name__}, or JSON of one")
     return value

@@ -1,4 +1,4 @@
-"""The step: one batch in, one loss out. A plain object that runs without a Trainer."""
+"""One distillation step: `Distiller` takes a batch and returns its loss. It runs with or without a Trainer."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,13 +22,13 @@ from ..teachers import Teacher
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step found.
+    """Result of one distillation step.
 
-    loss:      [] the objective, sum over asked tokens / num_items, with its graph
-    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and statistics if asked for;
-               "aux": the sum of the auxiliary losses that the model's own forward adds, where it adds any
-    targets:   the asked tokens
-    outputs:   the student's outputs
+    loss:      [] the sum over target tokens / num_items, with its autograd graph
+    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and the statistics if they were
+               requested; "aux" holds the sum of the auxiliary losses that the model's forward adds, if it adds any
+    targets:   the T target tokens of the batch
+    outputs:   the outputs of the student's forward
     """
 
     loss: Tensor
@@ -38,17 +38,29 @@ class StepOutput:
 
 
 class Distiller:
-    """The objective applied to batches.
+    """Compute the distillation loss of a batch.
 
-    L = sum over asked tokens of sum(weight * T^2 * loss) / num_items, with the terms of `objective`
+    loss = sum over target tokens of (sum over terms of weight * T^2 * term) / num_items
+
+    A call runs these steps:
+
+    1. `Targets.from_batch` reads the target tokens (labels != -100) and shifts the labels once.
+    2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient.
+       A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
+    3. `Teacher.transform_student_batch` may replace the student's view of the batch; the target tokens stay the same.
+    4. The student's forward runs once. In place of its output head runs `ChunkedLoss`, which computes the terms on
+       logits and their gradients chunk by chunk, so that full logits are never materialized.
+    5. At the end of that forward, `FeatureLoss` computes the terms on hidden states and attention.
 
     Args:
-        terms: see `objective`.
-        chunk_tokens: asked tokens a chunk of the fused head; None: what a workspace of 150 MiB holds.
-        features: the terms on features, matched to student and teacher; the student wears their sidecar.
+        terms: the terms of the objective; see `objective`.
+        chunk_tokens: target tokens in one chunk of the fused loss; None chooses as many as fit into 150 MiB
+            on a CPU, or into an eighth of the free memory on a GPU.
+        features: the terms on features, matched to student and teacher. The student must have their sidecar attached.
 
-    look: called with each batch's job, the source of the student's logits, what the teacher says and the asked tokens,
-        before the job is run.
+    Attributes:
+        pre_loss_hook: called before the loss of each batch is computed, with the chunked loss, the student's logits,
+            the teacher's signals, and the target tokens; None calls nothing.
     """
 
     pre_loss_hook: Callable[[ChunkedLoss, LazyLogits | DenseLogits, Signals, Targets], None] | None = None
@@ -56,7 +68,7 @@ class Distiller:
     def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
         self.terms, self.chunk_tokens = terms, chunk_tokens
         self.features = Features() if features is None else features
-        self._on_logits = [term for term in terms if not term.loss.feature]
+        self._logit_terms = [term for term in terms if not term.loss.feature]
 
     def __call__(
         self,
@@ -67,67 +79,82 @@ class Distiller:
         keep_logits: bool = False,
         statistics: int = 0,
     ) -> StepOutput:
-        """One forward of both models and their loss.
+        """Run one forward of both models and compute the loss.
 
         Args:
-            student: the model as prepared (DDP and other wrappers included).
+            student: the model as prepared for training, with wrappers such as DDP.
             teacher: a prepared teacher.
-            inputs: the collator's batch with `labels`.
-            num_items: asked tokens of the whole global batch; None: those of this batch.
-            keep_logits: keep the student's logits of all positions in `outputs`.
-            statistics: also `kl` (T = 1), `agreement`, entropies and cross entropies of both models, for every so
-                manieth block of tokens (0: none, 1: all); see `HeadJob`.
+            inputs: the batch of the collator, with `labels`.
+            num_items: number of target tokens in the global batch; None uses those of this batch.
+            keep_logits: whether to keep the student's logits of all positions in `outputs`.
+            statistics: whether to also compute the metrics `kl` (at T = 1), `agreement`, and the entropies and cross
+                entropies of both models, on every n-th block of tokens (0 disables, 1 is every block).
 
         Raises:
-            DistillError: labels missing, not ids, or outside the student's vocabulary; a classifier whose teacher
-                predicts another number of classes.
+            DistillError: labels are missing, are not ids, or are outside the student's vocabulary; or a classifier's
+                teacher predicts another number of classes.
         """
         model = unwrap_model(student)
-        task = model_type_of(model)
-        targets = Targets.from_batch(inputs, task.shifts_labels)
-        size = task.num_outputs(model)
-        targets.check_ids(size)
-        tokens = self.features.tokens(inputs, targets)
-        feature_requests = self.features.feature_requests(tokens)
+        model_type = model_type_of(model)
+        num_outputs = model_type.num_outputs(model)
+        targets = Targets.from_batch(inputs, model_type.shifts_labels)
+        targets.check_ids(num_outputs)
+        feature_tokens = self.features.tokens(inputs, targets)
+        feature_requests = self.features.feature_requests(feature_tokens)
         joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items)
-        told = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
-        asked = targets
+        teacher_signals = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
+
+        teacher_targets = targets
         inputs, targets = teacher.transform_student_batch(inputs, targets, model.training)
-        tokens = tokens if targets is asked else self.features.tokens(inputs, targets)
+        if targets is not teacher_targets:
+            feature_tokens = self.features.tokens(inputs, targets)
 
-        def jobs(said: LazyLogits | DenseLogits) -> StepLosses:
-            if said.vocab_size < size:  # a config can promise more classes than there are logits
-                targets.check_ids(said.vocab_size)
-            own = None if joint_step is None else joint_step(said)
-            heard = told if joint_step is None else joint_step.teacher_signals
-            if not task.vocabulary:
-                _check_class_counts(heard, said)
-            head = ChunkedLoss(heard.logits, targets, self._on_logits, statistics, self.chunk_tokens, num_items)
+        def make_losses(student_logits: LazyLogits | DenseLogits) -> StepLosses:
+            """Called inside the student's forward, as soon as its logits (or hidden states and head) are known."""
+            nonlocal teacher_signals
+            if student_logits.vocab_size < num_outputs:  # a config can declare more classes than there are logits
+                targets.check_ids(student_logits.vocab_size)
+            teacher_loss = None
+            if joint_step is not None:
+                teacher_loss = joint_step(student_logits)
+                teacher_signals = joint_step.teacher_signals
+            if not model_type.vocabulary:
+                _check_class_counts(teacher_signals, student_logits)
+            chunked_loss = ChunkedLoss(
+                teacher_signals.logits, targets, self._logit_terms, statistics, self.chunk_tokens, num_items
+            )
             if self.pre_loss_hook is not None:
-                self.pre_loss_hook(head, said, heard, asked)
-            return StepLosses(head, FeatureLoss(self.features.terms, heard.features, tokens, targets, num_items), own)
+                self.pre_loss_hook(chunked_loss, student_logits, teacher_signals, teacher_targets)
+            feature_loss = FeatureLoss(
+                self.features.terms, teacher_signals.features, feature_tokens, targets, num_items
+            )
+            return StepLosses(chunked_loss, feature_loss, teacher_loss)
 
-        feature_keys = self.features.said(tokens)
+        student_requests = self.features.said(feature_tokens)
         with joint_step.context(student) if joint_step else nullcontext():
             inputs = without_foreign_inputs(model, inputs, teacher.input_names())
-            loss, outputs, done = forward_with_loss(student, inputs, targets, feature_keys, jobs, keep_logits)
-        found = done.head.per_token | done.features.per_token | (joint_step.per_token if joint_step else {})
-        return StepOutput(loss, found, asked, outputs)
+            loss, outputs, losses = forward_with_loss(
+                student, inputs, targets, student_requests, make_losses, keep_logits
+            )
+        per_token = losses.head.per_token | losses.features.per_token
+        if joint_step:
+            per_token |= joint_step.per_token
+        return StepOutput(loss, per_token, teacher_targets, outputs)
 
 
-def _check_class_counts(teacher: Signals, student: LazyLogits | DenseLogits) -> None:
-    """Refuse two classifiers whose logits are of different numbers of classes, whatever their configs promise.
+def _check_class_counts(teacher_signals: Signals, student_logits: LazyLogits | DenseLogits) -> None:
+    """Check that two classifiers return logits of the same number of classes, whatever their configs declare.
 
     Language models may pad one vocabulary to different sizes; classes have no padding.
 
     Raises:
-        DistillError: the numbers differ.
+        DistillError: the numbers of classes differ.
     """
-    for name, source in named_sources(teacher.logits).items():
-        if source.vocab_size not in (None, student.vocab_size):
-            called = "The teacher" if name is None else f"Teacher {name!r}"
+    for name, logits in named_sources(teacher_signals.logits).items():
+        if logits.vocab_size not in (None, student_logits.vocab_size):
+            subject = "The teacher" if name is None else f"The teacher {name!r}"
             raise DistillError(
-                f"{called} returns logits of {source.vocab_size} classes and the student of {student.vocab_size}: "
-                "nothing says which of them correspond. Use a teacher and a student whose logits are of the same "
-                "classes, in the same order."
+                f"{subject} returns logits of {logits.vocab_size} classes and the student of "
+                f"{student_logits.vocab_size}, so their classes cannot be matched. Use a teacher and a student whose "
+                "logits are of the same classes, in the same order."
             )

@@ -1,4 +1,4 @@
-"""A Trainer's pushes to the Hub: each carries a card with what is known by then, and the same facts as JSON."""
+"""`HubMixin`: a Trainer that pushes a model card and its data as JSON with the model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +18,17 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class HubMixin(_Base):
-    """For any Trainer that distils; without a teacher everything is the Trainer's."""
+    """Writes the model card of a distilled model; without a teacher the Trainer writes its own card."""
 
     teacher: Any
     is_distilling: bool
-    _known: Any = None  # teachers and licence: they do not change, and the Hub is asked for them
+    _teachers_and_license: Any = None  # kept, because they do not change and need requests to the Hub
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the Trainer's; what goes up carries a card, which is not written while an earlier push reads it."""
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        pushes = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy)
-        if self.is_distilling and pushes:
+        """Write the card, then push; the card is not written while an earlier push reads it."""
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        will_push = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not is_busy)
+        if self.is_distilling and will_push:
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -47,47 +47,57 @@ class HubMixin(_Base):
         """Write README.md and distillation.json into the output folder.
 
         Args:
-            language: of the card's metadata; as the four below it wins over what is known.
-            license: of the card's metadata.
-            tags: beside our own.
-            model_name: the title, by default the repository's.
-            finetuned_from: `base_model` of the metadata.
-            tasks: `pipeline_tag` of the metadata.
-            dataset: ids for the metadata.
-            dataset_name: as TRL calls `dataset`.
-            others: of the Trainer's own card, where nothing is distilled.
+            language: `language` of the metadata.
+            license: `license` of the metadata; overrides the one that the licenses of the models give.
+            tags: tags in addition to those of this package.
+            model_name: the title; by default the name of the repository.
+            finetuned_from: `base_model` of the metadata; overrides the student's.
+            tasks: `pipeline_tag` of the metadata; overrides the one of the model type.
+            dataset: `datasets` of the metadata; overrides those of the training data.
+            dataset_name: the name that TRL has for `dataset`.
+            others: arguments of the Trainer's card, for a trainer without a teacher.
+
+        Raises:
+            TypeError: `others` are passed although the trainer has a teacher.
         """
-        given = {"language": language, "license": license, "finetuned_from": finetuned_from, "tasks": tasks}
-        given |= {"dataset": dataset, "dataset_name": dataset_name, "tags": tags, "model_name": model_name, **others}
+        arguments = {"language": language, "license": license, "finetuned_from": finetuned_from, "tasks": tasks}
+        arguments |= {
+            "dataset": dataset,
+            "dataset_name": dataset_name,
+            "tags": tags,
+            "model_name": model_name,
+            **others,
+        }
         if not self.is_distilling:
-            super().create_model_card(**{name: value for name, value in given.items() if value is not None})
+            super().create_model_card(**{name: value for name, value in arguments.items() if value is not None})
             return
         if others:
-            raise TypeError(f"A distilled model's card takes no {', '.join(sorted(others))}.")
+            raise TypeError(f"The card of a distilled model has no {', '.join(sorted(others))}. Leave it out.")
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
         repo = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
-        if self._known is None:
+        if self._teachers_and_license is None:
             teachers, model = teacher_info(self.teacher), unwrap_model(self.model)
-            self._known = teachers, license_decision(teachers, str(model.name_or_path), repo)
-            for line in self._known[1].conflicts if self.args.push_to_hub else ():
-                logger.warning(f"Licence of {repo}: {line}. Read it before others use it.")
-        teachers, judged = self._known
-        judged = judged if license is None else replace(judged, id=license)
-        titled = repo if model_name in (None, repo.rpartition("/")[2]) else str(model_name)
-        facts = trainer_card_data(self, titled, teachers, judged)
-        card = build_card(facts)
+            decision = license_decision(teachers, str(model.name_or_path), repo)
+            self._teachers_and_license = teachers, decision
+            for conflict in decision.conflicts if self.args.push_to_hub else ():
+                logger.warning(f"License of {repo}: {conflict}. Read the licenses before others use the model.")
+        teachers, decision = self._teachers_and_license
+        decision = decision if license is None else replace(decision, id=license)
+        title = repo if model_name in (None, repo.rpartition("/")[2]) else str(model_name)
+        card_data = trainer_card_data(self, title, teachers, decision)
+        card = build_card(card_data)
         metadata = {"language": language, "base_model": finetuned_from, "pipeline_tag": tasks}
-        metadata["datasets"] = _listed(dataset) or _listed(dataset_name) or None
+        metadata["datasets"] = _as_list(dataset) or _as_list(dataset_name) or None
         for name, value in metadata.items():
             if value is not None:
                 card.data[name] = value
-        card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *_listed(tags)])]
+        card.data["tags"] = [*dict.fromkeys([*(card.data.get("tags") or []), *_as_list(tags)])]
         folder.mkdir(parents=True, exist_ok=True)
         card.save(folder / "README.md")
-        write_json(folder / FILE, facts.as_json())
+        write_json(folder / FILE, card_data.as_json())
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())

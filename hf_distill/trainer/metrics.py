@@ -1,4 +1,4 @@
-"""What a Trainer measures of its distillation: terms and statistics over asked tokens, in logs and in evaluation."""
+"""`MetricsMixin`: the metrics of a distillation in training logs and evaluation, averaged over target tokens."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -16,52 +16,56 @@ from .source_metrics import average_by_source, split_by_source
 
 logger = logging.get_logger(__name__)
 _Base: Any = Trainer if TYPE_CHECKING else object
-_STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # at T = 1
+_STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # computed at temperature 1
 _NO_TARGETS = "no target token (every label is -100)"
-_CHECK_LABELS = "Check the labels: rows may be cut off before their targets begin."
-TRAIN_STATISTICS_EVERY = 4  # in training they are taken on every fourth block of tokens, in evaluation on all
+_CHECK_LABELS = "Check the labels: rows may be truncated before their targets begin."
+TRAIN_STATISTICS_EVERY = 4  # training computes the statistics on every fourth block of tokens, evaluation on all
+_MAX_EXP_NATS = 700  # exp of more overflows a float
 
 
 class MetricsMixin(_Base):
-    """For any Trainer that has a `distiller`; nothing is measured of a step that is not collect_errors."""
+    """Sums the metrics of the steps, and adds their means to the logs; skipped steps are not counted."""
 
     is_distilling: bool
     _total_loss_scalar: float
     _tr_loss: torch.Tensor
     distiller: Distiller
     teacher: Teacher
-    sources: tuple[str, ...] = ()  # of a mixture, where no collator names them
-    keep_logits = False  # somebody wants the logits of an evaluation
+    sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
+    keep_logits = False  # whether the running evaluation returns logits
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._train_sums: dict[str, torch.Tensor] = {}  # since the last log
-        self._step_sums: dict[str, torch.Tensor] = {}  # of a step that is not taken yet
-        self._steps = torch.zeros(2, dtype=torch.long)  # since the last log: all, and those with target tokens
-        self._all_steps = torch.zeros(2, dtype=torch.long)  # of the training, up to the last log
-        self._eval_rows: list[torch.Tensor] | None = None
+        self._reset_train_metrics()
+        self._eval_sums: list[torch.Tensor] | None = None  # sums of each batch of the running evaluation
         self._eval_names: list[str] = []
         super().__init__(*args, **kwargs)
 
+    def _reset_train_metrics(self) -> None:
+        self._train_sums: dict[str, torch.Tensor] = {}  # sums over target tokens since the last log
+        self._step_sums: dict[str, torch.Tensor] = {}  # sums of the current step
+        # Numbers of steps, and of steps with target tokens: since the last log, and in the training before it.
+        self._steps = torch.zeros(2, dtype=torch.long)
+        self._logged_steps = torch.zeros(2, dtype=torch.long)
+
     def _choose_direction(self) -> None:
-        """Correct what `TrainingArguments` chose for a metric that it does not know; others say what they chose."""
+        """Set `greater_is_better` to False for a metric of this package that plain `TrainingArguments` set to True."""
         args, metric = self.args, self.args.metric_for_best_model
         if isinstance(args, DistillArguments) or metric is None or not args.greater_is_better:
             return
         if greater_is_better(metric) is False:
             args.greater_is_better = False
             logger.warning(
-                f"metric_for_best_model is {metric!r}, of which the smallest value is the best: greater_is_better is "
-                "set to False. Use a DistillConfig to choose it yourself."
+                f"metric_for_best_model is {metric!r}, of which the smallest value is the best, so greater_is_better "
+                "is set to False. Use a DistillConfig to set it yourself."
             )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; called again with a smaller batch after one that did not fit into memory."""
-        self._train_sums, self._step_sums = {}, {}
-        self._steps, self._all_steps = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        """Start with empty sums; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
+        self._reset_train_metrics()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """As the Trainer's; counts steps without a target token, whose loss of 0 is no part of a mean."""
+        """Run the Trainer's step, and count the steps with target tokens, over which the mean loss is taken."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
             has_targets = torch.as_tensor(num_items_in_batch, device=loss.device).reshape(()) > 0
@@ -69,30 +73,34 @@ class MetricsMixin(_Base):
         return loss
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, whose `train_loss` is a mean over all steps."""
+        """Make `train_loss` the mean over the steps that have target tokens."""
         if self.is_distilling and self.state.global_step > self._initial_global_step:
-            factor = self._over_steps_with_targets(self._all_steps.to(self._steps.device) + self._steps)
+            factor = self._correction_for_empty_steps(self._logged_steps.to(self._steps.device) + self._steps)
             self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
         return super()._finalize_training(*args, **kwargs)
 
-    def _over_steps_with_targets(self, steps: torch.Tensor) -> float:
-        """What a mean over all steps is multiplied by; NaN where none had a target token or none was taken."""
+    def _correction_for_empty_steps(self, steps: torch.Tensor) -> float:
+        """Return the factor that turns a mean over all steps into one over the steps with target tokens.
+
+        Args:
+            steps: [2] numbers of all steps, and of steps with target tokens. Without any of the latter it is NaN.
+        """
         count, with_targets = steps.tolist()
         return mean_of(count, with_targets) if count else 1.0
 
     def record_step(self, step: StepOutput, source: Any, training: bool) -> None:
-        """Take a step's numbers, for the next log or the evaluation that runs.
+        """Add the values of a step to the sums for the next log, or for the running evaluation.
 
         Args:
-            step: the step; losses of each source are added to its `per_token`.
-            source: of a mixture's batch, or None.
-            training: whether the model trains.
+            step: the output of the step; this method adds the losses of each source to its `per_token`.
+            source: [B, S] index of the source of each token, or None.
+            training: whether this is a training step.
         """
         step.per_token.update(split_by_source(step, source, self._sources))
         if training:
             self._add_train_sums(step)
-        elif self._eval_rows is not None:
-            self._eval_rows.append(self._row_sums(step))
+        elif self._eval_sums is not None:
+            self._eval_sums.append(self._sum_over_rows(step))
 
     @property
     def _sources(self) -> tuple[str, ...]:
@@ -101,19 +109,26 @@ class MetricsMixin(_Base):
     def _add_train_sums(self, step: StepOutput) -> None:
         for name, values in step.per_token.items():
             self._step_sums[name] = self._step_sums.get(name, 0.0) + values.sum()
-        asked = torch.tensor(float(len(step.targets)), device=step.loss.device)
-        self._step_sums["asked"] = self._step_sums.get("asked", 0.0) + asked
+        count = torch.tensor(float(len(step.targets)), device=step.loss.device)
+        self._step_sums["target_tokens"] = self._step_sums.get("target_tokens", 0.0) + count
 
-    def commit_step(self, taken: bool) -> None:
-        """A step is over; the numbers of one that was skipped are forgotten."""
+    def commit_step(self, applied: bool) -> None:
+        """Add the sums of the current step to those since the last log; discard them if the step is skipped.
+
+        Args:
+            applied: whether the optimizer applies the step.
+        """
         sums, self._step_sums = self._step_sums, {}
-        for name, value in sums.items() if taken else ():
+        for name, value in sums.items() if applied else ():
             self._train_sums[name] = self._train_sums.get(name, 0.0) + value
 
-    def _row_sums(self, step: StepOutput) -> torch.Tensor:
-        """Sums of each batch row, so that rows repeated to fill the last distributed batch can be dropped."""
+    def _sum_over_rows(self, step: StepOutput) -> torch.Tensor:
+        """Return the sum of each metric over the batches of all ranks.
+
+        Sums are gathered row by row, because `gather_function` drops rows that were repeated to fill the last batch.
+        """
         rows = step.targets.rows
-        per_token = {**step.per_token, "asked": torch.ones_like(rows, dtype=torch.float64)}
+        per_token = {**step.per_token, "target_tokens": torch.ones_like(rows, dtype=torch.float64)}
         table = torch.zeros(step.targets.shape[0], len(per_token), dtype=torch.float64, device=rows.device)
         for column, values in enumerate(per_token.values()):
             table[:, column].index_add_(0, rows, values.double())
@@ -121,15 +136,15 @@ class MetricsMixin(_Base):
         return self.gather_function(table).sum(0)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As the Trainer's; the head runs on all positions only where somebody wants the logits."""
+        """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them."""
         self.keep_logits = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As the Trainer's, and metrics over the asked tokens of the whole set; see `docs/metrics.md`."""
-        self._eval_rows = []
+        """Run the Trainer's evaluation, and add metrics over all target tokens of the data; see `docs/metrics.md`."""
+        self._eval_sums = []
         output = super().evaluation_loop(
             dataloader,
             description,
@@ -137,58 +152,62 @@ class MetricsMixin(_Base):
             ignore_keys=ignore_keys,
             metric_key_prefix=metric_key_prefix,
         )
-        batches, self._eval_rows = self._eval_rows, None
+        batches, self._eval_sums = self._eval_sums, None
         if batches:
             sums = dict(zip(self._eval_names, torch.stack(batches).sum(0).tolist(), strict=True))
-            if not sums["asked"]:
-                logger.warning(f"{description} found {_NO_TARGETS}, so that its metrics are NaN. {_CHECK_LABELS}")
+            if not sums["target_tokens"]:
+                logger.warning(f"{description} found {_NO_TARGETS}, so its metrics are NaN. {_CHECK_LABELS}")
             for name, value in self._eval_metrics(sums).items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Terms and statistics, averaged over the asked tokens, under the names that users see."""
-        mean = {name: mean_of(total, sums["asked"]) for name, total in sums.items()}
-        learnt = [*self.distiller.terms, *self.teacher.terms]
-        terms = {f"{term.name}_loss": mean[term.name] for term in learnt}
-        terms |= {f"{name}_loss": mean[name] for name in ("aux", "peer_aux") if name in mean}
-        measured = sums.get("measured", 0.0)
-        statistics = {name: mean_of(sums[name], measured) for name in _STATISTICS if name in sums}
-        return terms | average_by_source(sums, self._sources) | statistics
+        """Return the means of the terms and statistics over target tokens, under the names in the logs.
+
+        Args:
+            sums: sums over target tokens, with "target_tokens", their number, and "measured", the number of those
+                that statistics were computed for.
+        """
+        means = {name: mean_of(total, sums["target_tokens"]) for name, total in sums.items()}
+        losses = {f"{term.name}_loss": means[term.name] for term in (*self.distiller.terms, *self.teacher.terms)}
+        losses |= {f"{name}_loss": means[name] for name in ("aux", "peer_aux") if name in means}
+        num_measured = sums.get("measured", 0.0)
+        statistics = {name: mean_of(sums[name], num_measured) for name in _STATISTICS if name in sums}
+        return losses | average_by_source(sums, self._sources) | statistics
 
     def _eval_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return the means, with `loss`, their weighted sum, and for language models the perplexities."""
         means = self._average_metrics(sums)
-        loss = sum(t.weight * means[f"{t.name}_loss"] for t in self.distiller.terms) + means.get("aux_loss", 0.0)
+        terms = self.distiller.terms
+        loss = sum(term.weight * means[f"{term.name}_loss"] for term in terms) + means.get("aux_loss", 0.0)
         metrics = {"loss": loss, **means}
         if model_type_of(self.model).vocabulary:
-            for name, of in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
-                if of in sums:
-                    metrics[name] = _exp(mean_of(sums[of], sums["asked"]))
+            for name, cross_entropy in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
+                if cross_entropy in sums:
+                    metrics[name] = _exp(mean_of(sums[cross_entropy], sums["target_tokens"]))
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; training logs also get terms and statistics, over the asked tokens since the last log."""
+        """Log as the Trainer does; training logs get the means over the target tokens since the last log, too."""
         if "loss" in logs and self._train_sums:
             values = self.accelerator.reduce(torch.stack(list(self._train_sums.values())).double(), "sum").tolist()
             sums = dict(zip(self._train_sums, values, strict=True))
-            if not sums["asked"]:
-                logger.warning(
-                    f"Training found {_NO_TARGETS} since the last log, so that its loss is NaN. {_CHECK_LABELS}"
-                )
+            if not sums["target_tokens"]:
+                logger.warning(f"Training found {_NO_TARGETS} since the last log, so its loss is NaN. {_CHECK_LABELS}")
             logs |= self._average_metrics(sums) | self.learned_layers()
             logs |= self.teacher.metrics()
             self._train_sums = {}
         if "loss" in logs and self.is_distilling:
-            logs["loss"] *= self._over_steps_with_targets(self._steps)
-            self._all_steps = self._all_steps.to(self._steps.device) + self._steps
+            logs["loss"] *= self._correction_for_empty_steps(self._steps)
+            self._logged_steps = self._logged_steps.to(self._steps.device) + self._steps
             self._steps = torch.zeros_like(self._steps)
         super().log(logs, start_time)
 
 
 def mean_of(total: float, count: float) -> float:
-    """total / count; NaN of nothing."""
+    """Return total / count; NaN for a count of 0."""
     return total / count if count else math.nan
 
 
 def _exp(nats: float) -> float:
-    return math.inf if nats >= 700 else math.exp(nats)
+    return math.inf if nats >= _MAX_EXP_NATS else math.exp(nats)

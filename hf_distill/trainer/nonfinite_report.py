@@ -1,4 +1,7 @@
-"""What of a step was not finite: which terms, of which examples, at which tokens; and losses that leap."""
+"""Reports of a step whose loss or gradient is not finite, and detection of loss spikes.
+
+A report names the terms, examples and tokens whose loss is not finite, and the parameters whose gradient is not.
+"""
 
 import math
 from collections import deque
@@ -16,16 +19,16 @@ from ..core.targets import Targets
 from ..models.finite_weights import first_nonfinite
 from ..teachers.state import local_shard
 
-_SHOWN = 20  # places and parameters that are told; the rest is counted
+_MAX_REPORTED = 20  # tokens and parameters that a report lists; further tokens are only counted
 
 
 @dataclass(frozen=True)
 class MicroBatchRecord:
-    """A micro-batch of a step that is not taken yet.
+    """A micro-batch of the current step, kept until the optimizer step is applied or skipped.
 
-    inputs:    the collator's batch
-    targets:   its T asked tokens
-    per_token: terms -> [T]
+    inputs:    the batch of the collator
+    targets:   its T target tokens
+    per_token: name of a term -> its losses [T]
     """
 
     inputs: Mapping[str, Any]
@@ -35,14 +38,14 @@ class MicroBatchRecord:
 
 @dataclass(frozen=True)
 class NonFiniteToken:
-    """An asked token whose loss is not finite.
+    """A target token whose loss is not finite.
 
     rank, micro_batch, row: where it was in the step, counted from 0
-    example:  its key, see `cache.examples`: the same in every epoch, order and run
-    position: in its row
-    token:    the id that was to be predicted
-    text:     of the token, where there is a tokenizer
-    values:   term -> its loss there
+    example:  key of its example (see `cache.example_keys`), the same in every epoch, order and run
+    position: its position in the row
+    token:    the label, a token id
+    text:     the decoded token; empty without a tokenizer
+    values:   name of a term -> its loss for this token
     """
 
     rank: int
@@ -59,19 +62,20 @@ class NonFiniteToken:
 class NonFiniteReport:
     """What was not finite in a step.
 
-    step:       that would have been taken, counted from 1
+    step:       number of the optimizer step, counted from 1
     loss:       whether the loss is finite on all ranks
-    count:      asked tokens whose loss is not finite
-    of:         asked tokens
-    terms:      terms that are not finite there, and `finite` those that are
-    places:     the first of the tokens
-    parameters: the first of the parameters whose gradient is not finite; none where clipping hid which
+    count:      number of target tokens whose loss is not finite
+    num_tokens: number of target tokens
+    terms:      terms that are not finite for these tokens
+    finite:     terms that are finite for them
+    places:     the first of these tokens
+    parameters: the first parameters whose gradient is not finite; empty if clipping made all gradients NaN
     """
 
     step: int
     loss: bool
     count: int
-    of: int
+    num_tokens: int
     terms: list[str]
     finite: list[str]
     places: list[NonFiniteToken]
@@ -79,109 +83,121 @@ class NonFiniteReport:
 
     def __str__(self) -> str:
         if not self.count:
-            named = f" ({', '.join(self.parameters[:3])})" if self.parameters else ""
+            names = f" ({', '.join(self.parameters[:3])})" if self.parameters else ""
             if self.loss:
-                return f"every loss is finite, the gradient is not{named}"
-            return f"the loss is not finite, though no token's terms tell why (a loss of the model's own?){named}"
+                return f"every loss is finite, but the gradient is not{names}"
+            return f"the loss is not finite, but all terms are (does the model's forward add a loss?){names}"
         first = self.places[0]
-        told = f"{', '.join(self.terms)}: not finite for {self.count} of {self.of} tokens"
+        message = f"{', '.join(self.terms)}: not finite for {self.count} of {self.num_tokens} tokens"
         text = f" {first.text!r}" if first.text else ""
-        told += f"; first for token {first.token}{text} at position {first.position} of example {first.example}"
-        told += f" (rank {first.rank}, micro-batch {first.micro_batch}, row {first.row})"
+        message += f"; first for token {first.token}{text} at position {first.position} of example {first.example}"
+        message += f" (rank {first.rank}, micro-batch {first.micro_batch}, row {first.row})"
         if self.finite:
-            told += f"; {', '.join(self.finite)} {'is' if len(self.finite) == 1 else 'are'} finite there"
-        return told
+            message += f"; {', '.join(self.finite)} {'is' if len(self.finite) == 1 else 'are'} finite there"
+        return message
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the report as JSON values."""
         return asdict(self)
 
 
 def locate_nonfinite_tokens(
-    seen: Iterable[MicroBatchRecord], rank: int, text: Callable[[int], str]
+    micro_batches: Iterable[MicroBatchRecord], rank: int, decode: Callable[[int], str]
 ) -> tuple[list[NonFiniteToken], int, int]:
-    """The asked tokens of a step's micro-batches that are not finite: the first of them, their number, all asked.
+    """Find the target tokens of a step whose loss is not finite.
 
     Args:
-        seen: the micro-batches.
-        rank: of this process.
-        text: of a token.
+        micro_batches: the micro-batches of the step on this rank.
+        rank: the rank of this process.
+        decode: returns the text of a token id.
+
+    Returns:
+        the first of these tokens, the number of all of them, and the number of target tokens.
     """
     places: list[NonFiniteToken] = []
-    count = asked = 0
-    for number, part in enumerate(seen):
-        asked += len(part.targets)
-        values = {name: value for name, value in part.per_token.items() if value.shape == part.targets.labels.shape}
-        bad = torch.zeros(len(part.targets), dtype=torch.bool, device=part.targets.labels.device)
+    count = num_tokens = 0
+    for number, micro_batch in enumerate(micro_batches):
+        targets = micro_batch.targets
+        num_tokens += len(targets)
+        values = {name: value for name, value in micro_batch.per_token.items() if value.shape == targets.labels.shape}
+        is_nonfinite = torch.zeros(len(targets), dtype=torch.bool, device=targets.labels.device)
         for value in values.values():
-            bad |= ~value.isfinite()
-        where = bad.nonzero().squeeze(1).tolist()
-        count += len(where)
-        examples = batch_examples(dict(part.inputs), part.targets) if where else []
-        width = part.targets.shape[1] if len(part.targets.shape) > 1 else 1
-        for t in where[: _SHOWN - len(places)]:
+            is_nonfinite |= ~value.isfinite()
+        indices = is_nonfinite.nonzero().squeeze(1).tolist()
+        count += len(indices)
+        examples = batch_examples(dict(micro_batch.inputs), targets) if indices else []
+        width = targets.shape[1] if len(targets.shape) > 1 else 1
+        for t in indices[: _MAX_REPORTED - len(places)]:
             key = next((e.key.hex() for e in examples if e.asked.start <= t < e.asked.stop), "")
-            token, position = int(part.targets.labels[t]), int(part.targets.positions[t]) % width
-            row = int(part.targets.rows[t])
-            told = {name: str(float(value[t])) for name, value in values.items()}
-            places.append(NonFiniteToken(rank, number, row, key, position, token, text(token), told))
-    return places, count, asked
+            token, position = int(targets.labels[t]), int(targets.positions[t]) % width
+            row = int(targets.rows[t])
+            losses = {name: str(float(value[t])) for name, value in values.items()}
+            places.append(NonFiniteToken(rank, number, row, key, position, token, decode(token), losses))
+    return places, count, num_tokens
 
 
 def merge_reports(
     step: int, loss: bool, ranks: Iterable[tuple[list[NonFiniteToken], int, int]], parameters: list[str]
 ) -> NonFiniteReport:
-    """What was found on all ranks, as one.
+    """Merge the results of all ranks into one report.
 
     Args:
-        step: that would have been taken.
-        loss: whether it is finite on all of them.
-        ranks: of each rank, what `places_of` says.
-        parameters: names of those whose gradient is not finite.
+        step: number of the optimizer step, counted from 1.
+        loss: whether the loss is finite on all ranks.
+        ranks: the result of `locate_nonfinite_tokens` on each rank.
+        parameters: names of the parameters whose gradient is not finite.
     """
     ranks = list(ranks)
-    places = [place for of_rank, _, _ in ranks for place in of_rank][:_SHOWN]
-    values = [place.values for place in places]
+    places = [token for tokens, _, _ in ranks for token in tokens][:_MAX_REPORTED]
+    values = [token.values for token in places]
     names = list(values[0]) if values else []
-    terms = [name for name in names if any(not math.isfinite(float(v[name])) for v in values)]
+    terms = [name for name in names if any(not math.isfinite(float(losses[name])) for losses in values)]
     finite = [name for name in names if name not in terms]
-    count, asked = sum(count for _, count, _ in ranks), sum(asked for *_, asked in ranks)
-    return NonFiniteReport(step, loss, count, asked, terms, finite, places, parameters[:_SHOWN])
+    count, num_tokens = sum(count for _, count, _ in ranks), sum(total for *_, total in ranks)
+    return NonFiniteReport(step, loss, count, num_tokens, terms, finite, places, parameters[:_MAX_REPORTED])
 
 
 class LossSpikeDetector:
-    """Losses far above those before them: by eight times the spread that the last hundred had, and by a tenth.
+    """Detects loss spikes: losses that are far above the median of the last 100.
 
-    The spread is 1.4826 times the median distance from the median, which leaps themselves do not widen.
+    loss - median > max(8 * 1.4826 * MAD, 0.1 * |median|), with MAD = median(|loss_i - median|), which spikes themselves
+    do not change much.
     """
 
     def __init__(self) -> None:
-        self._before: deque[float] = deque(maxlen=100)
+        self._losses: deque[float] = deque(maxlen=100)
 
     def update(self, loss: float) -> float | None:
-        """Take the next step's loss; the median that it leapt from. None: it did not, or is among the first 20."""
-        before, middle = self._before, None
+        """Add the loss of the next step.
+
+        Returns:
+            the median of the losses before it if the loss is a spike; None if it is not, or is one of the first 20.
+        """
         if not math.isfinite(loss):
             return None
-        if len(before) >= 20:
-            middle = median(before)
-            spread = 1.4826 * median(abs(value - middle) for value in before)
-            if loss - middle <= max(8 * spread, 0.1 * abs(middle)):
-                middle = None
-        before.append(loss)
-        return middle
+        median_before = None
+        if len(self._losses) >= 20:
+            median_before = median(self._losses)
+            spread = 1.4826 * median(abs(value - median_before) for value in self._losses)
+            if loss - median_before <= max(8 * spread, 0.1 * abs(median_before)):
+                median_before = None
+        self._losses.append(loss)
+        return median_before
 
 
 def nonfinite_weight(model: nn.Module) -> str | None:
-    """The first parameter with a NaN or an infinity, or saved buffer with a NaN; None: there is none on this rank.
+    """Return the name of the first parameter with a NaN or an infinity, or of the first saved buffer with a NaN.
 
     Args:
-        model: whole or sharded (ZeRO-3, FSDP2); quantised weights are passed over.
+        model: the model, unsharded or sharded (ZeRO-3, FSDP2); quantized weights are not checked.
+
+    Returns:
+        the name; None if there is none on this rank.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP2 leaves some weights gathered after a forward without a backward
             module.reshard()
-    parameters = {name: local_shard(p) for name, p in model.named_parameters()}
+    parameters = {name: local_shard(parameter) for name, parameter in model.named_parameters()}
     return first_nonfinite(parameters, dict(_saved_buffers(model)))
 
 

@@ -1,8 +1,8 @@
-"""A look at the first batch: what is about to be trained is the objective that was asked for.
+"""`SelfCheck`: compares the loss and gradient of the first batch with an unfused reference.
 
-On 32 of its target tokens the fused head's losses, total and gradient must be those of a plain reference: materialized
-logits, the losses as they are defined, autograd, and the weights and T^2 that the arguments say. On a few more
-positions, the losses must be those of the logits that the unmodified forwards of student and teacher returned.
+On 32 target tokens, the losses, the total and the gradient of the fused loss must equal those of a plain reference:
+materialized logits, the definitions of the losses, autograd, and the weights and T^2 from the arguments. In addition,
+the losses from lazy logits must equal those from the logits that the unmodified forwards of the models return.
 """
 
 from dataclasses import dataclass, replace
@@ -20,183 +20,228 @@ from ..losses.objective import Term
 from ..models.output_head import LogitSample, known_output_head
 from .config import DistillArguments
 
-TOKENS = 32
-_CLOSE = 1e-2  # of the largest value: TF32 and bf16 differ by thousandths, another objective by more
-_NATS = 1e-4  # what cancels in float32 where student and teacher are alike, before T^2
-_ROUNDINGS = 64  # of a logit in float32, which a gradient may err by where its parts cancel
-_TILE = 4096  # rows of the head that are held in float32 at a time
+NUM_TOKENS = 32  # target tokens that are compared with the reference
+_RELATIVE_TOLERANCE = 1e-2  # of the largest value: TF32 and bf16 differ by thousandths, a wrong objective by more
+_TOLERANCE_NATS = 1e-4  # float32 error, before T^2, where the two distributions are equal and their logits cancel
+_MAX_ROUNDINGS = 64  # float32 roundings of a logit by which a gradient may differ, where its parts cancel
+_TILE_ROWS = 4096  # vocabulary rows of the output head that are converted to float32 at a time
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """To be called with the first batch's job; see `Distiller.pre_loss_hook`.
+    """A `Distiller.pre_loss_hook` that checks the objective on the first batch.
 
-    fields: the arguments that the objective was made of
-    inputs: the collator's batch
-    shift:  whether predictions stand one position before their labels
-    student, teacher: the models whose own logits are compared with, where there are such
+    distill_args: the arguments that define the objective
+    inputs:       the batch of the collator
+    shift:        whether the logits at position i predict the label at i + 1
+    student, teacher: the models whose unmodified logits are compared too; None compares none
     """
 
-    fields: DistillArguments
+    distill_args: DistillArguments
     inputs: dict
     shift: bool
     student: nn.Module | None = None
     teacher: nn.Module | None = None
 
-    def __call__(self, job: ChunkedLoss, said: LazyLogits | DenseLogits, told: Signals, asked: Targets) -> None:
-        """Compare.
+    def __call__(
+        self,
+        chunked_loss: ChunkedLoss,
+        student_logits: LazyLogits | DenseLogits,
+        teacher_signals: Signals,
+        targets: Targets,
+    ) -> None:
+        """Compare the fused loss of this batch with the reference.
 
         Args:
-            job: of the student's head.
-            said: source of the student's logits.
-            told: what the teacher says.
-            asked: the tokens that the batch asks.
+            chunked_loss: the fused loss, before it runs.
+            student_logits: the student's logits.
+            teacher_signals: the teacher's logits and features.
+            targets: the target tokens of the batch.
 
         Raises:
-            RunError: something is not as it should be; says what.
+            RunError: they differ; the message says in what.
         """
-        problems = [*self._asked(asked), *_graphs(told)]
-        if len(job.targets):
-            problems += self._losses(*_some(job, said))
-            problems += self._unmodified(job, said)
+        problems = [*self._check_target_count(targets), *_check_no_grad(teacher_signals)]
+        if len(chunked_loss.targets):
+            problems += self._check_fused_loss(*_sample_tokens(chunked_loss, student_logits))
+            problems += self._check_unmodified_logits(chunked_loss, student_logits)
         if problems:
             raise RunError(
-                f"The self-check of the first batch failed: {'; '.join(problems)}. Training would not follow the "
-                "objective that was asked for. A loss of your own that looks beyond its token or draws random numbers "
-                "fails it too; self_check=False (--no-self-check) leaves it out."
+                f"The self-check of the first batch failed: {'; '.join(problems)}. Training would not optimize the "
+                "objective of the arguments. A custom loss that reads other tokens or draws random numbers also fails "
+                "the check; self_check=False (--no-self-check) turns it off."
             )
 
-    def _asked(self, asked: Targets) -> list[str]:
-        """The batch's labels, counted anew."""
+    def _check_target_count(self, targets: Targets) -> list[str]:
+        """Compare the number of target tokens with a count from the labels of the batch."""
         if self.inputs.get("shift_labels") is not None and self.shift:
-            wanted = self.inputs["shift_labels"] != IGNORE_INDEX
+            is_target = self.inputs["shift_labels"] != IGNORE_INDEX
         else:
             labels, mask = self.inputs["labels"], self.inputs.get("attention_mask")
-            wanted = labels != IGNORE_INDEX
+            is_target = labels != IGNORE_INDEX
             if self.shift:
-                wanted = wanted[..., 1:]
+                is_target = is_target[..., 1:]
                 if mask is not None and mask.shape == labels.shape:
-                    wanted = wanted & (mask[..., :-1] != 0)  # nothing is predicted from padding
-        count = int(wanted.sum())
-        return [] if count == len(asked) else [f"{len(asked)} tokens are asked, but the labels ask {count}"]
+                    is_target = is_target & (mask[..., :-1] != 0)  # padding predicts no token
+        count = int(is_target.sum())
+        if count == len(targets):
+            return []
+        return [f"the step has {len(targets)} target tokens, but the labels have {count}"]
 
-    def _losses(self, job: ChunkedLoss, said: LazyLogits | DenseLogits) -> list[str]:
-        given: Tensor = said.hidden if isinstance(said, LazyLogits) else said.values
-        with torch.enable_grad(), torch.autocast(given.device.type, enabled=False):
-            leaf = given.detach().requires_grad_()
-            total = (
-                job.from_hidden(replace(said, hidden=leaf)) if isinstance(said, LazyLogits) else job.from_logits(leaf)
-            )
+    def _check_fused_loss(self, chunked_loss: ChunkedLoss, student_logits: LazyLogits | DenseLogits) -> list[str]:
+        """Compare the terms, the total and the gradient of the fused loss with the reference."""
+        values: Tensor = student_logits.hidden if isinstance(student_logits, LazyLogits) else student_logits.values
+        with torch.enable_grad(), torch.autocast(values.device.type, enabled=False):
+            leaf = values.detach().requires_grad_()
+            if isinstance(student_logits, LazyLogits):
+                total = chunked_loss.from_hidden(replace(student_logits, hidden=leaf))
+            else:
+                total = chunked_loss.from_logits(leaf)
             (gradient,) = torch.autograd.grad(total, leaf)
-            values, by_logits = self._reference(job, _logits(said))
+            expected_terms, expected_gradient = self._reference(chunked_loss, _materialize(student_logits))
         problems = []
-        for term in job.terms:
-            if not _close(job.per_token[term.name], values[term.name], _NATS * self._scale(term)):
-                fused, plain = job.per_token[term.name].mean(), values[term.name].mean()
-                problems.append(f"{term.name} is {fused:.6g} in the fused head and {plain:.6g} by its definition")
-        factors = {term.name: self._weight(term) for term in job.terms}
-        expected = sum(factor * values[name].sum() for name, factor in factors.items()) / len(job.targets)
-        size = sum(abs(self._weight(term)) * self._scale(term) for term in job.terms)
-        if not _close(total.detach(), torch.as_tensor(expected), _NATS * max(size, 1)):
-            told = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
-            problems.append(f"the loss is {total:.6g}, but {expected:.6g} with the weights that were asked for: {told}")
-        logits = said.project() if isinstance(said, LazyLogits) else said.values
-        finite = logits.masked_fill(~logits.isfinite(), 0)
-        rounding = _ROUNDINGS * torch.finfo(torch.float32).eps * float(finite.abs().max()) * size / len(job.targets)
-        if isinstance(said, LazyLogits):
-            by_logits = _by_hidden(by_logits, said)
-            rounding *= max(float(tile.abs().max()) for tile in said.weight.split(_TILE)) * abs(said.scaling.scale)
-        if not _close(gradient, by_logits, 1e-6 + rounding):
-            problems.append("the fused head's gradient is not that of the loss")
+        for term in chunked_loss.terms:
+            fused, plain = chunked_loss.per_token[term.name], expected_terms[term.name]
+            if not _allclose(fused, plain, _TOLERANCE_NATS * self._scale(term)):
+                problems.append(
+                    f"{term.name} is {fused.mean():.6g} in the fused loss and {plain.mean():.6g} by its definition"
+                )
+        count = len(chunked_loss.targets)
+        weights = {term.name: self._weight(term) for term in chunked_loss.terms}
+        expected = sum(weight * expected_terms[name].sum() for name, weight in weights.items()) / count
+        total_scale = sum(abs(self._weight(term)) * self._scale(term) for term in chunked_loss.terms)
+        if not _allclose(total.detach(), torch.as_tensor(expected), _TOLERANCE_NATS * max(total_scale, 1)):
+            listed = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+            problems.append(f"the loss is {total:.6g}, but {expected:.6g} with the weights of the arguments ({listed})")
+        rounding = _gradient_rounding(student_logits) * total_scale / count
+        if isinstance(student_logits, LazyLogits):
+            expected_gradient = _hidden_gradient(expected_gradient, student_logits)
+        if not _allclose(gradient, expected_gradient, 1e-6 + rounding):
+            problems.append("the gradient of the fused loss is not the gradient of its definition")
         return problems
 
     @torch.no_grad()
-    def _unmodified(self, job: ChunkedLoss, said: LazyLogits | DenseLogits) -> list[str]:
-        """The losses from lazy logits beside those from the logits that the models themselves returned."""
-        student = _sample_of(self.student) if isinstance(said, LazyLogits) else None
-        if student is None or not isinstance(said, LazyLogits):
+    def _check_unmodified_logits(
+        self, chunked_loss: ChunkedLoss, student_logits: LazyLogits | DenseLogits
+    ) -> list[str]:
+        """Compare the losses from lazy logits with those from the logits that the models themselves returned."""
+        student = _logit_sample(self.student) if isinstance(student_logits, LazyLogits) else None
+        if student is None or not isinstance(student_logits, LazyLogits):
             return []
-        teacher = _sample_of(self.teacher) if isinstance(job.teacher, LazyLogits) else None
-        count = min(len(job.targets), len(student.logits), len(student.logits if teacher is None else teacher.logits))
-        rows, device = slice(count), said.hidden.device
-        lazy: Any = _rows_of(job.teacher, rows)
-        own = {name: _told(source) for name, source in named_sources(lazy).items()}
-        if teacher is not None and isinstance(job.teacher, LazyLogits):
-            hidden = teacher.hidden[rows].to(job.teacher.hidden)
-            lazy, own = (
-                replace(job.teacher, hidden=hidden),
-                {None: Signals(DenseLogits(teacher.logits[rows].to(device)))},
-            )
-        targets = job.targets.slice(rows)
-        few = replace(job, teacher=lazy, targets=targets, statistics=0, chunk_tokens=None, num_items=None, per_token={})
-        few.from_hidden(replace(said.detach(), hidden=student.hidden[rows].to(said.hidden)))
-        logits = student.logits[rows].to(device)
-        largest = max(float(s.logits.where(s.logits.isfinite(), 0).abs().max()) for s in (student, teacher) if s)
-        rounding = 4 * max(s.eps for s in (student, teacher) if s) * largest
+        teacher = _logit_sample(self.teacher) if isinstance(chunked_loss.teacher, LazyLogits) else None
+        samples = [student] if teacher is None else [student, teacher]
+        count = min(len(chunked_loss.targets), *(len(sample.logits) for sample in samples))
+        rows, device = slice(count), student_logits.hidden.device
+        teacher_source: Any = _slice_teacher(chunked_loss.teacher, rows)
+        teachers = {name: _dense_signals(source) for name, source in named_sources(teacher_source).items()}
+        if teacher is not None and isinstance(chunked_loss.teacher, LazyLogits):
+            hidden = teacher.hidden[rows].to(chunked_loss.teacher.hidden)
+            teacher_source = replace(chunked_loss.teacher, hidden=hidden)
+            teachers = {None: Signals(DenseLogits(teacher.logits[rows].to(device)))}
+        sampled_loss = replace(
+            chunked_loss,
+            teacher=teacher_source,
+            targets=chunked_loss.targets.slice(rows),
+            statistics=0,
+            chunk_tokens=None,
+            num_items=None,
+            per_token={},
+        )
+        sampled_loss.from_hidden(
+            replace(student_logits.detach(), hidden=student.hidden[rows].to(student_logits.hidden))
+        )
+        unmodified = Signals(DenseLogits(student.logits[rows].to(device)))
+        largest = max(float(s.logits.where(s.logits.isfinite(), 0).abs().max()) for s in samples)
+        rounding = 4 * max(sample.eps for sample in samples) * largest
         problems = []
-        for term in job.terms:
-            plain = term.loss.function(Signals(DenseLogits(logits)), own.get(term.teacher), targets, **term.options)
-            plain = plain if term.loss.needs or targets.has_label_mask is None else plain * targets.has_label_mask
-            plain, scale = plain * self._scale(term), self._scale(term)
-            if not _close(few.per_token[term.name], plain, (_NATS + rounding) * scale):
+        for term in sampled_loss.terms:
+            scale = self._scale(term)
+            plain = _term_values(term, unmodified, teachers, sampled_loss.targets) * scale
+            fused = sampled_loss.per_token[term.name]
+            if not _allclose(fused, plain, (_TOLERANCE_NATS + rounding) * scale):
                 problems.append(
-                    f"{term.name} is {few.per_token[term.name].mean():.6g} in the fused head, and {plain.mean():.6g} "
+                    f"{term.name} is {fused.mean():.6g} in the fused loss and {plain.mean():.6g} "
                     "from the logits that the unmodified models return"
                 )
         return problems
 
     def _weight(self, term: Term) -> float:
-        """What the arguments say; of terms that a teacher made, what it says."""
-        return {"soft": self.fields.alpha, "hard": 1 - self.fields.alpha}.get(term.name, term.weight)
+        """Return the weight of a term: that of the arguments for "soft" and "hard", else that of the term."""
+        return {"soft": self.distill_args.alpha, "hard": 1 - self.distill_args.alpha}.get(term.name, term.weight)
 
     def _scale(self, term: Term) -> float:
-        """T^2, by the arguments."""
+        """Return T^2, with the temperature of the arguments for "soft"; 1 for a term without a temperature."""
         if "temperature" not in term.options:
             return 1.0
-        divergence = self.fields.divergence
-        own = divergence.get("temperature") if isinstance(divergence, dict) else None
-        asked = self.fields.temperature if own is None else own
-        return (asked if term.name == "soft" else term.options["temperature"]) ** 2
+        if term.name != "soft":
+            return term.options["temperature"] ** 2
+        divergence = self.distill_args.divergence
+        temperature = divergence.get("temperature") if isinstance(divergence, dict) else None
+        return (self.distill_args.temperature if temperature is None else temperature) ** 2
 
-    def _reference(self, job: ChunkedLoss, made: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Each term's values by its definition, [n], and the gradient of their weighted mean by the raw logits."""
-        raw, logits = made
-        heard = {name: _told(source) for name, source in named_sources(job.teacher).items()}
-        values, total = {}, raw.new_zeros(())
-        for term in job.terms:
-            own = term.loss.function(Signals(DenseLogits(logits)), heard.get(term.teacher), job.targets, **term.options)
-            if not term.loss.needs and job.targets.has_label_mask is not None:
-                own = own * job.targets.has_label_mask
-            values[term.name] = own.detach() * self._scale(term)
+    def _reference(
+        self, chunked_loss: ChunkedLoss, materialized: tuple[Tensor, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the objective with materialized logits and autograd.
+
+        Args:
+            chunked_loss: holds the terms, the targets and the teacher's logits.
+            materialized: the result of `_materialize`.
+
+        Returns:
+            the values of each term, [n], and the gradient of their weighted mean by the output of the head, [n, V].
+        """
+        head_output, logits = materialized
+        teachers = {name: _dense_signals(source) for name, source in named_sources(chunked_loss.teacher).items()}
+        values, total = {}, head_output.new_zeros(())
+        for term in chunked_loss.terms:
+            losses = _term_values(term, Signals(DenseLogits(logits)), teachers, chunked_loss.targets)
+            values[term.name] = losses.detach() * self._scale(term)
             if self._weight(term):
-                total = total + self._weight(term) * self._scale(term) * own.sum() / len(job.targets)
+                total = total + self._weight(term) * self._scale(term) * losses.sum() / len(chunked_loss.targets)
         if not total.requires_grad:
-            return values, torch.zeros_like(raw)
-        return values, torch.autograd.grad(total, raw)[0]
+            return values, torch.zeros_like(head_output)
+        return values, torch.autograd.grad(total, head_output)[0]
 
 
-def _some(job: ChunkedLoss, said: LazyLogits | DenseLogits) -> tuple[ChunkedLoss, LazyLogits | DenseLogits]:
-    """The same of 32 tokens, from all over the batch, in two chunks."""
-    step = max(1, len(job.targets) // TOKENS)
-    rows = slice(0, step * TOKENS, step)
-    teacher = _rows_of(job.teacher, rows)
-    targets = job.targets.slice(rows)
-    some = replace(job, teacher=teacher, targets=targets, statistics=0, chunk_tokens=TOKENS // 2, num_items=None)
-    return replace(some, per_token={}), _block(said, rows)
+def _term_values(term: Term, student: Signals, teachers: dict, targets: Targets) -> Tensor:
+    """Return the unscaled losses of a term by its definition, [n]; 0 for the labels of tokens that have none."""
+    values = term.loss.function(student, teachers.get(term.teacher), targets, **term.options)
+    return values if term.loss.needs or targets.has_label_mask is None else values * targets.has_label_mask
 
 
-def _sample_of(model: nn.Module | None) -> LogitSample | None:
-    known = None if model is None else known_output_head(model)
-    return None if known is None else known.sample
+def _sample_tokens(
+    chunked_loss: ChunkedLoss, student_logits: LazyLogits | DenseLogits
+) -> tuple[ChunkedLoss, LazyLogits | DenseLogits]:
+    """Return the loss and the logits of 32 target tokens from the whole batch, to be computed in two chunks."""
+    step = max(1, len(chunked_loss.targets) // NUM_TOKENS)
+    rows = slice(0, step * NUM_TOKENS, step)
+    sampled_loss = replace(
+        chunked_loss,
+        teacher=_slice_teacher(chunked_loss.teacher, rows),
+        targets=chunked_loss.targets.slice(rows),
+        statistics=0,
+        chunk_tokens=NUM_TOKENS // 2,
+        num_items=None,
+        per_token={},
+    )
+    return sampled_loss, _slice(student_logits, rows)
 
 
-def _rows_of(teacher: Any, rows: slice) -> Any:
+def _logit_sample(model: nn.Module | None) -> LogitSample | None:
+    """Return the logits of an unmodified forward of the model, if `output_head` measured one."""
+    head = None if model is None else known_output_head(model)
+    return None if head is None else head.sample
+
+
+def _slice_teacher(teacher: Any, rows: slice) -> Any:
     if isinstance(teacher, MultiTeacherLogits):
-        return MultiTeacherLogits({name: _block(source, rows) for name, source in teacher.sources.items()})
-    return None if teacher is None else _block(teacher, rows)
+        return MultiTeacherLogits({name: _slice(source, rows) for name, source in teacher.sources.items()})
+    return None if teacher is None else _slice(teacher, rows)
 
 
-def _block(source, rows: slice):
+def _slice(source, rows: slice):
+    """Return the detached logits of some target tokens."""
     if isinstance(source, SparseLogProbs):
         return source.slice(rows)
     if isinstance(source, LazyLogits):
@@ -204,41 +249,56 @@ def _block(source, rows: slice):
     return DenseLogits(source.values[rows].detach())
 
 
-def _logits(said: LazyLogits | DenseLogits) -> tuple[Tensor, Tensor]:
-    """What the head itself puts out, as a leaf, and the logits that follow from it."""
-    if isinstance(said, DenseLogits):
-        raw = said.values.detach().to(compute_dtype(said.values)).requires_grad_()
-        return raw, raw
-    dtype = compute_dtype(said.hidden, said.weight)
-    hidden = said.hidden.to(dtype)
+def _materialize(student_logits: LazyLogits | DenseLogits) -> tuple[Tensor, Tensor]:
+    """Return the output of the head, [n, V], as an autograd leaf, and the logits that the scaling makes of it."""
+    if isinstance(student_logits, DenseLogits):
+        leaf = student_logits.values.detach().to(compute_dtype(student_logits.values)).requires_grad_()
+        return leaf, leaf
+    dtype = compute_dtype(student_logits.hidden, student_logits.weight)
+    hidden = student_logits.hidden.to(dtype)
     with torch.no_grad():
-        raw = torch.cat([hidden @ tile.to(dtype).t() for tile in said.weight.split(_TILE)], dim=1)
-        if said.bias is not None:
-            raw += said.bias
-    logits = raw.requires_grad_() * said.scaling.scale
-    cap = said.scaling.softcap
-    return raw, logits if cap is None else cap * torch.tanh(logits / cap)
+        tiles = student_logits.weight.split(_TILE_ROWS)
+        head_output = torch.cat([hidden @ tile.to(dtype).t() for tile in tiles], dim=1)
+        if student_logits.bias is not None:
+            head_output += student_logits.bias
+    logits = head_output.requires_grad_() * student_logits.scaling.scale
+    softcap = student_logits.scaling.softcap
+    return head_output, logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _by_hidden(gradient: Tensor, said: LazyLogits) -> Tensor:
-    """[n, H] of a gradient by what the head puts out, [n, V]."""
-    tiles = zip(gradient.split(_TILE, dim=1), said.weight.split(_TILE), strict=True)
+def _hidden_gradient(gradient: Tensor, student_logits: LazyLogits) -> Tensor:
+    """Return the gradient by the hidden states, [n, H], for a gradient by the output of the head, [n, V]."""
+    tiles = zip(gradient.split(_TILE_ROWS, dim=1), student_logits.weight.split(_TILE_ROWS), strict=True)
     return torch.stack([part @ tile.to(part.dtype) for part, tile in tiles]).sum(0)
 
 
-def _told(source: LazyLogits | DenseLogits | SparseLogProbs) -> Signals:
+def _gradient_rounding(student_logits: LazyLogits | DenseLogits) -> float:
+    """Return the absolute error that float32 rounding of the logits may cause in the gradient of one token."""
+    logits = student_logits.project() if isinstance(student_logits, LazyLogits) else student_logits.values
+    finite = logits.masked_fill(~logits.isfinite(), 0)
+    rounding = _MAX_ROUNDINGS * torch.finfo(torch.float32).eps * float(finite.abs().max())
+    if isinstance(student_logits, LazyLogits):
+        largest_weight = max(float(tile.abs().max()) for tile in student_logits.weight.split(_TILE_ROWS))
+        rounding *= largest_weight * abs(student_logits.scaling.scale)
+    return rounding
+
+
+def _dense_signals(source: LazyLogits | DenseLogits | SparseLogProbs) -> Signals:
+    """Return a teacher's signals with materialized logits."""
     return Signals(source if isinstance(source, SparseLogProbs) else DenseLogits(source.project()))
 
 
-def _graphs(told: Signals) -> list[str]:
-    """A teacher's answer that carries a graph would be trained."""
-    sources = named_sources(told.logits).values()
-    tensors = [t for s in sources for t in vars(s).values() if isinstance(t, Tensor)] + [*told.features.values()]
-    return ["the teacher's answer carries a gradient"] if any(t.requires_grad for t in tensors) else []
+def _check_no_grad(teacher_signals: Signals) -> list[str]:
+    """Check that the teacher's signals have no autograd graph, through which the teacher would be trained."""
+    sources = named_sources(teacher_signals.logits).values()
+    tensors = [value for source in sources for value in vars(source).values() if isinstance(value, Tensor)]
+    tensors += teacher_signals.features.values()
+    return ["the teacher's signals require a gradient"] if any(tensor.requires_grad for tensor in tensors) else []
 
 
-def _close(one: Tensor, other: Tensor, least: float = 1e-6) -> bool:
-    """Equal, but for rounding; both not finite is for others to say."""
-    one, other = one.double(), other.double().to(one.device)
-    largest = torch.maximum(one.abs().max(), other.abs().max())
-    return not largest.isfinite() or bool((one - other).abs().max() <= _CLOSE * largest + least)
+def _allclose(actual: Tensor, expected: Tensor, absolute_tolerance: float = 1e-6) -> bool:
+    """Return whether two tensors are equal up to rounding; True if a value is not finite, which other checks report."""
+    actual, expected = actual.double(), expected.double().to(actual.device)
+    largest = torch.maximum(actual.abs().max(), expected.abs().max())
+    tolerance = _RELATIVE_TOLERANCE * largest + absolute_tolerance
+    return not largest.isfinite() or bool((actual - expected).abs().max() <= tolerance)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: training ends with a checkpoint of the step that it is in, from which it goes on exactly."""
+"""`GracefulShutdown`: SIGTERM and Ctrl-C end training with a checkpoint, from which it resumes exactly."""
 
 import os
 import signal
@@ -13,86 +13,100 @@ from transformers import TrainerCallback
 
 from ..errors import RunInterrupted
 
-_ECHO = 1.0  # seconds: a launcher hands Ctrl-C on to processes that the terminal has told already
+# A launcher forwards Ctrl-C to processes that already got it from the terminal; a repeat within this time is ignored.
+_REPEAT_SECONDS = 1.0
 
 
 class GracefulShutdown(TrainerCallback):
-    """A callback for trainers, and a context manager (`installed`) within which signals are taken.
+    """A callback for trainers that ends training on SIGTERM or SIGINT, within the context manager `installed`.
 
-    `hf-distill run` and `run_recipe` use it for all trainers of a run, a `DistillTrainer` with `stop_on_signal=True`
-    for one training.
+    `hf-distill run` and `run_recipe` use one for all trainers of a run; a `DistillTrainer` with `stop_on_signal=True`
+    uses one for each training.
 
-    The first signal is heeded at the end of the step, with whatever evaluation and checkpoint belong to it; outside of
-    training at once, since those parts are done again. A second SIGINT ends the process where it is.
+    After the first signal, training ends when the current step is complete, with its evaluation and checkpoint. Outside
+    of training the process ends at once, because a resumed run repeats those parts. A second SIGINT always ends the
+    process at once.
 
     Args:
-        say: is called with a message for the user.
-        resume: how to go on from a checkpoint, for the messages.
+        log: called with a message for the user.
+        how_to_resume: what to do to resume from a checkpoint, for the messages; it follows "To continue, ".
     """
 
-    def __init__(self, say: Callable[[str], None], resume: str = "--resume goes on"):
-        self._say, self._resume = say, resume
-        self._asked = self._heeded = 0  # the signal: that came, and that all processes know of
-        self._since = 0.0
-        self._trains = False
+    def __init__(self, log: Callable[[str], None], how_to_resume: str = "run it again with --resume"):
+        self._log, self._how_to_resume = log, how_to_resume
+        self._received_signal = 0  # the signal that this process received; 0 if there was none
+        self._signal = 0  # the signal on which all processes stop
+        self._received_at = 0.0  # seconds, monotonic
+        self._is_training = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """While it lasts, signals are taken; in a thread other than the main one nothing is changed."""
+        """Handle the signals while the context is active; outside of the main thread this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _take(self, number: int, _frame: Any) -> None:
-        if self._asked:
-            if number == signal.SIGINT and time.monotonic() - self._since > _ECHO:
-                _end_here()
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self._received_signal:
+            if number == signal.SIGINT and time.monotonic() - self._received_at > _REPEAT_SECONDS:
+                _end_process()
             return
-        self._asked, self._since = number, time.monotonic()
+        self._received_signal, self._received_at = number, time.monotonic()
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one works wherever the process may be stuck
-        if not self._trains:
-            self._heeded = number
-            self._end("outside of training")
-        again = " Ctrl-C again ends it at once." if number == signal.SIGINT else ""
-        self._say(f"{signal.Signals(number).name}: saving and stopping after this step.{again}")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C works even if Python code does not run
+        if not self._is_training:
+            self._signal = number
+            self._stop(f"outside of training. To continue, {self._how_to_resume}")
+        again = " Press Ctrl-C again to end it at once." if number == signal.SIGINT else ""
+        self._log(f"{signal.Signals(number).name}: training saves a checkpoint and stops after this step.{again}")
 
-    def _end(self, when: str, kept: str | None = None) -> None:
-        self._say(f"Stopped by {signal.Signals(self._heeded).name} {when}; {kept or self._resume}.")
-        raise RunInterrupted(128 + self._heeded)
+    def _stop(self, message: str) -> None:
+        self._log(f"Stopped by {signal.Signals(self._signal).name} {message}.")
+        raise RunInterrupted(128 + self._signal)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Steps follow."""
-        self._trains = True
+        """From now on, a signal is handled at the end of the step."""
+        self._is_training = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a checkpoint, on all processes if any of them was told to stop."""
-        self._heeded = self._asked
+        """Request a checkpoint on all processes if one of them received a signal.
+
+        Raises:
+            RunInterrupted: `save_strategy` is "no", so there is no checkpoint to wait for.
+        """
+        self._signal = self._received_signal
         if args.world_size > 1:
-            asked = torch.tensor(self._asked, device=args.device)
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-            self._heeded = int(asked)
-        if self._heeded and args.save_strategy == "no":
-            self._end(f"after step {state.global_step} of {state.max_steps}", "save_strategy is no: nothing is kept")
-        control.should_save |= bool(self._heeded)
+            received = torch.tensor(self._received_signal, device=args.device)
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+            self._signal = int(received)
+        if self._signal and args.save_strategy == "no":
+            step = f"after step {state.global_step} of {state.max_steps}"
+            self._stop(f'{step}. No checkpoint was saved, because save_strategy is "no"')
+        control.should_save |= bool(self._signal)
 
     def on_save(self, args, state, control, **kwargs):
-        """Stop, now that the checkpoint is whole."""
-        if self._heeded:
-            at = state.global_step
-            self._end(f"after step {at} of {state.max_steps}", f"checkpoint-{at} is whole: {self._resume} from it")
+        """Stop now that the checkpoint is complete.
+
+        Raises:
+            RunInterrupted: a process received a signal.
+        """
+        if self._signal:
+            step = state.global_step
+            saved = f"checkpoint-{step} is complete"
+            self._stop(f"after step {step} of {state.max_steps}; {saved}. To continue, {self._how_to_resume}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        """No steps follow."""
-        self._trains = False
+        """From now on, a signal is handled at once."""
+        self._is_training = False
 
 
-def _end_here() -> None:
+def _end_process() -> None:
+    """End the process with the default action of SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)

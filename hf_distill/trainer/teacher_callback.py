@@ -1,4 +1,4 @@
-"""What a Trainer tells its teacher at each step."""
+"""`TeacherCallback`: calls the teacher at the start of training and after each optimizer step."""
 
 from collections.abc import Callable
 
@@ -8,27 +8,32 @@ from ..teachers import Teacher
 
 
 class TeacherCallback(TrainerCallback):
-    """Tells a teacher how far training is, and has what was measured since the last log logged where training ends."""
+    """Sets the teacher's `progress` and calls its hooks; also requests a last log where training ends.
 
-    def __init__(self, teacher: Teacher, updated: Callable[[], bool]):
-        self.teacher, self.updated = teacher, updated
+    Args:
+        teacher: the teacher of the trainer.
+        is_student_updated: returns whether the last step changed the student.
+    """
+
+    def __init__(self, teacher: Teacher, is_student_updated: Callable[[], bool]):
+        self.teacher, self.is_student_updated = teacher, is_student_updated
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """The teacher begins, or goes on."""
+        """Call `Teacher.on_train_begin`, with the step that a resumed training continues from."""
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
         self.teacher.on_train_begin(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """The teacher moves, if it does."""
+        """Call `Teacher.on_step_end`, in which an EMA or snapshot teacher updates its weights."""
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
-        self.teacher.on_step_end(state.global_step, self.updated())
+        self.teacher.on_step_end(state.global_step, self.is_student_updated())
         self._log_at_the_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Training ends here too where an evaluation or another callback stopped it."""
+        """Request the last log here too, where an evaluation or another callback stopped training."""
         self._log_at_the_end(args, state, control)
 
     def _log_at_the_end(self, args, state, control) -> None:
-        ends = control.should_training_stop or state.global_step >= state.max_steps
-        if ends and args.logging_strategy != IntervalStrategy.NO:
+        is_last_step = control.should_training_stop or state.global_step >= state.max_steps
+        if is_last_step and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True

@@ -1,4 +1,8 @@
-"""Glue between the step and a Trainer: `DistillMixin` serves `transformers.Trainer` and what derives from it."""
+"""`DistillTrainer`, and `DistillMixin`, which adds distillation to `transformers.Trainer` and its subclasses.
+
+A training step is `compute_loss`: it removes what the models do not read from the batch, calls the `Distiller`
+(targets, teacher signals, student logits, loss), and records the metrics of the step.
+"""
 
 import os
 from collections.abc import Mapping
@@ -26,7 +30,7 @@ from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import WeightsMixin
 from .checkpointing import CheckpointMixin
 from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
-from .distiller import Distiller
+from .distiller import Distiller, StepOutput
 from .hub import HubMixin
 from .metrics import TRAIN_STATISTICS_EVERY, MetricsMixin
 from .nonfinite import NonFiniteMixin
@@ -43,186 +47,190 @@ check_upstream("transformers", Trainer, TRAINER)
 
 
 class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, SidecarMixin, WeightsMixin):
-    """Replaces a Trainer's loss by a distillation's; everything else stays the Trainer's.
+    """Adds a teacher to a Trainer: the loss becomes the distillation objective, and the rest stays the Trainer's.
 
-    Without a teacher, or with alpha = 0 and no further losses, it is that Trainer, bit for bit, while all is finite.
+    Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
+    as every loss and gradient is finite.
     """
 
     teacher: Any
-    loads_models = False  # whether `model` may be an id or a path
+    loads_models = False  # whether `model` may be a Hub id or a path
     _signature_columns: Any
 
     def __init__(
         self,
         model: nn.Module | None = None,
         args: Any = None,
-        *more,
+        *trainer_args,
         teacher: Any = None,
         teachers: Any = None,
         **kwargs,
     ):
         raise_if_any(self._wrong_arguments(model, args))
-        fields = args if isinstance(args, DistillArguments) else DistillArguments()
+        distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
         if teacher is not None and teachers is not None:
-            raise DistillError("Both `teacher` and `teachers` were given: name all of them in `teachers`.")
+            raise DistillError("Both `teacher` and `teachers` are set. Pass all teachers in `teachers`, by name.")
         teacher = teacher if teachers is None else teachers
-        given = teacher.values() if isinstance(teacher, Mapping) else [teacher]
-        wanted = (
-            fields.alpha > 0
-            or bool(fields.losses)
-            or any(isinstance(t, Teacher) and not t.provides_soft_labels for t in given)
-        )
-        if teacher is None and fields.losses:
-            raise DistillError("`losses` are set but there is no teacher: pass `teacher=` to the trainer.")
-        if teacher is None and wanted:
-            logger.warning_once("No teacher: this trains on the hard labels alone. Pass `teacher=` to distil.")
-        self.is_distilling = teacher is not None and wanted
-        self.max_consecutive_nonfinite_steps = fields.max_consecutive_nonfinite_steps
-        self.teacher = build_teacher(teacher, fields) if self.is_distilling else None
+        has_objective = _has_objective(teacher, distill_args)
+        if teacher is None and distill_args.losses:
+            raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
+        if teacher is None and has_objective:
+            logger.warning_once(
+                "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
+            )
+        self.is_distilling = teacher is not None and has_objective
+        self.max_consecutive_nonfinite_steps = distill_args.max_consecutive_nonfinite_steps
+        self.teacher = build_teacher(teacher, distill_args) if self.is_distilling else None
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
-        super().__init__(model, args, *more, **kwargs)
-        self._read, self._fields = objective_arguments(self.args), fields
+        super().__init__(model, args, *trainer_args, **kwargs)
+        self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
             self._choose_direction()
-            self.setup_distillation(self.teacher, fields)
+            self.setup_distillation(self.teacher, distill_args)
         else:
             self.attach_sidecar(Features())
 
     def _wrong_arguments(self, model: Any, args: Any) -> list[str]:
-        """Arguments of a wrong type, which a Trainer does not look at before it uses them."""
+        """Describe arguments of a wrong type, which a Trainer does not check before it uses them."""
         problems = []
         if isinstance(model, str | os.PathLike) and self.loads_models:
             if reference_kind(path := os.path.expanduser(os.fspath(model))) == "path" and not path_exists(path):
                 problems.append(
-                    f"The student {path} is a path, and there is no such folder: correct it (relative paths start at "
-                    f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name"
+                    f"The student {path} is a path, and there is no such folder. Correct the path (relative paths "
+                    f"start at {Path.cwd()}), or pass the id of a repository on the Hub, such as org/name"
                 )
         elif isinstance(model, str | os.PathLike):
             problems.append(
-                f"model is the id or path {str(model)!r}, and {type(self).__name__} takes a model, as Trainer does: "
-                "load it, for example with AutoModelForCausalLM.from_pretrained"
+                f"model is the id or path {str(model)!r}, but {type(self).__name__} needs a model, as Trainer does. "
+                "Load it first, for example with AutoModelForCausalLM.from_pretrained"
             )
         elif model is not None and not isinstance(model, nn.Module):
-            problems.append(f"model is of the type {type(model).__name__}: give the student, a transformers model")
+            problems.append(f"model has the type {type(model).__name__}. Pass the student, a transformers model")
         if args is not None and not isinstance(args, TrainingArguments):
-            problems.append(f"args is of the type {type(args).__name__}: give a DistillConfig or TrainingArguments")
+            problems.append(f"args has the type {type(args).__name__}. Pass a DistillConfig or TrainingArguments")
         return problems
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; with `stop_on_signal` a signal ends it after the step, with a checkpoint.
+        """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; a `SystemExit` with the code 143 or 130.
+            RunInterrupted: training was stopped by a signal; a `SystemExit` with code 143 (SIGTERM) or 130 (SIGINT).
         """
         if not getattr(self.args, "stop_on_signal", False):
             return super().train(*args, **kwargs)
-        interrupts = GracefulShutdown(logger.warning, resume="train(resume_from_checkpoint=True) goes on")
-        self.add_callback(interrupts)
+        shutdown = GracefulShutdown(logger.warning, how_to_resume="call train(resume_from_checkpoint=True)")
+        self.add_callback(shutdown)
         try:
-            with interrupts.installed():
+            with shutdown.installed():
                 return super().train(*args, **kwargs)
         finally:
-            self.remove_callback(interrupts)
+            self.remove_callback(shutdown)
 
-    def setup_distillation(self, teacher: Teacher, fields: DistillArguments) -> None:
-        """Take this teacher and objective from now on, for training and evaluation.
+    def setup_distillation(self, teacher: Teacher, distill_args: DistillArguments) -> None:
+        """Use this teacher and objective for training and evaluation from now on.
 
         Args:
-            teacher: the teacher; it is prepared here.
-            fields: the objective.
+            teacher: the teacher; this method prepares it.
+            distill_args: the arguments of the objective.
 
         Raises:
-            DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+            DistillError: teacher and student do not fit together, or an argument does not work with distillation.
         """
         self.is_distilling, self.teacher = True, teacher
         raise_if_any(incompatible_arguments(self))
         self.pop_callback(TeacherCallback)
         self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
         self._prepare_teacher(teacher)
-        self._set_objective(fields, renew=True)
-        self.label_names = ["labels"]  # the Trainer asks the forward, which may name others or none
+        self._set_objective(distill_args, renew=True)
+        self.label_names = ["labels"]  # the Trainer derives them from the forward, which may name others or none
 
     def _prepare_teacher(self, teacher: Teacher) -> None:
+        """Prepare the teacher, and check that it works with the student, the data and the arguments.
+
+        Raises:
+            DistillError: it does not; the message names every reason.
+        """
         student = dict(self.model.named_parameters())
-        trained = [name for name, p in student.items() if p.requires_grad]
+        trained = [name for name, parameter in student.items() if parameter.requires_grad]
         teacher.prepare(unwrap_model(self.model), self.args.device, self.processing_class)
         if shared := shared_with_teacher(self.model, trained, teacher):
-            for name in trained:  # a frozen teacher froze what it shares
+            for name in trained:  # a frozen teacher froze the parameters that it shares with the student
                 student[name].requires_grad_(True)
             raise_if_any(shared)
         for name in ("train_dataset", "eval_dataset"):
             teacher.check_data(getattr(self, name), name)
         raise_if_any(teacher.check_arguments(self.args) + self._check_model_init(teacher))
 
-    def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
-        """Take an objective with the prepared teacher, whose state stays.
+    def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
+        """Build the objective and the distiller for the prepared teacher, whose state stays as it is.
 
         Args:
-            fields: the objective.
-            renew: whether projectors are made anew, also where the objective has the same ones.
+            distill_args: the arguments of the objective.
+            renew: whether projectors are initialized again even if the objective needs the same ones as before.
         """
         teacher = self.teacher
-        terms = teacher.adapt_objective(fields.terms(self.args.label_smoothing_factor))
+        terms = teacher.adapt_objective(distill_args.terms(self.args.label_smoothing_factor))
         raise_if_any(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
         features = Features.match(
             terms,
             self.model,
             lambda term: teacher.get_teacher(term.teacher).layer_stack(term.stack),
-            ProjectorConfig.of(fields.projectors),
+            ProjectorConfig.of(distill_args.projectors),
         )
-        self.distiller = Distiller(terms, fields.chunk_tokens, features)
-        self._pending_self_check = fields if fields.self_check else None
-        # Our loss is divided by the asked tokens of the global batch, whatever the model would do by itself.
+        self.distiller = Distiller(terms, distill_args.chunk_tokens, features)
+        self._pending_self_check = distill_args if distill_args.self_check else None
+        # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._signature_columns: Any = None  # of the columns that a former teacher read
+        self._signature_columns: Any = None  # the columns of an earlier teacher do not apply
         self.attach_sidecar(features, teacher, renew)
-        self._fields = fields
+        self._distill_args = distill_args
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """As the Trainer's, before each training; an objective that a trial or its user changed in `args` is taken.
+        """Apply an objective that a trial or the user changed in `args`; the Trainer calls this before each training.
 
         Raises:
-            DistillError: something changed that cannot be taken any more.
+            DistillError: an argument changed that cannot be changed after the trainer was created.
         """
         super()._hp_search_setup(trial)
-        changed = changed_arguments(self.args, self._read, self.is_distilling)
+        changed = changed_arguments(self.args, self._objective_args, self.is_distilling)
         if self.is_distilling:
             self._choose_direction()
             raise_if_any(incompatible_arguments(self) + self.teacher.check_arguments(self.args))
             self._teacher_max_grad_norm = self.teacher.max_grad_norm
         if "max_consecutive_nonfinite_steps" in changed:
             self.max_consecutive_nonfinite_steps = self.args.max_consecutive_nonfinite_steps
-        fields = self._fields
+        distill_args = self._distill_args
         if [name for name in changed if name not in RUNTIME_FIELDS or name == "self_check"]:
-            fields = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
-        if self.is_distilling and (changed or self.model_init is not None):  # which made a new student
-            self._set_objective(fields, renew=self.model_init is not None)
-        self._read = objective_arguments(self.args)
+            distill_args = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
+        if self.is_distilling and (changed or self.model_init is not None):  # model_init created a new student
+            self._set_objective(distill_args, renew=self.model_init is not None)
+        self._objective_args = objective_arguments(self.args)
 
     def _check_model_init(self, teacher: Teacher) -> list[str]:
+        """Say why `model_init` does not work with this teacher; empty if it does."""
         if self.model_init is None or not teacher.tied_to_student:
             return []
         return [
-            f"model_init makes a new student for each training, and a {type(teacher).__name__} is bound to one: "
-            "pass model"
+            f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one student "
+            "only. Pass model instead of model_init"
         ]
 
     def incompatible_arguments(self) -> list[str]:
-        """Why this trainer cannot distil, beside what no Trainer can; see `arguments`."""
+        """Return why this kind of trainer cannot distill; `validation` adds the reasons that hold for every Trainer."""
         return []
 
     def _set_signature_columns_if_needed(self) -> None:
-        """As the Trainer's, and the columns that the teacher reads; each model is given what its forward accepts."""
+        """Keep the columns that the teacher or the student reads; each model gets those that its forward accepts."""
         super()._set_signature_columns_if_needed()
         if self.is_distilling:
-            read = self.teacher.input_names() | input_names(self.model)
+            model_inputs = self.teacher.input_names() | input_names(self.model)
             columns: Any = self._signature_columns
-            self._signature_columns = [*columns, *sorted(read - {*columns})]
+            self._signature_columns = [*columns, *sorted(model_inputs - {*columns})]
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """The Trainer's count, of the tokens that the step asks."""
+        """Count the target tokens of the global batch: the labels that the step uses, after the shift."""
         if self.is_distilling:
             shift = model_type_of(self.model).shifts_labels
             batch_samples = [
@@ -232,55 +240,65 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The objective, summed over asked tokens and divided by `num_items_in_batch`; see `Distiller`.
+        """Return the distillation loss of a batch: the sum over target tokens / `num_items_in_batch`.
 
-        Without a teacher: the Trainer's own loss. `source` of a batch is for the logs, not for models.
+        Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
         """
-        source, inputs = inputs.get("source"), {k: v for k, v in inputs.items() if k != "source"}
+        source = inputs.get("source")  # the dataset of a mixture that each token is from; used for the logs only
+        inputs = {name: value for name, value in inputs.items() if name != "source"}
         if not self.is_distilling:
-            inputs = {k: v for k, v in inputs.items() if k not in SECOND_VIEW_KEYS}
+            inputs = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        training = model.training
+        is_training = model.training
         if self._pending_self_check is not None:
-            frozen = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
-            for measured in (model, *(() if frozen is None else (frozen,))):
-                forget_output_head(measured)
-            shift = model_type_of(self.model).shifts_labels
-            self.distiller.pre_loss_hook = SelfCheck(self._pending_self_check, inputs, shift, model, frozen)
-            check_student_ids(self.model, inputs)
+            self._prepare_self_check(self._pending_self_check, model, inputs)
         try:
             step = self.distiller(
                 model,
                 self.teacher,
                 inputs,
                 num_items=num_items_in_batch,
-                keep_logits=self.keep_logits if not training else return_outputs,
-                statistics=TRAIN_STATISTICS_EVERY if training else 1,
+                keep_logits=return_outputs if is_training else self.keep_logits,
+                statistics=TRAIN_STATISTICS_EVERY if is_training else 1,
             )
-        except IndexError:
+        except IndexError:  # an id outside the student's embeddings; this check names it
             check_student_ids(self.model, inputs)
             raise
         self._pending_self_check = self.distiller.pre_loss_hook = None
-        self.record_step(step, source, training)
-        if training:
-            learnt = [*(term.name for term in (*self.distiller.terms, *self.teacher.terms)), "aux", "peer_aux"]
-            values = {name: step.per_token[name] for name in learnt if name in step.per_token}
-            self._micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
+        self.record_step(step, source, is_training)
+        if is_training:
+            self._record_micro_batch(step, inputs)
         loss = step.loss
-        if training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        if is_training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, step.outputs) if return_outputs else loss
 
+    def _prepare_self_check(self, distill_args: DistillArguments, model: nn.Module, inputs: dict) -> None:
+        """Have the distiller compare this batch with a plain reference before it computes the loss."""
+        teacher_model = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
+        forget_output_head(model)
+        if teacher_model is not None:
+            forget_output_head(teacher_model)
+        shift = model_type_of(self.model).shifts_labels
+        self.distiller.pre_loss_hook = SelfCheck(distill_args, inputs, shift, model, teacher_model)
+        check_student_ids(self.model, inputs)
+
+    def _record_micro_batch(self, step: StepOutput, inputs: dict) -> None:
+        """Keep the per-token losses of a micro-batch, to locate tokens whose loss turns out not to be finite."""
+        term_names = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]
+        values = {name: step.per_token[name] for name in (*term_names, "aux", "peer_aux") if name in step.per_token}
+        self._micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; a checkpoint also gets what a moving teacher needs to go on."""
+        """Save as `Trainer.save_model` does; a checkpoint also gets the state that the teacher needs to resume."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Called on resume under every strategy, after the model has been loaded."""
+        """Load the state of the teacher too; the Trainer calls this when it resumes, after it loaded the model."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.is_distilling:
             self.teacher.load(checkpoint, self.args.process_index)
@@ -290,36 +308,54 @@ class DistillTrainer(DistillMixin, Trainer):
     """`transformers.Trainer` with a teacher.
 
     Args:
-        teacher: a model, the id or path of one, or a `Teacher`; None trains without.
-        teachers: several of them by name, with equal shares; a `MultiTeacher` as `teacher` weighs them.
-        args: a `DistillConfig`, or plain `TrainingArguments` (then the defaults: temperature 2, alpha 0.5).
-        everything else: as in `Trainer`, in its place.
+        teacher: the teacher: a model, the id or path of a model, or a `Teacher`. None trains without a teacher.
+        teachers: several teachers by name, with equal weights. For other weights pass a `MultiTeacher` as `teacher`.
+        args: a `DistillConfig`, or plain `TrainingArguments` (the objective then has its defaults: temperature 2,
+            alpha 0.5).
+
+    All other arguments are those of `Trainer`, in the same positions.
 
     Raises:
-        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+        DistillError: teacher and student do not fit together, or an argument does not work with distillation.
     """
 
 
-def build_teacher(teacher: Any, fields: DistillArguments) -> Teacher:
+def _has_objective(teacher: Any, distill_args: DistillArguments) -> bool:
+    """Return whether anything but the labels is to be learned: soft labels, other losses, or a teacher's losses."""
+    teachers = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+    has_auxiliary_teacher = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in teachers)
+    return distill_args.alpha > 0 or bool(distill_args.losses) or has_auxiliary_teacher
+
+
+def build_teacher(teacher: Any, distill_args: DistillArguments) -> Teacher:
+    """Return the `Teacher` for what was passed to the trainer.
+
+    Args:
+        teacher: a `Teacher`, a model, the id or path of a model, or several of these by name.
+        distill_args: their `teacher_*` fields say how to load a model.
+
+    Raises:
+        DistillError: a model cannot be loaded, or `teacher_*` fields are set although a `Teacher` was passed.
+    """
     if isinstance(teacher, Mapping):
         problems: list[str] = []
-        several = {}
+        teachers = {}
         for name, one in teacher.items():
             try:
-                several[name] = build_teacher(one, fields)
+                teachers[name] = build_teacher(one, distill_args)
             except DistillError as error:
                 problems.append(f"teachers[{name!r}]: {error}")
         raise_if_any(problems)
-        return MultiTeacher(several)
-    ways = {"deepspeed": fields.teacher_deepspeed, "fsdp": fields.teacher_fsdp}
-    init_kwargs: Any = fields.teacher_init_kwargs or {}
-    options = {**init_kwargs, **{name: way for name, way in ways.items() if way}}
+        return MultiTeacher(teachers)
+    placement = {"deepspeed": distill_args.teacher_deepspeed, "fsdp": distill_args.teacher_fsdp}
+    init_kwargs: Any = distill_args.teacher_init_kwargs or {}
+    load_kwargs = {**init_kwargs, **{name: value for name, value in placement.items() if value}}
     if not isinstance(teacher, Teacher):
-        return FrozenTeacher(teacher, **options)
-    if options:
+        return FrozenTeacher(teacher, **load_kwargs)
+    if load_kwargs:
         raise DistillError(
-            f"{sorted(options)} of teacher_init_kwargs, teacher_deepspeed and teacher_fsdp were given beside a "
-            "Teacher: give them to the Teacher itself."
+            f"teacher_init_kwargs, teacher_deepspeed and teacher_fsdp set {sorted(load_kwargs)}, but `teacher` is a "
+            "Teacher object, which is loaded already. Pass these options to the constructor of the Teacher."
         )
     return teacher
 

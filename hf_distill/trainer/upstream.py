@@ -1,7 +1,7 @@
-"""Private methods of transformers and TRL that are overridden, with the parameters that they are expected to have.
+"""Private methods of transformers and TRL that this package overrides, with their expected parameters.
 
-A private method that is renamed would leave the override without a caller, and training would follow another objective
-without a message. So the classes are compared with this list when they are imported.
+If such a method were renamed, nothing would call the override, and training would silently use another objective.
+Therefore the classes are compared with this list when they are imported.
 """
 
 import inspect
@@ -51,12 +51,12 @@ DISTILLATION_TRAINER = {
 
 
 def check_upstream(package: str, base: type, expected: Mapping[str, tuple[str, ...]]) -> None:
-    """Compare the private methods of a class of transformers or TRL with what the overrides were written for.
+    """Check that the private methods of a class of transformers or TRL are those that the overrides were written for.
 
     Args:
         package: "transformers" or "trl".
         base: the class whose methods are overridden.
-        expected: method -> its parameters after `self`.
+        expected: method -> names of its parameters after `self`.
 
     Raises:
         DistillError: the installed version is not supported, or a method is missing or takes other parameters.
@@ -69,8 +69,8 @@ def check_upstream(package: str, base: type, expected: Mapping[str, tuple[str, .
         method: Any = getattr(base, name, None)
         if method is None:
             problems.append(f"{base.__name__} has no method {name}")
-        elif (found := tuple(inspect.signature(method).parameters)[1:]) != parameters:
-            problems.append(f"{base.__name__}.{name} takes {found}, not {parameters}")
+        elif (actual := tuple(inspect.signature(method).parameters)[1:]) != parameters:
+            problems.append(f"{base.__name__}.{name} takes {actual}, not {parameters}")
     if problems:
         raise DistillError(
             f"hf_distill overrides private methods of {package} and supports {requirement}: {'; '.join(problems)}. "

@@ -140,11 +140,11 @@ def test_a_square_that_is_forgotten_is_seen(make_trainer, monkeypatch):
 def test_another_weight_or_temperature_than_asked_is_seen(make_trainer):
     trainer = make_trainer(alpha=0.5)
     trainer.distiller.terms[0] = replace(trainer.distiller.terms[0], weight=0.6)
-    trainer.distiller._on_logits[0] = trainer.distiller.terms[0]
+    trainer.distiller._logit_terms[0] = trainer.distiller.terms[0]
     told = failure(trainer)
     assert "with the weights that were asked for: soft 0.5, hard 0.5" in told
     trainer = make_trainer(temperature=2.0)
-    trainer.distiller._on_logits[0] = replace(trainer.distiller.terms[0], options={"temperature": 3.0})
+    trainer.distiller._logit_terms[0] = replace(trainer.distiller.terms[0], options={"temperature": 3.0})
     told = failure(trainer)
     assert "soft is " in told
 
