@@ -78,10 +78,10 @@ def make_workload(kind: str, place: Path, *overrides: str, callbacks: Sequence[A
         overrides: of the recipe.
         callbacks: of its trainers.
     """
-    return partial(_job, kind, place, overrides, callbacks)
+    return partial(_run_workload, kind, place, overrides, callbacks)
 
 
-def _job(kind: str, place: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
+def _run_workload(kind: str, place: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
     from hf_distill.recipe import load_recipe, run_recipe
     from hf_distill.runner.cache_writer import write_recipe_cache
 
@@ -147,9 +147,9 @@ def _cut(folder: Path, since: float) -> None:
     files = [(p.stat().st_mtime, p) for p in folder.rglob("*") if p.is_file() and p.stat().st_mtime >= since - 0.01]
     if files:
         path = max(files)[1]
-        whole = path.read_bytes()
-        kept = whole.rstrip(b"\n").rfind(b"\n") + 5 if path.suffix == ".jsonl" else len(whole) // 2
-        os.truncate(path, kept)
+        data = path.read_bytes()
+        size = data.rstrip(b"\n").rfind(b"\n") + 5 if path.suffix == ".jsonl" else len(data) // 2
+        os.truncate(path, size)
 
 
 def _child(job: Callable[[], None], folder: Path, fate: Fate | None, counts: Path | None) -> None:
@@ -219,15 +219,15 @@ def content(folder: Path, kind: str) -> dict[str, Any]:
     if kind == "capture":
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]  # it names the process
         return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-    found: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         if "checkpoint-" not in str(path):
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    evidence = json.loads((folder / "results.json").read_text())
-    found["status"], found["models"] = evidence["status"], [_untimed(m) for m in evidence["models"].values()]
+            outputs[str(path.relative_to(folder))] = path.read_bytes()
+    results = json.loads((folder / "results.json").read_text())
+    outputs["status"], outputs["models"] = results["status"], [_untimed(m) for m in results["models"].values()]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["logs"] = [_untimed(line) for line in lines if "loss" in line or "eval_loss" in line]
-    return found
+    outputs["logs"] = [_untimed(line) for line in lines if "loss" in line or "eval_loss" in line]
+    return outputs
 
 
 def _untimed(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""docs/evidence.md says what the results say, and its verdicts follow from them."""
+"""docs/evidence.md agrees with the results, and its verdicts follow from them."""
 
 import copy
 import importlib
@@ -27,26 +27,26 @@ def verdict(claim) -> str:
     return claim[-1]
 
 
-def test_the_page_is_derived_from_the_results_to_the_letter(report):
+def test_the_evidence_page_is_generated_from_the_results(report):
     assert report.render() == report.DOCUMENT.read_text(), "run `make evidence`, which writes docs/evidence.md"
 
 
-def test_every_run_left_its_result_with_versions_and_machine(report):
-    found = report.results()
+def test_every_run_has_a_result_with_its_environment(report):
+    results = report.results()
     cells = importlib.import_module("cells")
-    asked = {*cells.runs(), ("before", 0)}
-    asked |= {(name, seed) for seed in cells.SEEDS for name in ("encoder", *(f"peer_{who}" for who in cells.PEERS))}
-    assert asked == found.keys()
-    assert all({"torch", "transformers", "cpu_count"} <= result["environment"].keys() for result in found.values())
+    expected = {*cells.runs(), ("before", 0)}
+    expected |= {(name, seed) for seed in cells.SEEDS for name in ("encoder", *(f"peer_{who}" for who in cells.PEERS))}
+    assert expected == results.keys()
+    assert all({"torch", "transformers", "cpu_count"} <= result["environment"].keys() for result in results.values())
 
 
-def test_a_figure_that_changes_changes_the_page(report, monkeypatch):
-    found, page = report.results(), report.render()
-    for key in found:
-        changed = copy.deepcopy(found)
-        for told in (changed[key]["metrics"], *changed[key].get("curve", [])):
-            told.update(
-                {name: value * 1.5 for name, value in told.items() if not name.endswith(("step", "_parameters"))}
+def test_the_page_depends_on_every_number_of_the_results(report, monkeypatch):
+    results, page = report.results(), report.render()
+    for key in results:
+        changed = copy.deepcopy(results)
+        for metrics in (changed[key]["metrics"], *changed[key].get("curve", [])):
+            metrics.update(
+                {name: value * 1.5 for name, value in metrics.items() if not name.endswith(("step", "_parameters"))}
             )
         monkeypatch.setattr(report, "results", lambda changed=changed: changed)
         assert report.render() != page, key
@@ -54,11 +54,11 @@ def test_a_figure_that_changes_changes_the_page(report, monkeypatch):
 
 def test_the_readme_quotes_the_results(report, claims):
     results, readme = report.results(), (ROOT / "README.md").read_text()
-    told = readme[readme.index("**Evidence.**") :].split("\n\n")[0]
+    section = readme[readme.index("**Evidence.**") :].split("\n\n")[0]
     labels = [f"{claims.mean(claims.every(results, cell)):.1f}" for cell in ("distilled", "hard")]
-    ratios = [claims.pair(results, key, lambda ours, its: ours / its) for key in ("tokens_per_second", PEAK)]
+    ratios = [claims.pair(results, key, lambda ours, theirs: ours / theirs) for key in ("tokens_per_second", PEAK)]
     peers = [f"{value:.2f}" for by in ratios for value in by.values()]
-    assert [number for number in (*labels, *peers) if number not in told] == []
+    assert [number for number in (*labels, *peers) if number not in section] == []
 
 
 def test_cards_quote_the_results(report):
@@ -71,7 +71,7 @@ def test_cards_quote_the_results(report):
             assert f"| student | {metrics['perplexity']:.2f} | {metrics['kl']:.4f} |" in card
 
 
-def test_students_start_alike_and_see_as_many_tokens(report):
+def test_students_start_from_equal_weights_and_train_on_equal_numbers_of_tokens(report):
     runs = {key: result for key, result in report.results().items() if "recipe" in result}
     plain = [r for (name, _), r in runs.items() if name not in ("long", "progressive", "progressive_each")]
     assert {r["recipe"]["train"]["max_steps"] for r in plain} == {40}
@@ -79,20 +79,20 @@ def test_students_start_alike_and_see_as_many_tokens(report):
     assert len({tuple(r["student"]["layers_kept"]) for r in plain if "layers_kept" in r["student"]}) == 1
 
 
-def test_a_claim_that_does_not_hold_is_called_so(report, claims):
+def test_a_claim_that_the_results_contradict_is_marked(report, claims):
     results = dict(report.results())
     assert claims.HOLDS in verdict(claims.soft(results))
     results["distilled", 1] = results["hard", 0]
     assert verdict(claims.soft(results)) == claims.NOT
 
 
-def test_a_quantised_teacher_that_costs_more_than_seeds_do_is_told(report, claims):
+def test_a_quantized_teacher_that_is_worse_than_the_seed_spread_is_marked(report, claims):
     results = copy.deepcopy(report.results())
     results["teacher_nf4", 0]["metrics"]["perplexity"] *= 2
     assert verdict(claims.quantised(results)) == claims.NOT
 
 
-def test_peers_that_are_as_fast_are_told(report, claims):
+def test_an_equally_fast_peer_is_marked(report, claims):
     results = copy.deepcopy(report.results())
     for (name, _), result in results.items():
         if name == "peer_gkd_kl":

@@ -218,11 +218,11 @@ class NonFiniteMixin(_Base):
             }
             write_json(folder / REPORT_FILE, values)
         applied = "the optimizer runs inside the backward, so the step could not be skipped"
+        steps = f"{len(reports)} consecutive steps" if len(reports) > 1 else "1 step"
         why = applied if is_applied else "all of them were skipped"
         action = f"Resume from {checkpoint}, which is complete" if checkpoint else "There is no checkpoint. Start again"
         raise RunError(
-            f"Training stops at step {report.step} after {len(reports)} consecutive steps with a loss or gradient that "
-            f"is not finite ({why}). The last one: {report}. All of them are in {folder / REPORT_FILE}. "
+            f"Training stops at step {report.step} after {steps} with a loss or gradient that is not finite ({why}). The last one: {report}. All of them are in {folder / REPORT_FILE}. "
             f"{action}, with {_suggest_fix(report)}."
         )
 

@@ -77,7 +77,7 @@ class SidecarMixin(_Base):
         if kinds_with_options and config is not None and "optimizer" in config.config:
             raise DistillError(
                 f"A learning_rate or weight_decay is set for the {kinds_with_options[0]}, but the `optimizer` section "
-                "of the DeepSpeed config would ignore it. Remove that section, so that the Trainer creates the optimizer."
+                "of the DeepSpeed config would ignore it. Remove that section: the Trainer then creates the optimizer."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Packaged recipes for large teachers with tiny models: two processes, each recipe's own strategy, real DeepSpeed."""
+"""Packaged recipes for large teachers run with tiny models on two processes, with their sharding strategies."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CO
 OFFLOAD = ["teacher.deepspeed=zero3-teacher-offload.json", "train.deepspeed=zero3-student-offload.json"]
 
 
-def on_two(folder, *arguments: str) -> subprocess.CompletedProcess:
+def run_on_two_ranks(folder, *arguments: str) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "hf_distill", "run", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=600)
@@ -31,34 +31,34 @@ def on_two(folder, *arguments: str) -> subprocess.CompletedProcess:
     ],
     ids=["zero3", "offload", "fsdp2", "qlora-zero2"],
 )
-def test_a_recipe_for_a_large_teacher_runs_with_its_own_strategy(tmp_path, recipe, overrides):
-    done = on_two(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
+def test_a_recipe_for_a_large_teacher_runs_with_its_sharding_strategy(tmp_path, recipe, overrides):
+    done = run_on_two_ranks(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("Held-out text") == 1  # one of the processes speaks
-    evidence = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert evidence["status"] == "done"
-    assert evidence["teacher"]["blocks"] == 4
-    assert evidence["teacher"]["parameters"] > evidence["student"]["parameters"] > 30_000
+    assert done.stdout.count("Held-out text") == 1  # only one process prints
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["status"] == "done"
+    assert results["teacher"]["blocks"] == 4
+    assert results["teacher"]["parameters"] > results["student"]["parameters"] > 30_000
     for name in {"student", "control"} & {p.name for p in (tmp_path / "run").iterdir()}:
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert all(p.numel() for p in loaded.parameters())
-    again = on_two(tmp_path, recipe, "--smoke", "--resume", "train.output_dir=run", *overrides)
+    again = run_on_two_ranks(tmp_path, recipe, "--smoke", "--resume", "train.output_dir=run", *overrides)
     assert again.returncode == 0
     assert "This run is complete already." in again.stdout
 
 
-def test_a_folder_in_use_is_refused_by_all_processes_with_one_message(tmp_path):
+def test_a_folder_of_another_run_raises_one_error_for_all_processes(tmp_path):
     (tmp_path / "run").mkdir()
     other = load_recipe("quickstart", ["train.output_dir=run"], smoke=True).model_dump(exclude_none=True)
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(other))
-    done = on_two(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
+    done = run_on_two_ranks(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
     assert done.returncode != 0
     assert done.stderr.count("holds a run of another recipe") == 1
 
 
-PARTED = """
+SCRIPT_WITH_DIFFERENT_RECIPES = """
 import os, sys
 from hf_distill.cli import main
 length = 64 + 2 * int(os.environ["RANK"])
@@ -68,8 +68,8 @@ main()
 """
 
 
-def test_processes_with_other_recipes_or_rows_are_told_before_anything_is_trained(tmp_path):
-    (tmp_path / "parted.py").write_text(PARTED)
+def test_processes_with_different_recipes_or_rows_raise_an_error_before_training(tmp_path):
+    (tmp_path / "parted.py").write_text(SCRIPT_WITH_DIFFERENT_RECIPES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "parted.py"]
     done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
     assert done.returncode != 0
@@ -80,27 +80,27 @@ def test_processes_with_other_recipes_or_rows_are_told_before_anything_is_traine
 
 
 @pytest.mark.parametrize("streaming", [True, False], ids=["stream", "map"])
-def test_two_processes_train_on_the_rows_of_one(tmp_path, streaming):
-    """A mixture of a stream and a data set: equal losses, so the same rows in every global batch."""
+def test_two_processes_train_on_the_same_rows_as_one(tmp_path, streaming):
+    """Equal losses on a mixture show that every global batch has the same rows."""
     rows = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {i + i}."} for i in range(60)]
     for name, part in (("sums", rows[:52]), ("test", rows[52:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     sums = f"{{path: sums.jsonl, weight: 0.5, streaming: {json.dumps(streaming)}}}"
     common = ["quickstart", "--smoke", f"data.sums={sums}", "data.eval={path: test.jsonl}", "control=null"]
     common += ["student={model: 'smoke:llama/student'}", "train.max_steps=3"]
-    two = on_two(tmp_path, *common, "train.output_dir=two", "train.per_device_train_batch_size=2")
+    two = run_on_two_ranks(tmp_path, *common, "train.output_dir=two", "train.per_device_train_batch_size=2")
     assert two.returncode == 0, two.stderr[-4000:]
     command = [sys.executable, "-m", "hf_distill", "run", *common]
     command += ["train.output_dir=one", "train.per_device_train_batch_size=4"]
     one = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
     assert one.returncode == 0, one.stderr[-4000:]
     names = ("loss", "soft_loss", "hard_loss", "soft_loss_sums", "soft_loss_task", "grad_norm")
-    found = {}
+    values = {}
     for run in ("one", "two"):
         lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        found[run] = [line[name] for line in lines if "loss" in line for name in names if name in line]
-    assert len(found["one"]) > 12
-    assert found["two"] == pytest.approx(found["one"], rel=1e-4)
+        values[run] = [line[name] for line in lines if "loss" in line for name in names if name in line]
+    assert len(values["one"]) > 12
+    assert values["two"] == pytest.approx(values["one"], rel=1e-4)
 
 
 def test_accelerate_launches_a_recipe(tmp_path):

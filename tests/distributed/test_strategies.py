@@ -1,4 +1,4 @@
-"""Two processes against one, for real: DDP, DeepSpeed's ZeRO and FSDP2 over gloo, for students and for teachers."""
+"""Two processes train as one does: DDP, DeepSpeed ZeRO and FSDP2 over gloo, for students and teachers."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, one_of_two
+from launching import ENVIRONMENT, run_one_rank
 from safetensors.torch import load_file
 from tiny import build
 from transformers import AutoModelForCausalLM
@@ -17,8 +17,8 @@ from hf_distill.models.sidecar import FILE
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def seen(folder: Path, ranks: int, *variants: str) -> dict:
-    """Run the script on some ranks and read what rank 0 saw."""
+def run_script(folder: Path, ranks: int, *variants: str) -> dict:
+    """Run the script on some ranks, and return the results of rank 0."""
     folder.mkdir(exist_ok=True)
     launch = [sys.executable, str(SCRIPT), str(folder), *variants]
     if ranks > 1:
@@ -29,7 +29,7 @@ def seen(folder: Path, ranks: int, *variants: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     """A folder with a tiny student and a teacher whose vocabulary is padded, in `models`."""
     folder = tmp_path_factory.mktemp("strategies")
     build("llama", 0).save_pretrained(folder / "models" / "student")
@@ -38,14 +38,14 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(place) -> Callable[..., dict]:
-    """`alone("features")`: what one process sees, in `one` and `one-features`; each run once."""
-    known: dict[tuple, dict] = {}
+def results_of_one_rank(root) -> Callable[..., dict]:
+    """Return the results of one process for some variants, in folders such as `one-features`; each runs once."""
+    cached_results: dict[tuple, dict] = {}
 
     def run(*variants: str) -> dict:
-        if variants not in known:
-            known[variants] = seen(place / "-".join(["one", *variants]), 1, *variants)
-        return known[variants]
+        if variants not in cached_results:
+            cached_results[variants] = run_script(root / "-".join(["one", *variants]), 1, *variants)
+        return cached_results[variants]
 
     return run
 
@@ -58,7 +58,7 @@ def assert_equal(two: dict, one: dict, rel: float = 1e-5) -> None:
 
 
 def assert_same_plain_folder(two: Path, one: Path) -> None:
-    """Saved weights of both runs, as `from_pretrained` loads them."""
+    """Compare the saved weights of both runs, as `from_pretrained` loads them."""
     loaded, weights = AutoModelForCausalLM.from_pretrained(two, output_loading_info=True)
     assert not any(weights.values())
     reference = AutoModelForCausalLM.from_pretrained(one).state_dict()
@@ -66,41 +66,41 @@ def assert_same_plain_folder(two: Path, one: Path) -> None:
         assert (value - reference[name]).abs().max() < 1e-4, name
 
 
-def test_two_ranks_train_and_evaluate_as_one(place, alone):
-    """7 evaluation rows on 2 ranks: rows repeated to fill the last batch must not count twice."""
-    two = seen(place / "ddp", 2)
-    assert_equal(two, alone())
-    assert two["teacher_held"] == 1.0
-    assert_same_plain_folder(place / "ddp" / "straight-saved", place / "one" / "straight-saved")
+def test_two_ranks_train_and_evaluate_as_one_does(root, results_of_one_rank):
+    """With 7 evaluation rows on 2 ranks, the row that is repeated to fill the last batch must not count twice."""
+    two = run_script(root / "ddp", 2)
+    assert_equal(two, results_of_one_rank())
+    assert two["teacher_share"] == 1.0
+    assert_same_plain_folder(root / "ddp" / "straight-saved", root / "one" / "straight-saved")
 
 
 @pytest.mark.parametrize("strategy", [(), ("zero3",)], ids=["ddp", "zero3"])
-def test_features_on_two_ranks_are_those_on_one_and_resume_as_if_nothing_had_been(place, alone, strategy):
-    """Under ZeRO-3 the script loads the teacher while the student's config is alive, so it comes sharded."""
-    folder = place / "-".join(["features", *strategy])
-    one, two = alone("features"), seen(folder, 2, "features", *strategy)
+def test_feature_losses_on_two_ranks_equal_those_on_one_and_resume_exactly(root, results_of_one_rank, strategy):
+    """Under ZeRO-3 the teacher is sharded too, because the student's config is active when it is loaded."""
+    folder = root / "-".join(["features", *strategy])
+    one, two = results_of_one_rank("features"), run_script(folder, 2, "features", *strategy)
     assert {"hidden_mse_loss", "attention_kl_loss", "grad_norm"} <= one["log"][0].keys()
     assert_equal(two, one)
-    assert two["teacher_held"] <= (0.55 if strategy else 1.0)
-    saved = [load_file(at / "straight" / "checkpoint-10" / FILE) for at in (place / "one-features", folder)]
+    assert two["teacher_share"] <= (0.55 if strategy else 1.0)
+    saved = [load_file(at / "straight" / "checkpoint-10" / FILE) for at in (root / "one-features", folder)]
     assert saved[0].keys() == saved[1].keys()
     for name, value in saved[0].items():
         assert (saved[1][name] - value).abs().max() < 1e-5
     assert not any("sidecar" in n for n in load_file(folder / "straight-saved" / "model.safetensors"))
-    resumed = seen(folder, 2, "features", *strategy, "resume")
+    resumed = run_script(folder, 2, "features", *strategy, "resume")
     assert resumed["metrics"] == two["metrics"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_the_average_of_a_sharded_student_is_that_of_a_whole_one(place, alone, strategy):
-    """Each rank averages its share; a resumed run goes on as if nothing had been."""
-    folder, variants = place / f"ema-{strategy}", [] if strategy == "ddp" else [strategy]
-    one, two = alone("ema"), seen(folder, 2, "ema", *variants)
+def test_the_ema_of_a_sharded_student_equals_that_of_an_unsharded_one(root, results_of_one_rank, strategy):
+    """Each rank averages its shard, and a resumed run gives the same results."""
+    folder, variants = root / f"ema-{strategy}", [] if strategy == "ddp" else [strategy]
+    one, two = results_of_one_rank("ema"), run_script(folder, 2, "ema", *variants)
     assert one["log"][-1]["teacher_weight_drift"] > 0.01
     assert one["metrics"]["eval_kl"] > 1e-4
     assert_equal(two, one, rel=1e-3)
     if strategy == "zero3":
-        resumed = seen(folder, 2, "ema", *variants, "resume")
+        resumed = run_script(folder, 2, "ema", *variants, "resume")
         assert resumed["metrics"] == two["metrics"]
 
 
@@ -117,12 +117,12 @@ def test_the_average_of_a_sharded_student_is_that_of_a_whole_one(place, alone, s
         ("mtp", "zero2"),
     ],
 )
-def test_a_teacher_that_moves_does_so_on_two_ranks_as_on_one(place, alone, kind, strategy):
-    folder, variants = place / f"{kind}-{strategy}", [] if strategy == "ddp" else [strategy]
-    one, two = alone(kind), seen(folder, 2, kind, *variants)
+def test_non_frozen_teachers_train_on_two_ranks_as_on_one(root, results_of_one_rank, kind, strategy):
+    folder, variants = root / f"{kind}-{strategy}", [] if strategy == "ddp" else [strategy]
+    one, two = results_of_one_rank(kind), run_script(folder, 2, kind, *variants)
     assert_equal(two, one, rel=1e-3)
     if (kind, strategy) in (("mutual", "zero3"), ("mtp", "ddp")):
-        resumed = seen(folder, 2, kind, *variants, "resume")
+        resumed = run_script(folder, 2, kind, *variants, "resume")
         assert resumed["metrics"] == two["metrics"]
 
 
@@ -138,36 +138,36 @@ def test_a_teacher_that_moves_does_so_on_two_ranks_as_on_one(place, alone, kind,
     ],
     ids="-".join,
 )
-def test_a_sharded_teacher_teaches_a_student_of_any_strategy_as_a_whole_one(place, alone, strategy):
-    folder = place / "-".join(strategy)
-    one, two = alone(*(["features"] if "features" in strategy else [])), seen(folder, 2, *strategy)
+def test_a_sharded_teacher_trains_any_student_as_an_unsharded_one_does(root, results_of_one_rank, strategy):
+    folder = root / "-".join(strategy)
+    one, two = results_of_one_rank(*(["features"] if "features" in strategy else [])), run_script(folder, 2, *strategy)
     assert_equal(two, one)
-    assert two["teacher_held"] <= 0.55
-    reference = place / ("one-features" if "features" in strategy else "one")
+    assert two["teacher_share"] <= 0.55
+    reference = root / ("one-features" if "features" in strategy else "one")
     assert_same_plain_folder(folder / "straight-saved", reference / "straight-saved")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(place, strategy):
-    found = seen(place / f"sick-{strategy}", 2, strategy, "sick")
-    assert found["skipped"] == [2]
+def test_a_nonfinite_step_on_one_rank_is_skipped_on_all_ranks(root, strategy):
+    results = run_script(root / f"nonfinite-{strategy}", 2, strategy, "nonfinite")
+    assert results["skipped"] == [2]
 
 
-def test_deepspeed_has_moved_by_then_so_training_stops(place):
-    folder = place / "sick-zero2"
+def test_a_nonfinite_step_stops_training_with_deepspeed(root):
+    folder = root / "nonfinite-zero2"
     folder.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run([*launch, str(folder), "zero2", "sick"], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run([*launch, str(folder), "zero2", "nonfinite"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode != 0
-    assert "Training stops at step 2: 1 in a row" in done.stderr
+    assert "Training stops at step 2 after 1 step with" in done.stderr
     assert "could not be skipped" in done.stderr
 
 
-@pytest.mark.parametrize("fate", ["die", "hang"])
-def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message(place, fate):
-    """No launcher that would kill the other: it has to notice by itself."""
-    (place / fate).mkdir()
-    code, message = one_of_two(0, SCRIPT, str(place / fate), "teacher=zero3", fate)
+@pytest.mark.parametrize("fault", ["die", "hang"])
+def test_a_rank_that_dies_or_hangs_ends_the_other_ranks(root, fault):
+    """There is no launcher that would kill the other process."""
+    (root / fault).mkdir()
+    code, message = run_one_rank(0, SCRIPT, str(root / fault), "teacher=zero3", fault)
     assert code not in (0, -9)
-    expected = "Timed out" if fate == "hang" else "by peer"
+    expected = "Timed out" if fault == "hang" else "by peer"
     assert expected in message, message[-3000:]

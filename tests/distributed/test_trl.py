@@ -1,4 +1,4 @@
-"""TRL's trainers on two processes against one. Run as a script, this file trains, and rank 0 writes what it saw."""
+"""The TRL trainers on two processes train as on one. As a script, this file trains, and rank 0 writes results."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 
 def train(folder: Path) -> dict[str, list]:
-    """A few steps of each trainer: the same global batch, whatever the number of ranks."""
+    """Train a few steps with each trainer, with the same global batch for any number of ranks."""
     from datasets import Dataset
     from tiny import build
 
@@ -32,7 +32,7 @@ def train(folder: Path) -> dict[str, list]:
         alpha=0.5,
         losses=[{"name": "hidden_mse", "weight": 0.1}],
     )
-    seen = {}
+    results = {}
     for name, cls, args in (
         ("sft", DistillSFTTrainer, DistillSFTConfig(str(folder), **common)),
         (
@@ -52,12 +52,12 @@ def train(folder: Path) -> dict[str, list]:
         trainer.train()
         metrics = trainer.evaluate()
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        seen[name] = [log[key] for log in logs for key in ("loss", "grad_norm", "hard_loss", "num_tokens")]
-        seen[name] += [metrics["eval_loss"], metrics["eval_kl"]]
-    return seen
+        results[name] = [log[key] for log in logs for key in ("loss", "grad_norm", "hard_loss", "num_tokens")]
+        results[name] += [metrics["eval_loss"], metrics["eval_kl"]]
+    return results
 
 
-def on(ranks: int, folder: Path) -> dict[str, list]:
+def run_on_ranks(ranks: int, folder: Path) -> dict[str, list]:
     launch = [sys.executable, __file__, str(folder)]
     if ranks > 1:
         launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -67,16 +67,16 @@ def on(ranks: int, folder: Path) -> dict[str, list]:
     return json.loads((folder / "seen.json").read_text())
 
 
-def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
+def test_two_processes_have_the_same_loss_and_gradient_as_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one, two = on(1, tmp_path / "one"), on(2, tmp_path / "two")
+    one, two = run_on_ranks(1, tmp_path / "one"), run_on_ranks(2, tmp_path / "two")
     for name, expected in one.items():
         assert two[name] == pytest.approx(expected, rel=1e-5)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    found = train(Path(sys.argv[1]))
+    results = train(Path(sys.argv[1]))
     if os.environ.get("RANK", "0") == "0":
-        (Path(sys.argv[1]) / "seen.json").write_text(json.dumps(found))
+        (Path(sys.argv[1]) / "seen.json").write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Processes that wait for one that is gone or stuck end, and say which it was."""
+"""Processes that wait for a dead or hanging process end and report which one it is."""
 
 import re
 import signal
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, one_of_two
+from launching import ENVIRONMENT, run_one_rank
 
 from hf_distill.trainer.checkpoints import latest_complete
 
@@ -16,22 +16,22 @@ SCRIPT = Path(__file__).with_name("watched.py")
 
 
 @pytest.mark.parametrize(
-    ("fate", "told"),
+    ("fault", "pattern"),
     [
         ("die", r"Rank 1 has ended \(last seen at .*\. The others cannot go on without it"),
         ("hang", r"Rank 0 has waited for \d+ s: rank 1 is at distributed/watched\.py:\d+ in on_step_begin\."),
         ("stop", r"Rank 0 has waited for \d+ s: rank 1 sends no heartbeat \(last seen at "),
     ],
 )
-def test_a_rank_that_is_gone_or_stuck_is_named_and_the_other_ends(tmp_path, fate, told):
-    """No launcher that would kill the other."""
-    code, message = one_of_two(0, SCRIPT, str(tmp_path / "run"), fate)
+def test_a_dead_or_hanging_rank_is_reported_and_the_other_rank_ends(tmp_path, fault, pattern):
+    """There is no launcher that would kill the other process."""
+    code, message = run_one_rank(0, SCRIPT, str(tmp_path / "run"), fault)
     assert code == 1
-    assert re.search(told, message), message[-3000:]
+    assert re.search(pattern, message), message[-3000:]
 
 
 @pytest.mark.parametrize(
-    ("fate", "message"),
+    ("fault", "message"),
     [
         (
             "fail",
@@ -40,13 +40,13 @@ def test_a_rank_that_is_gone_or_stuck_is_named_and_the_other_ends(tmp_path, fate
         ("unwritable", r"Error: Rank 0 failed with OSError: \[Errno 5\] an input/output error"),
     ],
 )
-def test_an_exception_of_rank_0_reaches_the_others(tmp_path, fate, message):
-    code, errors = one_of_two(1, SCRIPT, str(tmp_path / "run"), fate)
+def test_an_exception_on_rank_0_is_reported_on_the_other_ranks(tmp_path, fault, message):
+    code, errors = run_one_rank(1, SCRIPT, str(tmp_path / "run"), fault)
     assert code == 1
     assert re.search(message, errors), errors[-3000:]
 
 
-def test_both_stop_with_a_whole_checkpoint_when_their_launcher_is_told_to(tmp_path):
+def test_both_ranks_stop_with_a_complete_checkpoint_on_sigterm_of_the_launcher(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     folder = tmp_path / "run"
     process = subprocess.Popen([*launch, str(folder), "term"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

@@ -1,10 +1,11 @@
-"""A few steps of a tiny pair, on as many ranks as there are; rank 0 writes what it saw.
+"""Trains a tiny student for a few steps on all ranks; rank 0 writes the results.
 
 python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
-    [teacher=zero3|fsdp2] [die|hang|sick]
+    [teacher=zero3|fsdp2] [die|hang|nonfinite]
 
-With ema and what follows a teacher that moves teaches. The student's strategy is a bare word; the teacher's comes
-behind `teacher=`. Rank 1 dies or hangs in the second step, or has an infinite loss there.
+ema, mutual, frozen, multi_view and mtp choose a non-frozen teacher. zero1 to fsdp2 choose the strategy of the student,
+`teacher=` that of the teacher. In the second step, die ends rank 1, hang stops
+it, and nonfinite makes its loss infinite.
 Models are read from FOLDER/../models.
 """
 
@@ -36,7 +37,7 @@ models = folder.parent / "models"
 world = int(os.environ.get("WORLD_SIZE", 1))
 ZERO = next((v for v in variants if v.startswith("zero")), None)
 TEACHER = next((v.removeprefix("teacher=") for v in variants if v.startswith("teacher=")), None)
-MOVING = next((v for v in variants if v in ("ema", "mutual", "frozen", "multi_view", "mtp")), None)
+TEACHER_KIND = next((v for v in variants if v in ("ema", "mutual", "frozen", "multi_view", "mtp")), None)
 FEATURES = [
     {"name": "hidden_mse", "weight": 0.1},
     {"name": "hidden_cosine", "layers": "learned"},
@@ -45,18 +46,18 @@ FEATURES = [
 ]
 
 
-def share_held(model: nn.Module) -> float:
-    """Of a model's parameters the share that this rank holds between two steps."""
-    here = whole = 0
+def local_parameter_share(model: nn.Module) -> float:
+    """Return the share of a model's parameters that this rank has in memory between two steps."""
+    num_local = num_parameters = 0
     for p in model.parameters():
         local = p.to_local() if hasattr(p, "to_local") else p
-        here += max(local.numel(), p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0)
-        whole += p.ds_numel if hasattr(p, "ds_numel") else p.numel()
-    return here / whole
+        num_local += max(local.numel(), p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0)
+        num_parameters += p.ds_numel if hasattr(p, "ds_numel") else p.numel()
+    return num_local / num_parameters
 
 
 def student_config() -> dict[str, Any]:
-    """The packaged config, without what the trainer adds."""
+    """Return the packaged config, without the key that the trainer adds."""
     config = read_deepspeed(f"{ZERO}-student.json")
     config["zero_optimization"].pop("stage3_gather_16bit_weights_on_model_save", None)
     return config
@@ -65,8 +66,8 @@ def student_config() -> dict[str, Any]:
 load = partial(AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
 
 
-class Fate(TrainerCallback):
-    """What happens to rank 1."""
+class RankFault(TrainerCallback):
+    """Ends or hangs rank 1 in the second step."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if args.process_index == 1 and state.global_step == 1:
@@ -76,29 +77,29 @@ class Fate(TrainerCallback):
                 time.sleep(600)
 
 
-class Sick(DistillTrainer):
-    """Rank 1's loss of the second step is infinite; its gradient is not."""
+class TrainerWithInfiniteLoss(DistillTrainer):
+    """The loss of rank 1 in the second step is infinite, but its gradient is not."""
 
-    def compute_loss(self, *given, **options):
-        loss = super().compute_loss(*given, **options)
-        here = self.args.process_index == 1 and self.state.global_step == 1 and torch.is_grad_enabled()
-        return loss + math.inf if here else loss
+    def compute_loss(self, *args, **options):
+        loss = super().compute_loss(*args, **options)
+        is_affected = self.args.process_index == 1 and self.state.global_step == 1 and torch.is_grad_enabled()
+        return loss + math.inf if is_affected else loss
 
 
-def moving(model: nn.Module) -> Teacher:
-    """A teacher that moves; frozen: a mutual one that stops half way."""
-    if MOVING == "ema":
+def make_teacher(model: nn.Module) -> Teacher:
+    """Return the non-frozen teacher; "frozen" is a mutual peer that is frozen after half of the training."""
+    if TEACHER_KIND == "ema":
         return EMATeacher(decay=0.5)
-    if MOVING == "multi_view":
+    if TEACHER_KIND == "multi_view":
         tokenizer = SimpleNamespace(mask_token_id=5)
         return MultiViewTeacher({"token_dropout": 0.3, "span_deletion": 0.2}, processing_class=tokenizer)
-    options = {"freeze_at_progress": 0.5} if MOVING == "frozen" else {"learning_rate": 3e-3}
-    return MTPTeacher(num_future_tokens=2) if MOVING == "mtp" else PeerTeacher(model, mutual=True, **options)
+    options = {"freeze_at_progress": 0.5} if TEACHER_KIND == "frozen" else {"learning_rate": 3e-3}
+    return MTPTeacher(num_future_tokens=2) if TEACHER_KIND == "mtp" else PeerTeacher(model, mutual=True, **options)
 
 
 def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
-    """Train, evaluate, and say what was seen."""
-    if "hang" in variants:  # transformers hands ddp_timeout on for GPUs alone
+    """Train and evaluate; return the trainer and its results."""
+    if "hang" in variants:  # transformers applies ddp_timeout on GPUs only
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
     args = DistillConfig(
         str(folder / name),
@@ -107,11 +108,11 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=2,
         logging_steps=1,
-        save_strategy="steps" if ("features" in variants or MOVING) and "fsdp2" not in variants else "no",
+        save_strategy="steps" if ("features" in variants or TEACHER_KIND) and "fsdp2" not in variants else "no",
         save_steps=5,
-        learning_rate=1e-2 if MOVING else 1e-3,
-        max_grad_norm=1e3 if MOVING else 1.0,  # DeepSpeed clips two models together
-        alpha=0.0 if MOVING == "mtp" else 0.5,
+        learning_rate=1e-2 if TEACHER_KIND else 1e-3,
+        max_grad_norm=1e3 if TEACHER_KIND else 1.0,  # high, because DeepSpeed clips both models together
+        alpha=0.0 if TEACHER_KIND == "mtp" else 0.5,
         use_cpu=True,
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
@@ -124,33 +125,33 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     )
     teacher: Any = str(models / "teacher")
     if TEACHER not in ("zero3", "fsdp2"):
-        teacher = load(teacher)  # under ZeRO-3 sharded, as the student is, since the config is alive
+        teacher = load(teacher)  # sharded under ZeRO-3, because the student's config is active
     if "fsdp2" in variants:
         student = load(models / "student", distributed_config=DistributedConfig(fsdp_size=world))
     else:
         student = load(models / "student")
-    if MOVING:
-        teacher = moving(teacher)
-    trainer = (Sick if "sick" in variants else DistillTrainer)(
+    if TEACHER_KIND:
+        teacher = make_teacher(teacher)
+    trainer = (TrainerWithInfiniteLoss if "nonfinite" in variants else DistillTrainer)(
         student,
         args,
         teacher=teacher,
         train_dataset=rows("llama", 32),
         eval_dataset=rows("llama", 7, seed=5),
         data_collator=collate,
-        callbacks=[Fate()],
+        callbacks=[RankFault()],
     )
     trainer.train(resume_from_checkpoint=resume)
-    held = share_held(trainer.teacher.model)
+    teacher_share = local_parameter_share(trainer.teacher.model)
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / f"{name}-saved"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
     keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_weight_drift")]
-    if MOVING in ("mutual", "frozen"):
-        keys.remove("grad_norm")  # of the student alone, or by DeepSpeed of both
+    if TEACHER_KIND in ("mutual", "frozen"):
+        keys.remove("grad_norm")  # it is the student's alone, but with DeepSpeed that of both models
     return trainer, {
         "world": trainer.accelerator.num_processes,
-        "teacher_held": held,
+        "teacher_share": teacher_share,
         "log": [{k: float(log[k]) for k in keys if k in log} for log in logs],
         "skipped": [log["step"] for log in logs if log.get("skipped_steps")],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},
@@ -159,8 +160,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
 
 if __name__ == "__main__":
     name = "resumed" if "resume" in variants else "straight"
-    trainer, seen = run(name, str(folder / "straight" / "checkpoint-5") if "resume" in variants else None)
+    trainer, results = run(name, str(folder / "straight" / "checkpoint-5") if "resume" in variants else None)
     if trainer.is_world_process_zero():
-        (folder / f"{name}.json").write_text(json.dumps(seen))
+        (folder / f"{name}.json").write_text(json.dumps(results))
     trainer.accelerator.wait_for_everyone()
     trainer.end()

@@ -1,6 +1,7 @@
-"""Two processes write caches together: FOLDER/locked, FOLDER/foreign, and FOLDER/cut, where rank 1 dies.
+"""Two processes write three caches together: python two_writers.py FOLDER
 
-Each writes the error of each of the first two to its stderr; in the third rank 1 ends after its first shard.
+FOLDER/locked and FOLDER/foreign raise errors, which each process writes to stderr. In FOLDER/cut, rank 1 ends after its
+first shard.
 """
 
 import os
@@ -17,7 +18,7 @@ from hf_distill.errors import DistillError
 
 
 def write(folder: Path, **options):
-    """A small cache of six shards."""
+    """Write a small cache of six shards."""
     return write_cache(folder, build("llama"), rows("llama", 12), collator=collate, batch_size=2, shard_rows=2,
                        kind="sampled", **options)  # fmt: skip
 

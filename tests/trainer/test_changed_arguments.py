@@ -1,4 +1,4 @@
-"""What is changed in `trainer.args` between two trainings is taken in full, or refused."""
+"""Arguments that change between two trainings of one trainer apply completely, or raise an error."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from hf_distill.teachers import EMATeacher, PeerTeacher
 HIDDEN = [{"name": "hidden_mse", "weight": 0.5}]
 
 
-def test_weights_change_and_the_teacher_and_the_projectors_stay(make_trainer):
+def test_changed_weights_apply_and_projectors_stay(make_trainer):
     trainer = make_trainer(losses=HIDDEN, max_steps=2, learning_rate=1e-2)
     trainer.train()
     sidecar, trained = trainer._sidecar, [p.clone() for p in trainer._sidecar.parameters()]
     trainer.args.alpha, trainer.args.temperature = 0.25, 3.0
     trainer.args.losses[0]["weight"] = 0.125  # in place
-    trainer._hp_search_setup(None)  # which begins each training
+    trainer._hp_search_setup(None)  # the Trainer calls this before each training
     assert trainer._sidecar is sidecar
     assert all(torch.equal(a, b) for a, b in zip(trained, sidecar.parameters(), strict=True))
     trainer.train()
@@ -28,15 +28,15 @@ def test_weights_change_and_the_teacher_and_the_projectors_stay(make_trainer):
     assert trainer.distiller.terms[0].options["temperature"] == 3.0
 
 
-def test_an_average_of_the_student_stays_where_it_is(make_trainer):
+def test_the_average_of_an_ema_teacher_stays_when_alpha_changes(make_trainer):
     teacher = EMATeacher(0.5)
     trainer = make_trainer(teacher=teacher, max_steps=3, learning_rate=0.05, alpha=0.3)
     trainer.train()
-    held = {name: value.clone() for name, value in teacher._shadow.items()}
-    assert any(not torch.equal(held[name], p) for name, p in trainer.model.named_parameters())
+    average = {name: value.clone() for name, value in teacher._shadow.items()}
+    assert any(not torch.equal(average[name], p) for name, p in trainer.model.named_parameters())
     trainer.args.alpha, trainer.args.max_steps = 0.6, 0
     trainer._hp_search_setup(None)
-    assert all(torch.equal(value, teacher._shadow[name]) for name, value in held.items())
+    assert all(torch.equal(value, teacher._shadow[name]) for name, value in average.items())
     assert [term.weight for term in trainer.distiller.terms] == [0.6, 0.4]
 
 
@@ -52,7 +52,7 @@ def test_new_losses_get_new_projectors_that_are_trained(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "read"),
+    ("name", "value", "value_in_use"),
     [
         ("label_smoothing_factor", 0.2, lambda t: t.distiller.terms[1].options["label_smoothing"]),
         ("max_consecutive_nonfinite_steps", 2, lambda t: t.max_consecutive_nonfinite_steps),
@@ -60,31 +60,31 @@ def test_new_losses_get_new_projectors_that_are_trained(make_trainer):
         ("divergence", "reverse_kl", lambda t: t.distiller.terms[0].loss.name),
     ],
 )
-def test_every_argument_is_taken(make_trainer, name, value, read):
+def test_a_changed_argument_applies_to_the_next_training(make_trainer, name, value, value_in_use):
     trainer = make_trainer(max_steps=1)
     setattr(trainer.args, name, value)
     trainer.train()
-    assert read(trainer) == value
+    assert value_in_use(trainer) == value
 
 
-def test_the_clipping_of_a_peer_follows_the_run(make_trainer):
+def test_a_peer_is_clipped_by_the_changed_max_grad_norm(make_trainer):
     trainer = make_trainer(teacher=PeerTeacher(build("llama", 1)), max_steps=1)
     trainer.args.max_grad_norm = 0.25
     trainer.train()
-    assert trainer._clipped == 0.25
+    assert trainer._teacher_max_grad_norm == 0.25
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("teacher_init_kwargs", {"dtype": "bfloat16"}, "changed after the teacher was loaded: make a new trainer"),
-        ("teacher_fsdp", True, "changed after the teacher was loaded: make a new trainer"),
+        ("teacher_init_kwargs", {"dtype": "bfloat16"}, "changed after the teacher was loaded. Create a new trainer"),
+        ("teacher_fsdp", True, "changed after the teacher was loaded. Create a new trainer"),
         ("losses", [{"name": "hidden_mse", "layers": [[7, 0]]}], "hidden_mse: "),
         ("alpha", 1.5, r"alpha is 1.5; it must be a number in \[0, 1\]"),
-        ("torch_compile", True, "torch_compile would keep the head"),
+        ("torch_compile", True, "torch_compile does not work with the output head"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_again_and_again(make_trainer, name, value, message):
+def test_an_argument_that_cannot_change_raises_an_error_every_time(make_trainer, name, value, message):
     trainer = make_trainer(max_steps=1)
     setattr(trainer.args, name, value)
     for _ in range(2):
@@ -92,7 +92,7 @@ def test_what_cannot_be_taken_is_refused_again_and_again(make_trainer, name, val
             trainer.train()
 
 
-def test_without_a_teacher_the_watch_may_change(make_trainer):
+def test_the_limit_of_nonfinite_steps_may_change_without_a_teacher(make_trainer):
     trainer = make_trainer(teacher=None, max_steps=1)
     trainer.args.max_consecutive_nonfinite_steps = 2
     trainer.train()

@@ -1,4 +1,4 @@
-"""A complete checkpoint is there at any moment: full disks, rotation, weights that are not finite."""
+"""Saving, rotating and loading checkpoints: full disks, interruptions, and weights that are not finite."""
 
 import errno
 import subprocess
@@ -11,8 +11,8 @@ from tiny import build
 
 from hf_distill import DistillError
 from hf_distill.errors import RunError
-from hf_distill.trainer import checkpointing as saving
-from hf_distill.trainer.checkpointing import _for_want_of_room
+from hf_distill.trainer import checkpointing as checkpointing
+from hf_distill.trainer.checkpointing import _is_disk_full
 from hf_distill.trainer.checkpoints import checkpoint_defect, checkpoints_of, latest_complete
 from hf_distill.trainer.nonfinite_report import nonfinite_weight
 
@@ -20,14 +20,14 @@ RUN = ["run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
 RUN += ["train.max_steps=12", "train.save_steps=1"]
 
 
-def program(folder, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hf_distill", *words]
+def run_cli(folder, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hf_distill", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture
-def small(tmp_path):
-    """A disk of 6 MB."""
+def small_disk(tmp_path):
+    """A folder on a disk of 6 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
@@ -37,18 +37,18 @@ def small(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_earlier_checkpoints_stay_whole(small):
-    full = program(small, *RUN, "train.save_total_limit=null")
+def test_a_full_disk_raises_an_error_and_keeps_earlier_checkpoints_complete(small_disk):
+    full = run_cli(small_disk, *RUN, "train.save_total_limit=null")
     assert full.returncode == 1
     assert "could not be written" in full.stderr
     assert "Traceback" not in full.stderr
-    newest = latest_complete(small / "run")
+    newest = latest_complete(small_disk / "run")
     assert newest
     assert newest.name in full.stderr
-    assert all((path / "trainer_state.json").is_file() for path in (small / "run").glob("checkpoint-*"))
-    for path in sorted((small / "run").glob("checkpoint-*"))[:-1]:
+    assert all((path / "trainer_state.json").is_file() for path in (small_disk / "run").glob("checkpoint-*"))
+    for path in sorted((small_disk / "run").glob("checkpoint-*"))[:-1]:
         subprocess.run(["rm", "-r", str(path)], check=True)
-    resumed = program(small, *RUN, "train.save_total_limit=1", "--resume")
+    resumed = run_cli(small_disk, *RUN, "train.save_total_limit=1", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert f"from step {newest.name.rpartition('-')[2]} " in resumed.stdout
 
@@ -63,43 +63,43 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay_whole(small):
         (PermissionError(errno.EACCES, "x"), 1 << 40, 0, False),
     ],
 )
-def test_other_errors_are_not_taken_for_a_full_disk(error, free, written, full):
-    assert _for_want_of_room(error, free, written) == full
+def test_only_errors_of_a_full_disk_count_as_one(error, free, written, full):
+    assert _is_disk_full(error, free, written) == full
 
 
-def complete(folder):
+def complete_names(folder):
     return [path.name for path in checkpoints_of(folder) if checkpoint_defect(path) is None]
 
 
 @pytest.mark.parametrize("push", [False, True])
-def test_with_a_limit_of_one_a_complete_checkpoint_is_there_at_every_removal_and_seal(
+def test_a_limit_of_one_never_leaves_the_folder_without_a_complete_checkpoint(
     make_trainer, tmp_path, monkeypatch, push
 ):
     import hf_distill.trainer.checkpoints as checkpoints
 
-    seen = []
-    for name in ("seal", "begin", "rotate", "remove"):
-        owner = checkpoints if name == "remove" else saving
+    calls = []
+    for name in ("mark_complete", "mark_incomplete", "rotate", "remove"):
+        owner = checkpoints if name == "remove" else checkpointing
         original = getattr(owner, name)
 
         def watched(*args, name=name, original=original):
-            seen.append((name, complete(tmp_path / "out")))
+            calls.append((name, complete_names(tmp_path / "out")))
             original(*args)
-            seen.append((name, complete(tmp_path / "out")))
+            calls.append((name, complete_names(tmp_path / "out")))
 
         monkeypatch.setattr(owner, name, watched)
     monkeypatch.setattr(
         "transformers.Trainer._push_from_checkpoint",
-        lambda self, folder: seen.append(("push", complete(tmp_path / "out"))),
+        lambda self, folder: calls.append(("push", complete_names(tmp_path / "out"))),
     )
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, **_: setattr(self, "push_in_progress", None))
     trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=6, save_total_limit=1, push_to_hub=push)
     monkeypatch.setattr(trainer, "create_model_card", lambda: None)
     trainer.train()
-    first = seen.index(("seal", ["checkpoint-2"]))
-    assert all(there for _, there in seen[first:])
-    assert complete(tmp_path / "out") == ["checkpoint-6"]
-    assert [there[0] for name, there in seen if name == "push"] == (
+    first = calls.index(("mark_complete", ["checkpoint-2"]))
+    assert all(complete_checkpoints for _, complete_checkpoints in calls[first:])
+    assert complete_names(tmp_path / "out") == ["checkpoint-6"]
+    assert [complete_checkpoints[0] for name, complete_checkpoints in calls if name == "push"] == (
         ["checkpoint-2", "checkpoint-4", "checkpoint-6"] if push else []
     )
     assert trainer.args.save_total_limit == 1
@@ -107,20 +107,20 @@ def test_with_a_limit_of_one_a_complete_checkpoint_is_there_at_every_removal_and
     assert saved.save_total_limit == 1
 
 
-def test_best_checkpoint_is_all_that_a_limit_of_one_leaves_at_the_end(make_trainer, tmp_path):
+def test_a_limit_of_one_leaves_the_best_checkpoint_after_training(make_trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
     options |= {"save_total_limit": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     trainer = make_trainer(greater_is_better=True, learning_rate=1e-2, **options)  # so that the first is the best
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert complete(tmp_path / "out") == ["checkpoint-2"]
+    assert complete_names(tmp_path / "out") == ["checkpoint-2"]
     assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint-*")) == ["checkpoint-2"]
 
 
 def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     trainer = make_trainer(load_best_model_at_end=True, **options)
-    original = saving.CheckpointMixin._finalize_training
+    original = checkpointing.CheckpointMixin._finalize_training
 
     def damage_first(self, *args):
         file = tmp_path / "out" / Path(self.state.best_model_checkpoint).name / "model.safetensors"
@@ -129,16 +129,16 @@ def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeyp
         file.write_bytes(content)
         return original(self, *args)
 
-    monkeypatch.setattr(saving.CheckpointMixin, "_finalize_training", damage_first)
+    monkeypatch.setattr(checkpointing.CheckpointMixin, "_finalize_training", damage_first)
     with pytest.raises(DistillError, match=r"model\.safetensors is damaged"):
         trainer.train()
 
 
 @pytest.mark.parametrize("rate", [float("inf"), 1e38])
 @pytest.mark.parametrize("save", ["steps", "no"])
-def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, rate, save):
+def test_nonfinite_weights_are_not_saved(make_trainer, tmp_path, rate, save):
     trainer = make_trainer(save_strategy=save, save_steps=1, max_steps=1, learning_rate=rate)
-    message = r"not finite after step 1 \(first: .*\)\. Nothing is written to"
+    message = r"not finite after step 1 \(first: .*\)\. Nothing was written to"
     if save == "no":
         trainer.train()
         with pytest.raises(RunError, match=message):
@@ -150,7 +150,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, rate,
     assert not list((tmp_path / "out").glob("*checkpoint*"))
 
 
-def test_training_stops_at_once_where_a_step_made_weights_not_finite(make_trainer):
+def test_training_stops_when_the_weights_become_nonfinite(make_trainer):
     trainer = make_trainer(max_steps=9, learning_rate=float("inf"), max_consecutive_nonfinite_steps=5)
     with pytest.raises(RunError, match=r"not finite after step 1 .*No further step"):
         trainer.train()
@@ -158,7 +158,7 @@ def test_training_stops_at_once_where_a_step_made_weights_not_finite(make_traine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_weight_that_is_not_finite_is_named(dtype):
+def test_the_name_of_a_nonfinite_weight_is_found(dtype):
     model = build("llama").to(dtype)
     model.model.norm.weight.data.fill_(torch.finfo(dtype).max)  # large and finite
     model.register_buffer("mask", torch.full((3,), float("-inf")))

@@ -1,3 +1,5 @@
+"""`Distiller`: loss, gradients and statistics against naive references, and errors."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from hf_distill.trainer.distiller import Distiller
 
 
 def naive_loss(student, teacher, batch, alpha, temperature, kind):
-    """Dense logits, loops over tokens, mean over the asked ones."""
+    """Mean over the target tokens, in a loop, with dense logits."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     if kind == "t5":
         inputs["decoder_input_ids"] = F.pad(batch["labels"].masked_fill(batch["labels"] == -100, 0), (1, 0))[:, :-1]
@@ -50,7 +52,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("vocabularies", [(97, 97), (97, 101), (101, 97)])
-def test_loss_and_gradients_are_those_of_the_naive_loop(kind, pad, vocabularies):
+def test_loss_and_gradients_equal_those_of_a_naive_loop(kind, pad, vocabularies):
     classes = kind in ("sequence", "token")
     v_student, v_teacher = (97, 97) if classes else vocabularies
     student = build(kind, 0, vocab=v_student).double()
@@ -66,7 +68,7 @@ def test_loss_and_gradients_are_those_of_the_naive_loop(kind, pad, vocabularies)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_gradient_and_no_training_mode_reaches_the_teacher(kind):
+def test_the_teacher_gets_no_gradient_and_is_in_eval_mode(kind):
     student, model = build(kind, 0), build(kind, 1, dropout=0.5).train()
     teacher = teacher_of(model, student)
     Distiller(objective(0.5, 2.0))(student, teacher, collate(rows(kind, 3))).loss.backward()
@@ -75,7 +77,7 @@ def test_no_gradient_and_no_training_mode_reaches_the_teacher(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_with_nothing_asked_has_loss_zero_and_a_graph(kind):
+def test_a_batch_without_target_tokens_has_loss_zero_and_a_graph(kind):
     student = build(kind, 0)
     batch = collate(rows(kind, 3))
     batch["labels"] = torch.full_like(batch["labels"], -100)
@@ -85,40 +87,45 @@ def test_a_batch_with_nothing_asked_has_loss_zero_and_a_graph(kind):
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
 
 
-def test_the_head_gets_asked_tokens_only_and_is_whole_afterwards(monkeypatch):
+def test_the_output_head_runs_on_target_tokens_only_and_is_restored(monkeypatch):
     from hf_distill.losses.fused import ChunkedLoss
 
-    student, batch, seen = build("llama", 0), collate(rows("llama", 4)), []
+    student, batch, shapes = build("llama", 0), collate(rows("llama", 4)), []
     original = ChunkedLoss.from_hidden
     monkeypatch.setattr(
-        ChunkedLoss, "from_hidden", lambda job, head: seen.append(head.hidden.shape) or original(job, head)
+        ChunkedLoss,
+        "from_hidden",
+        lambda chunked_loss, head: shapes.append(head.hidden.shape) or original(chunked_loss, head),
     )
     step = Distiller(objective(0.5, 2.0))(student, teacher_of(build("llama", 1), student), batch)
-    assert seen == [(len(step.targets), 32)]
+    assert shapes == [(len(step.targets), 32)]
     assert "forward" not in vars(student.lm_head)
     assert not student.lm_head._forward_hooks
     assert student(input_ids=batch["input_ids"]).logits.shape == (4, 12, 97)
 
 
-def test_kept_logits_are_those_of_the_model_and_change_no_loss():
+def test_keep_logits_returns_the_logits_of_the_model_and_does_not_change_the_loss():
     student, batch = build("llama", 0), collate(rows("llama", 4))
     teacher, distiller = teacher_of(build("llama", 1), student), Distiller(objective(0.5, 2.0))
-    short, whole = distiller(student, teacher, batch), distiller(student, teacher, batch, keep_logits=True)
-    torch.testing.assert_close(short.loss, whole.loss, rtol=1e-6, atol=0)
+    without_logits, with_logits = (
+        distiller(student, teacher, batch),
+        distiller(student, teacher, batch, keep_logits=True),
+    )
+    torch.testing.assert_close(without_logits.loss, with_logits.loss, rtol=1e-6, atol=0)
     expected = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(whole.outputs.logits, expected)
+    torch.testing.assert_close(with_logits.outputs.logits, expected)
 
 
-@pytest.mark.parametrize(("alpha", "silent"), [(1.0, "hard"), (0.0, "soft")])
-def test_a_term_of_weight_zero_is_reported_but_has_no_gradient(alpha, silent):
+@pytest.mark.parametrize(("alpha", "unweighted"), [(1.0, "hard"), (0.0, "soft")])
+def test_a_term_of_weight_zero_is_reported_but_has_no_gradient(alpha, unweighted):
     student, batch = build("llama", 0), collate(rows("llama", 4))
     step = Distiller(objective(alpha, 2.0))(student, teacher_of(build("llama", 1), student), batch)
-    other = {"hard": "soft", "soft": "hard"}[silent]
-    assert step.per_token[silent].mean() > 0
+    other = {"hard": "soft", "soft": "hard"}[unweighted]
+    assert step.per_token[unweighted].mean() > 0
     torch.testing.assert_close(step.loss, step.per_token[other].mean())
 
 
-def test_a_router_keeps_its_load_balancing_loss():
+def test_the_load_balancing_loss_of_a_router_is_added():
     config = MixtralConfig(
         vocab_size=97,
         hidden_size=32,
@@ -137,7 +144,7 @@ def test_a_router_keeps_its_load_balancing_loss():
     torch.testing.assert_close(distiller(student, teacher, batch).loss, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_further_terms_are_weighted_and_scaled_by_their_own_temperature():
+def test_additional_losses_use_their_weight_and_temperature():
     student, batch = build("llama", 0), collate(rows("llama", 4))
     teacher = teacher_of(build("llama", 1), student)
     plain = Distiller(objective(0.5, 2.0))(student, teacher, batch).loss
@@ -146,7 +153,7 @@ def test_further_terms_are_weighted_and_scaled_by_their_own_temperature():
     torch.testing.assert_close(Distiller(more)(student, teacher, batch).loss, plain + 0.25 * extra)
 
 
-def test_a_loss_that_reduces_by_itself_is_refused():
+def test_a_loss_that_returns_a_scalar_raises_an_error():
     from hf_distill.losses import LOSSES, loss
 
     @loss("reduced", needs=())
@@ -163,26 +170,26 @@ def test_a_loss_that_reduces_by_itself_is_refused():
         del LOSSES["reduced"]
 
 
-def test_every_problem_of_an_objective_is_told_at_once():
+def test_the_error_names_all_problems_of_an_objective():
     with pytest.raises(DistillError) as caught:
         objective(1.5, -1.0, "forwrd_kl", [{"name": "cross_entropy", "temperature": 2}, {"weight": 1}])
-    for words in (
+    for message in (
         "alpha is 1.5",
         "temperature is -1",
         "did you mean 'forward_kl'",
         "no option 'temperature'",
         "written",
     ):
-        assert words in str(caught.value)
+        assert message in str(caught.value)
 
 
-def test_statistics_are_those_of_dense_logits():
+def test_statistics_equal_those_of_dense_logits():
     student, teacher, batch = build("llama", 0), build("llama", 1, layers=3), collate(rows("llama", 6))
     step = Distiller(objective(0.5, 2.0))(student, teacher_of(teacher, student), batch, statistics=True)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    asked = batch["labels"][:, 1:] != -100
-    s, t = (m(**inputs).logits[:, :-1][asked] for m in (student, teacher))
-    labels = batch["labels"][:, 1:][asked]
+    is_target = batch["labels"][:, 1:] != -100
+    s, t = (m(**inputs).logits[:, :-1][is_target] for m in (student, teacher))
+    labels = batch["labels"][:, 1:][is_target]
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
     expected = {
         "teacher_entropy": -(log_t.exp() * log_t).sum(-1),
@@ -197,14 +204,14 @@ def test_statistics_are_those_of_dense_logits():
         torch.testing.assert_close(step.per_token[name], values.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_labels_beyond_the_students_vocabulary_are_refused():
+def test_labels_outside_the_students_vocabulary_raise_an_error():
     student, batch = build("llama", 0), collate(rows("llama", 4))
     batch["labels"][0, 3] = 500
     with pytest.raises(DistillError, match="first: 500"):
         Distiller(objective(0.5, 2.0))(student, teacher_of(build("llama", 1), student), batch)
 
 
-def test_kinds_that_have_no_distribution_are_refused():
+def test_models_without_a_distribution_raise_an_error():
     from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
@@ -215,7 +222,7 @@ def test_kinds_that_have_no_distribution_are_refused():
 
 
 class TwoLogits(BertForSequenceClassification):
-    """Its config gives five classes, and its logits are of two, as those of ShieldGemma 2 are."""
+    """Returns logits of two classes although its config has five, as ShieldGemma 2 does."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         outputs = super().forward(input_ids, attention_mask)
@@ -223,18 +230,18 @@ class TwoLogits(BertForSequenceClassification):
         return outputs
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_logits_of_fewer_classes_are_not_compared_as_a_padded_vocabulary_is(several):
+@pytest.mark.parametrize("is_multi_teacher", [False, True])
+def test_classifiers_with_different_numbers_of_classes_raise_an_error(is_multi_teacher):
     student, batch = build("sequence", 0), collate(rows("sequence", 4))
-    fewer = TwoLogits(student.config)
-    distiller, teacher = Distiller(objective(0.5, 2.0)), FrozenTeacher(fewer)
-    if several:
+    two_class_model = TwoLogits(student.config)
+    distiller, teacher = Distiller(objective(0.5, 2.0)), FrozenTeacher(two_class_model)
+    if is_multi_teacher:
         teacher = MultiTeacher({"good": FrozenTeacher(build("sequence", 1)), "bad": teacher})
     teacher.prepare(student, torch.device("cpu"))
     with pytest.raises(DistillError, match="returns logits of 2 classes and the student of 5"):
         distiller(student, teacher, batch)
-    if not several:
-        teacher = teacher_of(student, fewer)
+    if not is_multi_teacher:
+        teacher = teacher_of(student, two_class_model)
         batch["labels"] %= 2
         with pytest.raises(DistillError, match="The teacher returns logits of 5 classes and the student of 2"):
-            distiller(fewer, teacher, batch)
+            distiller(two_class_model, teacher, batch)

@@ -1,4 +1,4 @@
-"""What is logged and evaluated, and which evaluation is the best one."""
+"""Metrics in training logs and evaluation, and the choice of the best checkpoint."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from hf_distill.losses.objective import RESERVED_NAMES
 from hf_distill.losses.token_metrics import PAIR_METRICS, STUDENT_METRICS, greater_is_better
 from hf_distill.teachers import EMATeacher, PeerTeacher
 
-CHECKED = dict(
+CHECKPOINT_OPTIONS = dict(
     max_steps=4,
     learning_rate=0.05,
     eval_strategy="steps",
@@ -22,7 +22,7 @@ CHECKED = dict(
     save_steps=1,
     load_best_model_at_end=True,
 )
-EMPTY = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows("llama", 32)]
+ROWS_WITHOUT_TARGETS = [row | {"labels": torch.full_like(row["labels"], -100)} for row in rows("llama", 32)]
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ class StopAt(TrainerCallback):
 # No target tokens
 
 
-def test_an_evaluation_without_target_tokens_is_not_a_number_and_never_the_best(make_trainer, warnings_of):
-    trainer = make_trainer(eval_dataset=EMPTY[:5], metric_for_best_model="eval_kl", **CHECKED)
+def test_an_evaluation_without_target_tokens_is_nan_and_never_the_best(make_trainer, warnings_of):
+    trainer = make_trainer(eval_dataset=ROWS_WITHOUT_TARGETS[:5], metric_for_best_model="eval_kl", **CHECKPOINT_OPTIONS)
     trainer.train()
     metrics = logs_of(trainer, "eval_loss")[-1]
     numbers = {k: v for k, v in metrics.items() if k.startswith("eval_") and "second" not in k and "runtime" not in k}
@@ -57,8 +57,8 @@ def test_an_evaluation_without_target_tokens_is_not_a_number_and_never_the_best(
     assert trainer.state.best_model_checkpoint is None
 
 
-def test_training_without_target_tokens_logs_no_loss(make_trainer, warnings_of):
-    trainer = make_trainer(train_dataset=EMPTY, max_steps=2)
+def test_training_without_target_tokens_logs_nan(make_trainer, warnings_of):
+    trainer = make_trainer(train_dataset=ROWS_WITHOUT_TARGETS, max_steps=2)
     output = trainer.train()
     for log in logs_of(trainer):
         assert all(math.isnan(log[name]) for name in ("loss", "soft_loss", "hard_loss", "kl"))
@@ -69,7 +69,7 @@ def test_training_without_target_tokens_logs_no_loss(make_trainer, warnings_of):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_steps_without_target_tokens_do_not_lower_the_logged_loss(make_trainer, accumulation):
     size = 4 * accumulation
-    mixed = rows("llama", size) + EMPTY[:size]
+    mixed = rows("llama", size) + ROWS_WITHOUT_TARGETS[:size]
     options = dict(learning_rate=0.0, train_sampling_strategy="sequential", gradient_accumulation_steps=accumulation)
     full = make_trainer(train_dataset=mixed[:size], max_steps=1, **options)
     full.train()
@@ -100,29 +100,29 @@ def test_steps_without_target_tokens_do_not_lower_the_logged_loss(make_trainer, 
         ("accuracy", None),
     ],
 )
-def test_the_direction_of_every_metric_is_known(metric, greater):
+def test_greater_is_better_is_set_for_every_metric(metric, greater):
     assert greater_is_better(metric) is greater
     args = DistillConfig("out", metric_for_best_model=metric)
-    assert args.greater_is_better is (True if greater is None else greater)  # transformers' choice
+    assert args.greater_is_better is (True if greater is None else greater)  # the default of transformers
     for chosen in (True, False):
         assert DistillConfig("out", metric_for_best_model=metric, greater_is_better=chosen).greater_is_better is chosen
 
 
-def test_entropies_choose_nothing():
+def test_an_entropy_needs_an_explicit_greater_is_better():
     with pytest.raises(DistillError, match="neither a greater nor a smaller value is better"):
         DistillConfig("out", metric_for_best_model="eval_student_entropy")
     assert DistillConfig("out", metric_for_best_model="eval_student_entropy", greater_is_better=True).greater_is_better
 
 
 @pytest.mark.parametrize(("metric", "best"), [("eval_kl", min), ("agreement", max)])
-def test_the_best_checkpoint_is_kept(make_trainer, metric, best):
-    trainer = make_trainer(metric_for_best_model=metric, **CHECKED)
+def test_the_best_checkpoint_has_the_best_metric(make_trainer, metric, best):
+    trainer = make_trainer(metric_for_best_model=metric, **CHECKPOINT_OPTIONS)
     trainer.train()
     name = "eval_" + metric.removeprefix("eval_")
     assert trainer.state.best_metric == best(log[name] for log in logs_of(trainer, name))
 
 
-def test_plain_arguments_do_not_know_and_are_corrected_with_a_warning(tmp_path, warnings_of):
+def test_greater_is_better_of_plain_arguments_is_corrected_with_a_warning(tmp_path, warnings_of):
     args = TrainingArguments(str(tmp_path), metric_for_best_model="kl", report_to="none", dataloader_pin_memory=False)
     assert args.greater_is_better
     DistillTrainer(build("llama"), args, collate, rows("llama", 8), teacher=build("llama", 1))
@@ -130,11 +130,11 @@ def test_plain_arguments_do_not_know_and_are_corrected_with_a_warning(tmp_path, 
     assert len(warnings_of("the smallest value is the best")) == 1
 
 
-# Metrics of the last steps, and of steps that were given up
+# Metrics of the last steps, and of steps that are skipped or repeated
 
 
 @pytest.mark.parametrize(("steps", "stop", "logged"), [(3, None, [3]), (7, None, [5, 7]), (9, 7, [5, 7]), (9, 5, [5])])
-def test_what_was_measured_since_the_last_log_is_logged_when_training_ends(make_trainer, steps, stop, logged):
+def test_the_last_steps_are_logged_when_training_ends(make_trainer, steps, stop, logged):
     every = make_trainer(max_steps=steps)
     every.train()
     trainer = make_trainer(max_steps=steps, logging_steps=5, callbacks=[StopAt(stop)])
@@ -146,17 +146,17 @@ def test_what_was_measured_since_the_last_log_is_logged_when_training_ends(make_
     assert {"soft_loss", "hard_loss", "kl"} <= {*last}
 
 
-def test_without_logs_nothing_is_logged_at_the_end(make_trainer):
+def test_logging_strategy_no_logs_nothing_when_training_ends(make_trainer):
     trainer = make_trainer(logging_strategy="no", max_steps=2)
     trainer.train()
     assert not logs_of(trainer)
 
 
-def test_a_batch_that_did_not_fit_into_memory_is_not_measured(make_trainer):
+def test_a_batch_that_ran_out_of_memory_is_not_counted(make_trainer):
     class DoesNotFit(DistillTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            if len(inputs["labels"]) > 2 and len(self._losses) == 2:  # in the second micro-batch
+            if len(inputs["labels"]) > 2 and len(self._micro_batch_losses) == 2:  # in the second micro-batch
                 raise RuntimeError("CUDA out of memory.")
             return loss
 
@@ -170,7 +170,7 @@ def test_a_batch_that_did_not_fit_into_memory_is_not_measured(make_trainer):
         assert logs_of(trainer)[0][name] == pytest.approx(logs_of(expected)[0][name], rel=1e-5)
 
 
-def test_when_every_step_is_skipped_there_is_no_loss(make_trainer):
+def test_the_loss_is_nan_if_every_step_is_skipped(make_trainer):
     trainer = make_trainer(max_steps=2, logging_steps=2)
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
     output = trainer.train()
@@ -188,7 +188,7 @@ def test_statistics_are_reserved_names():
 
 
 @pytest.mark.parametrize("name", ["student_ce", "measured", "teacher_entropy", "aux"])
-def test_a_loss_that_is_called_as_a_statistic_changes_no_metric(make_trainer, name):
+def test_a_loss_with_the_name_of_a_statistic_changes_no_metric(make_trainer, name):
     from hf_distill.losses import LOSSES, loss
 
     plain = make_trainer().evaluate()
@@ -209,7 +209,7 @@ def test_a_loss_that_is_called_as_a_statistic_changes_no_metric(make_trainer, na
         ("soft_a", lambda: {"a": build("llama", 1), "b": EMATeacher()}),
     ],
 )
-def test_a_loss_that_is_called_as_a_teacher_s_is_refused(make_trainer, name, teacher):
+def test_a_loss_with_the_name_of_a_teachers_loss_raises_an_error(make_trainer, name, teacher):
     from hf_distill.losses import LOSSES, loss
 
     loss(name, needs=())(lambda student, teacher, targets: torch.zeros(len(targets)))

@@ -1,8 +1,9 @@
-"""No step is taken whose loss or gradient is not finite, and it is told which one that was."""
+"""Steps whose loss or gradient is not finite are skipped and reported, and training stops after some."""
 
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -17,18 +18,18 @@ from hf_distill.teachers import FrozenTeacher, PeerTeacher
 from hf_distill.trainer.nonfinite_report import LossSpikeDetector
 
 ROWS = rows("llama", 32)
-BAD = 6  # of ROWS
+BAD_ROW = 6  # index of the row in ROWS for which the broken teacher fails
 
 
-class Sick(FrozenTeacher):
-    """Of one row, or of all from the n-th call on, its embeddings are of another world."""
+class BrokenTeacher(FrozenTeacher):
+    """Returns hidden states that are not finite for one row, or for some tokens in some calls."""
 
     def __init__(self, model, row=None, calls=(), value=math.nan):
         super().__init__(model)
         self.row, self.calls, self.value, self.called = row, calls, value, 0
 
     def forward(self, inputs, targets, feature_requests):
-        told = super().forward(inputs, targets, feature_requests)
+        signals = super().forward(inputs, targets, feature_requests)
         if not self.model.training and torch.is_grad_enabled():
             self.called += 1
         broken = torch.zeros(len(targets), dtype=torch.bool)
@@ -37,16 +38,16 @@ class Sick(FrozenTeacher):
             broken = torch.tensor(same)[targets.rows]
         if self.called in self.calls:
             broken[3:5] = True
-        told.logits.hidden[broken] = self.value
-        return told
+        signals.logits.hidden[broken] = self.value
+        return signals
 
 
-class Weights(TrainerCallback):
+class WeightRecorder(TrainerCallback):
     def __init__(self):
-        self.kept = []
+        self.history = []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.kept.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        self.history.append({name: p.detach().clone() for name, p in model.named_parameters()})
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -54,28 +55,30 @@ def equal(one: dict, other: dict) -> bool:
 
 
 @pytest.fixture
-def told(caplog):
+def warnings(caplog):
     with caplog.at_level(logging.WARNING, "hf_distill.trainer.nonfinite"):
         yield caplog
 
 
-def sick(**options):
-    return Sick(build("llama", 1, layers=3, width=48), **options)
+def broken_teacher(**options):
+    return BrokenTeacher(build("llama", 1, layers=3, width=48), **options)
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_named(make_trainer, told):
-    weights = Weights()
-    trainer = make_trainer(teacher=sick(row=BAD), callbacks=[weights], max_steps=8, logging_steps=2, train_dataset=ROWS)
+def test_a_nonfinite_step_is_skipped_counted_and_reported(make_trainer, warnings):
+    weights = WeightRecorder()
+    trainer = make_trainer(
+        teacher=broken_teacher(row=BAD_ROW), callbacks=[weights], max_steps=8, logging_steps=2, train_dataset=ROWS
+    )
     trainer.train()
-    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in warnings.records if "is skipped" in r.getMessage()]
     step = int(warning.split()[1])
-    batch = collate([ROWS[BAD]])
+    batch = collate([ROWS[BAD_ROW]])
     targets = Targets.from_batch(batch, shift=True)
     assert batch_examples(batch, targets)[0].key.hex() in warning
     assert f"soft: not finite for {len(targets)} of " in warning
     assert f"token {int(targets.labels[0])} at position {int(targets.positions[0])}" in warning
     assert "hard is finite there" in warning
-    after = [*weights.kept, {name: p.detach() for name, p in trainer.model.named_parameters()}]
+    after = [*weights.history, {name: p.detach() for name, p in trainer.model.named_parameters()}]
     assert [equal(after[i], after[i + 1]) for i in range(8)] == [i == step - 1 for i in range(8)]
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert {log["step"]: log.get("skipped_steps", 0) for log in logs} == {
@@ -86,9 +89,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(make_trainer, to
 
 
 @pytest.mark.parametrize("is_filtered", [True, False])
-def test_logged_losses_are_means_over_the_steps_that_were_taken(make_trainer, is_filtered):
+def test_logged_losses_are_means_over_the_finite_steps(make_trainer, is_filtered):
     options = {"max_steps": 4, "logging_steps": 4, "learning_rate": 0.0, "logging_nan_inf_filter": is_filtered}
-    trainer = make_trainer(teacher=sick(row=BAD), train_dataset=ROWS[: 4 * 4], **options)
+    trainer = make_trainer(teacher=broken_teacher(row=BAD_ROW), train_dataset=ROWS[: 4 * 4], **options)
     losses, training_step = [], trainer.training_step
     trainer.training_step = lambda *args, **kwargs: losses.append(training_step(*args, **kwargs)) or losses[-1].clone()
     output = trainer.train()
@@ -100,56 +103,63 @@ def test_logged_losses_are_means_over_the_steps_that_were_taken(make_trainer, is
     assert output.training_loss == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_after_some_in_a_row_training_stops_and_the_last_checkpoint_is_whole(make_trainer, tmp_path):
+def test_training_stops_after_consecutive_nonfinite_steps_and_can_resume(make_trainer, tmp_path):
     steps = range(4, 100)
     trainer = make_trainer(
-        teacher=sick(calls=steps), max_steps=20, save_steps=2, save_strategy="steps", max_consecutive_nonfinite_steps=3
+        teacher=broken_teacher(calls=steps),
+        max_steps=20,
+        save_steps=2,
+        save_strategy="steps",
+        max_consecutive_nonfinite_steps=3,
     )
     with pytest.raises(RunError) as error:
         trainer.train()
     text = str(error.value)
-    assert "stops at step 6: 3 in a row" in text
-    assert "checkpoint-4 is whole: resume from it" in text
-    assert "what the teacher says is not" in text
-    found = json.loads((tmp_path / "out" / "nonfinite_steps.json").read_text())
-    assert [step["step"] for step in found["steps"]] == [4, 5, 6]
-    assert found["last_checkpoint"] == "checkpoint-4"
-    assert found["steps"][0]["terms"] == ["soft"]
-    assert found["steps"][0]["count"] == 2
+    assert "stops at step 6 after 3 consecutive steps" in text
+    assert re.search(r"Resume from \S*checkpoint-4, which is complete", text)
+    assert "the teacher's logits are not" in text
+    report = json.loads((tmp_path / "out" / "nonfinite_steps.json").read_text())
+    assert [step["step"] for step in report["steps"]] == [4, 5, 6]
+    assert report["last_checkpoint"] == "checkpoint-4"
+    assert report["steps"][0]["terms"] == ["soft"]
+    assert report["steps"][0]["count"] == 2
     healthy = make_trainer(max_steps=5, save_strategy="no")
     healthy.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert healthy.state.global_step == 5
 
 
-def test_skipped_steps_that_are_not_in_a_row_do_not_stop_it(make_trainer):
-    trainer = make_trainer(teacher=sick(calls=(2, 3, 5, 6)), max_steps=8, max_consecutive_nonfinite_steps=3)
+def test_nonconsecutive_skipped_steps_do_not_stop_training(make_trainer):
+    trainer = make_trainer(teacher=broken_teacher(calls=(2, 3, 5, 6)), max_steps=8, max_consecutive_nonfinite_steps=3)
     trainer.train()
     assert [log["step"] for log in trainer.state.log_history if log.get("skipped_steps")] == [2, 3, 5, 6]
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
-def test_a_gradient_alone_is_enough_and_its_parameters_are_named(make_trainer, told, max_grad_norm):
+def test_a_nonfinite_gradient_skips_the_step_and_its_parameter_is_reported(make_trainer, warnings, max_grad_norm):
     trainer = make_trainer(max_grad_norm=max_grad_norm)
-    weights, broken = Weights(), trainer.model.model.layers[1].mlp.down_proj.weight
+    weights, broken = WeightRecorder(), trainer.model.model.layers[1].mlp.down_proj.weight
     trainer.add_callback(weights)
     broken.register_hook(lambda grad: grad * math.inf if trainer.state.global_step == 1 else grad)
     trainer.train()
-    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in warnings.records if "is skipped" in r.getMessage()]
     assert warning.startswith("Step 2 is skipped: every loss is finite")
-    assert ("layers.1.mlp.down_proj.weight" in warning) == (max_grad_norm > 0)  # else the norm hides it
-    assert equal(weights.kept[1], weights.kept[2])
-    assert not equal(weights.kept[2], weights.kept[3])
+    assert ("layers.1.mlp.down_proj.weight" in warning) == (
+        max_grad_norm > 0
+    )  # clipping by a NaN norm makes all gradients NaN
+    assert equal(weights.history[1], weights.history[2])
+    assert not equal(weights.history[2], weights.history[3])
 
 
-def test_the_micro_batch_of_the_accumulation_is_named(make_trainer, told):
-    trainer = make_trainer(teacher=sick(row=BAD), max_steps=4, gradient_accumulation_steps=2, train_dataset=ROWS)
+def test_the_report_says_which_micro_batch_is_not_finite(make_trainer, warnings):
+    trainer = make_trainer(
+        teacher=broken_teacher(row=BAD_ROW), max_steps=4, gradient_accumulation_steps=2, train_dataset=ROWS
+    )
     trainer.train()
-    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in warnings.records if "is skipped" in r.getMessage()]
     assert "micro-batch 1" in warning or "micro-batch 0" in warning
 
 
-def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(make_trainer):
-    """-inf among the student's logits: the divergence is infinite, its gradient is not."""
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped(make_trainer):
     from hf_distill.losses import loss
 
     @loss("infinite_value", needs={"logits"})
@@ -158,89 +168,89 @@ def test_an_infinite_loss_with_a_finite_gradient_is_skipped_too(make_trainer):
 
         return (dense_logits(student) ** 2).sum(1) + torch.where(targets.labels == targets.labels[0], math.inf, 0.0)
 
-    weights = Weights()
+    weights = WeightRecorder()
     trainer = make_trainer(losses=[{"name": "infinite_value", "weight": 0.1}], callbacks=[weights], max_steps=3)
     trainer.train()
-    assert equal(weights.kept[0], weights.kept[2])
+    assert equal(weights.history[0], weights.history[2])
 
 
-def test_a_sick_peer_is_seen_though_it_is_clipped_apart(make_trainer, told):
+def test_a_nonfinite_gradient_of_a_separately_clipped_peer_skips_the_step(make_trainer, warnings):
     trainer = make_trainer(teacher=PeerTeacher(build("llama", 3)), max_steps=4)
-    weights = Weights()
+    weights = WeightRecorder()
     trainer.add_callback(weights)
-    its = next(iter(trainer._teacher_module.parameters()))
-    its.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 1 else grad)
+    parameter = next(iter(trainer._teacher_module.parameters()))
+    parameter.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 1 else grad)
     trainer.train()
-    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in warnings.records if "is skipped" in r.getMessage()]
     assert warning.startswith("Step 2 is skipped")
-    assert equal(weights.kept[1], weights.kept[2])
+    assert equal(weights.history[1], weights.history[2])
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_without_a_teacher_a_step_is_skipped_as_well(make_trainer, told):
+def test_a_nonfinite_step_is_skipped_without_a_teacher(make_trainer, warnings):
     trainer = make_trainer(teacher=None, alpha=0.0)
-    weights = Weights()
+    weights = WeightRecorder()
     trainer.add_callback(weights)
     original = trainer.compute_loss
     trainer.compute_loss = lambda *a, **k: original(*a, **k) * (math.nan if trainer.state.global_step == 1 else 1.0)
     trainer.train()
-    (warning,) = [r.getMessage() for r in told.records if "is skipped" in r.getMessage()]
-    assert warning.startswith("Step 2 is skipped: the loss is not finite, though no token's terms tell why")
-    assert equal(weights.kept[1], weights.kept[2])
+    (warning,) = [r.getMessage() for r in warnings.records if "is skipped" in r.getMessage()]
+    assert warning.startswith("Step 2 is skipped: the loss is not finite, but all terms are")
+    assert equal(weights.history[1], weights.history[2])
 
 
-def scaled(trainer, **options):
-    """A scaler where accelerate has none: it is unscaled where fp16 on a GPU would be."""
+def add_gradient_scaler(trainer, **options):
+    """Add a gradient scaler on the CPU, which is unscaled where that of fp16 on a GPU is."""
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **options)
     trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
     return scaler
 
 
-def test_a_scaler_may_look_for_its_scale(make_trainer, told):
-    """An overflow under a scaler is skipped by the scaler, which halves its scale: no sign of sickness."""
-    weights = Weights()
+def test_overflows_do_not_stop_training_while_the_scaler_lowers_its_scale(make_trainer, warnings):
+    """The scaler skips a step that overflows and halves its scale, which is not an error."""
+    weights = WeightRecorder()
     trainer = make_trainer(max_steps=9, max_consecutive_nonfinite_steps=2, callbacks=[weights])
-    scaler = scaled(trainer, init_scale=2.0**6)
+    scaler = add_gradient_scaler(trainer, init_scale=2.0**6)
     broken = trainer.model.model.layers[0].mlp.down_proj.weight
     broken.register_hook(lambda grad: grad * math.inf if scaler.get_scale() > 4 else grad)
     trainer.train()
     assert scaler.get_scale() == 4
-    assert [equal(weights.kept[i], weights.kept[i + 1]) for i in range(6)] == [True] * 4 + [False] * 2
-    assert not [r for r in told.records if "is skipped" in r.getMessage()]
+    assert [equal(weights.history[i], weights.history[i + 1]) for i in range(6)] == [True] * 4 + [False] * 2
+    assert not [r for r in warnings.records if "is skipped" in r.getMessage()]
     assert sum(log.get("skipped_steps", 0) for log in trainer.state.log_history) == 4
 
 
-def test_a_scaler_that_is_at_its_end_is_told(make_trainer):
+def test_overflows_at_the_lowest_scale_stop_training(make_trainer):
     trainer = make_trainer(max_steps=20, max_consecutive_nonfinite_steps=2)
-    scaled(trainer, init_scale=2.0)
+    add_gradient_scaler(trainer, init_scale=2.0)
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(RunError, match="step 3: 2 in a row"):
+    with pytest.raises(RunError, match="step 3 after 2 consecutive steps"):
         trainer.train()
 
 
-def test_a_loss_under_a_scaler_that_is_not_finite_is_told(make_trainer, told):
-    weights = Weights()
-    trainer = make_trainer(teacher=sick(calls=(2,)), max_steps=4, callbacks=[weights])
-    scaled(trainer, init_scale=2.0**10)
+def test_a_nonfinite_loss_with_a_gradient_scaler_is_reported(make_trainer, warnings):
+    weights = WeightRecorder()
+    trainer = make_trainer(teacher=broken_teacher(calls=(2,)), max_steps=4, callbacks=[weights])
+    add_gradient_scaler(trainer, init_scale=2.0**10)
     trainer.train()
-    assert [r for r in told.records if r.getMessage().startswith("Step 2 is skipped: soft")]
-    assert equal(weights.kept[1], weights.kept[2])
-    assert not equal(weights.kept[2], weights.kept[3])
+    assert [r for r in warnings.records if r.getMessage().startswith("Step 2 is skipped: soft")]
+    assert equal(weights.history[1], weights.history[2])
+    assert not equal(weights.history[2], weights.history[3])
 
 
-def test_leaps_are_far_from_what_was_before():
-    leaps = LossSpikeDetector()
-    assert [leaps.update(5.0 + 0.1 * (i % 5)) for i in range(40)] == [None] * 40
-    assert leaps.update(5.9) is None
-    assert leaps.update(9.0) == pytest.approx(5.2)
-    assert leaps.update(math.nan) is None
-    assert leaps.update(5.2) is None
+def test_a_loss_spike_is_far_above_the_median_of_earlier_losses():
+    detector = LossSpikeDetector()
+    assert [detector.update(5.0 + 0.1 * (i % 5)) for i in range(40)] == [None] * 40
+    assert detector.update(5.9) is None
+    assert detector.update(9.0) == pytest.approx(5.2)
+    assert detector.update(math.nan) is None
+    assert detector.update(5.2) is None
     assert LossSpikeDetector().update(9.0) is None
     falling = LossSpikeDetector()
     assert not any(falling.update(8 * 0.97**i) for i in range(200))
 
 
-def test_a_loss_that_leaps_is_told_with_its_step(make_trainer, told):
+def test_a_loss_spike_is_logged_with_its_step(make_trainer, warnings):
     trainer = make_trainer(max_steps=40, learning_rate=0.0, logging_steps=20, train_dataset=ROWS[:4])
     original = trainer.compute_loss
 
@@ -249,12 +259,12 @@ def test_a_loss_that_leaps_is_told_with_its_step(make_trainer, told):
 
     trainer.compute_loss = compute_loss
     trainer.train()
-    (warning,) = [r.getMessage() for r in told.records if "leapt" in r.getMessage()]
+    (warning,) = [r.getMessage() for r in warnings.records if "jumped" in r.getMessage()]
     assert "about step 30" in warning
     assert [log.get("loss_spikes") for log in trainer.state.log_history if "loss" in log] == [None, 1]
 
 
 @pytest.mark.parametrize("value", [0, -1, None, 1.5])
-def test_a_number_of_steps_that_is_none_is_refused(tmp_path, value):
+def test_an_invalid_limit_of_nonfinite_steps_raises_an_error(tmp_path, value):
     with pytest.raises(DistillError, match="max_consecutive_nonfinite_steps is"):
         DistillConfig(str(tmp_path), max_consecutive_nonfinite_steps=value)

@@ -1,9 +1,9 @@
-"""Trackers get every scalar that the logs have."""
+"""Trackers such as TensorBoard get every value of the logs."""
 
 import math
 
 
-def test_tensorboard_gets_all_terms_and_statistics(make_trainer, tmp_path, monkeypatch):
+def test_tensorboard_gets_all_losses_and_statistics(make_trainer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
@@ -21,7 +21,7 @@ def test_tensorboard_gets_all_terms_and_statistics(make_trainer, tmp_path, monke
         for name, value in log.items():
             kind = "eval" if name.startswith("eval_") else "train"
             logged[f"{kind}/{name.removeprefix('eval_')}", log["step"]] = value
-    seen = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    tracked = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
     for name in (
         "soft_loss",
         "hard_loss",
@@ -34,4 +34,4 @@ def test_tensorboard_gets_all_terms_and_statistics(make_trainer, tmp_path, monke
         for kind, steps in (("train", (1, 2, 3, 4)), ("eval", (2, 4))):
             for step in steps:
                 key = f"{kind}/{name}", step
-                assert math.isclose(seen[key], logged[key], rel_tol=1e-6), key
+                assert math.isclose(tracked[key], logged[key], rel_tol=1e-6), key

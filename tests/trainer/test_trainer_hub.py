@@ -1,4 +1,4 @@
-"""A Trainer's pushes: whatever the strategy, each state of the repository carries a card, and no projector."""
+"""Pushes to the Hub: every commit has a model card and no projector, whatever the strategy."""
 
 import json
 
@@ -14,10 +14,10 @@ HIDDEN = [{"name": "hidden_mse", "weight": 0.1}]
 
 
 def pushed(hub: Hub, name: str = "tester/tiny") -> list[dict[str, bytes]]:
-    """The files of each state of a repository in which there was a model, in order."""
+    """Return the files of each commit of a repository that has a model, in order."""
     repo = hub.repos["models", name]
-    whole = [{path: hub.content(value) for path, value in files.items()} for files in repo.commits.values()]
-    return [files for files in whole if "model.safetensors" in files]
+    states = [{path: hub.content(value) for path, value in files.items()} for files in repo.commits.values()]
+    return [files for files in states if "model.safetensors" in files]
 
 
 def build_card(files: dict[str, bytes]) -> ModelCard:
@@ -25,7 +25,7 @@ def build_card(files: dict[str, bytes]) -> ModelCard:
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-def test_each_state_carries_a_card_and_no_projector(make_trainer, hub, strategy):
+def test_every_push_has_a_card_and_no_projector(make_trainer, hub, strategy):
     options = {"hub_strategy": strategy, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
     trainer = make_trainer(push_to_hub=True, hub_model_id="tester/tiny", losses=HIDDEN, eval_steps=2, **options)
     trainer.train()
@@ -40,24 +40,24 @@ def test_each_state_carries_a_card_and_no_projector(make_trainer, hub, strategy)
         assert json.loads(files["distillation.json"])["training"]["steps"] in (2, 4)
         assert not any("sidecar" in path for path in files if "/" not in path)
     assert json.loads(states[-1]["distillation.json"])["training"]["steps"] == 4
-    kept = {path for path in states[-1] if path.endswith("sidecar.safetensors")}
-    assert bool(kept) == (strategy in ("checkpoint", "all_checkpoints")), "the training's state needs its projectors"
+    sidecars = {path for path in states[-1] if path.endswith("sidecar.safetensors")}
+    assert bool(sidecars) == (strategy in ("checkpoint", "all_checkpoints")), "checkpoints need projectors"
 
 
-def test_what_was_pushed_is_what_was_trained(make_trainer, hub):
+def test_the_pushed_weights_are_the_trained_ones(make_trainer, hub):
     trainer = make_trainer(push_to_hub=True, hub_model_id="tester/tiny", losses=HIDDEN)
     trainer.train()
     trainer.push_to_hub(language="en", tags=["mine"], dataset="org/data", license="mit")
-    theirs = AutoModelForCausalLM.from_pretrained("tester/tiny").state_dict()
-    own = {name: value for name, value in trainer.model.state_dict().items() if name in theirs}
-    assert own.keys() == theirs.keys()
-    assert all((own[name].cpu() == theirs[name]).all() for name in own)
+    pushed_weights = AutoModelForCausalLM.from_pretrained("tester/tiny").state_dict()
+    trained = {name: value for name, value in trainer.model.state_dict().items() if name in pushed_weights}
+    assert trained.keys() == pushed_weights.keys()
+    assert all((trained[name].cpu() == pushed_weights[name]).all() for name in trained)
     data = ModelCard.load("tester/tiny").data
     assert (data.language, data.license, data.datasets) == ("en", "mit", ["org/data"])
     assert "mine" in data.tags
 
 
-def test_the_teacher_of_the_hub_is_named_with_its_licence(make_trainer, hub, tmp_path):
+def test_the_card_names_a_teacher_from_the_hub_and_its_license(make_trainer, hub, tmp_path):
     from tiny import build
 
     build("llama", 1, layers=3, width=48).save_pretrained(tmp_path / "t")
@@ -72,7 +72,7 @@ def test_the_teacher_of_the_hub_is_named_with_its_licence(make_trainer, hub, tmp
     assert "stays under its terms" in card.text
 
 
-def test_cards_of_scripts_name_data_arguments_and_papers(make_trainer, hub):
+def test_the_card_names_data_arguments_and_papers(make_trainer, hub):
     hub.put("datasets", "org/rows", {"train.jsonl": b'{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}\n' * 8})
     rows = load_dataset("org/rows", split="train")
     options = {"hub_model_id": "tester/tiny", "warmup_steps": 2, "losses": HIDDEN}
@@ -88,14 +88,14 @@ def test_cards_of_scripts_name_data_arguments_and_papers(make_trainer, hub):
         assert f"arxiv.org/abs/{paper}" in card.text
 
 
-def test_without_a_teacher_the_card_is_the_trainers_own(make_trainer, hub):
+def test_without_a_teacher_the_trainer_writes_the_card(make_trainer, hub):
     trainer = make_trainer(teacher=None, alpha=0.0, push_to_hub=True, hub_model_id="tester/plain")
     trainer.train()
     trainer.push_to_hub()
     assert "distillation" not in (ModelCard.load("tester/plain").data.tags or [])
 
 
-def test_trls_trainer_pushes_our_card_too(hub, tmp_path):
+def test_the_trl_trainer_pushes_the_distillation_card(hub, tmp_path):
     from datasets import Dataset
     from tiny import build
 

@@ -1,4 +1,4 @@
-"""One loss and one gradient, however the global batch is split."""
+"""Loss and gradient do not depend on how the global batch is split, padded or evaluated."""
 
 import math
 
@@ -10,19 +10,19 @@ from hf_distill import DistillTrainer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_changes_neither_loss_nor_gradient(make_trainer, kind):
-    whole, gradient = one_step(make_trainer, kind, 8, 1)
+def test_gradient_accumulation_does_not_change_loss_or_gradient(make_trainer, kind):
+    unsplit, gradient = one_step(make_trainer, kind, 8, 1)
     for micro, pieces in ((2, 4), (1, 8)):
         split, pieces_gradient = one_step(make_trainer, kind, micro, pieces)
         for name in ("loss", "soft_loss", "hard_loss"):
-            assert split[name] == pytest.approx(whole[name], rel=1e-6)
+            assert split[name] == pytest.approx(unsplit[name], rel=1e-6)
         for name in gradient:
             torch.testing.assert_close(pieces_gradient[name], gradient[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_the_padding_side_changes_nothing(make_trainer, kind):
-    """Models with absolute positions (GPT-2, BERT) count padding in any training; their masks are tested elsewhere."""
+def test_the_padding_side_does_not_change_loss_or_gradient(make_trainer, kind):
+    """Models with absolute positions (GPT-2, BERT) count padding in any training, so they are not tested here."""
     results = [one_step(make_trainer, kind, 4, 2, train_dataset=rows(kind, 8, pad=pad)) for pad in ("left", "right")]
     assert results[0][0]["loss"] == pytest.approx(results[1][0]["loss"], rel=1e-6)
     for name, gradient in results[0][1].items():
@@ -36,7 +36,7 @@ def test_logged_terms_add_up_to_the_loss(make_trainer):
         assert log["loss"] == pytest.approx(0.3 * log["soft_loss"] + 0.7 * log["hard_loss"], rel=1e-6)
 
 
-def test_evaluation_weights_tokens_not_rows(make_trainer):
+def test_the_eval_batch_size_does_not_change_metrics(make_trainer):
     data = rows("llama", 7, seed=5)
     metrics = {}
     for size in (1, 2, 7):
@@ -47,13 +47,16 @@ def test_evaluation_weights_tokens_not_rows(make_trainer):
         assert metrics[2][name] == pytest.approx(metrics[7][name], rel=1e-6)
 
 
-def test_batches_with_nothing_asked_change_no_mean(make_trainer):
-    """Every batch and rank must agree on what is summed, also where there is nothing to sum."""
+def test_batches_without_target_tokens_do_not_change_metrics(make_trainer):
+    """All batches and ranks must sum the same metrics, even if a batch has no target token."""
     data = rows("llama", 4, seed=5)
-    silent = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data[:2]]
+    rows_without_targets = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in data[:2]]
     expected = make_trainer(eval_dataset=data).evaluate()
     trainer = make_trainer(
-        per_device_eval_batch_size=2, eval_dataset=[*data, *silent], train_dataset=silent * 4, max_steps=2
+        per_device_eval_batch_size=2,
+        eval_dataset=[*data, *rows_without_targets],
+        train_dataset=rows_without_targets * 4,
+        max_steps=2,
     )
     got = trainer.evaluate()
     for name in ("eval_loss", "eval_kl", "eval_perplexity", "eval_teacher_entropy"):
@@ -62,15 +65,15 @@ def test_batches_with_nothing_asked_change_no_mean(make_trainer):
     assert math.isnan(trainer.state.log_history[-2]["loss"])
 
 
-def test_evaluation_equals_dense_arithmetic(make_trainer):
+def test_evaluation_equals_metrics_of_dense_logits(make_trainer):
     trainer = make_trainer(alpha=0.3, temperature=2.0)
     metrics = trainer.evaluate()
     batch = collate(trainer.eval_dataset)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    asked = batch["labels"][:, 1:] != -100
-    labels = batch["labels"][:, 1:][asked]
+    is_target = batch["labels"][:, 1:] != -100
+    labels = batch["labels"][:, 1:][is_target]
     with torch.no_grad():
-        s, t = (m(**inputs).logits[:, :-1][asked].double() for m in (trainer.model, trainer.teacher.model))
+        s, t = (m(**inputs).logits[:, :-1][is_target].double() for m in (trainer.model, trainer.teacher.model))
     ce = torch.nn.functional.cross_entropy
     kl = torch.nn.functional.kl_div
     assert metrics["eval_perplexity"] == pytest.approx(ce(s, labels).exp().item(), rel=1e-5)
@@ -82,21 +85,21 @@ def test_evaluation_equals_dense_arithmetic(make_trainer):
     assert metrics["eval_loss"] == pytest.approx(0.3 * 4 * t2 + 0.7 * ce(s, labels).item(), rel=1e-5)
 
 
-def test_training_reads_no_number_off_the_device_between_logs(make_trainer, monkeypatch):
-    """A `.item()` a micro-batch would stall a GPU: terms are kept as tensors until `log`."""
+def test_training_does_not_synchronize_the_device_between_logs(make_trainer, monkeypatch):
+    """An `.item()` in each micro-batch would stall a GPU, so losses stay tensors until `log`."""
     trainer = make_trainer(max_steps=3, gradient_accumulation_steps=2, logging_steps=100)
-    kept = []
+    recorded_sums = []
     original = DistillTrainer._add_train_sums
 
     def spy(self, step):
         original(self, step)
-        kept.append(dict(self._step_sums))
+        recorded_sums.append(dict(self._step_sums))
 
     monkeypatch.setattr(DistillTrainer, "_add_train_sums", spy)
     monkeypatch.setattr(trainer, "log", lambda *args, **kwargs: None)
     trainer.train()
-    assert len(kept) == 6
-    assert all(torch.is_tensor(v) and v.grad_fn is None for sums in kept for v in sums.values())
+    assert len(recorded_sums) == 6
+    assert all(torch.is_tensor(v) and v.grad_fn is None for sums in recorded_sums for v in sums.values())
 
 
 def test_full_determinism_runs_with_every_kind_of_loss(make_trainer):

@@ -1,4 +1,4 @@
-"""Without a teacher, or with alpha = 0, it is `transformers.Trainer`, bit for bit."""
+"""Without a teacher, or with alpha = 0, training is bit-identical to that of `transformers.Trainer`."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_distill.trainer.checkpoints import MARK_FILE
 STEPS = dict(max_steps=20, gradient_accumulation_steps=2, per_device_train_batch_size=2, logging_steps=5)
 
 
-def trained(trainer):
+def train_and_evaluate(trainer):
     trainer.train()
     losses = [{k: log[k] for k in ("loss", "grad_norm") if k in log} for log in trainer.state.log_history]
     metrics = trainer.evaluate()
@@ -24,25 +24,25 @@ def trained(trainer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["no teacher", "alpha 0"])
-def test_losses_weights_and_evaluation_are_bit_identical(make_trainer, kind, how):
-    options = {"teacher": None} if how == "no teacher" else {"teacher": build(kind, 1), "alpha": 0.0}
+@pytest.mark.parametrize("variant", ["no teacher", "alpha 0"])
+def test_training_without_distillation_is_bit_identical_to_the_trainers(make_trainer, kind, variant):
+    options = {"teacher": None} if variant == "no teacher" else {"teacher": build(kind, 1), "alpha": 0.0}
     model = lambda: build(kind, 0, dropout=0.1)  # noqa: E731
-    plain = trained(make_trainer(kind, cls=Trainer, model=model(), **STEPS))
-    ours = trained(make_trainer(kind, cls=DistillTrainer, model=model(), **STEPS, **options))
-    assert ours[0] == plain[0]
-    assert ours[1] == plain[1]
-    assert ours[2].keys() == plain[2].keys()
-    assert all(torch.equal(ours[2][name], plain[2][name]) for name in plain[2])
+    plain = train_and_evaluate(make_trainer(kind, cls=Trainer, model=model(), **STEPS))
+    distilled = train_and_evaluate(make_trainer(kind, cls=DistillTrainer, model=model(), **STEPS, **options))
+    assert distilled[0] == plain[0]
+    assert distilled[1] == plain[1]
+    assert distilled[2].keys() == plain[2].keys()
+    assert all(torch.equal(distilled[2][name], plain[2][name]) for name in plain[2])
 
 
-def test_label_smoothing_without_a_teacher_is_the_trainers(make_trainer):
-    plain = trained(make_trainer(cls=Trainer, label_smoothing_factor=0.1))
-    ours = trained(make_trainer(teacher=None, label_smoothing_factor=0.1))
-    assert ours[:2] == plain[:2]
+def test_label_smoothing_without_a_teacher_equals_the_trainers(make_trainer):
+    plain = train_and_evaluate(make_trainer(cls=Trainer, label_smoothing_factor=0.1))
+    distilled = train_and_evaluate(make_trainer(teacher=None, label_smoothing_factor=0.1))
+    assert distilled[:2] == plain[:2]
 
 
-def test_all_arguments_stand_where_the_trainer_has_them(tmp_path):
+def test_the_arguments_have_the_positions_of_the_trainers(tmp_path):
     from inspect import signature
 
     from tiny import collate, rows
@@ -61,7 +61,7 @@ def test_all_arguments_stand_where_the_trainer_has_them(tmp_path):
         DistillTrainer(build("llama"), DistillConfig(str(tmp_path)), train_datasets=data)
 
 
-def test_a_missing_teacher_is_told_once(make_trainer, caplog):
+def test_a_missing_teacher_is_logged_once(make_trainer, caplog):
     from hf_distill.trainer.trainer import logger
 
     logger.warning_once.cache_clear()
@@ -69,12 +69,12 @@ def test_a_missing_teacher_is_told_once(make_trainer, caplog):
     make_trainer(teacher=None)
     make_trainer(teacher=None, alpha=0.0)
     assert [r.message for r in caplog.records].count(
-        "No teacher: this trains on the hard labels alone. Pass `teacher=` to distil."
+        "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
     ) == 1
 
 
 class Line(nn.Module):
-    """A model that is no PreTrainedModel: no config, no names that a model of transformers has, a tuple as output."""
+    """A module that is not a PreTrainedModel: it has no config and returns a tuple."""
 
     def __init__(self):
         super().__init__()
@@ -86,17 +86,17 @@ class Line(nn.Module):
 
 
 class Events(TrainerCallback):
-    """Notes each event with the step that it came at."""
+    """Records each event and its step."""
 
     def __init__(self):
-        self.seen = []
+        self.recorded = []
 
 
 for name in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
     setattr(
         Events,
         name,
-        lambda self, args, state, control, event=name, **kwargs: self.seen.append((event, state.global_step)),
+        lambda self, args, state, control, event=name, **kwargs: self.recorded.append((event, state.global_step)),
     )
 
 
@@ -119,7 +119,7 @@ def line_trainer(cls, folder, **options):
 
 
 def outcome(trainer, resume_from_checkpoint=None):
-    """All that a training leaves: output, logs, weights, random state, events, files."""
+    """Return the results of a training: output, logs, weights, random state, events, files."""
     result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     predictions = trainer.predict(trainer.eval_dataset)
     timing = ("runtime", "per_second", "preparation_time")
@@ -132,7 +132,7 @@ def outcome(trainer, resume_from_checkpoint=None):
         predictions.predictions.tolist(),
         [parameter.item() for parameter in trainer.model.parameters()],
         torch.get_rng_state().tolist(),
-        events.seen,
+        events.recorded,
         sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.name != MARK_FILE),
     )
 
@@ -149,30 +149,30 @@ def outcome(trainer, resume_from_checkpoint=None):
     ],
     ids=lambda options: next(iter(options)) + "=" + str(next(iter(options.values()))),
 )
-def test_any_module_under_any_strategy_leaves_what_the_trainer_leaves(tmp_path, options):
+def test_any_module_trains_and_saves_as_with_the_trainer(tmp_path, options):
     plain = outcome(line_trainer(Trainer, tmp_path / "plain", **options))
-    ours = outcome(line_trainer(DistillTrainer, tmp_path / "ours", **options))
-    assert ours == plain
+    distilled = outcome(line_trainer(DistillTrainer, tmp_path / "ours", **options))
+    assert distilled == plain
 
 
-def test_resuming_leaves_what_the_trainer_leaves(tmp_path):
+def test_resuming_gives_the_results_and_files_of_the_trainer(tmp_path):
     options = {"save_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2}
     outcomes = []
     for cls in (Trainer, DistillTrainer):
         folder = tmp_path / cls.__name__
-        whole = outcome(line_trainer(cls, folder, **options))
+        uninterrupted = outcome(line_trainer(cls, folder, **options))
         resumed = outcome(line_trainer(cls, folder, **options), str(folder / "checkpoint-6"))
-        assert resumed[2] == whole[2]
-        outcomes.append((whole, resumed))
+        assert resumed[2] == uninterrupted[2]
+        outcomes.append((uninterrupted, resumed))
     assert outcomes[0] == outcomes[1]
     with pytest.raises(ValueError, match="Can't find a valid checkpoint at"):
         line_trainer(DistillTrainer, tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "none"))
 
 
-def test_resuming_a_finished_training_takes_no_step(tmp_path):
-    """The difference of a resumed training: `Trainer` takes a step beyond `max_steps`, or reports a loss of 0."""
-    whole = line_trainer(DistillTrainer, tmp_path, max_steps=4)
-    whole.train()
+def test_resuming_a_finished_training_runs_no_step(tmp_path):
+    """Unlike this class, `Trainer` runs a step beyond `max_steps`, or reports a loss of 0."""
+    uninterrupted = line_trainer(DistillTrainer, tmp_path, max_steps=4)
+    uninterrupted.train()
     resumed = line_trainer(DistillTrainer, tmp_path, max_steps=4)
     output = resumed.train(resume_from_checkpoint=True)
     assert output.global_step == 4
@@ -180,5 +180,5 @@ def test_resuming_a_finished_training_takes_no_step(tmp_path):
     assert "train_runtime" in output.metrics
     assert not any("train_loss" in values for values in (output.metrics, resumed.state.log_history[-1]))
     assert [value.item() for value in resumed.model.parameters()] == [
-        value.item() for value in whole.model.parameters()
+        value.item() for value in uninterrupted.model.parameters()
     ]

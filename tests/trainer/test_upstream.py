@@ -1,4 +1,4 @@
-"""What is overridden of transformers and TRL is listed, and a version in which it is another method is refused."""
+"""Overridden private methods of transformers and TRL are listed, and versions that change them raise an error."""
 
 import inspect
 
@@ -14,7 +14,7 @@ PAIRS = [(DistillTrainer, Trainer), (DistillSFTTrainer, SFTTrainer), (OnPolicyDi
 
 
 @pytest.mark.parametrize(("trainer", "base"), PAIRS)
-def test_every_private_method_that_is_overridden_is_listed(trainer, base):
+def test_an_overridden_private_method_cannot_miss_in_the_list(trainer, base):
     overridden = {
         name
         for cls in trainer.__mro__
@@ -33,20 +33,20 @@ class Renamed:
     def _save(self, folder, state_dict=None): ...
 
 
-def test_a_renamed_method_and_other_parameters_are_refused():
+def test_a_renamed_method_or_parameter_raises_an_error():
     expected = {name: upstream.TRAINER[name] for name in ("_save_checkpoint", "_save")}
     with pytest.raises(DistillError, match=r"Renamed has no method _save_checkpoint; Renamed\._save takes \('folder'"):
         upstream.check_upstream("transformers", Renamed, expected)
 
 
 @pytest.mark.parametrize("installed", ["5.22.2", "5.25.0", "6.0.0"])
-def test_other_versions_are_refused_with_the_command_to_run(monkeypatch, installed):
+def test_an_unsupported_version_raises_an_error_with_the_install_command(monkeypatch, installed):
     monkeypatch.setattr(upstream, "version", lambda package: installed)
     with pytest.raises(DistillError, match=rf"transformers {installed} is installed.*pip install \"transformers<5.25,"):
         upstream.check_upstream("transformers", Trainer, upstream.TRAINER)
 
 
-def test_the_list_and_setup_cfg_agree():
+def test_the_supported_versions_equal_those_of_setup_cfg():
     from configparser import ConfigParser
     from pathlib import Path
 

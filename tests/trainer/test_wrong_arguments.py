@@ -1,4 +1,4 @@
-"""Arguments of a wrong type or value end in a DistillError that names them, before anything is trained."""
+"""Arguments of a wrong type or value raise a DistillError that names them before training starts."""
 
 import pytest
 from tiny import build, collate, rows
@@ -8,8 +8,8 @@ from hf_distill import DistillConfig, DistillError, DistillTrainer
 WRONG = [None, "a", "", "[", 1.5, float("nan"), [], [1], {"a": 1}, object()]
 
 
-def config(tmp_path, **fields):
-    return DistillConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, **fields)
+def config(tmp_path, **options):
+    return DistillConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, **options)
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ def config(tmp_path, **fields):
         ("num_train_epochs", [float("nan"), "three"]),
     ],
 )
-def test_a_field_of_a_wrong_type_is_named(tmp_path, name, values):
+def test_an_error_names_the_field_of_a_wrong_type(tmp_path, name, values):
     for value in values:
         with pytest.raises(DistillError) as error:
             config(tmp_path, **{name: value})
         assert name in str(error.value) or "loss" in str(error.value), (value, str(error.value))
 
 
-def test_all_wrong_fields_are_named_at_once(tmp_path):
+def test_an_error_names_all_wrong_fields(tmp_path):
     with pytest.raises(
         DistillError, match=r"chunk_tokens is 'a'.*max_consecutive_nonfinite_steps is 0.*learning_rate is nan"
     ):
@@ -55,12 +55,12 @@ def trainer(tmp_path, model=None, teacher=None, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "org/student"}, r"model is the id or path 'org/student'.* load it.*from_pretrained"),
-        ({"model": "./nowhere"}, r"model is the id or path './nowhere'.* load it"),
-        ({"model": 5}, "model is of the type int: give the student"),
-        ({"model": {"a": 1}}, "model is of the type dict: give the student"),
-        ({"args": {"output_dir": "x"}}, "args is of the type dict: give a DistillConfig"),
-        ({"args": "out"}, "args is of the type str: give a DistillConfig"),
+        ({"model": "org/student"}, r"model is the id or path 'org/student'.* Load it.*from_pretrained"),
+        ({"model": "./nowhere"}, r"model is the id or path './nowhere'.* Load it"),
+        ({"model": 5}, "model has the type int. Pass the student"),
+        ({"model": {"a": 1}}, "model has the type dict. Pass the student"),
+        ({"args": {"output_dir": "x"}}, "args has the type dict. Pass a DistillConfig"),
+        ({"args": "out"}, "args has the type str. Pass a DistillConfig"),
         ({"teacher": 5}, "The teacher is of the type int"),
         (
             {"teacher": {"big": 5, "small": "./nowhere"}},
@@ -68,12 +68,12 @@ def trainer(tmp_path, model=None, teacher=None, **options):
         ),
     ],
 )
-def test_a_trainer_s_argument_of_a_wrong_type_is_named(tmp_path, options, message):
+def test_an_error_names_the_trainer_argument_of_a_wrong_type(tmp_path, options, message):
     with pytest.raises(DistillError, match=message):
         trainer(tmp_path, **options)
 
 
-def test_a_student_of_trl_s_trainer_may_be_an_id_but_no_missing_path(tmp_path):
+def test_a_missing_path_as_student_of_the_trl_trainer_raises_an_error(tmp_path):
     from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
     args = DistillSFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
@@ -82,7 +82,7 @@ def test_a_student_of_trl_s_trainer_may_be_an_id_but_no_missing_path(tmp_path):
 
 
 @pytest.mark.parametrize(("shift", "named"), [(1000, "10"), (-1000, "-")])
-def test_ids_that_the_student_lacks_are_named(tmp_path, shift, named):
+def test_token_ids_outside_the_students_vocabulary_are_reported(tmp_path, shift, named):
     data = [row | {"input_ids": row["input_ids"] + shift} for row in rows("llama", 4)]
     with pytest.raises(DistillError, match=rf"input_ids has the token id {named}\d+, and the student.* 97 rows"):
         trainer(tmp_path, train_dataset=data).train()
