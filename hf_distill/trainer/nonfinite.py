@@ -223,7 +223,8 @@ class NonFiniteMixin(_Base):
         action = f"Resume from {checkpoint}, which is complete" if checkpoint else "There is no checkpoint. Start again"
         raise RunError(
             f"Training stops at step {report.step} after {steps} with a loss or gradient that is not finite "
-            f"({why}). The last one: {report}. All of them are in {folder / REPORT_FILE}. {action}, with {_suggest_fix(report)}."
+            f"({why}). The last one: {report}. All of them are in {folder / REPORT_FILE}. "
+            f"{action}, with {_suggest_fix(report)}."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
