@@ -178,7 +178,7 @@ def test_the_error_names_all_problems_of_an_objective():
         "temperature is -1",
         "did you mean 'forward_kl'",
         "no option 'temperature'",
-        "written",
+        "must be a mapping",
     ):
         assert message in str(caught.value)
 
