@@ -79,15 +79,15 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python data.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python features.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_profile.py
-	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantised_teacher.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantized_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python sharded_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python plan.py
-	cd benchmarks && $(abspath $(VENV)-bench)/bin/python moving.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python online_teachers.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python cache.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python diagnosis.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
-	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspecting.py ../runs/quickstart
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspect_teacher.py ../runs/quickstart
 
 # Hours, of what is missing in benchmarks/results/evidence; what is there stays. Needs npm and apt, for the texts.
 evidence: $(VENV)/installed-dev

@@ -1,4 +1,4 @@
-"""How many of 100 random bit flips in each kind of checkpoint file are found, and what digests cost.
+"""Count the random bit flips in checkpoint files that verification detects, and measure what digests cost.
 
 python bit_flips.py         (a part of `make soak`)
 """
@@ -21,40 +21,40 @@ from hf_distill.trainer import checkpoints
 
 RESULT = Path(__file__).parent / "results" / "bit_flips.json"
 FLIPS, GIBIBYTES = 100, 2
-KINDS = ("frozen", "adapter_base", "ema", "mutual", "mtp")  # full weights, adapters, teachers' states, sidecars
+KINDS = ("frozen", "adapter_base", "ema", "mutual", "mtp")  # full weights, adapters, states of teachers, sidecars
 
 
-def flips(checkpoint: Path, generator: random.Random) -> dict[str, dict[str, int]]:
-    """For each file of a checkpoint: bits that were flipped, one at a time, and how many flips were found."""
-    if (found := checkpoints.checkpoint_defect(checkpoint)) is not None:
-        raise RuntimeError(f"{checkpoint}: {found}")
+def count_detected_flips(checkpoint: Path, generator: random.Random) -> dict[str, dict[str, int]]:
+    """Flip random bits of each file of a checkpoint, one at a time, and count the flips that are detected."""
+    if (defect := checkpoints.checkpoint_defect(checkpoint)) is not None:
+        raise RuntimeError(f"{checkpoint}: {defect}")
     counts = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        content, seen = path.read_bytes(), 0
+        content, detected = path.read_bytes(), 0
         for _ in range(FLIPS):
             bit = generator.randrange(len(content) * 8)
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             path.write_bytes(flipped)
-            seen += checkpoints.checkpoint_defect(checkpoint) is not None
+            detected += checkpoints.checkpoint_defect(checkpoint) is not None
         path.write_bytes(content)
-        counts[str(path.relative_to(checkpoint))] = {"flips": FLIPS, "found": seen}
+        counts[str(path.relative_to(checkpoint))] = {"flips": FLIPS, "found": detected}
     return counts
 
 
-def cost(place: Path) -> dict[str, float]:
-    """Seconds to write a checkpoint's weights, to flush them, and to hash them, and to verify them on resume."""
-    folder = place / "checkpoint-1"
-    folder.mkdir()
+def digest_cost(folder: Path) -> dict[str, float]:
+    """Measure the seconds to write, flush and hash the weights of a checkpoint."""
+    checkpoint = folder / "checkpoint-1"
+    checkpoint.mkdir()
     tensors = {f"layer.{i}": torch.randn(2**26) for i in range(GIBIBYTES * 4)}
     start = time.perf_counter()
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, checkpoint / "model.safetensors")
     written = time.perf_counter()
-    checkpoints._flush(folder / "model.safetensors")
+    checkpoints._flush(checkpoint / "model.safetensors")
     flushed = time.perf_counter()
-    checkpoints._digest(folder / "model.safetensors")
+    checkpoints._digest(checkpoint / "model.safetensors")
     hashed = time.perf_counter()
-    size = (folder / "model.safetensors").stat().st_size / 2**30
+    size = (checkpoint / "model.safetensors").stat().st_size / 2**30
     return {
         "gib": size,
         "write_s": written - start,
@@ -65,22 +65,22 @@ def cost(place: Path) -> dict[str, float]:
     }
 
 
-def measured() -> dict[str, Any]:
-    """All of it."""
+def measure() -> dict[str, Any]:
+    """Return the results of all kinds of checkpoints."""
     files: dict[str, dict[str, dict[str, int]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for kind in KINDS:
-            if code := started(make_workload(kind, place), place / kind):
-                raise RuntimeError(f"{kind} ended with {code}: {(place / kind / 'log').read_text()[-3000:]}")
-            newest = checkpoints.checkpoints_of(place / kind / "run")[0]
-            files[kind] = flips(newest, random.Random(0))
+            if code := started(make_workload(kind, folder), folder / kind):
+                raise RuntimeError(f"{kind} ended with {code}: {(folder / kind / 'log').read_text()[-3000:]}")
+            newest = checkpoints.checkpoints_of(folder / kind / "run")[0]
+            files[kind] = count_detected_flips(newest, random.Random(0))
             print(kind, files[kind], flush=True)
-        price = cost(place)
-    every = [count for of_kind in files.values() for count in of_kind.values()]
-    totals = {"flips": sum(c["flips"] for c in every), "found": sum(c["found"] for c in every)}
-    return {"environment": environment("cpu"), **totals, "files": files, "digest": {"kind": "XXH3-128", **price}}
+        digest = digest_cost(folder)
+    counts = [count for of_kind in files.values() for count in of_kind.values()]
+    totals = {"flips": sum(c["flips"] for c in counts), "found": sum(c["found"] for c in counts)}
+    return {"environment": environment("cpu"), **totals, "files": files, "digest": {"kind": "XXH3-128", **digest}}
 
 
 if __name__ == "__main__":
-    write_json(RESULT, measured())
+    write_json(RESULT, measure())

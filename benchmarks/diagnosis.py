@@ -1,9 +1,9 @@
-"""How many provoked failures are named, and how many healthy runs are called ill: ten of each, by seed.
+"""Count the provoked failures that `diagnose` names, and the false alarms on healthy runs, ten seeds of each.
 
     python diagnosis.py [seeds] [first seed]
 
-The cases are those of the tests (tests/analysis/provoked.py): tiny models, really trained, each with one mistake.
-Thresholds and estimators were chosen on seeds below 10 and from 100 to 109; these are others.
+The cases are those of the tests (tests/analysis/provoked.py): trained tiny models, each with one mistake. Thresholds
+and estimators were chosen on seeds below 10 and from 100 to 109; these seeds are different.
 """
 
 import sys
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "analysis")]
 
 
-def counted(pair) -> tuple[dict[str, int], list]:
-    """Tokens that go through each model from now on, and the hooks that count them."""
+def count_tokens(pair) -> tuple[dict[str, int], list]:
+    """Register hooks that count the tokens that pass each model; return the counts and the hooks."""
     passed = {"teacher": 0, "student": 0}
 
     def counting(name):
@@ -30,7 +30,7 @@ def counted(pair) -> tuple[dict[str, int], list]:
 
 
 def main(seeds: int, first: int) -> None:
-    """Name them all."""
+    """Diagnose every case of every seed and write results/diagnosis.json."""
     from provoked import CASES, healthy
 
     from hf_distill.analysis.diagnosis import diagnose
@@ -38,20 +38,20 @@ def main(seeds: int, first: int) -> None:
     torch.set_num_threads(1)
     named = {name: [] for name in CASES}
     others = {name: [] for name in CASES}
-    alarms, forwards, ill = [], [], 0
+    alarms, forwards, false_positives = [], [], 0
     for seed in range(first, first + seeds):
         for name, make in {"healthy": healthy, **CASES}.items():
             pair, logs = make(seed)
-            passed, hooks = counted(pair)
-            found = diagnose(pair, 4096, logs)
+            passed, hooks = count_tokens(pair)
+            diagnosis = diagnose(pair, 4096, logs)
             for hook in hooks:
                 hook.remove()
-            forwards.append(max(passed.values()) / found.agreement.tokens)
-            names = [verdict.name for verdict in found.verdicts]
+            forwards.append(max(passed.values()) / diagnosis.agreement.tokens)
+            names = [verdict.name for verdict in diagnosis.verdicts]
             print(seed, name, names, flush=True)
             if name == "healthy":
                 alarms += names
-                ill += bool(names)
+                false_positives += bool(names)
             else:
                 named[name].append(name in names)
                 others[name] += [other for other in names if other != name]
@@ -60,14 +60,14 @@ def main(seeds: int, first: int) -> None:
         {
             "seeds": seeds,
             "first_seed": first,
-            "named": {name: sum(found) for name, found in named.items()},
-            "also_named": {name: {o: found.count(o) for o in sorted({*found})} for name, found in others.items()},
+            "named": {name: sum(hits) for name, hits in named.items()},
+            "also_named": {name: {o: names.count(o) for o in sorted({*names})} for name, names in others.items()},
             "false_alarms": len(alarms),
-            "healthy_runs_called_ill": ill,
+            "healthy_runs_called_ill": false_positives,
             "tokens_through_each_model_per_token_compared": max(forwards),
         },
     )
 
 
 if __name__ == "__main__":
-    main(*(int(given) for given in (*sys.argv[1:], *("10", "200")[len(sys.argv) - 1 :])))
+    main(*(int(argument) for argument in (*sys.argv[1:], *("10", "200")[len(sys.argv) - 1 :])))

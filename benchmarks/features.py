@@ -1,8 +1,8 @@
-"""What features cost: memory kept for 4 pairs of layers, and the time of a step with hidden states or attention.
+"""Measure the memory of captured features for 4 pairs of layers, and the time of a step with losses on features.
 
-Teacher: SmolLM2-135M (30 blocks, width 576); student: 20 of its blocks. Rows of 256 tokens, all of them asked.
+Teacher: SmolLM2-135M (30 blocks, width 576); student: 20 of its blocks. Rows of 256 tokens, all of them target tokens.
 
-python benchmarks/features.py [rounds]
+    python benchmarks/features.py [rounds]
 """
 
 import json
@@ -40,7 +40,7 @@ def batch(rows: int) -> dict:
 
 
 def memory(case: dict) -> dict:
-    """Peak of both forwards without gradients, their features kept, over a run that keeps none."""
+    """Measure the peak memory of both forwards without gradients while their features are captured."""
     from hf_distill.core.signals import FeatureKey
     from hf_distill.core.targets import Targets
     from hf_distill.models.feature_capture import capture_features
@@ -48,25 +48,25 @@ def memory(case: dict) -> dict:
     student, teacher = pair("sdpa")
     inputs = batch(MEMORY_BATCH)
     tokens = Targets.from_batch(inputs, shift=True).feature_positions(inputs, causal=True)
-    kept: list = []
+    captured: list = []
 
     def call():
         for side, model in enumerate((student.eval(), teacher)):
             feature_requests = {FeatureKey("hidden", p[side]): tokens for p in PAIRS} if case["keep"] == "pairs" else {}
-            with torch.no_grad(), capture_features(model, feature_requests) as found:
+            with torch.no_grad(), capture_features(model, feature_requests) as features:
                 states = model.model(input_ids=inputs["input_ids"], output_hidden_states=case["keep"] == "all")
-                kept.append(list(found.values()) or list(states.hidden_states or ()))
+                captured.append(list(features.values()) or list(states.hidden_states or ()))
 
     call()
-    kept.clear()
+    captured.clear()
     result = peak_and_seconds(call)
-    bytes_kept = sum(t.untyped_storage().nbytes() for of_model in kept for t in of_model)
+    captured_bytes = sum(t.untyped_storage().nbytes() for of_model in captured for t in of_model)
     arithmetic = len(PAIRS) * len(tokens) * (student.config.hidden_size + teacher.config.hidden_size) * 4
-    return {"peak_mib": result["peak_mib"], "kept_mib": bytes_kept / 2**20, "arithmetic_mib": arithmetic / 2**20}
+    return {"peak_mib": result["peak_mib"], "kept_mib": captured_bytes / 2**20, "arithmetic_mib": arithmetic / 2**20}
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step."""
+    """Measures the seconds of each step."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -107,7 +107,7 @@ CASES = [
 
 
 def large_example() -> dict:
-    """10 layers of a 70B teacher, H 8192, 16 rows of 2048 tokens, 2 bytes a number: GB, all kept and 4 pairs kept."""
+    """Compute the GB of 10 layers and of 4 pairs of a 70B teacher: H 8192, 16 rows of 2048 tokens, 2 bytes each."""
     tokens, width, student = 16 * 2048, 8192, 4096
     return {"ten_layers_gb": 10 * tokens * width * 2 / 1e9, "four_pairs_gb": 4 * tokens * (width + student) * 2 / 1e9}
 

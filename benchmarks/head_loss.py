@@ -1,4 +1,4 @@
-"""The fused head against the floor of four matrix products, and against peers.
+"""Measure the fused loss against the lower bound of four matrix products, and against other libraries.
 
 python benchmarks/head_loss.py [rounds]
 """
@@ -13,7 +13,7 @@ from measure import interleaved, peak_and_seconds, save
 SHAPES = {"S1": (49152, 576, 960, 2048), "S2": (151936, 896, 1536, 1024)}  # V, H_s, H_t, N
 
 
-def tensors(shape, tokens=None, asked=1.0, dtype=torch.float32, frozen=False):
+def tensors(shape, tokens=None, target_share=1.0, dtype=torch.float32, frozen=False):
     vocab, h_s, h_t, n = SHAPES[shape]
     n = tokens or n
     g = torch.Generator().manual_seed(0)
@@ -22,12 +22,12 @@ def tensors(shape, tokens=None, asked=1.0, dtype=torch.float32, frozen=False):
     ht = torch.randn(n, h_t, generator=g).to(dtype)
     wt = (torch.randn(vocab, h_t, generator=g) * 0.05).to(dtype)
     labels = torch.randint(0, vocab, (n,), generator=g)
-    labels[int(asked * n) :] = -100
+    labels[int(target_share * n) :] = -100
     return hs, ws, ht, wt, labels
 
 
 def floor(hs, ws, ht, wt, labels, chunk):
-    """Logits of both models, gradients of hidden states and weight: nothing else."""
+    """Compute only the logits of both models and the gradients of hidden states and weight: the lower bound."""
     s, t = torch.empty(chunk, len(ws)), torch.empty(chunk, len(wt))
     by_hidden, by_weight = torch.zeros_like(hs), torch.zeros_like(ws)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def one(case: dict) -> dict:
         case.pop("shape"), case.pop("tokens", None), case.pop("asked", 1.0), frozen=case.pop("frozen", False)
     )
     small = [x[:16].detach().clone().requires_grad_(x.requires_grad) if x.shape[0] == len(made[4]) else x for x in made]
-    call(*small, **case)  # imports, threads
+    call(*small, **case)  # warm up imports and threads
     for x in (*small, *made):
         x.grad = None
     del small
@@ -87,8 +87,8 @@ def one(case: dict) -> dict:
 
 
 def accuracy() -> list[dict]:
-    """Relative error (norms) of gradients and loss against float64, N = 512 of S1."""
-    found = []
+    """Compute the relative error (norms) of the gradients against float64, for N = 512 of S1."""
+    results = []
     peers = {"trl_chunked": trl_chunked, "trl_dense": trl_dense, "liger": liger}
     betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": 0.5}
     for divergence in ("forward_kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl", "total_variation"):
@@ -104,8 +104,8 @@ def accuracy() -> list[dict]:
                 low[0].grad = low[1].grad = None
                 try:
                     call()
-                except Exception as error:  # a peer that cannot is told, not hidden
-                    found.append(
+                except Exception as error:  # a library that fails is reported
+                    results.append(
                         {"who": name, "divergence": divergence, "dtype": str(dtype), "failed": repr(error)[:200]}
                     )
                     continue
@@ -120,9 +120,9 @@ def accuracy() -> list[dict]:
                     "hidden": errors[0],
                     "weight": errors[1],
                 }
-                found.append(row)
+                results.append(row)
                 print(row, flush=True)
-    return found
+    return results
 
 
 CASES = [

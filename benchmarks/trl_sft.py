@@ -1,10 +1,10 @@
-"""Tokens a second of a whole training step: DistillSFTTrainer, padded and packed, against TRL's GKDTrainer.
+"""Measure the tokens per second of DistillSFTTrainer, padded and packed, against TRL's GKDTrainer.
 
-Forward KL at T = 1, hard labels left out, the same conversations, the answers asked: most of the tokens of a tiny pair
-with V = 49152; about half of them of SmolLM2-135M and 10 of its blocks. Tokens are those that the student sees, padding
-not counted.
+Forward KL at T = 1 without hard labels, on the same conversations. The target tokens are those of the answers: most of
+the tokens for a tiny pair with V = 49152, about half of them for SmolLM2-135M and 10 of its blocks. Only tokens that
+the student sees count, not padding.
 
-python benchmarks/trl_sft.py [rounds]
+    python benchmarks/trl_sft.py [rounds]
 """
 
 import json
@@ -24,14 +24,14 @@ ARGUMENTS = dict(
     disable_tqdm=True, seed=0, bf16=False, gradient_checkpointing=False,
 )  # fmt: skip
 CASES = [
-    {"pair": pair, "asked": asked, "who": who}
-    for pair, asked in (("tiny", "most"), ("smollm2", "half"))
+    {"pair": pair, "asked": share, "who": who}
+    for pair, share in (("tiny", "most"), ("smollm2", "half"))
     for who in ("padded", "packed", "gkd")
 ]
 
 
 def models(pair: str):
-    """Student and teacher."""
+    """Return (student, teacher)."""
     if pair == "tiny":
         return llama(128, 2), llama(192, 3)
     from hf_distill.models.pruning import cut_student
@@ -43,13 +43,13 @@ def models(pair: str):
 
 
 class Meter(TrainerCallback):
-    """Seconds, and tokens that the student saw, of the steps after the first WARM."""
+    """Measures the seconds, and the tokens that the student sees, of the steps after the first WARM."""
 
     def __init__(self, student):
         self.tokens = 0
-        student.register_forward_pre_hook(self.see, with_kwargs=True)
+        student.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def see(self, _module, _args, kwargs):
+    def count(self, _module, _args, kwargs):
         mask = kwargs.get("attention_mask")
         self.tokens += kwargs["input_ids"].numel() if mask is None else int(mask.sum())
 
@@ -82,7 +82,7 @@ def one(case: dict) -> dict:
             )  # fmt: skip
             rows = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
             trainer = DistillSFTTrainer(teacher=teacher, args=args, train_dataset=Dataset.from_list(rows), **common)
-            meter.tokens = 0  # packing was tried on a row
+            meter.tokens = 0  # DistillSFTTrainer tests packing with a row
         trainer.train()
     return {"seconds": meter.seconds, "tokens": meter.tokens, "tokens_per_second": meter.tokens / meter.seconds}
 
@@ -92,9 +92,9 @@ if __name__ == "__main__":
         print(json.dumps(one(json.loads(sys.argv[1]))))
     else:
         rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-        found = interleaved(__file__, CASES, rounds)
+        results = interleaved(__file__, CASES, rounds)
         ratios = {}
         for pair in ("tiny", "smollm2"):
-            speed = {case["who"]: case["tokens_per_second"] for case in found if case["pair"] == pair}
+            speed = {case["who"]: case["tokens_per_second"] for case in results if case["pair"] == pair}
             ratios[pair] = {who: speed[who] / speed["gkd"] for who in ("padded", "packed")}
-        save("trl_sft", {"times_gkd": ratios, "cases": found})
+        save("trl_sft", {"times_gkd": ratios, "cases": results})

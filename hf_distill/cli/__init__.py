@@ -1,4 +1,4 @@
-"""The command line: the one place that prints. Exit codes: 0 done, 1 the run failed, 2 the input was wrong."""
+"""The command line, the only package that prints. Exit codes: 0 success, 1 the run failed, 2 the input is wrong."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from typer.main import get_command
 from ..core.escape import printable
 from ..errors import DistillError, RunError
 from .app import app
-from .commands import cache, curve, diagnose, inspect, publish, recipes, report, retention, run, temperature  # noqa: F401  each adds its commands
+from .commands import cache, curve, diagnose, inspect, publish, recipes, report, retention, run, temperature  # noqa: F401  each adds its commands to the app
 from .quiet import add_verbose, silence_other_packages
 from .terminal import TextConsole
 
@@ -19,25 +19,25 @@ __all__ = ["app", "main"]
 
 
 def program() -> None:
-    """Run the command that was given."""
+    """Run the command of the command line."""
     add_verbose(get_command(app))()
 
 
 def main() -> None:
-    """Run the program; wrong input is told in words, with exit code 2; so is what ends a run, with exit code 1."""
+    """Run the program; print a message instead of a traceback for wrong input (exit code 2) and failed runs (1)."""
     silence_other_packages()
     try:
         program()
     except DistillError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine see the same
-            _tell(str(error))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine have the same error
+            _print_error(str(error))
         sys.exit(2)
     except RunError as error:
-        _tell(str(error))
+        _print_error(str(error))
         sys.exit(1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _tell(str(error.strerror))
+            _print_error(str(error.strerror))
         else:
             sys.stderr.write(printable(traceback.format_exc()))
         sys.exit(1)
@@ -46,6 +46,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _tell(what: str) -> None:
-    printable = what.encode("utf-8", "backslashreplace").decode()  # names may hold what UTF-8 cannot
-    TextConsole(stderr=True).print(Text("Error: ", "bold red").append(printable, "default"), soft_wrap=True)
+def _print_error(message: str) -> None:
+    text = message.encode("utf-8", "backslashreplace").decode()  # file names may not be valid UTF-8
+    TextConsole(stderr=True).print(Text("Error: ", "bold red").append(text, "default"), soft_wrap=True)

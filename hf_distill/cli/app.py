@@ -1,4 +1,4 @@
-"""The program, its console, and the arguments that its commands share."""
+"""The Typer app, its console, and the arguments that its commands share."""
 
 from typing import Annotated
 
@@ -8,23 +8,33 @@ from .terminal import TextConsole
 
 app = typer.Typer(
     name="hf-distill",
-    help="Distil language models with the Hugging Face Trainer.",
+    help="Distill language models with the Hugging Face Trainer.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = TextConsole()
 
-Recipe = Annotated[str, typer.Argument(help="A packaged name, a .yaml file, or hf://org/name[@revision]/file.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.max_steps=20.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny random models of the same families: proves the plumbing.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a recipe from the Hub is read.")]
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")]
+# Typer renders help texts as rich markup, so a bracket in a text needs a backslash.
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help=r"Name of a packaged recipe, path of a .yaml file, or hf://org/name\[@revision]/file.yaml.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values of the recipe to override, such as train.max_steps=20."),
+]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Replace the models by tiny random ones, to test the setup.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation of a recipe from the Hub.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all results as JSON.")]
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False) -> None:
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
         from ..version import __version__
 
@@ -33,7 +43,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Say the ve
 
 
 def disable_library_progress_bars() -> None:
-    """Leave the terminal to our own progress."""
+    """Disable the progress bars of datasets and transformers, so that only ours is shown."""
     from datasets import disable_progress_bars
     from transformers.utils import logging
 

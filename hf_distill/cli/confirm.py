@@ -1,4 +1,4 @@
-"""What a recipe downloads, and one question where it is a stranger's."""
+"""Show what a recipe downloads, and ask for confirmation if it comes from the Hub."""
 
 import os
 import sys
@@ -16,54 +16,56 @@ from .app import out
 
 
 def confirm_downloads(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None:
-    """Of a recipe from the Hub, say what it downloads and ask whether to go on.
+    """Show what a recipe from the Hub downloads and ask whether to continue.
 
     Args:
-        reference: by which the recipe was found; a file is its user's, wherever it once came from.
-        recipe: validated.
+        reference: the reference of the recipe; a local file is trusted.
+        recipe: the validated recipe.
         yes: do not ask.
-        show: say what it downloads wherever it came from.
+        show: also show what a local recipe downloads.
 
     Raises:
-        DistillError: a file or folder that the recipe names is missing; a repository is not there, private or gated; a
-            stranger's recipe names pickled weights; nobody is there to answer.
+        DistillError: a file or folder that the recipe names is missing; a repository is missing, private or gated; an
+            untrusted recipe names pickled weights; stdin is not a terminal.
     """
     if problems := missing_files(recipe.model_dump()):
         raise_problems(problems, "in the recipe")
-    strange = on_the_hub(reference)
-    if not strange and not show:
+    is_untrusted = on_the_hub(reference)
+    if not is_untrusted and not show:
         return
     from ..recipe.downloads import check_downloads, downloads
 
-    found = downloads(recipe)
-    if found:
-        out.print(_table(found))
-    if not strange:
+    repositories = downloads(recipe)
+    if repositories:
+        out.print(_table(repositories))
+    if not is_untrusted:
         return
-    check_downloads(found)
+    check_downloads(repositories)
     out.print(
-        f"The recipe is {recipe.origin}; it writes to {recipe.train.output_dir}.", soft_wrap=True, highlight=False
+        f"The recipe {recipe.origin} writes its results to {recipe.train.output_dir}.", soft_wrap=True, highlight=False
     )
     if yes or os.environ.get("RANK", "0") != "0":
         return
     if not sys.stdin.isatty():
-        raise DistillError("This recipe is a stranger's, and nobody is there to say yes: add --yes to run it.")
-    typer.confirm("Download and go on?", default=True, abort=True)
+        raise DistillError("This recipe comes from the Hub and stdin is not a terminal: pass --yes to confirm.")
+    typer.confirm("Download and continue?", default=True, abort=True)
 
 
-def _table(found: list[Any]) -> Table:
-    table = Table(title="From the Hub", title_justify="left")
-    for heading in ("repository", "for", "commit", "size", "to download"):
+def _table(repositories: list[Any]) -> Table:
+    table = Table(title="Repositories on the Hub", title_justify="left")
+    for heading in ("repository", "used for", "commit", "size", "to download"):
         table.add_column(heading, justify="right" if heading in ("size", "to download") else "left")
-    for one in found:
-        name = one.repo if one.kind == "model" else f"datasets/{one.repo}"
-        commit = (one.revision or "newest")[:12]
-        table.add_row(name, ", ".join(one.used_for), commit, in_units(one.size), in_units(one.missing))
+    for download in repositories:
+        name = download.repo if download.kind == "model" else f"datasets/{download.repo}"
+        commit = (download.revision or "newest")[:12]
+        table.add_row(
+            name, ", ".join(download.used_for), commit, format_bytes(download.size), format_bytes(download.missing)
+        )
     return table
 
 
-def in_units(count: int | None) -> str:
-    """Of a size, in decimal units as the Hub shows them."""
+def format_bytes(count: int | None) -> str:
+    """Format a number of bytes in decimal units, as the Hub does."""
     if count is None:
         return "offline"
     for unit in ("B", "kB", "MB", "GB"):

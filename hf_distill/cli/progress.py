@@ -1,4 +1,4 @@
-"""A training's progress: bars in a terminal, a line every half minute elsewhere."""
+"""Progress of a run: progress bars in a terminal, and a line every 30 seconds elsewhere."""
 
 import time
 from collections.abc import Callable
@@ -22,14 +22,14 @@ _LINE_SECONDS = 30.0
 
 
 class RichProgress(TrainerCallback):
-    """A bar for training steps and one for evaluation batches, with the newest losses; lines for stages.
+    """Shows a progress bar for training steps and one for evaluation batches, the newest losses, and stages as lines.
 
-    Where the output is not a terminal (a log file, a job's output), a line every 30 seconds takes the place of the
-    bars: what is done, how far it is, the newest losses and the remaining time.
+    If the output is not a terminal (for example a log file), a line every 30 seconds replaces the bars: it has the
+    name of the stage, the step, the newest losses and the remaining time.
 
     Args:
-        console: where to.
-        clock: seconds from any origin.
+        console: the console to print to.
+        clock: returns seconds since any fixed time.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
@@ -46,7 +46,7 @@ class RichProgress(TrainerCallback):
         )
         self._console, self._clock = console, clock
         self._bars: dict[str, TaskID] = {}
-        self._starts: dict[str, tuple[float, float]] = {}  # seconds, and what was done before
+        self._starts: dict[str, tuple[float, float]] = {}  # (seconds, steps done before)
         self._last_line = clock()
 
     def __enter__(self) -> "RichProgress":
@@ -56,12 +56,12 @@ class RichProgress(TrainerCallback):
     def __exit__(self, *_) -> None:
         self._progress.stop()
 
-    def stage(self, text: str) -> None:
-        """Say what begins."""
+    def log_stage(self, text: str) -> None:
+        """Print the stage that begins."""
         self._console.print(Text.assemble(("·", "bold"), " ", text))
 
-    def stored(self, progress: Any) -> None:
-        """Show how far a cache is; see `cache.capture.Progress`."""
+    def update_cache(self, progress: Any) -> None:
+        """Show the progress of writing a teacher cache; see `cache.writer.Progress`."""
         if "writing" not in self._bars:
             self._start("writing", progress.total_tokens)
         pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
@@ -74,20 +74,20 @@ class RichProgress(TrainerCallback):
     def _update(
         self, name: str, done: int, losses: str | None = None, unit: str = "", seconds_left: float | None = None
     ) -> None:
-        """Move a bar, or write a line if the last one is 30 seconds old."""
+        """Advance a bar; without a terminal, print a line if the last one is 30 seconds old."""
         task = next(task for task in self._progress.tasks if task.id == self._bars[name])
         self._progress.update(task.id, completed=done, losses=task.fields["losses"] if losses is None else losses)
-        now, last = self._clock(), name == "writing" and done == task.total
-        if self._console.is_terminal or (now - self._last_line < _LINE_SECONDS and not last):
+        now, is_complete = self._clock(), name == "writing" and done == task.total
+        if self._console.is_terminal or (now - self._last_line < _LINE_SECONDS and not is_complete):
             return
         self._last_line = now
-        since, before = self._starts[name]
-        if seconds_left is None and task.total and done > before:
-            seconds_left = (now - since) / (done - before) * (task.total - done)
+        start, done_before = self._starts[name]
+        if seconds_left is None and task.total and done > done_before:
+            seconds_left = (now - start) / (done - done_before) * (task.total - done)
         total = f" of {task.total:,.0f}" if task.total else ""
         left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
         parts = [f"{name}: {f'{unit} ' if unit else ''}{done:,}{total}", task.fields["losses"], left]
-        self.stage(" · ".join(part for part in parts if part))
+        self.log_stage(" · ".join(part for part in parts if part))
 
     def _remove(self, name: str) -> None:
         if name in self._bars:
@@ -98,11 +98,11 @@ class RichProgress(TrainerCallback):
         self._start("training", state.max_steps, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Advance it."""
+        """Advance the bar of training steps."""
         self._update("training", state.global_step, unit="step")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest losses beside it."""
+        """Show the newest losses next to the bar."""
         if logs and "loss" in logs and "training" in self._bars:
             terms = [f"{k.removesuffix('_loss')} {v:.3f}" for k, v in logs.items() if k.endswith("_loss")]
             self._progress.update(
@@ -110,7 +110,7 @@ class RichProgress(TrainerCallback):
             )
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Take the bar away."""
+        """Remove the bar of training steps."""
         self._remove("training")
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
@@ -122,5 +122,5 @@ class RichProgress(TrainerCallback):
         self._update("evaluating", self._batches, unit="batch")
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """Take the bar away."""
+        """Remove the bar of evaluation batches."""
         self._remove("evaluating")

@@ -1,4 +1,4 @@
-"""Warnings of other packages that a user of the program cannot act on: silenced unless `--verbose` is given."""
+"""Silence warnings of other packages that a user of the program cannot act on, unless `--verbose` is passed."""
 
 import logging
 import warnings
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-# DeepSpeed names the accelerator that it chose, bitsandbytes the kernels that it does not have.
+# DeepSpeed logs the accelerator that it selected, bitsandbytes the kernels that are missing.
 _LOGGERS = ("DeepSpeed", "bitsandbytes")
 _PACKAGES = r"(torch|transformers|accelerate|datasets|deepspeed|bitsandbytes|peft|trl|triton)(\.|$)"
 _CATEGORIES = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
@@ -18,7 +18,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def silence_other_packages() -> None:
-    """Leave out warnings of other packages; their errors stay, and so does transformers' log."""
+    """Silence warnings of other packages; their errors and the log of transformers are still shown."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
@@ -27,7 +27,7 @@ def silence_other_packages() -> None:
         warnings.filterwarnings("ignore", category=category, module=_PACKAGES)
 
 
-def hear_other_packages() -> None:
+def restore_other_packages() -> None:
     """Undo `silence_other_packages`."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
@@ -38,10 +38,10 @@ def hear_other_packages() -> None:
 
 
 def add_verbose(command: Any) -> Any:
-    """Give `--verbose` to a command and all its subcommands.
+    """Add `--verbose` to a command and all its subcommands.
 
     Args:
-        command: what `typer.main.get_command` returns.
+        command: the result of `typer.main.get_command`.
     """
     command.params.append(_verbose_option())
     for sub in getattr(command, "commands", {}).values():
@@ -50,22 +50,22 @@ def add_verbose(command: Any) -> Any:
 
 
 def _verbose_option() -> Any:
-    """The option as typer makes it of a command's argument."""
-    maker = typer.Typer(add_completion=False)
+    """Return the option that Typer makes from the parameter of a command."""
+    option_app = typer.Typer(add_completion=False)
 
-    @maker.command()
+    @option_app.command()
     def _command(
         verbose: Annotated[
             bool,
             typer.Option(
                 "--verbose",
-                help="Show warnings of other packages too.",
+                help="Also show warnings of other packages.",
                 is_eager=True,
                 expose_value=False,
-                callback=lambda value: hear_other_packages() if value else None,
+                callback=lambda value: restore_other_packages() if value else None,
             ),
         ] = False,
     ) -> None:
         pass
 
-    return next(option for option in get_command(maker).params if option.name == "verbose")
+    return next(option for option in get_command(option_app).params if option.name == "verbose")

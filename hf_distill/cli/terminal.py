@@ -1,4 +1,4 @@
-"""The console of all commands: what it prints is text, whoever wrote it."""
+"""The console of all commands; it prints text without interpreting it."""
 
 import sys
 from collections.abc import Iterable
@@ -11,25 +11,25 @@ from ..core.escape import printable
 
 
 class TextConsole(Console):
-    """A console that interprets no markup, no emoji codes and no control characters in the text that it is given.
+    """A console that does not interpret markup, emoji codes and control characters in the text that it prints.
 
-    Styles come from `style=`, `rich.text.Text` and the columns of tables. Names, paths, recipes and errors of servers
-    need no escaping.
+    Styles come from `style=`, `rich.text.Text` and the columns of tables. Names, paths, recipes and error messages of
+    servers need no escaping.
     """
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Segments of what is printed, without control characters; those of the console itself stay."""
+        """Render to segments, without the control characters of the text; those of the console itself are kept."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def write_text(text: str) -> None:
-    """Write text to the standard output as it is, for another program, without control characters.
+    """Write text to the standard output without formatting and without control characters.
 
     Args:
-        text: of any origin; the newline at its end is the caller's.
+        text: the text; no newline is added.
     """
     sys.stdout.write(printable(text))

@@ -1,4 +1,4 @@
-"""A run's student on the Hub: one commit, with a card that carries the evidence."""
+"""Publish the student of a run on the Hub: one commit with its weights, its model card and its measurements."""
 
 from .publish import DryRun, Published, check_ready, dry_run, publish
 

@@ -1,4 +1,4 @@
-"""One commit that brings a student to the Hub, or nothing."""
+"""Publish a student on the Hub in one commit; an error leaves the repository unchanged."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -15,24 +15,24 @@ from ..hub.licenses import License, LicenseDecision, get_license
 from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
-from .card_data import judged_of, run_card_data, teachers_of
-from .files import Contents, contents_of
-from .repository import CARD, Repository, check_repository, check_repository_id, look_at, to_delete
+from .card_data import decide_student_license, run_card_data, teacher_cards
+from .files import Contents, collect_files
+from .repository import CARD, Repository, check_repository, check_repository_id, files_to_delete, read_repository
 
-WITH = ("cache", "report")
+INCLUDABLE = ("cache", "report")
 
 
 @dataclass(frozen=True)
 class Published:
-    """A student on the Hub.
+    """A published student.
 
-    url:      of its page
-    commit:   that brought it; the newest one, if nothing had changed
-    files:    of it
-    left_out: files of the student's folder that did not go up
-    notes:    what licences ask for, and what others will stumble over
-    cache:    address of the teacher's cache, where that went up too
-    deleted:  files that were in the repository and are not any more
+    url:      URL of its page
+    commit:   the commit that published it; the newest commit if nothing had changed
+    files:    paths of the published files
+    left_out: files of the student's folder that were not published
+    notes:    requirements of licenses, and problems that users of the model will have
+    cache:    URI of the teacher cache, if it was published too
+    deleted:  files that were deleted from the repository
     """
 
     url: str
@@ -46,22 +46,22 @@ class Published:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What would be published.
+    """What `publish` would upload.
 
-    card:     README.md
+    card:     content of README.md
     sizes:    file -> bytes
-    left_out: files of the student's folder that would not go up
-    licence:  see `hub.licences.Judged`; of the licences that are known
-    unknown:  model -> why its licence could not be looked up
-    notes:    what others will stumble over
-    cache:    bytes of the teacher's cache; None: it would not go up
-    smoke:    why the run is a smoke run, which is refused without `allow_smoke`; None: it is none
+    left_out: files of the student's folder that would not be published
+    license:  the decision from the licenses that are known
+    unknown:  model -> why its license could not be looked up
+    notes:    problems that users of the model will have
+    cache:    bytes of the teacher cache; None: it would not be published
+    smoke:    why the run is a smoke run, which needs `allow_smoke`; None: it is not a smoke run
     """
 
     card: str
     sizes: dict[str, int]
     left_out: list[str]
-    licence: LicenseDecision
+    license: LicenseDecision
     unknown: dict[str, str]
     notes: list[str]
     cache: int | None = None
@@ -73,68 +73,69 @@ def publish(
     repo: str,
     private: bool = False,
     include: Collection[str] = (),
-    licence: str | None = None,
-    accept_licence: bool = False,
+    license: str | None = None,
+    accept_license: bool = False,
     base_model: str | None = None,
     replace: bool = False,
     allow_smoke: bool = False,
-    on_stage: Callable[[str], None] = lambda text: None,
+    on_stage: Callable[[str], None] = lambda message: None,
 ) -> Published:
-    """Bring a run's student to the Hub, with its card, its facts and its plots, in one commit.
+    """Publish a run's student with its model card, its distillation.json and its plots, in one commit.
 
-    Whatever interrupts it leaves the repository as it was: files go up first, and nobody sees them before the commit.
-    Again, nothing goes up twice.
+    An interruption leaves the repository unchanged: files are uploaded first, and become visible with the commit.
+    A second call uploads only files that have changed.
 
     Args:
         run: see `open_run`.
-        repo: org/name, or a name of one's own; made if there is none.
-        private: a new repository is.
-        include: "report" for report.html; "cache" for the teacher's cache, as the data set repository org/name-cache.
-        licence: that its author wants; None: inherited.
-        accept_licence: publish against what the licences of teacher and base say.
-        base_model: id of what the student began as, where the recipe names a file or a package.
-        replace: take the place of another model, of weights of any format, and of a card that somebody wrote.
-        allow_smoke: publish a smoke run, whose models began with random weights; its card says so.
-        on_stage: told in a few words what begins.
+        repo: org/name, or a name in the user's namespace; the repository is created if it does not exist.
+        private: create the repository as private.
+        include: "report" for report.html; "cache" for the teacher cache, as the dataset repository org/name-cache.
+        license: id of the license that the author chooses; None: inherited.
+        accept_license: publish despite conflicts with the licenses of the teacher and the base model.
+        base_model: id of the model that the student was initialized from, where the recipe names a file or a package.
+        replace: replace another model, weights of any format, and a card that `publish` did not write.
+        allow_smoke: publish a smoke run, whose models have random initial weights; the card states it.
+        on_stage: called with a short message when a stage begins.
 
     Raises:
-        DistillError: the run is not over, or is a smoke run; `repo` is no id; no token; a licence conflict; the
-            repository holds what publishing did not write, or is public while `private` is wanted; see `hub.asking` and
-            `repository.check_repository`.
+        DistillError: the run is not finished, or is a smoke run; `repo` is not a repository id; there is no token;
+            licenses conflict; the repository contains files that `publish` did not write, or is public although
+            `private` is set; the Hub refuses a request. See `check_repository` and `translate_hub_errors`.
     """
     _check_arguments(repo, include, base_model)
-    if (random := smoke_run(run.recipe)) and not allow_smoke:
-        raise DistillError(f"{random} If you want to publish it nevertheless, add --allow-smoke; the card will say so.")
+    if (smoke := smoke_run(run.recipe)) and not allow_smoke:
+        raise DistillError(f"{smoke} To publish it nevertheless, add --allow-smoke; the card will state it.")
     api = HfApi()
-    repo = _whole_name(api, repo)
-    on_stage(f"Gathering what is known of {run.folder}")
-    facts = run_card_data(run, repo, licence, base_model)
-    _check_licence(facts.licence, accept_licence)
-    contents = contents_of(run, facts, "report" in include)
-    there = look_at(api, repo)
-    check_repository(there, contents.files, private, replace, facts)
-    gone = to_delete(there, contents.files, replace)
+    repo = _full_repo_id(api, repo)
+    on_stage(f"Collecting the files and the card of {run.folder}")
+    card_data = run_card_data(run, repo, license, base_model)
+    _check_license(card_data.licence, accept_license)
+    contents = collect_files(run, card_data, "report" in include)
+    repository = read_repository(api, repo)
+    check_repository(repository, contents.files, private, replace, card_data)
+    deleted = files_to_delete(repository, contents.files, replace)
     cache = _push_cache(run, repo, private, replace, on_stage) if "cache" in include else None
-    commit = _commit(api, there, private, contents, gone, on_stage)
+    commit = _commit(api, repository, private, contents, deleted, on_stage)
     url = f"{api.endpoint}/{repo}"
-    notes = [*facts.licence.notes, *contents.notes]
-    return Published(url, commit, sorted(contents.files), contents.left_out, notes, cache, gone)
+    notes = [*card_data.licence.notes, *contents.notes]
+    return Published(url, commit, sorted(contents.files), contents.left_out, notes, cache, deleted)
 
 
 def dry_run(
-    run: Run, repo: str, include: Collection[str] = (), licence: str | None = None, base_model: str | None = None
+    run: Run, repo: str, include: Collection[str] = (), license: str | None = None, base_model: str | None = None
 ) -> DryRun:
-    """What `publish` would upload. The repository is not looked at; neither a token nor a connection is needed.
+    """Return what `publish` would upload, without reading the repository; it needs no token and no connection.
 
     Args:
         run: see `open_run`.
-        repo: org/name, or a name of one's own.
+        repo: org/name, or a name in the user's namespace.
         include: see `publish`.
-        licence: see `publish`.
+        license: see `publish`.
         base_model: see `publish`.
 
     Raises:
-        DistillError: the run is not over; `repo` is no id; or a file that would be published is missing or damaged.
+        DistillError: the run is not finished; `repo` is not a repository id; or a file that would be published is
+            missing or damaged.
     """
     _check_arguments(repo, include, base_model)
     unknown: dict[str, str] = {}
@@ -146,99 +147,109 @@ def dry_run(
             unknown[model] = str(error)
             return None
 
-    facts = run_card_data(run, repo, licence, base_model, lookup)
-    contents = contents_of(run, facts, "report" in include)
+    card_data = run_card_data(run, repo, license, base_model, lookup)
+    contents = collect_files(run, card_data, "report" in include)
     sizes = {name: content.stat().st_size if isinstance(content, Path) else len(content)
              for name, content in sorted(contents.files.items())}  # fmt: skip
-    cache = _size_of_cache(run) if "cache" in include else None
+    cache = _cache_bytes(run) if "cache" in include else None
     card = bytes(contents.files[CARD]).decode()
-    return DryRun(card, sizes, contents.left_out, facts.licence, unknown, contents.notes, cache, smoke_run(run.recipe))
+    smoke = smoke_run(run.recipe)
+    return DryRun(card, sizes, contents.left_out, card_data.licence, unknown, contents.notes, cache, smoke)
 
 
 def _check_arguments(repo: str, include: Collection[str], base_model: str | None) -> None:
-    """Refuse arguments that the Hub would refuse, without asking it."""
+    """Check the arguments without a request to the Hub."""
     check_repository_id(repo)
     if "cache" in include:
-        check_repository_id(f"{repo}-cache", "The name of the cache's repository")
+        check_repository_id(f"{repo}-cache", "The repository id of the cache")
     if base_model is not None:
         check_repository_id(base_model, "--base-model")
-    if unknown := sorted({*include} - {*WITH}):
-        raise DistillError(f"--with takes {', '.join(WITH)}; got {', '.join(unknown)}.")
+    if unknown := sorted({*include} - {*INCLUDABLE}):
+        raise DistillError(f"--include accepts {', '.join(INCLUDABLE)}; got {', '.join(unknown)}.")
 
 
-def check_ready(recipe: Recipe, repo: str, accept_licence: bool = False) -> None:
-    """Before a run whose student is to be published: token, licences and repository, as far as they can be known.
+def check_ready(recipe: Recipe, repo: str, accept_license: bool = False) -> None:
+    """Check token, licenses and repository before a run whose student is to be published, as far as possible.
+
+    Args:
+        recipe: the recipe of the run.
+        repo: org/name, or a name in the user's namespace.
+        accept_license: see `publish`.
 
     Raises:
         DistillError: see `publish`.
     """
     check_repository_id(repo, "train.hub_model_id")
     api = HfApi()
-    repo = _whole_name(api, repo)
-    _check_licence(judged_of(recipe, teachers_of(recipe), repo, None, None), accept_licence)
-    check_repository(look_at(api, repo), [CARD], private=False, replace=False)
-    if random := smoke_run(recipe):
+    repo = _full_repo_id(api, repo)
+    _check_license(decide_student_license(recipe, teacher_cards(recipe), repo, None, None), accept_license)
+    check_repository(read_repository(api, repo), [CARD], private=False, replace=False)
+    if smoke := smoke_run(recipe):
         raise DistillError(
-            f"{random} Leave train.push_to_hub out, or publish it with `hf-distill publish --allow-smoke`."
+            f"{smoke} Do not set train.push_to_hub, or publish it with `hf-distill publish --allow-smoke`."
         )
 
 
-def _check_licence(judged: LicenseDecision, accepted: bool) -> None:
-    if judged.conflicts and not accepted:
-        lines = "\n".join(f"  {line}" for line in judged.conflicts)
+def _check_license(decision: LicenseDecision, is_accepted: bool) -> None:
+    if decision.conflicts and not is_accepted:
+        lines = "\n".join(f"  {line}" for line in decision.conflicts)
         raise DistillError(
-            f"The licences say otherwise:\n{lines}\nRead them. If you may publish it nevertheless, add "
-            "--accept-license (and --license ID to say under which); the card will say so."
+            f"The licenses of the models do not permit publishing this student:\n{lines}\nRead the licenses. If you "
+            "may publish it nevertheless, add --accept-license, and --license ID to choose its license; the card will "
+            "state the conflict."
         )
 
 
-def _whole_name(api: HfApi, repo: str) -> str:
-    """org/name; checks that somebody is logged in."""
+def _full_repo_id(api: HfApi, repo: str) -> str:
+    """Return org/name; raise if there is no token."""
     with translate_hub_errors(repo):
         try:
             user = api.whoami()["name"]
         except LocalTokenNotFoundError:
             raise DistillError(
-                "No token is set: run `hf auth login`, or set HF_TOKEN to one with write access."
+                "No token is set. Run `hf auth login`, or set HF_TOKEN to a token with write access."
             ) from None
     return repo if "/" in repo else f"{user}/{repo}"
 
 
 def _commit(
-    api: HfApi, there: Repository, private: bool, contents: Contents, gone: Collection[str], on_stage: Callable
+    api: HfApi, repository: Repository, private: bool, contents: Contents, deleted: Collection[str], on_stage: Callable
 ) -> str:
-    repo = there.name
+    repo = repository.name
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.files.items()]
-    operations += [CommitOperationDelete(name) for name in gone]
+    operations += [CommitOperationDelete(name) for name in deleted]
     size = sum(operation.upload_info.size for operation in operations if isinstance(operation, CommitOperationAdd))
     on_stage(f"Uploading {len(contents.files)} files, {size / 1e6:,.1f} MB, to {repo}")
     with translate_hub_errors(repo):
         ModelCard(contents.files[CARD].decode()).validate()  # type: ignore[union-attr]
-        if there.commit is None:  # not exist_ok: what somebody else made meanwhile has not been looked at
+        if repository.commit is None:  # without exist_ok, because a repository created meanwhile has not been checked
             api.create_repo(repo, private=private)
-        parent = there.commit or api.model_info(repo).sha
-        done = api.create_commit(repo, operations, commit_message="Student, card and evidence", parent_commit=parent)
-    return str(done.oid)
+        parent = repository.commit or api.model_info(repo).sha
+        commit = api.create_commit(repo, operations, commit_message="Student, card and evidence", parent_commit=parent)
+    return str(commit.oid)
 
 
-def _cache_of(run: Run) -> str:
-    """The folder of the cache that taught a run.
+def _cache_folder(run: Run) -> str:
+    """Return the folder of the teacher cache of a run.
 
     Raises:
-        DistillError: its teacher is no cache on this machine.
+        DistillError: its teacher is not a local cache.
     """
     teacher = run.recipe.teacher
     path = teacher.path if teacher and teacher.kind == "cached" else None
     if path is None or reference_kind(path) == "address" or not Path(path).is_dir():
-        raise DistillError("--with cache: the run's teacher is no cache on this machine.")
+        raise DistillError(
+            "--include cache needs a run whose teacher is a teacher cache in a local folder (teacher.kind=cached); "
+            "the teacher of this run is not."
+        )
     return path
 
 
-def _size_of_cache(run: Run) -> int:
-    """Bytes of the cache that taught a run; its files are checked, as they are before an upload."""
+def _cache_bytes(run: Run) -> int:
+    """Return the bytes of the teacher cache of a run, and verify its files as before an upload."""
     from ..cache import verify_cache
 
-    path = Path(_cache_of(run))
+    path = Path(_cache_folder(run))
     verify_cache(path)
     return sum(file.stat().st_size for file in path.iterdir())
 
@@ -246,6 +257,6 @@ def _size_of_cache(run: Run) -> int:
 def _push_cache(run: Run, repo: str, private: bool, replace: bool, on_stage: Callable[[str], None]) -> str:
     from ..cache.hub import push_cache
 
-    path = _cache_of(run)
-    on_stage(f"Uploading the teacher's cache to datasets/{repo}-cache")
+    path = _cache_folder(run)
+    on_stage(f"Uploading the teacher cache to datasets/{repo}-cache")
     return push_cache(path, f"{repo}-cache", private, replace)

@@ -1,4 +1,4 @@
-"""The repository that a student goes to: what is there already, whose it is, and what publishing may replace."""
+"""The repository to publish to: the files it contains, which of them `publish` wrote, and what it may replace."""
 
 import hashlib
 import json
@@ -18,25 +18,25 @@ from ..hub import translate_hub_errors
 from ..model_card import FILE, CardData
 
 CARD = "README.md"
-# Weights of any framework and format, the index files of their shards, and what makes a folder one of adapters.
+# Weights of any framework and format, the index files of their shards, and adapter_config.json.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|npz|npy|h5|hdf5|keras|msgpack|onnx|onnx_data|gguf|ggml|ot|tflite|pb|"
     r"pdparams|mlmodel|llamafile|engine|nemo|mar|distcp)|.*\.(safetensors|bin|h5|msgpack)\.index\.json|"
     r"(.*/)?adapter_config\.json",
     re.IGNORECASE | re.DOTALL,
 )
-_NAMED = 5  # files that an error names
+_MAX_NAMED_FILES = 5  # in an error
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository before a student goes to it.
+    """A repository on the Hub before a student is published to it.
 
     name:      org/name
-    commit:    its newest; None: there is no such repository
-    private:   whether it is
-    files:     its files: path -> SHA-256 of its content, or None where the Hub does not tell it
-    published: files that `publish` wrote there: path -> SHA-256, as the repository's distillation.json lists them
+    commit:    the newest commit; None: the repository does not exist
+    private:   whether it is private
+    files:     path -> SHA-256 of the content, or None where the Hub does not return it
+    published: files that `publish` wrote: path -> SHA-256, as listed in the repository's distillation.json
     bases:     ids of `base_model` on its card
     """
 
@@ -48,47 +48,45 @@ class Repository:
     bases: tuple[str, ...] = ()
 
     def is_published(self, name: str) -> bool:
-        """Whether `publish` wrote a file, and nobody is known to have changed it since."""
-        known = self.published.get(name)
-        return (known is not None and self.files[name] in (None, known)) or (name == FILE and bool(self.published))
+        """Whether `publish` wrote a file that has not been changed since, as far as the Hub shows."""
+        digest = self.published.get(name)
+        return (digest is not None and self.files[name] in (None, digest)) or (name == FILE and bool(self.published))
 
     def foreign(self, names: Iterable[str]) -> list[str]:
-        """Weights of any format, and files that are to be written, that somebody else put there or changed."""
+        """Return weights of any format and files to be written that `publish` did not write or that were changed."""
         return sorted(n for n in self.files if (is_weights(n) or n in {*names}) and not self.is_published(n))
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a repository is weights of a model or of an adapter, in any format, by its name."""
+    """Whether the name of a file is that of weights of a model or an adapter, in any format."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def check_repository_id(name: str, option: str = "REPO") -> None:
-    """Refuse what cannot be the id of a repository, without asking the Hub.
+    """Check the form of a repository id without a request to the Hub.
 
     Args:
         name: org/name, or a name.
-        option: where it was given.
+        option: the option or key that the error names.
 
     Raises:
-        DistillError: says which form an id has.
+        DistillError: `name` is not a repository id.
     """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise DistillError(
-            f"{option} is {name!r}, which is no id of a repository (org/name, or name): {error}"
-        ) from None
+        raise DistillError(f"{option} is {name!r}, which is not a repository id (org/name, or name): {error}") from None
 
 
-def look_at(api: HfApi, name: str) -> Repository:
-    """What a repository holds.
+def read_repository(api: HfApi, name: str) -> Repository:
+    """Read the state of a repository.
 
     Args:
-        api: with the user's token.
+        api: API client with the user's token.
         name: org/name.
 
     Raises:
-        DistillError: see `hub.asking`.
+        DistillError: the Hub refuses the request; see `translate_hub_errors`.
     """
     with translate_hub_errors(name):
         try:
@@ -97,78 +95,82 @@ def look_at(api: HfApi, name: str) -> Repository:
             return Repository(name)
         siblings = info.siblings or ()
         files = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in siblings}
-        small = {n: _content(name, n, info.sha) for n in (FILE, CARD) if n in files}
-    files |= {n: hashlib.sha256(content).hexdigest() for n, content in small.items()}
+        contents = {n: _content(name, n, info.sha) for n in (FILE, CARD) if n in files}
+    files |= {n: hashlib.sha256(content).hexdigest() for n, content in contents.items()}
     bases = info.card_data.to_dict().get("base_model") if info.card_data else None
     bases = [bases] if isinstance(bases, str) else bases or []
     return Repository(
-        name, info.sha, bool(info.private), files, _published(small.get(FILE, b"")), tuple(map(str, bases))
+        name, info.sha, bool(info.private), files, _published_files(contents.get(FILE, b"")), tuple(map(str, bases))
     )
 
 
 def check_repository(
-    there: Repository, names: Iterable[str], private: bool, replace: bool, facts: CardData | None = None
+    repository: Repository, names: Iterable[str], private: bool, replace: bool, card_data: CardData | None = None
 ) -> None:
-    """Refuse a repository in which publishing would replace what it did not write.
+    """Raise if publishing would replace files that `publish` did not write.
 
     Args:
-        there: see `look_at`.
-        names: files that are to be written.
-        private: the repository must be.
-        replace: take the place of what is there.
-        facts: of the student; None: before its run, when its base is not compared.
+        repository: see `read_repository`.
+        names: files to be written.
+        private: whether the repository must be private.
+        replace: replace its files.
+        card_data: card data of the student; None before its run, when base models are not compared.
 
     Raises:
-        DistillError: says what is there, and what to do.
+        DistillError: names the files, and what to do.
     """
-    if there.commit is None:
+    if repository.commit is None:
         return
-    if private and not there.private:
-        raise DistillError(f"{there.name} is public already, and --private is wanted: make it private on its page.")
+    if private and not repository.private:
+        raise DistillError(
+            f"{repository.name} is a public repository, but --private was passed. Make it private in its settings on "
+            "the Hub, or leave --private out."
+        )
     if replace:
         return
-    what = ""
-    if foreign := there.foreign(names):
-        more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
-        what = f"files that hf-distill did not publish, or that were changed since: {', '.join(foreign[:_NAMED])}{more}"
-    elif facts is not None and any(map(is_weights, there.files)):
-        own = facts.student.get("base_model") or facts.student.get("model")
-        own = [own] if is_id(own) else []
-        if list(there.bases) != own:
-            known, mine = (", ".join(bases) or "not said" for bases in (there.bases, own))
-            what = f"a model with another base ({known}; this one's: {mine})"
-    if what:
+    contents = ""
+    if foreign := repository.foreign(names):
+        more = f" and {len(foreign) - _MAX_NAMED_FILES} more" if len(foreign) > _MAX_NAMED_FILES else ""
+        named = f"{', '.join(foreign[:_MAX_NAMED_FILES])}{more}"
+        contents = f"files that hf-distill did not publish, or that were changed since: {named}"
+    elif card_data is not None and any(map(is_weights, repository.files)):
+        base = card_data.student.get("base_model") or card_data.student.get("model")
+        bases = [str(base)] if is_id(base) else []
+        if list(repository.bases) != bases:
+            current, new = (", ".join(ids) or "unknown" for ids in (repository.bases, bases))
+            contents = f"a model with another base model ({current}; the base model of this student is {new})"
+    if contents:
         raise DistillError(
-            f"{there.name} holds {what}. Give another name, or add --replace to `hf-distill publish`: the student "
-            "takes their place, and earlier commits keep them."
+            f"{repository.name} contains {contents}. Choose another repository, or add --replace to "
+            "`hf-distill publish`: the student replaces them, and they stay available in earlier commits."
         )
 
 
-def to_delete(there: Repository, names: Iterable[str], replace: bool) -> list[str]:
-    """Files of a repository that do not stay: those of an earlier student, and with `replace` all other weights.
+def files_to_delete(repository: Repository, names: Iterable[str], replace: bool) -> list[str]:
+    """Return the files to delete: those of an earlier student, and with `replace` all other weights.
 
     Args:
-        there: see `look_at`.
-        names: files that are to be written.
-        replace: take the place of what is there.
+        repository: see `read_repository`.
+        names: files to be written.
+        replace: replace its files.
     """
-    gone = {*there.files} - {*names}
-    return sorted(n for n in gone if there.is_published(n) or (replace and is_weights(n)))
+    others = {*repository.files} - {*names}
+    return sorted(n for n in others if repository.is_published(n) or (replace and is_weights(n)))
 
 
-def with_digests(facts: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    """The values of distillation.json: the facts, and the SHA-256 of each file that is published beside it."""
-    return {**facts, "files": dict(sorted(files.items()))}
+def with_digests(card_data: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of distillation.json: the card data, and the SHA-256 of each published file."""
+    return {**card_data, "files": dict(sorted(files.items()))}
 
 
 def _content(repo: str, name: str, commit: str) -> bytes:
     return Path(hf_hub_download(repo, name, revision=commit)).read_bytes()
 
 
-def _published(content: bytes) -> dict[str, str]:
-    """The files that a distillation.json lists; none where it is not one."""
+def _published_files(content: bytes) -> dict[str, str]:
+    """Return the files that a distillation.json lists; empty where it is not valid."""
     try:
-        listed = json.loads(content)["files"]
-        return {str(name): str(digest) for name, digest in listed.items()}
+        digests = json.loads(content)["files"]
+        return {str(name): str(digest) for name, digest in digests.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

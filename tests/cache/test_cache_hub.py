@@ -50,7 +50,7 @@ def test_a_cache_is_pushed_as_a_data_set_and_read_at_its_revision(hub, run, tmp_
     write_cache(folder, build("llama", 1), rows("llama", 20), collator=collate, shard_rows=8, batch_size=4)
     code, said = run("-m", "hf_distill", "cache", "push", str(folder), "tester/signals")
     assert code == 0, said
-    address = said.split("Pushed: ")[1].split()[0]
+    address = said.split("Pushed to ")[1].split()[0]
     repo = hub.repos["datasets", "tester/signals"]
     assert address == f"hf://datasets/tester/signals@{repo.branches['main']}"
     there = {*repo.commits[repo.branches["main"]]} - {".gitattributes"}

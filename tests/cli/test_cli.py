@@ -15,20 +15,20 @@ def program(*arguments, **kwargs):
     return subprocess.run([sys.executable, "-m", "hf_distill", *arguments], capture_output=True, text=True, **kwargs)
 
 
-def test_run_smoke_shows_the_table_and_exits_0(tmp_path):
+def test_a_smoke_run_prints_the_table_and_exits_with_0(tmp_path):
     done = program("run", "quickstart", "--smoke", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("teacher", "student before", "student after", "control", "KL to teacher", "Run folder"):
-        assert words in done.stdout
+    for text in ("teacher", "student before", "student after", "control", "KL to teacher", "Run folder"):
+        assert text in done.stdout
     assert "Traceback" not in done.stderr
     assert "{'loss'" not in done.stdout
-    again = program("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert again.returncode == 0
-    assert "over already" in again.stdout
+    resumed = program("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert resumed.returncode == 0
+    assert "over already" in resumed.stdout
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["run", "quickstart", "train.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["run", "nowhere.yaml"], "no recipe file"),
@@ -41,20 +41,20 @@ def test_run_smoke_shows_the_table_and_exits_0(tmp_path):
         (["rum"], "No such command"),
     ],
 )
-def test_wrong_input_exits_2_with_words_and_no_traceback(arguments, words):
+def test_wrong_input_exits_with_2_and_a_message_without_a_traceback(arguments, message):
     done = program(*arguments)
     assert done.returncode == 2
-    assert words in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_show_is_raw_yaml_when_piped():
+def test_recipes_show_prints_plain_yaml_without_a_terminal():
     from hf_distill.recipe.resolve import find_recipe
 
     assert program("recipes", "show", "quickstart").stdout == find_recipe("quickstart").text
 
 
-def test_list_validate_and_schema():
+def test_recipes_list_validate_and_schema_print_their_results():
     listed = runner.invoke(app, ["recipes", "list"])
     assert all(name in listed.output for name in list_recipes())
     assert "valid" in runner.invoke(app, ["recipes", "validate", "quickstart", "--smoke"]).output
@@ -64,29 +64,29 @@ def test_list_validate_and_schema():
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_plan_says_what_fits_what_it_costs_and_what_to_choose(columns):
+def test_plan_fits_the_terminal_and_shows_memory_cost_and_advice(columns):
     environment = {**os.environ, "COLUMNS": str(columns)}
     done = program("plan", "llama-70b-to-8b-zero3", "--gpus", "8", "--gpu-memory", "80", env=environment)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= columns
-    words = (">*zero3 + zero3", "nf4 + zero2", "torch's counter", "GPU-hours", "pretraining the student")
-    for word in words:
-        assert word in done.stdout
+    texts = (">*zero3 + zero3", "nf4 + zero2", "torch's counter", "GPU-hours", "pretraining the student")
+    for text in texts:
+        assert text in done.stdout
     assert ("DeepSpeed" in done.stdout) == (columns == 120)
 
 
-def test_plan_in_json_is_nothing_but_json():
+def test_plan_json_prints_only_json():
     import json
 
     done = program("plan", "quickstart", "--smoke", "--json", "--gpus", "2")
-    found = json.loads(done.stdout)
-    (own,) = (row for row in found["rows"] if row["is_recipe_strategy"])
-    assert own["strategy"]["student"] == "ddp"
-    assert own["total"] == sum(own["parts"].values()) - own["parts"]["host"]
+    plan = json.loads(done.stdout)
+    (row,) = (row for row in plan["rows"] if row["is_recipe_strategy"])
+    assert row["strategy"]["student"] == "ddp"
+    assert row["total"] == sum(row["parts"].values()) - row["parts"]["host"]
 
 
-def test_an_error_is_shown_with_its_brackets(monkeypatch, capsys):
-    """`hf-distill[quant]` is a command to type, no markup."""
+def test_brackets_in_an_error_are_printed(monkeypatch, capsys):
+    """`hf-distill[quant]` is a package to install, not markup."""
     from hf_distill import DistillError, cli
 
     def broken():
@@ -99,7 +99,7 @@ def test_an_error_is_shown_with_its_brackets(monkeypatch, capsys):
     assert 'Error: pip install "hf-distill[quant]", or [/this]' in capsys.readouterr().err
 
 
-def test_a_failure_of_the_run_exits_1(monkeypatch):
+def test_a_failed_run_exits_with_1(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the machine is on fire")
 

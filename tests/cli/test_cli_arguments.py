@@ -1,4 +1,4 @@
-"""Every command, with no arguments and with wrong ones, answers with exit code 2 and words."""
+"""Every command shows its help, and ends with exit code 2 and a message for missing or wrong arguments."""
 
 import pytest
 import typer
@@ -8,13 +8,13 @@ from hf_distill import DistillError
 from hf_distill.cli import app
 
 
-def commands(group, above=()):
-    """(words, whether it needs an argument) of every command."""
+def commands(group, parents=()):
+    """Yield (names, whether it needs an argument) of every command."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from commands(command, (*above, name))
+            yield from commands(command, (*parents, name))
         else:
-            yield (*above, name), any(p.param_type_name == "argument" and p.required for p in command.params)
+            yield (*parents, name), any(p.param_type_name == "argument" and p.required for p in command.params)
 
 
 ALL = list(commands(typer.main.get_command(app)))
@@ -22,24 +22,32 @@ WRONG = [["--nope"], ["no-such-thing"], ["no-such-file.yaml"], ["", ""], ["\x00"
 WRONG += [["quickstart", "=="]]
 
 
-def refused(words: list[str]) -> str:
-    """What is said; the exit code is 2."""
-    result = CliRunner().invoke(app, words)
-    if isinstance(result.exception, DistillError):  # which the program turns into words and exit code 2
+def refused(arguments: list[str]) -> str:
+    """Run a command that must end with exit code 2; return what it prints."""
+    result = CliRunner().invoke(app, arguments)
+    if isinstance(result.exception, DistillError):  # which the program turns into a message and exit code 2
         return str(result.exception)
     assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == 2, (words, result.output)
+    assert result.exit_code == 2, (arguments, result.output)
     return result.output
 
 
-@pytest.mark.parametrize("words", [words for words, needs in ALL if needs], ids=" ".join)
-def test_without_arguments_the_missing_one_is_named(words):
-    assert "Missing argument" in refused([*words])
+@pytest.mark.parametrize("command", [command for command, needs_argument in ALL if needs_argument], ids=" ".join)
+def test_a_missing_argument_is_named(command):
+    assert "Missing argument" in refused([*command])
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda w: " ".join(w)[:20].replace("\x00", "nul"))
-@pytest.mark.parametrize("words", [words for words, _ in ALL], ids=" ".join)
-def test_wrong_arguments_are_told(words, wrong, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", [command for command, _ in ALL], ids=" ".join)
+def test_wrong_arguments_are_refused_with_a_message(command, wrong, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert refused([*words, *wrong]).strip()
-    assert not list(tmp_path.iterdir()), "something was written"
+    assert refused([*command, *wrong]).strip()
+    assert not list(tmp_path.iterdir()), "a file was written"
+
+
+@pytest.mark.parametrize("command", [(), *(command for command, _ in ALL)], ids=" ".join)
+def test_the_help_of_a_command_shows_brackets(command):
+    """Typer reads `[@revision]` as markup, and `[/folder]` as an error, unless it is escaped."""
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.exception
+    assert ("hf://" in result.output) == ("[@revision]" in result.output)

@@ -1,4 +1,4 @@
-"""What commands print is text: no markup, no emoji code and no escape sequence of somebody else is interpreted."""
+"""Commands print text: markup, emoji codes and escape sequences in names and files are not interpreted."""
 
 import io
 import re
@@ -26,7 +26,7 @@ def printed(*things, terminal: bool = False, **options) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_printed_as_they_are(name):
+def test_markup_in_names_is_printed_and_not_interpreted(name):
     table = Table(title=name)
     table.add_column(name)
     table.add_row(name)
@@ -36,17 +36,17 @@ def test_names_are_printed_as_they_are(name):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_escape_sequences_do_not_pass(terminal):
+def test_escape_sequences_are_removed(terminal):
     table = Table()
     table.add_row(f"cell{ESCAPES}")
     for thing in (f"line{ESCAPES}", Text(f"text{ESCAPES}", "bold"), table):
         shown = printed(thing, terminal=terminal)
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown), repr(shown)
         assert re.search("line|text|cell", shown)
-    assert "\x1b[1m" in TextConsoleWithColour().printed(Text("own", "bold")), "own styles stay"
+    assert "\x1b[1m" in TextConsoleWithColor().printed(Text("bold", "bold")), "styles of the program are kept"
 
 
-class TextConsoleWithColour(TextConsole):
+class TextConsoleWithColor(TextConsole):
     def __init__(self):
         super().__init__(file=io.StringIO(), force_terminal=True, color_system="truecolor")
 
@@ -55,11 +55,11 @@ class TextConsoleWithColour(TextConsole):
         return self.file.getvalue()
 
 
-def test_progress_shows_stages_and_losses_as_they_are():
+def test_markup_in_stages_and_losses_is_printed_and_not_interpreted():
     console = TextConsole(file=io.StringIO(), width=200)
     with RichProgress(console) as progress:
         for name in NAMES:
-            progress.stage(f"{name}{ESCAPES}")
+            progress.log_stage(f"{name}{ESCAPES}")
         progress._start("training", 3)
         progress.on_log(None, None, None, logs={"loss": 1.0, "[/b]_loss": 1.0})
     lines = console.file.getvalue().splitlines()
@@ -67,7 +67,7 @@ def test_progress_shows_stages_and_losses_as_they_are():
 
 
 @pytest.mark.parametrize("folder", ["a[/b]x", "[red]", ":smile:"])
-def test_a_command_takes_a_path_that_looks_like_markup(folder, tmp_path, monkeypatch):
+def test_a_path_that_looks_like_markup_is_printed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(folder).mkdir(parents=True)
     Path(folder, "r.yaml").write_text(RECIPE)
@@ -77,7 +77,7 @@ def test_a_command_takes_a_path_that_looks_like_markup(folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command", [["show"], ["preview", "teacher.model=smoke:llama/teacher"]])
-def test_a_recipe_s_text_and_rows_bring_no_escape_sequences(command, tmp_path, monkeypatch):
+def test_escape_sequences_in_recipes_and_rows_are_removed(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.txt").write_text("\n\n".join(f"Paragraph {i} {ESCAPES} of text that is long enough" for i in range(20)))
     data = "data: {task: {path: rows.txt}, eval: {holdout: 0.2}}\n"
@@ -88,15 +88,15 @@ def test_a_recipe_s_text_and_rows_bring_no_escape_sequences(command, tmp_path, m
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", result.output)
 
 
-def test_errors_bring_no_escape_sequences(monkeypatch, capsys):
+def test_escape_sequences_in_errors_are_removed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["hf-distill", "recipes", "show", f"no[/b]such{ESCAPES}.yaml"])
     with pytest.raises(SystemExit):
         main()
-    told = capsys.readouterr().err
-    assert "no[/b]such" in told
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", told)
+    error = capsys.readouterr().err
+    assert "no[/b]such" in error
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", error)
 
 
-def test_there_is_one_kind_of_console():
+def test_no_module_uses_another_console():
     for path in Path(hf_distill.__file__).parent.rglob("*.py"):
         assert path.name == "terminal.py" or not re.search(r"(?<!Text)\bConsole\(", path.read_text()), path

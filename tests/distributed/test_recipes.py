@@ -34,7 +34,7 @@ def run_on_two_ranks(folder, *arguments: str) -> subprocess.CompletedProcess:
 def test_a_recipe_for_a_large_teacher_runs_with_its_sharding_strategy(tmp_path, recipe, overrides):
     done = run_on_two_ranks(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
     assert done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count("Held-out text") == 1  # only one process prints
+    assert done.stdout.count("Metrics on held-out text") == 1  # only one process prints
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["status"] == "done"
     assert results["teacher"]["blocks"] == 4

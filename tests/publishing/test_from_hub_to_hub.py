@@ -1,4 +1,4 @@
-"""The whole way, as its users go it: a recipe, a teacher and data from the Hub, and the student back to it."""
+"""End to end: a recipe, a teacher and data from the Hub, and the student published on the Hub."""
 
 import json
 import os
@@ -16,13 +16,13 @@ RECIPE = """\
 student: {from_teacher: {keep_layers: 3}}
 teacher: {model: org/teacher}
 data: {task: {path: org/rows}, eval: {path: held-out.jsonl}, max_length: 32}
-train: {output_dir: runs/there, max_steps: 2, per_device_train_batch_size: 2, logging_steps: 1}
+train: {output_dir: runs/first, max_steps: 2, per_device_train_batch_size: 2, logging_steps: 1}
 """
 
 
 @pytest.fixture
-def stocked(hub, tmp_path):
-    """A Hub with a teacher, a data set and a recipe; the program on it."""
+def run_program(hub, tmp_path):
+    """A Hub with a teacher, a dataset and a recipe; returns a function that runs the program with this Hub."""
     from pathlib import Path
 
     model = Path(resolve_model("smoke:llama/teacher"))
@@ -33,12 +33,12 @@ def stocked(hub, tmp_path):
     hub.put(
         "models",
         "org/recipes",
-        {"there.yaml": RECIPE.encode(), "held-out.jsonl": text[:400].rpartition("\n")[0].encode()},
+        {"recipe.yaml": RECIPE.encode(), "held-out.jsonl": text[:400].rpartition("\n")[0].encode()},
     )
 
-    def program(*words, **environment):
+    def program(*arguments, **environment):
         return subprocess.run(
-            [sys.executable, "-m", "hf_distill", *words],
+            [sys.executable, "-m", "hf_distill", *arguments],
             cwd=tmp_path,
             env=os.environ | hub.environment(tmp_path / "home") | environment,
             capture_output=True,
@@ -49,23 +49,23 @@ def stocked(hub, tmp_path):
     return program
 
 
-def test_from_the_hub_to_the_hub(stocked, hub, tmp_path):
-    at = "hf://org/recipes@main/there.yaml"
-    refused = stocked("run", at)
+def test_a_student_of_a_hub_recipe_is_published_with_the_commits_that_it_read(run_program, hub, tmp_path):
+    uri = "hf://org/recipes@main/recipe.yaml"
+    refused = run_program("run", uri)
     assert refused.returncode == 2
     assert "--yes" in refused.stderr
-    done = stocked("run", at, "--yes", "train.push_to_hub=true", "train.hub_model_id=student")
+    done = run_program("run", uri, "--yes", "train.push_to_hub=true", "train.hub_model_id=student")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "org/teacher" in done.stdout
     commits = {name: repo.at("main") for (_, name), repo in hub.repos.items()}
     card = ModelCard.load("tester/student")
     assert (card.data.base_model, card.data.license, card.data.datasets) == (["org/teacher"], "gemma", ["org/rows"])
-    evidence = json.loads((tmp_path / "runs" / "there" / "results.json").read_text())
-    assert evidence["provenance"]["teacher"]["revision"] == commits["org/teacher"]
-    assert evidence["provenance"]["data task"]["revision"] == commits["org/rows"]
-    assert evidence["origin"] == f"hf://org/recipes@{commits['org/recipes']}/there.yaml"
+    results = json.loads((tmp_path / "runs" / "first" / "results.json").read_text())
+    assert results["provenance"]["teacher"]["revision"] == commits["org/teacher"]
+    assert results["provenance"]["data task"]["revision"] == commits["org/rows"]
+    assert results["origin"] == f"hf://org/recipes@{commits['org/recipes']}/recipe.yaml"
     for commit in (commits["org/teacher"], commits["org/rows"]):
         assert commit[:12] in card.text
     assert AutoModelForCausalLM.from_pretrained("tester/student").config.num_hidden_layers == 3
-    again = stocked("run", at, "--yes", "train.output_dir=runs/again", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0, again.stdout + again.stderr
+    second = run_program("run", uri, "--yes", "train.output_dir=runs/second", HF_HUB_OFFLINE="1")
+    assert second.returncode == 0, second.stdout + second.stderr

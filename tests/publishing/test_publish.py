@@ -1,4 +1,4 @@
-"""A run's student on the Hub: whole or not at all, once, under the right licence, with a card that is true."""
+"""Publishing is atomic, uploads nothing twice, checks licenses and replaces nothing that it did not write."""
 
 import json
 import re
@@ -29,7 +29,7 @@ CARD = "---\nlicense: {licence}\n---\n# Teacher\n\n{text}\n"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run with a control, and plots."""
+    """The folder of a finished run with a control, plots and a report."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     recipe = load_recipe("quickstart", [f"train.output_dir={folder}", "train.max_steps=2"], smoke=True)
     run_recipe(recipe)
@@ -50,13 +50,13 @@ def files_of(hub: Hub, name: str = "tester/quick") -> set[str]:
     return set(repo.commits[repo.at("main")])
 
 
-def states_of(hub: Hub, name: str = "tester/quick") -> int:
+def commits_of(hub: Hub, name: str = "tester/quick") -> int:
     repo = hub.repos.get(("models", name))
     return len(repo.commits) if repo else 0
 
 
-def teacher_info(run, hub: Hub, licence: str, text: str = "", student: str | None = None):
-    """The same run, as if its teacher (and its student's base) had been a model of the Hub."""
+def with_hub_teacher(run, hub: Hub, licence: str, text: str = "", student: str | None = None):
+    """The same run, as if its teacher (and its student's base model) had been models of the Hub."""
     hub.put("models", "org/teacher", {"README.md": CARD.format(licence=licence, text=text).encode()})
     values = yaml.safe_load(run.path("recipe.yaml").read_text())
     values["teacher"]["model"] = "org/teacher"
@@ -67,71 +67,75 @@ def teacher_info(run, hub: Hub, licence: str, text: str = "", student: str | Non
     return open_run(run.folder)
 
 
-def test_the_round_trip_is_bit_equal(run, hub):
-    done = publish(run, "quick")
-    own, theirs = (AutoModelForCausalLM.from_pretrained(name) for name in (run.path("student"), "tester/quick"))
-    for (name, a), (_, b) in zip(own.state_dict().items(), theirs.state_dict().items(), strict=True):
+def test_published_weights_are_bit_equal_after_a_download(run, hub):
+    published = publish(run, "quick")
+    local, downloaded = (AutoModelForCausalLM.from_pretrained(name) for name in (run.path("student"), "tester/quick"))
+    for (name, a), (_, b) in zip(local.state_dict().items(), downloaded.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     text = "What is published is what was trained."
     assert AutoTokenizer.from_pretrained("tester/quick")(text) == AutoTokenizer.from_pretrained(run.path("student"))(
         text
     )
-    assert done.commit == hub.repos["models", "tester/quick"].at("main")
+    assert published.commit == hub.repos["models", "tester/quick"].at("main")
 
 
-def test_what_goes_up_is_the_student_and_its_evidence_alone(run, hub):
+def test_only_the_student_and_the_measurements_are_published(run, hub):
     save_file({"w": torch.zeros(1)}, run.path("student") / "sidecar.safetensors")
     (run.folder / "peer").mkdir()
-    done = publish(run, "tester/quick", include=["report"])
-    assert files_of(hub) - {".gitattributes"} == set(done.files)
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "distillation.json"} <= set(done.files)
-    assert {"figures/losses.png", "report.html", "generation_config.json"} <= set(done.files)
-    assert done.left_out == ["sidecar.safetensors", "training_args.bin"]
+    published = publish(run, "tester/quick", include=["report"])
+    assert files_of(hub) - {".gitattributes"} == set(published.files)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "distillation.json"} <= set(
+        published.files
+    )
+    assert {"figures/losses.png", "report.html", "generation_config.json"} <= set(published.files)
+    assert published.left_out == ["sidecar.safetensors", "training_args.bin"]
 
 
-def test_weights_with_a_projector_among_them_are_refused(run, hub):
+def test_weights_with_a_projector_are_refused(run, hub):
     file = run.path("student") / "model.safetensors"
     save_file(load_file(file) | {f"{SIDECAR}.parts.x.weight": torch.zeros(1)}, file, {"format": "pt"})
-    with pytest.raises(DistillError, match="no part of it"):
+    with pytest.raises(DistillError, match="not part of it"):
         publish(run, "tester/quick")
     assert not hub.repos
 
 
 @pytest.mark.parametrize("number", range(20))
-def test_an_interrupted_push_leaves_the_repository_as_it_was(run, hub, number, monkeypatch):
-    """Stopped at each kind of request of a push with each kind of answer, over a repository that holds a model."""
+def test_an_interrupted_push_leaves_the_repository_unchanged(run, hub, number, monkeypatch):
+    """Each kind of request of a push fails with each kind of answer, for a repository that contains a model."""
     publish(run, "tester/quick")
-    before, states = files_of(hub), states_of(hub)
+    before, commits = files_of(hub), commits_of(hub)
     student = run.path("student") / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(student).items()}, student, {"format": "pt"})
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its own retries
-    places = ("POST .*preupload", "POST .*lfs/objects/batch", "PUT /lfs/", "POST .*/commit/", "GET .*api/models")
-    ways = ({"status": 403}, {"status": 409}, {"status": 500}, {"cut": True})
-    hub.faults.append(Fault(match=places[number % 5], times=99, **ways[number // 5]))
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda seconds: None
+    )  # between the retries of huggingface_hub
+    requests = ("POST .*preupload", "POST .*lfs/objects/batch", "PUT /lfs/", "POST .*/commit/", "GET .*api/models")
+    answers = ({"status": 403}, {"status": 409}, {"status": 500}, {"cut": True})
+    hub.faults.append(Fault(match=requests[number % 5], times=99, **answers[number // 5]))
     with pytest.raises(DistillError):
         publish(run, "tester/quick")
-    assert (files_of(hub), states_of(hub)) == (before, states)
+    assert (files_of(hub), commits_of(hub)) == (before, commits)
     hub.faults.clear()
     publish(run, "tester/quick")
-    assert states_of(hub) == states + 1
-    assert len(hub.uploaded) == len(set(hub.uploaded)), "something went up twice"
+    assert commits_of(hub) == commits + 1
+    assert len(hub.uploaded) == len(set(hub.uploaded)), "a file was uploaded twice"
 
 
-def test_a_second_push_of_the_same_changes_nothing(run, hub):
+def test_a_second_push_of_the_same_student_changes_nothing(run, hub):
     first = publish(run, "tester/quick")
-    sent = len(hub.uploaded)
+    uploads = len(hub.uploaded)
     assert publish(run, "tester/quick").commit == first.commit
-    assert len(hub.uploaded) == sent
+    assert len(hub.uploaded) == uploads
 
 
-def test_files_of_an_earlier_student_do_not_stay(run, hub):
+def test_files_of_an_earlier_student_are_deleted(run, hub):
     publish(run, "tester/quick", include=["report"])
     shutil.rmtree(run.folder / "figures")
     publish(run, "tester/quick")
     assert not {"figures/losses.png", "report.html"} & files_of(hub)
 
 
-def test_the_card_is_valid_and_true(run, hub):
+def test_the_card_is_valid_and_has_the_measured_values(run, hub):
     publish(run, "tester/quick")
     card = ModelCard.load("tester/quick")
     card.validate()
@@ -140,29 +144,29 @@ def test_the_card_is_valid_and_true(run, hub):
         "apache-2.0", "text-generation", "transformers",
     )  # fmt: skip
     student = run.results["models"]["student"]
-    told = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert told["perplexity"] == pytest.approx(student["perplexity"], rel=1e-5)
-    assert told["kl"] == pytest.approx(student["kl"], abs=1e-5)
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics["perplexity"] == pytest.approx(student["perplexity"], rel=1e-5)
+    assert metrics["kl"] == pytest.approx(student["kl"], abs=1e-5)
     assert f"{run.results['models']['control']['perplexity']:.2f}" in card.text
     assert "retention RUN" in card.text.split("## Not measured")[1]
-    facts = json.loads(Path(snapshot_download("tester/quick"), "distillation.json").read_text())
-    assert facts["held_out"]["student"]["kl"] == student["kl"]
-    assert facts["data"]["train_fingerprint"] == run.results["data"]["train_fingerprint"]
-    assert facts["training"]["tokens"] == 2 * 2 * 64
-    assert facts["training"]["flop_student"] > 0
+    data = json.loads(Path(snapshot_download("tester/quick"), "distillation.json").read_text())
+    assert data["held_out"]["student"]["kl"] == student["kl"]
+    assert data["data"]["train_fingerprint"] == run.results["data"]["train_fingerprint"]
+    assert data["training"]["tokens"] == 2 * 2 * 64
+    assert data["training"]["flop_student"] > 0
 
 
-def test_the_recipe_of_a_card_is_the_one_that_ran(run, hub, tmp_path):
+def test_the_recipe_in_the_card_is_the_recipe_that_ran(run, hub, tmp_path):
     publish(run, "tester/quick")
     (text,) = re.findall(r"```yaml\n(.*?)```", ModelCard.load("tester/quick").text, flags=re.S)
     (tmp_path / "card.yaml").write_text(text)
-    told, ran = load_recipe(str(tmp_path / "card.yaml")).model_dump(), run.recipe.model_dump()
-    assert told.pop("train")["output_dir"] == "runs/run"
+    in_card, ran = load_recipe(str(tmp_path / "card.yaml")).model_dump(), run.recipe.model_dump()
+    assert in_card.pop("train")["output_dir"] == "runs/run"
     assert ran.pop("train")
-    assert told == ran
+    assert in_card == ran
 
 
-def test_the_snippet_of_a_card_runs_as_it_stands(run, hub, capsys):
+def test_the_code_snippet_of_the_card_runs(run, hub, capsys):
     publish(run, "tester/quick")
     card = ModelCard.load("tester/quick")
     (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
@@ -170,7 +174,7 @@ def test_the_snippet_of_a_card_runs_as_it_stands(run, hub, capsys):
     assert len(capsys.readouterr().out) > 5
 
 
-def test_the_widgets_text_is_what_the_snippet_says(run, hub):
+def test_the_widget_and_the_snippet_use_the_same_prompt(run, hub):
     sample = {"prompt": "The with statement wraps", "reference": "", "written": {}}
     (run.folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
     publish(run, "tester/quick")
@@ -190,17 +194,17 @@ def test_the_widgets_text_is_what_the_snippet_says(run, hub):
         ("gemma", "cc-by-nc-4.0", "", "different licenses"),
     ],
 )
-def test_a_licence_that_says_otherwise_must_be_accepted(run, hub, licence, student, text, why):
-    run = teacher_info(run, hub, licence, text, student)
+def test_a_license_conflict_must_be_accepted(run, hub, licence, student, text, why):
+    run = with_hub_teacher(run, hub, licence, text, student)
     with pytest.raises(DistillError, match=why):
         publish(run, "tester/quick")
     assert ("models", "tester/quick") not in hub.repos
-    publish(run, "tester/quick", accept_licence=True)
+    publish(run, "tester/quick", accept_license=True)
     assert why in ModelCard.load("tester/quick").text
 
 
-def test_the_licence_and_the_base_are_inherited(run, hub):
-    run = teacher_info(run, hub, "gemma")
+def test_the_license_and_the_base_model_are_inherited(run, hub):
+    run = with_hub_teacher(run, hub, "gemma")
     publish(run, "tester/quick")
     card = ModelCard.load("tester/quick")
     assert (card.data.license, card.data.base_model, card.data.base_model_relation) == (
@@ -208,9 +212,9 @@ def test_the_licence_and_the_base_are_inherited(run, hub):
     )  # fmt: skip
 
 
-def test_another_licence_than_a_teacher_passes_on_is_a_conflict(run, hub):
+def test_another_license_than_the_teacher_requires_is_a_conflict(run, hub):
     with pytest.raises(DistillError, match="mit is requested, but teacher requires gemma"):
-        publish(teacher_info(run, hub, "gemma"), "tester/quick", licence="mit")
+        publish(with_hub_teacher(run, hub, "gemma"), "tester/quick", license="mit")
 
 
 WEIGHTS = [
@@ -231,15 +235,15 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_of_somebody_else_in_any_format_are_not_replaced(run, hub, name):
+def test_weights_that_publish_did_not_write_are_not_replaced_in_any_format(run, hub, name):
     hub.put("models", "tester/quick", {name: b"theirs", "notes.txt": b"mine"})
     with pytest.raises(DistillError, match="--replace") as caught:
         publish(run, "tester/quick")
     assert name in str(caught.value)
     assert files_of(hub) == {name, "notes.txt"}
-    done = publish(run, "tester/quick", replace=True)
-    assert done.deleted == [n for n in (name,) if n not in done.files]
-    assert files_of(hub) == {*done.files, "notes.txt"}
+    published = publish(run, "tester/quick", replace=True)
+    assert published.deleted == [n for n in (name,) if n not in published.files]
+    assert files_of(hub) == {*published.files, "notes.txt"}
 
 
 @pytest.mark.parametrize(
@@ -251,9 +255,9 @@ def test_weights_of_somebody_else_in_any_format_are_not_replaced(run, hub, name)
         {"README.md": b"# x", "distillation.json": b'{"files": ["README.md"]}'},
         {"config.json": b"{}"},
     ],
-    ids=["card", "metadata alone", "damaged facts", "facts of another kind", "config"],
+    ids=["card", "metadata alone", "damaged json", "json of another form", "config"],
 )
-def test_a_card_and_a_config_of_somebody_else_are_not_replaced(run, hub, files):
+def test_a_card_and_a_config_that_publish_did_not_write_are_not_replaced(run, hub, files):
     hub.put("models", "tester/quick", files)
     with pytest.raises(DistillError, match="did not publish"):
         publish(run, "tester/quick")
@@ -262,7 +266,7 @@ def test_a_card_and_a_config_of_somebody_else_are_not_replaced(run, hub, files):
 
 
 @pytest.mark.parametrize("name", ["README.md", "model.safetensors", "added.gguf"])
-def test_what_was_edited_or_added_after_publishing_is_not_replaced(run, hub, name):
+def test_files_that_were_edited_or_added_after_publishing_are_not_replaced(run, hub, name):
     publish(run, "tester/quick")
     repo = hub.repos["models", "tester/quick"]
     files = {path: hub.content(value) for path, value in repo.commits[repo.at("main")].items()}
@@ -272,7 +276,7 @@ def test_what_was_edited_or_added_after_publishing_is_not_replaced(run, hub, nam
     assert publish(run, "tester/quick", replace=True).deleted == [n for n in ("added.gguf",) if n == name]
 
 
-def test_a_repository_that_somebody_makes_meanwhile_is_not_written_to(run, hub, monkeypatch):
+def test_a_repository_that_is_created_meanwhile_is_not_overwritten(run, hub, monkeypatch):
     from huggingface_hub import ModelCard as Card
 
     monkeypatch.setattr(Card, "validate", lambda self: hub.put("models", "tester/quick", {"README.md": b"theirs"}))
@@ -281,22 +285,22 @@ def test_a_repository_that_somebody_makes_meanwhile_is_not_written_to(run, hub, 
     assert files_of(hub) == {"README.md"}
 
 
-def test_a_run_is_not_begun_for_a_repository_that_would_refuse_it(hub):
+def test_a_run_does_not_start_for_a_repository_that_cannot_be_published_to(hub):
     hub.put("models", "tester/quick", {"model.gguf": b"theirs"})
     with pytest.raises(DistillError, match=r"model\.gguf"):
         check_ready(load_recipe("quickstart", smoke=True), "tester/quick")
 
 
-def test_a_student_with_another_base_does_not_replace_the_published_one(run, hub):
+def test_a_student_with_another_base_model_does_not_replace_the_published_one(run, hub):
     publish(run, "tester/quick")
-    run = teacher_info(run, hub, "apache-2.0")
+    run = with_hub_teacher(run, hub, "apache-2.0")
     with pytest.raises(DistillError, match="another base"):
         publish(run, "tester/quick")
     publish(run, "tester/quick", replace=True)
 
 
-def test_no_published_file_names_a_folder_of_this_machine(run, hub, tmp_path):
-    """The recipe, the student's configs, the diagnosis, the samples and the report hold absolute paths before."""
+def test_no_published_file_contains_a_local_path(run, hub, tmp_path):
+    """The recipe, the student's configs, the diagnosis, the samples and the report contain absolute paths before."""
     secret = tmp_path / "secret place" / "rows.jsonl"
     student = run.path("student")
     values = yaml.safe_load(run.path("recipe.yaml").read_text())
@@ -309,112 +313,112 @@ def test_no_published_file_names_a_folder_of_this_machine(run, hub, tmp_path):
     (run.folder / "diagnosis.json").write_text(json.dumps({"verdicts": [verdict]}))
     sample = {"prompt": f"Open {secret} and read on", "reference": "", "written": {}}
     (run.folder / "samples.json").write_text(json.dumps({"samples": [sample]}))
-    evidence = run.results
-    evidence["environment"]["device_name"] = str(run.folder)
-    (run.folder / "results.json").write_text(json.dumps(evidence))
+    results = run.results
+    results["environment"]["device_name"] = str(run.folder)
+    (run.folder / "results.json").write_text(json.dumps(results))
     (run.folder / "report.html").write_text(f"<p>{run.folder}</p><pre>path: {secret}\n'{Path.home()}/x'</pre>")
     publish(open_run(run.folder), "tester/quick", include=["report"])
     repo = hub.repos["models", "tester/quick"]
     for name, value in repo.commits[repo.at("main")].items():
         content = hub.content(value)
-        for place in (tmp_path.name, tmp_path.parent.name, f"{Path.home()}/", "secret place"):
-            assert place.encode() not in content, (name, place)
+        for path in (tmp_path.name, tmp_path.parent.name, f"{Path.home()}/", "secret place"):
+            assert path.encode() not in content, (name, path)
     assert (
         json.loads(hub.content(repo.commits[repo.at("main")]["tokenizer_config.json"]))["tokenizer_file"]
         == "rows.jsonl"
     )
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(run, hub):
+def test_a_private_student_is_not_published_to_a_public_repository(run, hub):
     publish(run, "tester/quick")
-    with pytest.raises(DistillError, match="public already"):
+    with pytest.raises(DistillError, match="is a public repository"):
         publish(run, "tester/quick", private=True)
     publish(run, "tester/hidden", private=True)
     assert hub.repos["models", "tester/hidden"].private
 
 
-def test_without_a_token_nothing_is_tried(run, hub, monkeypatch):
+def test_publishing_without_a_token_raises_an_error(run, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DistillError, match="No token is set"):
         publish(run, "tester/quick")
 
 
-def test_a_run_that_is_not_over_is_not_published(run, hub):
-    evidence = run.results
-    del evidence["status"]
-    (run.folder / "results.json").write_text(json.dumps(evidence))
-    with pytest.raises(DistillError, match="not over"):
+def test_an_unfinished_run_is_not_published(run, hub):
+    results = run.results
+    del results["status"]
+    (run.folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(DistillError, match="not finished"):
         publish(run, "tester/quick")
 
 
-def test_the_report_is_missed_before_anything_is_sent(run, hub):
+def test_a_missing_report_is_an_error_before_anything_is_uploaded(run, hub):
     (run.folder / "report.html").unlink()
     with pytest.raises(DistillError, match="hf-distill report"):
         publish(run, "tester/quick", include=["report"])
-    with pytest.raises(DistillError, match="--with takes"):
+    with pytest.raises(DistillError, match="--include accepts"):
         publish(run, "tester/quick", include=["reports"])
     assert not hub.repos
 
 
-def test_a_dry_run_shows_what_publishing_uploads_without_a_token_or_a_network(run, hub, monkeypatch):
-    run = teacher_info(run, hub, "llama3", student="apache-2.0")
+def test_a_dry_run_shows_what_publishing_uploads_without_a_token(run, hub, monkeypatch):
+    run = with_hub_teacher(run, hub, "llama3", student="apache-2.0")
     monkeypatch.delenv("HF_TOKEN")
-    offline = CliRunner().invoke(app, ["publish", str(run.folder), "tester/quick", "--dry-run", "--with", "report"])
+    offline = CliRunner().invoke(app, ["publish", str(run.folder), "tester/quick", "--dry-run", "--include", "report"])
     assert offline.exit_code == 0, offline.exception
-    assert "refused without --accept-license: teacher: llama3 forbids" in offline.output
+    assert "License conflict, which needs --accept-license: teacher: llama3 forbids" in offline.output
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    shown = dry_run(run, "tester/quick", ["report"])
+    preview = dry_run(run, "tester/quick", ["report"])
     assert not any(method != "GET" and method != "HEAD" for method, _ in hub.requests)
-    done = publish(run, "tester/quick", include=["report"], accept_licence=True)
+    published = publish(run, "tester/quick", include=["report"], accept_license=True)
     repo = hub.repos["models", "tester/quick"]
     files = {name: hub.content(value) for name, value in repo.commits[repo.at("main")].items()}
     del files[".gitattributes"]
-    assert shown.sizes == {name: len(content) for name, content in files.items()}
-    assert shown.card.encode() == files["README.md"]
-    assert (shown.left_out, shown.licence.id) == (done.left_out, "apache-2.0")
+    assert preview.sizes == {name: len(content) for name, content in files.items()}
+    assert preview.card.encode() == files["README.md"]
+    assert (preview.left_out, preview.license.id) == (published.left_out, "apache-2.0")
 
 
 def test_a_dry_run_needs_no_connection(run, hub, monkeypatch):
-    run = teacher_info(run, hub, "mit")
+    run = with_hub_teacher(run, hub, "mit")
     hub.faults.append(Fault(match=".*", cut=True, times=999))
-    shown = dry_run(run, "quick")
-    assert "org/teacher" in shown.unknown
-    assert "cannot be reached" in shown.unknown["org/teacher"]
-    assert shown.licence.conflicts == []
-    assert "model.safetensors" in shown.sizes
+    preview = dry_run(run, "quick")
+    assert "org/teacher" in preview.unknown
+    assert "cannot be reached" in preview.unknown["org/teacher"]
+    assert preview.license.conflicts == []
+    assert "model.safetensors" in preview.sizes
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     result = CliRunner().invoke(app, ["publish", str(run.folder), "quick", "--dry-run"])
     assert result.exit_code == 0, result.exception
-    assert "not looked up: org/teacher" in result.output
+    assert "The license of org/teacher could not be looked up" in result.output
     assert "model.safetensors" in result.output
     assert hub.requests == []
 
 
-def test_a_dry_run_of_a_run_that_is_not_over_or_without_its_report_is_refused(run):
+def test_a_dry_run_reports_missing_and_damaged_files(run):
     (run.folder / "report.html").unlink()
     with pytest.raises(DistillError, match="hf-distill report"):
         dry_run(run, "quick", ["report"])
-    with pytest.raises(DistillError, match="no cache"):
+    with pytest.raises(DistillError, match="--include cache needs"):
         dry_run(run, "quick", ["cache"])
     (run.path("student") / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(DistillError, match="is damaged"):
         dry_run(run, "quick")
 
 
-def test_a_smoke_run_is_published_only_on_request_and_its_card_says_what_it_is(run, hub):
+def test_a_smoke_run_is_published_only_with_allow_smoke_and_the_card_states_it(run, hub):
     command = ["publish", str(run.folder), "tester/quick"]
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, DistillError)
     assert "smoke run" in str(result.exception)
     assert "--allow-smoke" in str(result.exception)
     assert not hub.repos
-    shown = CliRunner().invoke(app, [*command, "--dry-run"])
-    assert shown.exit_code == 0, shown.exception
-    assert shown.output.startswith(
-        "This is a smoke run: its models are tiny and were initialized with random weights (smoke:llama"
+    preview = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert preview.exit_code == 0, preview.exception
+    assert preview.output.startswith(
+        "This is a smoke run: its models are tiny and began with random weights (smoke:llama"
     )
-    assert "refused without --allow-smoke" in shown.output
+    assert "Publishing it needs --allow-smoke" in preview.output
     assert CliRunner().invoke(app, [*command, "--allow-smoke"]).exit_code == 0
     repo = hub.repos["models", "tester/quick"]
     card = hub.content(repo.commits[repo.at("main")]["README.md"]).decode()
@@ -425,7 +429,7 @@ def test_a_smoke_run_is_published_only_on_request_and_its_card_says_what_it_is(r
 
 
 @pytest.mark.parametrize(
-    ("repo", "options", "named"),
+    ("repo", "options", "option"),
     [
         ("a b", {}, "REPO"),
         ("org/a/b", {}, "REPO"),
@@ -434,8 +438,8 @@ def test_a_smoke_run_is_published_only_on_request_and_its_card_says_what_it_is(r
         ("org/quick", {"base_model": "no id"}, "--base-model"),
     ],
 )
-@pytest.mark.parametrize("way", [publish, dry_run])
-def test_what_is_no_id_is_refused_before_the_hub_is_asked(run, hub, way, repo, options, named):
-    with pytest.raises(DistillError, match=rf"{named}.* which is no id of a repository"):
-        way(run, repo, **options)
+@pytest.mark.parametrize("function", [publish, dry_run])
+def test_an_invalid_repository_id_is_refused_before_any_request(run, hub, function, repo, options, option):
+    with pytest.raises(DistillError, match=rf"{option}.* which is not a repository id"):
+        function(run, repo, **options)
     assert hub.requests == []

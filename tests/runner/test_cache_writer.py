@@ -139,7 +139,7 @@ def test_the_command_line_writes_verifies_and_runs(texts):
     assert "of kind sampled" in done.output
     assert "tokens/s" in done.output
     checked = runner.invoke(app, ["cache", "verify", "c", "--against-teacher", "4"])
-    assert "files are what was written" in checked.output
+    assert "files are correct" in checked.output
     assert "100.0%" in checked.output
     ran = runner.invoke(app, ["run", "cached", "--smoke", *texts, "teacher.path=c"])
     assert ran.exit_code == 0, ran.output

@@ -1,1 +1,1 @@
-"""One file for each command of hf-distill."""
+"""The commands of hf-distill, one file for each command or group of commands."""

@@ -42,10 +42,10 @@ def diagnose(
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        pair = ModelPair.of_run(opened, name, progress.stage)
+        pair = ModelPair.of_run(opened, name, progress.log_stage)
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)
-        progress.stage(f"Comparing both models over {tokens:,} tokens")
+        progress.log_stage(f"Comparing both models over {tokens:,} tokens")
         references = References.of_evidence(read_json(opened.folder / "results.json"), name)
         diagnosis = diagnose_pair(pair, tokens, logs, references)
     if name == "student":

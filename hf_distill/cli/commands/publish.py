@@ -1,4 +1,4 @@
-"""publish."""
+"""The command publish."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -11,28 +11,33 @@ from ..app import RunFolder, app, out
 @app.command()
 def publish(
     run: RunFolder,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name, or a name of your own.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    include: Annotated[str, typer.Option("--with", help="cache, report, or both with a comma between.")] = "",
-    license: Annotated[str | None, typer.Option("--license", help="In the place of the inherited one.")] = None,
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Id of the repository: org/name, or a name in your namespace.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    include: Annotated[str, typer.Option("--include", help="cache, report, or both: cache,report.")] = "",
+    license: Annotated[str | None, typer.Option("--license", help="Id of the license; by default inherited.")] = None,
     accept_license: Annotated[
-        bool, typer.Option("--accept-license", help="Publish against what the licences say; the card says so.")
+        bool, typer.Option("--accept-license", help="Publish despite license conflicts; the card states them.")
     ] = False,
     base_model: Annotated[
-        str | None, typer.Option(help="Id of what the student began as, where the recipe names a file or a package.")
+        str | None, typer.Option(help="Id of the base model, if the recipe names a file or a package.")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace another model, weights of any format or a card that is there.")
+        bool,
+        typer.Option("--replace", help="Replace another model, weights of any format, or a card in the repository."),
     ] = False,
     allow_smoke: Annotated[
         bool,
-        typer.Option("--allow-smoke", help="Publish a smoke run, whose weights began as random; the card says so."),
+        typer.Option(
+            "--allow-smoke", help="Publish a smoke run, whose initial weights are random; the card states it."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show card, files and licences; needs no token and no connection.")
+        bool, typer.Option("--dry-run", help="Show the card, files and license; needs no token and no connection.")
     ] = False,
 ) -> None:
-    """A run's student to the Hub: one commit, with a card that carries the evidence, and the report's plots."""
+    """Publish the student of a run on the Hub with a model card and its measurements."""
     from ...runner.run_results import open_run
 
     parts = [part.strip() for part in include.split(",") if part.strip()]
@@ -53,23 +58,27 @@ def publish_run(
     replace: bool = False,
     allow_smoke: bool = False,
 ) -> None:
-    """Publish a run and say what came of it; see `publishing.publish`."""
+    """Publish a run and print the result; see `publishing.publish`."""
     from huggingface_hub.utils import disable_progress_bars
 
-    from ...publishing import publish as publish_it
+    from ...publishing import publish as publish_student
     from ..progress import RichProgress
 
     if not out.is_terminal:
         disable_progress_bars()
     with RichProgress(out) as progress:
         options = (license, accept_license, base_model, replace, allow_smoke)
-        done = publish_it(run, repo, private, parts, *options, progress.stage)
-    out.print(f"{done.url} at {done.commit[:12]}: {len(done.files)} files", soft_wrap=True, highlight=False)
-    lines = [f"The cache: {done.cache}"] if done.cache else []
-    lines += [f"  deleted: {', '.join(done.deleted)}"] if done.deleted else []
-    lines += [f"  {note}" for note in done.notes]
-    if not any(name.startswith("figures/") for name in done.files):
-        lines.append(f"  without plots: `hf-distill report {run.folder}` draws them")
+        published = publish_student(run, repo, private, parts, *options, progress.log_stage)
+    out.print(
+        f"Published {len(published.files)} files to {published.url} in commit {published.commit[:12]}.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    lines = [f"The teacher cache: {published.cache}"] if published.cache else []
+    lines += [f"  deleted: {', '.join(published.deleted)}"] if published.deleted else []
+    lines += [f"  {note}" for note in published.notes]
+    if not any(name.startswith("figures/") for name in published.files):
+        lines.append(f"  No plots were published; `hf-distill report {run.folder}` draws them.")
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False)
 
@@ -79,30 +88,30 @@ def _show(run: Any, repo: str, parts: Sequence[str], license: str | None, base_m
     from rich.table import Table
 
     from ...publishing import dry_run
-    from ..confirm import in_units
+    from ..confirm import format_bytes
 
-    found = dry_run(run, repo, parts, license, base_model)
-    refused = [f"{found.smoke} Publishing it is refused without --allow-smoke."] if found.smoke else []
+    preview = dry_run(run, repo, parts, license, base_model)
+    refused = [f"{preview.smoke} Publishing it needs --allow-smoke."] if preview.smoke else []
     for line in refused:
         out.print(line, style="bold", soft_wrap=True, highlight=False)
     out.rule("README.md")
-    out.print(found.card, soft_wrap=True, highlight=False)
+    out.print(preview.card, soft_wrap=True, highlight=False)
     table = Table(title=f"Files of {repo}", title_justify="left")
     table.add_column("file")
     table.add_column("size", justify="right")
-    for name, size in found.sizes.items():
-        table.add_row(name, in_units(size))
+    for name, size in preview.sizes.items():
+        table.add_row(name, format_bytes(size))
     table.add_section()
-    table.add_row(f"{len(found.sizes)} files", in_units(sum(found.sizes.values())))
+    table.add_row(f"{len(preview.sizes)} files", format_bytes(sum(preview.sizes.values())))
     out.print(table)
-    lines = [f"Not published: {', '.join(found.left_out)}"] if found.left_out else []
-    lines += [f"The teacher's cache, {repo}-cache: {in_units(found.cache)}"] if found.cache is not None else []
-    lines.append(f"Licence: {found.licence.id or 'not known'}")
-    lines += [f"  {note}" for note in found.licence.notes]
-    lines += [f"  refused without --accept-license: {conflict}" for conflict in found.licence.conflicts]
-    lines += [f"  not looked up: {model}: {why}" for model, why in found.unknown.items()]
-    lines += [f"  {note}" for note in found.notes]
+    lines = [f"Not published: {', '.join(preview.left_out)}"] if preview.left_out else []
+    lines += [f"The teacher cache, {repo}-cache: {format_bytes(preview.cache)}"] if preview.cache is not None else []
+    lines.append(f"License: {preview.license.id or 'unknown'}")
+    lines += [f"  {note}" for note in preview.license.notes]
+    lines += [f"  License conflict, which needs --accept-license: {conflict}" for conflict in preview.license.conflicts]
+    lines += [f"  The license of {model} could not be looked up: {why}" for model, why in preview.unknown.items()]
+    lines += [f"  {note}" for note in preview.notes]
     lines += refused
-    lines.append("Nothing was sent. The repository itself is looked at when you publish.")
+    lines.append("Nothing was uploaded. The repository is checked when you publish.")
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False)

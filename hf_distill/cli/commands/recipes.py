@@ -1,4 +1,4 @@
-"""recipes list, show, pull, validate, preview, schema."""
+"""The commands recipes list, show, pull, validate, preview and schema."""
 
 import json
 import sys
@@ -16,37 +16,38 @@ from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_b
 from ..confirm import confirm_downloads
 from ..terminal import write_text
 
-recipes = typer.Typer(help="Look at recipes and check them.", no_args_is_help=True)
+recipes = typer.Typer(help="List, show, validate and preview recipes.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
 
 
 @recipes.command("list")
 def list_command(
     where: Annotated[
-        str | None, typer.Argument(metavar="[HUB]", help="hf://org/name[@revision][/folder]; by default the packaged.")
+        str | None,
+        typer.Argument(metavar="HUB", help=r"hf://org/name\[@revision]\[/folder]; by default the packaged recipes."),
     ] = None,
 ) -> None:
-    """Recipes, each with its first line: the packaged ones, or those of a repository."""
+    """List the packaged recipes, or those of a repository, with a short description."""
     from ...recipe.resolve import list_recipes
 
-    found = list_recipes()
+    titles = list_recipes()
     if where is not None:
         from ...hub import format_uri, parse_uri
         from ...recipe.hub_recipes import list_remote
 
-        known = {parse_uri(at): title for at, title in list_remote(where).items()}
-        out.print(Text(format_uri(replace(next(iter(known)), path_in_repo="")), "dim"), soft_wrap=True)
-        found = {at.path_in_repo: title for at, title in known.items()}
+        remote = {parse_uri(uri): title for uri, title in list_remote(where).items()}
+        out.print(Text(format_uri(replace(next(iter(remote)), path_in_repo="")), "dim"), soft_wrap=True)
+        titles = {uri.path_in_repo: title for uri, title in remote.items()}
     table = Table(box=None, show_header=False)
     table.add_column(no_wrap=True)
-    for name, title in found.items():
+    for name, title in titles.items():
         table.add_row(Text(name, "bold"), Text(title))
     out.print(table)
 
 
 @recipes.command()
 def show(recipe: Recipe) -> None:
-    """The YAML of a recipe; raw where it is piped."""
+    """Show the YAML of a recipe."""
     from ...recipe.resolve import find_recipe
 
     text = find_recipe(recipe).text
@@ -60,57 +61,57 @@ def show(recipe: Recipe) -> None:
 
 @recipes.command()
 def pull(
-    recipe: Annotated[str, typer.Argument(metavar="HUB", help="hf://org/name[@revision]/file.yaml")],
-    to: Annotated[str, typer.Option("-o", "--output", help="Folder to put it into.")] = ".",
-    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    recipe: Annotated[str, typer.Argument(metavar="HUB", help=r"hf://org/name\[@revision]/file.yaml")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder to write it to.")] = ".",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Copy a recipe from the Hub, checked, with the DeepSpeed files that it names: from then on it is yours."""
+    """Validate a recipe from the Hub and copy it to a folder, with the DeepSpeed files that it names."""
     from ...recipe.hub_recipes import pull_recipe
 
-    for path in pull_recipe(recipe, to, force):
+    for path in pull_recipe(recipe, output, force):
         out.print(str(path), soft_wrap=True, highlight=False)
 
 
 @recipes.command()
 def validate(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="As for run; by default all packaged recipes."),
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipes and overrides; by default all packaged recipes."),
     ] = None,
     smoke: Smoke = False,
 ) -> None:
-    """Check recipes, and that the files, folders and packages they name exist, without loading anything."""
+    """Check recipes, and that the files, folders and packages that they name exist; loads no model."""
     from ...recipe.load import load_recipe
     from ...recipe.local_files import missing_files
     from ...recipe.problems import raise_problems
     from ...recipe.resolve import list_recipes
 
-    overrides = [word for word in words or () if "=" in word and not is_file(Path(word))]
-    given = [word for word in words or () if word not in overrides]
-    wrong: list[str] = []
-    for name in given or list_recipes():
+    overrides = [argument for argument in arguments or () if "=" in argument and not is_file(Path(argument))]
+    names = [argument for argument in arguments or () if argument not in overrides]
+    errors: list[str] = []
+    for name in names or list_recipes():
         try:
             loaded = load_recipe(name, overrides, smoke=smoke)
-            # Packaged recipes name models of packages that are installed only where they are used.
-            if problems := missing_files(loaded.model_dump()) if given else []:
+            # Packaged recipes name models of packages that may not be installed, so they are checked only if named.
+            if problems := missing_files(loaded.model_dump()) if names else []:
                 raise_problems(problems, "in the recipe")
         except DistillError as error:
-            wrong.append(f"{name}: {error}" if len(given) != 1 else str(error))
+            errors.append(f"{name}: {error}" if len(names) != 1 else str(error))
         else:
             out.print(f"{name} is a valid recipe.")
-    if wrong:
-        raise DistillError("\n".join(wrong))
+    if errors:
+        raise DistillError("\n".join(errors))
 
 
 @recipes.command()
 def preview(
     recipe: Recipe,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
     smoke: Smoke = False,
     yes: Yes = False,
 ) -> None:
-    """The first rows of a recipe as training sees them: what is asked is green, or between «» where it is piped."""
+    """Show the first training rows of a recipe, with target tokens in green, or between «» without a terminal."""
     from ...recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
@@ -124,14 +125,14 @@ def preview(
         )
         out.print(counts, style="bold", highlight=False)
         if out.is_terminal:
-            out.print(Text.assemble(*((text, "green" if asked else "dim") for text, asked in document.spans)))
+            out.print(Text.assemble(*((text, "green" if is_target else "dim") for text, is_target in document.spans)))
         else:
-            write_text("".join(f"«{text}»" if asked else text for text, asked in document.spans) + "\n")
+            write_text("".join(f"«{text}»" if is_target else text for text, is_target in document.spans) + "\n")
 
 
 @recipes.command()
 def schema() -> None:
-    """The JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for editors."""
     from ...recipe.losses import packaged_schema
 
     sys.stdout.write(json.dumps(packaged_schema(), indent=2) + "\n")

@@ -28,8 +28,8 @@ def report(
     disable_library_progress_bars()
     with RichProgress(out) as progress:
         if samples and not opened.has("samples.json"):
-            write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.stage)
-        written = write_report(opened, progress.stage)
+            write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.log_stage)
+        written = write_report(opened, progress.log_stage)
     figures = written.path.parent / "figures"
     out.print(f"Wrote {written.path}, and {len(written.figures)} plots in {figures}", soft_wrap=True)
     for section, command in written.missing.items():

@@ -36,7 +36,7 @@ def retention(
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        result = retention_of(opened, task, tasks_folder, model, limit, batch_size, progress.stage)
+        result = retention_of(opened, task, tasks_folder, model, limit, batch_size, progress.log_stage)
     if as_json:
         sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
         return

@@ -46,7 +46,7 @@ def temperature(
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        result = find_temperature(loaded, at, alpha, by, eta, output, progress.stage)
+        result = find_temperature(loaded, at, alpha, by, eta, output, progress.log_stage)
     if not is_main_process:
         return
     out.quiet = False

@@ -1,6 +1,6 @@
-"""inspect on the quickstart: what it found, bytes of caches as written, and what caches do to a student's gradient.
+"""Inspect the quickstart's teacher, and measure the size of its caches and their effect on a student's gradient.
 
-python inspecting.py [RUN]        RUN: the folder of a quickstart run; runs/quickstart
+python inspect_teacher.py [RUN]        RUN: the folder of a quickstart run; by default runs/quickstart
 """
 
 import json
@@ -22,28 +22,29 @@ TEMPERATURES = (1.0, 2.0)
 
 
 def head_gradient(pair) -> dict:
-    """Gradient of forward KL by the student's head [V, H], with a cache's q for the teacher's p, and the whole one."""
+    """Compare the gradient [V, H] of forward KL by the student's output head for each cache with the exact one."""
     random = torch.Generator().manual_seed(0)
-    found: dict = {}
+    gradients: dict = {}
     count = 0
-    for seen in pair.batches(TOKENS):
-        count += len(seen.targets)
-        for start in range(0, len(seen.targets), ROWS):
+    for batch in pair.batches(TOKENS):
+        count += len(batch.targets)
+        for start in range(0, len(batch.targets), ROWS):
             rows = slice(start, start + ROWS)
-            logits, own, hidden = seen.teacher.project(rows), seen.student.project(rows), seen.student.hidden[rows]
+            logits, student_logits = batch.teacher.project(rows), batch.student.project(rows)
+            hidden = batch.student.hidden[rows]
             for t in TEMPERATURES:
-                p, s = (logits / t).softmax(-1), (own / t).softmax(-1)
-                kept = p.topk(K).indices
+                p, s = (logits / t).softmax(-1), (student_logits / t).softmax(-1)
+                top_ids = p.topk(K).indices
                 ids, _ = sample_by_inverse_cdf((logits / t).clone(), systematic_points(len(p), DRAWS, random))
                 sampled = torch.zeros_like(p).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
-                rest, rest_s = p.scatter(1, kept, 0), s.scatter(1, kept, 0)
+                rest, rest_s = p.scatter(1, top_ids, 0), s.scatter(1, top_ids, 0)
                 share = rest.sum(-1, keepdim=True) / rest_s.sum(-1, keepdim=True)
                 for name, q in {"whole": p, "sampled": sampled, "top_k": p - rest + rest_s * share}.items():
                     gradient = (s - q).T @ hidden.float()
-                    found[name, t] = found[name, t] + gradient if (name, t) in found else gradient
+                    gradients[name, t] = gradients[name, t] + gradient if (name, t) in gradients else gradient
     cosines = {
         f"{name}, T = {t:g}": torch.nn.functional.cosine_similarity(
-            found[name, t].flatten().double(), found["whole", t].flatten().double(), dim=0
+            gradients[name, t].flatten().double(), gradients["whole", t].flatten().double(), dim=0
         ).item()
         for name in ("sampled", "top_k")
         for t in TEMPERATURES
@@ -54,13 +55,14 @@ def head_gradient(pair) -> dict:
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     pair = ModelPair.of_run(open_run(folder))
-    found = asdict(inspect_teacher(pair))
+    inspection = asdict(inspect_teacher(pair))
     rows, written = pair.rows.select(range(8)), {}
     for kind in ("sampled", "top_k"):
         for t in TEMPERATURES:
-            given = {"collator": pair.collator, "kind": kind, "temperature": t}
-            written[f"{kind}, T = {t:g}"] = write_cache(tempfile.mkdtemp(), pair.teacher, rows, **given).bytes_per_token
-    measured = {"environment": environment("cpu"), **found, "written_bytes_per_token": written}
+            options = {"collator": pair.collator, "kind": kind, "temperature": t}
+            manifest = write_cache(tempfile.mkdtemp(), pair.teacher, rows, **options)
+            written[f"{kind}, T = {t:g}"] = manifest.bytes_per_token
+    measured = {"environment": environment("cpu"), **inspection, "written_bytes_per_token": written}
     write_json(RESULTS / "inspect.json", {**measured, "head_gradient": head_gradient(pair)})
     print(json.dumps(written), flush=True)
 

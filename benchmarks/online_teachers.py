@@ -1,6 +1,8 @@
-"""What teachers that move cost a step: SmolLM2-135M-Instruct, a student of 20 of its 30 blocks, 2 rows of 256 tokens.
+"""Measure the time of a step with online and self-distillation teachers.
 
-python benchmarks/moving.py [rounds]
+SmolLM2-135M-Instruct, a student of 20 of its 30 blocks, 2 rows of 256 tokens.
+
+    python benchmarks/online_teachers.py [rounds]
 """
 
 import json
@@ -14,7 +16,7 @@ CASES = ("student", "peer", "forward", "ema", "online", "mutual", "multi_view", 
 
 
 def models():
-    """The teacher and its tokenizer."""
+    """Return the full model and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,13 +26,13 @@ def models():
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
 
-def teacher_of(case: str, whole):
+def teacher_of(case: str, full_model):
     from hf_distill.teachers import EMATeacher, MTPTeacher, MultiViewTeacher, PeerTeacher
 
     makers = {
         "ema": lambda: EMATeacher(0.999),
-        "online": lambda: PeerTeacher(whole),
-        "mutual": lambda: PeerTeacher(whole, mutual=True),
+        "online": lambda: PeerTeacher(full_model),
+        "mutual": lambda: PeerTeacher(full_model, mutual=True),
         "multi_view": lambda: MultiViewTeacher({"token_dropout": 0.1}),
         "mtp": lambda: MTPTeacher(2),
     }
@@ -38,7 +40,7 @@ def teacher_of(case: str, whole):
 
 
 def measure(case: str) -> dict:
-    """Median seconds of a step after the first two; of ema also those of the update; FLOP of one step."""
+    """Measure the median seconds of a step after the first two, its FLOP, and the seconds of an EMA update."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import TrainerCallback, set_seed
@@ -48,10 +50,10 @@ def measure(case: str) -> dict:
     from hf_distill.models.pruning import cut_student
 
     set_seed(0)
-    whole, tokenizer = models()
+    full_model, tokenizer = models()
     rows = tokenize_dataset(load_examples("package:pydoc_data.topics"), tokenizer, LENGTH)
-    student = whole if case == "peer" else cut_student(whole, list(range(20)))
-    teacher, seconds, update = teacher_of(case, whole), [], []
+    student = full_model if case == "peer" else cut_student(full_model, list(range(20)))
+    teacher, seconds, update = teacher_of(case, full_model), [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -68,11 +70,11 @@ def measure(case: str) -> dict:
         )  # fmt: skip
         trainer = DistillTrainer(student, args, teacher=teacher, train_dataset=rows, processing_class=tokenizer)
         if case == "ema":
-            move = teacher.after_step
+            update_teacher = teacher.after_step
 
             def timed(step):
                 start = time.perf_counter()
-                move(step)
+                update_teacher(step)
                 update.append(time.perf_counter() - start)
 
             teacher.after_step = timed
@@ -87,36 +89,37 @@ def measure(case: str) -> dict:
         trainer.add_callback(Clock())
         trainer.train()
         inputs = next(iter(trainer.get_train_dataloader()))
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
             trainer.compute_loss(trainer.model.train(), inputs).backward()
-    found = {"seconds": statistics.median(seconds[WARM:]), "flop": float(counter.get_total_flops())}
+    results = {"seconds": statistics.median(seconds[WARM:]), "flop": float(counter.get_total_flops())}
     formula = 0.0
-    if case == "mtp":  # 6 for each weight that a token passes: of the heads, and of the output head once a head
+    if case == "mtp":  # 6 FLOP per weight that a token passes: the MTP heads, and the output head once per MTP head
         passed = (
             sum(p.numel() for p in teacher.trainable_module.parameters())
-            + len(teacher.trainable_module) * whole.lm_head.weight.numel()
+            + len(teacher.trainable_module) * full_model.lm_head.weight.numel()
         )
         formula = 6.0 * passed * inputs["input_ids"].numel()
-    return found | {"formula": formula, "update": statistics.median(update[WARM:]) if update else 0.0}
+    return results | {"formula": formula, "update": statistics.median(update[WARM:]) if update else 0.0}
 
 
-def in_place(_out, a, b, **_kwargs) -> int:
-    """FLOP of addmm_, by which the fused head takes gradients and which torch's counter does not know."""
+def addmm_flop(_out, a, b, **_kwargs) -> int:
+    """Return the FLOP of addmm_, which the fused loss uses for gradients and torch's counter does not know."""
     return 2 * a[0] * a[1] * b[1]
 
 
 def summary(results: list[dict]) -> dict:
-    """The ratios."""
-    of = {result["case"]: result for result in results}
-    student, peer = of["student"]["seconds"], of["peer"]["seconds"]
+    """Return the ratios between the times and FLOP of the cases."""
+    by_case = {result["case"]: result for result in results}
+    student, peer = by_case["student"]["seconds"], by_case["peer"]["seconds"]
     return {
-        "ema update / step": of["ema"]["update"] / of["ema"]["seconds"],
-        "online step / two Trainer steps": of["online"]["seconds"] / (student + peer),
-        "mutual step / two Trainer steps": of["mutual"]["seconds"] / (student + peer),
-        "multi_view step / Trainer step + forward": of["multi_view"]["seconds"] / (student + of["forward"]["seconds"]),
-        "mtp step / Trainer step": of["mtp"]["seconds"] / student,
-        "mtp FLOP / Trainer's FLOP": of["mtp"]["flop"] / of["student"]["flop"],
-        "the same, of the formula": 1 + of["mtp"]["formula"] / of["student"]["flop"],
+        "ema update / step": by_case["ema"]["update"] / by_case["ema"]["seconds"],
+        "online step / two Trainer steps": by_case["online"]["seconds"] / (student + peer),
+        "mutual step / two Trainer steps": by_case["mutual"]["seconds"] / (student + peer),
+        "multi_view step / Trainer step + forward": by_case["multi_view"]["seconds"]
+        / (student + by_case["forward"]["seconds"]),
+        "mtp step / Trainer step": by_case["mtp"]["seconds"] / student,
+        "mtp FLOP / Trainer's FLOP": by_case["mtp"]["flop"] / by_case["student"]["flop"],
+        "the same, of the formula": 1 + by_case["mtp"]["formula"] / by_case["student"]["flop"],
     }
 
 
@@ -126,7 +129,8 @@ if __name__ == "__main__":
     else:
         from measure import interleaved, save
 
-        found = interleaved(__file__, [{"case": case} for case in CASES], int(sys.argv[1]) if len(sys.argv) > 1 else 3)
-        ratios = summary(found)
-        save("moving", {"cases": found, "ratios": ratios})
+        rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+        results = interleaved(__file__, [{"case": case} for case in CASES], rounds)
+        ratios = summary(results)
+        save("moving", {"cases": results, "ratios": ratios})
         print(json.dumps(ratios, indent=1))

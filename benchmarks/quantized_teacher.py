@@ -1,10 +1,11 @@
-"""What 4 and 8 bits cost a teacher, and its students: SmolLM2-135M-Instruct in fp32, INT8 and NF4 by bitsandbytes.
+"""Measure the effect of quantizing a teacher to INT8 and NF4 (bitsandbytes) on the teacher and on its students.
 
-Teachers: perplexity, KL(quantised || fp32), bytes. Students: the quickstart's (20 of 30 blocks, 36 steps of 512
-tokens), distilled from each teacher with equal rows and steps, compared with the fp32 teacher. All on the held-out
-tenth of Python's documentation, rows of 256 tokens. The seed picks the split of the text and the order of rows.
+Teacher: SmolLM2-135M-Instruct: perplexity, KL(quantized || fp32) and bytes. Students: those of the quickstart (20 of 30
+blocks, 36 steps of 512 tokens), distilled from each teacher with the same rows and steps, and compared with the fp32
+teacher. All metrics are on the held-out tenth of Python's documentation, in rows of 256 tokens. The seed determines the
+split of the text and the order of rows.
 
-python benchmarks/quantised_teacher.py [seeds]
+    python benchmarks/quantized_teacher.py [seeds]
 """
 
 import json
@@ -21,7 +22,7 @@ CASES = [{"teacher": name} for name in ("fp32", "int8", "nf4")]
 def recipe(case: dict, folder: str):
     from hf_distill.recipe import load_recipe
 
-    layers = load_recipe("features").student.from_teacher.layers  # the quickstart's choice, made once
+    layers = load_recipe("features").student.from_teacher.layers  # the blocks that the quickstart selects
     overrides = [
         f"student.from_teacher={{layers: {layers}}}", "control=null", f"train.output_dir={folder}/run",
         "teacher.dtype=float32", "data.eval.max_rows=1", f"train.seed={case['seed']}",
@@ -33,7 +34,7 @@ def recipe(case: dict, folder: str):
 
 
 def compare(student, teacher, loaded, folder: str) -> dict:
-    """Held-out metrics of a student and a teacher."""
+    """Return the held-out metrics of a student and a teacher."""
     from transformers import AutoTokenizer, default_data_collator
 
     from hf_distill import DistillConfig, DistillTrainer
@@ -55,7 +56,7 @@ def compare(student, teacher, loaded, folder: str) -> dict:
 
 
 def bytes_of(model) -> dict:
-    """Of all tensors, and of those of the linear layers in blocks, in bytes."""
+    """Return the bytes of all tensors, and those of the linear layers in blocks."""
     from hf_distill.models.blocks import find_blocks
 
     def size(module) -> int:
@@ -83,11 +84,11 @@ def measure(case: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         loaded = recipe(case, folder)
         teacher = FrozenTeacher(path, dtype="float32", **options)
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-        of_teacher = compare(whole, teacher, loaded, folder)
+        full_teacher = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        of_teacher = compare(full_teacher, teacher, loaded, folder)
         run_recipe(loaded)
         student = AutoModelForCausalLM.from_pretrained(Path(folder) / "run" / "student")
-        of_student = compare(student, whole, loaded, folder)
+        of_student = compare(student, full_teacher, loaded, folder)
     return {
         **bytes_of(teacher.model),
         "held_out_tokens": of_teacher["rows"] * 256,
