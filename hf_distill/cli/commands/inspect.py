@@ -53,7 +53,9 @@ def inspect_command(
     from ..progress import RichProgress
 
     with RichProgress(out) as progress:
-        pair = ModelPair.of_run(run, None, progress.log_stage) if run else ModelPair.of_recipe(loaded, progress.log_stage)
+        pair = (
+            ModelPair.of_run(run, None, progress.log_stage) if run else ModelPair.of_recipe(loaded, progress.log_stage)
+        )
         progress.log_stage(f"Measuring up to {tokens:,} held-out tokens")
         inspection = inspect_teacher(pair, tokens, position or None, k)
     if run:
