@@ -24,7 +24,7 @@ def test_a_smoke_run_prints_the_table_and_exits_with_0(tmp_path):
     assert "{'loss'" not in done.stdout
     resumed = program("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
     assert resumed.returncode == 0
-    assert "over already" in resumed.stdout
+    assert "complete already" in resumed.stdout
 
 
 @pytest.mark.parametrize(

@@ -416,7 +416,7 @@ def test_a_smoke_run_is_published_only_with_allow_smoke_and_the_card_states_it(r
     preview = CliRunner().invoke(app, [*command, "--dry-run"])
     assert preview.exit_code == 0, preview.exception
     assert preview.output.startswith(
-        "This is a smoke run: its models are tiny and began with random weights (smoke:llama"
+        "This is a smoke run: its models are tiny and were initialized with random weights (smoke:llama"
     )
     assert "Publishing it needs --allow-smoke" in preview.output
     assert CliRunner().invoke(app, [*command, "--allow-smoke"]).exit_code == 0
