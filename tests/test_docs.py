@@ -157,3 +157,16 @@ def test_only_forward_kl_to_several_teachers_has_the_gradient_of_the_mean_teache
     mixed = gradient(0.75 * kl(student, teachers[0], None) + 0.25 * kl(student, teachers[1], None))
     mean = (0.75 * teachers[0].softmax(-1) + 0.25 * teachers[1].softmax(-1)).log()
     assert torch.allclose(mixed, gradient(kl(student, mean, None)), atol=1e-9) is is_equal
+
+
+def test_the_script_of_the_early_stopping_page_resumes_when_it_is_run_again(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (script,) = blocks(ROOT / "docs" / "early-stopping.md", "python")
+    results = []
+    for seed in (0, 3):  # a resumed run takes its weights from the checkpoint, whatever the student begins with
+        space = names | {"student": build("llama", seed, vocab=len(names["tokenizer"]))}
+        exec(script, space)
+        state = space["trainer"].state
+        results.append((state.global_step, state.best_metric, space["trainer"].evaluate()["eval_kl"]))
+    assert results[0] == results[1]
+    assert results[0][1] == pytest.approx(results[0][2], rel=1e-5)

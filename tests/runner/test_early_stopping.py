@@ -73,7 +73,7 @@ def test_a_comparison_of_different_steps_has_a_note():
 
 
 def test_transformers_early_stopping_works_in_a_script(tmp_path):
-    """The example of docs/recipes.md."""
+    """The example of docs/early-stopping.md."""
     args = DistillConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=12, eval_strategy="steps", eval_steps=1,
         save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="kl",
