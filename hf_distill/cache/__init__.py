@@ -1,4 +1,4 @@
-"""Teachers on disk: what a teacher says of the training data, written once, verified, and read ever after."""
+"""Teacher caches for offline distillation: teacher signals of the training data, written once, verified, and read."""
 
 from .api import write_cache
 from .example_keys import Example, batch_examples
@@ -18,13 +18,13 @@ __all__ = [
 
 
 def open_cache(path: str) -> CacheReader:
-    """A cache, ready to be read.
+    """Open a teacher cache for reading.
 
     Args:
         path: a folder, or hf://datasets/org/name[@revision], which is downloaded.
 
     Raises:
-        DistillError: it is no whole cache.
+        DistillError: the path is not a complete cache.
     """
     from .hub import resolve_cache_dir
 

@@ -1,4 +1,4 @@
-"""`write_cache`: what a teacher says of the training data, written once."""
+"""`write_cache`: writes the teacher signals of the training data to a cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .example_keys import other_inputs
 from .fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from .manifest import Kind, Manifest
 from .serialization import DTYPES, check_kind
-from .writer import CacheProgress, ShardPlan, TeacherFn, batch_of, plan_shards, taps_of, write_shards
+from .writer import CacheProgress, ShardPlan, TeacherFn, load_batch, plan_shards, request_layers, write_shards
 
 KINDS = ("hidden", "sampled", "top_k")
 _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
@@ -28,22 +28,22 @@ _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What is stored of a teacher.
+    """Options of a teacher cache.
 
-    kind:        hidden: its last hidden states and, once, its output head: every divergence, at every temperature
-                 sampled: draws from its distribution (random sampling KD, 2503.16870): forward KL without bias
-                 top_k: log-probabilities of its k likeliest ids, and the mass of the rest
-    temperature: of sampled and top_k; a run that reads the cache must have the same
-    samples_per_token:    of sampled, of each token
-    proposal_temperature: of sampled: temperature of the distribution that is drawn from, with weights p / q;
+    kind:        hidden: the last hidden states and, once, the output head; supports every divergence and temperature
+                 sampled: samples of the distribution (random sampling KD, 2503.16870); supports unbiased forward KL
+                 top_k: log-probabilities of the k most likely ids, and the mass of the other ids
+    temperature: T of kinds sampled and top_k; a run that reads the cache must use the same T
+    samples_per_token:    kind sampled: number of samples per token, 1 to 65535
+    proposal_temperature: kind sampled: T of the distribution q that is sampled, with importance weights p / q;
                  None: `temperature`
-    k:           of top_k
-    dtype:       of hidden states
-    layers:      of hidden: blocks of the teacher whose outputs are stored too, for losses on hidden states
-    seed:        of the draws, which depend on it and on the example alone
+    k:           kind top_k: number of ids per token, 1 to 65535
+    dtype:       kind hidden: dtype of the stored hidden states
+    layers:      kind hidden: further blocks of the teacher whose outputs are stored, for losses on hidden states
+    seed:        kind sampled: seed of the samples, which depend on the seed and the example only
 
     Raises:
-        DistillError: values out of range; all of them at once.
+        DistillError: values are out of range; the message lists all of them.
     """
 
     kind: Kind = "hidden"
@@ -58,7 +58,7 @@ class CacheOptions:
     def __post_init__(self):
         problems = []
         if self.kind not in KINDS:
-            problems.append(f"kind is {self.kind!r}; known: {', '.join(KINDS)}")
+            problems.append(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         for name, value in (
             ("temperature", self.temperature),
             ("proposal_temperature", self.proposal_temperature or 1.0),
@@ -67,18 +67,18 @@ class CacheOptions:
                 problems.append(f"{name} is {value}; it must be a positive number")
         for name, value in (("samples_per_token", self.samples_per_token), ("k", self.k)):
             if not isinstance(value, int) or not 1 <= value < 1 << 16:
-                problems.append(f"{name} is {value!r}; it must be a whole number from 1 to 65535")
+                problems.append(f"{name} is {value!r}; it must be an integer from 1 to 65535")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63:
-            problems.append(f"seed is {self.seed!r}; it must be a whole number, 0 or more")
+            problems.append(f"seed is {self.seed!r}; it must be an integer of 0 or more")
         if self.dtype not in DTYPES:
-            problems.append(f"dtype is {self.dtype!r}; known: {', '.join(DTYPES)}")
+            problems.append(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.layers and self.kind != "hidden":
-            problems.append(f"a cache of kind {self.kind} has no hidden states: leave layers out, or write kind hidden")
+            problems.append(f"a cache of kind {self.kind} stores no hidden states: remove layers, or use kind hidden")
         raise_if_any(problems)
 
-    def of_kind(self) -> dict[str, Any]:
-        """For the manifest."""
-        found: dict[str, dict[str, Any]] = {
+    def kind_options(self) -> dict[str, Any]:
+        """Return the options of this kind, as the manifest stores them."""
+        by_kind: dict[str, dict[str, Any]] = {
             "hidden": {"dtype": self.dtype, "layers": list(self.layers)},
             "sampled": {
                 "samples_per_token": self.samples_per_token,
@@ -87,7 +87,7 @@ class CacheOptions:
             },
             "top_k": {"k": self.k},
         }
-        return found[self.kind]
+        return by_kind[self.kind]
 
 
 def write_cache(
@@ -104,71 +104,71 @@ def write_cache(
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options,
 ) -> Manifest:
-    """Write what a teacher says of the asked tokens of some rows; a capture that was cut off goes on.
+    """Write the teacher signals of the target tokens of some rows; an interrupted write is resumed.
 
     Args:
-        folder: new or empty, or of the same capture.
-        teacher: a model, or a prepared `Teacher` that does not move.
-        rows: data sets of rows as the trainer gets them, such as those of training and of evaluation.
-        collator: the trainer's.
-        processing_class: the tokenizer, so that a run with another one is refused.
-        batch_size: rows of a batch.
-        shard_rows: rows of a shard: what is lost at most where a capture is cut off.
-        device: of the batches; None: the teacher's.
-        teacher_name: how the teacher is called: {"model", "revision"}; None: its name_or_path.
-        recipe: from which this is written, to be kept in the manifest.
-        on_progress: told after each shard.
+        folder: a new or empty folder, or the folder of an interrupted write of the same cache.
+        teacher: a model, or a prepared frozen `Teacher`.
+        rows: data sets of tokenized rows, as the trainer gets them, such as the training and the evaluation rows.
+        collator: the collator of the trainer.
+        processing_class: the tokenizer; a run with another tokenizer is then refused.
+        batch_size: rows per batch.
+        shard_rows: rows per shard; an interruption loses at most one shard per process.
+        device: device of the batches; None: the device of the teacher.
+        teacher_name: {"model", "revision"} of the teacher for the manifest; None: its name_or_path.
+        recipe: the recipe of this cache, for the manifest.
+        on_progress: called after each shard.
         options: see `CacheOptions`.
 
     Returns:
-        the manifest of the whole cache.
+        the manifest of the complete cache.
 
     Raises:
-        DistillError: a value out of range, a teacher that cannot be captured in this kind, a folder that holds
-            something else, a disk that is full.
+        DistillError: a value is out of range, the teacher does not support this kind, the folder holds other files or
+            another cache, or the disk is full.
     """
-    wanted, sizes = CacheOptions(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
+    cache_options, sizes = CacheOptions(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
     raise_if_any([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
     shift = model_type_of(model).shifts_labels
     device = torch.device(device or next(model.parameters()).device)
     teacher_fn: TeacherFn = _make_teacher_fn(teacher) if isinstance(teacher, nn.Module) else teacher
-    planned, data = plan_shards(rows, _read_by(model, collator), batch_size, shard_rows, shift)
+    plan, data = plan_shards(rows, _collate_accepted_inputs(model, collator), batch_size, shard_rows, shift)
     manifest = Manifest(
-        kind=wanted.kind,
-        options=wanted.of_kind(),
-        temperature=None if wanted.kind == "hidden" else wanted.temperature,
-        teacher=_described(teacher_name, model),
+        kind=cache_options.kind,
+        options=cache_options.kind_options(),
+        temperature=None if cache_options.kind == "hidden" else cache_options.temperature,
+        teacher=_describe_teacher(teacher_name, model),
         tokenizer=tokenizer_fingerprint(processing_class),
         chat_template=template_fingerprint(processing_class),
         data=data
         | sizes
-        | _inputs_beside_ids(planned)
+        | _describe_other_inputs(plan)
         | {"max_length": (recipe or {}).get("data", {}).get("max_length")},
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
-        depth=depth_of(model),
-        **_probe_teacher(teacher_fn, planned, wanted.kind, device, shift, wanted.layers),
+        depth=count_blocks(model),
+        **_probe_teacher(teacher_fn, plan, cache_options.kind, device, shift, cache_options.layers),
     )
-    return write_shards(teacher_fn, planned, manifest, Path(folder), device, shift, on_progress)
+    return write_shards(teacher_fn, plan, manifest, Path(folder), device, shift, on_progress)
 
 
-def _read_by(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+def _collate_accepted_inputs(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[list], dict]:
     return lambda rows: accepted_inputs(model, collator(rows))
 
 
-def _described(teacher_name: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
-    known = teacher_name or {"model": unwrap_model(model).name_or_path}
-    return known | {"class": type(unwrap_model(model)).__name__, "weights": weights_fingerprint(model)}
+def _describe_teacher(teacher_name: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
+    name = teacher_name or {"model": unwrap_model(model).name_or_path}
+    return name | {"class": type(unwrap_model(model)).__name__, "weights": weights_fingerprint(model)}
 
 
-def _inputs_beside_ids(rows: ShardPlan) -> dict[str, Any]:
-    inputs = other_inputs(rows.batch(0))
+def _describe_other_inputs(plan: ShardPlan) -> dict[str, Any]:
+    inputs = other_inputs(plan.batch(0))
     return {"inputs": inputs} if inputs else {}
 
 
-def depth_of(model: nn.Module) -> int:
-    """The number of a model's blocks; 0 where they cannot be found."""
+def count_blocks(model: nn.Module) -> int:
+    """Return the number of blocks of a model, or 0 if they cannot be identified."""
     try:
         return len(get_layer_stack(model).blocks)
     except DistillError:
@@ -176,21 +176,21 @@ def depth_of(model: nn.Module) -> int:
 
 
 def _make_teacher_fn(model: nn.Module) -> TeacherFn:
-    def teacher_fn(inputs, targets, wanted):
+    def teacher_fn(inputs, targets, features):
         with eval_mode(model):
-            return extract_signals(model, inputs, targets, wanted)
+            return extract_signals(model, inputs, targets, features)
 
     return teacher_fn
 
 
 def _probe_teacher(
-    teacher_fn: TeacherFn, rows: ShardPlan, kind: str, device: torch.device, shift: bool, layers: Sequence[int]
+    teacher_fn: TeacherFn, plan: ShardPlan, kind: str, device: torch.device, shift: bool, layers: Sequence[int]
 ) -> dict[str, Any]:
-    """What the teacher's first answer tells of it."""
-    batch, targets = batch_of(rows, 0, device, shift)
-    told = teacher_fn(batch, targets, taps_of(layers, batch, targets, shift))
-    check_kind(kind, told)
-    source: Any = told.logits
+    """Return vocabulary size, hidden size and logit scaling of the teacher, measured on the first batch."""
+    batch, targets = load_batch(plan, 0, device, shift)
+    teacher_signals = teacher_fn(batch, targets, request_layers(layers, batch, targets, shift))
+    check_kind(kind, teacher_signals)
+    source: Any = teacher_signals.logits
     head = source if isinstance(source, LazyLogits) else None
     return {
         "vocab_size": source.vocab_size,

@@ -1,8 +1,8 @@
-"""What a batch's examples are called in a cache: by their own content, wherever they stand and whatever is beside them.
+"""Keys of examples in a cache: a hash of the content of an example.
 
-An example is a row, or a document of a packed row. Its key tells its tokens, which of them are asked and for which
-labels, so that a cache can say nothing about other text, other masks or another template; padding, order, packing,
-epochs, workers and processes do not matter.
+An example is a row, or a document of a packed row. Its key depends on its tokens, the positions of its target tokens
+and their labels, so an example with another text, mask or template is not found in the cache. The key does not depend
+on padding, order, packing, epochs, workers or processes.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..core.targets import SECOND_VIEW_KEYS, Targets
 
-KEY = 16  # bytes
-_NOT_READ = {  # what of a batch is in the key by itself, follows from it, or is no input
+KEY_BYTES = 16
+_NOT_OTHER_INPUTS = {  # tensors that the key contains in another form, that follow from these, or that are no inputs
     *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
     *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
@@ -27,22 +27,22 @@ _NOT_READ = {  # what of a batch is in the key by itself, follows from it, or is
 
 @dataclass(frozen=True)
 class Example:
-    """Some of the asked tokens of a batch that belong together.
+    """The target tokens of one example in a batch.
 
-    key:   [KEY] bytes
-    asked: which of T; in order, and without gaps
+    key:          [KEY_BYTES] key of the example
+    target_slice: the contiguous part of the T target tokens of the batch that belongs to the example
     """
 
     key: bytes
-    asked: slice
+    target_slice: slice
 
 
 def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
-    """The examples of a batch that ask something, in the order of their asked tokens.
+    """Return the examples of a batch that have target tokens, in the order of their target tokens.
 
     Args:
-        inputs: the collator's batch.
-        targets: its asked tokens.
+        inputs: a batch of the collator.
+        targets: the target tokens of the batch.
     """
     labels, positions = targets.labels.cpu().numpy(), targets.positions.cpu().numpy()
     others = {name: inputs[name] for name in other_inputs(inputs)}
@@ -50,79 +50,79 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
     if targets.shape == ids.shape:
         documents = targets.feature_positions(inputs, causal=True).documents
         assert documents is not None
-        return _aligned(ids.reshape(-1), documents.cpu().numpy(), labels, positions, others)
+        return _aligned_examples(ids.reshape(-1), documents.cpu().numpy(), labels, positions, others)
     mask = inputs.get("attention_mask")
-    real = np.ones_like(ids) if mask is None or tuple(mask.shape) != ids.shape else mask.cpu().numpy()
+    is_visible = np.ones_like(ids) if mask is None or tuple(mask.shape) != ids.shape else mask.cpu().numpy()
     rows, width = targets.rows.cpu().numpy(), targets.shape[1] if len(targets.shape) > 1 else 1
-    found = []
+    examples = []
     for start, end in _runs(rows):
         row = int(rows[start])
-        tokens = ids[row][real[row] != 0]
-        parts = [_part(name, _of_row(value, row, mask)) for name, value in sorted(others.items())]
+        tokens = ids[row][is_visible[row] != 0]
+        parts = [_tensor_bytes(name, _select_row(value, row, mask)) for name, value in sorted(others.items())]
         key = example_key(tokens, positions[start:end] - row * width, labels[start:end], parts)
-        found.append(Example(key, slice(start, end)))
-    return found
+        examples.append(Example(key, slice(start, end)))
+    return examples
 
 
 def other_inputs(inputs: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors of a batch that a model reads besides token ids, such as images or `token_type_ids`."""
-    return sorted(name for name, value in inputs.items() if name not in _NOT_READ and isinstance(value, Tensor))
+    """Return the names of the model inputs of a batch other than token ids, such as images or `token_type_ids`."""
+    return sorted(name for name, value in inputs.items() if name not in _NOT_OTHER_INPUTS and isinstance(value, Tensor))
 
 
-def _of_row(value: Tensor, row: int, mask: Tensor | None) -> Tensor:
-    own = value[row]
+def _select_row(value: Tensor, row: int, mask: Tensor | None) -> Tensor:
+    values = value[row]
     if mask is not None and value.shape[: mask.dim()] == mask.shape:
-        own = own[mask[row] != 0]
-    return own
+        values = values[mask[row] != 0]
+    return values
 
 
-def _part(name: str, value: Tensor) -> bytes:
+def _tensor_bytes(name: str, value: Tensor) -> bytes:
     value = value.detach().cpu()
     value = value.float() if value.is_floating_point() else value.long()
     return f"{name} {tuple(value.shape)} ".encode() + np.ascontiguousarray(value.numpy()).tobytes()
 
 
-def _aligned(
+def _aligned_examples(
     ids: np.ndarray, documents: np.ndarray, labels: np.ndarray, positions: np.ndarray, others: Mapping[str, Tensor]
 ) -> list[Example]:
-    """Of models whose predictions stand where their tokens do: rows, and documents inside them."""
+    """Return the examples of models whose logits have the positions of their tokens: rows, or documents inside rows."""
     width = documents.shape[1]
     flat = documents.reshape(-1)
-    place = positions // width * (flat.max(initial=0) + 1) + flat[positions]  # row and document of each asked token
+    document_ids = positions // width * (flat.max(initial=0) + 1) + flat[positions]  # unique for row and document
     edges = np.flatnonzero(np.diff(flat) | (np.arange(1, len(flat)) % width == 0)) + 1
     spans = np.concatenate([[0], edges, [len(flat)]])
-    found = []
-    for start, end in _runs(place):
-        which = np.searchsorted(spans, positions[start], side="right") - 1
-        first, last = spans[which], spans[which + 1]
+    examples = []
+    for start, end in _runs(document_ids):
+        span = np.searchsorted(spans, positions[start], side="right") - 1
+        first, last = spans[span], spans[span + 1]
         parts = []
         for name, value in sorted(others.items()):
-            by_token, by_row = value.shape[:2] == documents.shape, len(value) == len(documents)
-            own = value.flatten(0, 1)[first:last] if by_token else value[first // width] if by_row else value
-            parts.append(_part(name, own))
+            is_per_token, is_per_row = value.shape[:2] == documents.shape, len(value) == len(documents)
+            row_value = value[first // width] if is_per_row else value
+            parts.append(_tensor_bytes(name, value.flatten(0, 1)[first:last] if is_per_token else row_value))
         key = example_key(ids[first:last], positions[start:end] - first, labels[start:end], parts)
-        found.append(Example(key, slice(start, end)))
-    return found
+        examples.append(Example(key, slice(start, end)))
+    return examples
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Where equal neighbours begin and end."""
+    """Return the start and end of each run of equal numbers."""
     edges = np.flatnonzero(np.diff(numbers)) + 1
     bounds = [0, *edges.tolist(), len(numbers)]
     return list(pairwise(bounds)) if len(numbers) else []
 
 
-def example_key(tokens: np.ndarray, asked: np.ndarray, labels: np.ndarray, others: Sequence[bytes] = ()) -> bytes:
-    """The key of an example.
+def example_key(tokens: np.ndarray, positions: np.ndarray, labels: np.ndarray, others: Sequence[bytes] = ()) -> bytes:
+    """Return the key of an example.
 
     Args:
-        tokens: [S] that the model sees.
-        asked: [T] where predictions are asked, counted from the example's first token.
-        labels: [T] what is to be predicted there.
-        others: of other inputs that the model sees.
+        tokens: [S] token ids of the example.
+        positions: [T] positions of the target tokens, counted from the first token of the example.
+        labels: [T] labels of the target tokens.
+        others: bytes of the other model inputs.
     """
-    digest = hashlib.blake2b(digest_size=KEY)
-    for part in (tokens, asked, labels):
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in (tokens, positions, labels):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
     for other in others:
@@ -130,12 +130,12 @@ def example_key(tokens: np.ndarray, asked: np.ndarray, labels: np.ndarray, other
     return digest.digest()
 
 
-def example_seed(key: bytes, seed: int) -> torch.Generator:
-    """Random numbers that belong to an example: the same in whichever batch, process or attempt it comes."""
+def example_generator(key: bytes, seed: int) -> torch.Generator:
+    """Return the random generator of an example; it does not depend on the batch, process or attempt."""
     mixed = hashlib.blake2b(key, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
 
 
 def fingerprint(keys: Sequence[bytes]) -> str:
-    """One name for a set of examples."""
+    """Return a checksum of a set of examples."""
     return hashlib.sha256(b"".join(sorted({*keys}))).hexdigest()

@@ -1,4 +1,4 @@
-"""By what a cache knows a teacher and a tokenizer again."""
+"""Checksums by which a cache recognizes its teacher, tokenizer and chat template."""
 
 import hashlib
 import json
@@ -7,26 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SAMPLED = 4096  # numbers of each tensor, about
+_VALUES_PER_TENSOR = 4096  # approximate number of sampled values
 _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
 
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """A checksum of about every k-th number of each parameter, of a whole, quantised or sharded model.
+    """Return a checksum of evenly spaced values of each parameter, also of a quantized or sharded model.
 
-    Called on all processes; a parameter that is sharded is gathered for a moment.
+    All processes must call it; each sharded parameter is gathered temporarily.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = _whole(parameter).detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+        flat = _unsharded(parameter).detach().flatten()
+        sample = flat[:: max(1, len(flat) // _VALUES_PER_TENSOR)].cpu().contiguous()
         digest.update(f"{name} {tuple(parameter.shape)} {sample.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _whole(parameter: Any) -> Tensor:
+def _unsharded(parameter: Any) -> Tensor:
     if hasattr(parameter, "ds_tensor"):
         import deepspeed
 
@@ -36,15 +36,15 @@ def _whole(parameter: Any) -> Tensor:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """A checksum of what ids mean and of how a text is split; None where there is no tokenizer."""
+    """Return a checksum of the vocabulary and of the tokens of a probe text; None without a tokenizer."""
     if not hasattr(tokenizer, "get_vocab"):
         return None
-    split = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    return _sha256(json.dumps([sorted(tokenizer.get_vocab().items()), split]))
+    probe_ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return _sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probe_ids]))
 
 
 def template_fingerprint(tokenizer: Any) -> str | None:
-    """A checksum of the chat template; None where there is none."""
+    """Return a checksum of the chat template; None without a template."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else _sha256(json.dumps(template, sort_keys=True))
 

@@ -1,4 +1,4 @@
-"""Caches on the Hub: data set repositories."""
+"""Teacher caches as data set repositories on the Hub."""
 
 from dataclasses import replace as with_values
 from pathlib import Path
@@ -17,10 +17,10 @@ tags: [hf_distill, knowledge-distillation]
 viewer: false
 ---
 
-# What {model} says of {examples:,} examples
+# Teacher cache of {model}: {examples:,} examples
 
-A teacher's signals for knowledge distillation, written by hf_distill: kind `{kind}`, {tokens:,} tokens,
-{bytes_per_token:.1f} bytes a token. `manifest.json` says which model, tokenizer and data they belong to.
+Teacher signals for offline knowledge distillation, written by hf_distill: kind `{kind}`, {tokens:,} tokens,
+{bytes_per_token:.1f} bytes per token. `manifest.json` names the model, tokenizer and data that they belong to.
 
 ```yaml
 teacher: {{kind: cached, path: "hf://datasets/{repo}"}}
@@ -29,34 +29,34 @@ teacher: {{kind: cached, path: "hf://datasets/{repo}"}}
 
 
 def resolve_cache_dir(path: str) -> Path:
-    """The folder of a cache on this machine; one on the Hub is downloaded, whole.
+    """Return the local folder of a cache; a cache on the Hub is downloaded.
 
     Raises:
-        DistillError: the address is not one of a data set; or the Hub refuses, see `hub.asking`.
+        DistillError: the URI is not one of a data set; or the Hub refuses, see `translate_hub_errors`.
     """
     if reference_kind(path) != "address":
         return Path(path)
-    at = parse_uri(path)
-    if at.type != "dataset" or at.path_in_repo:
-        raise DistillError(f"{path!r} is no address of a data set: write hf://datasets/org/name, or with @revision.")
-    return fetch_folder(at)
+    uri = parse_uri(path)
+    if uri.type != "dataset" or uri.path_in_repo:
+        raise DistillError(f"{path!r} is not the URI of a data set: write hf://datasets/org/name[@revision].")
+    return fetch_folder(uri)
 
 
 def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bool = False) -> str:
-    """Check a cache and upload it as a data set repository.
+    """Verify a cache and upload it as a data set repository.
 
     Args:
-        folder: of the cache.
-        repo: org/name; made if there is none.
-        private: of a new one.
-        replace: take the place of another cache, and of files of somebody else, such as a card.
+        folder: the folder of the cache.
+        repo: the repository, org/name; it is created if it does not exist.
+        private: whether a new repository is private.
+        replace: replace another cache, and files that hf-distill did not write, such as a card.
 
     Returns:
-        its address, as `path` of a cached teacher takes it: the revision is the upload's.
+        the URI with the revision of the upload, which `path` of a cached teacher accepts.
 
     Raises:
-        DistillError: files are missing or damaged; the repository holds another cache or files of somebody else; or the
-            Hub refuses, see `hub.asking`.
+        DistillError: files are missing or damaged; the repository holds another cache or files that hf-distill did not
+            write; or the Hub refuses, see `translate_hub_errors`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -69,23 +69,23 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
         repo=repo,
         **{name: manifest.data[name] for name in ("examples", "tokens")},
     )
-    shown = with_values(manifest, teacher=reduced(manifest.teacher), recipe=reduced(manifest.recipe))
-    written: dict[str, Any] = {"README.md": card.encode(), FILE: shown.as_text().encode()}
-    written |= {entry["file"]: folder / entry["file"] for entry in manifest.files}
-    present, stored = _present(api, repo)
+    public = with_values(manifest, teacher=reduced(manifest.teacher), recipe=reduced(manifest.recipe))
+    uploads: dict[str, Any] = {"README.md": card.encode(), FILE: public.as_text().encode()}
+    uploads |= {entry["file"]: folder / entry["file"] for entry in manifest.files}
+    remote_files, remote_manifest = _inspect_repo(api, repo)
     if not replace:
-        _check_present(repo, present, stored, shown, {*written})
-    files: list[Any] = [CommitOperationAdd(name, content) for name, content in written.items()]
-    replaced = {entry["file"] for entry in stored.files} if stored else set()
-    files += [CommitOperationDelete(name) for name in sorted((replaced & present) - {*written})]
+        _check_repo(repo, remote_files, remote_manifest, public, {*uploads})
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in uploads.items()]
+    replaced = {entry["file"] for entry in remote_manifest.files} if remote_manifest else set()
+    operations += [CommitOperationDelete(name) for name in sorted((replaced & remote_files) - {*uploads})]
     with translate_hub_errors(repo, "dataset"):
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        done = api.create_commit(repo, files, repo_type="dataset", commit_message="Cache of hf_distill")
-    return f"hf://datasets/{repo}@{done.oid}"
+        commit = api.create_commit(repo, operations, repo_type="dataset", commit_message="Cache of hf_distill")
+    return f"hf://datasets/{repo}@{commit.oid}"
 
 
-def _present(api: Any, repo: str) -> tuple[set[str], Manifest | None]:
-    """The names of a data set repository's files, and the manifest of the cache that `push_cache` wrote there."""
+def _inspect_repo(api: Any, repo: str) -> tuple[set[str], Manifest | None]:
+    """Return the file names of a data set repository, and the manifest of the cache that `push_cache` wrote there."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -101,20 +101,22 @@ def _present(api: Any, repo: str) -> tuple[set[str], Manifest | None]:
         file = hf_hub_download(repo, FILE, repo_type="dataset", revision=info.sha)
     try:
         return names, read_manifest(Path(file).parent)
-    except DistillError:  # damaged, or of another version: nothing is known of these files
+    except DistillError:  # a damaged manifest, or one of another version, does not prove that hf-distill wrote it
         return names, None
 
 
-def _check_present(repo: str, present: set[str], stored: Manifest | None, pushed: Manifest, names: set[str]) -> None:
-    """Refuse a repository whose files would be replaced by those of another cache."""
-    foreign = sorted(present & names)
-    if stored is not None and (differences := stored.differs(pushed)):
-        what = f"another cache ({'; '.join(differences)})"
-    elif stored is None and foreign:
-        what = f"files that hf-distill did not write ({', '.join(foreign[:5])})"
+def _check_repo(
+    repo: str, remote_files: set[str], remote_manifest: Manifest | None, pushed: Manifest, uploads: set[str]
+) -> None:
+    """Refuse a repository in which the upload would replace another cache or other files."""
+    foreign = sorted(remote_files & uploads)
+    if remote_manifest is not None and (differences := remote_manifest.differs(pushed)):
+        content = f"another cache ({'; '.join(differences)})"
+    elif remote_manifest is None and foreign:
+        content = f"files that hf-distill did not write ({', '.join(foreign[:5])})"
     else:
         return
     raise DistillError(
-        f"datasets/{repo} holds {what}. Give another name, or add --replace: this cache takes its place, and earlier "
-        "commits keep what is there now."
+        f"datasets/{repo} holds {content}. Choose another repository, or add --replace to replace them; earlier "
+        "commits keep the replaced files."
     )

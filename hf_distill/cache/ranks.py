@@ -1,4 +1,4 @@
-"""The processes that write a cache together; one where nothing is distributed."""
+"""The processes that write a cache together; a single one without torch.distributed."""
 
 from typing import Any
 
@@ -6,28 +6,28 @@ import torch
 
 
 def rank() -> int:
-    """The number of this process."""
+    """Return the rank of this process."""
     return torch.distributed.get_rank() if _is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return torch.distributed.get_world_size() if _is_distributed() else 1
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this function."""
     if _is_distributed():
         torch.distributed.barrier()
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
-    """The lists of all processes, joined in the order of the processes; called on all of them."""
+    """Concatenate the lists of all processes in the order of their ranks; all processes must call it."""
     if not _is_distributed():
         return values
     lists: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(lists, values)
-    return [value for one in lists for value in one]
+    return [value for rank_values in lists for value in rank_values]
 
 
 def _is_distributed() -> bool:

@@ -1,4 +1,4 @@
-"""Shards: Arrow files of examples, memory-mapped, found by key, checked before anything in them is used."""
+"""Shards of a cache: memory-mapped Arrow files of examples, looked up by key and verified before use."""
 
 import os
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .example_keys import KEY
+from .example_keys import KEY_BYTES
 from .files import atomic_path, check_files, file_entry
 from .manifest import INDEX, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
 class CachedExample:
-    """What a cache has of one example.
+    """The stored signals of one example.
 
-    tokens:  T of it
-    ids:     how many ids its tokens have together; 0 of hidden states
-    payload: of the codec; of hidden states [T, H]
-    layers:  of further layers, [T, H] each, in the manifest's order
+    tokens:  T, the number of target tokens
+    ids:     number of stored ids of all target tokens; 0 for hidden states
+    payload: bytes of the codec; for hidden states the bytes of [T, H]
+    layers:  bytes of the hidden states [T, H] of each further layer, in the order of the manifest
     """
 
     tokens: int
@@ -31,42 +31,52 @@ class CachedExample:
 
 
 def schema_of(layers: Sequence[int]) -> pa.Schema:
-    """Columns of a shard; `datasets` reads them too: load_dataset("arrow", data_files=...)."""
-    columns = [("key", pa.binary(KEY)), ("tokens", pa.int32()), ("ids", pa.int32()), ("payload", pa.large_binary())]
+    """Return the schema of a shard; `datasets` can read it with load_dataset("arrow", data_files=...)."""
+    columns = [
+        ("key", pa.binary(KEY_BYTES)),
+        ("tokens", pa.int32()),
+        ("ids", pa.int32()),
+        ("payload", pa.large_binary()),
+    ]
     return pa.schema([*columns, *((f"hidden_{layer}", pa.large_binary()) for layer in layers)])
 
 
 def write_shard(
     file: Path, keys: Sequence[bytes], stored: Sequence[CachedExample], layers: Sequence[int]
 ) -> dict[str, Any]:
-    """Write a shard whole or not at all.
+    """Write a shard atomically.
 
     Returns:
-        its entry in the manifest.
+        the entry of the shard in the manifest.
 
     Raises:
-        DistillError: the disk is full, or cannot be written.
+        DistillError: the disk is full or not writable.
     """
-    columns = [list(keys), [s.tokens for s in stored], [s.ids for s in stored], [s.payload for s in stored]]
-    columns += [[s.layers[i] for s in stored] for i in range(len(layers))]
+    columns = [
+        list(keys),
+        [example.tokens for example in stored],
+        [example.ids for example in stored],
+        [example.payload for example in stored],
+    ]
+    columns += [[example.layers[i] for example in stored] for i in range(len(layers))]
     schema = schema_of(layers)
     arrays = [pa.array(values, type=kind.type) for values, kind in zip(columns, schema, strict=True)]
-    with atomic_path(file) as half, half.open("wb") as out:
+    with atomic_path(file) as temporary, temporary.open("wb") as out:
         with pa.ipc.new_stream(out, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         out.flush()
         os.fsync(out.fileno())
-    return file_entry(file) | {"examples": len(keys), "tokens": sum(s.tokens for s in stored)}
+    return file_entry(file) | {"examples": len(keys), "tokens": sum(example.tokens for example in stored)}
 
 
 class CacheReader:
-    """A cache's examples by key.
+    """Looks up examples of a cache by key.
 
-    A shard is checked when something of it is needed for the first time in a process, and mapped into memory from then
-    on. Keys are held in memory: 24 bytes an example.
+    A shard is verified when a process first reads from it, and is memory-mapped afterwards. The keys are kept in
+    memory: 24 bytes per example.
 
     Raises:
-        DistillError: the folder is no whole cache; a shard is missing or damaged.
+        DistillError: the folder is not a complete cache; a shard is missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -75,18 +85,19 @@ class CacheReader:
         self._index: tuple[np.ndarray, np.ndarray] | None = None
 
     def get(self, keys: Sequence[bytes]) -> list[CachedExample | None]:
-        """What there is of examples; None where there is nothing."""
+        """Return the stored signals of each key; None for a key that the cache does not contain."""
         if self._index is None:
             self._index = self._sorted_keys()
-        known, places = self._index
-        wanted = np.frombuffer(b"".join(keys), dtype=f"V{KEY}") if keys else np.empty(0, dtype=f"V{KEY}")
-        at = np.searchsorted(known, wanted.view("<u8")[::2])
-        return [self._at(key, int(i), known, places) for key, i in zip(keys, at, strict=True)]
+        sorted_keys, locations = self._index
+        dtype = f"V{KEY_BYTES}"
+        requested = np.frombuffer(b"".join(keys), dtype=dtype) if keys else np.empty(0, dtype=dtype)
+        starts = np.searchsorted(sorted_keys, requested.view("<u8")[::2])
+        return [self._find(key, int(i), sorted_keys, locations) for key, i in zip(keys, starts, strict=True)]
 
-    def _at(self, key: bytes, i: int, known: np.ndarray, places: np.ndarray) -> CachedExample | None:
-        first = int.from_bytes(key[:8], "little")
-        while i < len(known) and known[i] == first:
-            shard, row = places[i].tolist()
+    def _find(self, key: bytes, i: int, sorted_keys: np.ndarray, locations: np.ndarray) -> CachedExample | None:
+        first_half = int.from_bytes(key[:8], "little")
+        while i < len(sorted_keys) and sorted_keys[i] == first_half:
+            shard, row = locations[i].tolist()
             table = self._table(shard)
             if table["key"][row].as_py() == key:
                 return self._read(table, row)
@@ -108,21 +119,19 @@ class CacheReader:
         return self._tables[shard]
 
     def _sorted_keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """First halves of all keys in order, and [shard, row] of each."""
+        """Return the sorted first halves of all keys, and the location [shard, row] of each."""
         assert self.manifest.index is not None
         check_files(self.folder, self.manifest.index)
-        first = np.fromfile(self.folder / INDEX, dtype="<u8")[::2]
+        first_halves = np.fromfile(self.folder / INDEX, dtype="<u8")[::2]
         counts = [shard["examples"] for shard in self.manifest.shards]
-        places = np.stack(
-            [np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], 1
-        )
-        order = np.argsort(first, kind="stable")
-        return first[order], places[order]
+        shards, rows = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])
+        order = np.argsort(first_halves, kind="stable")
+        return first_halves[order], np.stack([shards, rows], 1)[order]
 
 
 def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write the keys of all shards into one file; its entry in the manifest."""
-    with atomic_path(folder / INDEX) as half, half.open("wb") as out:
+    """Write the keys of all shards into one file and return the entry of that file in the manifest."""
+    with atomic_path(folder / INDEX) as temporary, temporary.open("wb") as out:
         for shard in shards:
             with pa.ipc.open_stream(pa.memory_map(str(folder / shard["file"]))) as reader:
                 out.write(b"".join(reader.read_all()["key"].to_pylist()))
@@ -130,10 +139,10 @@ def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def verify_cache(folder: Path) -> Manifest:
-    """Check every file of a cache, and return its manifest.
+    """Verify every file of a cache and return its manifest.
 
     Raises:
-        DistillError: files are missing, cut off or damaged; all of them are named.
+        DistillError: files are missing or damaged; the message names all of them.
     """
     manifest = read_manifest(folder)
     check_files(folder, *manifest.files)

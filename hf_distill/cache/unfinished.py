@@ -1,8 +1,7 @@
-"""An unfinished capture: which cache its folder belongs to, and which of its files are complete.
+"""Unfinished caches: which cache a folder belongs to, and which of its files are complete.
 
-Beside each file that is complete lies its entry (name, bytes, SHA-256, and of a shard its counts) with a checksum of
-the entry itself. A capture that goes on verifies all of them first, so that it never builds on a damaged file: what is
-damaged is removed, and written again.
+For each complete file a JSON file stores its entry (name, bytes, SHA-256, and the counts of a shard) with a checksum of
+the entry. A resumed write first verifies all files; damaged files are removed and written again.
 """
 
 import json
@@ -26,16 +25,16 @@ logger = logging.get_logger(__name__)
 
 
 def shard_file(number: int) -> str:
-    """The name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05}.arrow"
 
 
 @contextmanager
 def lock_capture(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while the block runs: the main process takes it, and all learn where it cannot.
+    """Lock the folder while the block runs; the main process locks it, and a failure raises on all processes.
 
     Raises:
-        DistillError: another process writes into the folder, or it cannot be written to.
+        DistillError: another process writes to the folder, or the folder is not writable.
     """
     with ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(lock_folder(folder, "hf-distill cache write")))
@@ -43,92 +42,93 @@ def lock_capture(folder: Path) -> Iterator[None]:
 
 
 def open_output(folder: Path, manifest: Manifest) -> Manifest | None:
-    """Make the folder this capture's; the manifest if the cache is complete already.
+    """Prepare a folder for writing; return the manifest if it already holds the complete cache, otherwise None.
 
     Raises:
         DistillError: the folder holds another cache or other files, or the complete cache is damaged.
     """
     for name in (FILE, CAPTURE):
         if (folder / name).is_file():
-            there = read_manifest(folder, name)
-            if problems := there.differs(manifest):
+            existing = read_manifest(folder, name)
+            if differences := existing.differs(manifest):
                 raise DistillError(
-                    f"{folder} holds another cache: {'; '.join(problems)}. Give another folder, or remove this one."
+                    f"{folder} holds another cache: {'; '.join(differences)}. Choose another folder or remove it."
                 )
             if name == FILE:
-                _check_complete(folder, there)
+                _check_complete(folder, existing)
                 _remove_temporary(folder)
-                return there
+                return existing
     barrier()
-    run_on_main(lambda: _begin(folder, manifest))
+    run_on_main(lambda: _write_capture_manifest(folder, manifest))
     return None
 
 
-def _begin(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of the capture, unless it is there already."""
+def _write_capture_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of the unfinished cache, unless it exists."""
     if (folder / CAPTURE).is_file():
         return
-    if others := [f.name for f in folder.iterdir() if f.suffix != ".half" and f.name != LOCK_FILE]:
-        raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: give an empty folder.")
+    if others := [file.name for file in folder.iterdir() if file.suffix != ".half" and file.name != LOCK_FILE]:
+        raise DistillError(f"{folder} holds {', '.join(sorted(others)[:3])} and no cache: choose an empty folder.")
     manifest.write(folder / CAPTURE)
 
 
 def _check_complete(folder: Path, manifest: Manifest) -> None:
-    """Refuse a complete cache of which a file is damaged; each process reads its share of the files."""
-    mine = manifest.files[rank() :: world_size()]
-    if damages := gather_lists([damage for entry in mine if (damage := file_error(folder, entry))]):
+    """Refuse a complete cache with damaged files; each process verifies its share of the files."""
+    entries = manifest.files[rank() :: world_size()]
+    if errors := gather_lists([error for entry in entries if (error := file_error(folder, entry))]):
         raise DistillError(
-            f"{folder} is a complete cache, and {'; '.join(damages)}: remove the folder and write the cache again, or "
-            "get these files from where it came from."
+            f"{folder} is a complete cache, but {'; '.join(errors)}. Remove the folder and write the cache again, or "
+            "copy these files from the original again."
         )
 
 
 def verify_written(folder: Path, count: int) -> list[bool]:
-    """Which shards are complete; each process verifies those that it would write, and removes what is damaged.
+    """Verify the shards that each process would write, remove damaged ones, and return which shards are complete.
 
     Args:
-        folder: of the capture.
-        count: how many shards it will have.
+        folder: the folder of the unfinished cache.
+        count: number of shards of the complete cache.
 
     Raises:
-        DistillError: a folder stands where a file of the capture belongs.
+        DistillError: a folder has the name of a file of the cache.
     """
     files = [shard_file(number) for number in range(rank(), count, world_size())]
     files += [HEAD] if rank() == 0 else []
-    if folders := gather_lists([path for f in files for path in (folder / f, _entry_file(folder, f)) if path.is_dir()]):
-        raise DistillError(f"{', '.join(map(str, folders))}: a folder stands where a file belongs: remove it.")
-    damages = []
+    paths = [path for file in files for path in (folder / file, _entry_file(folder, file))]
+    if folders := gather_lists([path for path in paths if path.is_dir()]):
+        raise DistillError(f"{', '.join(map(str, folders))}: a folder has the name of a file of the cache: remove it.")
+    errors = []
     for file in files:
-        if _entry_file(folder, file).exists() and (damage := _damage(folder, file)):
-            damages.append(damage)
+        if _entry_file(folder, file).exists() and (error := _verification_error(folder, file)):
+            errors.append(error)
             _entry_file(folder, file).unlink()
             (folder / file).unlink(missing_ok=True)
         elif file == HEAD and not _entry_file(folder, file).exists():
-            (folder / file).unlink(missing_ok=True)  # it was cut off before its digest was recorded
-    if (damages := gather_lists(damages)) and rank() == 0:
-        logger.warning(f"Of the unfinished cache {folder} these files are written again: {'; '.join(damages)}.")
-    barrier()  # before anybody writes: all must know the same shards as complete
+            (folder / file).unlink(missing_ok=True)  # the write was interrupted before its entry was written
+    if (errors := gather_lists(errors)) and rank() == 0:
+        logger.warning(f"Damaged files of the unfinished cache {folder} are written again: {'; '.join(errors)}.")
+    barrier()  # all processes must see the same complete shards before one of them writes
     return [is_written(folder, shard_file(number)) for number in range(count)]
 
 
-def _damage(folder: Path, file: str) -> str | None:
+def _verification_error(folder: Path, file: str) -> str | None:
     entry = read_entry(folder, file)
     return f"the entry of {file} is damaged" if entry is None else file_error(folder, entry)
 
 
 def is_written(folder: Path, file: str) -> bool:
-    """Whether a file was completed: its entry is written after it."""
+    """Whether a file is complete: its entry is written after it."""
     return _entry_file(folder, file).is_file()
 
 
 def write_entry(folder: Path, entry: dict[str, Any]) -> None:
-    """Record that a file is complete, with a checksum of the record itself."""
-    with atomic_path(_entry_file(folder, entry["file"])) as half:
-        half.write_text(json.dumps(entry | {"checksum": checksum_of(entry)}))
+    """Write the entry of a complete file, with a checksum of the entry."""
+    with atomic_path(_entry_file(folder, entry["file"])) as temporary:
+        temporary.write_text(json.dumps(entry | {"checksum": checksum_of(entry)}))
 
 
 def read_entry(folder: Path, file: str) -> dict[str, Any] | None:
-    """What was recorded of a file; None: the record is damaged."""
+    """Read the entry of a file; None if the entry is damaged."""
     try:
         entry = json.loads(_entry_file(folder, file).read_text())
         checksum = entry.pop("checksum")
@@ -138,18 +138,18 @@ def read_entry(folder: Path, file: str) -> dict[str, Any] | None:
 
 
 def finish(folder: Path, manifest: Manifest, count: int) -> Manifest:
-    """All shards are there: index and manifest are written, and what belongs to the capture alone is removed.
+    """Write index and manifest after all shards are complete, and remove the files of the unfinished cache.
 
     Raises:
-        DistillError: a file was damaged while the capture ran.
+        DistillError: a file was damaged during the write.
     """
-    run_on_main(lambda: _complete(folder, manifest, count))
+    run_on_main(lambda: _write_manifest(folder, manifest, count))
     _remove_temporary(folder)
     barrier()
     return read_manifest(folder)
 
 
-def _complete(folder: Path, manifest: Manifest, count: int) -> None:
+def _write_manifest(folder: Path, manifest: Manifest, count: int) -> None:
     entries = {file: read_entry(folder, file) for file in map(shard_file, range(count))}
     if is_written(folder, HEAD):
         entries[HEAD] = read_entry(folder, HEAD)
@@ -162,7 +162,7 @@ def _complete(folder: Path, manifest: Manifest, count: int) -> None:
 
 
 def _remove_temporary(folder: Path) -> None:
-    """Remove what belongs to the capture alone."""
+    """Remove the files that only an unfinished cache has."""
     if rank() == 0:
         for file in [*folder.glob("shard-*.json"), *folder.glob("*.half"), _entry_file(folder, HEAD), folder / CAPTURE]:
             file.unlink(missing_ok=True)

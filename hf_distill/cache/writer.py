@@ -1,7 +1,7 @@
-"""Writing a cache: the teacher answers the training data itself, shard by shard; what was cut off goes on.
+"""Writes the shards of a cache: the teacher runs on the training data; an interrupted write is resumed.
 
-Each shard is what the teacher says of the same rows in the same batches, whenever and by whichever process it is made,
-so a capture that was stopped and one that was not leave the same bytes.
+A shard always contains the same rows in the same batches, independent of the process that writes it, so an interrupted
+and an uninterrupted write give the same bytes.
 """
 
 import time
@@ -32,13 +32,13 @@ TeacherFn = Callable[[dict, Targets, Mapping[FeatureKey, Targets]], Signals]
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """How far a capture is.
+    """Progress of a write.
 
-    tokens:            stored by now, of `total_tokens`
-    of:                tokens in all
-    bytes_per_token:   of what this process has stored
-    tokens_per_second: of this run of it, all processes together
-    seconds_left:      at that pace
+    tokens:            target tokens written so far
+    total_tokens:      target tokens of the complete cache
+    bytes_per_token:   bytes per token of the shards that this process wrote
+    tokens_per_second: throughput of all processes since the write was started or resumed
+    seconds_left:      estimated remaining seconds at this throughput
     """
 
     tokens: int
@@ -50,10 +50,10 @@ class CacheProgress:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What is captured: rows of the training data as training gets them, and those for evaluation.
+    """The batches of a cache and their division into shards.
 
-    batch:  the collator's batch of a number
-    tokens: asked, of each batch
+    batch:  returns the batch with a number
+    tokens: number of target tokens of each batch
     shards: [start, end) of the batches of each shard
     """
 
@@ -65,161 +65,166 @@ class ShardPlan:
 def plan_shards(
     parts: Sequence[Any], collate: Callable, batch_size: int, shard_rows: int, shift: bool
 ) -> tuple[ShardPlan, dict[str, Any]]:
-    """Which rows are captured, in which batches and shards: a row whose examples were all met before is left out.
+    """Plan the batches and shards of a cache; a row is left out if an earlier row has the same examples.
 
     Args:
-        parts: data sets, one after another.
-        collate: the training's own collator.
-        batch_size: rows of a batch.
-        shard_rows: rows of a shard.
+        parts: data sets, which are concatenated.
+        collate: the collator of the training.
+        batch_size: rows per batch.
+        shard_rows: rows per shard.
         shift: see `target_labels`.
 
     Returns:
-        the rows; and {"examples", "tokens", "fingerprint"} for the manifest.
+        the plan; and {"examples", "tokens", "fingerprint"} for the manifest.
 
     Raises:
-        DistillError: nothing is asked.
+        DistillError: the data has no target tokens.
     """
-    seen: set[bytes] = set()
-    kept: list[tuple[Any, int, int]] = []
+    keys: set[bytes] = set()
+    rows: list[tuple[Any, int, int]] = []  # data set, row, number of target tokens
     count = 0
     for part in parts:
         for i in range(len(part)):
             batch = collate([part[i]])
-            found = batch_examples(batch, Targets.from_batch(batch, shift))
-            if any(example.key not in seen for example in found):
-                kept.append((part, i, found[-1].asked.stop))
-                count += len(found)
-            seen.update(example.key for example in found)
-    if not kept:
-        raise DistillError("No row of the data asks anything, so there is nothing to write.")
-    shards = [kept[a : a + shard_rows] for a in range(0, len(kept), shard_rows)]
-    spans = [[shard[a : a + batch_size] for a in range(0, len(shard), batch_size)] for shard in shards]
-    flat = [span for of_shard in spans for span in of_shard]
-    ends = list(accumulate(map(len, spans), initial=0))
+            examples = batch_examples(batch, Targets.from_batch(batch, shift))
+            if any(example.key not in keys for example in examples):
+                rows.append((part, i, examples[-1].target_slice.stop))
+                count += len(examples)
+            keys.update(example.key for example in examples)
+    if not rows:
+        raise DistillError("No row of the data has target tokens, so there is nothing to write: check the labels.")
+    shards = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
+    batches = [[shard[start : start + batch_size] for start in range(0, len(shard), batch_size)] for shard in shards]
+    flat = [batch_rows for shard_batches in batches for batch_rows in shard_batches]
+    ends = list(accumulate(map(len, batches), initial=0))
 
-    def batch_of(number: int) -> dict:
+    def collate_batch(number: int) -> dict:
         return collate([part[i] for part, i, _ in flat[number]])
 
-    tokens = [sum(asked for _, _, asked in span) for span in flat]
-    facts = {"examples": count, "tokens": sum(tokens), "fingerprint": fingerprint([*seen])}
-    return ShardPlan(batch_of, tokens, list(pairwise(ends))), facts
+    tokens = [sum(num_targets for _, _, num_targets in batch_rows) for batch_rows in flat]
+    facts = {"examples": count, "tokens": sum(tokens), "fingerprint": fingerprint([*keys])}
+    return ShardPlan(collate_batch, tokens, list(pairwise(ends))), facts
 
 
 def write_shards(
     teacher_fn: TeacherFn,
-    rows: ShardPlan,
+    plan: ShardPlan,
     manifest: Manifest,
     folder: Path,
     device: torch.device,
     shift: bool,
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
 ) -> Manifest:
-    """Write a cache, or go on with one that was cut off.
+    """Write a cache, or resume an interrupted write.
 
-    On several processes each writes the shards that are its own; a teacher that is sharded over them runs in step.
+    Each process writes its share of the shards. All processes call the teacher equally often, so it may be sharded.
 
     Args:
-        teacher_fn: what the teacher says of a batch; called equally often on all processes.
-        rows: see `plan_shards`.
-        manifest: without files.
-        folder: of the cache.
-        device: of the batches.
+        teacher_fn: returns the teacher signals of a batch.
+        plan: see `plan_shards`.
+        manifest: the manifest without files.
+        folder: the folder of the cache.
+        device: device of the batches.
         shift: see `target_labels`.
-        on_progress: told after each shard.
+        on_progress: called after each shard.
 
     Raises:
-        DistillError: the folder holds another cache, another process writes into it, the disk is full, or the teacher
-            cannot be captured so.
+        DistillError: the folder holds another cache, another process writes to it, the disk is full, or the teacher
+            does not support this kind of cache.
     """
     with lock_capture(folder):
-        done = open_output(folder, manifest)
-        return (
-            _capture(_ShardWriter(teacher_fn, rows, manifest, folder, device, shift), on_progress)
-            if done is None
-            else done
-        )
+        complete = open_output(folder, manifest)
+        if complete is not None:
+            return complete
+        return _write_missing(_ShardWriter(teacher_fn, plan, manifest, folder, device, shift), on_progress)
 
 
-def _capture(run: "_ShardWriter", on_progress: Callable[[CacheProgress], None]) -> Manifest:
-    """Write the shards that are missing, and end the capture."""
-    rows, folder = run.rows, run.folder
-    start, stored = time.perf_counter(), 0
-    ready = verify_written(folder, len(rows.shards))
-    before = sum(sum(rows.tokens[a:b]) for (a, b), whole in zip(rows.shards, ready, strict=True) if whole)
-    world, total = world_size(), sum(rows.tokens)
-    for first in range(0, len(rows.shards), world):
-        together = range(first, min(first + world, len(rows.shards)))
-        if all(ready[i] for i in together):
+def _write_missing(writer: "_ShardWriter", on_progress: Callable[[CacheProgress], None]) -> Manifest:
+    """Write the missing shards and complete the cache."""
+    plan, folder = writer.plan, writer.folder
+    start_time, written = time.perf_counter(), 0
+    is_complete = verify_written(folder, len(plan.shards))
+    shard_tokens = [sum(plan.tokens[first:end]) for first, end in plan.shards]
+    before = sum(tokens for tokens, complete in zip(shard_tokens, is_complete, strict=True) if complete)
+    world, total = world_size(), sum(plan.tokens)
+    for first in range(0, len(plan.shards), world):
+        group = range(first, min(first + world, len(plan.shards)))  # one shard for each process
+        if all(is_complete[i] for i in group):
             continue
-        own = next((i for i in together if i % world == rank() and not ready[i]), None)
-        run.shard(own, steps=max(b - a for a, b in (rows.shards[i] for i in together)))
-        stored += sum(sum(rows.tokens[slice(*rows.shards[i])]) for i in together if not ready[i])
-        pace = stored / (time.perf_counter() - start)
-        left = total - before - stored
-        on_progress(CacheProgress(before + stored, total, run.bytes / max(run.tokens, 1), pace, left / pace))
+        shard = next((i for i in group if i % world == rank() and not is_complete[i]), None)
+        writer.write(shard, steps=max(end - begin for begin, end in (plan.shards[i] for i in group)))
+        written += sum(shard_tokens[i] for i in group if not is_complete[i])
+        pace = written / (time.perf_counter() - start_time)
+        left = total - before - written
+        size = writer.bytes / max(writer.tokens, 1)
+        on_progress(CacheProgress(before + written, total, size, pace, left / pace))
     barrier()
-    if run.manifest.kind == "hidden" and not is_written(folder, HEAD):
-        run.answer(0)  # all shards were there, and the head was not
+    if writer.manifest.kind == "hidden" and not is_written(folder, HEAD):
+        writer.run_teacher(0)  # all shards are complete, but the head is missing
         barrier()
-    return finish(folder, run.manifest, len(rows.shards))
+    return finish(folder, writer.manifest, len(plan.shards))
 
 
 class _ShardWriter:
-    """One process's part of a capture."""
+    """Writes the shards of one process."""
 
-    def __init__(self, teacher_fn: TeacherFn, rows: ShardPlan, manifest: Manifest, folder: Path, device, shift: bool):
-        self.teacher_fn, self.rows, self.manifest, self.folder = teacher_fn, rows, manifest, folder
+    def __init__(self, teacher_fn: TeacherFn, plan: ShardPlan, manifest: Manifest, folder: Path, device, shift: bool):
+        self.teacher_fn, self.plan, self.manifest, self.folder = teacher_fn, plan, manifest, folder
         self.device, self.shift = device, shift
         self.tokens = self.bytes = 0
         self.layers = manifest.options.get("layers", ())
 
-    def shard(self, number: int | None, steps: int) -> None:
-        """Write a shard; None: answer as often as the others do, for a teacher that is sharded, and write nothing."""
-        first, last = self.rows.shards[0 if number is None else number]
+    def write(self, number: int | None, steps: int) -> None:
+        """Write a shard.
+
+        Args:
+            number: number of the shard; None: only run the teacher, because a sharded teacher needs all processes.
+            steps: how often each process calls the teacher.
+        """
+        first, end = self.plan.shards[0 if number is None else number]
         keys: list[bytes] = []
         stored: list[CachedExample] = []
         for step in range(steps):
-            told, examples = self.answer(min(first + step, last - 1))
-            if number is not None and first + step < last:
-                keys += [e.key for e in examples]
-                stored += encode_signals(told, examples, self.manifest)
+            teacher_signals, examples = self.run_teacher(min(first + step, end - 1))
+            if number is not None and first + step < end:
+                keys += [example.key for example in examples]
+                stored += encode_signals(teacher_signals, examples, self.manifest)
         if number is None:
             return
         entry = write_shard(self.folder / shard_file(number), keys, stored, self.layers)
         write_entry(self.folder, entry)
         self.tokens, self.bytes = self.tokens + entry["tokens"], self.bytes + entry["bytes"]
 
-    def answer(self, number: int) -> tuple[Signals, list[Example]]:
-        """What the teacher says of a batch, and of which examples."""
-        batch, targets = batch_of(self.rows, number, self.device, self.shift)
-        told = self.teacher_fn(batch, targets, taps_of(self.layers, batch, targets, self.shift))
+    def run_teacher(self, number: int) -> tuple[Signals, list[Example]]:
+        """Return the teacher signals of a batch and its examples; the first call writes the output head if needed."""
+        batch, targets = load_batch(self.plan, number, self.device, self.shift)
+        teacher_signals = self.teacher_fn(batch, targets, request_layers(self.layers, batch, targets, self.shift))
         if self.manifest.kind == "hidden" and rank() == 0 and not is_written(self.folder, HEAD):
-            assert isinstance(told.logits, LazyLogits)
-            write_head(self.folder / HEAD, told.logits)
+            assert isinstance(teacher_signals.logits, LazyLogits)
+            write_head(self.folder / HEAD, teacher_signals.logits)
             write_entry(self.folder, file_entry(self.folder / HEAD))
-        return told, batch_examples(batch, targets)
+        return teacher_signals, batch_examples(batch, targets)
 
 
-def batch_of(rows: ShardPlan, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:
-    """A batch on a device, and what it asks."""
-    batch = {name: value.to(device) for name, value in rows.batch(number).items() if name != "source"}
+def load_batch(plan: ShardPlan, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:
+    """Return a batch on a device, and its target tokens."""
+    batch = {name: value.to(device) for name, value in plan.batch(number).items() if name != "source"}
     return batch, Targets.from_batch(batch, shift)
 
 
-def taps_of(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) -> dict[FeatureKey, Targets]:
-    """The hidden states that are stored beside the last one."""
+def request_layers(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) -> dict[FeatureKey, Targets]:
+    """Return the feature requests for the hidden states of further layers."""
     return {FeatureKey("hidden", layer): targets.feature_positions(batch, causal) for layer in layers}
 
 
 def write_head(file: Path, head: LazyLogits) -> None:
-    """The output head of a teacher, whole or not at all.
+    """Write the output head of a teacher atomically.
 
     Raises:
         RunError: its weights are not finite.
     """
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    advice = "Load the teacher in another dtype, such as bfloat16 in the place of float16."
+    advice = "Load the teacher in another dtype, such as bfloat16 instead of float16."
     check_finite(tensors, file, owner="the teacher's output head", advice=advice)
-    with atomic_path(file) as half:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, half)
+    with atomic_path(file) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)

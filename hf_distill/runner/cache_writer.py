@@ -9,7 +9,7 @@ from ..cache import CacheReader, Manifest, write_cache
 from ..cache.example_keys import batch_examples
 from ..cache.manifest import FILE
 from ..cache.serialization import encode_signals
-from ..cache.writer import CacheProgress, batch_of, plan_shards, taps_of
+from ..cache.writer import CacheProgress, load_batch, plan_shards, request_layers
 from ..core.references import reference_kind
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
@@ -136,9 +136,9 @@ def verify_against_teacher(
     every = max(1, manifest.data["examples"] // max(count, 1) // size)
     compared = identical = 0
     for number in range(0, len(rows.tokens), every):
-        batch, targets = batch_of(rows, number, args.device, shift)
+        batch, targets = load_batch(rows, number, args.device, shift)
         examples = batch_examples(batch, targets)
-        feature_requests = taps_of(manifest.options.get("layers", ()), batch, targets, shift)
+        feature_requests = request_layers(manifest.options.get("layers", ()), batch, targets, shift)
         current, stored = (
             encode_signals(teacher(batch, targets, feature_requests), examples, manifest),
             cache.get([example.key for example in examples]),

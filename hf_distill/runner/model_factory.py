@@ -86,7 +86,7 @@ class ModelFactory:
                     f"{source_model}. "
                     "Set teacher.path or teacher.source.model so that both are the same."
                 )
-            self.caches[cached.path] = cached.manifest.facts()
+            self.caches[cached.path] = cached.manifest.summary()
             return cached
         if spec.kind == "frozen":
             return self._build_frozen_teacher(spec)

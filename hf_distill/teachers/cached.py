@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..cache import batch_examples, open_cache
-from ..cache.api import depth_of
+from ..cache.api import count_blocks
 from ..cache.example_keys import Example, other_inputs
 from ..cache.files import check_files
 from ..cache.fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -74,7 +74,7 @@ class CachedTeacher(Teacher):
         manifest, problems = self.manifest, list[str]()
         self._vocab_size, self._student_depth = (
             model_type_of(student).num_outputs(unwrap_model(student)),
-            depth_of(student),
+            count_blocks(student),
         )
         for name, of_cache, of_student in (
             ("tokenizer", manifest.tokenizer, tokenizer_fingerprint(processing_class)),
@@ -202,7 +202,7 @@ class CachedTeacher(Teacher):
         self._missing += len(missing)
         if self.source is None:
             example = examples[missing[0]]
-            text = targets.labels[example.asked][:12].tolist()
+            text = targets.labels[example.target_slice][:12].tolist()
             raise DistillError(
                 f"{len(missing)} of {len(examples)} examples of a batch are not in {self.path}, which has "
                 f"{self.manifest.data['examples']} examples (the first missing one has the labels {text}). The cache "

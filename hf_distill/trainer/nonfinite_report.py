@@ -128,7 +128,7 @@ def locate_nonfinite_tokens(
         examples = batch_examples(dict(micro_batch.inputs), targets) if indices else []
         width = targets.shape[1] if len(targets.shape) > 1 else 1
         for t in indices[: _MAX_REPORTED - len(places)]:
-            key = next((e.key.hex() for e in examples if e.asked.start <= t < e.asked.stop), "")
+            key = next((e.key.hex() for e in examples if e.target_slice.start <= t < e.target_slice.stop), "")
             token, position = int(targets.labels[t]), int(targets.positions[t]) % width
             row = int(targets.rows[t])
             losses = {name: str(float(value[t])) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""A cache goes to the Hub and comes back, by programs of their own: the endpoint is read when they start."""
+"""Pushing caches to the Hub and reading them, in separate processes because libraries read the endpoint at import."""
 
 import os
 import subprocess
@@ -35,30 +35,32 @@ def hub():
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """`run(*command)`: what a program says that knows this Hub and no other."""
+    """Return `run(*command)`, which runs Python with the test Hub and returns exit code and output."""
     environment = os.environ | hub.environment(tmp_path / "home")
 
-    def called(*command):
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
-        return done.returncode, done.stdout + done.stderr
+    def run_command(*command):
+        process = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120
+        )
+        return process.returncode, process.stdout + process.stderr
 
-    return called
+    return run_command
 
 
-def test_a_cache_is_pushed_as_a_data_set_and_read_at_its_revision(hub, run, tmp_path):
+def test_a_pushed_cache_is_read_at_the_pushed_revision(hub, run, tmp_path):
     folder = tmp_path / "cache"
     write_cache(folder, build("llama", 1), rows("llama", 20), collator=collate, shard_rows=8, batch_size=4)
-    code, said = run("-m", "hf_distill", "cache", "push", str(folder), "tester/signals")
-    assert code == 0, said
-    address = said.split("Pushed to ")[1].split()[0]
+    code, output = run("-m", "hf_distill", "cache", "push", str(folder), "tester/signals")
+    assert code == 0, output
+    pinned_uri = output.split("Pushed to ")[1].split()[0]
     repo = hub.repos["datasets", "tester/signals"]
-    assert address == f"hf://datasets/tester/signals@{repo.branches['main']}"
-    there = {*repo.commits[repo.branches["main"]]} - {".gitattributes"}
-    assert there == {"README.md", *(file.name for file in folder.iterdir() if file.name != ".lock")}
-    for place in (address, "hf://datasets/tester/signals"):
-        code, said = run("-c", READ, place)
-        assert (code, said.split()[0]) == (0, "hidden")
-    assert run("-m", "hf_distill", "cache", "verify", address)[0] == 0
+    assert pinned_uri == f"hf://datasets/tester/signals@{repo.branches['main']}"
+    remote_files = {*repo.commits[repo.branches["main"]]} - {".gitattributes"}
+    assert remote_files == {"README.md", *(file.name for file in folder.iterdir() if file.name != ".lock")}
+    for uri in (pinned_uri, "hf://datasets/tester/signals"):
+        code, output = run("-c", READ, uri)
+        assert (code, output.split()[0]) == (0, "hidden")
+    assert run("-m", "hf_distill", "cache", "verify", pinned_uri)[0] == 0
 
 
 def test_a_damaged_cache_is_not_pushed(hub, run, tmp_path):
@@ -66,25 +68,25 @@ def test_a_damaged_cache_is_not_pushed(hub, run, tmp_path):
     write_cache(folder, build("llama", 1), rows("llama", 8), collator=collate)
     shard: Path = folder / "shard-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-1])
-    code, said = run("-m", "hf_distill", "cache", "push", str(folder), "tester/broken")
+    code, output = run("-m", "hf_distill", "cache", "push", str(folder), "tester/broken")
     assert code == 2
-    assert "shard-00000.arrow is cut off" in said
+    assert "shard-00000.arrow is damaged" in output
     assert ("datasets", "tester/broken") not in hub.repos
 
 
-def test_what_is_no_cache_on_the_hub_is_refused(hub, run, tmp_path):
+def test_a_data_set_without_a_cache_is_refused(hub, run, tmp_path):
     (tmp_path / "push.py").write_text(
         "from huggingface_hub import HfApi\nHfApi().create_repo('tester/empty', repo_type='dataset')\n"
         "HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='a.txt', repo_id='tester/empty', repo_type='dataset')\n"
     )
     assert run(str(tmp_path / "push.py"))[0] == 0
-    code, said = run("-c", READ, "hf://datasets/tester/empty")
+    code, output = run("-c", READ, "hf://datasets/tester/empty")
     assert code == 0
-    assert "refused:" in said
-    assert "is not a cache" in said
+    assert "refused:" in output
+    assert "is not a cache" in output
 
 
-def test_a_data_set_of_somebody_else_is_not_written_over_and_no_path_goes_up(hub, monkeypatch, tmp_path):
+def test_other_files_are_not_replaced_and_no_local_path_is_published(hub, monkeypatch, tmp_path):
     folder = tmp_path / "cache"
     teacher = {"model": f"{tmp_path}/teacher", "revision": None, "quantization": None}
     model = build("llama", 1)
@@ -101,7 +103,7 @@ def test_a_data_set_of_somebody_else_is_not_written_over_and_no_path_goes_up(hub
     assert verify_cache(resolve_cache_dir("hf://datasets/tester/theirs")).teacher["model"] == "teacher"
 
 
-def test_another_cache_is_replaced_only_on_request_and_leaves_no_shards(hub, monkeypatch, tmp_path):
+def test_another_cache_is_replaced_only_with_replace_and_leaves_no_shards(hub, monkeypatch, tmp_path):
     pointed(hub, monkeypatch, tmp_path / "hf")
     for name, count in (("old", 12), ("new", 4)):
         write_cache(
@@ -123,7 +125,7 @@ def test_another_cache_is_replaced_only_on_request_and_leaves_no_shards(hub, mon
 
 
 @pytest.mark.parametrize("name", ["../../secret.arrow", "/etc/passwd", ".hidden", 5])
-def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, name):
+def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(tmp_path, name):
     write_cache(tmp_path, build("llama", 1), rows("llama", 4), collator=collate, batch_size=4)
     manifest = read_manifest(tmp_path)
     manifest.shards[0]["file"] = name

@@ -1,4 +1,4 @@
-"""An example is called by its own content, wherever it stands."""
+"""The key of an example depends on its content, and not on its position in a batch."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ def documents(n=6):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "token", "sequence"])
-def test_padding_and_order_change_no_key(kind):
+def test_padding_and_order_do_not_change_the_key(kind):
     shift = kind == "llama"
     right, left = rows(kind, 8, pad="right"), rows(kind, 8, pad="left")
     first = keys(collate(right), shift)
@@ -35,7 +35,7 @@ def test_padding_and_order_change_no_key(kind):
     assert [key for row in right for key in keys(collate([row]), shift)] == first
 
 
-def test_a_packed_document_has_the_key_of_its_row():
+def test_a_packed_document_has_the_key_of_the_unpacked_row():
     collator, alone = Collator(0), documents()
     packed = [
         {
@@ -48,10 +48,10 @@ def test_a_packed_document_has_the_key_of_its_row():
     assert keys(collator(packed)) == keys(collator(alone))
 
 
-def test_examples_cover_the_asked_tokens_in_order():
+def test_examples_cover_the_target_tokens_in_order():
     batch = Collator(0)(documents())
     targets = Targets.from_batch(batch, shift=True)
-    spans = [e.asked for e in batch_examples(batch, targets)]
+    spans = [e.target_slice for e in batch_examples(batch, targets)]
     assert spans[0].start == 0
     assert spans[-1].stop == len(targets)
     assert all(a.stop == b.start for a, b in pairwise(spans))
@@ -65,15 +65,15 @@ def test_examples_cover_the_asked_tokens_in_order():
         lambda row: row["labels"].__setitem__(2, -100),
         lambda row: (row["input_ids"].pop(), row["labels"].pop()),
     ],
-    ids=["another token", "another label", "not asked", "shorter"],
+    ids=["another token", "another label", "no target", "shorter"],
 )
-def test_whatever_the_teacher_or_the_loss_would_see_changes_the_key(change):
+def test_tokens_and_labels_change_the_key(change):
     before, after = documents(1), documents(1)
     change(after[0])
     assert keys(Collator(0)(before)) != keys(Collator(0)(after))
 
 
-def test_an_encoder_s_row_is_told_by_both_sides():
+def test_inputs_of_encoder_and_decoder_change_the_key():
     data = rows("t5", 6)
     first = keys(collate(data), shift=False)
     other = [{**row, "input_ids": row["input_ids"].clone()} for row in data]
@@ -82,8 +82,8 @@ def test_an_encoder_s_row_is_told_by_both_sides():
     assert changed == [False, False, True, False, False, False]
 
 
-def test_inputs_other_than_ids_are_part_of_the_key():
-    """Rows of one text with other images or token types are other examples; padding is none of them."""
+def test_model_inputs_other_than_ids_change_the_key():
+    """Rows of the same text with other images or token types have other keys; padding does not change the key."""
     ids, labels = torch.tensor([[5, 6, 7, 0]]), torch.tensor([2])
     mask, types = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 0]])
     targets = Targets.from_batch({"labels": labels}, shift=False)

@@ -1,4 +1,4 @@
-"""Draws come from the distribution, whatever the vocabulary's size, and never from ids without mass."""
+"""Samples follow the distribution for every vocabulary size, and never are ids without mass."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from hf_distill.core.logits import DenseLogits, LazyLogits
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 255, 256, 257, 1000])
-def test_draws_are_those_of_the_running_sum(vocab):
-    """The naive reference: the first id at which the running sum of probabilities is above the number."""
+def test_samples_match_the_cumulative_distribution(vocab):
+    """The naive reference: the first id at which the cumulative probability is above the point."""
     g = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(20, vocab, generator=g, dtype=torch.float64)
     uniform = torch.rand(20, 12, generator=g, dtype=torch.float64)
@@ -20,7 +20,7 @@ def test_draws_are_those_of_the_running_sum(vocab):
     torch.testing.assert_close(log_p, torch.log_softmax(logits, -1).gather(1, ids))
 
 
-def test_shares_of_many_draws_are_the_probabilities():
+def test_shares_of_many_samples_are_the_probabilities():
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(1, 600, generator=g)
     probs, count = torch.softmax(logits.double(), -1)[0], 200_000
@@ -31,14 +31,14 @@ def test_shares_of_many_draws_are_the_probabilities():
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
-def test_systematic_draws_are_rounded_shares_without_bias_and_of_the_variance_that_is_told(sharpness):
+def test_systematic_samples_are_unbiased_with_the_documented_variance(sharpness):
     g = torch.Generator().manual_seed(3)
     logits, samples_per_token, tokens = sharpness * torch.randn(40, generator=g), 12, 20_000
     probs = torch.softmax(logits.double(), -1)
     ids, _ = sample_by_inverse_cdf(logits.repeat(tokens, 1), systematic_points(tokens, samples_per_token, g))
     counts = torch.nn.functional.one_hot(ids, 40).sum(1).double()
-    whole, part = (samples_per_token * probs).floor(), (samples_per_token * probs) % 1
-    assert bool(((counts == whole) | (counts == whole + 1)).all())
+    floor, part = (samples_per_token * probs).floor(), (samples_per_token * probs) % 1
+    assert bool(((counts == floor) | (counts == floor + 1)).all())
     variance = part * (1 - part) / samples_per_token**2
     error = (counts / samples_per_token - probs).mean(0) / (variance / tokens).sqrt()
     assert error.abs().max() < 4
@@ -49,7 +49,7 @@ def test_systematic_draws_are_rounded_shares_without_bias_and_of_the_variance_th
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_hit_ids_that_have_mass(number):
+def test_points_at_the_ends_of_the_interval_sample_ids_with_mass(number):
     logits = torch.full((3, 700), -200.0)
     logits[0, 300], logits[1, 699], logits[2, 0] = 1.0, 1.0, 1.0
     ids, log_p = sample_by_inverse_cdf(logits, torch.full((3, 4), number, dtype=torch.float64))
@@ -57,13 +57,13 @@ def test_the_ends_of_the_unit_interval_hit_ids_that_have_mass(number):
     assert log_p.abs().max() < 1e-9
 
 
-def test_blocks_are_all_rows_in_order():
+def test_blocks_cover_all_rows_in_order():
     g = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(300, 8, generator=g), torch.randn(30_000, 8, generator=g)
-    rows, whole = [], hidden @ weight.t()
-    for source in (LazyLogits(hidden, weight), DenseLogits(whole)):
+    rows, full_logits = [], hidden @ weight.t()
+    for source in (LazyLogits(hidden, weight), DenseLogits(full_logits)):
         made = torch.cat([block.clone() for _, block in blocks_of(source)])
-        torch.testing.assert_close(made, whole)
+        torch.testing.assert_close(made, full_logits)
         rows.append([r.stop for r, _ in blocks_of(source)])
     assert len(rows[0]) > 3
     assert rows[0][-1] == 300
