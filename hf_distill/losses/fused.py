@@ -52,21 +52,21 @@ OnGradient: TypeAlias = Callable[[slice, Tensor], None]
 class ChunkedLoss:
     """The loss on the logits of one batch, computed chunk by chunk.
 
-    teacher:      teacher logits, or those of several teachers by name; None if no term reads them
-    targets:      T target tokens
-    terms:        of the objective
-    statistics:   also compute `kl` (T = 1), `agreement` (top-1) and the entropies and cross entropies of both models,
-                  on every n-th block (0 disables, 1 is every block). `measured` is 1 for the tokens of these blocks;
-                  for other tokens all of them are 0. Of several teachers, the first is compared
-    chunk_tokens: target tokens in a chunk; None for as many as `auto_chunk_tokens` allows
-    num_items:    divisor of the sum, number of target tokens of the global batch; None for T
-    per_token:    name -> [T], set by a run: the terms (scaled, not weighted) and the statistics
+    teacher:          teacher logits, or those of several teachers by name; None if no term reads them
+    targets:          T target tokens
+    terms:            of the objective
+    statistics_every: also compute `kl` (T = 1), `agreement` (top-1) and the entropies and cross entropies of both
+                      models, on every n-th block (0 disables, 1 is every block). `measured` is 1 for the tokens of
+                      these blocks; for other tokens all of them are 0. Of several teachers, the first is compared
+    chunk_tokens:     target tokens in a chunk; None for as many as `auto_chunk_tokens` allows
+    num_items:        divisor of the sum, number of target tokens of the global batch; None for T
+    per_token:        name -> [T], set by a run: the terms (scaled, not weighted) and the statistics
     """
 
     teacher: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
     targets: Targets
     terms: list[Term]
-    statistics: int = 0
+    statistics_every: int = 0
     chunk_tokens: int | None = None
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class ChunkedLoss:
     def _metric_names(self) -> list[str]:
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
         names = [term.name for term in self.terms]
-        if self.statistics:
+        if self.statistics_every:
             names += STUDENT_METRICS
             first_teacher = next(iter(named_sources(self.teacher).values()), None)
             names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
@@ -182,7 +182,7 @@ class ChunkedLoss:
         student_only = LogitPair(student_logits, None, targets.labels, self._buffer_pool, self._may_be_masked)
         pairs = {name: student_only.with_teacher(logits) for name, logits in teacher_logits.items()}
         self._num_blocks += 1
-        if self.statistics and (self._num_blocks - 1) % self.statistics == 0:
+        if self.statistics_every and (self._num_blocks - 1) % self.statistics_every == 0:
             first = next(iter(pairs.values()), None)
             metrics = token_metrics(student_only, None if first is None or first.sparse_teacher else first)
             for name, values in metrics.items():

@@ -76,7 +76,7 @@ class Term:
         """Return the loss's analytic gradient for a pair of logits; None if it has none."""
         if pair is None:
             return None
-        return self.loss.gradient if pair.sparse_teacher is None else self.loss.sparse
+        return self.loss.gradient_fn if pair.sparse_teacher is None else self.loss.sparse_gradient_fn
 
     def loss_and_grad(
         self, student: Signals, teacher: Signals | None, targets: Targets, pair: LogitPair | None

@@ -19,15 +19,15 @@ FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on featu
 class Loss:
     """A registered loss.
 
-    name:     name in configs, recipes and logs
-    function: (student, teacher, targets, **options) -> [T]; divergences are in nats
-    needs:    ("logits",), one kind of feature, or () if it reads nothing of the teacher
-    paper:    arXiv id
-    options:  name -> default, from the function's signature
-    gradient: analytic gradient, see `register_gradient`; None uses autograd
-    sparse:   analytic gradient with a sparse teacher; None uses autograd
-    project:  whether a projector maps the student's hidden states to the teacher's width first
-    limits:   name -> range of an option, as keys of JSON Schema; see `core/options.py`
+    name:               name in configs, recipes and logs
+    function:           (student, teacher, targets, **options) -> [T]; divergences are in nats
+    needs:              ("logits",), one kind of feature, or () if it reads nothing of the teacher
+    paper:              arXiv id
+    options:            name -> default, from the function's signature
+    gradient_fn:        analytic gradient, see `register_gradient`; None uses autograd
+    sparse_gradient_fn: analytic gradient with a sparse teacher; None uses autograd
+    project:            whether a projector maps the student's hidden states to the teacher's width first
+    limits:             name -> range of an option, as keys of JSON Schema; see `core/options.py`
     """
 
     name: str
@@ -35,8 +35,8 @@ class Loss:
     needs: tuple[str, ...]
     paper: str
     options: dict[str, Any]
-    gradient: Callable[..., tuple[Tensor, Tensor]] | None = None
-    sparse: Callable[..., tuple[Tensor, Tensor]] | None = None
+    gradient_fn: Callable[..., tuple[Tensor, Tensor]] | None = None
+    sparse_gradient_fn: Callable[..., tuple[Tensor, Tensor]] | None = None
     project: bool = False
     limits: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -155,7 +155,7 @@ def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable]
 
     def register(function: Callable) -> Callable:
         name = next(name for name, loss in LOSSES.items() if loss.function is of)
-        changes: dict[str, Any] = {"sparse" if sparse else "gradient": function}
+        changes: dict[str, Any] = {"sparse_gradient_fn" if sparse else "gradient_fn": function}
         LOSSES[name] = dataclasses.replace(LOSSES[name], **changes)
         return function
 

@@ -194,14 +194,14 @@ class Features:
         stacks = {feature_term.term.stack: feature_term.student for feature_term in self.terms}
         return {key: targets.feature_positions(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
 
-    def said(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
+    def student_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
         """Return the features to capture in the student, with their tokens."""
         feature_keys = (
             feature_term.student_key(layer) for feature_term in self.terms for layer, _ in feature_term.pairs
         )
         return {key: tokens[key.stack] for key in feature_keys}
 
-    def feature_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
+    def teacher_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
         """Return the features to request from the teacher, with their tokens."""
         feature_keys = (
             feature_term.teacher_key(layer) for feature_term in self.terms for layer in feature_term.teacher_layers()

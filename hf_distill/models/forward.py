@@ -59,13 +59,13 @@ def extract_signals(
 class StepLosses:
     """The losses of one step, which are computed in the student's forward.
 
-    head:         loss on the student's logits
-    features:     loss on the student's features
+    chunked_loss: loss on the student's logits
+    feature_loss: loss on the student's features
     teacher_loss: [] loss of a jointly trained teacher, which is added to the student's; None without one
     """
 
-    head: ChunkedLoss
-    features: FeatureLoss
+    chunked_loss: ChunkedLoss
+    feature_loss: FeatureLoss
     teacher_loss: Tensor | None = None
 
 
@@ -102,7 +102,7 @@ def forward_with_loss(
     def run_fused_loss(student_logits: LazyLogits) -> Tensor:
         losses = make_losses(student_logits)
         in_head.append(losses)
-        loss = losses.head.from_hidden(student_logits)
+        loss = losses.chunked_loss.from_hidden(student_logits)
         loss = loss if losses.teacher_loss is None else loss + losses.teacher_loss
         return loss.reshape(1, 1, 1).clone()  # FSDP2 warns about views, whose hooks can be lost
 
@@ -114,11 +114,11 @@ def forward_with_loss(
         in_head.clear()
         aux_losses.append(aux.of(outputs))
         if aux_losses[-1] is not None:  # weighted with this batch's share of the target tokens of the global batch
-            divisor = targets.divisor(losses.head.num_items).to(aux_losses[-1].device)
+            divisor = targets.divisor(losses.chunked_loss.num_items).to(aux_losses[-1].device)
             summands.append(aux_losses[-1] * (len(targets) / divisor))
-        if losses.features.terms:
+        if losses.feature_loss.terms:
             sidecar: Any = sidecar_of(model)
-            summands.append(sidecar(lambda parts: losses.features.total(captured, parts)))
+            summands.append(sidecar(lambda parts: losses.feature_loss.total(captured, parts)))
         if summands:
             outputs["loss"] = torch.stack(summands).sum()
         return outputs
@@ -132,12 +132,12 @@ def forward_with_loss(
     finally:
         hook.remove()
     losses, aux_loss = done[-1], aux_losses[-1]
-    loss = losses.head.from_logits(targets.gather_logits(outputs.logits)) if loss is None else loss.reshape(())
+    loss = losses.chunked_loss.from_logits(targets.gather_logits(outputs.logits)) if loss is None else loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
     if aux_loss is not None:
-        losses.head.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
+        losses.chunked_loss.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
     return loss, outputs, losses
 
 

@@ -239,5 +239,5 @@ class _PeerStep(JointStep):
             loss, _, losses = forward_with_loss(self.model, self.inputs, self.targets, {}, build_losses)
         self.teacher_signals = Signals(peer_logits[-1], {key: feature.detach() for key, feature in features.items()})
         names = {"aux": "peer_aux"}
-        self.per_token = {names.get(name, name): values for name, values in losses.head.per_token.items()}
+        self.per_token = {names.get(name, name): values for name, values in losses.chunked_loss.per_token.items()}
         return loss

@@ -100,7 +100,7 @@ class Distiller:
         targets = Targets.from_batch(inputs, model_type.shifts_labels)
         targets.check_ids(num_outputs)
         feature_tokens = self.features.tokens(inputs, targets)
-        feature_requests = self.features.feature_requests(feature_tokens)
+        feature_requests = self.features.teacher_requests(feature_tokens)
         joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items)
         teacher_signals = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
 
@@ -130,13 +130,13 @@ class Distiller:
             )
             return StepLosses(chunked_loss, feature_loss, teacher_loss)
 
-        student_requests = self.features.said(feature_tokens)
+        student_requests = self.features.student_requests(feature_tokens)
         with joint_step.context(student) if joint_step else nullcontext():
             inputs = without_foreign_inputs(model, inputs, teacher.input_names())
             loss, outputs, losses = forward_with_loss(
                 student, inputs, targets, student_requests, make_losses, keep_logits
             )
-        per_token = losses.head.per_token | losses.features.per_token
+        per_token = losses.chunked_loss.per_token | losses.feature_loss.per_token
         if joint_step:
             per_token |= joint_step.per_token
         return StepOutput(loss, per_token, teacher_targets, outputs)

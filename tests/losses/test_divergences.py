@@ -185,7 +185,7 @@ def test_options_out_of_range_are_refused(call, message):
 def test_equal_models_with_large_logits_and_a_large_vocabulary_have_divergence_zero(name):
     torch.manual_seed(0)
     logits = 4 * torch.randn(4, 49152) + 20
-    values, gradient = get_loss(name).gradient(
+    values, gradient = get_loss(name).gradient_fn(
         LogitPair(logits, None, torch.zeros(4, dtype=torch.long), BufferPool()).with_teacher(logits.clone())
     )
     assert values.abs().max() < 1e-5

@@ -269,7 +269,7 @@ def test_masked_ids_do_not_change_a_divergence(name, fused):
         if fused:
             term = [t for t in objective(1.0, 2.0, {"name": name, **DIVERGENCES[name]}) if t.weight]
             chunked_loss = ChunkedLoss(
-                DenseLogits(teacher), Targets.from_batch({"labels": labels}, False), term, statistics=1
+                DenseLogits(teacher), Targets.from_batch({"labels": labels}, False), term, statistics_every=1
             )
             total = chunked_loss.from_hidden(LazyLogits(leaf, weight[: len(bias)], bias)) / 4
             assert all(torch.isfinite(values_of_term).all() for values_of_term in chunked_loss.per_token.values())

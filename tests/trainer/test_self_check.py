@@ -112,19 +112,19 @@ def replace_loss(monkeypatch, name: str, **changes) -> None:
 
 
 def test_a_wrong_analytic_gradient_fails_the_check(make_trainer, monkeypatch):
-    analytic_gradient = get_loss("forward_kl").gradient
+    analytic_gradient = get_loss("forward_kl").gradient_fn
 
     def wrong(pair, **options):
         values, gradient = analytic_gradient(pair, **options)
         return values, gradient.mul_(1.1)
 
-    replace_loss(monkeypatch, "forward_kl", gradient=wrong)
+    replace_loss(monkeypatch, "forward_kl", gradient_fn=wrong)
     message = failure(make_trainer())
     assert "the gradient of the fused loss is not the gradient of its definition" in message
 
 
 def test_a_loss_with_the_gradient_function_of_another_fails_the_check(make_trainer, monkeypatch):
-    replace_loss(monkeypatch, "forward_kl", gradient=get_loss("reverse_kl").gradient)
+    replace_loss(monkeypatch, "forward_kl", gradient_fn=get_loss("reverse_kl").gradient_fn)
     message = failure(make_trainer())
     assert "soft is " in message
     assert "by its definition" in message
