@@ -224,7 +224,7 @@ def test_soft_capped_logits_do_not_fail_the_check(make_trainer):
 def test_lazy_logits_that_differ_from_the_models_logits_fail_the_check(make_trainer, monkeypatch):
     from hf_distill.models import output_head
 
-    monkeypatch.setattr(output_head, "_alike", lambda *args, **options: True)
+    monkeypatch.setattr(output_head, "_is_close", lambda *args, **options: True)
     for side in ("model", "teacher"):
         model = build("llama", 1)
         model.lm_head.register_forward_hook(lambda _module, _args, output: 3 * output)
