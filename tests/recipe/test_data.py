@@ -122,7 +122,7 @@ def test_a_mixture_resumes_exactly_and_logs_the_losses_of_each_source(file, tmp_
     assert logs(tmp_path / "cut") == logs(tmp_path / "straight")
     for name in ("student", "control"):
         one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / run / name) for run in ("cut", "straight"))
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
     source_losses = {"soft_loss_task", "hard_loss_task", "soft_loss_code", "hard_loss_code"}
     assert source_losses <= set().union(*logs(tmp_path / "cut"))
     assert (source_losses <= straight.models["student"].keys()) == (overrides[:2] == SUMS)

@@ -1,4 +1,4 @@
-"""A recipe's teacher on disk: written from the recipe, read by it, and by no other."""
+"""Teacher caches of recipes: written, verified and read by the same recipe, refused for others."""
 
 import json
 
@@ -16,7 +16,7 @@ from hf_distill.runner.cache_writer import verify_against_teacher, write_recipe_
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
-    """A small source; the working folder is a fresh one."""
+    """Overrides for a small source; the working directory is a new folder."""
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"text": f"The number {i} times {i} is {i * i}, and not {i * i + 1}. " * 3}) for i in range(40)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
@@ -32,7 +32,7 @@ def losses(folder):
     return [line["loss"] for line in lines if line["run"] == "student" and "loss" in line]
 
 
-def test_the_student_of_a_cache_is_the_student_of_its_source(texts, tmp_path):
+def test_a_student_trained_from_a_cache_equals_one_trained_from_its_source(texts, tmp_path):
     options = ["teacher.path=c", "losses=[{name: hidden_cosine, weight: 0.1, layers: [[2, 3]]}]"]
     write_recipe_cache(recipe(texts, *options), dtype="float32")
     cached = run_recipe(recipe(texts, *options, "train.output_dir=cached"))
@@ -59,16 +59,20 @@ def test_packed_and_padded_runs_read_the_same_cache(texts, tmp_path):
     assert packed.models["student"]["kl"] > 0
 
 
-def test_another_length_is_refused_before_the_first_step_and_told(texts):
+def test_a_cache_written_with_another_max_length_is_refused_before_the_first_step(texts):
     write_recipe_cache(recipe(texts, "teacher.path=c"))
-    with pytest.raises(DistillError, match=r"c lacks .* rows that were looked up.*max_length: 64 there, 48 here"):
+    with pytest.raises(
+        DistillError,
+        match=r"The cache c lacks .* rows that were checked.*max_length: 64 in the "
+        "cache, 48 in this recipe",
+    ):
         run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48"))
-    asked = run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48", "teacher.on_miss=query_teacher"))
-    assert asked.models["student"]["kl"] > 0
+    online = run_recipe(recipe(texts, "teacher.path=c", "data.max_length=48", "teacher.on_miss=query_teacher"))
+    assert online.models["student"]["kl"] > 0
 
 
-def test_a_cut_off_capture_of_a_recipe_goes_on(texts, tmp_path):
-    _, whole = write_recipe_cache(recipe(texts, "teacher.path=whole"), shard_rows=8)
+def test_an_interrupted_cache_write_continues_to_the_same_cache(texts, tmp_path):
+    _, complete = write_recipe_cache(recipe(texts, "teacher.path=whole"), shard_rows=8)
 
     def stop(progress):
         raise KeyboardInterrupt
@@ -77,14 +81,14 @@ def test_a_cut_off_capture_of_a_recipe_goes_on(texts, tmp_path):
         write_recipe_cache(recipe(texts, "teacher.path=part"), shard_rows=8, on_progress=stop)
     assert len([*(tmp_path / "part").glob("*.arrow")]) == 1
     _, again = write_recipe_cache(recipe(texts, "teacher.path=part"), shard_rows=8)
-    assert again.shards == whole.shards
+    assert again.shards == complete.shards
 
 
-def test_its_teacher_says_the_same_again(texts, tmp_path):
+def test_verify_finds_identical_teacher_outputs_and_refuses_other_data(texts, tmp_path):
     write_recipe_cache(recipe(texts, "teacher.path=c"), kind="sampled", shard_rows=8)
-    found = verify_against_teacher(open_cache("c"), 10)
-    assert found["examples"] >= 10
-    assert found["identical"] == 1.0
+    result = verify_against_teacher(open_cache("c"), 10)
+    assert result["examples"] >= 10
+    assert result["identical"] == 1.0
     manifest = open_cache("c").manifest
     assert manifest.recipe["teacher"]["kind"] == "frozen"
     lines = [json.dumps({"text": f"Other text altogether, {i}. " * 9}) for i in range(20)]
@@ -97,12 +101,12 @@ def test_its_teacher_says_the_same_again(texts, tmp_path):
     ("overrides", "why"),
     [
         (["teacher={kind: cached, path: nowhere}", "student={model: 'smoke:llama/student'}"], "nowhere is not a cache"),
-        (["teacher={kind: cached}"], "give the path of the cache"),
-        (["teacher={kind: cached, path: c, online: true}"], "give it as source"),
-        (["teacher={kind: cached, path: c}"], "a cache has no blocks"),
-        (["teacher={kind: cached, path: c, source: {kind: ema}}"], "its source is ema"),
-        (["teacher.on_miss=query_teacher", "teacher.use_source=true"], "give one of them"),
-        (["on_policy={max_completion_length: 8}"], "no cache knows what the student will write"),
+        (["teacher={kind: cached}"], "needs the path of the cache"),
+        (["teacher={kind: cached, path: c, use_source: true}"], "need the teacher that wrote the cache"),
+        (["teacher={kind: cached, path: c}"], "a teacher cache holds no weights"),
+        (["teacher={kind: cached, path: c, source: {kind: ema}}"], "the kind of source is ema"),
+        (["teacher.on_miss=query_teacher", "teacher.use_source=true"], "remove one of them"),
+        (["on_policy={max_completion_length: 8}"], "a teacher cache does not contain what the student generates"),
     ],
 )
 def test_recipes_that_cannot_read_a_cache_are_refused(texts, overrides, why):
@@ -113,20 +117,20 @@ def test_recipes_that_cannot_read_a_cache_are_refused(texts, overrides, why):
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (["teacher={kind: ema}", "student={model: 'smoke:llama/student'}"], "is ema and moves"),
-        (["losses=[{name: attention_kl}]"], "attention_kl needs attention"),
-        (["teacher={kind: cached, path: c}", "student={model: 'smoke:llama/student'}"], "has no source"),
+        (["teacher={kind: ema}", "student={model: 'smoke:llama/student'}"], "has kind ema"),
+        (["losses=[{name: attention_kl}]"], "loss 'attention_kl' needs attention"),
+        (["teacher={kind: cached, path: c}", "student={model: 'smoke:llama/student'}"], "is a cache without a source"),
     ],
 )
-def test_recipes_whose_teacher_cannot_be_written_are_refused(texts, overrides, why):
+def test_recipes_whose_teacher_cannot_be_cached_are_refused(texts, overrides, why):
     with pytest.raises(DistillError, match=why):
         write_recipe_cache(recipe(texts, *overrides), "c")
 
 
-def test_the_manifest_of_another_teacher_is_refused(texts):
+def test_a_cache_of_another_teacher_is_refused(texts):
     write_recipe_cache(recipe(texts, "teacher.path=c"))
     with pytest.raises(
-        DistillError, match=r"c was written by smoke:llama/teacher, and its source is smoke:qwen2/teacher"
+        DistillError, match=r"c was written by the teacher smoke:llama/teacher, but its source is smoke:qwen2/teacher"
     ):
         run_recipe(recipe(texts, "teacher.path=c", "teacher.source.model=smoke:qwen2/teacher"))
 
@@ -145,7 +149,7 @@ def test_the_command_line_writes_verifies_and_runs(texts):
     assert ran.exit_code == 0, ran.output
 
 
-def test_a_plan_knows_caches(texts):
+def test_the_plan_estimates_caches(texts):
     values = load_recipe("llama-70b-to-8b-nf4").model_dump(exclude_none=True, exclude_defaults=True)
     online = plan(validate(values), 8, 80.0)
     source = values["teacher"]

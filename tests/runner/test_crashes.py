@@ -1,4 +1,4 @@
-"""A sample of `make soak`: a run that is killed at any moment and resumed ends as if nothing had been."""
+"""A sample of `make soak`: a run that is killed at any moment and resumed has the result of an undisturbed run."""
 
 import json
 import shutil
@@ -14,58 +14,69 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is of P
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """What trials share: a cache."""
+def shared_folder(tmp_path_factory):
+    """A folder with the cache that all trials use."""
     folder = tmp_path_factory.mktemp("crashes")
     assert started(make_workload("capture", folder), folder / "cache") == 0
     return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_lost_by_a_kill(place, kind):
-    job = make_workload(kind, place)
-    assert started(job, place / kind, counts=place / f"{kind}.json") == 0, (place / kind / "log").read_text()[-3000:]
-    counts, expected = json.loads((place / f"{kind}.json").read_text()), content(place / kind, kind)
+def test_a_killed_run_resumes_to_the_same_result(shared_folder, kind):
+    workload = make_workload(kind, shared_folder)
+    assert started(workload, shared_folder / kind, counts=shared_folder / f"{kind}.json") == 0, (
+        shared_folder / kind / "log"
+    ).read_text()[-3000:]
+    counts, expected = json.loads((shared_folder / f"{kind}.json").read_text()), content(shared_folder / kind, kind)
     assert len(expected) > 3
     drawn = fates(counts, 3, seed=sum(kind.encode()))[: 1 if kind == "chain" else None]
     assert not [
-        lost for i, fate in enumerate(drawn) if (lost := trial(job, place / f"{kind}-{i}", fate, expected, kind))
+        lost
+        for i, fate in enumerate(drawn)
+        if (lost := trial(workload, shared_folder / f"{kind}-{i}", fate, expected, kind))
     ]
 
 
-def test_two_checkpoints_are_kept_through_a_kill(place):
-    """The other tests keep one."""
-    job = make_workload("ema", place, "train.save_total_limit=2")
-    assert started(job, place / "two", counts=place / "two.json") == 0
-    assert len(checkpoints_of(place / "two" / "run")) == 2
-    expected = content(place / "two", "ema")
+def test_a_kill_during_rotation_keeps_two_checkpoints(shared_folder):
+    """The other tests keep one checkpoint."""
+    workload = make_workload("ema", shared_folder, "train.save_total_limit=2")
+    assert started(workload, shared_folder / "two", counts=shared_folder / "two.json") == 0
+    assert len(checkpoints_of(shared_folder / "two" / "run")) == 2
+    expected = content(shared_folder / "two", "ema")
     for when in ("before", "after"):
         assert (
-            trial(job, place / f"two-{when}", Fate(place="old checkpoint", call=1, when=when), expected, "ema") is None
+            trial(
+                workload,
+                shared_folder / f"two-{when}",
+                Fate(place="old checkpoint", call=1, when=when),
+                expected,
+                "ema",
+            )
+            is None
         )
 
 
-def test_the_loss_of_the_only_checkpoint_would_be_seen(place):
-    job = make_workload("ema", place)
-    lost = trial(job, place / "none", Fate(place="step", call=5), {}, "ema")
+def test_a_trial_detects_the_loss_of_the_only_checkpoint(shared_folder):
+    workload = make_workload("ema", shared_folder)
+    lost = trial(workload, shared_folder / "none", Fate(place="step", call=5), {}, "ema")
     assert lost
     assert "not the same" in lost  # one is complete
-    shutil.rmtree(place / "none" / "run")
-    (place / "none" / "run").mkdir()
-    assert _without_complete(place / "none") == ["run"]
+    shutil.rmtree(shared_folder / "none" / "run")
+    (shared_folder / "none" / "run").mkdir()
+    assert _without_complete(shared_folder / "none") == ["run"]
 
 
-def test_a_difference_would_be_seen(place):
-    """Another seed ends elsewhere: the comparison can fail."""
-    job = make_workload("ema", place)
-    assert started(job, place / "one") == 0
-    assert started(make_workload("ema", place, "train.seed=1"), place / "other") == 0
-    one, other = content(place / "one", "ema"), content(place / "other", "ema")
-    assert {"student/model.safetensors", "models", "logs"} <= {n for n in one if one[n] != other.get(n)}
+def test_a_trial_detects_different_results(shared_folder):
+    """A run with another seed has another result, so the comparison can fail."""
+    workload = make_workload("ema", shared_folder)
+    assert started(workload, shared_folder / "one") == 0
+    assert started(make_workload("ema", shared_folder, "train.seed=1"), shared_folder / "other") == 0
+    one, other = content(shared_folder / "one", "ema"), content(shared_folder / "other", "ema")
+    assert {"student/model.safetensors", "models", "logs"} <= {name for name in one if one[name] != other.get(name)}
 
 
-def test_every_place_of_a_kill_is_there():
-    """A place that was renamed fails here, by its name, and not in every trial."""
+def test_every_location_of_a_kill_exists():
+    """A renamed location fails here, with its name, and not in every trial."""
     for where, _ in PLACES.values():
         module, _, path = where.partition(":")
         owner = import_module(module)

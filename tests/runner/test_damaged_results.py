@@ -1,4 +1,4 @@
-"""What a run left, damaged: a message names the file and what to do, and nothing is taken for what it is not."""
+"""Damaged files of a run: the message names the file and the remedy."""
 
 import json
 import shutil
@@ -40,18 +40,18 @@ WRONG = ["", "[]", "5", "null", '{"models": 5}', '{"models": {"student": 5}}', '
 
 
 @pytest.mark.parametrize("content", WRONG)
-def test_damaged_evidence_is_reported(folder, content):
+def test_damaged_results_of_a_run_are_reported(folder, content):
     (folder / "results.json").write_text(content)
-    with pytest.raises(DistillError, match=r"evidence\.json is damaged .* Restore it"):
+    with pytest.raises(DistillError, match=r"results\.json is damaged .* Restore it"):
         run_recipe(recipe_of(folder), resume=True)
-    with pytest.raises(DistillError, match=r"evidence\.json is damaged"):
+    with pytest.raises(DistillError, match=r"results\.json is damaged"):
         _ = open_run(folder).results
 
 
-def test_a_folder_in_the_place_of_evidence_is_reported(folder):
+def test_a_folder_instead_of_results_json_is_reported(folder):
     (folder / "results.json").unlink()
     (folder / "results.json").mkdir()
-    with pytest.raises(DistillError, match=r"evidence\.json is damaged"):
+    with pytest.raises(DistillError, match=r"results\.json is damaged"):
         read_results(folder / "results.json")
 
 
@@ -67,7 +67,7 @@ def test_damaged_results_of_an_analysis_are_reported(folder, name, content):
         SECTIONS[name](open_run(folder))
 
 
-def test_a_line_of_the_logs_that_was_cut_off_is_named(folder):
+def test_a_truncated_line_of_the_logs_is_named(folder):
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     for content in ("".join(lines)[:-9], "".join([*lines[:-1], "[]\n"]), "".join([*lines[:-1], '{"run": 5}\n'])):
@@ -82,20 +82,20 @@ def test_a_line_of_the_logs_that_was_cut_off_is_named(folder):
 
 
 @pytest.mark.parametrize("damage", ["cut", "a list", "no text"])
-def test_a_resumed_run_writes_damaged_logs_again(folder, damage):
+def test_a_resumed_run_rewrites_damaged_logs(folder, damage):
     file = folder / "metrics.jsonl"
-    whole = file.read_bytes()
-    lines = whole.splitlines(keepends=True)
+    original = file.read_bytes()
+    lines = original.splitlines(keepends=True)
     lines[2] = {"cut": lines[2][:9] + b"\n", "a list": b"[]\n", "no text": b"\xff\xfe\n"}[damage]
     file.write_bytes(b"".join(lines))
     (folder / "results.json").unlink()
     run_recipe(recipe_of(folder), resume=True)
-    steps = [[log["step"] for log in map(json.loads, text.splitlines())] for text in (whole, file.read_bytes())]
+    steps = [[log["step"] for log in map(json.loads, text.splitlines())] for text in (original, file.read_bytes())]
     assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "{}"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder, content, caplog):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(folder, content, caplog):
     (folder / "results.json").unlink()
     newest, before = checkpoints_of(folder)[:2]
     expected = (folder / "student" / "model.safetensors").read_bytes()
@@ -107,7 +107,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder, content,
     assert (folder / "student" / "model.safetensors").read_bytes() == expected
 
 
-def test_a_record_of_the_recipe_that_is_damaged_is_not_taken_for_another_recipe(folder):
+def test_a_damaged_record_of_the_recipe_is_not_mistaken_for_another_recipe(folder):
     (folder / "results.json").unlink()
     newest = checkpoints_of(folder)[0]
     file = newest / "trainer_state.json"

@@ -24,12 +24,12 @@ from hf_distill.runner.early_stopping import evaluations_since_best, stopping_no
         ([math.nan, 1.0], False, 0),
     ],
 )
-def test_evaluations_since_the_best_one(values, greater, since):
+def test_evaluations_since_the_best_one_are_counted(values, greater, since):
     assert evaluations_since_best(values, greater) == since
 
 
 def recipe(folder, *overrides):
-    """Its learning rate is so high that the held-out loss rises after the first steps."""
+    """A recipe whose learning rate is so high that the held-out loss rises after the first steps."""
     words = [f"train.output_dir={folder}", "train.max_steps=12", "train.eval_steps=1", "train.eval_strategy=steps"]
     words += ["train.early_stopping_patience=2", "train.learning_rate=0.3", "train.save_steps=null", "control=sft"]
     return load_recipe("quickstart", [*words, "train.max_grad_norm=100", *overrides], smoke=True)
@@ -42,13 +42,15 @@ class Stop(TrainerCallback):
         raise KeyboardInterrupt
 
 
-def test_training_stops_exports_the_best_and_a_resumed_run_does_so_at_the_same_step(tmp_path):
+def test_early_stopping_exports_the_best_checkpoint_and_a_resumed_run_stops_at_the_same_step(tmp_path):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     result = run_recipe(recipe(straight))
     logs = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     for name, home in (("student", straight), ("control", straight / "control")):
-        own = [log for log in logs if log["run"] == name and "eval_loss" in log and log["step"]]
-        losses = {log["step"]: log["eval_loss"] for log in reversed(own)}  # the last one is of the exported student
+        evaluations = [log for log in logs if log["run"] == name and "eval_loss" in log and log["step"]]
+        losses = {
+            log["step"]: log["eval_loss"] for log in reversed(evaluations)
+        }  # the last one is of the exported student
         best = min(losses, key=losses.get)
         assert max(losses) == best + 2 < 12, losses
         saved = load_file(home / f"checkpoint-{best}" / "model.safetensors")
@@ -68,7 +70,7 @@ def test_training_stops_exports_the_best_and_a_resumed_run_does_so_at_the_same_s
 def test_a_comparison_of_different_steps_has_a_note():
     assert stopping_note({"student": 8, "control": 8}) is stopping_note({"student": 8}) is stopping_note({}) is None
     assert stopping_note({"student": 8, "control": 12}).startswith(
-        "The student is that of step 8, and the control that of step 12"
+        "The student is the checkpoint of step 8, and the control that of step 12"
     )
 
 
@@ -97,10 +99,10 @@ PLAIN = "train={output_dir: x, eval_strategy: steps, eval_steps: 2, early_stoppi
     ("override", "message"),
     [
         ("train.early_stopping_patience=0", "Input should be greater than or equal to 1"),
-        ("train.eval_strategy=no", "nothing is evaluated in training"),
-        ("train.save_strategy=epoch", "leave save_strategy out"),
-        ("train.save_steps=3", "save_steps 3 is no multiple of eval_steps 2"),
-        ("train.load_best_model_at_end=false", "the best checkpoint is exported"),
+        ("train.eval_strategy=no", "it needs evaluations during training"),
+        ("train.save_strategy=epoch", "remove save_strategy"),
+        ("train.save_steps=3", "save_steps is 3; it must be a multiple of eval_steps, which is 2"),
+        ("train.load_best_model_at_end=false", "it always exports the best checkpoint"),
     ],
 )
 def test_a_recipe_that_cannot_stop_early_is_refused(override, message):

@@ -1,4 +1,4 @@
-"""Recipes whose teacher moves: what they leave, and that they resume."""
+"""Recipes with non-frozen teachers: what they export, and that they resume exactly."""
 
 import json
 
@@ -12,7 +12,7 @@ from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
 from hf_distill.teachers.mtp.heads import load_heads
 
-LEFT = {"online": "peer", "mutual": "peer", "ema": "ema", "snapshot": None, "multi-view": None, "mtp": None}
+EXPORTED = {"online": "peer", "mutual": "peer", "ema": "ema", "snapshot": None, "multi-view": None, "mtp": None}
 
 
 class StopAt(TrainerCallback):
@@ -21,8 +21,8 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_a_recipe_leaves_its_models_and_goes_on_where_it_was_stopped(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_recipe_with_a_non_frozen_teacher_exports_its_models_and_resumes_exactly(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name, ["train.output_dir=straight", "train.learning_rate=0.01"], smoke=True)
     models = run_recipe(recipe).models
@@ -30,18 +30,21 @@ def test_a_recipe_leaves_its_models_and_goes_on_where_it_was_stopped(name, tmp_p
     with pytest.raises(KeyboardInterrupt):
         run_recipe(other, callbacks=[StopAt()])
     again = run_recipe(other, resume=True).models
-    for folder in ("student", *([LEFT[name]] if LEFT[name] else [])):
+    for folder in ("student", *([EXPORTED[name]] if EXPORTED[name] else [])):
         first, second = (
             AutoModelForCausalLM.from_pretrained(tmp_path / run / folder) for run in ("straight", "stopped")
         )
         assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
         assert AutoTokenizer.from_pretrained(tmp_path / "straight" / folder).eos_token == "<|end|>"
-    untimed = [{k: v for k, v in m["student"].items() if k != "train_seconds"} for m in (models, again)]
+    untimed = [
+        {key: value for key, value in metrics["student"].items() if key != "train_seconds"}
+        for metrics in (models, again)
+    ]
     assert untimed[0] == untimed[1]
     assert ("kl" in models["control"]) is False
     assert models["control"]["perplexity"] > 1
-    if LEFT[name]:
-        assert models[LEFT[name]]["perplexity"] == models["student"]["teacher_perplexity"]
+    if EXPORTED[name]:
+        assert models[EXPORTED[name]]["perplexity"] == models["student"]["teacher_perplexity"]
     logs = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
     logs = [log for log in logs if log["run"] == "student" and "loss" in log]
     if name != "multi-view":
@@ -64,7 +67,7 @@ export: ema
 """
 
 
-def test_a_recipe_with_several_teachers_trains_by_their_shares_and_plans(tmp_path, monkeypatch):
+def test_a_recipe_with_several_teachers_weights_their_losses_and_is_planned(tmp_path, monkeypatch):
     from hf_distill.planning import plan
 
     monkeypatch.chdir(tmp_path)
@@ -89,13 +92,16 @@ def test_a_recipe_with_several_teachers_trains_by_their_shares_and_plans(tmp_pat
             {"teachers": [{"name": "a", "model": "x/y", "kind": "online"}, {"name": "b", "kind": "mtp"}]},
             "only one teacher can be",
         ),
-        ({"teachers": [{"name": "a", "model": "x/y"}, {"name": "a", "model": "x/z"}]}, "of different names"),
-        ({"teachers": [{"name": "a", "model": "x/y"}]}, "two or more"),
+        ({"teachers": [{"name": "a", "model": "x/y"}, {"name": "a", "model": "x/z"}]}, "with different names"),
+        ({"teachers": [{"name": "a", "model": "x/y"}]}, "give two or more teachers"),
         ({"teacher": {"model": "x/y"}}, "either teacher, or teachers"),
         ({"losses": [{"name": "js", "teacher": "pasta"}]}, "did you mean 'past'"),
-        ({"teachers": [{"name": "a", "kind": "mtp", "weight": 2}, {"name": "b", "model": "x/z"}]}, "has no weight"),
+        (
+            {"teachers": [{"name": "a", "kind": "mtp", "weight": 2}, {"name": "b", "model": "x/z"}]},
+            "weight has no effect",
+        ),
     ],
 )
-def test_teachers_of_a_recipe_that_make_no_sense_are_refused_before_anything_is_loaded(change, why):
+def test_incompatible_teachers_are_refused_before_anything_is_loaded(change, why):
     with pytest.raises(DistillError, match=why):
         validate(yaml.safe_load(SEVERAL) | change)

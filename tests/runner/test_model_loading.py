@@ -1,4 +1,4 @@
-"""What a recipe's models may bring: safetensors; pickles and Python only where somebody says so."""
+"""The load policy: safetensors are always allowed, pickles and Python code only if the user allows them."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def pickled(tmp_path):
     return str(tmp_path / "m")
 
 
-def test_pickled_weights_are_read_only_if_somebody_says_so(pickled):
+def test_pickled_weights_are_loaded_only_if_the_policy_allows_it(pickled):
     with pytest.raises(DistillError, match="--allow-pickles"):
         load_pretrained(AutoModelForCausalLM, pickled)
     with load_policy(LoadPolicy(pickles=True)):
@@ -30,14 +30,14 @@ def test_pickled_weights_are_read_only_if_somebody_says_so(pickled):
         load_pretrained(AutoModelForCausalLM, pickled)
 
 
-def test_a_teacher_that_is_loaded_later_is_read_no_other_way(pickled, tmp_path):
+def test_the_policy_applies_to_a_teacher_that_is_loaded_later(pickled, tmp_path):
     options = [f"teacher.model={pickled}", f"train.output_dir={tmp_path / 'run'}", "control=null", "data.max_length=32"]
     values = ["teacher.device_map=cpu", "student.model=smoke:llama/student", "student.from_teacher=null"]
     with pytest.raises(DistillError, match="cannot be loaded"):
         run_recipe(load_recipe("quickstart", [*options, *values]))
 
 
-def test_code_of_a_model_is_run_only_if_somebody_says_so(tmp_path):
+def test_code_of_a_model_runs_only_if_the_policy_allows_it(tmp_path):
     folder, ran = tmp_path / "m", tmp_path / "ran"
     folder.mkdir()
     (folder / "own.py").write_text(CODE.format(str(ran)))
@@ -50,6 +50,6 @@ def test_code_of_a_model_is_run_only_if_somebody_says_so(tmp_path):
     assert ran.exists()
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_a_missing_model_is_reported(tmp_path):
     with pytest.raises(DistillError, match="cannot be loaded"):
         load_pretrained(AutoModelForCausalLM, str(tmp_path / "none"))

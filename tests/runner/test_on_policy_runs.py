@@ -1,4 +1,4 @@
-"""Recipes in which the student writes."""
+"""On-policy recipes."""
 
 import json
 
@@ -11,7 +11,7 @@ from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.on_policy import prepare_prompts
 
 
-def test_the_recipe_writes_learns_and_is_judged_on_held_out_answers(tmp_path, monkeypatch):
+def test_an_on_policy_recipe_generates_trains_and_is_evaluated_on_held_out_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changed = ["on_policy.fraction=[[0, 0], [0.5, 1]]", "train.output_dir=run"]
     result = run_recipe(load_recipe("on-policy", changed, smoke=True))
@@ -24,23 +24,23 @@ def test_the_recipe_writes_learns_and_is_judged_on_held_out_answers(tmp_path, mo
     assert result.models["student"]["perplexity"] != result.models["before"]["perplexity"]
 
 
-def test_losses_of_each_source_are_told_apart(tmp_path, monkeypatch):
+def test_losses_of_each_source_are_logged_separately(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changed = ["data.more={path: 'package:builtins'}", "on_policy.fraction=0.5", "train.output_dir=run", "control=null"]
     models = run_recipe(load_recipe("on-policy", changed, smoke=True)).models
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "soft_loss" in line and "loss" in line]
-    assert {"task", "more"} == {name for name in ("task", "more") if any(f"soft_loss_{name}" in x for x in logged)}
-    for found in (models["student"], *(x for x in logged if "soft_loss_task" in x and "soft_loss_more" in x)):
-        low, high = sorted((found["soft_loss_task"], found["soft_loss_more"]))
-        assert low - 1e-6 <= found["soft_loss"] <= high + 1e-6
+    assert {"task", "more"} == {name for name in ("task", "more") if any(f"soft_loss_{name}" in log for log in logged)}
+    for metrics in (models["student"], *(log for log in logged if "soft_loss_task" in log and "soft_loss_more" in log)):
+        low, high = sorted((metrics["soft_loss_task"], metrics["soft_loss_more"]))
+        assert low - 1e-6 <= metrics["soft_loss"] <= high + 1e-6
 
 
 def test_prompts_of_two_kinds_are_not_mixed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n' * 20)
     recipe = load_recipe("on-policy", ["data.sums={path: sums.jsonl}"], smoke=True)
-    with pytest.raises(DistillError, match=r"must be all texts or all messages: .*'sums': 'texts'"):
+    with pytest.raises(DistillError, match=r"must have the same format, texts or messages; got .*'sums': 'texts'"):
         prepare_prompts(recipe, byte_tokenizer(), 0, 8)
 
 
@@ -53,7 +53,7 @@ def test_a_prompt_with_an_unknown_role_is_refused(tmp_path, smollm2_tokenizer):
         prepare_prompts(recipe, smollm2_tokenizer, 0, 8)
 
 
-def test_student_and_control_are_judged_on_the_same_rows(tmp_path, monkeypatch):
+def test_student_and_control_are_evaluated_on_the_same_rows(tmp_path, monkeypatch):
     """Before any step the student and the control are the same model, so their metrics must be."""
     monkeypatch.chdir(tmp_path)
     changed = ["train.output_dir=run", "train.learning_rate=0.0", "train.max_steps=1"]
@@ -63,7 +63,7 @@ def test_student_and_control_are_judged_on_the_same_rows(tmp_path, monkeypatch):
         assert models["control"][name] == pytest.approx(models["student"][name], rel=1e-5), name
 
 
-def test_prompts_are_those_of_the_rows_that_are_not_held_out():
+def test_prompts_do_not_include_held_out_rows():
     recipe, tokenizer = load_recipe("on-policy", ["data.max_length=512"], smoke=True), byte_tokenizer()
     rows = prepare_data(recipe, tokenizer, 0, 8)
     prompts = prepare_prompts(recipe, tokenizer, 0, 8)
@@ -75,17 +75,17 @@ def test_prompts_are_those_of_the_rows_that_are_not_held_out():
     assert len(prompts) == len(trained)
 
 
-def test_held_out_rows_and_the_controls_ask_the_answers_alone(smollm2_tokenizer):
+def test_only_answers_are_target_tokens_in_on_policy_recipes(smollm2_tokenizer):
     """Whatever the chat template: SmolLM2's marks no turns, and puts a system prompt before each conversation."""
     data = prepare_data(load_recipe("on-policy"), smollm2_tokenizer, 0, 8)
     for rows in (data.held_out, data.train):
         for row in rows.select(range(8)):
-            asked = smollm2_tokenizer.decode([label for label in row["labels"] if label != -100])
-            whole = smollm2_tokenizer.decode(row["input_ids"])
-            assert whole.endswith("assistant\n" + asked)
+            target_text = smollm2_tokenizer.decode([label for label in row["labels"] if label != -100])
+            text = smollm2_tokenizer.decode(row["input_ids"])
+            assert text.endswith("assistant\n" + target_text)
 
 
-def test_prompts_of_text_parts_are_prompts_of_their_text(tmp_path, monkeypatch, smollm2_tokenizer):
+def test_prompts_with_text_parts_equal_plain_text_prompts(tmp_path, monkeypatch, smollm2_tokenizer):
     monkeypatch.chdir(tmp_path)
     turns = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
@@ -98,27 +98,27 @@ def test_prompts_of_text_parts_are_prompts_of_their_text(tmp_path, monkeypatch, 
     assert prompts[0][0]["prompt"] == turns[:1]
 
 
-def test_prompts_that_leave_no_room_are_left_out():
+def test_prompts_that_leave_no_room_for_a_completion_are_not_used():
     tokenizer = byte_tokenizer()
     every = prepare_prompts(load_recipe("on-policy", smoke=True), tokenizer, 0, 8)
     short = prepare_prompts(load_recipe("on-policy", ["data.max_length=56"], smoke=True), tokenizer, 0, 8)
     assert 0 < len(short) < len(every)
-    with pytest.raises(DistillError, match=r"data\.task: all .* prompts are longer than the 2 tokens"):
+    with pytest.raises(DistillError, match=r"data\.task: all .* prompts have more than the 2 tokens"):
         prepare_prompts(load_recipe("on-policy", ["data.max_length=10"], smoke=True), tokenizer, 0, 8)
 
 
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ("on_policy.max_completion_length=200", "leaves no room for a prompt: raise data.max_length"),
-        ("data.packing=true", "leave data.packing out"),
-        ("train.fsdp=full_shard", "leave train.deepspeed and fsdp out"),
+        ("on_policy.max_completion_length=200", "to leave room for the prompt: raise data.max_length"),
+        ("data.packing=true", "set data.packing to false"),
+        ("train.fsdp=full_shard", "remove train.deepspeed and train.fsdp"),
         ("on_policy={fraction: 1, max_completion_length: 8}", None),
         ("on_policy.fraction=[[0, 2]]", r"it must lie in \[0, 1\]"),
         ("on_policy.fractoin=1", "did you mean 'fraction'"),
     ],
 )
-def test_what_cannot_be_is_told_with_its_place(changed, problem):
+def test_contradictions_with_on_policy_are_reported(changed, problem):
     if problem is None:
         assert load_recipe("on-policy", [changed]).on_policy.fraction == 1
         with pytest.raises(DistillError, match=r"no row has hard labels: set distill\.alpha to 1"):

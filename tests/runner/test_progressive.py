@@ -1,4 +1,4 @@
-"""A chain is its stages run one after another, each student the next one's teacher."""
+"""Progressive distillation: stages run one after another, and each student is the next teacher."""
 
 import gc
 import json
@@ -43,14 +43,14 @@ def straight(tmp_path_factory):
 
     def on_stage(text):
         if text.startswith(("stage-", "direct", "Comparing")):
-            alive[text.partition(":")[0]] = sum(isinstance(o, LlamaForCausalLM) for o in gc.get_objects())
+            alive[text.partition(":")[0]] = sum(isinstance(value, LlamaForCausalLM) for value in gc.get_objects())
 
-    before = sum(isinstance(o, LlamaForCausalLM) for o in gc.get_objects())
+    before = sum(isinstance(value, LlamaForCausalLM) for value in gc.get_objects())
     result = run_recipe(recipe(folder), on_stage=on_stage)
     return folder, result, alive, before
 
 
-def test_each_student_is_the_next_one_s_teacher(straight):
+def test_each_student_is_the_teacher_of_the_next_stage(straight):
     folder, result, _, _ = straight
     for number, blocks in ((1, 3), (2, 2), (3, 1)):
         part = yaml.safe_load((folder / f"stage-{number}" / "recipe.yaml").read_text())
@@ -59,46 +59,46 @@ def test_each_student_is_the_next_one_s_teacher(straight):
             assert part["teacher"]["model"] == str(folder / f"stage-{number - 1}" / "student")
     assert set(result.models) == {"stage-1", "stage-2", "student", "control"}
     for name, stage in (("student", "stage-3"), ("control", "direct")):
-        there, here = weights(folder / stage / "student"), weights(folder / name)
-        assert all(torch.equal(there[key], here[key]) for key in there)
+        expected, actual = weights(folder / stage / "student"), weights(folder / name)
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
-def test_stages_see_other_rows_and_the_same_held_out_ones(tmp_path, monkeypatch):
-    """Else a chain of short stages has seen a third of the text that its control has seen."""
-    seen: dict[str, list] = {}
+def test_stages_train_on_different_rows_and_share_held_out_rows(tmp_path, monkeypatch):
+    """Otherwise a chain of short stages sees only a third of the text that its control sees."""
+    rows_by_stage: dict[str, list] = {}
     step = DistillTrainer.training_step
 
     def recording(self, model, inputs, *more):
         rows = [tuple(row.tolist()) for row in inputs["input_ids"]]
-        seen.setdefault(self.args.output_dir.rpartition("/")[2], []).extend(rows)
+        rows_by_stage.setdefault(self.args.output_dir.rpartition("/")[2], []).extend(rows)
         return step(self, model, inputs, *more)
 
     monkeypatch.setattr(DistillTrainer, "training_step", recording)
     run_recipe(recipe(tmp_path / "run"))
-    stages = [{*seen[f"stage-{number}"]} for number in (1, 2, 3)]
+    stages = [{*rows_by_stage[f"stage-{number}"]} for number in (1, 2, 3)]
     assert len(set.union(*stages)) == sum(map(len, stages)) == 3 * 8
     held_out = {evidence(tmp_path / "run" / f"stage-{number}")["data"]["eval_fingerprint"] for number in (1, 2, 3)}
     assert len(held_out) == 1
 
 
-def test_a_stage_s_models_are_gone_before_the_next_begins(straight):
+def test_the_models_of_a_stage_are_freed_before_the_next_stage(straight):
     _, _, alive, before = straight
-    places = {"stage-1", "stage-2", "stage-3", "direct", "Comparing all students with the first teacher"}
-    assert alive.keys() == places
+    stages = {"stage-1", "stage-2", "stage-3", "direct", "Comparing all students with the first teacher"}
+    assert alive.keys() == stages
     assert max(alive.values()) <= before  # models of other tests may go, too
 
 
-def test_all_students_are_judged_by_the_first_teacher(straight):
+def test_all_students_are_evaluated_against_the_first_teacher(straight):
     folder, result, _, _ = straight
     kl = count = 0.0
-    for seen in ModelPair.of_run(open_run(folder)).batches(None):
-        p, q = (source.project().double().log_softmax(-1) for source in (seen.teacher, seen.student))
+    for batch in ModelPair.of_run(open_run(folder)).batches(None):
+        p, q = (source.project().double().log_softmax(-1) for source in (batch.teacher, batch.student))
         kl, count = kl + (p.exp() * (p - q)).sum().item(), count + len(p)
     assert result.models["student"]["kl"] == pytest.approx(kl / count, rel=1e-4)
-    perplexities = {m["teacher_perplexity"] for m in result.models.values()}
+    perplexities = {metrics["teacher_perplexity"] for metrics in result.models.values()}
     assert max(perplexities) == pytest.approx(min(perplexities), rel=1e-6)
-    own = evidence(folder)["chain"][2]["after"]["teacher_perplexity"]
-    assert own == pytest.approx(result.models["stage-2"]["perplexity"], rel=1e-5)
+    teacher_perplexity = evidence(folder)["chain"][2]["after"]["teacher_perplexity"]
+    assert teacher_perplexity == pytest.approx(result.models["stage-2"]["perplexity"], rel=1e-5)
 
 
 def test_direct_distillation_takes_as_many_steps_as_the_chain(straight):
@@ -109,7 +109,7 @@ def test_direct_distillation_takes_as_many_steps_as_the_chain(straight):
     assert [p["steps"] for p in evidence(folder)["chain"]] == [4, 4, 4, 12]
 
 
-def test_blocks_are_counted_by_the_first_teacher(straight):
+def test_kept_layers_are_indices_of_the_first_teacher(straight):
     folder, _, _, _ = straight
     left = [*range(4)]
     for number in (1, 2, 3):
@@ -117,7 +117,7 @@ def test_blocks_are_counted_by_the_first_teacher(straight):
     assert evidence(folder)["student"]["layers_kept"] == left
 
 
-def test_killed_in_a_stage_it_goes_on_there_to_the_same_students(straight, tmp_path):
+def test_a_chain_resumes_within_a_stage_to_the_same_students(straight, tmp_path):
     folder, result, _, _ = straight
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(tmp_path / "run"), callbacks=[StopAt(3)])
@@ -134,14 +134,14 @@ def test_killed_in_a_stage_it_goes_on_there_to_the_same_students(straight, tmp_p
     resumed = run_recipe(recipe(tmp_path / "run"), resume=True)
     assert (tmp_path / "run" / "stage-1" / "student" / "model.safetensors").stat().st_mtime_ns == first
     for name in ("student", "control"):
-        there, here = weights(folder / name), weights(tmp_path / "run" / name)
-        assert all(torch.equal(there[key], here[key]) for key in there)
+        expected, actual = weights(folder / name), weights(tmp_path / "run" / name)
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
         assert resumed.models[name]["kl"] == result.models[name]["kl"]
     again = run_recipe(recipe(tmp_path / "run"), resume=True)
     assert again.models == resumed.models
 
 
-def test_a_chain_is_reported_and_diagnosed_as_a_run_is(straight):
+def test_a_chain_can_be_reported_and_diagnosed(straight):
     from hf_distill.analysis import diagnose
     from hf_distill.report import report
 
@@ -155,7 +155,7 @@ def test_a_chain_is_reported_and_diagnosed_as_a_run_is(straight):
     )
 
 
-def test_the_70b_chain_runs_small(tmp_path):
+def test_the_72b_chain_runs_with_tiny_models(tmp_path):
     small = load_recipe(
         "qwen-72b-chain", [f"train.output_dir={tmp_path}", "train.fsdp=null", "teacher.fsdp=false"], smoke=True
     )
@@ -163,9 +163,9 @@ def test_the_70b_chain_runs_small(tmp_path):
     assert set(result.models) == {"stage-1", "stage-2", "student"}
 
 
-def test_stages_are_planned_as_far_as_they_are_known():
+def test_recipes_by_stage_use_the_largest_known_teacher():
     parts = recipes_by_stage(load_recipe("qwen-72b-chain"))
-    names = [part.base.removeprefix("Qwen/Qwen2.5-") for part in parts.values()]
+    names = [part.tokenizer_model.removeprefix("Qwen/Qwen2.5-") for part in parts.values()]
     assert names == ["72B-Instruct", "32B-Instruct", "14B-Instruct"]
     assert [part.train.learning_rate for part in parts.values()] == [5e-6, 1e-5, 2e-5]
     assert {part.teacher.fsdp for part in parts.values()} == {True}
@@ -187,27 +187,33 @@ def third(**stage):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stages": CUT[:1]}, "two or more"),
-        ({"student": {"model": "org/y"}}, "a chain's student is that of its last stage"),
-        ({"control": "sft"}, "of a chain it is direct"),
-        ({"stages": None, "student": {"model": "org/y"}, "control": "direct"}, "there are no stages"),
-        ({"teacher": {"kind": "ema"}}, "the first stage has one teacher"),
-        ({"losses": [{"name": "hidden_cosine"}]}, "run each stage from a recipe of its own"),
-        (third(student={"model": "org/y", "lora": {}}), "adapters are no teacher"),
-        (third(train={"seed": 3}), "seed is the whole chain's"),
+        ({"stages": CUT[:1]}, "give two or more stages"),
+        ({"student": {"model": "org/y"}}, "the student of the last stage is used"),
+        ({"control": "sft"}, "cannot be combined with stages; use direct"),
+        (
+            {"stages": None, "student": {"model": "org/y"}, "control": "direct"},
+            "direct is for recipes with stages, and this recipe has none",
+        ),
+        ({"teacher": {"kind": "ema"}}, "exactly one teacher, of kind frozen or cached, for the first stage"),
+        ({"losses": [{"name": "hidden_cosine"}]}, "run each stage as a separate recipe"),
+        (third(student={"model": "org/y", "lora": {}}), "a student with adapters cannot be the teacher"),
+        (third(train={"seed": 3}), "seed applies to the whole chain"),
         (third(train={"max_step": 3}), "did you mean 'max_steps'"),
         (third(distill={"alpha": 3}), "distill.alpha"),
-        ({"control": "direct"} | third(train={"per_device_train_batch_size": 1}), "all steps have as many tokens"),
+        (
+            {"control": "direct"} | third(train={"per_device_train_batch_size": 1}),
+            "all stages need the same batch size",
+        ),
         ({"control": "direct"} | third(student={"from_teacher": {"layers": [0]}}), "give keep_layers"),
     ],
 )
-def test_what_makes_no_chain_is_told(changes, said):
-    values = {k: v for k, v in (VALUES | changes).items() if v is not None}
-    with pytest.raises(DistillError, match=said):
+def test_invalid_stages_are_reported(changes, message):
+    values = {k: value for k, value in (VALUES | changes).items() if value is not None}
+    with pytest.raises(DistillError, match=message):
         validate(values)
 
 
-def test_steps_of_stages_are_added_up():
+def test_the_direct_control_has_the_total_steps_of_all_stages():
     stages = [{**CUT[0], "train": {"max_steps": 10}}, CUT[1]]
     values = VALUES | {"stages": stages, "student": stages[-1]["student"], "control": "direct"}
     assert direct_values(values)["train"] == {"output_dir": "runs/x/direct", "max_steps": 13}

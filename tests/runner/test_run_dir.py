@@ -1,4 +1,4 @@
-"""A run's folder: nothing that is there is removed, one run writes at a time, checkpoints belong to their recipe."""
+"""Run folders: runs remove no files, only one run writes at a time, and checkpoints are bound to their recipe."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ class Stop(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
-    """A run that was cut off after its checkpoint of step 2."""
+    """A run that was interrupted after its checkpoint of step 2."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(folder), callbacks=[Stop()])
@@ -51,7 +51,7 @@ def copy(cut, tmp_path):
 
 
 @pytest.mark.parametrize("smoke", [True, False])
-def test_no_run_removes_what_another_one_wrote(finished, smoke):
+def test_a_run_never_removes_files_of_another_run(finished, smoke):
     before = contents(finished)
     with pytest.raises(DistillError, match=r"holds a run already \(.*--resume"):
         run_recipe(recipe(finished, smoke=smoke))
@@ -59,8 +59,8 @@ def test_no_run_removes_what_another_one_wrote(finished, smoke):
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "student/notes.md", "checkpoint-7/notes.md", "results.json"])
-def test_a_project_folder_is_refused_rather_than_emptied(tmp_path, monkeypatch, name):
-    """Also where no recipe.yaml marks it as a run."""
+def test_a_project_folder_is_refused_and_not_emptied(tmp_path, monkeypatch, name):
+    """Even if no recipe.yaml marks it as a run folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
@@ -69,7 +69,7 @@ def test_a_project_folder_is_refused_rather_than_emptied(tmp_path, monkeypatch, 
     assert contents(tmp_path) == {name: b"mine"}
 
 
-def test_a_run_that_was_refused_leaves_nothing_behind_and_the_users_files_alone(tmp_path):
+def test_a_refused_run_leaves_no_files_and_keeps_the_files_of_the_user(tmp_path):
     refused = {"data.task.path": "missing.jsonl", "student": "{from_teacher: {keep_layers: 9}}"}
     for key, value in refused.items():
         with pytest.raises(DistillError):
@@ -81,7 +81,7 @@ def test_a_run_that_was_refused_leaves_nothing_behind_and_the_users_files_alone(
     assert contents(tmp_path) == {"notes.md": b"mine"}
 
 
-def test_a_chain_that_was_refused_leaves_nothing_behind(tmp_path):
+def test_a_refused_chain_leaves_no_files(tmp_path):
     chain = load_recipe(
         "progressive", [f"train.output_dir={tmp_path / 'c'}", "data.task.path=missing.jsonl"], smoke=True
     )
@@ -90,7 +90,7 @@ def test_a_chain_that_was_refused_leaves_nothing_behind(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_two_runs_do_not_share_a_folder(copy):
+def test_a_folder_that_another_process_writes_to_is_refused(copy):
     with lock_folder(copy, "a run"), pytest.raises(DistillError, match=r"Another process writes to .*: a run, process"):
         run_recipe(recipe(copy), resume=True)
     assert not (copy / "student").exists()
@@ -99,7 +99,7 @@ def test_two_runs_do_not_share_a_folder(copy):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("train.optim=sgd", r"train.optim: \(not given\) -> \"sgd\""),
+        ("train.optim=sgd", r"train.optim: \(not set\) -> \"sgd\""),
         ("train.seed=7", "train.seed: 0 -> 7"),
         ("train.max_steps=3", "train.max_steps: 4 -> 3(.|\n)*To train longer, start a new run from its student"),
         ("train.learning_rate=0.5", "train.learning_rate: .* -> 0.5"),
@@ -111,7 +111,7 @@ def test_two_runs_do_not_share_a_folder(copy):
 )
 @pytest.mark.parametrize("bound_by", ["recipe.yaml", "checkpoint"])
 def test_values_that_change_the_result_are_listed_and_refused(copy, override, line, bound_by):
-    if bound_by == "checkpoint":  # its recipe.yaml was lost, or never copied
+    if bound_by == "checkpoint":  # its recipe.yaml was lost or not copied
         (copy / "recipe.yaml").unlink()
     before = contents(copy)
     with pytest.raises(DistillError, match=line):
@@ -119,7 +119,7 @@ def test_values_that_change_the_result_are_listed_and_refused(copy, override, li
     assert contents(copy) == before
 
 
-def test_another_number_of_processes_is_refused_also_with_the_same_global_batch(copy, monkeypatch):
+def test_another_number_of_processes_is_refused_even_with_the_same_global_batch(copy, monkeypatch):
     monkeypatch.setattr(binding, "launch_values", lambda: {"number of processes": 2})
     before = contents(copy)
     with pytest.raises(DistillError, match=r"number of processes: 1 -> 2(.|\n)*Start as many processes as before"):
@@ -127,7 +127,7 @@ def test_another_number_of_processes_is_refused_also_with_the_same_global_batch(
     assert contents(copy) == before
 
 
-def test_values_that_cannot_change_the_result_are_taken_and_the_recipe_stays(copy, finished):
+def test_values_that_do_not_change_the_result_may_change_on_resume(copy, finished):
     written = (copy / "recipe.yaml").read_bytes()
     changes = [
         "train.logging_steps=2",
@@ -144,23 +144,25 @@ def test_values_that_cannot_change_the_result_are_taken_and_the_recipe_stays(cop
     assert result.models["student"]
 
 
-def test_without_its_recipe_file_a_run_goes_on_with_its_own_recipe(copy):
+def test_a_run_without_its_recipe_file_resumes_with_the_same_recipe(copy):
     (copy / "recipe.yaml").unlink()
     assert run_recipe(recipe(copy), resume=True).models["student"]
     assert yaml.safe_load((copy / "recipe.yaml").read_text())["train"]["max_steps"] == 4
 
 
-def test_a_finished_run_is_never_rewritten_and_another_recipe_is_refused(finished):
+def test_a_complete_run_is_never_rewritten_and_another_recipe_is_refused(finished):
     before = contents(finished)
     run_recipe(recipe(finished, "train.logging_steps=3"), resume=True)
     with pytest.raises(DistillError, match=r"train\.seed"):
         run_recipe(recipe(finished, "train.seed=7"), resume=True)
     after = contents(finished)
-    assert {k: v for k, v in after.items() if k != LOCK_FILE} == {k: v for k, v in before.items() if k != LOCK_FILE}
+    assert {key: value for key, value in after.items() if key != LOCK_FILE} == {
+        key: value for key, value in before.items() if key != LOCK_FILE
+    }
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "train: 5", "\x00"])
-def test_a_damaged_recipe_file_is_named_and_its_removal_helps(copy, text):
+def test_a_damaged_recipe_file_is_reported_with_a_remedy(copy, text):
     (copy / "recipe.yaml").write_text(text)
     with pytest.raises(DistillError, match=r"recipe.yaml is damaged(.|\n)*remove it and resume"):
         run_recipe(recipe(copy), resume=True)
@@ -177,11 +179,11 @@ def test_a_checkpoint_of_a_script_and_a_folder_without_any_record_are_refused(co
         run_recipe(recipe(copy), resume=True)
     (copy / "recipe.yaml").unlink()
     shutil.rmtree(copy / "checkpoint-2")
-    with pytest.raises(DistillError, match=r"no recipe\.yaml, and no checkpoint there records"):
+    with pytest.raises(DistillError, match=r"no recipe\.yaml, and none of its checkpoints records"):
         run_recipe(recipe(copy), resume=True)
 
 
-def test_where_the_best_checkpoint_is_exported_or_a_stream_is_read_less_is_free():
+def test_more_values_are_bound_if_the_best_checkpoint_is_exported_or_a_source_is_streamed():
     plain = result_values(recipe("x"))
     assert not {"train.save_steps", "train.output_dir", "train.dataloader_num_workers"} & plain.keys()
     best = recipe("x", "train.load_best_model_at_end=true", "train.dataloader_num_workers=2")
@@ -190,7 +192,7 @@ def test_where_the_best_checkpoint_is_exported_or_a_stream_is_read_less_is_free(
     assert result_values(best)["train.dataloader_num_workers"] == 2
 
 
-def test_every_key_that_is_free_is_a_key_of_train():
+def test_every_ignored_key_is_a_key_of_train():
     from hf_distill.recipe.losses import packaged_schema
     from hf_distill.runner import checkpoint_recipe as binding
 
