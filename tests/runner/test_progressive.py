@@ -185,7 +185,7 @@ def third(**stage):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"stages": CUT[:1]}, "give two or more stages"),
         ({"student": {"model": "org/y"}}, "the student of the last stage is used"),
@@ -204,7 +204,7 @@ def third(**stage):
             {"control": "direct"} | third(train={"per_device_train_batch_size": 1}),
             "all stages need the same batch size",
         ),
-        ({"control": "direct"} | third(student={"from_teacher": {"layers": [0]}}), "give keep_layers"),
+        ({"control": "direct"} | third(student={"from_teacher": {"layers": [0]}}), "use keep_layers"),
     ],
 )
 def test_invalid_stages_are_reported(changes, message):

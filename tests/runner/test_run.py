@@ -156,7 +156,7 @@ def test_text_from_a_local_file_is_read(folder, tmp_path):
     ("override", "message"),
     [
         ("data.task.path=missing.jsonl", "no file 'missing.jsonl'"),
-        ("data.task.path=package:nothing", "no packaged text"),
+        ("data.task.path=package:nothing", "not a packaged text"),
         ("data.task={path: text.jsonl, column: body}", "no column 'body'"),
         ("data.eval={holdout: 0.999}", "leaves one side empty"),
         ("data.max_length=100000000", "fewer than max_length"),
@@ -269,7 +269,7 @@ def test_a_student_pruned_from_a_quantized_teacher_has_unquantized_weights(folde
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.deepspeed=zero2-student.json"], "train.deepspeed needs a launcher: torchrun"),
+        (["train.deepspeed=zero2-student.json"], "train.deepspeed needs a launcher: run torchrun"),
         (["train.fsdp=true"], "train.fsdp shards the student over two or more processes; this run has no launcher"),
         (["train.fsdp=true", "train.deepspeed=zero2-student.json"], "exclude each other"),
         (["train.fsdp=true"], "not possible for a student pruned from its teacher"),
