@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from math import isnan
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from transformers import TrainingArguments
 
@@ -150,6 +150,8 @@ class DistillArguments:
         for item in fields(self):
             value, default = getattr(self, item.name, None), item.default
             if item.name in distill_names or isinstance(default, bool) or not isinstance(default, int | float):
+                continue
+            if list in get_args(item.type):  # a schedule, which the config of the field checks
                 continue
             if isinstance(value, str | list | dict) or (isinstance(value, float) and isnan(value)):
                 problems.append(f"{item.name} is {value!r}; it must be a number (the default is {default!r})")
