@@ -29,14 +29,9 @@ CAPACITY_GAP_KL_NATS, CAPACITY_GAP_NLL_NATS = 0.3, 0.15  # nats/token: KL to the
 MIN_TEACHER_TAIL_MASS, MIN_TAIL_RATIO = 0.01, 0.35  # mass of the teacher's tail; student's tail mass / teacher's
 MIN_ENTROPY_RATIO = 0.5  # student's entropy / teacher's
 
-TEACHER_VERDICTS = (
-    "temperature_too_high",
-    "temperature_too_low",
-    "alpha_too_high",
-    "alpha_too_low",
-    "capacity_gap",
-)  # need alpha > 0
-TRAINING_VERDICTS = ("under_trained", "capacity_gap")  # need a training log
+# Verdicts that require alpha > 0, and verdicts that require a training log.
+TEACHER_VERDICTS = ("temperature_too_high", "temperature_too_low", "alpha_too_high", "alpha_too_low", "capacity_gap")
+TRAINING_VERDICTS = ("under_trained", "capacity_gap")
 KL_INCREASED = "kl_increased"
 
 

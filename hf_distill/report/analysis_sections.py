@@ -31,11 +31,11 @@ def inspection(run: Run) -> Section:
     values = read_json(run.folder / "inspection.json")
     if not values:
         return _missing(run, "measures of the teacher's soft labels", "inspection.json")
-    masses = ", ".join(f"the likeliest {k} ids have {share:.1%} of the mass" for k, share in values["mass"].items())
+    counts, masses = ", ".join(values["mass"]), ", ".join(f"{share:.1%}" for share in values["mass"].values())
     text = [
         f"Over {values['tokens']:,} held-out tokens the entropy is {values['entropy']:.2f} nats "
-        f"({values['entropy_bits']:.2f} bits) per token; {masses}; the teacher's likeliest id is the label for "
-        f"{values['accuracy']:.1%} of the tokens.",
+        f"({values['entropy_bits']:.2f} bits) per token, the mass of the likeliest {counts} ids is {masses}, and the "
+        f"likeliest id is the label for {values['accuracy']:.1%} of the tokens.",
         *values["advice"],
     ]
     figures = [

@@ -109,9 +109,7 @@ def effect_of_temperature(inspection: Mapping[str, Any]) -> Any:
     effects = inspection["by_temperature"]
     left.plot([e["temperature"] for e in effects], [e["entropy"] for e in effects], "o-", color=COLORS["teacher"])
     for k in effects[0]["mass"]:
-        right.plot(
-            [e["temperature"] for e in effects], [e["mass"][k] for e in effects], "o-", label=f"likeliest {k} ids"
-        )
+        right.plot([e["temperature"] for e in effects], [e["mass"][k] for e in effects], "o-", label=f"top {k}")
     for subplot in (left, right):
         subplot.set_xscale("log")
         _ticks(subplot, {e["temperature"] for e in effects})

@@ -125,7 +125,7 @@ def _summary(models: dict[str, dict[str, float]]) -> str:
     if "perplexity" in control:
         gain = 1 - after["perplexity"] / control["perplexity"]
         comparison = "better" if gain > 0 else "worse"
-        text += f", which is {abs(gain):.1%} {comparison} than the same student trained on hard labels only"
+        text += f", which is {abs(gain):.1%} {comparison} than that of the same student trained on hard labels only"
     return text + "."
 
 

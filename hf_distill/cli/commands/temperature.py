@@ -61,7 +61,7 @@ def temperature(
 
 def _table(result: Any) -> Table:
     """Return a table of all candidates, with the winner in bold."""
-    table = Table(title=f"Held-out rows, sorted by {result.by}", box=None, pad_edge=False)
+    table = Table(title=f"Held-out rows, the best candidate by {result.by} first", box=None, pad_edge=False)
     for heading in ("T", "alpha", "steps", "NLL", "KL to teacher", "agreement", ""):
         table.add_column(heading, justify="right" if heading else "left")
     for number, c in enumerate(result.candidates):
