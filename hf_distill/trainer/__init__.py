@@ -6,8 +6,8 @@ Names are imported when they are first used, so that the package can be imported
 from importlib import import_module
 
 _HOME = {
+    "DistillArguments": "config",
     "DistillConfig": "config",
-    "DistillFields": "config",
     "DistillMixin": "trainer",
     "DistillTrainer": "trainer",
 }
