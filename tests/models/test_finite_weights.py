@@ -54,7 +54,7 @@ def merged_adapter(value, folder):
         if "lora_" in name:
             weight.data.fill_(100.0)
     adapters.save_pretrained(folder)
-    factory = SimpleNamespace(_base=lambda *args, **kwargs: base, _base_student=lambda *args, **kwargs: base)
+    factory = SimpleNamespace(_base_student=lambda *args, **kwargs: base)
     return lambda: ModelFactory.merge(factory, folder, None)
 
 

@@ -206,7 +206,7 @@ def test_no_divergence_takes_more_temporaries_than_the_fused_loss_reserves():
         teacher_logits = LazyLogits(torch.randn(len(targets), 8), torch.randn(97, 8))
         head = fused.ChunkedLoss(teacher_logits, targets, objective(0.5, 2.0, name, ()), statistics_every=1)
         head.from_hidden(LazyLogits(hidden, weight))
-        max_temporaries = max(max_temporaries, len(head._scratch._kept))
+        max_temporaries = max(max_temporaries, len(head._buffer_pool._buffers))
     assert max_temporaries == fused.MAX_TEMPORARIES
 
 
