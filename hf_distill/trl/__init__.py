@@ -1,4 +1,4 @@
-"""TRL's trainers with a teacher: supervised fine-tuning, and on-policy distillation with TRL's generation."""
+"""Distillation in TRL's trainers: supervised fine-tuning, and on-policy distillation with TRL's generation."""
 
 from ..errors import require_package
 

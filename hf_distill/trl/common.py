@@ -1,4 +1,4 @@
-"""What both of TRL's trainers need: its names of metrics, adapters on the head."""
+"""What both TRL trainers share: TRL's metric names, refused options, and adapters on the output head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,25 +9,27 @@ from ..trainer.trainer import DistillMixin
 
 
 class TRLMixin(DistillMixin):
-    """`DistillMixin` for a trainer of TRL: what TRL logs of the student keeps its name."""
+    """`DistillMixin` for TRL's trainers; the student's metrics keep the names that TRL logs."""
 
     _is_vlm: bool
     loads_models = True
 
     def incompatible_arguments(self) -> list[str]:
-        """As the mixin's; adapters that lengthen the rows, and rows with images."""
+        """Also return problems with adapters that lengthen the rows, and with rows that have images."""
         problems, configs = super().incompatible_arguments(), getattr(self.model, "peft_config", {})
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
             problems.append(
-                "prompt learning (prompt tuning, prefix tuning, P-tuning) puts virtual tokens before the rows, where "
-                "the teacher has none: use an adapter of weights, such as LoRA"
+                "prompt learning (prompt tuning, prefix tuning, P-tuning) prepends virtual tokens to the rows, which "
+                "the teacher does not have: use an adapter of weights, such as LoRA"
             )
         if self._is_vlm:
-            problems.append("images are not distilled: use a tokenizer as processing_class and rows of text")
+            problems.append(
+                "vision-language models are not supported: use a tokenizer as processing_class and rows of text"
+            )
         return problems
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """As the mixin's; and `mean_token_accuracy` and `entropy` of the student."""
+        """Also return `mean_token_accuracy` and `entropy` of the student."""
         means = super()._average_metrics(sums)
         if "accuracy" in sums:
             means["mean_token_accuracy"] = mean_of(sums["accuracy"], sums["measured"])
@@ -36,21 +38,22 @@ class TRLMixin(DistillMixin):
 
 
 @contextmanager
-def adapted_heads(module: Any, allowed: bool) -> Iterator[None]:
-    """While it lasts, the constructor in a module of TRL accepts an adapter on `lm_head`.
+def adapted_heads(module: Any, is_allowed: bool) -> Iterator[None]:
+    """Let a trainer's constructor in a TRL module accept an adapter on `lm_head` while the context lasts.
 
-    TRL refuses it because its losses multiply by `lm_head.weight` themselves. Ours run the head, adapter included.
+    TRL refuses such adapters because its losses multiply by `lm_head.weight` themselves. The losses of this package run
+    the output head with its adapter.
 
     Args:
-        module: which checks `isinstance(head, BaseTunerLayer)`, a name that it has where peft is installed.
-        allowed: False changes nothing.
+        module: the TRL module, which checks `isinstance(head, BaseTunerLayer)`; it has the name if peft is installed.
+        is_allowed: False changes nothing.
     """
-    checked = vars(module).get("BaseTunerLayer")
-    if checked is None or not allowed:
+    tuner_class = vars(module).get("BaseTunerLayer")
+    if tuner_class is None or not is_allowed:
         yield
         return
     module.BaseTunerLayer = ()  # no object is an instance of it
     try:
         yield
     finally:
-        module.BaseTunerLayer = checked
+        module.BaseTunerLayer = tuner_class

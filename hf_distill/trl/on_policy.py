@@ -1,4 +1,4 @@
-"""On-policy distillation: the student writes completions by TRL's generation, the teacher judges every token."""
+"""On-policy distillation: the student generates completions with TRL, and the teacher scores every token of them."""
 
 import math
 import random
@@ -24,14 +24,14 @@ from .teacher_arguments import resolve_teacher
 check_upstream("trl", DistillationTrainer, DISTILLATION_TRAINER)
 
 
-class _Generating(DistillationTrainer):
-    """`DistillationTrainer` without its teacher, at the temperature of sampling."""
+class _GenerationTrainer(DistillationTrainer):
+    """`DistillationTrainer` without its teacher, which generates at the sampling temperature."""
 
     is_distilling = False
     _signature_columns: Any
 
     def __init__(self, model: Any, args: Any, **kwargs):
-        # TRL reads one temperature, while it is built, for sampling and loss. The loss is not its own here.
+        # TRL's constructor reads one temperature for sampling and loss; here the loss has another one.
         loss_temperature, args.temperature = args.temperature, args.sampling_temperature
         try:
             with adapted_heads(trl.trainer.distillation_trainer, self.is_distilling):
@@ -40,29 +40,32 @@ class _Generating(DistillationTrainer):
             args.temperature = loss_temperature
 
 
-class OnPolicyDistillTrainer(TRLMixin, _Generating):
-    """`trl.DistillationTrainer`, its generation as it is, with any teacher and any objective.
+class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
+    """`trl.DistillationTrainer` with any teacher and any objective; its generation is unchanged.
 
-    L = sum over completion tokens of (alpha * T^2 * divergence + others) and, where the completion is the data set's,
-    (1 - alpha) * cross entropy; divided by the completion tokens of the global batch, generated ones included
+    L = [sum over completion tokens of (alpha * T^2 * divergence + other losses)
+         + sum over the data set's completion tokens of (1 - alpha) * cross entropy]
+        / completion tokens of the global batch, generated ones included
 
     Rows have `prompt` and, for on_policy_fraction < 1, `completion`; or `messages`, whose last turn is the completion.
-    In each step the student writes floor or ceil of the fraction of every rank's rows; which, follows from seed, step
-    and rank. Evaluation asks the data set's completions where the rows have them, and else generates; rows with
-    `input_ids` and `labels` are evaluated as they are.
+    In each step the student generates completions for a fraction of every rank's rows, rounded down or up; seed, step
+    and rank determine the rows. Evaluation uses the data set's completions if the rows have them, and generates
+    completions otherwise; rows with `input_ids` and `labels` are evaluated as they are.
 
-    Private methods of TRL that are overridden, see `upstream`: `_generate_and_score_completions` chooses the rows,
-    `_generate_single_turn` generates those only, `_set_signature_columns_if_needed` keeps the column `completion`.
-    Public ones beside `DistillMixin`'s: none but `compute_loss`, which turns TRL's batch into ids and labels.
+    Overridden private methods of TRL (see `trainer/upstream.py`): `_generate_and_score_completions` chooses the rows,
+    `_generate_single_turn` generates for these rows only, `_set_signature_columns_if_needed` keeps the column
+    `completion`. The only overridden public method besides those of `DistillMixin` is `compute_loss`, which turns TRL's
+    batch into ids and labels.
 
     Args:
         model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
         args: an `OnPolicyDistillConfig`.
         teacher: a model, the id or path of one, or a `Teacher`.
-        everything else: as in `DistillationTrainer`, by name.
+        kwargs: keyword arguments of `DistillationTrainer`.
 
     Raises:
-        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+        DistillError: teacher and student do not fit, or an argument does not work with distillation; the message lists
+            the reasons.
     """
 
     def __init__(self, model: Any, args: OnPolicyDistillConfig | None = None, *, teacher: Any = None, **kwargs):
@@ -71,9 +74,11 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         if not isinstance(args, OnPolicyDistillConfig):
             problems.append(f"args is a {type(args).__name__}: use OnPolicyDistillConfig")
         elif args.alpha == 0 and not args.losses:
-            problems.append("alpha is 0 and there are no losses, so nothing of the teacher's is learnt: use SFTTrainer")
+            problems.append(
+                "alpha is 0 and there are no `losses`, so the student learns nothing from the teacher: use SFTTrainer"
+            )
         if kwargs.pop("teacher_model", None) is not None:
-            problems.append("teacher_model is TRL's name: pass the teacher as `teacher=`")
+            problems.append("teacher_model is TRL's argument: pass the teacher as `teacher=`")
         with collect_errors(problems):
             teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
         if teacher is None and kwargs.get("teachers") is None:
@@ -82,29 +87,33 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
                 "teacher_model_name_or_path"
             )
         raise_if_any(problems)
-        self._given: list[dict | None] | None = None
+        self._completed_rows: list[dict | None] | None = None  # None for each row that the student completes
         for name in ("train_dataset", "eval_dataset"):
-            kwargs[name] = _prompted(kwargs.get(name), name)
+            kwargs[name] = _with_prompts(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
 
     def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
-        """As the mixin's; vLLM can be sent the student's weights alone."""
+        """Also check that vLLM gets no weights but the student's.
+
+        Raises:
+            DistillError: vLLM is used, and the losses have projectors or learned layers.
+        """
         super()._set_objective(fields, renew)
         if self.args.use_vllm and self._sidecar is not None:
             raise DistillError(
-                "use_vllm sends every parameter of the student to vLLM, the projectors of `losses` included, which it "
-                "does not know: use losses without projectors or learned layers, or generate with transformers."
+                "use_vllm sends every parameter of the student to vLLM, including the projectors of `losses`, which "
+                "vLLM does not have: use losses without projectors or learned layers, or generate with transformers."
             )
 
     def incompatible_arguments(self) -> list[str]:
-        """Rows and tools that cannot be had both ways."""
-        problems, mixed = super().incompatible_arguments(), self.args.mixes
-        if mixed and self.tools:
+        """Also return problems with rows and tools if only a part of the completions is generated."""
+        problems, is_mixed = super().incompatible_arguments(), self.args.is_mixed
+        if is_mixed and self.tools:
             problems.append(
                 "tools would be called for the data set's completions too: use on_policy_fraction=1, or no tools"
             )
         columns = getattr(self.train_dataset, "column_names", None)
-        if mixed and isinstance(columns, list) and "completion" not in columns:
+        if is_mixed and isinstance(columns, list) and "completion" not in columns:
             problems.append(
                 f"on_policy_fraction is {self.args.on_policy_fraction}, but train_dataset has no column `completion`, "
                 f"only {sorted(columns)}: add it, or use on_policy_fraction=1"
@@ -115,10 +124,11 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, "completion"])]
 
-    def _own_rows(self, rows: list[dict]) -> list[bool]:
-        """Which rows of this rank's batch the student completes; as many on every rank, so that all generate or none.
+    def _rows_to_generate(self, rows: list[dict]) -> list[bool]:
+        """Choose the rows of this rank's batch for which the student generates completions.
 
-        Equal for equal seed, step and rank; the share is exact over the steps.
+        Their number is the same on every rank, so that all ranks generate or none does. The choice depends on seed,
+        step and rank, and the share is exact over the steps.
         """
         if not self.model.training:
             return ["completion" not in row or bool(self.tools) for row in rows]
@@ -127,7 +137,7 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
             math.floor(schedule_integral(self.args.fraction, i / steps) * steps * count + 1e-6)
             for i in (step, step + 1)
         )
-        draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")  # noqa: S311  of rows, no secret
+        draw = random.Random(f"{self.args.seed}-{step}-{self.args.process_index}")  # noqa: S311  chooses rows, no secret
         chosen = draw.sample(range(count), after - before)
         return [i in chosen for i in range(count)]
 
@@ -135,71 +145,77 @@ class OnPolicyDistillTrainer(TRLMixin, _Generating):
         if "labels" in inputs[0] and not self.model.training:
             batch = Collator(self._tokenizer.pad_token_id, self.sources)(inputs)
             return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        own = self._own_rows(inputs)
-        self._given = [None if mine else row for mine, row in zip(own, inputs, strict=True)]
+        is_generated = self._rows_to_generate(inputs)
+        self._completed_rows = [None if each else row for each, row in zip(is_generated, inputs, strict=True)]
         batch = super()._generate_and_score_completions(inputs)
-        batch["has_labels"] = ~torch.tensor(own, device=self.accelerator.device)
+        batch["has_labels"] = ~torch.tensor(is_generated, device=self.accelerator.device)
         if "source" in inputs[0]:
             batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
         return batch
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *more, **kwargs) -> list[list[int]]:
-        """As TRL's, for the rows that the student completes; later turns of tools are its own altogether."""
-        given, self._given = self._given or [None] * len(prompt_ids), None
-        own = [ids for ids, row in zip(prompt_ids, given, strict=True) if row is None]
-        written = iter(super()._generate_single_turn(own, *more, **kwargs) if own else ())
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args, **kwargs) -> list[list[int]]:
+        """Generate for the rows that the student completes; after a tool call, for all rows."""
+        rows, self._completed_rows = self._completed_rows or [None] * len(prompt_ids), None
+        prompts = [ids for ids, row in zip(prompt_ids, rows, strict=True) if row is None]
+        generated = iter(super()._generate_single_turn(prompts, *args, **kwargs) if prompts else ())
         return [
-            next(written) if row is None else self._completion(row, ids)
-            for ids, row in zip(prompt_ids, given, strict=True)
+            next(generated) if row is None else self._completion(row, ids)
+            for ids, row in zip(prompt_ids, rows, strict=True)
         ]
 
     def _completion(self, row: dict, prompt_ids: list[int]) -> list[int]:
-        """The data set's completion of a row, as ids that follow those of its prompt; ended as SFTTrainer ends it."""
+        """Return the ids of the data set's completion of a row, which ends as in SFTTrainer.
+
+        Raises:
+            DistillError: prompt and completion do not begin with the ids of the prompt, or the completion is empty.
+        """
         if is_conversational(row):
-            whole = self.processing_class.apply_chat_template(
+            full_ids = self.processing_class.apply_chat_template(
                 row["prompt"] + row["completion"], tokenize=True, return_dict=True, **self.chat_template_kwargs
             )["input_ids"]
         else:
             end = self._tokenizer.eos_token
             text = row["completion"] if row["completion"].endswith(end) else row["completion"] + end
-            whole = self.processing_class(text=row["prompt"] + text)["input_ids"]
-            if whole[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
-                whole = prompt_ids + self.processing_class(text=text, add_special_tokens=False)["input_ids"]
-        completion = whole[len(prompt_ids) :][: self.max_completion_length]
-        if whole[: len(prompt_ids)] != prompt_ids or not completion:
+            full_ids = self.processing_class(text=row["prompt"] + text)["input_ids"]
+            if full_ids[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
+                full_ids = prompt_ids + self.processing_class(text=text, add_special_tokens=False)["input_ids"]
+        completion = full_ids[len(prompt_ids) :][: self.max_completion_length]
+        if full_ids[: len(prompt_ids)] != prompt_ids or not completion:
             raise DistillError(
-                f"The chat template does not continue the prompt by the completion {row['completion']!r}, or it is "
-                "empty: the student would learn another context than the one it generates from. Use a template "
-                "that renders a prompt the same way with and without its answer, or on_policy_fraction=1."
+                f"The chat template does not continue the prompt by the completion {row['completion']!r}, or the "
+                "completion is empty: the student would be trained on another context than the one it generates from. "
+                "Use a template that renders a prompt the same way with and without its answer, or "
+                "on_policy_fraction=1."
             )
         return completion
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective over completions; see the class. `num_items_in_batch` is TRL's count of the batch it made."""
+        """Compute the objective over completions; the divisor is TRL's count of completion tokens, see the class."""
         items = inputs["num_items_in_batch"] if model.training else None
         if items is not None and not self.args.average_tokens_across_devices:
             items = items / self.accelerator.num_processes
-        rows = inputs if "labels" in inputs else _as_rows(inputs)
+        rows = inputs if "labels" in inputs else _join_completions(inputs)
         return super().compute_loss(model, rows, return_outputs, items)
 
 
-def _prompted(rows: Any, name: str) -> Any:
-    """Data sets with prompts, from whatever TRL takes as one."""
+def _with_prompts(rows: Any, name: str) -> Any:
+    """Make prompts and completions of the data sets that TRL accepts: one, or several in a dict."""
     if isinstance(rows, dict):
-        return {key: _prompted(part, f"{name}[{key!r}]") for key, part in rows.items()}
-    tokens = name.startswith("eval") and {"input_ids", "labels"} <= {*(getattr(rows, "column_names", None) or ())}
-    return rows if tokens or not hasattr(rows, "column_names") else prompt_rows(rows, name)
+        return {key: _with_prompts(part, f"{name}[{key!r}]") for key, part in rows.items()}
+    columns = {*(getattr(rows, "column_names", None) or ())}
+    is_tokenized = name.startswith("eval") and {"input_ids", "labels"} <= columns
+    return rows if is_tokenized or not hasattr(rows, "column_names") else prompt_rows(rows, name)
 
 
-def _as_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """TRL's prompts [B, P] and completions [B, C] as right-padded ids, mask and labels, [B, S]."""
-    asked = batch["completion_mask"] * batch.get("tool_mask", 1)
-    asked = torch.cat([torch.zeros_like(batch["prompt_mask"]), asked], 1)
+def _join_completions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join TRL's prompts [B, P] and completions [B, C] to right-padded ids, mask and labels, [B, S]."""
+    is_target = batch["completion_mask"] * batch.get("tool_mask", 1)
+    is_target = torch.cat([torch.zeros_like(batch["prompt_mask"]), is_target], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask, ids, asked = flush_left(mask, ids, asked)
-    labels = ids.masked_fill(asked == 0, IGNORE_INDEX)
+    mask, ids, is_target = flush_left(mask, ids, is_target)
+    labels = ids.masked_fill(is_target == 0, IGNORE_INDEX)
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "has_labels": batch["has_labels"]}
     return rows | ({"source": batch["source"][:, None].expand_as(ids)} if "source" in batch else {})

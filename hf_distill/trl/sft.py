@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with a teacher: TRL's data formats, chat templates and packing under the objective."""
+"""Supervised fine-tuning with a teacher: TRL's data formats, chat templates and packing with distillation losses."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from .teacher_arguments import TeacherArguments, resolve_teacher
 
 @dataclass
 class DistillSFTConfig(DistillArguments, TeacherArguments, SFTConfig):
-    """`trl.SFTConfig`, with TRL's defaults, and the fields of a distillation.
+    """`trl.SFTConfig`, with TRL's defaults, and the fields of `DistillArguments`.
 
     Every field can be set from a command line through `HfArgumentParser` or `TrlParser`.
     """
@@ -36,46 +36,47 @@ class DistillSFTConfig(DistillArguments, TeacherArguments, SFTConfig):
 
 
 class _SFTTrainer(SFTTrainer):
-    """`SFTTrainer`, which takes an adapter on the head where it distils."""
+    """`SFTTrainer` that accepts an adapter on the output head if there is a teacher."""
 
     is_distilling = False
 
-    def __init__(self, model: Any, args: Any = None, *more, **kwargs):
+    def __init__(self, model: Any, args: Any = None, *positional, **kwargs):
         with adapted_heads(trl.trainer.sft_trainer, self.is_distilling):
-            super().__init__(model, args, *more, **kwargs)
+            super().__init__(model, args, *positional, **kwargs)
 
 
 class DistillSFTTrainer(TRLMixin, _SFTTrainer):
     """`trl.SFTTrainer` with a teacher.
 
-    Without one, or with alpha = 0 and no further losses, it is `SFTTrainer`, bit for bit. With one the rows that
-    `SFTTrainer` prepares have the loss of `DistillTrainer`. Overridden beside what `DistillMixin` overrides:
-    `compute_loss` and `log`, which count `num_tokens`.
+    Without a teacher, or with alpha = 0 and no further losses, it trains exactly as `SFTTrainer` does. With a teacher,
+    the rows that `SFTTrainer` prepares are trained with the loss of `DistillTrainer`. It overrides the methods that
+    `DistillMixin` overrides, and `compute_loss` and `log`, which count `num_tokens`.
 
     Args:
         model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
         args: a `DistillSFTConfig`, or plain `SFTConfig` (then the defaults: temperature 2, alpha 0.5).
-        teacher: a model, the id or path of one, or a `Teacher`; None: the one that `teacher_model_name_or_path` names;
-            without either it trains on the hard labels alone.
-        everything else: as in `SFTTrainer`, in its place.
+        teacher: a model, the id or path of one, or a `Teacher`; None: that of `args.teacher_model_name_or_path`, or no
+            teacher, so that only the hard labels are used.
+        positional, kwargs: further arguments of `SFTTrainer`.
 
     Raises:
-        DistillError: teacher and student do not fit, or an argument cannot work with distillation; says why.
+        DistillError: teacher and student do not fit, or an argument does not work with distillation; the message lists
+            the reasons.
     """
 
-    def __init__(self, model: Any, args: Any = None, *more, teacher: Any = None, **kwargs):
+    def __init__(self, model: Any, args: Any = None, *positional, teacher: Any = None, **kwargs):
         if isinstance(args, DistillArguments) and not isinstance(args, SFTConfig):
             raise DistillError(
-                f"args is a {type(args).__name__}, whose fields SFTTrainer does not know: use DistillSFTConfig."
+                f"args is a {type(args).__name__}, which lacks the fields of SFTConfig: use DistillSFTConfig."
             )
-        self._tokens_seen: Any = 0
+        self._num_tokens: Any = 0
         teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
-        super().__init__(model, args, *more, teacher=teacher, **kwargs)
+        super().__init__(model, args, *positional, teacher=teacher, **kwargs)
 
     def setup_distillation(self, teacher: Teacher, fields: DistillArguments) -> None:
-        """As the mixin's; the coefficient of a router's loss is TRL's, and packed documents must be kept apart."""
+        """Also set TRL's coefficient of the router loss, and check that packed documents do not see each other."""
         model: Any = unwrap_model(self.model)
-        if hasattr(model, "router_aux_loss_coef"):  # which the model's own forward multiplies by
+        if hasattr(model, "router_aux_loss_coef"):  # the factor in the forward of the model
             model.router_aux_loss_coef = self.router_aux_loss_coef
         super().setup_distillation(teacher, fields)
         if self.padding_free:
@@ -85,39 +86,41 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
                 check_packed_attention(teacher.model, "teacher")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the mixin's; tokens of a batch that did not fit into memory are not counted."""
-        self._tokens_seen = 0
+        """Also reset the token count, so that tokens of a batch that did not fit into memory are not counted."""
+        self._num_tokens = 0
         return super()._inner_training_loop(*args, **kwargs)
 
     def incompatible_arguments(self) -> list[str]:
-        """Arguments of SFTTrainer that would change the objective or the rows behind the teacher's back."""
+        """Also return arguments of SFTTrainer that change the loss or the rows in ways that distillation ignores."""
         problems, args = super().incompatible_arguments(), self.args
         if args.loss_type != "nll":
             problems.append(
-                f"loss_type={args.loss_type!r} rewrites the cross entropy, and the hard labels of a distillation are "
-                "plain: use loss_type='nll', or register a loss with @hf_distill.loss and name it in `losses`"
+                f"loss_type={args.loss_type!r} rewrites the cross entropy, and distillation uses the plain cross "
+                "entropy for hard labels: use loss_type='nll', or register a loss with @hf_distill.loss and name it in "
+                "`losses`"
             )
         if args.eval_packing and not self.padding_free and args.packing_strategy != "wrapped":
             problems.append(
-                "eval_packing=True without padding-free training: TRL's collator then gives no positions, and packed "
-                "documents would see each other: set eval_packing=False, or packing=True with packing_strategy='bfd'"
+                "eval_packing=True without padding-free training: TRL's collator then returns no position_ids, so "
+                "that packed documents would see each other: set eval_packing=False, or packing=True with "
+                "packing_strategy='bfd'"
             )
         return problems
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective, see `DistillMixin.compute_loss`; counts the tokens that the student sees."""
+        """Compute the objective, see `DistillMixin.compute_loss`, and count the tokens that the student reads."""
         if self.is_distilling and model.training:
             mask = inputs.get("attention_mask")
-            self._tokens_seen = self._tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
+            self._num_tokens = self._num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As SFTTrainer's; `num_tokens` is summed over ranks here, not in every micro-batch."""
+        """Log as SFTTrainer does; `num_tokens` is summed over ranks here, not in every micro-batch."""
         if self.is_distilling and "loss" in logs:
-            seen = torch.as_tensor(self._tokens_seen, device=self.args.device)
-            self._total_train_tokens += int(self.accelerator.reduce(seen, "sum")) // self._tp_size
-            self._tokens_seen = 0
+            num_tokens = torch.as_tensor(self._num_tokens, device=self.args.device)
+            self._total_train_tokens += int(self.accelerator.reduce(num_tokens, "sum")) // self._tp_size
+            self._num_tokens = 0
             logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)

@@ -1,4 +1,4 @@
-"""TRL's arguments that name a teacher, so that the command line of a ported script stays as it is."""
+"""TRL's arguments for the teacher, so that the command line of a ported script does not change."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,29 +10,29 @@ from ..trainer.config import DistillArguments
 
 @dataclass
 class TeacherArguments:
-    """The fields that `GKDConfig` and `DistillationConfig` have for a teacher."""
+    """The fields of `GKDConfig` and `DistillationConfig` that select the teacher."""
 
     teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Id or path of the teacher; used where the trainer is given no `teacher`."}
+        default=None, metadata={"help": "Id or path of the teacher; used if no `teacher` is passed to the trainer."}
     )
     teacher_model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
     )
     teacher_model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained for the teacher: a dict, or its JSON."}
+        default=None, metadata={"help": "Arguments of from_pretrained for the teacher, as a dict or its JSON."}
     )
 
 
 def resolve_teacher(args: Any, teacher: Any, teachers: Any = None) -> Any:
-    """The teacher that a trainer of TRL's with these arguments has; how to load it goes to `teacher_init_kwargs`.
+    """Return the teacher of a TRL trainer; loading options of the arguments are moved to `teacher_init_kwargs`.
 
     Args:
-        args: the trainer's arguments; None, or without these fields: the teacher as it is given.
-        teacher: as given to the trainer: a model, its id or path, a `Teacher`, or None.
-        teachers: several of them, which the arguments do not describe.
+        args: the trainer's arguments; if None, or without the fields of `TeacherArguments`, `teacher` is returned.
+        teacher: the `teacher` argument of the trainer: a model, its id or path, a `Teacher`, or None.
+        teachers: the `teachers` argument of the trainer; the arguments do not apply to several teachers.
 
     Raises:
-        DistillError: the arguments describe another teacher than the one given, or how to load one that is loaded.
+        DistillError: the arguments name another teacher, or have loading options for a teacher that is loaded.
     """
     name = getattr(args, "teacher_model_name_or_path", None)
     if isinstance(teacher, str) and name is not None and teacher != name:
@@ -47,8 +47,9 @@ def resolve_teacher(args: Any, teacher: Any, teachers: Any = None) -> Any:
     if teacher is not None and not isinstance(teacher, str):
         if kwargs:
             raise DistillError(
-                f"teacher_model_init_kwargs and teacher_model_revision say how to load a teacher, {kwargs}, but a "
-                f"{type(teacher).__name__} was given: give its id or path instead, or load it with them yourself."
+                f"teacher_model_init_kwargs and teacher_model_revision say how to load a teacher, {kwargs}, but the "
+                f"teacher is a {type(teacher).__name__}, which is already loaded: give its id or path instead, or load "
+                "it with these arguments yourself."
             )
         return teacher
     teacher = name if teacher is None else teacher
@@ -58,11 +59,11 @@ def resolve_teacher(args: Any, teacher: Any, teachers: Any = None) -> Any:
         return teacher
     if not isinstance(args, DistillArguments):
         return FrozenTeacher(teacher, **kwargs)
-    given: Any = args.teacher_init_kwargs or {}
-    if differing := sorted(key for key in kwargs.keys() & given.keys() if kwargs[key] != given[key]):
+    init_kwargs: Any = args.teacher_init_kwargs or {}
+    if differing := sorted(key for key in kwargs.keys() & init_kwargs.keys() if kwargs[key] != init_kwargs[key]):
         raise DistillError(
             f"{', '.join(differing)} of the teacher has one value in teacher_init_kwargs and another in "
-            "teacher_model_init_kwargs, teacher_model_revision or trust_remote_code: give one of them."
+            "teacher_model_init_kwargs, teacher_model_revision or trust_remote_code: set it once."
         )
-    args.teacher_init_kwargs = kwargs | given
+    args.teacher_init_kwargs = kwargs | init_kwargs
     return teacher

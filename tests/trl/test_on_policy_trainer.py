@@ -47,41 +47,44 @@ def make(tmp_path, smollm2_tokenizer):
 
 def batches_of(trainer):
     """The batches that a run is trained on, as rows."""
-    from hf_distill.trl.on_policy import _as_rows
+    from hf_distill.trl.on_policy import _join_completions
 
-    kept, own = [], trainer.compute_loss
+    batches, compute_loss = [], trainer.compute_loss
 
-    def spy(model, inputs, *more, **kwargs):
-        kept.append(_as_rows(inputs) | {"items": inputs["num_items_in_batch"]})
-        return own(model, inputs, *more, **kwargs)
+    def record_batch(model, inputs, *more, **kwargs):
+        batches.append(_join_completions(inputs) | {"items": inputs["num_items_in_batch"]})
+        return compute_loss(model, inputs, *more, **kwargs)
 
-    trainer.compute_loss = spy
+    trainer.compute_loss = record_batch
     trainer.train()
-    return kept
+    return batches
 
 
 def logged(trainer, *names):
     return [[log[name] for name in names] for log in trainer.state.log_history if "loss" in log]
 
 
-def test_reverse_kl_on_generated_completions_is_trls(make):
+def test_reverse_kl_on_generated_completions_equals_that_of_trl(make):
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3)
     theirs = make(cls=DistillationTrainer, config=DistillationConfig, temperature=1.0, **options)
     theirs.train()
     ours = make(**options)  # built last, for the random numbers of the generation
     ours.train()
     names = ("loss", "grad_norm", "entropy", "completions/mean_length", "num_tokens")
-    for found, expected in zip(logged(ours, *names), logged(theirs, *names), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+    for results, expected in zip(logged(ours, *names), logged(theirs, *names), strict=True):
+        assert results == pytest.approx(expected, rel=1e-5)
 
 
 def naive(trainer, batch, alpha, temperature):
-    """The objective of a batch and the norm of its gradient, from whole logits."""
+    """The objective of a batch and the norm of its gradient, from materialized logits."""
     student, teacher = trainer.model, trainer.teacher.model
     student.zero_grad()
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
-    s, t = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double() for m in (student, teacher))
-    log_s, log_t = (torch.log_softmax(z / temperature, -1) for z in (s, t))
+    s, t = (
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double()
+        for model in (student, teacher)
+    )
+    log_s, log_t = (torch.log_softmax(logits / temperature, -1) for logits in (s, t))
     soft = temperature**2 * (log_s.exp() * (log_s - log_t)).sum(-1)
     hard = -torch.log_softmax(s, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     hard = hard * batch["has_labels"][:, None]
@@ -90,17 +93,17 @@ def naive(trainer, batch, alpha, temperature):
     return loss.item(), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
 
 
-def test_hard_labels_stand_on_the_rows_of_the_data_set_alone(make):
+def test_only_rows_of_the_data_set_have_hard_labels(make):
     trainer = make(on_policy_fraction=0.5, alpha=0.4, temperature=2.0, max_steps=1, learning_rate=0.0)
     (batch,) = batches_of(trainer)
     assert batch["has_labels"].sum() == 2
     assert int(batch["items"]) == int((batch["labels"] != -100).sum())
-    (found,) = logged(trainer, "loss", "grad_norm")
-    assert found == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)
+    (results,) = logged(trainer, "loss", "grad_norm")
+    assert results == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [ROWS, TEXT], ids=["messages", "text"])
-def test_without_generation_it_is_the_loss_of_supervised_rows(make, rows):
+def test_without_generation_the_loss_equals_that_of_sft(make, rows):
     options = dict(max_steps=1, per_device_train_batch_size=12, alpha=0.5, temperature=2.0, divergence="js")
     options["learning_rate"] = 0.0
     ours = make(rows, on_policy_fraction=0.0, max_completion_length=64, **options)
@@ -112,55 +115,55 @@ def test_without_generation_it_is_the_loss_of_supervised_rows(make, rows):
     assert ours.evaluate()["eval_loss"] == pytest.approx(supervised.evaluate()["eval_loss"], rel=1e-4)
 
 
-def test_accumulation_changes_nothing(make):
-    found = []
+def test_gradient_accumulation_does_not_change_the_loss(make):
+    results = []
     for micro, pieces in ((4, 1), (2, 2), (1, 4)):
         options = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=pieces, max_steps=1)
         trainer = make(on_policy_fraction=0.5, alpha=0.5, folder=f"{micro}", **options)
         trainer.train()
-        found += logged(trainer, "loss", "soft_loss", "hard_loss", "grad_norm")
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[2] == pytest.approx(found[0], rel=1e-5)
+        results += logged(trainer, "loss", "soft_loss", "hard_loss", "grad_norm")
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
 
 
-def test_the_share_of_generated_rows_is_exact_and_follows_from_the_seed(make):
-    trainer, other = (make(on_policy_fraction=0.3, seed=seed, folder=str(seed)) for seed in (1, 2))
+def test_the_share_of_generated_rows_is_exact_and_depends_on_the_seed(make):
+    trainer, other_seed_trainer = (make(on_policy_fraction=0.3, seed=seed, folder=str(seed)) for seed in (1, 2))
     chosen = {}
-    for name, one in (("own", trainer), ("again", trainer), ("other", other)):
+    for name, one in (("first", trainer), ("again", trainer), ("other", other_seed_trainer)):
         chosen[name] = []
         for step in range(10):
             one.state.global_step = step
-            chosen[name].append(one._own_rows(ROWS[:4]))
-    assert sum(map(sum, chosen["own"])) == 12
-    assert {sum(rows) for rows in chosen["own"]} == {1, 2}
-    assert chosen["own"] == chosen["again"] != chosen["other"]
+            chosen[name].append(one._rows_to_generate(ROWS[:4]))
+    assert sum(map(sum, chosen["first"])) == 12
+    assert {sum(rows) for rows in chosen["first"]} == {1, 2}
+    assert chosen["first"] == chosen["again"] != chosen["other"]
 
 
 def test_a_schedule_of_the_share_is_followed(make):
     trainer = make(on_policy_fraction=[[0.0, 0.0], [0.5, 1.0]], max_steps=20)
     trainer.state.max_steps = 20
-    written = []
+    num_generated = []
     for step in range(20):
         trainer.state.global_step = step
-        written.append(sum(trainer._own_rows(ROWS[:4])))
-    assert written[0] == 0
-    assert written[10:] == [4] * 10
-    assert sum(written[:10]) == 20
-    assert written[:10] == sorted(written[:10])
+        num_generated.append(sum(trainer._rows_to_generate(ROWS[:4])))
+    assert num_generated[0] == 0
+    assert num_generated[10:] == [4] * 10
+    assert sum(num_generated[:10]) == 20
+    assert num_generated[:10] == sorted(num_generated[:10])
 
 
-def test_conversations_are_prompts_and_their_last_turns(make):
+def test_a_conversation_is_split_into_prompt_and_last_turn(make):
     talks = [{"messages": row["prompt"] + row["completion"]} for row in ROWS]
     options = dict(on_policy_fraction=0.5, alpha=0.5, max_steps=2)
-    found = []
+    results = []
     for rows in (talks, ROWS):
-        trainer = make(rows, folder=f"{len(found)}", **options)
+        trainer = make(rows, folder=f"{len(results)}", **options)
         trainer.train()
-        found.append(logged(trainer, "loss", "grad_norm"))
-    assert found[0] == found[1]
+        results.append(logged(trainer, "loss", "grad_norm"))
+    assert results[0] == results[1]
 
 
-def test_evaluation_is_on_the_data_sets_completions_where_it_has_them(make, smollm2_tokenizer):
+def test_evaluation_uses_the_completions_of_the_data_set_if_there_are_any(make, smollm2_tokenizer):
     """Equal to DistillTrainer on the same answers as rows of tokens, and to those rows given as they are."""
     rows = tokenize_examples(Dataset.from_list(ROWS[:4]), smollm2_tokenizer, 64, assistant_only=False)
     trainer = make(on_policy_fraction=1.0, max_completion_length=64, per_device_eval_batch_size=4)
@@ -168,16 +171,16 @@ def test_evaluation_is_on_the_data_sets_completions_where_it_has_them(make, smol
     options |= dict(eval_dataset=rows, data_collator=Collator(0))
     plain = make(cls=DistillTrainer, config=DistillConfig, folder="plain", **options)
     names = ("eval_loss", "eval_perplexity", "eval_kl", "eval_agreement", "eval_hard_loss")
-    found, expected = trainer.evaluate(), plain.evaluate()
-    assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
+    results, expected = trainer.evaluate(), plain.evaluate()
+    assert [results[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
     trainer.args.remove_unused_columns = False
-    found = trainer.evaluate(rows)
-    assert [found[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
+    results = trainer.evaluate(rows)
+    assert [results[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS[:4]])
     assert trainer.evaluate(prompts)["eval_loss"] != pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
-def test_sampling_has_its_own_temperature(make):
+def test_sampling_and_loss_have_separate_temperatures(make):
     trainer = make(sampling_temperature=0.7, temperature=2.0)
     assert trainer.generation_config.temperature == 0.7
     assert trainer.args.temperature == trainer.distiller.terms[0].options["temperature"] == 2.0
@@ -200,7 +203,7 @@ def test_features_padded_vocabularies_and_adapters_on_the_head_work(make, smollm
     assert trainer.evaluate()["eval_kl"] > 0
 
 
-def test_a_resumed_run_is_the_straight_run(make, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(make, tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=2, on_policy_fraction=0.5, alpha=0.5)
     options |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     straight, resumed = make(**options), make(**options)
@@ -213,19 +216,19 @@ def test_a_resumed_run_is_the_straight_run(make, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": 0.5}, "hard labels stand in the data set's completions alone"),
-        ({"beta": 0.5, "on_policy_fraction": 2.0}, r"on_policy_fraction is 2.0.*; beta=0.5 is TRL's way"),
+        ({"alpha": 0.5}, "only the data set's completions have hard labels"),
+        ({"beta": 0.5, "on_policy_fraction": 2.0}, r"on_policy_fraction is 2.0.*; beta=0.5 is TRL's option"),
         ({"sampling_temperature": 0.0, "divergence": "kll"}, "Unknown loss 'kll'.*; sampling_temperature is 0.0"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "say how to load a teacher"),
-        ({"teacher_model": "x"}, "teacher_model is TRL's name"),
+        ({"teacher_model": "x"}, "teacher_model is TRL's argument"),
         ({"teacher": None}, "needs a teacher"),
-        ({"alpha": 0.0, "on_policy_fraction": 0.5}, "nothing of the teacher's is learnt"),
+        ({"alpha": 0.0, "on_policy_fraction": 0.5}, "learns nothing from the teacher"),
         ({"config": DistillationConfig}, "args is a DistillationConfig: use OnPolicyDistillConfig"),
         ({"rows": [{"prompt": "x"}] * 8, "on_policy_fraction": 0.5}, "train_dataset has no column `completion`"),
         ({"divergence": "js", "torch_compile": True}, "torch_compile would keep the head"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(make, options, message):
+def test_unsupported_arguments_are_refused_with_the_reason(make, options, message):
     with pytest.raises(DistillError, match=message):
         make(**options)
 
@@ -237,7 +240,7 @@ def test_a_completion_that_does_not_continue_its_prompt_is_refused(make, smollm2
         make(on_policy_fraction=0.0).train()
 
 
-def test_every_field_is_an_option_of_a_command_line(tmp_path):
+def test_every_field_can_be_set_from_the_command_line(tmp_path):
     words = [
         "--output_dir",
         str(tmp_path),

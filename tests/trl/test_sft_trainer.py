@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, HfArgumentParser, Mixtra
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.data import rows_of, training_template
+from hf_distill.data import tokenize_dataset, training_template
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 GENERATION = (
@@ -42,10 +42,10 @@ def make_sft(tmp_path, smollm2_tokenizer):
         fields = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"} | options
         args = config(str(tmp_path / folder), bf16=False, report_to="none", dataloader_pin_memory=False, **fields)
         data = Dataset.from_list(ROWS[rows] if isinstance(rows, str) else rows)
-        given = {"model": build("llama", 0, vocab=size, width=16), "processing_class": smollm2_tokenizer}
+        arguments = {"model": build("llama", 0, vocab=size, width=16), "processing_class": smollm2_tokenizer}
         if cls is DistillSFTTrainer:
-            given["teacher"] = build("llama", 1, layers=3, width=24, vocab=size)
-        return cls(args=args, train_dataset=data, eval_dataset=data.select(range(5)), **given | passed)
+            arguments["teacher"] = build("llama", 1, layers=3, width=24, vocab=size)
+        return cls(args=args, train_dataset=data, eval_dataset=data.select(range(5)), **arguments | passed)
 
     return make
 
@@ -57,15 +57,15 @@ def losses(trainer, *names):
 
 
 @pytest.mark.parametrize(("how", "packing"), [("no teacher", True), ("alpha 0", False)])
-def test_without_distilling_it_is_sft_trainer_bit_for_bit(make_sft, how, packing):
+def test_without_distillation_it_equals_sft_trainer_bit_for_bit(make_sft, how, packing):
     common = dict(packing=packing, max_length=64, gradient_accumulation_steps=2)
     plain = make_sft(cls=SFTTrainer, config=SFTConfig, **common)
     ours = make_sft(**common, **({"teacher": None} if how == "no teacher" else {"alpha": 0.0}))
     names = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
     assert losses(ours, *names) == losses(plain, *names)
-    told, expected = ours.evaluate(), plain.evaluate()
-    assert told.keys() == expected.keys()
-    assert (told["eval_loss"], told["eval_entropy"]) == (expected["eval_loss"], expected["eval_entropy"])
+    metrics, expected = ours.evaluate(), plain.evaluate()
+    assert metrics.keys() == expected.keys()
+    assert (metrics["eval_loss"], metrics["eval_entropy"]) == (expected["eval_loss"], expected["eval_entropy"])
     expected = plain.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in ours.model.state_dict().items())
 
@@ -100,11 +100,11 @@ def test_the_rows_that_trl_prepares_have_the_loss_of_distill_trainer(make_sft, t
         data_collator=ours.data_collator,
         processing_class=smollm2_tokenizer,
     )
-    for found, expected in zip(losses(ours), losses(plain), strict=True):
-        assert found == pytest.approx(expected, rel=1e-6)
+    for results, expected in zip(losses(ours), losses(plain), strict=True):
+        assert results == pytest.approx(expected, rel=1e-6)
 
 
-def test_assistant_only_loss_asks_the_assistants_tokens_alone(make_sft, smollm2_tokenizer, monkeypatch):
+def test_assistant_only_loss_has_only_assistant_tokens_as_targets(make_sft, smollm2_tokenizer, monkeypatch):
     monkeypatch.setattr(smollm2_tokenizer, "chat_template", GENERATION)
     trainer = make_sft(assistant_only_loss=True)
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -113,30 +113,30 @@ def test_assistant_only_loss_asks_the_assistants_tokens_alone(make_sft, smollm2_
     assert trainer.state.log_history[0]["soft_loss"] > 0
 
 
-def whole_batch(make_sft, **options):
+def step_on_all_rows(make_sft, **options):
     """Loss and gradient of one step over all rows."""
     common = dict(max_steps=1, per_device_train_batch_size=12, optim="sgd", learning_rate=1.0, max_grad_norm=0.0)
     trainer = make_sft(losses=HIDDEN, folder="-".join(options), **common, **options)
     before = trainer.model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    (found,) = losses(trainer, "loss", "soft_loss", "hidden_mse_loss", "value_relation_loss")
-    return found, before - trainer.model.model.layers[0].mlp.up_proj.weight.detach()
+    (results,) = losses(trainer, "loss", "soft_loss", "hidden_mse_loss", "value_relation_loss")
+    return results, before - trainer.model.model.layers[0].mlp.up_proj.weight.detach()
 
 
 def test_the_training_template_gives_trl_the_targets_of_a_recipe(make_sft, smollm2_tokenizer, monkeypatch):
-    own = rows_of(Dataset.from_list(ROWS["messages"]), smollm2_tokenizer, 1024)
+    tokenized = tokenize_dataset(Dataset.from_list(ROWS["messages"]), smollm2_tokenizer, 1024)
     with pytest.raises(ValueError, match="chat template"):
         make_sft(assistant_only_loss=True)
     monkeypatch.setattr(smollm2_tokenizer, "chat_template", training_template("smollm2"))
     trainer = make_sft(assistant_only_loss=True)
-    for row, expected in zip(trainer.train_dataset, own, strict=True):
+    for row, expected in zip(trainer.train_dataset, tokenized, strict=True):
         batch = trainer.data_collator([row])
         assert {name: batch[name][0].tolist() for name in expected} == expected
 
 
 def test_packed_rows_have_the_loss_and_gradient_of_padded_rows(make_sft):
-    padded, gradient = whole_batch(make_sft, max_length=64)
+    padded, gradient = step_on_all_rows(make_sft, max_length=64)
     for options in ({"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}):
-        packed, packed_gradient = whole_batch(make_sft, **options)
+        packed, packed_gradient = step_on_all_rows(make_sft, **options)
         assert packed == pytest.approx(padded, rel=1e-6)
         torch.testing.assert_close(packed_gradient, gradient, rtol=1e-4, atol=1e-7)
 
@@ -151,17 +151,19 @@ def test_packing_is_refused_where_documents_see_each_other(make_sft, smollm2_tok
 
 
 def test_the_teacher_gets_the_positions_of_packed_rows(make_sft):
-    trainer, seen = make_sft(packing=True, max_length=64, max_steps=3), {}
+    trainer, recorded = make_sft(packing=True, max_length=64, max_steps=3), {}
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
-        seen[name] = positions = []
+        recorded[name] = positions = []
         model.register_forward_pre_hook(
             lambda _module, _args, kwargs, positions=positions: positions.append(kwargs.get("position_ids")),
             with_kwargs=True,
         )
     trainer.train()
-    for one, other in zip(seen["student"][-3:], seen["teacher"][-3:], strict=True):  # of three steps
-        assert torch.equal(one, other)
-        assert (one == 0).sum() > 1
+    for student_positions, teacher_positions in zip(
+        recorded["student"][-3:], recorded["teacher"][-3:], strict=True
+    ):  # of three steps
+        assert torch.equal(student_positions, teacher_positions)
+        assert (student_positions == 0).sum() > 1
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -169,8 +171,8 @@ def test_a_lora_student_starts_at_the_loss_of_its_base_and_trains_its_adapter(ma
     config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
     trainer = make_sft(peft_config=config, learning_rate=0.01)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    found = losses(trainer)
-    assert found[0][0] == pytest.approx(losses(make_sft(folder="whole"))[0][0], rel=1e-6)
+    results = losses(trainer)
+    assert results[0][0] == pytest.approx(losses(make_sft(folder="whole"))[0][0], rel=1e-6)
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
@@ -232,7 +234,7 @@ def test_compute_metrics_sees_the_logits_of_all_positions(make_sft):
     assert (metrics["eval_shape"], metrics["eval_rows"]) == (49152, 5)
 
 
-def test_a_resumed_run_is_the_straight_run(make_sft, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(make_sft, tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=2, losses=HIDDEN, packing=True, max_length=64)
     options["per_device_train_batch_size"] = 1
     straight, resumed = make_sft(**options), make_sft(**options)
@@ -252,7 +254,7 @@ def test_a_resumed_run_is_the_straight_run(make_sft, tmp_path):
         ({"teacher": None, "losses": HIDDEN}, "`losses` are set but there is no teacher"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(make_sft, options, message):
+def test_unsupported_arguments_are_refused_with_the_reason(make_sft, options, message):
     with pytest.raises(DistillError, match=message):
         make_sft(**options)
 
@@ -271,7 +273,7 @@ def test_prompt_learning_is_refused(make_sft):
         make_sft(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-def test_every_field_is_an_option_of_a_command_line(tmp_path):
+def test_every_field_can_be_set_from_the_command_line(tmp_path):
     words = ["--output_dir", str(tmp_path), "--packing", "true", "--alpha", "0.7", "--teacher_init_kwargs"]
     words += ['{"dtype": "bfloat16"}', "--divergence", '{"name": "js", "beta": 0.2}', "--bf16", "false"]
     (config,) = HfArgumentParser(DistillSFTConfig).parse_args_into_dataclasses(words)
