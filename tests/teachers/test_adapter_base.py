@@ -18,29 +18,29 @@ def adapted(kind: str = "llama", **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2, "use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_the_base_teaches_as_a_frozen_copy_of_it(make_trainer, options):
+def test_the_base_gives_the_losses_of_its_frozen_copy(make_trainer, options):
     """With a term on features, and dropout in the student alone."""
     losses = [{"name": "hidden_cosine", "weight": 0.1}]
     args = {"losses": losses, "learning_rate": 1e-2}
     base = build("llama", 0, dropout=0.3)
-    own = make_trainer(model=adapted(**options), teacher=AdapterBaseTeacher(), folder="own", **args)
+    self_trainer = make_trainer(model=adapted(**options), teacher=AdapterBaseTeacher(), folder="own", **args)
     copied = make_trainer(model=adapted(**options), teacher=FrozenTeacher(base), folder="copied", **args)
-    for trainer in (own, copied):
+    for trainer in (self_trainer, copied):
         torch.manual_seed(0)
         trainer.train()
-    logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (own, copied)]
+    logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (self_trainer, copied)]
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
-    assert own.evaluate()["eval_kl"] == pytest.approx(copied.evaluate()["eval_kl"], rel=1e-5)
-    for (name, a), b in zip(own.model.named_parameters(), copied.model.parameters(), strict=True):
+    assert self_trainer.evaluate()["eval_kl"] == pytest.approx(copied.evaluate()["eval_kl"], rel=1e-5)
+    for (name, a), b in zip(self_trainer.model.named_parameters(), copied.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_a_step_leaves_mode_adapters_and_gradients_as_they_were(make_trainer):
+def test_a_step_restores_mode_adapters_and_requires_grad(make_trainer):
     model = adapted()
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     trainer = make_trainer(model=model, teacher=AdapterBaseTeacher())
     trainer.train()
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     assert model.training
     assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
     trainer.evaluate()

@@ -20,17 +20,17 @@ KINDS = {"llama": True, "bert": False, "token": False, "t5": False, "sequence": 
 ALL = BatchView(token_dropout=0.3, span_deletion=0.4, prepend_context_tokens=3)
 
 
-def seen_of(view: BatchView, kind: str, batch: dict, step: int = 0) -> tuple[Targets, dict, Targets]:
+def apply(view: BatchView, kind: str, batch: dict, step: int = 0) -> tuple[Targets, dict, Targets]:
     """(targets of the batch, the batch in the view, its targets); the batch must stay as it was."""
     before = {name: value.clone() for name, value in batch.items()}
     targets = Targets.from_batch(batch, KINDS[kind])
-    seen, moved = view(batch, targets, step, FILL, encoder=kind == "t5")
+    inputs, moved = view(batch, targets, step, FILL, encoder=kind == "t5")
     assert batch.keys() == before.keys()
     assert all(torch.equal(batch[name], before[name]) for name in batch)
-    return targets, seen, moved
+    return targets, inputs, moved
 
 
-def own_tokens(batch: dict, row: int) -> list[int]:
+def tokens_of_row(batch: dict, row: int) -> list[int]:
     return batch["input_ids"][row][batch["attention_mask"][row] != 0].tolist()
 
 
@@ -47,17 +47,17 @@ def long_rows(count: int = 8, length: int = 500, prompt: int = 400, seed: int = 
 @pytest.mark.parametrize(
     "view", [BatchView(token_dropout=0.3), BatchView(span_deletion=0.4), BatchView(prepend_context_tokens=3), ALL]
 )
-def test_the_same_tokens_are_asked_in_every_view(kind, pad, view):
+def test_the_target_tokens_are_the_same_in_every_view(kind, pad, view):
     batch = collate(rows(kind, 6, pad=pad))
-    targets, seen, moved = seen_of(view, kind, batch)
+    targets, inputs, moved = apply(view, kind, batch)
     assert torch.equal(moved.labels, targets.labels)
     assert torch.equal(moved.rows, targets.rows)
-    again = Targets.from_batch(seen, KINDS[kind])
+    again = Targets.from_batch(inputs, KINDS[kind])
     assert torch.equal(again.positions, moved.positions)
     assert torch.equal(again.labels, moved.labels)
     assert again.shape == moved.shape
     if kind == "llama":
-        after = seen["input_ids"].flatten()[moved.positions + 1]
+        after = inputs["input_ids"].flatten()[moved.positions + 1]
         assert torch.all((after == moved.labels) | (after == FILL))
         assert torch.all((after == FILL) <= (view.token_dropout > 0))
     if kind in ("t5", "sequence"):
@@ -66,29 +66,29 @@ def test_the_same_tokens_are_asked_in_every_view(kind, pad, view):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_answer_a_view_at_the_positions_that_it_says(kind):
+def test_logits_of_a_view_stand_at_its_new_target_positions(kind):
     batch, model = collate(rows(kind, 4)), build(kind, 0).eval()
-    targets, seen, moved = seen_of(ALL, kind, batch)
-    logits = moved.gather(model(**seen).logits)
+    targets, inputs, moved = apply(ALL, kind, batch)
+    logits = moved.gather(model(**inputs).logits)
     assert len(logits) == len(targets)
     assert not torch.allclose(logits, targets.gather(model(**batch).logits))
 
 
 @torch.no_grad()
-def test_a_context_that_nothing_sees_changes_no_answer():
+def test_a_masked_context_does_not_change_the_logits():
     batch, model = collate(rows("llama", 4, pad="left")), build("llama", 0).eval()  # its positions are relative
-    targets, seen, moved = seen_of(BatchView(prepend_context_tokens=4), "llama", batch)
-    added = (seen["attention_mask"].cumsum(1) <= 4) & (seen["attention_mask"] != 0)
-    seen["attention_mask"] = seen["attention_mask"].masked_fill(added, 0)
-    torch.testing.assert_close(moved.gather(model(**seen).logits), targets.gather(model(**batch).logits))
+    targets, inputs, moved = apply(BatchView(prepend_context_tokens=4), "llama", batch)
+    added = (inputs["attention_mask"].cumsum(1) <= 4) & (inputs["attention_mask"] != 0)
+    inputs["attention_mask"] = inputs["attention_mask"].masked_fill(added, 0)
+    torch.testing.assert_close(moved.gather(model(**inputs).logits), targets.gather(model(**batch).logits))
 
 
-def test_shares_are_met_over_many_tokens():
+def test_the_shares_of_dropped_and_hidden_tokens_are_exact_on_average():
     batch = long_rows()
-    _, seen, _ = seen_of(BatchView(token_dropout=0.2), "llama", batch)
-    assert abs((seen["input_ids"] == FILL).double().mean() - 0.2) < 0.02
-    _, seen, _ = seen_of(BatchView(span_deletion=0.3, span_length=4), "llama", batch)
-    hidden = seen["attention_mask"][:, 1:399] == 0
+    _, inputs, _ = apply(BatchView(token_dropout=0.2), "llama", batch)
+    assert abs((inputs["input_ids"] == FILL).double().mean() - 0.2) < 0.02
+    _, inputs, _ = apply(BatchView(span_deletion=0.3, span_length=4), "llama", batch)
+    hidden = inputs["attention_mask"][:, 1:399] == 0
     assert abs(hidden.double().mean() - 0.3) < 0.04
     runs = (hidden[:, 1:] != hidden[:, :-1]).sum() / 2  # a span meets another in 3 of 10 cases
     assert 0.8 < runs * 4 / 0.7 / hidden.sum() < 1.2
@@ -97,24 +97,24 @@ def test_shares_are_met_over_many_tokens():
 @pytest.mark.parametrize(
     ("view", "changed"), [(BatchView(token_dropout=0.3), "input_ids"), (BatchView(span_deletion=0.3), "attention_mask")]
 )
-def test_a_row_is_seen_alike_in_every_batch_and_otherwise_at_another_step(view, changed):
+def test_the_view_of_a_row_depends_on_its_tokens_and_the_step_only(view, changed):
     row = {name: value[:1] for name, value in long_rows(length=60, prompt=40).items()}
     zeros = torch.zeros(1, 7, dtype=torch.long)
-    _, alone, _ = seen_of(view, "llama", row)
-    found = alone[changed][0]
-    assert not torch.equal(found, row[changed][0])
+    _, alone, _ = apply(view, "llama", row)
+    expected = alone[changed][0]
+    assert not torch.equal(expected, row[changed][0])
     for left, right in ((0, 7), (7, 0), (3, 4)):
         values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
         padded = {k: torch.nn.functional.pad(v, (left, right), value=values[k]) for k, v in row.items()}
         other = long_rows(count=2, length=67, prompt=5, seed=9)
         batch = {name: torch.cat([other[name], padded[name]]) for name in padded}
-        _, seen, _ = seen_of(view, "llama", batch)
-        assert torch.equal(seen[changed][2, left : 67 - right], found)
+        _, inputs, _ = apply(view, "llama", batch)
+        assert torch.equal(inputs[changed][2, left : 67 - right], expected)
         padding = batch["attention_mask"][2] == 0
-        assert torch.equal(seen[changed][2, padding], zeros[0])
-    unwrap_model = {name: value for name, value in row.items() if name != "attention_mask"}
-    assert torch.equal(seen_of(view, "llama", unwrap_model)[1][changed][0], found)
-    assert not torch.equal(seen_of(view, "llama", row, step=1)[1][changed][0], found)
+        assert torch.equal(inputs[changed][2, padding], zeros[0])
+    unmasked = {name: value for name, value in row.items() if name != "attention_mask"}
+    assert torch.equal(apply(view, "llama", unmasked)[1][changed][0], expected)
+    assert not torch.equal(apply(view, "llama", row, step=1)[1][changed][0], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,51 +133,51 @@ def test_only_context_is_hidden_and_a_row_keeps_its_first_token(kind, pad):
     for step in range(20):
         targets = Targets.from_batch(batch, KINDS[kind])
         view = BatchView(token_dropout=0.9, span_deletion=0.9, span_length=2)
-        seen, _ = view(batch, targets, step, FILL, encoder=kind == "t5")
-        hidden = {tuple(at) for at in ((seen["attention_mask"] == 0) & real).nonzero().tolist()}
+        inputs, _ = view(batch, targets, step, FILL, encoder=kind == "t5")
+        hidden = {tuple(at) for at in ((inputs["attention_mask"] == 0) & real).nonzero().tolist()}
         assert not hidden & shown
         hidden_ever += len(hidden)
-        assert torch.equal(seen["attention_mask"][~real], batch["attention_mask"][~real])
-        assert torch.equal(seen["input_ids"][~real], batch["input_ids"][~real])
+        assert torch.equal(inputs["attention_mask"][~real], batch["attention_mask"][~real])
+        assert torch.equal(inputs["input_ids"][~real], batch["input_ids"][~real])
         first = real.int().argmax(1, keepdim=True)
-        assert torch.equal(seen["input_ids"].gather(1, first), batch["input_ids"].gather(1, first))
+        assert torch.equal(inputs["input_ids"].gather(1, first), batch["input_ids"].gather(1, first))
     assert hidden_ever > 100
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
-def test_a_row_stands_behind_the_first_tokens_of_the_next(pad):
+def test_the_first_tokens_of_the_next_row_are_prepended(pad):
     batch = collate(rows("llama", 5, pad=pad)) | {"source": torch.zeros(5, 12, dtype=torch.long)}
     mask = batch["attention_mask"]
     batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     batch["token_type_ids"] = mask.clone()
-    _, seen, _ = seen_of(BatchView(prepend_context_tokens=3), "llama", batch)
+    _, inputs, _ = apply(BatchView(prepend_context_tokens=3), "llama", batch)
     for row in range(5):
-        expected = own_tokens(batch, (row + 1) % 5)[:3] + own_tokens(batch, row)
-        assert own_tokens(seen, row) == expected
-        kept = seen["attention_mask"][row] != 0
-        assert seen["position_ids"][row][kept].tolist() == list(range(len(expected)))
-        assert seen["token_type_ids"][row][kept].tolist() == [0] * 3 + [1] * (len(expected) - 3)
-        assert seen["attention_mask"][row, 0 if pad == "right" else -1] == 1
-    assert seen["source"] is batch["source"]
+        expected = tokens_of_row(batch, (row + 1) % 5)[:3] + tokens_of_row(batch, row)
+        assert tokens_of_row(inputs, row) == expected
+        is_token = inputs["attention_mask"][row] != 0
+        assert inputs["position_ids"][row][is_token].tolist() == list(range(len(expected)))
+        assert inputs["token_type_ids"][row][is_token].tolist() == [0] * 3 + [1] * (len(expected) - 3)
+        assert inputs["attention_mask"][row, 0 if pad == "right" else -1] == 1
+    assert inputs["source"] is batch["source"]
     shortest = int(mask.sum(1).min())
-    _, seen, _ = seen_of(BatchView(prepend_context_tokens=99), "llama", batch)
-    assert seen["input_ids"].shape == (5, 12 + shortest)
-    unwrap_model = {name: batch[name][:2, -4:] for name in ("input_ids", "labels")}
-    assert "attention_mask" not in seen_of(BatchView(prepend_context_tokens=2), "llama", unwrap_model)[1]
+    _, inputs, _ = apply(BatchView(prepend_context_tokens=99), "llama", batch)
+    assert inputs["input_ids"].shape == (5, 12 + shortest)
+    unmasked = {name: batch[name][:2, -4:] for name in ("input_ids", "labels")}
+    assert "attention_mask" not in apply(BatchView(prepend_context_tokens=2), "llama", unmasked)[1]
 
 
-def test_a_row_alone_has_no_other_context():
+def test_a_batch_of_one_row_has_no_context_to_prepend():
     batch = collate(rows("llama", 1))
-    targets, seen, moved = seen_of(BatchView(prepend_context_tokens=3), "llama", batch)
+    targets, inputs, moved = apply(BatchView(prepend_context_tokens=3), "llama", batch)
     assert moved is targets
-    assert torch.equal(seen["input_ids"], batch["input_ids"])
+    assert torch.equal(inputs["input_ids"], batch["input_ids"])
 
 
-def test_what_is_added_is_neither_dropped_nor_changes_what_is_drawn():
+def test_prepended_tokens_are_not_dropped_and_do_not_change_the_random_numbers():
     batch = long_rows(count=3, length=40, prompt=30)
     drop = BatchView(token_dropout=0.5, span_deletion=0.3)
-    _, alone, _ = seen_of(drop, "llama", batch)
-    _, behind, _ = seen_of(BatchView(token_dropout=0.5, span_deletion=0.3, prepend_context_tokens=6), "llama", batch)
+    _, alone, _ = apply(drop, "llama", batch)
+    _, behind, _ = apply(BatchView(token_dropout=0.5, span_deletion=0.3, prepend_context_tokens=6), "llama", batch)
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(behind[name][:, 6:], alone[name])
     assert torch.equal(behind["input_ids"][:, :6], batch["input_ids"][:, :6].roll(-1, 0))
@@ -187,9 +187,9 @@ def test_shifted_labels_of_a_collator_are_read():
     batch = long_rows(count=3, length=40, prompt=20)
     shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     other = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "shift_labels": shifted}
-    _, seen, moved = seen_of(ALL, "llama", batch)
-    _, again, same = seen_of(ALL, "llama", other)
-    assert torch.equal(again["attention_mask"], seen["attention_mask"])
+    _, inputs, moved = apply(ALL, "llama", batch)
+    _, again, same = apply(ALL, "llama", other)
+    assert torch.equal(again["attention_mask"], inputs["attention_mask"])
     assert torch.equal(same.positions, moved.positions)
     assert torch.equal(Targets.from_batch(again, True).positions, moved.positions)
 
@@ -202,57 +202,57 @@ def packed_batch() -> dict:
 def test_packed_documents_drop_tokens_but_not_their_first():
     batch, ever = packed_batch(), torch.zeros(1, 20, dtype=torch.bool)
     for step in range(30):
-        targets, seen, moved = seen_of(BatchView(token_dropout=0.5), "llama", batch, step)
+        targets, inputs, moved = apply(BatchView(token_dropout=0.5), "llama", batch, step)
         assert moved is targets
-        assert "attention_mask" not in seen
-        ever |= seen["input_ids"] == FILL
+        assert "attention_mask" not in inputs
+        ever |= inputs["input_ids"] == FILL
     assert torch.equal(ever, batch["position_ids"] != 0)
 
 
 @pytest.mark.parametrize("name", ["span_deletion", "prepend_context_tokens"])
-def test_packed_rows_cannot_hide_or_add(name):
+def test_packed_rows_are_refused_for_views_that_hide_or_prepend_tokens(name):
     view = BatchView.parse({name: 0.5 if name == "span_deletion" else 2})
     with pytest.raises(DistillError, match=f"view has {name}, which does not work with packed rows"):
-        seen_of(view, "llama", packed_batch())
+        apply(view, "llama", packed_batch())
 
 
 def paired(i: int) -> dict:
     return {"prompt": f"{i} and {i} are", "paraphrase": f"What do {i} and {i} make?", "completion": f" {i + i}."}
 
 
-def test_the_paraphrase_asks_the_same_completion():
+def test_the_paraphrase_has_the_same_target_tokens():
     tokenizer = byte_tokenizer()
     data = Dataset.from_list([paired(i) for i in (1, 30, 700)])
     made = tokenize_dataset(data, tokenizer, 64, paraphrase=True)
     for example, row in zip(data, made, strict=True):
-        asked = example["completion"] + "<|end|>"
-        assert tokenizer.decode(row["input_ids"]) == example["prompt"] + asked
-        assert tokenizer.decode(row["view_input_ids"]) == example["paraphrase"] + asked
+        completion = example["completion"] + "<|end|>"
+        assert tokenizer.decode(row["input_ids"]) == example["prompt"] + completion
+        assert tokenizer.decode(row["view_input_ids"]) == example["paraphrase"] + completion
         for name in ("labels", "view_labels"):
-            assert tokenizer.decode([label for label in row[name] if label != -100]) == asked
+            assert tokenizer.decode([label for label in row[name] if label != -100]) == completion
     batch = Collator(tokenizer.pad_token_id)(list(made))
     assert batch["view_attention_mask"].sum(1).tolist() == [len(row["view_input_ids"]) for row in made]
-    targets, seen, moved = seen_of(BatchView(paraphrase=True), "llama", batch)
-    assert not seen.keys() & {"view_input_ids", "view_attention_mask", "view_labels"}
+    targets, inputs, moved = apply(BatchView(paraphrase=True), "llama", batch)
+    assert not inputs.keys() & {"view_input_ids", "view_attention_mask", "view_labels"}
     assert torch.equal(moved.labels, targets.labels)
-    assert torch.equal(seen["input_ids"].flatten()[moved.positions + 1], targets.labels)
-    _, seen, moved = seen_of(BatchView(paraphrase=True, prepend_context_tokens=5), "llama", batch)
-    assert torch.equal(seen["input_ids"].flatten()[moved.positions + 1], targets.labels)
-    assert tokenizer.decode(own_tokens(seen, 0)[:5]) == "What "
+    assert torch.equal(inputs["input_ids"].flatten()[moved.positions + 1], targets.labels)
+    _, inputs, moved = apply(BatchView(paraphrase=True, prepend_context_tokens=5), "llama", batch)
+    assert torch.equal(inputs["input_ids"].flatten()[moved.positions + 1], targets.labels)
+    assert tokenizer.decode(tokens_of_row(inputs, 0)[:5]) == "What "
 
 
 def test_paraphrases_of_conversations_follow_the_template():
     tokenizer = byte_tokenizer()
-    said = [
+    turns = [
         [{"role": role, "content": text}] for role, text in (("user", "Sum?"), ("user", "Add up!"), ("assistant", "4"))
     ]
-    example = dict(zip(("prompt", "paraphrase", "completion"), said, strict=True))
+    example = dict(zip(("prompt", "paraphrase", "completion"), turns, strict=True))
     (row,) = tokenize_dataset(Dataset.from_list([example]), tokenizer, 64, paraphrase=True)
     assert tokenizer.decode(row["view_input_ids"]) == "user: Add up!\nassistant: 4<|end|>"
     assert tokenizer.decode([label for label in row["view_labels"] if label != -100]) == "4<|end|>"
 
 
-def test_a_cut_leaves_the_tokens_that_both_ask():
+def test_truncation_keeps_the_target_tokens_that_both_prompts_have():
     tokenizer = byte_tokenizer()
     examples = [
         {"prompt": "ab", "paraphrase": "abcd", "completion": "0123456789"},
@@ -262,8 +262,8 @@ def test_a_cut_leaves_the_tokens_that_both_ask():
     ]
     made = tokenize_dataset(Dataset.from_list(examples), tokenizer, 8, paraphrase=True)
     for row in made:
-        own, view = ([label for label in row[name] if label != -100] for name in ("labels", "view_labels"))
-        assert own == view
+        target_tokens, view = ([label for label in row[name] if label != -100] for name in ("labels", "view_labels"))
+        assert target_tokens == view
         assert max(len(row["input_ids"]), len(row["view_input_ids"])) <= 8
     texts = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in made]
     assert texts == ["0123", "0123"]  # the third asks nothing of 8 tokens; nothing predicts the first of the fourth
@@ -271,7 +271,7 @@ def test_a_cut_leaves_the_tokens_that_both_ask():
     assert short["input_ids"] == tokenizer(["ab0123456789<|end|>", "abcd0123456789<|end|>"])["input_ids"]
 
 
-def test_paraphrases_are_read_only_where_they_are_asked_for():
+def test_paraphrases_are_read_only_on_request():
     (row,) = tokenize_dataset(Dataset.from_list([paired(3)]), byte_tokenizer(), 64)
     assert set(row) == {"input_ids", "labels"}
     assert set(Collator(0)([row])) == {"input_ids", "labels"}
@@ -293,7 +293,7 @@ def test_sources_with_and_without_paraphrases_do_not_mix():
         pack(both["task"], 64)
 
 
-def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monkeypatch):
+def test_a_recipe_reads_paraphrases_if_its_teacher_needs_them(tmp_path, monkeypatch):
     from hf_distill.recipe.load import validate
     from hf_distill.runner.datasets import prepare_data
 
@@ -327,28 +327,28 @@ def test_a_recipe_reads_paraphrases_where_its_teacher_wants_them(tmp_path, monke
         ),
     ],
 )
-def test_missing_paraphrases_are_told(example, message):
+def test_missing_paraphrases_are_refused(example, message):
     with pytest.raises(DistillError, match=message):
         tokenize_dataset(Dataset.from_list([example]), byte_tokenizer(), 64, paraphrase=True)
 
 
-def test_a_batch_without_or_with_another_paraphrase_is_told():
+def test_a_batch_with_a_missing_or_different_paraphrase_is_refused():
     batch, view = long_rows(count=2, length=9, prompt=4), BatchView(paraphrase=True)
     with pytest.raises(DistillError, match="the batch has no view_input_ids, view_attention_mask, view_labels, only"):
-        seen_of(view, "llama", batch)
+        apply(view, "llama", batch)
     other = {f"view_{name}": value for name, value in batch.items()}
     other["view_labels"] = other["view_labels"].where(other["view_labels"] == -100, 7)
     with pytest.raises(DistillError, match="has 10 target tokens and its paraphrase 10, which are not the same"):
-        seen_of(view, "llama", batch | other)
+        apply(view, "llama", batch | other)
     for kind in ("t5", "sequence"):
         batch = collate(rows(kind, 3))
         other = {f"view_{name}": batch[name].flip(0) for name in ("input_ids", "attention_mask")}
-        targets, seen, moved = seen_of(view, kind, batch | other)
+        targets, inputs, moved = apply(view, kind, batch | other)
         assert moved is targets
-        assert torch.equal(seen["input_ids"], batch["input_ids"].flip(0))
+        assert torch.equal(inputs["input_ids"], batch["input_ids"].flip(0))
 
 
-def test_batches_that_no_view_fits_are_told():
+def test_batches_without_the_inputs_of_a_view_are_refused():
     view, batch = BatchView(token_dropout=0.1), collate(rows("llama", 3))
     targets = Targets.from_batch(batch, True)
     with pytest.raises(DistillError, match=r"A view changes `input_ids`, and the batch has only \['labels'\]"):
@@ -378,7 +378,7 @@ def test_batches_that_no_view_fits_are_told():
         ("dropout", "view is 'dropout'; it must be a mapping of token_dropout, span_deletion"),
     ],
 )
-def test_what_is_no_view_is_told_all_at_once(value, message):
+def test_all_problems_of_a_view_are_in_one_error(value, message):
     with pytest.raises(DistillError, match=message):
         BatchView.parse(value)
 
@@ -390,7 +390,7 @@ def test_a_view_is_read_from_a_mapping():
     assert BatchView.parse(ALL) is ALL
 
 
-def test_the_filler_is_the_first_special_token_that_there_is(caplog):
+def test_the_replacement_is_the_first_special_token_that_is_defined(caplog):
     names = ("mask_token_id", "unk_token_id", "pad_token_id", "eos_token_id")
     for i, name in enumerate(names):
         assert replacement_token_id(SimpleNamespace(**dict.fromkeys(names[i:], 10 + i))) == 10 + i, name

@@ -23,8 +23,8 @@ def big(kind="llama", **options):
 
 def cache(folder, of="llama", *data, model=None, **options):
     data = data or (rows(of, 32), rows(of, 7, seed=5))
-    given = {"collator": collate, "kind": "hidden", "dtype": "float32", "batch_size": 4, "shard_rows": 8}
-    write_cache(folder, big(of) if model is None else model, *data, **given | options)
+    options_of_cache = {"collator": collate, "kind": "hidden", "dtype": "float32", "batch_size": 4, "shard_rows": 8}
+    write_cache(folder, big(of) if model is None else model, *data, **options_of_cache | options)
     return CachedTeacher(str(folder))
 
 
@@ -36,7 +36,7 @@ def curve(trainer, *names):
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(kind, "float32") for kind in ("llama", "gpt2", "bert", "t5")] + [("llama", "bfloat16")]
 )
-def test_hidden_states_teach_and_measure_as_the_teacher_itself(make_trainer, tmp_path, kind, dtype):
+def test_a_cache_of_hidden_states_gives_the_losses_of_the_teacher(make_trainer, tmp_path, kind, dtype):
     """Shuffled, over two epochs, in another batch size than they were written in, with workers."""
     options = dict(max_steps=10, per_device_train_batch_size=6, learning_rate=1e-2, divergence="js", temperature=3.0)
     options |= {"dataloader_num_workers": 1} if kind == "llama" else {}
@@ -51,7 +51,7 @@ def test_hidden_states_teach_and_measure_as_the_teacher_itself(make_trainer, tmp
 
 
 @pytest.mark.parametrize("kind", ["sequence", "token", "llama"])
-def test_top_k_of_all_ids_is_the_whole_distribution(make_trainer, tmp_path, kind):
+def test_top_k_with_all_ids_equals_the_full_distribution(make_trainer, tmp_path, kind):
     options = dict(max_steps=4, learning_rate=1e-2, train_sampling_strategy="sequential", divergence="reverse_kl")
     online = make_trainer(kind, teacher=big(kind), folder="online", **options)
     teacher = cache(tmp_path / "cache", kind, model=big(kind), **{"kind": "top_k", "k": VOCAB})
@@ -61,13 +61,13 @@ def test_top_k_of_all_ids_is_the_whole_distribution(make_trainer, tmp_path, kind
 
 
 def documents(n=24):
-    g = torch.Generator().manual_seed(3)
-    lengths = torch.randint(4, 12, (n,), generator=g).tolist()
-    ids = [torch.randint(3, VOCAB, (size,), generator=g).tolist() for size in lengths]
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(4, 12, (n,), generator=generator).tolist()
+    ids = [torch.randint(3, VOCAB, (size,), generator=generator).tolist() for size in lengths]
     return [{"input_ids": x, "labels": [-100] * (i % 2) + x[i % 2 :]} for i, x in enumerate(ids)]
 
 
-def test_packed_rows_read_what_padded_rows_wrote(make_trainer, tmp_path):
+def test_a_cache_written_with_padded_rows_serves_packed_rows(make_trainer, tmp_path):
     alone = documents()
     packed = [
         {
@@ -104,26 +104,26 @@ def test_losses_on_hidden_states_read_the_layers_that_were_written(make_trainer,
         make_trainer(teacher=cache(tmp_path / "cache", layers=[0, 1, 2]), losses=[{"name": "attention_kl"}])
 
 
-def gradient(job, hidden, weight):
+def gradient(chunked_loss, hidden, weight):
     head = LazyLogits(hidden.clone().requires_grad_(), weight.clone().requires_grad_())
-    loss = job.from_hidden(head)
+    loss = chunked_loss.from_hidden(head)
     return loss.item(), torch.autograd.grad(loss, (head.hidden, head.weight))
 
 
 @pytest.mark.parametrize("proposal_temperature", [2.0, 1.2])
-def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal_temperature):
+def test_sampling_does_not_bias_loss_and_gradient(tmp_path, proposal_temperature):
     """The mean of 64 redraws is within 2 standard errors of the whole: in loss, and along the whole's gradient."""
     data = rows("llama", 8)
     batch = collate(data)
     targets = Targets.from_batch(batch, shift=True)
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(len(targets), 16, generator=g), torch.randn(VOCAB, 16, generator=g)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(len(targets), 16, generator=generator), torch.randn(VOCAB, 16, generator=generator)
     terms = objective(1.0, 2.0)[:1]
     with torch.no_grad():
-        told = DenseLogits(
+        teacher_logits = DenseLogits(
             targets.gather(big().eval()(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits)
         )
-    exact, (whole, _) = gradient(ChunkedLoss(told, targets, terms), hidden, weight)
+    exact, (full_cache, _) = gradient(ChunkedLoss(teacher_logits, targets, terms), hidden, weight)
     losses, along = [], []
     for seed in range(64):
         options = {
@@ -134,27 +134,31 @@ def test_draws_have_no_bias_in_loss_and_gradient(tmp_path, proposal_temperature)
         }
         teacher = cache(tmp_path / str(seed), "llama", data, **options)
         teacher.prepare(build("llama"), torch.device("cpu"))
-        loss, (own, _) = gradient(ChunkedLoss(teacher(batch, targets, {}).logits, targets, terms), hidden, weight)
+        loss, (sampled_gradient, _) = gradient(
+            ChunkedLoss(teacher(batch, targets, {}).logits, targets, terms), hidden, weight
+        )
         losses.append(loss)
-        along.append((own * whole).sum().item() / whole.square().sum().item())
+        along.append((sampled_gradient * full_cache).sum().item() / full_cache.square().sum().item())
     for values, expected in ((losses, exact), (along, 1.0)):
-        found = torch.tensor(values, dtype=torch.float64)
-        error = found.std() / math.sqrt(len(found))
+        loss_values = torch.tensor(values, dtype=torch.float64)
+        error = loss_values.std() / math.sqrt(len(loss_values))
         assert 0 < error < 0.05 * expected
-        assert abs(found.mean() - expected) < 2 * error
+        assert abs(loss_values.mean() - expected) < 2 * error
 
 
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_closed_form_of_a_sparse_teacher_is_autograd_s(tail, temperature):
-    g = torch.Generator().manual_seed(1)
-    logits, k = torch.randn(9, 40, generator=g, dtype=torch.float64, requires_grad=True), 5
-    told = torch.log_softmax(torch.randn(9, 40, generator=g, dtype=torch.float64) / temperature, -1)
-    ids = told.topk(k).indices
-    kept = told.gather(1, ids)
-    kept[3, 2:], ids[3, 2:] = -math.inf, 0  # a token with fewer ids
-    rest = (1 - kept.exp().sum(1)).log() if tail else None
-    source = SparseLogProbs(ids, kept, rest, temperature, None if tail else (kept.exp() * told.gather(1, ids)).sum(1))
+def test_the_analytic_gradient_of_a_sparse_teacher_equals_autograd(tail, temperature):
+    generator = torch.Generator().manual_seed(1)
+    logits, k = torch.randn(9, 40, generator=generator, dtype=torch.float64, requires_grad=True), 5
+    log_probs = torch.log_softmax(torch.randn(9, 40, generator=generator, dtype=torch.float64) / temperature, -1)
+    ids = log_probs.topk(k).indices
+    top_log_probs = log_probs.gather(1, ids)
+    top_log_probs[3, 2:], ids[3, 2:] = -math.inf, 0  # a token with fewer ids
+    rest = (1 - top_log_probs.exp().sum(1)).log() if tail else None
+    source = SparseLogProbs(
+        ids, top_log_probs, rest, temperature, None if tail else (top_log_probs.exp() * log_probs.gather(1, ids)).sum(1)
+    )
     targets = Targets.from_batch({"labels": torch.zeros(9, dtype=torch.long)}, shift=False)
     (term,) = objective(1.0, temperature)[:1]
     (by_hand,) = torch.autograd.grad(term(Signals(DenseLogits(logits)), Signals(source), targets).sum(), logits)
@@ -177,7 +181,7 @@ def test_a_padded_vocabulary_of_either_side_is_left_out(make_trainer, tmp_path):
         assert a == [pytest.approx(step, abs=0.02) for step in b]
 
 
-def test_examples_that_the_cache_lacks_are_refused_or_asked_of_the_source(make_trainer, tmp_path):
+def test_missing_examples_are_refused_or_computed_by_the_source(make_trainer, tmp_path):
     half = cache(tmp_path / "half", "llama", rows("llama", 32)[:16])
     options = dict(max_steps=4, train_sampling_strategy="sequential", per_device_train_batch_size=8, learning_rate=1e-2)
     with pytest.raises(DistillError, match=r"8 of 8 examples of a batch are not in .*which has 16 examples .the first"):
@@ -189,11 +193,11 @@ def test_examples_that_the_cache_lacks_are_refused_or_asked_of_the_source(make_t
     assert cached.state.log_history[-2]["cache_missing"] == 16
 
 
-def test_draws_of_missing_examples_are_those_that_would_have_been_written(make_trainer, tmp_path):
-    whole = cache(tmp_path / "whole", kind="sampled")
+def test_missing_examples_are_sampled_as_in_the_cache(make_trainer, tmp_path):
+    full_cache = cache(tmp_path / "whole", kind="sampled")
     cache(tmp_path / "half", "llama", rows("llama", 32)[:12], kind="sampled")
     asking = CachedTeacher(str(tmp_path / "half"), source=FrozenTeacher(big()), on_miss="query_teacher")
-    a, b = (make_trainer(teacher=t, folder=str(i), max_steps=4) for i, t in enumerate((whole, asking)))
+    a, b = (make_trainer(teacher=t, folder=str(i), max_steps=4) for i, t in enumerate((full_cache, asking)))
     assert curve(a) == [pytest.approx(step, rel=1e-6) for step in curve(b)]
 
 
@@ -205,9 +209,7 @@ def test_draws_of_missing_examples_are_those_that_would_have_been_written(make_t
         ("sampled", {"losses": [{"name": "hidden_mse"}]}, "hidden_mse needs hidden states of the layers"),
     ],
 )
-def test_a_term_that_the_cache_cannot_tell_is_refused_when_the_trainer_is_made(
-    make_trainer, tmp_path, kind, options, why
-):
+def test_a_loss_that_the_cache_does_not_support_is_refused_early(make_trainer, tmp_path, kind, options, why):
     with pytest.raises(DistillError, match=why):
         make_trainer(teacher=cache(tmp_path / "cache", kind=kind), **options)
 
@@ -215,10 +217,10 @@ def test_a_term_that_the_cache_cannot_tell_is_refused_when_the_trainer_is_made(
 def test_another_tokenizer_template_source_or_weights_are_refused(make_trainer, tmp_path):
     from hf_distill.recipe.smoke import byte_tokenizer
 
-    own, other = byte_tokenizer(), byte_tokenizer()
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
     other.chat_template = "{{ messages[0].content }}"
-    teacher = cache(tmp_path / "cache", processing_class=own)
-    make_trainer(teacher=teacher, processing_class=own)
+    teacher = cache(tmp_path / "cache", processing_class=tokenizer)
+    make_trainer(teacher=teacher, processing_class=tokenizer)
     with pytest.raises(DistillError, match="another chat template than the student's"):
         make_trainer(teacher=teacher, processing_class=other)
     other.add_tokens(["<new>"])
@@ -232,7 +234,7 @@ def test_another_tokenizer_template_source_or_weights_are_refused(make_trainer, 
         CachedTeacher(str(tmp_path / "cache"), on_miss="query_teacher")
 
 
-def test_it_teaches_beside_the_student_s_past_and_beside_no_mutual_peer(make_trainer, tmp_path):
+def test_it_combines_with_an_ema_teacher_and_not_with_a_mutual_peer(make_trainer, tmp_path):
     from hf_distill.teachers import PeerTeacher
 
     teacher = cache(tmp_path / "cache")
@@ -242,7 +244,7 @@ def test_it_teaches_beside_the_student_s_past_and_beside_no_mutual_peer(make_tra
         MultiTeacher({"disk": teacher, "peer": PeerTeacher(big(), mutual=True)})
 
 
-def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(make_trainer, tmp_path):
     options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
     straight = make_trainer(teacher=cache(tmp_path / "cache", kind="sampled"), folder="straight", **options)
     straight.train()
@@ -252,16 +254,18 @@ def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "js", "total_variation"])
-def test_ids_that_a_row_lacks_take_nothing_from_the_student(name):
+def test_padding_slots_of_sparse_log_probs_do_not_contribute(name):
     """Three ids of K = 5: the same loss as with K = 3, though the two that are missing stand as id 0."""
-    g = torch.Generator().manual_seed(2)
-    logits = torch.randn(6, 40, generator=g, dtype=torch.float64)
-    told = torch.log_softmax(torch.randn(6, 40, generator=g, dtype=torch.float64), -1)
-    ids = told.topk(3).indices
-    kept, nothing = told.gather(1, ids), torch.zeros(6, 2, dtype=torch.long)
-    rest = (1 - kept.exp().sum(1)).log()
-    few = SparseLogProbs(ids, kept, rest)
-    filled = SparseLogProbs(torch.cat([ids, nothing], 1), torch.cat([kept, nothing.double() - math.inf], 1), rest)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(6, 40, generator=generator, dtype=torch.float64)
+    log_probs = torch.log_softmax(torch.randn(6, 40, generator=generator, dtype=torch.float64), -1)
+    ids = log_probs.topk(3).indices
+    top_log_probs, nothing = log_probs.gather(1, ids), torch.zeros(6, 2, dtype=torch.long)
+    rest = (1 - top_log_probs.exp().sum(1)).log()
+    few = SparseLogProbs(ids, top_log_probs, rest)
+    filled = SparseLogProbs(
+        torch.cat([ids, nothing], 1), torch.cat([top_log_probs, nothing.double() - math.inf], 1), rest
+    )
     targets = Targets.from_batch({"labels": torch.zeros(6, dtype=torch.long)}, shift=False)
     (term,) = objective(1.0, 1.0, name)[:1]
     losses, gradients = [], []
@@ -273,7 +277,7 @@ def test_ids_that_a_row_lacks_take_nothing_from_the_student(name):
     torch.testing.assert_close(*gradients)
 
 
-def test_a_cache_of_images_and_one_of_token_types_teach_as_the_teacher(make_trainer, tmp_path):
+def test_caches_of_images_and_token_types_give_the_losses_of_the_teacher(make_trainer, tmp_path):
     """The key of an example holds what the teacher read; columns that it read stay in the data."""
     import transformers as tf
 
@@ -293,14 +297,16 @@ def test_a_cache_of_images_and_one_of_token_types_teach_as_the_teacher(make_trai
     ]
     for number, (student, teacher, data) in enumerate(cases):
         known = [{k: v for k, v in row.items() if k != "unread"} for row in data]
-        told = cache(tmp_path / f"cache{number}", "bert", data, model=teacher, kind="top_k", k=VOCAB, temperature=2.0)
+        cached_teacher = cache(
+            tmp_path / f"cache{number}", "bert", data, model=teacher, kind="top_k", k=VOCAB, temperature=2.0
+        )
         soft = [
             make_trainer(model=student, teacher=each, train_dataset=known, eval_dataset=known).evaluate()[
                 "eval_soft_loss"
             ]
-            for each in (teacher, told)
+            for each in (teacher, cached_teacher)
         ]
         assert soft[0] == pytest.approx(soft[1], abs=0.02)
     without = [{k: v for k, v in row.items() if k != "token_type_ids"} for row in known]
     with pytest.raises(DistillError, match="read token_type_ids"):
-        make_trainer(model=student, teacher=told, train_dataset=without, eval_dataset=without).evaluate()
+        make_trainer(model=student, teacher=cached_teacher, train_dataset=without, eval_dataset=without).evaluate()

@@ -1,4 +1,4 @@
-"""Teachers that are the student's own past."""
+"""Teachers with earlier weights of the student."""
 
 import pytest
 import torch
@@ -17,25 +17,25 @@ class Weights(TrainerCallback):
     """The student's weights before the first step and after each."""
 
     def __init__(self, teacher):
-        self.teacher, self.student, self.held = teacher, [], []
+        self.teacher, self.student, self.shadows = teacher, [], []
 
-    def note(self, model):
+    def record(self, model):
         self.student.append({name: p.detach().clone().float() for name, p in model.named_parameters()})
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.note(model)
+        self.record(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.note(model)
-        self.held.append({name: value.clone() for name, value in self.teacher._ensure_shadow().items()})
+        self.record(model)
+        self.shadows.append({name: value.clone() for name, value in self.teacher._ensure_shadow().items()})
 
 
 def run(make_trainer, teacher, **options):
-    seen = Weights(teacher)
+    recorded = Weights(teacher)
     trainer = make_trainer(**{"teacher": teacher, **ALONE, **options})
-    trainer.add_callback(seen)
+    trainer.add_callback(recorded)
     trainer.train()
-    return trainer, seen
+    return trainer, recorded
 
 
 @pytest.mark.parametrize(
@@ -48,48 +48,54 @@ def run(make_trainer, teacher, **options):
 )
 def test_the_average_is_the_closed_form_over_five_steps(make_trainer, decay, warmup, rates):
     teacher = EMATeacher(decay, warmup)
-    _, seen = run(make_trainer, teacher)
-    expected = seen.student[0]
+    _, recorded = run(make_trainer, teacher)
+    expected = recorded.student[0]
     for step, rate in enumerate(rates):
-        expected = {n: rate * v.double() + (1 - rate) * seen.student[step + 1][n].double() for n, v in expected.items()}
-        for name, value in seen.held[step].items():
+        expected = {
+            name: rate * v.double() + (1 - rate) * recorded.student[step + 1][name].double()
+            for name, v in expected.items()
+        }
+        for name, value in recorded.shadows[step].items():
             torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-6)
 
 
-def test_with_decay_zero_the_teacher_is_the_student_as_the_last_step_left_it(make_trainer):
-    trainer, seen = run(make_trainer, EMATeacher(0.0), gradient_accumulation_steps=2)
-    for held, student in zip(seen.held, seen.student[1:], strict=True):
-        assert all(torch.equal(value, student[name]) for name, value in held.items())
+def test_with_decay_zero_the_teacher_equals_the_student_after_the_last_step(make_trainer):
+    trainer, recorded = run(make_trainer, EMATeacher(0.0), gradient_accumulation_steps=2)
+    for shadow, student in zip(recorded.shadows, recorded.student[1:], strict=True):
+        assert all(torch.equal(value, student[name]) for name, value in shadow.items())
     assert all(log["kl"] == pytest.approx(0, abs=1e-6) for log in trainer.state.log_history if "kl" in log)
 
 
-def test_the_teacher_says_what_a_model_with_its_weights_says(make_trainer):
+def test_the_teacher_gives_the_logits_of_a_model_with_its_weights(make_trainer):
     teacher = EMATeacher(0.5)
-    trainer, seen = run(make_trainer, teacher)
+    trainer, recorded = run(make_trainer, teacher)
     copy = build("llama", 0)
-    copy.load_state_dict(seen.held[-1], strict=False)
+    copy.load_state_dict(recorded.shadows[-1], strict=False)
     other = make_trainer(model=trainer.model, teacher=copy, folder="other", alpha=0.5)
     names = ("eval_loss", "eval_kl", "eval_teacher_perplexity", "eval_agreement")
-    found, expected = trainer.evaluate(), other.evaluate()
-    assert [found[n] for n in names] == pytest.approx([expected[n] for n in names], rel=1e-5)
-    assert found["eval_kl"] > 1e-4
+    metrics, expected = trainer.evaluate(), other.evaluate()
+    assert [metrics[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
+    assert metrics["eval_kl"] > 1e-4
     with teacher.swapped_weights():
-        assert all(torch.equal(p, seen.held[-1][n]) for n, p in trainer.model.named_parameters())
-    assert all(torch.equal(p, seen.student[-1][n]) for n, p in trainer.model.named_parameters())
+        assert all(torch.equal(p, recorded.shadows[-1][name]) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(p, recorded.student[-1][name]) for name, p in trainer.model.named_parameters())
 
 
-def test_the_average_is_kept_in_float32_where_bfloat16_would_stand_still(make_trainer):
+def test_the_average_of_a_bfloat16_student_is_float32_and_does_not_stall(make_trainer):
     teacher = EMATeacher(0.999)
     student = build("llama", 0).to(torch.bfloat16)
-    trainer, seen = run(make_trainer, teacher, model=student, max_steps=3)
-    assert {value.dtype for value in seen.held[0].values()} == {torch.float32}
-    moved = [float((a - b).abs().max()) for a, b in zip(seen.held[0].values(), seen.held[2].values(), strict=True)]
+    trainer, recorded = run(make_trainer, teacher, model=student, max_steps=3)
+    assert {value.dtype for value in recorded.shadows[0].values()} == {torch.float32}
+    moved = [
+        float((a - b).abs().max())
+        for a, b in zip(recorded.shadows[0].values(), recorded.shadows[2].values(), strict=True)
+    ]
     assert min(moved) > 0
     assert trainer.model.dtype == torch.bfloat16
     assert trainer.state.log_history[-2]["teacher_weight_drift"] > 0
 
 
-def test_tied_weights_are_held_once_and_buffers_too(make_trainer):
+def test_the_shadow_has_tied_weights_once_and_buffers(make_trainer):
     student = build("llama", 0)
     student.config.tie_word_embeddings = True
     student.tie_weights()
@@ -100,7 +106,7 @@ def test_tied_weights_are_held_once_and_buffers_too(make_trainer):
     assert "mean" in teacher._shadow
 
 
-def test_of_a_student_with_adapters_the_adapters_alone_are_averaged(make_trainer):
+def test_only_the_adapters_of_a_student_with_adapters_are_averaged(make_trainer):
     student = get_peft_model(build("llama", 0), LoraConfig(target_modules="all-linear", r=2))
     teacher = EMATeacher(0.5)
     trainer, _ = run(make_trainer, teacher, model=student)
@@ -110,11 +116,11 @@ def test_of_a_student_with_adapters_the_adapters_alone_are_averaged(make_trainer
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["not finite", "skipped by a gradient scaler"])
-def test_the_average_does_not_move_in_a_step_that_is_skipped(make_trainer, monkeypatch, scaled):
+def test_a_skipped_step_does_not_change_the_average(make_trainer, monkeypatch, scaled):
     teacher = EMATeacher(0.5)
-    seen = Weights(teacher)
+    recorded = Weights(teacher)
     trainer = make_trainer(teacher=teacher, **ALONE)
-    trainer.add_callback(seen)
+    trainer.add_callback(recorded)
     if scaled:
         skips = property(lambda self: trainer.state.global_step == 3)
         monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skips)
@@ -122,23 +128,26 @@ def test_the_average_does_not_move_in_a_step_that_is_skipped(make_trainer, monke
         broken = trainer.model.lm_head.weight
         broken.register_hook(lambda grad: grad * float("inf") if trainer.state.global_step == 2 else grad)
     trainer.train()
-    equal = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(seen.held, seen.held[1:], strict=False)]
+    equal = [
+        all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(recorded.shadows, recorded.shadows[1:], strict=False)
+    ]
     assert equal == [False, True, False, False]
 
 
-def test_a_snapshot_is_taken_on_time_though_the_step_is_skipped(make_trainer):
+def test_a_snapshot_is_taken_on_time_if_the_step_is_skipped(make_trainer):
     teacher = SnapshotTeacher(interval_steps=2)
     trainer = make_trainer(teacher=teacher, **ALONE)
     broken = trainer.model.lm_head.weight
     broken.register_hook(lambda grad: grad * float("inf") if trainer.state.global_step == 3 else grad)
-    seen = Weights(teacher)
-    trainer.add_callback(seen)
+    recorded = Weights(teacher)
+    trainer.add_callback(recorded)
     trainer.train()
-    for held, step in zip(seen.held, (0, 2, 2, 4, 4), strict=True):
-        assert all(torch.equal(value, seen.student[step][name]) for name, value in held.items())
+    for shadow, step in zip(recorded.shadows, (0, 2, 2, 4, 4), strict=True):
+        assert all(torch.equal(value, recorded.student[step][name]) for name, value in shadow.items())
 
 
-def test_hidden_terms_compare_with_the_past(make_trainer):
+def test_losses_on_hidden_states_use_the_shadow(make_trainer):
     losses = [{"name": "hidden_mse", "weight": 0.1}]
     trainer, _ = run(make_trainer, EMATeacher(0.9), losses=losses)
     logs = [log["hidden_mse_loss"] for log in trainer.state.log_history if "hidden_mse_loss" in log]
@@ -147,18 +156,18 @@ def test_hidden_terms_compare_with_the_past(make_trainer):
     assert not any("sidecar" in name for name in trainer.teacher._shadow)
 
 
-def test_a_snapshot_is_taken_every_so_many_steps(make_trainer):
-    _, seen = run(make_trainer, SnapshotTeacher(interval_steps=2))
-    for held, step in zip(seen.held, (0, 2, 2, 4, 4), strict=True):
-        assert all(torch.equal(value, seen.student[step][name]) for name, value in held.items())
+def test_a_snapshot_is_taken_after_every_interval(make_trainer):
+    _, recorded = run(make_trainer, SnapshotTeacher(interval_steps=2))
+    for shadow, step in zip(recorded.shadows, (0, 2, 2, 4, 4), strict=True):
+        assert all(torch.equal(value, recorded.student[step][name]) for name, value in shadow.items())
 
 
-def test_a_snapshot_begins_with_the_weights_of_a_folder(make_trainer, tmp_path):
+def test_the_first_snapshot_can_be_loaded_from_a_folder(make_trainer, tmp_path):
     build("llama", 3).save_pretrained(tmp_path / "then")
     teacher = SnapshotTeacher(path=str(tmp_path / "then"))
-    trainer, seen = run(make_trainer, teacher, max_steps=2)
+    trainer, recorded = run(make_trainer, teacher, max_steps=2)
     expected = dict(build("llama", 3).named_parameters())
-    assert all(torch.equal(value, expected[name]) for name, value in seen.held[-1].items() if name in expected)
+    assert all(torch.equal(value, expected[name]) for name, value in recorded.shadows[-1].items() if name in expected)
     assert trainer.evaluate()["eval_kl"] > 0.01
     build("llama", 3, width=64).save_pretrained(tmp_path / "wide")
     with pytest.raises(DistillError, match="does not hold the student's weights"):
@@ -172,7 +181,7 @@ def test_a_snapshot_begins_with_the_weights_of_a_folder(make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [lambda: EMATeacher(0.9, warmup=3), lambda: SnapshotTeacher(interval_steps=3)])
-def test_a_resumed_run_is_the_straight_run(make_trainer, tmp_path, kind):
+def test_a_resumed_run_equals_an_uninterrupted_run(make_trainer, tmp_path, kind):
     options = dict(
         max_steps=6, save_strategy="steps", save_steps=2, learning_rate=0.05, train_dataset=rows("llama", 32)
     )
@@ -202,7 +211,7 @@ def test_values_out_of_range_are_refused(make, problem):
         make()
 
 
-def test_a_student_that_trains_nothing_has_no_past(make_trainer):
+def test_a_student_without_trained_parameters_is_refused(make_trainer):
     with pytest.raises(DistillError, match="no parameter of the LlamaForCausalLM is trained"):
         make_trainer(model=build("llama", 0).requires_grad_(False), teacher=EMATeacher())
 
@@ -213,7 +222,7 @@ def test_a_checkpoint_of_another_kind_of_teacher_is_refused(make_trainer, tmp_pa
         make_trainer(teacher=EMATeacher()).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
-def test_a_past_of_other_weights_is_refused(make_trainer, tmp_path):
+def test_a_shadow_of_other_weights_is_refused(make_trainer, tmp_path):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1)
     make_trainer(teacher=EMATeacher(), **options).train()
     fewer = build("llama", 0)

@@ -20,13 +20,13 @@ def test_the_teacher_is_frozen_in_place_and_moved_once(make_trainer, monkeypatch
     teacher = build("llama", 1, dropout=0.5).train()
     moves = []
     monkeypatch.setattr(teacher, "to", lambda *args, **kwargs: moves.append(args) or teacher)
-    before = {n: p.clone() for n, p in teacher.named_parameters()}
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
     trainer = make_trainer(teacher=teacher)
     trainer.train()
     assert trainer.teacher.model is teacher
     assert len(moves) == 1
     assert not teacher.training
-    assert all(torch.equal(p, before[n]) and not p.requires_grad for n, p in teacher.named_parameters())
+    assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in teacher.named_parameters())
 
 
 def test_the_teacher_is_in_neither_optimizer_nor_checkpoint(make_trainer):
@@ -42,7 +42,7 @@ def test_the_teacher_is_in_neither_optimizer_nor_checkpoint(make_trainer):
         assert set(f.keys()) == set(trainer.model.state_dict())
 
 
-def test_a_teacher_given_as_a_path_is_loaded_in_the_students_class(make_trainer, saved):
+def test_a_teacher_passed_as_a_path_is_loaded_in_the_students_class(make_trainer, saved):
     vocab = len(byte_tokenizer())
     trainer = make_trainer(
         model=build("llama", 0, vocab=vocab), teacher=str(saved), teacher_init_kwargs={"dtype": "bfloat16"}
@@ -111,22 +111,24 @@ SAME_TEXT = ("{{ messages[0]['content'] }}", "{% generation %}{{ messages[0].con
 def test_a_teacher_with_another_chat_template_is_warned_of(templates, monkeypatch):
     from hf_distill.teachers import compatibility as vocabulary
 
-    said, tokenizers = [], [byte_tokenizer(), byte_tokenizer()]
+    warnings, tokenizers = [], [byte_tokenizer(), byte_tokenizer()]
     for tokenizer, template in zip(tokenizers, templates, strict=True):
         tokenizer.chat_template = template
-    monkeypatch.setattr(vocabulary.logger, "warning_once", said.append)
+    monkeypatch.setattr(vocabulary.logger, "warning_once", warnings.append)
     vocabulary.check_vocabulary(*tokenizers, 258, 258)
-    assert ["render conversations differently" in text for text in said] == ([True] if templates == ("a", "b") else [])
+    assert ["render conversations differently" in text for text in warnings] == (
+        [True] if templates == ("a", "b") else []
+    )
 
 
-def test_the_student_itself_cannot_be_its_frozen_teacher(make_trainer):
+def test_the_student_as_its_frozen_teacher_is_refused(make_trainer):
     model = build("llama", 0)
     with pytest.raises(DistillError, match="same object"):
         make_trainer(model=model, teacher=model)
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_two_kinds_of_models_do_not_fit(make_trainer):
+def test_two_model_types_are_refused(make_trainer):
     with pytest.raises(DistillError, match="teacher is a masked language model and the student a causal"):
         make_trainer(teacher=build("bert", 1))
 
@@ -136,7 +138,7 @@ def classifier(**config):
     return BertForSequenceClassification(BertConfig(**small, **config))
 
 
-def test_classifiers_must_tell_the_same_classes_apart(make_trainer):
+def test_classifiers_with_different_classes_are_refused(make_trainer):
     with pytest.raises(DistillError, match="teacher has 3 classes and the student 5"):
         make_trainer("sequence", teacher=classifier(num_labels=3))
     cats, dogs = {0: "cat", 1: "dog"}, {0: "dog", 1: "cat"}
@@ -144,7 +146,7 @@ def test_classifiers_must_tell_the_same_classes_apart(make_trainer):
         make_trainer("sequence", model=classifier(id2label=cats), teacher=classifier(id2label=dogs))
 
 
-def test_a_teacher_of_another_family_gets_only_the_inputs_it_knows(make_trainer):
+def test_a_teacher_gets_only_the_inputs_that_it_accepts(make_trainer):
     data = [{**row, "token_type_ids": torch.zeros(12, dtype=torch.long)} for row in rows("bert")]
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 

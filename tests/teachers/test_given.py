@@ -32,8 +32,10 @@ def test_an_image_teacher_is_loaded_from_its_path(make_trainer, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     data = images()
     losses = [
-        first_soft_loss(make_trainer(model=vit(num_labels=3), teacher=given, train_dataset=data, eval_dataset=data))
-        for given in (teacher, tmp_path / "teacher")
+        first_soft_loss(
+            make_trainer(model=vit(num_labels=3), teacher=teacher_or_path, train_dataset=data, eval_dataset=data)
+        )
+        for teacher_or_path in (teacher, tmp_path / "teacher")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -53,7 +55,8 @@ def test_a_folder_of_adapters_is_loaded_with_its_base(make_trainer, tmp_path, mo
             parameter.data.mul_(1.5)
     adapted.save_pretrained(tmp_path / "adapters")
     by_object, by_path = (
-        first_soft_loss(make_trainer(teacher=given)) for given in (adapted.eval(), str(tmp_path / "adapters"))
+        first_soft_loss(make_trainer(teacher=teacher_or_path))
+        for teacher_or_path in (adapted.eval(), str(tmp_path / "adapters"))
     )
     assert by_path == pytest.approx(by_object, rel=1e-5)
     assert by_path != pytest.approx(first_soft_loss(make_trainer(teacher=str(tmp_path / "base"))), rel=1e-3)
@@ -91,7 +94,7 @@ class Around(torch.nn.Module):
         (lambda: 3, "The teacher is of the type int"),
     ],
 )
-def test_what_is_no_teacher_is_refused_with_a_reason(make_trainer, make, message):
+def test_values_that_are_no_teacher_are_refused_with_the_reason(make_trainer, make, message):
     with pytest.raises(DistillError, match=message):
         make_trainer(teacher=make())
 
@@ -133,12 +136,12 @@ def test_ids_beyond_the_embedding_of_the_teacher_are_refused_before_training(mak
     student = build("llama", 0)
     student.resize_token_embeddings(100)
     data = [{"input_ids": [5, 6, 98, 7], "attention_mask": [1, 1, 1, 1], "labels": [5, 6, 98, 7]}] * 4
-    given = Dataset.from_list(data) if as_data_set else data
+    teacher_or_path = Dataset.from_list(data) if as_data_set else data
     with pytest.raises(DistillError, match=r"train_dataset: .* token id 98, .* has 97 rows"):
-        make_trainer(model=student, train_dataset=given)
+        make_trainer(model=student, train_dataset=teacher_or_path)
 
 
-def test_padding_that_the_teacher_cannot_read_changes_nothing(make_trainer):
+def test_padding_ids_beyond_the_teachers_embedding_do_not_change_the_loss(make_trainer):
     student = build("llama", 0)
     student.resize_token_embeddings(100)
     losses = []
@@ -179,8 +182,8 @@ def test_the_head_that_peft_ties_to_a_trained_embedding_has_all_ids(make_trainer
     batch = collate(rows("llama", 7, seed=5))
     model = trainer.model.eval()
     with torch.no_grad():
-        own = model(**prepare_inputs(model.get_base_model(), batch), labels=batch["labels"]).loss
-    assert trainer.evaluate()["eval_hard_loss"] == pytest.approx(float(own), rel=1e-4)
+        expected = model(**prepare_inputs(model.get_base_model(), batch), labels=batch["labels"]).loss
+    assert trainer.evaluate()["eval_hard_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def swapped_tokenizer(words):
@@ -219,23 +222,23 @@ def test_ids_that_the_tokenizer_of_the_teacher_lacks_are_warned_of(make_trainer,
     assert any("lacks 1 ids of the student's (first: 4 'new')" in text for text in warnings)
 
 
-def test_the_tokenizer_of_the_teacher_is_read_as_the_teacher_is(make_trainer, tmp_path, monkeypatch):
+def test_the_tokenizer_of_the_teacher_is_loaded_with_its_options(make_trainer, tmp_path, monkeypatch):
     from hf_distill.teachers import compatibility as vocabulary
 
     build("llama", 1).save_pretrained(tmp_path / "teacher")
-    asked = []
+    calls = []
 
     def from_pretrained(path, **options):
-        asked.append((path, options))
+        calls.append((path, options))
         raise OSError
 
     monkeypatch.setattr(vocabulary.AutoTokenizer, "from_pretrained", from_pretrained)
     path = str(tmp_path / "teacher")
     make_trainer(teacher=path, teacher_init_kwargs={"revision": "v2", "trust_remote_code": True})
-    options = dict(asked)[path]
+    options = dict(calls)[path]
     assert options == {"revision": "v2", "trust_remote_code": True, "local_files_only": True}
     make_trainer(teacher=path)
-    assert asked[-1][1]["trust_remote_code"] is False
+    assert calls[-1][1]["trust_remote_code"] is False
 
 
 def test_features_of_images_are_compared_at_every_position(make_trainer):
@@ -246,14 +249,16 @@ def test_features_of_images_are_compared_at_every_position(make_trainer):
     trainer.train()
     student.eval()
     pixels = torch.stack([row["pixel_values"] for row in data])
-    kept = []
-    handles = [m.vit.layers[0].register_forward_hook(lambda *call: kept.append(call[2])) for m in (student, teacher)]
+    outputs = []
+    handles = [m.vit.layers[0].register_forward_hook(lambda *call: outputs.append(call[2])) for m in (student, teacher)]
     with torch.no_grad():
         student(pixels), teacher(pixels)
     for handle in handles:
         handle.remove()
-    said, told = (output[0] if isinstance(output, tuple) else output for output in kept)
-    assert trainer.evaluate()["eval_hidden_mse_loss"] == pytest.approx(float((said - told).square().mean()), rel=1e-5)
+    student_hidden, teacher_hidden = (output[0] if isinstance(output, tuple) else output for output in outputs)
+    assert trainer.evaluate()["eval_hidden_mse_loss"] == pytest.approx(
+        float((student_hidden - teacher_hidden).square().mean()), rel=1e-5
+    )
 
 
 def test_features_of_images_of_other_positions_are_refused(make_trainer):

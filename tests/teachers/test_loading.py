@@ -26,48 +26,50 @@ def prepared(model, **options):
     return teacher
 
 
-def signals_equal_the_models_own(teacher: FrozenTeacher) -> None:
+def check_signals_equal_the_model_outputs(teacher: FrozenTeacher) -> None:
     """Logits and a hidden state, against a plain forward of the same model."""
     inputs = collate(rows("llama", 4))
     targets = Targets.from_batch(inputs, shift=True)
     tap = FeatureKey("hidden", 1)
-    told = teacher(inputs, targets, {tap: targets})
+    signals = teacher(inputs, targets, {tap: targets})
     with torch.no_grad():
         plain = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = teacher.model(**plain, use_cache=False, output_hidden_states=True)
-    torch.testing.assert_close(told.logits.project(), targets.gather(outputs.logits).float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(told.features[tap], targets.gather(outputs.hidden_states[2]))
+    torch.testing.assert_close(signals.logits.project(), targets.gather(outputs.logits).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(signals.features[tap], targets.gather(outputs.hidden_states[2]))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantised_teacher_has_small_blocks_and_a_whole_head_and_teaches(make_trainer, saved, quantization):
+def test_a_quantized_teacher_has_quantized_blocks_and_an_unquantized_head(make_trainer, saved, quantization):
     trainer = make_trainer(teacher=saved, teacher_init_kwargs={"quantization": quantization, "dtype": "float32"})
     model = trainer.teacher.model
     linear = model.model.layers[0].mlp.up_proj
     assert linear.weight.dtype == (torch.uint8 if quantization == "nf4" else torch.int8)
     assert type(model.lm_head) is torch.nn.Linear
     assert model.lm_head.weight.dtype == torch.float32
-    signals_equal_the_models_own(trainer.teacher)
+    check_signals_equal_the_model_outputs(trainer.teacher)
     trainer.train()
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    whole = make_trainer(teacher=saved, folder="whole").evaluate()
-    assert trainer.evaluate()["eval_teacher_perplexity"] == pytest.approx(whole["eval_teacher_perplexity"], rel=0.5)
+    unquantized = make_trainer(teacher=saved, folder="whole").evaluate()
+    assert trainer.evaluate()["eval_teacher_perplexity"] == pytest.approx(
+        unquantized["eval_teacher_perplexity"], rel=0.5
+    )
 
 
-def test_nf4_quantises_its_constants_too_and_computes_in_the_dtype_asked_for(saved):
+def test_nf4_uses_double_quantization_and_the_requested_compute_dtype(saved):
     model = prepared(saved, quantization="nf4", dtype="bfloat16").model
     state = model.model.layers[0].mlp.up_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
-def test_a_quantised_checkpoint_is_loaded_as_it_is_and_not_quantised_again(saved, tmp_path, monkeypatch):
+def test_a_quantized_checkpoint_is_loaded_as_it_is_and_not_quantized_again(saved, tmp_path, monkeypatch):
     quantised = str(tmp_path / "quantised")
     prepared(saved, quantization="nf4").model.save_pretrained(quantised)
     teacher = prepared(quantised)
     assert teacher.model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    signals_equal_the_models_own(teacher)
+    check_signals_equal_the_model_outputs(teacher)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for way in ({"quantization": "int8"}, {"deepspeed": "zero3-teacher.json"}, {"fsdp": True}):
@@ -75,16 +77,16 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is_and_not_quantised_again(saved
             prepared(quantised, **way)
 
 
-def test_a_teacher_whose_head_lies_on_disk_tells_the_same(saved, tmp_path):
+def test_a_teacher_with_an_offloaded_head_gives_the_same_logits(saved, tmp_path):
     parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
     device_map = dict.fromkeys(parts, "cpu") | dict.fromkeys(("model.layers.1", "model.layers.2", "lm_head"), "disk")
     teacher = prepared(saved, device_map=device_map, offload_folder=str(tmp_path / "offload"))
     assert teacher.model.lm_head.weight.device.type == "meta"
-    signals_equal_the_models_own(teacher)
+    check_signals_equal_the_model_outputs(teacher)
     inputs = collate(rows("llama", 4))
     targets = Targets.from_batch(inputs, shift=True)
-    whole = prepared(saved)(inputs, targets, {})
-    torch.testing.assert_close(teacher(inputs, targets, {}).logits.project(), whole.logits.project())
+    unquantized = prepared(saved)(inputs, targets, {})
+    torch.testing.assert_close(teacher(inputs, targets, {}).logits.project(), unquantized.logits.project())
 
 
 @pytest.mark.parametrize(
@@ -102,12 +104,12 @@ def test_a_teacher_whose_head_lies_on_disk_tells_the_same(saved, tmp_path):
         ({"deepspeed": {"zero_optimization": {"stage": 3}, "optimizer": {}}}, "no 'optimizer' section: remove it"),
     ],
 )  # fmt: skip
-def test_ways_that_cannot_be_gone_are_told_with_those_that_can(saved, options, message):
+def test_impossible_placements_are_refused_with_the_possible_ones(saved, options, message):
     with pytest.raises(DistillError, match=message.replace("(", r"\(")):
         prepared(saved, **options)
 
 
-def test_a_device_map_is_refused_beside_other_processes_unless_it_names_one_device(saved, monkeypatch):
+def test_a_device_map_over_devices_is_refused_with_several_processes(saved, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for device_map in ("auto", {"model": 0, "lm_head": 1}):
@@ -130,7 +132,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(saved, mon
         FrozenTeacher(saved, **options)
 
 
-def test_ways_of_loading_are_refused_beside_a_model_that_is_loaded(make_trainer):
+def test_loading_options_are_refused_for_a_loaded_model(make_trainer):
     with pytest.raises(DistillError, match=r"'quantization'.* a model that is already loaded"):
         FrozenTeacher(build("llama"), quantization="nf4")
     with pytest.raises(DistillError, match=r"'deepspeed'.* beside a Teacher"):

@@ -41,10 +41,10 @@ def student_of(kind: str) -> nn.Module:
 def heads_of(student: nn.Module, k: int) -> MTPHeads:
     """Heads of which no two are alike."""
     heads = MTPHeads(student, k).eval()
-    g = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in heads.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return heads
 
 
@@ -58,7 +58,7 @@ def states(model: nn.Module, ids: torch.Tensor, **inputs):
     return got[0], call
 
 
-def said(model: nn.Module, heads: MTPHeads, ids: torch.Tensor, **inputs) -> list[torch.Tensor]:
+def predict(model: nn.Module, heads: MTPHeads, ids: torch.Tensor, **inputs) -> list[torch.Tensor]:
     hidden, call = states(model, ids, **inputs)
     return heads(hidden, ids, model.get_input_embeddings(), call)
 
@@ -69,10 +69,10 @@ def tokens(rows: int, length: int, seed: int = 5) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_row_is_what_the_definition_says_of_its_prefix_alone(kind):
+def test_each_row_equals_the_definition_on_its_prefix(kind):
     model, ids, k = student_of(kind), tokens(2, 9), 3
     heads = heads_of(model, k)
-    rows = said(model, heads, ids)
+    rows = predict(model, heads, ids)
     embed = model.get_input_embeddings()
     for i in range(ids.shape[1]):
         hidden, call = states(model, ids[:, : i + 1])
@@ -91,33 +91,33 @@ def test_each_row_is_what_the_definition_says_of_its_prefix_alone(kind):
 def test_a_row_sees_the_token_d_further_on_and_none_after_it(kind):
     model, ids, length = student_of(kind), tokens(1, 10), 10
     heads = heads_of(model, 3)
-    rows = said(model, heads, ids)
+    rows = predict(model, heads, ids)
     for changed in range(length):
         other = ids.clone()
         other[0, changed] = 3 + (other[0, changed] - 2) % (VOCAB - 3)
-        for d, (before, after) in enumerate(zip(rows, said(model, heads, other), strict=True), 1):
+        for d, (before, after) in enumerate(zip(rows, predict(model, heads, other), strict=True), 1):
             moved = (before - after).abs().amax(-1)[0, : length - d] > 1e-9
             assert not moved[: max(0, changed - d)].any()
             assert changed < d or moved[changed - d]
 
 
 @torch.no_grad()
-def test_what_goes_on_to_the_next_depth_is_the_output_before_the_last_norm():
+def test_the_next_module_gets_the_output_before_the_last_norm():
     model, ids = student_of("llama"), tokens(2, 8)
     heads = heads_of(model, 3)
-    rows = said(model, heads, ids)
+    rows = predict(model, heads, ids)
     heads.depths[0].norm_out.weight.mul_(3)
-    other = said(model, heads, ids)
+    other = predict(model, heads, ids)
     torch.testing.assert_close(other[0], 3 * rows[0])
     assert torch.equal(other[1], rows[1])
     heads.depths[0].block.mlp.down_proj.weight.mul_(3)
-    assert not torch.allclose(said(model, heads, ids)[2], rows[2])
+    assert not torch.allclose(predict(model, heads, ids)[2], rows[2])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_changes_no_row_that_is_asked(kind, side):
+def test_padding_does_not_change_the_rows_of_target_tokens(kind, side):
     model, ids, fill = student_of(kind).float(), tokens(1, 7), 4  # eager attention knows no padded float64 row
     heads = heads_of(model, 2)
     pad = (fill, 0) if side == "left" else (0, fill)
@@ -126,8 +126,8 @@ def test_padding_changes_no_row_that_is_asked(kind, side):
     mask = torch.cat([mask, torch.ones_like(mask)])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     start = fill if side == "left" else 0
-    got = said(model, heads, batch, attention_mask=mask, position_ids=positions)
-    for d, (alone, row) in enumerate(zip(said(model, heads, ids), got, strict=True), 1):
+    got = predict(model, heads, batch, attention_mask=mask, position_ids=positions)
+    for d, (alone, row) in enumerate(zip(predict(model, heads, ids), got, strict=True), 1):
         torch.testing.assert_close(row[:1, start : start + 7 - d], alone[:, : 7 - d], rtol=1e-4, atol=1e-4)
 
 
@@ -138,16 +138,16 @@ def test_heads_start_from_the_last_block_and_the_final_norm(kind):
     heads = MTPHeads(model, 2)
     last, norm = find_blocks(model)[1][-1], model.transformer.ln_f if kind == "gpt2" else model.model.norm
     for depth in heads.depths:
-        for mine, its in ((depth.block, last), (depth.norm_out, norm), (depth.norm_token, norm)):
-            assert type(mine) is type(its)
-            for name, value in its.state_dict().items():
+        for mine, initial in ((depth.block, last), (depth.norm_out, norm), (depth.norm_token, norm)):
+            assert type(mine) is type(initial)
+            for name, value in initial.state_dict().items():
                 assert torch.equal(mine.state_dict()[name], value)
                 assert mine.state_dict()[name].data_ptr() != value.data_ptr()
         assert torch.equal(depth.project.weight, torch.eye(32, 64, dtype=torch.float64))
     assert all(p.requires_grad and p.dtype == torch.float64 for p in heads.parameters())
 
 
-def test_where_no_single_norm_stands_beside_the_blocks_new_norms_are_made():
+def test_without_a_single_norm_after_the_blocks_new_norms_are_made():
     model = student_of("llama")
     model.model.second = copy.deepcopy(model.model.norm)
     depth = MTPHeads(model, 1).depths[0]
@@ -162,7 +162,7 @@ def test_making_heads_draws_no_random_number():
 
 
 def test_hooks_of_the_last_block_stay_with_it():
-    model, ids, owner = student_of("llama"), tokens(1, 6), SimpleNamespace(seen=0)
+    model, ids, owner = student_of("llama"), tokens(1, 6), SimpleNamespace(calls=0)
     last = model.model.layers[-1]
 
     class Counter:
@@ -170,15 +170,15 @@ def test_hooks_of_the_last_block_stay_with_it():
             raise AssertionError("the owner of a hook was copied")
 
         def __call__(self, *_args):
-            owner.seen += 1
+            owner.calls += 1
 
     plain = heads_of(model, 1)
     last.register_forward_hook(Counter())
     last.self_attn.register_full_backward_hook(Counter())
     heads = heads_of(model, 1)
-    rows = said(model, heads, ids)
-    assert owner.seen == 1
-    torch.testing.assert_close(rows, said(model, plain, ids))
+    rows = predict(model, heads, ids)
+    assert owner.calls == 1
+    torch.testing.assert_close(rows, predict(model, plain, ids))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -193,7 +193,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, when):
         if checkpointing and when == "after":
             model.gradient_checkpointing_enable()
         assert checkpointing == heads.depths[0].block.gradient_checkpointing
-        sum(row[:, :-2].sin().sum() for row in said(model, heads, ids, use_cache=False)).backward()
+        sum(row[:, :-2].sin().sum() for row in predict(model, heads, ids, use_cache=False)).backward()
         assert all(p.grad is not None for p in heads.parameters())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -210,17 +210,17 @@ def test_heads_that_hang_on_a_student_are_not_taken_for_its_blocks():
 def test_a_cache_of_the_model_is_not_written_to_and_blocks_may_return_tuples():
     model, ids = student_of("llama"), tokens(1, 6)
     heads = heads_of(model, 1)
-    rows = said(model, heads, ids, use_cache=False)
-    torch.testing.assert_close(said(model, heads, ids, use_cache=True), rows)
+    rows = predict(model, heads, ids, use_cache=False)
+    torch.testing.assert_close(predict(model, heads, ids, use_cache=True), rows)
     heads.depths[0].block.register_forward_hook(lambda _module, _args, output: (output, None))
-    torch.testing.assert_close(said(model, heads, ids), rows)
+    torch.testing.assert_close(predict(model, heads, ids), rows)
 
 
 @torch.no_grad()
-def test_another_attention_of_the_model_is_that_of_its_heads():
+def test_heads_use_the_attention_implementation_of_the_model():
     model, ids = student_of("llama"), tokens(2, 6)
     heads = heads_of(model, 2)
-    rows = said(model, heads, ids)
+    rows = predict(model, heads, ids)
     model.set_attn_implementation("eager")
     hidden, call = states(model, ids)
     assert call["attention_mask"] is not None
@@ -229,7 +229,7 @@ def test_another_attention_of_the_model_is_that_of_its_heads():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_heads_come_back_bit_by_bit_beside_the_student(kind, tmp_path):
+def test_saved_heads_are_loaded_bit_for_bit(kind, tmp_path):
     model = student_of(kind)
     heads = heads_of(model, 2)
     model.save_pretrained(tmp_path)
@@ -239,7 +239,7 @@ def test_saved_heads_come_back_bit_by_bit_beside_the_student(kind, tmp_path):
     assert not report["unexpected_keys"]
     loaded = load_heads(student, tmp_path).eval()
     ids = tokens(1, 8)
-    assert all(map(torch.equal, said(model, loaded, ids), said(model, heads, ids)))
+    assert all(map(torch.equal, predict(model, loaded, ids), predict(model, heads, ids)))
 
 
 def test_heads_of_another_model_are_refused(tmp_path):
@@ -290,7 +290,7 @@ def _marked(model, holder, **marks):
         ),
     ],
 )
-def test_students_whose_last_block_cannot_serve_are_refused(student, message):
+def test_students_with_an_unsupported_last_block_or_head_are_refused(student, message):
     with pytest.raises(DistillError, match=message):
         MTPHeads(student(), 1)
 
@@ -306,7 +306,7 @@ def greedy(model, ids, new, eos=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_untrained_heads_change_nothing_that_is_written(kind):
+def test_untrained_heads_do_not_change_the_generated_text(kind):
     model = student_of(kind)
     heads = heads_of(model, 3)
     for seed, length in ((1, 1), (2, 5), (3, 12)):

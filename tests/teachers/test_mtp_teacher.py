@@ -13,54 +13,54 @@ from hf_distill.teachers.mtp.heads import MTPHeads, load_heads, record_last_bloc
 
 class Gradients(TrainerCallback):
     def __init__(self):
-        self.found = {}
+        self.gradients = {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = self.found or {n: p.grad.clone() for n, p in model.named_parameters()}
+        self.gradients = self.gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 def naive(model, heads, batch, hard=0.3, soft=0.1, temperature=2.0):
     """The mission's sums, token by token, divided by the asked tokens of the batch."""
     ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
-    seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    recorded = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _m, args: recorded.append(args[0]))
     with record_last_block_kwargs(model) as call:
         main = model(input_ids=ids, attention_mask=mask).logits
     hook.remove()
-    ahead = [model.lm_head(row) for row in heads(seen[0], ids, model.get_input_embeddings(), call)]
-    asked = [
+    ahead = [model.lm_head(row) for row in heads(recorded[0], ids, model.get_input_embeddings(), call)]
+    target_positions = [
         (b, p) for b in range(len(ids)) for p in range(ids.shape[1] - 1) if labels[b, p + 1] != -100 and mask[b, p]
     ]
-    total = sum(F.cross_entropy(main[b, p], labels[b, p + 1]) for b, p in asked)
+    total = sum(F.cross_entropy(main[b, p], labels[b, p + 1]) for b, p in target_positions)
     for d, logits in enumerate(ahead, 1):
-        for b, p in asked:
+        for b, p in target_positions:
             if p - d < 0 or not mask[b, p - d]:
                 continue
-            said, told = logits[b, p - d], main[b, p].detach()
-            total = total + hard * F.cross_entropy(said, labels[b, p + 1])
-            y, z = (torch.log_softmax(x / temperature, -1) for x in (told, said))
+            student_logits, report = logits[b, p - d], main[b, p].detach()
+            total = total + hard * F.cross_entropy(student_logits, labels[b, p + 1])
+            y, z = (torch.log_softmax(x / temperature, -1) for x in (report, student_logits))
             total = total + soft * temperature**2 * (y.exp() * (y - z)).sum()
-    return total / len(asked)
+    return total / len(target_positions)
 
 
 @pytest.mark.parametrize("pad", ["right", "left"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_loss_and_gradients_are_those_of_the_sums(make_trainer, kind, pad):
-    seen, data = Gradients(), rows(kind, 4, pad=pad)
+def test_loss_and_gradients_equal_those_of_the_naive_sums(make_trainer, kind, pad):
+    recorded, data = Gradients(), rows(kind, 4, pad=pad)
     options = dict(max_steps=1, max_grad_norm=0, alpha=0.0, train_sampling_strategy="sequential")
-    trainer = make_trainer(kind, teacher=MTPTeacher(2), train_dataset=data, callbacks=[seen], **options)
+    trainer = make_trainer(kind, teacher=MTPTeacher(2), train_dataset=data, callbacks=[recorded], **options)
     model = build(kind, 0)
     heads = MTPHeads(model, 2)
     expected = naive(model, heads, collate(data))
     expected.backward()
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    for prefix, own in (("", model), ("distill_sidecar.parts.teacher.model.", heads)):
-        for name, p in own.named_parameters():
-            torch.testing.assert_close(seen.found[prefix + name], p.grad, rtol=1e-3, atol=1e-6)
+    for prefix, module in (("", model), ("distill_sidecar.parts.teacher.model.", heads)):
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(recorded.gradients[prefix + name], p.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_packed_documents_are_never_asked_across_their_border(make_trainer):
+def test_heads_never_predict_tokens_of_the_next_packed_document(make_trainer):
     one = rows("llama", 1, length=9)[0]
     ids = torch.cat([one["input_ids"][:5], one["input_ids"][:4]])[None]
     positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
@@ -84,7 +84,7 @@ def test_a_head_beyond_the_sequence_is_skipped_and_counted(make_trainer):
     assert log["loss"] > 0
 
 
-def test_a_resumed_run_is_the_straight_run(make_trainer):
+def test_a_resumed_run_equals_an_uninterrupted_run(make_trainer):
     options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2, alpha=0.0)
     straight = make_trainer(teacher=MTPTeacher(2), folder="straight", **options)
     straight.train()
@@ -96,25 +96,25 @@ def test_a_resumed_run_is_the_straight_run(make_trainer):
     assert [log["teacher_weight_drift"] for log in logs[0]] == [log["teacher_weight_drift"] for log in logs[1]]
 
 
-def test_the_student_is_a_plain_folder_and_the_heads_load_beside_it(make_trainer, tmp_path):
+def test_the_student_is_saved_without_heads_and_the_heads_can_be_loaded(make_trainer, tmp_path):
     trainer = make_trainer(teacher=MTPTeacher(2), alpha=0.0)
     trainer.train()
     trainer.save_model(str(tmp_path))
     trainer.teacher.save_pretrained(tmp_path)
-    model, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(told.values())
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
     heads = load_heads(model, tmp_path)
     for name, p in trainer.teacher.trainable_module.named_parameters():
         assert torch.equal(p, dict(heads.named_parameters())[name])
 
 
-def test_evaluation_tells_of_each_head_and_does_not_depend_on_kept_logits(make_trainer):
+def test_evaluation_reports_each_head_with_and_without_kept_logits(make_trainer):
     trainer = make_trainer(teacher=MTPTeacher(2), alpha=0.0)
     plain = trainer.evaluate()
     trainer.compute_metrics = lambda prediction: {}
-    kept = trainer.evaluate()
+    metrics = trainer.evaluate()
     for name in ("eval_loss", "eval_perplexity", "eval_mtp_hard_1_loss", "eval_mtp_soft_2_loss"):
-        assert kept[name] == pytest.approx(plain[name], rel=1e-5)
+        assert metrics[name] == pytest.approx(plain[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from hf_distill.teachers import (
 TOKENIZER = SimpleNamespace(mask_token_id=7)
 
 
-def kl(told, said, temperature=2.0):
-    p, q = (torch.log_softmax(x / temperature, -1) for x in (told, said))
+def kl(teacher_logits, student_logits, temperature=2.0):
+    p, q = (torch.log_softmax(x / temperature, -1) for x in (teacher_logits, student_logits))
     return temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
 
 
@@ -48,9 +48,9 @@ def test_each_teacher_has_its_share_of_the_soft_term_and_losses_name_theirs(make
     trainer = make_trainer(teacher=teacher, **options)
     batch = collate(trainer.train_dataset[:4])
     targets = Targets.from_batch(batch, shift=True)
-    said = logits(build("llama", 0), batch, targets)
-    soft = {name: kl(logits(m, batch, targets), said).item() for name, m in (("big", big), ("small", small))}
-    q, p = (torch.log_softmax(x, -1) for x in (said, logits(small, batch, targets)))
+    student_logits = logits(build("llama", 0), batch, targets)
+    soft = {name: kl(logits(m, batch, targets), student_logits).item() for name, m in (("big", big), ("small", small))}
+    q, p = (torch.log_softmax(x, -1) for x in (student_logits, logits(small, batch, targets)))
     reverse = (q.exp() * (q - p)).sum(-1).mean().item()
     log = first_log(trainer)
     assert log["soft_big_loss"] == pytest.approx(soft["big"], rel=1e-4)
@@ -61,7 +61,7 @@ def test_each_teacher_has_its_share_of_the_soft_term_and_losses_name_theirs(make
     assert log["loss"] == pytest.approx(total, rel=1e-3)
 
 
-def test_a_loss_on_features_looks_at_the_teacher_that_it_names(make_trainer):
+def test_a_loss_on_features_uses_the_teacher_that_it_names(make_trainer):
     """The student's own weights as one teacher: its distance from itself is 0, from the other it is not."""
     other, loss = build("llama", 2, layers=3), {"name": "hidden_mse", "weight": 1.0}
     log = {}
@@ -73,7 +73,7 @@ def test_a_loss_on_features_looks_at_the_teacher_that_it_names(make_trainer):
     assert log["other"] > 0.01
 
 
-def test_two_teachers_that_are_one_teach_as_the_one(make_trainer):
+def test_two_equal_teachers_give_the_loss_of_one(make_trainer):
     options = dict(losses=[{"name": "js", "weight": 0.5}], max_steps=3)
     one = make_trainer(teacher=build("llama", 1), folder="one", **options)
     one.train()
@@ -90,8 +90,8 @@ def test_a_teacher_with_a_padded_vocabulary_shares_the_ids_that_both_have(make_t
     trainer = make_trainer(teacher=None, teachers=teachers, max_steps=1, train_sampling_strategy="sequential")
     batch = collate(trainer.train_dataset[:4])
     targets = Targets.from_batch(batch, shift=True)
-    said = logits(build("llama", 0), batch, targets)
-    expected = kl(logits(teachers["padded"], batch, targets)[:, :97], said)
+    student_logits = logits(build("llama", 0), batch, targets)
+    expected = kl(logits(teachers["padded"], batch, targets)[:, :97], student_logits)
     log = first_log(trainer)
     assert log["soft_padded_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -107,7 +107,7 @@ def moving(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["ema", "snapshot", "online", "multi_view", "mtp"])
-def test_beside_a_frozen_teacher_each_kind_moves_is_logged_and_resumes(make_trainer, kind):
+def test_each_kind_of_teacher_changes_is_logged_and_resumes_with_a_frozen_teacher(make_trainer, kind):
     def made(folder):
         teachers = {"still": FrozenTeacher(build("llama", 1)), "other": moving(kind)}
         options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
@@ -128,24 +128,24 @@ def test_beside_a_frozen_teacher_each_kind_moves_is_logged_and_resumes(make_trai
     assert all(torch.equal(p, q) for p, q in zip(straight.model.parameters(), again.model.parameters(), strict=True))
 
 
-def test_the_online_peer_learns_from_the_labels_alone_whoever_else_teaches(make_trainer):
+def test_further_teachers_do_not_change_an_online_peer(make_trainer):
     def peer_after(**others):
         peer = PeerTeacher(build("llama", 3), learning_rate=1e-2)
         teachers = {"peer": peer, **others}
-        given = {"teacher": peer} if not others else {"teacher": None, "teachers": teachers}
-        make_trainer(folder=f"out{len(others)}", max_steps=2, **given).train()
+        arguments = {"teacher": peer} if not others else {"teacher": None, "teachers": teachers}
+        make_trainer(folder=f"out{len(others)}", max_steps=2, **arguments).train()
         return [p.clone() for p in peer.model.parameters()]
 
-    alone, beside = peer_after(), peer_after(big=build("llama", 1))
-    assert all(torch.equal(p, q) for p, q in zip(alone, beside, strict=True))
+    alone, with_frozen = peer_after(), peer_after(big=build("llama", 1))
+    assert all(torch.equal(p, q) for p, q in zip(alone, with_frozen, strict=True))
 
 
-def test_mtp_heads_beside_a_teacher_learn_from_the_main_head_while_it_learns_from_the_teacher(make_trainer):
+def test_mtp_heads_learn_from_the_main_head_if_there_is_a_teacher(make_trainer):
     teachers = {"big": build("llama", 1), "ahead": MTPTeacher(1)}
     log = first_log(make_trainer(teacher=None, teachers=teachers, alpha=0.5, max_steps=1))
-    own = 0.5 * log["soft_big_loss"] + 0.5 * log["hard_loss"]
+    student_loss = 0.5 * log["soft_big_loss"] + 0.5 * log["hard_loss"]
     heads = 0.3 * log["mtp_hard_1_loss"] + 0.1 * log["mtp_soft_1_loss"]
-    assert log["loss"] == pytest.approx(own + heads, rel=1e-3)
+    assert log["loss"] == pytest.approx(student_loss + heads, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +162,12 @@ def test_mtp_heads_beside_a_teacher_learn_from_the_main_head_while_it_learns_fro
         ),
     ],
 )
-def test_teachers_that_make_no_sense_together_are_refused_with_the_reason(teachers, why):
+def test_incompatible_teachers_are_refused_with_the_reason(teachers, why):
     with pytest.raises(DistillError, match=why):
         MultiTeacher(teachers())
 
 
-def test_wrong_weights_are_told_all_at_once():
+def test_all_wrong_weights_are_in_one_error():
     weights = {"a": -1.0, "bb": 2.0, "ahead": 1.0}
     with pytest.raises(DistillError, match="must be a finite number above 0") as error:
         MultiTeacher({"a": moving("ema"), "b": moving("snapshot"), "ahead": MTPTeacher(1)}, weights)

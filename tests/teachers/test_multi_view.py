@@ -1,4 +1,4 @@
-"""The student on another view of the batch is its own teacher."""
+"""The student on another view of the batch is the teacher."""
 
 from types import SimpleNamespace
 
@@ -19,8 +19,8 @@ def teacher(view_for="student", **view) -> MultiViewTeacher:
     return MultiViewTeacher(view or {"token_dropout": 0.3}, view_for=view_for, processing_class=TOKENIZER)
 
 
-def kl(told, said, temperature=2.0):
-    p, q = (torch.log_softmax(x / temperature, -1) for x in (told, said))
+def kl(teacher_logits, student_logits, temperature=2.0):
+    p, q = (torch.log_softmax(x / temperature, -1) for x in (teacher_logits, student_logits))
     return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 
@@ -43,18 +43,18 @@ def test_the_loss_compares_both_views_token_by_token(make_trainer, view, changed
     trainer = make_trainer(teacher=teacher(changed, **view), **options)
     batch = collate(trainer.train_dataset[:4])
     targets = Targets.from_batch(batch, shift=True)
-    seen, there = BatchView(**view)(batch, targets, 0, 7)
-    both = [(batch, targets), (seen, there)]
+    view_batch, view_targets = BatchView(**view)(batch, targets, 0, 7)
+    both = [(batch, targets), (view_batch, view_targets)]
     student, other = both[::-1] if changed == "student" else both
     model = build("llama", 0).eval()
-    said, told = (
+    student_logits, teacher_logits = (
         t.gather(model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits)
         for b, t in (student, other)
     )
-    hard = torch.nn.functional.cross_entropy(said, targets.labels)
+    hard = torch.nn.functional.cross_entropy(student_logits, targets.labels)
     trainer.train()
     log = trainer.state.log_history[0]
-    assert log["soft_loss"] == pytest.approx(kl(told, said).mean().item(), rel=1e-4)
+    assert log["soft_loss"] == pytest.approx(kl(teacher_logits, student_logits).mean().item(), rel=1e-4)
     assert log["hard_loss"] == pytest.approx(hard.item(), rel=1e-4)
     assert log["soft_loss"] > 1e-4
 
@@ -71,14 +71,15 @@ def test_hidden_states_are_compared_token_by_token(make_trainer, view, changed):
     trainer.train()
     batch = collate(data[:4])
     targets = Targets.from_batch(batch, shift=True)
-    seen, there = BatchView(**view)(batch, targets, 0, 7)
+    view_batch, view_targets = BatchView(**view)(batch, targets, 0, 7)
     model = build("llama", 0).eval()
-    kept: list = []
-    model.model.layers[1].register_forward_hook(lambda module, args, output: kept.append(output))
-    for b in (batch, seen):
+    outputs: list = []
+    model.model.layers[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    for b in (batch, view_batch):
         model.model(input_ids=b["input_ids"], attention_mask=b["attention_mask"])
     one, other = (
-        t.gather(h if isinstance(h, torch.Tensor) else h[0]) for t, h in zip((targets, there), kept, strict=True)
+        t.gather(h if isinstance(h, torch.Tensor) else h[0])
+        for t, h in zip((targets, view_targets), outputs, strict=True)
     )
     expected = (one - other).square().mean(-1).mean().item()
     assert expected > 1e-3
@@ -115,15 +116,15 @@ def test_every_kind_of_model_trains(make_trainer, kind):
     assert trainer.state.log_history[0]["soft_loss"] > 0
 
 
-def test_evaluation_sees_the_clean_batch_and_says_how_far_a_view_moves_it(make_trainer):
+def test_evaluation_uses_the_original_batch_and_measures_the_effect_of_the_view(make_trainer):
     trainer = make_trainer(teacher=teacher())
-    found, again = trainer.evaluate(), trainer.evaluate()
+    metrics, again = trainer.evaluate(), trainer.evaluate()
     clean = make_trainer(teacher=build("llama", 1), folder="clean").evaluate()
-    assert found["eval_perplexity"] == pytest.approx(clean["eval_perplexity"], rel=1e-5)
-    assert found["eval_kl"] == again["eval_kl"] > 1e-3
+    assert metrics["eval_perplexity"] == pytest.approx(clean["eval_perplexity"], rel=1e-5)
+    assert metrics["eval_kl"] == again["eval_kl"] > 1e-3
 
 
-def test_a_resumed_run_is_the_straight_run(make_trainer):
+def test_a_resumed_run_equals_an_uninterrupted_run(make_trainer):
     options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
     straight = make_trainer(teacher=teacher(), folder="straight", **options)
     straight.train()
@@ -145,12 +146,16 @@ def test_no_gradient_passes_through_the_teacher(make_trainer):
     batch = collate(trainer.train_dataset[:4])
     trainer.train()
     targets = Targets.from_batch(batch, shift=True)
-    seen, there = BatchView(token_dropout=0.3)(batch, targets, 0, 7)
+    view_batch, view_targets = BatchView(token_dropout=0.3)(batch, targets, 0, 7)
     model = build("llama", 0)
     with torch.no_grad():
-        told = targets.gather(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
-    said = there.gather(model(input_ids=seen["input_ids"], attention_mask=batch["attention_mask"]).logits)
-    kl(told, said).mean().backward()
+        teacher_logits = targets.gather(
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        )
+    student_logits = view_targets.gather(
+        model(input_ids=view_batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    )
+    kl(teacher_logits, student_logits).mean().backward()
     for grad, p in zip(watch.grads, model.parameters(), strict=True):
         torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-6)
 

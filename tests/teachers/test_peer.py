@@ -1,4 +1,4 @@
-"""A teacher that is trained beside the student."""
+"""A teacher that is trained together with the student."""
 
 import pytest
 import torch
@@ -24,10 +24,12 @@ class Gradients(TrainerCallback):
     """Gradients before the first step of the optimizer."""
 
     def __init__(self):
-        self.found = {}
+        self.gradients = {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = self.found or {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        self.gradients = self.gradients or {
+            name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
 
 
 def flat(logits, labels, shift):
@@ -36,8 +38,8 @@ def flat(logits, labels, shift):
     return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
 
 
-def kl(told, said, temperature):
-    p, q = (torch.log_softmax(x / temperature, -1) for x in (told, said))
+def kl(teacher_logits, student_logits, temperature):
+    p, q = (torch.log_softmax(x / temperature, -1) for x in (teacher_logits, student_logits))
     return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 
@@ -48,11 +50,11 @@ def naive(kind, model, student, teacher, batch, alpha=0.5, temperature=2.0):
     if model == "t5":
         ours["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     (a, labels), (b, _) = (flat(m(**ours).logits, batch["labels"], shift) for m in (student, teacher))
-    asked = labels != -100
+    is_target = labels != -100
     if shift:
         mask = batch["attention_mask"][:, :-1].reshape(-1)
-        asked &= mask != 0
-    a, b, labels = a[asked], b[asked], labels[asked]
+        is_target &= mask != 0
+    a, b, labels = a[is_target], b[is_target], labels[is_target]
     first = alpha * kl(b.detach(), a, temperature) + (1 - alpha) * F.cross_entropy(a, labels, reduction="none")
     second = F.cross_entropy(b, labels, reduction="none")
     if kind == "mutual":
@@ -62,9 +64,9 @@ def naive(kind, model, student, teacher, batch, alpha=0.5, temperature=2.0):
 
 @pytest.mark.parametrize("model", KINDS)
 @pytest.mark.parametrize("kind", KIND)
-def test_gradients_of_both_models_are_those_of_the_two_losses(make_trainer, kind, model):
-    seen, teacher = Gradients(), peer(kind, model)
-    trainer = make_trainer(model, teacher=teacher, max_steps=1, max_grad_norm=0, callbacks=[seen], seed=3)
+def test_gradients_of_both_models_equal_those_of_the_naive_losses(make_trainer, kind, model):
+    recorded, teacher = Gradients(), peer(kind, model)
+    trainer = make_trainer(model, teacher=teacher, max_steps=1, max_grad_norm=0, callbacks=[recorded], seed=3)
     batch = collate([trainer.train_dataset[int(i)] for i in next(iter(trainer.get_train_dataloader().batch_sampler))])
     torch.manual_seed(0)
     student, other = build(model, 0), build(model, 1, layers=3, width=48)
@@ -74,10 +76,10 @@ def test_gradients_of_both_models_are_those_of_the_two_losses(make_trainer, kind
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     names = {"": student, "distill_sidecar.parts.teacher.model.": other}
-    for prefix, own in names.items():
-        for name, p in own.named_parameters():
-            found = seen.found[prefix + name]
-            torch.testing.assert_close(found, p.grad, rtol=2e-4, atol=1e-6)
+    for prefix, module in names.items():
+        for name, p in module.named_parameters():
+            gradient = recorded.gradients[prefix + name]
+            torch.testing.assert_close(gradient, p.grad, rtol=2e-4, atol=1e-6)
 
 
 def test_no_loss_of_the_student_reaches_an_online_teacher(make_trainer):
@@ -87,9 +89,11 @@ def test_no_loss_of_the_student_reaches_an_online_teacher(make_trainer):
         teacher = peer("online")
         losses = [{"name": "hidden_mse", "weight": 0.5}]
         make_trainer(model=build("llama", seed), teacher=teacher, alpha=alpha, losses=losses, folder=str(seed)).train()
-        ends.append({n: p.detach().clone() for n, p in teacher.model.named_parameters()})
-    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
-    assert any(not torch.equal(ends[0][n], p) for n, p in build("llama", 1, layers=3, width=48).named_parameters())
+        ends.append({name: p.detach().clone() for name, p in teacher.model.named_parameters()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert any(
+        not torch.equal(ends[0][name], p) for name, p in build("llama", 1, layers=3, width=48).named_parameters()
+    )
 
 
 def test_no_loss_of_the_student_reaches_an_online_teachers_gradient():
@@ -103,11 +107,11 @@ def test_no_loss_of_the_student_reaches_an_online_teachers_gradient():
     step = Distiller(terms)(student, teacher, batch)
     step.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in teacher.model.parameters())
-    assert any(p.grad is not None and p.grad.any() for n, p in student.named_parameters() if "sidecar" not in n)
+    assert any(p.grad is not None and p.grad.any() for name, p in student.named_parameters() if "sidecar" not in name)
 
 
 @pytest.mark.parametrize("kind", KIND)
-def test_a_resumed_run_is_the_straight_run(make_trainer, kind):
+def test_a_resumed_run_equals_an_uninterrupted_run(make_trainer, kind):
     options = dict(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
     straight = make_trainer(teacher=peer(kind), folder="straight", **options)
     straight.train()
@@ -125,19 +129,19 @@ def test_a_resumed_run_is_the_straight_run(make_trainer, kind):
 
 
 @pytest.mark.parametrize("kind", KIND)
-def test_logs_and_evaluation_tell_of_both_models(make_trainer, kind):
+def test_logs_and_evaluation_report_both_models(make_trainer, kind):
     trainer = make_trainer(teacher=peer(kind), max_steps=3, learning_rate=1e-2)
     trainer.train()
     log = trainer.state.log_history[0]
     names = {"soft_loss", "hard_loss", "peer_hard_loss", "teacher_weight_drift", "kl", "agreement"}
     assert names <= log.keys()
     assert ("peer_soft_loss" in log) == (kind == "mutual")
-    found = trainer.evaluate()
+    metrics = trainer.evaluate()
     other = make_trainer(model=trainer.model, teacher=trainer.teacher.model, folder="other").evaluate()
     for name in ("eval_perplexity", "eval_teacher_perplexity", "eval_kl", "eval_loss"):
-        assert found[name] == pytest.approx(other[name], rel=1e-5)
-    assert found["eval_peer_hard_loss"] == pytest.approx(
-        torch.log(torch.tensor(found["eval_teacher_perplexity"])).item()
+        assert metrics[name] == pytest.approx(other[name], rel=1e-5)
+    assert metrics["eval_peer_hard_loss"] == pytest.approx(
+        torch.log(torch.tensor(metrics["eval_teacher_perplexity"])).item()
     )
 
 
@@ -147,31 +151,33 @@ def test_both_models_are_saved_as_from_pretrained_loads_them(make_trainer, tmp_p
     trainer.save_model(str(tmp_path / "student"))
     trainer.teacher.save_pretrained(tmp_path / "peer")
     batch = collate(rows("llama", 2))
-    for folder, own in (("student", trainer.model), ("peer", trainer.teacher.model)):
-        loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
-        assert not any(told.values())
-        torch.testing.assert_close(loaded(**batch).logits, own.eval()(**batch).logits)
+    for folder, module in (("student", trainer.model), ("peer", trainer.teacher.model)):
+        loaded, teacher_logits = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(teacher_logits.values())
+        torch.testing.assert_close(loaded(**batch).logits, module.eval()(**batch).logits)
 
 
-def test_the_peer_has_a_learning_rate_weight_decay_and_clipping_of_its_own(make_trainer):
-    seen = Gradients()
+def test_the_peer_has_separate_learning_rate_weight_decay_and_clipping(make_trainer):
+    recorded = Gradients()
     teacher = peer("mutual", learning_rate=0.5, weight_decay=0.25, max_grad_norm=0.125)
-    trainer = make_trainer(teacher=teacher, max_steps=1, weight_decay=0.1, max_grad_norm=0.01, callbacks=[seen])
+    trainer = make_trainer(teacher=teacher, max_steps=1, weight_decay=0.1, max_grad_norm=0.01, callbacks=[recorded])
     trainer.train()
     mine = {id(p) for p in teacher.model.parameters()}
     groups = [
-        (g["initial_lr"], g["weight_decay"], {id(p) in mine for p in g["params"]})
-        for g in trainer.optimizer.param_groups
+        (group["initial_lr"], group["weight_decay"], {id(p) in mine for p in group["params"]})
+        for group in trainer.optimizer.param_groups
     ]
     assert groups == [(5e-5, 0.1, {False}), (5e-5, 0.0, {False}), (0.5, 0.25, {True}), (0.5, 0.0, {True})]
     norms = {
-        which: torch.stack([g.norm() for n, g in seen.found.items() if ("sidecar" in n) == which]).norm().item()
+        which: torch.stack([group.norm() for name, group in recorded.gradients.items() if ("sidecar" in name) == which])
+        .norm()
+        .item()
         for which in (False, True)
     }
     assert norms == pytest.approx({False: 0.01, True: 0.125}, rel=1e-3)
 
 
-def test_a_peer_freezes_when_it_is_told(make_trainer):
+def test_a_peer_is_frozen_from_freeze_at_progress_on(make_trainer):
     teacher, moved = peer("mutual", freeze_at_progress=0.5), []
 
     class Watch(TrainerCallback):
@@ -191,7 +197,7 @@ def test_hidden_terms_learn_from_the_peer_without_reaching_it(make_trainer):
     assert set(trainer.model.distill_sidecar.parts) == {"projectors", "mappings", "teacher"}
 
 
-def test_accumulation_changes_nothing(make_trainer):
+def test_gradient_accumulation_does_not_change_the_losses(make_trainer):
     logs = []
     for folder, batch, steps in (("one", 8, 1), ("four", 2, 4)):
         trainer = make_trainer(
@@ -208,17 +214,17 @@ def test_metrics_do_not_depend_on_whether_logits_are_kept(make_trainer):
     trainer = make_trainer(teacher=peer("mutual"))
     plain = trainer.evaluate()
     trainer.compute_metrics = lambda prediction: {"shape": float(prediction.predictions.shape[-1])}
-    kept = trainer.evaluate()
-    assert kept["eval_shape"] == 97
+    metrics = trainer.evaluate()
+    assert metrics["eval_shape"] == 97
     for name in ("eval_loss", "eval_peer_soft_loss", "eval_kl", "eval_teacher_perplexity"):
-        assert kept[name] == pytest.approx(plain[name], rel=1e-5)
+        assert metrics[name] == pytest.approx(plain[name], rel=1e-5)
 
 
 def test_mutual_learning_with_alpha_one_is_warned_of(make_trainer, monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_distill.teachers.peer.logger.warning", said.append)
+    student_logits = []
+    monkeypatch.setattr("hf_distill.teachers.peer.logger.warning", student_logits.append)
     make_trainer(teacher=peer("mutual"), alpha=1.0)
-    assert "learn only from each other" in said[0]
+    assert "learn only from each other" in student_logits[0]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_trained_parameters_are_not_shared(make_trainer, share, kind):
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_a_model_is_not_its_own_frozen_teacher(make_trainer):
+def test_a_model_as_its_own_frozen_teacher_is_refused(make_trainer):
     student = build("llama", 0)
     with pytest.raises(DistillError, match="the same object"):
         make_trainer(model=student, teacher=student)
@@ -80,7 +80,7 @@ def adapted(**options):
         ({"init_lora_weights": "olora"}, "subtracts the adapter from the base's weights"),
     ],
 )
-def test_a_base_that_changes_is_no_teacher(make_trainer, options, message):
+def test_a_base_that_changes_is_refused_as_teacher(make_trainer, options, message):
     with pytest.raises(DistillError, match=message):
         make_trainer(model=adapted(**options), teacher=AdapterBaseTeacher())
 
@@ -93,7 +93,7 @@ def test_norms_that_train_change_the_base_and_adapters_of_every_kind_do_not(make
         make_trainer(model=student, teacher=AdapterBaseTeacher())
 
 
-def test_what_is_trained_beside_the_student_is_no_part_of_it(make_trainer):
+def test_trained_modules_of_the_sidecar_are_not_shared_with_the_student(make_trainer):
     """Projectors and a peer hang on the student when a teacher is prepared again."""
     options = dict(losses=LOSSES, projectors="linear", max_steps=1)
     for student, teacher in ((adapted(), AdapterBaseTeacher()), (build("llama", 0), PeerTeacher(build("llama", 1)))):
