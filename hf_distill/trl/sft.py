@@ -91,7 +91,7 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def incompatible_arguments(self) -> list[str]:
-        """Also return arguments of SFTTrainer that change the loss or the rows in ways that distillation ignores."""
+        """Also return problems with arguments of SFTTrainer that change the loss or the rows of the teacher."""
         problems, args = super().incompatible_arguments(), self.args
         if args.loss_type != "nll":
             problems.append(

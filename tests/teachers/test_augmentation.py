@@ -35,7 +35,7 @@ def tokens_of_row(batch: dict, row: int) -> list[int]:
 
 
 def long_rows(count: int = 8, length: int = 500, prompt: int = 400, seed: int = 3) -> dict:
-    """Causal rows of distinct-looking tokens, of which the last are asked."""
+    """Causal rows of distinct-looking tokens, of which the last are target tokens."""
     ids = torch.randint(3, 97, (count, length), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :prompt] = -100

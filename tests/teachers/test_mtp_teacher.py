@@ -20,7 +20,7 @@ class Gradients(TrainerCallback):
 
 
 def naive(model, heads, batch, hard=0.3, soft=0.1, temperature=2.0):
-    """The mission's sums, token by token, divided by the asked tokens of the batch."""
+    """The documented sums, token by token, divided by the target tokens of the batch."""
     ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
     recorded = []
     hook = model.lm_head.register_forward_pre_hook(lambda _m, args: recorded.append(args[0]))

@@ -21,7 +21,7 @@ def peer(kind: str = "online", model: str = "llama", **options) -> PeerTeacher:
 
 
 class Gradients(TrainerCallback):
-    """Gradients before the first step of the optimizer."""
+    """Gradients before the first optimizer step."""
 
     def __init__(self):
         self.gradients = {}
@@ -44,7 +44,7 @@ def kl(teacher_logits, student_logits, temperature):
 
 
 def naive(kind, model, student, teacher, batch, alpha=0.5, temperature=2.0):
-    """The mission's two losses, with their stop-gradients, over asked tokens."""
+    """The two documented losses, with their stop-gradients, over target tokens."""
     shift = model in ("llama", "gpt2")
     ours = {k: v for k, v in batch.items() if k != "labels"}
     if model == "t5":

@@ -145,7 +145,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_rows(make_sft):
 def test_packing_is_refused_where_documents_see_each_other(make_sft, smollm2_tokenizer, who):
     leaking = BloomForCausalLM(BloomConfig(vocab_size=len(smollm2_tokenizer), hidden_size=16, n_layer=2, n_head=2))
     name = {"model": "student", "teacher": "teacher"}[who]
-    with pytest.raises(DistillError, match=rf"in the {name} \(BloomForCausalLM\) a packed document sees the one"):
+    with pytest.raises(DistillError, match=rf"in the {name} \(BloomForCausalLM\) a packed document attends to the one"):
         make_sft(packing=True, max_length=64, **{who: leaking})
     make_sft(packing=False, **{who: leaking})
 
