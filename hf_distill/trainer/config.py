@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass, field, fields
+from inspect import get_annotations
 from math import isnan
 from typing import Any, ClassVar, get_args
 
@@ -147,11 +148,13 @@ class DistillArguments:
         if not (self.divergence is None or (self.divergence and isinstance(self.divergence, dict | str))):
             problems.append(f"divergence is {self.divergence!r}; it must be a name or {{name, **options}}")
         distill_names = {item.name for item in fields(DistillArguments)}
+        annotations = {k: v for base in reversed(type(self).__mro__) for k, v in get_annotations(base).items()}
         for item in fields(self):
             value, default = getattr(self, item.name, None), item.default
             if item.name in distill_names or isinstance(default, bool) or not isinstance(default, int | float):
                 continue
-            if list in get_args(item.type):  # a schedule, which the config of the field checks
+            # A schedule, which the config of the field checks. HfArgumentParser overwrites `item.type`.
+            if list in get_args(annotations[item.name]):
                 continue
             if isinstance(value, str | list | dict) or (isinstance(value, float) and isnan(value)):
                 problems.append(f"{item.name} is {value!r}; it must be a number (the default is {default!r})")

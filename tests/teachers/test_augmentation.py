@@ -312,18 +312,18 @@ def test_a_recipe_reads_paraphrases_if_its_teacher_needs_them(tmp_path, monkeypa
     assert "view_labels" in made.train.column_names
     assert "view_labels" in made.held_out.column_names
     Dataset.from_list([{"text": "a" * 99}] * 8).to_json(tmp_path / "rows.jsonl")
-    with pytest.raises(DistillError, match=r"data\.task \(.*rows\.jsonl\) is read as text"):
+    with pytest.raises(DistillError, match=r"data\.task \(.*rows\.jsonl\) has the format text"):
         prepare_data(recipe, byte_tokenizer(), 0, 8)
 
 
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"text": "a"}, r"The source is read as text and has the columns \['text'\]: paraphrases stand in a column"),
-        ({"prompt": "a", "completion": "b"}, "The source is read as completion .*Add it"),
+        ({"text": "a"}, r"The source has the format text and the columns \['text'\]; paraphrases need the columns"),
+        ({"prompt": "a", "completion": "b"}, "The source has the format completion .*Add them"),
         (
             {"prompt": "a", "completion": "b", "paraphrase": None},
-            r"row 0 \(counted from 0\), column paraphrase: a paraphrase is a text where.*got None for 'a'",
+            r"row 0 \(counted from 0\), column paraphrase: a paraphrase must have the type of.*found None for 'a'",
         ),
     ],
 )
