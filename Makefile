@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# Tests of one file share what they make; those that start processes of their own come after the others.
+# The tests of one file share fixtures. Tests on several processes run after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-models test-floor check lint bench evidence soak fuzz browser clean
 .DELETE_ON_ERROR:
 
-# torch first, and pinned: a later line would otherwise be free to choose another build.
+# torch is installed first and pinned, so that a later line cannot choose another build.
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
@@ -26,7 +26,7 @@ quickstart: $(VENV)/installed
 	rm -rf runs/quickstart
 	$(BIN)/hf-distill run quickstart
 
-# A test opens a run's report as a reader would; who may install packages gets the browser for it.
+# A test opens the HTML report in a browser, which is installed if the user may install packages.
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 	  { apt-get install -y -qq chromium || { apt-get update -qq && apt-get install -y -qq chromium; }; } >/dev/null || \
@@ -36,13 +36,13 @@ test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest tests --ignore tests/distributed $(APART)
 	$(BIN)/python -m pytest tests/distributed
 
-# Every class of transformers that predicts ids or classes, against a plain reference: 12 minutes on two busy cores.
-# What build/models.jsonl holds already is not run again. A sample of it is among the tests.
+# Compares every transformers class that predicts ids or classes with a plain reference: 12 minutes on two busy cores.
+# Classes that are in build/models.jsonl are not run again. The test suite contains a sample.
 test-models: $(VENV)/installed-dev
 	mkdir -p build
 	cd tests && $(abspath $(VENV))/bin/python -m model_classes.run --out ../build/models.jsonl --summary ../benchmarks/results/models.json
 
-# The oldest versions that setup.cfg allows, in a virtual environment of their own.
+# The oldest versions that setup.cfg allows, in a separate virtual environment.
 $(VENV)-floor/installed: setup.cfg
 	$(PYTHON) -m venv $(VENV)-floor
 	sed -n 's/^    \([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg | sort -u > $(VENV)-floor/floors.txt
@@ -63,7 +63,7 @@ lint: $(VENV)/installed-dev
 
 check: lint test
 
-# Peers bring packages that the project does not want: they live in a virtual environment of their own.
+# Other libraries to compare with are installed in a separate virtual environment.
 $(VENV)-bench/installed: setup.cfg
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet torch==2.13.0
@@ -89,16 +89,16 @@ bench: $(VENV)-bench/installed
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspect_teacher.py ../runs/quickstart
 
-# Hours, of what is missing in benchmarks/results/evidence; what is there stays. Needs npm and apt, for the texts.
+# Measures the cells that benchmarks/results/evidence lacks (about three hours for all). Needs npm and apt for the texts.
 evidence: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/evidence/run.py
 
-# Whole: every kind of run killed at 30 moments. A sample of it is among the tests.
+# Kills every kind of run at 30 moments and resumes it. The test suite contains a sample.
 soak: $(VENV)/installed-dev
 	cd benchmarks && $(abspath $(VENV))/bin/python soak.py
 	cd benchmarks && $(abspath $(VENV))/bin/python bit_flips.py
 
-# 1,000 mutated recipes through the command line. A sample of them is among the tests.
+# Passes 1,000 mutated recipes to the command line. The test suite contains a sample.
 fuzz: $(VENV)/installed-dev
 	cd benchmarks && $(abspath $(VENV))/bin/python fuzz_recipes.py
 

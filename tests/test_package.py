@@ -160,7 +160,7 @@ def test_the_wheel_contains_recipes_and_cards_and_no_package_named_recipes(tmp_p
     }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT.parent / "benchmarks").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "benchmarks").rglob("*.py")), ids=lambda p: p.name)
 def test_benchmarks_import_existing_names(path):
     """Benchmarks run rarely, so a renamed module would be noticed late."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -26,7 +26,7 @@ from texts import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillTrainer
-from hf_distill.core.io import environment, measured, read_json, write_json
+from hf_distill.core.io import environment, held_out_metrics, read_json, write_json
 from hf_distill.models.pruning import block_influence, cut_student, top_layers
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner.cache_writer import write_recipe_cache
@@ -108,7 +108,7 @@ def measure(student: Path, apart: bool = False) -> dict[str, float]:
         if kind:
             own = recipe_of("distilled", 0, WORK / "measured", f"data.eval.path={TEXTS / f'held_out_{kind}.jsonl'}")
             rows = prepare_data(own, tokenizer, 0, 1).held_out
-        metrics = measured(trainer.evaluate(rows))
+        metrics = held_out_metrics(trainer.evaluate(rows))
         keys = ("perplexity", "kl", "agreement", "teacher_perplexity")
         found |= {f"{kind}_{key}" if kind else key: metrics[key] for key in keys}
     return found
@@ -140,7 +140,7 @@ def cell(name: str, seed: int) -> None:
 def _curve(folder: Path, run: str) -> list[dict[str, float]]:
     """Held-out figures on the way; without a teacher the loss alone is told, which is the cross entropy."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    found = {line["step"]: measured(line) for line in lines if line["run"] == run and "eval_loss" in line}
+    found = {line["step"]: held_out_metrics(line) for line in lines if line["run"] == run and "eval_loss" in line}
     keys = ("perplexity", "kl", "agreement")
     return [
         {"step": step, "perplexity": exp(value["loss"])} | {key: value[key] for key in keys if key in value}
