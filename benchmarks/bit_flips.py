@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from crashing import make_workload, started
+from crashing import make_workload, run_in_process
 
 from hf_distill.core.io import environment, write_json
 from hf_distill.trainer import checkpoints
@@ -71,7 +71,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for kind in KINDS:
-            if code := started(make_workload(kind, folder), folder / kind):
+            if code := run_in_process(make_workload(kind, folder), folder / kind):
                 raise RuntimeError(f"{kind} ended with {code}: {(folder / kind / 'log').read_text()[-3000:]}")
             newest = checkpoints.checkpoints_of(folder / kind / "run")[0]
             files[kind] = count_detected_flips(newest, random.Random(0))

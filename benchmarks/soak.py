@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from crashing import KINDS, Fate, content, fates, make_workload, started, trial
+from crashing import KINDS, KillPoint, draw_kill_points, kill_and_resume, make_workload, run_in_process, run_outputs
 from measure import status_mib
 from transformers import TrainerCallback
 
@@ -34,10 +34,10 @@ TRAINABLE_KINDS = [kind for kind in KINDS if kind not in ("chain", "capture")]
 def kill_runs(folder: Path, kind: str) -> dict[str, Any]:
     """Kill and resume runs of a kind at several moments; return what was lost."""
     start, workload = time.perf_counter(), make_workload(kind, folder)
-    if code := started(workload, folder / kind, counts=folder / f"{kind}.json"):
+    if code := run_in_process(workload, folder / kind, counts=folder / f"{kind}.json"):
         raise RuntimeError(f"{kind} ended with {code}: {(folder / kind / 'log').read_text()[-3000:]}")
-    expected = content(folder / kind, kind)
-    drawn = fates(json.loads((folder / f"{kind}.json").read_text()), MOMENTS, seed=0)
+    expected = run_outputs(folder / kind, kind)
+    drawn = draw_kill_points(json.loads((folder / f"{kind}.json").read_text()), MOMENTS, seed=0)
 
     folders = [folder / f"{kind}-{i}" for i in range(len(drawn))]
     # Processes and not threads, because multiprocessing would join the child processes of another thread.
@@ -45,14 +45,14 @@ def kill_runs(folder: Path, kind: str) -> dict[str, Any]:
         alike = (repeat(expected), repeat(kind))
         messages = pool.map(_trial, repeat(workload), folders, drawn, *alike)
         lost = [message for message in messages if message]
-    moments = Counter(fate.place or "at a random time" for fate in drawn)
+    moments = Counter(kill_point.location or "at a random time" for kill_point in drawn)
     seconds = round(time.perf_counter() - start)
     print(f"{kind}: {len(drawn)} crashes, {len(lost)} lost something ({seconds} s)", *lost, sep="\n  ", flush=True)
     return {"crashes": len(drawn), "lost": lost, "where": dict(sorted(moments.items())), "seconds": seconds}
 
 
-def _trial(workload: Any, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) -> str | None:
-    lost = trial(workload, folder, fate, expected, kind)
+def _trial(workload: Any, folder: Path, kill_point: KillPoint, expected: dict[str, Any], kind: str) -> str | None:
+    lost = kill_and_resume(workload, folder, kill_point, expected, kind)
     shutil.rmtree(folder)
     return lost
 
@@ -113,7 +113,7 @@ def run_in_fresh_process(part: str, *arguments: str) -> dict[str, Any]:
 
 def kill_all_kinds(folder: Path) -> dict[str, Any]:
     """Kill and resume runs of every kind, with `save_total_limit: 1`."""
-    if started(make_workload("capture", folder), folder / "cache"):
+    if run_in_process(make_workload("capture", folder), folder / "cache"):
         raise RuntimeError((folder / "cache" / "log").read_text()[-3000:])
     kinds = {kind: kill_runs(folder, kind) for kind in KINDS}
     total, lost = sum(one["crashes"] for one in kinds.values()), sum(len(one["lost"]) for one in kinds.values())

@@ -1,7 +1,7 @@
-"""Runs that are killed at some moment and resumed, each in a process of its own.
+"""Kills runs at chosen moments and resumes them, each in a separate process.
 
-A fate is a moment by the clock, or a place: the n-th call of something that a run does, before it, in the middle of
-what it writes, or after it. Processes are forked from one that has imported everything, so that a trial takes seconds.
+A kill point is a time, or a location: the n-th call of a function of a run, before the call, in the middle of what it
+writes, or after it. Processes are forked from one that has imported everything, so that a trial takes seconds.
 """
 
 import json
@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# What a run does, by where it is looked up; "half": it writes, and can be cut off in the middle.
-PLACES = {
+# Functions of a run at which it can be killed, and whether they write a file that can be truncated.
+KILL_LOCATIONS = {
     "step": ("hf_distill.trainer.distiller:Distiller.__call__", False),
     "backward": ("accelerate:Accelerator.backward", False),
     "optimizer": ("accelerate.optimizer:AcceleratedOptimizer.step", False),
@@ -45,7 +45,7 @@ PLACES = {
     "evidence": ("hf_distill.runner.single_run:write_json", False),
     "recipe": ("hf_distill.runner.run_dir:_write_recipe", False),
 }
-_PRELOAD = [  # what every run imports
+_PRELOAD = [  # modules that every run imports
     *("hf_distill.runner.run", "hf_distill.runner.cache_writer", "hf_distill.trl", "hf_distill.cache.api"),
     *("transformers.models.llama.modeling_llama", "transformers.trainer", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "datasets", "peft", "trl.experimental.gkd"),
@@ -58,7 +58,7 @@ _SHORT = [
 ]
 _FEATURES = "losses=[{name: hidden_cosine, weight: 0.1}, {name: attention_kl, layers: last:1}]"
 _LORA = "student={model: 'smoke:llama/student', lora: {r: 4}}"
-KINDS = {  # a packaged recipe, and what is changed of it
+KINDS = {  # name of a packaged recipe, and overrides
     "frozen": ("quickstart", [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]),
     "cached": ("cached", ["control=null"]),
     "adapter_base": ("quickstart", [_LORA, "teacher={kind: adapter_base}", "control=null"]),
@@ -69,28 +69,28 @@ KINDS = {  # a packaged recipe, and what is changed of it
 }
 
 
-def make_workload(kind: str, place: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
-    """What a process of a kind does, in the folder `run` of the one that it is in, from wherever it was cut off.
+def make_workload(kind: str, shared_folder: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
+    """Return a function that runs or resumes a recipe, in the folder `run` of the working directory.
 
     Args:
-        kind: of `KINDS`.
-        place: of what trials share: a cache.
-        overrides: of the recipe.
-        callbacks: of its trainers.
+        kind: a key of `KINDS`.
+        shared_folder: a folder with the cache that all trials use.
+        overrides: overrides of the recipe.
+        callbacks: callbacks of its trainers.
     """
-    return partial(_run_workload, kind, place, overrides, callbacks)
+    return partial(_run_workload, kind, shared_folder, overrides, callbacks)
 
 
-def _run_workload(kind: str, place: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
+def _run_workload(kind: str, shared_folder: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
     from hf_distill.recipe import load_recipe, run_recipe
     from hf_distill.runner.cache_writer import write_recipe_cache
 
     name, changes = KINDS[kind]
     if name == "cached":
-        changes = [*changes, f"teacher.path={'run' if kind == 'capture' else place / 'cache' / 'run'}"]
+        changes = [*changes, f"teacher.path={'run' if kind == 'capture' else shared_folder / 'cache' / 'run'}"]
         texts = [json.dumps({"text": f"The number {i} times {i} is {i * i}. " * 9}) for i in range(60)]
-        (place / "texts.jsonl").write_text("\n".join(texts))
-        changes.append(f"data.task.path={place / 'texts.jsonl'}")
+        (shared_folder / "texts.jsonl").write_text("\n".join(texts))
+        changes.append(f"data.task.path={shared_folder / 'texts.jsonl'}")
     recipe = load_recipe(name, [*_SHORT, *changes, "train.output_dir=run", *overrides], smoke=True)
     if kind == "capture":
         write_recipe_cache(recipe, batch_size=2, shard_rows=4)
@@ -99,24 +99,26 @@ def _run_workload(kind: str, place: Path, overrides: Sequence[str], callbacks: S
 
 
 @dataclass(frozen=True)
-class Fate:
-    """When a process is killed: after some seconds of training, or at a place."""
+class KillPoint:
+    """When a process is killed: after some seconds, or at a call of a function in `KILL_LOCATIONS`."""
 
     seconds: float | None = None
-    place: str = ""
+    location: str = ""
     call: int = 0
     when: str = "before"  # half, after
 
     def __str__(self) -> str:
-        return f"{self.seconds:.2f} s" if self.seconds is not None else f"{self.when} call {self.call} of {self.place}"
+        return (
+            f"{self.seconds:.2f} s" if self.seconds is not None else f"{self.when} call {self.call} of {self.location}"
+        )
 
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _wrap(place: str, around: Callable[[str, Callable, tuple, dict], Any]) -> None:
-    module, _, path = PLACES[place][0].partition(":")
+def _wrap(location: str, around: Callable[[str, Callable, tuple, dict], Any]) -> None:
+    module, _, path = KILL_LOCATIONS[location][0].partition(":")
     owner: Any = import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
@@ -124,13 +126,13 @@ def _wrap(place: str, around: Callable[[str, Callable, tuple, dict], Any]) -> No
     original = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
-        return around(place, original, args, kwargs)
+        return around(location, original, args, kwargs)
 
     setattr(owner, name, wrapped)
 
 
-def _note_sealed() -> None:
-    """Have a child note, for each output folder, that a checkpoint of it is complete."""
+def _record_complete_checkpoints() -> None:
+    """Make the process record the output folders in which a checkpoint is complete."""
     module = import_module("hf_distill.trainer.checkpointing")
     original = module.mark_complete
 
@@ -142,8 +144,8 @@ def _note_sealed() -> None:
     module.mark_complete = noting
 
 
-def _cut(folder: Path, since: float) -> None:
-    """The newest file that was written since then loses its second half; of lines, half of the last one."""
+def _truncate_newest_file(folder: Path, since: float) -> None:
+    """Truncate the newest file that was written since a time to its first half; a JSONL file in its last line."""
     files = [(p.stat().st_mtime, p) for p in folder.rglob("*") if p.is_file() and p.stat().st_mtime >= since - 0.01]
     if files:
         path = max(files)[1]
@@ -152,7 +154,7 @@ def _cut(folder: Path, since: float) -> None:
         os.truncate(path, size)
 
 
-def _child(job: Callable[[], None], folder: Path, fate: Fate | None, counts: Path | None) -> None:
+def _run_child(workload: Callable[[], None], folder: Path, kill_point: KillPoint | None, counts: Path | None) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -163,58 +165,60 @@ def _child(job: Callable[[], None], folder: Path, fate: Fate | None, counts: Pat
     os.dup2(log, 2)
     calls: Counter = Counter()
 
-    def around(place: str, original: Callable, args: tuple, kwargs: dict) -> Any:
-        calls[place] += 1
-        hit = fate is not None and fate.place == place and fate.call == calls[place]
-        if hit and fate.when == "before":
+    def around(location: str, original: Callable, args: tuple, kwargs: dict) -> Any:
+        calls[location] += 1
+        hit = kill_point is not None and kill_point.location == location and kill_point.call == calls[location]
+        if hit and kill_point.when == "before":
             kill()
         since = time.time()
         result = original(*args, **kwargs)
         if hit:
-            if fate.when == "half":
-                _cut(folder / "run", since)
+            if kill_point.when == "half":
+                _truncate_newest_file(folder / "run", since)
             kill()
         return result
 
-    for place in PLACES if counts else [fate.place] if fate and fate.place else []:
-        _wrap(place, around)
-    _note_sealed()
+    for location in KILL_LOCATIONS if counts else [kill_point.location] if kill_point and kill_point.location else []:
+        _wrap(location, around)
+    _record_complete_checkpoints()
     start = time.monotonic()
-    job()
+    workload()
     if counts:
         counts.write_text(json.dumps({"calls": calls, "seconds": time.monotonic() - start}))
 
 
-def started(job, folder: Path, fate: Fate | None = None, counts: Path | None = None) -> int:
-    """Run a job in a process of its own; its exit code."""
+def run_in_process(workload, folder: Path, kill_point: KillPoint | None = None, counts: Path | None = None) -> int:
+    """Run a job in a separate process and return its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    process = context.Process(target=_child, args=(job, folder, fate, counts))
+    process = context.Process(target=_run_child, args=(workload, folder, kill_point, counts))
     process.start()
-    if fate is not None and fate.seconds is not None:
-        process.join(fate.seconds)
+    if kill_point is not None and kill_point.seconds is not None:
+        process.join(kill_point.seconds)
         if process.is_alive():
             process.kill()
     process.join()
     return process.exitcode
 
 
-def fates(counts: dict[str, Any], number: int, seed: int) -> list[Fate]:
-    """So many moments: a third by the clock, the others at places, each of which is met as often as the others."""
+def draw_kill_points(counts: dict[str, Any], number: int, seed: int) -> list[KillPoint]:
+    """Draw kill points: a third of them times, the others locations, each of which is drawn equally often."""
     random_ = random.Random(seed)
-    clock = [Fate(seconds=random_.uniform(0.1, counts["seconds"])) for _ in range(number // 3)]
-    places = sorted(place for place in PLACES if counts["calls"].get(place))
-    random_.shuffle(places)
+    clock = [KillPoint(seconds=random_.uniform(0.1, counts["seconds"])) for _ in range(number // 3)]
+    locations = sorted(location for location in KILL_LOCATIONS if counts["calls"].get(location))
+    random_.shuffle(locations)
     at = []
     for i in range(number - len(clock)):
-        place = places[i % len(places)]
-        whens = ["before", "half", "after"] if PLACES[place][1] else ["before", "after"]
-        at.append(Fate(place=place, call=random_.randint(1, counts["calls"][place]), when=random_.choice(whens)))
+        location = locations[i % len(places)]
+        whens = ["before", "half", "after"] if KILL_LOCATIONS[location][1] else ["before", "after"]
+        at.append(
+            KillPoint(location=location, call=random_.randint(1, counts["calls"][location]), when=random_.choice(whens))
+        )
     return clock + at
 
 
-def content(folder: Path, kind: str) -> dict[str, Any]:
-    """Of a trial's folder all that no crash may change: weights, held-out metrics, logs; the files of a cache."""
+def run_outputs(folder: Path, kind: str) -> dict[str, Any]:
+    """Return what no crash may change: weights, held-out metrics and logs of a run, or the files of a cache."""
     folder = folder / "run"
     if kind == "capture":
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]  # it names the process
@@ -224,45 +228,49 @@ def content(folder: Path, kind: str) -> dict[str, Any]:
         if "checkpoint-" not in str(path):
             outputs[str(path.relative_to(folder))] = path.read_bytes()
     results = json.loads((folder / "results.json").read_text())
-    outputs["status"], outputs["models"] = results["status"], [_untimed(m) for m in results["models"].values()]
+    outputs["status"], outputs["models"] = results["status"], [_without_timings(m) for m in results["models"].values()]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    outputs["logs"] = [_untimed(line) for line in lines if "loss" in line or "eval_loss" in line]
+    outputs["logs"] = [_without_timings(line) for line in lines if "loss" in line or "eval_loss" in line]
     return outputs
 
 
-def _untimed(values: dict[str, Any]) -> dict[str, Any]:
+def _without_timings(values: dict[str, Any]) -> dict[str, Any]:
     timing = ("per_second", "_time", "runtime", "seconds")
     return {name: value for name, value in values.items() if not name.endswith(timing)}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Which parts are not the same."""
+    """Return the names of the outputs that differ."""
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def trial(job, folder: Path, fate: Fate, expected: dict[str, Any], kind: str) -> str | None:
-    """Kill a run so, look for a complete checkpoint, resume it, and compare; None: nothing was lost."""
-    code = started(job, folder, fate)
+def kill_and_resume(workload, folder: Path, kill_point: KillPoint, expected: dict[str, Any], kind: str) -> str | None:
+    """Kill a run, look for a complete checkpoint, resume it, and compare; return the problem, None if there is none."""
+    code = run_in_process(workload, folder, kill_point)
     if code not in (0, -signal.SIGKILL):
-        return f"{fate}: ended with {code} before it was killed: {_last(folder)}"
-    if without := _without_complete(folder):
-        return f"{fate}: no complete checkpoint is left in {without}"
-    if code := started(job, folder):
-        return f"{fate}: could not be resumed ({code}): {_last(folder)}"
-    lost = differences(content(folder, kind), expected)
-    return f"{fate}: not the same: {', '.join(lost)}" if lost else None
+        return f"{kill_point}: ended with {code} before it was killed: {_end_of_log(folder)}"
+    if without := folders_without_complete_checkpoint(folder):
+        return f"{kill_point}: no complete checkpoint is left in {without}"
+    if code := run_in_process(workload, folder):
+        return f"{kill_point}: could not be resumed ({code}): {_end_of_log(folder)}"
+    lost = differences(run_outputs(folder, kind), expected)
+    return f"{kill_point}: not the same: {', '.join(lost)}" if lost else None
 
 
-def _without_complete(folder: Path) -> list[str]:
-    """Output folders of a trial in which a checkpoint was complete before a kill, and none is afterwards."""
+def folders_without_complete_checkpoint(folder: Path) -> list[str]:
+    """Return the output folders that had a complete checkpoint before the kill and have none after it."""
     from hf_distill.trainer.checkpoints import checkpoint_defect, checkpoints_of, restore
 
     file = folder / "sealed"
-    homes = sorted(set(file.read_text().splitlines())) if file.is_file() else []
-    for home in homes:
-        restore(folder / home)
-    return [home for home in homes if all(checkpoint_defect(path) for path in checkpoints_of(folder / home))]
+    output_dirs = sorted(set(file.read_text().splitlines())) if file.is_file() else []
+    for output_dir in output_dirs:
+        restore(folder / output_dir)
+    return [
+        output_dir
+        for output_dir in output_dirs
+        if all(checkpoint_defect(path) for path in checkpoints_of(folder / output_dir))
+    ]
 
 
-def _last(folder: Path) -> str:
+def _end_of_log(folder: Path) -> str:
     return (folder / "log").read_text()[-1500:]

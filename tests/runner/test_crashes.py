@@ -6,7 +6,17 @@ import sys
 from importlib import import_module
 
 import pytest
-from crashing import KINDS, PLACES, Fate, _without_complete, content, fates, make_workload, started, trial
+from crashing import (
+    KILL_LOCATIONS,
+    KINDS,
+    KillPoint,
+    draw_kill_points,
+    folders_without_complete_checkpoint,
+    kill_and_resume,
+    make_workload,
+    run_in_process,
+    run_outputs,
+)
 
 from hf_distill.trainer.checkpoints import checkpoints_of
 
@@ -17,38 +27,38 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is of P
 def shared_folder(tmp_path_factory):
     """A folder with the cache that all trials use."""
     folder = tmp_path_factory.mktemp("crashes")
-    assert started(make_workload("capture", folder), folder / "cache") == 0
+    assert run_in_process(make_workload("capture", folder), folder / "cache") == 0
     return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_resumes_to_the_same_result(shared_folder, kind):
     workload = make_workload(kind, shared_folder)
-    assert started(workload, shared_folder / kind, counts=shared_folder / f"{kind}.json") == 0, (
+    assert run_in_process(workload, shared_folder / kind, counts=shared_folder / f"{kind}.json") == 0, (
         shared_folder / kind / "log"
     ).read_text()[-3000:]
-    counts, expected = json.loads((shared_folder / f"{kind}.json").read_text()), content(shared_folder / kind, kind)
+    counts, expected = json.loads((shared_folder / f"{kind}.json").read_text()), run_outputs(shared_folder / kind, kind)
     assert len(expected) > 3
-    drawn = fates(counts, 3, seed=sum(kind.encode()))[: 1 if kind == "chain" else None]
+    drawn = draw_kill_points(counts, 3, seed=sum(kind.encode()))[: 1 if kind == "chain" else None]
     assert not [
         lost
-        for i, fate in enumerate(drawn)
-        if (lost := trial(workload, shared_folder / f"{kind}-{i}", fate, expected, kind))
+        for i, kill_point in enumerate(drawn)
+        if (lost := kill_and_resume(workload, shared_folder / f"{kind}-{i}", kill_point, expected, kind))
     ]
 
 
 def test_a_kill_during_rotation_keeps_two_checkpoints(shared_folder):
     """The other tests keep one checkpoint."""
     workload = make_workload("ema", shared_folder, "train.save_total_limit=2")
-    assert started(workload, shared_folder / "two", counts=shared_folder / "two.json") == 0
+    assert run_in_process(workload, shared_folder / "two", counts=shared_folder / "two.json") == 0
     assert len(checkpoints_of(shared_folder / "two" / "run")) == 2
-    expected = content(shared_folder / "two", "ema")
+    expected = run_outputs(shared_folder / "two", "ema")
     for when in ("before", "after"):
         assert (
-            trial(
+            kill_and_resume(
                 workload,
                 shared_folder / f"two-{when}",
-                Fate(place="old checkpoint", call=1, when=when),
+                KillPoint(location="old checkpoint", call=1, when=when),
                 expected,
                 "ema",
             )
@@ -58,26 +68,26 @@ def test_a_kill_during_rotation_keeps_two_checkpoints(shared_folder):
 
 def test_a_trial_detects_the_loss_of_the_only_checkpoint(shared_folder):
     workload = make_workload("ema", shared_folder)
-    lost = trial(workload, shared_folder / "none", Fate(place="step", call=5), {}, "ema")
+    lost = kill_and_resume(workload, shared_folder / "none", KillPoint(location="step", call=5), {}, "ema")
     assert lost
     assert "not the same" in lost  # one is complete
     shutil.rmtree(shared_folder / "none" / "run")
     (shared_folder / "none" / "run").mkdir()
-    assert _without_complete(shared_folder / "none") == ["run"]
+    assert folders_without_complete_checkpoint(shared_folder / "none") == ["run"]
 
 
 def test_a_trial_detects_different_results(shared_folder):
     """A run with another seed has another result, so the comparison can fail."""
     workload = make_workload("ema", shared_folder)
-    assert started(workload, shared_folder / "one") == 0
-    assert started(make_workload("ema", shared_folder, "train.seed=1"), shared_folder / "other") == 0
-    one, other = content(shared_folder / "one", "ema"), content(shared_folder / "other", "ema")
+    assert run_in_process(workload, shared_folder / "one") == 0
+    assert run_in_process(make_workload("ema", shared_folder, "train.seed=1"), shared_folder / "other") == 0
+    one, other = run_outputs(shared_folder / "one", "ema"), run_outputs(shared_folder / "other", "ema")
     assert {"student/model.safetensors", "models", "logs"} <= {name for name in one if one[name] != other.get(name)}
 
 
 def test_every_location_of_a_kill_exists():
     """A renamed location fails here, with its name, and not in every trial."""
-    for where, _ in PLACES.values():
+    for where, _ in KILL_LOCATIONS.values():
         module, _, path = where.partition(":")
         owner = import_module(module)
         for name in path.split("."):
