@@ -209,7 +209,7 @@ def draw_kill_points(counts: dict[str, Any], number: int, seed: int) -> list[Kil
     random_.shuffle(locations)
     at = []
     for i in range(number - len(clock)):
-        location = locations[i % len(places)]
+        location = locations[i % len(locations)]
         whens = ["before", "half", "after"] if KILL_LOCATIONS[location][1] else ["before", "after"]
         at.append(
             KillPoint(location=location, call=random_.randint(1, counts["calls"][location]), when=random_.choice(whens))
