@@ -205,8 +205,8 @@ def test_chunk_size_does_not_change_the_measures(monkeypatch):
     from hf_distill.cache import sampling
 
     at_once = inspect_teacher(pair_of(), None)
-    monkeypatch.setattr(sampling, "_WORKSPACE", 4 * VOCAB * 7)
-    monkeypatch.setattr(sampling, "_CACHED", 4 * VOCAB * 2)
+    monkeypatch.setattr(sampling, "_WORKSPACE_BYTES", 4 * VOCAB * 7)
+    monkeypatch.setattr(sampling, "_CPU_CACHE_BYTES", 4 * VOCAB * 2)
     small = inspect_teacher(pair_of(), None)
     assert [p.index for p in small.positions] == [p.index for p in at_once.positions] == [8, 64]
     assert small.histogram == at_once.histogram

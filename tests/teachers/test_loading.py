@@ -93,7 +93,7 @@ def test_a_teacher_with_an_offloaded_head_gives_the_same_logits(saved, tmp_path)
     ("options", "message"),
     [
         ({"quantization": "nf3"}, "quantization is 'nf3'; known: nf4, int8"),
-        ({"quantization": "nf4", "deepspeed": "zero3-teacher.json"}, "quantization and deepspeed at once: choose"),
+        ({"quantization": "nf4", "deepspeed": "zero3-teacher.json"}, "quantization and deepspeed at once, because they exclude each other: choose"),
         ({"quantization": "nf4", "fsdp": True}, "quantization and fsdp at once"),
         ({"device_map": "auto", "fsdp": True}, "device_map spreads a teacher over the devices of one process"),
         ({"deepspeed": "zero3-teacher.json"}, "2 or more; this run has no launcher. Start it with"),
@@ -135,7 +135,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(saved, mon
 def test_loading_options_are_refused_for_a_loaded_model(make_trainer):
     with pytest.raises(DistillError, match=r"'quantization'.* a model that is already loaded"):
         FrozenTeacher(build("llama"), quantization="nf4")
-    with pytest.raises(DistillError, match=r"'deepspeed'.* beside a Teacher"):
+    with pytest.raises(DistillError, match=r"'deepspeed'.* but `teacher` is a Teacher object"):
         make_trainer(teacher=FrozenTeacher(build("llama")), teacher_deepspeed="zero3-teacher.json")
 
 
@@ -150,7 +150,7 @@ def test_auto_values_of_a_teachers_config_are_filled_from_its_width_and_dtype(tm
         "zero_optimization": {"stage": 3},
         "train_micro_batch_size_per_gpu": 1,
     }
-    for text, message in (("{", "is not JSON"), ("[]", "holds list")):
+    for text, message in (("{", "is not JSON"), ("[]", "holds a list; a DeepSpeed config must be a JSON mapping")):
         (tmp_path / "own.json").write_text(text)
         with pytest.raises(DistillError, match=message):
             read_deepspeed("own.json", tmp_path)

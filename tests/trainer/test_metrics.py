@@ -109,7 +109,7 @@ def test_greater_is_better_is_set_for_every_metric(metric, greater):
 
 
 def test_an_entropy_needs_an_explicit_greater_is_better():
-    with pytest.raises(DistillError, match="neither a greater nor a smaller value is better"):
+    with pytest.raises(DistillError, match="neither a greater nor a smaller value of it is better"):
         DistillConfig("out", metric_for_best_model="eval_student_entropy")
     assert DistillConfig("out", metric_for_best_model="eval_student_entropy", greater_is_better=True).greater_is_better
 
