@@ -1,4 +1,4 @@
-"""Kinds of teachers, by their names in recipes, and which of them cannot be combined."""
+"""Which kinds of teachers are trained with the student, and which kinds cannot be combined."""
 
 from collections.abc import Mapping
 from itertools import combinations

@@ -60,7 +60,7 @@ class ChunkedLoss:
                       these blocks; for other tokens all of them are 0. Of several teachers, the first is compared
     chunk_tokens:     target tokens in a chunk; None for as many as `auto_chunk_tokens` allows
     num_items:        divisor of the sum, number of target tokens of the global batch; None for T
-    per_token:        name -> [T], set by a run: the terms (scaled, not weighted) and the statistics
+    per_token:        name -> [T], set by `run_chunks`: the terms (scaled, not weighted) and the statistics
     """
 
     teacher: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
@@ -140,7 +140,8 @@ class ChunkedLoss:
                     scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
                     _overwrite_with_gradient(student_logits[block], gradients, scaling)
             if on_gradient is not None:
-                on_gradient(rows, student_logits)
+                gradient = student_logits  # overwritten block by block
+                on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
             if term.weight:

@@ -73,7 +73,7 @@ def forward_with_loss(
     model: nn.Module,
     inputs: dict,
     targets: Targets,
-    feature_keys: Mapping[FeatureKey, Targets],
+    feature_requests: Mapping[FeatureKey, Targets],
     make_losses: Callable[[LazyLogits | DenseLogits], StepLosses],
     keep_logits: bool = False,
 ) -> tuple[Tensor, Any, StepLosses]:
@@ -83,7 +83,7 @@ def forward_with_loss(
         model: the student as prepared, wrappers included; with features, its sidecar is attached.
         inputs: the collator's batch.
         targets: T target tokens.
-        feature_keys: feature key -> the N tokens whose features are captured in the student.
+        feature_requests: feature key -> the N tokens whose features are captured in the student.
         make_losses: makes the step's losses, given the student's logits; called in the model's forward.
         keep_logits: materialize the logits of all positions and leave them in the outputs, for metrics.
 
@@ -104,10 +104,11 @@ def forward_with_loss(
         in_head.append(losses)
         loss = losses.chunked_loss.from_hidden(student_logits)
         loss = loss if losses.teacher_loss is None else loss + losses.teacher_loss
-        return loss.reshape(1, 1, 1).clone()  # FSDP2 warns about views, whose hooks can be lost
+        # The head returns the loss in the shape of logits. FSDP2 warns about views, whose hooks can be lost.
+        return loss.reshape(1, 1, 1).clone()
 
     def add_remaining_losses(outputs: Any) -> Any:
-        """Put what did not leave through the head into the model's `loss`, where DDP finds its graph."""
+        """Add the losses that the head did not return to the model's `loss`, where DDP finds their graph."""
         losses = in_head[-1] if in_head else make_losses(DenseLogits(targets.gather_logits(outputs.logits)))
         done.append(losses)
         summands = [] if in_head or losses.teacher_loss is None else [losses.teacher_loss]
@@ -127,7 +128,7 @@ def forward_with_loss(
         lambda *call: add_remaining_losses(named_outputs(call[2], model))
     )
     try:
-        with capture_features(model, feature_keys) as captured, aux.recorded():
+        with capture_features(model, feature_requests) as captured, aux.recorded():
             outputs, loss = _run(model, prepared, targets, head, run_fused_loss if is_lazy else None)
     finally:
         hook.remove()

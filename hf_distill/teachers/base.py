@@ -1,6 +1,6 @@
 """`Teacher`, from which custom teachers derive, and `JointStep`, which a trained teacher runs in the student's forward.
 
-Shape letters are those of `hf_distill.core.signals`: B rows, S positions, V vocabulary, T target tokens of a batch.
+Shape letters are those of `hf_distill.core.targets`: B rows, S positions, V vocabulary, T target tokens of a batch.
 """
 
 from abc import ABC, abstractmethod

@@ -42,7 +42,7 @@ class _Mark(BaseModel):
     """Contents of `checkpoint.json`; `digest` is the digest of `files`, which shows damage to the mark itself."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    is_complete: bool = Field(alias="whole")
+    is_complete: bool = Field(alias="whole")  # the key of the file format
     files: dict[str, _File] = {}
     digest: str = ""
 

@@ -27,8 +27,9 @@ class StepOutput:
     loss:      [] the sum over target tokens / num_items, with its autograd graph
     per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and the statistics if they were
                requested; "aux" holds the sum of the auxiliary losses that the model's forward adds, if it adds any
-    targets:   the T target tokens of the batch
-    outputs:   the outputs of the student's forward
+    targets:   the T target tokens at their positions in the batch that the teacher reads
+    outputs:   the outputs of the student's forward; their `logits` are a placeholder that carries the loss, [1, 1, 1],
+               unless logits were materialized (`keep_logits`)
     """
 
     loss: Tensor
@@ -48,7 +49,7 @@ class Distiller:
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient.
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
     3. `Teacher.transform_student_batch` may replace the student's view of the batch; the target tokens stay the same.
-    4. The student's forward runs once. In place of its output head runs `ChunkedLoss`, which computes the terms on
+    4. The student's forward runs once. `ChunkedLoss` runs in place of its output head and computes the terms on
        logits and their gradients chunk by chunk, so that full logits are never materialized.
     5. At the end of that forward, `FeatureLoss` computes the terms on hidden states and attention.
 

@@ -272,6 +272,7 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
             self._record_micro_batch(step, inputs)
         loss = step.loss
         if is_training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The loss is divided by the target tokens of all processes, and DDP averages gradients over processes.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, step.outputs) if return_outputs else loss
 

@@ -262,14 +262,18 @@ def test_a_custom_optimizer_gets_the_projectors(make):
     assert [g["initial_lr"] for g in optimizer.param_groups] == [0.1, 0.5]
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    with pytest.raises(DistillError, match="a scheduler that does not know the modules that are trained with the student"):
+    with pytest.raises(
+        DistillError, match="a scheduler that does not know the modules that are trained with the student"
+    ):
         make(model=student, optimizers=(optimizer, scheduler))
 
 
 def test_an_optimizer_of_the_deepspeed_config_is_refused_with_settings_of_projectors(make):
     trainer = make(projectors={"learning_rate": 0.5})
     trainer.args.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
-    with pytest.raises(DistillError, match="but the `optimizer` section of the DeepSpeed config would ignore it. Remove that section"):
+    with pytest.raises(
+        DistillError, match=r"but the `optimizer` section of the DeepSpeed config would ignore it. Remove that section"
+    ):
         trainer.attach_sidecar(trainer.distiller.features)
 
 
