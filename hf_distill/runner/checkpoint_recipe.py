@@ -1,4 +1,4 @@
-"""Binds checkpoints to the recipe that wrote them, by the values that change the result of a run."""
+"""Binds checkpoints to the run that wrote them: the values of the recipe that change the result, and what was read."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..cache.fingerprints import weights_fingerprint
 from ..core.processes import is_alone
 from ..errors import DistillError
 from ..recipe.schema import Recipe
+from ..teachers import FrozenTeacher, MultiTeacher, Teacher
 
 # Keys of a recipe that describe its origin.
 _ORIGIN = {"origin", "requires", "extends"}
@@ -37,6 +39,7 @@ _OTHER_PROCESSES = (
     "train.gradient_accumulation_steps keep the global batch size the same: the rows are distributed differently, and "
     "each process has saved its own random state. Start as many processes as before."
 )
+_CONTENT = "content of "  # prefix of the keys of `content_values`
 _STEPS = {"train.max_steps", "train.num_train_epochs"}
 
 
@@ -72,6 +75,40 @@ def launch_values() -> dict[str, Any]:
     return {_PROCESSES: 1 if is_alone() else torch.distributed.get_world_size()}
 
 
+def content_values(data: dict[str, Any], teacher: Teacher | None) -> dict[str, str]:
+    """Return checksums of the rows and of the weights of frozen teachers, which change the result of a run.
+
+    Args:
+        data: `PreparedData.facts`.
+        teacher: The prepared teacher. All processes must call this if it is sharded.
+    """
+    checksums = {"training rows": data.get("train_fingerprint"), "held-out rows": data.get("eval_fingerprint")}
+    teachers = teacher.teachers if isinstance(teacher, MultiTeacher) else {"": teacher}
+    for name, one in teachers.items():
+        if isinstance(one, FrozenTeacher):
+            checksums[f"weights of the teacher {name}".strip()] = weights_fingerprint(one.model)
+    return {_CONTENT + key: value for key, value in checksums.items() if value}
+
+
+def check_same_content(checkpoint: Path, now: dict[str, str]) -> None:
+    """Refuse to resume from a checkpoint of a run that read other rows or another teacher under the same names.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        now: `content_values` of this run.
+
+    Raises:
+        DistillError: Some contents differ.
+    """
+    before = recorded_values(checkpoint) or {}
+    if changed := [key.removeprefix(_CONTENT) for key in now if before.get(key, now[key]) != now[key]]:
+        raise DistillError(
+            f"{checkpoint} cannot be resumed, because the {' and the '.join(changed)} changed after the checkpoint was "
+            "written, while the names in the recipe are the same. The result would belong to neither run. Restore the "
+            "files, or start a new run with another train.output_dir."
+        )
+
+
 def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> None:
     """Refuse to resume a run with values that change its result.
 
@@ -83,6 +120,7 @@ def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> N
     Raises:
         DistillError: Some values differ. The message lists each of them as old -> new.
     """
+    before = {key: value for key, value in before.items() if not key.startswith(_CONTENT)}
     now = result_values(recipe) | {key: value for key, value in launch_values().items() if key in before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if not changed:

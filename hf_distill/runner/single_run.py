@@ -33,7 +33,7 @@ from ..teachers.loading import zero3_init_context
 from ..trainer.config import DistillArguments, DistillConfig
 from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_smoke_cache
-from .checkpoint_recipe import RecipeRecord, launch_values, result_values
+from .checkpoint_recipe import RecipeRecord, check_same_content, content_values, launch_values, result_values
 from .datasets import num_training_rows, prepare_data
 from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
@@ -75,8 +75,7 @@ def run_single(
             return RunResult(folder, models)
         with watch.running():
             write_smoke_cache(recipe, on_stage)
-            record = RecipeRecord(result_values(recipe) | launch_values())
-            return _run(RunContext(recipe, args, folder, [*callbacks, watch, record], on_stage), evidence)
+            return _run(RunContext(recipe, args, folder, [*callbacks, watch], on_stage), evidence)
 
 
 def _run(run: "RunContext", evidence: dict[str, Any]) -> RunResult:
@@ -121,6 +120,7 @@ class RunContext:
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
         self.steps: dict[str, int] = {}  # training -> step of the exported model
+        self.record = RecipeRecord(result_values(recipe) | launch_values())
         run_environment = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: dict[str, Any] = {"environment": run_environment, "data": self.data.facts()}
         check_same_on_all_ranks(recipe, self.facts)
@@ -157,7 +157,12 @@ class RunContext:
             eval_dataset=self.data.held_out,
             **rows,
             processing_class=self.tokenizer,
-            callbacks=[MetricsFile(self.folder / "metrics.jsonl", name), *self._stopping(), *self.callbacks],
+            callbacks=[
+                MetricsFile(self.folder / "metrics.jsonl", name),
+                *self._stopping(),
+                *self.callbacks,
+                self.record,
+            ],
         )
         self.args.deepspeed_plugin = None  # accelerate keeps that of the first trainer and refuses a second one
         trainer.sources = self.data.collator.sources
@@ -179,6 +184,10 @@ class RunContext:
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train a student and save it as RUN/name; return the training time in seconds."""
         checkpoint = trainer.newest_checkpoint()
+        content = content_values(self.facts["data"], trainer.teacher)
+        if checkpoint is not None:
+            check_same_content(checkpoint, content)
+        self.record.values |= content
         trainer.args.eval_on_start = name == "student" and checkpoint is None
         self.on_stage(
             f"{name}: from step {checkpoint.name.rpartition('-')[2] if checkpoint else 0} of {trainer.args.max_steps}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..core.logits import DenseLogits, LazyLogits
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, named_sources
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import Targets
 from ..errors import DistillError
@@ -86,8 +86,14 @@ class Teacher(ABC):
     progress: float = 0.0
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
-        """Call `forward`."""
-        return self.forward(inputs, targets, feature_requests)
+        """Call `forward`, and check the shape of what it returns.
+
+        Raises:
+            DistillError: `forward` does not return `Signals` with one row of logits for each target token.
+        """
+        signals = self.forward(inputs, targets, feature_requests)
+        _check_signals(type(self).__name__, signals, len(targets))
+        return signals
 
     @abstractmethod
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
@@ -258,3 +264,23 @@ class JointStep(ABC):
         Args:
             student_logits: logits of the target tokens, with their graph.
         """
+
+
+def _check_signals(name: str, signals: Any, num_targets: int) -> None:
+    """Check that a teacher returns `Signals` with 2-D logits that have one row for each target token."""
+    remedy = (
+        f"forward must return Signals whose logits are DenseLogits, LazyLogits or SparseLogProbs with one row for each "
+        f"of the {num_targets} target tokens, for example Signals(DenseLogits(targets.gather_logits(outputs.logits)))"
+    )
+    if not isinstance(signals, Signals):
+        raise DistillError(f"{name}.forward returned a {type(signals).__name__}. {remedy}.")
+    for logits in named_sources(signals.logits).values():
+        match logits:
+            case DenseLogits(values=rows) | LazyLogits(hidden=rows) | SparseLogProbs(ids=rows):
+                shape = tuple(rows.shape)
+            case _:
+                raise DistillError(f"{name}.forward returned logits of the type {type(logits).__name__}. {remedy}.")
+        if len(shape) != 2 or shape[0] != num_targets:
+            raise DistillError(
+                f"{name}.forward returned {type(logits).__name__} with a tensor of shape {shape}. {remedy}."
+            )

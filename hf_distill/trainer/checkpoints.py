@@ -66,10 +66,12 @@ class CheckpointDefect:
 def mark_incomplete(folder: Path) -> None:
     """Create the folder of a checkpoint, marked as incomplete.
 
-    A complete checkpoint of the same step is renamed, and deleted by `mark_complete`.
+    A folder of the same name is renamed, unless it is an incomplete or damaged checkpoint of a `DistillTrainer`, which
+    is removed. `mark_complete` deletes the renamed checkpoint and keeps files that it did not consist of.
     """
     if folder.exists():
-        if checkpoint_defect(folder, digests=False) is None:
+        defect = checkpoint_defect(folder, digests=False)
+        if defect is None or defect.state == "changed" or not (folder / MARK_FILE).exists():
             _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
             folder.rename(folder.with_name(f"{_REPLACED}{folder.name}"))
         else:
@@ -80,6 +82,7 @@ def mark_incomplete(folder: Path) -> None:
 
 def mark_complete(folder: Path) -> None:
     """Flush the files of a checkpoint to the disk, then mark it as complete."""
+    _keep_other_files(folder.with_name(f"{_REPLACED}{folder.name}"), folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK_FILE)
     with ThreadPoolExecutor(4) as pool:  # hashing and flushing release the interpreter lock
         entries = {
@@ -90,6 +93,23 @@ def mark_complete(folder: Path) -> None:
         with suppress(OSError):  # not every file system can open a folder
             _flush(path)
     _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
+
+
+def _keep_other_files(replaced: Path, folder: Path) -> None:
+    """Move files that a replaced checkpoint did not consist of, such as those of the user, into the new one.
+
+    Files of weights are not kept: a shard of an interrupted attempt would become a part of the new checkpoint.
+    """
+    try:
+        recorded = _Mark.model_validate_json((replaced / MARK_FILE).read_bytes()).files.keys()
+    except (OSError, ValueError):
+        recorded = {}.keys()
+    for path in sorted(path for path in replaced.rglob("*") if path.is_file()):
+        name = path.relative_to(replaced)
+        is_stale = str(name) in recorded or name.name.startswith(MARK_FILE) or name.name.endswith(_WEIGHTS_SUFFIXES)
+        if not is_stale and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(folder / name)
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
+import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.core.locks import LOCK_FILE, lock_folder
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner import checkpoint_recipe as binding
 from hf_distill.runner.checkpoint_recipe import recorded_values, result_values
+from hf_distill.runner.model_loading import resolve_model
 from hf_distill.trainer.checkpoints import mark_complete
 
 
@@ -171,7 +174,14 @@ def test_a_damaged_recipe_file_is_reported_with_a_remedy(copy, text):
 def test_a_checkpoint_of_a_script_and_a_folder_without_any_record_are_refused(copy):
     state = copy / "checkpoint-2" / "trainer_state.json"
     values = json.loads(state.read_text())
-    assert recorded_values(copy / "checkpoint-2") == result_values(recipe(copy)) | {"number of processes": 1}
+    recorded = recorded_values(copy / "checkpoint-2")
+    content = {key: recorded.pop(key) for key in list(recorded) if key.startswith("content of ")}
+    assert recorded == result_values(recipe(copy)) | {"number of processes": 1}
+    assert {key.removeprefix("content of ") for key in content} == {
+        "training rows",
+        "held-out rows",
+        "weights of the teacher",
+    }
     del values["stateful_callbacks"]["RecipeRecord"]
     state.write_text(json.dumps(values))
     mark_complete(copy / "checkpoint-2")
@@ -199,3 +209,32 @@ def test_every_ignored_key_is_a_key_of_train():
     free = binding._LOGGING | binding._SAVING | binding._READING | binding._EVALUATION_MEMORY
     known = packaged_schema()["properties"]["train"]["properties"].keys()
     assert known | {"self_check"} >= free
+
+
+def test_rows_and_teachers_that_changed_under_the_same_name_are_refused_on_resume(tmp_path):
+    """Losses before and after such a change are not comparable, and the run would be neither of the two."""
+    rows, teacher = tmp_path / "rows.jsonl", tmp_path / "teacher"
+    texts = [f"{i} and {i + 1} are {2 * i + 1}. " * 12 for i in range(80)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    smoke = recipe(tmp_path / "x").teacher.model
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(smoke))
+    model.save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(resolve_model(smoke)).save_pretrained(teacher)
+    folder = tmp_path / "run"
+    one = partial(recipe, folder, f"data.task.path={rows}", "data.task.column=text", f"teacher.model={teacher}")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(one(), callbacks=[Stop()])
+    before = contents(folder)
+
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["Other text. " * 20, *texts[1:]]))
+    with pytest.raises(DistillError, match=r"checkpoint-2 cannot be resumed, because the .*rows.* changed"):
+        run_recipe(one(), resume=True)
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+    model.save_pretrained(teacher)
+    with pytest.raises(DistillError, match=r"because the weights of the teacher changed.*another train\.output_dir"):
+        run_recipe(one(), resume=True)
+    assert {name: data for name, data in contents(folder).items() if name != LOCK_FILE} == {
+        name: data for name, data in before.items() if name != LOCK_FILE
+    }

@@ -294,3 +294,21 @@ def test_checkpoints_are_ordered_by_their_step(tmp_path):
     (tmp_path / "checkpoint-12").write_text("a file")
     assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-10", "checkpoint-2"]
     assert latest_complete(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("kind", ["files of the user", "a checkpoint with an added file"])
+def test_files_of_the_user_in_a_checkpoint_folder_are_kept(make_trainer, tmp_path, kind):
+    """A plain Trainer writes into an existing folder and keeps what else is in it."""
+    folder = tmp_path / "out" / "checkpoint-2"
+    if kind == "files of the user":
+        (folder / "plots").mkdir(parents=True)
+    else:
+        make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
+        (folder / "plots").mkdir()
+    for name in ("mine.txt", "plots/loss.txt"):
+        (folder / name).write_text("mine")
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert [(folder / name).read_text() for name in ("mine.txt", "plots/loss.txt")] == ["mine", "mine"]
+    assert checkpoint_defect(folder) is None
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2"]
