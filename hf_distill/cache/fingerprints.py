@@ -15,11 +15,15 @@ _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a checksum of evenly spaced values of each parameter, also of a quantized or sharded model.
 
-    All processes must call it; each sharded parameter is gathered temporarily.
+    All processes must call it; each sharded parameter is gathered temporarily. Of parameters that a device map has
+    offloaded, only name and shape are read.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = _unsharded(parameter).detach().flatten()
+        if flat.is_meta:
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            continue
         sample = flat[:: max(1, len(flat) // _VALUES_PER_TENSOR)].cpu().contiguous()
         digest.update(f"{name} {tuple(parameter.shape)} {sample.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
