@@ -89,7 +89,8 @@ def _run_workload(kind: str, shared_folder: Path, overrides: Sequence[str], call
     if name == "cached":
         changes = [*changes, f"teacher.path={'run' if kind == 'capture' else shared_folder / 'cache' / 'run'}"]
         texts = [json.dumps({"text": f"The number {i} times {i} is {i * i}. " * 9}) for i in range(60)]
-        (shared_folder / "texts.jsonl").write_text("\n".join(texts))
+        if not (shared_folder / "texts.jsonl").exists():  # later processes run at the same time and read it
+            (shared_folder / "texts.jsonl").write_text("\n".join(texts))
         changes.append(f"data.task.path={shared_folder / 'texts.jsonl'}")
     recipe = load_recipe(name, [*_SHORT, *changes, "train.output_dir=run", *overrides], smoke=True)
     if kind == "capture":
