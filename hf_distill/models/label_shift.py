@@ -16,7 +16,7 @@ from .module_state import eval_mode
 
 _NUM_TOKENS, _NUM_CLASSES = 6, 11
 _MIN_RATIO = 4.0  # the model's loss must be this many times closer to one of the two cross entropies
-_measured: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
+_shift_by_model: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
 
 
 def loss_shifts_labels(model: nn.Module) -> bool | None:
@@ -29,11 +29,11 @@ def loss_shifts_labels(model: nn.Module) -> bool | None:
         None if it cannot be measured: the model needs other inputs than text, or is sharded.
     """
     loss = getattr(model, "_loss_function", None) or getattr(model, "loss_type", None)
-    known = _measured.get(model)
-    if known is None or known[0] is not loss:
-        known = (loss, _measure(model))
-        _measured[model] = known
-    return known[1]
+    measurement = _shift_by_model.get(model)
+    if measurement is None or measurement[0] is not loss:
+        measurement = (loss, _measure(model))
+        _shift_by_model[model] = measurement
+    return measurement[1]
 
 
 def _measure(model: nn.Module) -> bool | None:

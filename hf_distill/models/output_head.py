@@ -74,7 +74,7 @@ class OutputHead:
     sample: LogitSample | None = None
 
 
-_known: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
+_heads: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
 
 
 def output_head(model: nn.Module, inputs: dict) -> OutputHead:
@@ -87,26 +87,26 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     inner = unwrap_model(model)
     getter = getattr(inner, "get_output_embeddings", None)
     module = getter() if getter else None
-    known = _known.get(inner)
+    head = _heads.get(inner)
     obstacle = _obstacle(inner, module)
-    if known is None or known.module is not module or bool(known.reason) < bool(obstacle):
-        known = OutputHead(module, None, obstacle) if obstacle else _measure(model, inner, module, inputs)
-        if not obstacle and not _on_all_ranks(inner, known.scaling is not None) and not known.reason:
-            known = OutputHead(module, None, "on another process its logits differ from the lazy ones")
-        _known[inner] = known
-        if known.reason and model_type_of(inner).vocabulary:
-            _log_cost(inner, known.reason, inputs)
-    return known
+    if head is None or head.module is not module or (obstacle and not head.reason):
+        head = OutputHead(module, None, obstacle) if obstacle else _measure(model, inner, module, inputs)
+        if not obstacle and not _on_all_ranks(inner, head.scaling is not None) and not head.reason:
+            head = OutputHead(module, None, "on another process its logits differ from the lazy ones")
+        _heads[inner] = head
+        if head.reason and model_type_of(inner).vocabulary:
+            _log_cost(inner, head.reason, inputs)
+    return head
 
 
 def known_output_head(model: nn.Module) -> OutputHead | None:
     """Return what `output_head` measured for a model; None before its first forward."""
-    return _known.get(unwrap_model(model))
+    return _heads.get(unwrap_model(model))
 
 
 def forget_output_head(model: nn.Module) -> None:
     """Let the next forward measure the output head again, for example after its weights changed."""
-    _known.pop(unwrap_model(model), None)
+    _heads.pop(unwrap_model(model), None)
 
 
 @contextmanager

@@ -78,9 +78,9 @@ class MultiTeacher(Teacher):
         if name is None:
             return self.teachers[next(iter(self.shares or self.teachers))]
         if name not in self.shares:
-            known = ", ".join(self.shares) or "there are none"
+            names = ", ".join(self.shares) or "there are none"
             raise DistillError(
-                f"A loss names the teacher {name!r}, which is not one of the teachers with soft labels ({known})"
+                f"A loss names the teacher {name!r}, which is not one of the teachers with soft labels ({names})"
                 f"{did_you_mean(name, self.shares)}"
             )
         return self.teachers[name]

@@ -76,16 +76,18 @@ class BatchView:
         Raises:
             DistillError: a field is unknown, or its value is out of range; the message lists all problems.
         """
-        known = [field.name for field in fields(cls)]
+        field_names = [field.name for field in fields(cls)]
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):
-            raise DistillError(f"view is {value!r}; it must be a mapping of {', '.join(known)}")
+            raise DistillError(f"view is {value!r}; it must be a mapping of {', '.join(field_names)}")
         problems = [
-            f"view has no field {name!r}{did_you_mean(str(name), known)}" for name in value if name not in known
+            f"view has no field {name!r}{did_you_mean(str(name), field_names)}"
+            for name in value
+            if name not in field_names
         ]
         with collect_errors(problems):
-            view = cls(**{name: option for name, option in value.items() if name in known})
+            view = cls(**{name: option for name, option in value.items() if name in field_names})
         raise_if_any(problems)
         return view
 
