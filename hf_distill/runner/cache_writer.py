@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ..cache import CacheReader, Manifest, write_cache
+from ..cache.api import CacheOptions
 from ..cache.example_keys import batch_examples
 from ..cache.manifest import FILE
 from ..cache.serialization import encode_signals
@@ -58,6 +59,8 @@ def write_recipe_cache(
             "uploads it "
             "to the Hub."
         )
+    # Check the values before anything is loaded.
+    CacheOptions(**{name: value for name, value in options.items() if name not in ("batch_size", "shard_rows")})
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
     defaults = {

@@ -162,3 +162,19 @@ def test_the_plan_estimates_caches(texts):
     assert cached.cost.flop_per_token == pytest.approx((1 - online.caches.saved) * online.cost.flop_per_token)
     assert cached.rows[0].parts.teacher < 0.1 * online.rows[0].parts.teacher
     assert plan(load_recipe("ema"), 1, 80.0).caches is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "foo"}, "kind is 'foo'; it must be one of"),
+        ({"kind": "top_k", "k": 0}, "k is 0; it must be an integer from 1"),
+        ({"kind": "sampled", "samples_per_token": 0}, "samples_per_token is 0"),
+    ],
+)
+def test_wrong_options_of_a_cache_are_refused_before_a_model_is_loaded(texts, tmp_path, options, message):
+    stages = []
+    with pytest.raises(DistillError, match=message):
+        write_recipe_cache(recipe(texts), str(tmp_path / "c"), stages.append, **options)
+    assert stages == []
+    assert not (tmp_path / "c").exists()
