@@ -354,3 +354,10 @@ def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded
     overrides[2] = "data.eval={holdout: 0.1}"
     assert answer("recipes", "validate", "quickstart", *overrides)[0] == 0
     assert answer("recipes", "validate", "quickstart", "teacher.model=some/id", "data.task.path=other/id")[0] == 0
+
+
+def test_a_long_argument_without_an_equals_sign_is_shortened_and_explained():
+    code, printed = answer("recipes", "validate", "quickstart", "train.max_steps" + "1" * 5000)
+    assert code == 2
+    assert max(map(len, printed.splitlines())) < 1000
+    assert "has the form KEY=VALUE" in " ".join(printed.split())

@@ -83,6 +83,7 @@ def validate(
     """Check recipes, and that the files, folders and packages that they name exist; loads no model."""
     from ...recipe.load import load_recipe
     from ...recipe.local_files import missing_files
+    from ...recipe.plain_yaml import short_text
     from ...recipe.problems import raise_problems
     from ...recipe.resolve import list_recipes
 
@@ -96,7 +97,7 @@ def validate(
             if problems := missing_files(loaded.model_dump()) if names else []:
                 raise_problems(problems, "in the recipe")
         except DistillError as error:
-            errors.append(f"{name}: {error}" if len(names) != 1 else str(error))
+            errors.append(f"{short_text(name)}: {error}" if len(names) != 1 else str(error))
         else:
             out.print(f"{name} is a valid recipe.")
     if errors:
