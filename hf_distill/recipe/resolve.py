@@ -80,8 +80,8 @@ def packaged_text(name: str) -> str:
     if name not in names:
         raise DistillError(
             f"There is no packaged recipe {short(name)}{did_you_mean(name, names)}. The path of a recipe file "
-            "must end in .yaml; a recipe on the Hub has the form hf://org/name/file.yaml; a value that replaces one of the "
-            "recipe has the form KEY=VALUE."
+            "must end in .yaml; a recipe on the Hub has the form hf://org/name/file.yaml; a value that replaces "
+            "one of the recipe has the form KEY=VALUE."
         )
     return files("hf_distill.recipes").joinpath(f"{name}.yaml").read_text()
 
