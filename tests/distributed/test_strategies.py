@@ -1,6 +1,7 @@
 """Two processes train as one does: DDP, DeepSpeed ZeRO and FSDP2 over gloo, for students and teachers."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,5 +170,5 @@ def test_a_rank_that_dies_or_hangs_ends_the_other_ranks(root, fault):
     (root / fault).mkdir()
     code, message = run_one_rank(0, SCRIPT, str(root / fault), "teacher=zero3", fault)
     assert code not in (0, -9)
-    expected = "Timed out" if fault == "hang" else "by peer"
-    assert expected in message, message[-3000:]
+    expected = r"timed out|timeout" if fault == "hang" else "by peer"
+    assert re.search(expected, message, re.IGNORECASE), message[-3000:]
