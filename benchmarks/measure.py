@@ -12,7 +12,17 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "deepspeed", "bitsandbytes", "peft", "hf-distill")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "deepspeed",
+    "bitsandbytes",
+    "peft",
+    "triton",
+    "hf-distill",
+)
 
 
 def status_mib(field: str) -> float:
@@ -49,16 +59,21 @@ def interleaved(script: str, cases: Iterable[dict], rounds: int) -> list[dict]:
     ]
 
 
-def save(name: str, results: dict) -> None:
-    """Write `results/NAME.json` with the versions of packages and the machine."""
-    import torch
-
-    versions = {}
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that results depend on; None for those that are not installed."""
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def save(name: str, results: dict) -> None:
+    """Write `results/NAME.json` with the versions of packages and the machine."""
+    import torch
+
     cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
     machine = {
         "cpu": cpu.partition(":")[2].strip(),
@@ -67,5 +82,5 @@ def save(name: str, results: dict) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(
-        json.dumps({"versions": versions, "machine": machine, **results}, indent=1) + "\n"
+        json.dumps({"versions": package_versions(), "machine": machine, **results}, indent=1) + "\n"
     )
