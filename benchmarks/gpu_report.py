@@ -39,9 +39,7 @@ def verdicts(results: dict) -> list[tuple[str, bool]]:
             limit = MAX_EXTRA_PEAK_GIB
             extra = row["peak_gib"] - shape["head_gradient_gib"]
             if not math.isnan(extra):
-                text = (
-                    f"{name}, {objective}: peak {extra:.2f} GiB above the head's gradient (limit {limit})"
-                )
+                text = f"{name}, {objective}: peak {extra:.2f} GiB above the head's gradient (limit {limit})"
                 lines.append((text, extra <= MAX_EXTRA_PEAK_GIB))
     if "bitwise_equal" in (stage := results.get("fragmented", {})):
         ratio = stage["seconds_after"] / stage["seconds_before"]
