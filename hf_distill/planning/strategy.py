@@ -1,8 +1,8 @@
 """Placement strategies: how teacher and student are distributed over a number of GPUs."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from ..core.json_types import JSONObject
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 
@@ -104,10 +104,8 @@ class Strategy:
         if spec.device_map and not spec.quantization:
             teacher = "device_map"
         teacher = teacher_absence(recipe) or teacher
-        teacher_zero, zero = (
-            config if isinstance(config, dict) else {} for config in (spec.deepspeed, train.deepspeed)
-        )
-        stage = zero.get("zero_optimization", {}).get("stage", 0)
+        teacher_zero, zero = _zero_options(spec.deepspeed), _zero_options(train.deepspeed)
+        stage = zero.get("stage", 0)
         student = f"zero{stage}" if stage else "fsdp2" if train.fsdp else "ddp"
         strategy = cls(
             teacher,
@@ -156,6 +154,10 @@ def teacher_absence(recipe: Recipe) -> str:
     return "self" if recipe.primary_teacher.model is None else ""
 
 
-def _has_offload(config: dict[str, Any], part: str) -> bool:
-    target = config.get("zero_optimization", {}).get(f"offload_{part}") or {}
-    return target.get("device", "none") != "none"
+def _zero_options(config: object) -> JSONObject:
+    return config.get("zero_optimization", {}) if isinstance(config, dict) else {}
+
+
+def _has_offload(zero: JSONObject, part: str) -> bool:
+    target = zero.get(f"offload_{part}")
+    return isinstance(target, dict) and target.get("device", "none") != "none"

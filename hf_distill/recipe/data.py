@@ -1,6 +1,6 @@
 """The `data` and `on_policy` sections of a recipe. Imports no torch."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -46,7 +46,7 @@ class Source(StrictModel):
 
     @field_validator("weight")
     @classmethod
-    def _check_weight(cls, value: Any) -> Any:
+    def _check_weight(cls, value: float | list[tuple[float, float]]) -> float | list[tuple[float, float]]:
         if isinstance(value, float) and value <= 0:
             raise ValueError("must be above 0; to exclude a source, remove it from data")
         parse_schedule(value, "weight", low=0)
@@ -190,6 +190,6 @@ class OnPolicy(StrictModel):
 
     @field_validator("fraction")
     @classmethod
-    def _check_fraction(cls, value: Any) -> Any:
+    def _check_fraction(cls, value: float | list[tuple[float, float]]) -> float | list[tuple[float, float]]:
         parse_schedule(value, "fraction", 0, 1)
         return value

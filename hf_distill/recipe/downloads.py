@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, try_to_load_from_cache
 
 from ..core.references import reference_kind
 from ..errors import DistillError
 from ..hub import model_files, parse_uri, translate_hub_errors
 from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
+from .data import Eval, Source
+from .models import Student, TeacherSpec
 from .schema import Recipe
 
 HubRepo: TypeAlias = tuple[str, str, str | None]
@@ -47,17 +49,17 @@ def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None
     """Yield all models and datasets that a recipe names, as (purpose, name, "model" or "dataset", revision)."""
     students = {"student": recipe.student} | {f"stage {i}": stage.student for i, stage in enumerate(recipe.stages, 1)}
     teachers = {getattr(spec, "name", "teacher"): spec for spec in recipe.all_teachers}
-    specs: dict[str, Any] = students | teachers
+    specs: dict[str, Student | TeacherSpec] = {**students, **teachers}
     for used_for, spec in specs.items():
-        source = getattr(spec, "source_teacher", spec)
+        source = spec.source_teacher if isinstance(spec, TeacherSpec) else spec
         if source.model:
             yield used_for, source.model, "model", source.revision
         if isinstance(path := getattr(spec, "path", None), str):
             yield f"cache of {used_for}", path, "dataset", None
-    sources: dict[str, Any] = {**recipe.data.sources, "eval": recipe.data.eval}
-    for name, source in sources.items():
-        if source.path:
-            yield f"data {name}", source.path, "dataset", None
+    sources: dict[str, Source | Eval] = {**recipe.data.sources, "eval": recipe.data.eval}
+    for name, data in sources.items():
+        if data.path:
+            yield f"data {name}", data.path, "dataset", None
 
 
 def random_models(recipe: Recipe) -> list[str]:
@@ -109,8 +111,9 @@ def inspect_repo(used_for: tuple[str, ...], kind: str, repo: str, revision: str 
     if constants.HF_HUB_OFFLINE:
         return Download(used_for, kind, repo, revision, None, None)
     with translate_hub_errors(repo, kind, revision):
-        info: Any = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        info = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
+    siblings = info.siblings if isinstance(info, ModelInfo | DatasetInfo) else None
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings or ()}
     read = _files_to_load(sizes) if kind == "model" else sizes
     missing = {name: size for name, size in read.items() if not _is_cached(repo, kind, name, info.sha)}
     adapter = kind == "model" and ADAPTER in read

@@ -6,12 +6,11 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any
 
 _NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object"}
 
 
-def schema() -> dict[str, Any]:
+def schema() -> dict[str, object]:
     """Build the JSON Schema of recipes from the pydantic model, TrainingArguments and the registered losses."""
     from ..losses.registry import LOSSES
     from .schema import Recipe
@@ -31,7 +30,7 @@ def schema() -> dict[str, Any]:
     return result
 
 
-def _training_fields() -> dict[str, Any]:
+def _training_fields() -> dict[str, dict[str, object]]:
     from transformers import TrainingArguments
 
     from ..trainer.config import RUNTIME_FIELDS, DistillArguments
@@ -48,7 +47,7 @@ def _training_fields() -> dict[str, Any]:
     return {name: field | limits.get(name, {}) for name, field in fields.items()}
 
 
-def _field(hint: Any) -> dict[str, Any]:
+def _field(hint: object) -> dict[str, object]:
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     for part in parts:
         if isinstance(part, type) and issubclass(part, enum.Enum):

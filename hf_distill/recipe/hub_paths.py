@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import PurePosixPath
-from typing import Any
 
+from ..core.json_types import JSON, JSONObject
 from ..core.references import DATASET_BUILDERS, HUB_PREFIX, PACKAGE_PREFIX
 from ..errors import DistillError, collect_errors, raise_if_any
 from .resolve import read_text
@@ -17,7 +17,7 @@ from .safe_yaml import MAX_BYTES
 _RELATIVE_JSON = re.compile(r"(?:\.\./)*(?:[A-Za-z0-9_][\w.-]*/)*[A-Za-z0-9_][\w.-]*\.json")
 
 
-def pin_relative_paths(values: dict[str, Any], origin: str) -> dict[str, Any]:
+def pin_relative_paths(values: JSONObject, origin: str) -> JSONObject:
     """Replace DeepSpeed files by their content, and data files by their address at the commit of the recipe.
 
     Args:
@@ -32,9 +32,9 @@ def pin_relative_paths(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """
     problems: list[str] = []
     values = copy.deepcopy(values)
-    for part in deepspeed_sections(values):
+    for section, name in deepspeed_sections(values):
         with collect_errors(problems):
-            part["deepspeed"] = deepspeed_content(part["deepspeed"], origin)
+            section["deepspeed"] = deepspeed_content(name, origin)
     data = values.get("data")
     if isinstance(data, dict):
         values = values | {"data": {name: _with_path(part, origin, problems) for name, part in data.items()}}
@@ -42,21 +42,22 @@ def pin_relative_paths(values: dict[str, Any], origin: str) -> dict[str, Any]:
     return values
 
 
-def deepspeed_sections(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the sections whose key `deepspeed` names a file: `train` and teachers of the recipe and its stages.
+def deepspeed_sections(values: JSON) -> Iterator[tuple[JSONObject, str]]:
+    """Yield the sections whose key `deepspeed` names a file, and this name: `train` and teachers, also of stages.
 
     Args:
         values: Values as read from YAML, not yet validated.
     """
-    stages, teachers = (values.get(name) for name in ("stages", "teachers"))
-    stages, teachers = (part if isinstance(part, list) else [] for part in (stages, teachers))
+    if not isinstance(values, dict):
+        return
+    stages, teachers = (part if isinstance(part := values.get(name), list) else [] for name in ("stages", "teachers"))
     owners = [values, *stages]
     sections = [owner.get(name) for owner in owners if isinstance(owner, dict) for name in ("train", "teacher")]
     sections += teachers
     sections += [section.get("source") for section in sections if isinstance(section, dict)]
-    yield from (
-        section for section in sections if isinstance(section, dict) and isinstance(section.get("deepspeed"), str)
-    )
+    for section in sections:
+        if isinstance(section, dict) and isinstance(name := section.get("deepspeed"), str):
+            yield section, name
 
 
 def is_packaged(name: str) -> bool:
@@ -64,7 +65,7 @@ def is_packaged(name: str) -> bool:
     return any(file.name == name for file in files("hf_distill.recipes").joinpath("deepspeed").iterdir())
 
 
-def deepspeed_content(name: str, origin: str) -> dict[str, Any]:
+def deepspeed_content(name: str, origin: str) -> JSONObject:
     """Read a packaged DeepSpeed config, or one in the repository of a recipe.
 
     Args:
@@ -94,7 +95,7 @@ def deepspeed_content(name: str, origin: str) -> dict[str, Any]:
     return content
 
 
-def _with_path(part: Any, origin: str, problems: list[str]) -> Any:
+def _with_path(part: JSON, origin: str, problems: list[str]) -> JSON:
     from ..hub import format_uri, parse_uri, sibling_uri
 
     if not isinstance(part, dict) or not isinstance(path := part.get("path"), str):

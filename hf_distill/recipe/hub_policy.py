@@ -8,12 +8,11 @@ user can set any value on the command line.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..core.references import CHAT_TEMPLATES, reference_kind
 from ..errors import DistillError
 from ..hub.model_files import ATTENTION
-from .data import Source
+from .data import Eval, Source
 from .models import Student, TeacherSpec
 from .schema import Recipe
 
@@ -93,7 +92,7 @@ def _models(recipe: Recipe) -> Iterator[str]:
         else {f"teachers.{teacher.name}": teacher for teacher in recipe.teachers}
     )
     sources = {f"{location}.source": spec.source for location, spec in teachers.items() if spec and spec.source}
-    specs: dict[str, Any] = {**students, **teachers, **sources}
+    specs: dict[str, Student | TeacherSpec] = {**students, **teachers, **sources}
     for location, spec in specs.items():
         yield from _model(spec, location)
         if isinstance(spec, TeacherSpec):
@@ -159,7 +158,7 @@ def _data(recipe: Recipe) -> Iterator[str]:
             f"data.chat_template: {recipe.data.chat_template!r} is a file on this machine; allowed are "
             f"{', '.join(CHAT_TEMPLATES)}"
         )
-    sources: dict[str, Any] = {**recipe.data.sources, "eval": recipe.data.eval}
+    sources: dict[str, Source | Eval] = {**recipe.data.sources, "eval": recipe.data.eval}
     for name, source in sources.items():
         location = f"data.{name}"
         if source.path and (why := _why_not_public(source.path, _TEXT)):
@@ -173,7 +172,7 @@ def _data(recipe: Recipe) -> Iterator[str]:
             yield f"{location}.split: {source.split!r} is not the name of a split"
 
 
-def _train(train: dict[str, Any], location: str) -> Iterator[str]:
+def _train(train: dict[str, object], location: str) -> Iterator[str]:
     for name in train:
         if name in REFUSED or name not in KNOWN:
             yield (
@@ -186,7 +185,7 @@ def _train(train: dict[str, Any], location: str) -> Iterator[str]:
             f"{location}.output_dir=... on the command line"
         )
     trackers = train.get("report_to") or []
-    if {*([trackers] if isinstance(trackers, str) else trackers)} - {"none", "tensorboard"}:
+    if {*(trackers if isinstance(trackers, list) else [trackers])} - {"none", "tensorboard"}:
         yield (
             f"{location}.report_to: {trackers!r} would log to your accounts; to allow that, pass "
             f"{location}.report_to=... on the command line"
@@ -205,7 +204,7 @@ def _train(train: dict[str, Any], location: str) -> Iterator[str]:
         yield from _deepspeed(train["deepspeed"], f"{location}.deepspeed")
 
 
-def _deepspeed(config: Any, location: str) -> Iterator[str]:
+def _deepspeed(config: object, location: str) -> Iterator[str]:
     if not isinstance(config, dict):
         yield f"{location}: {config!r} is neither a packaged config nor a file in the repository of the recipe"
         return
@@ -218,7 +217,7 @@ def _deepspeed(config: Any, location: str) -> Iterator[str]:
         yield f"{location}: offloading to disk is not allowed; use the device cpu, or none"
 
 
-def _keys(value: Any) -> Iterator[str]:
+def _keys(value: object) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)
@@ -228,7 +227,7 @@ def _keys(value: Any) -> Iterator[str]:
             yield from _keys(inner)
 
 
-def _texts(value: Any) -> set[str]:
+def _texts(value: object) -> set[str]:
     if isinstance(value, dict):
         return {text for inner in value.values() for text in _texts(inner)}
     if isinstance(value, list):

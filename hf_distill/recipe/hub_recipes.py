@@ -75,8 +75,7 @@ def pull_recipe(reference: str, to: str | Path, force: bool = False) -> list[Pat
             f"{reference}: a file named {file_name!r} is not written, because hidden files are never written."
         )
     files = {file_name: f"{printable(source.text).rstrip()}\n# from {source.origin}\n"}
-    for part in deepspeed_sections(read_yaml(source.text, reference)):
-        name = part["deepspeed"]
+    for _, name in deepspeed_sections(read_yaml(source.text, reference)):
         if is_packaged(name):
             continue
         if ".." in PurePosixPath(name).parts:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from ..core.deepspeed_config import check_teacher_config, read_deepspeed
+from ..core.json_types import JSON, JSONObject
 from ..errors import DistillError, collect_errors
 from ..version import __version__
 from .hub_paths import pin_relative_paths
@@ -15,7 +15,7 @@ from .hub_policy import policy_violations
 from .local_files import missing_files
 from .losses import Distill
 from .plain_yaml import Location, impossible_values, replace_impossible, short
-from .problems import dotted_key, error_lines, raise_problems, with_known_keys, without_wrong_values
+from .problems import dotted_key, error_lines, raise_problems, remove_unknown_keys, remove_wrong_values
 from .resolve import RecipeSource, find_recipe, list_recipes, on_the_hub, packaged_text
 from .safe_yaml import read_yaml
 from .schema import Recipe, Train
@@ -45,13 +45,13 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
     source = find_recipe(reference)
     values = resolve_values(source, reference)
     if smoke:
-        values = smoke_values(validate(values, source.folder).model_dump(exclude_unset=True))
+        values = smoke_values(validate(values, source.folder))
     for override in overrides:
         _apply_override(values, override)
     return validate(values, source.folder)
 
 
-def resolve_values(source: RecipeSource, reference: str) -> dict[str, Any]:
+def resolve_values(source: RecipeSource, reference: str) -> JSONObject:
     """Return the values of a recipe merged into those of the recipe that it extends.
 
     An untrusted recipe from the Hub is checked, and its relative paths are pinned to its commit.
@@ -74,7 +74,7 @@ def resolve_values(source: RecipeSource, reference: str) -> dict[str, Any]:
     return values | {"origin": source.origin}
 
 
-def _check_version(requires: Any, reference: str) -> None:
+def _check_version(requires: JSON, reference: str) -> None:
     if requires is None:
         return
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -90,25 +90,26 @@ def _check_version(requires: Any, reference: str) -> None:
         )
 
 
-def apply_extends(values: dict[str, Any], reference: str) -> dict[str, Any]:
+def apply_extends(values: JSONObject, reference: str) -> JSONObject:
     """Return the values of the recipe that `extends` names, overridden by these; see `deep_merge`."""
     name = values.get("extends")
     if name is None:
         return values
     if not isinstance(name, str):
         raise DistillError(f"{reference}: extends must be the name of a packaged recipe; got {short(name)}.")
-    base = read_yaml(packaged_text(name), name)
-    return deep_merge(base, {key: value for key, value in values.items() if key != "extends"})
+    merged = deep_merge(read_yaml(packaged_text(name), name), {k: v for k, v in values.items() if k != "extends"})
+    assert isinstance(merged, dict)
+    return merged
 
 
-def deep_merge(base: Any, changes: Any) -> Any:
+def deep_merge(base: JSON, changes: JSON) -> JSON:
     """Return `base` overridden by `changes`. Mappings are merged key by key; other values are replaced."""
     if isinstance(base, dict) and isinstance(changes, dict):
         return base | {key: deep_merge(base.get(key), value) for key, value in changes.items()}
     return changes
 
 
-def validate(values: dict[str, Any], folder: Path = Path(), list_missing: bool = True) -> Recipe:
+def validate(values: JSONObject, folder: Path = Path(), list_missing: bool = True) -> Recipe:
     """Validate the plain values of a recipe.
 
     Args:
@@ -126,9 +127,9 @@ def validate(values: dict[str, Any], folder: Path = Path(), list_missing: bool =
     problems = [f"{dotted_key(location)}: {problem}" for location, problem in locations]
     values = replace_impossible(values)
     for part in ("teacher", "train"):
-        if isinstance(section := values.get(part), dict) and isinstance(section.get("deepspeed"), str | dict):
+        if isinstance(section := values.get(part), dict) and isinstance(config := section.get("deepspeed"), str | dict):
             try:
-                values = {**values, part: {**section, "deepspeed": _deepspeed(section["deepspeed"], part, folder)}}
+                values = {**values, part: {**section, "deepspeed": _deepspeed(config, part, folder)}}
             except DistillError as error:
                 problems.append(f"{part}.deepspeed: {error}")
     recipe, wrong = _validate_fields(values, {location for location, _ in locations})
@@ -138,7 +139,7 @@ def validate(values: dict[str, Any], folder: Path = Path(), list_missing: bool =
         problems += [f"{dotted_key(location)}: {problem}" for location, problem in impossible_values(dumped)]
         for number in range(1, len(recipe.stages) + 1):
             with collect_errors(problems):
-                validate(stage_values(dumped, number), folder, list_missing=False)
+                validate(stage_values(recipe, number), folder, list_missing=False)
     if recipe is None or problems:
         named = {line.partition(": ")[0] for line in problems}
         missing = missing_files(values) if list_missing else []
@@ -148,7 +149,7 @@ def validate(values: dict[str, Any], folder: Path = Path(), list_missing: bool =
     return recipe
 
 
-def _validate_fields(values: dict[str, Any], known: set[Location]) -> tuple[Recipe | None, list[str]]:
+def _validate_fields(values: JSONObject, known: set[Location]) -> tuple[Recipe | None, list[str]]:
     """Return the recipe, if it is valid, and all problems, also those that an unknown key would hide.
 
     Args:
@@ -163,14 +164,14 @@ def _validate_fields(values: dict[str, Any], known: set[Location]) -> tuple[Reci
         try:
             recipe = Recipe.model_validate(values)
         except ValidationError as error:
-            items: Any = error.errors()
+            items = error.errors()
             new = [line for item in items if item["loc"] not in known for line in error_lines(item)]
             lines += [line for line in new if line not in lines]
-            values, left = with_known_keys(values, items)
+            left = remove_unknown_keys(values, items)
     return recipe, lines + (_hidden_contradictions(values, lines) if recipe is None else [])
 
 
-def _hidden_contradictions(values: dict[str, Any], known: list[str]) -> list[str]:
+def _hidden_contradictions(values: JSONObject, known: list[str]) -> list[str]:
     """List the contradictions that pydantic does not check while a value is invalid.
 
     They are found by validating without the invalid values. A contradiction that names a removed value is not reported,
@@ -182,17 +183,17 @@ def _hidden_contradictions(values: dict[str, Any], known: list[str]) -> list[str
             Recipe.model_validate(values)
             break
         except ValidationError as error:
-            items: Any = error.errors()
+            items = error.errors()
         new = [line for item in items if item["type"] == "value_error" for line in error_lines(item)]
         lines += [line for line in new if line not in known + lines and not any(name in line for name in names)]
-        left_out = without_wrong_values(values, items)
+        left_out = remove_wrong_values(values, items)
         if not left_out:
             break
         names |= left_out
     return lines
 
 
-def _stage_problems(values: dict[str, Any]) -> list[str]:
+def _stage_problems(values: JSONObject) -> list[str]:
     """List the problems in the `train` and `distill` sections of the stages."""
     lines, stages = [], values.get("stages")
     for number, stage in enumerate(stages if isinstance(stages, list) else ()):
@@ -203,7 +204,7 @@ def _stage_problems(values: dict[str, Any]) -> list[str]:
             try:
                 kind.model_validate(needed | section)
             except ValidationError as error:
-                items: Any = error.errors()
+                items = error.errors()
                 source = [line for item in items for line in error_lines(item | {"loc": (part, *item["loc"])})]
                 lines += [f"stages.{number}.{line}" for line in source]
     return lines
@@ -216,12 +217,11 @@ def recipes_by_stage(recipe: Recipe) -> dict[str, Recipe]:
     """
     if not recipe.stages:
         return {"": recipe}
-    values = recipe.model_dump(exclude_none=True, exclude_unset=True)
-    parts = planned_values(values) | ({"direct": direct_values(values)} if recipe.control == "direct" else {})
+    parts = planned_values(recipe) | ({"direct": direct_values(recipe)} if recipe.control == "direct" else {})
     return {name: validate(part) for name, part in parts.items()}
 
 
-def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[str, Any]:
+def _deepspeed(config: str | JSONObject, part: str, folder: Path) -> JSONObject:
     """Return the content of a DeepSpeed config, so that the recipe.yaml of a run is self-contained."""
     content = read_deepspeed(config, folder)
     if part == "teacher":
@@ -229,7 +229,7 @@ def _deepspeed(config: str | dict[str, Any], part: str, folder: Path) -> dict[st
     return content
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: JSONObject, override: str) -> None:
     key, equals, text = override.partition("=")
     if on_the_hub(override) or override.endswith((".yaml", ".yml")) or override in list_recipes():
         raise DistillError(
@@ -247,7 +247,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if len(parents) >= _MAX_KEY_PARTS:
         raise DistillError(f"{short(override)}: a key can have at most {_MAX_KEY_PARTS} dotted parts.")
     for name in parents:
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
+        section = values.setdefault(name, {})
+        if not isinstance(section, dict):
             raise DistillError(f"{short(override)}: {short(name)} is not a mapping, so it has no key {short(last)}.")
+        values = section
     values[last] = read_yaml(text, override)

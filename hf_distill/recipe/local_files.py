@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from ..core.json_types import JSON, JSONObject
 from ..core.references import (
     DATASET_BUILDERS,
     PACKAGE_PREFIX,
@@ -24,7 +24,7 @@ _CONFIGS = ("config.json", "adapter_config.json")
 _FOLDERS = ("models", "datasets", "spaces", "runs", "caches")
 
 
-def missing_files(values: Any) -> list[str]:
+def missing_files(values: JSON) -> list[str]:
     """List the local files and folders that a recipe names and that do not exist, one in each line.
 
     Ids and addresses on the Hub are not checked.
@@ -64,7 +64,7 @@ def packaged_file(reference: str) -> Path:
     return file
 
 
-def _referenced_names(values: Any) -> Iterator[tuple[str, str, bool]]:
+def _referenced_names(values: JSON) -> Iterator[tuple[str, str, bool]]:
     """Yield (location, name, whether it is a model) for all models, data and chat templates of a recipe."""
     values = _mapping(values)
     specs = {"student": values.get("student"), "teacher": values.get("teacher")}
@@ -78,7 +78,7 @@ def _referenced_names(values: Any) -> Iterator[tuple[str, str, bool]]:
     for location, spec in specs.items():
         spec = _mapping(spec)
         keys = ("model", "path") if spec.get("kind") == "snapshot" else ("model",)
-        yield from ((f"{location}.{key}", spec[key], True) for key in keys if isinstance(spec.get(key), str))
+        yield from ((f"{location}.{key}", name, True) for key in keys if isinstance(name := spec.get(key), str))
     data = _mapping(values.get("data"))
     for name, source in data.items():
         if isinstance(path := _mapping(source).get("path"), str):
@@ -88,7 +88,7 @@ def _referenced_names(values: Any) -> Iterator[tuple[str, str, bool]]:
         yield "data.chat_template", template, False
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: JSON) -> JSONObject:
     return value if isinstance(value, dict) else {}
 
 

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ..core.json_types import JSON, JSONObject
 from ..core.options import option_problem
 from ..errors import did_you_mean
 from ..layers import check_layers
@@ -15,14 +16,39 @@ from .plain_yaml import short
 from .strict_model import StrictModel
 
 
+class LossSchema(TypedDict):
+    """What a loss compares ("logits", "hidden_states", ...; None without a teacher), and the schemas of its options."""
+
+    needs: str | None
+    options: dict[str, JSONObject]
+
+
+# The keys of JSON Schema that are read here.
+JSONSchema = TypedDict(
+    "JSONSchema",
+    {
+        "$defs": dict[str, "JSONSchema"],
+        "$ref": str,
+        "additionalProperties": "bool | JSONSchema",
+        "anyOf": list["JSONSchema"],
+        "enum": list[JSON],
+        "items": "JSONSchema",
+        "properties": dict[str, "JSONSchema"],
+        "type": list[str],
+        "x-losses": dict[str, LossSchema],
+    },
+    total=False,
+)
+
+
 @cache
-def packaged_schema() -> dict[str, Any]:
+def packaged_schema() -> JSONSchema:
     """Return the packaged JSON Schema of recipes, which `hf_distill.recipe.generate_schema` writes."""
     return json.loads(files(__package__).joinpath("schema.json").read_text())
 
 
-def _check_loss(name: Any, options: Mapping[str, Any]) -> None:
-    """Check that a loss is registered, that it has the given options, and that their values are in range.
+def _check_loss(name: object, options: Mapping[str, object]) -> LossSchema:
+    """Return a loss after checking that it is registered, has the given options, and that their values are in range.
 
     Raises:
         ValueError: one of these checks fails. The message lists all problems.
@@ -39,6 +65,7 @@ def _check_loss(name: Any, options: Mapping[str, Any]) -> None:
             problems.append(f"loss {name!r}: {problem}")
     if problems:
         raise ValueError("; ".join(problems))
+    return losses[name]
 
 
 class LossSpec(StrictModel):
@@ -54,12 +81,12 @@ class LossSpec(StrictModel):
     @model_validator(mode="after")
     def _check_name(self):
         extra = self.model_extra or {}
-        _check_loss(self.name, extra)
+        loss = _check_loss(self.name, extra)
         if "layers" in extra:
             check_layers(extra["layers"])
         if extra.get("stack") not in (None, "encoder", "decoder"):
             raise ValueError(f"loss {self.name!r} has stack {short(extra['stack'])}; it must be encoder or decoder")
-        if self.teacher is not None and packaged_schema()["$defs"]["LossSpec"]["x-losses"][self.name]["needs"] is None:
+        if self.teacher is not None and loss["needs"] is None:
             raise ValueError(f"loss {self.name!r} does not use a teacher: remove the key teacher")
         return self
 
@@ -93,7 +120,7 @@ class Distill(StrictModel):
         le=1,
         description="Weight of the divergence, from 0 to 1; the cross-entropy has the weight 1 - alpha. Default: 0.5.",
     )
-    divergence: str | dict[str, Any] = Field(
+    divergence: str | dict[str, object] = Field(
         "forward_kl",
         description="Divergence between student and teacher logits: the name of a loss, or {name: ..., option: ...}. "
         "Default: forward_kl.",
@@ -101,11 +128,9 @@ class Distill(StrictModel):
 
     @field_validator("divergence")
     @classmethod
-    def _check_name(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
-        name = value if isinstance(value, str) else value.get("name")
-        _check_loss(
-            name, {} if isinstance(value, str) else {key: option for key, option in value.items() if key != "name"}
-        )
-        if packaged_schema()["$defs"]["LossSpec"]["x-losses"][name]["needs"] != "logits":
+    def _check_name(cls, value: str | dict[str, object]) -> str | dict[str, object]:
+        options = {"name": value} if isinstance(value, str) else {**value}
+        name = options.pop("name", None)
+        if _check_loss(name, options)["needs"] != "logits":
             raise ValueError(f"loss {name!r} does not use the teacher's logits, so it cannot be the divergence")
         return value

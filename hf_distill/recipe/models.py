@@ -1,6 +1,6 @@
 """The `student` and `teacher` sections of a recipe. Imports no torch."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -171,7 +171,7 @@ class TeacherSpec(StrictModel):
     )
     attn_implementation: str | None = Field(None, description=f"{_ATTENTION}the default of transformers.")
     quantization: _Quantization | None = Field(None, description=_QUANTIZATION)
-    deepspeed: str | dict[str, Any] | None = Field(
+    deepspeed: str | dict[str, object] | None = Field(
         None,
         description="Shard the teacher with ZeRO-3: a JSON file relative to the recipe, the name of a packaged config "
         "such as zero3-teacher.json, or the config itself.",
@@ -265,7 +265,7 @@ class TeacherSpec(StrictModel):
 
     @field_validator("decay")
     @classmethod
-    def _check_decay(cls, value: Any) -> Any:
+    def _check_decay(cls, value: float | list[tuple[float, float]] | None) -> float | list[tuple[float, float]] | None:
         if value is not None and any(decay == 1 for _, decay in parse_schedule(value, "decay", 0, 1)):
             raise ValueError("must be at least 0 and below 1; with a decay of 1 the average never changes")
         return value

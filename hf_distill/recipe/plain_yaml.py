@@ -9,7 +9,7 @@ _MAX_INT_BITS = 64
 _ALLOWED_CONTROLS = "\t\n\r"
 
 
-def impossible_values(value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+def impossible_values(value: object, location: Location = ()) -> Iterator[tuple[Location, str]]:
     """Yield the location and the problem of each value that no field accepts.
 
     These are NaN and infinity, integers that need 64 bits or more, and text that a file name, log or terminal cannot
@@ -27,7 +27,7 @@ def impossible_values(value: Any, location: Location = ()) -> Iterator[tuple[Loc
         yield location, problem
 
 
-def replace_impossible(value: Any) -> Any:
+def replace_impossible(value: object) -> Any:
     """Replace each impossible value by a possible one of the same type.
 
     The fields are then validated with these values, so that all other problems are found too.
@@ -38,7 +38,9 @@ def replace_impossible(value: Any) -> Any:
         return [replace_impossible(inner) for inner in value]
     if _problem_of(value) is None:
         return value
-    return printable(value) if isinstance(value, str) else type(value)(1)
+    if isinstance(value, str):
+        return printable(value)
+    return 1.0 if isinstance(value, float) else 1
 
 
 def printable(text: str) -> str:
@@ -46,13 +48,13 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def short_text(value: Any) -> str:
+def short_text(value: object) -> str:
     """Return a key or name, shortened to 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """Return the repr of a value, shortened to 80 characters."""
     try:
         text = repr(value)
@@ -61,7 +63,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _problem_of(value: Any) -> str | None:
+def _problem_of(value: object) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() >= _MAX_INT_BITS:

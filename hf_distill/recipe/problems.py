@@ -1,11 +1,13 @@
 """Turns validation errors of a recipe into one readable line each: the dotted key and what is wrong."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from pydantic_core import ErrorDetails
+
+from ..core.json_types import JSONObject
 from ..errors import DistillError, did_you_mean, nearest
-from .losses import packaged_schema
-from .plain_yaml import printable, short, short_text
+from .losses import JSONSchema, packaged_schema
+from .plain_yaml import Location, printable, short, short_text
 
 _MAX_CHARACTERS = 800  # characters of a problem that are shown
 
@@ -25,12 +27,12 @@ def raise_problems(problems: Sequence[str], where: str) -> None:
     raise DistillError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} {where}:\n{lines}")
 
 
-def dotted_key(location: Sequence[Any]) -> str:
+def dotted_key(location: Location) -> str:
     """Return a location in a recipe as a dotted key, such as train.max_steps."""
     return printable(".".join(map(short_text, location))) or "recipe"
 
 
-def error_lines(item: Any) -> list[str]:
+def error_lines(item: ErrorDetails) -> list[str]:
     """Return the lines that describe one error of pydantic."""
     location, kind, value = item["loc"], item["type"], item["input"]
     if location[-1:] == ("int",) and kind.startswith("int_"):
@@ -58,12 +60,12 @@ def error_lines(item: Any) -> list[str]:
     return [f"{key}: {message}" + ("" if isinstance(value, dict | list) else f" (given: {short(value)})")]
 
 
-def is_unknown_source(location: Sequence[Any]) -> bool:
+def is_unknown_source(location: Location) -> bool:
     """Whether a location is a key of `data` that is neither a known key nor a data source."""
     return len(location) == 2 and location[0] == "data" and location[1] not in keys_at(location[:1])
 
 
-def keys_at(location: Sequence[Any]) -> list[str]:
+def keys_at(location: Location) -> list[str]:
     """Return the known keys of the section at a location."""
     schema = packaged_schema()
     node = schema
@@ -76,31 +78,32 @@ def keys_at(location: Sequence[Any]) -> list[str]:
     return list(node.get("properties", {}))
 
 
-def _others(node: dict[str, Any]) -> dict[str, Any]:
+def _others(node: JSONSchema) -> JSONSchema:
     others = node.get("additionalProperties")
     return others if isinstance(others, dict) else {}
 
 
-def without_wrong_values(values: Any, errors: Sequence[Any]) -> set[str]:
+def remove_wrong_values(values: JSONObject, errors: Sequence[ErrorDetails]) -> set[str]:
     """Remove the values that the errors are about from a recipe, but no top-level section; return their keys."""
     names = set()
     for item in errors:
         owner, last = None, None
-        node = values
+        node: object = values
         for part in item["loc"]:  # after the location of the value, pydantic appends names of types
-            if not (isinstance(node, dict) and part in node) and not (
-                isinstance(node, list) and isinstance(part, int) and part < len(node)
-            ):
+            if isinstance(node, dict) and part in node:
+                owner, last, node = node, part, node[part]
+            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+                owner, node = None, node[part]
+            else:
                 break
-            owner, last, node = node, part, node[part]
-        if isinstance(owner, dict) and owner is not values and item["type"] != "missing":
+        if owner is not None and owner is not values and item["type"] != "missing":
             del owner[last]
             names.add(str(last))
     return names
 
 
-def with_known_keys(values: Any, errors: Sequence[Any]) -> tuple[Any, bool]:
-    """Return the values without their unknown keys, and whether there were any, to find the problems that they hide.
+def remove_unknown_keys(values: JSONObject, errors: Sequence[ErrorDetails]) -> bool:
+    """Remove the unknown keys, and return whether there were any, to find the problems that they hide.
 
     An unknown key that is similar to a known key which is not set is renamed to it.
     """
@@ -110,15 +113,16 @@ def with_known_keys(values: Any, errors: Sequence[Any]) -> tuple[Any, bool]:
         is_unknown = item["type"] == "extra_forbidden" or (item["type"] == "model_type" and is_unknown_source(location))
         if not is_unknown or not location:
             continue
-        owner = values
+        owner: object = values
         for part in location[:-1]:
-            owner = owner[part] if isinstance(owner, list) or part in owner else None
-            if owner is None:
-                break
+            if isinstance(owner, list) and isinstance(part, int):
+                owner = owner[part]
+            else:
+                owner = owner.get(part) if isinstance(owner, dict) else None
         if not isinstance(owner, dict) or location[-1] not in owner:
             continue
         value, near = owner.pop(location[-1]), nearest(str(location[-1]), keys_at(location[:-1]))
         if near and near not in owner:
             owner[near] = value
         changed = True
-    return values, changed
+    return changed

@@ -1,14 +1,24 @@
 """Ranges of the numeric fields of transformers.TrainingArguments, which does not define them itself."""
 
-from typing import Any
+from typing import TypedDict
+
+
+class Range(TypedDict, total=False):
+    """Arguments of pydantic.Field."""
+
+    ge: float
+    gt: float
+    le: float
+    lt: float
+
 
 _MAX_BATCH_ROWS = 2**20
-_SEED = {"ge": 0, "lt": 2**32}  # the range of numpy's seeds
-_COUNT = {"ge": 1, "lt": 2**31}
-_SHARE = {"ge": 0, "lt": 1}
+_SEED: Range = {"ge": 0, "lt": 2**32}  # the range of numpy's seeds
+_COUNT: Range = {"ge": 1, "lt": 2**31}
+_SHARE: Range = {"ge": 0, "lt": 1}
 
-# Field -> arguments of pydantic.Field, for every numeric field (see tests/recipe/test_values.py).
-RANGES: dict[str, dict[str, Any]] = {
+# Every numeric field has a range (see tests/recipe/test_values.py).
+RANGES: dict[str, Range] = {
     "per_device_train_batch_size": {"ge": 1, "le": _MAX_BATCH_ROWS},
     "per_device_eval_batch_size": {"ge": 1, "le": _MAX_BATCH_ROWS},
     "gradient_accumulation_steps": _COUNT,

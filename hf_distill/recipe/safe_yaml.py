@@ -1,9 +1,8 @@
 """Reads YAML safely: plain values only, with limits on size, depth and aliases."""
 
-from typing import Any
-
 import yaml
 
+from ..core.json_types import JSON
 from ..errors import DistillError
 from .plain_yaml import printable
 
@@ -12,7 +11,7 @@ _MAX_DEPTH, _MAX_NODES = 32, 20_000
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
-def read_yaml(text: str, name: str) -> Any:
+def read_yaml(text: str, name: str) -> JSON:
     """Return the value of a YAML document.
 
     Args:
@@ -67,7 +66,7 @@ def _check_scalar(node: yaml.ScalarNode, name: str, loader: yaml.SafeLoader) -> 
         raise DistillError(f"{name}, {line}: {text} is not a valid {kind}.") from None
 
 
-def _count_values(node: Any, name: str, known: dict[int, int], loader: yaml.SafeLoader) -> int:
+def _count_values(node: yaml.Node, name: str, known: dict[int, int], loader: yaml.SafeLoader) -> int:
     """Count the values of a node with its aliases expanded; -1 marks a node that is being counted."""
     if known.get(id(node)) == -1:
         raise DistillError(f"{name} has an alias that refers to a value which contains the alias.")

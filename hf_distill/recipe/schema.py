@@ -2,6 +2,7 @@
 
 from functools import reduce
 from operator import or_
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
@@ -17,14 +18,14 @@ from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, stage_problems
 from .strict_model import Name, StrictModel
 
-_JSON_TYPES: dict[str, Any] = {
+_JSON_TYPES: dict[str, type | UnionType] = {
     "integer": int,
     "number": int | float,
     "string": str,
     "boolean": bool,
     "array": list,
     "object": dict,
-    "null": None,
+    "null": NoneType,
 }
 
 
@@ -33,7 +34,7 @@ class TrainBase(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _yaml_no(cls, values: Any) -> Any:
+    def _yaml_no(cls, values: object) -> object:
         """Restore the string "no": YAML reads the bare word in `eval_strategy: no` as False."""
         if not isinstance(values, dict):
             return values
@@ -44,9 +45,8 @@ class TrainBase(StrictModel):
         }
 
     @model_validator(mode="after")
-    def _check_early_stopping(self):
-        args: Any = self
-        patience, strategy = args.early_stopping_patience, args.eval_strategy
+    def _check_early_stopping(self: "Train"):
+        patience, strategy = self.early_stopping_patience, self.eval_strategy
         if patience is None:
             return self
         problems = []
@@ -54,16 +54,16 @@ class TrainBase(StrictModel):
             problems.append(
                 "it needs evaluations during training: set eval_strategy to epoch, or to steps with eval_steps"
             )
-        elif args.save_strategy not in (None, "best", strategy):
+        elif self.save_strategy not in (None, "best", strategy):
             problems.append(
-                f"save_strategy is {args.save_strategy} and eval_strategy is {strategy}; they must be the same: remove "
+                f"save_strategy is {self.save_strategy} and eval_strategy is {strategy}; they must be the same: remove "
                 "save_strategy"
             )
-        elif strategy == "steps" and args.save_steps and args.eval_steps and args.save_steps % args.eval_steps:
+        elif strategy == "steps" and self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
             problems.append(
-                f"save_steps is {args.save_steps}; it must be a multiple of eval_steps, which is {args.eval_steps}"
+                f"save_steps is {self.save_steps}; it must be a multiple of eval_steps, which is {self.eval_steps}"
             )
-        if args.load_best_model_at_end is False:
+        if self.load_best_model_at_end is False:
             problems.append("it always exports the best checkpoint: remove load_best_model_at_end")
         if problems:
             raise ValueError("early_stopping_patience: " + "; ".join(problems))
@@ -79,23 +79,22 @@ class TrainBase(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _check_push_to_hub(self):
-        args: Any = self
-        if args.hub_token:
+    def _check_push_to_hub(self: "Train"):
+        if self.hub_token:
             raise ValueError("hub_token: a recipe must not contain a token: run `hf auth login`, or set HF_TOKEN")
-        if args.push_to_hub and not args.hub_model_id:
+        if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs a repository: set hub_model_id to org/name")
-        if args.push_to_hub and args.hub_strategy not in (None, "end"):
+        if self.push_to_hub and self.hub_strategy not in (None, "end"):
             raise ValueError(
-                f"hub_strategy is {args.hub_strategy}; only end is possible in a recipe, because the student is "
+                f"hub_strategy is {self.hub_strategy}; only end is possible in a recipe, because the student is "
                 "published with its results when the run is complete. To push checkpoints, use DistillTrainer in a "
                 "script"
             )
         return self
 
 
-def _train_fields() -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _train_fields() -> dict[str, tuple[object, object]]:
+    fields: dict[str, tuple[object, object]] = {}
     for name, spec in packaged_schema()["properties"]["train"]["properties"].items():
         kinds = [Literal[tuple(spec["enum"])]] if "enum" in spec else [_JSON_TYPES[t] for t in spec["type"]]
         fields[name] = (reduce(or_, kinds) | None, Field(None, **RANGES.get(name, {})))
@@ -193,9 +192,11 @@ class Recipe(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_student(cls, values: Any) -> Any:
+    def _default_student(cls, values: object) -> object:
         """Use the student of the last stage as `student` if the recipe does not give one."""
-        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            return values
+        stages = values.get("stages")
         if stages and isinstance(stages, list) and isinstance(stages[-1], dict) and "student" in stages[-1]:
             return {"student": stages[-1]["student"], **values}
         return values
@@ -340,5 +341,5 @@ class Recipe(StrictModel):
 
     @field_validator("projectors", mode="before")
     @classmethod
-    def _expand_kind(cls, value: Any) -> Any:
+    def _expand_kind(cls, value: object) -> object:
         return {"kind": value} if isinstance(value, str) else value

@@ -1,12 +1,16 @@
 """Smoke runs: a recipe with tiny random models, packaged text and a few steps, which downloads nothing."""
 
 import json
-from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from ..core.json_types import JSON, JSONObject
 from ..core.references import SMOKE_PREFIX, is_file
 from ..errors import DistillError
+from .schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _TEACHER_DEPTH = 4
 # Part of a model id -> model_type. The first match is used.
@@ -37,9 +41,9 @@ def family_of(reference: str) -> str:
     return next((kind for word, kind in _FAMILIES.items() if word in reference.lower()), "llama")
 
 
-def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Reduce the validated values of a recipe to a smoke run. Values that do not affect the size are kept."""
-    values = deepcopy(values)
+def smoke_values(recipe: Recipe) -> JSONObject:
+    """Return the values of a recipe reduced to a smoke run. Values that do not affect the size are kept."""
+    values = recipe.model_dump(exclude_unset=True)
     student, train = values["student"], values["train"]
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
         _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache")
@@ -69,27 +73,26 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _shrink_student(student: dict[str, Any], depth: int = _TEACHER_DEPTH - 1) -> None:
-    if student.get("from_teacher"):
-        cut = student["from_teacher"]
+def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> None:
+    if isinstance(cut := student.get("from_teacher"), dict):
         cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": depth}
-    if student.get("model"):
-        role = "teacher" if student.get("from_teacher") else "student"
-        student |= {"model": f"{SMOKE_PREFIX}{family_of(student['model'])}/{role}", "revision": None}
+    if isinstance(model := student.get("model"), str):
+        role = "teacher" if cut else "student"
+        student |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
 
 
-def _shrink_teacher(teacher: dict[str, Any], cache: str) -> None:
-    if teacher.get("model"):
-        teacher |= {"model": f"{SMOKE_PREFIX}{family_of(teacher['model'])}/teacher", "revision": None}
+def _shrink_teacher(teacher: JSONObject, cache: str) -> None:
+    if isinstance(model := teacher.get("model"), str):
+        teacher |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/teacher", "revision": None}
     if teacher.get("interval_steps"):
         teacher["interval_steps"] = 2
-    if teacher.get("source"):
-        _shrink_teacher(teacher["source"], "")
+    if isinstance(source := teacher.get("source"), dict):
+        _shrink_teacher(source, "")
     if teacher.get("path"):
         teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "interval_steps": 2}
 
 
-def _shrink_data(name: str, part: Any, text: str) -> Any:
+def _shrink_data(name: str, part: JSON, text: str) -> JSON:
     """Reduce one entry of `data`: a source becomes a packaged text with the same weight."""
     if name == "eval":
         return {"holdout": 0.1, "max_rows": 4}
@@ -124,7 +127,7 @@ def build_tiny(reference: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def byte_tokenizer() -> Any:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """Return a byte-level tokenizer with an end-of-text and a padding token; its template marks assistant turns."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,21 +1,25 @@
 """The `stages` section of a recipe: progressive distillation through a chain of students. Imports no torch."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ..core.json_types import JSONObject
 from .models import Student
 from .strict_model import StrictModel
+
+if TYPE_CHECKING:
+    from .schema import Recipe
 
 
 class Stage(StrictModel):
     """One student of a chain, and the values in which its stage differs from the recipe."""
 
     student: Student = Field(description="The student of this stage, which is the teacher of the next stage.")
-    distill: dict[str, Any] = Field(
+    distill: dict[str, object] = Field(
         default_factory=dict, description="Fields of `distill` that override those of the recipe in this stage."
     )
-    train: dict[str, Any] = Field(
+    train: dict[str, object] = Field(
         default_factory=dict, description="Fields of `train` that override those of the recipe in this stage."
     )
 
@@ -23,7 +27,7 @@ class Stage(StrictModel):
 _BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def stage_problems(recipe: Any) -> list[str]:
+def stage_problems(recipe: "Recipe") -> list[str]:
     """List why the stages of a recipe cannot run as a chain; empty if they can, or if there are none."""
     stages, problems = recipe.stages, list[str]()
     if not stages:
@@ -72,17 +76,18 @@ def _incompatible_values(stage: Stage, control: str | None, last: bool) -> list[
 _PLACEMENT_FIELDS = ("dtype", "attn_implementation", "quantization", "deepspeed", "fsdp", "device_map")
 
 
-def stage_values(values: dict[str, Any], number: int, teacher: str | None = None) -> dict[str, Any]:
+def stage_values(recipe: "Recipe", number: int, teacher: str | None = None) -> JSONObject:
     """Return the plain values of the recipe of one stage.
 
     Each stage has another data seed; otherwise all stages would train on the same first rows.
 
     Args:
-        values: Validated values of the recipe with stages.
+        recipe: A recipe with stages.
         number: Number of the stage, from 1.
         teacher: Path of the student of the previous stage, which is loaded with the placement options of the first
             teacher. None: the folder into which the chain writes it.
     """
+    values = recipe.model_dump(exclude_none=True, exclude_unset=True)
     stage, train = values["stages"][number - 1], values["train"]
     result = {key: value for key, value in values.items() if key not in ("stages", "control")} | {
         "student": stage["student"]
@@ -98,8 +103,9 @@ def stage_values(values: dict[str, Any], number: int, teacher: str | None = None
     return result
 
 
-def direct_values(values: dict[str, Any]) -> dict[str, Any]:
+def direct_values(recipe: "Recipe") -> JSONObject:
     """Return the recipe that distills the first teacher into the last student in the total steps of all stages."""
+    values = recipe.model_dump(exclude_none=True, exclude_unset=True)
     train, stages = values["train"], values["stages"]
     result = {key: value for key, value in values.items() if key not in ("stages", "control")}
     total = {
@@ -110,14 +116,14 @@ def direct_values(values: dict[str, Any]) -> dict[str, Any]:
     return result | {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
 
 
-def planned_values(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def planned_values(recipe: "Recipe") -> dict[str, JSONObject]:
     """Return the recipes of all stages by name, as far as they are known before the chain runs.
 
     A student that is pruned from its teacher does not exist yet. The stage after it is planned with the last model that
     exists, which is larger.
     """
-    planned, teacher = {}, values["teacher"].get("model")
-    for number, stage in enumerate(values["stages"], 1):
-        planned[f"stage-{number}"] = stage_values(values, number, teacher)
-        teacher = stage["student"].get("model") or teacher
+    planned, teacher = {}, recipe.teacher.model if recipe.teacher else None
+    for number, stage in enumerate(recipe.stages, 1):
+        planned[f"stage-{number}"] = stage_values(recipe, number, teacher)
+        teacher = stage.student.model or teacher
     return planned

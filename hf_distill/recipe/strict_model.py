@@ -4,7 +4,7 @@ import os
 import types
 import typing
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -18,7 +18,7 @@ class StrictModel(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: object, info: ValidationInfo) -> object:
         if info.field_name and _has_boolean(value) and not _takes_booleans(cls, info.field_name):
             raise ValueError("must be a number, not true or false")
         return value
@@ -47,7 +47,7 @@ def check_name(name: str) -> str:
 Name = Annotated[str, AfterValidator(check_name)]
 
 
-def _has_boolean(value: Any) -> bool:
+def _has_boolean(value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_has_boolean, value))
     if isinstance(value, dict):
@@ -60,7 +60,7 @@ def _takes_booleans(cls: type[BaseModel], field: str) -> bool:
     return _includes_boolean(cls.model_fields[field].annotation)
 
 
-def _includes_boolean(annotation: Any) -> bool:
+def _includes_boolean(annotation: object) -> bool:
     """Whether a type accepts booleans at some depth. Nested models are not searched: they check their own fields."""
     if isinstance(annotation, typing.ForwardRef | str):
         return True
@@ -69,4 +69,6 @@ def _includes_boolean(annotation: Any) -> bool:
         return any(isinstance(value, bool) for value in inner)
     if origin in (typing.Union, types.UnionType, Annotated, list, tuple, dict):
         return any(map(_includes_boolean, inner))
-    return annotation in (bool, Any, dict, list) or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
+    if annotation in (bool, object, dict, list):
+        return True
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -62,11 +62,10 @@ def run_chain(
 
 def _build_stage_recipes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """Yield the name and the recipe of each run of a chain, in order."""
-    values = recipe.model_dump(exclude_none=True, exclude_unset=True)
     for number in range(1, len(recipe.stages) + 1):
-        yield f"stage-{number}", validate(stage_values(values, number))
+        yield f"stage-{number}", validate(stage_values(recipe, number))
     if recipe.control == "direct":
-        yield "direct", validate(direct_values(values))
+        yield "direct", validate(direct_values(recipe))
 
 
 def _describe(recipe: Recipe) -> str:

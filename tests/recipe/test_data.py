@@ -168,7 +168,7 @@ def test_preview_marks_target_tokens_in_piped_output(file):
 def test_a_smoke_run_keeps_sources_weights_and_packing():
     from hf_distill.recipe.smoke import smoke_values
 
-    small = smoke_values(validate(values(max_length=4096)).model_dump(exclude_unset=True))["data"]
+    small = smoke_values(validate(values(max_length=4096)))["data"]
     topics = "package:pydoc_data.topics"
     assert small["task"] == {"path": topics, "weight": 0.7}
     assert small["code"] == {"path": topics, "weight": 0.3}

@@ -327,9 +327,9 @@ def test_validate_accepts_several_recipes_and_other_commands_refuse_them(tmp_pat
 def test_a_smoke_run_refuses_a_local_model_without_a_model_type(tmp_path):
     for content in ("[]", "{", "{}", "5"):
         (tmp_path / "config.json").write_text(content)
-        values = load_recipe("quickstart", [f"teacher.model={tmp_path}"]).model_dump(exclude_unset=True)
+        recipe = load_recipe("quickstart", [f"teacher.model={tmp_path}"])
         with pytest.raises(DistillError, match=r"config\.json is not the config of a model"):
-            smoke_values(values)
+            smoke_values(recipe)
 
 
 def test_files_and_folders_that_are_missing_are_listed_before_anything_is_loaded(tmp_path):

@@ -216,4 +216,4 @@ def test_invalid_stages_are_reported(changes, message):
 def test_the_direct_control_has_the_total_steps_of_all_stages():
     stages = [{**CUT[0], "train": {"max_steps": 10}}, CUT[1]]
     values = VALUES | {"stages": stages, "student": stages[-1]["student"], "control": "direct"}
-    assert direct_values(values)["train"] == {"output_dir": "runs/x/direct", "max_steps": 13}
+    assert direct_values(validate(values))["train"] == {"output_dir": "runs/x/direct", "max_steps": 13}
