@@ -1,5 +1,6 @@
 """Fixtures: trainers of tiny models, a Hub in memory, a real tokenizer; without network and trackers."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,13 @@ from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.runner.model_loading import resolve_model
 
 torch.set_num_threads(1)  # more threads do not make tiny models faster, and slow them down on busy cores
+
+
+@pytest.fixture(autouse=True)
+def _frozen():
+    """Freeze existing objects: the garbage collection in each training would walk every imported module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -67,12 +67,11 @@ _partners: dict = {}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _frozen():
-    """Freeze existing objects: garbage collection in each training would walk every imported module."""
-    gc.freeze()
+def _release_models():
+    """Release the models of this file at its end."""
     yield
-    gc.unfreeze()
     _partners.clear()
+    gc.unfreeze()  # the fixture of all tests froze them
 
 
 @pytest.mark.parametrize(("name", "role", "scale", "padded"), SAMPLE, ids=lambda value: str(value))
