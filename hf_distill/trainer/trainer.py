@@ -4,17 +4,13 @@ A training step is `compute_loss`: it removes what the models do not read from t
 (targets, teacher signals, student logits, loss), and records the metrics of the step.
 """
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
-from ..core.references import path_exists, reference_kind
 from ..core.targets import SECOND_VIEW_KEYS, target_labels
 from ..errors import DistillError, raise_if_any
 from ..losses.objective import repeated_names
@@ -23,7 +19,7 @@ from ..models.model_call import input_names
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import forget_output_head
 from ..models.projectors import ProjectorConfig
-from ..teachers import FrozenTeacher, MultiTeacher, Teacher
+from ..teachers import FrozenTeacher, Teacher
 from ..teachers.input_limits import check_student_ids
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
@@ -38,9 +34,10 @@ from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarMixin
 from .signal_handling import GracefulShutdown
+from .teacher_argument import build_teacher, has_objective
 from .teacher_callback import TeacherCallback
 from .upstream import TRAINER, check_upstream
-from .validation import incompatible_arguments
+from .validation import incompatible_arguments, wrong_arguments
 
 logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
@@ -66,19 +63,19 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         teachers: Any = None,
         **kwargs,
     ):
-        raise_if_any(self._wrong_arguments(model, args))
+        raise_if_any(wrong_arguments(type(self), self.loads_models, model, args))
         distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
         if teacher is not None and teachers is not None:
             raise DistillError("Both `teacher` and `teachers` are set. Pass all teachers in `teachers`, by name.")
         teacher = teacher if teachers is None else teachers
-        has_objective = _has_objective(teacher, distill_args)
+        needs_teacher = has_objective(teacher, distill_args)
         if teacher is None and distill_args.losses:
             raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
-        if teacher is None and has_objective:
+        if teacher is None and needs_teacher:
             logger.warning_once(
                 "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
             )
-        self.is_distilling = teacher is not None and has_objective
+        self.is_distilling = teacher is not None and needs_teacher
         self.max_consecutive_nonfinite_steps = distill_args.max_consecutive_nonfinite_steps
         self.teacher = build_teacher(teacher, distill_args) if self.is_distilling else None
         if self.is_distilling:
@@ -90,26 +87,6 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
             self.setup_distillation(self.teacher, distill_args)
         else:
             self.attach_sidecar(Features())
-
-    def _wrong_arguments(self, model: Any, args: Any) -> list[str]:
-        """Describe arguments of a wrong type, which a Trainer does not check before it uses them."""
-        problems = []
-        if isinstance(model, str | os.PathLike) and self.loads_models:
-            if reference_kind(path := os.path.expanduser(os.fspath(model))) == "path" and not path_exists(path):
-                problems.append(
-                    f"The student {path} is a path, and there is no such folder. Correct the path (relative paths "
-                    f"start at {Path.cwd()}), or pass the id of a repository on the Hub, such as org/name"
-                )
-        elif isinstance(model, str | os.PathLike):
-            problems.append(
-                f"model is the id or path {str(model)!r}, but {type(self).__name__} needs a model, as Trainer does. "
-                "Load it first, for example with AutoModelForCausalLM.from_pretrained"
-            )
-        elif model is not None and not isinstance(model, nn.Module):
-            problems.append(f"model has the type {type(model).__name__}. Pass the student, a transformers model")
-        if args is not None and not isinstance(args, TrainingArguments):
-            problems.append(f"args has the type {type(args).__name__}. Pass a DistillConfig or TrainingArguments")
-        return problems
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
@@ -319,46 +296,6 @@ class DistillTrainer(DistillMixin, Trainer):
     Raises:
         DistillError: teacher and student do not fit together, or an argument does not work with distillation.
     """
-
-
-def _has_objective(teacher: Any, distill_args: DistillArguments) -> bool:
-    """Return whether anything but the labels is to be learned: soft labels, other losses, or a teacher's losses."""
-    teachers = teacher.values() if isinstance(teacher, Mapping) else [teacher]
-    has_auxiliary_teacher = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in teachers)
-    return distill_args.alpha > 0 or bool(distill_args.losses) or has_auxiliary_teacher
-
-
-def build_teacher(teacher: Any, distill_args: DistillArguments) -> Teacher:
-    """Return the `Teacher` for what was passed to the trainer.
-
-    Args:
-        teacher: a `Teacher`, a model, the id or path of a model, or several of these by name.
-        distill_args: their `teacher_*` fields say how to load a model.
-
-    Raises:
-        DistillError: a model cannot be loaded, or `teacher_*` fields are set although a `Teacher` was passed.
-    """
-    if isinstance(teacher, Mapping):
-        problems: list[str] = []
-        teachers = {}
-        for name, one in teacher.items():
-            try:
-                teachers[name] = build_teacher(one, distill_args)
-            except DistillError as error:
-                problems.append(f"teachers[{name!r}]: {error}")
-        raise_if_any(problems)
-        return MultiTeacher(teachers)
-    placement = {"deepspeed": distill_args.teacher_deepspeed, "fsdp": distill_args.teacher_fsdp}
-    init_kwargs: Any = distill_args.teacher_init_kwargs or {}
-    load_kwargs = {**init_kwargs, **{name: value for name, value in placement.items() if value}}
-    if not isinstance(teacher, Teacher):
-        return FrozenTeacher(teacher, **load_kwargs)
-    if load_kwargs:
-        raise DistillError(
-            f"teacher_init_kwargs, teacher_deepspeed and teacher_fsdp set {sorted(load_kwargs)}, but `teacher` is a "
-            "Teacher object, which is loaded already. Pass these options to the constructor of the Teacher."
-        )
-    return teacher
 
 
 __all__ = ["DistillConfig", "DistillMixin", "DistillTrainer"]

@@ -1,10 +1,43 @@
-"""Checks for arguments of a Trainer that do not work with a teacher."""
+"""Checks for arguments of a Trainer that have a wrong type, or do not work with a teacher."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_compiled_module
+from torch import nn
+from transformers import TrainingArguments
 
+from ..core.references import path_exists, reference_kind
 from ..teachers.loading import env_world_size
+
+
+def wrong_arguments(trainer_class: type, loads_models: bool, model: object, args: object) -> list[str]:
+    """Describe arguments of a wrong type, which a Trainer does not check before it uses them.
+
+    Args:
+        trainer_class: the class of the trainer, for the message.
+        loads_models: whether `model` may be a Hub id or a path.
+        model: the student that was passed to the trainer.
+        args: the training arguments that were passed to the trainer.
+    """
+    problems = []
+    if isinstance(model, str | os.PathLike) and loads_models:
+        if reference_kind(path := os.path.expanduser(os.fspath(model))) == "path" and not path_exists(path):
+            problems.append(
+                f"The student {path} is a path, and there is no such folder. Correct the path (relative paths "
+                f"start at {Path.cwd()}), or pass the id of a repository on the Hub, such as org/name"
+            )
+    elif isinstance(model, str | os.PathLike):
+        problems.append(
+            f"model is the id or path {str(model)!r}, but {trainer_class.__name__} needs a model, as Trainer does. "
+            "Load it first, for example with AutoModelForCausalLM.from_pretrained"
+        )
+    elif model is not None and not isinstance(model, nn.Module):
+        problems.append(f"model has the type {type(model).__name__}. Pass the student, a transformers model")
+    if args is not None and not isinstance(args, TrainingArguments):
+        problems.append(f"args has the type {type(args).__name__}. Pass a DistillConfig or TrainingArguments")
+    return problems
 
 
 def incompatible_arguments(trainer: Any) -> list[str]:
