@@ -6,7 +6,7 @@ A training step is `compute_loss`: it removes what the models do not read from t
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -28,12 +28,19 @@ from .checkpointing import CheckpointMixin
 from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
 from .distiller import Distiller, StepOutput
 from .hub import HubMixin
-from .metrics import TRAIN_STATISTICS_EVERY, MetricsMixin
+from .metrics import (
+    TRAIN_STATISTICS_EVERY,
+    MetricAccumulator,
+    average_metrics,
+    choose_direction,
+    evaluation_metrics,
+)
 from .nonfinite import NonFiniteMixin
 from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarMixin
 from .signal_handling import GracefulShutdown
+from .source_metrics import split_by_source
 from .teacher_argument import build_teacher, has_objective
 from .teacher_callback import TeacherCallback
 from .upstream import TRAINER, check_upstream
@@ -43,7 +50,7 @@ logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
 
 
-class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, SidecarMixin, WeightsMixin):
+class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, WeightsMixin):
     """Adds a teacher to a Trainer: the loss becomes the distillation objective, and the rest stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
@@ -52,6 +59,8 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
 
     teacher: Any
     loads_models = False  # whether `model` may be a Hub id or a path
+    sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
+    keep_logits = False  # whether the running evaluation returns logits
     _signature_columns: Any
 
     def __init__(
@@ -80,10 +89,11 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         self.teacher = build_teacher(teacher, distill_args) if self.is_distilling else None
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
+        self.metric_accumulator = MetricAccumulator()
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
-            self._choose_direction()
+            choose_direction(self.args)
             self.setup_distillation(self.teacher, distill_args)
         else:
             self.attach_sidecar(Features())
@@ -173,7 +183,7 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         super()._hp_search_setup(trial)
         changed = changed_arguments(self.args, self._objective_args, self.is_distilling)
         if self.is_distilling:
-            self._choose_direction()
+            choose_direction(self.args)
             raise_if_any(incompatible_arguments(self) + self.teacher.check_arguments(self.args))
             self._teacher_max_grad_norm = self.teacher.max_grad_norm
         if "max_consecutive_nonfinite_steps" in changed:
@@ -244,9 +254,12 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
             check_student_ids(self.model, inputs)
             raise
         self._pending_self_check = self.distiller.pre_loss_hook = None
-        self.record_step(step, source, is_training)
+        step.per_token.update(split_by_source(step, source, self._source_names))
         if is_training:
+            self.metric_accumulator.add_micro_batch(step)
             self._record_micro_batch(step, inputs)
+        else:
+            self.metric_accumulator.add_evaluation_batch(step, self.gather_function)
         loss = step.loss
         if is_training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The loss is divided by the target tokens of all processes, and DDP averages gradients over processes.
@@ -268,6 +281,64 @@ class DistillMixin(HubMixin, CheckpointMixin, MetricsMixin, NonFiniteMixin, Side
         term_names = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]
         values = {name: step.per_token[name] for name in (*term_names, "aux", "peer_aux") if name in step.per_token}
         self._micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
+
+    @property
+    def _source_names(self) -> tuple[str, ...]:
+        return self.sources or getattr(self.data_collator, "sources", ())
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
+        self.metric_accumulator.reset_training()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run the Trainer's step on a micro-batch, and count the steps with target tokens."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
+            self.metric_accumulator.count_step(num_items_in_batch, loss.device)
+        return loss
+
+    def commit_step(self, applied: bool) -> None:
+        """Keep the metrics of the current step, or discard them if the step is skipped."""
+        self.metric_accumulator.commit_step(applied)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Make `train_loss` the mean over the steps that have target tokens."""
+        factor = self.metric_accumulator.train_loss_correction()
+        self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
+        return super()._finalize_training(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does; training logs get the means over the target tokens since the last log, too."""
+        if "loss" in logs and self.is_distilling:
+            if sums := self.metric_accumulator.take_train_sums(self.accelerator.reduce):
+                logs |= self._average_metrics(sums) | self.learned_layers() | self.teacher.metrics()
+            logs["loss"] *= self.metric_accumulator.take_loss_correction()
+        super().log(logs, start_time)
+
+    def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
+        return average_metrics(sums, [*self.distiller.terms, *self.teacher.terms], self._source_names)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them."""
+        self.keep_logits = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Run the Trainer's evaluation, and add metrics over all target tokens of the data; see `docs/metrics.md`."""
+        self.metric_accumulator.start_evaluation()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if sums := self.metric_accumulator.finish_evaluation(description):
+            is_language_model = model_type_of(self.model).vocabulary
+            means = self._average_metrics(sums)
+            metrics = evaluation_metrics(sums, means, self.distiller.terms, is_language_model)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer.save_model` does; a checkpoint also gets the state that the teacher needs to resume."""

@@ -9,9 +9,12 @@ from tiny import build, collate, rows
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.losses.objective import RESERVED_NAMES
+from hf_distill.core.targets import Targets
+from hf_distill.losses.objective import RESERVED_NAMES, objective
 from hf_distill.losses.token_metrics import PAIR_METRICS, STUDENT_METRICS, greater_is_better
 from hf_distill.teachers import EMATeacher, PeerTeacher
+from hf_distill.trainer.distiller import StepOutput
+from hf_distill.trainer.metrics import MetricAccumulator, average_metrics
 
 CHECKPOINT_OPTIONS = dict(
     max_steps=4,
@@ -41,6 +44,56 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= state.global_step == self.step
+
+
+def step_of(labels, **per_token):
+    """The output of a step whose terms have the given losses at its target tokens; labels are not shifted."""
+    targets = Targets.from_batch({"labels": torch.tensor(labels)}, shift=False)
+    return StepOutput(torch.zeros(()), {k: torch.tensor(v) for k, v in per_token.items()}, targets, None)
+
+
+# Sums without a Trainer
+
+
+def test_means_are_over_the_target_tokens_of_applied_steps_only():
+    metrics, terms = MetricAccumulator(), [term for term in objective(0.0, 2.0) if term.name == "hard"]
+    steps = [
+        (True, [step_of([[1, 2], [3, -100]], hard=[1.0, 2.0, 3.0]), step_of([[4, -100]], hard=[10.0])]),
+        (False, [step_of([[1, 2]], hard=[math.nan, 50.0])]),
+        (True, [step_of([[-100, 5]], hard=[4.0])]),
+    ]
+    for is_applied, micro_batches in steps:
+        for step in micro_batches:
+            metrics.add_micro_batch(step)
+        metrics.commit_step(is_applied)
+    sums = metrics.take_train_sums(lambda tensor, reduction: 3 * tensor)  # three ranks with the same sums
+    assert sums == {"hard": 60.0, "target_tokens": 15.0}
+    assert average_metrics(sums, terms) == {"hard_loss": 4.0}
+    assert metrics.take_train_sums(lambda tensor, reduction: tensor) == {}
+
+
+def test_steps_without_target_tokens_correct_each_log_and_the_whole_training():
+    metrics, cpu = MetricAccumulator(), torch.device("cpu")
+    assert metrics.take_loss_correction() == metrics.train_loss_correction() == 1.0
+    for num_items in (8, 0, torch.tensor(0), 3):
+        metrics.count_step(num_items, cpu)
+    assert metrics.take_loss_correction() == 2.0
+    metrics.count_step(1, cpu)
+    assert metrics.train_loss_correction() == 5 / 3
+    metrics.reset_training()
+    metrics.count_step(0, cpu)
+    assert math.isnan(metrics.take_loss_correction())
+
+
+def test_evaluation_sums_leave_out_repeated_rows():
+    metrics = MetricAccumulator()
+    metrics.add_evaluation_batch(step_of([[1, 2]], hard=[9.0, 9.0]), lambda table: table)  # outside of an evaluation
+    metrics.start_evaluation()
+    metrics.add_evaluation_batch(step_of([[1, 2], [3, 4]], hard=[1.0, 2.0, 3.0, 4.0]), lambda table: table)
+    metrics.add_evaluation_batch(step_of([[5, -100], [1, 2]], hard=[6.0, 1.0, 2.0]), lambda table: table[:1])
+    sums = metrics.finish_evaluation("Evaluation")
+    assert sums == {"hard": 16.0, "target_tokens": 5.0}
+    assert metrics.finish_evaluation("Evaluation") == {}
 
 
 # No target tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import KINDS, collate, one_step, rows
 
-from hf_distill import DistillTrainer
+from hf_distill.trainer.metrics import MetricAccumulator
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,13 +89,13 @@ def test_training_does_not_synchronize_the_device_between_logs(make_trainer, mon
     """An `.item()` in each micro-batch would stall a GPU, so losses stay tensors until `log`."""
     trainer = make_trainer(max_steps=3, gradient_accumulation_steps=2, logging_steps=100)
     recorded_sums = []
-    original = DistillTrainer._add_train_sums
+    original = MetricAccumulator.add_micro_batch
 
     def spy(self, step):
         original(self, step)
         recorded_sums.append(dict(self._step_sums))
 
-    monkeypatch.setattr(DistillTrainer, "_add_train_sums", spy)
+    monkeypatch.setattr(MetricAccumulator, "add_micro_batch", spy)
     monkeypatch.setattr(trainer, "log", lambda *args, **kwargs: None)
     trainer.train()
     assert len(recorded_sums) == 6
