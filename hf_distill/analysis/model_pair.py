@@ -156,7 +156,8 @@ class ModelPair:
 
 def load_model(folder: str | Path, device: torch.device) -> nn.Module:
     """Load a model that a run saved, adapters with their base model, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(str(folder)).to(device).requires_grad_(False).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(str(folder))
+    return model.to(device).requires_grad_(False).eval()
 
 
 def _logits(model: nn.Module | None, inputs: dict, targets: Targets) -> LazyLogits | DenseLogits | None:

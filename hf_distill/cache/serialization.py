@@ -66,9 +66,9 @@ def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
         log_probs = (logits.gather(-1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
         tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
         parts.append([tensor.cpu().numpy() for tensor in (ids, -log_probs, -tail)])
-    ids, nats, tail_nats = (np.concatenate(column) for column in zip(*parts, strict=True))
-    sizes = np.full(len(ids), k, dtype=np.uint16)
-    return Ragged(sizes, ids.reshape(-1), codec.quantize_nats(nats.reshape(-1)), codec.quantize_nats(tail_nats))
+    token_ids, nats, tail_nats = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sizes = np.full(len(token_ids), k, dtype=np.uint16)
+    return Ragged(sizes, token_ids.reshape(-1), codec.quantize_nats(nats.reshape(-1)), codec.quantize_nats(tail_nats))
 
 
 def _sample(source: LazyLogits | DenseLogits, examples: Sequence[Example], manifest: Manifest) -> Ragged:
@@ -93,13 +93,13 @@ def _sample(source: LazyLogits | DenseLogits, examples: Sequence[Example], manif
         weight = log_p - log_q - math.log(num_samples)  # log of the weight of one sample
         expected = (weight.exp() * log_p).sum(1)
         parts.append([tensor.cpu().numpy() for tensor in (ids, weight, expected)])
-    ids, weight, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
-    first = np.diff(ids, axis=1, prepend=-1) != 0
+    token_ids, weights, expectations = (np.concatenate(column) for column in zip(*parts, strict=True))
+    first = np.diff(token_ids, axis=1, prepend=-1) != 0
     sizes = first.sum(1).astype(np.uint16)
     counts = np.diff(np.append(np.flatnonzero(first), first.size))
-    nats = _WEIGHT_OFFSET_NATS - weight[first] - np.log(counts)
+    nats = _WEIGHT_OFFSET_NATS - weights[first] - np.log(counts)
     values = counts if proposal == temperature else codec.quantize_nats(nats)
-    return Ragged(sizes, ids[first], values, codec.quantize_nats(-expected))
+    return Ragged(sizes, token_ids[first], values, codec.quantize_nats(-expectations))
 
 
 def decode_signals(

@@ -91,7 +91,7 @@ class LogitPair:
             teacher: [r, V_t] logits, or sparse log-probabilities of r tokens.
         """
         sparse, full = (teacher, None) if isinstance(teacher, SparseLogProbs) else (None, teacher)
-        vocab_size = full.shape[1] if full is not None else teacher.vocab_size
+        vocab_size = teacher.vocab_size if isinstance(teacher, SparseLogProbs) else teacher.shape[1]
         shared = self.student.shape[1] if vocab_size is None else min(vocab_size, self.student.shape[1])
         shared_teacher = full if full is None else full[:, :shared]
         pair = LogitPair(self.student[:, :shared], shared_teacher, self.labels, self._buffer_pool, self.may_be_masked)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..core.targets import IGNORE_INDEX, Targets
@@ -302,7 +303,7 @@ def _is_separable(
     )
 
 
-def _how_to_disable_model_loss(model: nn.Module) -> str:
+def _how_to_disable_model_loss(model: PreTrainedModel) -> str:
     """Return how to train a model without the losses that its forward adds, for an error message."""
     parts = (model.config, model.config.get_text_config()) if hasattr(model.config, "get_text_config") else ()
     settings = {name: value for part in parts for name, value in vars(part).items() if _LOSS_SETTING.search(name)}

@@ -39,16 +39,16 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     Raises:
         DistillError: the model has no such stack, or its blocks cannot be found.
     """
-    model = unwrap_model(model)
-    if model.config.is_encoder_decoder:
+    inner = unwrap_model(model)
+    if inner.config.is_encoder_decoder:
         which = which or "decoder"
-        root = model.get_encoder() if which == "encoder" else model.get_decoder()
+        root = inner.get_encoder() if which == "encoder" else inner.get_decoder()
     elif which is not None:
-        raise DistillError(f"{type(model).__name__} has one stack of blocks and no {which}: remove `stack`.")
+        raise DistillError(f"{type(inner).__name__} has one stack of blocks and no {which}: remove `stack`.")
     else:
-        root = model
+        root = inner
     _, blocks = find_blocks(root, which)
-    causal = model_type_of(model).shifts_labels or any(
+    causal = model_type_of(inner).shifts_labels or any(
         getattr(module, "is_causal", False) for module in blocks[0].modules()
     )
     config = root.config.get_text_config()
@@ -71,15 +71,15 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     Raises:
         DistillError: no list or several lists have this length (an encoder and a decoder).
     """
-    model = unwrap_model(model)
-    config = model.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
+    inner = unwrap_model(model)
+    config = inner.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
     depth = config.num_hidden_layers
-    lists = dict(_outermost_lists(model))
+    lists = dict(_outermost_lists(inner))
     matches = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
     if len(matches) != 1:
         names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
         raise DistillError(
-            f"{type(model).__name__} has {len(matches)} lists of {depth} blocks, and exactly one is needed to find its "
+            f"{type(inner).__name__} has {len(matches)} lists of {depth} blocks, and exactly one is needed to find its "
             f"layers. Its lists and their lengths: {names}."
         )
     return next(iter(matches.items()))

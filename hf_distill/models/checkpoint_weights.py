@@ -102,7 +102,7 @@ def _convert_into(model: PreTrainedModel, state: dict[str, Tensor], mapping: lis
     finally:  # the conversion replaces the tensors of the modules
         for tensors, name, tensor in before:
             tensors[name] = tensor
-        model._weight_conversions = conversions
+        model._weight_conversions = conversions  # type: ignore[assignment]
     errors = [*info.error_msgs, *info.conversion_errors.values()]
     shapes = [f"{key} has shape {tuple(a)} instead of {tuple(b)}" for key, a, b in sorted(info.mismatched_keys)]
     problems = _differences(model, info.missing_keys, info.unexpected_keys) + shapes + errors
@@ -115,10 +115,10 @@ def _convert_into(model: PreTrainedModel, state: dict[str, Tensor], mapping: lis
 
 def _load_plain(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        keys = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes differ
         raise DistillError(f"{folder} does not fit this {type(model).__name__}: {error}") from error
-    _raise_problems(model, folder, _differences(model, missing, unexpected))
+    _raise_problems(model, folder, _differences(model, keys.missing_keys, keys.unexpected_keys))
 
 
 def _load_adapters(model: Any, folder: Path) -> None:
@@ -137,13 +137,16 @@ def _load_adapters(model: Any, folder: Path) -> None:
             )
         try:
             state = load_peft_weights(str(adapter_folder), device="cpu")
-            missing, unexpected = set_peft_model_state_dict(model, state, adapter_name=name)
+            keys: Any = set_peft_model_state_dict(model, state, adapter_name=name)
         except (KeyError, RuntimeError) as error:  # a fully saved module is missing, or shapes differ
             raise DistillError(f"{adapter_folder} does not fit the adapter {name!r} of this model: {error}") from error
         trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         lacking = [
-            key for key in missing if key in trained and not _is_of_another_adapter(key, name, model.peft_config)
+            key
+            for key in keys.missing_keys
+            if key in trained and not _is_of_another_adapter(key, name, model.peft_config)
         ]
+        unexpected = keys.unexpected_keys
         if config.is_prompt_learning:  # peft loads the prompts separately and strictly
             lacking = [key for key in lacking if not key.startswith("prompt_encoder.")]
             unexpected = [key for key in unexpected if "prompt" not in key]

@@ -90,8 +90,8 @@ def _patch_attention(block_of_module: Mapping[nn.Module, nn.Module], recorded: d
         return
     get_interface, gradients = AttentionInterface.get_interface, torch.is_grad_enabled()
 
-    def get_recording(self, name: str, default: Callable) -> Callable:
-        attend = get_interface(self, name, default)
+    def get_recording(self: AttentionInterface, attn_implementation: str, default: Callable) -> Callable:
+        attend = get_interface(self, attn_implementation, default)
 
         def record_attention(module, query, key, value, *args, dropout: float = 0.0, **kwargs):
             output, maps = attend(module, query, key, value, *args, dropout=dropout, **kwargs)
@@ -110,8 +110,8 @@ def _patch_attention(block_of_module: Mapping[nn.Module, nn.Module], recorded: d
 
         return record_attention
 
-    AttentionInterface.get_interface = get_recording
+    AttentionInterface.get_interface = get_recording  # type: ignore[method-assign]
     try:
         yield
     finally:
-        AttentionInterface.get_interface = get_interface
+        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]

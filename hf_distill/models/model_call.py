@@ -6,7 +6,7 @@ a loss from them.
 
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
@@ -59,7 +59,7 @@ def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, Any], foreign:
     return {k: v for k, v in inputs.items() if k not in dropped}
 
 
-def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def prepare_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a model's forward: without labels, and with decoder inputs if it needs them.
 
     Args:
@@ -78,14 +78,14 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
         and model_type_of(model).vocabulary
     ):
         inputs["decoder_input_ids"] = decoder_input_ids(model, labels)
-    if "use_cache" in _parameters_of(model.__class__)[0]:
+    if "use_cache" in _parameters_of(type(model).forward)[0]:
         inputs["use_cache"] = False  # with a cache, packed documents would attend to each other
     if getattr(model.config, "return_dict", True) is False and isinstance(model, PreTrainedModel):
         inputs["return_dict"] = True
     return inputs
 
 
-def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
+def decoder_input_ids(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
     """Return the labels shifted right by the model's own function, [B, S].
 
     Args:
@@ -108,10 +108,10 @@ def decoder_input_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
         for key in ("pad_token_id", "decoder_start_token_id")
     )
     try:
-        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            return model.prepare_decoder_input_ids_from_labels(labels=labels)
-        if hasattr(model, "_shift_right"):
-            return model._shift_right(labels)
+        if (prepare := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
+            return prepare(labels=labels)
+        if (shift_right := getattr(model, "_shift_right", None)) is not None:
+            return shift_right(labels)
         for cls in type(model).__mro__:
             shift = getattr(sys.modules.get(cls.__module__), "shift_tokens_right", None)
             if shift is not None:
@@ -179,7 +179,7 @@ def _read_signatures(model: nn.Module) -> tuple[frozenset[str], bool]:
     for cls in type(model).__mro__:
         if "forward" not in vars(cls) or cls is nn.Module:
             continue
-        parameters, has_kwargs, typed = _parameters_of(cls)
+        parameters, has_kwargs, typed = _parameters_of(vars(cls)["forward"])
         names |= parameters | typed
         accepts_any |= has_kwargs and not cls.__module__.startswith("transformers.")
         if not has_kwargs:
@@ -187,16 +187,11 @@ def _read_signatures(model: nn.Module) -> tuple[frozenset[str], bool]:
     if has_kwargs:
         for module in model.modules():
             if module is not model and isinstance(module, PreTrainedModel):
-                names |= _parameters_of(module.__class__)[0]
+                names |= _parameters_of(type(module).forward)[0]
     return frozenset(names) - {"self"}, accepts_any
 
 
-@lru_cache
-def _parameters_of(cls: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
-    return _parameters(cls.forward)
-
-
-def _parameters(forward: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
+def _parameters(forward: Callable) -> tuple[frozenset[str], bool, frozenset[str]]:
     """Return (named parameters, whether there are `**kwargs`, names of a TypedDict that annotates these)."""
     parameters = inspect.signature(forward).parameters.values()
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -209,3 +204,6 @@ def _parameters(forward: Any) -> tuple[frozenset[str], bool, frozenset[str]]:
             for dictionary in get_args(parameter.annotation):
                 typed |= set(getattr(dictionary, "__annotations__", ()))
     return named, has_kwargs, frozenset(typed)
+
+
+_parameters_of = lru_cache(_parameters)  # of the forward of a class; a bound method would keep its model alive

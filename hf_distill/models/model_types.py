@@ -6,10 +6,10 @@ position. The classes of a classifier are treated as a small vocabulary.
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
-import transformers
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
@@ -34,10 +34,10 @@ class ModelType:
     shifts_labels: bool
     vocabulary: bool
 
-    def num_outputs(self, model: nn.Module) -> int:
+    def num_outputs(self, model: PreTrainedModel) -> int:
         """Return V, the number of ids or classes that a model without wrappers predicts."""
         if not self.vocabulary:
-            return model.config.num_labels
+            return cast(int, model.config.num_labels)
         head = model.get_output_embeddings()
         # In peft's copy of a tied head `out_features` is that of the embedding; the original module has the right one.
         head = getattr(head, "original_module", None) or head
@@ -78,7 +78,7 @@ _BY_CLASS = {
     for value in names.values()
     for class_name in ([value] if isinstance(value, str) else value)
 }
-_BY_LOSS = {
+_BY_LOSS: dict[object, ModelType] = {
     LOSS_MAPPING["ForCausalLM"]: CAUSAL,
     LOSS_MAPPING["ForMaskedLM"]: MASKED,
     LOSS_MAPPING["ForSequenceClassification"]: SEQUENCE,
@@ -90,18 +90,19 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
     """Return the model inside parallel and compiled wrappers, with its adapters."""
     from accelerate.utils import extract_model_from_parallel
 
-    if isinstance(model, transformers.PreTrainedModel):  # accelerate would walk all of its modules
+    if isinstance(model, PreTrainedModel):  # accelerate would walk all of its modules
         return model
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside parallel, compiled and PEFT wrappers.
 
     Do not call the result: without its wrappers there is no DDP, FSDP2 or ZeRO-3.
     """
     model = unwrap_parallel(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if get_base_model is None else get_base_model())
 
 
 def is_zero3_partitioned(model: nn.Module) -> bool:
@@ -129,14 +130,14 @@ def model_type_of(model: nn.Module) -> ModelType:
         DistillError: it is no transformers model, or predicts no distribution over ids or classes.
     """
     model = unwrap_model(model)
-    config = getattr(model, "config", None)
+    config: PretrainedConfig | None = getattr(model, "config", None)
     model_type = _BY_CLASS.get(type(model).__name__) or _BY_LOSS.get(
-        LOSS_MAPPING.get(getattr(model, "loss_type", None))
+        LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
     )
     model_type = model_type or model_type_of_class(type(model))
-    if model_type is None or not isinstance(model, transformers.PreTrainedModel):
+    if model_type is None or not isinstance(model, PreTrainedModel):
         names = ", ".join(t.name for t in MODEL_TYPES)
-        is_transformers = isinstance(model, transformers.PreTrainedModel)
+        is_transformers = isinstance(model, PreTrainedModel)
         raise DistillError(
             f"{type(model).__name__} cannot be distilled: it is "
             f"{f'none of {names}' if is_transformers else 'no transformers model'}. "
@@ -152,7 +153,7 @@ def model_type_of(model: nn.Module) -> ModelType:
     return model_type
 
 
-def check_has_classes(name: str, model_type: ModelType, config: Any) -> None:
+def check_has_classes(name: str, model_type: ModelType, config: PretrainedConfig | None) -> None:
     """Check that the outputs of a classifier are a distribution over classes.
 
     Args:

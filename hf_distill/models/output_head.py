@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..core.logits import LazyLogits, LogitScaling
@@ -86,7 +87,7 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     """
     inner = unwrap_model(model)
     getter = getattr(inner, "get_output_embeddings", None)
-    module = getter() if getter else None
+    module: Any = getter() if getter else None
     head = _heads.get(inner)
     obstacle = _obstacle(inner, module)
     if head is None or head.module is not module or (obstacle and not head.reason):
@@ -132,13 +133,14 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
             setattr(module, name, instance)
 
 
-def cast_like_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return tensors in the dtype in which autocast passes them to a linear layer."""
-    device = next(t.device.type for t in tensors if t is not None)
+def cast_like_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the arguments of a linear layer in the dtype in which autocast passes them to it."""
+    device = hidden.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
+    return hidden, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
 
 
 def _obstacle(model: nn.Module, head: Any) -> str:
@@ -158,7 +160,7 @@ def _obstacle(model: nn.Module, head: Any) -> str:
     return ""
 
 
-def _measure(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
+def _measure(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: dict) -> OutputHead:
     short = _shorten(inputs)
     try:
         return _compare(model, inner, head, inputs if short is None else short)
@@ -186,7 +188,7 @@ def _shorten(inputs: dict) -> dict | None:
     return inputs | short
 
 
-def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
+def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: dict) -> OutputHead:
     sample: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, lazy logits without scaling, positions
     outputs_of_head: list[Tensor] = []
 
@@ -195,8 +197,6 @@ def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) 
         flat = hidden.flatten(0, -2)
         positions = torch.linspace(0, len(flat) - 1, min(_NUM_COMPARED_POSITIONS, len(flat)), device=flat.device).long()
         rows, weight, bias = cast_like_autocast(flat[positions], head.weight, head.bias)
-        assert rows is not None
-        assert weight is not None
         sample.append((rows.clone(), LazyLogits(rows, weight, bias).project(), positions))
         return outputs_of_head[-1]
 
@@ -348,7 +348,7 @@ def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
     return bool(flag)
 
 
-def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:
+def _log_cost(model: PreTrainedModel, reason: str, inputs: dict) -> None:
     ids = next((inputs[k] for k in ("decoder_input_ids", "input_ids") if isinstance(inputs.get(k), Tensor)), None)
     vocab_size = model_type_of(model).num_outputs(model)
     cost = ""

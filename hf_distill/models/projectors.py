@@ -89,7 +89,7 @@ class ProjectorConfig:
             to_width: hidden size of the teacher.
             generator: random state of the initialization.
         """
-        layers = [self._linear(from_width, to_width, generator)]
+        layers: list[nn.Module] = [self._linear(from_width, to_width, generator)]
         if self.kind == "mlp":
             layers += [nn.GELU(), self._linear(to_width, to_width, generator)]
         return Projector(*layers)

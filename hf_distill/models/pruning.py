@@ -3,10 +3,11 @@
 import copy
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DistillError
 from .blocks import find_blocks
@@ -64,7 +65,7 @@ def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
     return (sums / count).tolist()
 
 
-def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
+def cut_student(teacher: nn.Module, layers: Sequence[int]) -> PreTrainedModel:
     """Copy a teacher with only some of its blocks, in their order; the teacher is not changed.
 
     Args:
@@ -78,24 +79,25 @@ def cut_student(teacher: nn.Module, layers: Sequence[int]) -> nn.Module:
         DistillError: an index does not exist or is repeated, or there is no index.
     """
     name, blocks = find_blocks(teacher)
-    teacher, depth, keep = unwrap_model(teacher), len(blocks), sorted(layers)
+    model, depth, keep = unwrap_model(teacher), len(blocks), sorted(layers)
     if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
         raise DistillError(
             f"layers is {list(layers)}: give each block to keep once, from 0 to {depth - 1} (the teacher has {depth})."
         )
-    student = type(teacher)(prune_config(teacher.config, keep, depth))
+    student = type(model)(prune_config(model.config, keep, depth))
     new_index = {old: new for new, old in enumerate(keep)}
     pattern = re.compile(rf"^{re.escape(name)}\.(\d+)\.")
     state = {}
-    for key, value in teacher.state_dict().items():
+    for key, value in model.state_dict().items():
         match = pattern.match(key)
         if match is None:
             state[key] = value
         elif int(match[1]) in new_index:
             state[f"{name}.{new_index[int(match[1])]}.{key[match.end() :]}"] = value
-    student.to(teacher.dtype).load_state_dict(state)
+    cast(nn.Module, student).to(model.dtype).load_state_dict(state)
     student.tie_weights()
-    student.generation_config = copy.deepcopy(teacher.generation_config) if teacher.can_generate() else None
+    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    student.generation_config = generation_config  # type: ignore[assignment]
     return student.train()
 
 
@@ -118,7 +120,7 @@ def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
     return sorted(by_influence[:keep_layers])
 
 
-def prune_config(config: Any, keep: Sequence[int], depth: int) -> Any:
+def prune_config(config: PretrainedConfig, keep: Sequence[int], depth: int) -> PretrainedConfig:
     """Return the config of a model with only some of its blocks.
 
     Args:

@@ -5,10 +5,10 @@ runs inside the student's forward. It is no part of the student's state dict, so
 Checkpoints have it in a separate file, `sidecar.safetensors`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from .blocks import SIDECAR
 from .model_types import unwrap_parallel
 
 FILE = "sidecar.safetensors"
+_T = TypeVar("_T")
 
 
 class Sidecar(nn.Module):
@@ -40,7 +41,10 @@ class Sidecar(nn.Module):
 
     def get(self, kind: str, term: str) -> Any:
         """Return the module of a kind for a term; None if the term has none."""
-        return self.parts[kind][term] if kind in self.parts and term in self.parts[kind] else None
+        if kind not in self.parts:
+            return None
+        modules = self.parts[kind]
+        return modules[term] if isinstance(modules, nn.ModuleDict) and term in modules else None
 
 
 def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
@@ -57,8 +61,8 @@ def sidecar_of(model: nn.Module) -> Sidecar | None:
     return sidecar
 
 
-def strip_sidecar(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without the parameters of the sidecar."""
+def strip_sidecar(state_dict: Mapping[str, _T]) -> dict[str, _T]:
+    """Return parameters or modules by name, such as a state dict, without those of the sidecar."""
     return {key: value for key, value in state_dict.items() if SIDECAR not in key.split(".")}
 
 
@@ -156,7 +160,7 @@ def _remove_from_missing_keys(_module: nn.Module, keys: Any) -> None:
 
 def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters (tied ones once) and persistent buffers of a module by name."""
-    named = dict(module.named_parameters())
+    named: dict[str, Tensor] = dict(module.named_parameters())
     for prefix, part in module.named_modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and name not in part._non_persistent_buffers_set:
@@ -189,6 +193,7 @@ def _distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return an unsharded value with the placement of a parameter, which FSDP2 may have sharded."""
     if not hasattr(parameter, "full_tensor"):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(parameter, DTensor)
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

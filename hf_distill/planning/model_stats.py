@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -77,7 +77,11 @@ class ModelStats:
         blocks = find_blocks(model)[1]
         sizes = [_count(block.parameters()) for block in blocks]
         head = model.get_output_embeddings()
-        norms = [m.weight.numel() for m in blocks[0].modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+        norms = [
+            weight.numel()
+            for m in blocks[0].modules()
+            if "Norm" in type(m).__name__ and isinstance(weight := getattr(m, "weight", None), Tensor)
+        ]
         experts = [p for block in blocks for p in block.parameters() if p.ndim == 3]
         chosen, width = getattr(text, "num_experts_per_tok", None), getattr(text, "moe_intermediate_size", None)
         intermediate = chosen * width if experts and chosen and width else getattr(text, "intermediate_size", None)
@@ -102,7 +106,7 @@ class ModelStats:
             head_norms=any(size != text.hidden_size for size in norms),
             eager=(attention or model.config._attn_implementation) == "eager",
             softcap=getattr(text, "attn_logit_softcapping", None) is not None,
-            dtype=config.dtype or torch.float32,
+            dtype=cast(torch.dtype, config.dtype) or torch.float32,
         )
 
     @cached_property

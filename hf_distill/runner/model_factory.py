@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.finite_weights import check_finite
+from ..models.model_types import unwrap_model
 from ..models.pruning import block_influence, cut_student, top_layers
 from ..recipe.models import FIELDS
 from ..recipe.schema import Recipe, Student, TeacherSpec
@@ -112,7 +113,7 @@ class ModelFactory:
         }
         return FrozenTeacher(path, processing_class=self._tokenizer, **options)
 
-    def _load_full_model(self) -> Any:
+    def _load_full_model(self) -> nn.Module:
         with zero3_init_context(None):
             return load_pretrained(
                 AutoModelForCausalLM,
@@ -202,7 +203,7 @@ class ModelFactory:
             self.influence = block_influence(full_model, ids)
             self.layers = top_layers(self.influence, int(cut.keep_layers or 0))
         student = cut_student(full_model, self.layers)
-        student.to(dtype_of(full_model.config, {"dtype": spec.dtype}))
+        cast(nn.Module, student).to(dtype_of(unwrap_model(full_model).config, {"dtype": spec.dtype}))
         if spec.attn_implementation:
             student.set_attn_implementation(spec.attn_implementation)
         return student

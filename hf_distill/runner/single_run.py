@@ -140,10 +140,9 @@ class RunContext:
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
         args.remove_unused_columns = False  # the rows have only the columns that the collator reads
-        if isinstance(self.data.train, IterableDataset) and args.accelerator_config.dispatch_batches is None:
-            args.accelerator_config.dispatch_batches = (
-                False  # dispatching would concatenate batches of different lengths
-            )
+        accelerator_config: Any = args.accelerator_config
+        if isinstance(self.data.train, IterableDataset) and accelerator_config.dispatch_batches is None:
+            accelerator_config.dispatch_batches = False  # dispatching would concatenate batches of different lengths
         kind: Any = DistillTrainer
         rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
         if on_policy:
@@ -221,6 +220,7 @@ class RunContext:
         )
 
     def _describe(self, trainer: DistillTrainer) -> None:
+        assert trainer.model is not None
         self.facts |= {"student": _size(trainer.model)}
         if trainer.teacher.model is not None:
             self.facts["teacher"] = _size(trainer.teacher.model)

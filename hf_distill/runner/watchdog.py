@@ -65,7 +65,8 @@ class HangWatchdog(TrainerCallback):
             yield
             return
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._store: Any = distributed_c10d._get_default_store().clone()  # the thread needs a separate connection
+        default_store: Any = distributed_c10d._get_default_store()
+        self._store = default_store.clone()  # the thread needs a separate connection
         self._main = threading.get_ident()
         if self._rank == 0:  # an earlier run of these processes may have failed
             self._store.delete_key(_FAILED_KEY)

@@ -45,7 +45,8 @@ def check_teacher_student(
             "Teacher and student are the same object, so that training the student would change the teacher. Load the "
             "model twice, or copy it with copy.deepcopy."
         )
-    student_type = model_type_of(student)
+    student_type, student_config = model_type_of(student), unwrap_model(student).config
+    config: PretrainedConfig
     if isinstance(teacher, nn.Module):
         teacher_type, config = model_type_of(teacher), unwrap_model(teacher).config
         path = path or getattr(unwrap_model(teacher), "name_or_path", "")
@@ -53,9 +54,9 @@ def check_teacher_student(
     else:
         config = teacher
     if not student_type.vocabulary:
-        check_classes(config, student.config)
+        check_classes(config, student_config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
-    sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student.config)]
+    sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student_config)]
     if None in sizes or not (student_type.vocabulary or student.main_input_name == "input_ids"):
         return  # the models neither read nor predict token ids
     check_vocabulary(

@@ -234,7 +234,8 @@ class SnapshotTeacher(StudentCopyTeacher):
                     f"{self._path} holds unsharded weights and the student is sharded: leave `path` out and give "
                     "`interval_steps`, or use a FrozenTeacher of the path, which can be sharded."
                 )
-            snapshot, report = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
+            loaded: Any = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
+            snapshot, report = loaded
             tensors = self._tensors_of(snapshot)
             wrong = [name for name in report["missing_keys"] if name in shadow]  # initialized at random
             wrong += [name for name in shadow if name not in tensors or tensors[name].shape != shadow[name].shape]

@@ -52,7 +52,7 @@ class InputLimits:
                 continue
             self._check_positions(inputs, ids)
             mask = inputs.get(mask_name)
-            if self.is_id_checked and mask is not None and mask.shape == ids.shape:
+            if self.is_id_checked and self.ids is not None and mask is not None and mask.shape == ids.shape:
                 inputs[name] = ids = ids.masked_fill((mask == 0) & (ids >= self.ids), self.fill)
             if self.is_id_checked:
                 self.check_ids(int(ids.max()) if ids.numel() else 0)

@@ -164,7 +164,7 @@ def keep_layout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.shape[-1] % state.blocksize:
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # mypy expects a tensor or module
     return model
 
 

@@ -105,8 +105,8 @@ class PeerTeacher(TrainableTeacher):
         """
         model_type, options = model_type_of(student), self._init_kwargs
         model_or_config: Any = self._model_or_path
-        if isinstance(model_or_config, str):
-            model_or_config = read_config(model_or_config, options)
+        if isinstance(self._model_or_path, str):
+            model_or_config = read_config(self._model_or_path, options)
             check_checkpoint(self._model_or_path, model_type, model_or_config)
         check_teacher_student(
             model_or_config,

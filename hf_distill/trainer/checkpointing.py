@@ -143,10 +143,10 @@ class CheckpointMixin(_Base):
             restore(folder)
         self.accelerator.wait_for_everyone()
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
             return
         self.control.should_training_stop = True
         if kwargs["resume_from_checkpoint"] is not None:

@@ -183,7 +183,11 @@ class DistillConfig(DistillArguments, TrainingArguments):
     Every field can be set on the command line of a script that uses `HfArgumentParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, *DistillArguments._DICT_FIELDS]
+    # The base class does not annotate it, so that it counts as an attribute of instances.
+    _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]
+        *TrainingArguments._VALID_DICT_FIELDS,
+        *DistillArguments._DICT_FIELDS,
+    ]
 
     def __post_init__(self):
         DistillArguments.__post_init__(self)

@@ -6,10 +6,10 @@ optimized and saved in checkpoints, but never exported with the student.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import DistillError
@@ -156,8 +156,8 @@ class SidecarMixin(_Base):
         if sidecar is None or "mappings" not in sidecar.parts:
             return {}
         mean_layers: dict[str, float] = {}
-        for name, mixture in sidecar.parts["mappings"].items():
-            shares: Any = mixture.shares
+        for name, mixture in cast(nn.ModuleDict, sidecar.parts["mappings"]).items():
+            shares = cast(Tensor, mixture.shares)
             means = shares @ torch.arange(shares.shape[1], dtype=shares.dtype, device=shares.device)
             mean_layers |= {f"{name}_layer_{i}": value for i, value in enumerate(means.tolist())}
         return mean_layers

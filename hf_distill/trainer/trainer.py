@@ -58,6 +58,7 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
     """
 
     teacher: Any
+    loss_is_scaled_for_ga: bool | None
     loads_models = False  # whether `model` may be a Hub id or a path
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
@@ -353,7 +354,7 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
             self.teacher.load(checkpoint, self.args.process_index)
 
 
-class DistillTrainer(DistillMixin, Trainer):
+class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]  # create_model_card has more parameters
     """`transformers.Trainer` with a teacher.
 
     Args:

@@ -40,7 +40,7 @@ class _GenerationTrainer(DistillationTrainer):
             args.temperature = loss_temperature
 
 
-class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
+class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):  # type: ignore[misc]  # create_model_card has more parameters
     """`trl.DistillationTrainer` with any teacher and any objective; its generation is unchanged.
 
     L = [sum over completion tokens of (alpha * T^2 * divergence + other losses)
@@ -67,6 +67,11 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         DistillError: teacher and student do not fit, or an argument does not work with distillation; the message lists
             the reasons.
     """
+
+    args: OnPolicyDistillConfig
+    model: nn.Module
+    processing_class: Any
+    chat_template_kwargs: dict[str, Any]
 
     def __init__(self, model: Any, args: OnPolicyDistillConfig | None = None, *, teacher: Any = None, **kwargs):
         args = OnPolicyDistillConfig() if args is None else args

@@ -22,7 +22,11 @@ class OnPolicyDistillConfig(DistillArguments, DistillationConfig):
             problems.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*DistillationConfig._VALID_DICT_FIELDS, *DistillArguments._DICT_FIELDS]
+    # The base class does not annotate it, so that it counts as an attribute of instances.
+    _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]
+        *DistillationConfig._VALID_DICT_FIELDS,
+        *DistillArguments._DICT_FIELDS,
+    ]
 
     temperature: float = field(default=1.0, metadata=_FIELDS["temperature"].metadata)
     alpha: float = field(default=1.0, metadata=_FIELDS["alpha"].metadata)

@@ -24,7 +24,7 @@ class DistillSFTConfig(DistillArguments, TeacherArguments, SFTConfig):
     Every field can be set from a command line through `HfArgumentParser` or `TrlParser`.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [
+    _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]  # the base class does not annotate it
         *SFTConfig._VALID_DICT_FIELDS,
         *DistillArguments._DICT_FIELDS,
         "teacher_model_init_kwargs",
@@ -45,7 +45,7 @@ class _SFTTrainer(SFTTrainer):
             super().__init__(model, args, *positional, **kwargs)
 
 
-class DistillSFTTrainer(TRLMixin, _SFTTrainer):
+class DistillSFTTrainer(TRLMixin, _SFTTrainer):  # type: ignore[misc]  # create_model_card has more parameters
     """`trl.SFTTrainer` with a teacher.
 
     Without a teacher, or with alpha = 0 and no further losses, it trains exactly as `SFTTrainer` does. With a teacher,
@@ -63,6 +63,9 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         DistillError: teacher and student do not fit, or an argument does not work with distillation; the message lists
             the reasons.
     """
+
+    args: SFTConfig
+    model: nn.Module
 
     def __init__(self, model: Any, args: Any = None, *positional, teacher: Any = None, **kwargs):
         if isinstance(args, DistillArguments) and not isinstance(args, SFTConfig):

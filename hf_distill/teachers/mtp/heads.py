@@ -197,7 +197,8 @@ def _check(student: nn.Module) -> None:
             f"{name} {state}, and multi-token prediction trains a copy of its last block, which needs unsharded "
             "floating-point weights: make the heads from a student that is loaded in bf16 or fp32."
         )
-    head, embed, width = model.get_output_embeddings(), model.get_input_embeddings(), _settings(model, 1)["hidden_size"]
+    head, width = model.get_output_embeddings(), _settings(model, 1)["hidden_size"]
+    embed: Any = model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or {head.in_features, embed.weight.shape[-1]} != {width}:
         raise DistillError(
             f"{name} has the output head {head} and the embedding {embed}: multi-token prediction uses both, so both "
