@@ -1,13 +1,14 @@
-"""`NonFiniteMixin`: a Trainer that skips, reports and limits steps whose loss or gradient is not finite."""
+"""`NonFiniteGuard`: skips, reports and limits steps whose loss or gradient is not finite."""
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..core.io import write_json
@@ -25,194 +26,197 @@ from .nonfinite_report import (
 )
 
 logger = logging.get_logger(__name__)
-_Base: Any = Trainer if TYPE_CHECKING else object
 REPORT_FILE = "nonfinite_steps.json"
 
 
-class NonFiniteMixin(_Base):
+class NonFiniteGuard:
     """Skips optimizer steps whose loss or gradient is not finite; if all are finite, training does not change.
+
+    A training step calls `start_micro_batch` and `add_loss` for each micro-batch, and `check_step` once, before the
+    optimizer applies the step; if that returns False, `skip_step`.
 
     A skipped step counts as a step: the order of the data, the learning rate schedule and the logs continue. With an
     fp16 gradient scaler, the scaler handles gradients that overflow: it skips the step and lowers its scale.
+
+    Args:
+        max_consecutive_steps: training stops after this number of consecutive steps that are not finite.
+
+    Attributes:
+        micro_batches: micro-batches of the current step, for the report.
+        is_finite_step: whether the loss and gradient of the last step were finite.
+        loss_sum_before: [] the Trainer's sum of the losses before the current step.
     """
 
-    max_consecutive_nonfinite_steps: int
-    _total_loss_scalar: float  # the Trainer's sum of the losses up to the last log
-    _tr_loss: Tensor  # the Trainer's sum of the losses since the last log
+    def __init__(self, max_consecutive_steps: int = 5):
+        self.max_consecutive_steps = max_consecutive_steps
+        self.reset()
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._reset_nonfinite_state()
-        super().__init__(*args, **kwargs)
-
-    def _reset_nonfinite_state(self) -> None:
-        self._micro_batches: list[MicroBatchRecord] = []  # micro-batches of the current step
+    def reset(self) -> None:
+        """Start with empty records; also called when training starts again with a smaller batch size."""
+        self.micro_batches: list[MicroBatchRecord] = []
+        self.is_finite_step = True
+        self.loss_sum_before: Tensor | None = None
+        self._is_finite_loss = True
         self._micro_batch_losses: list[Tensor] = []  # losses of the current step
         self._step_losses: list[Tensor] = []  # losses of the finite steps since the last log
         self._num_skipped = 0  # skipped steps since the last log
-        self._consecutive_reports: list[NonFiniteReport] = []  # reports of the last steps, as far as they were skipped
-        self._is_finite_step = True  # whether the loss and gradient of the last step were finite
+        self._reports: list[NonFiniteReport] = []  # reports of the last steps, as far as they were skipped
         self._step_counts = {True: 0, False: 0}  # finite and skipped steps of the training
         self._spike_detector = LossSpikeDetector()
 
-    def commit_step(self, applied: bool) -> None:
-        """Called when a step ends; subclasses that record values of the step override it.
+    def start_micro_batch(self, loss_sum: Tensor | None) -> None:
+        """Keep the Trainer's sum of the losses before the first micro-batch of a step.
 
         Args:
-            applied: whether loss and gradient were finite; False if the step is skipped.
+            loss_sum: [] the sum of the losses since the last log; None outside of `Trainer.train`.
         """
+        if not self._micro_batch_losses and loss_sum is not None:
+            self.loss_sum_before = loss_sum.clone()
 
-    @property
-    def updated_student(self) -> bool:
-        """Whether the last step changed the student: it was finite, and no gradient scaler skipped it."""
-        return self._is_finite_step and not self.accelerator.optimizer_step_was_skipped
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
-        self._reset_nonfinite_state()
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Make `train_loss` the mean over the steps that were not skipped, NaN if all were skipped."""
-        if self._step_counts[False]:
-            factor = _correction_for_skipped(self._step_counts[True], self._step_counts[False])
-            self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
-        output = super()._finalize_training(*args, **kwargs)
-        if self._has_trained:
-            return output
-        metrics = {name: value for name, value in output.metrics.items() if name != "train_loss"}
-        return output._replace(training_loss=math.nan, metrics=metrics)
-
-    @property
-    def _has_trained(self) -> bool:
-        """Whether this call of `train` ran a step; if it resumes a finished training, it runs none."""
-        return self.state.global_step > self._initial_global_step
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Run the Trainer's step on a micro-batch, and record its loss."""
-        if not self._micro_batch_losses and hasattr(self, "_tr_loss"):
-            self._loss_before = self._tr_loss.clone()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def add_loss(self, loss: Tensor) -> None:
+        """Record the loss of a micro-batch, []."""
         self._micro_batch_losses.append(loss)
-        return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Check the step before the optimizer applies it; the Trainer calls this once for each optimizer step.
-
-        Raises:
-            RunError: `max_consecutive_nonfinite_steps` steps in a row were not finite, or a step cannot be skipped.
-        """
-        norm = super()._get_grad_norm(model, grad_norm)
-        if not self._micro_batch_losses:  # the subclass does not call `training_step` of this class
-            return norm
-        losses, self._micro_batch_losses = torch.stack(self._micro_batch_losses), []
-        micro_batches, self._micro_batches = self._micro_batches, []
-        flags = torch.stack([losses.isfinite().all(), _norm_is_finite(norm, losses.device)])
-        is_loss_finite, is_norm_finite = self._all_ranks(flags)
-        self._is_finite_step = is_loss_finite and is_norm_finite
-        self._step_counts[self._is_finite_step] += 1
-        self.commit_step(self._is_finite_step)
-        if self._is_finite_step:
-            self._consecutive_reports = []
-            self._step_losses.append(losses.sum())
-            return norm
-        self._num_skipped += 1
-        # The Trainer has added this step's loss: NaN, or with logging_nan_inf_filter the mean of earlier steps.
-        self._tr_loss = self._loss_before
-        scaler = self.accelerator.scaler
-        if not (is_loss_finite and scaler is not None and scaler.get_scale() > 1):
-            self._skip_step(model, micro_batches, is_loss_finite)
-        return norm
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model if its weights are finite; checkpoints, exports and pushes all call this.
-
-        Raises:
-            RunError: weights are not finite; nothing is written.
-        """
-        self._check_weights(f"Nothing was written to {output_dir or self.args.output_dir}")
-        super().save_model(output_dir, _internal_call)
-
-    def _check_weights(self, consequence: str) -> None:
-        """Check the weights of the student, and of the modules that are trained with it.
+    def check_step(self, grad_norm: Tensor | float | None, accelerator: Accelerator) -> bool | None:
+        """Return whether the loss and gradient of the step are finite on all ranks.
 
         Args:
+            grad_norm: [] the norm of the gradient; None if DeepSpeed returns none.
+            accelerator: reduces the flags over the ranks.
+
+        Returns:
+            None if no loss was recorded, because a subclass of the Trainer has another `training_step`.
+        """
+        if not self._micro_batch_losses:
+            self.micro_batches = []
+            return None
+        losses, self._micro_batch_losses = torch.stack(self._micro_batch_losses), []
+        flags = torch.stack([losses.isfinite().all(), _norm_is_finite(grad_norm, losses.device)])
+        if accelerator.num_processes > 1:  # all ranks skip the same steps
+            flags = accelerator.reduce(flags.float(), "sum") >= accelerator.num_processes
+        self._is_finite_loss, is_norm_finite = flags.tolist()
+        self.is_finite_step = self._is_finite_loss and is_norm_finite
+        self._step_counts[self.is_finite_step] += 1
+        if self.is_finite_step:
+            self._reports, self.micro_batches = [], []
+            self._step_losses.append(losses.sum())
+        else:
+            self._num_skipped += 1
+        return self.is_finite_step
+
+    def skip_step(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        step: int,
+        learning_rate: float,
+        tokenizer: object,
+    ) -> None:
+        """Drop the gradients of a step and log why, or stop the training; leave an overflow to the fp16 scaler.
+
+        Args:
+            model: the student as prepared for training.
+            args: the training arguments.
+            accelerator: the accelerator of the training.
+            step: number of the optimizer step, counted from 1.
+            learning_rate: the present learning rate, for the report.
+            tokenizer: decodes tokens for the report, if it can.
+
+        Raises:
+            RunError: `max_consecutive_steps` steps in a row were not finite, a step cannot be skipped, or weights are
+                not finite.
+        """
+        micro_batches, self.micro_batches = self.micro_batches, []
+        scaler = accelerator.scaler
+        if self._is_finite_loss and scaler is not None and scaler.get_scale() > 1:
+            return
+        report = self._make_report(model, micro_batches, args, accelerator, step, tokenizer)
+        self._reports.append(report)
+        self.check_weights(model, args, accelerator, step - 1, "No further step can be run")
+        model.zero_grad()  # an optimizer does not change parameters without a gradient
+        optim, deepspeed = str(args.optim), getattr(accelerator.state, "deepspeed_plugin", None)
+        is_applied = deepspeed is not None or any(kind in optim for kind in ("lomo", "layerwise"))
+        count = len(self._reports)
+        if is_applied or count >= self.max_consecutive_steps:
+            self._stop_training(args, learning_rate, is_applied)
+        in_a_row = f", {count} steps in a row" if count > 1 else ""
+        logger.warning(f"Step {report.step} is skipped{in_a_row}: {report}.")
+
+    def check_weights(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        step: int,
+        consequence: str,
+    ) -> None:
+        """Check the weights of the student, and of the modules that are trained with it; call it on every rank.
+
+        Args:
+            model: the student, with its sidecar.
+            args: the training arguments.
+            accelerator: the accelerator of the training.
+            step: number of optimizer steps so far.
             consequence: a clause for the message: what does not happen because of this.
 
         Raises:
             RunError: a weight is NaN or infinite.
         """
-        model = unwrap_parallel(self.model)
+        model = unwrap_parallel(model)
         name = nonfinite_weight(model)
-        has_shards = is_sharded(model) or self.is_fsdp_enabled
-        if has_shards and self.accelerator.num_processes > 1:  # each rank sees its shard, and all ranks must stop
+        has_shards = is_sharded(model) or getattr(accelerator.state, "fsdp_plugin", None) is not None
+        if has_shards and accelerator.num_processes > 1:  # each rank sees its shard, and all ranks must stop
             name = next((each for each in gather_object([name]) if each is not None), None)
         if name is None:
             return
-        reports = self._consecutive_reports
-        step = reports[0].step - 1 if reports else self.state.global_step
+        step = self._reports[0].step - 1 if self._reports else step
         when = f"after step {step}" if step else "before the first step"
-        checkpoint = latest_complete(Path(self._get_output_dir(trial=None)))
+        checkpoint = latest_complete(Path(args.output_dir))
         action = f"resume from {checkpoint}, which is complete" if checkpoint else "start again"
         raise RunError(
             f"The weights are not finite {when} (first: {name}). {consequence}. To continue, {action}, with a smaller "
-            f"learning_rate (it is {self.args.learning_rate:.3g}) or max_grad_norm, or a longer warm-up."
+            f"learning_rate (it is {args.learning_rate:.3g}) or max_grad_norm, or a longer warm-up."
         )
 
-    def _all_ranks(self, flags: Tensor) -> list[bool]:
-        """Return for each flag whether it is true on all ranks, so that all ranks skip the same steps."""
-        if self.accelerator.num_processes > 1:
-            flags = self.accelerator.reduce(flags.float(), "sum") >= self.accelerator.num_processes
-        return flags.tolist()
-
-    def _skip_step(self, model: Any, micro_batches: list[MicroBatchRecord], is_loss_finite: bool) -> None:
-        """Drop the gradients of a step and log why, or stop the training.
-
-        Raises:
-            RunError: see `_get_grad_norm`; or weights are not finite.
-        """
-        report = self._make_report(model, micro_batches, is_loss_finite)
-        self._consecutive_reports.append(report)
-        self._check_weights("No further step can be run")
-        model.zero_grad()  # an optimizer does not change parameters without a gradient
-        optim = str(self.args.optim)
-        is_applied = self.is_deepspeed_enabled or any(kind in optim for kind in ("lomo", "layerwise"))
-        count = len(self._consecutive_reports)
-        if is_applied or count >= self.max_consecutive_nonfinite_steps:
-            self._stop_training(report, is_applied)
-        in_a_row = f", {count} steps in a row" if count > 1 else ""
-        logger.warning(f"Step {report.step} is skipped{in_a_row}: {report}.")
-
-    def _make_report(self, model: Any, micro_batches: list[MicroBatchRecord], is_loss_finite: bool) -> NonFiniteReport:
-        tokenizer: Any = getattr(self, "processing_class", None)
-
-        def decode(token: int) -> str:
-            return tokenizer.decode([token]) if hasattr(tokenizer, "decode") else ""
-
-        tokens = locate_nonfinite_tokens(micro_batches, self.args.process_index, decode)
-        ranks = gather_object([tokens]) if self.accelerator.num_processes > 1 else [tokens]
+    def _make_report(
+        self,
+        model: nn.Module,
+        micro_batches: list[MicroBatchRecord],
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        step: int,
+        tokenizer: object,
+    ) -> NonFiniteReport:
+        decode = getattr(tokenizer, "decode", None)
+        tokens = locate_nonfinite_tokens(
+            micro_batches, args.process_index, lambda token: "" if decode is None else decode([token])
+        )
+        ranks = gather_object([tokens]) if accelerator.num_processes > 1 else [tokens]
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         nonfinite = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         # Clipping by a norm that is NaN makes every gradient NaN; the names would say nothing then.
         names = nonfinite if len(nonfinite) < len(gradients) else []
-        return merge_reports(self.state.global_step + 1, is_loss_finite, ranks, names)
+        return merge_reports(step, self._is_finite_loss, ranks, names)
 
-    def _stop_training(self, report: NonFiniteReport, is_applied: bool) -> None:
+    def _stop_training(self, args: TrainingArguments, learning_rate: float, is_applied: bool) -> None:
         """Write the reports of the last steps to the output folder, and raise an error.
 
         Args:
-            report: the report of the last step.
+            args: the training arguments.
+            learning_rate: the present learning rate.
             is_applied: whether the optimizer has applied the step already, in the backward.
 
         Raises:
             RunError: always.
         """
-        folder = Path(self._get_output_dir(trial=None))
-        checkpoint, reports = latest_complete(folder), self._consecutive_reports
-        if self.args.should_save:
+        folder, reports = Path(args.output_dir), self._reports
+        checkpoint = latest_complete(folder)
+        if args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             values = {
-                "learning_rate": self._get_learning_rate(),
-                "max_grad_norm": self.args.max_grad_norm,
+                "learning_rate": learning_rate,
+                "max_grad_norm": args.max_grad_norm,
                 "last_checkpoint": checkpoint and checkpoint.name,
                 "steps": [each.as_dict() for each in reports],
             }
@@ -222,54 +226,62 @@ class NonFiniteMixin(_Base):
         why = applied if is_applied else "all of them were skipped"
         action = f"Resume from {checkpoint}, which is complete" if checkpoint else "There is no checkpoint. Start again"
         raise RunError(
-            f"Training stops at step {report.step} after {steps} with a loss or gradient that is not finite "
-            f"({why}). The last one: {report}. All of them are in {folder / REPORT_FILE}. "
-            f"{action}, with {_suggest_fix(report)}."
+            f"Training stops at step {reports[-1].step} after {steps} with a loss or gradient that is not finite "
+            f"({why}). The last one: {reports[-1]}. All of them are in {folder / REPORT_FILE}. "
+            f"{action}, with {_suggest_fix(reports[-1])}."
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, and add `skipped_steps` and `loss_spikes` since the last log, if there are any."""
-        if "train_loss" in logs and not self._has_trained:
-            del logs["train_loss"]  # the Trainer reports 0
-        if "loss" in logs:
-            if self._num_skipped:
-                logs["skipped_steps"] = self._num_skipped
-                logs["loss"] *= _correction_for_skipped(len(self._step_losses), self._num_skipped)
-            if spikes := self._count_spikes():
-                logs["loss_spikes"] = spikes
-            self._num_skipped = 0
-        super().log(logs, start_time)
+    def train_loss_correction(self) -> float:
+        """Return the factor that makes `train_loss` a mean over the steps of the training that were not skipped."""
+        return _correction_for_skipped(self._step_counts[True], self._step_counts[False])
 
-    def _count_spikes(self) -> int:
+    def add_to_log(self, logs: dict[str, float], accelerator: Accelerator, step: int) -> None:
+        """Correct the loss of a training log for skipped steps, and add their number and that of loss spikes, if any.
+
+        Args:
+            logs: the log with `loss`, which this method changes.
+            accelerator: averages the losses over the ranks.
+            step: number of optimizer steps so far.
+        """
+        if self._num_skipped:
+            logs["skipped_steps"] = self._num_skipped
+            logs["loss"] *= _correction_for_skipped(len(self._step_losses), self._num_skipped)
+        if spikes := self._count_spikes(accelerator, step):
+            logs["loss_spikes"] = spikes
+        self._num_skipped = 0
+
+    def _count_spikes(self, accelerator: Accelerator, step: int) -> int:
         """Return the number of loss spikes since the last log, and log a warning for each."""
         if not self._step_losses:
             return 0
-        losses = self.accelerator.reduce(torch.stack(self._step_losses), "mean").tolist()
+        losses = accelerator.reduce(torch.stack(self._step_losses), "mean").tolist()
         self._step_losses, count = [], 0
         for steps_ago, loss in zip(range(len(losses) - 1, -1, -1), losses, strict=True):
             if (median_before := self._spike_detector.update(loss)) is not None:
                 count += 1
                 logger.warning(
                     f"The loss jumped to {loss:.4g} from {median_before:.4g} (the median of the last steps) at about "
-                    f"step {self.state.global_step - steps_ago}."
+                    f"step {step - steps_ago}."
                 )
         return count
 
 
 def _correction_for_skipped(num_finite: int, num_skipped: int) -> float:
-    """Return the factor that turns a mean over all steps into one over the finite steps; NaN if there are none.
+    """Return the factor that turns a mean over all steps into one over the finite steps; NaN if all are skipped.
 
     The losses of skipped steps are 0 in the Trainer's sum.
     """
+    if not num_skipped:
+        return 1.0
     return (num_finite + num_skipped) / num_finite if num_finite else math.nan
 
 
-def _norm_is_finite(norm: Any, device: torch.device) -> Tensor:
+def _norm_is_finite(norm: Tensor | float | None, device: torch.device) -> Tensor:
     """Return whether the gradient norm is finite, []; True for None, which DeepSpeed may return."""
     if norm is None:
         return torch.tensor(True, device=device)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
-    return norm.isfinite().to(device).reshape(())
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return torch.as_tensor(norm).isfinite().to(device).reshape(())
 
 
 def _suggest_fix(report: NonFiniteReport) -> str:

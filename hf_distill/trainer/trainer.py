@@ -4,6 +4,7 @@ A training step is `compute_loss`: it removes what the models do not read from t
 (targets, teacher signals, student logits, loss), and records the metrics of the step.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from .metrics import (
     choose_direction,
     evaluation_metrics,
 )
-from .nonfinite import NonFiniteMixin
+from .nonfinite import NonFiniteGuard
 from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarMixin
@@ -50,7 +51,7 @@ logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
 
 
-class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, WeightsMixin):
+class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
     """Adds a teacher to a Trainer: the loss becomes the distillation objective, and the rest stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
@@ -63,6 +64,8 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
     _signature_columns: Any
+    _total_loss_scalar: float  # the sum of the losses up to the last log
+    _tr_loss: Tensor  # [] the sum of the losses since the last log
 
     def __init__(
         self,
@@ -86,11 +89,11 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
                 "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
             )
         self.is_distilling = teacher is not None and needs_teacher
-        self.max_consecutive_nonfinite_steps = distill_args.max_consecutive_nonfinite_steps
         self.teacher = build_teacher(teacher, distill_args) if self.is_distilling else None
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
         self.metric_accumulator = MetricAccumulator()
+        self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
@@ -188,7 +191,7 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
             raise_if_any(incompatible_arguments(self) + self.teacher.check_arguments(self.args))
             self._teacher_max_grad_norm = self.teacher.max_grad_norm
         if "max_consecutive_nonfinite_steps" in changed:
-            self.max_consecutive_nonfinite_steps = self.args.max_consecutive_nonfinite_steps
+            self.nonfinite_guard.max_consecutive_steps = self.args.max_consecutive_nonfinite_steps
         distill_args = self._distill_args
         if [name for name in changed if name not in RUNTIME_FIELDS or name == "self_check"]:
             distill_args = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
@@ -281,7 +284,7 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
         """Keep the per-token losses of a micro-batch, to locate tokens whose loss turns out not to be finite."""
         term_names = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]
         values = {name: step.per_token[name] for name in (*term_names, "aux", "peer_aux") if name in step.per_token}
-        self._micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
+        self.nonfinite_guard.micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
 
     @property
     def _source_names(self) -> tuple[str, ...]:
@@ -290,31 +293,69 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
         self.metric_accumulator.reset_training()
+        self.nonfinite_guard.reset()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Run the Trainer's step on a micro-batch, and count the steps with target tokens."""
+        """Run the Trainer's step on a micro-batch, record its loss, and count the steps with target tokens."""
+        self.nonfinite_guard.start_micro_batch(getattr(self, "_tr_loss", None))
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.nonfinite_guard.add_loss(loss)
         if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)
         return loss
 
-    def commit_step(self, applied: bool) -> None:
-        """Keep the metrics of the current step, or discard them if the step is skipped."""
-        self.metric_accumulator.commit_step(applied)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """Check the step before the optimizer applies it; the Trainer calls this once for each optimizer step.
+
+        Raises:
+            RunError: too many steps in a row were not finite, or a step cannot be skipped.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        is_finite = self.nonfinite_guard.check_step(norm, self.accelerator)
+        if is_finite is None:
+            return norm
+        self.metric_accumulator.commit_step(is_applied=is_finite)
+        if not is_finite:
+            # The Trainer has added this step's loss: NaN, or with logging_nan_inf_filter the mean of earlier steps.
+            self._tr_loss = self.nonfinite_guard.loss_sum_before
+            step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
+            self.nonfinite_guard.skip_step(
+                model, self.args, self.accelerator, step, learning_rate, self.processing_class
+            )
+        return norm
+
+    @property
+    def updated_student(self) -> bool:
+        """Whether the last step changed the student: it was finite, and no gradient scaler skipped it."""
+        return self.nonfinite_guard.is_finite_step and not self.accelerator.optimizer_step_was_skipped
+
+    @property
+    def _has_trained(self) -> bool:
+        """Whether this call of `train` ran a step; if it resumes a finished training, it runs none."""
+        return self.state.global_step > self._initial_global_step
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Make `train_loss` the mean over the steps that have target tokens."""
-        factor = self.metric_accumulator.train_loss_correction()
-        self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
-        return super()._finalize_training(*args, **kwargs)
+        """Make `train_loss` the mean over the steps that have target tokens and were not skipped; NaN if none."""
+        for record in (self.metric_accumulator, self.nonfinite_guard):
+            factor = record.train_loss_correction()
+            self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
+        output = super()._finalize_training(*args, **kwargs)
+        if self._has_trained:
+            return output
+        metrics = {name: value for name, value in output.metrics.items() if name != "train_loss"}
+        return output._replace(training_loss=math.nan, metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; training logs get the means over the target tokens since the last log, too."""
+        """Log as the Trainer does; training logs get the metrics of the target tokens and steps since the last log."""
         if "loss" in logs and self.is_distilling:
             if sums := self.metric_accumulator.take_train_sums(self.accelerator.reduce):
                 logs |= self._average_metrics(sums) | self.learned_layers() | self.teacher.metrics()
             logs["loss"] *= self.metric_accumulator.take_loss_correction()
+        if "loss" in logs:
+            self.nonfinite_guard.add_to_log(logs, self.accelerator, self.state.global_step)
+        if "train_loss" in logs and not self._has_trained:
+            del logs["train_loss"]  # the Trainer reports 0
         super().log(logs, start_time)
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -342,7 +383,13 @@ class DistillMixin(HubMixin, CheckpointMixin, NonFiniteMixin, SidecarMixin, Weig
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `Trainer.save_model` does; a checkpoint also gets the state that the teacher needs to resume."""
+        """Save as `Trainer.save_model` does; a checkpoint also gets the state that the teacher needs to resume.
+
+        Raises:
+            RunError: weights are not finite; nothing is written.
+        """
+        consequence = f"Nothing was written to {output_dir or self.args.output_dir}"
+        self.nonfinite_guard.check_weights(self.model, self.args, self.accelerator, self.state.global_step, consequence)
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)

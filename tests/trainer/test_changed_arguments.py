@@ -55,7 +55,7 @@ def test_new_losses_get_new_projectors_that_are_trained(make_trainer):
     ("name", "value", "value_in_use"),
     [
         ("label_smoothing_factor", 0.2, lambda t: t.distiller.terms[1].options["label_smoothing"]),
-        ("max_consecutive_nonfinite_steps", 2, lambda t: t.max_consecutive_nonfinite_steps),
+        ("max_consecutive_nonfinite_steps", 2, lambda t: t.nonfinite_guard.max_consecutive_steps),
         ("chunk_tokens", 7, lambda t: t.distiller.chunk_tokens),
         ("divergence", "reverse_kl", lambda t: t.distiller.terms[0].loss.name),
     ],
@@ -96,4 +96,4 @@ def test_the_limit_of_nonfinite_steps_may_change_without_a_teacher(make_trainer)
     trainer = make_trainer(teacher=None, max_steps=1)
     trainer.args.max_consecutive_nonfinite_steps = 2
     trainer.train()
-    assert trainer.max_consecutive_nonfinite_steps == 2
+    assert trainer.nonfinite_guard.max_consecutive_steps == 2

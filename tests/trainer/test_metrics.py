@@ -209,7 +209,9 @@ def test_a_batch_that_ran_out_of_memory_is_not_counted(make_trainer):
     class DoesNotFit(DistillTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            if len(inputs["labels"]) > 2 and len(self._micro_batch_losses) == 2:  # in the second micro-batch
+            if (
+                len(inputs["labels"]) > 2 and len(self.nonfinite_guard._micro_batch_losses) == 2
+            ):  # in the second micro-batch
                 raise RuntimeError("CUDA out of memory.")
             return loss
 

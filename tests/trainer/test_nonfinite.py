@@ -4,17 +4,19 @@ import json
 import logging
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import build, collate, rows
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_distill import DistillConfig, DistillError
 from hf_distill.cache.example_keys import batch_examples
 from hf_distill.core.targets import Targets
 from hf_distill.errors import RunError
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
+from hf_distill.trainer.nonfinite import REPORT_FILE, NonFiniteGuard
 from hf_distill.trainer.nonfinite_report import LossSpikeDetector
 
 ROWS = rows("llama", 32)
@@ -62,6 +64,36 @@ def warnings(caplog):
 
 def broken_teacher(**options):
     return BrokenTeacher(build("llama", 1, layers=3, width=48), **options)
+
+
+def test_the_guard_skips_counts_and_stops_without_a_trainer(tmp_path, warnings):
+    model, args = torch.nn.Linear(2, 1), TrainingArguments(str(tmp_path), use_cpu=True)
+    accelerator = SimpleNamespace(num_processes=1, scaler=None, state=None, reduce=lambda tensor, reduction: tensor)
+    guard, loss_sum = NonFiniteGuard(max_consecutive_steps=2), torch.tensor(5.0)
+
+    def run_step(step: int, losses: list[float], norm: float) -> bool:
+        model.weight.grad = torch.ones_like(model.weight)
+        for loss in losses:
+            guard.start_micro_batch(loss_sum)
+            guard.add_loss(torch.tensor(loss))
+        if not (is_finite := guard.check_step(norm, accelerator)):
+            guard.skip_step(model, args, accelerator, step, 0.1, tokenizer=None)
+            assert model.weight.grad is None
+        return is_finite
+
+    assert guard.check_step(1.0, accelerator) is None
+    assert [run_step(1, [1.0, 2.0], 1.0), run_step(2, [1.0, math.nan], 1.0)] == [True, False]
+    assert guard.loss_sum_before == loss_sum
+    logs = {"loss": 1.5}  # the loss of the skipped step is not in the Trainer's sum
+    guard.add_to_log(logs, accelerator, step=2)
+    assert logs == {"loss": 3.0, "skipped_steps": 1}
+    assert guard.train_loss_correction() == 2.0
+    assert [run_step(3, [1.0], 1.0), run_step(4, [1.0], math.inf)] == [True, False]
+    with pytest.raises(RunError, match="Training stops at step 5 after 2 consecutive steps"):
+        run_step(5, [math.inf], 1.0)
+    assert [step["step"] for step in json.loads((tmp_path / REPORT_FILE).read_text())["steps"]] == [4, 5]
+    guard.reset()
+    assert guard.train_loss_correction() == 1.0
 
 
 def test_a_nonfinite_step_is_skipped_counted_and_reported(make_trainer, warnings):
