@@ -47,7 +47,7 @@ def memory(case: dict) -> dict:
 
     student, teacher = pair("sdpa")
     inputs = batch(MEMORY_BATCH)
-    tokens = Targets.from_batch(inputs, shift=True).feature_positions(inputs, causal=True)
+    tokens = Targets.from_batch(inputs, shift=True).feature_tokens(inputs, causal=True)
     captured: list = []
 
     def call():

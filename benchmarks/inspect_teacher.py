@@ -30,21 +30,22 @@ def head_gradient(pair) -> dict:
         count += len(batch.targets)
         for start in range(0, len(batch.targets), ROWS):
             rows = slice(start, start + ROWS)
-            logits, student_logits = batch.teacher.project(rows), batch.student.project(rows)
+            teacher_values, student_values = batch.teacher.project(rows), batch.student.project(rows)
             hidden = batch.student.hidden[rows]
             for t in TEMPERATURES:
-                p, s = (logits / t).softmax(-1), (student_logits / t).softmax(-1)
-                top_ids = p.topk(K).indices
-                ids, _ = sample_by_inverse_cdf((logits / t).clone(), systematic_points(len(p), DRAWS, random))
-                sampled = torch.zeros_like(p).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
-                rest, rest_s = p.scatter(1, top_ids, 0), s.scatter(1, top_ids, 0)
-                share = rest.sum(-1, keepdim=True) / rest_s.sum(-1, keepdim=True)
-                for name, q in {"whole": p, "sampled": sampled, "top_k": p - rest + rest_s * share}.items():
-                    gradient = (s - q).T @ hidden.float()
+                q, p = (teacher_values / t).softmax(-1), (student_values / t).softmax(-1)
+                top_ids = q.topk(K).indices
+                ids, _ = sample_by_inverse_cdf((teacher_values / t).clone(), systematic_points(len(q), DRAWS, random))
+                sampled = torch.zeros_like(q).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
+                teacher_tail, student_tail = q.scatter(1, top_ids, 0), p.scatter(1, top_ids, 0)
+                share = teacher_tail.sum(-1, keepdim=True) / student_tail.sum(-1, keepdim=True)
+                top_k = q - teacher_tail + student_tail * share
+                for name, estimate in {"full": q, "sampled": sampled, "top_k": top_k}.items():
+                    gradient = (p - estimate).T @ hidden.float()
                     gradients[name, t] = gradients[name, t] + gradient if (name, t) in gradients else gradient
     cosines = {
         f"{name}, T = {t:g}": torch.nn.functional.cosine_similarity(
-            gradients[name, t].flatten().double(), gradients["whole", t].flatten().double(), dim=0
+            gradients[name, t].flatten().double(), gradients["full", t].flatten().double(), dim=0
         ).item()
         for name in ("sampled", "top_k")
         for t in TEMPERATURES

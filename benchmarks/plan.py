@@ -75,7 +75,7 @@ class MemoryRecorder(TrainerCallback):
         def watched(chunked_loss, head):
             outputs: list = []
             peak = peak_and_seconds(lambda: outputs.append(run(chunked_loss, head)))["peak_mib"] * 2**20
-            states = storage_bytes([head.hidden, chunked_loss.teacher.hidden])
+            states = storage_bytes([head.hidden, chunked_loss.teacher_logits.hidden])
             self.sizes["head"] = int(peak) + states  # the last step counts; the first also allocates buffers
             return outputs[0]
 

@@ -120,7 +120,7 @@ def agreement_of(pair: ModelPair, tokens: int | None = 4096) -> Agreement:
         for start in range(0, len(batch.targets), size):
             rows = slice(start, min(start + size, len(batch.targets)))
             chunk = Chunk.of(batch, rows, terms, pair.temperature)
-            vocab = chunk.student_logits.shape[1]
+            vocab = chunk.student_values.shape[1]
             for name, value in measure_tokens(chunk, pair.tokenizer, shift).items():
                 measures.setdefault(name, []).append(value.double().cpu())
     by_token = {name: torch.cat(values) for name, values in measures.items()}

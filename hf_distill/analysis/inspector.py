@@ -122,7 +122,7 @@ def inspect_teacher(
                 if num_tokens + token in requested:
                     shown.append(_position(pair, batch, num_tokens + token, token, logits[token - block.start], k))
             measures.add(logits, batch.targets.labels[block])
-        num_tokens, num_rows = num_tokens + len(batch.targets), num_rows + len(batch.targets.rows.unique())
+        num_tokens, num_rows = num_tokens + len(batch.targets), num_rows + len(batch.targets.batch_rows.unique())
     if positions is not None and max(requested, default=0) >= num_tokens:
         raise DistillError(
             f"Position {max(requested)} was requested, but only {num_tokens:,} target tokens were measured, counted "
@@ -174,10 +174,10 @@ def _position(pair: ModelPair, batch: PairBatch, index: int, token: int, logits:
         k: number of likeliest ids.
     """
     targets = batch.targets
-    row, label = int(targets.rows[token]), int(targets.labels[token])
-    log_p = logits.double().log_softmax(-1)
-    p = log_p.exp()
-    likeliest = log_p.topk(min(k, len(log_p)))
+    row, label = int(targets.batch_rows[token]), int(targets.labels[token])
+    log_q = logits.double().log_softmax(-1)
+    q = log_q.exp()
+    likeliest = log_q.topk(min(k, len(log_q)))
     column = int(targets.positions[token]) % targets.shape[-1]
     context, mask = batch.inputs["input_ids"][row, : column + 1], batch.inputs.get("attention_mask")
     if mask is not None and mask.shape == batch.inputs["input_ids"].shape:
@@ -190,9 +190,9 @@ def _position(pair: ModelPair, batch: PairBatch, index: int, token: int, logits:
         index=index,
         context=decode(context[-_CONTEXT_TOKENS:].tolist()),
         target=decode([label]),
-        target_probability=p[label].item(),
-        rank=int((log_p > log_p[label]).sum()) + 1,
-        entropy=torch.special.entr(p).sum().item(),
+        target_probability=q[label].item(),
+        rank=int((log_q > log_q[label]).sum()) + 1,
+        entropy=torch.special.entr(q).sum().item(),
         candidates=[
             Candidate(decode([int(i)]), value.exp().item(), int(i) == label)
             for i, value in zip(likeliest.indices, likeliest.values, strict=True)

@@ -27,15 +27,16 @@ class AtTemperature:
 
 @dataclass(frozen=True)
 class CacheKind:
-    """Size and error of a cache of this teacher, which stores an estimate q of the teacher's distribution p.
+    """Size and error of a cache of this teacher, which stores an estimate e of the teacher's distribution q.
 
-    The gradient of the forward KL with respect to a token's logits is p_student - p, so q - p is the gradient's error.
+    The gradient of the forward KL with respect to a token's logits is p - q, where p is the student's distribution, so
+    e - q is the gradient's error.
 
     temperature:     at which the cache is written; None: it supports every temperature
     bytes_per_token: expected
     truncated_mass:  for top_k, mean mass outside the stored ids; else 0
-    error:           |q - p| / |p| over all tokens; for sampled, from the expected squared error of the draws; for
-                     top_k, with q = 0 outside the stored ids (the loss knows that mass, but not its ids); for hidden, 0
+    error:           |e - q| / |q| over all tokens; for sampled, from the expected squared error of the draws; for
+                     top_k, with e = 0 outside the stored ids (the loss knows that mass, but not its ids); for hidden, 0
                      (only rounding)
     error_of_sum:    the same for the sum over all tokens, where sampling errors cancel and truncation errors do not
     """
@@ -63,7 +64,7 @@ class SoftLabels:
     def __init__(self, temperatures: Sequence[float], cache_temperatures: Sequence[float]):
         self.temperatures, self.cache_temperatures = temperatures, cache_temperatures
         self._blocks: dict[str, list[Tensor]] = {}
-        self._sums: dict[float, Tensor] = {}  # T -> [2, V]: sum of p, sum of what top_k leaves out
+        self._sums: dict[float, Tensor] = {}  # T -> [2, V]: sum of q, sum of what top_k leaves out
 
     def __getitem__(self, name: str) -> Tensor:
         """A measure of every token, [T]."""
@@ -81,26 +82,26 @@ class SoftLabels:
         self._append("hit", label_logits >= logits.amax(-1))
         likeliest = logits.topk(min(max(*MASS_IDS, K), logits.shape[1])).indices  # the same at every T
         for t in self.temperatures:
-            p = (logits / t).softmax(-1)
-            self._append(f"entropy@{t}", torch.special.entr(p).sum(-1))
-            mass = p.gather(1, likeliest).cumsum(-1, dtype=torch.float64)
+            q = (logits / t).softmax(-1)
+            self._append(f"entropy@{t}", torch.special.entr(q).sum(-1))
+            mass = q.gather(1, likeliest).cumsum(-1, dtype=torch.float64)
             for k in MASS_IDS:
                 self._append(f"mass{k}@{t}", mass[:, min(k, mass.shape[1]) - 1])
             if t == 1:
-                self._append("ids", ids_for(p, 0.99))
+                self._append("ids", ids_for(q, 0.99))
             if t in self.cache_temperatures:
-                self._add_cache_errors(t, p, likeliest[:, :K])
+                self._add_cache_errors(t, q, likeliest[:, :K])
 
-    def _add_cache_errors(self, t: float, p: Tensor, top_ids: Tensor) -> None:
-        """Measure the errors of a sampled and a top_k cache of the probabilities p, [r, V]."""
-        tail = p.scatter(1, top_ids, 0)
-        fraction = (DRAWS * p).frac_()
-        self._append(f"square@{t}", torch.linalg.vecdot(p, p))
+    def _add_cache_errors(self, t: float, q: Tensor, top_ids: Tensor) -> None:
+        """Measure the errors of a sampled and a top_k cache of the teacher's probabilities q, [r, V]."""
+        tail = q.scatter(1, top_ids, 0)
+        fraction = (DRAWS * q).frac_()
+        self._append(f"square@{t}", torch.linalg.vecdot(q, q))
         self._append(f"noise@{t}", torch.linalg.vecdot(fraction, 1 - fraction) / DRAWS**2)
         self._append(f"truncated@{t}", tail.sum(-1))
         self._append(f"truncated_square@{t}", torch.linalg.vecdot(tail, tail))
-        self._append(f"distinct@{t}", (DRAWS * p).clamp_(max=1).sum(-1))
-        sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (p, tail)])
+        self._append(f"distinct@{t}", (DRAWS * q).clamp_(max=1).sum(-1))
+        sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (q, tail)])
         self._sums[t] = self._sums[t] + sums if t in self._sums else sums
 
     def _append(self, name: str, values: Tensor) -> None:
@@ -147,18 +148,18 @@ class SoftLabels:
         return self[name].mean().item()
 
 
-def ids_for(p: Tensor, share: float) -> Tensor:
+def ids_for(probs: Tensor, share: float) -> Tensor:
     """Return how many of the likeliest ids have a share of the mass, [r].
 
     Args:
-        p: [r, V] probabilities.
+        probs: [r, V] probabilities.
         share: of the mass, below 1.
     """
-    vocab = p.shape[1]
-    counts = torch.full((len(p),), vocab, device=p.device)
-    remaining, k = torch.arange(len(p), device=p.device), min(_FIRST_IDS, vocab)
+    vocab = probs.shape[1]
+    counts = torch.full((len(probs),), vocab, device=probs.device)
+    remaining, k = torch.arange(len(probs), device=probs.device), min(_FIRST_IDS, vocab)
     while len(remaining):
-        mass = p[remaining].topk(k).values.cumsum(-1, dtype=torch.float64)
+        mass = probs[remaining].topk(k).values.cumsum(-1, dtype=torch.float64)
         count = (mass < share).sum(-1) + 1
         is_complete = count <= k
         counts[remaining[is_complete]] = count[is_complete]

@@ -25,8 +25,8 @@ class Chunk:
     batch:               the batch
     rows:                indices of the tokens among the batch's target tokens
     near_rows:           `rows` and one more token on both sides, where there is one
-    student_logits:      [r, V], on the V ids that both models have
-    near_teacher_logits: [n, V], of `near_rows`
+    student_values:      [r, V], on the V ids that both models have
+    near_teacher_values: [n, V], of `near_rows`
     terms:               of the objective
     temperature:         of the soft term
     """
@@ -34,8 +34,8 @@ class Chunk:
     batch: PairBatch
     rows: slice
     near_rows: slice
-    student_logits: Tensor
-    near_teacher_logits: Tensor
+    student_values: Tensor
+    near_teacher_values: Tensor
     terms: Sequence[Term]
     temperature: float
 
@@ -71,17 +71,17 @@ def measure_tokens(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tenso
         shift: whether labels are those of the next token; only then are there measures at offsets, NaN at row ends.
     """
     targets = chunk.batch.targets.slice(chunk.rows)
-    log_p, near_log_q = chunk.student_logits.log_softmax(-1), chunk.near_teacher_logits.log_softmax(-1)
+    log_p, near_log_q = chunk.student_values.log_softmax(-1), chunk.near_teacher_values.log_softmax(-1)
     first, count = chunk.rows.start - chunk.near_rows.start, len(targets)
-    teacher_logits, log_q = chunk.near_teacher_logits[first : first + count], near_log_q[first : first + count]
+    teacher_values, log_q = chunk.near_teacher_values[first : first + count], near_log_q[first : first + count]
     p, q = log_p.exp(), log_q.exp()
-    likeliest = teacher_logits.topk(min(TAIL_START_IDS, max(teacher_logits.shape[1] // 4, 1)), -1).indices
+    likeliest = teacher_values.topk(min(TAIL_START_IDS, max(teacher_values.shape[1] // 4, 1)), -1).indices
     measures = _label_measures(log_p, log_q, targets.labels) | _correlations(log_p, log_q)
     measures |= {"kl": dot(q, log_q - log_p), "student_entropy": -dot(p, log_p), "teacher_entropy": -dot(q, log_q)}
     measures |= {"teacher_tail": 1 - q.gather(1, likeliest).sum(-1), "student_tail": 1 - p.gather(1, likeliest).sum(-1)}
-    soft_log_q = (teacher_logits / chunk.temperature).log_softmax(-1)
+    soft_log_q = (teacher_values / chunk.temperature).log_softmax(-1)
     measures["soft_entropy"] = -dot(soft_log_q.exp(), soft_log_q)
-    student_signals, teacher_signals = Signals(DenseLogits(chunk.student_logits)), Signals(DenseLogits(teacher_logits))
+    student_signals, teacher_signals = Signals(DenseLogits(chunk.student_values)), Signals(DenseLogits(teacher_values))
     for term in chunk.terms:
         if term.weight:
             _, gradient, factor = term.loss_and_grad(student_signals, teacher_signals, targets, None)
@@ -146,7 +146,7 @@ def _offset_measures(chunk: Chunk, log_p: Tensor, near_log_q: Tensor) -> dict[st
     NaN where the neighbor is not a target token of the same row.
     """
     targets = chunk.batch.targets
-    positions, rows = targets.positions, targets.rows
+    positions, rows = targets.positions, targets.batch_rows
     index = torch.arange(chunk.rows.start, chunk.rows.stop, device=positions.device)
     entropy = -dot(near_log_q.exp(), near_log_q)
     measures, log_q = {}, near_log_q[index - chunk.near_rows.start]
@@ -167,7 +167,7 @@ def _target_measures(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Ten
     A token is padding if its attention mask is 0, or if it is the padding token after another padding token.
     """
     targets, inputs = chunk.batch.targets, chunk.batch.inputs
-    labels, rows = targets.labels[chunk.rows], targets.rows[chunk.rows]
+    labels, rows = targets.labels[chunk.rows], targets.batch_rows[chunk.rows]
     column = targets.positions[chunk.rows] % targets.shape[-1]
     padding = torch.zeros_like(labels, dtype=torch.bool)
     special = padding

@@ -35,8 +35,8 @@ class CacheOptions:
                  top_k: log-probabilities of the k most likely ids, and the mass of the other ids
     temperature: T of kinds sampled and top_k; a run that reads the cache must use the same T
     samples_per_token:    kind sampled: number of samples per token, 1 to 65535
-    proposal_temperature: kind sampled: T of the distribution q that is sampled, with importance weights p / q;
-                 None: `temperature`
+    proposal_temperature: kind sampled: T of the teacher distribution that is sampled, with importance weights
+                 q / q_proposal; None: `temperature`
     k:           kind top_k: number of ids per token, 1 to 65535
     dtype:       kind hidden: dtype of the stored hidden states
     layers:      kind hidden: further blocks of the teacher whose outputs are stored, for losses on hidden states

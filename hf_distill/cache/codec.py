@@ -24,9 +24,9 @@ class Ragged:
 
     sizes:  [T] number of ids of each token, at most 65535
     ids:    [sum of sizes] ids, ascending within a token
-    values: [sum of sizes] per id: its number of samples, or -log p in steps of 1 / STEPS_PER_NAT nats
+    values: [sum of sizes] per id: its number of samples, or -log q in steps of 1 / STEPS_PER_NAT nats
     extra:  [T] per token, in steps of 1 / STEPS_PER_NAT nats: top_k: -log of the mass of the other ids; sampled: the
-            expectation of -log p under the samples
+            expectation of -log q under the samples
     """
 
     sizes: np.ndarray

@@ -48,12 +48,13 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
     others = {name: inputs[name] for name in other_inputs(inputs)}
     ids = inputs["input_ids"].cpu().numpy() if "input_ids" in inputs else np.zeros((targets.shape[0], 0), dtype="<i8")
     if targets.shape == ids.shape:
-        documents = targets.feature_positions(inputs, causal=True).documents
-        assert documents is not None
-        return _aligned_examples(ids.reshape(-1), documents.cpu().numpy(), labels, positions, others)
+        tokens = targets.feature_tokens(inputs, causal=True)
+        assert isinstance(tokens, Targets)
+        assert tokens.documents is not None
+        return _aligned_examples(ids.reshape(-1), tokens.documents.cpu().numpy(), labels, positions, others)
     mask = inputs.get("attention_mask")
     is_visible = np.ones_like(ids) if mask is None or tuple(mask.shape) != ids.shape else mask.cpu().numpy()
-    rows, width = targets.rows.cpu().numpy(), targets.shape[1] if len(targets.shape) > 1 else 1
+    rows, width = targets.batch_rows.cpu().numpy(), targets.shape[1] if len(targets.shape) > 1 else 1
     examples = []
     for start, end in _runs(rows):
         row = int(rows[start])

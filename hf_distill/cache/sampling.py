@@ -30,9 +30,9 @@ def blocks_of(source: LazyLogits | DenseLogits) -> Iterator[tuple[slice, Tensor]
 def systematic_points(tokens: int, samples_per_token: int, generator: torch.Generator) -> Tensor:
     """Return points for systematic sampling: one random offset per token, then equal distances (Madow 1949).
 
-    An id of probability p is sampled K p times, rounded up or down: K p on average, as with independent samples, but
-    with less variance. For q the share of the samples, the expected square of q - p is f (1 - f) / K^2, where f is the
-    fractional part of K p; for independent samples it is p (1 - p) / K.
+    An id of probability q is sampled K q times, rounded up or down: K q on average, as with independent samples, but
+    with less variance. For e the share of the samples, the expected square of e - q is f (1 - f) / K^2, where f is the
+    fractional part of K q; for independent samples it is q (1 - q) / K.
 
     Args:
         tokens: T.

@@ -84,14 +84,16 @@ def _sample(source: LazyLogits | DenseLogits, examples: Sequence[Example], manif
     for rows, logits in blocks_of(source):
         block_points = uniform[rows].to(logits.device)
         if proposal == temperature:
-            ids, log_q = sample_by_inverse_cdf(logits if temperature == 1 else logits.div_(temperature), block_points)
-            log_p = log_q
+            ids, log_proposal = sample_by_inverse_cdf(
+                logits if temperature == 1 else logits.div_(temperature), block_points
+            )
+            log_q = log_proposal
         else:
-            ids, log_q = sample_by_inverse_cdf(logits / proposal, block_points)
+            ids, log_proposal = sample_by_inverse_cdf(logits / proposal, block_points)
             logits = logits.div_(temperature)
-            log_p = (logits.gather(1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
-        weight = log_p - log_q - math.log(num_samples)  # log of the weight of one sample
-        expected = (weight.exp() * log_p).sum(1)
+            log_q = (logits.gather(1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
+        weight = log_q - log_proposal - math.log(num_samples)  # log of the weight of one sample
+        expected = (weight.exp() * log_q).sum(1)
         parts.append([tensor.cpu().numpy() for tensor in (ids, weight, expected)])
     token_ids, weights, expectations = (np.concatenate(column) for column in zip(*parts, strict=True))
     first = np.diff(token_ids, axis=1, prepend=-1) != 0

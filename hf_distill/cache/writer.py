@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from ..core.logits import LazyLogits
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from .example_keys import Example, batch_examples, fingerprint
@@ -27,7 +27,7 @@ from .reader import CachedExample, write_shard
 from .serialization import encode_signals
 from .unfinished import finish, is_written, lock_capture, open_output, shard_file, verify_written, write_entry
 
-TeacherFn = Callable[[dict, Targets, Mapping[FeatureKey, Targets]], Signals]
+TeacherFn = Callable[[dict, Targets, Mapping[FeatureKey, FeatureTokens]], Signals]
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,11 @@ def load_batch(plan: ShardPlan, number: int, device: torch.device, shift: bool) 
     return batch, Targets.from_batch(batch, shift)
 
 
-def request_layers(layers: Sequence[int], batch: dict, targets: Targets, causal: bool) -> dict[FeatureKey, Targets]:
+def request_layers(
+    layers: Sequence[int], batch: dict, targets: Targets, causal: bool
+) -> dict[FeatureKey, FeatureTokens]:
     """Return the feature requests for the hidden states of further layers."""
-    return {FeatureKey("hidden", layer): targets.feature_positions(batch, causal) for layer in layers}
+    return {FeatureKey("hidden", layer): targets.feature_tokens(batch, causal) for layer in layers}
 
 
 def write_head(file: Path, head: LazyLogits) -> None:

@@ -182,15 +182,15 @@ class SparseLogProbs:
 class MultiTeacherLogits:
     """The logits of several teachers for the same target tokens, by their names; `Term.teacher` selects one."""
 
-    sources: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
+    by_teacher: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
 
 
-def named_sources(
+def logits_by_teacher(
     source: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None,
 ) -> dict[str | None, DenseLogits | LazyLogits | SparseLogProbs]:
     """Return the logits of all teachers by name; the name of a single teacher is None."""
     if isinstance(source, MultiTeacherLogits):
-        return dict(source.sources.items())
+        return dict(source.by_teacher.items())
     return {} if source is None else {None: source}
 
 

@@ -9,7 +9,7 @@ Shape legend, used in every docstring of the package:
 import builtins
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -57,9 +57,9 @@ class Targets:
 
     labels:         [T] the ids to predict
     positions:      [T] indices of their predictions among the B * S rows of the flattened logits
-    rows:           [T] indices of their batch rows
+    batch_rows:     [T] indices of their batch rows
     shape:          (B, S) of the logits, or (B,) for a sequence classifier
-    has_label_mask: [T] whether the label comes from the data; None if all do. Tokens that the student generated are
+    label_mask:     [T] whether the label comes from the data; None if all do. Tokens that the student generated are
                     target tokens without a label
     documents:      [B, S] for features: the document of its row that a token belongs to, counted from 1; 0 for padding
     causal:         for features: whether attention is causal
@@ -67,9 +67,9 @@ class Targets:
 
     labels: Tensor
     positions: Tensor
-    rows: Tensor
+    batch_rows: Tensor
     shape: torch.Size
-    has_label_mask: Tensor | None = None
+    label_mask: Tensor | None = None
     documents: Tensor | None = None
     causal: bool = False
 
@@ -94,9 +94,9 @@ class Targets:
         flat = labels.reshape(-1)
         positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
         width = labels.shape[1] if labels.dim() > 1 else 1
-        rows, has_label_mask = positions // width, inputs.get("has_labels")
+        batch_rows, label_mask = positions // width, inputs.get("has_labels")
         return cls(
-            flat[positions], positions, rows, labels.shape, None if has_label_mask is None else has_label_mask[rows]
+            flat[positions], positions, batch_rows, labels.shape, None if label_mask is None else label_mask[batch_rows]
         )
 
     def __len__(self) -> int:
@@ -168,17 +168,17 @@ class Targets:
 
     def slice(self, rows: builtins.slice) -> "Targets":
         """Return the targets of some of the target tokens."""
-        has_label_mask = None if self.has_label_mask is None else self.has_label_mask[rows]
-        return Targets(self.labels[rows], self.positions[rows], self.rows[rows], self.shape, has_label_mask)
+        label_mask = None if self.label_mask is None else self.label_mask[rows]
+        return Targets(self.labels[rows], self.positions[rows], self.batch_rows[rows], self.shape, label_mask)
 
     def first_rows(self, count: int) -> "Targets":
         """Return the target tokens of the first `count` rows of the batch."""
-        first = self.rows < count
-        has_label_mask = None if self.has_label_mask is None else self.has_label_mask[first]
+        first = self.batch_rows < count
+        label_mask = None if self.label_mask is None else self.label_mask[first]
         shape = torch.Size((min(count, self.shape[0]), *self.shape[1:]))
-        return Targets(self.labels[first], self.positions[first], self.rows[first], shape, has_label_mask)
+        return Targets(self.labels[first], self.positions[first], self.batch_rows[first], shape, label_mask)
 
-    def feature_positions(self, inputs: dict, causal: bool, stack: str | None = None) -> "Targets":
+    def feature_tokens(self, inputs: dict, causal: bool, stack: str | None = None) -> "FeatureTokens":
         """Return the N tokens whose features are compared.
 
         These are the target tokens. Where the features are those of other tokens (a sequence classifier, the encoder
@@ -188,16 +188,16 @@ class Targets:
             inputs: the collator's batch.
             causal: whether attention is causal.
             stack: "encoder" or "decoder" of a model that has both: the stack whose features are compared.
+
+        Returns:
+            the tokens; `RowPositions` if the batch has no ids, so that S is known only after a model has run.
         """
         aligned, device = len(self.shape) == 2 and stack != "encoder", self.labels.device
         ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if aligned and stack == "decoder":
             documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, device)
         elif ids is None and not aligned:
-            rows: Any = RowPositions(
-                self, inputs.get("attention_mask"), causal
-            )  # becomes Targets after a model has run
-            return rows
+            return RowPositions(self, inputs.get("attention_mask"), causal)
         else:
             shape = self.shape if ids is None else ids.shape[:2]
             documents = _documents(shape, inputs.get("attention_mask"), inputs.get("position_ids"), device)
@@ -213,20 +213,20 @@ class Targets:
             causal: whether attention is causal.
         """
         has_targets = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)
-        has_targets[self.rows] = True
+        has_targets[self.batch_rows] = True
         positions = ((documents > 0) & has_targets[:, None]).flatten().nonzero().squeeze(1)
         labels = torch.full_like(positions, IGNORE_INDEX)
-        rows = positions // documents.shape[1]
-        return Targets(labels, positions, rows, documents.shape, documents=documents, causal=causal)
+        batch_rows = positions // documents.shape[1]
+        return Targets(labels, positions, batch_rows, documents.shape, documents=documents, causal=causal)
 
     def document_ids(self) -> Tensor:
         """Return the document of each of the N tokens, counted within its row, [N]."""
-        assert self.documents is not None, "only `feature_positions()` sets documents"
+        assert self.documents is not None, "only `feature_tokens()` sets documents"
         return self.documents.flatten()[self.positions]
 
     def by_row(self) -> list[tuple[int, builtins.slice]]:
         """Return each batch row that has some of the N tokens, with the slice of its tokens, in order."""
-        rows, counts = torch.unique_consecutive(self.rows, return_counts=True)
+        rows, counts = torch.unique_consecutive(self.batch_rows, return_counts=True)
         ends = counts.cumsum(0).tolist()
         return [(row, slice(*span)) for row, span in zip(rows.tolist(), pairwise([0, *ends]), strict=True)]
 
@@ -235,9 +235,9 @@ class Targets:
 
         These are the positions of its document; with causal attention, up to the token itself.
         """
-        assert self.documents is not None, "only `feature_positions()` sets documents"
+        assert self.documents is not None, "only `feature_tokens()` sets documents"
         width = self.documents.shape[1]
-        mask = self.documents[self.rows] == self.document_ids()[:, None]
+        mask = self.documents[self.batch_rows] == self.document_ids()[:, None]
         if self.causal:
             mask &= torch.arange(width, device=mask.device) <= (self.positions % width)[:, None]
         return mask
@@ -254,9 +254,9 @@ class Targets:
         """
         if self.positions is targets.positions:
             return values
-        sums = values.new_zeros(self.shape[0]).index_add(0, self.rows, values)
-        counts = torch.bincount(self.rows, minlength=self.shape[0]).clamp(min=1)
-        return (sums / counts)[targets.rows]
+        sums = values.new_zeros(self.shape[0]).index_add(0, self.batch_rows, values)
+        counts = torch.bincount(self.batch_rows, minlength=self.shape[0]).clamp(min=1)
+        return (sums / counts)[targets.batch_rows]
 
 
 class RowPositions:
@@ -269,7 +269,7 @@ class RowPositions:
     """
 
     def __init__(self, targets: Targets, attention_mask: Tensor | None, causal: bool):
-        self._targets, self._mask, self._causal = targets, attention_mask, causal
+        self._targets, self._mask, self.causal = targets, attention_mask, causal
         self._resolved: Targets | None = None
 
     def gather(self, values: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ class RowPositions:
                     f"{tuple(shape)}, so that padding cannot be found among the positions: use batches without "
                     "padding, or remove the losses on hidden states and attention."
                 )
-            self._resolved = self._targets.all_tokens_of_rows(_documents(shape, mask, None, device), self._causal)
+            self._resolved = self._targets.all_tokens_of_rows(_documents(shape, mask, None, device), self.causal)
         if self._resolved.shape != shape:
             raise DistillError(
                 f"One model has hidden states of shape {tuple(self._resolved.shape)} and the other of shape "
@@ -306,6 +306,9 @@ class RowPositions:
         """Return the N tokens; a model must have run before."""
         assert self._resolved is not None, "no model has run"
         return self._resolved
+
+
+FeatureTokens: TypeAlias = Targets | RowPositions
 
 
 def _documents(shape: torch.Size, mask: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Tensor:

@@ -83,7 +83,7 @@ def make_encode_fn(
         size = 1 + max(tokenizer.get_vocab().values())
         return lambda example: _from_tokens(example, tokenizer, size)
     require_package("trl", "trl", "Reading conversations and completions")
-    read = _Conversational(tokenizer, chat_template, assistant_only is not False)
+    read = _ConversationTokenizer(tokenizer, chat_template, assistant_only is not False)
     if kind == MESSAGES:
         read.conversations  # noqa: B018  a missing chat template is an error before the first row
         return read.from_messages
@@ -114,7 +114,7 @@ def _without_padding(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[start:end]
 
 
-class _Conversational:
+class _ConversationTokenizer:
     """Tokenizes conversations, and prompts with completions, which may be conversations too."""
 
     def __init__(self, tokenizer: Any, chat_template: str | None, assistant_only: bool):

@@ -1,7 +1,7 @@
 """Analytic gradients: for each loss, a function that returns its values and its gradient by the student logits.
 
 They work on one block of r target tokens, which fits a CPU's cache, and keep their temporaries in a buffer pool. Each
-takes a `LogitPair` and the options of its loss, and returns (loss [r], gradient with respect to the student logits
+takes a `BlockLogits` and the options of its loss, and returns (loss [r], gradient with respect to the student logits
 [r, V]); the caller may overwrite the gradient.
 
 p and q are the softmaxes of student and teacher, as in `divergences.py`. If g is the derivative of the loss with
@@ -59,7 +59,7 @@ class BufferPool:
         self._num_acquired = 0
 
 
-class LogitPair:
+class BlockLogits:
     """The logits of student and teacher for a block of target tokens; each softmax is computed once.
 
     student, teacher: [r, V] in float32 or float64, over the ids that both models have; teacher may be None
@@ -84,8 +84,8 @@ class LogitPair:
         self._student_softmaxes: dict[float, Softmax] = {}
         self._teacher_softmaxes: dict[float, Softmax] = {}
 
-    def with_teacher(self, teacher: Tensor | SparseLogProbs) -> "LogitPair":
-        """Return a pair of the same student and a teacher, over the ids that both models have.
+    def with_teacher(self, teacher: Tensor | SparseLogProbs) -> "BlockLogits":
+        """Return the logits of the same student and of a teacher, over the ids that both models have.
 
         Args:
             teacher: [r, V_t] logits, or sparse log-probabilities of r tokens.
@@ -94,11 +94,13 @@ class LogitPair:
         vocab_size = teacher.vocab_size if isinstance(teacher, SparseLogProbs) else teacher.shape[1]
         shared = self.student.shape[1] if vocab_size is None else min(vocab_size, self.student.shape[1])
         shared_teacher = full if full is None else full[:, :shared]
-        pair = LogitPair(self.student[:, :shared], shared_teacher, self.labels, self._buffer_pool, self.may_be_masked)
-        pair.sparse_teacher, pair.teacher_full = sparse, full
+        block = BlockLogits(
+            self.student[:, :shared], shared_teacher, self.labels, self._buffer_pool, self.may_be_masked
+        )
+        block.sparse_teacher, block.teacher_full = sparse, full
         if shared == self.student.shape[1]:
-            pair._student_softmaxes = self._student_softmaxes
-        return pair
+            block._student_softmaxes = self._student_softmaxes
+        return block
 
     def student_softmax(self, temperature: float = 1.0) -> Softmax:
         """Return the softmax of the student logits / temperature; callers must not write to it."""
@@ -143,26 +145,26 @@ class LogitPair:
         return softmaxes[temperature]
 
 
-def _logit_gradient(pair: LogitPair, p: Tensor, g: Tensor, factor: float) -> Tensor:
+def _logit_gradient(block: BlockLogits, p: Tensor, g: Tensor, factor: float) -> Tensor:
     """Return factor * p * (g - sum_v p(v) * g(v)), [r, V], and overwrite g with it."""
-    if pair.may_be_masked:
+    if block.may_be_masked:
         g.masked_fill_(p == 0, 0)
-    g.sub_(pair.dot(p, g)[:, None]).mul_(p)
+    g.sub_(block.dot(p, g)[:, None]).mul_(p)
     return g if factor == 1.0 else g.mul_(factor)
 
 
 @register_gradient(cross_entropy_loss)
-def cross_entropy(pair: LogitPair, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def cross_entropy(block: BlockLogits, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Cross entropy with the labels; its gradient is p - (smoothed one-hot labels)."""
-    z, p, lse = pair.student_softmax()
-    values = lse[:, 0] - z.gather(1, pair.labels[:, None])[:, 0]
-    one = torch.full_like(pair.labels, 1.0, dtype=p.dtype)[:, None]
+    z, p, lse = block.student_softmax()
+    values = lse[:, 0] - z.gather(1, block.labels[:, None])[:, 0]
+    one = torch.full_like(block.labels, 1.0, dtype=p.dtype)[:, None]
     grad_logits = (
-        torch.sub(p, label_smoothing / z.shape[-1], out=pair.new_buffer())
+        torch.sub(p, label_smoothing / z.shape[-1], out=block.new_buffer())
         if label_smoothing
-        else pair.new_buffer().copy_(p)
+        else block.new_buffer().copy_(p)
     )
-    grad_logits.scatter_add_(1, pair.labels[:, None], (label_smoothing - 1) * one)
+    grad_logits.scatter_add_(1, block.labels[:, None], (label_smoothing - 1) * one)
     if not label_smoothing:
         return values, grad_logits
     values = (1 - label_smoothing) * values + label_smoothing * (lse[:, 0] - z.mean(-1))
@@ -170,18 +172,18 @@ def cross_entropy(pair: LogitPair, *, label_smoothing: float = 0.0) -> tuple[Ten
 
 
 @register_gradient(divergences.forward_kl)
-def forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def forward_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Forward KL; its gradient is (p - q) / temperature."""
-    z, p, lse_s = pair.student_softmax(temperature)
-    y, q, lse_t = pair.teacher_softmax(temperature)
-    difference = torch.sub(y, z, out=pair.new_buffer())
-    values = pair.expectation(q, difference) + (lse_s - lse_t)[:, 0]
+    z, p, lse_s = block.student_softmax(temperature)
+    y, q, lse_t = block.teacher_softmax(temperature)
+    difference = torch.sub(y, z, out=block.new_buffer())
+    values = block.expectation(q, difference) + (lse_s - lse_t)[:, 0]
     torch.sub(p, q, out=difference)
     return values, difference if temperature == 1.0 else difference.div_(temperature)
 
 
 @register_gradient(divergences.forward_kl, sparse=True)
-def sparse_forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def sparse_forward_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Forward KL of a sparse teacher.
 
     w(v) is the teacher's probability of a stored id v (a sampled teacher's weight), and m the sum of all its
@@ -189,9 +191,9 @@ def sparse_forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Ten
     where the student has p': with r = w' / p', the gradient is (m * p - w) / temperature at stored ids and
     (m - r) * p / temperature elsewhere.
     """
-    teacher: SparseLogProbs = pair.sparse_teacher
+    teacher: SparseLogProbs = block.sparse_teacher
     check_temperature(teacher, temperature)
-    z, p, lse = pair.student_softmax(temperature)
+    z, p, lse = block.student_softmax(temperature)
     log_w = teacher.log_probs.to(p.dtype).clamp(min=LOG_ZERO)
     weights, log_p = log_w.exp(), z.gather(1, teacher.ids) - lse
     mass = weights.sum(1)
@@ -202,7 +204,7 @@ def sparse_forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Ten
         else:
             negative_entropy = teacher.negative_entropy.to(p.dtype)
         values = negative_entropy - (weights * log_p).sum(1)
-        grad_logits = torch.mul(p, mass[:, None], out=pair.new_buffer())
+        grad_logits = torch.mul(p, mass[:, None], out=block.new_buffer())
         grad_logits.scatter_add_(1, teacher.ids, -weights)
     else:
         log_tail = log_tail.to(p.dtype).clamp(min=LOG_ZERO)
@@ -211,76 +213,76 @@ def sparse_forward_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Ten
         student_tail = (1 - student_probs.sum(1)).clamp(min=torch.finfo(p.dtype).eps)
         ratio = log_tail.exp() / student_tail
         values = (weights * (log_w - log_p)).sum(1) + log_tail.exp() * (log_tail - student_tail.log())
-        grad_logits = torch.mul(p, (mass + log_tail.exp() - ratio)[:, None], out=pair.new_buffer())
+        grad_logits = torch.mul(p, (mass + log_tail.exp() - ratio)[:, None], out=block.new_buffer())
         grad_logits.scatter_add_(1, teacher.ids, ratio[:, None] * student_probs - weights)
     return values, grad_logits if temperature == 1.0 else grad_logits.div_(temperature)
 
 
 @register_gradient(divergences.reverse_kl)
-def reverse_kl(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def reverse_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Reverse KL; its gradient is p * (log p - log q - KL(p || q)) / temperature."""
-    z, p, lse_s = pair.student_softmax(temperature)
-    y, _, lse_t = pair.teacher_softmax(temperature)
-    ratio = torch.sub(z, y, out=pair.new_buffer()).sub_(lse_s - lse_t)
-    return pair.expectation(p, ratio), _logit_gradient(pair, p, ratio, 1 / temperature)
+    z, p, lse_s = block.student_softmax(temperature)
+    y, _, lse_t = block.teacher_softmax(temperature)
+    ratio = torch.sub(z, y, out=block.new_buffer()).sub_(lse_s - lse_t)
+    return block.expectation(p, ratio), _logit_gradient(block, p, ratio, 1 / temperature)
 
 
-def _mixture(pair: LogitPair, temperature: float, q_share: float) -> Tensor:
+def _mixture(block: BlockLogits, temperature: float, q_share: float) -> Tensor:
     """Return q_share * q + (1 - q_share) * p, [r, V], clamped above 0."""
-    p, q = pair.student_softmax(temperature).probs, pair.teacher_softmax(temperature).probs
-    return torch.lerp(p, q, q_share, out=pair.new_buffer()).clamp_(min=torch.finfo(p.dtype).tiny)
+    p, q = block.student_softmax(temperature).probs, block.teacher_softmax(temperature).probs
+    return torch.lerp(p, q, q_share, out=block.new_buffer()).clamp_(min=torch.finfo(p.dtype).tiny)
 
 
 @register_gradient(divergences.js)
-def js(pair: LogitPair, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+def js(block: BlockLogits, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """Generalized Jensen-Shannon divergence; its gradient is (1 - beta) * p * (log p - log m - KL(p || m)) / T."""
-    z, p, lse_s = pair.student_softmax(temperature)
-    y, q, lse_t = pair.teacher_softmax(temperature)
-    log_m = _mixture(pair, temperature, beta).log_()
+    z, p, lse_s = block.student_softmax(temperature)
+    y, q, lse_t = block.teacher_softmax(temperature)
+    log_m = _mixture(block, temperature, beta).log_()
     # lse is subtracted before the sum: it may be 20, and the sum of q is 1 only to within 1e-5.
-    teacher_kl = pair.expectation(q, torch.sub(y, log_m, out=pair.new_buffer()).sub_(lse_t))
+    teacher_kl = block.expectation(q, torch.sub(y, log_m, out=block.new_buffer()).sub_(lse_t))
     ratio = torch.sub(z, log_m, out=log_m).sub_(lse_s)
-    values = beta * teacher_kl + (1 - beta) * pair.expectation(p, ratio)
-    return values, _logit_gradient(pair, p, ratio, (1 - beta) / temperature)
+    values = beta * teacher_kl + (1 - beta) * block.expectation(p, ratio)
+    return values, _logit_gradient(block, p, ratio, (1 - beta) / temperature)
 
 
 @register_gradient(divergences.skew_kl)
-def skew_kl(pair: LogitPair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
+def skew_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
     """Skew KL; g = -(1 - lam) * q / m."""
-    p = pair.student_softmax(temperature).probs
-    y, q, lse_t = pair.teacher_softmax(temperature)
-    m = _mixture(pair, temperature, lam)
-    g = torch.div(q, m, out=pair.new_buffer())
-    values = pair.expectation(q, torch.sub(y, m.log_(), out=m).sub_(lse_t))
-    return values, _logit_gradient(pair, p, g, (lam - 1) / temperature)
+    p = block.student_softmax(temperature).probs
+    y, q, lse_t = block.teacher_softmax(temperature)
+    m = _mixture(block, temperature, lam)
+    g = torch.div(q, m, out=block.new_buffer())
+    values = block.expectation(q, torch.sub(y, m.log_(), out=m).sub_(lse_t))
+    return values, _logit_gradient(block, p, g, (lam - 1) / temperature)
 
 
 @register_gradient(divergences.skew_reverse_kl)
-def skew_reverse_kl(pair: LogitPair, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
     """Skew reverse KL; g = log p - log m - lam * p / m."""
-    z, p, lse_s = pair.student_softmax(temperature)
-    m = _mixture(pair, temperature, 1 - lam)
-    share = torch.div(p, m, out=pair.new_buffer())
+    z, p, lse_s = block.student_softmax(temperature)
+    m = _mixture(block, temperature, 1 - lam)
+    share = torch.div(p, m, out=block.new_buffer())
     ratio = torch.sub(z, m.log_(), out=m).sub_(lse_s)
-    values = pair.expectation(p, ratio)
-    return values, _logit_gradient(pair, p, ratio.sub_(share, alpha=lam), 1 / temperature)
+    values = block.expectation(p, ratio)
+    return values, _logit_gradient(block, p, ratio.sub_(share, alpha=lam), 1 / temperature)
 
 
 @register_gradient(divergences.total_variation)
-def total_variation(pair: LogitPair, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def total_variation(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Total variation; g = sign(p - q) / 2."""
-    p = pair.student_softmax(temperature).probs
-    difference = torch.sub(p, pair.teacher_softmax(temperature).probs, out=pair.new_buffer())
+    p = block.student_softmax(temperature).probs
+    difference = torch.sub(p, block.teacher_softmax(temperature).probs, out=block.new_buffer())
     values = 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
-    return values, _logit_gradient(pair, p, difference.sign_(), 0.5 / temperature)
+    return values, _logit_gradient(block, p, difference.sign_(), 0.5 / temperature)
 
 
 @register_gradient(divergences.adaptive_kl)
-def adaptive_kl(pair: LogitPair, *, temperature: float = 1.0, head_mass: float = 0.5) -> tuple[Tensor, Tensor]:
+def adaptive_kl(block: BlockLogits, *, temperature: float = 1.0, head_mass: float = 0.5) -> tuple[Tensor, Tensor]:
     """Adaptive KL; its gradient is w * (that of forward KL) + (1 - w) * (that of reverse KL)."""
     weight = divergences.adaptive_weight(
-        pair.student_softmax(temperature).probs, pair.teacher_softmax(temperature).probs, head_mass
+        block.student_softmax(temperature).probs, block.teacher_softmax(temperature).probs, head_mass
     )
-    forward, grad_forward = forward_kl(pair, temperature=temperature)
-    reverse, grad_reverse = reverse_kl(pair, temperature=temperature)
+    forward, grad_forward = forward_kl(block, temperature=temperature)
+    reverse, grad_reverse = reverse_kl(block, temperature=temperature)
     return weight * forward + (1 - weight) * reverse, grad_reverse.lerp_(grad_forward, weight[:, None])

@@ -12,7 +12,7 @@ from ..errors import DistillError
 from .registry import loss
 
 
-@loss("attention_kl", needs=("attention",), paper="1909.10351")
+@loss("attention_kl", compares=("attention",), paper="1909.10351")
 def attention_kl(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     """KL between the attention maps, averaged over heads.
 
@@ -38,7 +38,7 @@ def attention_kl(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     return (t * difference).sum(-1).mean(-1)
 
 
-@loss("value_relation", needs=("values",), paper="2002.10957", limits={"heads": COUNT})
+@loss("value_relation", compares=("values",), paper="2002.10957", limits={"heads": COUNT})
 def value_relation(student: Tensor, teacher: Tensor, targets: Targets, *, heads: int | None = None) -> Tensor:
     """KL between the value relations, averaged over relation heads.
 

@@ -10,7 +10,7 @@ from .alignment import dense_logits
 from .registry import loss
 
 
-@loss("cross_entropy", needs=(), limits={"label_smoothing": FROM_0_TO_1})
+@loss("cross_entropy", compares=(), limits={"label_smoothing": FROM_0_TO_1})
 def cross_entropy(
     student: Signals, teacher: Signals | None, targets: Targets, *, label_smoothing: float = 0.0
 ) -> Tensor:

@@ -20,7 +20,7 @@ from .alignment import align
 from .registry import loss
 
 
-@loss("forward_kl", needs=("logits",), paper="1503.02531")
+@loss("forward_kl", compares=("logits",), paper="1503.02531")
 def forward_kl(
     student: Signals | Tensor, teacher: Signals | Tensor, targets: Targets | None = None, *, temperature: float = 1.0
 ) -> Tensor:
@@ -53,7 +53,7 @@ def forward_kl(
     return _expectation(t, t - s)
 
 
-@loss("reverse_kl", needs=("logits",), paper="2306.08543")
+@loss("reverse_kl", compares=("logits",), paper="2306.08543")
 def reverse_kl(
     student: Signals | Tensor, teacher: Signals | Tensor, targets: Targets | None = None, *, temperature: float = 1.0
 ) -> Tensor:
@@ -80,7 +80,7 @@ def reverse_kl(
     return _expectation(s, s - t)
 
 
-@loss("js", needs=("logits",), paper="2306.13649", limits={"beta": BETWEEN_0_AND_1})
+@loss("js", compares=("logits",), paper="2306.13649", limits={"beta": BETWEEN_0_AND_1})
 def js(
     student: Signals | Tensor,
     teacher: Signals | Tensor,
@@ -118,7 +118,7 @@ def js(
     return beta * _expectation(t, t - m) + (1 - beta) * _expectation(s, s - m)
 
 
-@loss("skew_kl", needs=("logits",), paper="2402.03898", limits={"lam": BETWEEN_0_AND_1})
+@loss("skew_kl", compares=("logits",), paper="2402.03898", limits={"lam": BETWEEN_0_AND_1})
 def skew_kl(
     student: Signals | Tensor,
     teacher: Signals | Tensor,
@@ -154,7 +154,7 @@ def skew_kl(
     return _expectation(t, t - _log_mixture(t, s, lam))
 
 
-@loss("skew_reverse_kl", needs=("logits",), paper="2402.03898", limits={"lam": BETWEEN_0_AND_1})
+@loss("skew_reverse_kl", compares=("logits",), paper="2402.03898", limits={"lam": BETWEEN_0_AND_1})
 def skew_reverse_kl(
     student: Signals | Tensor,
     teacher: Signals | Tensor,
@@ -190,7 +190,7 @@ def skew_reverse_kl(
     return _expectation(s, s - _log_mixture(t, s, 1 - lam))
 
 
-@loss("total_variation", needs=("logits",), paper="2307.15190")
+@loss("total_variation", compares=("logits",), paper="2307.15190")
 def total_variation(
     student: Signals | Tensor, teacher: Signals | Tensor, targets: Targets | None = None, *, temperature: float = 1.0
 ) -> Tensor:
@@ -219,7 +219,7 @@ def total_variation(
     return 0.5 * (s.exp() - t.exp()).abs().sum(-1)
 
 
-@loss("adaptive_kl", needs=("logits",), paper="2404.02657", limits={"head_mass": BETWEEN_0_AND_1})
+@loss("adaptive_kl", compares=("logits",), paper="2404.02657", limits={"head_mass": BETWEEN_0_AND_1})
 def adaptive_kl(
     student: Signals | Tensor,
     teacher: Signals | Tensor,

@@ -2,7 +2,7 @@
 
 For each chunk of target tokens, in the forward:
 
-1. `student_logits` [t, V_s] and `teacher_logits` [t, V_t] are computed into one buffer for each model.
+1. `student_chunk` [t, V_s] and `teacher_chunks` [t, V_t] are computed into one buffer for each model.
 2. The chunk is divided into blocks [r, V] of rows that fit a CPU's cache (on a GPU the block is the chunk).
 3. For each block, every term of the objective gives its values [r] and its gradient with respect to the student logits,
    from an analytic formula or from autograd. The weighted sum of the gradients overwrites the student logits.
@@ -30,12 +30,12 @@ from ..core.logits import (
     SparseLogProbs,
     compute_dtype,
     grad_hidden_matmul,
-    named_sources,
+    logits_by_teacher,
 )
 from ..core.signals import Signals
 from ..core.targets import Targets
 from ..errors import DistillError
-from .analytic_gradients import BufferPool, LogitPair
+from .analytic_gradients import BlockLogits, BufferPool
 from .objective import Term
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
@@ -52,7 +52,7 @@ OnGradient: TypeAlias = Callable[[slice, Tensor], None]
 class ChunkedLoss:
     """The loss on the logits of one batch, computed chunk by chunk.
 
-    teacher:          teacher logits, or those of several teachers by name; None if no term reads them
+    teacher_logits:   teacher logits, or those of several teachers by name; None if no term reads them
     targets:          T target tokens
     terms:            of the objective
     statistics_every: also compute `kl` (T = 1), `agreement` (top-1) and the entropies and cross entropies of both
@@ -63,7 +63,7 @@ class ChunkedLoss:
     per_token:        name -> [T], set by `run_chunks`: the terms (scaled, not weighted) and the statistics
     """
 
-    teacher: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
+    teacher_logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
     targets: Targets
     terms: list[Term]
     statistics_every: int = 0
@@ -75,8 +75,8 @@ class ChunkedLoss:
         self._buffer_pool = BufferPool()
         divisor = self.targets.divisor(self.num_items)
         # A CPU tensor can be read here, so gradients are divided in the forward; reading a GPU's would wait for it.
-        self._factor_in_forward = 1 / float(divisor) if divisor.device.type == "cpu" else 1.0
-        self._factor_after = 1.0 if divisor.device.type == "cpu" else 1 / divisor
+        self._inverse_divisor_in_forward = 1 / float(divisor) if divisor.device.type == "cpu" else 1.0
+        self._inverse_divisor_after_forward = 1.0 if divisor.device.type == "cpu" else 1 / divisor
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(
                 f"chunk_tokens is {self.chunk_tokens}; give a number of tokens of at least 1, or None to choose it "
@@ -90,18 +90,18 @@ class ChunkedLoss:
             student: hidden states [T, H] of the student and its output head, which get gradients.
         """
         needs_gradient = torch.is_grad_enabled()
-        return self._factor_after * _LossFromHidden.apply(
+        return self._inverse_divisor_after_forward * _LossFromHidden.apply(
             student.hidden, student.weight, student.bias, student.scaling, needs_gradient, self
         )
 
-    def from_logits(self, student_logits: Tensor) -> Tensor:
+    def from_logits(self, student: DenseLogits) -> Tensor:
         """Return the objective over target tokens / num_items, [], for materialized student logits.
 
         Args:
-            student_logits: [T, V], which get a gradient.
+            student: logits [T, V] of the student, which get a gradient.
         """
-        needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-        return self._factor_after * _LossFromLogits.apply(student_logits, needs_gradient, self)
+        needs_gradient = torch.is_grad_enabled() and student.values.requires_grad
+        return self._inverse_divisor_after_forward * _LossFromLogits.apply(student.values, needs_gradient, self)
 
     def run_chunks(self, student: DenseLogits | LazyLogits, on_gradient: OnGradient | None = None) -> Tensor:
         """Compute all chunks.
@@ -115,7 +115,7 @@ class ChunkedLoss:
             [], the sum over target tokens of the weighted terms; divided by num_items if that is known on the CPU.
         """
         num_tokens, device = len(self.targets), self.targets.labels.device
-        teachers = named_sources(self.teacher)
+        teachers = logits_by_teacher(self.teacher_logits)
         chunk_tokens = self.chunk_tokens or auto_chunk_tokens(student, teachers.values())
         buffer_rows = min(chunk_tokens, num_tokens)
         dtype = compute_dtype(student.hidden if isinstance(student, LazyLogits) else student.values)
@@ -126,34 +126,34 @@ class ChunkedLoss:
         self._num_blocks = 0
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))
-            student_logits = student.project(rows, out=student_buffer)
-            teacher_logits = {
-                name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_logits.device)
+            student_chunk = student.project(rows, out=student_buffer)
+            teacher_chunks = {
+                name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
                 for name, teacher in teachers.items()
             }
-            for block in _cache_blocks(student_logits):
-                teacher_block = {name: _slice(chunk, block) for name, chunk in teacher_logits.items()}
+            for block_rows in _cache_blocks(student_chunk):
+                teacher_blocks = {name: _slice(chunk, block_rows) for name, chunk in teacher_chunks.items()}
                 gradients = self._run_block(
-                    student_logits[block], teacher_block, start + block.start, on_gradient is not None
+                    student_chunk[block_rows], teacher_blocks, start + block_rows.start, on_gradient is not None
                 )
                 if on_gradient is not None:
                     scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
-                    _overwrite_with_gradient(student_logits[block], gradients, scaling)
+                    _overwrite_with_gradient(student_chunk[block_rows], gradients, scaling)
             if on_gradient is not None:
-                gradient = student_logits  # overwritten block by block
+                gradient = student_chunk  # overwritten block by block
                 on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
-        return total * self._factor_in_forward
+        return total * self._inverse_divisor_in_forward
 
     def _metric_names(self) -> list[str]:
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
         names = [term.name for term in self.terms]
         if self.statistics_every:
             names += STUDENT_METRICS
-            first_teacher = next(iter(named_sources(self.teacher).values()), None)
+            first_teacher = next(iter(logits_by_teacher(self.teacher_logits).values()), None)
             names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
         return names
 
@@ -165,47 +165,47 @@ class ChunkedLoss:
         self.per_token[name][start : start + len(values)] = values.detach()
 
     def _run_block(
-        self, student_logits: Tensor, teacher_logits: Mapping[str | None, LogitChunk], start: int, needs_gradient: bool
+        self, student_block: Tensor, teacher_blocks: Mapping[str | None, LogitChunk], start: int, needs_gradient: bool
     ) -> list[tuple[Tensor, float]]:
         """Store the terms and statistics of a block of rows.
 
         Args:
-            student_logits: [r, V_s].
-            teacher_logits: name -> [r, V_t], or sparse log-probabilities of r tokens.
+            student_block: [r, V_s].
+            teacher_blocks: name -> [r, V_t], or sparse log-probabilities of r tokens.
             start: index of the block's first target token.
             needs_gradient: whether gradients are computed.
 
         Returns:
             for each term with a weight: (gradient [r, v] with respect to the student logits, factor).
         """
-        targets = self.targets.slice(slice(start, start + len(student_logits)))
+        targets = self.targets.slice(slice(start, start + len(student_block)))
         self._buffer_pool.release_all()
-        student_only = LogitPair(student_logits, None, targets.labels, self._buffer_pool, self._may_be_masked)
-        pairs = {name: student_only.with_teacher(logits) for name, logits in teacher_logits.items()}
+        student_only = BlockLogits(student_block, None, targets.labels, self._buffer_pool, self._may_be_masked)
+        blocks = {name: student_only.with_teacher(teacher_block) for name, teacher_block in teacher_blocks.items()}
         self._num_blocks += 1
         if self.statistics_every and (self._num_blocks - 1) % self.statistics_every == 0:
-            first = next(iter(pairs.values()), None)
+            first = next(iter(blocks.values()), None)
             metrics = token_metrics(student_only, None if first is None or first.sparse_teacher else first)
             for name, values in metrics.items():
                 self._store(name, start, values)
-        student_signals = Signals(DenseLogits(student_logits))
+        student_signals = Signals(DenseLogits(student_block))
         teacher_signals = {
-            name: Signals(DenseLogits(logits) if isinstance(logits, Tensor) else logits)
-            for name, logits in teacher_logits.items()
+            name: Signals(DenseLogits(teacher_block) if isinstance(teacher_block, Tensor) else teacher_block)
+            for name, teacher_block in teacher_blocks.items()
         }
         gradients = []
         for term in self.terms:
-            pair = pairs.get(term.teacher) if term.loss.needs else student_only
-            label_mask = None if term.loss.needs else targets.has_label_mask
+            block = blocks.get(term.teacher) if term.loss.compares else student_only
+            label_mask = None if term.loss.compares else targets.label_mask
             needs_term_gradient = needs_gradient and term.weight != 0
             # An analytic gradient is the cheapest way to the values too.
-            if needs_term_gradient or term.analytic_gradient(pair) is not None:
+            if needs_term_gradient or term.analytic_gradient(block) is not None:
                 values, gradient, factor = term.loss_and_grad(
-                    student_signals, teacher_signals.get(term.teacher), targets, pair
+                    student_signals, teacher_signals.get(term.teacher), targets, block
                 )
                 if needs_term_gradient:
                     gradient = gradient if label_mask is None else gradient.mul_(label_mask[:, None])
-                    gradients.append((gradient, factor * self._factor_in_forward))
+                    gradients.append((gradient, factor * self._inverse_divisor_in_forward))
             else:
                 values = term(student_signals, teacher_signals.get(term.teacher), targets)
             self._store(term.name, start, values if label_mask is None else values * label_mask)
@@ -213,29 +213,29 @@ class ChunkedLoss:
 
 
 def _overwrite_with_gradient(
-    student_logits: Tensor, gradients: list[tuple[Tensor, float]], scaling: LogitScaling
+    student_block: Tensor, gradients: list[tuple[Tensor, float]], scaling: LogitScaling
 ) -> None:
     """Overwrite logits with the gradient with respect to the output of the student's output head.
 
     Args:
-        student_logits: [r, V].
+        student_block: [r, V].
         gradients: (gradient [r, v] with respect to the first v logits, factor); they are summed.
         scaling: applied to the head's output by the model; its derivative is multiplied in.
     """
     if not gradients:
-        student_logits.zero_()
+        student_block.zero_()
         return
-    derivative = scaling.derivative(student_logits)
+    derivative = scaling.derivative(student_block)
     gradients = sorted(gradients, key=lambda item: item[0].shape[1], reverse=True)
     for i, (gradient, factor) in enumerate(gradients):
         width = gradient.shape[1]
         if i == 0:
-            torch.mul(gradient, factor, out=student_logits[:, :width])
-            student_logits[:, width:] = 0
+            torch.mul(gradient, factor, out=student_block[:, :width])
+            student_block[:, width:] = 0
         else:
-            student_logits[:, :width].add_(gradient, alpha=factor)
+            student_block[:, :width].add_(gradient, alpha=factor)
     if isinstance(derivative, Tensor) or derivative != 1.0:
-        student_logits.mul_(derivative)
+        student_block.mul_(derivative)
 
 
 class _LossFromHidden(torch.autograd.Function):
@@ -244,11 +244,12 @@ class _LossFromHidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, scaling, needs_gradient, chunked_loss):
         student = LazyLogits(hidden, weight, bias, scaling)
-        needs = [needs_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        needs_grad = [needs_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         dtype = compute_dtype(hidden, weight)
         shapes = [None if t is None else t.shape for t in (hidden, weight, bias)]
         ctx.gradients = [
-            hidden.new_zeros(shape, dtype=dtype) if need else None for need, shape in zip(needs, shapes, strict=True)
+            hidden.new_zeros(shape, dtype=dtype) if need else None
+            for need, shape in zip(needs_grad, shapes, strict=True)
         ]
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         grad_hidden, grad_weight, grad_bias = ctx.gradients
@@ -262,7 +263,7 @@ class _LossFromHidden(torch.autograd.Function):
                 grad_bias.add_(gradient.sum(0))
 
         with torch.autocast(hidden.device.type, enabled=False):
-            return chunked_loss.run_chunks(student, on_gradient if any(needs) else None)
+            return chunked_loss.run_chunks(student, on_gradient if any(needs_grad) else None)
 
     @staticmethod
     def backward(ctx, grad_total):
@@ -281,15 +282,15 @@ class _LossFromLogits(torch.autograd.Function):
     """student logits [T, V] -> sum of the terms, []; the gradient is computed in the forward."""
 
     @staticmethod
-    def forward(ctx, student_logits, needs_gradient, chunked_loss):
-        grad_logits: Any = torch.empty_like(student_logits) if needs_gradient else None
+    def forward(ctx, student_values, needs_gradient, chunked_loss):
+        grad_logits: Any = torch.empty_like(student_values) if needs_gradient else None
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
             grad_logits[rows] = gradient
 
         ctx.grad_logits = grad_logits
-        with torch.autocast(student_logits.device.type, enabled=False):
-            return chunked_loss.run_chunks(DenseLogits(student_logits), on_gradient if needs_gradient else None)
+        with torch.autocast(student_values.device.type, enabled=False):
+            return chunked_loss.run_chunks(DenseLogits(student_values), on_gradient if needs_gradient else None)
 
     @staticmethod
     def backward(ctx, grad_total):
@@ -351,6 +352,6 @@ def _teacher_chunk(teacher: LogitSource, rows: slice, buffer: Tensor | None, dev
     return teacher.project(rows, out=buffer).to(device)
 
 
-def _slice(chunk: LogitChunk, block: slice) -> LogitChunk:
+def _slice(chunk: LogitChunk, block_rows: slice) -> LogitChunk:
     """Return some rows of the teacher logits of a chunk."""
-    return chunk.slice(block) if isinstance(chunk, SparseLogProbs) else chunk[block]
+    return chunk.slice(block_rows) if isinstance(chunk, SparseLogProbs) else chunk[block_rows]

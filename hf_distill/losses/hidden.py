@@ -9,7 +9,7 @@ from ..errors import DistillError
 from .registry import loss
 
 
-@loss("hidden_mse", needs=("hidden",), paper="1412.6550", project=True)
+@loss("hidden_mse", compares=("hidden",), paper="1412.6550", project=True)
 def hidden_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     """Mean squared error of the hidden states.
 
@@ -32,7 +32,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     return (student - teacher).square().mean(-1)
 
 
-@loss("hidden_cosine", needs=("hidden",), paper="1910.01108", project=True)
+@loss("hidden_cosine", compares=("hidden",), paper="1910.01108", project=True)
 def hidden_cosine(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     """Cosine distance of the hidden states.
 
@@ -56,7 +56,7 @@ def hidden_cosine(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     return (s - t).square().sum(-1) / 2
 
 
-@loss("hidden_normalized_mse", needs=("hidden",), project=True)
+@loss("hidden_normalized_mse", compares=("hidden",), project=True)
 def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     """Mean squared error of the normalized hidden states.
 
@@ -76,7 +76,7 @@ def hidden_normalized_mse(student: Tensor, teacher: Tensor, targets: Targets) ->
     return hidden_cosine(student, teacher, targets) * (2 / teacher.shape[-1])
 
 
-@loss("hidden_relation", needs=("hidden",), paper="1907.09682")
+@loss("hidden_relation", compares=("hidden",), paper="1907.09682")
 def hidden_relation(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     """Squared difference of the cosine similarities between tokens.
 

@@ -17,7 +17,7 @@ from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import check_layers
 from . import Loss, get_loss
 from .alignment import dense_logits
-from .analytic_gradients import LogitPair
+from .analytic_gradients import BlockLogits
 from .registry import FEATURE_OPTIONS
 
 # Names of other values that are logged for each target token; no term may have one of them.
@@ -29,7 +29,7 @@ RESERVED_NAMES = (
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the objective: `weight * scale * loss(student, teacher, targets, **options)`.
+    """One term of the objective: `weight * T^2 * loss(student, teacher, targets, **options)`.
 
     name:    name of the term in logs
     loss:    registered loss
@@ -49,7 +49,7 @@ class Term:
     teacher: str | None = None
 
     @property
-    def scale(self) -> float:
+    def temperature_squared(self) -> float:
         """T^2 for a loss with a temperature, so that gradients keep their size as the temperature grows; else 1."""
         return self.options.get("temperature", 1.0) ** 2
 
@@ -70,16 +70,16 @@ class Term:
                 f"Loss {self.loss.name!r} returned shape {tuple(values.shape)}; it must return one number for each "
                 f"target token, shape {tuple(targets.labels.shape)}, neither summed nor averaged."
             )
-        return values * self.scale
+        return values * self.temperature_squared
 
-    def analytic_gradient(self, pair: LogitPair | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """Return the loss's analytic gradient for a pair of logits; None if it has none."""
-        if pair is None:
+    def analytic_gradient(self, block: BlockLogits | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """Return the loss's analytic gradient for the logits of a block; None if it has none."""
+        if block is None:
             return None
-        return self.loss.gradient_fn if pair.sparse_teacher is None else self.loss.sparse_gradient_fn
+        return self.loss.gradient_fn if block.sparse_teacher is None else self.loss.sparse_gradient_fn
 
     def loss_and_grad(
-        self, student: Signals, teacher: Signals | None, targets: Targets, pair: LogitPair | None
+        self, student: Signals, teacher: Signals | None, targets: Targets, block: BlockLogits | None
     ) -> tuple[Tensor, Tensor, float]:
         """Return the loss of each target token and its gradient with respect to the student logits.
 
@@ -87,15 +87,15 @@ class Term:
             student: signals with the student logits [T, V].
             teacher: signals with the teacher logits, or None.
             targets: T target tokens.
-            pair: the same logits, for an analytic gradient; None uses autograd.
+            block: the same logits, for an analytic gradient; None uses autograd.
 
         Returns:
             (values, gradient, factor): the scaled, unweighted loss [T]; a gradient [T, V]; and the factor by which the
             caller multiplies it to get the gradient of the weighted term.
         """
-        if (analytic_gradient := self.analytic_gradient(pair)) is not None:
-            values, gradient = analytic_gradient(pair, **self.options)
-            return values * self.scale, gradient, self.weight * self.scale
+        if (analytic_gradient := self.analytic_gradient(block)) is not None:
+            values, gradient = analytic_gradient(block, **self.options)
+            return values * self.temperature_squared, gradient, self.weight * self.temperature_squared
         with torch.enable_grad():
             logits = dense_logits(student).detach().requires_grad_()
             values = self(Signals(DenseLogits(logits)), teacher, targets)
@@ -175,12 +175,12 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
     loss.check(options)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise DistillError(f"Loss {loss.name!r} has weight {weight!r}; it must be a number")
-    if teacher is not None and not (isinstance(teacher, str) and loss.needs and name is None):
+    if teacher is not None and not (isinstance(teacher, str) and loss.compares and name is None):
         raise DistillError(
             f"Loss {loss.name!r} has teacher {teacher!r}; `teacher` must be the name of a teacher, and only an entry "
             "of `losses` whose loss reads a teacher may have it"
         )
-    if name == "soft" and "logits" not in loss.needs:
+    if name == "soft" and "logits" not in loss.compares:
         raise DistillError(
             f"divergence is {loss.name!r}, which does not read the teacher's logits: use a divergence such as "
             "forward_kl, and put this loss into `losses`"

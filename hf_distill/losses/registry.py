@@ -21,7 +21,7 @@ class Loss:
 
     name:               name in configs, recipes and logs
     function:           (student, teacher, targets, **options) -> [T]; divergences are in nats
-    needs:              ("logits",), one kind of feature, or () if it reads nothing of the teacher
+    compares:           ("logits",), one kind of feature, or () if it reads nothing of the teacher
     paper:              arXiv id
     options:            name -> default, from the function's signature
     gradient_fn:        analytic gradient, see `register_gradient`; None uses autograd
@@ -32,7 +32,7 @@ class Loss:
 
     name: str
     function: Callable[..., Tensor]
-    needs: tuple[str, ...]
+    compares: tuple[str, ...]
     paper: str
     options: dict[str, Any]
     gradient_fn: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -53,7 +53,7 @@ class Loss:
     @property
     def feature(self) -> str | None:
         """Kind of feature that the loss compares; None for a loss on logits or labels."""
-        return next((need for need in self.needs if need in FEATURES), None)
+        return next((kind for kind in self.compares if kind in FEATURES), None)
 
     def check(self, options: dict[str, Any]) -> None:
         """Check the names, types and ranges of options.
@@ -78,16 +78,16 @@ LOSSES: dict[str, Loss] = {}
 
 def loss(
     name: str,
-    needs: tuple[str, ...] = ("logits",),
+    compares: tuple[str, ...] = ("logits",),
     paper: str = "",
     project: bool = False,
     limits: dict[str, dict[str, Any]] | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Register a loss: `@loss("my_kl", needs=("logits",), paper="1503.02531")`.
+    """Register a loss: `@loss("my_kl", compares=("logits",), paper="1503.02531")`.
 
     The function takes `(student, teacher, targets, *, options...)` and returns one number for each target token, [T],
     neither masked nor weighted nor averaged. A parameter `temperature` gets the run's temperature T, and the objective
-    multiplies the loss by T^2. `needs` decides what student and teacher are:
+    multiplies the loss by T^2. `compares` decides what student and teacher are:
 
         ("logits",)     two `Signals`
         ()              two `Signals`; that of the teacher may be None
@@ -101,7 +101,7 @@ def loss(
 
     Args:
         name: name in configs, recipes and logs.
-        needs: what the function reads of student and teacher.
+        compares: what the function reads of student and teacher.
         paper: arXiv id.
         project: whether a projector maps the student's hidden states to the teacher's width first.
         limits: ranges of options, such as `{"beta": {"minimum": 0}}`; configs and recipes are checked against them.
@@ -110,16 +110,16 @@ def loss(
         a decorator that returns the function unchanged.
 
     Raises:
-        DistillError: the name is used already or no identifier, `needs` is unknown, or the function has `**kwargs`.
+        DistillError: the name is used already or no identifier, `compares` is unknown, or the function has `**kwargs`.
     """
     if not name.isidentifier():
         raise DistillError(
             f"A loss cannot have the name {name!r}: logs and modules use it, so give letters, digits and _ only, and "
             "no digit first."
         )
-    if not set(needs) <= {"logits", *FEATURES} or len(needs) > 1:
+    if not set(compares) <= {"logits", *FEATURES} or len(compares) > 1:
         raise DistillError(
-            f"Loss {name!r} has needs {needs}; give an empty tuple, or one of: logits, {', '.join(FEATURES)}."
+            f"Loss {name!r} has compares={compares}; give an empty tuple, or one of: logits, {', '.join(FEATURES)}."
         )
 
     def register(function: Callable) -> Callable:
@@ -135,7 +135,7 @@ def loss(
         ranges = {"temperature": POSITIVE} | (limits or {})
         if unknown := ranges.keys() - options.keys() - {"temperature"}:
             raise DistillError(f"Loss {name!r} has limits for {', '.join(sorted(unknown))}, which it does not take.")
-        LOSSES[name] = Loss(name, function, tuple(needs), paper, options, project=project, limits=ranges)
+        LOSSES[name] = Loss(name, function, tuple(compares), paper, options, project=project, limits=ranges)
         return function
 
     return register
@@ -144,13 +144,13 @@ def loss(
 def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable], Callable]:
     """Register the analytic gradient of a registered loss, which the fused loss uses instead of autograd.
 
-    The function takes `(pair, **options)`, with the logits [r, V] of a `LogitPair`, and returns the loss [r] and its
+    The function takes `(block, **options)`, with the logits [r, V] of a `BlockLogits`, and returns the loss [r] and its
     gradient with respect to the student logits, [r, V], in a tensor that the caller may overwrite
-    (`pair.new_buffer()` returns one).
+    (`block.new_buffer()` returns one).
 
     Args:
         of: the registered loss function.
-        sparse: whether it is for a sparse teacher, which is `pair.sparse_teacher`.
+        sparse: whether it is for a sparse teacher, which is `block.sparse_teacher`.
     """
 
     def register(function: Callable) -> Callable:

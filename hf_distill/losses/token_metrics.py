@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from .analytic_gradients import LogitPair
+from .analytic_gradients import BlockLogits
 
 STUDENT_METRICS = ("measured", "student_ce", "student_entropy", "accuracy")
 PAIR_METRICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
@@ -36,14 +36,14 @@ def greater_is_better(metric: str) -> bool | None:
     return True if _GREATER_IS_BETTER.fullmatch(name) else None
 
 
-def token_metrics(student: LogitPair, pair: LogitPair | None) -> dict[str, Tensor]:
+def token_metrics(student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
     """Return the statistics of each target token of a block at T = 1: name -> [r].
 
     `kl`, entropies and cross entropies are in nats; `measured`, `accuracy` and `agreement` (top-1) are 0 or 1.
 
     Args:
         student: the student logits over all ids of the student.
-        pair: student and teacher logits over the ids that both have; None returns `STUDENT_METRICS` alone.
+        block: student and teacher logits over the ids that both have; None returns `STUDENT_METRICS` alone.
     """
     z, p, lse = student.student_softmax()
     label_logit = z.gather(1, student.labels[:, None])
@@ -54,19 +54,19 @@ def token_metrics(student: LogitPair, pair: LogitPair | None) -> dict[str, Tenso
         "student_entropy": lse[:, 0] - student.expectation(p, z),
         "accuracy": (student.student.gather(1, student.labels[:, None]) >= top_logit)[:, 0].to(z.dtype),
     }
-    if pair is None:
+    if block is None:
         return metrics
-    teacher_logits = pair.teacher_full
-    y, q, lse_t = pair.teacher_softmax()
-    z, _, lse = pair.student_softmax()
-    metrics["kl"] = pair.expectation(q, torch.sub(y, z, out=pair.new_buffer())) + (lse - lse_t)[:, 0]
-    in_teacher_vocab = student.labels < teacher_logits.shape[1]
-    label_logit = teacher_logits.gather(1, (student.labels * in_teacher_vocab)[:, None])
-    is_shared = teacher_logits.shape == pair.teacher_softmax().logits.shape
-    lse_full = lse_t if is_shared else torch.logsumexp(teacher_logits, 1, keepdim=True)
+    teacher_values = block.teacher_full
+    y, q, lse_t = block.teacher_softmax()
+    z, _, lse = block.student_softmax()
+    metrics["kl"] = block.expectation(q, torch.sub(y, z, out=block.new_buffer())) + (lse - lse_t)[:, 0]
+    in_teacher_vocab = student.labels < teacher_values.shape[1]
+    label_logit = teacher_values.gather(1, (student.labels * in_teacher_vocab)[:, None])
+    is_shared = teacher_values.shape == block.teacher_softmax().logits.shape
+    lse_full = lse_t if is_shared else torch.logsumexp(teacher_values, 1, keepdim=True)
     metrics["teacher_ce"] = torch.where(in_teacher_vocab, (lse_full - label_logit)[:, 0], torch.inf)
-    metrics["teacher_entropy"] = lse_t[:, 0] - pair.expectation(q, y)
-    teacher_top = teacher_logits.argmax(-1, keepdim=True)
+    metrics["teacher_entropy"] = lse_t[:, 0] - block.expectation(q, y)
+    teacher_top = teacher_values.argmax(-1, keepdim=True)
     in_student_vocab = teacher_top < student.student.shape[1]
     agrees = student.student.gather(1, teacher_top * in_student_vocab) >= top_logit
     metrics["agreement"] = (agrees & in_student_vocab)[:, 0].to(z.dtype)

@@ -60,7 +60,7 @@ def _metadata(facts: CardData) -> ModelCardData:
         eval_results=results or None,
         library_name="peft" if facts.student.get("adapters") else "transformers",
         pipeline_tag=facts.task,
-        license=facts.licence.id,
+        license=facts.license.id,
         base_model=base_models or None,
         base_model_relation=("adapter" if facts.student.get("adapters") else "finetune") if base_models else None,
         teacher_model=[model for t in facts.teachers.values() if is_id(model := t.get("model"))] or None,

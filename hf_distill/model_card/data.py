@@ -17,13 +17,13 @@ class CardData:
     repo:         org/name of the student
     task:         of the pipeline, such as text-generation
     student:      the model it began as or the blocks it was cut to, parameters, adapters (whether it is only adapters)
-    teachers:     name -> kind, model, revision, license (key `licence`), parameters
+    teachers:     name -> kind, model, revision, license (key `license`), parameters
     objective:    temperature, alpha, divergence, losses
     data:         sources, numbers of rows, fingerprints
     training:     steps, tokens, seconds, arguments, FLOP, as far as known
     held_out:     model -> metrics on the held-out rows
     environment:  versions and machine
-    licence:      the license of the student, see `hub.licenses.LicenseDecision`
+    license:      the license of the student, see `hub.licenses.LicenseDecision`
     not_measured: see `unmeasured`
     retention:    tasks, from `hf-distill retention`
     diagnosis:    verdicts from `hf-distill diagnose`, name -> text; None: no diagnosis was made
@@ -41,7 +41,7 @@ class CardData:
     training: dict[str, Any]
     held_out: dict[str, dict[str, float]]
     environment: dict[str, Any]
-    licence: LicenseDecision
+    license: LicenseDecision
     not_measured: Sequence[str] = ()
     retention: Sequence[Mapping[str, Any]] = ()
     diagnosis: Mapping[str, str] | None = None

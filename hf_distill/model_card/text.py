@@ -69,9 +69,9 @@ def training_lines(facts: CardData) -> list[str]:
 
 def license_lines(facts: CardData) -> list[str]:
     """Return the license, the requirements of the teachers' licenses, and the conflicts that the author accepted."""
-    decision = facts.licence
+    decision = facts.license
     first = f"License: {decision.id}." if decision.id else "License: not specified."
-    teachers = "; ".join(f"{name}: {entry.get('licence') or 'unknown'}" for name, entry in facts.teachers.items())
+    teachers = "; ".join(f"{name}: {entry.get('license') or 'unknown'}" for name, entry in facts.teachers.items())
     accepted = (f"Accepted by the author: {line}." for line in decision.conflicts)
     lines = (first, f"Licenses of the teachers: {teachers}.", *decision.notes, *accepted)
     return [markdown(line) for line in lines]
@@ -166,7 +166,7 @@ def _teacher(entry: Mapping[str, Any]) -> str:
     parts += [f"{_count(entry['parameters'])} parameters"] if entry.get("parameters") else []
     parts += [f"{entry['blocks']} blocks"] if entry.get("blocks") else []
     parts += [f"quantized as {markdown(entry['quantization'])}"] if entry.get("quantization") else []
-    parts += [f"license {markdown(entry['licence'])}"] if entry.get("licence") else []
+    parts += [f"license {markdown(entry['license'])}"] if entry.get("license") else []
     return ", ".join(parts)
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from ..core.signals import FeatureKey
-from ..core.targets import RowPositions, Targets
+from ..core.targets import FeatureTokens, RowPositions
 from ..errors import DistillError
 from .blocks import get_layer_stack
 
 
 @contextmanager
 def capture_features(
-    model: nn.Module, feature_requests: Mapping[FeatureKey, Targets]
+    model: nn.Module, feature_requests: Mapping[FeatureKey, FeatureTokens]
 ) -> Iterator[dict[FeatureKey, Tensor]]:
     """Capture features of the forwards in a `with` block.
 
@@ -62,7 +62,7 @@ def capture_features(
             handle.remove()
 
 
-def _read_feature(key: FeatureKey, tokens: Targets, output: Any, attention: Any, block: nn.Module) -> Tensor:
+def _read_feature(key: FeatureKey, tokens: FeatureTokens, output: Any, attention: Any, block: nn.Module) -> Tensor:
     if key.kind == "hidden":
         return tokens.gather(output[0] if isinstance(output, tuple) else output)
     if attention is None:

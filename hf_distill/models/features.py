@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.signals import FeatureKey
-from ..core.targets import RowPositions, Targets
+from ..core.targets import FeatureTokens, RowPositions, Targets
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, Pairs, map_layers
 from ..losses.objective import Term
@@ -98,7 +98,7 @@ class FeatureLoss:
 
     terms: list[FeatureTerm]
     teacher_features: Mapping[FeatureKey, Tensor]
-    tokens: Mapping[str | None, Targets]
+    tokens: Mapping[str | None, FeatureTokens]
     targets: Targets
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
@@ -189,19 +189,19 @@ class Features:
                 mappings[feature_term.term.name] = LayerMixture(feature_term.pairs, len(feature_term.teacher.blocks))
         return {"projectors": projectors, "mappings": mappings}
 
-    def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, Targets]:
+    def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, FeatureTokens]:
         """Return, for each stack that a term reads, the N tokens whose features are compared."""
         stacks = {feature_term.term.stack: feature_term.student for feature_term in self.terms}
-        return {key: targets.feature_positions(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
+        return {key: targets.feature_tokens(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
 
-    def student_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
+    def student_requests(self, tokens: Mapping[str | None, FeatureTokens]) -> dict[FeatureKey, FeatureTokens]:
         """Return the features to capture in the student, with their tokens."""
         feature_keys = (
             feature_term.student_key(layer) for feature_term in self.terms for layer, _ in feature_term.pairs
         )
         return {key: tokens[key.stack] for key in feature_keys}
 
-    def teacher_requests(self, tokens: Mapping[str | None, Targets]) -> dict[FeatureKey, Targets]:
+    def teacher_requests(self, tokens: Mapping[str | None, FeatureTokens]) -> dict[FeatureKey, FeatureTokens]:
         """Return the features to request from the teacher, with their tokens."""
         feature_keys = (
             feature_term.teacher_key(layer) for feature_term in self.terms for layer in feature_term.teacher_layers()

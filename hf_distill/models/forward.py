@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..losses.fused import ChunkedLoss
 from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .feature_capture import capture_features
@@ -27,7 +27,7 @@ from .sidecar import sidecar_of
 
 
 def extract_signals(
-    model: nn.Module, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]
+    model: nn.Module, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]
 ) -> Signals:
     """Run a model and return its logits and features for the target tokens.
 
@@ -73,7 +73,7 @@ def forward_with_loss(
     model: nn.Module,
     inputs: dict,
     targets: Targets,
-    feature_requests: Mapping[FeatureKey, Targets],
+    feature_requests: Mapping[FeatureKey, FeatureTokens],
     make_losses: Callable[[LazyLogits | DenseLogits], StepLosses],
     keep_logits: bool = False,
 ) -> tuple[Tensor, Any, StepLosses]:
@@ -93,15 +93,15 @@ def forward_with_loss(
     """
     prepared = prepare_inputs(unwrap_model(model), inputs)
     head = output_head(model, prepared)
-    in_head: list[StepLosses] = []  # made in the head of the forward that runs; a model may be run twice
-    done: list[StepLosses] = []
+    head_losses: list[StepLosses] = []  # computed in the head of the present forward; a model may be run twice
+    forward_losses: list[StepLosses] = []  # of the completed forwards
     plan = plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)
     aux, is_lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
     aux_losses: list[Tensor | None] = []
 
     def run_fused_loss(student_logits: LazyLogits) -> Tensor:
         losses = make_losses(student_logits)
-        in_head.append(losses)
+        head_losses.append(losses)
         loss = losses.chunked_loss.from_hidden(student_logits)
         loss = loss if losses.teacher_loss is None else loss + losses.teacher_loss
         # The head returns the loss in the shape of logits. FSDP2 warns about views, whose hooks can be lost.
@@ -109,10 +109,10 @@ def forward_with_loss(
 
     def add_remaining_losses(outputs: Any) -> Any:
         """Add the losses that the head did not return to the model's `loss`, where DDP finds their graph."""
-        losses = in_head[-1] if in_head else make_losses(DenseLogits(targets.gather_logits(outputs.logits)))
-        done.append(losses)
-        summands = [] if in_head or losses.teacher_loss is None else [losses.teacher_loss]
-        in_head.clear()
+        losses = head_losses[-1] if head_losses else make_losses(DenseLogits(targets.gather_logits(outputs.logits)))
+        forward_losses.append(losses)
+        summands = [] if head_losses or losses.teacher_loss is None else [losses.teacher_loss]
+        head_losses.clear()
         aux_losses.append(aux.of(outputs))
         if aux_losses[-1] is not None:  # weighted with this batch's share of the target tokens of the global batch
             divisor = targets.divisor(losses.chunked_loss.num_items).to(aux_losses[-1].device)
@@ -132,8 +132,10 @@ def forward_with_loss(
             outputs, loss = _run(model, prepared, targets, head, run_fused_loss if is_lazy else None)
     finally:
         hook.remove()
-    losses, aux_loss = done[-1], aux_losses[-1]
-    loss = losses.chunked_loss.from_logits(targets.gather_logits(outputs.logits)) if loss is None else loss.reshape(())
+    losses, aux_loss = forward_losses[-1], aux_losses[-1]
+    if loss is None:
+        loss = losses.chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs.logits)))
+    loss = loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()

@@ -203,7 +203,7 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: 
     with _short_forward(model):
         with replaced_forward(head, record) as original:
             logits = _logits(model(**inputs))
-        if reason := _reason_of_shapes(outputs_of_head, logits):
+        if reason := _shape_mismatch(outputs_of_head, logits):
             return OutputHead(head, None, reason)
         assert logits is not None
         hidden, raw, positions = sample[0]
@@ -243,7 +243,7 @@ def _logits(outputs: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def _reason_of_shapes(outputs_of_head: list[Tensor], logits: Tensor | None) -> str:
+def _shape_mismatch(outputs_of_head: list[Tensor], logits: Tensor | None) -> str:
     if len(outputs_of_head) != 1:
         return f"its forward calls the output head {len(outputs_of_head)} times"
     if logits is None or logits.shape != outputs_of_head[0].shape:

@@ -56,7 +56,7 @@ def run_card_data(
         training=_training(run),
         held_out=held_out,
         environment=results.get("environment", {}),
-        licence=decide_student_license(run.recipe, teachers, repo, license, base_model, lookup),
+        license=decide_student_license(run.recipe, teachers, repo, license, base_model, lookup),
         not_measured=[*_smoke_note(run.recipe), *unmeasured(held_out, retention, diagnosis)],
         retention=retention,
         diagnosis=diagnosis,
@@ -134,7 +134,7 @@ def teacher_cards(
             sizes = results.get("teacher", {})
             card |= {key: sizes[key] for key in ("parameters", "blocks") if key in sizes}
         if source.model and (license := lookup(source.model, source.revision)):
-            card |= {"licence": license.id, "link": license.link, "forbids": license.forbids}
+            card |= {"license": license.id, "link": license.link, "forbids": license.forbids}
         cards[name] = card
     return cards
 
@@ -158,7 +158,7 @@ def decide_student_license(
         lookup: see `run_card_data`.
     """
     teacher_licenses = {
-        name: License(t["licence"], t["link"], t["forbids"]) for name, t in teachers.items() if "licence" in t
+        name: License(t["license"], t["link"], t["forbids"]) for name, t in teachers.items() if "license" in t
     }
     spec, base_license = recipe.student, None
     if base_model:

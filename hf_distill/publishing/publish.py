@@ -109,7 +109,7 @@ def publish(
     repo = _full_repo_id(api, repo)
     on_stage(f"Collecting the files and the card of {run.folder}")
     card_data = run_card_data(run, repo, license, base_model)
-    _check_license(card_data.licence, accept_license)
+    _check_license(card_data.license, accept_license)
     contents = collect_files(run, card_data, "report" in include)
     repository = read_repository(api, repo)
     check_repository(repository, contents.files, private, replace, card_data)
@@ -117,7 +117,7 @@ def publish(
     cache = _push_cache(run, repo, private, replace, on_stage) if "cache" in include else None
     commit = _commit(api, repository, private, contents, deleted, on_stage)
     url = f"{api.endpoint}/{repo}"
-    notes = [*card_data.licence.notes, *contents.notes]
+    notes = [*card_data.license.notes, *contents.notes]
     return Published(url, commit, sorted(contents.files), contents.left_out, notes, cache, deleted)
 
 
@@ -154,7 +154,7 @@ def dry_run(
     cache = _cache_bytes(run) if "cache" in include else None
     card = bytes(contents.files[CARD]).decode()
     smoke = smoke_run(run.recipe)
-    return DryRun(card, sizes, contents.left_out, card_data.licence, unknown, contents.notes, cache, smoke)
+    return DryRun(card, sizes, contents.left_out, card_data.license, unknown, contents.notes, cache, smoke)
 
 
 def _check_arguments(repo: str, include: Collection[str], base_model: str | None) -> None:

@@ -24,7 +24,7 @@ def schema() -> dict[str, object]:
         "required": ["output_dir"],
     }
     result["$defs"]["LossSpec"]["x-losses"] = {
-        name: {"needs": next(iter(loss.needs), None), "options": loss.option_schemas}
+        name: {"compares": next(iter(loss.compares), None), "options": loss.option_schemas}
         for name, loss in sorted(LOSSES.items())
     }
     return result

@@ -86,7 +86,7 @@ class LossSpec(StrictModel):
             check_layers(extra["layers"])
         if extra.get("stack") not in (None, "encoder", "decoder"):
             raise ValueError(f"loss {self.name!r} has stack {short(extra['stack'])}; it must be encoder or decoder")
-        if self.teacher is not None and loss["needs"] is None:
+        if self.teacher is not None and loss["compares"] is None:
             raise ValueError(f"loss {self.name!r} does not use a teacher: remove the key teacher")
         return self
 
@@ -131,6 +131,6 @@ class Distill(StrictModel):
     def _check_name(cls, value: str | dict[str, object]) -> str | dict[str, object]:
         options = {"name": value} if isinstance(value, str) else {**value}
         name = options.pop("name", None)
-        if _check_loss(name, options)["needs"] != "logits":
+        if _check_loss(name, options)["compares"] != "logits":
             raise ValueError(f"loss {name!r} does not use the teacher's logits, so it cannot be the divergence")
         return value

@@ -10,7 +10,7 @@ Log = Mapping[str, Any]
 
 
 def losses(logs: Sequence[Log]) -> Any:
-    """Plot every term of the objective, as `scale * loss`, over the steps.
+    """Plot every term of the objective, as `T^2 * loss`, over the steps.
 
     Args:
         logs: lines of metrics.jsonl of one training.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.processes import run_on_main
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..recipe.schema import Recipe
 from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
 from ..trainer.trainer import DistillTrainer
@@ -18,7 +18,7 @@ class NullTeacher(Teacher):
 
     provides_soft_labels = False
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Return no signals."""
         return Signals(None)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, named_sources
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, logits_by_teacher
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..losses.objective import Term
 from ..models.blocks import LayerStack
@@ -85,7 +85,7 @@ class Teacher(ABC):
     terms: Sequence[Term] = ()
     progress: float = 0.0
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call `forward`, and check the shape of what it returns.
 
         Raises:
@@ -96,7 +96,7 @@ class Teacher(ABC):
         return signals
 
     @abstractmethod
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Return the logits, and the requested features, for the target tokens of a batch, without gradients.
 
         Args:
@@ -184,7 +184,7 @@ class Teacher(ABC):
         """
         for term in terms:
             self.get_teacher(term.teacher)
-        return [term for term in terms if self.provides_soft_labels or not term.loss.needs]
+        return [term for term in terms if self.provides_soft_labels or not term.loss.compares]
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Return the reasons why some terms do not work with this teacher; called after `adapt_objective`."""
@@ -194,7 +194,7 @@ class Teacher(ABC):
         self,
         inputs: dict,
         targets: Targets,
-        feature_requests: Mapping[FeatureKey, Targets],
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
     ) -> "JointStep | None":
         """Return the step of a teacher that is trained with the student; None: `forward` is called instead.
@@ -274,7 +274,7 @@ def _check_signals(name: str, signals: Any, num_targets: int) -> None:
     )
     if not isinstance(signals, Signals):
         raise DistillError(f"{name}.forward returned a {type(signals).__name__}. {remedy}.")
-    for logits in named_sources(signals.logits).values():
+    for logits in logits_by_teacher(signals.logits).values():
         match logits:
             case DenseLogits(values=rows) | LazyLogits(hidden=rows) | SparseLogProbs(ids=rows):
                 shape = tuple(rows.shape)

@@ -17,7 +17,7 @@ from ..cache.reader import CachedExample
 from ..cache.serialization import decode_signals, encode_signals
 from ..core.logits import LogitScaling
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses.objective import Term
@@ -116,7 +116,7 @@ class CachedTeacher(Teacher):
         """
         manifest, problems = self.manifest, []
         for term in terms:
-            if not term.loss.needs:
+            if not term.loss.compares:
                 continue
             if term.loss.feature:
                 problems += self._missing_layers(term)
@@ -136,7 +136,7 @@ class CachedTeacher(Teacher):
         raise_if_any([f"{self.path}: {problem}" for problem in problems])
         return super().adapt_objective(terms)
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Read the teacher's signals for a batch.
 
         Raises:

@@ -50,7 +50,7 @@ def check_teacher_student(
     if isinstance(teacher, nn.Module):
         teacher_type, config = model_type_of(teacher), unwrap_model(teacher).config
         path = path or getattr(unwrap_model(teacher), "name_or_path", "")
-        check_kinds(teacher_type, student_type)
+        check_model_types(teacher_type, student_type)
     else:
         config = teacher
     if not student_type.vocabulary:
@@ -68,7 +68,7 @@ def check_teacher_student(
     )
 
 
-def check_kinds(teacher: ModelType, student: ModelType) -> None:
+def check_model_types(teacher: ModelType, student: ModelType) -> None:
     """Check that two model types are the same, and that both or none shift the labels in their own loss.
 
     Raises:

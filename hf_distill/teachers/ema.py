@@ -102,7 +102,7 @@ class StudentCopyTeacher(SelfTeacher):
 
     def metrics(self) -> dict[str, float]:
         """Return `teacher_weight_drift`: ||weights - initial weights|| / ||initial weights||, from a sample."""
-        return {"teacher_weight_drift": self._drift.to(self._ensure_shadow(), is_sharded(self.model))}
+        return {"teacher_weight_drift": self._drift.relative_to_start(self._ensure_shadow(), is_sharded(self.model))}
 
     def save(self, folder: str, rank: int, write: bool) -> None:
         """Write the shadow and the sampled initial weights; each rank of a sharded student writes its shards.

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of
 from .base import Teacher
-from .compatibility import check_kinds, check_teacher_student
+from .compatibility import check_model_types, check_teacher_student
 from .input_limits import InputLimits, check_data
 from .loading import TeacherLoader, run_eagerly
 from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
@@ -82,7 +82,7 @@ class FrozenTeacher(Teacher):
         )
         if self.model is None:
             self.model = self._loader.load(student, self._path, model_or_config, device)
-            check_kinds(model_type_of(self.model), model_type)
+            check_model_types(model_type_of(self.model), model_type)
         self.model.requires_grad_(False).eval()
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
@@ -97,7 +97,7 @@ class FrozenTeacher(Teacher):
         return get_layer_stack(self.model, which)
 
     @torch.no_grad()
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the frozen model once, with those inputs that its forward accepts."""
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_kinds import incompatible_teachers
 from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.objective import Term
@@ -126,8 +126,8 @@ class MultiTeacher(Teacher):
             for name, share in self.shares.items()
         ]
         first = next(iter(self.shares), None)
-        further = [replace(t, teacher=first) if t.loss.needs and t.teacher is None else t for t in further]
-        return [*soft_terms, hard, *(term for term in further if self.provides_soft_labels or not term.loss.needs)]
+        further = [replace(t, teacher=first) if t.loss.compares and t.teacher is None else t for t in further]
+        return [*soft_terms, hard, *(term for term in further if self.provides_soft_labels or not term.loss.compares)]
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Return the problems of every teacher; a view that one teacher gives the student concerns the terms of all."""
@@ -137,7 +137,7 @@ class MultiTeacher(Teacher):
             for problem in teacher.incompatible_terms(terms)
         ]
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""
         return _merge_signals(
             {
@@ -150,7 +150,7 @@ class MultiTeacher(Teacher):
         self,
         inputs: dict,
         targets: Targets,
-        feature_requests: Mapping[FeatureKey, Targets],
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
     ) -> JointStep | None:
         """Return the step of the teacher that is trained, joined with the signals of the others."""
@@ -223,7 +223,7 @@ class _CombinedStep(JointStep):
         return loss
 
 
-def _requests_for(name: str, feature_requests: Mapping[FeatureKey, Targets]) -> dict[FeatureKey, Targets]:
+def _requests_for(name: str, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> dict[FeatureKey, FeatureTokens]:
     """Return the requests for the features of one teacher."""
     return {key: tokens for key, tokens in feature_requests.items() if key.teacher == name}
 

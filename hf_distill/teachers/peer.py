@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
@@ -26,7 +26,7 @@ from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from ..models.sidecar import gathered_state_dict
 from .base import JointStep
-from .compatibility import check_kinds, check_teacher_student
+from .compatibility import check_model_types, check_teacher_student
 from .input_limits import InputLimits, check_data
 from .pretrained import as_path, check_checkpoint, hub_options, load_pretrained, read_config
 from .trainable import TrainableTeacher
@@ -121,7 +121,7 @@ class PeerTeacher(TrainableTeacher):
         elif self.model is None:
             kwargs = {"dtype": torch.float32, **options}
             self.model = load_pretrained(str(self._path), model_type, student, model_or_config, kwargs)
-            check_kinds(model_type_of(self.model), model_type)
+            check_model_types(model_type_of(self.model), model_type)
         self._limits = InputLimits.of(self.model, student)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
             raise DistillError(
@@ -175,7 +175,7 @@ class PeerTeacher(TrainableTeacher):
         """The peer's layers."""
         return get_layer_stack(self.model, which)
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the peer once in eval mode, outside the student's forward."""
         with eval_mode(self.model):
             return extract_signals(
@@ -186,7 +186,7 @@ class PeerTeacher(TrainableTeacher):
         self,
         inputs: dict,
         targets: Targets,
-        feature_requests: Mapping[FeatureKey, Targets],
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
     ) -> JointStep:
         """Return a step that runs the peer and computes its loss."""
@@ -226,7 +226,7 @@ class _PeerStep(JointStep):
 
     def __call__(self, student_logits: LazyLogits | DenseLogits) -> Tensor:
         peer_logits: list[LazyLogits | DenseLogits] = []
-        is_mutual = any(term.loss.needs for term in self.terms)
+        is_mutual = any(term.loss.compares for term in self.terms)
 
         def build_losses(logits: LazyLogits | DenseLogits) -> StepLosses:
             peer_logits.append(logits.detach())

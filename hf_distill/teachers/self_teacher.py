@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals, measure_output_head
@@ -38,7 +38,7 @@ class SelfTeacher(Teacher):
         """The student's layers."""
         return get_layer_stack(self.model, which)
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the student once, in the teacher's state."""
         measure_output_head(self.model, inputs)
         with eval_mode(self.model), self.teacher_mode():

@@ -41,7 +41,7 @@ class WeightDrift:
         self.start = {name: _sample(local_shard(tensor)).detach().float().clone() for name, tensor in tensors.items()}
 
     @torch.no_grad()
-    def to(self, tensors: Mapping[str, Tensor], is_sharded: bool) -> float:
+    def relative_to_start(self, tensors: Mapping[str, Tensor], is_sharded: bool) -> float:
         """Return ||now - start|| / ||start||.
 
         Args:

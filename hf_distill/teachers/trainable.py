@@ -30,7 +30,11 @@ class TrainableTeacher(Teacher):
 
     def metrics(self) -> dict[str, float]:
         """Return `teacher_weight_drift`: ||weights - initial weights|| / ||initial weights||, from a sample."""
-        return {"teacher_weight_drift": self._drift.to(dict(self.module.named_parameters()), is_sharded(self.module))}
+        return {
+            "teacher_weight_drift": self._drift.relative_to_start(
+                dict(self.module.named_parameters()), is_sharded(self.module)
+            )
+        }
 
     def save(self, folder: str, rank: int, write: bool) -> None:
         """Write the sampled initial weights."""

@@ -56,7 +56,7 @@ def trainer_card_data(
         },
         held_out=held_out,
         environment=environment(str(args.device)) | {"processes": args.world_size},
-        licence=decision,
+        license=decision,
         not_measured=unmeasured(held_out, (), None),
         prompt=[{"role": "user", "content": "Hello! What can you do?"}] if chat_template else None,
     )
@@ -77,7 +77,7 @@ def teacher_info(teacher: Teacher) -> dict[str, dict[str, Any]]:
             model: Any = unwrap_model(one.model)
             info |= {"model": public_name(model.name_or_path), "parameters": _num_parameters(model)}
         license_ = _known_license(info.get("model"))
-        infos[name] = info | {"licence": license_.id, "forbids": license_.forbids}
+        infos[name] = info | {"license": license_.id, "forbids": license_.forbids}
     return infos
 
 
@@ -90,7 +90,7 @@ def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: st
         repo: org/name of the student's repository.
     """
     licenses = {
-        name: License(info["licence"], forbids=info["forbids"]) for name, info in teachers.items() if info.get("model")
+        name: License(info["license"], forbids=info["forbids"]) for name, info in teachers.items() if info.get("model")
     }
     base = _known_license(public_name(student)) if student else None
     return decide_license(licenses, base, repo)

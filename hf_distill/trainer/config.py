@@ -124,7 +124,7 @@ class DistillArguments:
         self.teacher_init_kwargs = _parse_json("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         problems = self._wrong_types()
         with collect_errors(problems):
-            self._choose_direction()
+            self._set_greater_is_better()
         if not any(problem.startswith("divergence") for problem in problems):
             with collect_errors(problems):
                 self.terms()
@@ -160,7 +160,7 @@ class DistillArguments:
                 problems.append(f"{item.name} is {value!r}; it must be a number (the default is {default!r})")
         return problems
 
-    def _choose_direction(self) -> None:
+    def _set_greater_is_better(self) -> None:
         """Set `greater_is_better` for a metric of this package if it is not set; transformers chooses for others."""
         metric = getattr(self, "metric_for_best_model", None)
         if metric is not None and getattr(self, "greater_is_better", None) is None:

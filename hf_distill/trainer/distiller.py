@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, named_sources
+from ..core.logits import DenseLogits, LazyLogits, logits_by_teacher
 from ..core.signals import Signals
 from ..core.targets import Targets
 from ..errors import DistillError
@@ -25,7 +25,7 @@ class StepOutput:
     """Result of one distillation step.
 
     loss:      [] the sum over target tokens / num_items, with its autograd graph
-    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `scale * loss`, and the statistics if they were
+    per_token: name -> [T], detached: each term ("soft", "hard", ...) as `T^2 * loss`, and the statistics if they were
                requested; "aux" holds the sum of the auxiliary losses that the model's forward adds, if it adds any
     targets:   the T target tokens at their positions in the batch that the teacher reads
     outputs:   the outputs of the student's forward; their `logits` are a placeholder that carries the loss, [1, 1, 1],
@@ -151,7 +151,7 @@ def _check_class_counts(teacher_signals: Signals, student_logits: LazyLogits | D
     Raises:
         DistillError: the numbers of classes differ.
     """
-    for name, logits in named_sources(teacher_signals.logits).items():
+    for name, logits in logits_by_teacher(teacher_signals.logits).items():
         if logits.vocab_size not in (None, student_logits.vocab_size):
             subject = "The teacher" if name is None else f"The teacher {name!r}"
             raise DistillError(

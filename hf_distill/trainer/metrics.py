@@ -106,7 +106,7 @@ class MetricAccumulator:
         """
         if self._eval_sums is None:
             return
-        rows = step.targets.rows
+        rows = step.targets.batch_rows
         per_token = {**step.per_token, "target_tokens": torch.ones_like(rows, dtype=torch.float64)}
         table = torch.zeros(step.targets.shape[0], len(per_token), dtype=torch.float64, device=rows.device)
         for column, values in enumerate(per_token.values()):
@@ -165,7 +165,7 @@ def evaluation_metrics(
     return metrics
 
 
-def choose_direction(args: TrainingArguments) -> None:
+def correct_greater_is_better(args: TrainingArguments) -> None:
     """Set `greater_is_better` to False for a metric of this package that plain `TrainingArguments` set to True."""
     metric = args.metric_for_best_model
     if isinstance(args, DistillArguments) or metric is None or not args.greater_is_better:

@@ -286,9 +286,9 @@ def _norm_is_finite(norm: Tensor | float | None, device: torch.device) -> Tensor
 
 def _suggest_fix(report: NonFiniteReport) -> str:
     """Return what to change, as the end of a sentence that begins "Start again, with"."""
-    if not report.count:
+    if not report.num_nonfinite_tokens:
         return "a smaller learning_rate or max_grad_norm, a longer warm-up, or bf16 instead of fp16"
-    if "hard" in report.finite:
+    if "hard" in report.finite_terms:
         return (
             "a teacher whose logits are finite: the cross entropy of the student is finite for this token, so the "
             "teacher's logits are not (a teacher in fp16 can overflow where one in bf16 does not)"

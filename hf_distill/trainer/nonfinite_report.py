@@ -62,38 +62,40 @@ class NonFiniteToken:
 class NonFiniteReport:
     """What was not finite in a step.
 
-    step:       number of the optimizer step, counted from 1
-    loss:       whether the loss is finite on all ranks
-    count:      number of target tokens whose loss is not finite
-    num_tokens: number of target tokens
-    terms:      terms that are not finite for these tokens
-    finite:     terms that are finite for them
-    places:     the first of these tokens
-    parameters: the first parameters whose gradient is not finite; empty if clipping made all gradients NaN
+    step:                 number of the optimizer step, counted from 1
+    is_loss_finite:       whether the loss is finite on all ranks
+    num_nonfinite_tokens: number of target tokens whose loss is not finite
+    num_tokens:           number of target tokens
+    nonfinite_terms:      terms that are not finite for these tokens
+    finite_terms:         terms that are finite for them
+    tokens:               the first of these tokens
+    parameters:           the first parameters whose gradient is not finite; empty if clipping made all gradients NaN
     """
 
     step: int
-    loss: bool
-    count: int
+    is_loss_finite: bool
+    num_nonfinite_tokens: int
     num_tokens: int
-    terms: list[str]
-    finite: list[str]
-    places: list[NonFiniteToken]
+    nonfinite_terms: list[str]
+    finite_terms: list[str]
+    tokens: list[NonFiniteToken]
     parameters: list[str]
 
     def __str__(self) -> str:
-        if not self.count:
+        if not self.num_nonfinite_tokens:
             names = f" ({', '.join(self.parameters[:3])})" if self.parameters else ""
-            if self.loss:
+            if self.is_loss_finite:
                 return f"every loss is finite, but the gradient is not{names}"
             return f"the loss is not finite, but all terms are (does the model's forward add a loss?){names}"
-        first = self.places[0]
-        message = f"{', '.join(self.terms)}: not finite for {self.count} of {self.num_tokens} tokens"
+        first = self.tokens[0]
+        message = (
+            f"{', '.join(self.nonfinite_terms)}: not finite for {self.num_nonfinite_tokens} of {self.num_tokens} tokens"
+        )
         text = f" {first.text!r}" if first.text else ""
         message += f"; first for token {first.token}{text} at position {first.position} of example {first.example}"
         message += f" (rank {first.rank}, micro-batch {first.micro_batch}, row {first.row})"
-        if self.finite:
-            message += f"; {', '.join(self.finite)} {'is' if len(self.finite) == 1 else 'are'} finite there"
+        if self.finite_terms:
+            message += f"; {', '.join(self.finite_terms)} {'is' if len(self.finite_terms) == 1 else 'are'} finite there"
         return message
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,8 +116,8 @@ def locate_nonfinite_tokens(
     Returns:
         the first of these tokens, the number of all of them, and the number of target tokens.
     """
-    places: list[NonFiniteToken] = []
-    count = num_tokens = 0
+    tokens: list[NonFiniteToken] = []
+    num_nonfinite = num_tokens = 0
     for number, micro_batch in enumerate(micro_batches):
         targets = micro_batch.targets
         num_tokens += len(targets)
@@ -124,37 +126,45 @@ def locate_nonfinite_tokens(
         for value in values.values():
             is_nonfinite |= ~value.isfinite()
         indices = is_nonfinite.nonzero().squeeze(1).tolist()
-        count += len(indices)
+        num_nonfinite += len(indices)
         examples = batch_examples(dict(micro_batch.inputs), targets) if indices else []
         width = targets.shape[1] if len(targets.shape) > 1 else 1
-        for t in indices[: _MAX_REPORTED - len(places)]:
+        for t in indices[: _MAX_REPORTED - len(tokens)]:
             key = next((e.key.hex() for e in examples if e.target_slice.start <= t < e.target_slice.stop), "")
             token, position = int(targets.labels[t]), int(targets.positions[t]) % width
-            row = int(targets.rows[t])
+            row = int(targets.batch_rows[t])
             losses = {name: str(float(value[t])) for name, value in values.items()}
-            places.append(NonFiniteToken(rank, number, row, key, position, token, decode(token), losses))
-    return places, count, num_tokens
+            tokens.append(NonFiniteToken(rank, number, row, key, position, token, decode(token), losses))
+    return tokens, num_nonfinite, num_tokens
 
 
 def merge_reports(
-    step: int, loss: bool, ranks: Iterable[tuple[list[NonFiniteToken], int, int]], parameters: list[str]
+    step: int, is_loss_finite: bool, ranks: Iterable[tuple[list[NonFiniteToken], int, int]], parameters: list[str]
 ) -> NonFiniteReport:
     """Merge the results of all ranks into one report.
 
     Args:
         step: number of the optimizer step, counted from 1.
-        loss: whether the loss is finite on all ranks.
+        is_loss_finite: whether the loss is finite on all ranks.
         ranks: the result of `locate_nonfinite_tokens` on each rank.
         parameters: names of the parameters whose gradient is not finite.
     """
     ranks = list(ranks)
-    places = [token for tokens, _, _ in ranks for token in tokens][:_MAX_REPORTED]
-    values = [token.values for token in places]
+    reported_tokens = [token for tokens, _, _ in ranks for token in tokens][:_MAX_REPORTED]
+    values = [token.values for token in reported_tokens]
     names = list(values[0]) if values else []
-    terms = [name for name in names if any(not math.isfinite(float(losses[name])) for losses in values)]
-    finite = [name for name in names if name not in terms]
-    count, num_tokens = sum(count for _, count, _ in ranks), sum(total for *_, total in ranks)
-    return NonFiniteReport(step, loss, count, num_tokens, terms, finite, places, parameters[:_MAX_REPORTED])
+    nonfinite_terms = [name for name in names if any(not math.isfinite(float(losses[name])) for losses in values)]
+    finite_terms = [name for name in names if name not in nonfinite_terms]
+    return NonFiniteReport(
+        step,
+        is_loss_finite,
+        sum(num_nonfinite for _, num_nonfinite, _ in ranks),
+        sum(num_tokens for *_, num_tokens in ranks),
+        nonfinite_terms,
+        finite_terms,
+        reported_tokens,
+        parameters[:_MAX_REPORTED],
+    )
 
 
 class LossSpikeDetector:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype, named_sources
+from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype, logits_by_teacher
 from ..core.signals import Signals
 from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import RunError
@@ -96,7 +96,7 @@ class SelfCheck:
             if isinstance(student_logits, LazyLogits):
                 total = chunked_loss.from_hidden(replace(student_logits, hidden=leaf))
             else:
-                total = chunked_loss.from_logits(leaf)
+                total = chunked_loss.from_logits(DenseLogits(leaf))
             (gradient,) = torch.autograd.grad(total, leaf)
             expected_terms, expected_gradient = self._reference(chunked_loss, _materialize(student_logits))
         problems = []
@@ -128,19 +128,19 @@ class SelfCheck:
         student = _logit_sample(self.student) if isinstance(student_logits, LazyLogits) else None
         if student is None or not isinstance(student_logits, LazyLogits):
             return []
-        teacher = _logit_sample(self.teacher) if isinstance(chunked_loss.teacher, LazyLogits) else None
+        teacher = _logit_sample(self.teacher) if isinstance(chunked_loss.teacher_logits, LazyLogits) else None
         samples = [student] if teacher is None else [student, teacher]
         count = min(len(chunked_loss.targets), *(len(sample.logits) for sample in samples))
         rows, device = slice(count), student_logits.hidden.device
-        teacher_source: Any = _slice_teacher(chunked_loss.teacher, rows)
-        teachers = {name: _dense_signals(source) for name, source in named_sources(teacher_source).items()}
-        if teacher is not None and isinstance(chunked_loss.teacher, LazyLogits):
-            hidden = teacher.hidden[rows].to(chunked_loss.teacher.hidden)
-            teacher_source = replace(chunked_loss.teacher, hidden=hidden)
+        teacher_logits: Any = _slice_teacher(chunked_loss.teacher_logits, rows)
+        teachers = {name: _dense_signals(logits) for name, logits in logits_by_teacher(teacher_logits).items()}
+        if teacher is not None and isinstance(chunked_loss.teacher_logits, LazyLogits):
+            hidden = teacher.hidden[rows].to(chunked_loss.teacher_logits.hidden)
+            teacher_logits = replace(chunked_loss.teacher_logits, hidden=hidden)
             teachers = {None: Signals(DenseLogits(teacher.logits[rows].to(device)))}
         sampled_loss = replace(
             chunked_loss,
-            teacher=teacher_source,
+            teacher_logits=teacher_logits,
             targets=chunked_loss.targets.slice(rows),
             statistics_every=0,
             chunk_tokens=None,
@@ -192,7 +192,9 @@ class SelfCheck:
             the values of each term, [n], and the gradient of their weighted mean by the output of the head, [n, V].
         """
         head_output, logits = materialized
-        teachers = {name: _dense_signals(source) for name, source in named_sources(chunked_loss.teacher).items()}
+        teachers = {
+            name: _dense_signals(source) for name, source in logits_by_teacher(chunked_loss.teacher_logits).items()
+        }
         values, total = {}, head_output.new_zeros(())
         for term in chunked_loss.terms:
             losses = _term_values(term, Signals(DenseLogits(logits)), teachers, chunked_loss.targets)
@@ -207,7 +209,7 @@ class SelfCheck:
 def _term_values(term: Term, student: Signals, teachers: dict, targets: Targets) -> Tensor:
     """Return the unscaled losses of a term by its definition, [n]; 0 for the labels of tokens that have none."""
     values = term.loss.function(student, teachers.get(term.teacher), targets, **term.options)
-    return values if term.loss.needs or targets.has_label_mask is None else values * targets.has_label_mask
+    return values if term.loss.compares or targets.label_mask is None else values * targets.label_mask
 
 
 def _sample_tokens(
@@ -218,7 +220,7 @@ def _sample_tokens(
     rows = slice(0, step * NUM_TOKENS, step)
     sampled_loss = replace(
         chunked_loss,
-        teacher=_slice_teacher(chunked_loss.teacher, rows),
+        teacher_logits=_slice_teacher(chunked_loss.teacher_logits, rows),
         targets=chunked_loss.targets.slice(rows),
         statistics_every=0,
         chunk_tokens=NUM_TOKENS // 2,
@@ -236,7 +238,7 @@ def _logit_sample(model: nn.Module | None) -> LogitSample | None:
 
 def _slice_teacher(teacher: Any, rows: slice) -> Any:
     if isinstance(teacher, MultiTeacherLogits):
-        return MultiTeacherLogits({name: _slice(source, rows) for name, source in teacher.sources.items()})
+        return MultiTeacherLogits({name: _slice(source, rows) for name, source in teacher.by_teacher.items()})
     return None if teacher is None else _slice(teacher, rows)
 
 
@@ -290,7 +292,7 @@ def _dense_signals(source: LazyLogits | DenseLogits | SparseLogProbs) -> Signals
 
 def _check_no_grad(teacher_signals: Signals) -> list[str]:
     """Check that the teacher's signals have no autograd graph, through which the teacher would be trained."""
-    sources = named_sources(teacher_signals.logits).values()
+    sources = logits_by_teacher(teacher_signals.logits).values()
     tensors = [value for source in sources for value in vars(source).values() if isinstance(value, Tensor)]
     tensors += teacher_signals.features.values()
     return ["the teacher's signals require a gradient"] if any(tensor.requires_grad for tensor in tensors) else []

@@ -33,7 +33,7 @@ from .metrics import (
     TRAIN_STATISTICS_EVERY,
     MetricAccumulator,
     average_metrics,
-    choose_direction,
+    correct_greater_is_better,
     evaluation_metrics,
 )
 from .nonfinite import NonFiniteGuard
@@ -97,7 +97,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
-            choose_direction(self.args)
+            correct_greater_is_better(self.args)
             self.setup_distillation(self.teacher, distill_args)
         else:
             self.attach_sidecar(Features())
@@ -170,7 +170,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
             ProjectorConfig.of(distill_args.projectors),
         )
         self.distiller = Distiller(terms, distill_args.chunk_tokens, features)
-        self._pending_self_check = distill_args if distill_args.self_check else None
+        self._is_self_check_pending = distill_args.self_check
         # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -187,7 +187,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         super()._hp_search_setup(trial)
         changed = changed_arguments(self.args, self._objective_args, self.is_distilling)
         if self.is_distilling:
-            choose_direction(self.args)
+            correct_greater_is_better(self.args)
             raise_if_any(incompatible_arguments(self) + self.teacher.check_arguments(self.args))
             self._teacher_max_grad_norm = self.teacher.max_grad_norm
         if "max_consecutive_nonfinite_steps" in changed:
@@ -243,8 +243,8 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         is_training = model.training
-        if self._pending_self_check is not None:
-            self._prepare_self_check(self._pending_self_check, model, inputs)
+        if self._is_self_check_pending:
+            self._prepare_self_check(model, inputs)
         try:
             step = self.distiller(
                 model,
@@ -257,7 +257,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         except IndexError:  # an id outside the student's embeddings; this check names it
             check_student_ids(self.model, inputs)
             raise
-        self._pending_self_check = self.distiller.pre_loss_hook = None
+        self._is_self_check_pending, self.distiller.pre_loss_hook = False, None
         step.per_token.update(split_by_source(step, source, self._source_names))
         if is_training:
             self.metric_accumulator.add_micro_batch(step)
@@ -270,14 +270,14 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, step.outputs) if return_outputs else loss
 
-    def _prepare_self_check(self, distill_args: DistillArguments, model: nn.Module, inputs: dict) -> None:
+    def _prepare_self_check(self, model: nn.Module, inputs: dict) -> None:
         """Have the distiller compare this batch with a plain reference before it computes the loss."""
         teacher_model = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
         forget_output_head(model)
         if teacher_model is not None:
             forget_output_head(teacher_model)
         shift = model_type_of(self.model).shifts_labels
-        self.distiller.pre_loss_hook = SelfCheck(distill_args, inputs, shift, model, teacher_model)
+        self.distiller.pre_loss_hook = SelfCheck(self._distill_args, inputs, shift, model, teacher_model)
         check_student_ids(self.model, inputs)
 
     def _record_micro_batch(self, step: StepOutput, inputs: dict) -> None:

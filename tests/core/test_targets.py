@@ -10,7 +10,7 @@ def test_causal_targets_are_the_next_tokens_and_never_cross_a_row():
     targets = Targets.from_batch({"labels": labels}, shift=True)
     expected = [(b, s, int(labels[b, s + 1])) for b in range(2) for s in range(3) if labels[b, s + 1] != -100]
     assert (
-        list(zip(targets.rows.tolist(), (targets.positions % 4).tolist(), targets.labels.tolist(), strict=True))
+        list(zip(targets.batch_rows.tolist(), (targets.positions % 4).tolist(), targets.labels.tolist(), strict=True))
         == expected
     )
 

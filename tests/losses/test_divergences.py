@@ -7,10 +7,10 @@ from hf_distill import DistillError
 from hf_distill.core.logits import DenseLogits, SparseLogProbs
 from hf_distill.core.signals import Signals
 from hf_distill.losses import LOSSES, forward_kl, get_loss, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
-from hf_distill.losses.analytic_gradients import BufferPool, LogitPair
+from hf_distill.losses.analytic_gradients import BlockLogits, BufferPool
 from hf_distill.losses.divergences import adaptive_weight
 
-DIVERGENCES = [name for name, loss in LOSSES.items() if "logits" in loss.needs]
+DIVERGENCES = [name for name, loss in LOSSES.items() if "logits" in loss.compares]
 
 
 def naive(name: str, p: list[float], q: list[float]) -> float:
@@ -186,7 +186,7 @@ def test_equal_models_with_large_logits_and_a_large_vocabulary_have_divergence_z
     torch.manual_seed(0)
     logits = 4 * torch.randn(4, 49152) + 20
     values, gradient = get_loss(name).gradient_fn(
-        LogitPair(logits, None, torch.zeros(4, dtype=torch.long), BufferPool()).with_teacher(logits.clone())
+        BlockLogits(logits, None, torch.zeros(4, dtype=torch.long), BufferPool()).with_teacher(logits.clone())
     )
     assert values.abs().max() < 1e-5
     assert gradient.abs().max() < 5e-6

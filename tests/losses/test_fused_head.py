@@ -13,7 +13,7 @@ from hf_distill.losses.alignment import align
 from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
 
-DIVERGENCES = [name for name, item in LOSSES.items() if "logits" in item.needs]
+DIVERGENCES = [name for name, item in LOSSES.items() if "logits" in item.compares]
 N = 37
 
 
@@ -163,7 +163,7 @@ def student_logits(hs, ws, labels):
 def test_a_custom_loss_needs_no_analytic_gradient():
     try:
 
-        @loss("squared", needs=("logits",))
+        @loss("squared", compares=("logits",))
         def squared(student, teacher, targets=None, *, temperature: float = 1.0):
             s, t = align(student, teacher, temperature)
             return (s.exp() - t.exp()).pow(2).sum(-1)
@@ -216,7 +216,7 @@ def test_materialized_logits_give_the_same_loss_and_are_not_modified():
     teacher, is_target = LazyLogits(ht[labels != -100], wt), labels != -100
     logits = (hs @ ws.t())[is_target].detach().requires_grad_()
     before = logits.detach().clone()
-    got = sum_loss(objective(0.5, 2.0), teacher, labels).from_logits(logits)
+    got = sum_loss(objective(0.5, 2.0), teacher, labels).from_logits(DenseLogits(logits))
     expected = is_target.sum() * naive_loss(hs, ws, None, ht, wt, labels, temperature=2.0, alpha=0.5)
     torch.testing.assert_close(got, expected)
     grad_logits = gradients(got, (logits,))[0]

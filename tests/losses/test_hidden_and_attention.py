@@ -20,7 +20,7 @@ def tokens(causal=True, position_ids=None):
     labels = torch.where(MASK == 1, 5, -100)
     labels[:, 3] = -100
     inputs = {"labels": labels, "input_ids": labels, "attention_mask": MASK, "position_ids": position_ids}
-    return Targets.from_batch(inputs, shift=False).feature_positions(inputs, causal)
+    return Targets.from_batch(inputs, shift=False).feature_tokens(inputs, causal)
 
 
 def states(width, dtype=torch.float64, seed=0):
@@ -33,7 +33,7 @@ def naive_hidden(name, s, t, where):
         if name == "hidden_mse":
             values.append(((s[n] - t[n]) ** 2).mean())
         elif name == "hidden_relation":
-            same = [u for u in range(len(s)) if where.rows[u] == where.rows[n]]
+            same = [u for u in range(len(s)) if where.batch_rows[u] == where.batch_rows[n]]
             cos_s, cos_t = (F.cosine_similarity(x[n], x[same], dim=1) for x in (s, t))
             values.append((cos_s - cos_t).square().mean())
         else:
@@ -110,7 +110,7 @@ def test_equal_maps_have_loss_exactly_zero_and_masked_positions_no_nan_gradient(
 def naive_relation(v_s, v_t, where, heads):
     values = []
     for n in range(len(where)):
-        row, column, kl = where.rows[n], where.positions[n] % S, 0.0
+        row, column, kl = where.batch_rows[n], where.positions[n] % S, 0.0
         visible = where.visible()[n]
         for h in range(heads):
             logs = []
@@ -145,7 +145,7 @@ def test_a_token_attends_to_earlier_tokens_of_its_document_and_not_to_padding():
     packed = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [1, 1, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 0, 1]])
     where = tokens(position_ids=packed)
     for n in range(len(where)):
-        row, column = int(where.rows[n]), int(where.positions[n]) % S
+        row, column = int(where.batch_rows[n]), int(where.positions[n]) % S
         start = max(i for i in range(column + 1) if packed[row, i] == 0)
         expected = [start <= i <= column and bool(MASK[row, i]) for i in range(S)]
         assert where.visible()[n].tolist() == expected
@@ -157,8 +157,8 @@ def test_features_of_a_row_are_averaged_over_its_tokens():
     """For a sequence classifier all tokens of a row with a label have the same weight; padding has none."""
     inputs = {"labels": torch.tensor([1, -100, 0]), "input_ids": MASK, "attention_mask": MASK}
     targets = Targets.from_batch(inputs, shift=False)
-    where = targets.feature_positions(inputs, causal=False)
-    assert where.rows.tolist() == [0] * 5 + [2] * 7
+    where = targets.feature_tokens(inputs, causal=False)
+    assert where.batch_rows.tolist() == [0] * 5 + [2] * 7
     values = torch.arange(12.0)
     assert where.to_target_tokens(values, targets).tolist() == [values[:5].mean(), values[5:].mean()]
 

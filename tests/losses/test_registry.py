@@ -13,7 +13,7 @@ def _restore_registry():
 
 
 def test_keyword_parameters_of_a_loss_function_are_options():
-    @loss("mine", needs=("logits",), paper="0000.00000")
+    @loss("mine", compares=("logits",), paper="0000.00000")
     def mine(student, teacher, targets, *, sharpness: float = 3.0):
         return student
 
@@ -49,14 +49,14 @@ def test_a_name_that_is_no_identifier_is_refused(name):
         loss(name)
 
 
-@pytest.mark.parametrize("needs", [("hiden",), ("logits", "hidden")])
-def test_unknown_needs_are_refused(needs):
+@pytest.mark.parametrize("compares", [("hiden",), ("logits", "hidden")])
+def test_unknown_outputs_to_compare_are_refused(compares):
     with pytest.raises(DistillError, match="an empty tuple, or one of: logits, hidden, attention, values"):
-        loss("mine", needs=needs)
+        loss("mine", compares=compares)
 
 
 def test_a_custom_loss_on_hidden_states_is_trained(make_trainer):
-    @loss("hidden_l1", needs=("hidden",), project=True)
+    @loss("hidden_l1", compares=("hidden",), project=True)
     def hidden_l1(student, teacher, targets):
         return (student - teacher).abs().mean(-1)
 

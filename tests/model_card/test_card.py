@@ -21,13 +21,13 @@ FACTS = CardData(
     repo="org/small",
     task="text-generation",
     student={"model": "org/base", "parameters": 1_500_000},
-    teachers={"teacher": {"kind": "frozen", "model": "org/large", "revision": "c" * 40, "licence": "mit"}},
+    teachers={"teacher": {"kind": "frozen", "model": "org/large", "revision": "c" * 40, "license": "mit"}},
     objective={"temperature": 2.0, "alpha": 0.5, "divergence": {"name": "js", "beta": 0.1}, "losses": None},
     data={"sources": {"task": {"dataset": "org/rows", "revision": "d" * 40}}, "train_rows": 10},
     training={"steps": 3},
     held_out={"student": {"perplexity": 9.0, "kl": 0.5, "agreement": 0.25, "teacher_perplexity": 8.0}},
     environment={"device": "cpu", "hf_distill": "0.1.0"},
-    licence=LicenseDecision("mit", ["teacher: wants its name"], ["teacher: forbids it"]),
+    license=LicenseDecision("mit", ["teacher: wants its name"], ["teacher: forbids it"]),
 )
 
 
@@ -114,7 +114,7 @@ ATTACK = '<img src=x onerror=alert(1)>[x](https://evil.example)\n\n```\n# anothe
 def test_external_text_is_not_rendered_as_markup():
     """Names, samples, licenses, tasks and the recipe contain HTML, links, fences, and the end of the metadata."""
     task = {"task": ATTACK, "metric": ATTACK, "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
-    entry = {"kind": "frozen", "model": ATTACK, "licence": ATTACK, "version": ATTACK, "quantization": ATTACK}
+    entry = {"kind": "frozen", "model": ATTACK, "license": ATTACK, "version": ATTACK, "quantization": ATTACK}
     facts = replace(
         FACTS,
         student={"model": ATTACK, "revision": ATTACK},
@@ -122,7 +122,7 @@ def test_external_text_is_not_rendered_as_markup():
         data={"sources": {ATTACK: {"dataset": ATTACK, "revision": ATTACK}}},
         training={"stages": ATTACK, "arguments": {ATTACK: ATTACK}},
         environment={"device": ATTACK, "platform": ATTACK, "torch": ATTACK},
-        licence=LicenseDecision(ATTACK, [ATTACK], [ATTACK]),
+        license=LicenseDecision(ATTACK, [ATTACK], [ATTACK]),
         retention=[task | {"kept": {}}],
         diagnosis={ATTACK: ATTACK},
         recipe={"train": {"run_name": ATTACK, "long": ATTACK * 3}},
@@ -160,7 +160,7 @@ def test_a_card_contains_no_folder_of_this_machine(tmp_path):
         teachers={"teacher": {"kind": "frozen", "model": path}},
         data={"sources": {"task": {"dataset": path}}},
         training={"arguments": {"liger": path}},
-        licence=LicenseDecision("mit", [f"of {path}:"], []),
+        license=LicenseDecision("mit", [f"of {path}:"], []),
         diagnosis={"short": f"see {path}, `{path}`"},
         recipe={"data": {"task": {"path": path}}, "train": {"optim_args": f"file={path}"}},
         environment={"device": path},

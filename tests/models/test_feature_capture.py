@@ -39,7 +39,7 @@ def family(name):
 def captured(model, batch, stack=None, layers=(0, 1), kinds=("hidden", "attention", "values"), **more):
     """Return the captured features, their tokens, and the outputs of transformers."""
     targets = Targets.from_batch(batch, model_type_of(model).shifts_labels)
-    tokens = targets.feature_positions(batch, get_layer_stack(model, stack).causal, stack)
+    tokens = targets.feature_tokens(batch, get_layer_stack(model, stack).causal, stack)
     inputs = {k: v for k, v in batch.items() if k != "labels"} | more
     with torch.no_grad():
         with capture_features(
@@ -108,7 +108,7 @@ def test_capturing_does_not_change_the_model():
     torch.manual_seed(3)
     plain = model(**inputs).logits
     torch.manual_seed(3)
-    tokens = Targets.from_batch(batch, True).feature_positions(batch, True)
+    tokens = Targets.from_batch(batch, True).feature_tokens(batch, True)
     with capture_features(model, {FeatureKey("attention", 0): tokens}) as features:
         assert torch.equal(model(**inputs).logits, plain)
     assert features[FeatureKey("attention", 0)].sum(-1).allclose(torch.ones(1))  # maps as before dropout: distributions

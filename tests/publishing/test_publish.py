@@ -24,7 +24,7 @@ from hf_distill.publishing import check_ready, dry_run
 from hf_distill.recipe import load_recipe, run_recipe
 
 publish = partial(publishing.publish, allow_smoke=True)  # the fixture's run is a smoke run
-CARD = "---\nlicense: {licence}\n---\n# Teacher\n\n{text}\n"
+CARD = "---\nlicense: {license}\n---\n# Teacher\n\n{text}\n"
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +55,13 @@ def commits_of(hub: Hub, name: str = "tester/quick") -> int:
     return len(repo.commits) if repo else 0
 
 
-def with_hub_teacher(run, hub: Hub, licence: str, text: str = "", student: str | None = None):
+def with_hub_teacher(run, hub: Hub, license: str, text: str = "", student: str | None = None):
     """The same run, as if its teacher (and its student's base model) had been models of the Hub."""
-    hub.put("models", "org/teacher", {"README.md": CARD.format(licence=licence, text=text).encode()})
+    hub.put("models", "org/teacher", {"README.md": CARD.format(license=license, text=text).encode()})
     values = yaml.safe_load(run.path("recipe.yaml").read_text())
     values["teacher"]["model"] = "org/teacher"
     if student:
-        hub.put("models", "org/base", {"README.md": CARD.format(licence=student, text="").encode()})
+        hub.put("models", "org/base", {"README.md": CARD.format(license=student, text="").encode()})
         values["student"] = {"model": "org/base"}
     run.path("recipe.yaml").write_text(yaml.safe_dump(values))
     return open_run(run.folder)
@@ -184,7 +184,7 @@ def test_the_widget_and_the_snippet_use_the_same_prompt(run, hub):
 
 
 @pytest.mark.parametrize(
-    ("licence", "student", "text", "why"),
+    ("license", "student", "text", "why"),
     [
         ("apache-2.0", None, "You may not use this model or its outputs to train other models.", "its card says"),
         ("llama3", "apache-2.0", "", "forbids using its outputs"),
@@ -194,8 +194,8 @@ def test_the_widget_and_the_snippet_use_the_same_prompt(run, hub):
         ("gemma", "cc-by-nc-4.0", "", "different licenses"),
     ],
 )
-def test_a_license_conflict_must_be_accepted(run, hub, licence, student, text, why):
-    run = with_hub_teacher(run, hub, licence, text, student)
+def test_a_license_conflict_must_be_accepted(run, hub, license, student, text, why):
+    run = with_hub_teacher(run, hub, license, text, student)
     with pytest.raises(DistillError, match=why):
         publish(run, "tester/quick")
     assert ("models", "tester/quick") not in hub.repos

@@ -51,7 +51,7 @@ def test_the_target_tokens_are_the_same_in_every_view(kind, pad, view):
     batch = collate(rows(kind, 6, pad=pad))
     targets, inputs, moved = apply(view, kind, batch)
     assert torch.equal(moved.labels, targets.labels)
-    assert torch.equal(moved.rows, targets.rows)
+    assert torch.equal(moved.batch_rows, targets.batch_rows)
     again = Targets.from_batch(inputs, KINDS[kind])
     assert torch.equal(again.positions, moved.positions)
     assert torch.equal(again.labels, moved.labels)

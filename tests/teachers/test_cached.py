@@ -162,7 +162,7 @@ def test_the_analytic_gradient_of_a_sparse_teacher_equals_autograd(tail, tempera
     targets = Targets.from_batch({"labels": torch.zeros(9, dtype=torch.long)}, shift=False)
     (term,) = objective(1.0, temperature)[:1]
     (by_hand,) = torch.autograd.grad(term(Signals(DenseLogits(logits)), Signals(source), targets).sum(), logits)
-    loss = ChunkedLoss(source, targets, [term], num_items=1).from_logits(logits)
+    loss = ChunkedLoss(source, targets, [term], num_items=1).from_logits(DenseLogits(logits))
     (closed,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, term(Signals(DenseLogits(logits)), Signals(source), targets).sum())
     torch.testing.assert_close(closed, by_hand)
@@ -271,7 +271,7 @@ def test_padding_slots_of_sparse_log_probs_do_not_contribute(name):
     losses, gradients = [], []
     for source in (few, filled):
         leaf = logits.clone().requires_grad_()
-        losses.append(ChunkedLoss(source, targets, [term], num_items=1).from_logits(leaf))
+        losses.append(ChunkedLoss(source, targets, [term], num_items=1).from_logits(DenseLogits(leaf)))
         gradients += torch.autograd.grad(losses[-1], leaf)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)

@@ -156,7 +156,7 @@ def test_additional_losses_use_their_weight_and_temperature():
 def test_a_loss_that_returns_a_scalar_raises_an_error():
     from hf_distill.losses import LOSSES, loss
 
-    @loss("reduced", needs=())
+    @loss("reduced", compares=())
     def reduced(student, teacher, targets):
         return student.logits.project().sum()
 

@@ -247,7 +247,7 @@ def test_a_loss_with_the_name_of_a_statistic_changes_no_metric(make_trainer, nam
     from hf_distill.losses import LOSSES, loss
 
     plain = make_trainer().evaluate()
-    loss(name, needs=())(lambda student, teacher, targets: torch.full_like(targets.labels, 9.0, dtype=torch.float32))
+    loss(name, compares=())(lambda student, teacher, targets: torch.full_like(targets.labels, 9.0, dtype=torch.float32))
     try:
         metrics = make_trainer(losses=[{"name": name, "weight": 0.0}]).evaluate()
     finally:
@@ -267,7 +267,7 @@ def test_a_loss_with_the_name_of_a_statistic_changes_no_metric(make_trainer, nam
 def test_a_loss_with_the_name_of_a_teachers_loss_raises_an_error(make_trainer, name, teacher):
     from hf_distill.losses import LOSSES, loss
 
-    loss(name, needs=())(lambda student, teacher, targets: torch.zeros(len(targets)))
+    loss(name, compares=())(lambda student, teacher, targets: torch.zeros(len(targets)))
     try:
         with pytest.raises(DistillError, match=f"2 losses have the name '{name}'"):
             make_trainer(teacher=teacher(), losses=[{"name": name, "weight": 1.0}])

@@ -37,7 +37,7 @@ class BrokenTeacher(FrozenTeacher):
         broken = torch.zeros(len(targets), dtype=torch.bool)
         if self.row is not None:
             same = [torch.equal(ids, ROWS[self.row]["input_ids"]) for ids in inputs["input_ids"]]
-            broken = torch.tensor(same)[targets.rows]
+            broken = torch.tensor(same)[targets.batch_rows]
         if self.called in self.calls:
             broken[3:5] = True
         signals.logits.hidden[broken] = self.value
@@ -153,8 +153,8 @@ def test_training_stops_after_consecutive_nonfinite_steps_and_can_resume(make_tr
     report = json.loads((tmp_path / "out" / "nonfinite_steps.json").read_text())
     assert [step["step"] for step in report["steps"]] == [4, 5, 6]
     assert report["last_checkpoint"] == "checkpoint-4"
-    assert report["steps"][0]["terms"] == ["soft"]
-    assert report["steps"][0]["count"] == 2
+    assert report["steps"][0]["nonfinite_terms"] == ["soft"]
+    assert report["steps"][0]["num_nonfinite_tokens"] == 2
     healthy = make_trainer(max_steps=5, save_strategy="no")
     healthy.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert healthy.state.global_step == 5
@@ -194,7 +194,7 @@ def test_the_report_says_which_micro_batch_is_not_finite(make_trainer, warnings)
 def test_an_infinite_loss_with_a_finite_gradient_is_skipped(make_trainer):
     from hf_distill.losses import loss
 
-    @loss("infinite_value", needs={"logits"})
+    @loss("infinite_value", compares={"logits"})
     def infinite_value(student, teacher, targets):
         from hf_distill.losses.alignment import dense_logits
 

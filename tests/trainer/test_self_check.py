@@ -173,7 +173,7 @@ def test_missing_target_tokens_fail_the_check(make_trainer, monkeypatch):
 
 
 def test_a_custom_loss_that_reads_other_tokens_fails_the_check_unless_it_is_off(make_trainer):
-    @loss("centred", needs={"logits"})
+    @loss("centred", compares={"logits"})
     def centred(student, teacher, targets):
         values = student.logits.project().square().mean(1)
         return values - values.mean()

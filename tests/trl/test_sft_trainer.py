@@ -214,7 +214,10 @@ def test_student_and_teacher_are_loaded_by_path(make_sft, smollm2_tokenizer, tmp
 
 def test_plain_sft_config_distils_with_the_defaults(make_sft):
     plain = make_sft(config=SFTConfig)
-    assert [(t.name, t.weight, t.scale) for t in plain.distiller.terms] == [("soft", 0.5, 4.0), ("hard", 0.5, 1.0)]
+    assert [(t.name, t.weight, t.temperature_squared) for t in plain.distiller.terms] == [
+        ("soft", 0.5, 4.0),
+        ("hard", 0.5, 1.0),
+    ]
     assert losses(plain) == losses(make_sft(folder="own"))
 
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ...core.logits import DenseLogits, LazyLogits
 from ...core.signals import FeatureKey, Signals
-from ...core.targets import Targets
+from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError, raise_if_any
 from ...losses.fused import ChunkedLoss
 from ...losses.objective import Term
@@ -99,7 +99,7 @@ class MTPTeacher(TrainableTeacher):
         self.terms = [term for head_terms in self._terms for term in head_terms]
         return super().adapt_objective(terms)
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Return no logits: the student itself learns from the labels only."""
         return Signals(None)
 
@@ -107,7 +107,7 @@ class MTPTeacher(TrainableTeacher):
         self,
         inputs: dict,
         targets: Targets,
-        feature_requests: Mapping[FeatureKey, Targets],
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
     ) -> JointStep:
         """Return a step that runs the heads and computes their losses."""
@@ -157,7 +157,7 @@ class _MTPStep(JointStep):
         hidden = self.hidden
         rows = self.heads(hidden, self.inputs["input_ids"], self.student.get_input_embeddings(), self.block_kwargs)
         main_logits, total = student_logits.detach(), torch.zeros((), device=hidden.device)
-        documents = self.targets.feature_positions(self.inputs, causal=True).documents
+        documents = self.targets.feature_tokens(self.inputs, causal=True).documents
         for d, (terms, row) in enumerate(zip(self.terms, rows, strict=True), 1):
             token_indices, targets = self._targets_of_head(d, documents.flatten())
             self.skipped += len(targets) == 0
@@ -184,7 +184,7 @@ class _MTPStep(JointStep):
         is_inside = (targets.positions % width >= d) & (documents[earlier] == documents[targets.positions])
         indices = is_inside.nonzero().squeeze(1)
         return indices, replace(
-            targets, labels=targets.labels[indices], positions=earlier[indices], rows=targets.rows[indices]
+            targets, labels=targets.labels[indices], positions=earlier[indices], batch_rows=targets.batch_rows[indices]
         )
 
     def _logits(self, student_logits: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:

@@ -206,7 +206,9 @@ def _paraphrased(view: dict, inputs: dict, targets: Targets, is_aligned: bool) -
         return view, targets
     view["labels"] = inputs["view_labels"]
     view_targets = Targets.from_batch(view, shift)
-    if not (torch.equal(view_targets.labels, targets.labels) and torch.equal(view_targets.rows, targets.rows)):
+    if not (
+        torch.equal(view_targets.labels, targets.labels) and torch.equal(view_targets.batch_rows, targets.batch_rows)
+    ):
         raise DistillError(
             f"The batch has {len(targets)} target tokens and its paraphrase {len(view_targets)}, which are not the "
             "same tokens in the same order: make view_labels with tokenize_dataset(..., paraphrase=True), or use the "
@@ -249,5 +251,5 @@ def _prepend_context(
     view = view | {name: with_prefix(name, view[name]) for name in prefixes if view.get(name) is not None}
     if not is_aligned:
         return view, targets
-    positions = targets.rows * (width + count) + new_columns.flatten()[targets.positions]
+    positions = targets.batch_rows * (width + count) + new_columns.flatten()[targets.positions]
     return view, replace(targets, positions=positions, shape=torch.Size((len(ids), width + count)))

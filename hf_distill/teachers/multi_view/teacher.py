@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...core.signals import FeatureKey, Signals
-from ...core.targets import Targets
+from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError
 from ...losses.objective import Term
 from ...models.model_types import SEQUENCE, model_type_of, unwrap_model
@@ -66,12 +66,12 @@ class MultiViewTeacher(SelfTeacher):
         """Return the view in training if it is the student's, and else the batch unchanged."""
         return self._view_of(inputs, targets) if training and self._view_for == "student" else (inputs, targets)
 
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets]) -> Signals:
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the student on the view, or on the original batch where the student is trained on the view."""
         if self._view_for == "teacher" or not self.model.training:
             inputs, targets = self._view_of(inputs, targets)
             feature_requests = {
-                key: targets.feature_positions(inputs, tokens.causal, key.stack)
+                key: targets.feature_tokens(inputs, tokens.causal, key.stack)
                 for key, tokens in feature_requests.items()
             }
         return super().forward(inputs, targets, feature_requests)
