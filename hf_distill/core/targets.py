@@ -290,7 +290,7 @@ class RowPositions:
             if mask is not None and mask.shape != shape and bool((mask == 0).any()):
                 raise DistillError(
                     f"The attention_mask has shape {tuple(mask.shape)} and the hidden states have shape "
-                    f"{tuple(shape)}, so that padding cannot be found among the positions: use batches without "
+                    f"{tuple(shape)}, so padding cannot be found among the positions: use batches without "
                     "padding, or remove the losses on hidden states and attention."
                 )
             self._resolved = self._targets.all_tokens_of_rows(_documents(shape, mask, None, device), self.causal)

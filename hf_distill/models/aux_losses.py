@@ -311,7 +311,7 @@ def _how_to_disable_model_loss(model: PreTrainedModel) -> str:
     turn_off = f"disable them in its config (it has {values}); or " if values else ""
     return (
         f"To train without such losses, {turn_off}derive a class from {type(model).__name__} whose forward has no "
-        "`labels` and no `**kwargs`, so that it computes no loss."
+        "`labels` and no `**kwargs`, so it computes no loss."
     )
 
 

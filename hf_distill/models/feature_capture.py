@@ -99,7 +99,7 @@ def _patch_attention(block_of_module: Mapping[nn.Module, nn.Module], recorded: d
             if block is not None and block not in recorded:
                 if gradients and not torch.is_grad_enabled():
                     raise DistillError(
-                        "Reentrant activation checkpointing runs the blocks without a graph, so that a loss on "
+                        "Reentrant activation checkpointing runs the blocks without a graph, so a loss on "
                         "attention has no gradient: set "
                         'activation_checkpointing_kwargs={"use_reentrant": False}.'
                     )

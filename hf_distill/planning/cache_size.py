@@ -70,7 +70,7 @@ def kinds_of(
 
     Args:
         vocab: V of the teacher.
-        hidden: H of the teacher; None where its output head is no linear layer, so that hidden states cannot be
+        hidden: H of the teacher; None where its output head is no linear layer, so hidden states cannot be
             stored.
         length: tokens of a row.
         layers: number of layers whose hidden states are stored in addition to the last.

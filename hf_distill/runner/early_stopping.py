@@ -10,7 +10,7 @@ class EarlyStopping(TrainerCallback):
     """Stops training after a number of evaluations without an improvement of `metric_for_best_model`.
 
     transformers' `EarlyStoppingCallback` counts in an attribute, which is lost when training is resumed. This callback
-    counts in the log history, which is part of each checkpoint, so that a resumed training stops at the same step.
+    counts in the log history, which is part of each checkpoint, so a resumed training stops at the same step.
 
     Args:
         patience: Number of evaluations without an improvement after which training stops.

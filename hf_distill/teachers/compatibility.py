@@ -42,7 +42,7 @@ def check_teacher_student(
     """
     if teacher is student:
         raise DistillError(
-            "Teacher and student are the same object, so that training the student would change the teacher. Load the "
+            "Teacher and student are the same object, so training the student would change the teacher. Load the "
             "model twice, or copy it with copy.deepcopy."
         )
     student_type, student_config = model_type_of(student), unwrap_model(student).config
@@ -81,7 +81,7 @@ def check_model_types(teacher: ModelType, student: ModelType) -> None:
     if teacher.shifts_labels != student.shifts_labels:
         shifting, unshifting = ("teacher", "student") if teacher.shifts_labels else ("student", "teacher")
         raise DistillError(
-            f"The {shifting} shifts its labels in its own loss and the {unshifting} does not, so that their logits at "
+            f"The {shifting} shifts its labels in its own loss and the {unshifting} does not, so their logits at "
             "one position predict different tokens: use two models that both shift the labels, or two that do not."
         )
 

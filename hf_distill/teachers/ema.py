@@ -208,7 +208,7 @@ class SnapshotTeacher(StudentCopyTeacher):
         path: folder or Hub id of the first snapshot, a model of the student's class; None: the initial student.
 
     Raises:
-        DistillError: neither is given, so that the teacher would always be the initial student; or `interval_steps` is
+        DistillError: neither is given, so the teacher would always be the initial student; or `interval_steps` is
             below 1.
     """
 

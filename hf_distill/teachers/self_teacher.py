@@ -1,4 +1,4 @@
-"""Teachers that are the student itself in another state, so that no second model is in memory.
+"""Teachers that are the student itself in another state, so no second model is in memory.
 
 `SelfTeacher` is the base class; `AdapterBaseTeacher` is the student without its adapters. EMA and snapshot teachers
 (`ema.py`) and the multi-view teacher derive from the same base class.

@@ -46,7 +46,7 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
         if id(module) in modules and _depends_on_mode(module)
     ]:
         return [
-            f"the student and its teacher share modules ({', '.join(shared[:3])}), so that dropout in the student's "
+            f"the student and its teacher share modules ({', '.join(shared[:3])}), so dropout in the student's "
             "training is applied in the teacher too: build the student from copies (copy.deepcopy)"
         ]
     return []

@@ -50,7 +50,7 @@ class Distiller:
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
     3. `Teacher.transform_student_batch` may replace the student's view of the batch; the target tokens stay the same.
     4. The student's forward runs once. `ChunkedLoss` runs in place of its output head and computes the terms on
-       logits and their gradients chunk by chunk, so that full logits are never materialized.
+       logits and their gradients chunk by chunk, so full logits are never materialized.
     5. At the end of that forward, `FeatureLoss` computes the terms on hidden states and attention.
 
     Args:

@@ -132,7 +132,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):  # type: ignore[misc
     def _rows_to_generate(self, rows: list[dict]) -> list[bool]:
         """Choose the rows of this rank's batch for which the student generates completions.
 
-        Their number is the same on every rank, so that all ranks generate or none does. The choice depends on seed,
+        Their number is the same on every rank, so all ranks generate or none does. The choice depends on seed,
         step and rank, and the share is exact over the steps.
         """
         if not self.model.training:

@@ -131,7 +131,7 @@ def test_a_loss_with_the_gradient_function_of_another_fails_the_check(make_train
 
 
 def test_a_missing_squared_temperature_fails_the_check(make_trainer, monkeypatch):
-    monkeypatch.setattr(Term, "scale", property(lambda self: 1.0))
+    monkeypatch.setattr(Term, "temperature_squared", property(lambda self: 1.0))
     message = failure(make_trainer(temperature=2.0))
     assert "soft is " in message
     assert "by its definition" in message

@@ -105,7 +105,7 @@ class BatchView:
                 their positions.
 
         Raises:
-            DistillError: the batch has no `input_ids` or lacks what the view needs; the rows are packed, so that they
+            DistillError: the batch has no `input_ids` or lacks what the view needs; the rows are packed, so they
                 have no mask, and the view hides or prepends tokens.
         """
         if "input_ids" not in inputs:
