@@ -19,7 +19,7 @@ from .strict_model import StrictModel
 class LossSchema(TypedDict):
     """What a loss compares ("logits", "hidden_states", ...; None without a teacher), and the schemas of its options."""
 
-    needs: str | None
+    compares: str | None
     options: dict[str, JSONObject]
 
 
