@@ -208,6 +208,8 @@ class Recipe(StrictModel):
         Without a valid teacher the other checks are not possible, so its problems are raised first.
         """
         self._check_teachers()
+        if self.kinds == {"mtp"} and "alpha" not in self.distill.model_fields_set:
+            self.distill.alpha = 0.0  # the default of this kind, which gives no soft labels
         checks = (
             self._check_stages,
             self._check_adapters,
@@ -292,8 +294,6 @@ class Recipe(StrictModel):
             )
         if self.teachers:
             return
-        if "alpha" not in self.distill.model_fields_set:
-            self.distill.alpha = 0.0
         if self.distill.alpha or self.losses:
             raise ValueError("teacher.kind mtp teaches only its heads: set distill.alpha to 0, and remove losses")
 

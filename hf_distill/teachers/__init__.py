@@ -9,6 +9,7 @@ from .multi_teacher import MultiTeacher
 from .multi_view.teacher import MultiViewTeacher
 from .peer import PeerTeacher
 from .self_teacher import AdapterBaseTeacher
+from .trainable import TrainableTeacher
 
 __all__ = [
     "AdapterBaseTeacher",
@@ -21,4 +22,5 @@ __all__ = [
     "PeerTeacher",
     "SnapshotTeacher",
     "Teacher",
+    "TrainableTeacher",
 ]

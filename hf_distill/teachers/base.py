@@ -1,17 +1,17 @@
 """`Teacher`, from which custom teachers derive, and `JointStep`, which a trained teacher runs in the student's forward.
 
+`TrainableTeacher` in `trainable.py` is the base class of teachers that are trained with the student.
+
 Shape letters are those of `hf_distill.core.targets`: B rows, S positions, V vocabulary, T target tokens of a batch.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, logits_by_teacher
 from ..core.signals import FeatureKey, Signals
@@ -67,22 +67,14 @@ class Teacher(ABC):
     kind:                 the name that recipes use; "" for a custom class
     tied_to_student:      whether the teacher works only with the student that it was prepared for
     model:                the teacher model after `prepare`; None if there is none
-    trainable_module:     the module of the teacher that is trained, as a part of the student's sidecar; None: none is
-    optimizer_overrides:  "lr" and "weight_decay" of `trainable_module`; None: those of the student
-    max_grad_norm:        norm to which the gradient of `trainable_module` is clipped; None: clipped with the student's
     provides_soft_labels: whether the teacher gives the student soft labels, whose weight is alpha
-    terms:                the losses of `trainable_module`; their names differ from those of the student's terms
     progress:             progress of the training, in [0, 1]; the trainer sets it
     """
 
     kind: str = ""
     tied_to_student: bool = False
     model: Any = None
-    trainable_module: nn.Module | None = None
-    optimizer_overrides: Mapping[str, float | None] = MappingProxyType({})
-    max_grad_norm: float | None = None
     provides_soft_labels: bool = True
-    terms: Sequence[Term] = ()
     progress: float = 0.0
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -150,66 +142,14 @@ class Teacher(ABC):
             DistillError: the teacher cannot read some rows.
         """
 
-    def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """Return the reasons why the teacher cannot work with these arguments; called after `prepare`."""
+    def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
+        """Return the reasons why the student's terms do not work with this teacher; called after `prepare`.
+
+        Args:
+            terms: all terms of the student.
+            name: `Term.teacher` of the terms that read this teacher; None unless there are several teachers.
+        """
         return []
-
-    def get_teacher(self, name: str | None) -> "Teacher":
-        """Return the teacher that a loss uses.
-
-        Args:
-            name: the option `teacher` of the loss; None where the loss does not have it.
-
-        Raises:
-            DistillError: there is no such teacher.
-        """
-        if name is not None:
-            raise DistillError(
-                f"A loss names the teacher {name!r}, but there is one teacher, without a name: leave `teacher` out of "
-                "`losses`, or pass several teachers by name."
-            )
-        return self
-
-    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Adapt the student's objective to this teacher; a teacher that is trained derives its own `terms` from it.
-
-        Args:
-            terms: the terms of the student's objective.
-
-        Returns:
-            the terms that this teacher supports; terms that need its logits are removed where it has none.
-
-        Raises:
-            DistillError: the objective does not work with this teacher.
-        """
-        for term in terms:
-            self.get_teacher(term.teacher)
-        return [term for term in terms if self.provides_soft_labels or not term.loss.compares]
-
-    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Return the reasons why some terms do not work with this teacher; called after `adapt_objective`."""
-        return []
-
-    def joint_step(
-        self,
-        inputs: dict,
-        targets: Targets,
-        feature_requests: Mapping[FeatureKey, FeatureTokens],
-        num_items: Tensor | int | None,
-    ) -> "JointStep | None":
-        """Return the step of a teacher that is trained with the student; None: `forward` is called instead.
-
-        Args:
-            inputs: as in `forward`.
-            targets: as in `forward`.
-            feature_requests: as in `forward`.
-            num_items: divisor of sums over target tokens; None: the number of target tokens of this batch.
-        """
-        return None
-
-    def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
-        """Return the batch that the student reads, and the same target tokens at their positions in that batch."""
-        return inputs, targets
 
     def on_train_begin(self, step: int) -> None:  # noqa: B027
         """Called before the first step, after the student was wrapped by its strategy and `load` was called.
@@ -247,7 +187,7 @@ class JointStep(ABC):
     """What a trained teacher runs inside the student's forward, when the student's logits are known.
 
     teacher_signals: signals of the target tokens for the student's losses; set by the call
-    per_token:       name -> [T], losses of the teacher's own terms; set by the call
+    per_token:       name -> [T], losses of the teacher's terms; set by the call
     """
 
     teacher_signals: Signals
@@ -259,7 +199,7 @@ class JointStep(ABC):
 
     @abstractmethod
     def __call__(self, student_logits: LazyLogits | DenseLogits) -> Tensor:
-        """Return the teacher's own loss, [].
+        """Return the teacher's loss, [].
 
         Args:
             student_logits: logits of the target tokens, with their graph.

@@ -108,15 +108,11 @@ class CachedTeacher(Teacher):
                 "scaling": LogitScaling(**manifest.scaling)
             }
 
-    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Check that the cache holds what the objective needs.
-
-        Raises:
-            DistillError: a temperature, divergence or feature is not in the cache; the message lists all of them.
-        """
+    def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
+        """Return the temperatures, divergences and features of terms of this teacher that the cache does not hold."""
         manifest, problems = self.manifest, []
         for term in terms:
-            if not term.loss.compares:
+            if not term.loss.compares or term.teacher != name:
                 continue
             if term.loss.feature:
                 problems += self._missing_layers(term)
@@ -133,8 +129,7 @@ class CachedTeacher(Teacher):
                         f"{manifest.temperature:g}: set that temperature, or write a cache of kind hidden, which "
                         "supports every temperature"
                     )
-        raise_if_any([f"{self.path}: {problem}" for problem in problems])
-        return super().adapt_objective(terms)
+        return [f"{self.path}: {problem}" for problem in problems]
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Read the teacher's signals for a batch.

@@ -3,19 +3,17 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_kinds import incompatible_teachers
-from ..errors import DistillError, did_you_mean, raise_if_any
+from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term
 from .base import JointStep, Teacher
 from .frozen import FrozenTeacher
@@ -53,7 +51,6 @@ class MultiTeacher(Teacher):
         self.shares = {name: weights.get(name, 1.0) / total for name in names}
         self.provides_soft_labels, self._progress = bool(names), 0.0
         self.tied_to_student = any(teacher.tied_to_student for teacher in self)
-        self._trained = next((teacher for teacher in self if isinstance(teacher, TrainableTeacher)), None)
 
     def __iter__(self) -> Iterator[Teacher]:
         return iter(self.teachers.values())
@@ -69,73 +66,20 @@ class MultiTeacher(Teacher):
         for teacher in self:
             teacher.progress = value
 
-    def get_teacher(self, name: str | None) -> Teacher:
-        """Return the teacher of that name; without a name the first teacher with soft labels.
-
-        Raises:
-            DistillError: no teacher with soft labels has that name.
-        """
-        if name is None:
-            return self.teachers[next(iter(self.shares or self.teachers))]
-        if name not in self.shares:
-            names = ", ".join(self.shares) or "there are none"
-            raise DistillError(
-                f"A loss names the teacher {name!r}, which is not one of the teachers with soft labels ({names})"
-                f"{did_you_mean(name, self.shares)}"
-            )
-        return self.teachers[name]
-
     def input_names(self) -> frozenset[str]:
         """Names of the inputs that any of the teachers accepts."""
         return frozenset().union(*(teacher.input_names() for teacher in self))
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Prepare every teacher; `model` is that of the first, `trainable_module` that of the trained one."""
+        """Prepare every teacher; `model` is that of the first."""
         for teacher in self:
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
-        if self._trained is not None:
-            self.trainable_module, self.optimizer_overrides = (
-                self._trained.trainable_module,
-                self._trained.optimizer_overrides,
-            )
 
     def check_data(self, rows: Any, name: str) -> None:
         """Check a data set with every teacher."""
         for teacher in self:
             teacher.check_data(rows, name)
-
-    def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """Return the problems of every teacher, and take over `max_grad_norm` of the one that is trained."""
-        problems = [
-            f"{name}: {problem}" for name, teacher in self.teachers.items() for problem in teacher.check_arguments(args)
-        ]
-        self.max_grad_norm = self._trained.max_grad_norm if self._trained else None
-        return problems
-
-    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Replace the soft term by a term `soft_NAME` for each teacher, with its share of the weight."""
-        soft, hard, *further = terms
-        for name, teacher in self.teachers.items():
-            teacher.adapt_objective([replace(soft, weight=soft.weight * self.shares.get(name, 0.0)), hard])
-        self.terms = self._trained.terms if self._trained else ()
-        for term in further:
-            self.get_teacher(term.teacher)
-        soft_terms = [
-            replace(soft, name=f"soft_{name}", teacher=name, weight=soft.weight * share)
-            for name, share in self.shares.items()
-        ]
-        first = next(iter(self.shares), None)
-        further = [replace(t, teacher=first) if t.loss.compares and t.teacher is None else t for t in further]
-        return [*soft_terms, hard, *(term for term in further if self.provides_soft_labels or not term.loss.compares)]
-
-    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Return the problems of every teacher; a view that one teacher gives the student concerns the terms of all."""
-        return [
-            f"{name}: {problem}"
-            for name, teacher in self.teachers.items()
-            for problem in teacher.incompatible_terms(terms)
-        ]
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""
@@ -152,31 +96,23 @@ class MultiTeacher(Teacher):
         targets: Targets,
         feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
+        terms: Sequence[Term],
     ) -> JointStep | None:
-        """Return the step of the teacher that is trained, joined with the signals of the others."""
-        steps = {
-            name: teacher.joint_step(inputs, targets, _requests_for(name, feature_requests), num_items)
-            for name, teacher in self.teachers.items()
-        }
-        trained_step = next((step for step in steps.values() if step is not None), None)
-        if trained_step is None:
+        """Return the step of the teacher that is trained, joined with the signals of the others; None: none is."""
+        trained, signals = find_trained_teacher(self), dict[str, Signals]()
+        if trained is None:
             return None
-        frozen = {
-            name: teacher(inputs, targets, _requests_for(name, feature_requests))
-            for name, teacher in self.teachers.items()
-            if steps[name] is None
-        }
+        for name, teacher in self.teachers.items():
+            requests = _requests_for(name, feature_requests)
+            if teacher is trained:
+                trained_step = trained.joint_step(inputs, targets, requests, num_items, terms)
+            else:
+                signals[name] = teacher(inputs, targets, requests)
 
-        def merge(trained: Signals) -> Signals:
-            return _merge_signals({name: frozen.get(name, trained) for name in self.teachers})
+        def merge(trained_signals: Signals) -> Signals:
+            return _merge_signals({name: signals.get(name, trained_signals) for name in self.teachers})
 
         return _CombinedStep(trained_step, merge)
-
-    def transform_student_batch(self, inputs: dict, targets: Targets, training: bool) -> tuple[dict, Targets]:
-        """Apply the transformations of all teachers."""
-        for teacher in self:
-            inputs, targets = teacher.transform_student_batch(inputs, targets, training)
-        return inputs, targets
 
     def on_train_begin(self, step: int) -> None:
         """Call the hook of every teacher."""
@@ -221,6 +157,16 @@ class _CombinedStep(JointStep):
         self.teacher_signals = self.merge(self.trained_step.teacher_signals)
         self.per_token = self.trained_step.per_token
         return loss
+
+
+def teachers_by_name(teacher: Teacher) -> Mapping[str | None, Teacher]:
+    """Return the teachers of a `MultiTeacher` by name, and any other teacher under the name None."""
+    return dict(teacher.teachers.items()) if isinstance(teacher, MultiTeacher) else {None: teacher}
+
+
+def find_trained_teacher(teacher: Teacher) -> TrainableTeacher | None:
+    """Return the teacher that is trained with the student: the teacher or one of several; None if there is none."""
+    return next((one for one in teachers_by_name(teacher).values() if isinstance(one, TrainableTeacher)), None)
 
 
 def _requests_for(name: str, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> dict[FeatureKey, FeatureTokens]:

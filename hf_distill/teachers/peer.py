@@ -136,8 +136,8 @@ class PeerTeacher(TrainableTeacher):
         check_data(self._limits, rows, name)
 
     def check_arguments(self, args: TrainingArguments) -> list[str]:
-        """Return what the strategy or the arguments of the run do not support, and set `max_grad_norm`."""
-        self.max_grad_norm, problems = self._max_grad_norm or args.max_grad_norm, []
+        """Return what the strategy or the arguments of the run do not support."""
+        problems = []
         if args.fsdp or any(hasattr(p, "to_local") for p in self.model.parameters()):
             problems.append(
                 "a peer is trained as a part of the student, and FSDP does not shard it: use DDP or DeepSpeed"
@@ -154,22 +154,27 @@ class PeerTeacher(TrainableTeacher):
             problems.append(
                 "max_grad_norm of the run is 0, which disables clipping: set it, or leave the peer's max_grad_norm out"
             )
-        if self.freeze_at_progress is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = args.world_size > 1 or None  # those of a frozen peer
         return problems
 
-    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Derive the peer's terms from the student's: `peer_hard`, and `peer_soft` with mutual learning."""
-        soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
-        self.terms = [replace(hard, name="peer_hard", weight=hard.weight if self._mutual else 1.0)]
-        if self._mutual:
-            self.terms = [replace(soft, name="peer_soft"), *self.terms]
-            if hard.weight == 0:
-                logger.warning(
-                    "Mutual learning with alpha=1: the two models learn only from each other, and no loss uses the "
-                    "labels of the data. Set alpha below 1."
-                )
-        return super().adapt_objective(terms)
+    def clip_norm(self, args: TrainingArguments) -> float:
+        """Return the peer's `max_grad_norm`, or that of the run: the peer is clipped separately."""
+        return self._max_grad_norm or args.max_grad_norm
+
+    def adjust_arguments(self, args: TrainingArguments) -> None:
+        """Let DDP look for unused parameters if the peer is frozen at some point and the run does not say."""
+        if self.freeze_at_progress is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = args.world_size > 1 or None
+
+    def derive_terms(self, soft: Term, hard: Term) -> list[Term]:
+        """Return `peer_hard`, and `peer_soft` with mutual learning."""
+        if not self._mutual:
+            return [replace(hard, name="peer_hard", weight=1.0)]
+        if hard.weight == 0:
+            logger.warning(
+                "Mutual learning with alpha=1: the two models learn only from each other, and no loss uses the "
+                "labels of the data. Set alpha below 1."
+            )
+        return [replace(soft, name="peer_soft"), replace(hard, name="peer_hard")]
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
         """The peer's layers."""
@@ -188,6 +193,7 @@ class PeerTeacher(TrainableTeacher):
         targets: Targets,
         feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
+        terms: Sequence[Term],
     ) -> JointStep:
         """Return a step that runs the peer and computes its loss."""
         is_frozen = self.freeze_at_progress is not None and self.progress >= self.freeze_at_progress
@@ -195,7 +201,7 @@ class PeerTeacher(TrainableTeacher):
         if is_frozen:
             self.model.eval()
         measure_before_student_loss(self.model, inputs, targets)
-        return _PeerStep(self.model, self.terms, is_frozen, inputs, targets, feature_requests, num_items)
+        return _PeerStep(self.model, terms, is_frozen, inputs, targets, feature_requests, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
         """Save the peer so that `from_pretrained` can load it.

@@ -1,6 +1,6 @@
 """One distillation step: `Distiller` takes a batch and returns its loss. It runs with or without a Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,8 @@ from ..models.features import FeatureLoss, Features
 from ..models.forward import StepLosses, forward_with_loss
 from ..models.model_call import without_foreign_inputs
 from ..models.model_types import model_type_of, unwrap_model
-from ..teachers import Teacher
+from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
+from ..teachers.multi_teacher import teachers_by_name
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Distiller:
     1. `Targets.from_batch` reads the target tokens (labels != -100) and shifts the labels once.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient.
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
-    3. `Teacher.transform_student_batch` may replace the student's view of the batch; the target tokens stay the same.
+    3. A `MultiViewTeacher` may replace the student's view of the batch; the target tokens stay the same.
     4. The student's forward runs once. `ChunkedLoss` runs in place of its output head and computes the terms on
        logits and their gradients chunk by chunk, so full logits are never materialized.
     5. At the end of that forward, `FeatureLoss` computes the terms on hidden states and attention.
@@ -58,6 +59,7 @@ class Distiller:
         chunk_tokens: target tokens in one chunk of the fused loss; None chooses as many as fit into 150 MiB
             on a CPU, or into an eighth of the free memory on a GPU.
         features: the terms on features, matched to student and teacher. The student must have their sidecar attached.
+        teacher_terms: the terms of a teacher that is trained with the student.
 
     Attributes:
         pre_loss_hook: called before the loss of each batch is computed, with the chunked loss, the student's logits,
@@ -66,8 +68,14 @@ class Distiller:
 
     pre_loss_hook: Callable[[ChunkedLoss, LazyLogits | DenseLogits, Signals, Targets], None] | None = None
 
-    def __init__(self, terms: list[Term], chunk_tokens: int | None = None, features: Features | None = None):
-        self.terms, self.chunk_tokens = terms, chunk_tokens
+    def __init__(
+        self,
+        terms: list[Term],
+        chunk_tokens: int | None = None,
+        features: Features | None = None,
+        teacher_terms: Sequence[Term] = (),
+    ):
+        self.terms, self.chunk_tokens, self.teacher_terms = terms, chunk_tokens, teacher_terms
         self.features = Features() if features is None else features
         self._logit_terms = [term for term in terms if not term.loss.feature]
 
@@ -102,11 +110,15 @@ class Distiller:
         targets.check_ids(num_outputs)
         feature_tokens = self.features.tokens(inputs, targets)
         feature_requests = self.features.teacher_requests(feature_tokens)
-        joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items)
+        joint_step = None
+        if isinstance(teacher, TrainableTeacher | MultiTeacher):
+            joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items, self.teacher_terms)
         teacher_signals = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
 
         teacher_targets = targets
-        inputs, targets = teacher.transform_student_batch(inputs, targets, model.training)
+        for each in teachers_by_name(teacher).values():
+            if isinstance(each, MultiViewTeacher):
+                inputs, targets = each.transform_student_batch(inputs, targets, model.training)
         if targets is not teacher_targets:
             feature_tokens = self.features.tokens(inputs, targets)
 

@@ -23,7 +23,7 @@ from ..models.sidecar import (
     sidecar_of,
     strip_sidecar,
 )
-from ..teachers import Teacher
+from ..teachers import TrainableTeacher
 
 _Base: Any = Trainer if TYPE_CHECKING else object
 
@@ -32,17 +32,17 @@ class SidecarMixin(_Base):
     """Attaches a sidecar to the student, optimizes, saves and restores it; without one nothing changes."""
 
     _features = Features()
+    _trained_teacher: TrainableTeacher | None = None
     _teacher_module: nn.Module | None = None  # the trained module of the teacher
-    _teacher_max_grad_norm: float | None = None
     # Kinds of sidecar parts -> options of their optimizer parameter group.
     _param_group_options: Mapping[tuple[str, ...], Mapping[str, float | None]] = MappingProxyType({})
 
-    def attach_sidecar(self, features: Features, teacher: Teacher | None = None, renew: bool = True) -> None:
+    def attach_sidecar(self, features: Features, teacher: TrainableTeacher | None = None, renew: bool = True) -> None:
         """Attach a sidecar to the student, in place of an earlier one.
 
         Args:
             features: the terms on features, which say what projectors and layer mixtures are needed.
-            teacher: a prepared teacher, which may have a trainable module.
+            teacher: a prepared teacher that is trained with the student.
             renew: whether to replace an earlier sidecar that has the same parts.
 
         Raises:
@@ -53,9 +53,8 @@ class SidecarMixin(_Base):
         self._features = features
         groups: dict[tuple[str, ...], Mapping[str, float | None]] = {}
         groups[("projectors", "mappings")] = features.projectors.options
-        self._teacher_module = self._teacher_max_grad_norm = None
-        if teacher is not None and teacher.trainable_module is not None:
-            self._teacher_module, self._teacher_max_grad_norm = teacher.trainable_module, teacher.max_grad_norm
+        self._trained_teacher, self._teacher_module = teacher, trainable_module
+        if teacher is not None:
             groups[("teacher",)] = teacher.optimizer_overrides
         self._param_group_options = groups
         if renew or not has_same_parts:
@@ -115,17 +114,18 @@ class SidecarMixin(_Base):
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradients; a teacher with its `max_grad_norm` is clipped separately from the student.
+        """Clip the gradients; a teacher that has a `clip_norm` is clipped separately from the student.
 
         Returns:
             [] the norm of the student's gradient, or the teacher's if that is not finite: then both skip the step.
         """
-        if self._teacher_max_grad_norm is None or self.is_deepspeed_enabled:
+        max_norm = None if self._trained_teacher is None else self._trained_teacher.clip_norm(self.args)
+        if max_norm is None or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         assert self._teacher_module is not None
         teacher_parameters = {id(p): p for p in self._teacher_module.parameters()}
         self.accelerator.unscale_gradients()
-        teacher_norm = torch.nn.utils.clip_grad_norm_(teacher_parameters.values(), self._teacher_max_grad_norm)
+        teacher_norm = torch.nn.utils.clip_grad_norm_(teacher_parameters.values(), max_norm)
         student_parameters = [p for p in model.parameters() if id(p) not in teacher_parameters]
         student_norm = torch.nn.utils.clip_grad_norm_(student_parameters, self.args.max_grad_norm)
         return torch.where(teacher_norm.isfinite(), student_norm, teacher_norm)

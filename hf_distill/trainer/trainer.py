@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.targets import SECOND_VIEW_KEYS, target_labels
 from ..errors import DistillError, raise_if_any
-from ..losses.objective import repeated_names
 from ..models.features import Features
 from ..models.model_call import input_names
 from ..models.model_types import model_type_of, unwrap_model
@@ -22,6 +21,7 @@ from ..models.output_head import forget_output_head
 from ..models.projectors import ProjectorConfig
 from ..teachers import FrozenTeacher, Teacher
 from ..teachers.input_limits import check_student_ids
+from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import WeightsMixin
@@ -44,6 +44,7 @@ from .signal_handling import GracefulShutdown
 from .source_metrics import split_by_source
 from .teacher_argument import build_teacher, has_objective
 from .teacher_callback import TeacherCallback
+from .terms import build_objective
 from .upstream import TRAINER, check_upstream
 from .validation import incompatible_arguments, wrong_arguments
 
@@ -151,7 +152,9 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
             raise_if_any(shared)
         for name in ("train_dataset", "eval_dataset"):
             teacher.check_data(getattr(self, name), name)
-        raise_if_any(teacher.check_arguments(self.args) + self._check_model_init(teacher))
+        raise_if_any(self._incompatible_training(teacher))
+        if (trained_teacher := find_trained_teacher(teacher)) is not None:
+            trained_teacher.adjust_arguments(self.args)
 
     def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
         """Build the objective and the distiller for the prepared teacher, whose state stays as it is.
@@ -161,21 +164,21 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
             renew: whether projectors are initialized again even if the objective needs the same ones as before.
         """
         teacher = self.teacher
-        terms = teacher.adapt_objective(distill_args.terms(self.args.label_smoothing_factor))
-        raise_if_any(repeated_names([*terms, *teacher.terms]) + teacher.incompatible_terms(terms))
+        objective = build_objective(distill_args, teacher, self.args.label_smoothing_factor)
+        teachers = teachers_by_name(teacher)
         features = Features.match(
-            terms,
+            objective.student,
             self.model,
-            lambda term: teacher.get_teacher(term.teacher).layer_stack(term.stack),
+            lambda term: teachers[term.teacher].layer_stack(term.stack),
             ProjectorConfig.of(distill_args.projectors),
         )
-        self.distiller = Distiller(terms, distill_args.chunk_tokens, features)
+        self.distiller = Distiller(objective.student, distill_args.chunk_tokens, features, objective.teacher)
         self._is_self_check_pending = distill_args.self_check
         # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._signature_columns: Any = None  # the columns of an earlier teacher do not apply
-        self.attach_sidecar(features, teacher, renew)
+        self.attach_sidecar(features, find_trained_teacher(teacher), renew)
         self._distill_args = distill_args
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -188,8 +191,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         changed = changed_arguments(self.args, self._objective_args, self.is_distilling)
         if self.is_distilling:
             correct_greater_is_better(self.args)
-            raise_if_any(incompatible_arguments(self) + self.teacher.check_arguments(self.args))
-            self._teacher_max_grad_norm = self.teacher.max_grad_norm
+            raise_if_any(incompatible_arguments(self) + self._incompatible_training(self.teacher))
         if "max_consecutive_nonfinite_steps" in changed:
             self.nonfinite_guard.max_consecutive_steps = self.args.max_consecutive_nonfinite_steps
         distill_args = self._distill_args
@@ -199,14 +201,16 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
             self._set_objective(distill_args, renew=self.model_init is not None)
         self._objective_args = objective_arguments(self.args)
 
-    def _check_model_init(self, teacher: Teacher) -> list[str]:
-        """Say why `model_init` does not work with this teacher; empty if it does."""
-        if self.model_init is None or not teacher.tied_to_student:
-            return []
-        return [
-            f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one student "
-            "only. Pass model instead of model_init"
-        ]
+    def _incompatible_training(self, teacher: Teacher) -> list[str]:
+        """Return why a prepared teacher does not work with `args`, if it is trained, or with `model_init`."""
+        trained = find_trained_teacher(teacher)
+        problems = [] if trained is None else trained.check_arguments(self.args)
+        if self.model_init is not None and teacher.tied_to_student:
+            problems.append(
+                f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one "
+                "student only. Pass model instead of model_init"
+            )
+        return problems
 
     def incompatible_arguments(self) -> list[str]:
         """Return why this kind of trainer cannot distill; `validation` adds the reasons that hold for every Trainer."""
@@ -282,7 +286,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
 
     def _record_micro_batch(self, step: StepOutput, inputs: dict) -> None:
         """Keep the per-token losses of a micro-batch, to locate tokens whose loss turns out not to be finite."""
-        term_names = [term.name for term in (*self.distiller.terms, *self.teacher.terms)]
+        term_names = [term.name for term in (*self.distiller.terms, *self.distiller.teacher_terms)]
         values = {name: step.per_token[name] for name in (*term_names, "aux", "peer_aux") if name in step.per_token}
         self.nonfinite_guard.micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
 
@@ -360,7 +364,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
-        return average_metrics(sums, [*self.distiller.terms, *self.teacher.terms], self._source_names)
+        return average_metrics(sums, [*self.distiller.terms, *self.distiller.teacher_terms], self._source_names)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import build
+from transformers import TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.teachers import EMATeacher, PeerTeacher
@@ -68,10 +69,16 @@ def test_a_changed_argument_applies_to_the_next_training(make_trainer, name, val
 
 
 def test_a_peer_is_clipped_by_the_changed_max_grad_norm(make_trainer):
-    trainer = make_trainer(teacher=PeerTeacher(build("llama", 1)), max_steps=1)
-    trainer.args.max_grad_norm = 0.25
+    peer, norms = build("llama", 1), []
+
+    class Recorded(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            norms.append(torch.stack([p.grad.norm() for p in peer.parameters()]).norm().item())
+
+    trainer = make_trainer(teacher=PeerTeacher(peer), max_steps=1, callbacks=[Recorded()])
+    trainer.args.max_grad_norm = 0.001
     trainer.train()
-    assert trainer._teacher_max_grad_norm == 0.25
+    assert norms == [pytest.approx(0.001, rel=1e-2)]
 
 
 @pytest.mark.parametrize(

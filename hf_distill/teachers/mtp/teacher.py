@@ -44,7 +44,7 @@ class MTPTeacher(TrainableTeacher):
     """
 
     kind = "mtp"
-    trainable_module: nn.Module | None = None
+    trainable_module: MTPHeads
     provides_soft_labels = False
 
     def __init__(
@@ -73,31 +73,20 @@ class MTPTeacher(TrainableTeacher):
             DistillError: heads cannot be made from this student.
         """
         self.model = student
-        if self.trainable_module is None:
+        if not hasattr(self, "trainable_module"):
             self.trainable_module = MTPHeads(student, self._count)
 
     def check_arguments(self, args: TrainingArguments) -> list[str]:
         """Return the reason why FSDP is not supported: it shards what the heads share with the student."""
         return ["MTP heads cannot be trained under FSDP: use DDP or DeepSpeed"] if args.fsdp else []
 
-    def adapt_objective(self, terms: Sequence[Term]) -> list[Term]:
-        """Derive the heads' terms from the student's: `mtp_hard_d` and `mtp_soft_d` for each head d.
-
-        Raises:
-            DistillError: the objective has a soft loss or further losses of the student.
-        """
-        soft, hard = (next(term for term in terms if term.name == name) for name in ("soft", "hard"))
-        if soft.weight or len(terms) > 2:
-            raise DistillError(
-                f"alpha is {soft.weight:g} and there are {len(terms) - 2} further losses, but an MTPTeacher teaches "
-                "only its heads and gives the student itself no soft labels: set alpha to 0 and leave losses out."
-            )
-        self._terms = [
-            [replace(t, name=f"mtp_{t.name}_{d}", weight=self._weights[t.name]) for t in (soft, hard)]
+    def derive_terms(self, soft: Term, hard: Term) -> list[Term]:
+        """Return `mtp_soft_d` and `mtp_hard_d` for each head d."""
+        return [
+            replace(term, name=f"mtp_{term.name}_{d}", weight=self._weights[term.name])
             for d in range(1, self._count + 1)
+            for term in (soft, hard)
         ]
-        self.terms = [term for head_terms in self._terms for term in head_terms]
-        return super().adapt_objective(terms)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Return no logits: the student itself learns from the labels only."""
@@ -109,11 +98,10 @@ class MTPTeacher(TrainableTeacher):
         targets: Targets,
         feature_requests: Mapping[FeatureKey, FeatureTokens],
         num_items: Tensor | int | None,
+        terms: Sequence[Term],
     ) -> JointStep:
         """Return a step that runs the heads and computes their losses."""
-        self._step = _MTPStep(
-            self.model, self.trainable_module, self._terms, inputs, targets, targets.divisor(num_items)
-        )
+        self._step = _MTPStep(self.model, self.trainable_module, terms, inputs, targets, targets.divisor(num_items))
         return self._step
 
     def metrics(self) -> dict[str, float]:
@@ -126,7 +114,6 @@ class MTPTeacher(TrainableTeacher):
         Raises:
             RunError: some weights of the heads are not finite; nothing is written.
         """
-        assert isinstance(self.trainable_module, MTPHeads)
         save_heads(self.trainable_module, folder)
 
 
@@ -136,7 +123,8 @@ class _MTPStep(JointStep):
     teacher_signals = Signals(None)
 
     def __init__(self, student, heads, terms, inputs, targets, divisor):
-        self.student, self.heads, self.terms = unwrap_model(student), heads, terms
+        self.student, self.heads = unwrap_model(student), heads
+        self.terms = [terms[i : i + 2] for i in range(0, len(terms), 2)]  # soft and hard of each head
         self.inputs, self.targets, self.divisor = inputs, targets, divisor
         self.per_token, self.skipped = {}, 0
 

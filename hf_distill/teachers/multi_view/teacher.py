@@ -76,8 +76,8 @@ class MultiViewTeacher(SelfTeacher):
             }
         return super().forward(inputs, targets, feature_requests)
 
-    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Return the losses on features that would compare the features of different tokens."""
+    def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
+        """Return the losses on features that would compare different tokens; a student's view concerns all of them."""
         changes = [
             name for name in ("span_deletion", "prepend_context_tokens", "paraphrase") if getattr(self.view, name)
         ]
@@ -86,7 +86,10 @@ class MultiViewTeacher(SelfTeacher):
             f"{' and '.join(changes)} has other tokens: use token_dropout alone, or a loss on hidden states of target "
             "tokens"
             for term in terms
-            if changes and term.loss.feature and not (term.loss.feature == "hidden" and self._keeps_tokens(term))
+            if changes
+            and (self._view_for == "student" or term.teacher == name)
+            and term.loss.feature
+            and not (term.loss.feature == "hidden" and self._keeps_tokens(term))
         ]
 
     def _keeps_tokens(self, term: Term) -> bool:
