@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_distill.core import matmul
 from hf_distill.core.logits import LazyLogits, LogitScaling
 from hf_distill.core.targets import Targets
 from hf_distill.losses.fused import ChunkedLoss
@@ -93,21 +94,23 @@ class GpuMeter(TorchDispatchMode):
 
     def __post_init__(self):
         super().__init__()
-        self._live: dict[int, int] = {}
+        self._live: dict[int, int] = {}  # storage -> bytes that were allocated under the meter
+        self._live_bytes = 0
 
     def __hash__(self):
         return id(self)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        read_kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+        inputs = [leaf for leaf in tree_leaves((args, read_kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in inputs:
+            self._register(tensor, 0)  # allocated before the meter, unless it is known
+        result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            self._allocate(tensor)
-        inputs = [
-            x for x in tree_leaves((args, {k: v for k, v in kwargs.items() if k != "out"})) if isinstance(x, Tensor)
-        ]
+            self._register(tensor, tensor.untyped_storage().nbytes())
         if name in _FREE or all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)):
             return result
         if name in self.kernels:
@@ -133,14 +136,18 @@ class GpuMeter(TorchDispatchMode):
         # An accumulated result is read, too. The first chunk's need not be: a lower bound ignores it.
         entry.seconds += max(flop / self.gpu.flops[a.dtype], _num_bytes([a, b, out]) / self.gpu.bandwidth)
 
-    def _allocate(self, tensor: Tensor) -> None:
+    def _register(self, tensor: Tensor, num_bytes: int) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if tensor.device.type == "cpu" or key in self._live:
             return
-        self._live[key] = storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
-        weakref.finalize(storage, self._live.pop, key, None)
+        self._live[key] = num_bytes
+        self._live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self._live_bytes -= self._live.pop(key)
 
     @property
     def product_seconds(self) -> float:
@@ -226,6 +233,7 @@ class Problem:
             (the meter, the calls of "mem_get_info").
         """
         with meta_as_cuda(free_gib) as calls:
+            matmul._multiplies_to_float32(torch.device("meta"), self.dtype)  # its trial is not counted
             student, chunked_loss = self._loss()
             gc.collect()
             with GpuMeter(**options) as meter:

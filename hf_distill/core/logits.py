@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .matmul import project_matmul
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return float64 if a tensor has it, else float32; losses are never computed in a lower precision."""
@@ -92,16 +94,19 @@ class LogitScaling:
 class LazyLogits:
     """Logits that are computed chunk by chunk: `scaling(hidden @ weight.T + bias)`.
 
-    hidden:  [T, H] input of the output head
-    weight:  [V, H] of the output head
-    bias:    [V] of the output head, or None
-    scaling: scale and soft cap after the head
+    hidden:        [T, H] input of the output head
+    weight:        [V, H] of the output head
+    bias:          [V] of the output head, or None
+    scaling:       scale and soft cap after the head
+    master_weight: [V, H] parameter in float32 that autocast cast to `weight`; the fused loss gives it its gradient in
+                   float32, without rounding to the dtype of `weight`. None: `weight` gets the gradient
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
     scaling: LogitScaling = LogitScaling()
+    master_weight: Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -127,27 +132,6 @@ class LazyLogits:
         if self.bias is not None:
             out.add_(self.bias)
         return self.scaling.apply_(out)
-
-
-_TILE_ROWS = 4096  # rows of the head's weight that are converted to float32 at a time
-
-
-def project_matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Write `hidden @ weight.T` into `out` [t, V], in the precision of `out`.
-
-    Args:
-        hidden: [t, H].
-        weight: [V, H].
-        out: [t, V].
-    """
-    if hidden.dtype == weight.dtype == out.dtype:
-        return torch.mm(hidden, weight.t(), out=out)
-    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize < out.dtype.itemsize:
-        return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    hidden = hidden.to(out.dtype)
-    for v in range(0, len(weight), _TILE_ROWS):
-        torch.mm(hidden, weight[v : v + _TILE_ROWS].to(out.dtype).t(), out=out[:, v : v + _TILE_ROWS])
-    return out
 
 
 @dataclass(frozen=True)
@@ -192,21 +176,6 @@ def logits_by_teacher(
     if isinstance(source, MultiTeacherLogits):
         return dict(source.by_teacher.items())
     return {} if source is None else {None: source}
-
-
-def grad_hidden_matmul(gradient: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Add `gradient @ weight` to `out` [t, H], in the precision of `out`.
-
-    Args:
-        gradient: [t, V].
-        weight: [V, H].
-        out: [t, H].
-    """
-    if weight.dtype == out.dtype:
-        return out.addmm_(gradient, weight)
-    for v in range(0, len(weight), _TILE_ROWS):
-        out.addmm_(gradient[:, v : v + _TILE_ROWS], weight[v : v + _TILE_ROWS].to(out.dtype))
-    return out
 
 
 def cumulative_sum(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ p and q are the softmaxes of student and teacher, as in `divergences.py`. If g i
 respect to p, the gradient with respect to the student logits is p * (g - sum_v p(v) * g(v)) / temperature.
 """
 
+import builtins
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,23 @@ class BlockLogits:
             block._student_softmaxes = self._student_softmaxes
         return block
 
+    def slice(self, rows: builtins.slice, student_only: "BlockLogits | None" = None) -> "BlockLogits":
+        """Return the logits of some target tokens, with the softmaxes that were computed for the whole block.
+
+        Args:
+            rows: target tokens.
+            student_only: these rows of the object whose `with_teacher` made this one; the two share the student's
+                softmaxes if both have all ids of the student.
+        """
+        teacher, full = (None if t is None else t[rows] for t in (self.teacher, self.teacher_full))
+        block = BlockLogits(self.student[rows], teacher, self.labels[rows], self._buffer_pool, self.may_be_masked)
+        block.teacher_full = full
+        block._student_softmaxes = _slice(self._student_softmaxes, rows)
+        block._teacher_softmaxes = _slice(self._teacher_softmaxes, rows)
+        if student_only is not None and student_only.student.shape == block.student.shape:
+            block._student_softmaxes = student_only._student_softmaxes
+        return block
+
     def student_softmax(self, temperature: float = 1.0) -> Softmax:
         """Return the softmax of the student logits / temperature; callers must not write to it."""
         return self._softmax(self._student_softmaxes, self.student, temperature)
@@ -143,6 +161,11 @@ class BlockLogits:
             lse = z.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
             softmaxes[temperature] = Softmax(z, probs, lse)
         return softmaxes[temperature]
+
+
+def _slice(softmaxes: dict[float, Softmax], rows: slice) -> dict[float, Softmax]:
+    """Return the softmaxes of some rows by their temperatures."""
+    return {temperature: Softmax(*(t[rows] for t in softmax)) for temperature, softmax in softmaxes.items()}
 
 
 def _logit_gradient(block: BlockLogits, p: Tensor, g: Tensor, factor: float) -> Tensor:

@@ -3,11 +3,12 @@
 For each chunk of target tokens, in the forward:
 
 1. `student_chunk` [t, V_s] and `teacher_chunks` [t, V_t] are computed into one buffer for each model.
-2. The chunk is divided into blocks [r, V] of rows that fit a CPU's cache (on a GPU the block is the chunk).
+2. The chunk is divided into blocks [r, V] of rows that fit a CPU's cache, or whose temporaries are small on a GPU.
 3. For each block, every term of the objective gives its values [r] and its gradient with respect to the student logits,
-   from an analytic formula or from autograd. The weighted sum of the gradients overwrites the student logits.
+   from an analytic formula or from autograd. The weighted sum of the gradients overwrites the student logits, or is
+   rounded to bf16 in a buffer of its own where bf16 matrices are multiplied to float32 (see `core/matmul.py`).
 4. The chunk's gradient is multiplied with the output head's weight and with the hidden states: it is added to the
-   gradients of hidden states, weight and bias.
+   gradients of hidden states, weight and bias, in float32 or better.
 
 The backward only scales these gradients by the incoming gradient. The memory is that of one chunk, whatever the size of
 the vocabulary and the number of target tokens. Each chunk costs four matrix products: the logits of both models and the
@@ -15,7 +16,7 @@ gradients of hidden states and weight. Because the loss leaves through the outpu
 gather the head's weight and reduce its gradient as usual.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,19 +30,16 @@ from ..core.logits import (
     MultiTeacherLogits,
     SparseLogProbs,
     compute_dtype,
-    grad_hidden_matmul,
     logits_by_teacher,
 )
+from ..core.matmul import accumulate_matmul, multiplies_bf16_gradient
 from ..core.signals import Signals
 from ..core.targets import Targets
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits, BufferPool
+from .fused_buffers import auto_chunk_tokens, block_rows, new_row_buffer
 from .objective import Term
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
-
-_CPU_CHUNK_BYTES = 150 * 2**20  # bytes of the buffers of a chunk on a CPU
-CPU_CACHE_BYTES = 5 * 2**19  # bytes of a block of rows that a CPU's cache holds
-MAX_TEMPORARIES = 10  # most tensors [r, V] that analytic gradients allocate for a block: js at T != 1 with statistics
 
 LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs
 LogitChunk: TypeAlias = Tensor | SparseLogProbs
@@ -56,9 +54,9 @@ class ChunkedLoss:
     targets:          T target tokens
     terms:            of the objective
     statistics_every: also compute `kl` (T = 1), `agreement` (top-1) and the entropies and cross entropies of both
-                      models, on every n-th block (0 disables, 1 is every block). `measured` is 1 for the tokens of
-                      these blocks; for other tokens all of them are 0. Of several teachers, the first is compared
-    chunk_tokens:     target tokens in a chunk; None for as many as `auto_chunk_tokens` allows
+                      models, for every n-th target token (0 disables, 1 is every token). `measured` is 1 for these
+                      tokens; for others all of them are 0. Of several teachers, the first is compared
+    chunk_tokens:     target tokens in a chunk; None for as many as `auto_chunk_tokens` returns
     num_items:        divisor of the sum, number of target tokens of the global batch; None for T
     per_token:        name -> [T], set by `run_chunks`: the terms (scaled, not weighted) and the statistics
     """
@@ -80,7 +78,7 @@ class ChunkedLoss:
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise DistillError(
                 f"chunk_tokens is {self.chunk_tokens}; give a number of tokens of at least 1, or None to choose it "
-                "from the memory."
+                "from the sizes of the vocabularies."
             )
 
     def from_hidden(self, student: LazyLogits) -> Tensor:
@@ -91,7 +89,12 @@ class ChunkedLoss:
         """
         needs_gradient = torch.is_grad_enabled()
         return self._inverse_divisor_after_forward * _LossFromHidden.apply(
-            student.hidden, student.weight, student.bias, student.scaling, needs_gradient, self
+            student.hidden,
+            student.weight if student.master_weight is None else student.master_weight,
+            student.bias,
+            student.detach(),
+            needs_gradient,
+            self,
         )
 
     def from_logits(self, student: DenseLogits) -> Tensor:
@@ -103,27 +106,36 @@ class ChunkedLoss:
         needs_gradient = torch.is_grad_enabled() and student.values.requires_grad
         return self._inverse_divisor_after_forward * _LossFromLogits.apply(student.values, needs_gradient, self)
 
-    def run_chunks(self, student: DenseLogits | LazyLogits, on_gradient: OnGradient | None = None) -> Tensor:
+    def run_chunks(
+        self,
+        student: DenseLogits | LazyLogits,
+        on_gradient: OnGradient | None = None,
+        gradient_dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Compute all chunks.
 
         Args:
             student: the student's logits.
             on_gradient: called for each chunk with (rows, gradient [t, V] with respect to the output of the student's
                 output head). The next chunk overwrites the gradient. None computes no gradients.
+            gradient_dtype: dtype of the gradient; None for that of the logits.
 
         Returns:
             [], the sum over target tokens of the weighted terms; divided by num_items if that is known on the CPU.
         """
         num_tokens, device = len(self.targets), self.targets.labels.device
         teachers = logits_by_teacher(self.teacher_logits)
-        chunk_tokens = self.chunk_tokens or auto_chunk_tokens(student, teachers.values())
+        dtype = compute_dtype(_values(student))
+        chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student, teachers, dtype)
         buffer_rows = min(chunk_tokens, num_tokens)
-        dtype = compute_dtype(student.hidden if isinstance(student, LazyLogits) else student.values)
         student_buffer = _new_buffer(student, buffer_rows, dtype)
         teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teachers.items()}
+        gradient_buffer = student_buffer
+        if on_gradient is not None and gradient_dtype not in (None, dtype):
+            gradient_buffer = _new_buffer(student, buffer_rows, gradient_dtype)
         self._may_be_masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
         self.per_token = {name: torch.zeros(num_tokens, dtype=dtype, device=device) for name in self._metric_names()}
-        self._num_blocks = 0
+        scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))
             student_chunk = student.project(rows, out=student_buffer)
@@ -131,22 +143,41 @@ class ChunkedLoss:
                 name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
                 for name, teacher in teachers.items()
             }
-            for block_rows in _cache_blocks(student_chunk):
-                teacher_blocks = {name: _slice(chunk, block_rows) for name, chunk in teacher_chunks.items()}
-                gradients = self._run_block(
-                    student_chunk[block_rows], teacher_blocks, start + block_rows.start, on_gradient is not None
-                )
-                if on_gradient is not None:
-                    scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
-                    _overwrite_with_gradient(student_chunk[block_rows], gradients, scaling)
+            gradient = None if on_gradient is None else gradient_buffer[: len(student_chunk)]
+            self._run_chunk(student_chunk, teacher_chunks, start, gradient, scaling)
             if on_gradient is not None:
-                gradient = student_chunk  # overwritten block by block
                 on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
         return total * self._inverse_divisor_in_forward
+
+    def _run_chunk(
+        self,
+        student_chunk: Tensor,
+        teacher_chunks: Mapping[str | None, LogitChunk],
+        start: int,
+        gradient: Tensor | None,
+        scaling: LogitScaling,
+    ) -> None:
+        """Store the terms and statistics of a chunk, and write the gradient of their weighted sum.
+
+        Args:
+            student_chunk: [t, V_s]; overwritten if there is a gradient.
+            teacher_chunks: name -> [t, V_t], or sparse log-probabilities of t tokens.
+            start: index of the chunk's first target token.
+            gradient: [t, V_s], with respect to the output of the student's output head, is written; it may be
+                `student_chunk` itself. None computes no gradients.
+            scaling: of the student logits.
+        """
+        size = block_rows(student_chunk.shape[1] * student_chunk.element_size(), student_chunk.device.type)
+        for first in range(0, len(student_chunk), size):
+            block = slice(first, first + size)
+            teacher_blocks = {name: _slice(chunk, block) for name, chunk in teacher_chunks.items()}
+            gradients = self._run_block(student_chunk[block], teacher_blocks, start + first, gradient is not None)
+            if gradient is not None:
+                _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
 
     def _metric_names(self) -> list[str]:
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
@@ -157,12 +188,12 @@ class ChunkedLoss:
             names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
         return names
 
-    def _store(self, name: str, start: int, values: Tensor) -> None:
+    def _store(self, name: str, rows: slice, values: Tensor) -> None:
         """Copy the values of a block into the one tensor for all tokens.
 
         Small tensors that outlive a block's large temporaries would fragment the heap.
         """
-        self.per_token[name][start : start + len(values)] = values.detach()
+        self.per_token[name][rows] = values.detach()
 
     def _run_block(
         self, student_block: Tensor, teacher_blocks: Mapping[str | None, LogitChunk], start: int, needs_gradient: bool
@@ -178,16 +209,11 @@ class ChunkedLoss:
         Returns:
             for each term with a weight: (gradient [r, v] with respect to the student logits, factor).
         """
-        targets = self.targets.slice(slice(start, start + len(student_block)))
+        rows = slice(start, start + len(student_block))
+        targets = self.targets.slice(rows)
         self._buffer_pool.release_all()
         student_only = BlockLogits(student_block, None, targets.labels, self._buffer_pool, self._may_be_masked)
         blocks = {name: student_only.with_teacher(teacher_block) for name, teacher_block in teacher_blocks.items()}
-        self._num_blocks += 1
-        if self.statistics_every and (self._num_blocks - 1) % self.statistics_every == 0:
-            first = next(iter(blocks.values()), None)
-            metrics = token_metrics(student_only, None if first is None or first.sparse_teacher else first)
-            for name, values in metrics.items():
-                self._store(name, start, values)
         student_signals = Signals(DenseLogits(student_block))
         teacher_signals = {
             name: Signals(DenseLogits(teacher_block) if isinstance(teacher_block, Tensor) else teacher_block)
@@ -208,62 +234,90 @@ class ChunkedLoss:
                     gradients.append((gradient, factor * self._inverse_divisor_in_forward))
             else:
                 values = term(student_signals, teacher_signals.get(term.teacher), targets)
-            self._store(term.name, start, values if label_mask is None else values * label_mask)
+            self._store(term.name, rows, values if label_mask is None else values * label_mask)
+        if self.statistics_every:
+            self._store_statistics(student_only, next(iter(blocks.values()), None), rows)
         return gradients
 
+    def _store_statistics(self, student_only: BlockLogits, block: BlockLogits | None, rows: slice) -> None:
+        """Store the statistics of every n-th target token of a block; the softmaxes of its terms are reused.
 
-def _overwrite_with_gradient(
-    student_block: Tensor, gradients: list[tuple[Tensor, float]], scaling: LogitScaling
+        Args:
+            student_only: the student logits of the block.
+            block: the logits of student and first teacher, or None.
+            rows: target tokens of the block.
+        """
+        sampled = slice(-rows.start % self.statistics_every, None, self.statistics_every)
+        if sampled.start >= len(student_only.labels):
+            return
+        student_only = student_only.slice(sampled)
+        block = None if block is None or block.sparse_teacher else block.slice(sampled, student_only)
+        stored = slice(rows.start + sampled.start, rows.stop, self.statistics_every)
+        for name, values in token_metrics(student_only, block).items():
+            self._store(name, stored, values)
+
+
+def _write_gradient(
+    student_block: Tensor, gradients: list[tuple[Tensor, float]], scaling: LogitScaling, out: Tensor
 ) -> None:
-    """Overwrite logits with the gradient with respect to the output of the student's output head.
+    """Write the gradient with respect to the output of the student's output head.
 
     Args:
-        student_block: [r, V].
+        student_block: [r, V]; overwritten.
         gradients: (gradient [r, v] with respect to the first v logits, factor); they are summed.
         scaling: applied to the head's output by the model; its derivative is multiplied in.
+        out: [r, V], may be `student_block`, unless its dtype differs.
     """
     if not gradients:
-        student_block.zero_()
+        out.zero_()
         return
     derivative = scaling.derivative(student_block)
+    is_scaled = isinstance(derivative, Tensor) or derivative != 1.0
     gradients = sorted(gradients, key=lambda item: item[0].shape[1], reverse=True)
+    # The last sum is rounded to the dtype of `out` as it is written, unless more is done with it.
+    is_last_sum_final = not is_scaled and gradients[-1][0].shape[1] == out.shape[1]
     for i, (gradient, factor) in enumerate(gradients):
         width = gradient.shape[1]
+        total = out if is_last_sum_final and i == len(gradients) - 1 else student_block
         if i == 0:
-            torch.mul(gradient, factor, out=student_block[:, :width])
-            student_block[:, width:] = 0
+            torch.mul(gradient, factor, out=total[:, :width])
+            total[:, width:] = 0
         else:
-            student_block[:, :width].add_(gradient, alpha=factor)
-    if isinstance(derivative, Tensor) or derivative != 1.0:
+            torch.add(student_block[:, :width], gradient, alpha=factor, out=total[:, :width])
+    if is_scaled:
         student_block.mul_(derivative)
+    if not is_last_sum_final and out.dtype != student_block.dtype:
+        out.copy_(student_block)
 
 
 class _LossFromHidden(torch.autograd.Function):
     """hidden [T, H], weight [V, H], bias [V] or None -> sum of the terms, []; gradients are computed in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, scaling, needs_gradient, chunked_loss):
-        student = LazyLogits(hidden, weight, bias, scaling)
-        needs_grad = [needs_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    def forward(ctx, hidden, weight, bias, student, needs_gradient, chunked_loss):
+        tensors = (hidden, weight, bias)
         dtype = compute_dtype(hidden, weight)
-        shapes = [None if t is None else t.shape for t in (hidden, weight, bias)]
+        new = hidden.new_empty if len(hidden) else hidden.new_zeros
         ctx.gradients = [
-            hidden.new_zeros(shape, dtype=dtype) if need else None
-            for need, shape in zip(needs_grad, shapes, strict=True)
+            new(t.shape, dtype=dtype) if needs_gradient and t is not None and t.requires_grad else None for t in tensors
         ]
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         grad_hidden, grad_weight, grad_bias = ctx.gradients
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
+            is_later_chunk = rows.start > 0
             if grad_hidden is not None:
-                grad_hidden_matmul(gradient, weight, grad_hidden[rows])
+                accumulate_matmul(gradient, student.weight, grad_hidden[rows], keep=False)
             if grad_weight is not None:
-                grad_weight.addmm_(gradient.t(), hidden[rows].to(dtype))
+                accumulate_matmul(gradient.t(), student.hidden[rows], grad_weight, keep=is_later_chunk)
             if grad_bias is not None:
-                grad_bias.add_(gradient.sum(0))
+                sums = gradient.sum(0, dtype=dtype)
+                grad_bias.copy_(grad_bias + sums if is_later_chunk else sums)
 
+        needs = any(gradient is not None for gradient in ctx.gradients)
+        rounds = multiplies_bf16_gradient(student.hidden, student.weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            return chunked_loss.run_chunks(student, on_gradient if any(needs_grad) else None)
+            return chunked_loss.run_chunks(student, on_gradient if needs else None, torch.bfloat16 if rounds else dtype)
 
     @staticmethod
     def backward(ctx, grad_total):
@@ -272,10 +326,18 @@ class _LossFromHidden(torch.autograd.Function):
                 "The gradients of the fused loss were already used by an earlier backward: run the forward again."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        if grad_total.device.type != "cpu" or grad_total != 1:
-            gradients = [g if g is None else g.mul_(grad_total) for g in gradients]
-        gradients = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (*gradients, None, None, None)
+        return (*(_scaled(g, grad_total, d) for g, d in zip(gradients, ctx.dtypes, strict=True)), None, None, None)
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Return a gradient times a factor [] in a dtype, in one pass; the gradient may be overwritten."""
+    if gradient is None:
+        return None
+    if factor.device.type == "cpu" and factor == 1:
+        return gradient.to(dtype)
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _LossFromLogits(torch.autograd.Function):
@@ -297,52 +359,34 @@ class _LossFromLogits(torch.autograd.Function):
         return ctx.grad_logits * grad_total, None, None
 
 
-def auto_chunk_tokens(student: DenseLogits | LazyLogits, teachers: Iterable[LogitSource]) -> int:
-    """Return the number of target tokens in a chunk, from the memory.
-
-    The buffers of a chunk take 150 MiB on a CPU, and with their temporaries an eighth of the free memory on a GPU.
-
-    Args:
-        student: the student's logits.
-        teachers: the logits of all teachers.
-    """
-    values = student.hidden if isinstance(student, LazyLogits) else student.values
-    itemsize = values.element_size() if values.dtype == torch.float64 else 4
-    widths = [source.vocab_size for source in (student, *teachers) if not isinstance(source, SparseLogProbs)]
-    token_bytes = itemsize * sum(widths)
-    if values.is_cuda:
-        free_bytes = torch.cuda.mem_get_info(values.device)[0] // 8
-        # A block is the chunk on a GPU, so the temporaries of a block count too.
-        return max(16, free_bytes // (token_bytes + MAX_TEMPORARIES * itemsize * student.vocab_size))
-    return max(16, _CPU_CHUNK_BYTES // token_bytes)
+def _auto_chunk_tokens(student: LogitSource, teachers: Mapping[str | None, LogitSource], dtype: torch.dtype) -> int:
+    """Return `auto_chunk_tokens` for the models whose logits are computed."""
+    sources = [source for source in (student, *teachers.values()) if not isinstance(source, SparseLogProbs)]
+    device = _values(student).device
+    return auto_chunk_tokens([source.vocab_size for source in sources], dtype.itemsize, device.type)
 
 
-def _new_buffer(source: LogitSource, rows: int, dtype: torch.dtype) -> Tensor | None:
-    """Allocate a buffer [rows, V] for logits, in the precision of the loss; None for a sparse teacher."""
-    if isinstance(source, SparseLogProbs):
-        return None
-    like = source.hidden if isinstance(source, LazyLogits) else source.values
-    return like.new_empty(rows, source.vocab_size, dtype=dtype)
+def _new_buffer(source: LogitSource, rows: int, dtype: torch.dtype) -> Any:
+    """Allocate a buffer [rows, V] for logits or their gradient; None for a sparse teacher."""
+    return (
+        None if isinstance(source, SparseLogProbs) else new_row_buffer(_values(source), rows, source.vocab_size, dtype)
+    )
+
+
+def _values(source: Any) -> Tensor:
+    """Return a tensor of the device and dtype of the logits."""
+    return source.hidden if isinstance(source, LazyLogits) else source.values
 
 
 def _may_be_masked(source: LogitSource) -> bool:
-    """Whether some logits may be -inf; those of an output head without a bias never are."""
+    """Whether some logits may be -inf; those of an output head without a bias never are.
+
+    The values on a GPU are not read, because that would wait for it; there they may be.
+    """
     if isinstance(source, SparseLogProbs):
         return False
     values = source.values if isinstance(source, DenseLogits) else source.bias
-    return values is not None and bool((values == -torch.inf).any())
-
-
-def _cache_blocks(logits: Tensor) -> list[slice]:
-    """Divide the rows of a chunk into blocks that fit the CPU's cache, with as many rows for each thread.
-
-    On a GPU one block holds all rows.
-    """
-    count, width = logits.shape
-    num_threads = torch.get_num_threads()
-    rows_per_thread = max(1, CPU_CACHE_BYTES // (width * logits.element_size() * num_threads))
-    size = count if logits.is_cuda else rows_per_thread * num_threads
-    return [slice(i, min(i + size, count)) for i in range(0, count, max(size, 1))]
+    return values is not None and (values.device.type != "cpu" or bool((values == -torch.inf).any()))
 
 
 def _teacher_chunk(teacher: LogitSource, rows: slice, buffer: Tensor | None, device: torch.device) -> LogitChunk:

@@ -4,11 +4,7 @@ Letters: T target tokens, S tokens of a row, H, V and L as in `core/targets.py`;
 c bytes of a number in the compute dtype, r bytes of a number in the residual stream.
 """
 
-import torch
-
-from ..core.logits import LazyLogits
-from ..losses.fused import CPU_CACHE_BYTES, MAX_TEMPORARIES, auto_chunk_tokens
-from .model_stats import ModelStats
+from ..losses.fused_buffers import MAX_TEMPORARIES, auto_chunk_tokens, block_rows
 from .strategy import Strategy
 from .workload import Workload
 
@@ -64,26 +60,15 @@ def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:
     return states + weight_gradient + casts
 
 
-def workspace_bytes(workload: Workload, free_bytes: int | None) -> int:
+def workspace_bytes(workload: Workload) -> int:
     """Bytes of one chunk of the fused loss: fp32 logits of both models, and temporaries; see `auto_chunk_tokens`.
 
-    On a CPU the logits take 150 MiB, and the temporaries hold a block of rows that fits the CPU cache. On a GPU logits
-    and temporaries of the whole chunk take an eighth of the free memory. A chunk has at least 16 rows and at most T.
-
-    Args:
-        workload: the models and the batch.
-        free_bytes: bytes that the other parts leave on a GPU; None where it is unknown: the minimum is used.
+    The temporaries hold a block of rows of the student's width. On a GPU the gradient with respect to the logits of a
+    bf16 student has a buffer of its own. A chunk has at most T tokens.
     """
-    if workload.device == "cpu":
-        row = 4 * (workload.student.vocab + workload.teacher.vocab)
-        rows = min(workload.tokens, auto_chunk_tokens(_head(workload.student), [_head(workload.teacher)]))
-        return row * rows + MAX_TEMPORARIES * min(
-            CPU_CACHE_BYTES * torch.get_num_threads(), 4 * workload.student.vocab * rows
-        )
-    row = 4 * (workload.student.vocab + workload.teacher.vocab + MAX_TEMPORARIES * workload.student.vocab)
-    return row * min(workload.tokens, max(16, max(free_bytes or 0, 0) // 8 // row))
-
-
-def _head(stats: ModelStats) -> LazyLogits:
-    weight = torch.empty(stats.vocab, stats.hidden, device="meta")
-    return LazyLogits(weight[:1], weight)
+    student_row, teacher_row = 4 * workload.student.vocab, 4 * workload.teacher.vocab
+    rows = min(workload.tokens, auto_chunk_tokens([workload.student.vocab, workload.teacher.vocab], 4, workload.device))
+    block = min(rows, block_rows(student_row, workload.device))
+    has_gradient_buffer = workload.device != "cpu" and workload.compute == 2
+    gradient_row = student_row // 2 if has_gradient_buffer else 0
+    return rows * (student_row + teacher_row + gradient_row) + MAX_TEMPORARIES * block * student_row

@@ -55,7 +55,7 @@ def estimate_strategies(
     ]
     rows = []
     for strategy in [recipe_strategy, *others]:
-        parts = estimate_memory(workload, strategy, gpus, usable)
+        parts = estimate_memory(workload, strategy, gpus)
         changes = [change for change in strategy.overrides if change not in recipe_strategy.overrides]
         if workload.checkpointing and recipe_strategy.student == "fsdp2" != strategy.student:
             changes.append("train.activation_checkpointing=true")  # the recipe may set it in its fsdp_config
@@ -78,9 +78,7 @@ def min_gpus(workload: Workload, strategy: Strategy, usable: int) -> int | None:
     """Return the smallest number of GPUs on which a strategy fits; None where it fits on no number of GPUs."""
     fewest = 2 if strategy.is_sharded and not strategy.has_offload else 1
     counts = range(fewest, (_MAX_GPUS if strategy.shards_with_gpus else fewest) + 1)
-    i = bisect_left(
-        counts, True, key=lambda n: estimate_memory(workload, strategy.for_gpus(n), n, usable).total <= usable
-    )
+    i = bisect_left(counts, True, key=lambda n: estimate_memory(workload, strategy.for_gpus(n), n).total <= usable)
     return counts[i] if i < len(counts) else None
 
 

@@ -46,15 +46,13 @@ class MemoryBreakdown:
         return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
 
 
-def estimate_memory(workload: Workload, strategy: Strategy, gpus: int, usable: int | None = None) -> MemoryBreakdown:
+def estimate_memory(workload: Workload, strategy: Strategy, gpus: int) -> MemoryBreakdown:
     """Compute the parts of one GPU's memory.
 
     Args:
         workload: the models and the batch.
         strategy: the placement of the models.
         gpus: number of GPUs.
-        usable: bytes that may be used; the fused loss takes an eighth of what the other parts leave. None: the fused
-            loss takes its minimum.
     """
     world, trained_itemsize = strategy.processes(gpus), workload.trained(strategy)
     trained, itemsize = workload.trained_parameters, workload.teacher_dtype.itemsize
@@ -82,10 +80,9 @@ def estimate_memory(workload: Workload, strategy: Strategy, gpus: int, usable: i
         "features": workload.captured * workload.tokens * workload.compute,
         "gathered": gathered_bytes(workload, strategy, world),
     }
-    fixed = head_gradient_bytes(workload, strategy)
-    free_bytes = None if usable is None else usable - fixed - sum(on_gpu.values())
+    head = head_gradient_bytes(workload, strategy) + workspace_bytes(workload)
     host = sum(size for part, size in sizes.items() if offloaded[part])
-    return MemoryBreakdown(head=fixed + workspace_bytes(workload, free_bytes), host=host, **on_gpu)
+    return MemoryBreakdown(head=head, host=host, **on_gpu)
 
 
 def weight_bytes(stats: ModelStats, itemsize: int, kind: str) -> int:

@@ -101,7 +101,7 @@ def legend(plan: Plan, wide: bool) -> list[str]:
         f"{activations}: activations, an estimate. {gathered}: gathered shards, buckets and casts."
         if any(row.parts.gathered for row in plan.rows)
         else f"{activations}: activations, an estimate.",
-        "head: gradients and one chunk of logits of the fused loss; the chunk takes an eighth of the free memory.",
+        "head: gradients and one chunk of logits of the fused loss, about 1 GiB, with its temporaries.",
         "Usable memory leaves 1 GiB for the CUDA context and 5 % for fragmentation.",
     ]
     if wide and any(row.deepspeed_gib is not None for row in plan.rows):

@@ -1,8 +1,12 @@
 """The fused loss at full size on a GPU, as `GpuMeter` counts it, and the meter itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from gpu_meter import H100, GpuMeter, meta_as_cuda
+from gpu_meter import GIB, H100, SHAPES, GpuMeter, Problem, meta_as_cuda
+
+from hf_distill.core import matmul
 
 
 def test_the_meter_counts_kernels_products_bytes_and_peak_memory():
@@ -46,3 +50,68 @@ def test_a_custom_operator_counts_what_its_kernels_launch_and_move():
             torch.ops.meter_test.rows(torch.empty(4, 8, device="meta"))
     assert meter.launches["rows"] == 3
     assert meter.elementwise_bytes == 64
+
+
+BF16_TO_FP32 = (torch.bfloat16, torch.bfloat16, torch.float32)
+HALF_TO_FP32 = (torch.float16, torch.float16, torch.float32)
+FP32 = (torch.float32, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "js"])
+def test_bf16_models_multiply_no_float32_matrices(shape, divergence):
+    problem = replace(SHAPES[shape], divergence=divergence, tokens=2048)
+    meter, _ = problem.measure()
+    assert set(meter.products) == {BF16_TO_FP32}
+    (products,) = meter.products.values()
+    assert products.calls == 4 * 2  # four for each chunk of 1024 tokens
+    assert products.flop == pytest.approx(problem.floor_seconds() * H100.flops[torch.bfloat16])
+
+
+def test_a_frozen_head_has_no_product_for_its_weight():
+    meter, _ = Problem(tokens=2048, is_frozen=True).measure()
+    assert {key: products.calls for key, products in meter.products.items()} == {BF16_TO_FP32: 3 * 2}
+
+
+def test_a_custom_chunk_and_a_bias_keep_bf16_products():
+    meter, _ = Problem(tokens=1000, chunk_tokens=300, vocab=5000, has_bias=True, softcap=30.0).measure()
+    assert {key: products.calls for key, products in meter.products.items()} == {BF16_TO_FP32: 4 * 4}
+
+
+def test_the_gradient_of_fp16_models_stays_in_float32():
+    meter, _ = Problem(tokens=2048, vocab=32000, chunk_tokens=2048, dtype=torch.float16).measure()
+    assert {key: products.calls for key, products in meter.products.items()} == {HALF_TO_FP32: 2, FP32: 8 + 1}
+
+
+def test_models_without_products_to_float32_are_converted_and_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    matmul._multiplies_to_float32.cache_clear()
+    try:
+        for _ in range(2):
+            meter, _ = Problem(tokens=2048, vocab=8192).measure()
+    finally:
+        matmul._multiplies_to_float32.cache_clear()
+    assert set(meter.products) == {FP32}
+    assert [record.message.split(" converts ")[0] for record in caplog.records] == ["The fused loss"]
+    assert "ROCm" in caplog.text
+
+
+def test_the_free_memory_changes_nothing_and_is_not_read():
+    metered = [Problem(tokens=2048).measure(free_gib) for free_gib in (30, 4, 0.5)]
+    assert all(calls["mem_get_info"] == 0 for _, calls in metered)
+    assert len({(str(meter.launches), str(meter.products), meter.peak_bytes) for meter, _ in metered}) == 1
+
+
+@pytest.mark.parametrize("vocab", [50257, 151936])
+def test_rows_of_logits_and_gradients_are_aligned(vocab, monkeypatch):
+    strides = []
+    multiply = matmul._half_addmm
+    monkeypatch.setattr(matmul, "_half_addmm", lambda a, *rest: strides.append(max(a.stride())) or multiply(a, *rest))
+    Problem(tokens=2048, vocab=vocab, hidden=64, teacher_hidden=64).measure()
+    assert set(strides) == {-(-vocab // 16) * 16}
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js"])
+def test_the_peak_is_that_of_the_gradients_and_of_one_chunk(divergence):
+    problem = Problem(tokens=2048, divergence=divergence)
+    assert problem.measure()[0].peak_bytes < 4 * problem.vocab * problem.hidden + 2.5 * GIB

@@ -25,7 +25,7 @@ def test_the_overrides_of_a_strategy_turn_a_recipe_into_that_strategy(name):
         changed = recipe(*models, *row.overrides, name=name)
         assert Strategy.of_recipe(changed, 8) == row.strategy
         config = model_config(SMALL)
-        assert estimate_memory(make_workload(changed, config, config), row.strategy, 8, planned.usable) == row.parts
+        assert estimate_memory(make_workload(changed, config, config), row.strategy, 8) == row.parts
 
 
 def test_quantized_models_are_not_sharded_and_deepspeed_and_fsdp2_not_mixed():
@@ -45,9 +45,9 @@ def test_a_strategy_does_not_fit_on_fewer_gpus_than_the_minimum():
     strategy = Strategy("zero3", "zero3")
     least = min_gpus(workload, strategy, 40 * GiB)
     assert (
-        estimate_memory(workload, strategy, least, 40 * GiB).total
+        estimate_memory(workload, strategy, least).total
         <= 40 * GiB
-        < estimate_memory(workload, strategy, least - 1, 40 * GiB).total
+        < estimate_memory(workload, strategy, least - 1).total
     )
     assert fewest_gpus(workload, 40 * GiB)[0] <= least
     assert min_gpus(workload, Strategy("full", "ddp"), 40 * GiB) is None
