@@ -43,7 +43,8 @@ def fused_distillation_loss(
         alpha: weight of the divergence, in [0, 1].
         num_items: number of target tokens of the global batch, under gradient accumulation or DDP; None for those of
             `labels`.
-        chunk_tokens: target tokens in a chunk; it changes the memory, not the result. None chooses it from the memory.
+        chunk_tokens: target tokens in a chunk; it changes the memory, not the result. None chooses it
+            from the sizes of the vocabularies.
         student_bias: [V_s] of the output head.
         teacher_bias: [V_t] of the output head.
         student_scaling: scale and soft cap of the student logits.

@@ -62,7 +62,7 @@ class DistillArguments:
         metadata={
             "help": "Number of target tokens for which the fused loss materializes logits at a time, at least 1. It "
             "changes the memory that is needed, not the result. The default is None: as many as fit into 150 MiB on a "
-            "CPU, or into an eighth of the free memory on a GPU."
+            "CPU, or into about 1 GiB on a GPU, where it is a multiple of 128 and at least 1024."
         },
     )
     projectors: dict | str | None = field(

@@ -57,7 +57,7 @@ class Distiller:
     Args:
         terms: the terms of the objective; see `objective`.
         chunk_tokens: target tokens in one chunk of the fused loss; None chooses as many as fit into 150 MiB
-            on a CPU, or into an eighth of the free memory on a GPU.
+            on a CPU, or into about 1 GiB on a GPU.
         features: the terms on features, matched to student and teacher. The student must have their sidecar attached.
         teacher_terms: the terms of a teacher that is trained with the student.
 
@@ -97,7 +97,7 @@ class Distiller:
             num_items: number of target tokens in the global batch; None uses those of this batch.
             keep_logits: whether to keep the student's logits of all positions in `outputs`.
             statistics: whether to also compute the metrics `kl` (at T = 1), `agreement`, and the entropies and cross
-                entropies of both models, on every n-th block of tokens (0 disables, 1 is every block).
+                entropies of both models, of every n-th target token (0 disables, 1 is every token).
 
         Raises:
             DistillError: labels are missing, are not ids, or are outside the student's vocabulary; or a classifier's

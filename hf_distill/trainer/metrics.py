@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 _STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # computed at temperature 1
 _NO_TARGETS = "no target token (every label is -100)"
 _CHECK_LABELS = "Check the labels: rows may be truncated before their targets begin."
-TRAIN_STATISTICS_EVERY = 4  # training computes the statistics on every fourth block of tokens, evaluation on all
+TRAIN_STATISTICS_EVERY = 4  # training computes the statistics of every fourth target token, evaluation of all
 _MAX_EXP_NATS = 700  # exp of more overflows a float
 
 
