@@ -55,7 +55,7 @@ class NonFiniteGuard:
         """Start with empty records; also called when training starts again with a smaller batch size."""
         self.micro_batches: list[MicroBatchRecord] = []
         self.is_finite_step = True
-        self.loss_sum_before: Tensor | None = None
+        self.loss_sum_before = torch.zeros(())
         self._is_finite_loss = True
         self._micro_batch_losses: list[Tensor] = []  # losses of the current step
         self._step_losses: list[Tensor] = []  # losses of the finite steps since the last log
@@ -172,7 +172,7 @@ class NonFiniteGuard:
             return
         step = self._reports[0].step - 1 if self._reports else step
         when = f"after step {step}" if step else "before the first step"
-        checkpoint = latest_complete(Path(args.output_dir))
+        checkpoint = latest_complete(Path(str(args.output_dir)))
         action = f"resume from {checkpoint}, which is complete" if checkpoint else "start again"
         raise RunError(
             f"The weights are not finite {when} (first: {name}). {consequence}. To continue, {action}, with a smaller "
@@ -210,7 +210,7 @@ class NonFiniteGuard:
         Raises:
             RunError: always.
         """
-        folder, reports = Path(args.output_dir), self._reports
+        folder, reports = Path(str(args.output_dir)), self._reports
         checkpoint = latest_complete(folder)
         if args.should_save:
             folder.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..errors import RunInterrupted
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.get_logger(__name__)
 # A launcher forwards Ctrl-C to processes that already got it from the terminal; a repeat within this time is ignored.
 _REPEAT_SECONDS = 1.0
 
@@ -104,6 +109,18 @@ class GracefulShutdown(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """From now on, a signal is handled at once."""
         self._is_training = False
+
+
+@contextmanager
+def stop_on_signal(trainer: "Trainer") -> Iterator[None]:
+    """End a training in this context on SIGTERM or SIGINT, with a checkpoint."""
+    shutdown = GracefulShutdown(logger.warning, how_to_resume="call train(resume_from_checkpoint=True)")
+    trainer.add_callback(shutdown)
+    try:
+        with shutdown.installed():
+            yield
+    finally:
+        trainer.remove_callback(shutdown)
 
 
 def _end_process() -> None:

@@ -5,10 +5,13 @@ A training step is `compute_loss`: it removes what the models do not read from t
 """
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
@@ -25,7 +28,7 @@ from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import WeightsMixin
-from .checkpointing import CheckpointMixin
+from .checkpointing import Checkpointer
 from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
 from .distiller import Distiller, StepOutput
 from .hub import HubMixin
@@ -40,7 +43,7 @@ from .nonfinite import NonFiniteGuard
 from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarMixin
-from .signal_handling import GracefulShutdown
+from .signal_handling import stop_on_signal
 from .source_metrics import split_by_source
 from .teacher_argument import build_teacher, has_objective
 from .teacher_callback import TeacherCallback
@@ -52,7 +55,7 @@ logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
 
 
-class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
+class DistillMixin(HubMixin, SidecarMixin, WeightsMixin):
     """Adds a teacher to a Trainer: the loss becomes the distillation objective, and the rest stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
@@ -93,7 +96,7 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         self.teacher = build_teacher(teacher, distill_args) if self.is_distilling else None
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
-        self.metric_accumulator = MetricAccumulator()
+        self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
@@ -103,21 +106,25 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         else:
             self.attach_sidecar(Features())
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
 
+        Args:
+            resume_from_checkpoint: a checkpoint, which is verified; True for the newest complete one.
+            args: further arguments of `Trainer.train`.
+            kwargs: further arguments of `Trainer.train`.
+
         Raises:
+            DistillError: the checkpoint is incomplete, or differs from what was written.
             RunInterrupted: training was stopped by a signal; a `SystemExit` with code 143 (SIGTERM) or 130 (SIGINT).
         """
-        if not getattr(self.args, "stop_on_signal", False):
-            return super().train(*args, **kwargs)
-        shutdown = GracefulShutdown(logger.warning, how_to_resume="call train(resume_from_checkpoint=True)")
-        self.add_callback(shutdown)
-        try:
-            with shutdown.installed():
-                return super().train(*args, **kwargs)
-        finally:
-            self.remove_callback(shutdown)
+        with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():
+            checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
+            return super().train(checkpoint, *args, **kwargs)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint of the output folder; see `Checkpointer.newest`."""
+        return self.checkpointer.newest(self.args, self.accelerator)
 
     def setup_distillation(self, teacher: Teacher, distill_args: DistillArguments) -> None:
         """Use this teacher and objective for training and evaluation from now on.
@@ -339,12 +346,13 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         """Whether this call of `train` ran a step; if it resumes a finished training, it runs none."""
         return self.state.global_step > self._initial_global_step
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, trial: object, *args: Any, **kwargs: Any) -> TrainOutput:
         """Make `train_loss` the mean over the steps that have target tokens and were not skipped; NaN if none."""
         for record in (self.metric_accumulator, self.nonfinite_guard):
             factor = record.train_loss_correction()
             self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * factor, self._tr_loss * factor
-        output = super()._finalize_training(*args, **kwargs)
+        with self.checkpointer.finishing(Path(self._get_output_dir(trial)), self.args, self.state):
+            output = super()._finalize_training(trial, *args, **kwargs)
         if self._has_trained:
             return output
         metrics = {name: value for name, value in output.metrics.items() if name != "train_loss"}
@@ -397,6 +405,34 @@ class DistillMixin(HubMixin, CheckpointMixin, SidecarMixin, WeightsMixin):
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.checkpointer.writing(folder, self.args, self.accelerator, self.state):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with self.checkpointer.users_limit(self.args):
+            super()._save(output_dir, state_dict=state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Mark the checkpoint as complete, then push it."""
+        self.checkpointer.mark_complete(Path(checkpoint_folder), self.args, self.accelerator)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_best_model(self) -> None:
+        """Verify the best checkpoint, then load it."""
+        self.checkpointer.verify(Path(str(self.state.best_model_checkpoint)), self.args, self.accelerator)
+        super()._load_best_model()
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
+            return
+        self.control.should_training_stop = True
+        if kwargs["resume_from_checkpoint"] is not None:
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the state of the teacher too; the Trainer calls this when it resumes, after it loaded the model."""

@@ -4,15 +4,17 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import build
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_distill import DistillError
 from hf_distill.errors import RunError
 from hf_distill.trainer import checkpointing as checkpointing
-from hf_distill.trainer.checkpointing import _is_disk_full
+from hf_distill.trainer.checkpointing import Checkpointer, _is_disk_full
 from hf_distill.trainer.checkpoints import checkpoint_defect, checkpoints_of, latest_complete
 from hf_distill.trainer.nonfinite_report import nonfinite_weight
 
@@ -117,10 +119,41 @@ def test_a_limit_of_one_leaves_the_best_checkpoint_after_training(make_trainer, 
     assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint-*")) == ["checkpoint-2"]
 
 
+def test_the_checkpointer_marks_before_it_removes_without_a_trainer(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, save_total_limit=1)
+    accelerator = SimpleNamespace(num_processes=1, wait_for_everyone=lambda: None)
+    checkpointer, state = Checkpointer(), TrainerState()
+
+    def write(step: int, error: Exception | None = None) -> None:
+        folder = tmp_path / f"checkpoint-{step}"
+        with checkpointer.writing(folder, args, accelerator, state):
+            assert args.save_total_limit is None  # the Trainer removes no checkpoint
+            assert checkpoint_defect(folder).state == "unfinished"
+            with checkpointer.users_limit(args):
+                assert args.save_total_limit == 1
+            if error is not None:
+                raise error
+            state.save_to_json(str(folder / "trainer_state.json"))
+        assert args.save_total_limit == 1
+
+    write(1)
+    with pytest.raises(RunError):
+        write(2, RunError("weights"))
+    assert complete_names(tmp_path) == ["checkpoint-1"] == [path.name for path in tmp_path.iterdir()]
+    write(2)
+    assert complete_names(tmp_path) == ["checkpoint-2"] == [path.name for path in tmp_path.iterdir()]
+    newest = checkpointer.newest(args, accelerator)
+    assert newest == tmp_path / "checkpoint-2"
+    assert checkpointer.resolve(True, args, accelerator) == str(newest)
+    (newest / "trainer_state.json").write_text("{}")
+    with pytest.raises(DistillError, match=r"trainer_state\.json has 2 bytes"):
+        Checkpointer().resolve(str(newest), args, accelerator)
+
+
 def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     trainer = make_trainer(load_best_model_at_end=True, **options)
-    original = checkpointing.CheckpointMixin._finalize_training
+    original = Trainer._finalize_training
 
     def damage_first(self, *args):
         file = tmp_path / "out" / Path(self.state.best_model_checkpoint).name / "model.safetensors"
@@ -129,7 +162,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeyp
         file.write_bytes(content)
         return original(self, *args)
 
-    monkeypatch.setattr(checkpointing.CheckpointMixin, "_finalize_training", damage_first)
+    monkeypatch.setattr(Trainer, "_finalize_training", damage_first)
     with pytest.raises(DistillError, match=r"model\.safetensors is damaged"):
         trainer.train()
 

@@ -117,7 +117,7 @@ def test_training_resumes_from_the_newest_complete_checkpoint(folder, make_train
     assert defect
     trainer = make_trainer(max_steps=5, **OPTIONS)
     with pytest.raises(DistillError, match=r"cannot be resumed from .*checkpoint-4: .*checkpoint-2 is complete"):
-        trainer.verify(folder / "checkpoint-4")
+        trainer.checkpointer.verify(folder / "checkpoint-4", trainer.args, trainer.accelerator)
     with caplog.at_level(logging.WARNING):
         assert trainer.newest_checkpoint() == folder / "checkpoint-2"
     assert f"checkpoint-4 is skipped: {defect.reason}" in caplog.text
