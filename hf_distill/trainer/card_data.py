@@ -1,12 +1,14 @@
 """The data of a model card that a trainer knows: models, objective, training arguments, metrics, licenses."""
 
 import re
+from collections.abc import Mapping, Sized
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from ..core.io import environment, held_out_metrics
 from ..core.references import public_name
@@ -17,32 +19,34 @@ from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .config import distill_arguments
 
+# Name of a teacher -> its kind, model, revision or number of parameters, and license.
+TeacherInfo = dict[str, dict[str, Any]]
 _OBJECTIVE = ("temperature", "alpha", "divergence", "losses")
 _DEFAULTS = {"temperature": 2.0, "alpha": 0.5, "divergence": "forward_kl", "losses": None}
 
 
 def trainer_card_data(
-    trainer: Any, repo: str, teachers: dict[str, dict[str, Any]], decision: LicenseDecision
+    trainer: Trainer, student: nn.Module, repo: str, teachers: TeacherInfo, decision: LicenseDecision
 ) -> CardData:
     """Collect the data of a model card from a trainer.
 
     Args:
         trainer: a trainer with a teacher.
+        student: its model.
         repo: org/name of the student's repository.
         teachers: the result of `teacher_info`.
         decision: the result of `license_decision`.
     """
-    args, state, model = trainer.args, trainer.state, unwrap_model(trainer.model)
-    name: Any = model.name_or_path
+    args, state, model = trainer.args, trainer.state, unwrap_model(student)
     evaluated = next((log for log in reversed(state.log_history) if "eval_loss" in log), None)
     held_out = {"student": held_out_metrics(evaluated)} if evaluated else {}
     datasets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     chat_template = getattr(trainer.processing_class, "chat_template", None)
-    adapters = hasattr(unwrap_parallel(trainer.model), "peft_config")
+    adapters = hasattr(unwrap_parallel(student), "peft_config")
     return CardData(
         repo=repo,
-        task=model_type_of(trainer.model).pipeline,
-        student={"model": public_name(name), "parameters": _num_parameters(model), "adapters": adapters},
+        task=model_type_of(student).pipeline,
+        student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
         objective={k: v for k, v in distill_arguments(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS),
         data={"sources": _sources(datasets)} | {f"{split}_rows": _length(rows) for split, rows in datasets.items()},
@@ -62,7 +66,7 @@ def trainer_card_data(
     )
 
 
-def teacher_info(teacher: Teacher) -> dict[str, dict[str, Any]]:
+def teacher_info(teacher: Teacher) -> TeacherInfo:
     """Return for each teacher, by name, its kind, model, revision or number of parameters, and license."""
     teachers = teacher.teachers if isinstance(teacher, MultiTeacher) else {"teacher": teacher}
     infos = {}
@@ -74,14 +78,14 @@ def teacher_info(teacher: Teacher) -> dict[str, dict[str, Any]]:
                 "revision": one.manifest.teacher.get("revision"),
             }
         elif one.model is not None:
-            model: Any = unwrap_model(one.model)
-            info |= {"model": public_name(model.name_or_path), "parameters": _num_parameters(model)}
+            model = unwrap_model(one.model)
+            info |= {"model": public_name(name_of(model)), "parameters": _num_parameters(model)}
         license_ = _known_license(info.get("model"))
         infos[name] = info | {"license": license_.id, "forbids": license_.forbids}
     return infos
 
 
-def license_decision(teachers: dict[str, dict[str, Any]], student: str, repo: str) -> LicenseDecision:
+def license_decision(teachers: TeacherInfo, student: str, repo: str) -> LicenseDecision:
     """Return the license of the student, from the licenses of the models on the Hub.
 
     Args:
@@ -108,7 +112,7 @@ def _known_license(name: str | None) -> License:
 _CACHED_DATASET = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+$")
 
 
-def _sources(datasets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _sources(datasets: Mapping[str, object]) -> dict[str, dict[str, str]]:
     """Return id and commit of the datasets that are from the Hub, read from the paths of their files."""
     sources = {}
     for name, rows in datasets.items():
@@ -125,7 +129,7 @@ _EXCLUDED_PREFIXES = (
 )
 
 
-def _arguments(args: Any) -> dict[str, Any]:
+def _arguments(args: TrainingArguments) -> dict[str, Any]:
     """Return the training arguments that differ from their defaults, without the excluded ones."""
     changed = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
     return {
@@ -135,11 +139,16 @@ def _arguments(args: Any) -> dict[str, Any]:
     }
 
 
+def name_of(model: nn.Module) -> str:
+    """Return the id or path that a model was loaded from; empty if it was made from a config."""
+    return str(getattr(model, "name_or_path", ""))
+
+
 def _num_parameters(model: nn.Module) -> int:
     """Return the number of parameters; for a model that ZeRO-3 shards, that of the full model."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
-def _length(rows: Any) -> int | None:
+def _length(rows: object) -> int | None:
     """Return the number of rows; None for a stream, and for several datasets by name."""
-    return len(rows) if hasattr(rows, "__len__") and not isinstance(rows, dict) else None
+    return len(rows) if isinstance(rows, Sized) and not isinstance(rows, dict) else None

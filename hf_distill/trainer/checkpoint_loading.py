@@ -1,54 +1,36 @@
-"""`WeightsMixin`: a Trainer that loads the weights of its checkpoints completely, or raises an error."""
+"""The weights of a checkpoint are loaded completely, or an error is raised."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from torch import nn
-from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
 from ..models.checkpoint_weights import load_weights
 from ..models.model_types import unwrap_parallel
 
 logger = logging.get_logger(__name__)
-_Base: Any = Trainer if TYPE_CHECKING else object
 
 
-class WeightsMixin(_Base):
-    """Loads checkpoints with the key conversion of `from_pretrained`; FSDP and DeepSpeed load theirs themselves."""
+def load_checkpoint_weights(model: nn.Module, checkpoint: str, accelerator: Accelerator) -> bool:
+    """Load weights with the key conversion of `from_pretrained`; the Trainer has none, and ignores missing keys.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights of a checkpoint; the Trainer would load them with `strict=False`, without key conversion.
+    Args:
+        model: the student, with or without wrappers.
+        checkpoint: the folder of the checkpoint.
+        accelerator: the accelerator of the training.
 
-        Raises:
-            DistillError: the weights do not match the model; see `load_weights`.
-        """
-        if self._uses_trainer_loading():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        logger.info(f"Loading model from {resume_from_checkpoint}.")
-        load_weights(unwrap_parallel(self.model if model is None else model), Path(resume_from_checkpoint))
+    Returns:
+        False if the Trainer has to load this model: it is sharded, or its base weights are quantized.
 
-    def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint.
-
-        Raises:
-            DistillError: the weights do not match the model; see `load_weights`.
-        """
-        if self._uses_trainer_loading():
-            super()._load_best_model()
-            return
-        best = str(self.state.best_model_checkpoint)
-        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
-        load_weights(unwrap_parallel(self.model), Path(best))
-
-    def _uses_trainer_loading(self) -> bool:
-        """Return whether the Trainer loads this model itself: it is sharded, or its base weights are quantized."""
-        quantized = getattr(unwrap_parallel(self.model), "hf_quantizer", None) is not None
-        adapters = hasattr(unwrap_parallel(self.model), "peft_config")
-        return (
-            self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-            or is_sagemaker_mp_enabled()
-            or (quantized and not adapters)
-        )
+    Raises:
+        DistillError: the weights do not match the model; see `load_weights`.
+    """
+    model = unwrap_parallel(model)
+    is_quantized = getattr(model, "hf_quantizer", None) is not None and not hasattr(model, "peft_config")
+    plugins = (getattr(accelerator.state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
+    if is_quantized or any(plugin is not None for plugin in plugins) or is_sagemaker_mp_enabled():
+        return False
+    logger.info(f"Loading the weights of {checkpoint}.")
+    load_weights(model, Path(checkpoint))
+    return True

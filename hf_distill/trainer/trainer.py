@@ -27,11 +27,11 @@ from ..teachers.input_limits import check_student_ids
 from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
-from .checkpoint_loading import WeightsMixin
+from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
 from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
 from .distiller import Distiller, StepOutput
-from .hub import HubMixin
+from .hub import CardOptions, ModelCardWriter, pushes_checkpoint
 from .metrics import (
     TRAIN_STATISTICS_EVERY,
     MetricAccumulator,
@@ -55,7 +55,7 @@ logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
 
 
-class DistillMixin(HubMixin, SidecarMixin, WeightsMixin):
+class DistillMixin(SidecarMixin):
     """Adds a teacher to a Trainer: the loss becomes the distillation objective, and the rest stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
@@ -63,7 +63,7 @@ class DistillMixin(HubMixin, SidecarMixin, WeightsMixin):
     """
 
     teacher: Any
-    loss_is_scaled_for_ga: bool | None
+    loss_is_scaled_for_ga: Any  # transformers and TRL declare different types
     loads_models = False  # whether `model` may be a Hub id or a path
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
@@ -97,6 +97,7 @@ class DistillMixin(HubMixin, SidecarMixin, WeightsMixin):
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
+        self.model_card_writer = ModelCardWriter()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
@@ -416,19 +417,48 @@ class DistillMixin(HubMixin, SidecarMixin, WeightsMixin):
             super()._save(output_dir, state_dict=state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Mark the checkpoint as complete, then push it."""
+        """Write the card and mark the checkpoint as complete, then push it; an earlier push may still read the card."""
+        if self.is_distilling and pushes_checkpoint(self.args, self.push_in_progress):
+            self.create_model_card()
         self.checkpointer.mark_complete(Path(checkpoint_folder), self.args, self.accelerator)
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Write README.md and distillation.json into the output folder; without a teacher the Trainer writes its card.
+
+        Args:
+            args: positional arguments of the Trainer's method.
+            options: see `CardOptions`.
+
+        Raises:
+            TypeError: an option is unknown.
+        """
+        if not self.is_distilling:
+            super().create_model_card(*args, **options)
+        elif self.is_world_process_zero():
+            self.model_card_writer.write(self, self.model, self.teacher, CardOptions(*args, **options))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint.
+
+        Raises:
+            DistillError: they do not match the model.
+        """
+        student = self.model if model is None else model
+        if not load_checkpoint_weights(student, resume_from_checkpoint, self.accelerator):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
         """Verify the best checkpoint, then load it."""
-        self.checkpointer.verify(Path(str(self.state.best_model_checkpoint)), self.args, self.accelerator)
-        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        self.checkpointer.verify(Path(best), self.args, self.accelerator)
+        if not load_checkpoint_weights(self.model, best, self.accelerator):
+            super()._load_best_model()
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
             return
         self.control.should_training_stop = True
         if kwargs["resume_from_checkpoint"] is not None:
@@ -441,7 +471,7 @@ class DistillMixin(HubMixin, SidecarMixin, WeightsMixin):
             self.teacher.load(checkpoint, self.args.process_index)
 
 
-class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]  # create_model_card has more parameters
+class DistillTrainer(DistillMixin, Trainer):
     """`transformers.Trainer` with a teacher.
 
     Args:

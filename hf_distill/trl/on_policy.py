@@ -40,7 +40,7 @@ class _GenerationTrainer(DistillationTrainer):
             args.temperature = loss_temperature
 
 
-class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):  # type: ignore[misc]  # create_model_card has more parameters
+class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
     """`trl.DistillationTrainer` with any teacher and any objective; its generation is unchanged.
 
     L = [sum over completion tokens of (alpha * T^2 * divergence + other losses)

@@ -45,7 +45,7 @@ class _SFTTrainer(SFTTrainer):
             super().__init__(model, args, *positional, **kwargs)
 
 
-class DistillSFTTrainer(TRLMixin, _SFTTrainer):  # type: ignore[misc]  # create_model_card has more parameters
+class DistillSFTTrainer(TRLMixin, _SFTTrainer):
     """`trl.SFTTrainer` with a teacher.
 
     Without a teacher, or with alpha = 0 and no further losses, it trains exactly as `SFTTrainer` does. With a teacher,

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from hf_distill import DistillError
 from hf_distill.errors import RunError
 from hf_distill.trainer import checkpointing as checkpointing
+from hf_distill.trainer.checkpoint_loading import load_checkpoint_weights
 from hf_distill.trainer.checkpointing import Checkpointer, _is_disk_full
 from hf_distill.trainer.checkpoints import checkpoint_defect, checkpoints_of, latest_complete
 from hf_distill.trainer.nonfinite_report import nonfinite_weight
@@ -148,6 +149,21 @@ def test_the_checkpointer_marks_before_it_removes_without_a_trainer(tmp_path):
     (newest / "trainer_state.json").write_text("{}")
     with pytest.raises(DistillError, match=r"trainer_state\.json has 2 bytes"):
         Checkpointer().resolve(str(newest), args, accelerator)
+
+
+def test_weights_are_loaded_completely_unless_the_trainer_has_to_load_them(tmp_path):
+    saved, student = build("llama", 1), build("llama", 2)
+    saved.save_pretrained(tmp_path)
+    for plugin in ("fsdp_plugin", "deepspeed_plugin"):
+        accelerator = SimpleNamespace(state=SimpleNamespace(**{plugin: object()}))
+        assert not load_checkpoint_weights(student, str(tmp_path), accelerator)
+    accelerator = SimpleNamespace(state=SimpleNamespace())
+    student.hf_quantizer = object()
+    assert not load_checkpoint_weights(student, str(tmp_path), accelerator)
+    assert not torch.equal(student.lm_head.weight, saved.lm_head.weight)
+    student.hf_quantizer = None
+    assert load_checkpoint_weights(student, str(tmp_path), accelerator)
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in saved.state_dict().items())
 
 
 def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeypatch):

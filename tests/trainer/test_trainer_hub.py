@@ -1,13 +1,18 @@
 """Pushes to the Hub: every commit has a model card and no projector, whatever the strategy."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
 from hub_server import Hub
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, default_data_collator
+from tiny import build
+from transformers import AutoModelForCausalLM, TrainerState, default_data_collator
 
+from hf_distill import DistillConfig
+from hf_distill.teachers import FrozenTeacher
+from hf_distill.trainer.hub import CardOptions, ModelCardWriter
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 
 HIDDEN = [{"name": "hidden_mse", "weight": 0.1}]
@@ -58,8 +63,6 @@ def test_the_pushed_weights_are_the_trained_ones(make_trainer, hub):
 
 
 def test_the_card_names_a_teacher_from_the_hub_and_its_license(make_trainer, hub, tmp_path):
-    from tiny import build
-
     build("llama", 1, layers=3, width=48).save_pretrained(tmp_path / "t")
     files = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
     hub.put("models", "org/teacher", files | {"README.md": b"---\nlicense: gemma\n---\n"})
@@ -88,6 +91,24 @@ def test_the_card_names_data_arguments_and_papers(make_trainer, hub):
         assert f"arxiv.org/abs/{paper}" in card.text
 
 
+def test_a_card_is_written_without_a_trainer(tmp_path):
+    args = DistillConfig(str(tmp_path), hub_model_id="tester/tiny", learning_rate=0.125, use_cpu=True)
+    source = SimpleNamespace(
+        args=args, state=TrainerState(), train_dataset=None, eval_dataset=None, processing_class=None
+    )
+    teacher, writer = FrozenTeacher(build("llama", 1)), ModelCardWriter()
+    writer.write(source, build("llama"), teacher, CardOptions(license="mit", tags="mine", tasks="fill-mask"))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.pipeline_tag) == ("mit", "fill-mask")
+    assert {"mine", "hf-distill"} <= {*data.tags}
+    assert json.loads((tmp_path / "distillation.json").read_text())["training"]["learning_rate"] == 0.125
+
+
+def test_an_unknown_option_of_a_card_is_an_error(make_trainer):
+    with pytest.raises(TypeError, match="dataset_tags"):
+        make_trainer().create_model_card(dataset_tags=["a"])
+
+
 def test_without_a_teacher_the_trainer_writes_the_card(make_trainer, hub):
     trainer = make_trainer(teacher=None, alpha=0.0, push_to_hub=True, hub_model_id="tester/plain")
     trainer.train()
@@ -97,7 +118,6 @@ def test_without_a_teacher_the_trainer_writes_the_card(make_trainer, hub):
 
 def test_the_trl_trainer_pushes_the_distillation_card(hub, tmp_path):
     from datasets import Dataset
-    from tiny import build
 
     from hf_distill.recipe.smoke import byte_tokenizer
 
