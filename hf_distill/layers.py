@@ -4,7 +4,6 @@ Layer i is the output of block i, counted from 0. The output of the embeddings h
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from .errors import DistillError
 
@@ -67,7 +66,7 @@ def last(n_student: int, n_teacher: int, n: int) -> Pairs:
     return [(n_student - n + i, n_teacher - n + i) for i in range(n)]
 
 
-def check_layers(spec: Any) -> None:
+def check_layers(spec: object) -> None:
     """Check the form of a layer mapping, before the depths of the models are known.
 
     Args:
@@ -115,6 +114,7 @@ def map_layers(spec: str | Sequence[Sequence[int]], n_student: int, n_teacher: i
     return [(pair[0], pair[1]) for pair in spec]
 
 
-def _is_pair(pair: Any) -> bool:
-    integers = isinstance(pair, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in pair)
-    return integers and len(pair) == 2
+def _is_pair(pair: object) -> bool:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    return all(isinstance(i, int) and not isinstance(i, bool) for i in pair)

@@ -3,13 +3,13 @@
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ..errors import DistillError, did_you_mean, raise_if_any
+from .json_types import JSONObject
 from .references import is_file
 
 
-def check_placement(quantization: Any, deepspeed: Any, fsdp: Any, device_map: Any) -> None:
+def check_placement(quantization: object, deepspeed: object, fsdp: object, device_map: object) -> None:
     """Check that the placement options of a teacher do not exclude each other; an option that is not set is falsy.
 
     Raises:
@@ -31,7 +31,7 @@ def check_placement(quantization: Any, deepspeed: Any, fsdp: Any, device_map: An
     raise_if_any(problems)
 
 
-def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[str, Any]:
+def read_deepspeed(config: str | JSONObject, folder: Path = Path()) -> JSONObject:
     """Return the content of a DeepSpeed config.
 
     Args:
@@ -60,7 +60,7 @@ def read_deepspeed(config: str | dict[str, Any], folder: Path = Path()) -> dict[
     return content
 
 
-def enable_zero3_gather_on_save(args: Any) -> None:
+def enable_zero3_gather_on_save(args: object) -> None:
     """Let ZeRO-3 gather a student's weights when it is saved, so that `from_pretrained` can load the folder.
 
     A value that the user set for it in the DeepSpeed config stays.
@@ -73,7 +73,7 @@ def enable_zero3_gather_on_save(args: Any) -> None:
         config.config["zero_optimization"].setdefault("stage3_gather_16bit_weights_on_model_save", True)
 
 
-def check_teacher_config(config: dict[str, Any]) -> None:
+def check_teacher_config(config: JSONObject) -> None:
     """Check the DeepSpeed config of a teacher, which is sharded and run but not trained.
 
     Raises:
@@ -84,7 +84,7 @@ def check_teacher_config(config: dict[str, Any]) -> None:
         for name in ("optimizer", "scheduler")
         if name in config
     ]
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = _section(config, "zero_optimization").get("stage", 0)
     if stage != 3:
         problems.append(
             f"zero_optimization.stage is {stage}; a teacher has no gradients and no optimizer states to shard: use "
@@ -93,7 +93,7 @@ def check_teacher_config(config: dict[str, Any]) -> None:
     raise_if_any(problems)
 
 
-def fill_teacher_config(config: dict[str, Any], hidden_size: int, dtype: str) -> dict[str, Any]:
+def fill_teacher_config(config: JSONObject, hidden_size: int, dtype: str) -> JSONObject:
     """Return a copy of a teacher's config with its "auto" values filled in, as Trainer does for a student.
 
     Args:
@@ -101,17 +101,17 @@ def fill_teacher_config(config: dict[str, Any], hidden_size: int, dtype: str) ->
         hidden_size: H_t.
         dtype: dtype that the teacher is loaded in: "bfloat16", "float16" or another.
     """
-    zero = {**config["zero_optimization"]}
+    zero = {**_section(config, "zero_optimization")}
     for key, value in (
         ("stage3_prefetch_bucket_size", int(0.9 * hidden_size**2)),
         ("stage3_param_persistence_threshold", 10 * hidden_size),
     ):
         if zero.get(key) == "auto":
             zero[key] = value
-    filled = {**config, "zero_optimization": zero}
+    filled: JSONObject = {**config, "zero_optimization": zero}
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if filled.get(key, {}).get("enabled") == "auto":
-            filled[key] = {**filled[key], "enabled": dtype == name}
+        if (section := _section(filled, key)).get("enabled") == "auto":
+            filled[key] = {**section, "enabled": dtype == name}
     # DeepSpeed requires a batch size although nothing is trained.
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if filled.get(key) == "auto":
@@ -119,3 +119,9 @@ def fill_teacher_config(config: dict[str, Any], hidden_size: int, dtype: str) ->
     if "train_batch_size" not in filled:
         filled.setdefault("train_micro_batch_size_per_gpu", 1)
     return filled
+
+
+def _section(config: JSONObject, name: str) -> JSONObject:
+    """Return a section of a config; an empty one if it is missing or no mapping."""
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}

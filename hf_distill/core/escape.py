@@ -7,7 +7,6 @@ to it uses.
 
 import html
 import re
-from typing import Any
 
 import yaml
 
@@ -27,7 +26,7 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("", text.replace("\r\n", "\n"))
 
 
-def markdown(text: Any) -> str:
+def markdown(text: object) -> str:
     """Return text as one line of Markdown that is rendered literally: no markup, HTML, formula or end of a table cell.
 
     Args:
@@ -40,7 +39,7 @@ def markdown(text: Any) -> str:
     )
 
 
-def code_span(text: Any) -> str:
+def code_span(text: object) -> str:
     """Return text as a Markdown code span, on one line.
 
     Args:
@@ -64,7 +63,7 @@ def code_block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def yaml_text(values: Any) -> str:
+def yaml_text(values: object) -> str:
     """Return plain values as a YAML document: no text in them becomes a key, a tag or the end of the document.
 
     Args:
@@ -73,7 +72,7 @@ def yaml_text(values: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=100).strip()
 
 
-def html_text(text: Any) -> str:
+def html_text(text: object) -> str:
     """Return text for an HTML element or quoted attribute.
 
     Args:

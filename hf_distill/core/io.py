@@ -4,14 +4,14 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import DistillError
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, str | int | None]:
     """Return the versions of packages and the machine that results were measured with.
 
     Args:
@@ -44,7 +44,7 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Write a JSON file atomically."""
     write_atomic(path, json.dumps(values, indent=1) + "\n")
 
@@ -82,12 +82,12 @@ class _Results(BaseModel):
     models: dict[str, dict[str, float | None]] = {}
     log_lines: dict[str, int] = {}
     steps: dict[str, int] = {}
-    chain: list[dict[str, Any]] = []
-    environment: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    student: dict[str, Any] = {}
-    teacher: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
+    chain: list[dict[str, object]] = []
+    environment: dict[str, object] = {}
+    data: dict[str, object] = {}
+    student: dict[str, object] = {}
+    teacher: dict[str, object] = {}
+    provenance: dict[str, object] = {}
 
 
 @contextmanager
@@ -159,7 +159,9 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Remove the lines after the checkpoint, and a truncated line."""
         if state.is_world_process_zero and self.path.exists():
             with damage_reported(self.path):
@@ -174,10 +176,17 @@ class MetricsFile(TrainerCallback):
             logger.warning(f"{self.path}, line {number}, is damaged: it is removed from the file.")
             return False
 
-    def _line(self, step: int, logs: dict[str, float]) -> str:
+    def _line(self, step: float, logs: dict[str, float]) -> str:
         return json.dumps({"run": self.run, "step": step, **logs}) + "\n"
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Append one line."""
         if state.is_world_process_zero:
             with self.path.open("a") as f:

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def without_local_paths(text: str, known: Collection[str] = ()) -> str:
     return _PATH.sub(_reduced, text)
 
 
-def reduced(value: Any, known: Collection[str] = ()) -> Any:
+def reduced(value: object, known: Collection[str] = ()) -> Any:
     """Return plain values, or a dataclass of them, with each path of this machine reduced to its last component.
 
     A string under a key such as `path` or `model` may be a relative path: it is reduced unless it is a repository id, a
@@ -57,7 +57,7 @@ def reduced(value: Any, known: Collection[str] = ()) -> Any:
     return value
 
 
-def typed_paths(values: Any) -> Iterator[str]:
+def typed_paths(values: Mapping[str, object] | Sequence[object]) -> Iterator[str]:
     """Yield the strings under keys such as `path` or `model` that are paths of this machine, at any depth.
 
     Args:
@@ -70,7 +70,7 @@ def typed_paths(values: Any) -> Iterator[str]:
             yield from typed_paths(inner)
 
 
-def with_reduced_keys(values: Any) -> Any:
+def with_reduced_keys(values: object) -> Any:
     """Return values in which only strings under keys such as `name_or_path` are reduced; other text is not changed.
 
     Args:
@@ -93,7 +93,7 @@ def _is_path(key: str, value: str) -> bool:
     return bool(_PATH_KEY.search(key)) and reference_kind(value) == "path"
 
 
-def _under(key: str, value: Any, known: Collection[str]) -> Any:
+def _under(key: str, value: object, known: Collection[str]) -> Any:
     return last_part(value) if isinstance(value, str) and _is_path(key, value) else reduced(value, known)
 
 

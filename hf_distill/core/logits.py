@@ -3,12 +3,14 @@
 import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .matmul import project_matmul
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -57,7 +59,7 @@ class LogitScaling:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "LogitScaling":
+    def of(cls, config: "PretrainedConfig") -> "LogitScaling":
         """Read the scaling that a model's config declares; `output_head` measures whether the model applies it."""
         config = config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)

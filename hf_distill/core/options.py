@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import cast
+
+from .json_types import JSON
 
 BETWEEN_0_AND_1 = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
 POSITIVE = {"exclusiveMinimum": 0}
@@ -19,7 +21,7 @@ _LIMITS = {
 }
 
 
-def option_schema(default: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
+def option_schema(default: object, limits: Mapping[str, JSON]) -> dict[str, object]:
     """Return the JSON Schema of an option: its default, the type of its default, and its limits.
 
     Args:
@@ -30,7 +32,7 @@ def option_schema(default: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
     return {"default": default} | ({"type": kind} if kind else {}) | dict(limits)
 
 
-def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | None:
+def option_problem(name: str, value: object, schema: Mapping[str, object]) -> str | None:
     """Return an error message for the value of an option; None if it is valid.
 
     An option whose default is None may be None.
@@ -44,8 +46,8 @@ def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | No
     if value is None and schema["default"] is None:
         return None
     if kind in ("number", "integer"):
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not _is_finite(value) or (kind == "integer" and value != int(value)):
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
+        if not is_number or (kind == "integer" and value != math.trunc(cast(float, value))):
             return f"{name} is {_short(value)}; it must be {'a whole number' if kind == 'integer' else 'a number'}"
         violated = [key for key, (_, holds) in _LIMITS.items() if key in schema and not holds(value, schema[key])]
         if violated:
@@ -56,14 +58,14 @@ def option_problem(name: str, value: Any, schema: Mapping[str, Any]) -> str | No
     return None
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(value: Real) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a whole number of {value.bit_length()} bits"
     text = repr(value)

@@ -1,7 +1,7 @@
 """Calls that the main process of a distributed launch makes for all processes."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -24,7 +24,7 @@ def run_on_main(call: Callable[[], T]) -> T:
     """
     if is_alone():
         return call()
-    message: list[Any] = [None, None]
+    message: list[object] = [None, None]
     failure: BaseException | None = None
     if torch.distributed.get_rank() == 0:
         try:
@@ -35,11 +35,11 @@ def run_on_main(call: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raise _from_plain(*message[1])
-    return message[0]
+        raise _from_plain(*cast(tuple[str, str | int | None], message[1]))
+    return cast(T, message[0])
 
 
-def _to_plain(error: BaseException) -> tuple[str, Any]:
+def _to_plain(error: BaseException) -> tuple[str, str | int | None]:
     """Return an error as plain values, because not every exception can be pickled."""
     if isinstance(error, RunInterrupted):
         return "RunInterrupted", error.code
@@ -49,7 +49,7 @@ def _to_plain(error: BaseException) -> tuple[str, Any]:
     return type(error).__name__, str(error).partition("\n")[0][:500]
 
 
-def _from_plain(kind: str, value: Any) -> BaseException:
+def _from_plain(kind: str, value: str | int | None) -> BaseException:
     known: dict[str, type[BaseException]] = {
         "RunInterrupted": RunInterrupted,
         "DistillError": DistillError,

@@ -1,8 +1,9 @@
 """Names of models and data in recipes: whether a name is a package, a path, a Hub id or a Hub URI. Imports no torch."""
 
 import re
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 PACKAGE_PREFIX, SMOKE_PREFIX, HUB_PREFIX = "package:", "smoke:", "hf://"
 # Files of data -> the builder of `datasets` that reads them.
@@ -49,7 +50,7 @@ def path_exists(path: str | Path) -> bool:
         return False
 
 
-def is_file(path: Any) -> bool:
+def is_file(path: Path | Traversable) -> bool:
     """Whether a path is a file; False for names that no file system allows."""
     try:
         return bool(path.is_file())
@@ -57,7 +58,7 @@ def is_file(path: Any) -> bool:
         return False
 
 
-def is_id(name: Any) -> bool:
+def is_id(name: object) -> bool:
     """Whether a name is the id of a repository on the Hub."""
     return isinstance(name, str) and reference_kind(name) == "id"
 
@@ -72,7 +73,7 @@ def distribution_of(name: str) -> str:
     return module_of(name).partition(".")[0].replace("_", "-")
 
 
-def public_name(name: Any) -> str | None:
+def public_name(name: object) -> str | None:
     """Return a name as it may be published: of a path only the last component; None for an empty name."""
     if not name:
         return None

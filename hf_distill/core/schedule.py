@@ -8,14 +8,14 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ..errors import DistillError
 
 Points: TypeAlias = tuple[tuple[float, float], ...]
 
 
-def parse_schedule(value: Any, name: str, low: float, high: float = math.inf) -> Points:
+def parse_schedule(value: object, name: str, low: float, high: float = math.inf) -> Points:
     """Return the points of a schedule.
 
     Args:
@@ -36,7 +36,7 @@ def parse_schedule(value: Any, name: str, low: float, high: float = math.inf) ->
             value = json.loads(value)
         except json.JSONDecodeError:
             raise DistillError(f"{name} is {value!r}; {_SHAPE}") from None
-    pairs: Any = value if isinstance(value, Sequence) else [[0.0, value]]
+    pairs: Sequence = value if isinstance(value, Sequence) else [[0.0, value]]
     if not pairs or not all(isinstance(point, Sequence) and len(point) == 2 for point in pairs):
         raise DistillError(f"{name} is {value!r}; {_SHAPE}")
     if not all(_is_number(x) for point in pairs for x in point):
@@ -53,7 +53,7 @@ def parse_schedule(value: Any, name: str, low: float, high: float = math.inf) ->
 _SHAPE = "give a number, or points [[progress, value], ...] with progress from 0 to 1"
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 

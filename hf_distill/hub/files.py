@@ -1,7 +1,9 @@
 """Files of Hub repositories, named by URIs such as hf://org/name@revision/file or hf://datasets/org/name/file."""
 
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +84,17 @@ def fetch(uri: HfUri, max_bytes: int | None = None) -> Fetched:
     Raises:
         DistillError: see `translate_hub_errors`; or the file is larger than `max_bytes`.
     """
-    request: Any = {"repo_id": uri.id, "filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
+    download: Callable[..., Any] = partial(
+        hf_hub_download, uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision
+    )
     with translate_hub_errors(uri.id, uri.type, uri.revision, uri.path_in_repo):
         if max_bytes is not None:
             try:
-                size = hf_hub_download(**request, dry_run=True).file_size
+                size = download(dry_run=True).file_size
             except (DryRunError, LocalEntryNotFoundError):  # offline: the size of a cached file is checked below
                 size = None
             _check_size(uri, size, max_bytes)
-        path = Path(hf_hub_download(**request))
+        path = Path(download())
         _check_size(uri, path.stat().st_size, max_bytes)
     commit = path.parents[uri.path_in_repo.count("/")].name
     return Fetched(path, pin(uri, commit))

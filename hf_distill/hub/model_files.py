@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+from ..core.json_types import JSON, JSONObject
 from ..core.references import path_exists, reference_kind
 from ..errors import DistillError
 from .errors import translate_hub_errors
@@ -48,14 +48,14 @@ class ModelFiles:
     revision: str | None
     is_local: bool
     commit: str | None = None
-    config: Any = None
-    adapter: Any = None
-    index: Any = None
-    tokenizer: Any = None
+    config: JSONObject | None = None
+    adapter: JSONObject | None = None
+    index: JSONObject | None = None
+    tokenizer: JSONObject | None = None
     has_safe_adapter: bool = False
 
     @property
-    def base(self) -> str | None:
+    def base(self) -> JSON:
         """The base model that the adapter's config names; None without an adapter."""
         return None if self.adapter is None else self.adapter.get("base_model_name_or_path")
 
@@ -71,7 +71,7 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
         DistillError: see `translate_hub_errors`; a file is not a JSON object.
     """
     is_local, commit = reference_kind(name) != "id", None
-    parts: dict[str, Any] = {}
+    parts: dict[str, JSONObject | None] = {}
     for key, file in _FILES.items():
         path = _fetch_file(name, file, commit or revision, is_local)
         parts[key] = None if path is None else _read_json_object(path, f"{name}: {file}")
@@ -96,7 +96,7 @@ def check_model(name: str, revision: str | None = None, remote_code: bool = Fals
     problems = [*_model_problems(files, remote_code, pickles)]
     if problems:
         raise DistillError(f"{name}: {'; '.join(problems)}")
-    if files.base is not None and (not files.is_local or reference_kind(files.base) == "id"):
+    if isinstance(files.base, str) and (not files.is_local or reference_kind(files.base) == "id"):
         base = model_files(files.base)
         if base.adapter is not None:
             raise DistillError(
@@ -124,8 +124,8 @@ def _model_problems(files: ModelFiles, remote_code: bool, pickles: bool) -> Iter
     if files.adapter is not None:
         yield from _adapter_problems(files, pickles)
     if files.index is not None:
-        shards = files.index.get("weight_map")
-        shards = {*map(str, shards.values())} if isinstance(shards, dict) else {"weight_map is missing"}
+        weight_map = files.index.get("weight_map")
+        shards = {*map(str, weight_map.values())} if isinstance(weight_map, dict) else {"weight_map is missing"}
         for shard in sorted(shard for shard in shards if not _SHARD.fullmatch(shard)):
             yield f"{INDEX} names {shard!r}, which is no safetensors file of the repository"
     if files.tokenizer is not None and not files.is_local:
@@ -134,7 +134,7 @@ def _model_problems(files: ModelFiles, remote_code: bool, pickles: bool) -> Iter
                 yield f"{TOKENIZER}: {key} is {value!r}, which is a file on this machine"
 
 
-def _config_problems(config: dict[str, Any], remote_code: bool) -> Iterator[str]:
+def _config_problems(config: JSONObject, remote_code: bool) -> Iterator[str]:
     """Yield an error for each kernel, weight file elsewhere and other model that a config names, at any depth."""
     hint = "read it; if you trust it, add --trust-remote-code"
     for key, value in _walk(config):
@@ -180,7 +180,7 @@ def _adapter_problems(files: ModelFiles, pickles: bool) -> Iterator[str]:
             yield f"{ADAPTER}: {key} is {value!r}; an adapter may name no files, modules or loading options"
 
 
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+def _walk(value: JSON) -> Iterator[tuple[str, JSON]]:
     """Yield all keys of nested dicts and lists with their values."""
     stack = [value]
     while stack:
@@ -192,7 +192,7 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
             stack += item
 
 
-def _read_json_object(path: Path, what: str) -> dict[str, Any]:
+def _read_json_object(path: Path, what: str) -> JSONObject:
     if (size := path.stat().st_size) > _MAX_JSON_BYTES:
         raise DistillError(f"{what} has {size:,} bytes; at most {_MAX_JSON_BYTES:,} bytes are read.")
     try:
