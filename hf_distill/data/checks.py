@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -168,11 +167,11 @@ def _visible_span(mask: list[int]) -> tuple[int, int]:
     return start, end
 
 
-def _wrong_value(column: str, value: Any, needs: str) -> DistillError:
+def _wrong_value(column: str, value: object, needs: str) -> DistillError:
     return DistillError(f"column {column}: found {_shorten(value)}, but it needs {needs}.")
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     if value is None:
         return "null"
     text = repr(value)

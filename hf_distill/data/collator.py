@@ -1,8 +1,8 @@
 """Data collator: pads rows to the longest of the batch, or concatenates packed documents without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
 from ..core.targets import IGNORE_INDEX
+
+Row: TypeAlias = Mapping[str, Sequence[int]]  # column -> values; `source` of a row that is not packed is one number
 
 
 class Collator:
@@ -33,7 +35,7 @@ class Collator:
         self.pad_token_id, self.sources = pad_token_id, tuple(sources)
         self._flatten = DataCollatorWithFlattening()
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return a batch of `input_ids` and `labels`, with `attention_mask` or `position_ids`, and `source` if any."""
         is_packed = "seq_lengths" in rows[0]
         batch = self._flatten([doc for row in rows for doc in unpack_row(row)]) if is_packed else self._pad(rows)
@@ -42,13 +44,13 @@ class Collator:
             batch["source"] = torch.cat(sources)[None] if is_packed else pad_sequence(sources, batch_first=True)
         return batch
 
-    def _pad(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         batch = self._pad_view(rows, "")
         if len({len(row["input_ids"]) for row in rows}) == 1:
             del batch["attention_mask"]
         return batch | (self._pad_view(rows, "view_") if "view_input_ids" in rows[0] else {})
 
-    def _pad_view(self, rows: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
+    def _pad_view(self, rows: Sequence[Row], view: str) -> dict[str, Tensor]:
         ids = [torch.as_tensor(row[f"{view}input_ids"]) for row in rows]
         labels = [torch.as_tensor(row[f"{view}labels"]) for row in rows]
         return {
@@ -58,7 +60,7 @@ class Collator:
         }
 
 
-def unpack_row(row: dict[str, Any]) -> list[dict[str, Any]]:
+def unpack_row(row: Row) -> list[Row]:
     """Return the documents of a packed row, as rows; a row that is not packed is one document."""
     ends = [0, *accumulate(row.get("seq_lengths", [len(row["input_ids"])]))]
     return [{name: row[name][start:end] for name in ("input_ids", "labels")} for start, end in pairwise(ends)]

@@ -1,8 +1,9 @@
 """Tokenization of conversations: a chat template renders them, and the assistant's turns become target tokens."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import DistillError, require_package
@@ -10,6 +11,7 @@ from ..errors import DistillError, require_package
 logger = logging.get_logger(__name__)
 
 ASSISTANT = "assistant"
+Tools: TypeAlias = list[dict] | None  # JSON schemas of functions
 Span = tuple[int, int]  # characters of a rendered conversation, the end excluded
 _PROBE = "What is 2 + 2?"
 
@@ -30,26 +32,27 @@ class Conversations:
         DistillError: there is no chat template.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
         require_package("trl", "trl", "Reading conversations")
         from trl.chat_template_utils import has_generation_markers
 
         self.tokenizer = tokenizer
-        self.chat_template: Any = chat_template or getattr(tokenizer, "chat_template", None)
-        if isinstance(self.chat_template, dict):  # several templates by name
-            self.chat_template = self.chat_template.get("default")
-        if self.chat_template is None:
+        template = chat_template or getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict):  # several templates by name
+            template = template.get("default")
+        if template is None:
             raise DistillError(
                 "The source has conversations, but the tokenizer has no chat_template. Set `data.chat_template` in the "
                 "recipe, or `tokenizer.chat_template` in a script."
             )
+        self.chat_template: str = template
         self.has_marks = has_generation_markers(self.chat_template)
         self.renders_parts = self._renders_parts()
 
     def encode(
         self,
         messages: Sequence[dict],
-        tools: Any = None,
+        tools: Tools = None,
         first: int = 0,
         assistant_only: bool = True,
     ) -> tuple[list[int], list[int]]:
@@ -80,7 +83,7 @@ class Conversations:
             mask = [bit and marked for bit, marked in zip(mask, self._encode_marked(messages, tools)[1], strict=True)]
         return ids, mask
 
-    def render(self, messages: Sequence[dict], tools: Any = None, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[dict], tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """Return the text that the chat template renders of a conversation.
 
         Raises:
@@ -88,21 +91,20 @@ class Conversations:
         """
         return self._apply(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
 
-    def _apply(self, messages: Sequence[dict], tools: Any, **options) -> Any:
+    def _apply(self, messages: Sequence[dict], tools: Tools, **options: object) -> Any:
+        apply: Callable = self.tokenizer.apply_chat_template
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools or None, chat_template=self.chat_template, **options
-            )
+            return apply(messages, tools=tools or None, chat_template=self.chat_template, **options)
         except Exception as error:  # a template is a program and may raise any exception
             raise DistillError(
                 f"the chat template cannot render the conversation: {type(error).__name__}: {error}"
             ) from error
 
-    def _encode_marked(self, messages: Sequence[dict], tools: Any) -> tuple[list[int], list[int]]:
+    def _encode_marked(self, messages: Sequence[dict], tools: Tools) -> tuple[list[int], list[int]]:
         encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return encoded["input_ids"], encoded["assistant_masks"]
 
-    def _turn_span(self, text: str, messages: Sequence[dict], index: int, tools: Any) -> Span:
+    def _turn_span(self, text: str, messages: Sequence[dict], index: int, tools: Tools) -> Span:
         """Return where message `index` is in the text of the full conversation, without the generation prompt."""
         if not index:
             raise DistillError(
@@ -114,7 +116,7 @@ class Conversations:
             end = self._prefix_length(text, messages[: index + 1], tools, False)
         return start, end
 
-    def _prefix_length(self, text: str, messages: Sequence[dict], tools: Any, add_generation_prompt: bool) -> int:
+    def _prefix_length(self, text: str, messages: Sequence[dict], tools: Tools, add_generation_prompt: bool) -> int:
         prefix = self.render(messages, tools, add_generation_prompt)
         if not text.startswith(prefix):
             raise DistillError(
@@ -169,7 +171,7 @@ class Conversations:
 
     def _renders_parts(self) -> bool:
         """Whether the template renders a list of text parts as it renders their text."""
-        contents: list[Any] = [[{"type": "text", "text": _PROBE}], _PROBE]
+        contents: list[object] = [[{"type": "text", "text": _PROBE}], _PROBE]
         parts, text = (self._render_or_none([{"role": "user", "content": content}]) for content in contents)
         return parts is not None and (parts == text or _PROBE not in (text or ""))
 
@@ -180,7 +182,7 @@ class Conversations:
             return None
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..core.targets import IGNORE_INDEX
@@ -60,7 +60,7 @@ def format_of(
 
 def make_encode_fn(
     kind: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     assistant_only: bool | None = None,
     paraphrase: bool = False,
     chat_template: str | None = None,
@@ -90,7 +90,7 @@ def make_encode_fn(
     return read.from_two_prompts if paraphrase else read.from_completion
 
 
-def _from_tokens(example: dict, tokenizer: Any, vocab_size: int) -> dict[str, list[int]]:
+def _from_tokens(example: dict, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, list[int]]:
     ids, labels, masks = check_tokens(example, vocab_size)
     if labels is not None:
         return {"input_ids": ids, "labels": labels}
@@ -99,7 +99,7 @@ def _from_tokens(example: dict, tokenizer: Any, vocab_size: int) -> dict[str, li
     return _row(ids, *masks)
 
 
-def _without_padding(ids: list[int], tokenizer: Any) -> list[int]:
+def _without_padding(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return ids without padding tokens at the ends; if the padding token is also BOS or EOS, one is kept."""
     pad = tokenizer.pad_token_id
     start, end = 0, len(ids)
@@ -117,7 +117,7 @@ def _without_padding(ids: list[int], tokenizer: Any) -> list[int]:
 class _ConversationTokenizer:
     """Tokenizes conversations, and prompts with completions, which may be conversations too."""
 
-    def __init__(self, tokenizer: Any, chat_template: str | None, assistant_only: bool):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, assistant_only: bool):
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
         self._chat_template = chat_template
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset
 from datasets.features.features import generate_from_arrow_type, register_feature
 
+from ..core.json_types import JSON, JSONObject
 from ..errors import DistillError
 from .checks import EXAMPLE_COLUMNS
 
@@ -27,18 +28,18 @@ _BOM = b"\xef\xbb\xbf"
 class ExactJson:
     """A column type of `datasets` for values of several types; each value is stored as its JSON text."""
 
-    pa_type: ClassVar[Any] = pa.string()
+    pa_type: ClassVar[pa.DataType] = pa.string()
     _type: str = field(default="ExactJson", init=False, repr=False)
 
     def __call__(self) -> pa.DataType:
         """Return the Arrow type of the column."""
         return self.pa_type
 
-    def encode_example(self, value: Any) -> str:
+    def encode_example(self, value: object) -> str:
         """Return the stored JSON text of a value."""
         return json.dumps(value)
 
-    def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
+    def decode_example(self, value: str | None, token_per_repo_id: object = None) -> JSON:
         """Return the value of a stored JSON text."""
         return None if value is None else json.loads(value)
 
@@ -48,8 +49,11 @@ with warnings.catch_warnings(action="ignore", category=UserWarning):  # register
 
 
 def map_exactly(
-    rows: Any, function: Callable[[dict, int], dict], features: Features | None, remove_columns: Sequence[str] = ()
-) -> Any:
+    rows: Dataset | IterableDataset,
+    function: Callable[[dict, int], dict],
+    features: Features | None,
+    remove_columns: Sequence[str] = (),
+) -> Dataset | IterableDataset:
     """Call `rows.map` with indices and preserve the values of `ExactJson` columns, which `map` alone cannot write.
 
     Args:
@@ -86,7 +90,7 @@ def read_json(path: str, streaming: bool) -> Dataset | IterableDataset | None:
     return Dataset.from_generator(_rows, features, gen_kwargs={"path": path, "version": tuple(version)})
 
 
-def _rows(path: str, version: tuple[int, ...] = ()) -> Iterator[dict[str, Any]]:
+def _rows(path: str, version: tuple[int, ...] = ()) -> Iterator[JSONObject]:
     with Path(path).open("rb") as file:
         start = file.read(1024).removeprefix(_BOM).lstrip()
         file.seek(0)
@@ -99,15 +103,15 @@ def _rows(path: str, version: tuple[int, ...] = ()) -> Iterator[dict[str, Any]]:
                 yield _row(path, number, line.rstrip())
 
 
-def _row(path: str, number: int, line: bytes) -> dict[str, Any]:
+def _row(path: str, number: int, line: bytes) -> JSONObject:
     row = _parse(path, number, line)
     if not isinstance(row, dict):
         raise _unreadable(path, f"line {number} holds {_type_name(row)}, but each line must be an object, {{...}}")
     return row
 
 
-def _list_rows(path: str, content: bytes) -> list[dict[str, Any]]:
-    rows = _parse(path, 1, content)
+def _list_rows(path: str, content: bytes) -> list[JSONObject]:
+    rows = cast(list[JSONObject], _parse(path, 1, content))
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             problem = f"row {index} (counted from 0) holds {_type_name(row)}, but each row must be an object, {{...}}"
@@ -115,7 +119,7 @@ def _list_rows(path: str, content: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(path: str, first_line: int, content: bytes) -> Any:
+def _parse(path: str, first_line: int, content: bytes) -> JSON:
     try:
         value = json.loads(content.decode())
         if b"\\ud" in content or b"\\uD" in content:
@@ -140,11 +144,11 @@ def _unreadable(path: str, problem: str) -> DistillError:
     )
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _chunks(rows: Iterator[JSONObject]) -> Iterator[list[JSONObject]]:
     while chunk := list(islice(rows, _CHUNK_ROWS)):
         yield chunk
 
@@ -160,7 +164,7 @@ def _features(path: str) -> Features:
     )
 
 
-def _common_type(known: pa.DataType | None, values: list[Any]) -> pa.DataType | None:
+def _common_type(known: pa.DataType | None, values: list[JSON]) -> pa.DataType | None:
     if known is None:
         return None
     try:
@@ -170,7 +174,7 @@ def _common_type(known: pa.DataType | None, values: list[Any]) -> pa.DataType | 
         return None
 
 
-def _stream_rows(path: str) -> Iterator[dict[str, Any]]:
+def _stream_rows(path: str) -> Iterator[JSONObject]:
     """Yield rows with the columns of the first chunk, null where a row lacks one: the columns of a stream are fixed."""
     columns: dict[str, None] = {}
     for number, chunk in enumerate(_chunks(_rows(path))):

@@ -6,9 +6,9 @@ import sys
 import sysconfig
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from ..core.references import DATASET_BUILDERS, PACKAGED_TEXTS, reference_kind
@@ -45,14 +45,15 @@ def load_examples(
     if reference_kind(path) == "package":
         if path not in _PACKAGED:
             raise DistillError(f"{path!r} is not a packaged text{did_you_mean(path, _PACKAGED)}")
-        data: Any = _PACKAGED[path]()
+        data: Examples | None = _PACKAGED[path]()
     else:
         data = _load(path, split, name, streaming)
-    empty = data is None or (isinstance(data, Dataset) and len(data) == 0)
-    if streaming and isinstance(data, Dataset) and not empty:
-        data = data.to_iterable_dataset()
-    first = None if empty else next(iter(data), None)
-    if first is None:
+    if data is None or (isinstance(data, Dataset) and len(data) == 0):
+        first = None
+    else:
+        data = data.to_iterable_dataset() if streaming and isinstance(data, Dataset) else data
+        first = next(iter(data), None)
+    if data is None or first is None:
         raise DistillError(f"{path} (split {split!r}) has no documents.")
     if format_of(list(first), column, path) == TEXT:
         column = column or TEXT
@@ -62,7 +63,7 @@ def load_examples(
     return data
 
 
-def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
+def _load(path: str, split: str, name: str | None, streaming: bool) -> Examples | None:
     revision = None
     if reference_kind(path) == "address":
         uri = parse_uri(path)
@@ -80,16 +81,16 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Any:
         )
     if (local_path / "state.json").is_file():
         with readable(path):
-            return load_from_disk(path)
+            return cast(Dataset, load_from_disk(path))
     if (local_path / "dataset_dict.json").is_file():
         with readable(path):
-            splits: Any = load_from_disk(path)
+            splits = cast(DatasetDict, load_from_disk(path))
         if split not in splits:
             raise DistillError(f"{path} has no split {split!r}{did_you_mean(split, splits)}")
         return splits[split]
     with reading(f"The data set {path}"):
         try:
-            return load_dataset(path, name, split=split, streaming=streaming, revision=revision)
+            return cast(Examples, load_dataset(path, name, split=split, streaming=streaming, revision=revision))
         except DatasetNotFoundError as error:
             raise DistillError(
                 f"There is no data set {path!r} on this machine or on the Hub: {line_of(error)}"

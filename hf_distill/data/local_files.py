@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from ..core.references import DATASET_BUILDERS
@@ -18,7 +18,7 @@ from ..errors import DistillError
 from .json_files import read_json
 
 
-def read_file(path: str, streaming: bool) -> Any:
+def read_file(path: str, streaming: bool) -> Dataset | IterableDataset | None:
     """Return the examples of a .txt, .jsonl, .json, .csv, .parquet or .arrow file; None if it has no examples.
 
     Fields of a CSV file are texts, also if they look like numbers; empty fields are None.
@@ -37,20 +37,21 @@ def read_file(path: str, streaming: bool) -> Any:
         if suffix == ".parquet" and pq.ParquetFile(file).metadata.num_rows == 0:
             return None
         if streaming:
-            rows: Any = IterableDataset.from_generator(_stream, gen_kwargs={"path": path})
+            rows = IterableDataset.from_generator(_stream, gen_kwargs={"path": path})
             return None if next(iter(rows), None) is None else rows
-        data: Any = _load(path, streaming)
+        data = cast(Dataset, _load(path, streaming))
         data.data.validate(full=True)  # otherwise bytes that are not UTF-8 fail in the middle of training
         return data
 
 
-def _load(path: str, streaming: bool) -> Any:
+def _load(path: str, streaming: bool) -> Dataset | IterableDataset:
     suffix = Path(path).suffix
     options = _options(Path(path), suffix)
-    return load_dataset(DATASET_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **options)
+    rows = load_dataset(DATASET_BUILDERS[suffix], data_files=path, split="train", streaming=streaming, **options)
+    return cast(Dataset | IterableDataset, rows)
 
 
-def _stream(path: str) -> Iterator[dict[str, Any]]:
+def _stream(path: str) -> Iterator[dict]:
     """Yield the rows of a file; an error that occurs late in the file names the file too."""
     with readable(path):
         rows = iter(_load(path, True))

@@ -1,7 +1,7 @@
 """Mixes several sources, example by example."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
@@ -11,6 +11,7 @@ from ..core.schedule import Points, value_at
 from ..errors import DistillError
 from .load import Examples
 
+StoppingStrategy: TypeAlias = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 logger = logging.get_logger(__name__)
 
 
@@ -42,7 +43,10 @@ def add_source_column(rows: Examples, source: int) -> Examples:
 
 
 def mix(
-    rows: Mapping[str, Examples], weights: Mapping[str, float], seed: int, stopping_strategy: str = "first_exhausted"
+    rows: Mapping[str, Examples],
+    weights: Mapping[str, float],
+    seed: int,
+    stopping_strategy: StoppingStrategy = "first_exhausted",
 ) -> Examples:
     """Mix the rows of all sources in random order; the source of each row is drawn with its share of the weights.
 
@@ -65,8 +69,7 @@ def mix(
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
     probabilities = shares({name: weights[name] for name in rows})
-    strategy: Any = stopping_strategy
-    return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy=strategy)
+    return interleave_datasets(parts, probabilities=probabilities, seed=seed, stopping_strategy=stopping_strategy)
 
 
 def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], seed: int, count: int) -> Dataset:

@@ -1,7 +1,5 @@
 """Packing: several full documents in a row of almost equal length, separated by their position ids."""
 
-from typing import Any
-
 import torch
 from datasets import IterableDataset
 from torch import nn
@@ -66,13 +64,13 @@ def check_packed_attention(model: nn.Module, who: str) -> None:
     Raises:
         DistillError: the model takes no position_ids, or does not separate documents by them.
     """
-    inner: Any = unwrap_model(model)
+    inner = unwrap_model(model)
     if model is unwrap_parallel(model) and is_zero3_partitioned(model):
         logger.warning_once(f"The {who} is sharded, so it is not checked whether it separates packed documents.")
         return
     if accepts_any_input(inner) or "position_ids" in input_names(inner):
         why = f"its attention {inner.config._attn_implementation!r} does not separate documents by position_ids"
-        leaks = _documents_leak(model, inner.get_input_embeddings().weight.device)
+        leaks = _documents_leak(model, next(inner.get_input_embeddings().parameters()).device)
     else:
         why, leaks = "it takes no position_ids", True
     if leaks:

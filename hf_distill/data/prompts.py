@@ -1,7 +1,5 @@
 """Prompts for on-policy distillation, where the student generates the completions."""
 
-from typing import Any
-
 from datasets import Features
 
 from ..errors import DistillError
@@ -48,7 +46,7 @@ def _split_features(features: Features | None) -> Features | None:
     return Features({**other, "prompt": features[MESSAGES], "completion": features[MESSAGES]})
 
 
-def _split(example: dict) -> dict[str, Any]:
+def _split(example: dict) -> dict[str, list[dict]]:
     messages = check_messages(example, MESSAGES)
     if len(messages) < 2 or messages[-1]["role"] != ASSISTANT:
         raise DistillError(

@@ -1,9 +1,8 @@
 """Tokenizes data sets: text is concatenated and cut into full rows; in every other format an example is a row."""
 
-from typing import Any
-
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..core.targets import IGNORE_INDEX
@@ -22,7 +21,7 @@ TWO_VIEW_FEATURES = Features(
 
 def tokenize_dataset(
     documents: Examples,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     assistant_only: bool | None = None,
     overflow: str = "truncate",
@@ -47,7 +46,9 @@ def tokenize_dataset(
     return concat_and_chunk(documents, tokenizer, max_length, where)
 
 
-def concat_and_chunk(documents: Examples, tokenizer: Any, max_length: int, where: str = "The source") -> Examples:
+def concat_and_chunk(
+    documents: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str = "The source"
+) -> Examples:
     """Concatenate documents with EOS tokens between them and cut them into rows of exactly `max_length` tokens.
 
     The remainder of each batch of documents is dropped.
@@ -89,7 +90,7 @@ def concat_and_chunk(documents: Examples, tokenizer: Any, max_length: int, where
 
 def tokenize_examples(
     documents: Examples,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     assistant_only: bool | None = None,
     overflow: str = "truncate",

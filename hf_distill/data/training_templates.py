@@ -6,7 +6,9 @@ Some are files in `chat_templates/`; the others come from TRL.
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..errors import DistillError, did_you_mean, require_package
@@ -97,7 +99,7 @@ def _check_jinja(name: str, source: str) -> None:
         raise DistillError(message) from error
 
 
-def render_probes(tokenizer: Any, chat_template: Any = None) -> list[str | None]:
+def render_probes(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[str | None]:
     """Render each of `PROBES`; None where the template refuses the conversation.
 
     Args:
@@ -107,16 +109,19 @@ def render_probes(tokenizer: Any, chat_template: Any = None) -> list[str | None]
     return [_render_probe(tokenizer, chat_template, *probe) for probe in PROBES]
 
 
-def _render_probe(tokenizer: Any, chat_template: Any, messages: list, tools: list | None, prompt: bool) -> str | None:
+def _render_probe(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, messages: list, tools: list | None, prompt: bool
+) -> str | None:
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt
         )
     except Exception:  # a template is a program and may raise any exception
         return None
+    return cast(str, text)
 
 
-def renders_same(tokenizer: Any, training: str, chat_template: Any = None) -> bool:
+def renders_same(tokenizer: PreTrainedTokenizerBase, training: str, chat_template: str | None = None) -> bool:
     """Whether a training template renders the same text as a chat template for all `PROBES`.
 
     A training template may refuse conversations with tools, because such a conversation then raises an error.
@@ -133,7 +138,7 @@ def renders_same(tokenizer: Any, training: str, chat_template: Any = None) -> bo
     )
 
 
-def matching_template(tokenizer: Any, chat_template: Any = None) -> str | None:
+def matching_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> str | None:
     """Return the name of a training template that renders the same text as a chat template, or None."""
     if not any(render_probes(tokenizer, chat_template)):
         return None
