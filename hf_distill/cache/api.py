@@ -1,15 +1,19 @@
 """`write_cache`: writes the teacher signals of the training data to a cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, Protocol, TypedDict, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from ..core.logits import LazyLogits
+from ..core.json_types import JSONObject
+from ..core.logits import DenseLogits, LazyLogits
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import Targets
 from ..errors import DistillError, raise_if_any
 from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
@@ -18,12 +22,35 @@ from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from .example_keys import other_inputs
 from .fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from .manifest import Kind, Manifest
+from .manifest import DataCounts, DataRecord, Kind, KindOptions, Manifest, TeacherRecord
 from .serialization import DTYPES, check_kind
-from .writer import CacheProgress, ShardPlan, TeacherFn, load_batch, plan_shards, request_layers, write_shards
+from .writer import CacheProgress, Rows, ShardPlan, TeacherFn, load_batch, plan_shards, request_layers, write_shards
 
 KINDS = ("hidden", "sampled", "top_k")
 _PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
+
+
+class TeacherName(TypedDict):
+    """Name of a teacher in the manifest: the id or path of the model, its revision and its quantization."""
+
+    model: str | None
+    revision: NotRequired[str | None]
+    quantization: NotRequired[str | None]
+
+
+class CacheTeacher(Protocol):
+    """A prepared frozen `Teacher`."""
+
+    model: nn.Module | None
+
+    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets], /) -> Signals:
+        """Return the teacher signals of a batch."""
+
+
+class _TeacherOutput(TypedDict):
+    vocab_size: int
+    width: int | None
+    scaling: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +82,7 @@ class CacheOptions:
     layers: Sequence[int] = ()
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         if self.kind not in KINDS:
             problems.append(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
@@ -76,9 +103,9 @@ class CacheOptions:
             problems.append(f"a cache of kind {self.kind} stores no hidden states: remove layers, or use kind hidden")
         raise_if_any(problems)
 
-    def kind_options(self) -> dict[str, Any]:
+    def kind_options(self) -> KindOptions:
         """Return the options of this kind, as the manifest stores them."""
-        by_kind: dict[str, dict[str, Any]] = {
+        by_kind: dict[str, KindOptions] = {
             "hidden": {"dtype": self.dtype, "layers": list(self.layers)},
             "sampled": {
                 "samples_per_token": self.samples_per_token,
@@ -92,17 +119,17 @@ class CacheOptions:
 
 def write_cache(
     folder: str | Path,
-    teacher: Any,
-    *rows: Any,
+    teacher: nn.Module | CacheTeacher,
+    *rows: Rows,
     collator: Callable[[list], dict],
-    processing_class: Any = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     shard_rows: int = 256,
     device: torch.device | str | None = None,
-    teacher_name: dict[str, Any] | None = None,
-    recipe: dict[str, Any] | None = None,
+    teacher_name: TeacherName | None = None,
+    recipe: JSONObject | None = None,
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
-    **options,
+    **options: Any,
 ) -> Manifest:
     """Write the teacher signals of the target tokens of some rows; an interrupted write is resumed.
 
@@ -130,10 +157,11 @@ def write_cache(
     cache_options, sizes = CacheOptions(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
     raise_if_any([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
+    assert model is not None, "a prepared teacher has a model"
     shift = model_type_of(model).shifts_labels
     device = torch.device(device or next(model.parameters()).device)
     teacher_fn: TeacherFn = _make_teacher_fn(teacher) if isinstance(teacher, nn.Module) else teacher
-    plan, data = plan_shards(rows, _collate_accepted_inputs(model, collator), batch_size, shard_rows, shift)
+    plan, counts = plan_shards(rows, _collate_accepted_inputs(model, collator), batch_size, shard_rows, shift)
     manifest = Manifest(
         kind=cache_options.kind,
         options=cache_options.kind_options(),
@@ -141,10 +169,7 @@ def write_cache(
         teacher=_describe_teacher(teacher_name, model),
         tokenizer=tokenizer_fingerprint(processing_class),
         chat_template=template_fingerprint(processing_class),
-        data=data
-        | sizes
-        | _describe_other_inputs(plan)
-        | {"max_length": (recipe or {}).get("data", {}).get("max_length")},
+        data=_describe_data(counts, plan, batch_size, shard_rows, recipe),
         versions={name: version(name) for name in _PACKAGES},
         recipe=recipe,
         depth=count_blocks(model),
@@ -157,14 +182,21 @@ def _collate_accepted_inputs(model: nn.Module, collator: Callable[[list], dict])
     return lambda rows: accepted_inputs(model, collator(rows))
 
 
-def _describe_teacher(teacher_name: dict[str, Any] | None, model: nn.Module) -> dict[str, Any]:
-    name = teacher_name or {"model": unwrap_model(model).name_or_path}
-    return name | {"class": type(unwrap_model(model)).__name__, "weights": weights_fingerprint(model)}
+def _describe_teacher(teacher_name: TeacherName | None, model: nn.Module) -> TeacherRecord:
+    inner = unwrap_model(model)
+    name: TeacherName = {"model": inner.name_or_path} if teacher_name is None else teacher_name
+    return {**name, "class": type(inner).__name__, "weights": weights_fingerprint(model)}
 
 
-def _describe_other_inputs(plan: ShardPlan) -> dict[str, Any]:
-    inputs = other_inputs(plan.batch(0))
-    return {"inputs": inputs} if inputs else {}
+def _describe_data(
+    counts: DataCounts, plan: ShardPlan, batch_size: int, shard_rows: int, recipe: JSONObject | None
+) -> DataRecord:
+    section = (recipe or {}).get("data")
+    max_length = cast(int | None, section.get("max_length")) if isinstance(section, dict) else None
+    record: DataRecord = {**counts, "batch_size": batch_size, "shard_rows": shard_rows, "max_length": max_length}
+    if inputs := other_inputs(plan.batch(0)):
+        record["inputs"] = inputs
+    return record
 
 
 def count_blocks(model: nn.Module) -> int:
@@ -176,7 +208,7 @@ def count_blocks(model: nn.Module) -> int:
 
 
 def _make_teacher_fn(model: nn.Module) -> TeacherFn:
-    def teacher_fn(inputs, targets, features):
+    def teacher_fn(inputs: dict, targets: Targets, features: Mapping[FeatureKey, Targets]) -> Signals:
         with eval_mode(model):
             return extract_signals(model, inputs, targets, features)
 
@@ -185,12 +217,13 @@ def _make_teacher_fn(model: nn.Module) -> TeacherFn:
 
 def _probe_teacher(
     teacher_fn: TeacherFn, plan: ShardPlan, kind: str, device: torch.device, shift: bool, layers: Sequence[int]
-) -> dict[str, Any]:
+) -> _TeacherOutput:
     """Return vocabulary size, hidden size and logit scaling of the teacher, measured on the first batch."""
     batch, targets = load_batch(plan, 0, device, shift)
     teacher_signals = teacher_fn(batch, targets, request_layers(layers, batch, targets, shift))
     check_kind(kind, teacher_signals)
-    source: Any = teacher_signals.logits
+    source = teacher_signals.logits
+    assert isinstance(source, LazyLogits | DenseLogits)
     head = source if isinstance(source, LazyLogits) else None
     return {
         "vocab_size": source.vocab_size,

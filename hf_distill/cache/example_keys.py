@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
     return examples
 
 
-def other_inputs(inputs: Mapping[str, Any]) -> list[str]:
+def other_inputs(inputs: Mapping[str, object]) -> list[str]:
     """Return the names of the model inputs of a batch other than token ids, such as images or `token_type_ids`."""
     return sorted(name for name, value in inputs.items() if name not in _NOT_OTHER_INPUTS and isinstance(value, Tensor))
 

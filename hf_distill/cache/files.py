@@ -5,9 +5,24 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ..errors import DistillError
+
+
+class FileEntry(TypedDict):
+    """A file in the manifest of a cache: its name, size in bytes and checksum."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class ShardEntry(FileEntry):
+    """A shard in the manifest of a cache, with its numbers of examples and target tokens."""
+
+    examples: int
+    tokens: int
 
 
 @contextmanager
@@ -29,14 +44,14 @@ def atomic_path(file: Path) -> Iterator[Path]:
         ) from error
 
 
-def file_entry(file: Path) -> dict[str, Any]:
+def file_entry(file: Path) -> FileEntry:
     """Return the entry of a file in a manifest: name, size and checksum."""
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     return {"file": file.name, "bytes": file.stat().st_size, "sha256": digest}
 
 
-def file_error(folder: Path, entry: dict[str, Any]) -> str | None:
+def file_error(folder: Path, entry: FileEntry) -> str | None:
     """Compare a file of a cache with its entry in the manifest; return the error message, or None if it is intact."""
     file = folder / entry["file"]
     if not file.is_file():
@@ -46,7 +61,7 @@ def file_error(folder: Path, entry: dict[str, Any]) -> str | None:
     return f"{file} is damaged: its checksum differs" if file_entry(file)["sha256"] != entry["sha256"] else None
 
 
-def check_files(folder: Path, *entries: dict[str, Any]) -> None:
+def check_files(folder: Path, *entries: FileEntry) -> None:
     """Refuse missing or damaged files of a cache.
 
     Raises:
@@ -56,6 +71,6 @@ def check_files(folder: Path, *entries: dict[str, Any]) -> None:
         raise DistillError(f"{'; '.join(errors)}. Write the cache again, or copy these files from the original again.")
 
 
-def checksum_of(values: Mapping[str, Any]) -> str:
+def checksum_of(values: Mapping[str, object]) -> str:
     """Return a checksum of the content of a JSON file, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 _VALUES_PER_TENSOR = 4096  # approximate number of sampled values
 _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
@@ -30,7 +30,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _unsharded(parameter: Any) -> Tensor:
+def _unsharded(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "ds_tensor"):
         import deepspeed
 
@@ -39,15 +39,15 @@ def _unsharded(parameter: Any) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """Return a checksum of the vocabulary and of the tokens of a probe text; None without a tokenizer."""
-    if not hasattr(tokenizer, "get_vocab"):
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):  # a processor of images or audio has none
         return None
     probe_ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return _sha256(json.dumps([sorted(tokenizer.get_vocab().items()), probe_ids]))
 
 
-def template_fingerprint(tokenizer: Any) -> str | None:
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """Return a checksum of the chat template; None without a template."""
     template = getattr(tokenizer, "chat_template", None)
     return None if template is None else _sha256(json.dumps(template, sort_keys=True))

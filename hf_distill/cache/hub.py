@@ -2,7 +2,7 @@
 
 from dataclasses import replace as with_values
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.escape import markdown
 from ..core.local_paths import reduced
@@ -11,6 +11,9 @@ from ..errors import DistillError
 from ..hub import fetch_folder, parse_uri, translate_hub_errors
 from .manifest import FILE, Manifest, read_manifest
 from .reader import verify_cache
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _CARD = """---
 tags: [hf_distill, knowledge-distillation]
@@ -67,15 +70,18 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
         kind=manifest.kind,
         bytes_per_token=manifest.bytes_per_token,
         repo=repo,
-        **{name: manifest.data[name] for name in ("examples", "tokens")},
+        examples=manifest.data["examples"],
+        tokens=manifest.data["tokens"],
     )
     public = with_values(manifest, teacher=reduced(manifest.teacher), recipe=reduced(manifest.recipe))
-    uploads: dict[str, Any] = {"README.md": card.encode(), FILE: public.as_text().encode()}
+    uploads: dict[str, bytes | Path] = {"README.md": card.encode(), FILE: public.as_text().encode()}
     uploads |= {entry["file"]: folder / entry["file"] for entry in manifest.files}
     remote_files, remote_manifest = _inspect_repo(api, repo)
     if not replace:
         _check_repo(repo, remote_files, remote_manifest, public, {*uploads})
-    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in uploads.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in uploads.items()
+    ]
     replaced = {entry["file"] for entry in remote_manifest.files} if remote_manifest else set()
     operations += [CommitOperationDelete(name) for name in sorted((replaced & remote_files) - {*uploads})]
     with translate_hub_errors(repo, "dataset"):
@@ -84,14 +90,14 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
     return f"hf://datasets/{repo}@{commit.oid}"
 
 
-def _inspect_repo(api: Any, repo: str) -> tuple[set[str], Manifest | None]:
+def _inspect_repo(api: "HfApi", repo: str) -> tuple[set[str], Manifest | None]:
     """Return the file names of a data set repository, and the manifest of the cache that `push_cache` wrote there."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with translate_hub_errors(repo, "dataset"):
         try:
-            info: Any = api.dataset_info(repo)
+            info = api.dataset_info(repo)
         except RepositoryNotFoundError:
             return set(), None
         names = {sibling.rfilename for sibling in info.siblings or ()}

@@ -4,16 +4,56 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
+from ..core.json_types import JSONObject
 from ..core.references import path_exists
 from ..errors import DistillError
-from .files import atomic_path, checksum_of
+from .files import FileEntry, ShardEntry, atomic_path, checksum_of
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of an unfinished cache
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 Kind = Literal["hidden", "sampled", "top_k"]
+# "class" is a keyword, so that this type is made by a call.
+TeacherRecord = TypedDict(
+    "TeacherRecord",
+    {
+        "model": str | None,
+        "revision": NotRequired[str | None],
+        "quantization": NotRequired[str | None],
+        "class": str,
+        "weights": str,
+    },
+)
+
+
+class KindOptions(TypedDict, total=False):
+    """Options of a kind of cache; see `CacheOptions`."""
+
+    dtype: str
+    layers: list[int]
+    samples_per_token: int
+    proposal_temperature: float
+    seed: int
+    k: int
+
+
+class DataCounts(TypedDict):
+    """Numbers of examples and target tokens of the data, and a fingerprint of all examples."""
+
+    examples: int
+    tokens: int
+    fingerprint: str
+
+
+class DataRecord(DataCounts):
+    """The data of a cache, and how it is divided; `inputs` are the names of the model inputs other than token ids."""
+
+    batch_size: int
+    shard_rows: int
+    max_length: int | None
+    inputs: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
@@ -40,21 +80,21 @@ class Manifest:
     """
 
     kind: Kind
-    options: dict[str, Any]
+    options: KindOptions
     temperature: float | None
     vocab_size: int
     width: int | None
     depth: int
     scaling: dict[str, float | None]
-    teacher: dict[str, Any]
+    teacher: TeacherRecord
     tokenizer: str | None
     chat_template: str | None
-    data: dict[str, Any]
+    data: DataRecord
     versions: dict[str, str]
-    recipe: dict[str, Any] | None = None
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    index: dict[str, Any] | None = None
-    head: dict[str, Any] | None = None
+    recipe: JSONObject | None = None
+    shards: list[ShardEntry] = field(default_factory=list)
+    index: FileEntry | None = None
+    head: FileEntry | None = None
     format: int = FORMAT
 
     def differs(self, other: "Manifest") -> list[str]:
@@ -68,7 +108,7 @@ class Manifest:
         ]
 
     @property
-    def files(self) -> list[dict[str, Any]]:
+    def files(self) -> list[FileEntry]:
         """Entries of all files of the cache except the manifest."""
         return [*self.shards, *(entry for entry in (self.index, self.head) if entry)]
 
@@ -87,7 +127,7 @@ class Manifest:
         """Bytes per token in the shards; the head is excluded because it does not grow with the tokens."""
         return self.payload / max(self.data["tokens"], 1)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return the fields that the results of a run record."""
         values = {name: getattr(self, name) for name in ("kind", "options", "temperature", "teacher", "data")}
         return values | {"bytes_per_token": round(self.bytes_per_token, 2)}

@@ -1,8 +1,10 @@
 """The processes that write a cache together; a single one without torch.distributed."""
 
-from typing import Any
+from typing import TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 
 def rank() -> int:
@@ -21,11 +23,11 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
-def gather_lists(values: list[Any]) -> list[Any]:
+def gather_lists(values: list[_T]) -> list[_T]:
     """Concatenate the lists of all processes in the order of their ranks; all processes must call it."""
     if not _is_distributed():
         return values
-    lists: list[Any] = [None] * world_size()
+    lists: list[list[_T]] = [[]] * world_size()
     torch.distributed.all_gather_object(lists, values)
     return [value for rank_values in lists for value in rank_values]
 

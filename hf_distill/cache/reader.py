@@ -4,13 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .example_keys import KEY_BYTES
-from .files import atomic_path, check_files, file_entry
+from .files import FileEntry, ShardEntry, atomic_path, check_files, file_entry
 from .manifest import INDEX, Manifest, read_manifest
 
 
@@ -26,8 +25,8 @@ class CachedExample:
 
     tokens: int
     ids: int
-    payload: Any
-    layers: list[Any]
+    payload: bytes | pa.Buffer
+    layers: list[bytes | pa.Buffer]
 
 
 def schema_of(layers: Sequence[int]) -> pa.Schema:
@@ -43,7 +42,7 @@ def schema_of(layers: Sequence[int]) -> pa.Schema:
 
 def write_shard(
     file: Path, keys: Sequence[bytes], stored: Sequence[CachedExample], layers: Sequence[int]
-) -> dict[str, Any]:
+) -> ShardEntry:
     """Write a shard atomically.
 
     Returns:
@@ -66,7 +65,7 @@ def write_shard(
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         out.flush()
         os.fsync(out.fileno())
-    return file_entry(file) | {"examples": len(keys), "tokens": sum(example.tokens for example in stored)}
+    return {**file_entry(file), "examples": len(keys), "tokens": sum(example.tokens for example in stored)}
 
 
 class CacheReader:
@@ -129,7 +128,7 @@ class CacheReader:
         return first_halves[order], np.stack([shards, rows], 1)[order]
 
 
-def write_index(folder: Path, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def write_index(folder: Path, shards: Sequence[ShardEntry]) -> FileEntry:
     """Write the keys of all shards into one file and return the entry of that file in the manifest."""
     with atomic_path(folder / INDEX) as temporary, temporary.open("wb") as out:
         for shard in shards:

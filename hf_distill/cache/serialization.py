@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
+from ..core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs
 from ..core.signals import FeatureKey, Signals
 from ..errors import DistillError
 from . import codec
@@ -20,6 +21,14 @@ from .sampling import blocks_of, sample_by_inverse_cdf, systematic_points
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _WEIGHT_OFFSET_NATS = 64.0  # added to -log of the weight of a sample, which may be negative
+
+
+class OutputHeadTensors(TypedDict):
+    """The teacher's output head, which a cache of kind hidden stores once: the arguments of `LazyLogits`."""
+
+    weight: Tensor
+    bias: NotRequired[Tensor]
+    scaling: LogitScaling
 
 
 def encode_signals(teacher_signals: Signals, examples: Sequence[Example], manifest: Manifest) -> list[CachedExample]:
@@ -105,7 +114,7 @@ def _sample(source: LazyLogits | DenseLogits, examples: Sequence[Example], manif
 
 
 def decode_signals(
-    stored: Sequence[CachedExample], manifest: Manifest, head: dict[str, Any], device: torch.device, ids: int
+    stored: Sequence[CachedExample], manifest: Manifest, head: OutputHeadTensors, device: torch.device, ids: int
 ) -> Signals:
     """Convert stored examples to the teacher signals of their target tokens, concatenated over the examples.
 
@@ -156,7 +165,7 @@ def _sparse(ragged: Ragged, manifest: Manifest, device: torch.device, vocab_size
     return SparseLogProbs(tensors[0], tensors[1], tail, temperature, expected, manifest.vocab_size)
 
 
-def _concatenate(parts: Sequence[Any], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _concatenate(parts: Sequence[bytes | pa.Buffer], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the hidden states [T, H] of several stored examples."""
     row_bytes = width * dtype.itemsize
     rows = torch.empty(sum(len(part) for part in parts) // row_bytes, width, dtype=dtype)

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
 from ..core.locks import LOCK_FILE, lock_folder
 from ..core.processes import run_on_main
 from ..errors import DistillError
-from .files import atomic_path, check_files, checksum_of, file_error
+from .files import FileEntry, ShardEntry, atomic_path, check_files, checksum_of, file_error
 from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
 from .reader import write_index
@@ -121,14 +120,14 @@ def is_written(folder: Path, file: str) -> bool:
     return _entry_file(folder, file).is_file()
 
 
-def write_entry(folder: Path, entry: dict[str, Any]) -> None:
+def write_entry(folder: Path, entry: FileEntry) -> None:
     """Write the entry of a complete file, with a checksum of the entry."""
     with atomic_path(_entry_file(folder, entry["file"])) as temporary:
-        temporary.write_text(json.dumps(entry | {"checksum": checksum_of(entry)}))
+        temporary.write_text(json.dumps({**entry, "checksum": checksum_of(entry)}))
 
 
-def read_entry(folder: Path, file: str) -> dict[str, Any] | None:
-    """Read the entry of a file; None if the entry is damaged."""
+def read_entry(folder: Path, file: str) -> ShardEntry | None:
+    """Read the entry of a file, which has no counts if it is no shard; None if the entry is damaged."""
     try:
         entry = json.loads(_entry_file(folder, file).read_text())
         checksum = entry.pop("checksum")

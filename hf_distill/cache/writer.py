@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -21,13 +21,20 @@ from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from .example_keys import Example, batch_examples, fingerprint
 from .files import atomic_path, file_entry
-from .manifest import HEAD, Manifest
+from .manifest import HEAD, DataCounts, Manifest
 from .ranks import barrier, rank, world_size
 from .reader import CachedExample, write_shard
 from .serialization import encode_signals
 from .unfinished import finish, is_written, lock_capture, open_output, shard_file, verify_written, write_entry
 
 TeacherFn = Callable[[dict, Targets, Mapping[FeatureKey, FeatureTokens]], Signals]
+
+
+class Rows(Protocol):
+    """Rows that are read by their index: a `datasets.Dataset`, or a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> dict: ...
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,8 @@ class ShardPlan:
 
 
 def plan_shards(
-    parts: Sequence[Any], collate: Callable, batch_size: int, shard_rows: int, shift: bool
-) -> tuple[ShardPlan, dict[str, Any]]:
+    parts: Sequence[Rows], collate: Callable[[list], dict], batch_size: int, shard_rows: int, shift: bool
+) -> tuple[ShardPlan, DataCounts]:
     """Plan the batches and shards of a cache; a row is left out if an earlier row has the same examples.
 
     Args:
@@ -81,7 +88,7 @@ def plan_shards(
         DistillError: the data has no target tokens.
     """
     keys: set[bytes] = set()
-    rows: list[tuple[Any, int, int]] = []  # data set, row, number of target tokens
+    rows: list[tuple[Rows, int, int]] = []  # data set, row, number of target tokens
     count = 0
     for part in parts:
         for i in range(len(part)):
@@ -102,7 +109,7 @@ def plan_shards(
         return collate([part[i] for part, i, _ in flat[number]])
 
     tokens = [sum(num_targets for _, _, num_targets in batch_rows) for batch_rows in flat]
-    facts = {"examples": count, "tokens": sum(tokens), "fingerprint": fingerprint([*keys])}
+    facts: DataCounts = {"examples": count, "tokens": sum(tokens), "fingerprint": fingerprint([*keys])}
     return ShardPlan(collate_batch, tokens, list(pairwise(ends))), facts
 
 
@@ -168,7 +175,15 @@ def _write_missing(writer: "_ShardWriter", on_progress: Callable[[CacheProgress]
 class _ShardWriter:
     """Writes the shards of one process."""
 
-    def __init__(self, teacher_fn: TeacherFn, plan: ShardPlan, manifest: Manifest, folder: Path, device, shift: bool):
+    def __init__(
+        self,
+        teacher_fn: TeacherFn,
+        plan: ShardPlan,
+        manifest: Manifest,
+        folder: Path,
+        device: torch.device,
+        shift: bool,
+    ):
         self.teacher_fn, self.plan, self.manifest, self.folder = teacher_fn, plan, manifest, folder
         self.device, self.shift = device, shift
         self.tokens = self.bytes = 0

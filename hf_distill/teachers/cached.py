@@ -100,7 +100,7 @@ class CachedTeacher(Teacher):
                     "pass the teacher that wrote the cache as source"
                 )
         raise_if_any(problems)
-        self._head: dict[str, Any] = {}
+        self._head: Any = {}  # OutputHeadTensors, if the cache has an output head
         if manifest.head is not None:
             check_files(self.store.folder, manifest.head)
             tensors = load_file(self.store.folder / HEAD)
