@@ -9,11 +9,11 @@ refused if its loss fails, or contains losses that cannot be separated from its 
 import inspect
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
 from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import DistillError
@@ -33,6 +33,8 @@ from .model_types import unwrap_model, unwrap_parallel
 from .module_state import restored_attributes
 
 logger = logging.get_logger(__name__)
+Forward: TypeAlias = Callable[[dict, bool], ModelOutput]  # see `plan_aux_losses`
+_T = TypeVar("_T")
 PROBE_ROWS = 2
 _SWITCH = (bool, int, float)
 _LOSS_SETTING = re.compile(
@@ -71,7 +73,7 @@ class AuxLosses:
         self.cross_entropies = 0  # number of calls in the last forward
         self.added_by_model: Tensor | None = None  # without the losses that adapters add
 
-    def of(self, outputs: Any) -> Tensor | None:
+    def of(self, outputs: object) -> Tensor | None:
         """Return the sum of the auxiliary losses, [], with its graph; None if there are none."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         return loss if loss is not None and not self._is_untouched_zero(loss) else None
@@ -87,7 +89,7 @@ class AuxLosses:
         if self.labels is None and model is unwrap_parallel(self.model):
             yield self
             return
-        patches: dict[str, Any] = {"forward": self._with_labels(model.forward)}
+        patches: dict[str, object] = {"forward": self._with_labels(model.forward)}
         if replace and self.labels is not None and hasattr(model, "loss_function"):
             patches["_loss_function"] = self._zero_first(model.loss_function)
         before = {name: model.__dict__[name] for name in patches if name in model.__dict__}
@@ -122,7 +124,7 @@ class AuxLosses:
 
     def _with_labels(self, forward: Callable) -> Callable:
         @wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> ModelOutput:
             self._zero, self.replaced, self.cross_entropies = None, "", 0
             if self.labels is not None:
                 kwargs["labels"] = self.labels.clone()  # some models change them in place
@@ -136,7 +138,7 @@ class AuxLosses:
 
     def _zero_first(self, loss_function: Callable) -> Callable:
         @wraps(loss_function)
-        def loss(*args: Any, **kwargs: Any) -> Any:
+        def loss(*args: object, **kwargs: object) -> Tensor:
             self.cross_entropies += 1
             if self.is_replaced:
                 return loss_function(*args, **kwargs)
@@ -153,7 +155,9 @@ class _ZeroCrossEntropy(TorchFunctionMode):
         super().__init__()
         self.losses = losses
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func is torch.nn.functional.cross_entropy:
             self.losses.cross_entropies += 1
             if not self.losses.is_replaced:
@@ -161,10 +165,10 @@ class _ZeroCrossEntropy(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[Any, AuxPlan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, dict[tuple, AuxPlan]] = WeakKeyDictionary()
 
 
-def plan_aux_losses(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan:
+def plan_aux_losses(model: nn.Module, inputs: dict, forward: Forward, targets: Targets) -> AuxPlan:
     """Return how the auxiliary losses of a model are computed; measured once for each mode and config of the model.
 
     Args:
@@ -195,12 +199,12 @@ def labels_of(inputs: dict) -> Tensor:
     return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else labels
 
 
-def _takes_labels(cls: Any) -> bool:
+def _takes_labels(cls: type[PreTrainedModel]) -> bool:
     """Whether labels reach the forward of a class, or that of a base class to which its `**kwargs` are passed."""
     for base in cls.__mro__:
         if "forward" not in vars(base) or base is nn.Module:
             continue
-        parameters = inspect.signature(base.forward).parameters
+        parameters = inspect.signature(vars(base)["forward"]).parameters
         if "labels" in parameters:
             return True
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -208,7 +212,7 @@ def _takes_labels(cls: Any) -> bool:
     return False
 
 
-def _probe(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan | None:
+def _probe(model: nn.Module, inputs: dict, forward: Forward, targets: Targets) -> AuxPlan | None:
     """Return the plan; None if the batch has no target tokens, without which it cannot be measured."""
     first = first_rows(inputs, PROBE_ROWS)
     for rows in [first] if first is inputs else [first, inputs]:  # some models read several rows as one example
@@ -226,7 +230,7 @@ def _probe(model: nn.Module, inputs: dict, forward: Callable[[dict, bool], Any],
     ) from failure
 
 
-def _probe_rows(model: nn.Module, rows: dict, forward: Callable[[dict, bool], Any], targets: Targets) -> AuxPlan | None:
+def _probe_rows(model: nn.Module, rows: dict, forward: Forward, targets: Targets) -> AuxPlan | None:
     plan = AuxPlan(needs_labels=True, needs_logits=True)
     losses = AuxLosses(model, rows, plan)
     added = _run_with_labels(model, losses, lambda: losses.of(forward(rows, False)))
@@ -237,7 +241,11 @@ def _probe_rows(model: nn.Module, rows: dict, forward: Callable[[dict, bool], An
         return None if is_separable is None else AuxPlan()
     if replaced == "loss_function":
         fused = _run_with_labels(model, losses, lambda: losses.of(forward(rows, True)))
-        if fused is not None and torch.allclose(fused, added, rtol=_RELATIVE_TOLERANCE, equal_nan=True):
+        if (
+            fused is not None
+            and added is not None
+            and torch.allclose(fused, added, rtol=_RELATIVE_TOLERANCE, equal_nan=True)
+        ):
             return AuxPlan(needs_labels=True)
     logger.warning_once(
         f"{type(unwrap_model(model)).__name__} adds auxiliary losses to its cross entropy that need its logits: the "
@@ -250,7 +258,7 @@ class _ModelLossError(Exception):
     """The forward of a model fails with the labels of the batch."""
 
 
-def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], Any], replace: bool = True) -> Any:
+def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], _T], replace: bool = True) -> _T:
     """Return `call()`, which runs the model's forward with labels.
 
     Raises:
@@ -265,9 +273,7 @@ def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], Any
             raise _ModelLossError(f"{type(error).__name__}: {error}") from error
 
 
-def _is_separable(
-    model: nn.Module, losses: AuxLosses, rows: dict, forward: Callable[[dict, bool], Any], targets: Targets
-) -> bool | None:
+def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forward, targets: Targets) -> bool | None:
     """Return whether a model's loss is its cross entropy plus the recorded losses; False if it is only the former.
 
     Some models sum several cross entropies whose mean is that of their logits, or compute it by a log-softmax.
@@ -284,7 +290,7 @@ def _is_separable(
     first_targets = targets.first_rows(len(labels_of(rows)))
     if not len(first_targets):
         return True if replaced else None
-    logits, model_loss = first_targets.gather_logits(outputs.logits), losses.added_by_model
+    logits, model_loss = first_targets.gather_logits(outputs["logits"]), losses.added_by_model
     assert model_loss is not None
     plain = float(cross_entropy(logits.double(), first_targets.labels.to(logits.device)))
     rounding = max(_ROUNDING, 8 * torch.finfo(model_loss.dtype).eps) * abs(plain)
@@ -324,7 +330,7 @@ def first_rows(inputs: dict, count: int) -> dict:
     return inputs | {name: value[:count] for name, value in tensors.items()}
 
 
-def _settings(config: Any) -> tuple:
+def _settings(config: PretrainedConfig) -> tuple:
     """Return the numbers and booleans of a config, which decide what a model adds to its loss.
 
     Strings are excluded: saving a model changes some of them, and only on the process that writes, while all processes

@@ -7,9 +7,9 @@ its parameters stay the objects that optimizers and hooks refer to.
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +29,9 @@ from transformers.utils import (
 
 from ..errors import DistillError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _MAX_NAMED_KEYS = 5  # in an error message
 
 
@@ -44,7 +47,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             that is tied to a loaded one is not missing.
     """
     if hasattr(model, "peft_config"):
-        _load_adapters(model, folder)
+        _load_adapters(cast("PeftModel", model), folder)
     elif isinstance(model, PreTrainedModel):
         _load_converted(model, _read(folder), folder)
     else:
@@ -121,7 +124,7 @@ def _load_plain(model: nn.Module, state: dict[str, Tensor], folder: Path) -> Non
     _raise_problems(model, folder, _differences(model, keys.missing_keys, keys.unexpected_keys))
 
 
-def _load_adapters(model: Any, folder: Path) -> None:
+def _load_adapters(model: "PeftModel", folder: Path) -> None:
     """Load adapters with peft's conversion, in the dtype that they are trained in.
 
     peft writes the adapter `default` into the checkpoint folder, and each other adapter into a subfolder of its name.
@@ -157,21 +160,21 @@ def _has_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME))
 
 
-def _is_of_another_adapter(key: str, adapter: str, adapters: Mapping[str, Any]) -> bool:
+def _is_of_another_adapter(key: str, adapter: str, adapters: Mapping[str, object]) -> bool:
     parts = key.split(".")
     return adapter not in parts and any(other in parts for other in adapters)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[dict, str, Tensor]]:
     """Yield each parameter and buffer as (dict of its module, name in this dict, tensor)."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             yield from ((tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _differences(model: nn.Module, missing: Any, unexpected: Any) -> list[str]:
+def _differences(model: nn.Module, missing_keys: Iterable[str], unexpected_keys: Iterable[str]) -> list[str]:
     """Return a message for each missing or unexpected key, without tied parameters and keys that are never saved."""
-    missing, unexpected = set(missing), set(unexpected)
+    missing, unexpected = set(missing_keys), set(unexpected_keys)
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     loaded_ids = {id(tensor) for name, tensor in named.items() if name not in missing}
     tied = {name for name in missing if name in named and id(named[name]) in loaded_ids}

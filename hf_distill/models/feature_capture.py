@@ -7,7 +7,7 @@ Hidden states are taken by a forward hook on the block. Values and maps of the a
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..core.signals import FeatureKey
 from ..core.targets import FeatureTokens, RowPositions
 from ..errors import DistillError
 from .blocks import get_layer_stack
+
+Attention: TypeAlias = tuple[Tensor, Tensor | None]  # values [B, heads, S, d] and maps [B, heads, S, S]
 
 
 @contextmanager
@@ -36,13 +38,13 @@ def capture_features(
         DistillError: a block's attention does not use transformers' AttentionInterface, or returns no maps.
     """
     features: dict[FeatureKey, Tensor] = {}
-    recorded: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}  # block -> values and maps of its self-attention
+    recorded: dict[nn.Module, Attention] = {}  # block -> values and maps of its self-attention
     feature_keys: dict[nn.Module, list[FeatureKey]] = defaultdict(list)
     stacks = {name: get_layer_stack(model, name) for name in {key.stack for key in feature_requests}}
     for key in feature_requests:
         feature_keys[stacks[key.stack].blocks[key.layer]].append(key)
 
-    def capture_block(block: nn.Module, _args: Any, output: Any) -> None:
+    def capture_block(block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
         attention = recorded.pop(block, None)
         for key in feature_keys[block]:
             features[key] = _read_feature(key, feature_requests[key], output, attention, block)
@@ -62,7 +64,9 @@ def capture_features(
             handle.remove()
 
 
-def _read_feature(key: FeatureKey, tokens: FeatureTokens, output: Any, attention: Any, block: nn.Module) -> Tensor:
+def _read_feature(
+    key: FeatureKey, tokens: FeatureTokens, output: Tensor | tuple, attention: Attention | None, block: nn.Module
+) -> Tensor:
     if key.kind == "hidden":
         return tokens.gather(output[0] if isinstance(output, tuple) else output)
     if attention is None:
@@ -83,7 +87,9 @@ def _read_feature(key: FeatureKey, tokens: FeatureTokens, output: Any, attention
 
 
 @contextmanager
-def _patch_attention(block_of_module: Mapping[nn.Module, nn.Module], recorded: dict) -> Iterator[None]:
+def _patch_attention(
+    block_of_module: Mapping[nn.Module, nn.Module], recorded: dict[nn.Module, Attention]
+) -> Iterator[None]:
     """Record values and maps of the first attention of each block (a decoder's cross-attention is the second)."""
     if not block_of_module:
         yield
@@ -93,7 +99,15 @@ def _patch_attention(block_of_module: Mapping[nn.Module, nn.Module], recorded: d
     def get_recording(self: AttentionInterface, attn_implementation: str, default: Callable) -> Callable:
         attend = get_interface(self, attn_implementation, default)
 
-        def record_attention(module, query, key, value, *args, dropout: float = 0.0, **kwargs):
+        def record_attention(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *args: object,
+            dropout: float = 0.0,
+            **kwargs: object,
+        ) -> tuple[Tensor, Tensor | None]:
             output, maps = attend(module, query, key, value, *args, dropout=dropout, **kwargs)
             block = block_of_module.get(module)
             if block is not None and block not in recorded:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,8 @@ class FeatureTerm:
             tokens: the N tokens.
             sidecar: holds the projectors and learned mappings.
         """
-        projectors = sidecar.get("projectors", self.term.name)
-        shares = sidecar.get("mappings", self.term.name)() if self.is_learned else None
+        projectors = cast(nn.ModuleDict | None, sidecar.get("projectors", self.term.name))
+        shares = cast(LayerMixture, sidecar.get("mappings", self.term.name))() if self.is_learned else None
         device = tokens.positions.device
         teacher_features = {j: teacher[self.teacher_key(j)].to(device) for j in self.teacher_layers()}
         total = None

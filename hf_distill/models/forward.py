@@ -8,10 +8,10 @@ head reads it there, after the wrappers' hooks, and the model passes it on as if
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
@@ -51,7 +51,7 @@ def extract_signals(
         outputs, head_output = _run(model, inputs, targets, head, record_lazy)
     device = targets.labels.device  # of the student; a teacher may be on several devices
     features = {key: feature.to(device) for key, feature in captured.items()}
-    logits = DenseLogits(targets.gather_logits(outputs.logits)) if head_output is None else lazy[0]
+    logits = DenseLogits(targets.gather_logits(outputs["logits"])) if head_output is None else lazy[0]
     return Signals(logits, features)
 
 
@@ -76,7 +76,7 @@ def forward_with_loss(
     feature_requests: Mapping[FeatureKey, FeatureTokens],
     make_losses: Callable[[LazyLogits | DenseLogits], StepLosses],
     keep_logits: bool = False,
-) -> tuple[Tensor, Any, StepLosses]:
+) -> tuple[Tensor, ModelOutput, StepLosses]:
     """Run the student's forward and return the objective.
 
     Args:
@@ -107,9 +107,9 @@ def forward_with_loss(
         # The head returns the loss in the shape of logits. FSDP2 warns about views, whose hooks can be lost.
         return loss.reshape(1, 1, 1).clone()
 
-    def add_remaining_losses(outputs: Any) -> Any:
+    def add_remaining_losses(outputs: ModelOutput) -> ModelOutput:
         """Add the losses that the head did not return to the model's `loss`, where DDP finds their graph."""
-        losses = head_losses[-1] if head_losses else make_losses(DenseLogits(targets.gather_logits(outputs.logits)))
+        losses = head_losses[-1] if head_losses else make_losses(DenseLogits(targets.gather_logits(outputs["logits"])))
         forward_losses.append(losses)
         summands = [] if head_losses or losses.teacher_loss is None else [losses.teacher_loss]
         head_losses.clear()
@@ -118,7 +118,8 @@ def forward_with_loss(
             divisor = targets.divisor(losses.chunked_loss.num_items).to(aux_losses[-1].device)
             summands.append(aux_losses[-1] * (len(targets) / divisor))
         if losses.feature_loss.terms:
-            sidecar: Any = sidecar_of(model)
+            sidecar = sidecar_of(model)
+            assert sidecar is not None, "terms on features need a sidecar"
             summands.append(sidecar(lambda parts: losses.feature_loss.total(captured, parts)))
         if summands:
             outputs["loss"] = torch.stack(summands).sum()
@@ -134,7 +135,7 @@ def forward_with_loss(
         hook.remove()
     losses, aux_loss = forward_losses[-1], aux_losses[-1]
     if loss is None:
-        loss = losses.chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs.logits)))
+        loss = losses.chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs["logits"])))
     loss = loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
@@ -144,7 +145,7 @@ def forward_with_loss(
     return loss, outputs, losses
 
 
-def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, is_replaced: bool) -> Any:
+def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, is_replaced: bool) -> ModelOutput:
     """Return the outputs for the first rows of a batch; with `is_replaced` the head returns a placeholder."""
     prepared, first_targets = prepare_inputs(unwrap_model(model), rows), targets.first_rows(len(labels_of(rows)))
     return _run(model, prepared, first_targets, head, _placeholder_logits if is_replaced else None)[0]
@@ -156,7 +157,7 @@ def _placeholder_logits(lazy_logits: LazyLogits) -> Tensor:
 
 def _run(
     model: nn.Module, inputs: dict, targets: Targets, head: OutputHead, on_head: Callable[[LazyLogits], Tensor] | None
-) -> tuple[Any, Tensor | None]:
+) -> tuple[ModelOutput, Tensor | None]:
     """Run a model with its output head's forward replaced by `on_head`.
 
     Returns:
@@ -165,6 +166,7 @@ def _run(
     scaling, module, returned = head.scaling, head.module, []
     if scaling is None or on_head is None:
         return named_outputs(model(**inputs), model), None
+    assert isinstance(module, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
         hidden, weight, bias = cast_like_autocast(targets.gather(hidden), module.weight, module.bias)

@@ -5,21 +5,21 @@ no forward for it; a loss that is computed in the forward is measured by one sho
 """
 
 import inspect
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from .module_state import eval_mode
 
 _NUM_TOKENS, _NUM_CLASSES = 6, 11
 _MIN_RATIO = 4.0  # the model's loss must be this many times closer to one of the two cross entropies
-_shift_by_model: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
+_shift_by_model: WeakKeyDictionary[nn.Module, tuple[object, bool | None]] = WeakKeyDictionary()
 
 
-def loss_shifts_labels(model: nn.Module) -> bool | None:
+def loss_shifts_labels(model: PreTrainedModel) -> bool | None:
     """Return whether a model's loss shifts its labels.
 
     Args:
@@ -36,7 +36,7 @@ def loss_shifts_labels(model: nn.Module) -> bool | None:
     return measurement[1]
 
 
-def _measure(model: nn.Module) -> bool | None:
+def _measure(model: PreTrainedModel) -> bool | None:
     try:
         source = inspect.getsource(inspect.unwrap(type(model).forward))
     except (OSError, TypeError):
@@ -52,17 +52,17 @@ def _measure(model: nn.Module) -> bool | None:
         return _measure_loss_function(model) if calls_loss_function else None
 
 
-def _measure_loss_function(model: Any) -> bool | None:
+def _measure_loss_function(model: PreTrainedModel) -> bool | None:
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(1, _NUM_TOKENS, _NUM_CLASSES, generator=generator)
     labels = torch.randint(0, _NUM_CLASSES, (1, _NUM_TOKENS), generator=generator)
     return _is_shifted(model.loss_function(logits=logits, labels=labels, vocab_size=_NUM_CLASSES), logits, labels)
 
 
-def _measure_forward(model: Any) -> bool | None:
+def _measure_forward(model: PreTrainedModel) -> bool | None:
     generator = torch.Generator().manual_seed(0)
     vocab_size = min(model.config.get_text_config().vocab_size, 1000)
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     ids, labels = (torch.randint(3, vocab_size, (1, _NUM_TOKENS), generator=generator).to(device) for _ in range(2))
     with eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         outputs = model(input_ids=ids, labels=labels, return_dict=True)

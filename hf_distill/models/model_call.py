@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, get_args
+from typing import TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..core.targets import SECOND_VIEW_KEYS
 from ..errors import DistillError
 from .model_types import model_type_of, unwrap_model
 
+_T = TypeVar("_T")
 _NOT_INPUTS = ("labels", "shift_labels", "has_labels", "num_items_in_batch", *SECOND_VIEW_KEYS)
 _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
 
@@ -40,13 +41,13 @@ def accepts_any_input(model: nn.Module) -> bool:
     return _accepted(model)[1]
 
 
-def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_inputs(model: nn.Module, inputs: Mapping[str, _T]) -> dict[str, _T]:
     """Return the inputs of a batch that a model's forward accepts, and the labels."""
     names, accepts_any = _accepted(model)
     return {k: v for k, v in inputs.items() if accepts_any or k in names or k in _NOT_INPUTS}
 
 
-def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, Any], foreign: Iterable[str]) -> dict[str, Any]:
+def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: Iterable[str]) -> dict[str, _T]:
     """Return a batch without the inputs that only another model accepts.
 
     Args:
@@ -59,7 +60,7 @@ def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, Any], foreign:
     return {k: v for k, v in inputs.items() if k not in dropped}
 
 
-def prepare_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def prepare_inputs(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, object]:
     """Return the keyword arguments of a model's forward: without labels, and with decoder inputs if it needs them.
 
     Args:
@@ -69,7 +70,7 @@ def prepare_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[st
     Raises:
         DistillError: an encoder-decoder model needs decoder inputs, and they cannot be made from the labels.
     """
-    labels = inputs.get("labels")
+    labels = cast(Tensor | None, inputs.get("labels"))
     inputs = {k: v for k, v in inputs.items() if k not in _NOT_INPUTS}
     has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
     if (
@@ -128,7 +129,7 @@ def decoder_input_ids(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
     )
 
 
-def named_outputs(outputs: Any, model: nn.Module) -> Any:
+def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
     """Return a model's outputs as a ModelOutput with `logits`.
 
     Args:

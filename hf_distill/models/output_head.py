@@ -11,10 +11,9 @@ Two short forwards of a few rows of the first batch decide, in eval mode and wit
 If either differs, the logits are materialized: the objective is the same, and each step takes more memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -69,7 +68,7 @@ class OutputHead:
     sample:  logits of the unmodified forward, for the self-check
     """
 
-    module: Any
+    module: nn.Module | None
     scaling: LogitScaling | None
     reason: str = ""
     sample: LogitSample | None = None
@@ -87,11 +86,14 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     """
     inner = unwrap_model(model)
     getter = getattr(inner, "get_output_embeddings", None)
-    module: Any = getter() if getter else None
+    module: nn.Module | None = getter() if getter else None
     head = _heads.get(inner)
     obstacle = _obstacle(inner, module)
     if head is None or head.module is not module or (obstacle and not head.reason):
-        head = OutputHead(module, None, obstacle) if obstacle else _measure(model, inner, module, inputs)
+        if obstacle or not isinstance(module, nn.Linear):
+            head = OutputHead(module, None, obstacle)
+        else:
+            head = _measure(model, inner, module, inputs)
         if not obstacle and not _on_all_ranks(inner, head.scaling is not None) and not head.reason:
             head = OutputHead(module, None, "on another process its logits differ from the lazy ones")
         _heads[inner] = head
@@ -143,7 +145,7 @@ def cast_like_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
     return hidden, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
 
 
-def _obstacle(model: nn.Module, head: Any) -> str:
+def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
     """Return why the class of a head rules lazy logits out, without a measurement; "" if it does not."""
     if head is None:
         return "the model names no output embeddings"
@@ -238,7 +240,7 @@ def _short_forward(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _logits(outputs: Any) -> Tensor | None:
+def _logits(outputs: object) -> Tensor | None:
     logits = outputs.get("logits") if hasattr(outputs, "get") else None
     return logits if isinstance(logits, Tensor) else None
 
@@ -290,13 +292,15 @@ class _UsedParameters(TorchFunctionMode):
     one of each sets `used`; hooks that only move parameters, such as those of ZeRO-3, do not.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.used, self._active = False, False
         self._from_head: dict[int, Tensor] = {}
         self._from_parameters: dict[int, Tensor] = {}  # both hold their tensors, so that no id is reused
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         from_head = any(id(t) in self._from_head for t in tensors)

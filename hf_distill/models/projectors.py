@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class ProjectorConfig:
     learning_rate: float | None = None
     weight_decay: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("init", INITS)):
             if getattr(self, name) not in known:
                 raise DistillError(
@@ -43,7 +42,7 @@ class ProjectorConfig:
                 raise DistillError(f"projectors has {name} {value!r}; it must be a number, 0 or more")
 
     @classmethod
-    def of(cls, value: Any) -> "ProjectorConfig":
+    def of(cls, value: object) -> "ProjectorConfig":
         """Read the value of a config: a dict of fields, a kind, or None for the defaults.
 
         Raises:
@@ -51,13 +50,15 @@ class ProjectorConfig:
         """
         if isinstance(value, str):
             return cls(kind=value)
-        if value is not None and not isinstance(value, dict):
+        if value is None:
+            return cls()
+        if not isinstance(value, dict):
             raise DistillError(f"projectors is {value!r}; it must be a mapping or one of {', '.join(KINDS)}")
         known = [f.name for f in fields(cls)]
-        for name in value or ():
+        for name in value:
             if name not in known:
                 raise DistillError(f"projectors has no field {name!r}{did_you_mean(name, known)}")
-        return cls(**(value or {}))
+        return cls(**value)
 
     @property
     def options(self) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -38,8 +38,8 @@ def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
     mask: Tensor | None = None
     count = 0
 
-    def record(i: int):
-        def hook(_module, args, kwargs, output):
+    def record(i: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)

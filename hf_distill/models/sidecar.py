@@ -6,13 +6,14 @@ Checkpoints have it in a separate file, `sidecar.safetensors`.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import DistillError
 from .blocks import SIDECAR
@@ -35,11 +36,11 @@ class Sidecar(nn.Module):
         self.register_state_dict_post_hook(_remove_from_state_dict)
         self.register_load_state_dict_post_hook(_remove_from_missing_keys)
 
-    def forward(self, call: Callable[["Sidecar"], Any]) -> Any:
+    def forward(self, call: Callable[["Sidecar"], _T]) -> _T:
         """Return `call(self)`, run inside the forward of this module, where wrappers gather its parameters."""
         return call(self)
 
-    def get(self, kind: str, term: str) -> Any:
+    def get(self, kind: str, term: str) -> nn.Module | None:
         """Return the module of a kind for a term; None if the term has none."""
         if kind not in self.parts:
             return None
@@ -57,8 +58,7 @@ def attach(model: nn.Module, sidecar: Sidecar | None) -> None:
 
 def sidecar_of(model: nn.Module) -> Sidecar | None:
     """Return the sidecar of a student, with or without wrappers; None if it has none."""
-    sidecar: Any = unwrap_parallel(model)._modules.get(SIDECAR)
-    return sidecar
+    return cast(Sidecar | None, unwrap_parallel(model)._modules.get(SIDECAR))
 
 
 def strip_sidecar(state_dict: Mapping[str, _T]) -> dict[str, _T]:
@@ -149,12 +149,12 @@ def move_to_param_groups(
             optimizer.add_param_group({**group_options, **new_options, "params": moved})
 
 
-def _remove_from_state_dict(module: nn.Module, state_dict: dict, prefix: str, _metadata: Any) -> None:
+def _remove_from_state_dict(module: nn.Module, state_dict: dict, prefix: str, _metadata: object) -> None:
     for key in [key for key in state_dict if prefix and key.startswith(prefix)]:
         del state_dict[key]
 
 
-def _remove_from_missing_keys(_module: nn.Module, keys: Any) -> None:
+def _remove_from_missing_keys(_module: nn.Module, keys: _IncompatibleKeys) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if SIDECAR not in key.split(".")]
 
 
@@ -168,7 +168,7 @@ def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def _gathered(module: nn.Module, modify: bool = False) -> Any:
+def _gathered(module: nn.Module, modify: bool = False) -> AbstractContextManager[object]:
     """Return a context manager that gathers parameters that ZeRO-3 partitions."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 

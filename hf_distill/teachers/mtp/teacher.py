@@ -187,6 +187,7 @@ class _MTPStep(JointStep):
                 f"from hidden states: {head.reason if head else 'it has no output head'}. Use a student with a plain "
                 "linear output head, or another teacher."
             )
+        assert isinstance(head.module, nn.Linear)
         return LazyLogits(hidden, head.module.weight, head.module.bias, head.scaling)
 
 
