@@ -7,7 +7,7 @@ A training step is `compute_loss`: it removes what the models do not read from t
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import Trainer
@@ -330,7 +330,7 @@ class DistillMixin(SidecarMixin):
         self.metric_accumulator.commit_step(is_applied=is_finite)
         if not is_finite:
             # The Trainer has added this step's loss: NaN, or with logging_nan_inf_filter the mean of earlier steps.
-            self._tr_loss = self.nonfinite_guard.loss_sum_before
+            self._tr_loss = cast(Tensor, self.nonfinite_guard.loss_sum_before)
             step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
             self.nonfinite_guard.skip_step(
                 model, self.args, self.accelerator, step, learning_rate, self.processing_class
