@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.json_types import JSONObject
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
-from ..core.targets import Targets
+from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any
 from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
@@ -43,7 +43,9 @@ class CacheTeacher(Protocol):
 
     model: nn.Module | None
 
-    def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, Targets], /) -> Signals:
+    def __call__(
+        self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens], /
+    ) -> Signals:
         """Return the teacher signals of a batch."""
 
 
@@ -208,7 +210,7 @@ def count_blocks(model: nn.Module) -> int:
 
 
 def _make_teacher_fn(model: nn.Module) -> TeacherFn:
-    def teacher_fn(inputs: dict, targets: Targets, features: Mapping[FeatureKey, Targets]) -> Signals:
+    def teacher_fn(inputs: dict, targets: Targets, features: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         with eval_mode(model):
             return extract_signals(model, inputs, targets, features)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .matmul import project_matmul
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 

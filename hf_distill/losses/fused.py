@@ -145,7 +145,7 @@ class ChunkedLoss:
             }
             gradient = None if on_gradient is None else gradient_buffer[: len(student_chunk)]
             self._run_chunk(student_chunk, teacher_chunks, start, gradient, scaling)
-            if on_gradient is not None:
+            if on_gradient is not None and gradient is not None:
                 on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
