@@ -7,8 +7,9 @@ A training step is `compute_loss`: it removes what the models do not read from t
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -22,7 +23,8 @@ from ..models.model_call import input_names
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import forget_output_head
 from ..models.projectors import ProjectorConfig
-from ..teachers import FrozenTeacher, Teacher
+from ..models.sidecar import strip_sidecar
+from ..teachers import FrozenTeacher, Teacher, TrainableTeacher
 from ..teachers.input_limits import check_student_ids
 from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from ..teachers.sharing import shared_with_teacher
@@ -42,7 +44,7 @@ from .metrics import (
 from .nonfinite import NonFiniteGuard
 from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
-from .sidecar import SidecarMixin
+from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
 from .source_metrics import split_by_source
 from .teacher_argument import build_teacher, has_objective
@@ -53,9 +55,10 @@ from .validation import incompatible_arguments, wrong_arguments
 
 logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
+_Base: Any = Trainer if TYPE_CHECKING else object
 
 
-class DistillMixin(SidecarMixin):
+class DistillMixin(_Base):
     """Adds a teacher to a Trainer: the loss becomes the distillation objective, and the rest stays the Trainer's.
 
     Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
@@ -97,7 +100,7 @@ class DistillMixin(SidecarMixin):
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
-        self.model_card_writer = ModelCardWriter()
+        self.sidecar_manager, self.model_card_writer = SidecarManager(), ModelCardWriter()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
@@ -317,6 +320,45 @@ class DistillMixin(SidecarMixin):
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)
         return loss
 
+    def attach_sidecar(self, features: Features, teacher: TrainableTeacher | None = None, renew: bool = True) -> None:
+        """Attach a sidecar to the student, in place of an earlier one.
+
+        Args:
+            features: the terms on features, which say what projectors and layer mixtures are needed.
+            teacher: a prepared teacher that is trained with the student.
+            renew: whether to replace an earlier sidecar that has the same parts.
+
+        Raises:
+            DistillError: the optimizer or scheduler of the user or of DeepSpeed would ignore options of the sidecar.
+        """
+        has_same_parts = self.sidecar_manager.set_parts(features, teacher)
+        if renew or not has_same_parts:
+            self.sidecar_manager.attach(self.model, self.args)
+        has_scheduler = self.optimizer is not None and self.lr_scheduler is not None
+        has_users_scheduler = has_scheduler and not self._created_lr_scheduler
+        self.sidecar_manager.check_optimizers(self.model, self.args, has_users_scheduler)
+
+    def call_model_init(self, trial: object = None) -> nn.Module:
+        """Create a model as the Trainer does, and attach new projectors to it."""
+        model = super().call_model_init(trial)
+        self.sidecar_manager.attach(model, self.args)
+        return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, and give the parts of the sidecar separate parameter groups where they have options."""
+        is_users_optimizer = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        self.sidecar_manager.add_param_groups(self.model, optimizer, is_users_optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradients; a trained teacher may be clipped separately from the student."""
+        teacher_max_norm = self.sidecar_manager.clip_norm(self.args)
+        if teacher_max_norm is None or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return self.sidecar_manager.clip_grad_norm(model, self.args.max_grad_norm, teacher_max_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """Check the step before the optimizer applies it; the Trainer calls this once for each optimizer step.
 
@@ -363,7 +405,7 @@ class DistillMixin(SidecarMixin):
         """Log as the Trainer does; training logs get the metrics of the target tokens and steps since the last log."""
         if "loss" in logs and self.is_distilling:
             if sums := self.metric_accumulator.take_train_sums(self.accelerator.reduce):
-                logs |= self._average_metrics(sums) | self.learned_layers() | self.teacher.metrics()
+                logs |= self._average_metrics(sums) | learned_layers(self.model) | self.teacher.metrics()
             logs["loss"] *= self.metric_accumulator.take_loss_correction()
         if "loss" in logs:
             self.nonfinite_guard.add_to_log(logs, self.accelerator, self.state.global_step)
@@ -404,6 +446,8 @@ class DistillMixin(SidecarMixin):
         consequence = f"Nothing was written to {output_dir or self.args.output_dir}"
         self.nonfinite_guard.check_weights(self.model, self.args, self.accelerator, self.state.global_step, consequence)
         super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            save_trained_sidecar(self.model, output_dir, self.args.should_save)
         if _internal_call and output_dir is not None and self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
 
@@ -414,7 +458,7 @@ class DistillMixin(SidecarMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with self.checkpointer.users_limit(self.args):
-            super()._save(output_dir, state_dict=state_dict)
+            super()._save(output_dir, state_dict=None if state_dict is None else strip_sidecar(state_dict))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Write the card and mark the checkpoint as complete, then push it; an earlier push may still read the card."""
@@ -454,6 +498,7 @@ class DistillMixin(SidecarMixin):
         self.checkpointer.verify(Path(best), self.args, self.accelerator)
         if not load_checkpoint_weights(self.model, best, self.accelerator):
             super()._load_best_model()
+        load_trained_sidecar(self.model, best)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
@@ -465,7 +510,9 @@ class DistillMixin(SidecarMixin):
             self._load_rng_state(kwargs["resume_from_checkpoint"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the state of the teacher too; the Trainer calls this when it resumes, after it loaded the model."""
+        """Load the sidecar and the teacher's state too; the Trainer calls this after it loaded the model to resume."""
+        if checkpoint is not None:
+            load_trained_sidecar(self.model, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.is_distilling:
             self.teacher.load(checkpoint, self.args.process_index)

@@ -16,6 +16,7 @@ from ..core.targets import IGNORE_INDEX
 from ..data import Collator, prompt_rows
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..trainer.config import DistillArguments
+from ..trainer.sidecar import trained_sidecar
 from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
 from .on_policy_config import OnPolicyDistillConfig
@@ -104,7 +105,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             DistillError: vLLM is used, and the losses have projectors or learned layers.
         """
         super()._set_objective(fields, renew)
-        if self.args.use_vllm and self._sidecar is not None:
+        if self.args.use_vllm and trained_sidecar(self.model) is not None:
             raise DistillError(
                 "use_vllm sends every parameter of the student to vLLM, including the projectors of `losses`, which "
                 "vLLM does not have: use losses without projectors or learned layers, or generate with transformers."

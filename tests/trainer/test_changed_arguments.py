@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.teachers import EMATeacher, PeerTeacher
+from hf_distill.trainer.sidecar import trained_sidecar
 
 HIDDEN = [{"name": "hidden_mse", "weight": 0.5}]
 
@@ -14,18 +15,18 @@ HIDDEN = [{"name": "hidden_mse", "weight": 0.5}]
 def test_changed_weights_apply_and_projectors_stay(make_trainer):
     trainer = make_trainer(losses=HIDDEN, max_steps=2, learning_rate=1e-2)
     trainer.train()
-    sidecar, trained = trainer._sidecar, [p.clone() for p in trainer._sidecar.parameters()]
+    sidecar, trained = trained_sidecar(trainer.model), [p.clone() for p in trained_sidecar(trainer.model).parameters()]
     trainer.args.alpha, trainer.args.temperature = 0.25, 3.0
     trainer.args.losses[0]["weight"] = 0.125  # in place
     trainer._hp_search_setup(None)  # the Trainer calls this before each training
-    assert trainer._sidecar is sidecar
+    assert trained_sidecar(trainer.model) is sidecar
     assert all(torch.equal(a, b) for a, b in zip(trained, sidecar.parameters(), strict=True))
     trainer.train()
     log = next(log for log in trainer.state.log_history if "loss" in log)
     assert log["loss"] == pytest.approx(
         0.25 * log["soft_loss"] + 0.75 * log["hard_loss"] + 0.125 * log["hidden_mse_loss"], rel=1e-5
     )
-    assert trainer._sidecar is sidecar
+    assert trained_sidecar(trainer.model) is sidecar
     assert trainer.distiller.terms[0].options["temperature"] == 3.0
 
 
@@ -44,12 +45,12 @@ def test_the_average_of_an_ema_teacher_stays_when_alpha_changes(make_trainer):
 def test_new_losses_get_new_projectors_that_are_trained(make_trainer):
     trainer = make_trainer(max_steps=1, learning_rate=1e-2)
     trainer.train()
-    assert trainer._sidecar is None
+    assert trained_sidecar(trainer.model) is None
     trainer.args.losses = '[{"name": "hidden_mse", "weight": 0.5}]'  # as on a command line
     trainer._hp_search_setup(None)
-    before = [p.clone() for p in trainer._sidecar.parameters()]
+    before = [p.clone() for p in trained_sidecar(trainer.model).parameters()]
     trainer.train()
-    assert all(not torch.equal(a, b) for a, b in zip(before, trainer._sidecar.parameters(), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, trained_sidecar(trainer.model).parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_nonfinite_gradient_of_a_separately_clipped_peer_skips_the_step(make_t
     trainer = make_trainer(teacher=PeerTeacher(build("llama", 3)), max_steps=4)
     weights = WeightRecorder()
     trainer.add_callback(weights)
-    parameter = next(iter(trainer._teacher_module.parameters()))
+    parameter = next(iter(trainer.teacher.trainable_module.parameters()))
     parameter.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 1 else grad)
     trainer.train()
     (warning,) = [r.getMessage() for r in warnings.records if "is skipped" in r.getMessage()]
