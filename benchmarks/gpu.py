@@ -319,9 +319,10 @@ def profile(card: Card, shape: dict) -> dict:
 
 
 def _chunk_tokens(made) -> int:
-    from hf_distill.losses.fused import auto_chunk_tokens
+    from hf_distill.losses.fused_buffers import auto_chunk_tokens
 
-    return auto_chunk_tokens(made.student_logits(), [made.teacher_logits()])
+    student, teacher = made.student_logits(), made.teacher_logits()
+    return auto_chunk_tokens([student.vocab_size, teacher.vocab_size], 4, student.hidden.device.type)
 
 
 def trainer(card: Card, shape: dict) -> dict:

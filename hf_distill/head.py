@@ -32,6 +32,8 @@ def fused_distillation_loss(
 
     (alpha * T^2 * sum_i divergence_i + (1 - alpha) * sum_i cross_entropy_i) / num_items, over target tokens i
 
+    Under autocast the logits are computed as autocast computes a linear layer, and the losses in float32.
+
     Args:
         student_hidden: [N, H_s].
         student_weight: [V_s, H_s] of the output head.
@@ -63,10 +65,10 @@ def fused_distillation_loss(
     targets = Targets.from_batch({"labels": labels}, shift=False)
     targets.check_ids(len(student_weight))
     terms = [term for term in objective(alpha, temperature, divergence) if term.weight]
-    teacher_logits = LazyLogits(
+    teacher_logits = LazyLogits.of_head(
         targets.gather(teacher_hidden.detach()), teacher_weight.detach(), _detached(teacher_bias), teacher_scaling
     )
-    student_logits = LazyLogits(targets.gather(student_hidden), student_weight, student_bias, student_scaling)
+    student_logits = LazyLogits.of_head(targets.gather(student_hidden), student_weight, student_bias, student_scaling)
     chunked_loss = ChunkedLoss(teacher_logits, targets, terms, chunk_tokens=chunk_tokens, num_items=num_items)
     loss = chunked_loss.from_hidden(student_logits)
     if (debug or not loss.is_cuda) and not torch.isfinite(loss):

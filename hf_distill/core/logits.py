@@ -111,6 +111,27 @@ class LazyLogits:
     scaling: LogitScaling = LogitScaling()
     master_weight: Tensor | None = None
 
+    @classmethod
+    def of_head(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scaling: LogitScaling = LogitScaling()
+    ) -> "LazyLogits":
+        """Return the logits of a linear output head, with the casts of an enabled autocast.
+
+        Args:
+            hidden: [T, H] input of the output head.
+            weight: [V, H], its parameter.
+            bias: [V], its parameter, or None.
+            scaling: scale and soft cap after the head.
+        """
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return cls(hidden, weight, bias, scaling)
+        dtype = torch.get_autocast_dtype(device)
+        hidden, cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+        is_cast = cast.dtype.itemsize < weight.dtype.itemsize
+        return cls(hidden, cast, bias, scaling, weight if is_cast else None)
+
     @property
     def vocab_size(self) -> int:
         """V."""

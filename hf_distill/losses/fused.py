@@ -106,11 +106,23 @@ class ChunkedLoss:
         needs_gradient = torch.is_grad_enabled() and student.values.requires_grad
         return self._inverse_divisor_after_forward * _LossFromLogits.apply(student.values, needs_gradient, self)
 
+    def gradient_unit(self) -> float:
+        """Return the size of a gradient with respect to a label's logit, of a student that gives it no probability.
+
+        A gradient in this unit is 1 there, which bf16 represents exactly. Other units would be rounded by the same
+        relative error in all rows, so that it would not average out.
+        """
+        for term in self.terms:
+            if term.weight and not term.loss.compares:
+                return self._inverse_divisor_in_forward * term.weight * (1 - term.options.get("label_smoothing", 0.0))
+        return self._inverse_divisor_in_forward
+
     def run_chunks(
         self,
         student: DenseLogits | LazyLogits,
         on_gradient: OnGradient | None = None,
         gradient_dtype: torch.dtype | None = None,
+        gradient_unit: float = 1.0,
     ) -> Tensor:
         """Compute all chunks.
 
@@ -119,6 +131,8 @@ class ChunkedLoss:
             on_gradient: called for each chunk with (rows, gradient [t, V] with respect to the output of the student's
                 output head). The next chunk overwrites the gradient. None computes no gradients.
             gradient_dtype: dtype of the gradient; None for that of the logits.
+            gradient_unit: number by which the gradient is divided before it is rounded to its dtype; see
+                `gradient_unit`.
 
         Returns:
             [], the sum over target tokens of the weighted terms; divided by num_items if that is known on the CPU.
@@ -133,6 +147,7 @@ class ChunkedLoss:
         gradient_buffer = student_buffer
         if on_gradient is not None and gradient_dtype not in (None, dtype):
             gradient_buffer = _new_buffer(student, buffer_rows, gradient_dtype)
+        self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
         self._may_be_masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
         self.per_token = {name: torch.zeros(num_tokens, dtype=dtype, device=device) for name in self._metric_names()}
         scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
@@ -231,7 +246,7 @@ class ChunkedLoss:
                 )
                 if needs_term_gradient:
                     gradient = gradient if label_mask is None else gradient.mul_(label_mask[:, None])
-                    gradients.append((gradient, factor * self._inverse_divisor_in_forward))
+                    gradients.append((gradient, factor * self._gradient_factor))
             else:
                 values = term(student_signals, teacher_signals.get(term.teacher), targets)
             self._store(term.name, rows, values if label_mask is None else values * label_mask)
@@ -316,8 +331,11 @@ class _LossFromHidden(torch.autograd.Function):
 
         needs = any(gradient is not None for gradient in ctx.gradients)
         rounds = multiplies_bf16_gradient(student.hidden, student.weight)
+        ctx.unit = chunked_loss.gradient_unit() if rounds else 1.0
         with torch.autocast(hidden.device.type, enabled=False):
-            return chunked_loss.run_chunks(student, on_gradient if needs else None, torch.bfloat16 if rounds else dtype)
+            return chunked_loss.run_chunks(
+                student, on_gradient if needs else None, torch.bfloat16 if rounds else dtype, ctx.unit
+            )
 
     @staticmethod
     def backward(ctx, grad_total):
@@ -326,7 +344,8 @@ class _LossFromHidden(torch.autograd.Function):
                 "The gradients of the fused loss were already used by an earlier backward: run the forward again."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(_scaled(g, grad_total, d) for g, d in zip(gradients, ctx.dtypes, strict=True)), None, None, None)
+        factor = grad_total if ctx.unit == 1.0 else grad_total * ctx.unit
+        return (*(_scaled(g, factor, d) for g, d in zip(gradients, ctx.dtypes, strict=True)), None, None, None)
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:

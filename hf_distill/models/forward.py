@@ -22,7 +22,7 @@ from .feature_capture import capture_features
 from .features import FeatureLoss
 from .model_call import named_outputs, prepare_inputs
 from .model_types import unwrap_model, unwrap_parallel
-from .output_head import OutputHead, cast_like_autocast, output_head, replaced_forward
+from .output_head import OutputHead, output_head, replaced_forward
 from .sidecar import sidecar_of
 
 
@@ -169,8 +169,7 @@ def _run(
     assert isinstance(module, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
-        hidden, weight, bias = cast_like_autocast(targets.gather(hidden), module.weight, module.bias)
-        returned.append(on_head(LazyLogits(hidden, weight, bias, scaling)))
+        returned.append(on_head(LazyLogits.of_head(targets.gather(hidden), module.weight, module.bias, scaling)))
         return returned[-1]
 
     received: list[Tensor] = []

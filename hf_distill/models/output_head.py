@@ -135,16 +135,6 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
             setattr(module, name, instance)
 
 
-def cast_like_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the arguments of a linear layer in the dtype in which autocast passes them to it."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
-    return hidden, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
-
-
 def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
     """Return why the class of a head rules lazy logits out, without a measurement; "" if it does not."""
     if head is None:
@@ -198,8 +188,8 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: 
         outputs_of_head.append(original(hidden))
         flat = hidden.flatten(0, -2)
         positions = torch.linspace(0, len(flat) - 1, min(_NUM_COMPARED_POSITIONS, len(flat)), device=flat.device).long()
-        rows, weight, bias = cast_like_autocast(flat[positions], head.weight, head.bias)
-        sample.append((rows.clone(), LazyLogits(rows, weight, bias).project(), positions))
+        lazy = LazyLogits.of_head(flat[positions], head.weight, head.bias)
+        sample.append((lazy.hidden.clone(), lazy.project(), positions))
         return outputs_of_head[-1]
 
     with _short_forward(model):

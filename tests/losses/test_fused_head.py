@@ -12,6 +12,7 @@ from hf_distill.losses import LOSSES, loss
 from hf_distill.losses.alignment import align
 from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
+from hf_distill.losses.token_metrics import PAIR_METRICS, STUDENT_METRICS
 
 DIVERGENCES = [name for name, item in LOSSES.items() if "logits" in item.compares]
 N = 37
@@ -209,6 +210,26 @@ def test_a_sparse_teacher_with_all_ids_has_the_loss_of_a_dense_teacher(divergenc
     torch.testing.assert_close(got, expected)
     for a, b in zip(gradients(got, (hs, ws)), gradients(expected, (hs, ws)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, N, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("vocabularies", [(50, 50), (50, 53), (53, 50)])
+def test_statistics_are_those_of_every_fourth_target_token_for_any_chunk_size(
+    chunk, temperature, vocabularies, monkeypatch
+):
+    monkeypatch.setattr("hf_distill.losses.fused_buffers.CPU_CACHE_BYTES", 3 * 8 * vocabularies[0])  # blocks of 3 rows
+    hs, ws, _, ht, wt, labels = inputs(*vocabularies)
+    teacher, terms = LazyLogits(ht[labels != -100], wt), objective(0.5, temperature)
+    all_tokens = sum_loss(terms, teacher, labels, statistics_every=1)
+    all_tokens.from_hidden(student_logits(hs, ws, labels))
+    every_fourth = sum_loss(terms, teacher, labels, statistics_every=4, chunk_tokens=chunk)
+    every_fourth.from_hidden(student_logits(hs, ws, labels))
+    is_measured = torch.arange(len(every_fourth.targets)) % 4 == 0
+    assert torch.equal(every_fourth.per_token["measured"] != 0, is_measured)
+    for name in (*STUDENT_METRICS, *PAIR_METRICS):
+        expected = all_tokens.per_token[name].where(is_measured, 0)
+        torch.testing.assert_close(every_fourth.per_token[name], expected)
 
 
 def test_materialized_logits_give_the_same_loss_and_are_not_modified():

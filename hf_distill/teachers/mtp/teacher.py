@@ -178,8 +178,7 @@ class _MTPStep(JointStep):
     def _logits(self, student_logits: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:
         """Return the logits of hidden states of a head, [t, H], by the student's output head."""
         if isinstance(student_logits, LazyLogits):
-            weight = student_logits.weight
-            return LazyLogits(hidden.to(weight.dtype), weight, student_logits.bias, student_logits.scaling)
+            return replace(student_logits, hidden=hidden.to(student_logits.weight.dtype))
         head = known_output_head(self.student)
         if head is None or head.scaling is None:
             raise DistillError(
@@ -188,7 +187,7 @@ class _MTPStep(JointStep):
                 "linear output head, or another teacher."
             )
         assert isinstance(head.module, nn.Linear)
-        return LazyLogits(hidden, head.module.weight, head.module.bias, head.scaling)
+        return LazyLogits.of_head(hidden, head.module.weight, head.module.bias, head.scaling)
 
 
 def _select(logits: LazyLogits | DenseLogits, indices: Tensor) -> LazyLogits | DenseLogits:
