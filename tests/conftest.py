@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def make_trainer(tmp_path):
         return cls(args=DistillConfig(str(tmp_path / folder), dataloader_pin_memory=False, **fields), **arguments)
 
     return make
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """`run_cli("plan", "quickstart")`: run the program in this process; return its exit code, stdout and stderr."""
+    from hf_distill.cli import main
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["hf-distill", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, end.value.code or 0, printed.out, printed.err)
+
+    return run
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ A kill point is a time, or a location: the n-th call of a function of a run, bef
 writes, or after it. Processes are forked from one that has imported everything, so that a trial takes seconds.
 """
 
+import gc
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +17,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from forking import fork_context
 
 # Functions of a run at which it can be killed, and whether they write a file that can be truncated.
 KILL_LOCATIONS = {
@@ -45,11 +47,6 @@ KILL_LOCATIONS = {
     "evidence": ("hf_distill.runner.single_run:write_json", False),
     "recipe": ("hf_distill.runner.run_dir:_write_recipe", False),
 }
-_PRELOAD = [  # modules that every run imports
-    *("hf_distill.runner.run", "hf_distill.runner.cache_writer", "hf_distill.trl", "hf_distill.cache.api"),
-    *("transformers.models.llama.modeling_llama", "transformers.trainer", "transformers.models.auto.modeling_auto"),
-    *("transformers.models.auto.tokenization_auto", "datasets", "peft", "trl.experimental.gkd"),
-]
 
 
 _SHORT = [
@@ -158,6 +155,7 @@ def _truncate_newest_file(folder: Path, since: float) -> None:
 def _run_child(workload: Callable[[], None], folder: Path, kill_point: KillPoint | None, counts: Path | None) -> None:
     import torch
 
+    gc.freeze()  # garbage collection would walk every imported module
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
@@ -190,9 +188,7 @@ def _run_child(workload: Callable[[], None], folder: Path, kill_point: KillPoint
 
 def run_in_process(workload, folder: Path, kill_point: KillPoint | None = None, counts: Path | None = None) -> int:
     """Run a job in a separate process and return its exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    process = context.Process(target=_run_child, args=(workload, folder, kill_point, counts))
+    process = fork_context().Process(target=_run_child, args=(workload, folder, kill_point, counts))
     process.start()
     if kill_point is not None and kill_point.seconds is not None:
         process.join(kill_point.seconds)

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -11,18 +10,22 @@ from hf_distill.recipe import list_recipes
 runner = CliRunner()
 
 
-def program(*arguments, **kwargs):
-    return subprocess.run([sys.executable, "-m", "hf_distill", *arguments], capture_output=True, text=True, **kwargs)
+def test_the_module_is_the_program():
+    command = [sys.executable, "-m", "hf_distill", "rum"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "No such command" in done.stderr
 
 
-def test_a_smoke_run_prints_the_table_and_exits_with_0(tmp_path):
-    done = program("run", "quickstart", "--smoke", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+def test_a_smoke_run_prints_the_table_and_exits_with_0(run_cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("run", "quickstart", "--smoke", f"train.output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     for text in ("teacher", "student before", "student after", "control", "KL to teacher", "Run folder"):
         assert text in done.stdout
     assert "Traceback" not in done.stderr
     assert "{'loss'" not in done.stdout
-    resumed = program("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}", cwd=tmp_path)
+    resumed = run_cli("run", "quickstart", "--smoke", "--resume", f"train.output_dir={tmp_path / 'run'}")
     assert resumed.returncode == 0
     assert "complete already" in resumed.stdout
 
@@ -38,20 +41,19 @@ def test_a_smoke_run_prints_the_table_and_exits_with_0(tmp_path):
         (["plan", "llama-70b-to-8b-nf4", "--gpus", "0"], "gpus is 0; it must be above 0"),
         (["plan", "llama-70b-to-8b-nf5"], "did you mean 'llama-70b-to-8b-nf4'"),
         (["run"], "Missing argument"),
-        (["rum"], "No such command"),
     ],
 )
-def test_wrong_input_exits_with_2_and_a_message_without_a_traceback(arguments, message):
-    done = program(*arguments)
+def test_wrong_input_exits_with_2_and_a_message_without_a_traceback(run_cli, arguments, message):
+    done = run_cli(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_recipes_show_prints_plain_yaml_without_a_terminal():
+def test_recipes_show_prints_plain_yaml_without_a_terminal(run_cli):
     from hf_distill.recipe.resolve import find_recipe
 
-    assert program("recipes", "show", "quickstart").stdout == find_recipe("quickstart").text
+    assert run_cli("recipes", "show", "quickstart").stdout == find_recipe("quickstart").text
 
 
 def test_recipes_list_validate_and_schema_print_their_results():
@@ -64,9 +66,9 @@ def test_recipes_list_validate_and_schema_print_their_results():
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_plan_fits_the_terminal_and_shows_memory_cost_and_advice(columns):
-    environment = {**os.environ, "COLUMNS": str(columns)}
-    done = program("plan", "llama-70b-to-8b-zero3", "--gpus", "8", "--gpu-memory", "80", env=environment)
+def test_plan_fits_the_terminal_and_shows_memory_cost_and_advice(run_cli, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = run_cli("plan", "llama-70b-to-8b-zero3", "--gpus", "8", "--gpu-memory", "80")
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= columns
     texts = (">*zero3 + zero3", "nf4 + zero2", "torch's counter", "GPU-hours", "pretraining the student")
@@ -75,10 +77,10 @@ def test_plan_fits_the_terminal_and_shows_memory_cost_and_advice(columns):
     assert ("DeepSpeed" in done.stdout) == (columns == 120)
 
 
-def test_plan_json_prints_only_json():
+def test_plan_json_prints_only_json(run_cli):
     import json
 
-    done = program("plan", "quickstart", "--smoke", "--json", "--gpus", "2")
+    done = run_cli("plan", "quickstart", "--smoke", "--json", "--gpus", "2")
     plan = json.loads(done.stdout)
     (row,) = (row for row in plan["rows"] if row["is_recipe_strategy"])
     assert row["strategy"]["student"] == "ddp"

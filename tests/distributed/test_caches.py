@@ -1,28 +1,20 @@
 """Teacher caches on two processes equal those on one, in writing and in training."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import two_writers
-from launching import run_both_ranks
+from launching import run_both_ranks, run_on_ranks
 
 from hf_distill.core.locks import lock_folder
 
-SCRIPT = Path(two_writers.__file__)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 DATA = ["data.task.path=texts.jsonl", "train.learning_rate=0.01"]
 
 
 def run(folder: Path, ranks: int, *arguments: str) -> None:
-    launch = [sys.executable, "-m", "hf_distill", *arguments]
-    if ranks > 1:
-        launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, timeout=600, cwd=folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ended = run_on_ranks(ranks, "-m", "hf_distill", *arguments, folder=folder)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
 
 
 def write(folder: Path, ranks: int, name: str, *more: str) -> dict[str, bytes]:
@@ -60,7 +52,7 @@ def test_a_second_writer_raises_an_error_on_every_rank_and_a_dead_rank_leaves_a_
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.md").write_text("mine")
     with lock_folder(tmp_path / "locked", "hf-distill cache write"):
-        ended = run_both_ranks(SCRIPT, str(tmp_path))
+        ended = run_both_ranks(two_writers.__file__, str(tmp_path))
     for _, message in ended:
         assert f"Another process writes to {tmp_path / 'locked'}" in message
         assert f"{tmp_path / 'foreign'} holds notes.md and no cache" in message

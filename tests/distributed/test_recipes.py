@@ -1,24 +1,22 @@
 """Packaged recipes for large teachers run with tiny models on two processes, with their sharding strategies."""
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from launching import ENVIRONMENT, TORCHRUN, Ended, run_on_ranks
 from transformers import AutoModelForCausalLM
 
 from hf_distill.recipe import load_recipe
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "COLUMNS": "100"}
 OFFLOAD = ["teacher.deepspeed=zero3-teacher-offload.json", "train.deepspeed=zero3-student-offload.json"]
 
 
-def run_on_two_ranks(folder, *arguments: str) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "hf_distill", "run", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=600)
+def run_recipe(folder: Path, *arguments: str, ranks: int = 2) -> Ended:
+    return run_on_ranks(ranks, "-m", "hf_distill", "run", *arguments, folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +30,7 @@ def run_on_two_ranks(folder, *arguments: str) -> subprocess.CompletedProcess:
     ids=["zero3", "offload", "fsdp2", "qlora-zero2"],
 )
 def test_a_recipe_for_a_large_teacher_runs_with_its_sharding_strategy(tmp_path, recipe, overrides):
-    done = run_on_two_ranks(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
+    done = run_recipe(tmp_path, recipe, "--smoke", "train.output_dir=run", *overrides)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count("Metrics on held-out text") == 1  # only one process prints
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -44,7 +42,7 @@ def test_a_recipe_for_a_large_teacher_runs_with_its_sharding_strategy(tmp_path, 
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert all(p.numel() for p in loaded.parameters())
-    again = run_on_two_ranks(tmp_path, recipe, "--smoke", "--resume", "train.output_dir=run", *overrides)
+    again = run_recipe(tmp_path, recipe, "--smoke", "--resume", "train.output_dir=run", *overrides)
     assert again.returncode == 0
     assert "This run is complete already." in again.stdout
 
@@ -53,7 +51,7 @@ def test_a_folder_of_another_run_raises_one_error_for_all_processes(tmp_path):
     (tmp_path / "run").mkdir()
     other = load_recipe("quickstart", ["train.output_dir=run"], smoke=True).model_dump(exclude_none=True)
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(other))
-    done = run_on_two_ranks(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
+    done = run_recipe(tmp_path, "llama-70b-to-8b-zero3", "--smoke", "--resume", "train.output_dir=run")
     assert done.returncode != 0
     assert done.stderr.count("holds a run of another recipe") == 1
 
@@ -70,8 +68,7 @@ main()
 
 def test_processes_with_different_recipes_or_rows_raise_an_error_before_training(tmp_path):
     (tmp_path / "parted.py").write_text(SCRIPT_WITH_DIFFERENT_RECIPES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "parted.py"]
-    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
+    done = run_on_ranks(2, str(tmp_path / "parted.py"), folder=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("The processes of this launch differ") == 1
     assert "training rows: " in done.stderr
@@ -88,11 +85,9 @@ def test_two_processes_train_on_the_same_rows_as_one(tmp_path, streaming):
     sums = f"{{path: sums.jsonl, weight: 0.5, streaming: {json.dumps(streaming)}}}"
     common = ["quickstart", "--smoke", f"data.sums={sums}", "data.eval={path: test.jsonl}", "control=null"]
     common += ["student={model: 'smoke:llama/student'}", "train.max_steps=3"]
-    two = run_on_two_ranks(tmp_path, *common, "train.output_dir=two", "train.per_device_train_batch_size=2")
+    two = run_recipe(tmp_path, *common, "train.output_dir=two", "train.per_device_train_batch_size=2")
     assert two.returncode == 0, two.stderr[-4000:]
-    command = [sys.executable, "-m", "hf_distill", "run", *common]
-    command += ["train.output_dir=one", "train.per_device_train_batch_size=4"]
-    one = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
+    one = run_recipe(tmp_path, *common, "train.output_dir=one", "train.per_device_train_batch_size=4", ranks=1)
     assert one.returncode == 0, one.stderr[-4000:]
     names = ("loss", "soft_loss", "hard_loss", "soft_loss_sums", "soft_loss_task", "grad_norm")
     values = {}
@@ -103,9 +98,12 @@ def test_two_processes_train_on_the_same_rows_as_one(tmp_path, streaming):
     assert values["two"] == pytest.approx(values["one"], rel=1e-4)
 
 
-def test_accelerate_launches_a_recipe(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command = [*launch, "-m", "hf_distill", "run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers_run_a_recipe(tmp_path, launcher):
+    command = [*launcher, "-m", "hf_distill", "run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()

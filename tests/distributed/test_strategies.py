@@ -2,30 +2,25 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, run_one_rank
+from launching import run_on_ranks, run_one_rank
 from safetensors.torch import load_file
 from tiny import build
 from transformers import AutoModelForCausalLM
 
 from hf_distill.models.sidecar import FILE
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
+SCRIPT = str(Path(__file__).with_name("two_ranks.py"))
 
 
 def run_script(folder: Path, ranks: int, *variants: str) -> dict:
     """Run the script on some ranks, and return the results of rank 0."""
     folder.mkdir(exist_ok=True)
-    launch = [sys.executable, str(SCRIPT), str(folder), *variants]
-    if ranks > 1:
-        launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(launch, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
+    ended = run_on_ranks(ranks, SCRIPT, str(folder), *variants)
+    assert ended.returncode == 0, ended.stderr[-6000:]
     return json.loads((folder / ("resumed.json" if "resume" in variants else "straight.json")).read_text())
 
 
@@ -157,11 +152,10 @@ def test_a_nonfinite_step_on_one_rank_is_skipped_on_all_ranks(root, strategy):
 def test_a_nonfinite_step_stops_training_with_deepspeed(root):
     folder = root / "nonfinite-zero2"
     folder.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run([*launch, str(folder), "zero2", "nonfinite"], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode != 0
-    assert "Training stops at step 2 after 1 step with" in done.stderr
-    assert "could not be skipped" in done.stderr
+    ended = run_on_ranks(2, SCRIPT, str(folder), "zero2", "nonfinite")
+    assert ended.returncode != 0
+    assert "Training stops at step 2 after 1 step with" in ended.stderr
+    assert "could not be skipped" in ended.stderr
 
 
 @pytest.mark.parametrize("fault", ["die", "hang"])

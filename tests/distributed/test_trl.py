@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launching import run_on_ranks
 
 
 def train(folder: Path) -> dict[str, list]:
@@ -57,20 +57,15 @@ def train(folder: Path) -> dict[str, list]:
     return results
 
 
-def run_on_ranks(ranks: int, folder: Path) -> dict[str, list]:
-    launch = [sys.executable, __file__, str(folder)]
-    if ranks > 1:
-        launch[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "seen.json").read_text())
+def results_on_ranks(number: int, folder: Path) -> dict[str, list]:
+    folder.mkdir()
+    ended = run_on_ranks(number, __file__, str(folder))
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_two_processes_have_the_same_loss_and_gradient_as_one(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    one, two = run_on_ranks(1, tmp_path / "one"), run_on_ranks(2, tmp_path / "two")
+    one, two = results_on_ranks(1, tmp_path / "one"), results_on_ranks(2, tmp_path / "two")
     for name, expected in one.items():
         assert two[name] == pytest.approx(expected, rel=1e-5)
 
@@ -79,4 +74,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     results = train(Path(sys.argv[1]))
     if os.environ.get("RANK", "0") == "0":
-        (Path(sys.argv[1]) / "seen.json").write_text(json.dumps(results))
+        (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))

@@ -3,16 +3,15 @@
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, run_one_rank
+from launching import ENVIRONMENT, TORCHRUN, run_one_rank
 
 from hf_distill.trainer.checkpoints import latest_complete
 
-SCRIPT = Path(__file__).with_name("watched.py")
+SCRIPT = str(Path(__file__).with_name("watched.py"))
 
 
 @pytest.mark.parametrize(
@@ -47,9 +46,9 @@ def test_an_exception_on_rank_0_is_reported_on_the_other_ranks(tmp_path, fault, 
 
 
 def test_both_ranks_stop_with_a_complete_checkpoint_on_sigterm_of_the_launcher(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     folder = tmp_path / "run"
-    process = subprocess.Popen([*launch, str(folder), "term"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    launch = [*TORCHRUN, SCRIPT, str(folder), "term"]
+    process = subprocess.Popen(launch, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 120
         while not ((folder / "metrics.jsonl").is_file() and '"loss"' in (folder / "metrics.jsonl").read_text()):

@@ -2,7 +2,6 @@
 
 import errno
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +22,6 @@ RUN = ["run", "quickstart", "--smoke", "control=null", "train.output_dir=run"]
 RUN += ["train.max_steps=12", "train.save_steps=1"]
 
 
-def run_cli(folder, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hf_distill", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 6 MB."""
@@ -40,8 +34,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_raises_an_error_and_keeps_earlier_checkpoints_complete(small_disk):
-    full = run_cli(small_disk, *RUN, "train.save_total_limit=null")
+def test_a_full_disk_raises_an_error_and_keeps_earlier_checkpoints_complete(run_cli, monkeypatch, small_disk):
+    monkeypatch.chdir(small_disk)
+    full = run_cli(*RUN, "train.save_total_limit=null")
     assert full.returncode == 1
     assert "could not be written" in full.stderr
     assert "Traceback" not in full.stderr
@@ -51,7 +46,7 @@ def test_a_full_disk_raises_an_error_and_keeps_earlier_checkpoints_complete(smal
     assert all((path / "trainer_state.json").is_file() for path in (small_disk / "run").glob("checkpoint-*"))
     for path in sorted((small_disk / "run").glob("checkpoint-*"))[:-1]:
         subprocess.run(["rm", "-r", str(path)], check=True)
-    resumed = run_cli(small_disk, *RUN, "train.save_total_limit=1", "--resume")
+    resumed = run_cli(*RUN, "train.save_total_limit=1", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert f"from step {newest.name.rpartition('-')[2]} " in resumed.stdout
 
