@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import DistillError
 from .matmul import project_matmul
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class DenseLogits:
         return chunk.to(compute_dtype(chunk)) if out is None else out[: len(chunk)].copy_(chunk)
 
 
+RESHARDED_HEAD = (
+    "FSDP2 frees the weight of an output head after its model's forward (reshard_after_forward), and the loss reads it "
+    "afterwards. Wrap the model itself with fully_shard(model, reshard_after_forward=False) and its output head not "
+    "separately; the decoder layers may be resharded. A teacher that is given by its path with fsdp=True "
+    "is wrapped in this way."
+)
 _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -142,13 +149,26 @@ class LazyLogits:
         bias = None if self.bias is None else self.bias.detach()
         return LazyLogits(self.hidden.detach(), self.weight.detach(), bias, self.scaling)
 
+    def check_weight(self) -> None:
+        """Check that the memory of the weight was not freed after the forward of its model.
+
+        Raises:
+            DistillError: it was; reading it on a GPU would be an illegal memory access.
+        """
+        if self.weight.untyped_storage().nbytes() < self.weight.numel() * self.weight.element_size():
+            raise DistillError(RESHARDED_HEAD)
+
     def project(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """Return the logits of some target tokens, [t, V], computed and accumulated in float32 or float64.
 
         Args:
             rows: target tokens.
             out: buffer [at least t, V] that is written and returned; None allocates one.
+
+        Raises:
+            DistillError: the memory of the weight was freed after the forward of its model.
         """
+        self.check_weight()
         hidden = self.hidden[rows]
         if out is None:
             out = hidden.new_empty(len(hidden), self.vocab_size, dtype=compute_dtype(hidden, self.weight))

@@ -139,6 +139,9 @@ class ChunkedLoss:
         """
         num_tokens, device = len(self.targets), self.targets.labels.device
         teachers = logits_by_teacher(self.teacher_logits)
+        for source in (student, *teachers.values()):
+            if isinstance(source, LazyLogits):
+                source.check_weight()
         dtype = compute_dtype(_values(student))
         chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student, teachers, dtype)
         buffer_rows = min(chunk_tokens, num_tokens)

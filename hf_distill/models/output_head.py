@@ -19,12 +19,14 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..core.logits import LazyLogits, LogitScaling
+from ..core.logits import RESHARDED_HEAD, LazyLogits, LogitScaling
+from ..errors import DistillError
 from .model_types import is_zero3_partitioned, model_type_of, unwrap_model
 from .module_state import eval_mode
 
@@ -110,6 +112,29 @@ def known_output_head(model: nn.Module) -> OutputHead | None:
 def forget_output_head(model: nn.Module) -> None:
     """Let the next forward measure the output head again, for example after its weights changed."""
     _heads.pop(unwrap_model(model), None)
+
+
+def check_head_stays_gathered(model: nn.Module) -> None:
+    """Check that FSDP2, if it shards a model, does not free the output head after the model's forward.
+
+    FSDP2 tells this only in attributes of its groups of parameters. A model that is wrapped later is checked when its
+    logits are first read, see `LazyLogits.check_weight`.
+
+    Raises:
+        DistillError: the head is freed.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    head = None if getter is None else getter()
+    wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in wrapped if head is not None else []:
+        state = module._get_fsdp_state()
+        is_kept_by_default = module is wrapped[0] and state._auto_reshard_after_forward
+        for group in state._fsdp_param_groups:
+            holders = [
+                holder for p in group.fsdp_params for holder in (p._module_info.module, *p._module_info.shared_modules)
+            ]
+            if group.post_forward_mesh_info is not None and not is_kept_by_default and head in holders:
+                raise DistillError(RESHARDED_HEAD)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..core.signals import Signals
 from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
+from ..models.output_head import check_head_stays_gathered
 from ..models.sidecar import strip_sidecar
 from .self_teacher import SelfTeacher
 from .state import WeightDrift, is_sharded, load_state, local_shard, save_state, state_file
@@ -37,6 +38,7 @@ class StudentCopyTeacher(SelfTeacher):
         Raises:
             DistillError: no floating-point parameter of the student is trained.
         """
+        check_head_stays_gathered(student)
         self.model = student
         self._shadow: dict[str, Tensor] = {}
         self._drift = WeightDrift()
@@ -57,6 +59,7 @@ class StudentCopyTeacher(SelfTeacher):
         source = signals.logits
         if not self._resharded or not isinstance(source, LazyLogits):
             return signals
+        source.check_weight()
         bias = None if source.bias is None else source.bias.clone()
         return replace(signals, logits=replace(source, weight=source.weight.clone(), bias=bias))
 

@@ -13,6 +13,7 @@ from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of
+from ..models.output_head import check_head_stays_gathered
 from .base import Teacher
 from .compatibility import check_model_types, check_teacher_student
 from .input_limits import InputLimits, check_data
@@ -83,6 +84,7 @@ class FrozenTeacher(Teacher):
         if self.model is None:
             self.model = self._loader.load(student, self._path, model_or_config, device)
             check_model_types(model_type_of(self.model), model_type)
+        check_head_stays_gathered(self.model)
         self.model.requires_grad_(False).eval()
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu_meter import GIB, H100, SHAPES, GpuMeter, Problem, meta_as_cuda
 
+from hf_distill.cache.sampling import sample_by_inverse_cdf
 from hf_distill.core import matmul
 
 
@@ -115,3 +116,18 @@ def test_rows_of_logits_and_gradients_are_aligned(vocab, monkeypatch):
 def test_the_peak_is_that_of_the_gradients_and_of_one_chunk(divergence):
     problem = Problem(tokens=2048, divergence=divergence)
     assert problem.measure()[0].peak_bytes < 4 * problem.vocab * problem.hidden + 2.5 * GIB
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_no_cumulative_sum_of_floats_runs_with_deterministic_algorithms(is_deterministic):
+    """PyTorch has no deterministic one on CUDA, and raises an error."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        adaptive, _ = Problem(tokens=1024, vocab=4096, divergence="adaptive_kl").measure()
+        with meta_as_cuda(), GpuMeter() as sampling:
+            uniform = torch.empty(8, 16, dtype=torch.float64, device="meta")
+            sample_by_inverse_cdf(torch.empty(8, 5000, device="meta"), uniform)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert (adaptive.launches["cumsum"] == 0) == (sampling.launches["cumsum"] == 0) == is_deterministic
