@@ -6,8 +6,8 @@ head reads it there, after the wrappers' hooks, and the model passes it on as if
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -55,72 +55,60 @@ def extract_signals(
     return Signals(logits, features)
 
 
-@dataclass(frozen=True)
-class StepLosses:
-    """The losses of one step, which are computed in the student's forward.
-
-    chunked_loss: loss on the student's logits
-    feature_loss: loss on the student's features
-    teacher_loss: [] loss of a jointly trained teacher, which is added to the student's; None without one
-    """
-
-    chunked_loss: ChunkedLoss
-    feature_loss: FeatureLoss
-    teacher_loss: Tensor | None = None
-
-
 def forward_with_loss(
     model: nn.Module,
     inputs: dict,
-    targets: Targets,
-    feature_requests: Mapping[FeatureKey, FeatureTokens],
-    make_losses: Callable[[LazyLogits | DenseLogits], StepLosses],
+    chunked_loss: ChunkedLoss,
+    feature_loss: FeatureLoss | None = None,
+    feature_requests: Mapping[FeatureKey, FeatureTokens] = MappingProxyType({}),
+    before_loss: Callable[[LazyLogits | DenseLogits], Tensor | None] = lambda _: None,
     keep_logits: bool = False,
-) -> tuple[Tensor, ModelOutput, StepLosses]:
-    """Run the student's forward and return the objective.
+) -> tuple[Tensor, ModelOutput]:
+    """Run the student's forward and return the objective; `per_token` of the losses is set.
 
     Args:
         model: the student as prepared, wrappers included; with features, its sidecar is attached.
         inputs: the collator's batch.
-        targets: T target tokens.
+        chunked_loss: the loss on the student's logits of the T target tokens.
+        feature_loss: the loss on the student's features.
         feature_requests: feature key -> the N tokens whose features are captured in the student.
-        make_losses: makes the step's losses, given the student's logits; called in the model's forward.
+        before_loss: called in the model's forward with the student's logits, before the losses run. It may return a
+            further loss, [], which is added.
         keep_logits: materialize the logits of all positions and leave them in the outputs, for metrics.
 
     Returns:
-        (the objective over target tokens / num_items, []; the student's outputs; the losses, with their values of each
-        token).
+        (the objective over target tokens / num_items, []; the student's outputs).
     """
+    targets = chunked_loss.targets
     prepared = prepare_inputs(unwrap_model(model), inputs)
     head = output_head(model, prepared)
-    head_losses: list[StepLosses] = []  # computed in the head of the present forward; a model may be run twice
-    forward_losses: list[StepLosses] = []  # of the completed forwards
+    head_losses: list[Tensor] = []  # computed in the head of the present forward; a model may be run twice
     plan = plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)
     aux, is_lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
     aux_losses: list[Tensor | None] = []
 
     def run_fused_loss(student_logits: LazyLogits) -> Tensor:
-        losses = make_losses(student_logits)
-        head_losses.append(losses)
-        loss = losses.chunked_loss.from_hidden(student_logits)
-        loss = loss if losses.teacher_loss is None else loss + losses.teacher_loss
+        further_loss = before_loss(student_logits)
+        loss = chunked_loss.from_hidden(student_logits)
+        head_losses.append(loss if further_loss is None else loss + further_loss)
         # The head returns the loss in the shape of logits. FSDP2 warns about views, whose hooks can be lost.
-        return loss.reshape(1, 1, 1).clone()
+        return head_losses[-1].reshape(1, 1, 1).clone()
 
     def add_remaining_losses(outputs: ModelOutput) -> ModelOutput:
         """Add the losses that the head did not return to the model's `loss`, where DDP finds their graph."""
-        losses = head_losses[-1] if head_losses else make_losses(DenseLogits(targets.gather_logits(outputs["logits"])))
-        forward_losses.append(losses)
-        summands = [] if head_losses or losses.teacher_loss is None else [losses.teacher_loss]
+        summands: list[Tensor] = []
+        if not head_losses:
+            further_loss = before_loss(DenseLogits(targets.gather_logits(outputs["logits"])))
+            summands += [] if further_loss is None else [further_loss]
         head_losses.clear()
         aux_losses.append(aux.of(outputs))
         if aux_losses[-1] is not None:  # weighted with this batch's share of the target tokens of the global batch
-            divisor = targets.divisor(losses.chunked_loss.num_items).to(aux_losses[-1].device)
+            divisor = targets.divisor(chunked_loss.num_items).to(aux_losses[-1].device)
             summands.append(aux_losses[-1] * (len(targets) / divisor))
-        if losses.feature_loss.terms:
+        if feature_loss is not None and feature_loss.terms:
             sidecar = sidecar_of(model)
             assert sidecar is not None, "terms on features need a sidecar"
-            summands.append(sidecar(lambda parts: losses.feature_loss.total(captured, parts)))
+            summands.append(sidecar(lambda parts: feature_loss.total(captured, parts)))
         if summands:
             outputs["loss"] = torch.stack(summands).sum()
         return outputs
@@ -133,16 +121,15 @@ def forward_with_loss(
             outputs, loss = _run(model, prepared, targets, head, run_fused_loss if is_lazy else None)
     finally:
         hook.remove()
-    losses, aux_loss = forward_losses[-1], aux_losses[-1]
     if loss is None:
-        loss = losses.chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs["logits"])))
+        loss = chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs["logits"])))
     loss = loss.reshape(())
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
-    if aux_loss is not None:
-        losses.chunked_loss.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
-    return loss, outputs, losses
+    if (aux_loss := aux_losses[-1]) is not None:
+        chunked_loss.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
+    return loss, outputs
 
 
 def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, is_replaced: bool) -> ModelOutput:

@@ -18,9 +18,8 @@ from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.feature_capture import capture_features
-from ..models.features import FeatureLoss
 from ..models.finite_weights import check_finite
-from ..models.forward import StepLosses, extract_signals, forward_with_loss, measure_before_student_loss
+from ..models.forward import extract_signals, forward_with_loss, measure_before_student_loss
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
@@ -234,16 +233,15 @@ class _PeerStep(JointStep):
         peer_logits: list[LazyLogits | DenseLogits] = []
         is_mutual = any(term.loss.compares for term in self.terms)
 
-        def build_losses(logits: LazyLogits | DenseLogits) -> StepLosses:
+        def before_loss(logits: LazyLogits | DenseLogits) -> None:
             peer_logits.append(logits.detach())
-            teacher_logits = student_logits.detach() if is_mutual else None
-            chunked_loss = ChunkedLoss(teacher_logits, self.targets, self.terms, num_items=self.num_items)
-            return StepLosses(chunked_loss, FeatureLoss([], {}, {}, self.targets))
 
+        teacher_logits = student_logits.detach() if is_mutual else None
+        chunked_loss = ChunkedLoss(teacher_logits, self.targets, self.terms, num_items=self.num_items)
         is_trained = torch.is_grad_enabled() and not self.is_frozen
         with torch.set_grad_enabled(is_trained), capture_features(self.model, self.feature_requests) as features:
-            loss, _, losses = forward_with_loss(self.model, self.inputs, self.targets, {}, build_losses)
+            loss, _ = forward_with_loss(self.model, self.inputs, chunked_loss, before_loss=before_loss)
         self.teacher_signals = Signals(peer_logits[-1], {key: feature.detach() for key, feature in features.items()})
         names = {"aux": "peer_aux"}
-        self.per_token = {names.get(name, name): values for name, values in losses.chunked_loss.per_token.items()}
+        self.per_token = {names.get(name, name): values for name, values in chunked_loss.per_token.items()}
         return loss

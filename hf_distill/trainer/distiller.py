@@ -14,7 +14,7 @@ from ..errors import DistillError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.features import FeatureLoss, Features
-from ..models.forward import StepLosses, forward_with_loss
+from ..models.forward import forward_with_loss
 from ..models.model_call import without_foreign_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
@@ -122,34 +122,33 @@ class Distiller:
         if targets is not teacher_targets:
             feature_tokens = self.features.tokens(inputs, targets)
 
-        def make_losses(student_logits: LazyLogits | DenseLogits) -> StepLosses:
-            """Called inside the student's forward, as soon as its logits (or hidden states and head) are known."""
-            nonlocal teacher_signals
+        chunked_loss = ChunkedLoss(
+            teacher_signals.logits, targets, self._logit_terms, statistics, self.chunk_tokens, num_items
+        )
+        feature_loss = FeatureLoss(self.features.terms, teacher_signals.features, feature_tokens, targets, num_items)
+
+        def before_loss(student_logits: LazyLogits | DenseLogits) -> Tensor | None:
+            """Run a jointly trained teacher and check the logits; called in the student's forward, before the loss."""
             if student_logits.vocab_size < num_outputs:  # a config can declare more classes than there are logits
                 targets.check_ids(student_logits.vocab_size)
-            teacher_loss = None
+            teacher_loss, signals = None, teacher_signals
             if joint_step is not None:
                 teacher_loss = joint_step(student_logits)
-                teacher_signals = joint_step.teacher_signals
+                signals = joint_step.teacher_signals
+                chunked_loss.teacher_logits, feature_loss.teacher_features = signals.logits, signals.features
             if not model_type.vocabulary:
-                _check_class_counts(teacher_signals, student_logits)
-            chunked_loss = ChunkedLoss(
-                teacher_signals.logits, targets, self._logit_terms, statistics, self.chunk_tokens, num_items
-            )
+                _check_class_counts(signals, student_logits)
             if self.pre_loss_hook is not None:
-                self.pre_loss_hook(chunked_loss, student_logits, teacher_signals, teacher_targets)
-            feature_loss = FeatureLoss(
-                self.features.terms, teacher_signals.features, feature_tokens, targets, num_items
-            )
-            return StepLosses(chunked_loss, feature_loss, teacher_loss)
+                self.pre_loss_hook(chunked_loss, student_logits, signals, teacher_targets)
+            return teacher_loss
 
         student_requests = self.features.student_requests(feature_tokens)
         with joint_step.context(student) if joint_step else nullcontext():
             inputs = without_foreign_inputs(model, inputs, teacher.input_names())
-            loss, outputs, losses = forward_with_loss(
-                student, inputs, targets, student_requests, make_losses, keep_logits
+            loss, outputs = forward_with_loss(
+                student, inputs, chunked_loss, feature_loss, student_requests, before_loss, keep_logits
             )
-        per_token = losses.chunked_loss.per_token | losses.feature_loss.per_token
+        per_token = chunked_loss.per_token | feature_loss.per_token
         if joint_step:
             per_token |= joint_step.per_token
         return StepOutput(loss, per_token, teacher_targets, outputs)
