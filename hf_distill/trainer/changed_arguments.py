@@ -2,16 +2,18 @@
 
 from typing import Any
 
+from transformers import TrainingArguments
+
 from ..errors import DistillError
 from .config import RUNTIME_FIELDS, DistillArguments, distill_arguments
 
 
-def objective_arguments(args: Any) -> dict[str, Any]:
+def objective_arguments(args: TrainingArguments) -> dict[str, Any]:
     """Return copies of the arguments that define the objective."""
     return distill_arguments(args) | {"label_smoothing_factor": args.label_smoothing_factor}
 
 
-def changed_arguments(args: Any, before: dict[str, Any], is_distilling: bool) -> list[str]:
+def changed_arguments(args: TrainingArguments, before: dict[str, Any], is_distilling: bool) -> list[str]:
     """Return the names of the arguments of the objective that changed since the objective was built.
 
     Args:

@@ -1,6 +1,7 @@
 """`NonFiniteGuard`: skips, reports and limits steps whose loss or gradient is not finite."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from transformers.utils import logging
 
 from ..core.io import write_json
 from ..errors import RunError
+from ..losses.objective import Term
 from ..models.model_types import unwrap_parallel
 from ..teachers.state import is_sharded
 from .checkpoints import latest_complete
+from .distiller import StepOutput
 from .nonfinite_report import (
     LossSpikeDetector,
     MicroBatchRecord,
@@ -32,8 +35,8 @@ REPORT_FILE = "nonfinite_steps.json"
 class NonFiniteGuard:
     """Skips optimizer steps whose loss or gradient is not finite; if all are finite, training does not change.
 
-    A training step calls `start_micro_batch` and `add_loss` for each micro-batch, and `check_step` once, before the
-    optimizer applies the step; if that returns False, `skip_step`.
+    A training step calls `start_micro_batch`, `add_micro_batch` and `add_loss` for each micro-batch, and `check_step`
+    once, before the optimizer applies the step; if that returns False, `skip_step`.
 
     A skipped step counts as a step: the order of the data, the learning rate schedule and the logs continue. With an
     fp16 gradient scaler, the scaler handles gradients that overflow: it skips the step and lowers its scale.
@@ -42,7 +45,6 @@ class NonFiniteGuard:
         max_consecutive_steps: training stops after this number of consecutive steps that are not finite.
 
     Attributes:
-        micro_batches: micro-batches of the current step, for the report.
         is_finite_step: whether the loss and gradient of the last step were finite.
         loss_sum_before: [] the Trainer's sum of the losses before the current step.
     """
@@ -53,7 +55,7 @@ class NonFiniteGuard:
 
     def reset(self) -> None:
         """Start with empty records; also called when training starts again with a smaller batch size."""
-        self.micro_batches: list[MicroBatchRecord] = []
+        self._micro_batches: list[MicroBatchRecord] = []  # those of the current step, for a report
         self.is_finite_step = True
         self.loss_sum_before = torch.zeros(())
         self._is_finite_loss = True
@@ -63,6 +65,18 @@ class NonFiniteGuard:
         self._reports: list[NonFiniteReport] = []  # reports of the last steps, as far as they were skipped
         self._step_counts = {True: 0, False: 0}  # finite and skipped steps of the training
         self._spike_detector = LossSpikeDetector()
+
+    def add_micro_batch(self, inputs: dict[str, Tensor], step: StepOutput, terms: Iterable[Term]) -> None:
+        """Keep the losses of a micro-batch, to locate tokens whose loss turns out not to be finite.
+
+        Args:
+            inputs: the batch of the collator.
+            step: the output of the step.
+            terms: the terms of the objective and of a trained teacher.
+        """
+        names = [*(term.name for term in terms), "aux", "peer_aux"]
+        losses = {name: step.per_token[name] for name in names if name in step.per_token}
+        self._micro_batches.append(MicroBatchRecord(inputs, step.targets, losses))
 
     def start_micro_batch(self, loss_sum: Tensor | None) -> None:
         """Keep the Trainer's sum of the losses before the first micro-batch of a step.
@@ -88,7 +102,7 @@ class NonFiniteGuard:
             None if no loss was recorded, because a subclass of the Trainer has another `training_step`.
         """
         if not self._micro_batch_losses:
-            self.micro_batches = []
+            self._micro_batches = []
             return None
         losses, self._micro_batch_losses = torch.stack(self._micro_batch_losses), []
         flags = torch.stack([losses.isfinite().all(), _norm_is_finite(grad_norm, losses.device)])
@@ -98,7 +112,7 @@ class NonFiniteGuard:
         self.is_finite_step = self._is_finite_loss and is_norm_finite
         self._step_counts[self.is_finite_step] += 1
         if self.is_finite_step:
-            self._reports, self.micro_batches = [], []
+            self._reports, self._micro_batches = [], []
             self._step_losses.append(losses.sum())
         else:
             self._num_skipped += 1
@@ -127,7 +141,7 @@ class NonFiniteGuard:
             RunError: `max_consecutive_steps` steps in a row were not finite, a step cannot be skipped, or weights are
                 not finite.
         """
-        micro_batches, self.micro_batches = self.micro_batches, []
+        micro_batches, self._micro_batches = self._micro_batches, []
         scaler = accelerator.scaler
         if self._is_finite_loss and scaler is not None and scaler.get_scale() > 1:
             return

@@ -17,7 +17,10 @@ from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
-from ..models.output_head import LogitSample, known_output_head
+from ..models.model_types import model_type_of
+from ..models.output_head import LogitSample, forget_output_head, known_output_head
+from ..teachers import FrozenTeacher, Teacher
+from ..teachers.input_limits import check_student_ids
 from .config import DistillArguments
 
 NUM_TOKENS = 32  # target tokens that are compared with the reference
@@ -42,6 +45,28 @@ class SelfCheck:
     shift: bool
     student: nn.Module | None = None
     teacher: nn.Module | None = None
+
+    @classmethod
+    def prepare(
+        cls, distill_args: DistillArguments, inputs: dict[str, Tensor], student: nn.Module, teacher: Teacher
+    ) -> "SelfCheck":
+        """Return a check for a batch; the next forward of each model measures its output head again.
+
+        Args:
+            distill_args: the arguments that define the objective.
+            inputs: the batch of the collator.
+            student: the student.
+            teacher: the teacher; the unmodified logits of a frozen model are compared too.
+
+        Raises:
+            DistillError: the batch has ids outside the student's embeddings.
+        """
+        teacher_model = teacher.model if isinstance(teacher, FrozenTeacher) else None
+        for model in (student, teacher_model):
+            if model is not None:
+                forget_output_head(model)
+        check_student_ids(student, inputs)
+        return cls(distill_args, inputs, model_type_of(student).shifts_labels, student, teacher_model)
 
     def __call__(
         self,

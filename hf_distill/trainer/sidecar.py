@@ -30,6 +30,33 @@ class SidecarManager:
         # Kinds of sidecar parts -> options of their optimizer parameter group.
         self._group_options: dict[tuple[str, ...], Mapping[str, float | None]] = {}
 
+    def replace(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        features: Features,
+        teacher: TrainableTeacher | None,
+        renew: bool,
+        has_users_scheduler: bool,
+    ) -> None:
+        """Attach a sidecar with the needed parts to a student, in place of an earlier one.
+
+        Args:
+            model: the student.
+            args: the training arguments.
+            features: the terms on features, which say what projectors and layer mixtures are needed.
+            teacher: a prepared teacher that is trained with the student.
+            renew: whether to replace an earlier sidecar that has the same parts.
+            has_users_scheduler: whether the user created the scheduler of the training.
+
+        Raises:
+            DistillError: the optimizer or scheduler of the user or of DeepSpeed would ignore options of the sidecar.
+        """
+        has_same_parts = self.set_parts(features, teacher)
+        if renew or not has_same_parts:
+            self.attach(model, args)
+        self.check_optimizers(model, args, has_users_scheduler)
+
     def set_parts(self, features: Features, teacher: TrainableTeacher | None) -> bool:
         """Set what the sidecar consists of, for `attach`.
 

@@ -1,21 +1,56 @@
 """The `teacher` argument of a trainer: a `Teacher`, a model, the id or path of a model, or several of these by name."""
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..errors import DistillError, raise_if_any
+from ..models.model_types import unwrap_model
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
+from ..teachers.multi_teacher import find_trained_teacher
+from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments
 
-
-def has_objective(teacher: Any, distill_args: DistillArguments) -> bool:
-    """Return whether anything but the labels is to be learned: soft labels, other losses, or a teacher's losses."""
-    teachers = teacher.values() if isinstance(teacher, Mapping) else [teacher]
-    has_auxiliary_teacher = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in teachers)
-    return distill_args.alpha > 0 or bool(distill_args.losses) or has_auxiliary_teacher
+logger = logging.get_logger(__name__)
+OneTeacher = Teacher | nn.Module | str | os.PathLike[str]
+TeacherArgument = OneTeacher | Mapping[str, OneTeacher]
 
 
-def build_teacher(teacher: Any, distill_args: DistillArguments) -> Teacher:
+def choose_teacher(
+    teacher: TeacherArgument | None, teachers: Mapping[str, OneTeacher] | None, distill_args: DistillArguments
+) -> Teacher | None:
+    """Return the teacher of a trainer; None if it trains on the labels alone.
+
+    Args:
+        teacher: the `teacher` argument of the trainer.
+        teachers: the `teachers` argument of the trainer.
+        distill_args: the arguments of the objective, and how to load a model.
+
+    Raises:
+        DistillError: both are set, there are losses but no teacher, or the teacher cannot be built.
+    """
+    if teacher is not None and teachers is not None:
+        raise DistillError("Both `teacher` and `teachers` are set. Pass all teachers in `teachers`, by name.")
+    teacher = teacher if teachers is None else teachers
+    if teacher is None and distill_args.losses:
+        raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
+    each = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+    has_teacher_losses = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in each)
+    if not (distill_args.alpha > 0 or distill_args.losses or has_teacher_losses):
+        return None
+    if teacher is None:
+        logger.warning_once(
+            "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
+        )
+        return None
+    return build_teacher(teacher, distill_args)
+
+
+def build_teacher(teacher: TeacherArgument, distill_args: DistillArguments) -> Teacher:
     """Return the `Teacher` for what was passed to the trainer.
 
     Args:
@@ -36,8 +71,8 @@ def build_teacher(teacher: Any, distill_args: DistillArguments) -> Teacher:
         raise_if_any(problems)
         return MultiTeacher(teachers)
     placement = {"deepspeed": distill_args.teacher_deepspeed, "fsdp": distill_args.teacher_fsdp}
-    init_kwargs: Any = distill_args.teacher_init_kwargs or {}
-    load_kwargs = {**init_kwargs, **{name: value for name, value in placement.items() if value}}
+    load_kwargs = cast("dict[str, Any]", distill_args.teacher_init_kwargs or {})
+    load_kwargs = load_kwargs | {name: value for name, value in placement.items() if value}
     if not isinstance(teacher, Teacher):
         return FrozenTeacher(teacher, **load_kwargs)
     if load_kwargs:
@@ -46,3 +81,50 @@ def build_teacher(teacher: Any, distill_args: DistillArguments) -> Teacher:
             "Teacher object, which is loaded already. Pass these options to the constructor of the Teacher."
         )
     return teacher
+
+
+def prepare_teacher(
+    teacher: Teacher,
+    student: nn.Module,
+    args: TrainingArguments,
+    tokenizer: object,
+    datasets: Mapping[str, object],
+    makes_students: bool,
+) -> None:
+    """Prepare a teacher, and check that it works with the student, the data and the arguments.
+
+    Args:
+        teacher: the teacher.
+        student: the model that is trained.
+        args: the training arguments, of which a trained teacher may change some.
+        tokenizer: the tokenizer or processor of the trainer.
+        datasets: the data sets of the trainer, by the name of its argument.
+        makes_students: whether the trainer has a `model_init`.
+
+    Raises:
+        DistillError: it does not work with them; the message names every reason.
+    """
+    parameters = dict(student.named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    teacher.prepare(unwrap_model(student), args.device, tokenizer)
+    if shared := shared_with_teacher(student, trained, teacher):
+        for name in trained:  # a frozen teacher froze the parameters that it shares with the student
+            parameters[name].requires_grad_(True)
+        raise_if_any(shared)
+    for name, rows in datasets.items():
+        teacher.check_data(rows, name)
+    raise_if_any(incompatible_teacher(teacher, args, makes_students))
+    if (trained_teacher := find_trained_teacher(teacher)) is not None:
+        trained_teacher.adjust_arguments(args)
+
+
+def incompatible_teacher(teacher: Teacher, args: TrainingArguments, makes_students: bool) -> list[str]:
+    """Return why a prepared teacher does not work with the arguments, if it is trained, or with `model_init`."""
+    trained = find_trained_teacher(teacher)
+    problems = [] if trained is None else trained.check_arguments(args)
+    if makes_students and teacher.tied_to_student:
+        problems.append(
+            f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one "
+            "student only. Pass model instead of model_init"
+        )
+    return problems

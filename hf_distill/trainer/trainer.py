@@ -1,38 +1,39 @@
 """`DistillTrainer`, and `DistillMixin`, which adds distillation to `transformers.Trainer` and its subclasses.
 
 A training step is `compute_loss`: it removes what the models do not read from the batch, calls the `Distiller`
-(targets, teacher signals, student logits, loss), and records the metrics of the step.
+(targets, teacher signals, student logits, loss), and records the metrics of the step. Each other override calls one of
+the objects that `DistillMixin` creates before or after the method of the Trainer.
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import logging
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.targets import SECOND_VIEW_KEYS, target_labels
-from ..errors import DistillError, raise_if_any
+from ..errors import raise_if_any
+from ..losses.objective import Term
 from ..models.features import Features
 from ..models.model_call import input_names
-from ..models.model_types import model_type_of, unwrap_model
-from ..models.output_head import forget_output_head
+from ..models.model_types import model_type_of
 from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
-from ..teachers import FrozenTeacher, Teacher, TrainableTeacher
+from ..teachers import Teacher, TrainableTeacher
 from ..teachers.input_limits import check_student_ids
 from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
-from ..teachers.sharing import shared_with_teacher
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
 from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
-from .distiller import Distiller, StepOutput
+from .distiller import Distiller
 from .hub import CardOptions, ModelCardWriter, pushes_checkpoint
 from .metrics import (
     TRAIN_STATISTICS_EVERY,
@@ -42,18 +43,16 @@ from .metrics import (
     evaluation_metrics,
 )
 from .nonfinite import NonFiniteGuard
-from .nonfinite_report import MicroBatchRecord
 from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
 from .source_metrics import split_by_source
-from .teacher_argument import build_teacher, has_objective
+from .teacher_argument import OneTeacher, TeacherArgument, choose_teacher, incompatible_teacher, prepare_teacher
 from .teacher_callback import TeacherCallback
 from .terms import build_objective
 from .upstream import TRAINER, check_upstream
 from .validation import incompatible_arguments, wrong_arguments
 
-logger = logging.get_logger(__name__)
 check_upstream("transformers", Trainer, TRAINER)
 _Base: Any = Trainer if TYPE_CHECKING else object
 
@@ -63,45 +62,42 @@ class DistillMixin(_Base):
 
     Without a teacher, or with alpha = 0 and no other losses, training is bit-identical to that of the Trainer, as long
     as every loss and gradient is finite.
+
+    distiller:          computes the loss of a batch
+    metric_accumulator: sums of metrics for the logs and evaluations
+    nonfinite_guard:    skips steps whose loss or gradient is not finite
+    sidecar_manager:    trained modules that are not part of the student
+    checkpointer:       marks, verifies and rotates checkpoints
     """
 
-    teacher: Any
+    distiller: Distiller
+    teacher: Any  # a `Teacher`; None if the trainer does not distill
     loss_is_scaled_for_ga: Any  # transformers and TRL declare different types
     loads_models = False  # whether `model` may be a Hub id or a path
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
-    _signature_columns: Any
+    _signature_columns: Any  # transformers and TRL declare different types
     _total_loss_scalar: float  # the sum of the losses up to the last log
     _tr_loss: Tensor  # [] the sum of the losses since the last log
 
     def __init__(
         self,
-        model: nn.Module | None = None,
-        args: Any = None,
-        *trainer_args,
-        teacher: Any = None,
-        teachers: Any = None,
-        **kwargs,
+        model: nn.Module | str | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        teacher: TeacherArgument | None = None,
+        teachers: Mapping[str, OneTeacher] | None = None,
+        **kwargs: Any,
     ):
         raise_if_any(wrong_arguments(type(self), self.loads_models, model, args))
         distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
-        if teacher is not None and teachers is not None:
-            raise DistillError("Both `teacher` and `teachers` are set. Pass all teachers in `teachers`, by name.")
-        teacher = teacher if teachers is None else teachers
-        needs_teacher = has_objective(teacher, distill_args)
-        if teacher is None and distill_args.losses:
-            raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
-        if teacher is None and needs_teacher:
-            logger.warning_once(
-                "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
-            )
-        self.is_distilling = teacher is not None and needs_teacher
-        self.teacher = build_teacher(teacher, distill_args) if self.is_distilling else None
+        self.teacher = choose_teacher(teacher, teachers, distill_args)
+        self.is_distilling, self._is_self_check_pending = self.teacher is not None, False
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
-        self.sidecar_manager, self.model_card_writer = SidecarManager(), ModelCardWriter()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
+        self.sidecar_manager, self._card_writer = SidecarManager(), ModelCardWriter()
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
@@ -110,142 +106,15 @@ class DistillMixin(_Base):
         else:
             self.attach_sidecar(Features())
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
+    # The step
 
-        Args:
-            resume_from_checkpoint: a checkpoint, which is verified; True for the newest complete one.
-            args: further arguments of `Trainer.train`.
-            kwargs: further arguments of `Trainer.train`.
-
-        Raises:
-            DistillError: the checkpoint is incomplete, or differs from what was written.
-            RunInterrupted: training was stopped by a signal; a `SystemExit` with code 143 (SIGTERM) or 130 (SIGINT).
-        """
-        with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():
-            checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
-            return super().train(checkpoint, *args, **kwargs)
-
-    def newest_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint of the output folder; see `Checkpointer.newest`."""
-        return self.checkpointer.newest(self.args, self.accelerator)
-
-    def setup_distillation(self, teacher: Teacher, distill_args: DistillArguments) -> None:
-        """Use this teacher and objective for training and evaluation from now on.
-
-        Args:
-            teacher: the teacher; this method prepares it.
-            distill_args: the arguments of the objective.
-
-        Raises:
-            DistillError: teacher and student do not fit together, or an argument does not work with distillation.
-        """
-        self.is_distilling, self.teacher = True, teacher
-        raise_if_any(incompatible_arguments(self))
-        self.pop_callback(TeacherCallback)
-        self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
-        self._prepare_teacher(teacher)
-        self._set_objective(distill_args, renew=True)
-        self.label_names = ["labels"]  # the Trainer derives them from the forward, which may name others or none
-
-    def _prepare_teacher(self, teacher: Teacher) -> None:
-        """Prepare the teacher, and check that it works with the student, the data and the arguments.
-
-        Raises:
-            DistillError: it does not; the message names every reason.
-        """
-        student = dict(self.model.named_parameters())
-        trained = [name for name, parameter in student.items() if parameter.requires_grad]
-        teacher.prepare(unwrap_model(self.model), self.args.device, self.processing_class)
-        if shared := shared_with_teacher(self.model, trained, teacher):
-            for name in trained:  # a frozen teacher froze the parameters that it shares with the student
-                student[name].requires_grad_(True)
-            raise_if_any(shared)
-        for name in ("train_dataset", "eval_dataset"):
-            teacher.check_data(getattr(self, name), name)
-        raise_if_any(self._incompatible_training(teacher))
-        if (trained_teacher := find_trained_teacher(teacher)) is not None:
-            trained_teacher.adjust_arguments(self.args)
-
-    def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
-        """Build the objective and the distiller for the prepared teacher, whose state stays as it is.
-
-        Args:
-            distill_args: the arguments of the objective.
-            renew: whether projectors are initialized again even if the objective needs the same ones as before.
-        """
-        teacher = self.teacher
-        objective = build_objective(distill_args, teacher, self.args.label_smoothing_factor)
-        teachers = teachers_by_name(teacher)
-        features = Features.match(
-            objective.student,
-            self.model,
-            lambda term: teachers[term.teacher].layer_stack(term.stack),
-            ProjectorConfig.of(distill_args.projectors),
-        )
-        self.distiller = Distiller(objective.student, distill_args.chunk_tokens, features, objective.teacher)
-        self._is_self_check_pending = distill_args.self_check
-        # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._signature_columns: Any = None  # the columns of an earlier teacher do not apply
-        self.attach_sidecar(features, find_trained_teacher(teacher), renew)
-        self._distill_args = distill_args
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Apply an objective that a trial or the user changed in `args`; the Trainer calls this before each training.
-
-        Raises:
-            DistillError: an argument changed that cannot be changed after the trainer was created.
-        """
-        super()._hp_search_setup(trial)
-        changed = changed_arguments(self.args, self._objective_args, self.is_distilling)
-        if self.is_distilling:
-            correct_greater_is_better(self.args)
-            raise_if_any(incompatible_arguments(self) + self._incompatible_training(self.teacher))
-        if "max_consecutive_nonfinite_steps" in changed:
-            self.nonfinite_guard.max_consecutive_steps = self.args.max_consecutive_nonfinite_steps
-        distill_args = self._distill_args
-        if [name for name in changed if name not in RUNTIME_FIELDS or name == "self_check"]:
-            distill_args = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
-        if self.is_distilling and (changed or self.model_init is not None):  # model_init created a new student
-            self._set_objective(distill_args, renew=self.model_init is not None)
-        self._objective_args = objective_arguments(self.args)
-
-    def _incompatible_training(self, teacher: Teacher) -> list[str]:
-        """Return why a prepared teacher does not work with `args`, if it is trained, or with `model_init`."""
-        trained = find_trained_teacher(teacher)
-        problems = [] if trained is None else trained.check_arguments(self.args)
-        if self.model_init is not None and teacher.tied_to_student:
-            problems.append(
-                f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one "
-                "student only. Pass model instead of model_init"
-            )
-        return problems
-
-    def incompatible_arguments(self) -> list[str]:
-        """Return why this kind of trainer cannot distill; `validation` adds the reasons that hold for every Trainer."""
-        return []
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that the teacher or the student reads; each model gets those that its forward accepts."""
-        super()._set_signature_columns_if_needed()
-        if self.is_distilling:
-            model_inputs = self.teacher.input_names() | input_names(self.model)
-            columns: Any = self._signature_columns
-            self._signature_columns = [*columns, *sorted(model_inputs - {*columns})]
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """Count the target tokens of the global batch: the labels that the step uses, after the shift."""
-        if self.is_distilling:
-            shift = model_type_of(self.model).shifts_labels
-            batch_samples = [
-                {**batch, "shift_labels": target_labels(batch, shift)} if "labels" in batch else batch
-                for batch in batch_samples
-            ]
-        return super()._get_num_items_in_batch(batch_samples, device)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Return the distillation loss of a batch: the sum over target tokens / `num_items_in_batch`.
 
         Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
@@ -259,7 +128,7 @@ class DistillMixin(_Base):
             )
         is_training = model.training
         if self._is_self_check_pending:
-            self._prepare_self_check(model, inputs)
+            self.distiller.pre_loss_hook = SelfCheck.prepare(self._distill_args, inputs, model, self.teacher)
         try:
             step = self.distiller(
                 model,
@@ -276,7 +145,7 @@ class DistillMixin(_Base):
         step.per_token.update(split_by_source(step, source, self._source_names))
         if is_training:
             self.metric_accumulator.add_micro_batch(step)
-            self._record_micro_batch(step, inputs)
+            self.nonfinite_guard.add_micro_batch(inputs, step, self._terms)
         else:
             self.metric_accumulator.add_evaluation_batch(step, self.gather_function)
         loss = step.loss
@@ -285,33 +154,9 @@ class DistillMixin(_Base):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, step.outputs) if return_outputs else loss
 
-    def _prepare_self_check(self, model: nn.Module, inputs: dict) -> None:
-        """Have the distiller compare this batch with a plain reference before it computes the loss."""
-        teacher_model = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
-        forget_output_head(model)
-        if teacher_model is not None:
-            forget_output_head(teacher_model)
-        shift = model_type_of(self.model).shifts_labels
-        self.distiller.pre_loss_hook = SelfCheck(self._distill_args, inputs, shift, model, teacher_model)
-        check_student_ids(self.model, inputs)
-
-    def _record_micro_batch(self, step: StepOutput, inputs: dict) -> None:
-        """Keep the per-token losses of a micro-batch, to locate tokens whose loss turns out not to be finite."""
-        term_names = [term.name for term in (*self.distiller.terms, *self.distiller.teacher_terms)]
-        values = {name: step.per_token[name] for name in (*term_names, "aux", "peer_aux") if name in step.per_token}
-        self.nonfinite_guard.micro_batches.append(MicroBatchRecord(inputs, step.targets, values))
-
-    @property
-    def _source_names(self) -> tuple[str, ...]:
-        return self.sources or getattr(self.data_collator, "sources", ())
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
-        self.metric_accumulator.reset_training()
-        self.nonfinite_guard.reset()
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Run the Trainer's step on a micro-batch, record its loss, and count the steps with target tokens."""
         self.nonfinite_guard.start_micro_batch(getattr(self, "_tr_loss", None))
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -320,36 +165,15 @@ class DistillMixin(_Base):
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)
         return loss
 
-    def attach_sidecar(self, features: Features, teacher: TrainableTeacher | None = None, renew: bool = True) -> None:
-        """Attach a sidecar to the student, in place of an earlier one.
-
-        Args:
-            features: the terms on features, which say what projectors and layer mixtures are needed.
-            teacher: a prepared teacher that is trained with the student.
-            renew: whether to replace an earlier sidecar that has the same parts.
-
-        Raises:
-            DistillError: the optimizer or scheduler of the user or of DeepSpeed would ignore options of the sidecar.
-        """
-        has_same_parts = self.sidecar_manager.set_parts(features, teacher)
-        if renew or not has_same_parts:
-            self.sidecar_manager.attach(self.model, self.args)
-        has_scheduler = self.optimizer is not None and self.lr_scheduler is not None
-        has_users_scheduler = has_scheduler and not self._created_lr_scheduler
-        self.sidecar_manager.check_optimizers(self.model, self.args, has_users_scheduler)
-
-    def call_model_init(self, trial: object = None) -> nn.Module:
-        """Create a model as the Trainer does, and attach new projectors to it."""
-        model = super().call_model_init(trial)
-        self.sidecar_manager.attach(model, self.args)
-        return model
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, and give the parts of the sidecar separate parameter groups where they have options."""
-        is_users_optimizer = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        self.sidecar_manager.add_param_groups(self.model, optimizer, is_users_optimizer)
-        return optimizer
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+        """Count the target tokens of the global batch: the labels that the step uses, after the shift."""
+        if self.is_distilling:
+            shift = model_type_of(self.model).shifts_labels
+            batch_samples = [
+                {**batch, "shift_labels": target_labels(batch, shift)} if "labels" in batch else batch
+                for batch in batch_samples
+            ]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients; a trained teacher may be clipped separately from the student."""
@@ -372,7 +196,7 @@ class DistillMixin(_Base):
         self.metric_accumulator.commit_step(is_applied=is_finite)
         if not is_finite:
             # The Trainer has added this step's loss: NaN, or with logging_nan_inf_filter the mean of earlier steps.
-            self._tr_loss = cast(Tensor, self.nonfinite_guard.loss_sum_before)
+            self._tr_loss = self.nonfinite_guard.loss_sum_before
             step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
             self.nonfinite_guard.skip_step(
                 model, self.args, self.accelerator, step, learning_rate, self.processing_class
@@ -385,11 +209,146 @@ class DistillMixin(_Base):
         return self.nonfinite_guard.is_finite_step and not self.accelerator.optimizer_step_was_skipped
 
     @property
-    def _has_trained(self) -> bool:
-        """Whether this call of `train` ran a step; if it resumes a finished training, it runs none."""
-        return self.state.global_step > self._initial_global_step
+    def _terms(self) -> list[Term]:
+        return [*self.distiller.terms, *self.distiller.teacher_terms]
 
-    def _finalize_training(self, trial: object, *args: Any, **kwargs: Any) -> TrainOutput:
+    @property
+    def _source_names(self) -> tuple[str, ...]:
+        return self.sources or getattr(self.data_collator, "sources", ())
+
+    # Teacher and objective
+
+    def setup_distillation(self, teacher: Teacher, distill_args: DistillArguments) -> None:
+        """Use this teacher and objective for training and evaluation from now on.
+
+        Args:
+            teacher: the teacher; this method prepares it.
+            distill_args: the arguments of the objective.
+
+        Raises:
+            DistillError: teacher and student do not fit together, or an argument does not work with distillation.
+        """
+        self.is_distilling, self.teacher = True, teacher
+        raise_if_any(self.incompatible_arguments())
+        self.pop_callback(TeacherCallback)
+        self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
+        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        makes_students = self.model_init is not None
+        prepare_teacher(teacher, self.model, self.args, self.processing_class, datasets, makes_students)
+        self._set_objective(distill_args, renew=True)
+        self.label_names = ["labels"]  # the Trainer derives them from the forward, which may name others or none
+
+    def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
+        """Build the objective and the distiller for the prepared teacher, whose state stays as it is.
+
+        Args:
+            distill_args: the arguments of the objective.
+            renew: whether projectors are initialized again even if the objective needs the same ones as before.
+        """
+        objective = build_objective(distill_args, self.teacher, self.args.label_smoothing_factor)
+        teachers = teachers_by_name(self.teacher)
+        features = Features.match(
+            objective.student,
+            self.model,
+            lambda term: teachers[term.teacher].layer_stack(term.stack),
+            ProjectorConfig.of(distill_args.projectors),
+        )
+        self.distiller = Distiller(objective.student, distill_args.chunk_tokens, features, objective.teacher)
+        self._is_self_check_pending = distill_args.self_check
+        # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._signature_columns = None  # the columns of an earlier teacher do not apply
+        self.attach_sidecar(features, find_trained_teacher(self.teacher), renew)
+        self._distill_args = distill_args
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Apply an objective that a trial or the user changed in `args`; the Trainer calls this before each training.
+
+        Raises:
+            DistillError: an argument changed that cannot be changed after the trainer was created.
+        """
+        super()._hp_search_setup(trial)
+        changed = changed_arguments(self.args, self._objective_args, self.is_distilling)
+        makes_students = self.model_init is not None
+        if self.is_distilling:
+            correct_greater_is_better(self.args)
+            problems = incompatible_teacher(self.teacher, self.args, makes_students)
+            raise_if_any(self.incompatible_arguments() + problems)
+        if "max_consecutive_nonfinite_steps" in changed:
+            self.nonfinite_guard.max_consecutive_steps = self.args.max_consecutive_nonfinite_steps
+        distill_args = self._distill_args
+        if [name for name in changed if name not in RUNTIME_FIELDS or name == "self_check"]:
+            distill_args = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
+        if self.is_distilling and (changed or makes_students):  # model_init created a new student
+            self._set_objective(distill_args, renew=makes_students)
+        self._objective_args = objective_arguments(self.args)
+
+    def incompatible_arguments(self) -> list[str]:
+        """Return why this trainer cannot distill with its arguments; subclasses add their reasons."""
+        return incompatible_arguments(self)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that the teacher or the student reads; each model gets those that its forward accepts."""
+        super()._set_signature_columns_if_needed()
+        if self.is_distilling:
+            model_inputs = self.teacher.input_names() | input_names(self.model)
+            new_columns = sorted(model_inputs - {*self._signature_columns})
+            self._signature_columns = [*self._signature_columns, *new_columns]
+
+    def attach_sidecar(self, features: Features, teacher: TrainableTeacher | None = None, renew: bool = True) -> None:
+        """Attach a sidecar to the student, in place of an earlier one; see `SidecarManager.replace`."""
+        has_scheduler = self.optimizer is not None and self.lr_scheduler is not None
+        has_users_scheduler = has_scheduler and not self._created_lr_scheduler
+        self.sidecar_manager.replace(self.model, self.args, features, teacher, renew, has_users_scheduler)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Create a model as the Trainer does, and attach new projectors to it."""
+        model = super().call_model_init(trial)
+        self.sidecar_manager.attach(model, self.args)
+        return model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, and give the parts of the sidecar separate parameter groups where they have options."""
+        is_users_optimizer = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        self.sidecar_manager.add_param_groups(self.model, optimizer, is_users_optimizer)
+        return optimizer
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, which is verified; True for the newest complete one.
+            args: further arguments of `Trainer.train`.
+            kwargs: further arguments of `Trainer.train`.
+
+        Raises:
+            DistillError: the checkpoint is incomplete, or differs from what was written.
+            RunInterrupted: training was stopped by a signal; a `SystemExit` with code 143 (SIGTERM) or 130 (SIGINT).
+        """
+        with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():
+            checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
+        self.metric_accumulator.reset_training()
+        self.nonfinite_guard.reset()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+            return
+        self.control.should_training_stop = True
+        if kwargs["resume_from_checkpoint"] is not None:
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
         """Make `train_loss` the mean over the steps that have target tokens and were not skipped; NaN if none."""
         for record in (self.metric_accumulator, self.nonfinite_guard):
             factor = record.train_loss_correction()
@@ -400,6 +359,13 @@ class DistillMixin(_Base):
             return output
         metrics = {name: value for name, value in output.metrics.items() if name != "train_loss"}
         return output._replace(training_loss=math.nan, metrics=metrics)
+
+    @property
+    def _has_trained(self) -> bool:
+        """Whether this call of `train` ran a step; if it resumes a finished training, it runs none."""
+        return self.state.global_step > self._initial_global_step
+
+    # Logs and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does; training logs get the metrics of the target tokens and steps since the last log."""
@@ -415,16 +381,27 @@ class DistillMixin(_Base):
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
-        return average_metrics(sums, [*self.distiller.terms, *self.distiller.teacher_terms], self._source_names)
+        return average_metrics(sums, self._terms, self._source_names)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
         """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them."""
         self.keep_logits = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Run the Trainer's evaluation, and add metrics over all target tokens of the data; see `docs/metrics.md`."""
         self.metric_accumulator.start_evaluation()
         output = super().evaluation_loop(
@@ -437,8 +414,14 @@ class DistillMixin(_Base):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    # Checkpoints and the Hub
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint of the output folder; see `Checkpointer.newest`."""
+        return self.checkpointer.newest(self.args, self.accelerator)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `Trainer.save_model` does; a checkpoint also gets the state that the teacher needs to resume.
+        """Save as `Trainer.save_model` does; a checkpoint also gets the sidecar and the state of the teacher.
 
         Raises:
             RunError: weights are not finite; nothing is written.
@@ -446,12 +429,13 @@ class DistillMixin(_Base):
         consequence = f"Nothing was written to {output_dir or self.args.output_dir}"
         self.nonfinite_guard.check_weights(self.model, self.args, self.accelerator, self.state.global_step, consequence)
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None:
-            save_trained_sidecar(self.model, output_dir, self.args.should_save)
-        if _internal_call and output_dir is not None and self.is_distilling:
+        if not _internal_call or output_dir is None:
+            return
+        save_trained_sidecar(self.model, output_dir, self.args.should_save)
+        if self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.checkpointer.writing(folder, self.args, self.accelerator, self.state):
             super()._save_checkpoint(model, trial)
@@ -459,6 +443,27 @@ class DistillMixin(_Base):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with self.checkpointer.users_limit(self.args):
             super()._save(output_dir, state_dict=None if state_dict is None else strip_sidecar(state_dict))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        student = self.model if model is None else model
+        if not load_checkpoint_weights(student, resume_from_checkpoint, self.accelerator):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Verify the best checkpoint, then load it."""
+        best = str(self.state.best_model_checkpoint)
+        self.checkpointer.verify(Path(best), self.args, self.accelerator)
+        if not load_checkpoint_weights(self.model, best, self.accelerator):
+            super()._load_best_model()
+        load_trained_sidecar(self.model, best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the sidecar and the teacher's state too; the Trainer calls this after it loaded the model to resume."""
+        if checkpoint is not None:
+            load_trained_sidecar(self.model, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_distilling:
+            self.teacher.load(checkpoint, self.args.process_index)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Write the card and mark the checkpoint as complete, then push it; an earlier push may still read the card."""
@@ -473,49 +478,11 @@ class DistillMixin(_Base):
         Args:
             args: positional arguments of the Trainer's method.
             options: see `CardOptions`.
-
-        Raises:
-            TypeError: an option is unknown.
         """
         if not self.is_distilling:
             super().create_model_card(*args, **options)
         elif self.is_world_process_zero():
-            self.model_card_writer.write(self, self.model, self.teacher, CardOptions(*args, **options))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights of a checkpoint.
-
-        Raises:
-            DistillError: they do not match the model.
-        """
-        student = self.model if model is None else model
-        if not load_checkpoint_weights(student, resume_from_checkpoint, self.accelerator):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """Verify the best checkpoint, then load it."""
-        best = str(self.state.best_model_checkpoint)
-        self.checkpointer.verify(Path(best), self.args, self.accelerator)
-        if not load_checkpoint_weights(self.model, best, self.accelerator):
-            super()._load_best_model()
-        load_trained_sidecar(self.model, best)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
-        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
-            return
-        self.control.should_training_stop = True
-        if kwargs["resume_from_checkpoint"] is not None:
-            self._load_rng_state(kwargs["resume_from_checkpoint"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the sidecar and the teacher's state too; the Trainer calls this after it loaded the model to resume."""
-        if checkpoint is not None:
-            load_trained_sidecar(self.model, checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_distilling:
-            self.teacher.load(checkpoint, self.args.process_index)
+            self._card_writer.write(self, self.model, self.teacher, CardOptions(*args, **options))
 
 
 class DistillTrainer(DistillMixin, Trainer):

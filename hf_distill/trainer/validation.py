@@ -2,11 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..core.references import path_exists, reference_kind
 from ..teachers.loading import env_world_size
@@ -40,9 +39,9 @@ def wrong_arguments(trainer_class: type, loads_models: bool, model: object, args
     return problems
 
 
-def incompatible_arguments(trainer: Any) -> list[str]:
+def incompatible_arguments(trainer: Trainer) -> list[str]:
     """Return why a trainer cannot distill with its arguments, and what to change; empty if it can."""
-    args, problems = trainer.args, trainer.incompatible_arguments()
+    args, problems = trainer.args, list[str]()
     if trainer.compute_loss_func is not None:
         problems.append(
             "compute_loss_func replaces the whole loss, so the teacher would be ignored. Register the function with "

@@ -62,7 +62,7 @@ def test_the_arguments_have_the_positions_of_the_trainers(tmp_path):
 
 
 def test_a_missing_teacher_is_logged_once(make_trainer, caplog):
-    from hf_distill.trainer.trainer import logger
+    from hf_distill.trainer.teacher_argument import logger
 
     logger.warning_once.cache_clear()
     make_trainer(teacher=None)
