@@ -1,19 +1,17 @@
 """Checks for arguments of the objective that change between two trainings of one trainer."""
 
-from typing import Any
-
 from transformers import TrainingArguments
 
 from ..errors import DistillError
 from .config import RUNTIME_FIELDS, DistillArguments, distill_arguments
 
 
-def objective_arguments(args: TrainingArguments) -> dict[str, Any]:
+def objective_arguments(args: TrainingArguments) -> dict[str, object]:
     """Return copies of the arguments that define the objective."""
     return distill_arguments(args) | {"label_smoothing_factor": args.label_smoothing_factor}
 
 
-def changed_arguments(args: TrainingArguments, before: dict[str, Any], is_distilling: bool) -> list[str]:
+def changed_arguments(args: TrainingArguments, before: dict[str, object], is_distilling: bool) -> list[str]:
     """Return the names of the arguments of the objective that changed since the objective was built.
 
     Args:

@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
@@ -112,7 +112,7 @@ def _keep_other_files(replaced: Path, folder: Path) -> None:
             path.rename(folder / name)
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> dict[str, int | str]:
     _flush(path)
     return {"size": path.stat().st_size, "xxh3_128": _digest(path)}
 
@@ -130,7 +130,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def _digest_of(entries: dict[str, Any]) -> str:
+def _digest_of(entries: Mapping[str, Mapping[str, int | str]]) -> str:
     return xxhash.xxh3_128(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 

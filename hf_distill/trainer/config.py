@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from math import isnan
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, TypeVar, cast, get_args
 
 from transformers import TrainingArguments
 
@@ -15,6 +15,7 @@ from ..losses.objective import Term, objective
 from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
 
+Parsed = TypeVar("Parsed", dict, list)
 # Fields that say how training is monitored; they do not change what the student learns.
 RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps")
 
@@ -172,7 +173,7 @@ class DistillArguments:
         Args:
             label_smoothing: smoothing of the cross entropy on the labels, between 0 and 1.
         """
-        losses: Any = self.losses or ()
+        losses = cast("list[dict]", self.losses or [])
         return objective(self.alpha, self.temperature, self.divergence or "forward_kl", losses, label_smoothing)
 
 
@@ -194,13 +195,13 @@ class DistillConfig(DistillArguments, TrainingArguments):
         TrainingArguments.__post_init__(self)
 
 
-def distill_arguments(args: Any) -> dict[str, Any]:
+def distill_arguments(args: object) -> dict[str, object]:
     """Return copies of the `DistillArguments` fields of any training arguments; empty for plain `TrainingArguments`."""
     names = [item.name for item in fields(DistillArguments)] if isinstance(args, DistillArguments) else []
     return {name: copy.deepcopy(getattr(args, name)) for name in names}
 
 
-def _parse_json(name: str, value: Any, kind: type) -> Any:
+def _parse_json(name: str, value: object, kind: type[Parsed]) -> Parsed | None:
     """Return the value of a field, parsed if it is JSON.
 
     Raises:

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class MicroBatchRecord:
     per_token: name of a term -> its losses [T]
     """
 
-    inputs: Mapping[str, Any]
+    inputs: Mapping[str, Tensor]
     targets: Targets
     per_token: Mapping[str, Tensor]
 
@@ -98,7 +97,7 @@ class NonFiniteReport:
             message += f"; {', '.join(self.finite_terms)} {'is' if len(self.finite_terms) == 1 else 'are'} finite there"
         return message
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the report as JSON values."""
         return asdict(self)
 

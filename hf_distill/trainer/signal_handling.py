@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import RunInterrupted
@@ -57,7 +58,7 @@ class GracefulShutdown(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _handle(self, number: int, _frame: Any) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._received_signal:
             if number == signal.SIGINT and time.monotonic() - self._received_at > _REPEAT_SECONDS:
                 _end_process()
@@ -75,11 +76,15 @@ class GracefulShutdown(TrainerCallback):
         self._log(f"Stopped by {signal.Signals(self._signal).name} {message}.")
         raise RunInterrupted(128 + self._signal)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """From now on, a signal is handled at the end of the step."""
         self._is_training = True
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Request a checkpoint on all processes if one of them received a signal.
 
         Raises:
@@ -95,7 +100,7 @@ class GracefulShutdown(TrainerCallback):
             self._stop(f'{step}. No checkpoint was saved, because save_strategy is "no"')
         control.should_save |= bool(self._signal)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Stop now that the checkpoint is complete.
 
         Raises:
@@ -106,7 +111,9 @@ class GracefulShutdown(TrainerCallback):
             saved = f"checkpoint-{step} is complete"
             self._stop(f"after step {step} of {state.max_steps}; {saved}. To continue, {self._how_to_resume}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """From now on, a signal is handled at once."""
         self._is_training = False
 

@@ -12,6 +12,7 @@ from ..errors import DistillError, raise_if_any
 from ..models.model_types import unwrap_model
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
 from ..teachers.multi_teacher import find_trained_teacher
+from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments
 
@@ -74,7 +75,7 @@ def build_teacher(teacher: TeacherArgument, distill_args: DistillArguments) -> T
     load_kwargs = cast("dict[str, Any]", distill_args.teacher_init_kwargs or {})
     load_kwargs = load_kwargs | {name: value for name, value in placement.items() if value}
     if not isinstance(teacher, Teacher):
-        return FrozenTeacher(teacher, **load_kwargs)
+        return FrozenTeacher(as_path(teacher), **load_kwargs)
     if load_kwargs:
         raise DistillError(
             f"teacher_init_kwargs, teacher_deepspeed and teacher_fsdp set {sorted(load_kwargs)}, but `teacher` is a "

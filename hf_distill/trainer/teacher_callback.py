@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from transformers import IntervalStrategy, TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..teachers import Teacher
 
@@ -18,22 +18,28 @@ class TeacherCallback(TrainerCallback):
     def __init__(self, teacher: Teacher, is_student_updated: Callable[[], bool]):
         self.teacher, self.is_student_updated = teacher, is_student_updated
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Call `Teacher.on_train_begin`, with the step that a resumed training continues from."""
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
         self.teacher.on_train_begin(state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Call `Teacher.on_step_end`, in which an EMA or snapshot teacher updates its weights."""
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
         self.teacher.on_step_end(state.global_step, self.is_student_updated())
         self._log_at_the_end(args, state, control)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Request the last log here too, where an evaluation or another callback stopped training."""
         self._log_at_the_end(args, state, control)
 
-    def _log_at_the_end(self, args, state, control) -> None:
+    def _log_at_the_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         is_last_step = control.should_training_stop or state.global_step >= state.max_steps
         if is_last_step and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True

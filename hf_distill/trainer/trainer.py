@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ from .validation import incompatible_arguments, wrong_arguments
 
 check_upstream("transformers", Trainer, TRAINER)
 _Base: Any = Trainer if TYPE_CHECKING else object
+LossOutput = Tensor | tuple[Tensor, Any]  # the loss, and the outputs of the student if they are requested
 
 
 class DistillMixin(_Base):
@@ -71,7 +72,7 @@ class DistillMixin(_Base):
     """
 
     distiller: Distiller
-    teacher: Any  # a `Teacher`; None if the trainer does not distill
+    teacher: Teacher  # None if the trainer does not distill
     loss_is_scaled_for_ga: Any  # transformers and TRL declare different types
     loads_models = False  # whether `model` may be a Hub id or a path
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
@@ -84,14 +85,14 @@ class DistillMixin(_Base):
         self,
         model: nn.Module | str | None = None,
         args: TrainingArguments | None = None,
-        *trainer_args: Any,
+        *trainer_args: object,
         teacher: TeacherArgument | None = None,
         teachers: Mapping[str, OneTeacher] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         raise_if_any(wrong_arguments(type(self), self.loads_models, model, args))
         distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
-        self.teacher = choose_teacher(teacher, teachers, distill_args)
+        self.teacher = cast(Teacher, choose_teacher(teacher, teachers, distill_args))
         self.is_distilling, self._is_self_check_pending = self.teacher is not None, False
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
@@ -111,10 +112,10 @@ class DistillMixin(_Base):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> LossOutput:
         """Return the distillation loss of a batch: the sum over target tokens / `num_items_in_batch`.
 
         Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
@@ -155,7 +156,7 @@ class DistillMixin(_Base):
         return (loss, step.outputs) if return_outputs else loss
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run the Trainer's step on a micro-batch, record its loss, and count the steps with target tokens."""
         self.nonfinite_guard.start_micro_batch(getattr(self, "_tr_loss", None))
@@ -165,7 +166,9 @@ class DistillMixin(_Base):
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)
         return loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor | int | None:
         """Count the target tokens of the global batch: the labels that the step uses, after the shift."""
         if self.is_distilling:
             shift = model_type_of(self.model).shifts_labels
@@ -262,7 +265,7 @@ class DistillMixin(_Base):
         self.attach_sidecar(features, find_trained_teacher(self.teacher), renew)
         self._distill_args = distill_args
 
-    def _hp_search_setup(self, trial: Any) -> None:
+    def _hp_search_setup(self, trial: object) -> None:
         """Apply an objective that a trial or the user changed in `args`; the Trainer calls this before each training.
 
         Raises:
@@ -302,7 +305,7 @@ class DistillMixin(_Base):
         has_users_scheduler = has_scheduler and not self._created_lr_scheduler
         self.sidecar_manager.replace(self.model, self.args, features, teacher, renew, has_users_scheduler)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: object = None) -> nn.Module:
         """Create a model as the Trainer does, and attach new projectors to it."""
         model = super().call_model_init(trial)
         self.sidecar_manager.attach(model, self.args)
@@ -317,7 +320,7 @@ class DistillMixin(_Base):
 
     # Training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
         """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
 
         Args:
@@ -333,22 +336,22 @@ class DistillMixin(_Base):
             checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
             return super().train(checkpoint, *args, **kwargs)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _inner_training_loop(self, *args: object, **kwargs: object) -> TrainOutput:
         """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
         self.metric_accumulator.reset_training()
         self.nonfinite_guard.reset()
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
             return
         self.control.should_training_stop = True
-        if kwargs["resume_from_checkpoint"] is not None:
-            self._load_rng_state(kwargs["resume_from_checkpoint"])
+        if (checkpoint := kwargs["resume_from_checkpoint"]) is not None:
+            self._load_rng_state(checkpoint)
 
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _finalize_training(self, trial: object, *args: object, **kwargs: object) -> TrainOutput:
         """Make `train_loss` the mean over the steps that have target tokens and were not skipped; NaN if none."""
         for record in (self.metric_accumulator, self.nonfinite_guard):
             factor = record.train_loss_correction()
@@ -386,10 +389,10 @@ class DistillMixin(_Base):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> Any:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them."""
         self.keep_logits = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
@@ -435,7 +438,7 @@ class DistillMixin(_Base):
         if self.is_distilling:
             self.teacher.save(output_dir, self.args.process_index, self.args.should_save)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.checkpointer.writing(folder, self.args, self.accelerator, self.state):
             super()._save_checkpoint(model, trial)

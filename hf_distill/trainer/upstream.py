@@ -7,7 +7,6 @@ Therefore the classes are compared with this list when they are imported.
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -66,7 +65,7 @@ def check_upstream(package: str, base: type, expected: Mapping[str, tuple[str, .
     if not requirement.specifier.contains(installed, prereleases=True):
         problems.append(f"{package} {installed} is installed")
     for name, parameters in expected.items():
-        method: Any = getattr(base, name, None)
+        method = getattr(base, name, None)
         if method is None:
             problems.append(f"{base.__name__} has no method {name}")
         elif (actual := tuple(inspect.signature(method).parameters)[1:]) != parameters:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 from ..trainer.metrics import mean_of
 from ..trainer.trainer import DistillMixin
@@ -38,7 +38,7 @@ class TRLMixin(DistillMixin):
 
 
 @contextmanager
-def adapted_heads(module: Any, is_allowed: bool) -> Iterator[None]:
+def adapted_heads(module: ModuleType, is_allowed: bool) -> Iterator[None]:
     """Let a trainer's constructor in a TRL module accept an adapter on `lm_head` while the context lasts.
 
     TRL refuses such adapters because its losses multiply by `lm_head.weight` themselves. The losses of this package run
@@ -52,8 +52,8 @@ def adapted_heads(module: Any, is_allowed: bool) -> Iterator[None]:
     if tuner_class is None or not is_allowed:
         yield
         return
-    module.BaseTunerLayer = ()  # no object is an instance of it
+    vars(module)["BaseTunerLayer"] = ()  # no object is an instance of it
     try:
         yield
     finally:
-        module.BaseTunerLayer = tuner_class
+        vars(module)["BaseTunerLayer"] = tuner_class

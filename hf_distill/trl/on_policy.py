@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import trl.trainer.distillation_trainer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import flush_left
@@ -17,6 +18,8 @@ from ..data import Collator, prompt_rows
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..trainer.config import DistillArguments
 from ..trainer.sidecar import trained_sidecar
+from ..trainer.teacher_argument import TeacherArgument
+from ..trainer.trainer import LossOutput
 from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
 from .on_policy_config import OnPolicyDistillConfig
@@ -31,7 +34,7 @@ class _GenerationTrainer(DistillationTrainer):
     is_distilling = False
     _signature_columns: Any
 
-    def __init__(self, model: Any, args: Any, **kwargs):
+    def __init__(self, model: PreTrainedModel | str, args: OnPolicyDistillConfig, **kwargs):
         # TRL's constructor reads one temperature for sampling and loss; here the loss has another one.
         loss_temperature, args.temperature = args.temperature, args.sampling_temperature
         try:
@@ -74,7 +77,14 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
     processing_class: Any
     chat_template_kwargs: dict[str, Any]
 
-    def __init__(self, model: Any, args: OnPolicyDistillConfig | None = None, *, teacher: Any = None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: OnPolicyDistillConfig | None = None,
+        *,
+        teacher: TeacherArgument | None = None,
+        **kwargs,
+    ):
         args = OnPolicyDistillConfig() if args is None else args
         problems = []
         if not isinstance(args, OnPolicyDistillConfig):
@@ -147,7 +157,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         chosen = draw.sample(range(count), after - before)
         return [i in chosen for i in range(count)]
 
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         if "labels" in inputs[0] and not self.model.training:
             batch = Collator(self._tokenizer.pad_token_id, self.sources)(inputs)
             return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
@@ -196,8 +206,12 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         return completion
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> LossOutput:
         """Compute the objective over completions; the divisor is TRL's count of completion tokens, see the class."""
         items = inputs["num_items_in_batch"] if model.training else None
         if items is not None and not self.args.average_tokens_across_devices:

@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 import trl.trainer.sft_trainer
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from ..data import check_packed_attention
@@ -13,6 +15,8 @@ from ..errors import DistillError
 from ..models.model_types import unwrap_model
 from ..teachers import Teacher
 from ..trainer.config import DistillArguments
+from ..trainer.teacher_argument import TeacherArgument
+from ..trainer.trainer import LossOutput
 from .common import TRLMixin, adapted_heads
 from .teacher_arguments import TeacherArguments, resolve_teacher
 
@@ -40,7 +44,9 @@ class _SFTTrainer(SFTTrainer):
 
     is_distilling = False
 
-    def __init__(self, model: Any, args: Any = None, *positional, **kwargs):
+    def __init__(
+        self, model: PreTrainedModel | str, args: SFTConfig | TrainingArguments | None = None, *positional, **kwargs
+    ):
         with adapted_heads(trl.trainer.sft_trainer, self.is_distilling):
             super().__init__(model, args, *positional, **kwargs)
 
@@ -67,12 +73,19 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
     args: SFTConfig
     model: nn.Module
 
-    def __init__(self, model: Any, args: Any = None, *positional, teacher: Any = None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: SFTConfig | TrainingArguments | None = None,
+        *positional,
+        teacher: TeacherArgument | None = None,
+        **kwargs,
+    ):
         if isinstance(args, DistillArguments) and not isinstance(args, SFTConfig):
             raise DistillError(
                 f"args is a {type(args).__name__}, which lacks the fields of SFTConfig: use DistillSFTConfig."
             )
-        self._num_tokens: Any = 0
+        self._num_tokens: Tensor | int = 0
         teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))
         super().__init__(model, args, *positional, teacher=teacher, **kwargs)
 
@@ -88,7 +101,7 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
             if teacher.model is not None:
                 check_packed_attention(teacher.model, "teacher")
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, *args: object, **kwargs: object) -> TrainOutput:
         """Also reset the token count, so that tokens of a batch that did not fit into memory are not counted."""
         self._num_tokens = 0
         return super()._inner_training_loop(*args, **kwargs)
@@ -111,8 +124,12 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         return problems
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> LossOutput:
         """Compute the objective, see `DistillMixin.compute_loss`, and count the tokens that the student reads."""
         if self.is_distilling and model.training:
             mask = inputs.get("attention_mask")

@@ -1,11 +1,13 @@
 """TRL's arguments for the teacher, so that the command line of a ported script does not change."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 from ..errors import DistillError
 from ..teachers import FrozenTeacher
 from ..trainer.config import DistillArguments
+from ..trainer.teacher_argument import OneTeacher, TeacherArgument
 
 
 @dataclass
@@ -23,7 +25,9 @@ class TeacherArguments:
     )
 
 
-def resolve_teacher(args: Any, teacher: Any, teachers: Any = None) -> Any:
+def resolve_teacher(
+    args: object, teacher: TeacherArgument | None, teachers: Mapping[str, OneTeacher] | None = None
+) -> TeacherArgument | None:
     """Return the teacher of a TRL trainer; loading options of the arguments are moved to `teacher_init_kwargs`.
 
     Args:
@@ -52,14 +56,14 @@ def resolve_teacher(args: Any, teacher: Any, teachers: Any = None) -> Any:
                 "it with these arguments yourself."
             )
         return teacher
-    teacher = name if teacher is None else teacher
+    teacher = str(name) if teacher is None else teacher
     if getattr(args, "trust_remote_code", False):
         kwargs.setdefault("trust_remote_code", True)
     if not kwargs:
         return teacher
     if not isinstance(args, DistillArguments):
         return FrozenTeacher(teacher, **kwargs)
-    init_kwargs: Any = args.teacher_init_kwargs or {}
+    init_kwargs = cast("dict[str, object]", args.teacher_init_kwargs or {})
     if differing := sorted(key for key in kwargs.keys() & init_kwargs.keys() if kwargs[key] != init_kwargs[key]):
         raise DistillError(
             f"{', '.join(differing)} of the teacher has one value in teacher_init_kwargs and another in "
