@@ -47,8 +47,8 @@ class Checkpointer:
 
         Args:
             checkpoint: `resume_from_checkpoint` of `Trainer.train`: a path, or True for the newest complete one.
-            args: the training arguments.
-            accelerator: the accelerator.
+            args: see the class.
+            accelerator: see the class.
 
         Raises:
             DistillError: the checkpoint is incomplete, or differs from what was written.
@@ -139,13 +139,7 @@ class Checkpointer:
         """Write a checkpoint in this context: mark it as complete at the end, and only then remove older ones.
 
         A checkpoint that cannot be written is removed. If checkpoints are pushed to the Hub, `mark_complete` has to be
-        called in the context, before the push.
-
-        Args:
-            folder: the folder of the checkpoint.
-            args: the training arguments.
-            accelerator: the accelerator.
-            state: its `best_model_checkpoint` is read after the checkpoint was written.
+        called in the context, before the push. `best_model_checkpoint` of the state is read after it was written.
 
         Raises:
             OSError: the disk is full (ENOSPC); the message says what to do.

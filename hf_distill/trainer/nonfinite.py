@@ -41,6 +41,9 @@ class NonFiniteGuard:
     A skipped step counts as a step: the order of the data, the learning rate schedule and the logs continue. With an
     fp16 gradient scaler, the scaler handles gradients that overflow: it skips the step and lowers its scale.
 
+    In its methods, `model` is the student with its sidecar, `args` are the training arguments, `accelerator` is that of
+    the training, and `step` is the number of optimizer steps so far.
+
     Args:
         max_consecutive_steps: training stops after this number of consecutive steps that are not finite.
 
@@ -96,7 +99,7 @@ class NonFiniteGuard:
 
         Args:
             grad_norm: [] the norm of the gradient; None if DeepSpeed returns none.
-            accelerator: reduces the flags over the ranks.
+            accelerator: see the class.
 
         Returns:
             None if no loss was recorded, because a subclass of the Trainer has another `training_step`.
@@ -129,13 +132,7 @@ class NonFiniteGuard:
     ) -> None:
         """Drop the gradients of a step and log why, or stop the training; leave an overflow to the fp16 scaler.
 
-        Args:
-            model: the student as prepared for training.
-            args: the training arguments.
-            accelerator: the accelerator of the training.
-            step: number of the optimizer step, counted from 1.
-            learning_rate: the present learning rate, for the report.
-            tokenizer: decodes tokens for the report, if it can.
+        The report has the present learning rate, and the text of tokens if the tokenizer can decode them.
 
         Raises:
             RunError: `max_consecutive_steps` steps in a row were not finite, a step cannot be skipped, or weights are
@@ -145,9 +142,12 @@ class NonFiniteGuard:
         scaler = accelerator.scaler
         if self._is_finite_loss and scaler is not None and scaler.get_scale() > 1:
             return
-        report = self._make_report(model, micro_batches, args, accelerator, step, tokenizer)
+        decode = getattr(tokenizer, "decode", None) or (lambda ids: "")
+        tokens = locate_nonfinite_tokens(micro_batches, args.process_index, lambda token: decode([token]))
+        ranks = gather_object([tokens]) if accelerator.num_processes > 1 else [tokens]
+        report = merge_reports(step + 1, self._is_finite_loss, ranks, _nonfinite_gradients(model))
         self._reports.append(report)
-        self.check_weights(model, args, accelerator, step - 1, "No further step can be run")
+        self.check_weights(model, args, accelerator, step, "No further step can be run")
         model.zero_grad()  # an optimizer does not change parameters without a gradient
         optim, deepspeed = str(args.optim), getattr(accelerator.state, "deepspeed_plugin", None)
         is_applied = deepspeed is not None or any(kind in optim for kind in ("lomo", "layerwise"))
@@ -158,24 +158,12 @@ class NonFiniteGuard:
         logger.warning(f"Step {report.step} is skipped{in_a_row}: {report}.")
 
     def check_weights(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        accelerator: Accelerator,
-        step: int,
-        consequence: str,
+        self, model: nn.Module, args: TrainingArguments, accelerator: Accelerator, step: int, consequence: str
     ) -> None:
         """Check the weights of the student, and of the modules that are trained with it; call it on every rank.
 
-        Args:
-            model: the student, with its sidecar.
-            args: the training arguments.
-            accelerator: the accelerator of the training.
-            step: number of optimizer steps so far.
-            consequence: a clause for the message: what does not happen because of this.
-
         Raises:
-            RunError: a weight is NaN or infinite.
+            RunError: a weight is NaN or infinite; the message has the consequence, a clause.
         """
         model = unwrap_parallel(model)
         name = nonfinite_weight(model)
@@ -193,36 +181,11 @@ class NonFiniteGuard:
             f"learning_rate (it is {args.learning_rate:.3g}) or max_grad_norm, or a longer warm-up."
         )
 
-    def _make_report(
-        self,
-        model: nn.Module,
-        micro_batches: list[MicroBatchRecord],
-        args: TrainingArguments,
-        accelerator: Accelerator,
-        step: int,
-        tokenizer: object,
-    ) -> NonFiniteReport:
-        decode = getattr(tokenizer, "decode", None)
-        tokens = locate_nonfinite_tokens(
-            micro_batches, args.process_index, lambda token: "" if decode is None else decode([token])
-        )
-        ranks = gather_object([tokens]) if accelerator.num_processes > 1 else [tokens]
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        nonfinite = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        # Clipping by a norm that is NaN makes every gradient NaN; the names would say nothing then.
-        names = nonfinite if len(nonfinite) < len(gradients) else []
-        return merge_reports(step, self._is_finite_loss, ranks, names)
-
     def _stop_training(self, args: TrainingArguments, learning_rate: float, is_applied: bool) -> None:
         """Write the reports of the last steps to the output folder, and raise an error.
 
-        Args:
-            args: the training arguments.
-            learning_rate: the present learning rate.
-            is_applied: whether the optimizer has applied the step already, in the backward.
-
         Raises:
-            RunError: always.
+            RunError: always; the message says if the optimizer has applied the step already, in the backward.
         """
         folder, reports = Path(str(args.output_dir)), self._reports
         checkpoint = latest_complete(folder)
@@ -250,13 +213,7 @@ class NonFiniteGuard:
         return _correction_for_skipped(self._step_counts[True], self._step_counts[False])
 
     def add_to_log(self, logs: dict[str, float], accelerator: Accelerator, step: int) -> None:
-        """Correct the loss of a training log for skipped steps, and add their number and that of loss spikes, if any.
-
-        Args:
-            logs: the log with `loss`, which this method changes.
-            accelerator: averages the losses over the ranks.
-            step: number of optimizer steps so far.
-        """
+        """Correct `loss` in a training log for skipped steps, and add their number and that of loss spikes, if any."""
         if self._num_skipped:
             logs["skipped_steps"] = self._num_skipped
             logs["loss"] *= _correction_for_skipped(len(self._step_losses), self._num_skipped)
@@ -288,6 +245,13 @@ def _correction_for_skipped(num_finite: int, num_skipped: int) -> float:
     if not num_skipped:
         return 1.0
     return (num_finite + num_skipped) / num_finite if num_finite else math.nan
+
+
+def _nonfinite_gradients(model: nn.Module) -> list[str]:
+    """Return the parameters whose gradient is not finite; empty if all are, as after clipping by a norm of NaN."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return names if len(names) < len(gradients) else []
 
 
 def _norm_is_finite(norm: Tensor | float | None, device: torch.device) -> Tensor:

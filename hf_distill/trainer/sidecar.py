@@ -35,9 +35,9 @@ class SidecarManager:
         model: nn.Module,
         args: TrainingArguments,
         features: Features,
-        teacher: TrainableTeacher | None,
-        renew: bool,
-        has_users_scheduler: bool,
+        teacher: TrainableTeacher | None = None,
+        renew: bool = True,
+        has_users_scheduler: bool = False,
     ) -> None:
         """Attach a sidecar with the needed parts to a student, in place of an earlier one.
 
@@ -52,28 +52,16 @@ class SidecarManager:
         Raises:
             DistillError: the optimizer or scheduler of the user or of DeepSpeed would ignore options of the sidecar.
         """
-        has_same_parts = self.set_parts(features, teacher)
-        if renew or not has_same_parts:
-            self.attach(model, args)
-        self.check_optimizers(model, args, has_users_scheduler)
-
-    def set_parts(self, features: Features, teacher: TrainableTeacher | None) -> bool:
-        """Set what the sidecar consists of, for `attach`.
-
-        Args:
-            features: the terms on features, which say what projectors and layer mixtures are needed.
-            teacher: a prepared teacher that is trained with the student.
-
-        Returns:
-            whether an attached sidecar has these parts already.
-        """
-        before = (self._features.layout, self._teacher_module)
+        parts_before = (self._features.layout, self._teacher_module)
         self._features, self._teacher = features, teacher
         self._teacher_module = None if teacher is None else teacher.trainable_module
         self._group_options = {("projectors", "mappings"): features.projectors.options}
         if teacher is not None:
             self._group_options[("teacher",)] = teacher.optimizer_overrides
-        return (features.layout, self._teacher_module) == before
+        if renew or (features.layout, self._teacher_module) != parts_before:
+            self.attach(model, args)
+        if trained_sidecar(model) is not None:
+            self._check_optimizers(args, has_users_scheduler)
 
     def attach(self, model: nn.Module, args: TrainingArguments) -> None:
         """Attach a new sidecar with the needed parts to a model; without parts remove an earlier one."""
@@ -82,14 +70,12 @@ class SidecarManager:
             parts["teacher"] = {"model": self._teacher_module}
         attach(model, Sidecar(parts).to(args.device) if parts else None)
 
-    def check_optimizers(self, model: nn.Module, args: TrainingArguments, has_users_scheduler: bool) -> None:
+    def _check_optimizers(self, args: TrainingArguments, has_users_scheduler: bool) -> None:
         """Check that options of the sidecar take effect.
 
         Raises:
             DistillError: the scheduler of the user or the optimizer of DeepSpeed would ignore them.
         """
-        if trained_sidecar(model) is None:
-            return
         if has_users_scheduler:
             raise DistillError(
                 "`optimizers` has a scheduler that does not know the modules that are trained with the student "

@@ -200,7 +200,7 @@ class DistillMixin(_Base):
         if not is_finite:
             # The Trainer has added this step's loss: NaN, or with logging_nan_inf_filter the mean of earlier steps.
             self._tr_loss = self.nonfinite_guard.loss_sum_before
-            step, learning_rate = self.state.global_step + 1, self._get_learning_rate()
+            step, learning_rate = self.state.global_step, self._get_learning_rate()
             self.nonfinite_guard.skip_step(
                 model, self.args, self.accelerator, step, learning_rate, self.processing_class
             )

@@ -77,7 +77,7 @@ def test_the_guard_skips_counts_and_stops_without_a_trainer(tmp_path, warnings):
             guard.start_micro_batch(loss_sum)
             guard.add_loss(torch.tensor(loss))
         if not (is_finite := guard.check_step(norm, accelerator)):
-            guard.skip_step(model, args, accelerator, step, 0.1, tokenizer=None)
+            guard.skip_step(model, args, accelerator, step - 1, 0.1, tokenizer=None)
             assert model.weight.grad is None
         return is_finite
 

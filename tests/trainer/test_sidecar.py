@@ -38,27 +38,24 @@ def features_of(student, **projectors):
 
 def attached(student, teacher=None, **projectors):
     manager = SidecarManager()
-    assert not manager.set_parts(features_of(student, **projectors), teacher)
-    manager.attach(student, ARGS)
+    manager.replace(student, ARGS, features_of(student, **projectors), teacher)
     return manager
 
 
 def test_without_parts_nothing_is_attached_saved_or_loaded(student, tmp_path):
-    manager = SidecarManager()
-    assert manager.set_parts(Features(), None)
-    manager.attach(student, ARGS)
+    SidecarManager().replace(student, ARGS, Features(), has_users_scheduler=True)
     assert trained_sidecar(student) is None
     save_trained_sidecar(student, str(tmp_path), write=True)
     load_trained_sidecar(student, str(tmp_path))
     assert not list(tmp_path.iterdir())
-    manager.check_optimizers(student, ARGS, has_users_scheduler=True)
 
 
 def test_the_same_parts_are_recognized_and_their_weights_are_saved_and_loaded(student, teacher, tmp_path):
     manager = attached(student, teacher)
     assert set(trained_sidecar(student).parts) == {"projectors", "mappings", "teacher"}
-    assert manager.set_parts(features_of(student), teacher)
-    assert not manager.set_parts(features_of(student), None)
+    sidecar = trained_sidecar(student)
+    manager.replace(student, ARGS, features_of(student), teacher, renew=False)
+    assert trained_sidecar(student) is sidecar
     before = {name: value.clone() for name, value in trained_sidecar(student).named_parameters()}
     save_trained_sidecar(student, str(tmp_path), write=True)
     with torch.no_grad():
@@ -66,6 +63,8 @@ def test_the_same_parts_are_recognized_and_their_weights_are_saved_and_loaded(st
             parameter.zero_()
     load_trained_sidecar(student, str(tmp_path))
     assert all(torch.equal(before[name], value) for name, value in trained_sidecar(student).named_parameters())
+    manager.replace(student, ARGS, features_of(student), renew=False)
+    assert set(trained_sidecar(student).parts) == {"projectors", "mappings"}
 
 
 def test_options_make_separate_parameter_groups(student, teacher):
@@ -78,10 +77,10 @@ def test_options_make_separate_parameter_groups(student, teacher):
     assert groups[0.5] == {id(p) for p in parts["teacher"].parameters()}
     assert not groups[0.1] & (groups[0.125] | groups[0.5])
     with pytest.raises(DistillError, match="scheduler that does not know the modules"):
-        manager.check_optimizers(student, ARGS, has_users_scheduler=True)
+        manager.replace(student, ARGS, features_of(student, learning_rate=0.125), has_users_scheduler=True)
     deepspeed = SimpleNamespace(**vars(ARGS), hf_deepspeed_config=SimpleNamespace(config={"optimizer": {}}))
     with pytest.raises(DistillError, match=r"is set for the projectors.*DeepSpeed config would ignore it"):
-        manager.check_optimizers(student, deepspeed, has_users_scheduler=False)
+        manager.replace(student, deepspeed, features_of(student, learning_rate=0.125))
 
 
 def test_the_teacher_is_clipped_separately(student, teacher):
