@@ -64,7 +64,8 @@ def logged(trainer, *names):
     return [[log[name] for name in names] for log in trainer.state.log_history if "loss" in log]
 
 
-def test_reverse_kl_on_generated_completions_equals_that_of_trl(make):
+def test_reverse_kl_on_generated_completions_equals_that_of_trl(make, monkeypatch):
+    monkeypatch.setattr("hf_distill.trainer.trainer.TRAIN_STATISTICS_EVERY", 1)  # the entropy of all tokens, as in TRL
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3)
     theirs = make(cls=DistillationTrainer, config=DistillationConfig, temperature=1.0, **options)
     theirs.train()
