@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
-from typing import Any
 
 from ..errors import DistillError
 from ..planning.flops import rule_of_thumb
@@ -85,7 +84,7 @@ def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[floa
             f"{run.folder} is a run with stages: give the folder of one of its stages, such as "
             f"{run.folder / 'stage-1'}."
         )
-    evaluations = {line["step"]: line for line in run.logs() if "eval_perplexity" in line}
+    evaluations = {int(line["step"]): line for line in run.logs() if "eval_perplexity" in line}
     if len(evaluations) < 2:
         raise DistillError(
             f"{run.folder / 'metrics.jsonl'} has {len(evaluations)} evaluations of a language model, and a curve needs "
@@ -136,7 +135,7 @@ def _tokens_per_step(run: Run) -> float:
     """Return the tokens of a global batch: rows times their mean length, from results.json."""
     train, results = run.recipe.train, run.results
     rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1)
-    processes: Any = results.get("environment", {}).get("processes", 1)
+    processes = int(results.get("environment", {}).get("processes") or 1)
     return rows * processes * results.get("data", {}).get("tokens_per_row", run.recipe.data.max_length)
 
 

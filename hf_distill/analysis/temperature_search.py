@@ -181,18 +181,18 @@ def _train(context: RunContext, candidate: Candidate, step: int) -> Rung:
     After a crash the newest checkpoint may belong to a rung that was not saved in the file; that rung is trained again.
     """
     folder = context.folder / candidate.name
-    trainer = context.trainer(
-        candidate.name,
-        temperature=candidate.temperature,
-        alpha=candidate.alpha,
-        output_dir=str(folder),
-        save_strategy="no",
-        save_total_limit=None,
-        save_only_model=False,
-        load_best_model_at_end=False,
-        eval_strategy="no",
-        push_to_hub=False,
-    )
+    changes = {
+        "temperature": candidate.temperature,
+        "alpha": candidate.alpha,
+        "output_dir": str(folder),
+        "save_strategy": "no",
+        "save_total_limit": None,
+        "save_only_model": False,
+        "load_best_model_at_end": False,
+        "eval_strategy": "no",
+        "push_to_hub": False,
+    }
+    trainer = context.trainer(candidate.name, changes=changes)
     trainer.add_callback(_StopAt(step))
     checkpoint = folder / f"checkpoint-{candidate.rungs[-1].step}" if candidate.rungs else None
     set_seed(context.args.seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..errors import DistillError
 from ..version import __version__
+from .results import Results
 
 logger = logging.get_logger(__name__)
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -64,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> Results:
     """Return the values of a run's `results.json`; an empty dict if it does not exist.
 
     Raises:
@@ -73,7 +74,7 @@ def read_results(path: Path) -> dict[str, Any]:
     values = read_json(path)
     with damage_reported(path):
         _Results.model_validate(values)
-    return values
+    return cast(Results, values)
 
 
 class _Results(BaseModel):

@@ -190,7 +190,7 @@ def _training(run: Run) -> dict[str, Any]:
         sizes = [f"{p['student']['blocks']} blocks after {p['steps']} steps" for p in stages]
         seconds = sum(p["train_seconds"] for p in stages)
         return {"steps": sum(p["steps"] for p in stages), "seconds": seconds, "stages": "; ".join(sizes)}
-    steps = max((line["step"] for line in run.logs()), default=0)
+    steps = max((int(line["step"]) for line in run.logs()), default=0)
     training = {
         "steps": steps,
         "rows_per_step": (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1),

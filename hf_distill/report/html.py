@@ -70,10 +70,11 @@ def _title(run: Run) -> str:
 
 def _subtitle(run: Run) -> str:
     evidence = run.results
+    models = {"Teacher": evidence.get("teacher", {}), "Student": evidence.get("student", {})}
     sizes = [
-        f"{role.capitalize()}: {size['parameters'] / 1e6:,.1f}M parameters, {size['blocks']} blocks"
-        for role in ("teacher", "student")
-        if (size := evidence.get(role, {})).get("parameters")
+        f"{role}: {size['parameters'] / 1e6:,.1f}M parameters, {size['blocks']} blocks"
+        for role, size in models.items()
+        if size.get("parameters")
     ]
     environment = evidence.get("environment", {})
     names = ("hf_distill", "torch", "transformers", "device")

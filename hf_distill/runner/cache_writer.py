@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -32,7 +33,7 @@ def write_recipe_cache(
     folder: str | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
-    **options,
+    **options: Any,
 ) -> tuple[Path, Manifest]:
     """Write the outputs of a recipe's teacher for all training and held-out rows. An unfinished cache is continued.
 
@@ -63,10 +64,11 @@ def write_recipe_cache(
     CacheOptions(**{name: value for name, value in options.items() if name not in ("batch_size", "shard_rows")})
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
-    defaults = {
+    options = {
         "temperature": recipe.distill.temperature,
         "batch_size": args.per_device_train_batch_size,
         "layers": layers,
+        **options,
     }
     if not hasattr(data.train, "__len__"):
         raise DistillError(
@@ -86,7 +88,7 @@ def write_recipe_cache(
             teacher_name={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
             recipe=with_teacher(recipe, spec),
             on_progress=on_progress,
-            **defaults | options,
+            **options,
         )
     return Path(to), manifest
 

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..cache.fingerprints import weights_fingerprint
+from ..core.json_types import JSONObject
 from ..core.processes import is_alone
+from ..core.results import DataFacts
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
@@ -43,7 +44,7 @@ _CONTENT = "content of "  # prefix of the keys of `content_values`
 _STEPS = {"train.max_steps", "train.num_train_epochs"}
 
 
-def result_values(recipe: Recipe) -> dict[str, Any]:
+def result_values(recipe: Recipe) -> JSONObject:
     """Return the values of a recipe that change the weights or metrics of a run, by dotted key.
 
     The save options change the result if the best checkpoint is exported. The number of data workers changes it if a
@@ -62,20 +63,20 @@ def result_values(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key.removeprefix("train.") not in ignored}
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: JSONObject, prefix: str = "") -> JSONObject:
     """Flatten nested mappings to dotted keys. Empty mappings and lists are values."""
-    flat: dict[str, Any] = {}
+    flat: JSONObject = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 
-def launch_values() -> dict[str, Any]:
+def launch_values() -> JSONObject:
     """Return what changes the result but is not a value of the recipe: the number of processes."""
     return {_PROCESSES: 1 if is_alone() else torch.distributed.get_world_size()}
 
 
-def content_values(data: dict[str, Any], teacher: Teacher | None) -> dict[str, str]:
+def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
     """Return checksums of the rows and of the weights of frozen teachers, which change the result of a run.
 
     Args:
@@ -109,7 +110,7 @@ def check_same_content(checkpoint: Path, now: dict[str, str]) -> None:
         )
 
 
-def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> None:
+def check_same_result(before: JSONObject, recipe: Recipe, source: Path) -> None:
     """Refuse to resume a run with values that change its result.
 
     Args:
@@ -140,7 +141,7 @@ def check_same_result(before: dict[str, Any], recipe: Recipe, source: Path) -> N
     )
 
 
-def _format_value(values: dict[str, Any], key: str) -> str:
+def _format_value(values: JSONObject, key: str) -> str:
     if key not in values:
         return "(not set)"
     text = json.dumps(values[key], ensure_ascii=False)
@@ -154,15 +155,15 @@ class RecipeRecord(TrainerCallback, ExportableState):
         values: The values to record.
     """
 
-    def __init__(self, values: dict[str, Any]):
+    def __init__(self, values: JSONObject):
         self.values = values
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, dict]:
         """Return the state that the Trainer saves for this callback."""
         return {"args": {"values": self.values}, "attributes": {}}
 
 
-def recorded_values(checkpoint: Path) -> dict[str, Any] | None:
+def recorded_values(checkpoint: Path) -> JSONObject | None:
     """Return the result values of a checkpoint; empty if no recipe wrote it, None if its state cannot be read."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())

@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from ..core.results import DataFacts
 from ..core.schedule import parse_schedule
 from ..core.targets import IGNORE_INDEX
 from ..data import (
@@ -46,18 +49,19 @@ class PreparedData:
     held_out: Dataset
     collator: Collator
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> DataFacts:
         """Return the numbers of rows and the fingerprints that results.json records."""
-        facts: dict[str, Any] = {"eval_rows": len(self.held_out), "eval_fingerprint": fingerprint_of(self.held_out)}
+        facts: DataFacts = {"eval_rows": len(self.held_out), "eval_fingerprint": fingerprint_of(self.held_out)}
         if len(self.collator.sources) > 1:
             facts["sources"] = list(self.collator.sources)
         if isinstance(self.train, Dataset):
-            facts |= {"train_rows": len(self.train), "tokens_per_row": _mean_length(self.train)}
+            facts["train_rows"] = len(self.train)
+            facts["tokens_per_row"] = _mean_length(self.train)
             facts["train_fingerprint"] = fingerprint_of(self.train)
         return facts
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> PreparedData:
+def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> PreparedData:
     """Load, split, tokenize, mix and pack the sources of a recipe.
 
     In an on-policy recipe only the tokens of completions are target tokens.
@@ -72,11 +76,12 @@ def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepa
         DistillError: An input is invalid; see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix` and
             `mix_scheduled`.
     """
-    data, train, held_out = recipe.data, {}, []
+    data, train, held_out = recipe.data, dict[str, Examples](), list[Examples]()
     template = chat_template_of(data, tokenizer)
     for index, name in enumerate(data.sources):
-        documents: Any = load_source(recipe, name)
+        documents = load_source(recipe, name)
         if data.eval.holdout:
+            assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
             documents, held_out_documents = split_held_out(documents, data.eval.holdout, seed)
             rows = _first(_rows(held_out_documents, recipe, name, tokenizer, template), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
@@ -84,40 +89,40 @@ def prepare_data(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Prepa
         if TEXT not in (documents.column_names or ()):
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
-        held_out_documents = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
-        held_out_documents = prompt_rows(held_out_documents, "data.eval") if recipe.on_policy else held_out_documents
-        held_out = [_first(_rows(held_out_documents, recipe, "eval", tokenizer, template), data.eval.max_rows)]
-    rows = mix_and_pack(data, train, seed, count)
-    return PreparedData(rows, concatenate_datasets(held_out), collator_of(data, tokenizer))
+        examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
+        examples = prompt_rows(examples, "data.eval") if recipe.on_policy else examples
+        held_out = [_first(_rows(examples, recipe, "eval", tokenizer, template), data.eval.max_rows)]
+    mixed = mix_and_pack(data, train, seed, count)
+    return PreparedData(mixed, concatenate_datasets(cast(list[Dataset], held_out)), collator_of(data, tokenizer))
 
 
-def num_training_rows(args: Any) -> int:
+def num_training_rows(args: TrainingArguments) -> int:
     """Return the number of rows that `max_steps` optimizer steps use."""
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def mix_sources(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
+def mix_sources(data: Data, rows: dict[str, Examples], seed: int, count: int) -> Examples:
     """Mix the rows of all sources by the weights of the recipe."""
-    weights: Any = {name: source.weight for name, source in data.sources.items()}
+    weights = {name: source.weight for name, source in data.sources.items()}
     if data.scheduled:
         points = {name: parse_schedule(weight, f"data.{name}.weight", low=0) for name, weight in weights.items()}
-        return mix_scheduled(rows, points, seed, count)
-    return mix(rows, weights, seed, data.stopping_strategy)
+        return mix_scheduled(cast(dict[str, Dataset], rows), points, seed, count)
+    return mix(rows, cast(dict[str, float], weights), seed, data.stopping_strategy)
 
 
-def mix_and_pack(data: Data, rows: dict[str, Any], seed: int, count: int) -> Examples:
+def mix_and_pack(data: Data, rows: dict[str, Examples], seed: int, count: int) -> Examples:
     """Mix the rows of all sources, and pack them if the recipe sets `packing`."""
     mixed = mix_sources(data, rows, seed, count)
     return pack(mixed, data.max_length, seed) if data.packing else mixed
 
 
-def collator_of(data: Data, tokenizer: Any) -> Collator:
+def collator_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Collator:
     """Return the collator for the rows of a recipe. Padding is masked, so any token id can be used for it."""
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     return Collator(pad, tuple(data.sources))
 
 
-def first_rows(recipe: Recipe, tokenizer: Any, seed: int, examples: int) -> Examples:
+def first_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, examples: int) -> Examples:
     """Return training rows made of the first examples of each source, without a held-out split."""
     data, template = recipe.data, chat_template_of(recipe.data, tokenizer)
     rows = {
@@ -134,7 +139,7 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
 
 
-def chat_template_of(data: Data, tokenizer: Any) -> str | None:
+def chat_template_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the chat template that renders the conversations of a recipe; None for that of the tokenizer.
 
     The tokenizer is saved with the student. It keeps its own template if that renders the same text, because not every
@@ -148,7 +153,9 @@ def chat_template_of(data: Data, tokenizer: Any) -> str | None:
     return template
 
 
-def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, template: str | None) -> Any:
+def _rows(
+    documents: Examples, recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> Examples:
     """Tokenize the examples of a source; `eval` uses the options of `task`."""
     data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
     source = data.sources.get(name, data.task)
@@ -157,7 +164,7 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizer: Any, templa
     return tokenize_dataset(documents, tokenizer, data.max_length, *options)
 
 
-def _log_targets(rows: Any, where: str) -> None:
+def _log_targets(rows: Examples, where: str) -> None:
     """Log the share of target tokens of a source, unless it is a stream."""
     if not isinstance(rows, Dataset):
         return
@@ -174,17 +181,17 @@ def _log_targets(rows: Any, where: str) -> None:
     )
 
 
-def _count(labels: Any) -> int:
+def _count(labels: pa.Array) -> int:
     return pc.sum(pc.not_equal(labels, IGNORE_INDEX)).as_py()
 
 
-def _first(rows: Any, count: int | None) -> Any:
+def _first(rows: Examples, count: int | None) -> Examples:
     if count is None or (isinstance(rows, Dataset) and len(rows) <= count):
         return rows
     return rows.take(count)
 
 
-def _columns(rows: Dataset) -> Iterator[Any]:
+def _columns(rows: Dataset) -> Iterator[pa.ListArray]:
     """Yield the token ids of 1,000 rows at a time as an Arrow array of lists."""
     for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(1_000):
         yield batch["input_ids"].combine_chunks()

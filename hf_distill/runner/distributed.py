@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 
 from ..core.processes import is_alone
+from ..core.results import Results
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 
 
-def check_same_on_all_ranks(recipe: Recipe, facts: dict[str, Any]) -> None:
+def check_same_on_all_ranks(recipe: Recipe, facts: Results) -> None:
     """Refuse a launch whose processes have different recipes, rows or versions, which would train incorrectly.
 
     Args:
@@ -30,9 +30,9 @@ def check_same_on_all_ranks(recipe: Recipe, facts: dict[str, Any]) -> None:
         "held-out rows": data["eval_fingerprint"][:12],
         **{name: version for name, version in environment.items() if name in ("hf_distill", "torch", "transformers")},
     }
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    gathered = [local_values] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, local_values)
-    problems = [_diff_by_rank(name, [of_rank[name] for of_rank in gathered]) for name in local_values]
+    problems = [_diff_by_rank(name, [str(of_rank[name]) for of_rank in gathered]) for name in local_values]
     if any(problems):
         raise DistillError(
             "The processes of this launch differ: "

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class EarlyStopping(TrainerCallback):
@@ -19,16 +19,16 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int):
         self.patience = patience
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Stop immediately if training is resumed from the checkpoint at which it stopped."""
         control.should_training_stop |= self._is_exhausted(args, state.log_history)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Stop if the last `patience` evaluations did not improve."""
         control.should_training_stop |= self._is_exhausted(args, state.log_history)
 
-    def _is_exhausted(self, args: Any, history: list[dict[str, float]]) -> bool:
-        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    def _is_exhausted(self, args: TrainingArguments, history: list[dict[str, float]]) -> bool:
+        name = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         values = [log[name] for log in history if name in log and log["step"] > 0]
         return evaluations_since_best(values, bool(args.greater_is_better)) >= self.patience
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..core.processes import run_on_main
 from ..core.signals import FeatureKey, Signals
@@ -25,8 +24,8 @@ class NullTeacher(Teacher):
 
 def export_teachers(trainer: DistillTrainer, export: str, folder: Path) -> None:
     """Write a peer to RUN/peer; with export "ema" the average to RUN/ema; with "mtp" the heads to RUN/student."""
-    trained: Any = trainer.teacher
-    for teacher in trained if isinstance(trained, MultiTeacher) else [trained]:
+    trained = trainer.teacher
+    for teacher in trained.teachers.values() if isinstance(trained, MultiTeacher) else [trained]:
         if isinstance(teacher, PeerTeacher):
             teacher.processing_class = trainer.processing_class
             teacher.save_pretrained(folder / "peer", trainer.args.should_save)

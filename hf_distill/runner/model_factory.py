@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from ..core.json_types import JSONObject
+from ..data import Examples
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
@@ -56,14 +58,14 @@ class ModelFactory:
         DistillError: A model cannot be loaded; see `FrozenTeacher`.
     """
 
-    def __init__(self, recipe: Recipe, args: DistillConfig, path: str, tokenizer: Any):
+    def __init__(self, recipe: Recipe, args: DistillConfig, path: str, tokenizer: PreTrainedTokenizerBase):
         self._student, self._spec, self._args, self._path = recipe.student, recipe.primary_teacher, args, path
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # FSDP on CPUs; see `train_arguments`
         self.layers: list[int] | None = None
         self.influence: list[float] | None = None
-        self.caches: dict[str, dict[str, Any]] = {}
+        self.caches: dict[str, JSONObject] = {}
         self._pruning_source: Student | TeacherSpec = self._spec if self._spec.model else self._student
-        self._full_model: nn.Module | None = None
+        self._full_model: PreTrainedModel | None = None
         self._tokenizer = tokenizer
         specs = recipe.all_teachers
         if recipe.teacher:
@@ -101,7 +103,8 @@ class ModelFactory:
         placement = {name: getattr(spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
         placement = {name: value for name, value in placement.items() if value}
         if spec is self._spec and not placement:
-            self._full_model = self._load_full_model().to(self._args.device)
+            self._full_model = self._load_full_model()
+            cast(nn.Module, self._full_model).to(self._args.device)
             return FrozenTeacher(self._full_model, processing_class=self._tokenizer)
         path = self._path_of(spec)
         options = {
@@ -113,7 +116,7 @@ class ModelFactory:
         }
         return FrozenTeacher(path, processing_class=self._tokenizer, **options)
 
-    def _load_full_model(self) -> nn.Module:
+    def _load_full_model(self) -> PreTrainedModel:
         with zero3_init_context(None):
             return load_pretrained(
                 AutoModelForCausalLM,
@@ -122,11 +125,11 @@ class ModelFactory:
                 **_pretrained_kwargs(self._pruning_source),
             )
 
-    def _load_peer(self, spec: TeacherSpec, path: str) -> Any:
+    def _load_peer(self, spec: TeacherSpec, path: str) -> PreTrainedModel:
         with zero3_init_context(None):
             return load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32, **_pretrained_kwargs(spec))
 
-    def student(self, rows: Any) -> nn.Module:
+    def student(self, rows: Examples) -> nn.Module:
         """Build a student that is ready to train.
 
         Args:
@@ -145,7 +148,7 @@ class ModelFactory:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **spec.lora.model_dump()))
 
-    def merge(self, folder: Path, rows: Any) -> None:
+    def merge(self, folder: Path, rows: Examples) -> None:
         """Merge the adapters in a folder into the full model, in the dtype of the student, and save it there.
 
         The adapters are merged into the unquantized weights, even if they were trained on quantized ones.
@@ -176,7 +179,7 @@ class ModelFactory:
             file.unlink()
         merged.save_pretrained(folder)
 
-    def _base_student(self, rows: Any, quantization: str | None, unsharded: bool = False) -> Any:
+    def _base_student(self, rows: Examples, quantization: str | None, unsharded: bool = False) -> nn.Module:
         """Load the student without adapters; with `unsharded` it is not sharded over the processes."""
         spec, kwargs = self._student, _pretrained_kwargs(self._student)
         if spec.from_teacher:
@@ -192,7 +195,7 @@ class ModelFactory:
         model = load_pretrained(AutoModelForCausalLM, path, dtype=spec.dtype, **kwargs)
         return keep_layout(model) if quantization else model
 
-    def _pruned_student(self, rows: Any) -> nn.Module:
+    def _pruned_student(self, rows: Examples) -> nn.Module:
         spec, cut = self._student, self._student.from_teacher
         assert cut is not None
         full_model = self._full_model or self._load_full_model()
@@ -219,7 +222,7 @@ def _build_non_frozen_teacher(spec: TeacherSpec, load_peer: Callable[[], nn.Modu
         return PeerTeacher(load_peer(), mutual=spec.kind == "mutual", **options)
     if spec.view is not None:
         options["view"] = spec.view.model_dump()
-    kinds: dict[str, Any] = {
+    kinds: dict[str, Callable[..., Teacher]] = {
         "adapter_base": AdapterBaseTeacher,
         "ema": EMATeacher,
         "snapshot": SnapshotTeacher,
@@ -266,7 +269,7 @@ def check_launch(recipe: Recipe) -> None:
     raise_if_any(problems)
 
 
-def _pretrained_kwargs(spec: Student | TeacherSpec) -> dict[str, Any]:
+def _pretrained_kwargs(spec: Student | TeacherSpec) -> dict[str, object]:
     """Return the arguments of from_pretrained that a recipe sets."""
     options = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
     return {key: value for key, value in options.items() if value is not None}

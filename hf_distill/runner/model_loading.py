@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import overload
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ..core.references import reference_kind
@@ -50,7 +57,13 @@ def load_policy(policy: LoadPolicy) -> Iterator[None]:
         _POLICY.reset(token)
 
 
-def load_pretrained(kind: Any, reference: str, **options) -> Any:
+@overload
+def load_pretrained(kind: type[AutoModelForCausalLM], reference: str, **options: object) -> PreTrainedModel: ...
+@overload
+def load_pretrained(kind: type[AutoTokenizer], reference: str, **options: object) -> PreTrainedTokenizerBase: ...
+@overload
+def load_pretrained(kind: type[AutoConfig], reference: str, **options: object) -> PreTrainedConfig: ...
+def load_pretrained(kind, reference, **options):
     """Call `kind.from_pretrained` for a model that a recipe names.
 
     Args:
@@ -81,7 +94,7 @@ def load_pretrained(kind: Any, reference: str, **options) -> Any:
         raise DistillError(f"{error}{hint}") from error.__cause__
 
 
-def check_and_pin(path: str, revision: str | None = None, weights: bool = True) -> dict[str, Any]:
+def check_and_pin(path: str, revision: str | None = None, weights: bool = True) -> dict[str, object]:
     """Check the files of a model against the policy, and pin the commit that was checked.
 
     Args:
@@ -151,8 +164,7 @@ def _convert(file: Path, to: Path) -> None:
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(to)
-    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(to)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(to)
 
 
 def _build_in_cache(name: str, make: Callable[[Path], None]) -> Path:

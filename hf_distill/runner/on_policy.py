@@ -1,10 +1,10 @@
 """The `on_policy` section of a recipe: the prompts, and the arguments of the trainer."""
 
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features
-from transformers import TrainingArguments
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from ..data import Examples, split_held_out
@@ -16,10 +16,13 @@ from ..errors import DistillError, require_package
 from ..recipe.schema import Recipe
 from .datasets import load_source, mix_sources
 
+if TYPE_CHECKING:
+    from ..trl import OnPolicyDistillConfig
+
 logger = logging.get_logger(__name__)
 
 
-def on_policy_arguments(recipe: Recipe, recipe_arguments: dict[str, Any]) -> Any:
+def on_policy_arguments(recipe: Recipe, recipe_arguments: dict[str, Any]) -> "OnPolicyDistillConfig":
     """Build the arguments of an `OnPolicyDistillTrainer`.
 
     Args:
@@ -32,8 +35,7 @@ def on_policy_arguments(recipe: Recipe, recipe_arguments: dict[str, Any]) -> Any
 
     spec = recipe.on_policy
     assert spec is not None
-    defaults: dict[str, Any] = {field.name: field.default for field in fields(TrainingArguments) if field.init}
-    defaults = {name: default for name, default in defaults.items() if default is not MISSING}
+    defaults = {f.name: f.default for f in fields(TrainingArguments) if f.init and f.default is not MISSING}
     on_policy_fields = spec.model_dump(exclude={"fraction", "vllm"})
     on_policy_fields |= {"on_policy_fraction": spec.fraction, "shuffle_dataset": not recipe.data.scheduled}
     if spec.vllm:
@@ -41,7 +43,7 @@ def on_policy_arguments(recipe: Recipe, recipe_arguments: dict[str, Any]) -> Any
     return OnPolicyDistillConfig(**defaults | recipe_arguments | on_policy_fields)
 
 
-def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Examples:
+def prepare_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> Examples:
     """Return the mixed rows (`prompt`, `completion`) of all sources, without those that `prepare_data` holds out.
 
     Args:
@@ -57,8 +59,9 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
     assert spec is not None
     rows = {}
     for name in data.sources:
-        documents: Any = load_source(recipe, name)
+        documents = load_source(recipe, name)
         if data.eval.holdout:
+            assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
             documents, _ = split_held_out(documents, data.eval.holdout, seed)
         rows[name] = _filter_by_prompt_length(documents, name, tokenizer, data.max_length - spec.max_completion_length)
     firsts = {name: next(iter(part)) for name, part in rows.items()}
@@ -68,7 +71,7 @@ def prepare_prompts(recipe: Recipe, tokenizer: Any, seed: int, count: int) -> Ex
     return mix_sources(data, rows, seed, count)
 
 
-def _filter_by_prompt_length(rows: Any, name: str, tokenizer: Any, limit: int) -> Any:
+def _filter_by_prompt_length(rows: Examples, name: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Examples:
     """Keep rows whose prompt has at most `limit` tokens; flatten text parts if the template does not support them."""
     if isinstance(next(iter(rows))["prompt"], list):
         conversations = Conversations(tokenizer)
@@ -90,7 +93,7 @@ def _filter_by_prompt_length(rows: Any, name: str, tokenizer: Any, limit: int) -
         if isinstance(row["prompt"], str):
             return len(tokenizer(row["prompt"])["input_ids"]) <= limit
         ids = tokenizer.apply_chat_template(row["prompt"], tokenize=True, return_dict=True, add_generation_prompt=True)
-        return len(ids["input_ids"]) <= limit
+        return len(cast(BatchEncoding, ids)["input_ids"]) <= limit
 
     short_rows = rows.filter(fits)
     if isinstance(rows, Dataset):

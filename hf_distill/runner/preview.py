@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..core.targets import IGNORE_INDEX
 from ..data import unpack_row
@@ -47,7 +46,7 @@ def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
     Raises:
         DistillError: An input is invalid.
     """
-    tokenizer: Any = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
+    tokenizer = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
     seed = 42 if recipe.train.seed is None else recipe.train.seed
     mixture = first_rows(recipe, tokenizer, seed, _MAX_EXAMPLES)
     return [
@@ -57,7 +56,7 @@ def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
     ]
 
 
-def _documents(number: int, row: dict, names: list[str], tokenizer: Any) -> Iterator[Preview]:
+def _documents(number: int, row: dict, names: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Preview]:
     start = 0
     for document in unpack_row(row):
         ids = document["input_ids"]
@@ -66,7 +65,7 @@ def _documents(number: int, row: dict, names: list[str], tokenizer: Any) -> Iter
         source = source[start] if isinstance(source, list) else source
         start += len(ids)
         spans = [
-            (tokenizer.decode([token for token, _ in group]), target)
+            (str(tokenizer.decode([token for token, _ in group])), target)
             for target, group in groupby(zip(ids, is_target, strict=True), key=lambda pair: pair[1])
         ]
         yield Preview(number, names[source], len(ids), sum(is_target), spans)

@@ -8,14 +8,14 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
 from ..core.processes import run_on_main
+from ..core.results import Metrics, Results, StageFacts
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
@@ -74,9 +74,7 @@ def _describe(recipe: Recipe) -> str:
     return f"{recipe.tokenizer_model} into {student}"
 
 
-def _compare_students(
-    recipe: Recipe, students: dict[str, Path], on_stage: Callable[[str], None]
-) -> dict[str, dict[str, float]]:
+def _compare_students(recipe: Recipe, students: dict[str, Path], on_stage: Callable[[str], None]) -> dict[str, Metrics]:
     """Evaluate every student against the first teacher; the last is called "student", the direct one "control"."""
     on_stage("Comparing all students with the first teacher")
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), on_stage)
@@ -98,7 +96,7 @@ def _compare_students(
     return metrics
 
 
-def _stage_facts(name: str, recipe: Recipe, evidence: dict[str, Any]) -> dict[str, Any]:
+def _stage_facts(name: str, recipe: Recipe, evidence: Results) -> StageFacts:
     """Return the models of a stage, and the metrics of its student against its teacher."""
     student = evidence["models"]["student"]
     steps = recipe.train.max_steps
@@ -113,10 +111,10 @@ def _stage_facts(name: str, recipe: Recipe, evidence: dict[str, Any]) -> dict[st
     }
 
 
-def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[str, dict[str, float]]) -> None:
+def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], models: dict[str, Metrics]) -> None:
     """Write the outputs of the chain: the last student and the control (by hard links), all logs, and the results."""
     last = f"stage-{len(recipe.stages)}"
-    names, logs, facts = {last: "student", "direct": "control"}, [], {}
+    names, logs, facts = {last: "student", "direct": "control"}, [], dict[str, Results]()
     for name in parts:
         facts[name] = read_results(folder / name / "results.json")
         if name in names:
@@ -126,7 +124,8 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
     (folder / "metrics.jsonl").write_text("".join(logs))
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
     shared_keys = ("environment", "data", "teacher", "provenance", "origin")
-    shared = {key: facts["stage-1"][key] for key in shared_keys if key in facts["stage-1"]}
+    first: Mapping[str, object] = facts["stage-1"]
+    shared = {key: first[key] for key in shared_keys if key in first}
     student = {key: value for key, value in facts[last]["student"].items() if key != "layers_kept"}
     stages = [facts[f"stage-{number}"]["student"] for number in range(1, len(parts) + 1) if f"stage-{number}" in facts]
     if layers := _compose_layers([stage.get("layers_kept") for stage in stages]):

@@ -2,31 +2,28 @@
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..core.references import distribution_of, reference_kind
+from ..core.results import Provenance
 from ..recipe.downloads import hub_repo_of, referenced_repos
 from ..recipe.schema import Recipe
 
 
-def provenance(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Return what a recipe has read, as purpose -> entry.
-
-    An entry has the key "model" or "dataset" with the name, and if it is known "revision", the commit on the Hub, or
-    "version", that of the package.
-    """
-    entries: dict[str, dict[str, Any]] = {}
+def provenance(recipe: Recipe) -> dict[str, Provenance]:
+    """Return what a recipe has read, as purpose -> entry."""
+    entries: dict[str, Provenance] = {}
     for used_for, name, kind, revision in referenced_repos(recipe):
-        known: dict[str, Any] = {kind: name}
-        if reference_kind(name) == "package":
-            known["version"] = _version(name)
-        elif hub_repo := hub_repo_of(name, kind, revision):
-            known["revision"] = _read_commit(*hub_repo[1:]) if kind == "model" else _commit(*hub_repo)
-        entries[used_for] = {key: value for key, value in known.items() if value is not None}
+        entries[used_for] = {"model": name} if kind == "model" else {"dataset": name}
+        if reference_kind(name) == "package" and (installed := _version(name)):
+            entries[used_for]["version"] = installed
+        if hub_repo := hub_repo_of(name, kind, revision):
+            commit = _read_commit(*hub_repo[1:]) if kind == "model" else _commit(*hub_repo)
+            if commit is not None:
+                entries[used_for]["revision"] = commit
     return entries
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.io import read_logs, read_results
 from ..core.references import path_exists
+from ..core.results import Metrics, Results
 from ..errors import DistillError
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
@@ -57,18 +57,18 @@ class Run:
         return path.is_file() or any((path / f"{kind}config.json").is_file() for kind in ("", "adapter_"))
 
     @property
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Results:
         """The content of results.json: metrics, models and environment of the run."""
         return read_results(self.path("results.json"))
 
-    def logs(self, run: str = "student") -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl of one training ("student" or "control"), in order.
+    def logs(self, run: str = "student") -> list[Metrics]:
+        """Return the logged values of one training ("student" or "control"), in order; see metrics.jsonl.
 
         Raises:
             DistillError: The file is damaged, or lacks lines that it had at the end of the run.
         """
         file = self.path("metrics.jsonl")
-        logs = [log for log in read_logs(file) if log["run"] == run]
+        logs = [{k: v for k, v in log.items() if k != "run"} for log in read_logs(file) if log["run"] == run]
         recorded = read_results(self.folder / "results.json").get("log_lines", {}).get(run, 0)
         if len(logs) < recorded:
             raise DistillError(

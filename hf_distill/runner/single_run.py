@@ -5,10 +5,10 @@ The run folder holds the resolved `recipe.yaml`, the models `student/` and `cont
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from datasets import IterableDataset
@@ -21,9 +21,11 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..core.io import MetricsFile, count_logs, environment, held_out_metrics, read_results, write_json
 from ..core.processes import run_on_main
+from ..core.results import Metrics, ModelFacts, Results
 from ..data import check_packed_attention
 from ..losses import get_loss
 from ..models.blocks import find_blocks
@@ -57,7 +59,7 @@ class RunResult:
     """
 
     folder: Path
-    models: dict[str, dict[str, float]]
+    models: dict[str, Metrics]
 
 
 def run_single(
@@ -78,11 +80,11 @@ def run_single(
             return _run(RunContext(recipe, args, folder, [*callbacks, watch], on_stage), evidence)
 
 
-def _run(run: "RunContext", evidence: dict[str, Any]) -> RunResult:
+def _run(run: "RunContext", evidence: Results) -> RunResult:
     """Train and evaluate the models that results.json does not have yet."""
     recipe, folder, models = run.recipe, run.folder, evidence["models"]
 
-    def record_results(**metrics: dict[str, float]) -> None:
+    def record_results(**metrics: Metrics) -> None:
         models.update(metrics)
         evidence.update(run.facts)
         evidence["steps"] = evidence.get("steps", {}) | run.steps
@@ -106,14 +108,21 @@ def _run(run: "RunContext", evidence: dict[str, Any]) -> RunResult:
 class RunContext:
     """The loaded models, data and arguments of a recipe."""
 
-    def __init__(self, recipe: Recipe, args: DistillConfig, folder: Path, callbacks: list, on_stage):
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: DistillConfig,
+        folder: Path,
+        callbacks: Sequence[TrainerCallback],
+        on_stage: Callable[[str], None],
+    ):
         self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
         self.merges = recipe.export == "merged"
         set_seed(args.seed)
         on_stage(f"Loading {recipe.tokenizer_model}")
         with args.main_process_first():
             path = resolve_model(recipe.tokenizer_model)
-        self.tokenizer: Any = load_pretrained(AutoTokenizer, path, revision=recipe.tokenizer_revision)
+        self.tokenizer = load_pretrained(AutoTokenizer, path, revision=recipe.tokenizer_revision)
         count = num_training_rows(args)
         with args.main_process_first():
             self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
@@ -122,28 +131,33 @@ class RunContext:
         self.steps: dict[str, int] = {}  # training -> step of the exported model
         self.record = RecipeRecord(result_values(recipe) | launch_values())
         run_environment = environment(str(args.device)) | {"processes": args.world_size}
-        self.facts: dict[str, Any] = {"environment": run_environment, "data": self.data.facts()}
+        self.facts: Results = {"environment": run_environment, "data": self.data.facts()}
         check_same_on_all_ranks(recipe, self.facts)
         self.models = ModelFactory(recipe, args, path, self.tokenizer)
         if args.should_save:
-            self.facts |= {"provenance": provenance(recipe)} | ({"origin": recipe.origin} if recipe.origin else {})
+            self.facts["provenance"] = provenance(recipe)
+            if recipe.origin:
+                self.facts["origin"] = recipe.origin
 
-    def trainer(self, name: str, on_policy: bool = False, **changes) -> DistillTrainer:
+    def trainer(
+        self, name: str, on_policy: bool = False, changes: Mapping[str, object] = MappingProxyType({})
+    ) -> DistillTrainer:
         """Build a trainer for a new student.
 
         Args:
             name: Name of the training in metrics.jsonl: "student" or "control".
             on_policy: Whether the student trains on its own completions.
-            changes: Training arguments that differ from those of the recipe.
+            changes: Training arguments that differ from those of the recipe, by name.
         """
         args = arguments(self.recipe, on_policy=True) if on_policy else copy.deepcopy(self.args)
         for key, value in {"output_dir": str(self.folder / ("" if name == "student" else name)), **changes}.items():
             setattr(args, key, value)
         args.remove_unused_columns = False  # the rows have only the columns that the collator reads
-        accelerator_config: Any = args.accelerator_config
-        if isinstance(self.data.train, IterableDataset) and accelerator_config.dispatch_batches is None:
-            accelerator_config.dispatch_batches = False  # dispatching would concatenate batches of different lengths
-        kind: Any = DistillTrainer
+        assert isinstance(args.accelerator_config, AcceleratorConfig)
+        if isinstance(self.data.train, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            # Dispatching would concatenate batches of different lengths.
+            args.accelerator_config.dispatch_batches = False
+        kind: Callable[..., DistillTrainer] = DistillTrainer
         rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
         if on_policy:
             from ..trl import OnPolicyDistillTrainer as kind
@@ -201,7 +215,7 @@ class RunContext:
             run_on_main(lambda: self.models.merge(self.folder / name, self.data.train))
         return output.metrics["train_runtime"]
 
-    def distill(self) -> tuple[dict[str, float], dict[str, float]]:
+    def distill(self) -> tuple[Metrics, Metrics]:
         """Train the student; return its held-out metrics before and after the training."""
         trainer = self.trainer("student", on_policy=self.recipe.on_policy is not None)
         self.on_stage("Distilling")
@@ -214,14 +228,13 @@ class RunContext:
         export_teachers(trainer, self.recipe.export, self.folder)
         return held_out_metrics(before), {**after, "train_seconds": seconds}
 
-    def _objective(self, **changes) -> DistillArguments:
-        return DistillArguments(
-            **{field.name: getattr(self.args, field.name) for field in fields(DistillArguments)} | changes
-        )
+    def _objective(self, **changes: object) -> DistillArguments:
+        values = {field.name: getattr(self.args, field.name) for field in fields(DistillArguments)}
+        return DistillArguments(**values | changes)
 
     def _describe(self, trainer: DistillTrainer) -> None:
         assert trainer.model is not None
-        self.facts |= {"student": _size(trainer.model)}
+        self.facts["student"] = _size(trainer.model)
         if trainer.teacher.model is not None:
             self.facts["teacher"] = _size(trainer.teacher.model)
         if self.models.caches:
@@ -231,18 +244,18 @@ class RunContext:
         if self.models.influence is not None:
             self.facts.setdefault("teacher", {})["block_influence"] = self.models.influence
 
-    def control(self) -> dict[str, float]:
+    def control(self) -> Metrics:
         """Train the control on the hard labels only, and return its held-out metrics.
 
         They are computed with the objective of the recipe, without the losses on features. If the teacher changed
         during the training of the student, they are those of the hard labels only.
         """
-        changes: dict[str, Any] = {"alpha": 0.0, "losses": None}
+        changes: dict[str, object] = {"alpha": 0.0, "losses": None}
         if self.args.load_best_model_at_end:  # without a teacher there is no KL to select the best checkpoint by
             changes |= {"metric_for_best_model": "loss", "greater_is_better": False}
-        trainer = self.trainer("control", **changes)
+        trainer = self.trainer("control", changes=changes)
         seconds = self.train(trainer, "control")
-        losses: Any = self.args.losses or ()
+        losses = [spec.model_dump(exclude_none=True) for spec in self.recipe.losses]
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
         if self.recipe.kinds <= {"frozen", "adapter_base", "cached"}:
             trainer.setup_distillation(self.models.teacher, self._objective(losses=losses or None))
@@ -251,7 +264,7 @@ class RunContext:
         return {**held_out_metrics(trainer.evaluate()), "train_seconds": seconds}
 
 
-def _size(model: nn.Module) -> dict[str, Any]:
+def _size(model: nn.Module) -> ModelFacts:
     """Return the size of the full model, without adapters, however it is quantized or sharded."""
     config = unwrap_model(model).config
     with zero3_init_context(None), torch.device("meta"):

@@ -1,16 +1,17 @@
 """Loads the frozen teacher of a recipe without a student, for writing caches and for analyses."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..core.json_types import JSONObject
 from ..errors import DistillError
 from ..recipe.load import validate
 from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
 from ..teachers import Teacher
+from ..trainer.config import DistillConfig
 from .datasets import PreparedData, num_training_rows, prepare_data
 from .model_factory import ModelFactory, check_launch
 from .model_loading import load_pretrained, resolve_model
@@ -38,7 +39,7 @@ def static_teacher_spec(recipe: Recipe) -> TeacherSpec:
     return spec
 
 
-def with_teacher(recipe: Recipe, spec: TeacherSpec) -> dict[str, Any]:
+def with_teacher(recipe: Recipe, spec: TeacherSpec) -> JSONObject:
     """Return the plain values of a recipe with this teacher as its only one, which all losses use."""
     values = recipe.model_dump(exclude_none=True)
     losses = [{key: value for key, value in loss.items() if key != "teacher"} for loss in values["losses"]]
@@ -48,7 +49,7 @@ def with_teacher(recipe: Recipe, spec: TeacherSpec) -> dict[str, Any]:
 
 def load_teacher_and_data(
     recipe: Recipe, spec: TeacherSpec, on_stage: Callable[[str], None]
-) -> tuple[Teacher, PreparedData, Any, Any]:
+) -> tuple[Teacher, PreparedData, PreTrainedTokenizerBase, DistillConfig]:
     """Load teacher, data, tokenizer and arguments; the student has no weights (meta device)."""
     check_launch(recipe)
     online = validate(with_teacher(recipe, spec))
@@ -56,10 +57,10 @@ def load_teacher_and_data(
     on_stage(f"Loading {online.tokenizer_model}")
     with args.main_process_first():
         path = resolve_model(online.tokenizer_model)
-    tokenizer: Any = load_pretrained(AutoTokenizer, path, revision=online.tokenizer_revision)
+    tokenizer = load_pretrained(AutoTokenizer, path, revision=online.tokenizer_revision)
     with args.main_process_first():
         data = prepare_data(online, tokenizer, args.seed, num_training_rows(args))
-    teacher: Any = ModelFactory(online, args, path, tokenizer).teacher
+    teacher = ModelFactory(online, args, path, tokenizer).teacher
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(
             load_pretrained(AutoConfig, path, revision=online.tokenizer_revision)

@@ -1,6 +1,6 @@
 """Builds the arguments of the trainer from a recipe."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from transformers.utils import logging
@@ -12,10 +12,17 @@ from ..trainer.config import DistillConfig
 from .early_stopping import stopping_arguments
 from .on_policy import on_policy_arguments
 
+if TYPE_CHECKING:
+    from ..trl import OnPolicyDistillConfig
+
 logger = logging.get_logger(__name__)
 
 
-def arguments(recipe: Recipe, on_policy: bool = False) -> Any:
+@overload
+def arguments(recipe: Recipe, on_policy: Literal[False] = False) -> DistillConfig: ...
+@overload
+def arguments(recipe: Recipe, on_policy: Literal[True]) -> "OnPolicyDistillConfig": ...
+def arguments(recipe: Recipe, on_policy: bool = False) -> "DistillConfig | OnPolicyDistillConfig":
     """Build the arguments of the trainer of a recipe, for this machine."""
     losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
     projectors = recipe.model_dump(include={"projectors"})["projectors"]

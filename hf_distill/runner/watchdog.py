@@ -42,15 +42,15 @@ class HangWatchdog(TrainerCallback):
         self._over = threading.Event()
         self._failure: str | None = None  # of another process
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         """Training goes on."""
         self._steps += 1
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
         """Training goes on."""
         self._steps += 1
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
         """Evaluation goes on."""
         self._steps += 1
 
@@ -189,7 +189,7 @@ _ADVICE = (
 )
 
 
-def _stack_location(thread: int) -> tuple[bool, str, Any]:
+def _stack_location(thread: int) -> tuple[bool, str, tuple[tuple[str, int, str], ...] | None]:
     """Return whether a thread waits for other ranks, its location as text, and its stack."""
     frame, stack = sys._current_frames().get(thread), []
     while frame is not None:

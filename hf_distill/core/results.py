@@ -1,0 +1,63 @@
+"""Types of the records in the `results.json` of a run."""
+
+from typing import TypeAlias, TypedDict
+
+Metrics: TypeAlias = dict[str, float]
+
+
+class ModelFacts(TypedDict, total=False):
+    """Size of a model; indices of the teacher's layers that it consists of; block influence of each of its layers."""
+
+    parameters: int
+    blocks: int
+    layers_kept: list[int]
+    block_influence: list[float]
+
+
+class DataFacts(TypedDict, total=False):
+    """Numbers of rows, their SHA-256, and the names of the sources if there are several."""
+
+    train_rows: int
+    eval_rows: int
+    tokens_per_row: float
+    train_fingerprint: str
+    eval_fingerprint: str
+    sources: list[str]
+
+
+class Provenance(TypedDict, total=False):
+    """Name of a model or dataset that was read, with its commit on the Hub or the version of its package."""
+
+    model: str
+    dataset: str
+    revision: str
+    version: str
+
+
+class StageFacts(TypedDict):
+    """A stage of progressive distillation: its models, and the metrics of its student before and after."""
+
+    stage: str
+    teacher: str
+    student: ModelFacts
+    steps: int | None
+    train_seconds: float
+    before: Metrics
+    after: Metrics
+
+
+class Results(TypedDict, total=False):
+    """The content of `results.json`. `models` holds the held-out metrics of each model, `steps` those of training."""
+
+    status: str
+    models: dict[str, Metrics]
+    steps: dict[str, int]
+    log_lines: dict[str, int]
+    chain: list[StageFacts]
+    environment: dict[str, str | int | None]
+    data: DataFacts
+    student: ModelFacts
+    teacher: ModelFacts
+    caches: dict[str, dict]
+    provenance: dict[str, Provenance]
+    origin: str
