@@ -49,7 +49,7 @@ def tokens(results: Results):
     """Perplexity over tokens, with and without a teacher."""
     run = results["long", 0]
     each = tokens_a_step(run)
-    figure, axis = axes("Tokens against quality", "tokens", "held-out perplexity")
+    figure, (axis,) = axes("Tokens against quality", "tokens", "held-out perplexity")
     for name, curve in (("student", "curve"), ("control", "control_curve")):
         points = [point for point in run[curve] if point["step"]]
         title = "distilled" if name == "student" else "hard labels alone"

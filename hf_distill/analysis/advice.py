@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from math import log
-from typing import Any
 
 from ..planning.cache_size import DRAWS, K
 from .soft_labels import AtTemperature, CacheKind
@@ -24,7 +23,7 @@ def advice_of(
     accuracy: float,
     cross_entropy: float,
     caches: Sequence[CacheKind],
-    divergence: Any = "forward_kl",
+    divergence: str | dict[str, object] = "forward_kl",
 ) -> list[str]:
     """Return advice of one or two sentences each: on temperature, on the labels, on caches.
 
@@ -85,7 +84,7 @@ def _temperature_advice(effects: dict[float, AtTemperature], temperature: float,
     return f"{text}: neither one-hot nor flat. {search}"
 
 
-def _cache_advice(caches: Sequence[CacheKind], temperature: float, divergence: Any) -> list[str]:
+def _cache_advice(caches: Sequence[CacheKind], temperature: float, divergence: str | dict[str, object]) -> list[str]:
     """Say which kinds of cache are suitable at the recipe's T, why others are not, and when a cache pays off."""
     at_recipe = [cache for cache in caches if cache.temperature in (None, temperature)]
     faults = {cache.kind: _cache_fault(cache, divergence) for cache in at_recipe}
@@ -105,7 +104,7 @@ def _cache_advice(caches: Sequence[CacheKind], temperature: float, divergence: A
     return lines
 
 
-def _cache_fault(cache: CacheKind, divergence: Any) -> str:
+def _cache_fault(cache: CacheKind, divergence: str | dict[str, object]) -> str:
     """Return why a kind of cache is not suitable; empty if it is."""
     name = divergence["name"] if isinstance(divergence, dict) else divergence
     if cache.kind == "sampled" and name not in ("forward_kl", None):

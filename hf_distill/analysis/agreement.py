@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,24 +143,22 @@ def _aggregate(
     sources = [
         _part(name, measures, measures["source"] == i) for i, name in enumerate(pair.sources) if "source" in measures
     ]
-    values: dict[str, Any] = {name: mean[name] for name in Agreement.__dataclass_fields__ if name in mean}
+    values = {name: mean[name] for name in Agreement.__dataclass_fields__ if name in mean}
+    values |= _unigram_baseline(measures["labels"], measures["teacher_nll"])
+    values |= {
+        "copied_errors": total["copied_errors"] / max(total["confident_teacher_errors"], 1.0),
+        "soft_tail": total.get("tail_energy", 0.0) / max(total.get("energy", 0.0), 1e-30),
+        "target_share": len(column) / num_tokens,
+    }
     return Agreement(
-        **values
-        | _unigram_baseline(measures["labels"], measures["teacher_nll"])
-        | {
-            "tokens": len(column),
-            "vocab_size": vocab,
-            "kl_at": _means_by_offset("kl", measures),
-            "label_at": _means_by_offset("label", measures),
-            "copied_errors": total["copied_errors"] / max(total["confident_teacher_errors"], 1.0),
-            "gradient": {
-                name: value / max(sum(gradient_sums.values()), 1e-12) for name, value in gradient_sums.items()
-            },
-            "soft_tail": total.get("tail_energy", 0.0) / max(total.get("energy", 0.0), 1e-30),
-            "target_share": len(column) / num_tokens,
-            "positions": [part for part in parts if part.tokens],
-            "sources": [part for part in sources if part.tokens],
-        }
+        **values,
+        tokens=len(column),
+        vocab_size=vocab,
+        kl_at=_means_by_offset("kl", measures),
+        label_at=_means_by_offset("label", measures),
+        gradient={name: value / max(sum(gradient_sums.values()), 1e-12) for name, value in gradient_sums.items()},
+        positions=[part for part in parts if part.tokens],
+        sources=[part for part in sources if part.tokens],
     )
 
 

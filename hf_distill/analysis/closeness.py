@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, log
-from typing import Any
 
 from .agreement import Agreement
 
@@ -23,7 +22,7 @@ class HeldOut:
     kl: float | None
 
     @classmethod
-    def of(cls, metrics: Any) -> "HeldOut | None":
+    def of(cls, metrics: object) -> "HeldOut | None":
         """Read one model's metrics from results.json; None if they contain no perplexity."""
         perplexity = _finite_number(metrics, "perplexity")
         if perplexity is None or perplexity <= 0:
@@ -45,7 +44,7 @@ class References:
     after: HeldOut | None = None
 
     @classmethod
-    def of_evidence(cls, evidence: Any, name: str) -> "References":
+    def of_evidence(cls, evidence: object, name: str) -> "References":
         """Read the references from results.json.
 
         Args:
@@ -102,7 +101,7 @@ def signs_of_distance(agreement: Agreement, references: References, alpha: float
     return signs
 
 
-def _finite_number(metrics: Any, name: str) -> float | None:
+def _finite_number(metrics: object, name: str) -> float | None:
     value = metrics.get(name) if isinstance(metrics, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         return None

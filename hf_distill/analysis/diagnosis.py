@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import DistillError
 from ..models.model_types import model_type_of
@@ -40,7 +39,7 @@ class Diagnosis:
 def diagnose(
     pair: ModelPair,
     tokens: int | None = 4096,
-    logs: Sequence[Mapping[str, Any]] = (),
+    logs: Sequence[Mapping[str, float]] = (),
     references: References | None = None,
 ) -> Diagnosis:
     """Compare student and teacher over held-out tokens, with one forward pass of each, and name failure modes.

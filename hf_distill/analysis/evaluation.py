@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..core.io import read_json, write_json
 from ..errors import DistillError
@@ -43,8 +46,8 @@ class RelativeScore:
 class TaskScore:
     """Scores of all models on one task.
 
-    scores: model -> `Score`
-    kept:   model -> `RelativeScore`; None if the teacher scores 0, so the ratio is undefined
+    scores:          model -> `Score`
+    relative_scores: model -> `RelativeScore`; None if the teacher scores 0, so the ratio is undefined
     """
 
     task: str
@@ -53,7 +56,7 @@ class TaskScore:
     higher_is_better: bool
     examples: int
     scores: dict[str, Score]
-    kept: dict[str, RelativeScore | None]
+    relative_scores: dict[str, RelativeScore | None]
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ class Retention:
 
 
 def retention(
-    models: Mapping[str, Callable[[], Any]],
-    tokenizer: Any,
+    models: Mapping[str, Callable[[], nn.Module]],
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[EvalTask],
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    known: dict[str, dict[str, list]] | None = None,
-    on_model: Callable[[str, dict], None] = lambda name, values: None,
+    earlier_values: Mapping[str, Mapping[str, list]] = MappingProxyType({}),
+    on_model: Callable[[str, dict[str, list]], None] = lambda name, values: None,
 ) -> Retention:
     """Score models on tasks of the lm-evaluation-harness, relative to the teacher.
 
@@ -87,7 +90,7 @@ def retention(
         limit: maximum number of examples of each task.
         batch_size: of the harness.
         seed: of the bootstrap.
-        known: scores of an earlier evaluation, model -> task -> values of the examples; these are not computed again.
+        earlier_values: of an earlier evaluation, model -> task -> values of the examples; not computed again.
         on_model: called with a model's name and scores when they are complete.
 
     Raises:
@@ -97,7 +100,7 @@ def retention(
         raise DistillError(
             f"The models are {', '.join(models)}: add the teacher, because scores are relative to the teacher's."
         )
-    values = {name: dict((known or {}).get(name, {})) for name in models}
+    values = {name: dict(earlier_values.get(name, {})) for name in models}
     for name, load in models.items():
         if missing := [task for task in tasks if task.name not in values[name]]:
             values[name] |= per_example_scores(load(), tokenizer, missing, limit, batch_size)
@@ -140,7 +143,7 @@ def retention_of(
     if "control" in requested:
         run.path("control")
     pair = ModelPair.of_run(run, on_stage=on_stage)
-    loaders: dict[str, Callable[[], Any]] = {
+    loaders: dict[str, Callable[[], nn.Module | None]] = {
         "teacher": lambda: pair.teacher,
         "before": lambda: student_before(run, pair.teacher).to(pair.device),
         "student": lambda: pair.student,
@@ -148,23 +151,21 @@ def retention_of(
     }
     file = run.folder / "retention.json"
     saved = read_json(file)
-    known = saved.get("values", {}) if saved.get("limit") == limit else {}
+    values_by_model = saved.get("values", {}) if saved.get("limit") == limit else {}
 
-    def loader(name: str) -> Callable[[], Any]:
-        def load() -> Any:
-            on_stage(f"{name}: {', '.join(task.name for task in tasks)}")
-            return loaders[name]()
+    def load(name: str) -> nn.Module:
+        on_stage(f"{name}: {', '.join(task.name for task in tasks)}")
+        model = loaders[name]()
+        assert model is not None
+        return model
 
-        return load
+    def save(name: str, values: dict[str, list]) -> None:
+        values_by_model[name] = values_by_model.get(name, {}) | values
+        write_json(file, {"limit": limit, "values": values_by_model})
 
-    def save(name: str, values: dict) -> None:
-        known[name] = known.get(name, {}) | values
-        write_json(file, {"limit": limit, "values": known})
-
-    result = retention(
-        {name: loader(name) for name in requested}, pair.tokenizer, tasks, limit, batch_size, 0, known, save
-    )
-    write_json(file, asdict(result) | {"values": known})
+    requested_loaders = {name: partial(load, name) for name in requested}
+    result = retention(requested_loaders, pair.tokenizer, tasks, limit, batch_size, 0, values_by_model, save)
+    write_json(file, asdict(result) | {"values": values_by_model})
     return result
 
 
@@ -210,11 +211,15 @@ def _by_category(tasks: Sequence[TaskScore], resamples: Mapping[str, Mapping[str
     """Return means over the tasks of each category; tasks without a relative score are left out."""
     categories: dict[str, dict[str, RelativeScore]] = {}
     for category in dict.fromkeys(task.category for task in tasks):
-        for name in dict.fromkeys(name for task in tasks for name in task.kept):
-            scored = [task for task in tasks if task.category == category and task.kept.get(name) is not None]
+        for name in dict.fromkeys(name for task in tasks for name in task.relative_scores):
+            scored = {
+                task.task: score
+                for task in tasks
+                if task.category == category and (score := task.relative_scores.get(name)) is not None
+            }
             if scored:
-                percents = [score.percent for task in scored if (score := task.kept[name]) is not None]
-                shares = np.mean([resamples[task.task][name] for task in scored], axis=0)
+                percents = [score.percent for score in scored.values()]
+                shares = np.mean([resamples[task][name] for task in scored], axis=0)
                 mean = _relative_score(float(np.mean(percents)) / 100, shares)
                 categories.setdefault(category, {})[name] = mean
     return categories

@@ -1,7 +1,5 @@
 """The student of a run as it was before training."""
 
-from typing import Any
-
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +30,5 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
             f"{run.folder / 'results.json'} does not contain which blocks the student kept (student.layers_kept): "
             "`hf-distill run RECIPE --resume` completes the run and writes it."
         )
-    full_model: Any = donor
-    student = cut_student(full_model, layers).to(next(full_model.parameters()).dtype)
-    return student.requires_grad_(False).eval()
+    student: nn.Module = cut_student(donor, layers)
+    return student.to(next(donor.parameters()).dtype).requires_grad_(False).eval()

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +114,8 @@ def inspect_teacher(
     vocab = num_tokens = num_rows = 0
     hidden: int | None = None
     for batch in pair.with_student(None).batches(tokens):
-        source: Any = batch.teacher
+        source = batch.teacher
+        assert source is not None
         vocab, hidden = source.vocab_size, source.hidden.shape[1] if isinstance(source, LazyLogits) else None
         for block, logits in blocks_of(source):
             for token in range(block.start, block.stop):
@@ -184,7 +184,7 @@ def _position(pair: ModelPair, batch: PairBatch, index: int, token: int, logits:
         context = context[mask[row, : column + 1] != 0]
 
     def decode(ids: list[int]) -> str:
-        return " ".join(map(str, ids)) if pair.tokenizer is None else pair.tokenizer.decode(ids)
+        return " ".join(map(str, ids)) if pair.tokenizer is None else str(pair.tokenizer.decode(ids))
 
     return Position(
         index=index,

@@ -5,10 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DistillError, did_you_mean, require_package
 from ..models.model_types import model_type_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 PACKAGED = ("mini_hellaswag", "mini_truthfulqa", "mini_gsm8k", "mini_documentation")
 # Category of a task by the beginning of its name; metadata.category of the task has precedence.
@@ -35,8 +41,8 @@ class EvalTask:
     category: str
     metric: str
     higher_is_better: bool
-    aggregate: Callable[[Sequence[Any]], float]
-    task: Any
+    aggregate: Callable[[Sequence], float]
+    task: "Task"
 
 
 def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = None) -> list[EvalTask]:
@@ -84,8 +90,12 @@ def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = N
 
 
 def per_example_scores(
-    model: Any, tokenizer: Any, tasks: Sequence[EvalTask], limit: int | None, batch_size: int
-) -> dict:
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tasks: Sequence[EvalTask],
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, list]:
     """Return task -> scores of a model on each example, in the order of the examples.
 
     Raises:
@@ -107,7 +117,7 @@ def per_example_scores(
     return scores
 
 
-def check_model(model: Any) -> None:
+def check_model(model: nn.Module) -> None:
     """Check that a model is a causal language model.
 
     Raises:
@@ -121,7 +131,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def _eval_task(task: Any) -> EvalTask:
+def _eval_task(task: "Task") -> EvalTask:
     name, metrics = str(task.config.task), [*task.higher_is_better()]
     if not metrics:
         raise DistillError(f"Task {name!r} has no metric: add a metric_list to its YAML.")
@@ -133,7 +143,7 @@ def _eval_task(task: Any) -> EvalTask:
     )
 
 
-def _leaves(tasks: dict) -> list[Any]:
+def _leaves(tasks: dict) -> list["Task"]:
     """Return the tasks of a nested dictionary of task groups."""
     return [leaf for value in tasks.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
 

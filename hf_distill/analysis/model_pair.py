@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.targets import Targets
@@ -58,15 +59,15 @@ class ModelPair:
 
     teacher: nn.Module | None
     student: nn.Module | None
-    rows: Any
-    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-    tokenizer: Any = None
+    rows: Dataset
+    collator: Callable[[list[dict]], dict[str, Tensor]]
+    tokenizer: PreTrainedTokenizerBase | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 2
     sources: tuple[str, ...] = ()
     temperature: float = 2.0
     alpha: float = 0.5
-    divergence: Any = "forward_kl"
+    divergence: str | dict[str, object] = "forward_kl"
     smoke: str | None = None
 
     @classmethod
@@ -136,7 +137,8 @@ class ModelPair:
             DistillError: the held-out rows have no target token.
         """
         num_targets, rows = 0, iter(self.rows)
-        model: Any = self.teacher if self.student is None else self.student
+        model = self.teacher if self.student is None else self.student
+        assert model is not None
         shift = model_type_of(model).shifts_labels
         while (tokens is None or num_targets < tokens) and (batch := [*islice(rows, self.batch_size)]):
             inputs = {name: value.to(self.device) for name, value in self.collator(batch).items()}
@@ -165,8 +167,7 @@ def _logits(model: nn.Module | None, inputs: dict, targets: Targets) -> LazyLogi
     if model is None:
         return None
     with eval_mode(model):
-        logits: Any = extract_signals(model, inputs, targets, {}).logits
-    return logits
+        return cast(LazyLogits | DenseLogits, extract_signals(model, inputs, targets, {}).logits)
 
 
 def _recipe_with_saved_teacher(run: Run) -> Recipe:

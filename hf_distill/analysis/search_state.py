@@ -4,9 +4,10 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ..core.io import damage_reported, read_json, write_json
+from ..core.json_types import JSONObject
 from ..errors import DistillError
 from ..trainer.checkpoints import checkpoints_of
 from .successive_halving import Candidate, Rung
@@ -14,12 +15,20 @@ from .successive_halving import Candidate, Rung
 FILE = "temperature.json"
 
 
-def load_or_create(folder: Path, settings: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
+class SearchSettings(TypedDict):
+    """The values of the recipe, the criterion ("nll" or "kl"), and eta; see `find_temperature`."""
+
+    recipe: JSONObject
+    by: str
+    eta: int
+
+
+def load_or_create(folder: Path, settings: SearchSettings, grid: list[Candidate]) -> list[Candidate]:
     """Return the candidates with the rungs of an interrupted search, or the grid of a new search.
 
     Args:
         folder: of the search.
-        settings: recipe, criterion and eta; an interrupted search must have the same.
+        settings: an interrupted search must have the same.
         grid: the candidates without rungs.
 
     Raises:
@@ -30,7 +39,7 @@ def load_or_create(folder: Path, settings: dict[str, Any], grid: list[Candidate]
         return _restore(folder, saved, settings, grid)
 
 
-def _restore(folder: Path, saved: dict[str, Any], settings: dict[str, Any], grid: list[Candidate]) -> list[Candidate]:
+def _restore(folder: Path, saved: dict, settings: SearchSettings, grid: list[Candidate]) -> list[Candidate]:
     """Return the candidates with the rungs that the file has of them."""
     if not saved and folder.is_dir() and any(folder.iterdir()):
         raise DistillError(f"{folder} contains files but no {FILE}: choose another folder with -o.")
@@ -39,7 +48,7 @@ def _restore(folder: Path, saved: dict[str, Any], settings: dict[str, Any], grid
         save_search(folder, settings, grid)
         return grid
     saved_candidates = {(c["temperature"], c["alpha"]): c for c in saved["candidates"]}
-    differences = [key for key in settings if saved[key] != settings[key]]
+    differences = [key for key, value in settings.items() if saved[key] != value]
     if {*saved_candidates} != {(c.temperature, c.alpha) for c in grid}:
         differences.append("the grid")
     if differences:
@@ -54,9 +63,9 @@ def _restore(folder: Path, saved: dict[str, Any], settings: dict[str, Any], grid
     return grid
 
 
-def save_search(folder: Path, settings: dict[str, Any], candidates: list[Candidate]) -> None:
+def save_search(folder: Path, settings: SearchSettings, candidates: list[Candidate]) -> None:
     """Write all measurements, then delete the checkpoints of earlier rungs."""
-    write_json(folder / FILE, settings | {"candidates": [asdict(c) for c in candidates]})
+    write_json(folder / FILE, {**settings, "candidates": [asdict(c) for c in candidates]})
     for candidate in candidates:
         for rung in candidate.rungs[:-1]:
             shutil.rmtree(folder / candidate.name / f"checkpoint-{rung.step}", ignore_errors=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite, log
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, set_seed
 
@@ -19,8 +19,12 @@ from ..runner.cache_writer import write_smoke_cache
 from ..runner.model_factory import check_launch
 from ..runner.single_run import RunContext, held_out_metrics
 from ..runner.training_arguments import arguments
-from .search_state import FILE, delete_checkpoints, load_or_create, save_search
+from ..trainer.config import DistillConfig
+from .search_state import FILE, SearchSettings, delete_checkpoints, load_or_create, save_search
 from .successive_halving import Candidate, Rung, cost, pareto_front, ranked, rungs
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9)
@@ -81,13 +85,13 @@ def find_temperature(
     plan = rungs(len(grid), recipe.train.max_steps, eta)
     args = arguments(recipe)
     search_folder = Path(folder or f"{recipe.train.output_dir}-temperature")
-    settings = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
+    settings: SearchSettings = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
     candidates = run_on_main(lambda: load_or_create(search_folder, settings, grid))
     with ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(lock_folder(search_folder, "a search for a temperature")))
         winner = _train_rungs(candidates, plan, settings, recipe, args, search_folder, on_stage)
         result = _result(candidates, plan, winner, recipe, search_folder, by)
-        run_on_main(partial(write_json, search_folder / FILE, settings | asdict(result)))
+        run_on_main(partial(write_json, search_folder / FILE, {**settings, **asdict(result)}))
         run_on_main(partial(delete_checkpoints, search_folder, candidates, []))
     return result
 
@@ -95,9 +99,9 @@ def find_temperature(
 def _train_rungs(
     candidates: list[Candidate],
     plan: list[tuple[int, int]],
-    settings: dict[str, Any],
+    settings: SearchSettings,
     recipe: Recipe,
-    args: Any,
+    args: DistillConfig,
     folder: Path,
     on_stage: Callable[[str], None],
 ) -> Candidate:
@@ -132,7 +136,7 @@ def _result(
     )
 
 
-def hp_space(trial: Any) -> dict[str, float]:
+def hp_space(trial: "Trial") -> dict[str, float]:
     """Search space for `Trainer.hyperparameter_search(backend="optuna")`: T from 1 to 8 (log scale), alpha 0.1 to 1."""
     return {
         "temperature": trial.suggest_float("temperature", 1.0, 8.0, log=True),
@@ -157,7 +161,9 @@ class _StopAt(TrainerCallback):
             control.should_save = state.global_step < state.max_steps
 
 
-def _load_context(recipe: Recipe, args: Any, folder: Path, by: str, on_stage: Callable[[str], None]) -> RunContext:
+def _load_context(
+    recipe: Recipe, args: DistillConfig, folder: Path, by: str, on_stage: Callable[[str], None]
+) -> RunContext:
     """Load models and data once for all candidates.
 
     Raises:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..core.logits import DenseLogits
 from ..core.signals import Signals
@@ -62,7 +62,7 @@ class Chunk:
         return cls(batch, rows, near_rows, student, teacher[:, :vocab], terms, temperature)
 
 
-def measure_tokens(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
+def measure_tokens(chunk: Chunk, tokenizer: PreTrainedTokenizerBase | None, shift: bool) -> dict[str, Tensor]:
     """Return the measures of each token, name -> [r].
 
     Args:
@@ -161,7 +161,7 @@ def _offset_measures(chunk: Chunk, log_p: Tensor, near_log_q: Tensor) -> dict[st
     return measures
 
 
-def _target_measures(chunk: Chunk, tokenizer: Any, shift: bool) -> dict[str, Tensor]:
+def _target_measures(chunk: Chunk, tokenizer: PreTrainedTokenizerBase | None, shift: bool) -> dict[str, Tensor]:
     """Column of each token, and whether it is padding or a special token.
 
     A token is padding if its attention mask is 0, or if it is the padding token after another padding token.

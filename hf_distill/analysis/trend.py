@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from statistics import linear_regression, variance
-from typing import Any
 
 MIN_LOG_LINES = 8  # fewer lines give no trend
 # A fall is at least this share of the loss, and at least this many nats/token, because a soft loss near 0 halves often.
@@ -57,7 +56,7 @@ class Trend:
     while_high: LinearTrend
 
 
-def trend_of(logs: Sequence[Mapping[str, Any]]) -> Trend | None:
+def trend_of(logs: Sequence[Mapping[str, float]]) -> Trend | None:
     """Return the trend of log lines with `loss` and, optionally, `learning_rate`; None if there are too few lines."""
     lines = [log for log in logs if "loss" in log]
     highest = max((log.get("learning_rate", 0.0) for log in lines), default=0.0)
@@ -83,7 +82,7 @@ class KlTrend:
     rises: bool
 
 
-def kl_trend_of(logs: Sequence[Mapping[str, Any]]) -> KlTrend | None:
+def kl_trend_of(logs: Sequence[Mapping[str, float]]) -> KlTrend | None:
     """Return the course of the KL over evaluations (`eval_kl`), or over steps (`kl`) if fewer than two were evaluated.
 
     All evaluations use the same rows, so a rise by MIN_RISE_SHARE and MIN_FALL_NATS is not noise. None: the log has too
@@ -105,7 +104,7 @@ def kl_trend_of(logs: Sequence[Mapping[str, Any]]) -> KlTrend | None:
     return KlTrend(trend.before, int(half[len(half) // 4].get("step", 0)), trend.before - trend.nats, rises)
 
 
-def _linear_trend(lines: Sequence[Mapping[str, Any]], name: str = "loss") -> LinearTrend:
+def _linear_trend(lines: Sequence[Mapping[str, float]], name: str = "loss") -> LinearTrend:
     steps, losses = range(len(lines)), [log[name] for log in lines]
     slope, start = linear_regression(steps, losses)
     half, spread = len(lines) / 2, variance(steps) * (len(lines) - 1)

@@ -62,7 +62,7 @@ def retention_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for task in tasks:
         cells = [_score(task["scores"].get(model)) for model in models]
-        relative = (task["kept"] or {}).get("student")
+        relative = (task["relative_scores"] or {}).get("student")
         percent = f"{relative['percent']:.0f} % [{relative['low']:.0f}, {relative['high']:.0f}]" if relative else "-"
         rows.append([task["task"], task["metric"], f"{task['examples']}", *cells, percent])
     text = (

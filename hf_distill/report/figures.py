@@ -2,10 +2,14 @@
 
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.escape import html_text
 from ..errors import require_package
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The SVG replaces this color with the text color of the page; in a PNG it is nearly black on white.
 TEXT_COLOR = "#010203"
@@ -18,7 +22,7 @@ COLORS = {
     "hard": "#c9505e",
 }
 _COLOR_CYCLE = ["#2f7ed8", "#e07b28", "#2a9d6f", "#a55fc4", "#c9505e", "#8f96a3", "#b59b1c", "#1fa3b5"]
-_STYLE: Any = {
+_STYLE: dict = {
     "axes.edgecolor": TEXT_COLOR,
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -38,8 +42,10 @@ _STYLE: Any = {
 }
 
 
-def axes(title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, count: int = 1) -> tuple[Any, Any]:
-    """Return (figure, axes) of matplotlib in the common style; with `count` > 1 axes is a list of axes in one row.
+def axes(
+    title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, count: int = 1
+) -> "tuple[Figure, list[Axes]]":
+    """Return (figure, axes) of matplotlib in the common style; the axes are in one row.
 
     Args:
         title: of the figure.
@@ -64,15 +70,15 @@ def axes(title: str, x: str, y: str, width: float = 6.4, height: float = 3.2, co
         for subplot in subplots:
             subplot.set_xlabel(x)
         subplots[0].set_ylabel(y)
-    return figure, subplots[0] if count == 1 else subplots
+    return figure, subplots
 
 
-def legend(axes: Any, **options) -> None:
+def legend(subplot: "Axes", fontsize: str | None = None) -> None:
     """Add a legend in the text color."""
-    axes.legend(frameon=False, labelcolor=TEXT_COLOR, **options)
+    subplot.legend(frameon=False, labelcolor=TEXT_COLOR, fontsize=fontsize)
 
 
-def _disable_formulas(figure: Any) -> Any:
+def _disable_formulas(figure: "Figure") -> "Figure":
     """Show labels with dollar signs as plain text; tick labels remain formulas, because matplotlib formats them so."""
     from matplotlib.text import Text
 
@@ -82,7 +88,7 @@ def _disable_formulas(figure: Any) -> Any:
     return figure
 
 
-def svg(figure: Any) -> str:
+def svg(figure: "Figure") -> str:
     """Return a figure as an SVG element with the page's text color and without a fixed size."""
     import matplotlib
 
@@ -100,7 +106,7 @@ def svg(figure: Any) -> str:
     )
 
 
-def png(figure: Any, path: Path) -> Path:
+def png(figure: "Figure", path: Path) -> Path:
     """Write a figure as a PNG on white, and return the path."""
     _disable_formulas(figure).savefig(path, format="png", dpi=160, facecolor="white")
     return path

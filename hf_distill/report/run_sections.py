@@ -2,14 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
+from ..analysis.verdicts import Verdict
 from ..cache.files import file_entry
+from ..core.results import Metrics
 from ..runner.run_results import Run
 from . import plots
 from .figures import svg
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Plot
 
 MODEL_TITLES = {
     "before": "student before training",
@@ -33,7 +39,7 @@ class Figure:
     """A matplotlib figure with a caption."""
 
     name: str
-    figure: Any
+    figure: "Plot"
     caption: str = ""
 
     @property
@@ -54,8 +60,8 @@ class Section:
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
-    verdicts: Sequence[Any] = ()
-    samples: Sequence[Any] = ()
+    verdicts: Sequence[Verdict] = ()
+    samples: Sequence[Sample] = ()
     code: Sequence[str] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -81,20 +87,21 @@ def training(run: Run) -> Section:
     logs = {name: run.logs(name) for name in ("student", "control") if run.logs(name)}
     student = logs.get("student", [])
     figures = [
-        Figure(
+        (
             "losses",
             plots.losses(student),
             "Each term is shown as logged, before it is multiplied by its weight; the soft term contains T².",
         ),
-        Figure("closeness", plots.closeness(logs)),
-        Figure("sources", plots.sources(student)),
-        Figure(
+        ("closeness", plots.closeness(logs), ""),
+        ("sources", plots.sources(student), ""),
+        (
             "entropies",
             plots.entropies(student),
             "A student whose entropy is far below the teacher's is overconfident.",
         ),
     ]
-    return Section("training", "Training", figures=[figure for figure in figures if figure.figure is not None])
+    shown = [Figure(name, figure, caption) for name, figure, caption in figures if figure is not None]
+    return Section("training", "Training", figures=shown)
 
 
 def provenance(run: Run) -> Section:
@@ -114,7 +121,7 @@ def provenance(run: Run) -> Section:
     )
 
 
-def _summary(models: dict[str, dict[str, float]]) -> str:
+def _summary(models: dict[str, Metrics]) -> str:
     """Return one sentence on the student's perplexity, compared with the control if there is one."""
     after, control = models["student"], models.get("control", {})
     if "perplexity" not in after:
@@ -129,7 +136,7 @@ def _summary(models: dict[str, dict[str, float]]) -> str:
     return text + "."
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):

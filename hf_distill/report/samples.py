@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
 from ..analysis.initial_student import student_before
 from ..analysis.model_pair import ModelPair, load_model
@@ -51,7 +52,7 @@ def write_samples(
         DistillError: see `ModelPair.of_run`.
     """
     pair = ModelPair.of_run(run, on_stage=on_stage)
-    loaders: dict[str, Callable[[], Any]] = {
+    loaders: dict[str, Callable[[], nn.Module | None]] = {
         "teacher": lambda: pair.teacher,
         "before": lambda: student_before(run, pair.teacher).to(pair.device),
         "student": lambda: pair.student,
@@ -63,18 +64,18 @@ def write_samples(
     texts: list[dict[str, str]] = [{} for _ in rows]
     for name, load in loaders.items():
         on_stage(f"{name}: generating {len(rows)} samples")
-        model = load()
+        model = cast(GenerationMixin, load())
         for text, (ids, _) in zip(texts, rows, strict=True):
             text[name] = _continue(model, ids, new_tokens, pair)
-    decode = pair.tokenizer.decode
     samples = [
-        Sample(decode(ids), decode(rest[:new_tokens]), text) for (ids, rest), text in zip(rows, texts, strict=True)
+        Sample(_decode(pair, ids), _decode(pair, rest[:new_tokens]), text)
+        for (ids, rest), text in zip(rows, texts, strict=True)
     ]
     write_json(run.folder / "samples.json", {"samples": [asdict(sample) for sample in samples]})
     return samples
 
 
-def _prompt(row: dict[str, Any], count: int) -> tuple[list[int], list[int]]:
+def _prompt(row: dict[str, list[int]], count: int) -> tuple[list[int], list[int]]:
     """Split a row into the prompt and its continuation."""
     ids, labels = list(row["input_ids"]), list(row["labels"])
     first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
@@ -83,16 +84,21 @@ def _prompt(row: dict[str, Any], count: int) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def _continue(model: nn.Module, ids: list[int], count: int, pair: ModelPair) -> str:
+def _continue(model: GenerationMixin, ids: list[int], count: int, pair: ModelPair) -> str:
     prompt = torch.tensor([ids], device=pair.device)
-    generator: Any = model
     tokenizer = pair.tokenizer
+    assert tokenizer is not None
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    output = generator.generate(
+    output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=count,
         do_sample=False,
         pad_token_id=pad_token_id,
     )
-    return pair.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return _decode(pair, output[0, len(ids) :].tolist(), skip_special_tokens=True)
+
+
+def _decode(pair: ModelPair, ids: list[int], skip_special_tokens: bool = False) -> str:
+    assert pair.tokenizer is not None
+    return str(pair.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))

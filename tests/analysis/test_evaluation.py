@@ -113,7 +113,11 @@ def test_the_interval_equals_that_of_resampling_student_and_teacher_together():
     teacher = rng.integers(0, 2, 200).astype(float)
     student = np.where(rng.random(200) < 0.8, teacher, 0.0)
     values = known_values(teacher=teacher.tolist(), student=student.tolist())
-    result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values).tasks[0].kept["student"]
+    result = (
+        retention(dict.fromkeys(values, None), None, [mean_task()], earlier_values=values)
+        .tasks[0]
+        .relative_scores["student"]
+    )
     assert result.percent == pytest.approx(100 * student.mean() / teacher.mean())
     draws = []
     for seed in range(2000):
@@ -127,21 +131,25 @@ def test_the_interval_equals_that_of_resampling_student_and_teacher_together():
 def test_a_student_with_the_answers_of_the_teacher_scores_100_percent_without_uncertainty():
     answers = [1.0, 0.0, 1.0, 1.0, 0.0] * 8
     values = known_values(teacher=answers, student=answers)
-    result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values).tasks[0].kept["student"]
+    result = (
+        retention(dict.fromkeys(values, None), None, [mean_task()], earlier_values=values)
+        .tasks[0]
+        .relative_scores["student"]
+    )
     assert (result.percent, result.low, result.high) == (100.0, 100.0, 100.0)
 
 
 def test_the_ratio_is_inverted_where_lower_is_better():
     values = known_values(teacher=[10.0] * 5, student=[20.0] * 5)
-    result = retention(dict.fromkeys(values, None), None, [mean_task(higher=False)], known=values)
-    assert result.tasks[0].kept["student"].percent == pytest.approx(50.0)
+    result = retention(dict.fromkeys(values, None), None, [mean_task(higher=False)], earlier_values=values)
+    assert result.tasks[0].relative_scores["student"].percent == pytest.approx(50.0)
     assert result.categories["reasoning"]["student"].percent == pytest.approx(50.0)
 
 
 def test_a_teacher_with_score_zero_gives_no_relative_score():
     values = known_values(teacher=[0.0] * 5, student=[1.0] * 5)
-    result = retention(dict.fromkeys(values, None), None, [mean_task()], known=values)
-    assert result.tasks[0].kept == {"student": None}
+    result = retention(dict.fromkeys(values, None), None, [mean_task()], earlier_values=values)
+    assert result.tasks[0].relative_scores == {"student": None}
     assert result.categories == {}
 
 

@@ -244,12 +244,12 @@ def test_a_cache_without_full_distributions_can_only_be_judged_by_nll(tmp_path):
     result = find_temperature(cached, **options)
     assert {c.rungs[-1].kl for c in result.candidates} == {None}
     assert result.pareto_front == [result.candidates[0].name]
-    assert len(plots.search(asdict(result)).axes[1].lines) == 0
+    assert len(plots.search(result).axes[1].lines) == 0
 
 
 def test_the_plot_shows_the_measured_values(search):
     result, _ = search
-    nll, kl, over_t = plots.search(asdict(result)).axes
+    nll, kl, over_t = plots.search(result).axes
     for axes, key in ((nll, "nll"), (kl, "kl")):
         shown = sorted([*map(float, line.get_ydata())] for line in axes.lines)
         assert shown == sorted([getattr(rung, key) for rung in c.rungs] for c in result.candidates)

@@ -78,7 +78,10 @@ def test_a_card_contains_the_verdicts_of_the_diagnosis():
 
 def test_a_bar_in_a_cell_does_not_break_the_table():
     task = {"task": "a|b", "metric": "acc", "examples": 3, "scores": {"student": {"value": 0.5, "stderr": 0.1}}}
-    assert "| a\\|b | acc | 3 | 0.500 ± 0.100 | - |" in build_card(replace(FACTS, retention=[task | {"kept": {}}])).text
+    assert (
+        "| a\\|b | acc | 3 | 0.500 ± 0.100 | - |"
+        in build_card(replace(FACTS, retention=[task | {"relative_scores": {}}])).text
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_external_text_is_not_rendered_as_markup():
         training={"stages": ATTACK, "arguments": {ATTACK: ATTACK}},
         environment={"device": ATTACK, "platform": ATTACK, "torch": ATTACK},
         license=LicenseDecision(ATTACK, [ATTACK], [ATTACK]),
-        retention=[task | {"kept": {}}],
+        retention=[task | {"relative_scores": {}}],
         diagnosis={ATTACK: ATTACK},
         recipe={"train": {"run_name": ATTACK, "long": ATTACK * 3}},
         origin=ATTACK,

@@ -121,6 +121,8 @@ def test_the_report_shows_the_results_of_the_analysis_commands(folder):
 
     from hf_distill.analysis.evaluation import retention
     from hf_distill.analysis.lm_eval_tasks import EvalTask
+    from hf_distill.analysis.successive_halving import Candidate, Rung
+    from hf_distill.analysis.temperature_search import SearchResult
     from hf_distill.core.io import read_json, write_json
 
     for command in ("inspect", "diagnose", "curve"):
@@ -128,13 +130,15 @@ def test_the_report_shows_the_results_of_the_analysis_commands(folder):
         assert result.exit_code == 0, result.output
     task = EvalTask("mini_maths", "maths", "acc", True, lambda values: sum(values) / len(values), None)
     values = {"teacher": [1, 1, 1, 0], "student": [1, 0, 1, 0], "control": [0, 0, 1, 0]}
-    scores = retention(dict.fromkeys(values), None, [task], known={m: {"mini_maths": v} for m, v in values.items()})
+    earlier = {model: {"mini_maths": examples} for model, examples in values.items()}
+    scores = retention(dict.fromkeys(values), None, [task], earlier_values=earlier)
     write_json(folder / "retention.json", asdict(scores))
-    rung = {"step": 4, "nll": 3.25, "kl": 0.5, "agreement": 0.75}
-    without_kl = {"temperature": 1.0, "alpha": 0.9, "rungs": [rung | {"nll": 3.5, "kl": None, "agreement": None}]}
-    search = {"candidates": [{"temperature": 2.0, "alpha": 0.5, "rungs": [rung]}, without_kl], "by": "nll", "runs": 2.5}
-    folder.with_name("run-temperature").mkdir()
-    write_json(folder.with_name("run-temperature") / "temperature.json", search | {"overrides": ["distill.alpha=0.5"]})
+    best = Candidate(2.0, 0.5, True, [Rung(4, 3.25, 0.5, 0.75)])
+    without_kl = Candidate(1.0, 0.9, False, [Rung(4, 3.5, None, None)])
+    search_folder = folder.with_name("run-temperature")
+    search_folder.mkdir()
+    search = SearchResult(str(search_folder), [best, without_kl], [best.name], "nll", 10, 2.5, ["distill.alpha=0.5"])
+    write_json(search_folder / "temperature.json", asdict(search))
     write_samples(open_run(folder), 1, new_tokens=3)
     written = report(open_run(folder))
     assert written.missing == {}
@@ -226,7 +230,7 @@ def test_title_and_legend_of_a_plot_are_not_rendered_as_markup():
     from hf_distill.report.figures import axes, legend, svg
 
     attack = '<script>alert("1")</script> & $\\frac{1$ \' '
-    figure, subplot = axes(attack, attack, attack)
+    figure, (subplot,) = axes(attack, attack, attack)
     subplot.plot([1, 2], label=attack)
     legend(subplot)
     root = ElementTree.fromstring(svg(figure))

@@ -69,7 +69,7 @@ def _relative_scores(result: Any) -> Table:
     table.add_column("")
     for name in models:
         table.add_column(name, justify="right")
-    rows = [(task.task, task.kept) for task in result.tasks]
+    rows = [(task.task, task.relative_scores) for task in result.tasks]
     rows += [(f"· {category}", scores) for category, scores in result.categories.items()]
     for title, scores in rows:
         cells = [scores.get(name) for name in models]

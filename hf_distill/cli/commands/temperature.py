@@ -96,4 +96,4 @@ def _plot(result: Any) -> str:
     from ...report import plots
     from ...report.figures import png
 
-    return f"Plot: {png(plots.search(asdict(result)), Path(result.folder) / 'temperature.png')}"
+    return f"Plot: {png(plots.search(result), Path(result.folder) / 'temperature.png')}"
