@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from ..recipe.problems import raise_problems
 from ..recipe.resolve import on_the_hub
 from ..recipe.schema import Recipe
 from .app import out
+
+if TYPE_CHECKING:
+    from ..recipe.downloads import Download
 
 
 def confirm_downloads(reference: str, recipe: Recipe, yes: bool, show: bool = False) -> None:
@@ -51,7 +54,7 @@ def confirm_downloads(reference: str, recipe: Recipe, yes: bool, show: bool = Fa
     typer.confirm("Download and continue?", default=True, abort=True)
 
 
-def _table(repositories: list[Any]) -> Table:
+def _table(repositories: "list[Download]") -> Table:
     table = Table(title="Repositories on the Hub", title_justify="left")
     for heading in ("repository", "used for", "commit", "size", "to download"):
         table.add_column(heading, justify="right" if heading in ("size", "to download") else "left")

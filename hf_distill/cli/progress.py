@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,7 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from ..cache.writer import CacheProgress
 
 _LINE_SECONDS = 30.0
 
@@ -60,8 +63,8 @@ class RichProgress(TrainerCallback):
         """Print the stage that begins."""
         self._console.print(Text.assemble(("·", "bold"), " ", text))
 
-    def update_cache(self, progress: Any) -> None:
-        """Show the progress of writing a teacher cache; see `cache.writer.Progress`."""
+    def update_cache(self, progress: "CacheProgress") -> None:
+        """Show the progress of writing a teacher cache."""
         if "writing" not in self._bars:
             self._start("writing", progress.total_tokens)
         pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
@@ -93,15 +96,22 @@ class RichProgress(TrainerCallback):
         if name in self._bars:
             self._progress.remove_task(self._bars.pop(name))
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Show the bar of training steps."""
         self._start("training", state.max_steps, state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Advance the bar of training steps."""
         self._update("training", state.global_step, unit="step")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
         """Show the newest losses next to the bar."""
         if logs and "loss" in logs and "training" in self._bars:
             terms = [f"{k.removesuffix('_loss')} {v:.3f}" for k, v in logs.items() if k.endswith("_loss")]
@@ -109,11 +119,18 @@ class RichProgress(TrainerCallback):
                 self._bars["training"], losses=" · ".join([f"loss {float(logs['loss']):.3f}", *terms])
             )
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Remove the bar of training steps."""
         self._remove("training")
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: object = None,
+        **kwargs,
+    ) -> None:
         """Show or advance the bar of evaluation batches."""
         if "evaluating" not in self._bars:
             self._start("evaluating", len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None)
@@ -121,6 +138,6 @@ class RichProgress(TrainerCallback):
         self._batches += 1
         self._update("evaluating", self._batches, unit="batch")
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Remove the bar of evaluation batches."""
         self._remove("evaluating")

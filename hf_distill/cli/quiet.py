@@ -2,10 +2,13 @@
 
 import logging
 import warnings
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.main import get_command
+
+if TYPE_CHECKING:
+    from typer._click import Command, Parameter
 
 # DeepSpeed logs the accelerator that it selected, bitsandbytes the kernels that are missing.
 _LOGGERS = ("DeepSpeed", "bitsandbytes")
@@ -37,7 +40,7 @@ def restore_other_packages() -> None:
         warnings.filterwarnings("default", category=category, module=_PACKAGES)
 
 
-def add_verbose(command: Any) -> Any:
+def add_verbose(command: "Command") -> "Command":
     """Add `--verbose` to a command and all its subcommands.
 
     Args:
@@ -49,7 +52,7 @@ def add_verbose(command: Any) -> Any:
     return command
 
 
-def _verbose_option() -> Any:
+def _verbose_option() -> "Parameter":
     """Return the option that Typer makes from the parameter of a command."""
     option_app = typer.Typer(add_completion=False)
 

@@ -40,7 +40,7 @@ class StageFacts(TypedDict):
     stage: str
     teacher: str
     student: ModelFacts
-    steps: int | None
+    steps: int
     train_seconds: float
     before: Metrics
     after: Metrics

@@ -1,16 +1,15 @@
 """Generates the card of a distilled model: metadata for the Hub, and text, tables and figures from the template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.escape import code_block, code_span, markdown, yaml_text
 from ..core.references import is_id
-from .data import CardData
+from .data import CardData, StudentFacts
 from .snippet import snippet_of
 from .tables import METRICS, held_out_table, retention_table
 from .text import license_lines, summary_of, training_lines
@@ -53,7 +52,7 @@ def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
 
 def _metadata(facts: CardData) -> ModelCardData:
     base_models = [base] if (base := _hub_id(facts.student)) else []
-    names = [entry["dataset"] for entry in facts.data.get("sources", {}).values() if is_id(entry.get("dataset"))]
+    names = [name for entry in facts.data.get("sources", {}).values() if (name := entry.get("dataset")) and is_id(name)]
     results = _results(facts)
     return ModelCardData(
         model_name=facts.repo.rpartition("/")[2] if results else None,
@@ -63,39 +62,36 @@ def _metadata(facts: CardData) -> ModelCardData:
         license=facts.license.id,
         base_model=base_models or None,
         base_model_relation=("adapter" if facts.student.get("adapters") else "finetune") if base_models else None,
-        teacher_model=[model for t in facts.teachers.values() if is_id(model := t.get("model"))] or None,
+        teacher_model=[model for t in facts.teachers.values() if (model := t.get("model")) and is_id(model)] or None,
         datasets=list(dict.fromkeys(names)) or None,
         tags=[*TAGS],
         widget=[{"messages" if not isinstance(facts.prompt, str) else "text": facts.prompt}] if facts.prompt else None,
     )
 
 
-def _hub_id(entry: Mapping[str, Any]) -> str | None:
-    name = entry.get("base_model") or entry.get("model")
-    return name if is_id(name) else None
+def _hub_id(student: StudentFacts) -> str | None:
+    name = student.get("base_model") or student.get("model")
+    return name if name and is_id(name) else None
 
 
 def _results(facts: CardData) -> list[EvalResult]:
     """The metrics of the student for the model index; the card shows the teacher's as well."""
-    sources: dict[str, Any] = facts.data.get("sources", {})
-    source = next((entry["dataset"] for entry in sources.values()), None)
+    source = next((entry["dataset"] for entry in facts.data.get("sources", {}).values()), None)
     title = f"held-out rows of {source}" if source else "held-out rows"
-    held_out: dict[str, Any] = {"task_type": facts.task, "dataset_type": source or "held-out", "dataset_name": title}
     student = facts.held_out.get("student", {})
-    results = [
-        EvalResult(**held_out, metric_type=key, metric_name=name, metric_value=round(student[key], 6))
-        for key, name, _ in METRICS
-        if key in student
-    ]
+    held_out = (source or "held-out", title)
+    values = [(*held_out, key, name, student[key]) for key, name, _ in METRICS if key in student]
     for task in facts.retention:
         if score := task["scores"].get("student"):
-            dataset: dict[str, Any] = {
-                "task_type": facts.task,
-                "dataset_type": task["task"],
-                "dataset_name": task["task"],
-            }
-            value = round(score["value"], 6)
-            results.append(
-                EvalResult(**dataset, metric_type=task["metric"], metric_name=task["metric"], metric_value=value)
-            )
-    return results
+            values.append((task["task"], task["task"], task["metric"], task["metric"], score["value"]))
+    return [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=dataset,
+            dataset_name=dataset_title,
+            metric_type=metric,
+            metric_name=metric_title,
+            metric_value=round(value, 6),
+        )
+        for dataset, dataset_title, metric, metric_title, value in values
+    ]

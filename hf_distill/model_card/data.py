@@ -2,12 +2,104 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TypedDict
 
+from ..core.json_types import JSON, JSONObject
 from ..core.local_paths import reduced, typed_paths
+from ..core.results import Metrics, ModelFacts
 from ..hub.licenses import LicenseDecision
 
 FILE = "distillation.json"
+
+
+class StudentFacts(ModelFacts, total=False):
+    """The model that the student began as or was cut from, its base model, and whether it is only adapters."""
+
+    model: str | None
+    base_model: str
+    revision: str | None
+    adapters: bool
+
+
+class TeacherFacts(ModelFacts, total=False):
+    """A teacher: its kind and model, and the license of the model."""
+
+    kind: str
+    model: str | None
+    revision: str | None
+    version: str
+    quantization: str
+    license: str | None
+    link: str | None
+    forbids: str | None
+
+
+class ObjectiveFacts(TypedDict, total=False):
+    """The objective; an option is None where the loss has no option of this name."""
+
+    temperature: float
+    alpha: float
+    divergence: str | Mapping[str, object]
+    losses: Sequence[Mapping[str, JSON]] | None
+
+
+class SourceFacts(TypedDict, total=False):
+    """A dataset, with its commit on the Hub or the version of its package."""
+
+    dataset: str | None
+    revision: str
+    version: str
+
+
+class DatasetFacts(TypedDict, total=False):
+    """The sources by name, numbers of rows (None for a stream), and SHA-256 of the rows."""
+
+    sources: dict[str, SourceFacts]
+    train_rows: int | None
+    eval_rows: int | None
+    tokens_per_row: float
+    train_fingerprint: str
+    eval_fingerprint: str
+
+
+class TrainingFacts(TypedDict, total=False):
+    """Length, cost and arguments of the training; `stages` describes those of a progressive run."""
+
+    steps: int
+    stages: str
+    rows_per_step: int
+    tokens: int | None
+    epochs: float | None
+    learning_rate: float | None
+    seconds: float | None
+    flop_student: float
+    flop_teacher: float
+    arguments: Mapping[str, JSON]
+
+
+class ScoreFacts(TypedDict):
+    """The score of a model on a task, and its standard error."""
+
+    value: float
+    stderr: float
+
+
+class RelativeScoreFacts(TypedDict):
+    """Percent of the teacher's score, with a 95 % interval."""
+
+    percent: float
+    low: float
+    high: float
+
+
+class TaskFacts(TypedDict):
+    """The scores of all models on an evaluation task; see `hf-distill retention`."""
+
+    task: str
+    metric: str
+    examples: int
+    scores: dict[str, ScoreFacts]
+    relative_scores: dict[str, RelativeScoreFacts | None]
 
 
 @dataclass(frozen=True)
@@ -16,11 +108,7 @@ class CardData:
 
     repo:         org/name of the student
     task:         of the pipeline, such as text-generation
-    student:      the model it began as or the blocks it was cut to, parameters, adapters (whether it is only adapters)
-    teachers:     name -> kind, model, revision, license (key `license`), parameters
-    objective:    temperature, alpha, divergence, losses
-    data:         sources, numbers of rows, fingerprints
-    training:     steps, tokens, seconds, arguments, FLOP, as far as known
+    teachers:     name -> facts
     held_out:     model -> metrics on the held-out rows
     environment:  versions and machine
     license:      the license of the student, see `hub.licenses.LicenseDecision`
@@ -34,18 +122,18 @@ class CardData:
 
     repo: str
     task: str
-    student: dict[str, Any]
-    teachers: dict[str, dict[str, Any]]
-    objective: dict[str, Any]
-    data: dict[str, Any]
-    training: dict[str, Any]
-    held_out: dict[str, dict[str, float]]
-    environment: dict[str, Any]
+    student: StudentFacts
+    teachers: dict[str, TeacherFacts]
+    objective: ObjectiveFacts
+    data: DatasetFacts
+    training: TrainingFacts
+    held_out: dict[str, Metrics]
+    environment: Mapping[str, str | int | None]
     license: LicenseDecision
     not_measured: Sequence[str] = ()
-    retention: Sequence[Mapping[str, Any]] = ()
+    retention: Sequence[TaskFacts] = ()
     diagnosis: Mapping[str, str] | None = None
-    recipe: dict[str, Any] | None = None
+    recipe: JSONObject | None = None
     origin: str | None = None
     prompt: str | Sequence[Mapping[str, str]] | None = None
     format: int = 1
@@ -55,13 +143,13 @@ class CardData:
         for field in fields(self):
             object.__setattr__(self, field.name, reduced(getattr(self, field.name), known))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JSONObject:
         """Return the content of distillation.json."""
         return asdict(self)
 
 
 def unmeasured(
-    held_out: Mapping[str, Mapping[str, float]], retention: Sequence[Mapping[str, Any]], diagnosis: Mapping | None
+    held_out: Mapping[str, Metrics], retention: Sequence[TaskFacts], diagnosis: Mapping[str, str] | None
 ) -> list[str]:
     """Return what was not measured, each with the command or option that measures it.
 

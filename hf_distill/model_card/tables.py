@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.escape import markdown
+from ..core.results import Metrics
+from .data import ScoreFacts, TaskFacts
 
 MODEL_TITLES = {
     "before": "student before training",
@@ -28,7 +29,7 @@ class Table:
     table: str = ""
 
 
-def held_out_table(models: Mapping[str, Mapping[str, float]]) -> Table:
+def held_out_table(models: Mapping[str, Metrics]) -> Table:
     """Return the metrics of models on the held-out rows, the teacher first; only losses if there are no others.
 
     Args:
@@ -54,7 +55,7 @@ def held_out_table(models: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(text, _markdown(["", *(title for _, title, _ in shown)], rows))
 
 
-def retention_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
+def retention_table(tasks: Sequence[TaskFacts]) -> Table:
     """Return the scores on evaluation tasks, with the student's percent of the teacher's score."""
     if not tasks:
         return Table()
@@ -72,7 +73,7 @@ def retention_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
     return Table(text, _markdown(["task", "metric", "examples", *models, "retention"], rows))
 
 
-def _score(score: Mapping[str, float] | None) -> str:
+def _score(score: ScoreFacts | None) -> str:
     return f"{score['value']:.3f} ± {score['stderr']:.3f}" if score else "-"
 
 

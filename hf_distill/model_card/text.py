@@ -1,12 +1,11 @@
 """The sentences of a card."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from ..core.escape import code_span, markdown
 from ..core.references import is_id
 from ..losses import LOSSES
-from .data import CardData
+from .data import CardData, DatasetFacts, ObjectiveFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts
 
 _DISTILLATION_PAPER = "1503.02531"
 _TEACHERS_WITHOUT_A_MODEL = {
@@ -37,7 +36,7 @@ _VERSIONS = ("hf_distill", "torch", "transformers", "trl", "peft", "accelerate",
 
 def summary_of(facts: CardData) -> str:
     """Return one sentence on what the model is, and one on its held-out perplexity."""
-    teachers = " and ".join(_model_link(entry) for entry in facts.teachers.values())
+    teachers = " and ".join(_teacher_link(teacher) for teacher in facts.teachers.values())
     text = f"{_student(facts)}, distilled from {teachers} with hf-distill."
     models = facts.held_out
     after, control = models.get("student", {}), models.get("control", {})
@@ -77,7 +76,7 @@ def license_lines(facts: CardData) -> list[str]:
     return [markdown(line) for line in lines]
 
 
-def _objective_lines(objective: Mapping[str, Any]) -> list[str]:
+def _objective_lines(objective: ObjectiveFacts) -> list[str]:
     """The loss as a formula, and its papers."""
     if not objective:
         return []
@@ -92,34 +91,32 @@ def _objective_lines(objective: Mapping[str, Any]) -> list[str]:
     return [*lines, f"Papers: {papers}."] if papers else lines
 
 
-def _data_lines(data: Mapping[str, Any]) -> list[str]:
+def _data_lines(data: DatasetFacts) -> list[str]:
     """The sources, the numbers of rows and their fingerprints."""
     lines = [f"Data, {markdown(name)}: {_source(entry)}." for name, entry in data.get("sources", {}).items()]
-    counts = [f"{data[key]:,} {text}" for key, text in _ROW_COUNTS.items() if data.get(key)]
-    titles = {"train": "training rows", "eval": "held-out rows"}
-    fingerprints = [
-        f"{title} {code_span(data[f'{part}_fingerprint'][:16])}"
-        for part, title in titles.items()
-        if data.get(f"{part}_fingerprint")
-    ]
+    values: Mapping[str, object] = data
+    counts = [f"{values[key]:,} {text}" for key, text in _ROW_COUNTS.items() if values.get(key)]
+    digests_by_title = {"training rows": data.get("train_fingerprint"), "held-out rows": data.get("eval_fingerprint")}
+    fingerprints = [f"{title} {code_span(digest[:16])}" for title, digest in digests_by_title.items() if digest]
     if counts:
         digests = f"; SHA-256 of the {', '.join(fingerprints)}." if fingerprints else "."
         lines.append(f"Rows: {', '.join(counts)}{digests}")
     return lines
 
 
-def _argument_lines(training: Mapping[str, Any]) -> list[str]:
+def _argument_lines(training: TrainingFacts) -> list[str]:
     """Steps, tokens and compute, and the arguments of the Trainer."""
-    known = [markdown(text.format(training[key])) for key, text in _TRAINING.items() if training.get(key) is not None]
+    values: Mapping[str, object] = training
+    known = [markdown(text.format(values[key])) for key, text in _TRAINING.items() if values.get(key) is not None]
     lines = [f"Training: {', '.join(known)}."] if known else []
     arguments = ", ".join(code_span(f"{name}={value}") for name, value in (training.get("arguments") or {}).items())
     return [*lines, f"Arguments that differ from the Trainer's defaults: {arguments}."] if arguments else lines
 
 
-def _machine_lines(environment: Mapping[str, Any]) -> list[str]:
+def _machine_lines(environment: Mapping[str, str | int | None]) -> list[str]:
     count = environment.get("processes", 1)
     device = markdown(environment.get("device_name") or environment.get("device"))
-    machine = f"{count} process{'es' if count > 1 else ''} on {device}"
+    machine = f"{count} process{'' if count == 1 else 'es'} on {device}"
     versions = ", ".join(f"{name} {markdown(environment[name])}" for name in _VERSIONS if environment.get(name))
     return [
         f"Machine: {machine}, {environment.get('cpu_count')} CPU cores, {markdown(environment.get('platform'))}.",
@@ -132,25 +129,29 @@ def _student(facts: CardData) -> str:
     size = f" with {_count(student['parameters'])} parameters" if student.get("parameters") else ""
     if student.get("layers_kept"):
         is_cut_from_teacher = any(t.get("model") == student.get("model") for t in facts.teachers.values())
-        blocks = "its teacher's blocks" if is_cut_from_teacher else f"the blocks of {_model_link(student)}"
+        blocks = "its teacher's blocks" if is_cut_from_teacher else f"the blocks of {_model_link(student.get('model'))}"
         return f"A model{size}, made of {len(student['layers_kept'])} of {blocks}"
     kind = "Adapters on" if student.get("adapters") else f"A model{size}, initialized from"
-    return f"{kind} {_model_link(student)}"
+    return f"{kind} {_model_link(student.get('model'))}"
 
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
 
 
-def _model_link(entry: Mapping[str, Any]) -> str:
+def _model_link(name: str | None) -> str:
     """The name of a model, as a link if it is on the Hub."""
-    name = entry.get("model") or _TEACHERS_WITHOUT_A_MODEL.get(entry.get("kind", ""), "a model without a name")
+    name = name or "a model without a name"
     if is_id(name):
         return f"[{markdown(name)}](https://huggingface.co/{name})"
     return code_span(name) if ":" in name else markdown(name)
 
 
-def _papers(objective: Mapping[str, Any]) -> list[str]:
+def _teacher_link(teacher: TeacherFacts) -> str:
+    return _model_link(teacher.get("model") or _TEACHERS_WITHOUT_A_MODEL.get(teacher.get("kind", "")))
+
+
+def _papers(objective: ObjectiveFacts) -> list[str]:
     """The papers of knowledge distillation and of the losses."""
     divergence, losses = objective["divergence"], objective.get("losses") or ()
     names = [divergence["name"] if isinstance(divergence, Mapping) else divergence, *(loss["name"] for loss in losses)]
@@ -158,9 +159,9 @@ def _papers(objective: Mapping[str, Any]) -> list[str]:
     return [*dict.fromkeys(paper for paper in papers if paper)]
 
 
-def _teacher(entry: Mapping[str, Any]) -> str:
-    parts = [_model_link(entry)]
-    parts += [f"commit {code_span(entry['revision'][:12])}"] if entry.get("revision") else []
+def _teacher(entry: TeacherFacts) -> str:
+    parts = [_teacher_link(entry)]
+    parts += [f"commit {code_span(revision[:12])}"] if (revision := entry.get("revision")) else []
     parts += [f"version {markdown(entry['version'])}"] if entry.get("version") else []
     parts += [f"kind {markdown(entry['kind'])}"] if entry.get("kind") not in (None, "frozen") else []
     parts += [f"{_count(entry['parameters'])} parameters"] if entry.get("parameters") else []
@@ -170,22 +171,22 @@ def _teacher(entry: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _origin(student: Mapping[str, Any]) -> str:
+def _origin(student: StudentFacts) -> str:
+    text = _model_link(student.get("model"))
     if layers := student.get("layers_kept"):
-        return f"blocks {', '.join(map(str, layers))} of {_model_link(student)}"
-    text = _model_link(student)
-    text += f", commit {code_span(student['revision'][:12])}" if student.get("revision") else ""
+        return f"blocks {', '.join(map(str, layers))} of {text}"
+    text += f", commit {code_span(revision[:12])}" if (revision := student.get("revision")) else ""
     return text + (", with adapters" if student.get("adapters") else "")
 
 
-def _divergence(name: Any) -> str:
+def _divergence(name: str | Mapping[str, object]) -> str:
     if isinstance(name, Mapping):
         options = ", ".join(f"{key}={value}" for key, value in name.items() if key != "name")
         return f"{name['name']}({options})"
     return str(name)
 
 
-def _source(entry: Mapping[str, Any]) -> str:
-    name = entry["dataset"]
+def _source(entry: SourceFacts) -> str:
+    name = str(entry["dataset"])
     text = f"[{markdown(name)}](https://huggingface.co/datasets/{name})" if is_id(name) else code_span(name)
     return text + (f", commit {code_span(entry['revision'][:12])}" if entry.get("revision") else "")

@@ -1,15 +1,15 @@
 """Shapes and sizes of a model, counted on the meta device: no weights are loaded or allocated."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..models.blocks import find_blocks
@@ -120,13 +120,13 @@ class ModelStats:
         return sum(rank * sum(self.linear[name]) for name in names)
 
 
-def meta_model(config: PretrainedConfig) -> Any:
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the causal language model of a config on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return name -> (in, out) of every linear layer except the output head."""
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
@@ -144,5 +144,5 @@ def _is_adapted(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _count(parameters: Any) -> int:
+def _count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)

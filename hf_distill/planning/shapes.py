@@ -4,19 +4,28 @@ import json
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from transformers import AutoConfig, PretrainedConfig
 
+from ..core.json_types import JSONObject
 from ..core.references import reference_kind
 from ..errors import DistillError, did_you_mean
 from ..hub import reading
 from ..runner.model_loading import resolve_model
 
 
+class KnownShape(TypedDict):
+    """Ids of models of one shape, their published number of parameters, and the fields that determine their shapes."""
+
+    ids: list[str]
+    parameters: int
+    config: JSONObject
+
+
 @cache
-def known_shapes() -> dict[str, dict[str, Any]]:
-    """Return id -> `{"parameters": the published number, "config": the fields that determine the model's shapes}`."""
+def known_shapes() -> dict[str, KnownShape]:
+    """Return the packaged shapes by the id of the model."""
     entries = json.loads(files(__package__).joinpath("shapes.json").read_text())
     return {name: entry for entry in entries for name in entry["ids"]}
 
@@ -37,7 +46,8 @@ def model_config(reference: str, revision: str | None = None) -> PretrainedConfi
         reference = resolve_model(reference)
     table = known_shapes()
     if reference in table and not Path(reference).is_dir():
-        return AutoConfig.for_model(**table[reference]["config"])
+        values = dict(table[reference]["config"])
+        return AutoConfig.for_model(str(values.pop("model_type")), **values)
     try:
         with reading(reference):
             return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=False)

@@ -1,15 +1,17 @@
 """Collect the data of a model card from the folder of a run."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 from ..analysis.curve import compute, trained_tokens
 from ..core.io import damage_reported, read_json
+from ..core.json_types import JSONObject
 from ..core.references import public_name
+from ..core.results import Metrics, Provenance, Results
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
-from ..model_card import CardData, unmeasured
+from ..model_card import CardData, DatasetFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts, unmeasured
+from ..recipe.data import Eval, Source
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
 from ..recipe.schema import Recipe
@@ -46,13 +48,22 @@ def run_card_data(
     retention = read_json(run.folder / "retention.json").get("tasks", [])
     diagnosis = _diagnosis(run)
     teachers = teacher_cards(run.recipe, results, lookup)
+    student = _student(run, provenance)
+    if base_model:
+        student["base_model"] = base_model
+    objective = run.recipe.distill
     return CardData(
         repo=repo,
         task="text-generation",
-        student=_student(run, provenance) | ({"base_model": base_model} if base_model else {}),
+        student=student,
         teachers=teachers,
-        objective=run.recipe.distill.model_dump() | {"losses": [loss.model_dump() for loss in run.recipe.losses]},
-        data=results.get("data", {}) | {"sources": _sources(run, provenance)},
+        objective={
+            "temperature": objective.temperature,
+            "alpha": objective.alpha,
+            "divergence": objective.divergence,
+            "losses": [loss.model_dump() for loss in run.recipe.losses],
+        },
+        data=cast(DatasetFacts, {**results.get("data", {}), "sources": _sources(run, provenance)}),
         training=_training(run),
         held_out=held_out,
         environment=results.get("environment", {}),
@@ -72,7 +83,7 @@ def _smoke_note(recipe: Recipe) -> list[str]:
     return ["Anything: this is a smoke run of tiny models with random initial weights, so no number is meaningful."]
 
 
-def _recipe(run: Run) -> dict[str, Any]:
+def _recipe(run: Run) -> JSONObject:
     """Return the recipe as it ran, without defaults and with a relative output folder."""
     values = run.recipe.model_dump(exclude_none=True, exclude_defaults=True)
     values["distill"] = run.recipe.distill.model_dump()
@@ -80,7 +91,7 @@ def _recipe(run: Run) -> dict[str, Any]:
     return values
 
 
-def _metrics(metrics: dict[str, float]) -> dict[str, float]:
+def _metrics(metrics: Metrics) -> Metrics:
     return {name: value for name, value in metrics.items() if name != "train_seconds"}
 
 
@@ -93,7 +104,7 @@ def _diagnosis(run: Run) -> dict[str, str] | None:
         return {verdict["name"]: verdict["text"] for verdict in diagnosis["verdicts"]}
 
 
-def _student(run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
+def _student(run: Run, provenance: Mapping[str, Provenance]) -> StudentFacts:
     """Return the student's sizes and the model from which its weights were taken."""
     spec = run.recipe.student
     origin: Student | TeacherSpec = (
@@ -104,35 +115,34 @@ def _student(run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
         "model": public_name(origin.model),
         "revision": provenance.get(role, {}).get("revision"),
         "adapters": spec.lora is not None and run.recipe.export == "adapter",
-        **{key: value for key, value in run.results.get("student", {}).items() if key in _SIZES},
+        **run.results.get("student", {}),
     }
 
 
-_SIZES = ("parameters", "blocks", "layers_kept")
-
-
 def teacher_cards(
-    recipe: Recipe, results: Mapping[str, Any] = MappingProxyType({}), lookup: Lookup = get_license
-) -> dict[str, dict[str, Any]]:
+    recipe: Recipe, results: Results | None = None, lookup: Lookup = get_license
+) -> dict[str, TeacherFacts]:
     """Return name -> what a card says of the teacher, its license included.
 
     Args:
         recipe: the recipe of the run.
-        results: results.json of the run; empty before the run.
+        results: results.json of the run; None before the run.
         lookup: see `run_card_data`.
 
     Raises:
         DistillError: see `get_license`.
     """
     cards = {}
+    results = results or {}
     for spec in recipe.all_teachers:
         name, source = getattr(spec, "name", "teacher"), spec.source_teacher
         provenance = results.get("provenance", {}).get(name, {})
-        card = provenance | {"kind": spec.kind, "model": public_name(source.model)}
-        card |= {"quantization": source.quantization} if source.quantization else {}
+        card = cast(TeacherFacts, {**provenance, "kind": spec.kind, "model": public_name(source.model)})
+        if source.quantization:
+            card["quantization"] = source.quantization
         if source is recipe.primary_teacher:
-            sizes = results.get("teacher", {})
-            card |= {key: sizes[key] for key in ("parameters", "blocks") if key in sizes}
+            sizes = {key: size for key, size in results.get("teacher", {}).items() if key != "block_influence"}
+            card |= cast(TeacherFacts, sizes)
         if source.model and (license := lookup(source.model, source.revision)):
             card |= {"license": license.id, "link": license.link, "forbids": license.forbids}
         cards[name] = card
@@ -141,7 +151,7 @@ def teacher_cards(
 
 def decide_student_license(
     recipe: Recipe,
-    teachers: dict[str, dict[str, Any]],
+    teachers: Mapping[str, TeacherFacts],
     repo: str,
     license: str | None,
     base_model: str | None,
@@ -168,21 +178,22 @@ def decide_student_license(
     return decide_license(teacher_licenses, base_license, repo, license)
 
 
-def _sources(run: Run, provenance: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    sources: dict[str, Any] = dict(run.recipe.data.sources)
+def _sources(run: Run, provenance: Mapping[str, Provenance]) -> dict[str, SourceFacts]:
+    sources: dict[str, Source | Eval] = dict(run.recipe.data.sources)
     if run.recipe.data.eval.path:
         sources["eval"] = run.recipe.data.eval
-    return {
-        name: {"dataset": public_name(source.path), **_hub_version(provenance.get(f"data {name}", {}))}
-        for name, source in sources.items()
-    }
+    facts: dict[str, SourceFacts] = {}
+    for name, source in sources.items():
+        entry = provenance.get(f"data {name}", {})
+        facts[name] = {"dataset": public_name(source.path)}
+        if "revision" in entry:
+            facts[name]["revision"] = entry["revision"]
+        if "version" in entry:
+            facts[name]["version"] = entry["version"]
+    return facts
 
 
-def _hub_version(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("revision", "version") if key in entry}
-
-
-def _training(run: Run) -> dict[str, Any]:
+def _training(run: Run) -> TrainingFacts:
     """Return steps, tokens, seconds and FLOP; for a progressive run the sums over its stages."""
     results, train = run.results, run.recipe.train
     if chain := results.get("chain"):
@@ -191,15 +202,16 @@ def _training(run: Run) -> dict[str, Any]:
         seconds = sum(p["train_seconds"] for p in stages)
         return {"steps": sum(p["steps"] for p in stages), "seconds": seconds, "stages": "; ".join(sizes)}
     steps = max((int(line["step"]) for line in run.logs()), default=0)
-    training = {
+    tokens = trained_tokens(run, steps)
+    training: TrainingFacts = {
         "steps": steps,
         "rows_per_step": (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1),
-        "tokens": trained_tokens(run, steps),
+        "tokens": tokens,
         "learning_rate": train.learning_rate,
         "seconds": results["models"]["student"].get("train_seconds"),
     }
     try:
-        cost = compute(run.recipe, training["tokens"])
+        cost = compute(run.recipe, tokens)
     except DistillError:  # the config of a model is not found
         return training
     return training | {"flop_student": cost.student, "flop_teacher": cost.teacher}

@@ -5,11 +5,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ..core.escape import html_text
+from ..core.json_types import JSONObject
 from ..core.local_paths import typed_paths, with_reduced_keys, without_local_paths
 from ..core.references import is_id
 from ..errors import DistillError
@@ -113,7 +113,7 @@ def _without_local_paths(file: Path) -> Path | bytes:
     return file if changed == values else _json(changed)
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> JSONObject:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -154,5 +154,5 @@ def _digest(file: Path | bytes) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _json(values: dict[str, Any]) -> bytes:
+def _json(values: object) -> bytes:
     return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -216,7 +215,9 @@ def _commit(
     api: HfApi, repository: Repository, private: bool, contents: Contents, deleted: Collection[str], on_stage: Callable
 ) -> str:
     repo = repository.name
-    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.files.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in contents.files.items()
+    ]
     operations += [CommitOperationDelete(name) for name in deleted]
     size = sum(operation.upload_info.size for operation in operations if isinstance(operation, CommitOperationAdd))
     on_stage(f"Uploading {len(contents.files)} files, {size / 1e6:,.1f} MB, to {repo}")

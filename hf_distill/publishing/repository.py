@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -90,7 +89,7 @@ def read_repository(api: HfApi, name: str) -> Repository:
     """
     with translate_hub_errors(name):
         try:
-            info: Any = api.model_info(name, files_metadata=True)
+            info = api.model_info(name, files_metadata=True)
         except RepositoryNotFoundError:
             return Repository(name)
         siblings = info.siblings or ()
@@ -158,12 +157,12 @@ def files_to_delete(repository: Repository, names: Iterable[str], replace: bool)
     return sorted(n for n in others if repository.is_published(n) or (replace and is_weights(n)))
 
 
-def with_digests(card_data: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+def with_digests(card_data: Mapping[str, object], files: Mapping[str, str]) -> dict[str, object]:
     """Return the values of distillation.json: the card data, and the SHA-256 of each published file."""
     return {**card_data, "files": dict(sorted(files.items()))}
 
 
-def _content(repo: str, name: str, commit: str) -> bytes:
+def _content(repo: str, name: str, commit: str | None) -> bytes:
     return Path(hf_hub_download(repo, name, revision=commit)).read_bytes()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RunError
 
@@ -42,15 +42,17 @@ class HangWatchdog(TrainerCallback):
         self._over = threading.Event()
         self._failure: str | None = None  # of another process
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Training goes on."""
         self._steps += 1
 
-    def on_substep_end(self, args, state, control, **kwargs) -> None:
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Training goes on."""
         self._steps += 1
 
-    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
         """Evaluation goes on."""
         self._steps += 1
 

@@ -5,28 +5,28 @@ from collections.abc import Mapping, Sized
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..core.io import environment, held_out_metrics
+from ..core.json_types import JSON
 from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
-from ..model_card import CardData, unmeasured
+from ..model_card import CardData, ObjectiveFacts, SourceFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
 from .config import distill_arguments
 
 # Name of a teacher -> its kind, model, revision or number of parameters, and license.
-TeacherInfo = dict[str, dict[str, Any]]
 _OBJECTIVE = ("temperature", "alpha", "divergence", "losses")
 _DEFAULTS = {"temperature": 2.0, "alpha": 0.5, "divergence": "forward_kl", "losses": None}
 
 
 def trainer_card_data(
-    trainer: Trainer, student: nn.Module, repo: str, teachers: TeacherInfo, decision: LicenseDecision
+    trainer: Trainer, student: nn.Module, repo: str, teachers: dict[str, TeacherFacts], decision: LicenseDecision
 ) -> CardData:
     """Collect the data of a model card from a trainer.
 
@@ -48,8 +48,14 @@ def trainer_card_data(
         task=model_type_of(student).pipeline,
         student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
-        objective={k: v for k, v in distill_arguments(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS),
-        data={"sources": _sources(datasets)} | {f"{split}_rows": _length(rows) for split, rows in datasets.items()},
+        objective=cast(
+            ObjectiveFacts, {k: v for k, v in distill_arguments(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS)
+        ),
+        data={
+            "sources": _sources(datasets),
+            "train_rows": _length(trainer.train_dataset),
+            "eval_rows": _length(trainer.eval_dataset),
+        },
         training={
             "steps": state.global_step,
             "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -66,12 +72,12 @@ def trainer_card_data(
     )
 
 
-def teacher_info(teacher: Teacher) -> TeacherInfo:
+def teacher_info(teacher: Teacher) -> dict[str, TeacherFacts]:
     """Return for each teacher, by name, its kind, model, revision or number of parameters, and license."""
     teachers = teacher.teachers if isinstance(teacher, MultiTeacher) else {"teacher": teacher}
-    infos = {}
+    infos: dict[str, TeacherFacts] = {}
     for name, one in teachers.items():
-        info: dict[str, Any] = {"kind": one.kind}
+        info: TeacherFacts = {"kind": one.kind}
         if isinstance(one, CachedTeacher):
             info |= {
                 "model": public_name(one.manifest.teacher["model"]),
@@ -85,7 +91,7 @@ def teacher_info(teacher: Teacher) -> TeacherInfo:
     return infos
 
 
-def license_decision(teachers: TeacherInfo, student: str, repo: str) -> LicenseDecision:
+def license_decision(teachers: dict[str, TeacherFacts], student: str, repo: str) -> LicenseDecision:
     """Return the license of the student, from the licenses of the models on the Hub.
 
     Args:
@@ -112,9 +118,9 @@ def _known_license(name: str | None) -> License:
 _CACHED_DATASET = re.compile(r"/([^/]+)___([^/]+)/[^/]+/[^/]+/([0-9a-f]{40})/[^/]+$")
 
 
-def _sources(datasets: Mapping[str, object]) -> dict[str, dict[str, str]]:
+def _sources(datasets: Mapping[str, object]) -> dict[str, SourceFacts]:
     """Return id and commit of the datasets that are from the Hub, read from the paths of their files."""
-    sources = {}
+    sources: dict[str, SourceFacts] = {}
     for name, rows in datasets.items():
         files = [file["filename"] for file in getattr(rows, "cache_files", None) or ()]
         if files and (match := _CACHED_DATASET.search(Path(files[0]).as_posix())):
@@ -129,7 +135,7 @@ _EXCLUDED_PREFIXES = (
 )
 
 
-def _arguments(args: TrainingArguments) -> dict[str, Any]:
+def _arguments(args: TrainingArguments) -> dict[str, JSON]:
     """Return the training arguments that differ from their defaults, without the excluded ones."""
     changed = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
     return {

@@ -11,10 +11,10 @@ from transformers.utils import PushInProgress, logging
 
 from ..core.io import write_json
 from ..hub.licenses import LicenseDecision
-from ..model_card import FILE, build_card
+from ..model_card import FILE, TeacherFacts, build_card
 from ..models.model_types import unwrap_model
 from ..teachers import Teacher
-from .card_data import TeacherInfo, license_decision, name_of, teacher_info, trainer_card_data
+from .card_data import license_decision, name_of, teacher_info, trainer_card_data
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class ModelCardWriter:
 
     def __init__(self) -> None:
         # Kept, because they do not change and need requests to the Hub.
-        self._teachers_and_license: tuple[TeacherInfo, LicenseDecision] | None = None
+        self._teachers_and_license: tuple[dict[str, TeacherFacts], LicenseDecision] | None = None
 
     def write(self, trainer: Trainer, student: nn.Module, teacher: Teacher, options: CardOptions) -> None:
         """Write the card; on one process of all."""

@@ -4,15 +4,20 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ...core.references import path_exists
 from ...errors import DistillError
 from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
+
+if TYPE_CHECKING:
+    from ...analysis.agreement import Part
+    from ...analysis.diagnosis import Diagnosis
 
 
 @app.command()
@@ -57,8 +62,8 @@ def diagnose(
         out.print(part, highlight=False)
 
 
-def _render(diagnosis: Any) -> list[Any]:
-    parts: list[Any] = [Text(diagnosis.conclusion, "bold"), ""] if diagnosis.smoke else []
+def _render(diagnosis: "Diagnosis") -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(diagnosis.conclusion, "bold"), ""] if diagnosis.smoke else []
     parts += [_measurements(diagnosis), "", _parts("By position in the row", diagnosis.agreement.positions)]
     if diagnosis.agreement.sources:
         parts += ["", _parts("By source", diagnosis.agreement.sources)]
@@ -72,7 +77,9 @@ def _render(diagnosis: Any) -> list[Any]:
     return [*parts, *(f"Not checked: {line}." for line in diagnosis.not_looked_at)]
 
 
-def _measurements(diagnosis: Any) -> Table:
+def _measurements(diagnosis: "Diagnosis") -> Table:
+    from ...analysis.closeness import NO_REFERENCES
+
     a = diagnosis.agreement
     table = Table(title=f"{a.tokens:,} held-out target tokens", box=None, pad_edge=False, show_header=False)
     table.add_column("")
@@ -101,11 +108,8 @@ def _measurements(diagnosis: Any) -> Table:
             f"{a.target_share:.1%}; {a.special:.1%}, {a.padding:.1%}",
         ),
     ]
-    references = diagnosis.references
-    for title, held_out in (
-        ("before training", references and references.before),
-        ("control", references and references.control),
-    ):
+    references = diagnosis.references or NO_REFERENCES
+    for title, held_out in (("before training", references.before), ("control", references.control)):
         if held_out is not None:
             kl = "-" if held_out.kl is None else f"{held_out.kl:.4f}"
             rows.append((f"{title}: KL to the teacher; NLL of the labels", f"{kl}; {held_out.nll:.3f}"))
@@ -121,7 +125,7 @@ def _at_offsets(values: dict[int, float]) -> str:
     return ", ".join(f"{values[offset]:.2f}" if offset in values else "-" for offset in (-1, 1))
 
 
-def _parts(title: str, parts: Any) -> Table:
+def _parts(title: str, parts: "list[Part]") -> Table:
     table = Table(title=title, box=None, pad_edge=False)
     for heading in ("", "tokens", "KL", "top-1 agreement", "teacher NLL", "student NLL"):
         table.add_column(heading, justify="right" if heading else "left")

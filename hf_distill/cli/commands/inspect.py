@@ -4,9 +4,10 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,9 @@ from ...core.references import path_exists
 from ...errors import DistillError
 from ..app import AsJson, Overrides, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
+
+if TYPE_CHECKING:
+    from ...analysis.inspector import Inspection, Position
 
 
 @app.command("inspect")
@@ -67,9 +71,9 @@ def inspect_command(
         out.print(part, highlight=False)
 
 
-def _render(inspection: Any) -> list[Any]:
+def _render(inspection: "Inspection") -> list[RenderableType]:
     parts = [_measurements(inspection), _histogram(inspection), _temperatures(inspection)]
-    shown: list[Any] = [*(x for part in parts for x in (part, ""))]
+    shown: list[RenderableType] = [*(x for part in parts for x in (part, ""))]
     for position in inspection.positions:
         title = Text.assemble((f"Token {position.index}", "bold"), f", entropy {position.entropy:.2f} nats, after\n")
         shown += [title.append(f"  …{position.context[-60:]!r}"), _likeliest(position), ""]
@@ -84,7 +88,7 @@ def _table(title: str | None, *headings: str) -> Table:
     return table
 
 
-def _measurements(inspection: Any) -> Table:
+def _measurements(inspection: "Inspection") -> Table:
     table = _table(f"{inspection.tokens:,} held-out tokens, {inspection.vocab_size:,} ids, T = 1")
     ids = inspection.ids_for_99
     rows = [
@@ -105,7 +109,7 @@ def _measurements(inspection: Any) -> Table:
     return table
 
 
-def _histogram(inspection: Any) -> Table:
+def _histogram(inspection: "Inspection") -> Table:
     bins = [(low, count) for low, count in inspection.histogram]
     while len(bins) > 1 and not bins[-1][1]:
         bins.pop()
@@ -118,7 +122,7 @@ def _histogram(inspection: Any) -> Table:
     return table
 
 
-def _temperatures(inspection: Any) -> Table:
+def _temperatures(inspection: "Inspection") -> Table:
     table = _table("Effect of T", "T", "entropy, nats", *(f"top {k}" for k in inspection.mass), "")
     for effect in inspection.by_temperature:
         note = "← the recipe's" if effect.temperature == inspection.temperature else ""
@@ -127,7 +131,7 @@ def _temperatures(inspection: Any) -> Table:
     return table
 
 
-def _likeliest(position: Any) -> Table:
+def _likeliest(position: "Position") -> Table:
     """Return the likeliest ids; the label is marked, and is the last row if it is not among them."""
     table = _table(None)
     for justify in ("left", "right", "left", "right", "left"):
@@ -142,7 +146,7 @@ def _likeliest(position: Any) -> Table:
     return table
 
 
-def _caches(inspection: Any) -> Table:
+def _caches(inspection: "Inspection") -> Table:
     headings = ("kind", "T", "bytes/token", "mass outside", "error", "error of the sum")
     table = _table("Caches of this teacher (hf-distill cache write)", *headings)
     for cache in inspection.caches:
@@ -160,7 +164,7 @@ _CACHE_LEGEND = (
 )
 
 
-def _advice(inspection: Any) -> Table:
+def _advice(inspection: "Inspection") -> Table:
     table = Table(title="Advice", title_justify="left", box=None, pad_edge=False, show_header=False)
     for line in inspection.advice:
         table.add_row("·", Text(line))

@@ -1,11 +1,14 @@
 """The command publish."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..app import RunFolder, app, out
+
+if TYPE_CHECKING:
+    from ...runner.run_results import Run
 
 
 @app.command()
@@ -48,7 +51,7 @@ def publish(
 
 
 def publish_run(
-    run: Any,
+    run: "Run",
     repo: str,
     private: bool,
     parts: Sequence[str] = (),
@@ -83,7 +86,7 @@ def publish_run(
         out.print(line, soft_wrap=True, highlight=False)
 
 
-def _show(run: Any, repo: str, parts: Sequence[str], license: str | None, base_model: str | None) -> None:
+def _show(run: "Run", repo: str, parts: Sequence[str], license: str | None, base_model: str | None) -> None:
     """Print what would be published; see `publishing.dry_run`."""
     from rich.table import Table
 

@@ -3,12 +3,15 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
+
+if TYPE_CHECKING:
+    from ...analysis.evaluation import Retention
 
 
 @app.command()
@@ -49,7 +52,7 @@ def retention(
     )
 
 
-def _scores(result: Any) -> Table:
+def _scores(result: "Retention") -> Table:
     models = [*result.tasks[0].scores]
     table = Table(title="Scores ± standard error", box=None, pad_edge=False)
     table.add_column("task")
@@ -63,15 +66,14 @@ def _scores(result: Any) -> Table:
     return table
 
 
-def _relative_scores(result: Any) -> Table:
+def _relative_scores(result: "Retention") -> Table:
     models = [name for name in result.tasks[0].scores if name != "teacher"]
     table = Table(title="% of the teacher's score", box=None, pad_edge=False)
     table.add_column("")
     for name in models:
         table.add_column(name, justify="right")
-    rows = [(task.task, task.relative_scores) for task in result.tasks]
-    rows += [(f"· {category}", scores) for category, scores in result.categories.items()]
-    for title, scores in rows:
-        cells = [scores.get(name) for name in models]
+    rows = {task.task: [task.relative_scores.get(name) for name in models] for task in result.tasks}
+    rows |= {f"· {title}": [scores.get(name) for name in models] for title, scores in result.categories.items()}
+    for title, cells in rows.items():
         table.add_row(title, *("-" if c is None else f"{c.percent:.0f} [{c.low:.0f}, {c.high:.0f}]" for c in cells))
     return table

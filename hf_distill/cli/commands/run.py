@@ -4,14 +4,18 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 from .publish import publish_run
+
+if TYPE_CHECKING:
+    from ...planning.planner import Plan
 
 
 @app.command()
@@ -51,7 +55,7 @@ def run(
 
         check_ready(loaded, repo, accept_license)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from ...core.io import read_json
+    from ...core.io import read_results
     from ...runner.early_stopping import stopping_note
     from ...runner.model_loading import LoadPolicy, load_policy
     from ...runner.run import run_recipe
@@ -60,7 +64,7 @@ def run(
     disable_library_progress_bars()
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.log_stage)
-    results = read_json(result.folder / "results.json")
+    results = read_results(result.folder / "results.json")
     out.print(results_table(result.models, results.get("chain")))
     if note := stopping_note(results.get("steps", {})):
         out.print(note, soft_wrap=True, highlight=False)
@@ -96,7 +100,7 @@ def plan(
     numbers = (gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
     plans = {name: plan_recipe(stage, *numbers) for name, stage in recipes_by_stage(loaded).items()}
     if as_json:
-        values: Any = {name: asdict(plan) for name, plan in plans.items()}
+        values = {name: asdict(plan) for name, plan in plans.items()}
         sys.stdout.write(json.dumps(values if loaded.stages else values[""], indent=2) + "\n")
         return
     for name, plan in plans.items():
@@ -105,7 +109,7 @@ def plan(
         _print_plan(plan)
 
 
-def _print_plan(plan: Any) -> None:
+def _print_plan(plan: "Plan") -> None:
     from ...planning.render import caches_table, flops_table, legend, plan_table, verdict
 
     wide = out.width >= 120
@@ -117,7 +121,7 @@ def _print_plan(plan: Any) -> None:
     out.print(*verdict(plan), sep="\n", highlight=False)
 
 
-def results_table(models: dict[str, dict[str, float]], chain: list[dict[str, Any]] | None = None) -> Table:
+def results_table(models: dict[str, Metrics], chain: list[StageFacts] | None = None) -> Table:
     """Build the table of held-out metrics: teacher, student before and after training, control, or all stages.
 
     Args:

@@ -6,13 +6,16 @@ import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
+
+if TYPE_CHECKING:
+    from ...analysis.temperature_search import SearchResult
 
 
 @app.command()
@@ -59,7 +62,7 @@ def temperature(
     out.print(f"Train with these values: {' '.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _table(result: Any) -> Table:
+def _table(result: "SearchResult") -> Table:
     """Return a table of all candidates, with the winner in bold."""
     table = Table(title=f"Held-out rows, the best candidate by {result.by} first", box=None, pad_edge=False)
     for heading in ("T", "alpha", "steps", "NLL", "KL to teacher", "agreement", ""):
@@ -73,7 +76,7 @@ def _table(result: Any) -> Table:
     return table
 
 
-def _summary(result: Any) -> list[str]:
+def _summary(result: "SearchResult") -> list[str]:
     """Return sentences on the cost, the winner's lead, and the Pareto front."""
     lines = [f"Cost: {result.steps} steps, as many as {result.runs:.2f} full runs."]
     for second in result.candidates[1:2]:
@@ -90,7 +93,7 @@ def _summary(result: Any) -> list[str]:
     return lines
 
 
-def _plot(result: Any) -> str:
+def _plot(result: "SearchResult") -> str:
     if not find_spec("matplotlib"):
         return 'There is no plot, because matplotlib is missing: pip install "hf-distill[report]", then repeat this.'
     from ...report import plots
