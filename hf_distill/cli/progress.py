@@ -96,11 +96,15 @@ class RichProgress(TrainerCallback):
         if name in self._bars:
             self._progress.remove_task(self._bars.pop(name))
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Show the bar of training steps."""
         self._start("training", state.max_steps, state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Advance the bar of training steps."""
         self._update("training", state.global_step, unit="step")
 
@@ -110,7 +114,7 @@ class RichProgress(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs,
+        **kwargs: object,
     ) -> None:
         """Show the newest losses next to the bar."""
         if logs and "loss" in logs and "training" in self._bars:
@@ -119,7 +123,9 @@ class RichProgress(TrainerCallback):
                 self._bars["training"], losses=" · ".join([f"loss {float(logs['loss']):.3f}", *terms])
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Remove the bar of training steps."""
         self._remove("training")
 
@@ -129,7 +135,7 @@ class RichProgress(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         eval_dataloader: object = None,
-        **kwargs,
+        **kwargs: object,
     ) -> None:
         """Show or advance the bar of evaluation batches."""
         if "evaluating" not in self._bars:
@@ -138,6 +144,8 @@ class RichProgress(TrainerCallback):
         self._batches += 1
         self._update("evaluating", self._batches, unit="batch")
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Remove the bar of evaluation batches."""
         self._remove("evaluating")

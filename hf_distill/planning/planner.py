@@ -109,10 +109,7 @@ def plan(
     fitting = [row for row in rows if row.min_gpus and row.min_gpus <= gpus]
     cheapest = min(fitting, key=lambda row: (row.min_gpus, row.strategy.preference), default=None)
     best = next((row for row in rows if row.fits), None)
-    uncounted = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
-    others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.primary_teacher]
-    uncounted += [f"the teacher {model} and its forward" for model in others]
-    uncounted += ["the time and the KV cache of generating completions"] if recipe.on_policy else []
+    recommendation = advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(workload, usable))
     return Plan(
         teacher=teacher,
         student=student,
@@ -129,9 +126,17 @@ def plan(
         cheapest=cheapest,
         best=best,
         caches=_plan_caches(recipe, workload, teacher, student, cost.tokens),
-        advice=advice(rows, cheapest, best, gpus, None if cheapest else fewest_gpus(workload, usable))
-        + "".join(f"\nThe plan does not count {part}." for part in uncounted),
+        advice="\n".join([recommendation, *_uncounted_parts(recipe)]),
     )
+
+
+def _uncounted_parts(recipe: Recipe) -> list[str]:
+    """Return a sentence for each part of a run that its plan does not count."""
+    parts = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
+    others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.primary_teacher]
+    parts += [f"the teacher {model} and its forward" for model in others]
+    parts += ["the time and the KV cache of generating completions"] if recipe.on_policy else []
+    return [f"The plan does not count {part}." for part in parts]
 
 
 def _plan_caches(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import cast, overload
 
 from transformers import (
     AutoConfig,
@@ -63,7 +63,9 @@ def load_pretrained(kind: type[AutoModelForCausalLM], reference: str, **options:
 def load_pretrained(kind: type[AutoTokenizer], reference: str, **options: object) -> PreTrainedTokenizerBase: ...
 @overload
 def load_pretrained(kind: type[AutoConfig], reference: str, **options: object) -> PreTrainedConfig: ...
-def load_pretrained(kind, reference, **options):
+def load_pretrained(
+    kind: type[AutoModelForCausalLM | AutoTokenizer | AutoConfig], reference: str, **options: object
+) -> PreTrainedModel | PreTrainedTokenizerBase | PreTrainedConfig:
     """Call `kind.from_pretrained` for a model that a recipe names.
 
     Args:
@@ -77,7 +79,7 @@ def load_pretrained(kind, reference, **options):
     """
     trust_kwargs = trust_options() if kind is AutoModelForCausalLM else {"trust_remote_code": _POLICY.get().remote_code}
     path = resolve_model(reference)
-    options |= check_and_pin(path, options.get("revision"), kind is AutoModelForCausalLM)
+    options |= check_and_pin(path, cast(str | None, options.get("revision")), kind is AutoModelForCausalLM)
     try:
         with reading(reference):
             return kind.from_pretrained(path, **trust_kwargs, **options)
