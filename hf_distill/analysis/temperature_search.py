@@ -8,7 +8,7 @@ from math import isfinite, log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..core.io import write_json
 from ..core.locks import lock_folder
@@ -155,7 +155,9 @@ class _StopAt(TrainerCallback):
     def __init__(self, step: int):
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step >= self.step:
             control.should_training_stop = True
             control.should_save = state.global_step < state.max_steps

@@ -56,7 +56,7 @@ class RichProgress(TrainerCallback):
         self._progress.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def log_stage(self, text: str) -> None:

@@ -138,7 +138,7 @@ class CardData:
     prompt: str | Sequence[Mapping[str, str]] | None = None
     format: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = [*typed_paths(self.recipe or {})]
         for field in fields(self):
             object.__setattr__(self, field.name, reduced(getattr(self, field.name), known))

@@ -1,6 +1,6 @@
 """The `data` and `on_policy` sections of a recipe. Imports no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -70,7 +70,7 @@ class Eval(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _exactly_one(self):
+    def _exactly_one(self) -> Self:
         if (self.path is None) == (self.holdout is None):
             raise ValueError("give either path or holdout")
         return self
@@ -115,7 +115,7 @@ class Data(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _check_names_and_streams(self):
+    def _check_names_and_streams(self) -> Self:
         bad = [name for name in self.sources if not name.isidentifier()]
         if bad:
             raise ValueError(
@@ -130,7 +130,7 @@ class Data(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _check_schedules(self):
+    def _check_schedules(self) -> Self:
         if not self.scheduled:
             return self
         problems = []

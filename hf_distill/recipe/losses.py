@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Literal, TypedDict
+from typing import Literal, Self, TypedDict
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -79,7 +79,7 @@ class LossSpec(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _check_name(self):
+    def _check_name(self) -> Self:
         extra = self.model_extra or {}
         loss = _check_loss(self.name, extra)
         if "layers" in extra:

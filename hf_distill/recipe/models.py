@@ -1,6 +1,6 @@
 """The `student` and `teacher` sections of a recipe. Imports no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,7 +25,7 @@ class FromTeacher(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _exactly_one(self):
+    def _exactly_one(self) -> Self:
         if (self.keep_layers is None) == (self.layers is None):
             raise ValueError("give either keep_layers or layers")
         return self
@@ -87,7 +87,7 @@ class Student(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _check_quantization(self):
+    def _check_quantization(self) -> Self:
         if self.quantization and self.lora is None:
             raise ValueError("a quantized student cannot be trained: add lora (QLoRA), or remove quantization")
         if self.quantization and self.from_teacher:
@@ -115,7 +115,7 @@ class ViewSpec(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _check_not_empty(self):
+    def _check_not_empty(self) -> Self:
         if not (self.token_dropout or self.span_deletion or self.prepend_context_tokens or self.paraphrase):
             raise ValueError(
                 "the view does not change the batch: set token_dropout, span_deletion, prepend_context_tokens or "
@@ -271,7 +271,7 @@ class TeacherSpec(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _check_kind_fields(self):
+    def _check_kind_fields(self) -> Self:
         allowed = ("kind", "name", "weight", *FIELDS[self.kind])
         unexpected = [name for name in sorted(self.model_fields_set) if name not in allowed]
         unexpected = [name for name in unexpected if getattr(self, name) != type(self).model_fields[name].default]
@@ -328,7 +328,7 @@ class NamedTeacher(TeacherSpec):
     )
 
     @model_validator(mode="after")
-    def _check_weight(self):
+    def _check_weight(self) -> Self:
         if self.weight is not None and self.kind == "mtp":
             raise ValueError("kind mtp has no soft labels for the student, so its weight has no effect: remove weight")
         return self

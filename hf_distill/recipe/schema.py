@@ -3,7 +3,7 @@
 from functools import reduce
 from operator import or_
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, create_model, field_validator, model_validator
 
@@ -45,7 +45,7 @@ class TrainBase(StrictModel):
         }
 
     @model_validator(mode="after")
-    def _check_early_stopping(self: "Train"):
+    def _check_early_stopping(self: "Train") -> "Train":
         patience, strategy = self.early_stopping_patience, self.eval_strategy
         if patience is None:
             return self
@@ -70,7 +70,7 @@ class TrainBase(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _check_step_counts(self):
+    def _check_step_counts(self) -> Self:
         """Check that numbers of steps above 1 are whole. Below 1 they are a share of all steps."""
         steps = {name: getattr(self, name) for name in SHARES_OR_STEPS}
         broken = [f"{name} is {steps[name]}" for name in steps if (steps[name] or 0) > 1 and steps[name] % 1]
@@ -79,7 +79,7 @@ class TrainBase(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _check_push_to_hub(self: "Train"):
+    def _check_push_to_hub(self: "Train") -> "Train":
         if self.hub_token:
             raise ValueError("hub_token: a recipe must not contain a token: run `hf auth login`, or set HF_TOKEN")
         if self.push_to_hub and not self.hub_model_id:
@@ -202,7 +202,7 @@ class Recipe(StrictModel):
         return values
 
     @model_validator(mode="after")
-    def _check_consistency(self):
+    def _check_consistency(self) -> Self:
         """Check the sections against each other and raise all problems at once.
 
         Without a valid teacher the other checks are not possible, so its problems are raised first.

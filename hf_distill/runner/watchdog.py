@@ -55,7 +55,7 @@ class HangWatchdog(TrainerCallback):
         self._steps += 1
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Evaluation goes on."""
         self._steps += 1
