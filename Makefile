@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests of one file share fixtures. Tests on several processes run after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-models test-minimum-versions check lint bench evidence soak fuzz browser clean
+.PHONY: quickstart test test-models test-minimum-versions test-triton check lint bench evidence soak fuzz browser clean
 .DELETE_ON_ERROR:
 
 # torch is installed first and pinned, so that a later line cannot choose another build.
@@ -54,6 +54,16 @@ $(VENV)-minimum/installed: setup.cfg
 test-minimum-versions: $(VENV)-minimum/installed browser
 	$(VENV)-minimum/bin/python -m pytest tests --ignore tests/distributed $(APART)
 	$(VENV)-minimum/bin/python -m pytest tests/distributed
+
+# PyTorch for CPUs comes without Triton, whose wheel has 286 MB. Its interpreter runs the GPU kernel on a CPU.
+$(VENV)-triton/installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)-triton
+	$(VENV)-triton/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-triton/bin/python -m pip install --quiet --editable . pytest triton==3.9.0
+	touch $@
+
+test-triton: $(VENV)-triton/installed
+	TRITON_INTERPRET=1 $(VENV)-triton/bin/python -m pytest tests/losses/test_row_kernel.py tests/losses/test_fused_head.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -10,9 +10,10 @@ Times are estimates and lower bounds: products at `H100.flops`, memory at `H100.
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from hf_distill.core import matmul
 from hf_distill.core.logits import LazyLogits, LogitScaling
 from hf_distill.core.targets import Targets
 from hf_distill.losses.fused import ChunkedLoss
+from hf_distill.losses.kernels import selection
+from hf_distill.losses.kernels.row_losses import RowLosses
 from hf_distill.losses.objective import objective
 
 GIB = 2**30
@@ -77,15 +80,13 @@ class Products:
 class GpuMeter(TorchDispatchMode):
     """Counts the operators that run on meta tensors.
 
-    kernels:           name of a custom operator -> function of its arguments that returns (launches, bytes); other
-                       operators are one launch that reads its inputs and writes its outputs
-    launches:          operator -> number of kernels
+    launches:          operator -> number of kernels; an operator is one kernel that reads its inputs and writes its
+                       outputs
     products:          (dtype of the first factor, of the second, of the result) -> their products
     elementwise_bytes: bytes that all kernels but the products read and write
     peak_bytes:        most bytes that were allocated at a time, without those allocated before the meter
     """
 
-    kernels: dict[str, Callable[..., tuple[int, int]]] = field(default_factory=dict)
     gpu: Gpu = H100
     launches: Counter = field(default_factory=Counter)
     products: dict[tuple[torch.dtype, torch.dtype, torch.dtype], Products] = field(default_factory=dict)
@@ -113,11 +114,6 @@ class GpuMeter(TorchDispatchMode):
             self._register(tensor, tensor.untyped_storage().nbytes())
         if name in _FREE or all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)):
             return result
-        if name in self.kernels:
-            launches, num_bytes = self.kernels[name](*args, **kwargs)
-            self.launches[name] += launches
-            self.elementwise_bytes += num_bytes
-            return result
         self.launches[name] += 1
         if name in _PRODUCTS:
             factors = [args[i] for i in _PRODUCTS[name]]
@@ -127,6 +123,11 @@ class GpuMeter(TorchDispatchMode):
             reads = _SOFTMAX_READS if name == "_softmax" else 1
             self.elementwise_bytes += reads * _num_bytes(read) + _num_bytes(outputs)
         return result
+
+    def count(self, name: str, num_bytes: int) -> None:
+        """Count a kernel that is no operator of PyTorch."""
+        self.launches[name] += 1
+        self.elementwise_bytes += num_bytes
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         entry = self.products.setdefault((a.dtype, b.dtype, out.dtype), Products())
@@ -222,21 +223,30 @@ class Problem:
         student, teacher = self.vocab * self.hidden, (self.teacher_vocab or self.vocab) * self.teacher_hidden
         return 2 * self.tokens * ((2 if self.is_frozen else 3) * student + teacher) / gpu.flops[self.dtype]
 
-    def measure(self, free_gib: float = 30.0, **options) -> tuple[GpuMeter, Counter]:
+    def measure(self, free_gib: float = 30.0, has_triton: bool = False) -> tuple[GpuMeter, Counter]:
         """Run the fused loss on meta tensors.
 
         Args:
             free_gib: what `torch.cuda.mem_get_info` returns as free.
-            options: of `GpuMeter`.
+            has_triton: whether Triton is installed. Its kernel is not run, but counted with the bytes that it declares.
 
         Returns:
             (the meter, the calls of "mem_get_info").
         """
-        with meta_as_cuda(free_gib) as calls:
+        meter = GpuMeter()
+
+        def run(row_losses, outputs, labels, label_mask, out, gradient, first_token):
+            meter.count("row_kernel", row_losses.bytes_moved(outputs, gradient))
+
+        with (
+            meta_as_cuda(free_gib) as calls,
+            mock.patch.object(selection, "has_triton", return_value=has_triton),
+            mock.patch.object(RowLosses, "run", run),
+        ):
             matmul._multiplies_to_float32(torch.device("meta"), self.dtype)  # its trial is not counted
             student, chunked_loss = self._loss()
             gc.collect()
-            with GpuMeter(**options) as meter:
+            with meter:
                 chunked_loss.from_hidden(student).backward()
         return meter, calls
 

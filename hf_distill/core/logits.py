@@ -45,6 +45,10 @@ class DenseLogits:
         chunk = self.values[rows]
         return chunk.to(compute_dtype(chunk)) if out is None else out[: len(chunk)].copy_(chunk)
 
+    def head_output(self, rows: slice, out: Tensor | None) -> Tensor:
+        """Return the logits of some target tokens, [t, V], as they are; `out` is not used."""
+        return self.values[rows]
+
 
 RESHARDED_HEAD = (
     "FSDP2 frees the weight of an output head after its model's forward (reshard_after_forward), and the loss reads it "
@@ -168,14 +172,26 @@ class LazyLogits:
         Raises:
             DistillError: the memory of the weight was freed after the forward of its model.
         """
+        out = self.head_output(rows, out)
+        if self.bias is not None:
+            out.add_(self.bias)
+        return self.scaling.apply_(out)
+
+    def head_output(self, rows: slice, out: Tensor | None) -> Tensor:
+        """Return `hidden @ weight.T` of some target tokens, [t, V], to which bias and scaling are not applied yet.
+
+        Args:
+            rows: target tokens.
+            out: buffer [at least t, V] that is written and returned; None allocates one.
+
+        Raises:
+            DistillError: the memory of the weight was freed after the forward of its model.
+        """
         self.check_weight()
         hidden = self.hidden[rows]
         if out is None:
             out = hidden.new_empty(len(hidden), self.vocab_size, dtype=compute_dtype(hidden, self.weight))
-        out = project_matmul(hidden, self.weight, out[: len(hidden)])
-        if self.bias is not None:
-            out.add_(self.bias)
-        return self.scaling.apply_(out)
+        return project_matmul(hidden, self.weight, out[: len(hidden)])
 
 
 @dataclass(frozen=True)

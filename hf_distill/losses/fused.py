@@ -7,6 +7,7 @@ For each chunk of target tokens, in the forward:
 3. For each block, every term of the objective gives its values [r] and its gradient with respect to the student logits,
    from an analytic formula or from autograd. The weighted sum of the gradients overwrites the student logits, or is
    rounded to bf16 in a buffer of its own where bf16 matrices are multiplied to float32 (see `core/matmul.py`).
+   On a GPU, one Triton kernel computes steps 2 and 3 of the whole chunk for most losses (see `kernels/selection.py`).
 4. The chunk's gradient is multiplied with the output head's weight and with the hidden states: it is added to the
    gradients of hidden states, weight and bias, in float32 or better.
 
@@ -38,6 +39,8 @@ from ..core.targets import Targets
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits, BufferPool
 from .fused_buffers import auto_chunk_tokens, block_rows, new_row_buffer
+from .kernels.row_losses import HeadOutput, RowLosses
+from .kernels.selection import uses_row_kernel
 from .objective import Term
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
@@ -113,8 +116,9 @@ class ChunkedLoss:
         relative error in all rows, so that it would not average out.
         """
         for term in self.terms:
-            if term.weight and not term.loss.compares:
-                return self._inverse_divisor_in_forward * term.weight * (1 - term.options.get("label_smoothing", 0.0))
+            label_share = 1 - term.options.get("label_smoothing", 0.0)
+            if term.weight and label_share and not term.loss.compares:
+                return self._inverse_divisor_in_forward * term.weight * label_share
         return self._inverse_divisor_in_forward
 
     def run_chunks(
@@ -145,25 +149,34 @@ class ChunkedLoss:
         dtype = compute_dtype(_values(student))
         chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student, teachers, dtype)
         buffer_rows = min(chunk_tokens, num_tokens)
+        self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
+        self._may_be_masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
+        row_losses = self._row_losses(student)
         student_buffer = _new_buffer(student, buffer_rows, dtype)
         teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teachers.items()}
         gradient_buffer = student_buffer
-        if on_gradient is not None and gradient_dtype not in (None, dtype):
-            gradient_buffer = _new_buffer(student, buffer_rows, gradient_dtype)
-        self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
-        self._may_be_masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
-        self.per_token = {name: torch.zeros(num_tokens, dtype=dtype, device=device) for name in self._metric_names()}
-        scaling = student.scaling if isinstance(student, LazyLogits) else LogitScaling()
+        if on_gradient is not None and (row_losses or gradient_dtype not in (None, dtype)):
+            gradient_buffer = _new_buffer(student, buffer_rows, gradient_dtype or dtype)
+        names = self._metric_names()
+        table = torch.zeros(len(names), num_tokens, dtype=dtype, device=device)
+        order = row_losses.names if row_losses else names
+        self.per_token = {name: table[order.index(name)] for name in names}
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))
-            student_chunk = student.project(rows, out=student_buffer)
-            teacher_chunks = {
-                name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
-                for name, teacher in teachers.items()
-            }
-            gradient = None if on_gradient is None else gradient_buffer[: len(student_chunk)]
-            self._run_chunk(student_chunk, teacher_chunks, start, gradient, scaling)
-            if on_gradient is not None and gradient is not None:
+            gradient: Any = None if on_gradient is None else gradient_buffer[: rows.stop - start]
+            if row_losses:
+                targets = self.targets.slice(rows)
+                outputs = [_head_output(student, rows, student_buffer, device)]
+                outputs += [_head_output(t, rows, teacher_buffers[name], device) for name, t in teachers.items()]
+                row_losses.run(outputs, targets.labels, targets.label_mask, table[:, rows], gradient, start)
+            else:
+                student_chunk = student.project(rows, out=student_buffer)
+                teacher_chunks = {
+                    name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
+                    for name, teacher in teachers.items()
+                }
+                self._run_chunk(student_chunk, teacher_chunks, start, gradient, _scaling(student))
+            if on_gradient is not None:
                 on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
@@ -196,6 +209,18 @@ class ChunkedLoss:
             gradients = self._run_block(student_chunk[block], teacher_blocks, start + first, gradient is not None)
             if gradient is not None:
                 _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
+
+    def _row_losses(self, student: DenseLogits | LazyLogits) -> RowLosses | None:
+        """Return the terms and statistics for the Triton kernel; None if it does not compute them."""
+        if not uses_row_kernel(self.terms, student, self.teacher_logits):
+            return None
+        return RowLosses(
+            self.terms,
+            has_teacher=self.teacher_logits is not None,
+            statistics_every=self.statistics_every,
+            factor=self._gradient_factor,
+            may_be_masked=self._may_be_masked,
+        )
 
     def _metric_names(self) -> list[str]:
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
@@ -416,6 +441,18 @@ def _teacher_chunk(teacher: LogitSource, rows: slice, buffer: Tensor | None, dev
     if isinstance(teacher, SparseLogProbs):
         return teacher.slice(rows)
     return teacher.project(rows, out=buffer).to(device)
+
+
+def _head_output(source: Any, rows: slice, buffer: Tensor | None, device: torch.device) -> HeadOutput:
+    """Return what the output head of a dense or lazy source gives for a chunk, [t, V], on the student's device."""
+    bias = source.bias if isinstance(source, LazyLogits) else None
+    values = source.head_output(rows, buffer).to(device)
+    return HeadOutput(values, None if bias is None else bias.to(device), _scaling(source))
+
+
+def _scaling(source: Any) -> LogitScaling:
+    """Return the scale and soft cap of logits that are not materialized yet; materialized logits have them."""
+    return source.scaling if isinstance(source, LazyLogits) else LogitScaling()
 
 
 def _slice(chunk: LogitChunk, block_rows: slice) -> LogitChunk:

@@ -5,14 +5,18 @@ import importlib.util
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_distill.core.logits import LogitScaling
+from hf_distill.core.logits import DenseLogits, LazyLogits, LogitScaling
+from hf_distill.core.targets import Targets
 from hf_distill.losses import LOSSES
-from hf_distill.losses.analytic_gradients import BufferPool, LogitPair
+from hf_distill.losses.analytic_gradients import BlockLogits, BufferPool
+from hf_distill.losses.fused import ChunkedLoss
+from hf_distill.losses.kernels import selection
 from hf_distill.losses.kernels.row_losses import HeadOutput, RowLosses
 from hf_distill.losses.objective import objective
 from hf_distill.losses.token_metrics import token_metrics
@@ -32,7 +36,7 @@ ROWS = 3
 CLOSE = dict(rtol=5e-6, atol=1e-5)
 
 
-def logits(v_student=1003, v_teacher=1003, rows=ROWS, seed=0, scale=4.0):
+def logits(v_student=1003, v_teacher=1003, rows=ROWS, seed=0, scale=2.0):
     g = torch.Generator().manual_seed(seed)
     z, y = torch.randn(rows, v_student, generator=g) * scale, torch.randn(rows, v_teacher, generator=g) * scale
     return z.to(DEVICE), y.to(DEVICE), torch.randint(0, min(v_student, v_teacher), (rows,), generator=g).to(DEVICE)
@@ -45,7 +49,8 @@ def run(terms, student, teacher, labels, mask=None, dtype=torch.float32, needs_g
     losses = RowLosses(terms, teacher is not None, **options)
     out = torch.full((len(losses.names), len(labels)), torch.nan, device=DEVICE)
     gradient = torch.full(student.values.shape, torch.nan, dtype=dtype, device=DEVICE) if needs_gradient else None
-    losses.run(student, teacher, labels, mask, out, gradient, first_token)
+    outputs = [student] if teacher is None else [student, teacher]
+    losses.run(outputs, labels, mask, out, gradient, first_token)
     return dict(zip(losses.names, out, strict=True)), gradient
 
 
@@ -58,7 +63,7 @@ def expected(terms, student, teacher, labels, mask=None):
     losses = {}
     for term in terms:
         temperature = term.options.get("temperature", 1.0)
-        if term.loss.needs:
+        if term.loss.compares:
             losses[term.name] = temperature**2 * term.loss.function(z, y, **term.options)
         else:
             losses[term.name] = F.cross_entropy(z, labels, reduction="none", **term.options)
@@ -165,12 +170,12 @@ def test_ids_that_one_model_masks_give_the_values_of_the_eager_loss(divergence, 
     labels = z.argmax(-1)
     terms = objective(1.0, 1.0, divergence)[:1]
     per_token, gradient = run(terms, z, y, labels, statistics_every=1, may_be_masked=True)
-    pair = LogitPair(z.double(), None, labels, BufferPool(), True).with_teacher(y.double())
+    pair = BlockLogits(z.double(), None, labels, BufferPool(), True).with_teacher(y.double())
     values, expected_gradient = LOSSES[divergence].gradient_fn(pair, temperature=1.0)
     torch.testing.assert_close(per_token["soft"].double(), values, **CLOSE)
     if torch.isfinite(values).all():
         torch.testing.assert_close(gradient.double(), expected_gradient, **CLOSE)
-    student_only = LogitPair(z.double(), None, labels, BufferPool(), True)
+    student_only = BlockLogits(z.double(), None, labels, BufferPool(), True)
     for name, values in token_metrics(student_only, student_only.with_teacher(y.double())).items():
         torch.testing.assert_close(per_token[name].double(), values, **CLOSE)
 
@@ -186,10 +191,9 @@ def test_statistics_of_measured_tokens_are_those_of_the_eager_loss(vocabularies,
     if vocabularies == (1100, 1027):
         labels[0] = 1099  # the label is no id of the teacher
     per_token, _ = run(objective(0.5, temperature), z, y, labels, statistics_every=3, first_token=3)
-    student_only = LogitPair(z.double(), None, labels, BufferPool())
+    student_only = BlockLogits(z.double(), None, labels, BufferPool())
     metrics = token_metrics(student_only, student_only.with_teacher(y.double()))
-    assert metrics["accuracy"].sum() == 1
-    assert metrics["agreement"][3] == 1
+    assert metrics["accuracy"][3] == metrics["agreement"][3] == 1
     measured = torch.tensor([True, False, False, True, False, False, True], device=DEVICE)
     for name, values in metrics.items():
         torch.testing.assert_close(per_token[name][measured].double(), values[measured], **CLOSE)
@@ -200,7 +204,7 @@ def test_statistics_without_a_teacher():
     z, _, labels = logits()
     terms = [term for term in objective(0.0, 1.0) if term.weight]
     per_token, _ = run(terms, z, None, labels, statistics_every=1)
-    metrics = token_metrics(LogitPair(z.double(), None, labels, BufferPool()), None)
+    metrics = token_metrics(BlockLogits(z.double(), None, labels, BufferPool()), None)
     assert list(per_token) == ["hard", *metrics]
     for name, values in metrics.items():
         torch.testing.assert_close(per_token[name].double(), values, **CLOSE)
@@ -216,7 +220,7 @@ def test_padded_rows_change_nothing_and_rows_stay_inside_their_padding(v_student
     losses = RowLosses(terms, True, 1)
     out = torch.full((len(losses.names), ROWS), torch.nan, device=DEVICE)
     student, teacher = HeadOutput(padded[0][:, :v_student]), HeadOutput(padded[1][:, :v_teacher])
-    losses.run(student, teacher, labels, None, out, padded[2][:, :v_student])
+    losses.run([student, teacher], labels, None, out, padded[2][:, :v_student])
     per_token, gradient = run(terms, z, y, labels, statistics_every=1)
     assert torch.equal(padded[2][:, :v_student], gradient)
     assert torch.equal(out, torch.stack(list(per_token.values())))
@@ -242,7 +246,10 @@ def test_a_bfloat16_gradient_is_the_rounded_float32_gradient(divergence):
     inputs = logits()
     _, exact = run(objective(0.5, 2.0, divergence), *inputs)
     _, rounded = run(objective(0.5, 2.0, divergence), *inputs, dtype=torch.bfloat16)
-    assert torch.equal(rounded, exact.to(torch.bfloat16))
+    if DEVICE == "cpu":  # the interpreter cuts the last bits of a float32 off
+        torch.testing.assert_close(rounded.float(), exact, rtol=2**-7, atol=1e-30)
+    else:
+        assert torch.equal(rounded, exact.to(torch.bfloat16))
 
 
 def test_without_a_gradient_the_losses_are_the_same():
@@ -287,6 +294,7 @@ from hf_distill.losses.objective import objective
 
 class NoDevice:
     get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
     get_current_target = lambda self: GPUTarget("cuda", CAPABILITY, 32)
 
 triton.runtime.driver.set_active(NoDevice())
@@ -296,11 +304,11 @@ for CAPABILITY in (80, 90, 100):
         output = HeadOutput(empty(8, 50304)[:, :50257], None, scaling)
         losses = RowLosses(objective(0.5, 2.0, divergence), True, 4)
         gradient = empty(8, 50304, dtype=torch.bfloat16)[:, :50257]
-        arguments = losses.arguments(output, output, empty(8, dtype=torch.long), None, empty(10, 8), gradient)
+        arguments = losses.arguments([output, output], empty(8, dtype=torch.long), None, empty(10, 8), gradient)
         kernel = losses_and_gradient.warmup(**arguments, grid=(8,))
         ptx = kernel.asm["ptx"]
-        loads = re.findall(r"cp.async.cg.shared.global .*, 0x10, 0x10", ptx)
-        print(CAPABILITY, divergence, len(loads), ".f64" in ptx, kernel.metadata.shared)
+        loads = re.findall(r"cp.async.cg.shared.global .*, 0x10", ptx)
+        print(len(loads), "cvt.rn.bf16" in ptx, ".f64" in ptx, kernel.metadata.shared)
 """
 
 
@@ -314,7 +322,36 @@ def test_the_kernel_compiles_for_gpus_without_one_and_loads_16_bytes_of_padded_r
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 6
-    for _capability, _divergence, loads_of_16_bytes, has_float64, shared_bytes in lines:
+    for loads_of_16_bytes, rounds_to_nearest, has_float64, shared_bytes in lines:
         assert int(loads_of_16_bytes) > 0
+        assert rounds_to_nearest == "True"
         assert has_float64 == "False"
         assert int(shared_bytes) < 48 * 2**10
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js"])
+@pytest.mark.parametrize("is_lazy", [True, False])
+def test_the_chunked_loss_is_the_same_with_the_kernel_and_without(divergence, is_lazy):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=g).to(DEVICE) for shape in [(37, 8), (50, 8), (50,)])
+    teacher = LazyLogits(torch.randn(37, 12, generator=g).to(DEVICE), torch.randn(53, 12, generator=g).to(DEVICE))
+    labels, positions = torch.randint(0, 50, (37,), generator=g).to(DEVICE), torch.arange(37, device=DEVICE)
+    targets = Targets(labels, positions, positions, torch.Size((37,)), positions % 3 > 0)
+    results = []
+    for has_triton in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        loss = ChunkedLoss(teacher, targets, objective(0.4, 2.0, divergence), 3, 10, 41)
+        with (
+            mock.patch.object(selection, "has_triton", return_value=has_triton),
+            mock.patch.object(RowLosses, "run", autospec=True, side_effect=RowLosses.run) as launches,
+        ):
+            if is_lazy:
+                value = loss.from_hidden(LazyLogits(*leaves))
+            else:
+                value = loss.from_logits(DenseLogits(torch.addmm(leaves[2], leaves[0], leaves[1].t())))
+        assert launches.call_count == (4 if has_triton else 0)
+        results.append((value, *torch.autograd.grad(value, leaves), *loss.per_token.values()))
+        names = list(loss.per_token)
+    assert names[:3] == ["soft", "hard", "measured"]
+    for with_kernel, without in zip(*results, strict=True):
+        torch.testing.assert_close(with_kernel, without, **CLOSE)

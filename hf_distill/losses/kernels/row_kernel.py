@@ -21,8 +21,8 @@ JS = tl.constexpr(2)  # the losses from here on have a mixture
 SKEW_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
 
-_NO_ID = tl.constexpr(-3.0e38)  # logit of lanes after the last id; its exp is 0, relative to any maximum
-_LOWEST_MAX = tl.constexpr(-1.0e30)  # the maximum before the first id; finite, because -inf minus -inf is NaN
+_NO_ID = tl.constexpr(-1.0e30)  # logit of lanes after the last id; finite after a division by T, and its exp is 0
+_LOWEST_MAX = tl.constexpr(-1.0e28)  # the maximum before the first id; finite, because -inf minus -inf is NaN
 _STAGES = tl.constexpr(3)  # blocks of a loop that are loaded or computed at the same time
 _SMALLEST_NORMAL = tl.constexpr(
     1.1754944e-38
@@ -96,19 +96,19 @@ def losses_and_gradient(
     softmaxes = ()
     results = ()
     for i in tl.static_range(N):
-        z_lse, y_lse, kl = _finish_softmaxes(sums[i], shared, divergences[i][0], KINDS[i])
-        softmaxes += ((z_lse, y_lse),)
+        z_log_sum, y_log_sum, kl = _finish_softmaxes(sums[i], shared, divergences[i][0], KINDS[i])
+        softmaxes += ((z_log_sum, y_log_sum),)
         results += ((kl, kl),)
     if HAS_MIXTURE:
         results = _mixture_pass(
-            student, teacher, V_shared, softmaxes, results, divergences, KINDS, MAY_BE_MASKED, BLOCK
+            student, teacher, V_shared, shared, softmaxes, results, divergences, KINDS, MAY_BE_MASKED, BLOCK
         )
     for i in tl.static_range(N):
         tl.store(out + i * out_stride, results[i][0] * divergences[i][2])
     if gradient_ptr is not None:
         _gradient_pass(
-            gradient_ptr + row * gradient_stride, gradient_limit, student, teacher, sizes, softmaxes, results,
-            divergences, label, lse, (ce_factors[0] * has_label, ce_factors[1] * has_label), KINDS, HAS_GRADIENT,
+            gradient_ptr + row * gradient_stride, gradient_limit, student, teacher, sizes, shared, softmaxes, results,
+            divergences, label, full, (ce_factors[0] * has_label, ce_factors[1] * has_label), KINDS, HAS_GRADIENT,
             HAS_CE_GRADIENT, HAS_TEACHER, MAY_BE_MASKED, BLOCK,
         )  # fmt: skip
 
@@ -188,13 +188,13 @@ def _add_to_softmaxes(sums, z, y, maxima, inverse_t, KIND: tl.constexpr, MAY_BE_
 
 @triton.jit
 def _finish_softmaxes(sums, shared, inverse_t, KIND: tl.constexpr):
-    """Return the log-sum-exp of z / T, that of y / T, and forward or reverse KL."""
+    """Return log sum exp((z - max z) / T), the same of y, and forward or reverse KL."""
     z_exp_sum, y_exp_sum, kl_sum = tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0)
-    z_lse = shared[0] * inverse_t + tl.log(z_exp_sum)
-    y_lse = shared[2] * inverse_t + tl.log(y_exp_sum)
+    z_log_sum, y_log_sum = tl.log(z_exp_sum), tl.log(y_exp_sum)
+    difference = (shared[0] - shared[2]) * inverse_t + (z_log_sum - y_log_sum)  # of both log-sum-exps
     if KIND == FORWARD_KL:
-        return z_lse, y_lse, kl_sum / y_exp_sum + (z_lse - y_lse)
-    return z_lse, y_lse, kl_sum / z_exp_sum + (y_lse - z_lse)
+        return z_log_sum, y_log_sum, kl_sum / y_exp_sum + difference
+    return z_log_sum, y_log_sum, kl_sum / z_exp_sum - difference
 
 
 @triton.jit
@@ -250,8 +250,8 @@ def _store_pair_statistics(
 
 @triton.jit
 def _mixture_pass(
-    student, teacher, V_shared, softmaxes, results, divergences, KINDS: tl.constexpr, MAY_BE_MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    student, teacher, V_shared, shared, softmaxes, results, divergences, KINDS: tl.constexpr,
+    MAY_BE_MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return, for each divergence, its value and sum_v p(v) * g(v), where g is its derivative with respect to p."""
     N: tl.constexpr = len(KINDS)
@@ -264,7 +264,7 @@ def _mixture_pass(
         for i in tl.static_range(N):
             if KINDS[i] >= JS:
                 inverse_t, share, _value_factor, _gradient_factor = divergences[i]
-                log_p, log_q = z * inverse_t - softmaxes[i][0], y * inverse_t - softmaxes[i][1]
+                log_p, log_q = _log_probs(z, y, shared, softmaxes[i], inverse_t)
                 new_sums += (_add_to_mixture(sums[i], log_p, log_q, share, KINDS[i], MAY_BE_MASKED),)
             else:
                 new_sums += (sums[i],)
@@ -309,9 +309,9 @@ def _finish_mixture(sums, share, KIND: tl.constexpr):
 
 @triton.jit
 def _gradient_pass(
-    gradient_row, gradient_limit, student, teacher, sizes, softmaxes, results, divergences, label, lse, ce_factors,
-    KINDS: tl.constexpr, HAS_GRADIENT: tl.constexpr, HAS_CE_GRADIENT: tl.constexpr, HAS_TEACHER: tl.constexpr,
-    MAY_BE_MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    gradient_row, gradient_limit, student, teacher, sizes, shared, softmaxes, results, divergences, label, full,
+    ce_factors, KINDS: tl.constexpr, HAS_GRADIENT: tl.constexpr, HAS_CE_GRADIENT: tl.constexpr,
+    HAS_TEACHER: tl.constexpr, MAY_BE_MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of the weighted sum of all losses with respect to the student's head output."""
     V_s, _V_t, V_shared = sizes
@@ -321,11 +321,11 @@ def _gradient_pass(
             z, y = _load_logits(student, ids, ids < V_shared), _load_logits(teacher, ids, ids < V_shared)
             gradient = tl.zeros([BLOCK], tl.float32)
             if HAS_CE_GRADIENT:
-                gradient = _ce_gradient(z, ids, label, lse, ce_factors, V_s)
+                gradient = _ce_gradient(z, ids, label, full, ce_factors, V_s)
             for i in tl.static_range(len(KINDS)):
                 if HAS_GRADIENT[i]:
                     inverse_t, share, _value_factor, factor = divergences[i]
-                    log_p, log_q = z * inverse_t - softmaxes[i][0], y * inverse_t - softmaxes[i][1]
+                    log_p, log_q = _log_probs(z, y, shared, softmaxes[i], inverse_t)
                     gradient += factor * _logit_gradient(log_p, log_q, share, results[i][1], KINDS[i], MAY_BE_MASKED)
             _store_gradient(gradient_row, student, ids, ids < gradient_limit, z, gradient)
     for start in range(V_shared, V_s, BLOCK):  # ids that only the student has
@@ -333,7 +333,7 @@ def _gradient_pass(
         z = _load_logits(student, ids, ids < V_s)
         gradient = tl.zeros([BLOCK], tl.float32)
         if HAS_CE_GRADIENT:
-            gradient = _ce_gradient(z, ids, label, lse, ce_factors, V_s)
+            gradient = _ce_gradient(z, ids, label, full, ce_factors, V_s)
         _store_gradient(gradient_row, student, ids, ids < V_s, z, gradient)
 
 
@@ -358,10 +358,19 @@ def _logit_gradient(log_p, log_q, share, mean, KIND: tl.constexpr, MAY_BE_MASKED
 
 
 @triton.jit
-def _ce_gradient(z, ids, label, lse, factors, V_s):
+def _log_probs(z, y, shared, softmax, inverse_t):
+    """Return log p and log q. The maxima are subtracted first, so that large probabilities are exact."""
+    z_max, _z_exp_sum, y_max = shared
+    return (z - z_max) * inverse_t - softmax[0], (y - y_max) * inverse_t - softmax[1]
+
+
+@triton.jit
+def _ce_gradient(z, ids, label, full, factors, V_s):
     """Return the gradient of the weighted sum of all cross entropies: p - (smoothed one-hot labels)."""
+    z_max, z_exp_sum, _z_sum = full
     weight, smoothed_weight = factors
-    return weight * tl.exp(z - lse) - tl.where(ids == label, weight - smoothed_weight, 0.0) - smoothed_weight / V_s
+    p = tl.exp(z - z_max) * (1.0 / z_exp_sum)
+    return weight * p - tl.where(ids == label, weight - smoothed_weight, 0.0) - smoothed_weight / V_s
 
 
 @triton.jit

@@ -38,9 +38,10 @@ class HeadOutput:
 
     def kernel_argument(self) -> tuple[Tensor, int, int, Tensor | None, float, float | None]:
         """Return (values, row stride, readable ids of a row, bias, scale, softcap), the kernel's `student`."""
+        values = self.values if self.values.stride(1) == 1 else self.values.contiguous()
         bias = None if self.bias is None else self.bias.contiguous()
-        stride = self.values.stride(0)
-        return self.values, stride, padded_row_size(self.values), bias, self.scaling.scale, self.scaling.softcap
+        softcap = None if self.scaling.softcap is None else float(self.scaling.softcap)
+        return values, values.stride(0), padded_row_size(values), bias, float(self.scaling.scale), softcap
 
 
 def padded_row_size(values: Tensor) -> int:
@@ -103,10 +104,9 @@ class RowLosses:
 
     def run(
         self,
-        student: HeadOutput,
-        teacher: HeadOutput | None,
+        outputs: Sequence[HeadOutput],
         labels: Tensor,
-        has_label_mask: Tensor | None,
+        label_mask: Tensor | None,
         out: Tensor,
         gradient: Tensor | None,
         first_token: int = 0,
@@ -114,10 +114,9 @@ class RowLosses:
         """Compute a chunk of r target tokens.
 
         Args:
-            student: [r, V_s].
-            teacher: [r, V_t], on the same device; None if terms and statistics read no teacher.
+            outputs: of the heads of the student, [r, V_s], and of the teacher, if there is one, [r, V_t].
             labels: [r] ids.
-            has_label_mask: [r] whether cross entropy counts; None if it counts for all tokens.
+            label_mask: [r] whether cross entropy counts; None if it counts for all tokens.
             out: [len(names), r] float32, written: terms (scaled, not weighted) and statistics; statistics of tokens
                 that are not measured are left as they are.
             gradient: [r, V_s], written: the gradient of the weighted sum of the terms with respect to the output of
@@ -127,15 +126,14 @@ class RowLosses:
         if len(labels):
             from .row_kernel import losses_and_gradient
 
-            arguments = self.arguments(student, teacher, labels, has_label_mask, out, gradient, first_token)
+            arguments = self.arguments(outputs, labels, label_mask, out, gradient, first_token)
             losses_and_gradient[(len(labels),)](**arguments)
 
     def arguments(
         self,
-        student: HeadOutput,
-        teacher: HeadOutput | None,
+        outputs: Sequence[HeadOutput],
         labels: Tensor,
-        has_label_mask: Tensor | None,
+        label_mask: Tensor | None,
         out: Tensor,
         gradient: Tensor | None,
         first_token: int = 0,
@@ -143,21 +141,23 @@ class RowLosses:
         """Return the arguments of the kernel for a chunk, see `run`."""
         from . import row_kernel
 
-        student_size = student.values.shape[1]
-        teacher_size = teacher.values.shape[1] if teacher is not None else 0
+        student, teacher = outputs[0], outputs[-1]
+        student_size, teacher_size = student.values.shape[1], teacher.values.shape[1]
         shared_size = min(student_size, teacher_size) if self._has_teacher else 0
-        is_padding_writable = gradient is not None and shared_size == student_size
+        gradient_limit = shared_size
+        if gradient is not None and shared_size == student_size:
+            gradient_limit = padded_row_size(gradient)
         block, num_warps = block_and_warps(student_size)
         return {
             "student": student.kernel_argument(),
-            "teacher": (teacher if teacher is not None else student).kernel_argument(),
+            "teacher": teacher.kernel_argument(),
             "labels_ptr": labels,
-            "has_label_ptr": has_label_mask,
+            "has_label_ptr": label_mask,
             "out_ptr": out,
             "out_stride": out.stride(0),
             "gradient_ptr": gradient,
             "gradient_stride": gradient.stride(0) if gradient is not None else 0,
-            "gradient_limit": padded_row_size(gradient) if is_padding_writable else shared_size,
+            "gradient_limit": gradient_limit,
             "V_s": student_size,
             "V_t": teacher_size,
             "V_shared": shared_size,
@@ -170,16 +170,19 @@ class RowLosses:
             "num_warps": num_warps,
         }
 
-    def bytes_moved(self, student: HeadOutput, teacher: HeadOutput | None, gradient: Tensor | None) -> int:
-        """Return the bytes that a launch reads and writes: each pass reads its rows again.
+    def bytes_moved(self, outputs: Sequence[HeadOutput], gradient: Tensor | None) -> int:
+        """Return the bytes that a launch reads and writes: each pass reads the logits again.
 
-        Labels, losses and statistics are left out, as they are one number for each row. So are the ids that only one
-        of the models has in passes that do not read them.
+        One number for each row (labels, losses, statistics) is left out.
         """
-        models = [student] if teacher is None or not self._has_teacher else [student, teacher]
-        logits = sum(model.values.numel() * model.values.element_size() for model in models)
-        passes = 1 + self._constants["HAS_MIXTURE"] + (gradient is not None)
-        return passes * logits + (gradient.numel() * gradient.element_size() if gradient is not None else 0)
+        num_passes = 1 + self._constants["HAS_MIXTURE"] + (gradient is not None)
+        return num_passes * sum(map(_num_bytes, (o.values for o in outputs))) + (
+            0 if gradient is None else _num_bytes(gradient)
+        )
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def block_and_warps(vocab_size: int) -> tuple[int, int]:
@@ -202,4 +205,9 @@ def _divergence_argument(term: Term, factor: float) -> tuple[float, float, float
     temperature = float(term.options.get("temperature", 1.0))
     option = SHARE_OPTIONS[term.loss.function]
     share = 0.0 if option is None else float(term.options.get(option, term.loss.options[option]))
-    return 1 / temperature, share, float(term.scale), factor * term.weight * term.scale / temperature
+    return (
+        1 / temperature,
+        share,
+        float(term.temperature_squared),
+        factor * term.weight * term.temperature_squared / temperature,
+    )

@@ -1,0 +1,91 @@
+"""Which losses the Triton kernel computes, and what is logged where it computes none."""
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from gpu_meter import meta_as_cuda
+
+from hf_distill.core.logits import DenseLogits, MultiTeacherLogits, SparseLogProbs
+from hf_distill.losses import LOSSES, loss
+from hf_distill.losses.kernels import selection
+from hf_distill.losses.kernels.row_losses import RowLosses
+from hf_distill.losses.kernels.selection import reason_for_eager
+from hf_distill.losses.objective import objective
+
+LOGITS = DenseLogits(torch.empty(3, 5, device="meta"))
+
+
+@pytest.fixture(autouse=True)
+def gpu_with_triton():
+    with meta_as_cuda(), mock.patch.object(selection, "has_triton", return_value=True):
+        yield
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"])
+def test_the_kernel_computes_these_divergences_with_cross_entropy_on_a_gpu(divergence):
+    others = [{"name": "js", "weight": 0.1}, {"name": "cross_entropy", "weight": 0.1}]
+    terms = objective(0.5, 2.0, divergence, losses=others, label_smoothing=0.1)
+    assert reason_for_eager(terms, LOGITS, LOGITS) == ""
+
+
+@pytest.mark.parametrize("name", ["total_variation", "adaptive_kl", "custom"])
+def test_other_losses_are_computed_by_the_analytic_gradients(name, monkeypatch):
+    monkeypatch.setattr("hf_distill.losses.registry.LOSSES", dict(LOSSES))
+    loss("custom", compares=("logits",))(lambda student, teacher, targets: None)
+    terms = objective(0.5, 2.0, losses=[{"name": name, "weight": 0.1}])
+    assert reason_for_eager(terms, LOGITS, LOGITS) == f"it does not compute the loss {name}"
+
+
+def test_a_loss_with_the_name_of_another_is_not_taken_for_it():
+    """A registered loss is known by its function."""
+    forward_kl = objective(1.0, 1.0)[0]
+    other = replace(forward_kl, loss=replace(forward_kl.loss, function=lambda student, teacher, targets: None))
+    assert reason_for_eager([other], LOGITS, LOGITS) == "it does not compute the loss forward_kl"
+
+
+def test_several_teachers_and_sparse_teachers_are_computed_by_the_analytic_gradients():
+    terms = objective(0.5, 1.0)
+    several = MultiTeacherLogits({"a": LOGITS, "b": LOGITS})
+    assert reason_for_eager(terms, LOGITS, several) == "there are several teachers"
+    ids = torch.empty(3, 2, dtype=torch.long, device="meta")
+    sparse = SparseLogProbs(ids, torch.empty(3, 2, device="meta"), None)
+    assert reason_for_eager(terms, LOGITS, sparse) == "the teacher's log-probabilities are sparse"
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_float64_is_not_rounded_to_float32(who):
+    double = DenseLogits(torch.empty(3, 5, dtype=torch.float64, device="meta"))
+    pair = (double, LOGITS) if who == "student" else (LOGITS, double)
+    assert reason_for_eager(objective(0.5, 1.0), *pair) == "the logits are float64"
+
+
+def test_rocm_and_a_missing_triton_are_reasons(monkeypatch):
+    with mock.patch.object(selection, "has_triton", return_value=False):
+        assert reason_for_eager(objective(0.5, 1.0), LOGITS, LOGITS) == "Triton is not installed"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert reason_for_eager(objective(0.5, 1.0), LOGITS, LOGITS) == "it was not tested on ROCm"
+
+
+def test_a_cpu_needs_no_kernel_and_logs_nothing(caplog, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    on_cpu = DenseLogits(torch.zeros(3, 5))
+    assert not selection.uses_row_kernel(objective(0.5, 1.0), on_cpu, on_cpu)
+    assert caplog.text == ""
+
+
+def test_the_eager_path_on_a_gpu_is_logged_once_with_its_reason_and_cost(caplog):
+    for _ in range(2):
+        assert not selection.uses_row_kernel(objective(0.5, 1.0, "total_variation"), LOGITS, LOGITS)
+    (record,) = caplog.records
+    assert record.message.startswith(
+        "The Triton kernel is not used, because it does not compute the loss total_variation."
+    )
+    assert "20 to 60 times instead of 5 to 7 times" in record.message
+
+
+def test_only_labels_and_statistics_of_the_student_need_no_teacher():
+    terms = [term for term in objective(0.0, 1.0) if term.weight]
+    assert reason_for_eager(terms, LOGITS, None) == ""
+    assert RowLosses(terms, False, 4).names == ["hard", "measured", "student_ce", "student_entropy", "accuracy"]
