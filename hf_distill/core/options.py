@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import cast
 
-from .json_types import JSON
-
 BETWEEN_0_AND_1 = {"exclusiveMinimum": 0, "exclusiveMaximum": 1}
 POSITIVE = {"exclusiveMinimum": 0}
 FROM_0_TO_1 = {"minimum": 0, "maximum": 1}
@@ -21,7 +19,7 @@ _LIMITS = {
 }
 
 
-def option_schema(default: object, limits: Mapping[str, JSON]) -> dict[str, object]:
+def option_schema(default: object, limits: Mapping[str, object]) -> dict[str, object]:
     """Return the JSON Schema of an option: its default, the type of its default, and its limits.
 
     Args:

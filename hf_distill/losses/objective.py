@@ -53,7 +53,7 @@ class Term:
         """T^2 for a loss with a temperature, so that gradients keep their size as the temperature grows; else 1."""
         return self.options.get("temperature", 1.0) ** 2
 
-    def __call__(self, student: Any, teacher: Any, targets: Targets) -> Tensor:
+    def __call__(self, student: Signals | Tensor, teacher: Signals | Tensor | None, targets: Targets) -> Tensor:
         """Return the scaled, unweighted loss of each target token, [T].
 
         Args:
@@ -141,7 +141,7 @@ def objective(
     return _deduplicate_names([terms[1], terms[0], *terms[2:]])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor
 
 from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, raise_if_any
 
+Limits: TypeAlias = Mapping[str, Mapping[str, object]]  # option -> keys of JSON Schema
 FEATURES = ("hidden", "attention", "values")
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: layer mapping and stack
 
@@ -34,16 +35,16 @@ class Loss:
     function: Callable[..., Tensor]
     compares: tuple[str, ...]
     paper: str
-    options: dict[str, Any]
+    options: Mapping[str, object]
     gradient_fn: Callable[..., tuple[Tensor, Tensor]] | None = None
     sparse_gradient_fn: Callable[..., tuple[Tensor, Tensor]] | None = None
     project: bool = False
-    limits: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    limits: Limits = dataclasses.field(default_factory=dict)
 
     @property
-    def option_schemas(self) -> dict[str, dict[str, Any]]:
+    def option_schemas(self) -> dict[str, dict[str, object]]:
         """Name -> JSON Schema of each option, including the options that all losses on features have."""
-        known = self.options | (FEATURE_OPTIONS if self.feature else {})
+        known = {**self.options, **(FEATURE_OPTIONS if self.feature else {})}
         unchecked = FEATURE_OPTIONS if self.feature else {}  # `objective` checks them
         return {
             name: {"default": default} if name in unchecked else option_schema(default, self.limits.get(name, {}))
@@ -55,7 +56,7 @@ class Loss:
         """Kind of feature that the loss compares; None for a loss on logits or labels."""
         return next((kind for kind in self.compares if kind in FEATURES), None)
 
-    def check(self, options: dict[str, Any]) -> None:
+    def check(self, options: Mapping[str, object]) -> None:
         """Check the names, types and ranges of options.
 
         Args:
@@ -81,7 +82,7 @@ def loss(
     compares: tuple[str, ...] = ("logits",),
     paper: str = "",
     project: bool = False,
-    limits: dict[str, dict[str, Any]] | None = None,
+    limits: Limits | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register a loss: `@loss("my_kl", compares=("logits",), paper="1503.02531")`.
 
@@ -132,7 +133,7 @@ def loss(
         if name in LOSSES and LOSSES[name].function.__qualname__ != function.__qualname__:
             raise DistillError(f"A loss with the name {name!r} is registered already: choose another name.")
         options = {p.name: p.default for p in parameters}
-        ranges = {"temperature": POSITIVE} | (limits or {})
+        ranges = {"temperature": POSITIVE, **(limits or {})}
         if unknown := ranges.keys() - options.keys() - {"temperature"}:
             raise DistillError(f"Loss {name!r} has limits for {', '.join(sorted(unknown))}, which it does not take.")
         LOSSES[name] = Loss(name, function, tuple(compares), paper, options, project=project, limits=ranges)
@@ -155,8 +156,10 @@ def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable]
 
     def register(function: Callable) -> Callable:
         name = next(name for name, loss in LOSSES.items() if loss.function is of)
-        changes: dict[str, Any] = {"sparse_gradient_fn" if sparse else "gradient_fn": function}
-        LOSSES[name] = dataclasses.replace(LOSSES[name], **changes)
+        if sparse:
+            LOSSES[name] = dataclasses.replace(LOSSES[name], sparse_gradient_fn=function)
+        else:
+            LOSSES[name] = dataclasses.replace(LOSSES[name], gradient_fn=function)
         return function
 
     return register
