@@ -24,7 +24,8 @@ def target_labels(inputs: dict, shift: bool) -> Tensor:
     """Return the label that each position of the logits predicts; -100 marks positions that are no target token.
 
     Args:
-        inputs: the collator's batch; `labels` [B, S] or [B], or `shift_labels` [B, S] where a collator made them.
+        inputs: the collator's batch; `labels` [B, S] or [B], or `shift_labels` [B, S], which a collator or the trainer
+            made, and which are returned.
         shift: whether the logits at position i predict the label at i + 1 (causal language models). The first token
             of a left-padded row is no target token then, because it would be predicted from padding.
 

@@ -46,7 +46,8 @@ class Distiller:
 
     A call runs these steps:
 
-    1. `Targets.from_batch` reads the target tokens (labels != -100) and shifts the labels once.
+    1. `Targets.from_batch` reads the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
+       the batch; without a Trainer it shifts the labels.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient.
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
     3. A `MultiViewTeacher` may replace the student's view of the batch; the target tokens stay the same.
@@ -108,6 +109,8 @@ class Distiller:
         num_outputs = model_type.num_outputs(model)
         targets = Targets.from_batch(inputs, model_type.shifts_labels)
         targets.check_ids(num_outputs)
+        if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
+            inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
         feature_tokens = self.features.tokens(inputs, targets)
         feature_requests = self.features.teacher_requests(feature_tokens)
         joint_step = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype, logits_by_teacher
 from ..core.signals import Signals
-from ..core.targets import IGNORE_INDEX, Targets
+from ..core.targets import IGNORE_INDEX, Targets, target_labels
 from ..errors import RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
@@ -99,7 +99,7 @@ class SelfCheck:
 
     def _check_target_count(self, targets: Targets) -> list[str]:
         """Compare the number of target tokens with a count from the labels of the batch."""
-        if self.inputs.get("shift_labels") is not None and self.shift:
+        if self.shift and self._has_labels_of_collator():
             is_target = self.inputs["shift_labels"] != IGNORE_INDEX
         else:
             labels, mask = self.inputs["labels"], self.inputs.get("attention_mask")
@@ -112,6 +112,12 @@ class SelfCheck:
         if count == len(targets):
             return []
         return [f"the step has {len(targets)} target tokens, but the labels have {count}"]
+
+    def _has_labels_of_collator(self) -> bool:
+        """Whether `shift_labels` are the collator's, and not the labels that the trainer shifted."""
+        if (shift_labels := self.inputs.get("shift_labels")) is None or "labels" not in self.inputs:
+            return shift_labels is not None
+        return not torch.equal(shift_labels, target_labels(self.inputs | {"shift_labels": None}, shift=True))
 
     def _check_fused_loss(self, chunked_loss: ChunkedLoss, student_logits: LazyLogits | DenseLogits) -> list[str]:
         """Compare the terms, the total and the gradient of the fused loss with the reference."""

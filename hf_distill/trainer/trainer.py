@@ -169,10 +169,10 @@ class DistillMixin(_Base):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor | int | None:
-        """Count the target tokens of the global batch: the labels that the step uses, after the shift."""
+        """Shift the labels and count the target tokens of the global batch; the step reads the same `shift_labels`."""
         if self.is_distilling:
             shift = model_type_of(self.model).shifts_labels
-            batch_samples = [
+            batch_samples[:] = [
                 {**batch, "shift_labels": target_labels(batch, shift)} if "labels" in batch else batch
                 for batch in batch_samples
             ]

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny import KINDS, collate, one_step, rows
+from tiny import KINDS, build, collate, one_step, rows
 
+from hf_distill.core.targets import target_labels
+from hf_distill.teachers import FrozenTeacher
 from hf_distill.trainer.metrics import MetricAccumulator
 
 
@@ -18,6 +20,46 @@ def test_gradient_accumulation_does_not_change_loss_or_gradient(make_trainer, ki
             assert split[name] == pytest.approx(unsplit[name], rel=1e-6)
         for name in gradient:
             torch.testing.assert_close(pieces_gradient[name], gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_count_and_the_loss_read_the_labels_that_were_shifted_once(make_trainer, monkeypatch):
+    shifted, keys = [], []
+
+    def recorded(inputs, shift):
+        made = inputs.get("shift_labels") is None
+        shifted.append(made)
+        return target_labels(inputs, shift)
+
+    class Recorded(FrozenTeacher):
+        def forward(self, inputs, targets, feature_requests):
+            keys.append({*inputs})
+            return super().forward(inputs, targets, feature_requests)
+
+    for module in ("core.targets", "trainer.trainer"):
+        monkeypatch.setattr(f"hf_distill.{module}.target_labels", recorded)
+    options = dict(max_steps=2, gradient_accumulation_steps=2, self_check=False)
+    make_trainer(teacher=Recorded(build("llama", 1)), **options).train()
+    assert shifted == 2 * [True, True, False, False]  # two micro-batches are counted, then trained
+    assert all(names == {"input_ids", "attention_mask", "labels"} for names in keys)
+
+
+def test_shifted_labels_of_a_collator_are_the_target_tokens(make_trainer):
+    """A collator that masks every other token equals labels that are masked."""
+
+    def masked(examples):
+        batch = collate(examples)
+        batch["labels"][:, 1::2] = -100
+        return batch
+
+    def shifted(examples):
+        return collate(examples) | {"shift_labels": target_labels(masked(examples), shift=True)}
+
+    logs = []
+    for name, collator in (("masked", masked), ("shifted", shifted)):
+        trainer = make_trainer(data_collator=collator, folder=name, max_steps=2, gradient_accumulation_steps=2)
+        trainer.train()
+        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
