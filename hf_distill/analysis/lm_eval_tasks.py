@@ -66,11 +66,13 @@ def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = N
             "the folder."
         )
     include_paths = [str(packaged), *([] if folder is None else [str(folder)])]
-    manager = TaskManager(include_path=include_paths)
     custom = [] if folder is None else [*TaskManager(include_path=str(folder), include_defaults=False).all_tasks]
     requested = [*(names if names is not None else custom or PACKAGED)]
     if not requested:
         raise DistillError("No task was given: name one with --task, or omit the option to use the packaged tasks.")
+    manager = TaskManager(include_path=include_paths, include_defaults=False)
+    if not {*requested} <= {*manager.all_subtasks}:  # a task or group of the harness, whose index takes seconds
+        manager = TaskManager(include_path=include_paths)
     if unknown := [name for name in requested if name not in manager.all_tasks]:
         near = did_you_mean(unknown[0], manager.all_tasks)
         raise DistillError(f"There is no task {unknown[0]!r}{near}. `lm-eval ls tasks` lists the tasks of the harness.")
