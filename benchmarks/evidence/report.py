@@ -8,7 +8,8 @@ import tables
 from claims import claims
 from plots import draw
 
-from hf_distill.core.io import read_json, write_atomic
+from hf_distill.core.files import write_atomic
+from hf_distill.core.io import read_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "evidence"

@@ -2,14 +2,16 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
+from ..core.files import FileEntry, ShardEntry, atomic_path, checksum_of
 from ..core.json_types import JSONObject
 from ..core.references import path_exists
 from ..errors import DistillError
-from .files import FileEntry, ShardEntry, atomic_path, checksum_of
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of an unfinished cache
@@ -54,6 +56,23 @@ class DataRecord(DataCounts):
     shard_rows: int
     max_length: int | None
     inputs: NotRequired[list[str]]
+
+
+@contextmanager
+def atomic_cache_file(file: Path) -> Iterator[Path]:
+    """Yield a temporary path for a file of a cache; see `atomic_path`.
+
+    Raises:
+        DistillError: the disk is full or not writable.
+    """
+    try:
+        with atomic_path(file) as temporary:
+            yield temporary
+    except OSError as error:
+        raise DistillError(
+            f"{file} cannot be written ({error.strerror or error}). The files written before it are complete: free "
+            "disk space and run the same command again, which resumes there."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -134,7 +153,7 @@ class Manifest:
 
     def write(self, file: Path) -> None:
         """Write the manifest atomically, with a checksum of its content."""
-        with atomic_path(file) as temporary:
+        with atomic_cache_file(file) as temporary:
             temporary.write_text(self.as_text())
 
     def as_text(self) -> str:

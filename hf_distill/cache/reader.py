@@ -1,6 +1,5 @@
 """Shards of a cache: memory-mapped Arrow files of examples, looked up by key and verified before use."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from ..core.files import FileEntry, ShardEntry, check_files, file_entry
 from .example_keys import KEY_BYTES
-from .files import FileEntry, ShardEntry, atomic_path, check_files, file_entry
-from .manifest import INDEX, Manifest, read_manifest
+from .manifest import INDEX, Manifest, atomic_cache_file, read_manifest
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,8 @@ def write_shard(
     columns += [[example.layers[i] for example in stored] for i in range(len(layers))]
     schema = schema_of(layers)
     arrays = [pa.array(values, type=kind.type) for values, kind in zip(columns, schema, strict=True)]
-    with atomic_path(file) as temporary, temporary.open("wb") as out:
-        with pa.ipc.new_stream(out, schema) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-        out.flush()
-        os.fsync(out.fileno())
+    with atomic_cache_file(file) as temporary, temporary.open("wb") as out, pa.ipc.new_stream(out, schema) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
     return {**file_entry(file), "examples": len(keys), "tokens": sum(example.tokens for example in stored)}
 
 
@@ -130,7 +126,7 @@ class CacheReader:
 
 def write_index(folder: Path, shards: Sequence[ShardEntry]) -> FileEntry:
     """Write the keys of all shards into one file and return the entry of that file in the manifest."""
-    with atomic_path(folder / INDEX) as temporary, temporary.open("wb") as out:
+    with atomic_cache_file(folder / INDEX) as temporary, temporary.open("wb") as out:
         for shard in shards:
             with pa.ipc.open_stream(pa.memory_map(str(folder / shard["file"]))) as reader:
                 out.write(b"".join(reader.read_all()["key"].to_pylist()))

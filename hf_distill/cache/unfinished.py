@@ -12,11 +12,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..core.files import FileEntry, ShardEntry, check_files, checksum_of, file_error
 from ..core.locks import LOCK_FILE, lock_folder
 from ..core.processes import run_on_main
 from ..errors import DistillError
-from .files import FileEntry, ShardEntry, atomic_path, check_files, checksum_of, file_error
-from .manifest import CAPTURE, FILE, HEAD, Manifest, read_manifest
+from .manifest import CAPTURE, FILE, HEAD, Manifest, atomic_cache_file, read_manifest
 from .ranks import barrier, gather_lists, rank, world_size
 from .reader import write_index
 
@@ -122,7 +122,7 @@ def is_written(folder: Path, file: str) -> bool:
 
 def write_entry(folder: Path, entry: FileEntry) -> None:
     """Write the entry of a complete file, with a checksum of the entry."""
-    with atomic_path(_entry_file(folder, entry["file"])) as temporary:
+    with atomic_cache_file(_entry_file(folder, entry["file"])) as temporary:
         temporary.write_text(json.dumps({**entry, "checksum": checksum_of(entry)}))
 
 

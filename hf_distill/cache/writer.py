@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from safetensors.torch import save_file
 
+from ..core.files import file_entry
 from ..core.logits import LazyLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from .example_keys import Example, batch_examples, fingerprint
-from .files import atomic_path, file_entry
-from .manifest import HEAD, DataCounts, Manifest
+from .manifest import HEAD, DataCounts, Manifest, atomic_cache_file
 from .ranks import barrier, rank, world_size
 from .reader import CachedExample, write_shard
 from .serialization import encode_signals
@@ -243,5 +243,5 @@ def write_head(file: Path, head: LazyLogits) -> None:
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     advice = "Load the teacher in another dtype, such as bfloat16 instead of float16."
     check_finite(tensors, file, owner="the teacher's output head", advice=advice)
-    with atomic_path(file) as temporary:
+    with atomic_cache_file(file) as temporary:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)

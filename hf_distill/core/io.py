@@ -1,4 +1,4 @@
-"""Reads and writes the result files of a run folder: atomic JSON, `results.json` and `metrics.jsonl`."""
+"""Reads and writes the result files of a run folder: JSON, `results.json` and `metrics.jsonl`."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..errors import DistillError
 from ..version import __version__
+from .files import write_atomic
 from .results import Results
 
 logger = logging.get_logger(__name__)
@@ -36,13 +37,6 @@ def environment(device: str) -> dict[str, str | int | None]:
         "cpu_count": os.cpu_count(),
         "device": device,
     }
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file atomically: an interrupted write leaves the old file, or none."""
-    partial = path.with_name(f"{path.name}.half")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:

@@ -1,11 +1,11 @@
 """Lists and copies the recipes of a repository on the Hub."""
 
 import json
-import os
 import re
 from pathlib import Path, PurePosixPath
 
 from ..core.escape import printable
+from ..core.files import write_atomic
 from ..errors import DistillError
 from ..hub import fetch, format_uri, parse_uri, yaml_files
 from .hub_paths import deepspeed_content, deepspeed_sections, is_packaged
@@ -90,7 +90,5 @@ def pull_recipe(reference: str, to: str | Path, force: bool = False) -> list[Pat
         raise DistillError(f"{', '.join(existing)} exists already. Add --force to overwrite, or give another folder.")
     for path, text in targets.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.half")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_atomic(path, text)
     return list(targets)

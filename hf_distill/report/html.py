@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from ..core.io import write_atomic
+from ..core.files import write_atomic
 from ..errors import require_package
 from ..runner.run_results import Run
 from .analysis_sections import curve, diagnosis, inspection, retention, samples, temperature

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ..analysis.verdicts import Verdict
-from ..cache.files import file_entry
+from ..core.files import file_entry
 from ..core.results import Metrics
 from ..runner.run_results import Run
 from . import plots

@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, overload
+from uuid import uuid4
 
 from transformers import (
     AutoConfig,
@@ -21,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..core.files import atomic_path
 from ..core.references import reference_kind
 from ..errors import DistillError, require_package
 from ..hub import check_model, reading
@@ -175,13 +175,11 @@ def _build_in_cache(name: str, make: Callable[[Path], None]) -> Path:
     folder = cache / name
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
         try:
-            make(temporary)
-            temporary.rename(folder)
+            with atomic_path(folder, suffix=f"{uuid4().hex}.half") as temporary:
+                temporary.mkdir()
+                make(temporary)
         except OSError:
             if not folder.is_dir():  # otherwise another process has built it first
                 raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder

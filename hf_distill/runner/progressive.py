@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..core.files import atomic_path, write_atomic
 from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
 from ..core.processes import run_on_main
 from ..core.results import Metrics, Results, StageFacts
@@ -121,7 +122,7 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
             _copy_with_hard_links(folder / name / "student", folder / names[name])
         for log in read_logs(folder / name / "metrics.jsonl"):
             logs.append(json.dumps(log | {"run": names.get(name, name)}) + "\n")
-    (folder / "metrics.jsonl").write_text("".join(logs))
+    write_atomic(folder / "metrics.jsonl", "".join(logs))
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
     shared_keys = ("environment", "data", "teacher", "provenance", "origin")
     first: Mapping[str, object] = facts["stage-1"]
@@ -139,10 +140,9 @@ def _copy_with_hard_links(source: Path, target: Path) -> None:
     """Copy a folder atomically by hard links. An existing target was written by this chain and is kept."""
     if target.is_dir():
         return
-    temporary = target.with_name(f"{target.name}.half")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=os.link)
-    temporary.rename(target)
+    with atomic_path(target) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted copy
+        shutil.copytree(source, temporary, copy_function=os.link)
 
 
 def _compose_layers(layers_by_stage: Sequence[list[int] | None]) -> list[int] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core.io import write_atomic
+from ..core.files import write_atomic
 from ..core.locks import LOCK_FILE, check_unlocked, lock_folder, remove_lock_file
 from ..core.processes import run_on_main
 from ..errors import DistillError

@@ -10,11 +10,11 @@ from torch import nn
 from ..cache import batch_examples, open_cache
 from ..cache.api import count_blocks
 from ..cache.example_keys import Example, other_inputs
-from ..cache.files import check_files
 from ..cache.fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from ..cache.manifest import HEAD
 from ..cache.reader import CachedExample
 from ..cache.serialization import decode_signals, encode_signals
+from ..core.files import check_files
 from ..core.logits import LogitScaling
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets

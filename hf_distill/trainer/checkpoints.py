@@ -9,7 +9,6 @@ is renamed, so that an interrupted removal never leaves a folder that looks like
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..core.files import flush
 from ..core.io import write_json
 
 MARK_FILE = "checkpoint.json"
@@ -89,9 +89,9 @@ def mark_complete(folder: Path) -> None:
             str(path.relative_to(folder)): entry for path, entry in zip(files, pool.map(_entry, files), strict=True)
         }
     write_json(folder / MARK_FILE, {"whole": True, "files": entries, "digest": _digest_of(entries)})
-    for path in (folder / MARK_FILE, folder, folder.parent):
+    for path in (folder, folder.parent):
         with suppress(OSError):  # not every file system can open a folder
-            _flush(path)
+            flush(path)
     _delete(folder.with_name(f"{_REPLACED}{folder.name}"))
 
 
@@ -113,16 +113,8 @@ def _keep_other_files(replaced: Path, folder: Path) -> None:
 
 
 def _entry(path: Path) -> dict[str, int | str]:
-    _flush(path)
+    flush(path)
     return {"size": path.stat().st_size, "xxh3_128": _digest(path)}
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(path: Path) -> str:

@@ -15,7 +15,7 @@ from tiny import build, collate, rows
 
 from hf_distill import DistillError
 from hf_distill.cache import CacheReader, open_cache, read_manifest, verify_cache, write_cache
-from hf_distill.cache import reader as reader_module
+from hf_distill.core import files
 from hf_distill.core.locks import LOCK_FILE
 
 
@@ -68,7 +68,7 @@ def _write_until_killed(events: int, folder: Path, kind: str) -> None:
             count()
 
     sys.addaudithook(audit)
-    reader_module.os.fsync = lambda descriptor: (count(), fsync(descriptor))
+    os.fsync = lambda descriptor: (count(), fsync(descriptor))
     torch.set_num_threads(1)
     write_test_cache(folder, kind, data=rows("llama", 120), **LONG)
     os._exit(0)
@@ -142,17 +142,21 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         write_test_cache(tmp_path)
 
 
+def fill_disk_at(patch, name):
+    """Let the disk be full when a file of this name is flushed."""
+    flush = files.flush
+
+    def full(path):
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
+
+    patch.setattr(files, "flush", full)
+
+
 def test_a_write_is_resumed_after_a_full_disk(tmp_path, monkeypatch):
     write_test_cache(tmp_path / "straight")
-    real, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(reader_module.os, "fsync", full)
+    fill_disk_at(monkeypatch, "shard-00002.arrow")
     with pytest.raises(DistillError, match=r"shard-00002.arrow cannot be written .No space left on device.*resumes"):
         write_test_cache(tmp_path / "full")
     names = content(tmp_path / "full").keys()
@@ -182,16 +186,8 @@ def test_every_flipped_bit_is_detected_and_the_file_named(tmp_path, kind):
 
 def _partial(folder, kind):
     """Write a cache and fail after three of its five shards."""
-    real, calls = reader_module.os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader_module.os, "fsync", full)
+        fill_disk_at(patch, "shard-00003.arrow")
         with pytest.raises(DistillError, match="cannot be written"):
             write_test_cache(folder, kind)
 

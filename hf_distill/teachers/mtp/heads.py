@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
+from ...core.files import write_atomic
 from ...errors import DistillError
 from ...models.blocks import find_blocks
 from ...models.finite_weights import check_finite
@@ -138,7 +139,7 @@ def save_heads(heads: MTPHeads, folder: str | Path) -> None:
     check_finite(state, folder, owner="the heads", advice=advice, buffers=buffers)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(json.dumps(heads.settings, indent=2) + "\n")
+    write_atomic(folder / SETTINGS, json.dumps(heads.settings, indent=2) + "\n")
 
 
 def load_heads(student: nn.Module, folder: str | Path) -> MTPHeads:

@@ -1,7 +1,9 @@
-"""Files of a cache: atomic writes, sizes and checksums."""
+"""Atomic writes, sizes and checksums of files. Imports no torch."""
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,22 +28,39 @@ class ShardEntry(FileEntry):
 
 
 @contextmanager
-def atomic_path(file: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which is renamed to the file when the block ends.
+def atomic_path(path: Path, suffix: str = "half") -> Iterator[Path]:
+    """Yield a temporary path for a file or folder, which is renamed to `path` when the block ends without an error.
 
-    Raises:
-        DistillError: the disk is full or not writable; the temporary file is removed then.
+    A file is flushed to the disk first: after a crash or a power failure it has the old or the new content.
+
+    Args:
+        path: file, or a folder that does not exist.
+        suffix: of the temporary path; processes that may write the same path at the same time need different ones.
     """
-    temporary = file.with_name(f"{file.name}.half")
+    temporary = path.with_name(f"{path.name}.{suffix}")
     try:
         yield temporary
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DistillError(
-            f"{file} cannot be written ({error.strerror or error}). The files written before it are complete: free "
-            "disk space and run the same command again, which resumes there."
-        ) from error
+        if temporary.is_file():
+            flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file atomically; see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_entry(file: Path) -> FileEntry:
