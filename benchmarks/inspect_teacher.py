@@ -14,10 +14,11 @@ import torch
 from hf_distill.analysis import ModelPair, inspect_teacher, open_run
 from hf_distill.cache import write_cache
 from hf_distill.cache.sampling import sample_by_inverse_cdf, systematic_points
+from hf_distill.core.defaults import SAMPLES_PER_TOKEN, TOP_K_IDS
 from hf_distill.core.io import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
-DRAWS, K, TOKENS, ROWS = 12, 64, 2000, 16
+TOKENS, ROWS = 2000, 16
 TEMPERATURES = (1.0, 2.0)
 
 
@@ -34,9 +35,11 @@ def head_gradient(pair) -> dict:
             hidden = batch.student.hidden[rows]
             for t in TEMPERATURES:
                 q, p = (teacher_values / t).softmax(-1), (student_values / t).softmax(-1)
-                top_ids = q.topk(K).indices
-                ids, _ = sample_by_inverse_cdf((teacher_values / t).clone(), systematic_points(len(q), DRAWS, random))
-                sampled = torch.zeros_like(q).scatter_add_(1, ids, torch.full(ids.shape, 1 / DRAWS))
+                top_ids = q.topk(TOP_K_IDS).indices
+                ids, _ = sample_by_inverse_cdf(
+                    (teacher_values / t).clone(), systematic_points(len(q), SAMPLES_PER_TOKEN, random)
+                )
+                sampled = torch.zeros_like(q).scatter_add_(1, ids, torch.full(ids.shape, 1 / SAMPLES_PER_TOKEN))
                 teacher_tail, student_tail = q.scatter(1, top_ids, 0), p.scatter(1, top_ids, 0)
                 share = teacher_tail.sum(-1, keepdim=True) / student_tail.sum(-1, keepdim=True)
                 top_k = q - teacher_tail + student_tail * share

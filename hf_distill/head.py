@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .core.defaults import DIVERGENCE
 from .core.logits import LazyLogits, LogitScaling
 from .core.targets import IGNORE_INDEX, Targets
 from .errors import DistillError
@@ -17,7 +18,7 @@ def fused_distillation_loss(
     teacher_weight: Tensor,
     labels: Tensor,
     *,
-    divergence: str | dict = "forward_kl",
+    divergence: str | dict = DIVERGENCE,
     temperature: float = 1.0,
     alpha: float = 1.0,
     num_items: Tensor | int | None = None,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import log
 
-from ..planning.cache_size import DRAWS, K
+from ..core.defaults import DIVERGENCE, SAMPLES_PER_TOKEN, TOP_K_IDS
 from .soft_labels import AtTemperature, CacheKind
 from .verdicts import MAX_ENTROPY_SHARE, MIN_ENTROPY_NATS
 
@@ -23,7 +23,7 @@ def advice_of(
     accuracy: float,
     cross_entropy: float,
     caches: Sequence[CacheKind],
-    divergence: str | dict[str, object] = "forward_kl",
+    divergence: str | dict[str, object] = DIVERGENCE,
 ) -> list[str]:
     """Return advice of one or two sentences each: on temperature, on the labels, on caches.
 
@@ -110,7 +110,9 @@ def _cache_fault(cache: CacheKind, divergence: str | dict[str, object]) -> str:
     if cache.kind == "sampled" and name not in ("forward_kl", None):
         return f"it supports only forward_kl, and the recipe's divergence is {name}"
     if cache.kind == "sampled" and cache.error > MAX_SAMPLING_ERROR:
-        return f"the error of a token's {DRAWS} draws is {cache.error:.1f} times the norm of its probabilities"
+        return (
+            f"the error of a token's {SAMPLES_PER_TOKEN} draws is {cache.error:.1f} times the norm of its probabilities"
+        )
     if cache.kind == "top_k" and cache.truncated_mass > MAX_TRUNCATED_MASS:
-        return f"{cache.truncated_mass:.0%} of the mass is outside its {K} ids"
+        return f"{cache.truncated_mass:.0%} of the mass is outside its {TOP_K_IDS} ids"
     return ""

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..core.defaults import HELD_OUT_TOKENS
 from ..losses.objective import Term, objective
 from ..models.model_types import model_type_of
 from .model_pair import ModelPair
@@ -96,7 +97,7 @@ class Agreement:
     sources: list[Part]
 
 
-def agreement_of(pair: ModelPair, tokens: int | None = 4096) -> Agreement:
+def agreement_of(pair: ModelPair, tokens: int | None = HELD_OUT_TOKENS) -> Agreement:
     """Compare two models over held-out tokens, with one forward pass of each.
 
     Args:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 
+from ..core.defaults import PRETRAINING_TOKENS
 from ..errors import DistillError
 from ..planning.flops import rule_of_thumb
 from ..planning.planner import plan
@@ -68,7 +69,9 @@ class Curve:
     compute: Compute
 
 
-def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[float] = (0.5, 0.9, 0.95)) -> Curve:
+def data_curve(
+    run: Run, pretraining_tokens: float = PRETRAINING_TOKENS, shares: Sequence[float] = (0.5, 0.9, 0.95)
+) -> Curve:
     """Return a run's quality over its tokens, and its compute.
 
     Args:
@@ -115,7 +118,7 @@ def data_curve(run: Run, pretraining_tokens: float = 2e12, shares: Sequence[floa
     return Curve(points, reached, hint, compute(run.recipe, tokens, pretraining_tokens))
 
 
-def compute(recipe: Recipe, tokens: int, pretraining_tokens: float = 2e12) -> Compute:
+def compute(recipe: Recipe, tokens: int, pretraining_tokens: float = PRETRAINING_TOKENS) -> Compute:
     """Return the compute of a recipe over `tokens` training tokens, compared with pretraining its student."""
     is_sharded = recipe.train.fsdp or recipe.train.deepspeed or (recipe.teacher and recipe.teacher.fsdp)
     planned = plan(recipe, 8 if is_sharded else 1, 80.0, pretraining_tokens=pretraining_tokens)

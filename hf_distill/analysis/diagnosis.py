@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..core.defaults import HELD_OUT_TOKENS
 from ..errors import DistillError
 from ..models.model_types import model_type_of
 from .agreement import Agreement, agreement_of
@@ -38,7 +39,7 @@ class Diagnosis:
 
 def diagnose(
     pair: ModelPair,
-    tokens: int | None = 4096,
+    tokens: int | None = HELD_OUT_TOKENS,
     logs: Sequence[Mapping[str, float]] = (),
     references: References | None = None,
 ) -> Diagnosis:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..core.defaults import LM_EVAL_BATCH_ROWS
 from ..core.io import read_json, write_json
 from ..errors import DistillError
 from ..runner.run_results import Run
@@ -76,7 +77,7 @@ def retention(
     tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[EvalTask],
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = LM_EVAL_BATCH_ROWS,
     seed: int = 0,
     earlier_values: Mapping[str, Mapping[str, list]] = MappingProxyType({}),
     on_model: Callable[[str, dict[str, list]], None] = lambda name, values: None,
@@ -119,7 +120,7 @@ def retention_of(
     folder: str | Path | None = None,
     models: Sequence[str] | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = LM_EVAL_BATCH_ROWS,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> Retention:
     """Score the models of a run and write RUN/retention.json; an interrupted evaluation continues.

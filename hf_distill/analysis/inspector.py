@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cache.sampling import blocks_of
+from ..core.defaults import HELD_OUT_TOKENS, NUM_CANDIDATE_IDS
 from ..core.logits import LazyLogits
 from ..errors import DistillError
 from .advice import advice_of
@@ -84,9 +85,9 @@ class Inspection:
 
 def inspect_teacher(
     pair: ModelPair,
-    tokens: int | None = 4096,
+    tokens: int | None = HELD_OUT_TOKENS,
     positions: Sequence[int] | None = None,
-    k: int = 10,
+    k: int = NUM_CANDIDATE_IDS,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> Inspection:
     """Measure a teacher's soft labels of held-out tokens, with one forward pass.

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from ..core.defaults import ALPHA, DIVERGENCE, HELD_OUT_TOKENS, TEMPERATURE
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.targets import Targets
 from ..errors import DistillError
@@ -65,9 +66,9 @@ class ModelPair:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 2
     sources: tuple[str, ...] = ()
-    temperature: float = 2.0
-    alpha: float = 0.5
-    divergence: str | dict[str, object] = "forward_kl"
+    temperature: float = TEMPERATURE
+    alpha: float = ALPHA
+    divergence: str | dict[str, object] = DIVERGENCE
     smoke: str | None = None
 
     @classmethod
@@ -127,7 +128,7 @@ class ModelPair:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return ModelPair(**values | {"student": student})
 
-    def batches(self, tokens: int | None = 4096) -> Iterator[PairBatch]:
+    def batches(self, tokens: int | None = HELD_OUT_TOKENS) -> Iterator[PairBatch]:
         """Yield batches with one forward pass of both models each, until there were `tokens` target tokens.
 
         Args:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..planning.cache_size import DRAWS, K, kinds_of
+from ..core.defaults import SAMPLES_PER_TOKEN, TOP_K_IDS
+from ..planning.cache_size import kinds_of
 
 MASS_IDS = (1, 10, 100)  # numbers of likeliest ids whose mass is measured
 _FIRST_IDS = 1024  # ids that are sorted first, because sorting a full vocabulary takes longer than the forward pass
@@ -80,7 +81,7 @@ class SoftLabels:
         label_logits = logits.gather(1, labels[:, None])[:, 0]
         self._append("cross_entropy", torch.logsumexp(logits, -1) - label_logits)
         self._append("hit", label_logits >= logits.amax(-1))
-        likeliest = logits.topk(min(max(*MASS_IDS, K), logits.shape[1])).indices  # the same at every T
+        likeliest = logits.topk(min(max(*MASS_IDS, TOP_K_IDS), logits.shape[1])).indices  # the same at every T
         for t in self.temperatures:
             q = (logits / t).softmax(-1)
             self._append(f"entropy@{t}", torch.special.entr(q).sum(-1))
@@ -90,17 +91,17 @@ class SoftLabels:
             if t == 1:
                 self._append("ids", ids_for(q, 0.99))
             if t in self.cache_temperatures:
-                self._add_cache_errors(t, q, likeliest[:, :K])
+                self._add_cache_errors(t, q, likeliest[:, :TOP_K_IDS])
 
     def _add_cache_errors(self, t: float, q: Tensor, top_ids: Tensor) -> None:
         """Measure the errors of a sampled and a top_k cache of the teacher's probabilities q, [r, V]."""
         tail = q.scatter(1, top_ids, 0)
-        fraction = (DRAWS * q).frac_()
+        fraction = (SAMPLES_PER_TOKEN * q).frac_()
         self._append(f"square@{t}", torch.linalg.vecdot(q, q))
-        self._append(f"noise@{t}", torch.linalg.vecdot(fraction, 1 - fraction) / DRAWS**2)
+        self._append(f"noise@{t}", torch.linalg.vecdot(fraction, 1 - fraction) / SAMPLES_PER_TOKEN**2)
         self._append(f"truncated@{t}", tail.sum(-1))
         self._append(f"truncated_square@{t}", torch.linalg.vecdot(tail, tail))
-        self._append(f"distinct@{t}", (DRAWS * q).clamp_(max=1).sum(-1))
+        self._append(f"distinct@{t}", (SAMPLES_PER_TOKEN * q).clamp_(max=1).sum(-1))
         sums = torch.stack([x.sum(0, dtype=torch.float64) for x in (q, tail)])
         self._sums[t] = self._sums[t] + sums if t in self._sums else sums
 

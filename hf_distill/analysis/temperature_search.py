@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from ..core.defaults import SEARCH_CRITERION, SEARCH_ETA
 from ..core.io import write_json
 from ..core.locks import lock_folder
 from ..core.processes import run_on_main
@@ -55,8 +56,8 @@ def find_temperature(
     recipe: Recipe,
     temperatures: Sequence[float] | None = None,
     alphas: Sequence[float] | None = None,
-    by: str = "nll",
-    eta: int = 2,
+    by: str = SEARCH_CRITERION,
+    eta: int = SEARCH_ETA,
     folder: str | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> SearchResult:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TOKEN, SHARD_ROWS, TEMPERATURE, TOP_K_IDS
 from ..core.json_types import JSONObject
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
@@ -75,14 +76,14 @@ class CacheOptions:
         DistillError: values are out of range; the message lists all of them.
     """
 
-    kind: Kind = "hidden"
-    temperature: float = 2.0
-    samples_per_token: int = 12
+    kind: Kind = CACHE_KIND
+    temperature: float = TEMPERATURE
+    samples_per_token: int = SAMPLES_PER_TOKEN
     proposal_temperature: float | None = None
-    k: int = 64
-    dtype: str = "bfloat16"
+    k: int = TOP_K_IDS
+    dtype: str = CACHE_DTYPE
     layers: Sequence[int] = ()
-    seed: int = 0
+    seed: int = CACHE_SEED
 
     def __post_init__(self) -> None:
         problems = []
@@ -126,7 +127,7 @@ def write_cache(
     collator: Callable[[list], dict],
     processing_class: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
-    shard_rows: int = 256,
+    shard_rows: int = SHARD_ROWS,
     device: torch.device | str | None = None,
     teacher_name: TeacherName | None = None,
     recipe: JSONObject | None = None,

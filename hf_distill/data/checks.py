@@ -13,6 +13,7 @@ from .roles import SHAREGPT_HINT
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 # Columns that the formats in `formats` read; all others are ignored.
 EXAMPLE_COLUMNS = ("input_ids", "labels", *_MASKS, "messages", "tools", "prompt", "completion", "paraphrase", "text")
+UNNAMED_SOURCE = "The source"  # subject of an error
 _MAX_SHOWN_CHARS = 60  # of a value in an error
 
 

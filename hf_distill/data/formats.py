@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError, require_package
-from .checks import check_messages, check_text, check_tokens, check_tools, naming
+from .checks import UNNAMED_SOURCE, check_messages, check_text, check_tokens, check_tools, naming
 from .conversations import Conversations
 from .roles import SHAREGPT_HINT, check_roles
 
@@ -23,7 +23,7 @@ _FORMATS = (
 
 
 def format_of(
-    columns: Sequence[str], column: str | None = None, where: str = "The source", paraphrase: bool = False
+    columns: Sequence[str], column: str | None = None, where: str = UNNAMED_SOURCE, paraphrase: bool = False
 ) -> str:
     """Return the format of a data set: the first of `input_ids`, `messages`, `prompt` + `completion` and `text`.
 

@@ -11,6 +11,7 @@ from typing import TypeAlias, cast
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
+from ..core.defaults import SPLIT
 from ..core.references import DATASET_BUILDERS, PACKAGED_TEXTS, reference_kind
 from ..errors import DistillError, did_you_mean
 from ..hub import fetch, line_of, parse_uri, reading
@@ -21,7 +22,7 @@ Examples: TypeAlias = Dataset | IterableDataset
 
 
 def load_examples(
-    path: str, split: str = "train", name: str | None = None, column: str | None = None, streaming: bool = False
+    path: str, split: str = SPLIT, name: str | None = None, column: str | None = None, streaming: bool = False
 ) -> Examples:
     """Load the examples of a source, in one of the formats of `format_of`; text is in one column, `text`.
 

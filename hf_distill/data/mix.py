@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from transformers.utils import logging
 
+from ..core.defaults import STOPPING_STRATEGY
 from ..core.schedule import Points, value_at
 from ..errors import DistillError
 from .load import Examples
@@ -46,7 +47,7 @@ def mix(
     rows: Mapping[str, Examples],
     weights: Mapping[str, float],
     seed: int,
-    stopping_strategy: StoppingStrategy = "first_exhausted",
+    stopping_strategy: StoppingStrategy = STOPPING_STRATEGY,
 ) -> Examples:
     """Mix the rows of all sources in random order; the source of each row is drawn with its share of the weights.
 

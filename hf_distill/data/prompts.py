@@ -3,14 +3,14 @@
 from datasets import Features
 
 from ..errors import DistillError
-from .checks import by_row, check_messages
+from .checks import UNNAMED_SOURCE, by_row, check_messages
 from .conversations import ASSISTANT
 from .formats import MESSAGES, format_of
 from .json_files import map_exactly
 from .load import Examples
 
 
-def prompt_rows(documents: Examples, where: str = "The source") -> Examples:
+def prompt_rows(documents: Examples, where: str = UNNAMED_SOURCE) -> Examples:
     """Return rows of `prompt` and `completion`, as texts or lists of messages.
 
     The completion of a conversation is its last turn.

@@ -5,9 +5,10 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..core.defaults import OVERFLOW
 from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError
-from .checks import by_row, check_text
+from .checks import UNNAMED_SOURCE, by_row, check_text
 from .formats import TEXT, format_of, make_encode_fn
 from .load import Examples
 
@@ -24,9 +25,9 @@ def tokenize_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     assistant_only: bool | None = None,
-    overflow: str = "truncate",
+    overflow: str = OVERFLOW,
     paraphrase: bool = False,
-    where: str = "The source",
+    where: str = UNNAMED_SOURCE,
     chat_template: str | None = None,
 ) -> Examples:
     """Tokenize examples of any format to rows of at most `max_length` tokens.
@@ -47,7 +48,7 @@ def tokenize_dataset(
 
 
 def concat_and_chunk(
-    documents: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str = "The source"
+    documents: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str = UNNAMED_SOURCE
 ) -> Examples:
     """Concatenate documents with EOS tokens between them and cut them into rows of exactly `max_length` tokens.
 
@@ -93,9 +94,9 @@ def tokenize_examples(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     assistant_only: bool | None = None,
-    overflow: str = "truncate",
+    overflow: str = OVERFLOW,
     paraphrase: bool = False,
-    where: str = "The source",
+    where: str = UNNAMED_SOURCE,
     chat_template: str | None = None,
 ) -> Examples:
     """Tokenize each example that has target tokens to a row of at most `max_length` tokens.

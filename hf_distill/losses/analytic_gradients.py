@@ -18,6 +18,7 @@ from ..core.logits import SparseLogProbs
 from . import divergences
 from .alignment import LOG_ZERO, check_temperature
 from .cross_entropy import cross_entropy as cross_entropy_loss
+from .divergences import ADAPTIVE_HEAD_MASS, JS_BETA, SKEW_LAM
 from .registry import register_gradient
 
 
@@ -257,7 +258,7 @@ def _mixture(block: BlockLogits, temperature: float, q_share: float) -> Tensor:
 
 
 @register_gradient(divergences.js)
-def js(block: BlockLogits, *, temperature: float = 1.0, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+def js(block: BlockLogits, *, temperature: float = 1.0, beta: float = JS_BETA) -> tuple[Tensor, Tensor]:
     """Generalized Jensen-Shannon divergence; its gradient is (1 - beta) * p * (log p - log m - KL(p || m)) / T."""
     z, p, lse_s = block.student_softmax(temperature)
     y, q, lse_t = block.teacher_softmax(temperature)
@@ -270,7 +271,7 @@ def js(block: BlockLogits, *, temperature: float = 1.0, beta: float = 0.5) -> tu
 
 
 @register_gradient(divergences.skew_kl)
-def skew_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
+def skew_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = SKEW_LAM) -> tuple[Tensor, Tensor]:
     """Skew KL; g = -(1 - lam) * q / m."""
     p = block.student_softmax(temperature).probs
     y, q, lse_t = block.teacher_softmax(temperature)
@@ -281,7 +282,7 @@ def skew_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = 0.1) -
 
 
 @register_gradient(divergences.skew_reverse_kl)
-def skew_reverse_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = 0.1) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = SKEW_LAM) -> tuple[Tensor, Tensor]:
     """Skew reverse KL; g = log p - log m - lam * p / m."""
     z, p, lse_s = block.student_softmax(temperature)
     m = _mixture(block, temperature, 1 - lam)
@@ -301,7 +302,9 @@ def total_variation(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Te
 
 
 @register_gradient(divergences.adaptive_kl)
-def adaptive_kl(block: BlockLogits, *, temperature: float = 1.0, head_mass: float = 0.5) -> tuple[Tensor, Tensor]:
+def adaptive_kl(
+    block: BlockLogits, *, temperature: float = 1.0, head_mass: float = ADAPTIVE_HEAD_MASS
+) -> tuple[Tensor, Tensor]:
     """Adaptive KL; its gradient is w * (that of forward KL) + (1 - w) * (that of reverse KL)."""
     weight = divergences.adaptive_weight(
         block.student_softmax(temperature).probs, block.teacher_softmax(temperature).probs, head_mass

@@ -19,6 +19,8 @@ from .alignment import LOG_ZERO as LOG_ZERO
 from .alignment import align
 from .registry import loss
 
+JS_BETA, SKEW_LAM, ADAPTIVE_HEAD_MASS = 0.5, 0.1, 0.5  # defaults of the options
+
 
 @loss("forward_kl", compares=("logits",), paper="1503.02531")
 def forward_kl(
@@ -87,7 +89,7 @@ def js(
     targets: Targets | None = None,
     *,
     temperature: float = 1.0,
-    beta: float = 0.5,
+    beta: float = JS_BETA,
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence.
 
@@ -125,7 +127,7 @@ def skew_kl(
     targets: Targets | None = None,
     *,
     temperature: float = 1.0,
-    lam: float = 0.1,
+    lam: float = SKEW_LAM,
 ) -> Tensor:
     """Skew KL: KL(teacher || mixture of both), a forward KL with a bounded gradient.
 
@@ -161,7 +163,7 @@ def skew_reverse_kl(
     targets: Targets | None = None,
     *,
     temperature: float = 1.0,
-    lam: float = 0.1,
+    lam: float = SKEW_LAM,
 ) -> Tensor:
     """Skew reverse KL: KL(student || mixture of both), a reverse KL with a bounded gradient.
 
@@ -226,7 +228,7 @@ def adaptive_kl(
     targets: Targets | None = None,
     *,
     temperature: float = 1.0,
-    head_mass: float = 0.5,
+    head_mass: float = ADAPTIVE_HEAD_MASS,
 ) -> Tensor:
     """Adaptive KL: forward and reverse KL, weighted by the student's errors in the head and tail of the teacher.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.defaults import DIVERGENCE
 from ..core.logits import DenseLogits
 from ..core.signals import Signals
 from ..core.targets import Targets
@@ -106,7 +107,7 @@ class Term:
 def objective(
     alpha: float,
     temperature: float,
-    divergence: str | dict = "forward_kl",
+    divergence: str | dict = DIVERGENCE,
     losses: Iterable[dict] = (),
     label_smoothing: float = 0.0,
 ) -> list[Term]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from ..core.defaults import PROJECTOR_INIT, PROJECTOR_KIND
 from ..errors import DistillError, did_you_mean
 
 KINDS = ("auto", "linear", "mlp", "none")
@@ -25,8 +26,8 @@ class ProjectorConfig:
         DistillError: a value is unknown or out of range.
     """
 
-    kind: str = "auto"
-    init: str = "orthogonal"
+    kind: str = PROJECTOR_KIND
+    init: str = PROJECTOR_INIT
     learning_rate: float | None = None
     weight_decay: float | None = None
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import ceil, log2
 
+from ..core.defaults import SAMPLES_PER_TOKEN, TOP_K_IDS
 from .model_stats import ModelStats
 
-DRAWS, K = 12, 64
 _BYTES_PER_EXAMPLE = 28  # besides the payload: key, counts and offset
 # Measured on SmolLM2-135M-Instruct at T = 1 (benchmarks/results/cache.json). The bytes of ids are scaled to the
 # vocabulary size of other models.
@@ -80,21 +80,21 @@ def kinds_of(
     example, bits = _BYTES_PER_EXAMPLE / length, ceil(log2(vocab))
     sparse = {
         name: count * bits * _COMPRESSION[name] / 8 + _VALUE_BYTES_PER_TOKEN[name] + example
-        for name, count in (("sampled", distinct), ("top_k", min(K, vocab)))
+        for name, count in (("sampled", distinct), ("top_k", min(TOP_K_IDS, vocab)))
     }
     kinds = [
         CacheEstimate(
             "sampled",
             sparse["sampled"],
-            f"an unbiased estimate of forward KL from {DRAWS} draws per token, at one temperature; cosine of its "
-            "gradient with the exact one: 0.999 at T = 1; a higher temperature makes the cache larger and the "
+            f"an unbiased estimate of forward KL from {SAMPLES_PER_TOKEN} draws per token, at one temperature; cosine "
+            "of its gradient with the exact one: 0.999 at T = 1; a higher temperature makes the cache larger and the "
             "gradient noisier (see `hf-distill inspect`)",
         ),
         CacheEstimate(
             "top_k",
             sparse["top_k"],
-            f"losses on the {K} most likely ids and the remaining mass, at one temperature; cosine of its gradient "
-            "with the exact one: 0.997",
+            f"losses on the {TOP_K_IDS} most likely ids and the remaining mass, at one temperature; cosine of its "
+            "gradient with the exact one: 0.997",
         ),
     ]
     if hidden is None:

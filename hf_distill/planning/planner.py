@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from ..core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
@@ -73,9 +74,9 @@ def plan(
     recipe: Recipe,
     gpus: int,
     gpu_memory: float,
-    mfu: float = 0.4,
-    peak_tflops: float = 989.0,
-    pretraining_tokens: float = 2e12,
+    mfu: float = MODEL_FLOP_UTILIZATION,
+    peak_tflops: float = PEAK_TFLOPS,
+    pretraining_tokens: float = PRETRAINING_TOKENS,
 ) -> Plan:
     """Plan a recipe from the configs of its models; no weights are read.
 

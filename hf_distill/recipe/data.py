@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ..core.defaults import OVERFLOW, SPLIT, STOPPING_STRATEGY
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..core.schedule import parse_schedule
 from ..errors import did_you_mean
@@ -21,7 +22,7 @@ class Source(StrictModel):
         description="Dataset id on the Hub; path to a .txt, .jsonl, .json, .csv, .parquet or .arrow file; "
         "save_to_disk folder; or packaged text, such as package:pydoc_data.topics or package:stdlib."
     )
-    split: str = Field("train", description="Split of the dataset. Default: train.")
+    split: str = Field(SPLIT, description=f"Split of the dataset. Default: {SPLIT}.")
     name: str | None = Field(None, description="Configuration (subset) of the dataset. Default: the dataset's default.")
     column: str | None = Field(
         None, description="Column that holds the text. Default (null): the format is inferred from the columns."
@@ -38,7 +39,7 @@ class Source(StrictModel):
         "(false). Default (null): true.",
     )
     overflow: Literal["truncate", "drop"] = Field(
-        "truncate", description="Whether examples longer than max_length are truncated or dropped. Default: truncate."
+        OVERFLOW, description="Whether examples longer than max_length are truncated or dropped. Default: truncate."
     )
     streaming: bool = Field(
         False, description="Read the dataset as a stream, in its stored order. Needs train.max_steps. Default: false."
@@ -100,7 +101,7 @@ class Data(StrictModel):
         "Default: false.",
     )
     stopping_strategy: Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"] = Field(
-        "first_exhausted",
+        STOPPING_STRATEGY,
         description="When the mixture ends, as in datasets.interleave_datasets. Default: first_exhausted.",
     )
 

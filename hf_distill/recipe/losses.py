@@ -8,6 +8,7 @@ from typing import Literal, Self, TypedDict
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ..core.defaults import ALPHA, DIVERGENCE, PROJECTOR_INIT, PROJECTOR_KIND, TEMPERATURE
 from ..core.json_types import JSON, JSONObject
 from ..core.options import option_problem
 from ..errors import did_you_mean
@@ -95,10 +96,12 @@ class ProjectorSpec(StrictModel):
     """The projectors that map hidden states of the student to the width of the teacher."""
 
     kind: Literal["auto", "linear", "mlp", "none"] = Field(
-        "auto", description="Kind of projector. auto uses a linear projector where the widths differ. Default: auto."
+        PROJECTOR_KIND,
+        description="Kind of projector. auto uses a linear projector where the widths differ. "
+        f"Default: {PROJECTOR_KIND}.",
     )
     init: Literal["orthogonal", "identity"] = Field(
-        "orthogonal", description="Initialization of the projector weights. Default: orthogonal."
+        PROJECTOR_INIT, description=f"Initialization of the projector weights. Default: {PROJECTOR_INIT}."
     )
     learning_rate: float | None = Field(
         None, ge=0, description="Learning rate of the projectors, at least 0. Default (null): train.learning_rate."
@@ -112,18 +115,22 @@ class Distill(StrictModel):
     """The objective: alpha * T^2 * divergence + (1 - alpha) * cross-entropy, averaged over the target tokens."""
 
     temperature: float = Field(
-        2.0, gt=0, description="Temperature T of both softmax distributions in the divergence, above 0. Default: 2."
+        TEMPERATURE,
+        gt=0,
+        description="Temperature T of both softmax distributions in the divergence, above 0. "
+        f"Default: {TEMPERATURE:g}.",
     )
     alpha: float = Field(
-        0.5,
+        ALPHA,
         ge=0,
         le=1,
-        description="Weight of the divergence, from 0 to 1; the cross-entropy has the weight 1 - alpha. Default: 0.5.",
+        description="Weight of the divergence, from 0 to 1; the cross-entropy has the weight 1 - alpha. "
+        f"Default: {ALPHA}.",
     )
     divergence: str | dict[str, object] = Field(
-        "forward_kl",
+        DIVERGENCE,
         description="Divergence between student and teacher logits: the name of a loss, or {name: ..., option: ...}. "
-        "Default: forward_kl.",
+        f"Default: {DIVERGENCE}.",
     )
 
     @field_validator("divergence")

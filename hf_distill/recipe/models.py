@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ..core.deepspeed_config import check_placement
+from ..core.defaults import SPAN_LENGTH_TOKENS
 from ..core.schedule import parse_schedule
 from .strict_model import Name, StrictModel
 
@@ -105,7 +106,10 @@ class ViewSpec(StrictModel):
         0.0, ge=0, lt=1, description="Share of the context's tokens that are masked, from 0 to below 1. Default: 0."
     )
     span_length: int = Field(
-        3, gt=0, description="Number of consecutive tokens that are masked together, at least 1. Default: 3."
+        SPAN_LENGTH_TOKENS,
+        gt=0,
+        description="Number of consecutive tokens that are masked together, at least 1. "
+        f"Default: {SPAN_LENGTH_TOKENS}.",
     )
     prepend_context_tokens: int = Field(
         0, ge=0, description="Number of tokens of another row that precede each row, at least 0. Default: 0."

@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 
 from ..analysis.initial_student import student_before
 from ..analysis.model_pair import ModelPair, load_model
+from ..core.defaults import SAMPLE_TOKENS
 from ..core.io import write_json
 from ..core.targets import IGNORE_INDEX
 from ..runner.run_results import Run
@@ -33,7 +34,7 @@ def write_samples(
     run: Run,
     count: int = 3,
     prompt_tokens: int = 32,
-    new_tokens: int = 48,
+    new_tokens: int = SAMPLE_TOKENS,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> list[Sample]:
     """Continue held-out rows with teacher, initial student, student and control, and write RUN/samples.json.

@@ -6,6 +6,7 @@ from itertools import groupby, islice
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..core.defaults import PREVIEWED_ROWS
 from ..core.targets import IGNORE_INDEX
 from ..data import unpack_row
 from ..recipe.schema import Recipe
@@ -34,7 +35,7 @@ class Preview:
     spans: list[tuple[str, bool]]
 
 
-def preview_rows(recipe: Recipe, rows: int = 3) -> list[Preview]:
+def preview_rows(recipe: Recipe, rows: int = PREVIEWED_ROWS) -> list[Preview]:
     """Return the documents of the first rows of a recipe, before the trainer shuffles them.
 
     No model is loaded, and only the first 200 examples of each source are read.

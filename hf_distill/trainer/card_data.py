@@ -18,11 +18,10 @@ from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, ObjectiveFacts, SourceFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, MultiTeacher, Teacher
-from .config import distill_arguments
+from .config import DistillArguments
 
 # Name of a teacher -> its kind, model, revision or number of parameters, and license.
 _OBJECTIVE = ("temperature", "alpha", "divergence", "losses")
-_DEFAULTS = {"temperature": 2.0, "alpha": 0.5, "divergence": "forward_kl", "losses": None}
 
 
 def trainer_card_data(
@@ -43,14 +42,13 @@ def trainer_card_data(
     datasets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     chat_template = getattr(trainer.processing_class, "chat_template", None)
     adapters = hasattr(unwrap_parallel(student), "peft_config")
+    objective_args = args if isinstance(args, DistillArguments) else DistillArguments  # the class has the defaults
     return CardData(
         repo=repo,
         task=model_type_of(student).pipeline,
         student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
-        objective=cast(
-            ObjectiveFacts, {k: v for k, v in distill_arguments(args).items() if k in _OBJECTIVE} or dict(_DEFAULTS)
-        ),
+        objective=cast(ObjectiveFacts, {name: getattr(objective_args, name) for name in _OBJECTIVE}),
         data={
             "sources": _sources(datasets),
             "train_rows": _length(trainer.train_dataset),

@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar, cast, get_args
 
 from transformers import TrainingArguments
 
+from ..core.defaults import ALPHA, DIVERGENCE, MAX_CONSECUTIVE_NONFINITE_STEPS, TEMPERATURE
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..losses.objective import Term, objective
 from ..losses.token_metrics import greater_is_better
@@ -31,24 +32,24 @@ class DistillArguments:
     _DICT_FIELDS: ClassVar = ["divergence", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
 
     temperature: float = field(
-        default=2.0,
+        default=TEMPERATURE,
         metadata={
             "help": "The logits of teacher and student are divided by this temperature, and the divergence is "
-            "multiplied by its square. It must be above 0; the default is 2.0."
+            f"multiplied by its square. It must be above 0; the default is {TEMPERATURE}."
         },
     )
     alpha: float = field(
-        default=0.5,
+        default=ALPHA,
         metadata={
             "help": "Weight of the divergence from the teacher, between 0 and 1. The cross entropy on the labels gets "
-            "the weight 1 - alpha. The default is 0.5."
+            f"the weight 1 - alpha. The default is {ALPHA}."
         },
     )
     divergence: dict | str | None = field(
-        default="forward_kl",
+        default=DIVERGENCE,
         metadata={
             "help": "Divergence between the distributions of teacher and student: the name of a loss, or a dict "
-            '{"name": ..., option: ...}, also as JSON. The default is forward_kl.'
+            f'{{"name": ..., option: ...}}, also as JSON. The default is {DIVERGENCE}.'
         },
     )
     losses: list | str | None = field(
@@ -107,10 +108,10 @@ class DistillArguments:
         },
     )
     max_consecutive_nonfinite_steps: int = field(
-        default=5,
+        default=MAX_CONSECUTIVE_NONFINITE_STEPS,
         metadata={
             "help": "Training stops after this number of consecutive steps whose loss or gradient is not finite, at "
-            "least 1; each of these steps is skipped. The default is 5."
+            f"least 1; each of these steps is skipped. The default is {MAX_CONSECUTIVE_NONFINITE_STEPS}."
         },
     )
 
@@ -174,7 +175,7 @@ class DistillArguments:
             label_smoothing: smoothing of the cross entropy on the labels, between 0 and 1.
         """
         losses = cast("list[dict]", self.losses or [])
-        return objective(self.alpha, self.temperature, self.divergence or "forward_kl", losses, label_smoothing)
+        return objective(self.alpha, self.temperature, self.divergence or DIVERGENCE, losses, label_smoothing)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..core.defaults import MAX_CONSECUTIVE_NONFINITE_STEPS
 from ..core.io import write_json
 from ..errors import RunError
 from ..losses.objective import Term
@@ -52,7 +53,7 @@ class NonFiniteGuard:
         loss_sum_before: [] the Trainer's sum of the losses before the current step.
     """
 
-    def __init__(self, max_consecutive_steps: int = 5):
+    def __init__(self, max_consecutive_steps: int = MAX_CONSECUTIVE_NONFINITE_STEPS):
         self.max_consecutive_steps = max_consecutive_steps
         self.reset()
 

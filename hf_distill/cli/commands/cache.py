@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ...core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TOKEN, SHARD_ROWS, TOP_K_IDS
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
@@ -21,16 +22,18 @@ def write(
     ] = None,
     kind: Annotated[
         str, typer.Option(help="hidden (exact), sampled or top_k; `hf-distill plan` shows their sizes.")
-    ] = "hidden",
-    samples_per_token: Annotated[int, typer.Option(help="With --kind sampled: draws per token.")] = 12,
+    ] = CACHE_KIND,
+    samples_per_token: Annotated[int, typer.Option(help="With --kind sampled: draws per token.")] = SAMPLES_PER_TOKEN,
     proposal_temperature: Annotated[
         float | None, typer.Option(help="With --kind sampled: temperature of the draws; by default that of the recipe.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", help="With --kind top_k: ids per token.")] = 64,
-    dtype: Annotated[str, typer.Option(help="With --kind hidden: bfloat16, float16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="With --kind sampled: seed of the draws.")] = 0,
+    k: Annotated[int, typer.Option("-k", "--k", help="With --kind top_k: ids per token.")] = TOP_K_IDS,
+    dtype: Annotated[str, typer.Option(help="With --kind hidden: bfloat16, float16 or float32.")] = CACHE_DTYPE,
+    seed: Annotated[int, typer.Option(help="With --kind sampled: seed of the draws.")] = CACHE_SEED,
     batch_size: Annotated[int | None, typer.Option(help="Rows per batch; by default that of the recipe.")] = None,
-    shard_rows: Annotated[int, typer.Option(help="Rows per shard; an interruption loses at most one shard.")] = 256,
+    shard_rows: Annotated[
+        int, typer.Option(help="Rows per shard; an interruption loses at most one shard.")
+    ] = SHARD_ROWS,
     smoke: Smoke = False,
     yes: Yes = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ...core.defaults import PRETRAINING_TOKENS
 from ..app import AsJson, RunFolder, app, out
 
 
@@ -17,7 +18,7 @@ def curve(
     run: RunFolder,
     pretraining_tokens: Annotated[
         float, typer.Option(help="Compare the compute with pretraining the student on this number of tokens.")
-    ] = 2e12,
+    ] = PRETRAINING_TOKENS,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's quality over tokens, from its evaluations, and its compute compared with pretraining."""

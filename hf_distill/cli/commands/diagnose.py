@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ...core.defaults import HELD_OUT_TOKENS
 from ...core.references import path_exists
 from ...errors import DistillError
 from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
@@ -26,7 +27,9 @@ def diagnose(
     student: Annotated[
         str, typer.Option(help="The model to diagnose: student, control, or the folder of a model.")
     ] = "student",
-    tokens: Annotated[int, typer.Option(min=1, help="Read batches up to this number of held-out tokens.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Read batches up to this number of held-out tokens.")
+    ] = HELD_OUT_TOKENS,
     as_json: AsJson = False,
 ) -> None:
     """Compare student and teacher over held-out tokens, and name what went wrong, with advice."""

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ...core.defaults import HELD_OUT_TOKENS, NUM_CANDIDATE_IDS
 from ...core.references import path_exists
 from ...errors import DistillError
 from ..app import AsJson, Overrides, Smoke, Yes, app, disable_library_progress_bars, out
@@ -27,11 +28,15 @@ def inspect_command(
         typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run; a run gets an inspection.json."),
     ],
     overrides: Overrides = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Read batches up to this number of held-out tokens.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Read batches up to this number of held-out tokens.")
+    ] = HELD_OUT_TOKENS,
     position: Annotated[
         list[int] | None, typer.Option(min=0, help="Show the target token with this index; can be repeated.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Number of likeliest ids shown at each position.")] = 10,
+    k: Annotated[
+        int, typer.Option("-k", "--k", min=1, help="Number of likeliest ids shown at each position.")
+    ] = NUM_CANDIDATE_IDS,
     smoke: Smoke = False,
     yes: Yes = False,
     as_json: AsJson = False,

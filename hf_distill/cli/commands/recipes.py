@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ...core.defaults import PREVIEWED_ROWS
 from ...core.references import is_file
 from ...errors import DistillError
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
@@ -108,7 +109,7 @@ def validate(
 def preview(
     recipe: Recipe,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = PREVIEWED_ROWS,
     smoke: Smoke = False,
     yes: Yes = False,
 ) -> None:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ...core.defaults import SAMPLE_TOKENS
 from ..app import RunFolder, app, disable_library_progress_bars, out
 
 
@@ -13,7 +14,7 @@ def report(
     samples: Annotated[
         int, typer.Option(min=0, help="Number of held-out rows that the models continue as samples; 0 writes none.")
     ] = 3,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each sample.")] = 48,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each sample.")] = SAMPLE_TOKENS,
 ) -> None:
     """Write a run as one HTML page with its plots: RUN/report.html, RUN/figures/*.png."""
     from ...runner.run_results import open_run

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ...core.defaults import LM_EVAL_BATCH_ROWS
 from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def retention(
         list[str] | None, typer.Option(help="teacher, before, student or control; can be repeated.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of examples of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the harness.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the harness.")] = LM_EVAL_BATCH_ROWS,
     as_json: AsJson = False,
 ) -> None:
     """Score the student relative to its teacher on tasks of the lm-evaluation-harness, with intervals."""

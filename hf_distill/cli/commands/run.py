@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ...core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
 from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
@@ -82,11 +83,15 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 1,
     gpu_memory: Annotated[float, typer.Option(help="Memory of each GPU, in GiB.")] = 80.0,
-    mfu: Annotated[float, typer.Option(help="Share of the peak that training reaches (model FLOP utilization).")] = 0.4,
-    gpu_tflops: Annotated[float, typer.Option(help="Peak of a GPU in TFLOP/s; 989 is an H100 in bf16, dense.")] = 989.0,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the peak that training reaches (model FLOP utilization).")
+    ] = MODEL_FLOP_UTILIZATION,
+    gpu_tflops: Annotated[
+        float, typer.Option(help="Peak of a GPU in TFLOP/s; 989 is an H100 in bf16, dense.")
+    ] = PEAK_TFLOPS,
     pretraining_tokens: Annotated[
         float, typer.Option(help="Number of tokens of a pretraining of the student to compare with.")
-    ] = 2e12,
+    ] = PRETRAINING_TOKENS,
     smoke: Smoke = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in bytes and FLOP.")] = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ...core.defaults import SEARCH_CRITERION, SEARCH_ETA
 from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
@@ -28,8 +29,8 @@ def temperature(
     alpha: Annotated[
         list[float] | None, typer.Option("-a", "--alpha", help="An alpha of the grid; can be repeated.")
     ] = None,
-    by: Annotated[str, typer.Option(help="Criterion: nll of the labels, or kl to the teacher.")] = "nll",
-    eta: Annotated[int, typer.Option(help="After each rung, one of ETA candidates continues.")] = 2,
+    by: Annotated[str, typer.Option(help="Criterion: nll of the labels, or kl to the teacher.")] = SEARCH_CRITERION,
+    eta: Annotated[int, typer.Option(help="After each rung, one of ETA candidates continues.")] = SEARCH_ETA,
     output: Annotated[str | None, typer.Option("-o", "--output", help="Folder of the search.")] = None,
     smoke: Smoke = False,
     yes: Yes = False,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.defaults import SPAN_LENGTH_TOKENS
 from ...core.targets import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
 from ...errors import DistillError, collect_errors, did_you_mean, raise_if_any
 
@@ -47,7 +48,7 @@ class BatchView:
 
     token_dropout: float = 0.0
     span_deletion: float = 0.0
-    span_length: int = 3
+    span_length: int = SPAN_LENGTH_TOKENS
     prepend_context_tokens: int = 0
     paraphrase: bool = False
 

@@ -1,0 +1,42 @@
+"""Defaults of options that several interfaces have: recipes, configs, functions and commands. Imports no torch."""
+
+from typing import Final
+
+# The objective.
+TEMPERATURE = 2.0
+ALPHA = 0.5
+DIVERGENCE = "forward_kl"
+
+# Projectors and views of a batch.
+PROJECTOR_KIND: Final = "auto"
+PROJECTOR_INIT: Final = "orthogonal"
+SPAN_LENGTH_TOKENS = 3
+
+# Training.
+MAX_CONSECUTIVE_NONFINITE_STEPS = 5
+
+# Teacher caches.
+CACHE_KIND: Final = "hidden"
+SAMPLES_PER_TOKEN = 12  # kind sampled
+TOP_K_IDS = 64  # kind top_k
+CACHE_DTYPE = "bfloat16"  # kind hidden
+CACHE_SEED = 0
+SHARD_ROWS = 256
+
+# Data.
+SPLIT = "train"
+OVERFLOW: Final = "truncate"
+STOPPING_STRATEGY: Final = "first_exhausted"
+PREVIEWED_ROWS = 3
+
+# Planning.
+MODEL_FLOP_UTILIZATION = 0.4
+PEAK_TFLOPS = 989.0  # of an H100 in bf16, dense
+PRETRAINING_TOKENS = 2e12
+
+# Analysis and reports.
+HELD_OUT_TOKENS = 4096
+NUM_CANDIDATE_IDS = 10
+LM_EVAL_BATCH_ROWS = 8
+SEARCH_CRITERION, SEARCH_ETA = "nll", 2
+SAMPLE_TOKENS = 48
