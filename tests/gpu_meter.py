@@ -240,7 +240,9 @@ class Problem:
 
         with (
             meta_as_cuda(free_gib) as calls,
-            mock.patch.object(selection, "has_triton", return_value=has_triton),
+            mock.patch.object(
+                selection, "triton_problem", return_value="" if has_triton else "Triton is not installed"
+            ),
             mock.patch.object(RowLosses, "run", run),
         ):
             matmul._multiplies_to_float32(torch.device("meta"), self.dtype)  # its trial is not counted

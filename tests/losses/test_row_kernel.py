@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -277,6 +278,25 @@ def test_a_logit_that_is_not_finite_spoils_its_own_row_only(bad):
         assert torch.isfinite(values).tolist() == [True, False, True]
 
 
+def test_triton_works_here():
+    assert selection.triton_problem(torch.device(DEVICE)) == ""
+
+
+def test_the_kernel_starts_on_the_device_of_the_logits(monkeypatch):
+    """Triton starts kernels on the current device, which may be another one."""
+    entered = []
+
+    @contextmanager
+    def device_of(tensor):
+        entered.append(tensor.device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    inputs = logits()
+    run(objective(0.5, 2.0), *inputs)
+    assert entered == [inputs[0].device]
+
+
 def test_the_inputs_are_not_written():
     z, y, labels = logits()
     copies = z.clone(), y.clone(), labels.clone()
@@ -302,13 +322,17 @@ for CAPABILITY in (80, 90, 100):
     for divergence, scaling in (("forward_kl", LogitScaling()), ("js", LogitScaling(1.0, 30.0))):
         empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
         output = HeadOutput(empty(8, 50304)[:, :50257], None, scaling)
-        losses = RowLosses(objective(0.5, 2.0, divergence), True, 4)
         gradient = empty(8, 50304, dtype=torch.bfloat16)[:, :50257]
-        arguments = losses.arguments([output, output], empty(8, dtype=torch.long), None, empty(10, 8), gradient)
-        kernel = losses_and_gradient.warmup(**arguments, grid=(8,))
+        kernels = set()
+        for every, tokens, first in ((4, 16, 0), (1, 17, 1), (3, 1, 3)):
+            losses = RowLosses(objective(0.5, 2.0, divergence), True, every)
+            out = empty(10, tokens)[:, :8]
+            arguments = losses.arguments([output, output], empty(8, dtype=torch.long), None, out, gradient, first)
+            kernel = losses_and_gradient.warmup(**arguments, grid=(8,))
+            kernels.add(kernel.hash)
         ptx = kernel.asm["ptx"]
         loads = re.findall(r"cp.async.cg.shared.global .*, 0x10", ptx)
-        print(len(loads), "cvt.rn.bf16" in ptx, ".f64" in ptx, kernel.metadata.shared)
+        print(len(loads), "cvt.rn.bf16" in ptx, ".f64" in ptx, kernel.metadata.shared, len(kernels))
 """
 
 
@@ -322,7 +346,8 @@ def test_the_kernel_compiles_for_gpus_without_one_and_loads_16_bytes_of_padded_r
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 6
-    for loads_of_16_bytes, rounds_to_nearest, has_float64, shared_bytes in lines:
+    for loads_of_16_bytes, rounds_to_nearest, has_float64, shared_bytes, number in lines:
+        assert number == "1", "the lengths of batches and chunks need no further kernels"
         assert int(loads_of_16_bytes) > 0
         assert rounds_to_nearest == "True"
         assert has_float64 == "False"
@@ -342,7 +367,7 @@ def test_the_chunked_loss_is_the_same_with_the_kernel_and_without(divergence, is
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
         loss = ChunkedLoss(teacher, targets, objective(0.4, 2.0, divergence), 3, 10, 41)
         with (
-            mock.patch.object(selection, "has_triton", return_value=has_triton),
+            mock.patch.object(selection, "triton_problem", return_value="" if has_triton else "none"),
             mock.patch.object(RowLosses, "run", autospec=True, side_effect=RowLosses.run) as launches,
         ):
             if is_lazy:

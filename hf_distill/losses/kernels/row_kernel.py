@@ -30,6 +30,16 @@ _SMALLEST_NORMAL = tl.constexpr(
 
 
 @triton.jit
+def write_one(out_ptr):
+    """Write 1: a trial whether Triton works."""
+    tl.store(out_ptr, 1.0)
+
+
+# These arguments change from chunk to chunk: a kernel for each kind of their values would be compiled during training.
+@triton.jit(
+    do_not_specialize=["out_stride", "first_token", "statistics_every"],
+    do_not_specialize_on_alignment=["labels_ptr", "has_label_ptr", "out_ptr"],
+)
 def losses_and_gradient(
     student,  # output of the head, [r, V_s]: (pointer, row stride, ids of a row that may be read, bias, scale, softcap)
     teacher,  # the same of the teacher, [r, V_t]; not read without HAS_TEACHER

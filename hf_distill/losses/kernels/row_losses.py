@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core.logits import LogitScaling
@@ -127,7 +128,8 @@ class RowLosses:
             from .row_kernel import losses_and_gradient
 
             arguments = self.arguments(outputs, labels, label_mask, out, gradient, first_token)
-            losses_and_gradient[(len(labels),)](**arguments)
+            with torch.cuda.device_of(labels):  # Triton starts a kernel on the current device
+                losses_and_gradient[(len(labels),)](**arguments)
 
     def arguments(
         self,
