@@ -1,12 +1,14 @@
 """Estimate the time of the fused loss on an H100 without a GPU, by counting its operators on meta tensors.
 
-The counts are exact; the times assume the speeds in `gpu_meter.H100` and are lower bounds. `gpu.py` measures a real card.
+The counts are exact, except that the Triton kernel declares its bytes. The times assume the speeds in `gpu_meter.H100`
+and are lower bounds. `gpu.py` measures a real card.
 
     python benchmarks/gpu_estimates.py
 """
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from measure import save
@@ -23,13 +25,14 @@ OBJECTIVES = {
 }
 
 
-def estimate(shape: str, objective: str) -> dict:
+def estimate(shape: str, objective: str, has_triton: bool) -> dict:
     problem = replace(SHAPES[shape], **OBJECTIVES[objective])
-    meter, _ = problem.measure()
+    meter, _ = problem.measure(has_triton=has_triton)
     lower_bound = problem.floor_seconds()
     return {
         "shape": shape,
         "objective": objective,
+        "kernel": bool(meter.launches["row_kernel"]),
         "lower_bound_ms": 1e3 * lower_bound,
         "products_ms": 1e3 * meter.product_seconds,
         "other_kernels_ms": 1e3 * meter.elementwise_seconds,
@@ -44,8 +47,11 @@ def estimate(shape: str, objective: str) -> dict:
 if __name__ == "__main__":
     cases = []
     for shape in SHAPES:
-        for objective in OBJECTIVES:
-            cases.append(estimate(shape, objective))
+        for objective, has_triton in product(OBJECTIVES, (True, False)):
+            case = estimate(shape, objective, has_triton)
+            if case["kernel"] != has_triton:
+                continue  # the kernel does not compute this objective
+            cases.append(case)
             print(
                 {key: round(value, 2) if isinstance(value, float) else value for key, value in cases[-1].items()},
                 flush=True,
