@@ -115,7 +115,7 @@ class DistillArguments:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.divergence, str) and self.divergence.startswith("{"):
             self.divergence = _parse_json("divergence", self.divergence, dict)
         if isinstance(self.projectors, str) and self.projectors.startswith("{"):
@@ -191,7 +191,7 @@ class DistillConfig(DistillArguments, TrainingArguments):
         *DistillArguments._DICT_FIELDS,
     ]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         DistillArguments.__post_init__(self)
         TrainingArguments.__post_init__(self)
 

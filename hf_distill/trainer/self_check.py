@@ -6,7 +6,7 @@ the losses from lazy logits must equal those from the logits that the unmodified
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from ..teachers import FrozenTeacher, Teacher
 from ..teachers.input_limits import check_student_ids
 from .config import DistillArguments
 
+Source = TypeVar("Source", bound=LazyLogits | DenseLogits | SparseLogProbs)
+TeacherLogits = LazyLogits | DenseLogits | SparseLogProbs | MultiTeacherLogits | None
 NUM_TOKENS = 32  # target tokens that are compared with the reference
 _RELATIVE_TOLERANCE = 1e-2  # of the largest value: TF32 and bf16 differ by thousandths, a wrong objective by more
 _TOLERANCE_NATS = 1e-4  # float32 error, before T^2, where the two distributions are equal and their logits cancel
@@ -163,7 +165,7 @@ class SelfCheck:
         samples = [student] if teacher is None else [student, teacher]
         count = min(len(chunked_loss.targets), *(len(sample.logits) for sample in samples))
         rows, device = slice(count), student_logits.hidden.device
-        teacher_logits: Any = _slice_teacher(chunked_loss.teacher_logits, rows)
+        teacher_logits = _slice_teacher(chunked_loss.teacher_logits, rows)
         teachers = {name: _dense_signals(logits) for name, logits in logits_by_teacher(teacher_logits).items()}
         if teacher is not None and isinstance(chunked_loss.teacher_logits, LazyLogits):
             hidden = teacher.hidden[rows].to(chunked_loss.teacher_logits.hidden)
@@ -267,19 +269,22 @@ def _logit_sample(model: nn.Module | None) -> LogitSample | None:
     return None if head is None else head.sample
 
 
-def _slice_teacher(teacher: Any, rows: slice) -> Any:
+def _slice_teacher(teacher: TeacherLogits, rows: slice) -> TeacherLogits:
     if isinstance(teacher, MultiTeacherLogits):
         return MultiTeacherLogits({name: _slice(source, rows) for name, source in teacher.by_teacher.items()})
     return None if teacher is None else _slice(teacher, rows)
 
 
-def _slice(source, rows: slice):
+def _slice(source: Source, rows: slice) -> Source:
     """Return the detached logits of some target tokens."""
+    sliced: LazyLogits | DenseLogits | SparseLogProbs
     if isinstance(source, SparseLogProbs):
-        return source.slice(rows)
-    if isinstance(source, LazyLogits):
-        return replace(source.detach(), hidden=source.hidden[rows].detach())
-    return DenseLogits(source.values[rows].detach())
+        sliced = source.slice(rows)
+    elif isinstance(source, LazyLogits):
+        sliced = replace(source.detach(), hidden=source.hidden[rows].detach())
+    else:
+        sliced = DenseLogits(source.values[rows].detach())
+    return cast(Source, sliced)
 
 
 def _materialize(student_logits: LazyLogits | DenseLogits) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class _GenerationTrainer(DistillationTrainer):
     is_distilling = False
     _signature_columns: Any
 
-    def __init__(self, model: PreTrainedModel | str, args: OnPolicyDistillConfig, **kwargs):
+    def __init__(self, model: PreTrainedModel | str, args: OnPolicyDistillConfig, **kwargs: Any):
         # TRL's constructor reads one temperature for sampling and loss; here the loss has another one.
         loss_temperature, args.temperature = args.temperature, args.sampling_temperature
         try:
@@ -83,7 +83,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         args: OnPolicyDistillConfig | None = None,
         *,
         teacher: TeacherArgument | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         args = OnPolicyDistillConfig() if args is None else args
         problems = []
@@ -169,7 +169,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
         return batch
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args, **kwargs) -> list[list[int]]:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """Generate for the rows that the student completes; after a tool call, for all rows."""
         rows, self._completed_rows = self._completed_rows or [None] * len(prompt_ids), None
         prompts = [ids for ids, row in zip(prompt_ids, rows, strict=True) if row is None]

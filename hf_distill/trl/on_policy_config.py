@@ -43,7 +43,7 @@ class OnPolicyDistillConfig(DistillArguments, DistillationConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems: list[str] = []
         with collect_errors(problems):
             DistillArguments.__post_init__(self)

@@ -34,7 +34,7 @@ class DistillSFTConfig(DistillArguments, TeacherArguments, SFTConfig):
         "teacher_model_init_kwargs",
     ]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         DistillArguments.__post_init__(self)
         SFTConfig.__post_init__(self)
 
@@ -45,7 +45,11 @@ class _SFTTrainer(SFTTrainer):
     is_distilling = False
 
     def __init__(
-        self, model: PreTrainedModel | str, args: SFTConfig | TrainingArguments | None = None, *positional, **kwargs
+        self,
+        model: PreTrainedModel | str,
+        args: SFTConfig | TrainingArguments | None = None,
+        *positional: Any,
+        **kwargs: Any,
     ):
         with adapted_heads(trl.trainer.sft_trainer, self.is_distilling):
             super().__init__(model, args, *positional, **kwargs)
@@ -77,9 +81,9 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         self,
         model: PreTrainedModel | str,
         args: SFTConfig | TrainingArguments | None = None,
-        *positional,
+        *positional: Any,
         teacher: TeacherArgument | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if isinstance(args, DistillArguments) and not isinstance(args, SFTConfig):
             raise DistillError(
