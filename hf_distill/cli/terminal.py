@@ -14,11 +14,13 @@ class TextConsole(Console):
     """A console that does not interpret markup, emoji codes and control characters in the text that it prints.
 
     Styles come from `style=`, `rich.text.Text` and the columns of tables. Names, paths, recipes and error messages of
-    servers need no escaping.
+    servers need no escaping. The width is that of the terminal, or of COLUMNS, when something is printed.
     """
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
+        if "width" not in options:
+            self._width = None  # rich keeps the COLUMNS of the time at which the console was created
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render to segments, without the control characters of the text; those of the console itself are kept."""

@@ -77,6 +77,15 @@ def test_plan_fits_the_terminal_and_shows_memory_cost_and_advice(run_cli, monkey
     assert ("DeepSpeed" in done.stdout) == (columns == 120)
 
 
+def test_the_console_reads_the_width_when_it_prints(monkeypatch):
+    from hf_distill.cli.terminal import TextConsole
+
+    monkeypatch.setenv("COLUMNS", "80")
+    console = TextConsole()
+    monkeypatch.setenv("COLUMNS", "120")
+    assert console.width == 120
+
+
 def test_plan_json_prints_only_json(run_cli):
     import json
 
