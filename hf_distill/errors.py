@@ -33,17 +33,17 @@ def raise_if_any(problems: list[str]) -> None:
         raise DistillError("; ".join(problems))
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the known name that is closest to a name; None if none is close."""
-    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.7)), None)
+    return next(iter(get_close_matches(name, sorted(names), n=1, cutoff=0.7)), None)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" with the closest known name, or up to 20 known names if none is close."""
-    known = sorted(known)
-    if closest := nearest(name, known):
+    names = sorted(names)
+    if closest := nearest(name, names):
         return f"; did you mean {closest!r}?"
-    return f"; known: {', '.join(known)}" if len(known) <= 20 else ""
+    return f"; known: {', '.join(names)}" if len(names) <= 20 else ""
 
 
 def require_package(package: str, extra: str, purpose: str) -> None:

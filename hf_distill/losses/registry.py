@@ -44,11 +44,11 @@ class Loss:
     @property
     def option_schemas(self) -> dict[str, dict[str, object]]:
         """Name -> JSON Schema of each option, including the options that all losses on features have."""
-        known = {**self.options, **(FEATURE_OPTIONS if self.feature else {})}
+        options = {**self.options, **(FEATURE_OPTIONS if self.feature else {})}
         unchecked = FEATURE_OPTIONS if self.feature else {}  # `objective` checks them
         return {
             name: {"default": default} if name in unchecked else option_schema(default, self.limits.get(name, {}))
-            for name, default in known.items()
+            for name, default in options.items()
         }
 
     @property
@@ -65,11 +65,11 @@ class Loss:
         Raises:
             DistillError: an option is unknown, has a wrong type or is out of range; the message names all problems.
         """
-        known, problems = self.option_schemas, []
+        schemas, problems = self.option_schemas, []
         for name, value in options.items():
-            if name not in known:
-                problems.append(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, known)}")
-            elif problem := option_problem(name, value, known[name]):
+            if name not in schemas:
+                problems.append(f"Loss {self.name!r} has no option {name!r}{did_you_mean(name, schemas)}")
+            elif problem := option_problem(name, value, schemas[name]):
                 problems.append(f"Loss {self.name!r}: {problem}")
         raise_if_any(problems)
 

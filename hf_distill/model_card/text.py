@@ -107,8 +107,8 @@ def _data_lines(data: DatasetFacts) -> list[str]:
 def _argument_lines(training: TrainingFacts) -> list[str]:
     """Steps, tokens and compute, and the arguments of the Trainer."""
     values: Mapping[str, object] = training
-    known = [markdown(text.format(values[key])) for key, text in _TRAINING.items() if values.get(key) is not None]
-    lines = [f"Training: {', '.join(known)}."] if known else []
+    settings = [markdown(text.format(values[key])) for key, text in _TRAINING.items() if values.get(key) is not None]
+    lines = [f"Training: {', '.join(settings)}."] if settings else []
     arguments = ", ".join(code_span(f"{name}={value}") for name, value in (training.get("arguments") or {}).items())
     return [*lines, f"Arguments that differ from the Trainer's defaults: {arguments}."] if arguments else lines
 

@@ -88,9 +88,9 @@ def downloads(recipe: Recipe) -> list[Download]:
         if hub_repo := hub_repo_of(name, kind, revision):
             uses.setdefault(hub_repo, []).append(used_for)
     repos = [inspect_repo(tuple(used_for), *hub_repo) for hub_repo, used_for in uses.items()]
-    known = {one.repo for one in repos if one.kind == "model"}
+    model_repos = {one.repo for one in repos if one.kind == "model"}
     for one in [one for one in repos if one.base]:
-        if one.base not in known:
+        if one.base not in model_repos:
             repos.append(inspect_repo((f"base of {one.repo}",), "model", str(one.base), None))
     return repos
 

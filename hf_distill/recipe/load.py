@@ -149,12 +149,12 @@ def validate(values: JSONObject, folder: Path = Path(), list_missing: bool = Tru
     return recipe
 
 
-def _validate_fields(values: JSONObject, known: set[Location]) -> tuple[Recipe | None, list[str]]:
+def _validate_fields(values: JSONObject, reported_locations: set[Location]) -> tuple[Recipe | None, list[str]]:
     """Return the recipe, if it is valid, and all problems, also those that an unknown key would hide.
 
     Args:
         values: Values of a recipe; see `validate`.
-        known: Locations whose problem is already reported.
+        reported_locations: Locations whose problem is already reported.
     """
     lines: list[str] = []
     values, left = deepcopy(values), True
@@ -165,13 +165,13 @@ def _validate_fields(values: JSONObject, known: set[Location]) -> tuple[Recipe |
             recipe = Recipe.model_validate(values)
         except ValidationError as error:
             items = error.errors()
-            new = [line for item in items if item["loc"] not in known for line in error_lines(item)]
+            new = [line for item in items if item["loc"] not in reported_locations for line in error_lines(item)]
             lines += [line for line in new if line not in lines]
             left = remove_unknown_keys(values, items)
     return recipe, lines + (_hidden_contradictions(values, lines) if recipe is None else [])
 
 
-def _hidden_contradictions(values: JSONObject, known: list[str]) -> list[str]:
+def _hidden_contradictions(values: JSONObject, reported_problems: list[str]) -> list[str]:
     """List the contradictions that pydantic does not check while a value is invalid.
 
     They are found by validating without the invalid values. A contradiction that names a removed value is not reported,
@@ -185,7 +185,9 @@ def _hidden_contradictions(values: JSONObject, known: list[str]) -> list[str]:
         except ValidationError as error:
             items = error.errors()
         new = [line for item in items if item["type"] == "value_error" for line in error_lines(item)]
-        lines += [line for line in new if line not in known + lines and not any(name in line for name in names)]
+        lines += [
+            line for line in new if line not in reported_problems + lines and not any(name in line for name in names)
+        ]
         left_out = remove_wrong_values(values, items)
         if not left_out:
             break

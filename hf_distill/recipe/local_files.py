@@ -59,8 +59,8 @@ def packaged_file(reference: str) -> Path:
     folder = Path(spec.origin).parent.joinpath(*parts)
     file = folder / name
     if file.suffix != ".gguf" or not is_file(file):
-        known = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
-        raise DistillError(f"The package {pip} has no GGUF file {name!r}; its GGUF files are: {known}.")
+        file_names = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
+        raise DistillError(f"The package {pip} has no GGUF file {name!r}; its GGUF files are: {file_names}.")
     return file
 
 

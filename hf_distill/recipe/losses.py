@@ -57,12 +57,12 @@ def _check_loss(name: object, options: Mapping[str, object]) -> LossSchema:
     losses = packaged_schema()["$defs"]["LossSpec"]["x-losses"]
     if not isinstance(name, str) or name not in losses:
         raise ValueError(f"unknown loss {short(name)}{did_you_mean(str(name), losses)}")
-    known, problems = losses[name]["options"], []
+    schemas, problems = losses[name]["options"], []
     for option, value in options.items():
-        if option not in known:
-            takes = ", ".join(known) or "none"
+        if option not in schemas:
+            takes = ", ".join(schemas) or "none"
             problems.append(f"loss {name!r} has no option {short(option)}; its options are: {takes}")
-        elif problem := option_problem(option, value, known[option]):
+        elif problem := option_problem(option, value, schemas[option]):
             problems.append(f"loss {name!r}: {problem}")
     if problems:
         raise ValueError("; ".join(problems))

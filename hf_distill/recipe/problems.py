@@ -47,8 +47,8 @@ def error_lines(item: ErrorDetails) -> list[str]:
     if kind == "extra_forbidden":
         return [f"{key}: unknown key{did_you_mean(short_text(location[-1]), keys_at(location[:-1]))}"]
     if kind == "model_type" and is_unknown_source(location):
-        known = did_you_mean(short_text(location[-1]), keys_at(location[:-1]))
-        return [f"{key}: unknown key{known} (a further data source is a mapping with a path)"]
+        suggestion = did_you_mean(short_text(location[-1]), keys_at(location[:-1]))
+        return [f"{key}: unknown key{suggestion} (a further data source is a mapping with a path)"]
     if kind == "missing":
         return [f"{key}: required key is missing"]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
@@ -70,8 +70,8 @@ def keys_at(location: Location) -> list[str]:
     schema = packaged_schema()
     node = schema
     for part in location:
-        known = node.get("properties", {})
-        node = node.get("items", {}) if isinstance(part, int) else known.get(part) or _others(node)
+        properties = node.get("properties", {})
+        node = node.get("items", {}) if isinstance(part, int) else properties.get(part) or _others(node)
         for option in [node, *node.get("anyOf", [])]:
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]

@@ -66,32 +66,32 @@ def _check_scalar(node: yaml.ScalarNode, name: str, loader: yaml.SafeLoader) -> 
         raise DistillError(f"{name}, {line}: {text} is not a valid {kind}.") from None
 
 
-def _count_values(node: yaml.Node, name: str, known: dict[int, int], loader: yaml.SafeLoader) -> int:
+def _count_values(node: yaml.Node, name: str, node_sizes: dict[int, int], loader: yaml.SafeLoader) -> int:
     """Count the values of a node with its aliases expanded; -1 marks a node that is being counted."""
-    if known.get(id(node)) == -1:
+    if node_sizes.get(id(node)) == -1:
         raise DistillError(f"{name} has an alias that refers to a value which contains the alias.")
-    if id(node) in known:
-        return known[id(node)]
+    if id(node) in node_sizes:
+        return node_sizes[id(node)]
     if node.tag not in _PLAIN and node.tag != "tag:yaml.org,2002:merge":
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         hint = ": write it in quotes" if kind == "timestamp" else ""
         line = f"line {node.start_mark.line + 1}"
         raise DistillError(f"{name}, {line}: a value of type {kind!r} is not allowed{hint}.")
-    known[id(node)] = -1
+    node_sizes[id(node)] = -1
     total = 1
     if isinstance(node, yaml.ScalarNode):
         _check_scalar(node, name, loader)
     if isinstance(node, yaml.MappingNode):
         _check_keys(node, name)
         total += sum(
-            _count_values(key, name, known, loader) + _count_values(value, name, known, loader)
+            _count_values(key, name, node_sizes, loader) + _count_values(value, name, node_sizes, loader)
             for key, value in node.value
         )
     elif isinstance(node, yaml.SequenceNode):
-        total += sum(_count_values(item, name, known, loader) for item in node.value)
+        total += sum(_count_values(item, name, node_sizes, loader) for item in node.value)
     if total > _MAX_NODES:
         raise DistillError(f"{name} has more than {_MAX_NODES:,} values after its aliases are expanded.")
-    known[id(node)] = total
+    node_sizes[id(node)] = total
     return total
 
 

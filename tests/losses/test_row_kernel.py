@@ -80,7 +80,7 @@ def scaled(output, head):
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def check(terms, student, teacher, labels, mask=None, relative_error=1e-5, **options):
+def assert_equals_reference(terms, student, teacher, labels, mask=None, relative_error=1e-5, **options):
     per_token, gradient = run(terms, student, teacher, labels, mask, **options)
     losses, expected_gradient = expected(terms, student, teacher, labels, mask)
     for name, values in losses.items():
@@ -94,20 +94,20 @@ def check(terms, student, teacher, labels, mask=None, relative_error=1e-5, **opt
 @pytest.mark.parametrize("vocabularies", [(1003, 1003), (1100, 1027), (1027, 1100)])
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 1.0), (2.0, 0.3), (0.5, 0.9)])
 def test_losses_and_gradient_are_those_of_autograd(divergence, vocabularies, temperature, alpha):
-    check(objective(alpha, temperature, divergence), *logits(*vocabularies))
+    assert_equals_reference(objective(alpha, temperature, divergence), *logits(*vocabularies))
 
 
 @pytest.mark.parametrize("option", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("divergence", ["js", "skew_kl", "skew_reverse_kl"])
 def test_the_share_of_the_mixture_is_that_of_the_option(divergence, option):
     spec = {"name": divergence, "beta" if divergence == "js" else "lam": option}
-    check(objective(1.0, 1.5, spec), *logits())
+    assert_equals_reference(objective(1.0, 1.5, spec), *logits())
 
 
 def test_only_cross_entropy_needs_no_teacher():
     z, _, labels = logits()
     terms = [term for term in objective(0.0, 1.0, label_smoothing=0.1) if term.weight]
-    check(terms, z, None, labels)
+    assert_equals_reference(terms, z, None, labels)
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.0])
@@ -117,7 +117,7 @@ def test_several_terms_with_different_temperatures_and_smoothings_are_added(weig
         {"name": "js", "weight": 0.25, "beta": 0.3},
         {"name": "cross_entropy", "weight": 0.2},
     ]
-    check(objective(0.4, 2.0, "forward_kl", losses=others, label_smoothing=0.2), *logits(1100, 1027))
+    assert_equals_reference(objective(0.4, 2.0, "forward_kl", losses=others, label_smoothing=0.2), *logits(1100, 1027))
 
 
 @pytest.mark.parametrize("scaling", [LogitScaling(0.25), LogitScaling(softcap=3.0), LogitScaling(2.0, 5.0)])
@@ -126,7 +126,7 @@ def test_bias_scale_and_softcap_of_both_heads_are_applied(scaling, dtype):
     z, y, labels = logits(1100, 1027)
     student = HeadOutput(z, torch.randn(1100, device=DEVICE).to(dtype), scaling)
     teacher = HeadOutput(y, torch.randn(1027, device=DEVICE).to(dtype), LogitScaling(1.5, scaling.softcap))
-    check(objective(0.5, 2.0, "js", label_smoothing=0.1), student, teacher, labels)
+    assert_equals_reference(objective(0.5, 2.0, "js", label_smoothing=0.1), student, teacher, labels)
 
 
 def test_large_logits_do_not_overflow_the_softcap():
@@ -142,7 +142,7 @@ def test_large_logits_do_not_overflow_the_softcap():
 
 def test_tokens_without_a_label_have_no_cross_entropy():
     mask = torch.tensor([True, False, True], device=DEVICE)
-    check(objective(0.3, 2.0, label_smoothing=0.1), *logits(), mask)
+    assert_equals_reference(objective(0.3, 2.0, label_smoothing=0.1), *logits(), mask)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -239,7 +239,7 @@ def test_zero_rows_and_a_single_row(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_lower_precision_are_read_as_float32(dtype):
     z, y, labels = logits()
-    check(objective(0.5, 2.0), z.to(dtype), y.to(dtype), labels)
+    assert_equals_reference(objective(0.5, 2.0), z.to(dtype), y.to(dtype), labels)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
