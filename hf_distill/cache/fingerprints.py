@@ -4,8 +4,11 @@ import hashlib
 import json
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+from ..models.model_types import unwrap_parallel
+from ..models.sharding import full_tensor, gathered
 
 _VALUES_PER_TENSOR = 4096  # approximate number of sampled values
 _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
@@ -15,28 +18,20 @@ _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a checksum of evenly spaced values of each parameter, also of a quantized or sharded model.
 
-    All processes must call it; each sharded parameter is gathered temporarily. Of parameters that a device map has
-    offloaded, only name and shape are read.
+    Sharding does not change it. All processes must call it; each sharded parameter is gathered temporarily. Of
+    parameters that a device map has offloaded, only name and shape are read.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = _unsharded(parameter).detach().flatten()
-        if flat.is_meta:
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            continue
-        sample = flat[:: max(1, len(flat) // _VALUES_PER_TENSOR)].cpu().contiguous()
-        digest.update(f"{name} {tuple(parameter.shape)} {sample.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for name, parameter in sorted(unwrap_parallel(model).named_parameters()):
+        with gathered([parameter]):
+            flat = full_tensor(parameter).detach().flatten()
+            if flat.is_meta:
+                digest.update(f"{name} {tuple(parameter.shape)}".encode())
+                continue
+            sample = flat[:: max(1, len(flat) // _VALUES_PER_TENSOR)].cpu().contiguous()
+            digest.update(f"{name} {tuple(parameter.shape)} {sample.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _unsharded(parameter: nn.Parameter) -> Tensor:
-    if hasattr(parameter, "ds_tensor"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.data.clone()
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str | None:

@@ -27,8 +27,9 @@ from transformers.utils import logging
 
 from ..core.logits import RESHARDED_HEAD, LazyLogits, LogitScaling
 from ..errors import DistillError
-from .model_types import is_zero3_partitioned, model_type_of, unwrap_model
+from .model_types import model_type_of, unwrap_model
 from .module_state import eval_mode
+from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -359,8 +360,7 @@ class _UsedParameters(TorchFunctionMode):
 
 def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
     """Return whether lazy logits are possible on all ranks, since the ranks of a sharded model have to do the same."""
-    sharded = is_zero3_partitioned(model) or any(hasattr(p, "to_local") for p in model.parameters())
-    if not sharded or not dist.is_initialized():
+    if not is_sharded(model) or not dist.is_initialized():
         return possible
     flag = torch.tensor(possible, dtype=torch.int32, device=next(model.parameters()).device)
     dist.all_reduce(flag, dist.ReduceOp.MIN)

@@ -6,7 +6,6 @@ Checkpoints have it in a separate file, `sidecar.safetensors`.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -18,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..errors import DistillError
 from .blocks import SIDECAR
 from .model_types import unwrap_parallel
+from .sharding import distribute_like, full_tensor, gathered
 
 FILE = "sidecar.safetensors"
 _T = TypeVar("_T")
@@ -87,8 +87,8 @@ def gathered_state_dict(module: nn.Module) -> dict[str, Tensor]:
     Args:
         module: a module of a sidecar, sharded (ZeRO-3, FSDP2) or not.
     """
-    with _gathered(module):
-        return {name: _full_tensor(t.detach()).cpu().contiguous().clone() for name, t in _saved_tensors(module).items()}
+    with gathered(module.parameters()):
+        return {name: full_tensor(t.detach()).cpu().contiguous().clone() for name, t in _saved_tensors(module).items()}
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def load_sidecar(sidecar: Sidecar, folder: str) -> None:
             "teacher. Resume with the `losses`, `projectors` and teacher of that run, or start a new run."
         )
     state = load_file(file)
-    with _gathered(sidecar, modify=True):
+    with gathered(sidecar.parameters(), modify=True):
         tensors = _saved_tensors(sidecar)
         run_shapes, file_shapes = ({name: tuple(t.shape) for name, t in part.items()} for part in (tensors, state))
         if run_shapes != file_shapes:
@@ -119,7 +119,7 @@ def load_sidecar(sidecar: Sidecar, folder: str) -> None:
                 "that wrote it, or start a new run."
             )
         for name, parameter in tensors.items():
-            parameter.data.copy_(_distribute_like(state[name], parameter))
+            parameter.data.copy_(distribute_like(state[name], parameter))
 
 
 def move_to_param_groups(
@@ -168,32 +168,7 @@ def _saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def _gathered(module: nn.Module, modify: bool = False) -> AbstractContextManager[object]:
-    """Return a context manager that gathers parameters that ZeRO-3 partitions."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0 if modify else None)
-
-
 def _summarize(shapes: dict[str, tuple], others: dict[str, tuple]) -> str:
     """Return the first three shapes that differ from the others, for an error message."""
     different = {name: shape for name, shape in shapes.items() if others.get(name) != shape}
     return f"{dict(list(different.items())[:3])}{' and more' if len(different) > 3 else ''}"
-
-
-def _full_tensor(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return an unsharded value with the placement of a parameter, which FSDP2 may have sharded."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

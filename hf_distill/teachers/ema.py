@@ -22,9 +22,10 @@ from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
 from ..models.output_head import check_head_stays_gathered
+from ..models.sharding import is_sharded, local_shard
 from ..models.sidecar import strip_sidecar
 from .self_teacher import SelfTeacher
-from .state import WeightDrift, is_sharded, load_state, local_shard, save_state, state_file
+from .state import WeightDrift, load_state, save_state, state_file
 
 _SHADOW = "held"  # name of the group of the shadow's tensors in a checkpoint
 

@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..models.sharding import local_shard
 from ..models.sidecar import strip_sidecar
 from .base import Teacher
 from .frozen import FrozenTeacher
 from .multi_teacher import MultiTeacher
 from .peer import PeerTeacher
-from .state import local_shard
 
 
 def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: Teacher) -> list[str]:

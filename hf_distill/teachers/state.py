@@ -1,28 +1,16 @@
-"""State of non-frozen teachers: sharded tensors, the drift of their weights, and their files in a checkpoint."""
+"""State of non-frozen teachers: the drift of their weights, and their files in a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DistillError
+from ..models.sharding import local_shard
 
 _SAMPLED_ELEMENTS = 4096  # per tensor, approximately
-
-
-def local_shard(tensor: Any) -> Tensor:
-    """Return the part of a tensor that this rank holds; all of an unsharded one."""
-    if hasattr(tensor, "ds_tensor"):
-        return tensor.ds_tensor
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds a shard of the model's parameters (ZeRO-3, FSDP2)."""
-    return any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in model.parameters())
 
 
 class WeightDrift:

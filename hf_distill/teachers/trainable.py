@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from ..core.signals import FeatureKey
 from ..core.targets import FeatureTokens, Targets
 from ..losses.objective import Term
+from ..models.sharding import is_sharded
 from .base import JointStep, Teacher
-from .state import WeightDrift, is_sharded, load_state, save_state, state_file
+from .state import WeightDrift, load_state, save_state, state_file
 
 
 class TrainableTeacher(Teacher):

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -17,7 +16,7 @@ from ..core.io import write_json
 from ..errors import RunError
 from ..losses.objective import Term
 from ..models.model_types import unwrap_parallel
-from ..teachers.state import is_sharded
+from ..models.sharding import full_tensor, is_sharded
 from .checkpoints import latest_complete
 from .distiller import StepOutput
 from .nonfinite_report import (
@@ -259,8 +258,8 @@ def _norm_is_finite(norm: Tensor | float | None, device: torch.device) -> Tensor
     """Return whether the gradient norm is finite, []; True for None, which DeepSpeed may return."""
     if norm is None:
         return torch.tensor(True, device=device)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return torch.as_tensor(norm).isfinite().to(device).reshape(())
+    norm = full_tensor(torch.as_tensor(norm))
+    return norm.isfinite().to(device).reshape(())
 
 
 def _suggest_fix(report: NonFiniteReport) -> str:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..cache.example_keys import batch_examples
 from ..core.targets import Targets
 from ..models.finite_weights import first_nonfinite
-from ..teachers.state import local_shard
+from ..models.sharding import local_shard
 
 _MAX_REPORTED = 20  # tokens and parameters that a report lists; further tokens are only counted
 

@@ -46,6 +46,8 @@ def test_two_processes_write_the_cache_that_one_writes(folder, one):
 def test_a_zero3_teacher_writes_the_cache_of_an_unsharded_one(folder, one):
     sharded = write(folder, 2, "zero3", "teacher.source.deepspeed=zero3-teacher.json")
     assert sharded == one
+    manifests = [json.loads((folder / name / "manifest.json").read_text()) for name in ("zero3", "one")]
+    assert manifests[0]["teacher"]["weights"] == manifests[1]["teacher"]["weights"]
 
 
 def test_a_second_writer_raises_an_error_on_every_rank_and_a_dead_rank_leaves_a_resumable_cache(tmp_path):
