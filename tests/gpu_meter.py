@@ -245,7 +245,7 @@ class Problem:
             ),
             mock.patch.object(RowLosses, "run", run),
         ):
-            matmul._multiplies_to_float32(torch.device("meta"), self.dtype)  # its trial is not counted
+            matmul._supports_float32_output(torch.device("meta"), self.dtype)  # its trial is not counted
             student, chunked_loss = self._loss()
             gc.collect()
             with meter:

@@ -2,8 +2,8 @@
 
 On a GPU with bf16 models the tensor cores multiply bf16 by bf16 and sum in float32, also the gradients: the gradient
 with respect to the logits is rounded to bf16, and the sums over chunks stay in float32. With fp16 models the logits are
-computed so, but the gradient stays in float32, because the difference of two probabilities underflows in fp16.
-Elsewhere, and on GPUs whose PyTorch cannot return float32, both factors are converted to float32.
+computed in the same way, but the gradient stays in float32, because the difference of two probabilities
+underflows in fp16. Elsewhere, and on GPUs whose PyTorch cannot return float32, both factors are converted to float32.
 """
 
 from functools import cache
@@ -14,14 +14,14 @@ from torch import Tensor
 _TILE_ROWS = 4096  # rows of a factor that are converted to float32 at a time
 
 
-def multiplies_bf16_gradient(hidden: Tensor, weight: Tensor) -> bool:
-    """Return whether the gradient with respect to the logits `hidden @ weight.T` is rounded to bf16 for its products.
+def rounds_gradient_to_bf16(hidden: Tensor, weight: Tensor) -> bool:
+    """Return whether the gradient of the logits `hidden @ weight.T` is rounded to bf16 before its products.
 
     Args:
         hidden: [T, H].
         weight: [V, H].
     """
-    return hidden.dtype == weight.dtype == torch.bfloat16 and _multiplies_to_float32(hidden.device, hidden.dtype)
+    return hidden.dtype == weight.dtype == torch.bfloat16 and _supports_float32_output(hidden.device, hidden.dtype)
 
 
 def project_matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -34,7 +34,11 @@ def project_matmul(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """
     if hidden.dtype == weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
-    if hidden.dtype == weight.dtype and out.dtype == torch.float32 and _multiplies_to_float32(out.device, hidden.dtype):
+    if (
+        hidden.dtype == weight.dtype
+        and out.dtype == torch.float32
+        and _supports_float32_output(out.device, hidden.dtype)
+    ):
         return _half_mm(hidden, weight.t(), out)
     hidden = hidden.to(out.dtype)
     for v in range(0, len(weight), _TILE_ROWS):
@@ -53,7 +57,7 @@ def accumulate_matmul(a: Tensor, b: Tensor, out: Tensor, keep: bool) -> Tensor:
     """
     if a.dtype == b.dtype == out.dtype:
         return out.addmm_(a, b, beta=int(keep))
-    if a.dtype == b.dtype and out.dtype == torch.float32 and _multiplies_to_float32(out.device, a.dtype):
+    if a.dtype == b.dtype and out.dtype == torch.float32 and _supports_float32_output(out.device, a.dtype):
         return _half_addmm(a, b, out, int(keep))
     for k in range(0, len(b), _TILE_ROWS):
         rows = slice(k, k + _TILE_ROWS)
@@ -72,7 +76,7 @@ def _half_addmm(a: Tensor, b: Tensor, out: Tensor, beta: int) -> Tensor:
 
 
 @cache
-def _multiplies_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+def _supports_float32_output(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether PyTorch multiplies matrices of a half-precision dtype to a float32 result on a device."""
     if device.type == "cpu":
         return False

@@ -33,7 +33,7 @@ from ..core.logits import (
     compute_dtype,
     logits_by_teacher,
 )
-from ..core.matmul import accumulate_matmul, multiplies_bf16_gradient
+from ..core.matmul import accumulate_matmul, rounds_gradient_to_bf16
 from ..core.signals import Signals
 from ..core.targets import Targets
 from ..errors import DistillError
@@ -110,10 +110,11 @@ class ChunkedLoss:
         return self._inverse_divisor_after_forward * _LossFromLogits.apply(student.values, needs_gradient, self)
 
     def gradient_unit(self) -> float:
-        """Return the size of a gradient with respect to a label's logit, of a student that gives it no probability.
+        """Return the number by which the gradient of the logits is divided before it is rounded to bf16.
 
-        A gradient in this unit is 1 there, which bf16 represents exactly. Other units would be rounded by the same
-        relative error in all rows, so that it would not average out.
+        It is the weight of the cross entropy / num_items: the -1 in softmax - onehot(label) is then exact in bf16.
+        After another divisor, the same relative error in all rows would not average out. Without cross entropy it is
+        1 / num_items.
         """
         for term in self.terms:
             label_share = 1 - term.options.get("label_smoothing", 0.0)
@@ -358,7 +359,7 @@ class _LossFromHidden(torch.autograd.Function):
                 grad_bias.copy_(grad_bias + sums if is_later_chunk else sums)
 
         needs = any(gradient is not None for gradient in ctx.gradients)
-        rounds = multiplies_bf16_gradient(student.hidden, student.weight)
+        rounds = rounds_gradient_to_bf16(student.hidden, student.weight)
         ctx.unit = chunked_loss.gradient_unit() if rounds else 1.0
         with torch.autocast(hidden.device.type, enabled=False):
             return chunked_loss.run_chunks(

@@ -102,8 +102,15 @@ class Checkpointer:
         _warn_of_skipped(defects, args)
         return None
 
-    def verify(self, path: Path, args: TrainingArguments, accelerator: Accelerator) -> None:
+    def verify(self, path: Path, args: TrainingArguments, accelerator: Accelerator, is_best: bool = False) -> None:
         """Check a checkpoint before it is read; the Trainer reports a folder that does not exist.
+
+        Args:
+            path: the checkpoint.
+            args: of the Trainer.
+            accelerator: of the Trainer.
+            is_best: whether it is the best checkpoint, which is loaded after the last step; otherwise training
+                resumes from it.
 
         Raises:
             DistillError: it is incomplete, or differs from what was written.
@@ -112,6 +119,12 @@ class Checkpointer:
             return
         others = [other for other in _checkpoints(path.parent, accelerator) if other != path]
         complete = next((other for other in others if self._defect(other, args, accelerator) is None), None)
+        if is_best:
+            others_text = f"{complete} is complete" if complete else "No other checkpoint is complete"
+            raise DistillError(
+                f"The last step is done, but the best checkpoint {path} cannot be loaded: {defect}. {others_text}. "
+                "Load the model from a complete checkpoint, or train without load_best_model_at_end."
+            )
         action = (
             f"{complete} is complete. Resume from it" if complete else "No other checkpoint is complete. Start again"
         )

@@ -30,7 +30,7 @@ class StepOutput:
                requested; "aux" holds the sum of the auxiliary losses that the model's forward adds, if it adds any
     targets:   the T target tokens at their positions in the batch that the teacher reads
     outputs:   the outputs of the student's forward; their `logits` are a placeholder that carries the loss, [1, 1, 1],
-               unless logits were materialized (`keep_logits`)
+               unless logits were materialized (`keep_logits`, or an output head that requires it)
     """
 
     loss: Tensor
@@ -87,7 +87,7 @@ class Distiller:
         inputs: dict,
         num_items: Tensor | int | None = None,
         keep_logits: bool = False,
-        statistics: int = 0,
+        statistics_every: int = 0,
     ) -> StepOutput:
         """Run one forward of both models and compute the loss.
 
@@ -97,7 +97,7 @@ class Distiller:
             inputs: the batch of the collator, with `labels`.
             num_items: number of target tokens in the global batch; None uses those of this batch.
             keep_logits: whether to keep the student's logits of all positions in `outputs`.
-            statistics: whether to also compute the metrics `kl` (at T = 1), `agreement`, and the entropies and cross
+            statistics_every: also compute the metrics `kl` (at T = 1), `agreement`, and the entropies and cross
                 entropies of both models, of every n-th target token (0 disables, 1 is every token).
 
         Raises:
@@ -126,7 +126,7 @@ class Distiller:
             feature_tokens = self.features.tokens(inputs, targets)
 
         chunked_loss = ChunkedLoss(
-            teacher_signals.logits, targets, self._logit_terms, statistics, self.chunk_tokens, num_items
+            teacher_signals.logits, targets, self._logit_terms, statistics_every, self.chunk_tokens, num_items
         )
         feature_loss = FeatureLoss(self.features.terms, teacher_signals.features, feature_tokens, targets, num_items)
 

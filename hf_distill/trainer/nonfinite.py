@@ -268,7 +268,8 @@ def _suggest_fix(report: NonFiniteReport) -> str:
         return "a smaller learning_rate or max_grad_norm, a longer warm-up, or bf16 instead of fp16"
     if "hard" in report.finite_terms:
         return (
-            "a teacher whose logits are finite: the cross entropy of the student is finite for this token, so the "
-            "teacher's logits are not (a teacher in fp16 can overflow where one in bf16 does not)"
+            f"another teacher or without {' and '.join(sorted(report.nonfinite_terms))}: the cross entropy of the "
+            "student is finite for this token, so the teacher's values may not be (a teacher in fp16 can overflow "
+            "where one in bf16 does not)"
         )
     return "a smaller learning_rate, bf16 instead of fp16, or without the named examples if they recur"

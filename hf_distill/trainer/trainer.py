@@ -137,7 +137,7 @@ class DistillMixin(_Base):
                 inputs,
                 num_items=num_items_in_batch,
                 keep_logits=return_outputs if is_training else self.keep_logits,
-                statistics=TRAIN_STATISTICS_EVERY if is_training else 1,
+                statistics_every=TRAIN_STATISTICS_EVERY if is_training else 1,
             )
         except IndexError:  # an id outside the student's embeddings; this check names it
             check_student_ids(self.model, inputs)
@@ -455,7 +455,7 @@ class DistillMixin(_Base):
     def _load_best_model(self) -> None:
         """Verify the best checkpoint, then load it."""
         best = str(self.state.best_model_checkpoint)
-        self.checkpointer.verify(Path(best), self.args, self.accelerator)
+        self.checkpointer.verify(Path(best), self.args, self.accelerator, is_best=True)
         if not load_checkpoint_weights(self.model, best, self.accelerator):
             super()._load_best_model()
         load_trained_sidecar(self.model, best)

@@ -76,12 +76,12 @@ def test_the_gradient_of_fp16_models_stays_in_float32():
 
 def test_models_without_products_to_float32_are_converted_and_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    matmul._multiplies_to_float32.cache_clear()
+    matmul._supports_float32_output.cache_clear()
     try:
         for _ in range(2):
             meter, _ = Problem(tokens=2048, vocab=8192).measure()
     finally:
-        matmul._multiplies_to_float32.cache_clear()
+        matmul._supports_float32_output.cache_clear()
     assert set(meter.products) == {FP32}
     records = [record.message for record in caplog.records if record.name == matmul.__name__]
     assert [message.split(" converts ")[0] for message in records] == ["The fused loss"]

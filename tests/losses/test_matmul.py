@@ -30,7 +30,7 @@ def half_products(monkeypatch):
         assert out.dtype == torch.float32
         return out.addmm_(a.float(), b.float(), beta=beta)
 
-    monkeypatch.setattr(matmul, "_multiplies_to_float32", lambda device, dtype: True)
+    monkeypatch.setattr(matmul, "_supports_float32_output", lambda device, dtype: True)
     monkeypatch.setattr(matmul, "_half_mm", mm)
     monkeypatch.setattr(matmul, "_half_addmm", addmm)
     return factors

@@ -142,7 +142,7 @@ def test_the_hard_objective_has_the_loss_and_gradients_of_the_model(name, caplog
     expected = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
     with caplog.at_level(logging.WARNING):
-        step = Distiller(objective(0.0, 1.0))(student, teacher, batch, statistics=1)
+        step = Distiller(objective(0.0, 1.0))(student, teacher, batch, statistics_every=1)
     step.loss.backward()
     torch.testing.assert_close(step.loss, outputs.loss, rtol=1e-5, atol=1e-6)
     assert {n for n, p in student.named_parameters() if p.grad is not None} == set(expected)

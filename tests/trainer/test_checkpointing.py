@@ -174,7 +174,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(make_trainer, tmp_path, monkeyp
         return original(self, *args)
 
     monkeypatch.setattr(Trainer, "_finalize_training", damage_first)
-    with pytest.raises(DistillError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(DistillError, match=r"best checkpoint .* cannot be loaded: .*model\.safetensors is damaged"):
         trainer.train()
 
 

@@ -81,7 +81,7 @@ def test_a_batch_without_target_tokens_has_loss_zero_and_a_graph(kind):
     student = build(kind, 0)
     batch = collate(rows(kind, 3))
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    step = Distiller(objective(0.5, 2.0))(student, teacher_of(build(kind, 1), student), batch, statistics=True)
+    step = Distiller(objective(0.5, 2.0))(student, teacher_of(build(kind, 1), student), batch, statistics_every=True)
     assert step.loss.item() == 0
     step.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
@@ -185,7 +185,7 @@ def test_the_error_names_all_problems_of_an_objective():
 
 def test_statistics_equal_those_of_dense_logits():
     student, teacher, batch = build("llama", 0), build("llama", 1, layers=3), collate(rows("llama", 6))
-    step = Distiller(objective(0.5, 2.0))(student, teacher_of(teacher, student), batch, statistics=True)
+    step = Distiller(objective(0.5, 2.0))(student, teacher_of(teacher, student), batch, statistics_every=True)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     is_target = batch["labels"][:, 1:] != -100
     s, t = (m(**inputs).logits[:, :-1][is_target] for m in (student, teacher))

@@ -9,7 +9,8 @@ three times:
 3. `_gradient_pass`: the gradient with respect to the student logits. It is written to a separate buffer: the warps of a
    program do not run in step, so none of them may overwrite what another reads.
 
-Logits, sums and losses are float32. A sum over ids is one sum for each lane of a block until the last block.
+Logits, sums and losses are float32. A loss has one partial sum for each lane, and the lanes are
+added after the last block; a statistic is a number to which the sum of each block is added.
 """
 
 import triton
@@ -164,7 +165,7 @@ def _softmax_pass(
             z_max, y_max = new_z_max, new_y_max
     shared = (z_max, tl.sum(z_exp_sum, 0), y_max)
     if NEEDS_SOFTMAX:
-        z_mean, y_exp_sum, y_mean, kl_sum, teacher_top = statistics
+        z_weighted_sum, y_exp_sum, y_weighted_sum, kl_sum, teacher_top = statistics
         for start in range(V_shared, V_s, BLOCK):  # ids that only the student has
             ids = start + tl.arange(0, BLOCK)
             z = _load_logits(student, ids, ids < V_s)
@@ -174,9 +175,9 @@ def _softmax_pass(
             if HAS_SMOOTHING:
                 z_sum += tl.where(ids < V_s, z, 0.0)
             if HAS_STATISTICS and is_measured:
-                z_mean = z_mean * z_scale + tl.sum(_weighted(z_exp, z, MAY_BE_MASKED), 0)
+                z_weighted_sum = z_weighted_sum * z_scale + tl.sum(_weighted(z_exp, z, MAY_BE_MASKED), 0)
             z_max = new_z_max
-        statistics = (z_mean, y_exp_sum, y_mean, kl_sum, teacher_top)
+        statistics = (z_weighted_sum, y_exp_sum, y_weighted_sum, kl_sum, teacher_top)
     return shared, (z_max, tl.sum(z_exp_sum, 0), tl.sum(z_sum, 0)), sums, statistics
 
 
@@ -210,14 +211,14 @@ def _finish_softmaxes(sums, shared, inverse_t, KIND: tl.constexpr):
 @triton.jit
 def _add_to_statistics(statistics, z, y, z_exp, z_scale, maxima, start, MAY_BE_MASKED: tl.constexpr):
     """Add a block to (sum exp(z) * z, sum exp(y), sum exp(y) * y, sum exp(y) * (y - z), id of the greatest y)."""
-    z_mean, y_exp_sum, y_mean, kl_sum, teacher_top = statistics
+    z_weighted_sum, y_exp_sum, y_weighted_sum, kl_sum, teacher_top = statistics
     _old_z_max, old_y_max, _z_max, y_max = maxima
     y_scale, y_exp = tl.exp(old_y_max - y_max), tl.exp(y - y_max)
     kl_block = tl.sum(_weighted(y_exp, y - z, MAY_BE_MASKED), 0)
     return (
-        z_mean * z_scale + tl.sum(_weighted(z_exp, z, MAY_BE_MASKED), 0),
+        z_weighted_sum * z_scale + tl.sum(_weighted(z_exp, z, MAY_BE_MASKED), 0),
         y_exp_sum * y_scale + tl.sum(y_exp, 0),
-        y_mean * y_scale + tl.sum(_weighted(y_exp, y, MAY_BE_MASKED), 0),
+        y_weighted_sum * y_scale + tl.sum(_weighted(y_exp, y, MAY_BE_MASKED), 0),
         _rescaled(kl_sum, y_scale, MAY_BE_MASKED) + kl_block,
         tl.where(y_max > old_y_max, start + tl.argmax(y, 0), teacher_top),
     )
@@ -238,11 +239,11 @@ def _store_pair_statistics(
 ):  # fmt: skip
     """Store `PAIR_METRICS` of a row; reads the ids that only the teacher has."""
     V_s, V_t, V_shared = sizes
-    _z_mean, y_exp_sum, y_mean, kl_sum, teacher_top = statistics
+    _z_weighted_sum, y_exp_sum, y_weighted_sum, kl_sum, teacher_top = statistics
     shared_z_max, shared_z_exp_sum, y_max = shared
     y_lse = y_max + tl.log(y_exp_sum)
     kl = kl_sum / y_exp_sum + (shared_z_max + tl.log(shared_z_exp_sum) - y_lse)
-    entropy = y_lse - y_mean / y_exp_sum
+    entropy = y_lse - y_weighted_sum / y_exp_sum
     for start in range(V_shared, V_t, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         y = _load_logits(teacher, ids, ids < V_t)

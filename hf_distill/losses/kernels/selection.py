@@ -1,4 +1,4 @@
-"""Whether the Triton kernel computes the losses of a batch. The analytic gradients compute everything else."""
+"""Whether the Triton kernel computes the losses of a batch. Analytic gradients or autograd compute all others."""
 
 import importlib.util
 import os
