@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 
+from ..core import run_files
 from ..core.defaults import PRETRAINING_TOKENS
 from ..errors import DistillError
 from ..planning.flops import rule_of_thumb
@@ -90,8 +91,8 @@ def data_curve(
     evaluations = {int(line["step"]): line for line in run.logs() if "eval_perplexity" in line}
     if len(evaluations) < 2:
         raise DistillError(
-            f"{run.folder / 'metrics.jsonl'} has {len(evaluations)} evaluations of a language model, and a curve needs "
-            "at least two: `hf-distill run RECIPE train.eval_strategy=steps train.eval_steps=N` writes more."
+            f"{run.folder / run_files.METRICS} has {len(evaluations)} evaluations of a language model, and a curve "
+            "needs at least two: `hf-distill run RECIPE train.eval_strategy=steps train.eval_steps=N` writes more."
         )
     nll = {step: log(line["eval_perplexity"]) for step, line in sorted(evaluations.items())}
     first, last = nll[min(nll)], nll[max(nll)]

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..core import run_files
 from ..core.defaults import LM_EVAL_BATCH_ROWS
 from ..core.io import read_json, write_json
 from ..errors import DistillError
@@ -150,7 +151,7 @@ def retention_of(
         "student": lambda: pair.student,
         "control": lambda: load_model(run.path("control"), pair.device),
     }
-    file = run.folder / "retention.json"
+    file = run.folder / run_files.RETENTION
     saved = read_json(file)
     values_by_model = saved.get("values", {}) if saved.get("limit") == limit else {}
 

@@ -3,6 +3,7 @@
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ..core import run_files
 from ..errors import DistillError
 from ..models.pruning import cut_student
 from ..runner.model_loading import load_pretrained
@@ -27,7 +28,7 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
     layers = run.results.get("student", {}).get("layers_kept")
     if layers is None:
         raise DistillError(
-            f"{run.folder / 'results.json'} does not contain which blocks the student kept (student.layers_kept): "
+            f"{run.folder / run_files.RESULTS} does not contain which blocks the student kept (student.layers_kept): "
             "`hf-distill run RECIPE --resume` completes the run and writes it."
         )
     student: nn.Module = cut_student(donor, layers)

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
+from ..core import run_files
 from ..core.io import damage_reported, read_json, write_json
 from ..core.json_types import JSONObject
 from ..errors import DistillError
 from ..trainer.checkpoints import checkpoints_of
 from .successive_halving import Candidate, Rung
-
-FILE = "temperature.json"
 
 
 class SearchSettings(TypedDict):
@@ -34,15 +33,17 @@ def load_or_create(folder: Path, settings: SearchSettings, grid: list[Candidate]
     Raises:
         DistillError: the folder contains another search.
     """
-    saved = read_json(folder / FILE)
-    with damage_reported(folder / FILE):
+    saved = read_json(folder / run_files.TEMPERATURE_SEARCH)
+    with damage_reported(folder / run_files.TEMPERATURE_SEARCH):
         return _restore(folder, saved, settings, grid)
 
 
 def _restore(folder: Path, saved: dict, settings: SearchSettings, grid: list[Candidate]) -> list[Candidate]:
     """Return the candidates with the rungs that the file has of them."""
     if not saved and folder.is_dir() and any(folder.iterdir()):
-        raise DistillError(f"{folder} contains files but no {FILE}: choose another folder with -o.")
+        raise DistillError(
+            f"{folder} contains files but no {run_files.TEMPERATURE_SEARCH}: choose another folder with -o."
+        )
     if not saved or not any(c["rungs"] for c in saved["candidates"]):
         folder.mkdir(parents=True, exist_ok=True)
         save_search(folder, settings, grid)
@@ -65,7 +66,7 @@ def _restore(folder: Path, saved: dict, settings: SearchSettings, grid: list[Can
 
 def save_search(folder: Path, settings: SearchSettings, candidates: list[Candidate]) -> None:
     """Write all measurements, then delete the checkpoints of earlier rungs."""
-    write_json(folder / FILE, {**settings, "candidates": [asdict(c) for c in candidates]})
+    write_json(folder / run_files.TEMPERATURE_SEARCH, {**settings, "candidates": [asdict(c) for c in candidates]})
     for candidate in candidates:
         for rung in candidate.rungs[:-1]:
             shutil.rmtree(folder / candidate.name / f"checkpoint-{rung.step}", ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from ..core import run_files
 from ..core.defaults import SEARCH_CRITERION, SEARCH_ETA
 from ..core.io import write_json
 from ..core.locks import lock_folder
@@ -21,7 +22,7 @@ from ..runner.model_factory import check_launch
 from ..runner.single_run import RunContext, held_out_metrics
 from ..runner.training_arguments import arguments
 from ..trainer.config import DistillConfig
-from .search_state import FILE, SearchSettings, delete_checkpoints, load_or_create, save_search
+from .search_state import SearchSettings, delete_checkpoints, load_or_create, save_search
 from .successive_halving import Candidate, Rung, cost, pareto_front, ranked, rungs
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def find_temperature(
         run_on_main(lambda: stack.enter_context(lock_folder(search_folder, "a search for a temperature")))
         winner = _train_rungs(candidates, plan, settings, recipe, args, search_folder, on_stage)
         result = _result(candidates, plan, winner, recipe, search_folder, by)
-        run_on_main(partial(write_json, search_folder / FILE, {**settings, **asdict(result)}))
+        run_on_main(partial(write_json, search_folder / run_files.TEMPERATURE_SEARCH, {**settings, **asdict(result)}))
         run_on_main(partial(delete_checkpoints, search_folder, candidates, []))
     return result
 

@@ -23,7 +23,7 @@ from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from .example_keys import other_inputs
 from .fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from .manifest import DataCounts, DataRecord, Kind, KindOptions, Manifest, TeacherRecord
+from .manifest import DataCounts, DataRecord, Kind, KindOptions, Manifest, ScalingRecord, TeacherRecord
 from .serialization import DTYPES, check_kind
 from .writer import CacheProgress, Rows, ShardPlan, TeacherFn, load_batch, plan_shards, request_layers, write_shards
 
@@ -53,7 +53,7 @@ class CacheTeacher(Protocol):
 class _TeacherOutput(TypedDict):
     vocab_size: int
     width: int | None
-    scaling: dict[str, float | None]
+    scaling: ScalingRecord
 
 
 @dataclass(frozen=True)

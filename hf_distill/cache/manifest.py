@@ -75,6 +75,13 @@ def atomic_cache_file(file: Path) -> Iterator[Path]:
         ) from error
 
 
+class ScalingRecord(TypedDict):
+    """The fields of `LogitScaling`."""
+
+    scale: float
+    softcap: float | None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Content of a cache, and the teacher and data that it was written from.
@@ -104,7 +111,7 @@ class Manifest:
     vocab_size: int
     width: int | None
     depth: int
-    scaling: dict[str, float | None]
+    scaling: ScalingRecord
     teacher: TeacherRecord
     tokenizer: str | None
     chat_template: str | None
@@ -146,7 +153,7 @@ class Manifest:
         """Bytes per token in the shards; the head is excluded because it does not grow with the tokens."""
         return self.payload / max(self.data["tokens"], 1)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> JSONObject:
         """Return the fields that the results of a run record."""
         values = {name: getattr(self, name) for name in ("kind", "options", "temperature", "teacher", "data")}
         return values | {"bytes_per_token": round(self.bytes_per_token, 2)}

@@ -38,7 +38,7 @@ class Softmax(NamedTuple):
 class BufferPool:
     """Buffers that all blocks reuse: an allocator would map and fault the pages of each block's temporaries again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._num_acquired = 0
 

@@ -17,7 +17,7 @@ gradients of hidden states and weight. Because the loss leaves through the outpu
 gather the head's weight and reduce its gradient as usual.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -66,13 +66,13 @@ class ChunkedLoss:
 
     teacher_logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
     targets: Targets
-    terms: list[Term]
+    terms: Sequence[Term]
     statistics_every: int = 0
     chunk_tokens: int | None = None
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._buffer_pool = BufferPool()
         divisor = self.targets.divisor(self.num_items)
         # A CPU tensor can be read here, so gradients are divided in the forward; reading a GPU's would wait for it.
@@ -338,7 +338,15 @@ class _LossFromHidden(torch.autograd.Function):
     """hidden [T, H], weight [V, H], bias [V] or None -> sum of the terms, []; gradients are computed in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, student, needs_gradient, chunked_loss):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        student: LazyLogits,
+        needs_gradient: bool,
+        chunked_loss: ChunkedLoss,
+    ) -> Tensor:
         tensors = (hidden, weight, bias)
         dtype = compute_dtype(hidden, weight)
         new = hidden.new_empty if len(hidden) else hidden.new_zeros
@@ -367,7 +375,7 @@ class _LossFromHidden(torch.autograd.Function):
             )
 
     @staticmethod
-    def backward(ctx, grad_total):
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "The gradients of the fused loss were already used by an earlier backward: run the forward again."
@@ -392,7 +400,7 @@ class _LossFromLogits(torch.autograd.Function):
     """student logits [T, V] -> sum of the terms, []; the gradient is computed in the forward."""
 
     @staticmethod
-    def forward(ctx, student_values, needs_gradient, chunked_loss):
+    def forward(ctx: Any, student_values: Tensor, needs_gradient: bool, chunked_loss: ChunkedLoss) -> Tensor:
         grad_logits: Any = torch.empty_like(student_values) if needs_gradient else None
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
@@ -403,7 +411,7 @@ class _LossFromLogits(torch.autograd.Function):
             return chunked_loss.run_chunks(DenseLogits(student_values), on_gradient if needs_gradient else None)
 
     @staticmethod
-    def backward(ctx, grad_total):
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.grad_logits * grad_total, None, None
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias, cast
 
 from ..analysis.curve import compute, trained_tokens
+from ..core import run_files
 from ..core.io import damage_reported, read_json
 from ..core.json_types import JSONObject
 from ..core.references import public_name
@@ -41,11 +42,11 @@ def run_card_data(
     if results.get("status") != "done":
         raise DistillError(
             f"The run in {run.folder} is not finished. Finish it with "
-            f"`hf-distill run {run.folder / 'recipe.yaml'} --resume`."
+            f"`hf-distill run {run.folder / run_files.RECIPE} --resume`."
         )
     provenance = results.get("provenance", {})
     held_out = {name: _metrics(metrics) for name, metrics in results["models"].items()}
-    retention = read_json(run.folder / "retention.json").get("tasks", [])
+    retention = read_json(run.folder / run_files.RETENTION).get("tasks", [])
     diagnosis = _diagnosis(run)
     teachers = teacher_cards(run.recipe, results, lookup)
     student = _student(run, provenance)
@@ -96,7 +97,7 @@ def _metrics(metrics: Metrics) -> Metrics:
 
 
 def _diagnosis(run: Run) -> dict[str, str] | None:
-    file = run.folder / "diagnosis.json"
+    file = run.folder / run_files.DIAGNOSIS
     diagnosis = read_json(file)
     with damage_reported(file):
         if not diagnosis or diagnosis.get("smoke"):  # numbers of a smoke run mean nothing
@@ -219,7 +220,7 @@ def _training(run: Run) -> TrainingFacts:
 
 def _prompt(run: Run) -> str | None:
     """Return a line of a sample's prompt, cut at the end of a word; None where no line is plain text."""
-    file = run.folder / "samples.json"
+    file = run.folder / run_files.SAMPLES
     samples = read_json(file).get("samples", [])
     with damage_reported(file):
         lines = [line.strip() for s in samples for line in s["prompt"].splitlines() if "<|" not in line]

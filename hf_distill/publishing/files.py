@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..core import run_files
 from ..core.escape import html_text
 from ..core.json_types import JSONObject
 from ..core.local_paths import typed_paths, with_reduced_keys, without_local_paths
@@ -90,7 +91,7 @@ def collect_files(run: Run, card_data: CardData, report: bool = False) -> Conten
     figures = [Figure(f"figures/{path.name}", _CAPTIONS.get(path.stem, path.stem)) for path in plots]
     files |= {figure.path: path for figure, path in zip(figures, plots, strict=True)}
     if report:
-        files["report.html"] = _report(run)
+        files[run_files.REPORT] = _report(run)
     notes: list[str] = []
     if _ADAPTER in files:
         files[_ADAPTER], notes = _adapter_config(folder / _ADAPTER, card_data)
@@ -103,7 +104,7 @@ def collect_files(run: Run, card_data: CardData, report: bool = False) -> Conten
 def _report(run: Run) -> bytes:
     """Return the report without local paths, including the relative ones of the recipe."""
     known = [html_text(path) for path in typed_paths(run.recipe.model_dump(exclude_none=True))]
-    return without_local_paths(run.path("report.html").read_text(), known).encode()
+    return without_local_paths(run.path(run_files.REPORT).read_text(), known).encode()
 
 
 def _without_local_paths(file: Path) -> Path | bytes:

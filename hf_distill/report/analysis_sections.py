@@ -13,6 +13,7 @@ from ..analysis.evaluation import Retention
 from ..analysis.inspector import Inspection, Position
 from ..analysis.successive_halving import Rung
 from ..analysis.temperature_search import SearchResult
+from ..core import run_files
 from ..core.io import damage_reported, read_json
 from ..runner.run_results import WRITTEN_BY, Run
 from . import plots
@@ -42,9 +43,9 @@ def _read(file: Path, record: type[_Record], complete_key: str | None = None) ->
 
 def inspection(run: Run) -> Section:
     """Measures of the teacher's soft labels, from inspection.json."""
-    result = _read(run.folder / "inspection.json", Inspection)
+    result = _read(run.folder / run_files.INSPECTION, Inspection)
     if result is None:
-        return _missing(run, "measures of the teacher's soft labels", "inspection.json")
+        return _missing(run, "measures of the teacher's soft labels", run_files.INSPECTION)
     counts, masses = ", ".join(map(str, result.mass)), ", ".join(f"{share:.1%}" for share in result.mass.values())
     text = [
         f"Over {result.tokens:,} held-out tokens the entropy is {result.entropy:.2f} nats "
@@ -69,9 +70,9 @@ def _likeliest(position: Position) -> Table:
 
 def temperature(run: Run) -> Section:
     """The search of T and alpha for the run's recipe, from the folder RUN-temperature."""
-    result = _read(Path(f"{run.folder}-temperature") / "temperature.json", SearchResult, "overrides")
+    result = _read(Path(f"{run.folder}-temperature") / run_files.TEMPERATURE_SEARCH, SearchResult, "overrides")
     if result is None:
-        return _missing(run, "a search of T and alpha", "temperature.json")
+        return _missing(run, "a search of T and alpha", run_files.TEMPERATURE_SEARCH)
     rows = [[f"{c.temperature:g}", f"{c.alpha:g}", *_metrics(c.rungs[-1])] for c in result.candidates if c.rungs]
     text = [
         f"Successive halving, judged by {result.by} on the held-out rows, with the steps of {result.runs:.2f} "
@@ -89,9 +90,9 @@ def _metrics(rung: Rung) -> list[str]:
 
 def diagnosis(run: Run) -> Section:
     """Failure modes by name, from diagnosis.json."""
-    result = _read(run.folder / "diagnosis.json", Diagnosis)
+    result = _read(run.folder / run_files.DIAGNOSIS, Diagnosis)
     if result is None:
-        return _missing(run, "a diagnosis of the run", "diagnosis.json")
+        return _missing(run, "a diagnosis of the run", run_files.DIAGNOSIS)
     a = result.agreement
     text = [result.conclusion, *(f"Not checked: {line}." for line in result.not_looked_at)]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in a.gradient.items())
@@ -117,9 +118,9 @@ def _parts(heading: str, parts: list[Part]) -> Table:
 
 def retention(run: Run) -> Section:
     """Scores on evaluation tasks relative to the teacher, from retention.json."""
-    result = _read(run.folder / "retention.json", Retention, "tasks")
+    result = _read(run.folder / run_files.RETENTION, Retention, "tasks")
     if result is None:
-        return _missing(run, "scores on evaluation tasks", "retention.json")
+        return _missing(run, "scores on evaluation tasks", run_files.RETENTION)
     models = [*result.tasks[0].scores]
     rows = []
     for task in result.tasks:
@@ -137,9 +138,9 @@ def retention(run: Run) -> Section:
 
 def curve(run: Run) -> Section:
     """Quality over tokens, and compute compared with pretraining, from curve.json."""
-    result = _read(run.folder / "curve.json", Curve)
+    result = _read(run.folder / run_files.CURVE, Curve)
     if result is None:
-        return _missing(run, "quality over tokens, and compute", "curve.json")
+        return _missing(run, "quality over tokens, and compute", run_files.CURVE)
     c = result.compute
     text = [
         f"{share:.0%} of the fall in NLL was reached after {tokens:,} tokens."
@@ -155,9 +156,9 @@ def curve(run: Run) -> Section:
 
 def samples(run: Run) -> Section:
     """Texts that the models generated, from samples.json."""
-    result = _read(run.folder / "samples.json", _Samples, "samples")
+    result = _read(run.folder / run_files.SAMPLES, _Samples, "samples")
     if result is None or not result.samples:
-        return _missing(run, "generated samples", "samples.json")
+        return _missing(run, "generated samples", run_files.SAMPLES)
     note = "Each model continues the same prompts of the held-out rows with greedy decoding."
     return Section("samples", "Samples", [note], samples=result.samples)
 
@@ -169,5 +170,5 @@ class _Samples:
 
 def _missing(run: Run, content: str, file: str) -> Section:
     """Return an empty section that names the missing content and the command that adds it."""
-    command = WRITTEN_BY[file].replace("RUN", str(run.folder)).replace("RECIPE", str(run.folder / "recipe.yaml"))
+    command = WRITTEN_BY[file].replace("RUN", str(run.folder)).replace("RECIPE", str(run.folder / run_files.RECIPE))
     return Section(file, content, missing={content: command})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..core import run_files
 from ..core.files import write_atomic
 from ..errors import require_package
 from ..runner.run_results import Run
@@ -43,7 +44,7 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
     require_package("matplotlib", "report", "A report")
     from jinja2 import Environment
 
-    for name in ("results.json", "metrics.jsonl"):
+    for name in (run_files.RESULTS, run_files.METRICS):
         run.path(name)
     on_stage("Drawing the plots")
     builders = (results, diagnosis, training, inspection, temperature, curve, retention, samples, provenance)
@@ -60,8 +61,8 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
         files(__package__).joinpath("report.html").read_text()
     )
     page = template.render(title=_title(run), subtitle=_subtitle(run), sections=shown, missing=missing)
-    write_atomic(run.folder / "report.html", page)
-    return Report(run.folder / "report.html", figures, missing)
+    write_atomic(run.folder / run_files.REPORT, page)
+    return Report(run.folder / run_files.REPORT, figures, missing)
 
 
 def _title(run: Run) -> str:

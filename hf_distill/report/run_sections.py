@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ..analysis.verdicts import Verdict
+from ..core import run_files
 from ..core.files import file_entry
 from ..core.results import Metrics
 from ..runner.run_results import Run
@@ -117,7 +118,7 @@ def provenance(run: Run) -> Section:
         "Recipe and provenance",
         ["The resolved recipe, the models, data and machine of the run, and the checksums of the student's weights."],
         table,
-        code=[run.path("recipe.yaml").read_text(), text],
+        code=[run.path(run_files.RECIPE).read_text(), text],
     )
 
 

@@ -10,6 +10,7 @@ from transformers import GenerationMixin
 
 from ..analysis.initial_student import student_before
 from ..analysis.model_pair import ModelPair, load_model
+from ..core import run_files
 from ..core.defaults import SAMPLE_TOKENS
 from ..core.io import write_json
 from ..core.targets import IGNORE_INDEX
@@ -72,7 +73,7 @@ def write_samples(
         Sample(_decode(pair, ids), _decode(pair, rest[:new_tokens]), text)
         for (ids, rest), text in zip(rows, texts, strict=True)
     ]
-    write_json(run.folder / "samples.json", {"samples": [asdict(sample) for sample in samples]})
+    write_json(run.folder / run_files.SAMPLES, {"samples": [asdict(sample) for sample in samples]})
     return samples
 
 

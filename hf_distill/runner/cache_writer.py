@@ -171,10 +171,9 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
             every = max(1, len(part) // _MAX_PROBED_ROWS)
             missing = [i for i in range(0, len(part), every) if not one.contains(data.collator([part[i]]), shift)]
             if missing:
-                cached_data, run_data = (
-                    (one.manifest.recipe or {}).get("data", {}),
-                    recipe.model_dump(exclude_none=True)["data"],
-                )
+                cached_data = (one.manifest.recipe or {}).get("data")
+                cached_data = cached_data if isinstance(cached_data, dict) else {}
+                run_data = recipe.model_dump(exclude_none=True)["data"]
                 differ = [
                     f"{key}: {cached_data.get(key)} in the cache, {run_data[key]} in this recipe"
                     for key in run_data

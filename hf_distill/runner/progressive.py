@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..core import run_files
 from ..core.files import atomic_path, write_atomic
 from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
 from ..core.processes import run_on_main
@@ -46,7 +47,7 @@ def run_chain(
     if env_world_size():
         arguments(parts["stage-1"])  # initializes the process group, which run_folder needs
     with run_folder(recipe, resume) as folder:
-        evidence = read_results(folder / "results.json") if resume else {}
+        evidence = read_results(folder / run_files.RESULTS) if resume else {}
         if evidence.get("status") == "done":
             on_stage("This chain is complete already.")
             return RunResult(folder, evidence["models"])
@@ -117,12 +118,12 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
     last = f"stage-{len(recipe.stages)}"
     names, logs, facts = {last: "student", "direct": "control"}, [], dict[str, Results]()
     for name in parts:
-        facts[name] = read_results(folder / name / "results.json")
+        facts[name] = read_results(folder / name / run_files.RESULTS)
         if name in names:
             _copy_with_hard_links(folder / name / "student", folder / names[name])
-        for log in read_logs(folder / name / "metrics.jsonl"):
+        for log in read_logs(folder / name / run_files.METRICS):
             logs.append(json.dumps(log | {"run": names.get(name, name)}) + "\n")
-    write_atomic(folder / "metrics.jsonl", "".join(logs))
+    write_atomic(folder / run_files.METRICS, "".join(logs))
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
     shared_keys = ("environment", "data", "teacher", "provenance", "origin")
     first: Mapping[str, object] = facts["stage-1"]
@@ -132,8 +133,8 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
     if layers := _compose_layers([stage.get("layers_kept") for stage in stages]):
         student["layers_kept"] = layers
     evidence = {"models": models, "chain": chain, **shared, "student": student, "status": "done"}
-    evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
-    write_json(folder / "results.json", evidence)
+    evidence["log_lines"] = count_logs(folder / run_files.METRICS)
+    write_json(folder / run_files.RESULTS, evidence)
 
 
 def _copy_with_hard_links(source: Path, target: Path) -> None:

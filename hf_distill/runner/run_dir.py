@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from ..core import run_files
 from ..core.files import write_atomic
 from ..core.locks import LOCK_FILE, check_unlocked, lock_folder, remove_lock_file
 from ..core.processes import run_on_main
@@ -16,9 +17,19 @@ from ..recipe.schema import Recipe
 from ..trainer.checkpoints import checkpoints_of, is_as_written
 from .checkpoint_recipe import check_same_result, recorded_values, result_values
 
-RECIPE = "recipe.yaml"
-_LOGS = ("metrics.jsonl", "nonfinite_steps.json")
-_WRITTEN = (RECIPE, *_LOGS, "results.json", "student", "control", "peer", "ema", "direct", "stage-*", "checkpoint-*")
+_LOGS = (run_files.METRICS, run_files.NONFINITE_STEPS)
+_WRITTEN = (
+    run_files.RECIPE,
+    *_LOGS,
+    run_files.RESULTS,
+    "student",
+    "control",
+    "peer",
+    "ema",
+    "direct",
+    "stage-*",
+    "checkpoint-*",
+)
 
 
 @contextmanager
@@ -70,7 +81,7 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
         )
     if not existing:
         return
-    file = folder / RECIPE
+    file = folder / run_files.RECIPE
     if file.is_file():
         check_same_result(_values_of(file), recipe, file)
     checkpoints = [*checkpoints_of(folder), *checkpoints_of(folder / "control")]
@@ -85,9 +96,9 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
         check_same_result(values, recipe, path / "trainer_state.json")
     if not file.is_file() and not records:
         raise DistillError(
-            f"{folder} holds {', '.join(existing[:3])} and no {RECIPE}, and none of its checkpoints records "
-            "which recipe "
-            f"wrote it, so it cannot be resumed. Restore the {RECIPE} of that run, or set another train.output_dir."
+            f"{folder} holds {', '.join(existing[:3])} and no {run_files.RECIPE}, and none of its checkpoints records "
+            f"which recipe wrote it, so it cannot be resumed. Restore the {run_files.RECIPE} of that run, or set another "
+            "train.output_dir."
         )
 
 
@@ -107,10 +118,10 @@ def _values_of(file: Path) -> dict:
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write the resolved recipe, unless the folder has one already."""
-    if (folder / RECIPE).is_file():
+    if (folder / run_files.RECIPE).is_file():
         return
     try:
-        write_atomic(folder / RECIPE, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False))
+        write_atomic(folder / run_files.RECIPE, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False))
     except OSError as error:
         raise DistillError(
             f"train.output_dir: {folder} cannot be written to ({error.strerror}). Set another folder, or make "
@@ -125,7 +136,7 @@ def _run_files(folder: Path) -> list[str]:
 
 def _remove_refused(folder: Path, created: list[Path], refused: bool, unlocked: bool) -> None:
     """Remove the files of this run if it wrote only its recipe (and, if it was refused, its first logs)."""
-    removable = [RECIPE, *(_LOGS if refused else ())]
+    removable = [run_files.RECIPE, *(_LOGS if refused else ())]
     if set(_run_files(folder)) - {*removable}:
         return
     for name in removable:

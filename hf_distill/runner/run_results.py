@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core import run_files
 from ..core.io import read_logs, read_results
 from ..core.references import path_exists
 from ..core.results import Metrics, Results
@@ -12,18 +13,18 @@ from ..recipe.schema import Recipe
 
 # File or folder in a run folder -> the command that writes it.
 WRITTEN_BY = {
-    "recipe.yaml": "hf-distill run RECIPE",
-    "results.json": "hf-distill run RECIPE",
-    "metrics.jsonl": "hf-distill run RECIPE",
+    run_files.RECIPE: "hf-distill run RECIPE",
+    run_files.RESULTS: "hf-distill run RECIPE",
+    run_files.METRICS: "hf-distill run RECIPE",
     "student": "hf-distill run RECIPE",
     "control": "hf-distill run RECIPE control=sft",
-    "inspection.json": "hf-distill inspect RUN",
-    "diagnosis.json": "hf-distill diagnose RUN",
-    "retention.json": "hf-distill retention RUN",
-    "temperature.json": "hf-distill temperature RECIPE",
-    "samples.json": "hf-distill report RUN",
-    "curve.json": "hf-distill curve RUN",
-    "report.html": "hf-distill report RUN",
+    run_files.INSPECTION: "hf-distill inspect RUN",
+    run_files.DIAGNOSIS: "hf-distill diagnose RUN",
+    run_files.RETENTION: "hf-distill retention RUN",
+    run_files.TEMPERATURE_SEARCH: "hf-distill temperature RECIPE",
+    run_files.SAMPLES: "hf-distill report RUN",
+    run_files.CURVE: "hf-distill curve RUN",
+    run_files.REPORT: "hf-distill report RUN",
 }
 
 
@@ -59,7 +60,7 @@ class Run:
     @property
     def results(self) -> Results:
         """The content of results.json: metrics, models and environment of the run."""
-        return read_results(self.path("results.json"))
+        return read_results(self.path(run_files.RESULTS))
 
     def logs(self, run: str = "student") -> list[Metrics]:
         """Return the logged values of one training ("student" or "control"), in order; see metrics.jsonl.
@@ -67,14 +68,14 @@ class Run:
         Raises:
             DistillError: The file is damaged, or lacks lines that it had at the end of the run.
         """
-        file = self.path("metrics.jsonl")
+        file = self.path(run_files.METRICS)
         logs = [{k: v for k, v in log.items() if k != "run"} for log in read_logs(file) if log["run"] == run]
-        recorded = read_results(self.folder / "results.json").get("log_lines", {}).get(run, 0)
+        recorded = read_results(self.folder / run_files.RESULTS).get("log_lines", {}).get(run, 0)
         if len(logs) < recorded:
             raise DistillError(
                 f"{file} was truncated: it holds {len(logs)} lines of {run}, and had {recorded}. Restore it from a "
-                f"copy; or remove results.json and run `hf-distill run {self.folder / 'recipe.yaml'} --resume`, which "
-                "writes both again from the last checkpoint."
+                f"copy; or remove results.json and run `hf-distill run {self.folder / run_files.RECIPE} --resume`, "
+                "which writes both again from the last checkpoint."
             )
         return logs
 
@@ -88,9 +89,9 @@ def open_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not path_exists(folder) or not folder.is_dir():
         raise DistillError(f"There is no folder {folder}. Give the folder of a run, which `hf-distill run` writes.")
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / run_files.RECIPE).is_file():
         raise DistillError(
-            f"{folder / 'recipe.yaml'} is missing, so {folder} is not the folder of a run. "
-            f"`{WRITTEN_BY['recipe.yaml']}` writes it."
+            f"{folder / run_files.RECIPE} is missing, so {folder} is not the folder of a run. "
+            f"`{WRITTEN_BY[run_files.RECIPE]}` writes it."
         )
-    return Run(folder, load_recipe(str(folder / "recipe.yaml")))
+    return Run(folder, load_recipe(str(folder / run_files.RECIPE)))

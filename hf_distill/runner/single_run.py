@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..core import run_files
 from ..core.io import MetricsFile, count_logs, environment, held_out_metrics, read_results, write_json
 from ..core.processes import run_on_main
 from ..core.results import Metrics, ModelFacts, Results
@@ -70,7 +71,7 @@ def run_single(
     args = arguments(recipe)
     watch = HangWatchdog(args.ddp_timeout)
     with run_folder(recipe, resume) as folder:
-        evidence = read_results(folder / "results.json") if resume else {}
+        evidence = read_results(folder / run_files.RESULTS) if resume else {}
         models = evidence.setdefault("models", {})
         if evidence.get("status") == "done":
             on_stage("This run is complete already.")
@@ -91,8 +92,8 @@ def _run(run: "RunContext", evidence: Results) -> RunResult:
         run_on_main(write)
 
     def write() -> None:
-        evidence["log_lines"] = count_logs(folder / "metrics.jsonl")
-        write_json(folder / "results.json", evidence)
+        evidence["log_lines"] = count_logs(folder / run_files.METRICS)
+        write_json(folder / run_files.RESULTS, evidence)
 
     if "student" not in models:
         before, student = run.distill()
@@ -171,7 +172,7 @@ class RunContext:
             **rows,
             processing_class=self.tokenizer,
             callbacks=[
-                MetricsFile(self.folder / "metrics.jsonl", name),
+                MetricsFile(self.folder / run_files.METRICS, name),
                 *self._stopping(),
                 *self.callbacks,
                 self.record,

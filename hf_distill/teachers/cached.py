@@ -11,7 +11,7 @@ from ..cache import batch_examples, open_cache
 from ..cache.api import count_blocks
 from ..cache.example_keys import Example, other_inputs
 from ..cache.fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from ..cache.manifest import HEAD
+from ..cache.manifest import HEAD, Manifest
 from ..cache.reader import CachedExample
 from ..cache.serialization import decode_signals, encode_signals
 from ..core.files import check_files
@@ -61,7 +61,7 @@ class CachedTeacher(Teacher):
         self._missing = 0
 
     @property
-    def manifest(self):
+    def manifest(self) -> Manifest:
         """The manifest of the cache."""
         return self.store.manifest
 

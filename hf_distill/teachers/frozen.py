@@ -51,7 +51,7 @@ class FrozenTeacher(Teacher):
         quantization: str | None = None,
         deepspeed: str | dict | None = None,
         fsdp: bool = False,
-        **init_kwargs,
+        **init_kwargs: Any,
     ):
         self._loader = TeacherLoader(quantization, deepspeed, fsdp, init_kwargs)
         options = [*sorted(init_kwargs), *(["quantization"] if quantization else []), *(["fsdp"] if fsdp else [])]

@@ -53,7 +53,7 @@ class TeacherLoader:
     fsdp: bool = False
     init_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         if self.quantization not in (None, *QUANTIZATIONS):
             problems.append(f"quantization is {self.quantization!r}; known: {', '.join(QUANTIZATIONS)}")

@@ -68,7 +68,7 @@ class PeerTeacher(TrainableTeacher):
         max_grad_norm: float | None = None,
         freeze_at_progress: float | None = None,
         processing_class: Any = None,
-        **init_kwargs,
+        **init_kwargs: Any,
     ):
         problems: list[str] = []
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -225,7 +225,16 @@ class PeerTeacher(TrainableTeacher):
 class _PeerStep(JointStep):
     """One forward of the peer inside the student's forward."""
 
-    def __init__(self, model, terms, is_frozen, inputs, targets, feature_requests, num_items):
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[Term],
+        is_frozen: bool,
+        inputs: dict,
+        targets: Targets,
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
+        num_items: Tensor | int | None,
+    ) -> None:
         self.model, self.terms, self.is_frozen = model, terms, is_frozen
         self.inputs, self.targets, self.feature_requests, self.num_items = inputs, targets, feature_requests, num_items
 

@@ -21,7 +21,7 @@ class WeightDrift:
     start: name -> initial values of the sampled elements of each tensor, float32
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start: dict[str, Tensor] = {}
 
     def begin(self, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..core import run_files
 from ..core.defaults import MAX_CONSECUTIVE_NONFINITE_STEPS
 from ..core.io import write_json
 from ..errors import RunError
@@ -29,7 +30,6 @@ from .nonfinite_report import (
 )
 
 logger = logging.get_logger(__name__)
-REPORT_FILE = "nonfinite_steps.json"
 
 
 class NonFiniteGuard:
@@ -197,14 +197,14 @@ class NonFiniteGuard:
                 "last_checkpoint": checkpoint and checkpoint.name,
                 "steps": [each.as_dict() for each in reports],
             }
-            write_json(folder / REPORT_FILE, values)
+            write_json(folder / run_files.NONFINITE_STEPS, values)
         applied = "the optimizer runs inside the backward, so the step could not be skipped"
         steps = f"{len(reports)} consecutive steps" if len(reports) > 1 else "1 step"
         why = applied if is_applied else "all of them were skipped"
         action = f"Resume from {checkpoint}, which is complete" if checkpoint else "There is no checkpoint. Start again"
         raise RunError(
             f"Training stops at step {reports[-1].step} after {steps} with a loss or gradient that is not finite "
-            f"({why}). The last one: {reports[-1]}. All of them are in {folder / REPORT_FILE}. "
+            f"({why}). The last one: {reports[-1]}. All of them are in {folder / run_files.NONFINITE_STEPS}. "
             f"{action}, with {_suggest_fix(reports[-1])}."
         )
 

@@ -13,10 +13,11 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_distill import DistillConfig, DistillError
 from hf_distill.cache.example_keys import batch_examples
+from hf_distill.core import run_files
 from hf_distill.core.targets import Targets
 from hf_distill.errors import RunError
 from hf_distill.teachers import FrozenTeacher, PeerTeacher
-from hf_distill.trainer.nonfinite import REPORT_FILE, NonFiniteGuard
+from hf_distill.trainer.nonfinite import NonFiniteGuard
 from hf_distill.trainer.nonfinite_report import LossSpikeDetector
 
 ROWS = rows("llama", 32)
@@ -91,7 +92,7 @@ def test_the_guard_skips_counts_and_stops_without_a_trainer(tmp_path, warnings):
     assert [run_step(3, [1.0], 1.0), run_step(4, [1.0], math.inf)] == [True, False]
     with pytest.raises(RunError, match="Training stops at step 5 after 2 consecutive steps"):
         run_step(5, [math.inf], 1.0)
-    assert [step["step"] for step in json.loads((tmp_path / REPORT_FILE).read_text())["steps"]] == [4, 5]
+    assert [step["step"] for step in json.loads((tmp_path / run_files.NONFINITE_STEPS).read_text())["steps"]] == [4, 5]
     guard.reset()
     assert guard.train_loss_correction() == 1.0
 

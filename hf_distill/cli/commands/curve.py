@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ...core import run_files
 from ...core.defaults import PRETRAINING_TOKENS
 from ..app import AsJson, RunFolder, app, out
 
@@ -29,7 +30,7 @@ def curve(
     from ...core.io import write_json
 
     result = data_curve(opened, pretraining_tokens)
-    write_json(opened.folder / "curve.json", asdict(result))
+    write_json(opened.folder / run_files.CURVE, asdict(result))
     if as_json:
         sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
         return

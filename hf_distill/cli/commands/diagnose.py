@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ...core import run_files
 from ...core.defaults import HELD_OUT_TOKENS
 from ...core.references import path_exists
 from ...errors import DistillError
@@ -54,10 +55,10 @@ def diagnose(
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)
         progress.log_stage(f"Comparing both models over {tokens:,} tokens")
-        references = References.of_evidence(read_json(opened.folder / "results.json"), name)
+        references = References.of_evidence(read_json(opened.folder / run_files.RESULTS), name)
         diagnosis = diagnose_pair(pair, tokens, logs, references)
     if name == "student":
-        write_json(opened.folder / "diagnosis.json", asdict(diagnosis))
+        write_json(opened.folder / run_files.DIAGNOSIS, asdict(diagnosis))
     if as_json:
         sys.stdout.write(json.dumps(asdict(diagnosis), indent=2) + "\n")
         return

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ...core import run_files
 from ...core.defaults import HELD_OUT_TOKENS, NUM_CANDIDATE_IDS
 from ...core.references import path_exists
 from ...errors import DistillError
@@ -49,7 +50,7 @@ def inspect_command(
     if run and (overrides or smoke):
         raise DistillError(
             f"{recipe} is the folder of a run, whose recipe cannot be changed: omit KEY=VALUE and --smoke, or give "
-            f"{run.folder / 'recipe.yaml'} with them."
+            f"{run.folder / run_files.RECIPE} with them."
         )
     loaded = run.recipe if run else load_recipe(recipe, overrides or [], smoke=smoke)
     out.quiet = as_json
@@ -68,7 +69,7 @@ def inspect_command(
         progress.log_stage(f"Measuring up to {tokens:,} held-out tokens")
         inspection = inspect_teacher(pair, tokens, position or None, k)
     if run:
-        write_json(run.folder / "inspection.json", asdict(inspection))
+        write_json(run.folder / run_files.INSPECTION, asdict(inspection))
     if as_json:
         sys.stdout.write(json.dumps(asdict(inspection), indent=2) + "\n")
         return

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ...core import run_files
 from ...core.defaults import SAMPLE_TOKENS
 from ..app import RunFolder, app, disable_library_progress_bars, out
 
@@ -28,7 +29,7 @@ def report(
     require_package("matplotlib", "report", "A report")
     disable_library_progress_bars()
     with RichProgress(out) as progress:
-        if samples and not opened.has("samples.json"):
+        if samples and not opened.has(run_files.SAMPLES):
             write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.log_stage)
         written = write_report(opened, progress.log_stage)
     figures = written.path.parent / "figures"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ...core import run_files
 from ...core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
 from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
@@ -65,7 +66,7 @@ def run(
     disable_library_progress_bars()
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.log_stage)
-    results = read_results(result.folder / "results.json")
+    results = read_results(result.folder / run_files.RESULTS)
     out.print(results_table(result.models, results.get("chain")))
     if note := stopping_note(results.get("steps", {})):
         out.print(note, soft_wrap=True, highlight=False)

@@ -1,6 +1,6 @@
 """The teacher for multi-token prediction: the student's next-token predictions teach the additional heads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -122,14 +122,22 @@ class _MTPStep(JointStep):
 
     teacher_signals = Signals(None)
 
-    def __init__(self, student, heads, terms, inputs, targets, divisor):
+    def __init__(
+        self,
+        student: nn.Module,
+        heads: MTPHeads,
+        terms: Sequence[Term],
+        inputs: dict,
+        targets: Targets,
+        divisor: Tensor,
+    ) -> None:
         self.student, self.heads = unwrap_model(student), heads
         self.terms = [terms[i : i + 2] for i in range(0, len(terms), 2)]  # soft and hard of each head
         self.inputs, self.targets, self.divisor = inputs, targets, divisor
         self.per_token, self.skipped = {}, 0
 
     @contextmanager
-    def context(self, student: nn.Module):
+    def context(self, student: nn.Module) -> Iterator[None]:
         """Record the arguments of the last block and the hidden states that the output head gets."""
         head = self.student.get_output_embeddings()
 
@@ -145,9 +153,11 @@ class _MTPStep(JointStep):
         hidden = self.hidden
         rows = self.heads(hidden, self.inputs["input_ids"], self.student.get_input_embeddings(), self.block_kwargs)
         main_logits, total = student_logits.detach(), torch.zeros((), device=hidden.device)
-        documents = self.targets.feature_tokens(self.inputs, causal=True).documents
+        tokens = self.targets.feature_tokens(self.inputs, causal=True)
+        assert isinstance(tokens, Targets)  # the batch has token ids
+        assert tokens.documents is not None
         for d, (terms, row) in enumerate(zip(self.terms, rows, strict=True), 1):
-            token_indices, targets = self._targets_of_head(d, documents.flatten())
+            token_indices, targets = self._targets_of_head(d, tokens.documents.flatten())
             self.skipped += len(targets) == 0
             teacher_logits = _select(main_logits, token_indices)
             chunked_loss = ChunkedLoss(teacher_logits, targets, terms, num_items=self.divisor)

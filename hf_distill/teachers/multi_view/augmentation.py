@@ -52,7 +52,7 @@ class BatchView:
     prepend_context_tokens: int = 0
     paraphrase: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         for name in ("token_dropout", "span_deletion"):
             value = getattr(self, name)

@@ -1,0 +1,13 @@
+"""Names of the files in a run folder."""
+
+RECIPE = "recipe.yaml"  # the resolved recipe
+RESULTS = "results.json"  # metrics, models and environment
+METRICS = "metrics.jsonl"  # the values that were logged during training
+NONFINITE_STEPS = "nonfinite_steps.json"  # the steps that were skipped or ended the run
+INSPECTION = "inspection.json"
+DIAGNOSIS = "diagnosis.json"
+RETENTION = "retention.json"
+TEMPERATURE_SEARCH = "temperature.json"
+SAMPLES = "samples.json"
+CURVE = "curve.json"
+REPORT = "report.html"
