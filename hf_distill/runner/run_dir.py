@@ -97,8 +97,8 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
     if not file.is_file() and not records:
         raise DistillError(
             f"{folder} holds {', '.join(existing[:3])} and no {run_files.RECIPE}, and none of its checkpoints records "
-            f"which recipe wrote it, so it cannot be resumed. Restore the {run_files.RECIPE} of that run, or set another "
-            "train.output_dir."
+            f"which recipe wrote it, so it cannot be resumed. Restore the {run_files.RECIPE} of that run, or set "
+            "another train.output_dir."
         )
 
 
