@@ -131,7 +131,7 @@ class Features:
     """
 
     terms: list[FeatureTerm] = field(default_factory=list)
-    projectors: ProjectorConfig = field(default_factory=ProjectorConfig)
+    projectors: ProjectorConfig = field(default_factory=lambda: ProjectorConfig.of(None))
 
     @classmethod
     def match(

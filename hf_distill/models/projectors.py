@@ -1,65 +1,35 @@
 """Projectors from the student's hidden size to the teacher's, for losses on hidden states. They are not exported."""
 
 import math
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from ..core.defaults import PROJECTOR_INIT, PROJECTOR_KIND
-from ..errors import DistillError, did_you_mean
-
-KINDS = ("auto", "linear", "mlp", "none")
-INITS = ("orthogonal", "identity")
+from ..core.component_options import ProjectorOptions, option_errors
+from ..errors import DistillError
 
 
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """Settings of the projectors.
+class ProjectorConfig(ProjectorOptions):
+    """Options of the projectors, and the projectors that they describe.
 
     kind:          "auto" (linear if the widths differ, else none), "linear", "mlp" or "none"
     init:          "orthogonal", or "identity" (padded with zeros, or truncated)
     learning_rate: of the projectors; None for that of the run
     weight_decay:  of the projectors; None for that of the run
-
-    Raises:
-        DistillError: a value is unknown or out of range.
     """
-
-    kind: str = PROJECTOR_KIND
-    init: str = PROJECTOR_INIT
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("init", INITS)):
-            if getattr(self, name) not in known:
-                raise DistillError(
-                    f"projectors has {name} {getattr(self, name)!r}; it must be one of {', '.join(known)}"
-                )
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise DistillError(f"projectors has {name} {value!r}; it must be a number, 0 or more")
 
     @classmethod
     def of(cls, value: object) -> "ProjectorConfig":
-        """Read the value of a config: a dict of fields, a kind, or None for the defaults.
+        """Read the value of a config: a dict of options, a kind, or None for the defaults.
 
         Raises:
-            DistillError: it is none of these, or a field is unknown.
+            DistillError: it is none of these, an option is unknown, or its value is out of range.
         """
-        if isinstance(value, str):
-            return cls(kind=value)
-        if value is None:
-            return cls()
-        if not isinstance(value, dict):
-            raise DistillError(f"projectors is {value!r}; it must be a mapping or one of {', '.join(KINDS)}")
-        known = [f.name for f in fields(cls)]
-        for name in value:
-            if name not in known:
-                raise DistillError(f"projectors has no field {name!r}{did_you_mean(name, known)}")
-        return cls(**value)
+        values = {} if value is None else {"kind": value} if isinstance(value, str) else value
+        if not isinstance(values, dict):
+            raise DistillError(f"projectors is {value!r}; it must be a mapping or the kind of the projectors")
+        with option_errors("projectors", list(cls.model_fields)):
+            return cls(**values)
 
     @property
     def options(self) -> dict[str, float | None]:

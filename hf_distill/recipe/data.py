@@ -7,8 +7,8 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from ..core.defaults import OVERFLOW, SPLIT, STOPPING_STRATEGY
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..core.schedule import parse_schedule
+from ..core.strict_model import Name, StrictModel
 from ..errors import did_you_mean
-from .strict_model import Name, StrictModel
 
 
 class Source(StrictModel):

@@ -1,20 +1,20 @@
-"""The `distill`, `losses` and `projectors` sections of a recipe. Imports no torch."""
+"""The `distill` and `losses` sections of a recipe. Imports no torch."""
 
 import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Literal, Self, TypedDict
+from typing import Self, TypedDict
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..core.defaults import ALPHA, DIVERGENCE, PROJECTOR_INIT, PROJECTOR_KIND, TEMPERATURE
+from ..core.defaults import ALPHA, DIVERGENCE, TEMPERATURE
 from ..core.json_types import JSON, JSONObject
 from ..core.options import option_problem
+from ..core.strict_model import StrictModel
 from ..errors import did_you_mean
 from ..layers import check_layers
 from .plain_yaml import short
-from .strict_model import StrictModel
 
 
 class LossSchema(TypedDict):
@@ -90,25 +90,6 @@ class LossSpec(StrictModel):
         if self.teacher is not None and loss["compares"] is None:
             raise ValueError(f"loss {self.name!r} does not use a teacher: remove the key teacher")
         return self
-
-
-class ProjectorSpec(StrictModel):
-    """The projectors that map hidden states of the student to the width of the teacher."""
-
-    kind: Literal["auto", "linear", "mlp", "none"] = Field(
-        PROJECTOR_KIND,
-        description="Kind of projector. auto uses a linear projector where the widths differ. "
-        f"Default: {PROJECTOR_KIND}.",
-    )
-    init: Literal["orthogonal", "identity"] = Field(
-        PROJECTOR_INIT, description=f"Initialization of the projector weights. Default: {PROJECTOR_INIT}."
-    )
-    learning_rate: float | None = Field(
-        None, ge=0, description="Learning rate of the projectors, at least 0. Default (null): train.learning_rate."
-    )
-    weight_decay: float | None = Field(
-        None, ge=0, description="Weight decay of the projectors, at least 0. Default (null): train.weight_decay."
-    )
 
 
 class Distill(StrictModel):

@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ..core.component_options import ViewOptions
 from ..core.deepspeed_config import check_placement
-from ..core.defaults import SPAN_LENGTH_TOKENS
 from ..core.schedule import parse_schedule
-from .strict_model import Name, StrictModel
+from ..core.strict_model import Name, StrictModel
 
 
 class FromTeacher(StrictModel):
@@ -93,38 +93,6 @@ class Student(StrictModel):
             raise ValueError("a quantized student cannot be trained: add lora (QLoRA), or remove quantization")
         if self.quantization and self.from_teacher:
             raise ValueError("a student that is pruned from its teacher is unquantized: remove quantization")
-        return self
-
-
-class ViewSpec(StrictModel):
-    """A modified view of the batch that either the teacher or the student gets; see docs/data.md."""
-
-    token_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of tokens replaced by a filler token, from 0 to below 1. Default: 0."
-    )
-    span_deletion: float = Field(
-        0.0, ge=0, lt=1, description="Share of the context's tokens that are masked, from 0 to below 1. Default: 0."
-    )
-    span_length: int = Field(
-        SPAN_LENGTH_TOKENS,
-        gt=0,
-        description="Number of consecutive tokens that are masked together, at least 1. "
-        f"Default: {SPAN_LENGTH_TOKENS}.",
-    )
-    prepend_context_tokens: int = Field(
-        0, ge=0, description="Number of tokens of another row that precede each row, at least 0. Default: 0."
-    )
-    paraphrase: bool = Field(
-        False, description="Use the column `paraphrase` of the data instead of `prompt`. Default: false."
-    )
-
-    @model_validator(mode="after")
-    def _check_not_empty(self) -> Self:
-        if not (self.token_dropout or self.span_deletion or self.prepend_context_tokens or self.paraphrase):
-            raise ValueError(
-                "the view does not change the batch: set token_dropout, span_deletion, prepend_context_tokens or "
-                "paraphrase"
-            )
         return self
 
 
@@ -241,7 +209,7 @@ class TeacherSpec(StrictModel):
         False,
         description="Kind cached: query the source instead of reading the cache, for a comparison. Default: false.",
     )
-    view: ViewSpec | None = Field(None, description="Kind multi_view: how the batch is modified.")
+    view: ViewOptions | None = Field(None, description="Kind multi_view: how the batch is modified.")
     view_for: Literal["student", "teacher"] | None = Field(
         None,
         description="Kind multi_view: which of the two gets the modified batch in training. Default (null): student.",

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, create_model, field_validator, model_validator
 
+from ..core.component_options import ProjectorOptions
 from ..core.schedule import parse_schedule
+from ..core.strict_model import Name, StrictModel
 from ..core.teacher_kinds import incompatible_teachers
 from ..errors import did_you_mean
 from .data import Data, OnPolicy
-from .losses import Distill, LossSpec, ProjectorSpec, packaged_schema
+from .losses import Distill, LossSpec, packaged_schema
 from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
 from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, stage_problems
-from .strict_model import Name, StrictModel
 
 _JSON_TYPES: dict[str, type | UnionType] = {
     "integer": int,
@@ -131,7 +132,7 @@ class Recipe(StrictModel):
     losses: list[LossSpec] = Field(
         default_factory=list, description="Additional loss terms, such as losses on hidden states. Default: none."
     )
-    projectors: ProjectorSpec | None = Field(
+    projectors: ProjectorOptions | None = Field(
         None, description="Projectors between hidden states of student and teacher. A string is short for {kind: ...}."
     )
     on_policy: OnPolicy | None = Field(

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..core.json_types import JSONObject
+from ..core.strict_model import StrictModel
 from .models import Student
-from .strict_model import StrictModel
 
 if TYPE_CHECKING:
     from .schema import Recipe

@@ -390,8 +390,8 @@ class LogitsOnlyTeacher(Teacher):
         ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of blocks and no encoder"),
         ({"losses": [{"name": "hidden_mse", "stack": "head"}]}, "stack 'head'; it must be encoder or decoder"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": "none"}, "are 32 wide and the teacher's 48"),
-        ({"losses": [{"name": "hidden_mse"}], "projectors": "lineal"}, "kind 'lineal'; it must be one of auto, linear"),
-        ({"losses": [{"name": "hidden_mse"}], "projectors": {"lr": 1}}, "projectors has no field 'lr'"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": "lineal"}, "kind 'lineal'; it must be 'auto', 'linear'"),
+        ({"losses": [{"name": "hidden_mse"}], "projectors": {"lr": 1}}, "projectors has no option 'lr'"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": {"learning_rate": -1}}, "learning_rate -1; it must be"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": '{"kind": }'}, "projectors is not JSON"),
         (

@@ -368,13 +368,13 @@ def test_batches_without_the_inputs_of_a_view_are_refused():
             "did you mean 'token_dropout'.*; view has span_deletion 1.0; it",
         ),
         (
-            {"token_dropout": -0.1, "span_length": 0, "prepend_context_tokens": 1.5, "paraphrase": 1},
-            "token_dropout -0.1; .*span_length 0; .*1 or more; .*prepend_context_tokens 1.5; .*paraphrase 1; it must "
-            "be true or",
+            {"token_dropout": -0.1, "span_length": 0, "prepend_context_tokens": 1.5, "paraphrase": "maybe"},
+            "token_dropout -0.1; it must be greater.*span_length 0; .*than 0; .*prepend_context_tokens 1.5; .*"
+            "paraphrase 'maybe'; it must be a valid boolean",
         ),
-        ({"token_dropout": True}, "token_dropout True; it must be a share of tokens, from 0 to below 1"),
-        ({}, "view changes nothing: give token_dropout"),
-        ({"span_length": 4}, "view changes nothing"),
+        ({"token_dropout": True}, "token_dropout True; it must be a number, not true or false"),
+        ({}, "view does not change the batch: set token_dropout"),
+        ({"span_length": 4}, "view does not change the batch"),
         ("dropout", "view is 'dropout'; it must be a mapping of token_dropout, span_deletion"),
     ],
 )

@@ -163,7 +163,7 @@ def test_no_gradient_passes_through_the_teacher(make_trainer):
 def test_bad_options_are_refused(make_trainer):
     with pytest.raises(DistillError, match="view_for is 'both'; it must be 'student' or 'teacher'"):
         teacher("both")
-    with pytest.raises(DistillError, match="view changes nothing"):
+    with pytest.raises(DistillError, match="view does not change the batch"):
         MultiViewTeacher({})
     with pytest.raises(DistillError, match="token_dropout needs a tokenizer"):
         make_trainer(teacher=MultiViewTeacher({"token_dropout": 0.1}))

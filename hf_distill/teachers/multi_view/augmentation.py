@@ -1,15 +1,15 @@
 """Views of a batch: the target tokens stay the same, and the inputs around them are augmented."""
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.defaults import SPAN_LENGTH_TOKENS
+from ...core.component_options import ViewOptions, option_errors
 from ...core.targets import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
-from ...errors import DistillError, collect_errors, did_you_mean, raise_if_any
+from ...errors import DistillError
 
 _REPLACEMENT_TOKENS = ("mask_token", "unk_token", "pad_token", "eos_token")
 
@@ -29,8 +29,7 @@ def replacement_token_id(tokenizer: Any) -> int:
     )
 
 
-@dataclass(frozen=True)
-class BatchView:
+class BatchView(ViewOptions):
     """An augmentation of a batch. The random numbers of a row depend only on its tokens and the step.
 
     token_dropout: share of tokens that are replaced, target tokens included, but not the first token of a row or packed
@@ -41,56 +40,22 @@ class BatchView:
     prepend_context_tokens: number of tokens of the batch's next row that are prepended to each row; fewer if a row of
                    the batch is shorter
     paraphrase:    whether the batch's `view_input_ids`, with their mask and labels, replace its rows first
-
-    Raises:
-        DistillError: a value is out of range, or the view changes nothing; the message lists all problems.
     """
-
-    token_dropout: float = 0.0
-    span_deletion: float = 0.0
-    span_length: int = SPAN_LENGTH_TOKENS
-    prepend_context_tokens: int = 0
-    paraphrase: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name in ("token_dropout", "span_deletion"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                problems.append(f"view has {name} {value!r}; it must be a share of tokens, from 0 to below 1")
-        for name, least in (("span_length", 1), ("prepend_context_tokens", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                problems.append(f"view has {name} {value!r}; it must be a whole number, {least} or more")
-        if not isinstance(self.paraphrase, bool):
-            problems.append(f"view has paraphrase {self.paraphrase!r}; it must be true or false")
-        if not (problems or self.token_dropout or self.span_deletion or self.prepend_context_tokens or self.paraphrase):
-            problems.append(
-                "view changes nothing: give token_dropout, span_deletion, prepend_context_tokens or paraphrase"
-            )
-        raise_if_any(problems)
 
     @classmethod
     def parse(cls, value: Any) -> "BatchView":
-        """Build a view from a dict of its fields; return a view unchanged.
+        """Build a view from a dict of its options; return a view unchanged.
 
         Raises:
-            DistillError: a field is unknown, or its value is out of range; the message lists all problems.
+            DistillError: an option is unknown, its value is out of range, or the view changes nothing; the message
+                lists all problems.
         """
-        field_names = [field.name for field in fields(cls)]
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):
-            raise DistillError(f"view is {value!r}; it must be a mapping of {', '.join(field_names)}")
-        problems = [
-            f"view has no field {name!r}{did_you_mean(str(name), field_names)}"
-            for name in value
-            if name not in field_names
-        ]
-        with collect_errors(problems):
-            view = cls(**{name: option for name, option in value.items() if name in field_names})
-        raise_if_any(problems)
-        return view
+            raise DistillError(f"view is {value!r}; it must be a mapping of {', '.join(cls.model_fields)}")
+        with option_errors("view", list(cls.model_fields)):
+            return cls(**value)
 
     def __call__(
         self, inputs: dict, targets: Targets, step: int, fill: int, encoder: bool = False
