@@ -84,30 +84,30 @@ class ChunkedLoss:
                 "from the sizes of the vocabularies."
             )
 
-    def from_hidden(self, student: LazyLogits) -> Tensor:
+    def from_hidden(self, student_logits: LazyLogits) -> Tensor:
         """Return the objective over target tokens / num_items, [], computed chunk by chunk.
 
         Args:
-            student: hidden states [T, H] of the student and its output head, which get gradients.
+            student_logits: hidden states [T, H] of the student and its output head, which get gradients.
         """
         needs_gradient = torch.is_grad_enabled()
         return self._inverse_divisor_after_forward * _LossFromHidden.apply(
-            student.hidden,
-            student.weight if student.master_weight is None else student.master_weight,
-            student.bias,
-            student.detach(),
+            student_logits.hidden,
+            student_logits.weight if student_logits.master_weight is None else student_logits.master_weight,
+            student_logits.bias,
+            student_logits.detach(),
             needs_gradient,
             self,
         )
 
-    def from_logits(self, student: DenseLogits) -> Tensor:
+    def from_logits(self, student_logits: DenseLogits) -> Tensor:
         """Return the objective over target tokens / num_items, [], for materialized student logits.
 
         Args:
-            student: logits [T, V] of the student, which get a gradient.
+            student_logits: logits [T, V] of the student, which get a gradient.
         """
-        needs_gradient = torch.is_grad_enabled() and student.values.requires_grad
-        return self._inverse_divisor_after_forward * _LossFromLogits.apply(student.values, needs_gradient, self)
+        needs_gradient = torch.is_grad_enabled() and student_logits.values.requires_grad
+        return self._inverse_divisor_after_forward * _LossFromLogits.apply(student_logits.values, needs_gradient, self)
 
     def gradient_unit(self) -> float:
         """Return the number by which the gradient of the logits is divided before it is rounded to bf16.
@@ -124,7 +124,7 @@ class ChunkedLoss:
 
     def run_chunks(
         self,
-        student: DenseLogits | LazyLogits,
+        student_logits: DenseLogits | LazyLogits,
         on_gradient: OnGradient | None = None,
         gradient_dtype: torch.dtype | None = None,
         gradient_unit: float = 1.0,
@@ -132,7 +132,7 @@ class ChunkedLoss:
         """Compute all chunks.
 
         Args:
-            student: the student's logits.
+            student_logits: the student's logits.
             on_gradient: called for each chunk with (rows, gradient [t, V] with respect to the output of the student's
                 output head). The next chunk overwrites the gradient. None computes no gradients.
             gradient_dtype: dtype of the gradient; None for that of the logits.
@@ -143,21 +143,21 @@ class ChunkedLoss:
             [], the sum over target tokens of the weighted terms; divided by num_items if that is known on the CPU.
         """
         num_tokens, device = len(self.targets), self.targets.labels.device
-        teachers = logits_by_teacher(self.teacher_logits)
-        for source in (student, *teachers.values()):
+        teacher_logits = logits_by_teacher(self.teacher_logits)
+        for source in (student_logits, *teacher_logits.values()):
             if isinstance(source, LazyLogits):
                 source.check_weight()
-        dtype = compute_dtype(_values(student))
-        chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student, teachers, dtype)
+        dtype = compute_dtype(_values(student_logits))
+        chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student_logits, teacher_logits, dtype)
         buffer_rows = min(chunk_tokens, num_tokens)
         self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
-        self._may_be_masked = any(_may_be_masked(source) for source in (student, *teachers.values()))
-        row_losses = self._row_losses(student)
-        student_buffer = _new_buffer(student, buffer_rows, dtype)
-        teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teachers.items()}
+        self._may_be_masked = any(_may_be_masked(source) for source in (student_logits, *teacher_logits.values()))
+        row_losses = self._row_losses(student_logits)
+        student_buffer = _new_buffer(student_logits, buffer_rows, dtype)
+        teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teacher_logits.items()}
         gradient_buffer = student_buffer
         if on_gradient is not None and (row_losses or gradient_dtype not in (None, dtype)):
-            gradient_buffer = _new_buffer(student, buffer_rows, gradient_dtype or dtype)
+            gradient_buffer = _new_buffer(student_logits, buffer_rows, gradient_dtype or dtype)
         names = self._metric_names()
         table = torch.zeros(len(names), num_tokens, dtype=dtype, device=device)
         order = row_losses.names if row_losses else names
@@ -167,16 +167,16 @@ class ChunkedLoss:
             gradient: Any = None if on_gradient is None else gradient_buffer[: rows.stop - start]
             if row_losses:
                 targets = self.targets.slice(rows)
-                outputs = [_head_output(student, rows, student_buffer, device)]
-                outputs += [_head_output(t, rows, teacher_buffers[name], device) for name, t in teachers.items()]
+                outputs = [_head_output(student_logits, rows, student_buffer, device)]
+                outputs += [_head_output(t, rows, teacher_buffers[name], device) for name, t in teacher_logits.items()]
                 row_losses.run(outputs, targets.labels, targets.label_mask, table[:, rows], gradient, start)
             else:
-                student_chunk = student.project(rows, out=student_buffer)
+                student_chunk = student_logits.project(rows, out=student_buffer)
                 teacher_chunks = {
                     name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
-                    for name, teacher in teachers.items()
+                    for name, teacher in teacher_logits.items()
                 }
-                self._run_chunk(student_chunk, teacher_chunks, start, gradient, _scaling(student))
+                self._run_chunk(student_chunk, teacher_chunks, start, gradient, _scaling(student_logits))
             if on_gradient is not None:
                 on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
@@ -211,9 +211,9 @@ class ChunkedLoss:
             if gradient is not None:
                 _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
 
-    def _row_losses(self, student: DenseLogits | LazyLogits) -> RowLosses | None:
+    def _row_losses(self, student_logits: DenseLogits | LazyLogits) -> RowLosses | None:
         """Return the terms and statistics for the Triton kernel; None if it does not compute them."""
-        if not uses_row_kernel(self.terms, student, self.teacher_logits):
+        if not uses_row_kernel(self.terms, student_logits, self.teacher_logits):
             return None
         return RowLosses(
             self.terms,
@@ -343,7 +343,7 @@ class _LossFromHidden(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        student: LazyLogits,
+        student_logits: LazyLogits,
         needs_gradient: bool,
         chunked_loss: ChunkedLoss,
     ) -> Tensor:
@@ -359,19 +359,19 @@ class _LossFromHidden(torch.autograd.Function):
         def on_gradient(rows: slice, gradient: Tensor) -> None:
             is_later_chunk = rows.start > 0
             if grad_hidden is not None:
-                accumulate_matmul(gradient, student.weight, grad_hidden[rows], keep=False)
+                accumulate_matmul(gradient, student_logits.weight, grad_hidden[rows], keep=False)
             if grad_weight is not None:
-                accumulate_matmul(gradient.t(), student.hidden[rows], grad_weight, keep=is_later_chunk)
+                accumulate_matmul(gradient.t(), student_logits.hidden[rows], grad_weight, keep=is_later_chunk)
             if grad_bias is not None:
                 sums = gradient.sum(0, dtype=dtype)
                 grad_bias.copy_(grad_bias + sums if is_later_chunk else sums)
 
         needs = any(gradient is not None for gradient in ctx.gradients)
-        rounds = rounds_gradient_to_bf16(student.hidden, student.weight)
+        rounds = rounds_gradient_to_bf16(student_logits.hidden, student_logits.weight)
         ctx.unit = chunked_loss.gradient_unit() if rounds else 1.0
         with torch.autocast(hidden.device.type, enabled=False):
             return chunked_loss.run_chunks(
-                student, on_gradient if needs else None, torch.bfloat16 if rounds else dtype, ctx.unit
+                student_logits, on_gradient if needs else None, torch.bfloat16 if rounds else dtype, ctx.unit
             )
 
     @staticmethod
@@ -415,10 +415,14 @@ class _LossFromLogits(torch.autograd.Function):
         return ctx.grad_logits * grad_total, None, None
 
 
-def _auto_chunk_tokens(student: LogitSource, teachers: Mapping[str | None, LogitSource], dtype: torch.dtype) -> int:
+def _auto_chunk_tokens(
+    student_logits: LogitSource, teacher_logits: Mapping[str | None, LogitSource], dtype: torch.dtype
+) -> int:
     """Return `auto_chunk_tokens` for the models whose logits are computed."""
-    sources = [source for source in (student, *teachers.values()) if not isinstance(source, SparseLogProbs)]
-    device = _values(student).device
+    sources = [
+        source for source in (student_logits, *teacher_logits.values()) if not isinstance(source, SparseLogProbs)
+    ]
+    device = _values(student_logits).device
     return auto_chunk_tokens([source.vocab_size for source in sources], dtype.itemsize, device.type)
 
 
