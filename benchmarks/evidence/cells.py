@@ -36,11 +36,11 @@ _OURS = ("rows=", "stages=")  # changes that are no overrides
 _PURE = ("distill.alpha=1", "distill.temperature=1")
 _HIDDEN = "{name: hidden_cosine, weight: 1.0}"
 _ATTENTION = "{name: attention_kl, weight: 0.05, layers: last:2}"
-_OWN = "student.model=" + TEACHER  # of which it is cut where the teacher is not a model of its own
+_CUT_FROM_TEACHER = "student.model=" + TEACHER  # of which it is cut where the teacher is not a model of its own
 
 
-def _own(teacher: str) -> tuple[str, ...]:
-    return (_OWN, f"teacher={{{teacher}}}")
+def _student_and_teacher(teacher: str) -> tuple[str, ...]:
+    return (_CUT_FROM_TEACHER, f"teacher={{{teacher}}}")
 
 
 def _cached(*changes: str, **options) -> Cell:
@@ -65,9 +65,9 @@ CELLS: dict[str, Cell] = {
     "progressive_each": Cell(("stages=each",)),  # each as many as the others have
     "online": Cell(("teacher.kind=online", "teacher.learning_rate=1.0e-4")),
     "mutual": Cell(("teacher.kind=mutual", "teacher.learning_rate=3.0e-4")),
-    "ema": Cell((*_own("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
-    "multi_view": Cell((*_own("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
-    "mtp": Cell((*_own("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
+    "ema": Cell((*_student_and_teacher("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
+    "multi_view": Cell((*_student_and_teacher("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
+    "mtp": Cell((*_student_and_teacher("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
     "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-blocks-long"),
     "cache_hidden": _cached(kind="hidden"),
     "cache_sampled_12": _cached(kind="sampled", draws=12),

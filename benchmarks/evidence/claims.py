@@ -50,18 +50,18 @@ def change(results: Results, cell: str, other: str, key: str = "perplexity") -> 
 
 def against(results: Results, cell: str, other: str) -> tuple[str, bool]:
     """Perplexity and KL of two cells as text, and whether all seeds of the first are below all of the second."""
-    told, apart = [], True
+    text, apart = [], True
     for key, name, digits in (("perplexity", "perplexity", 2), ("kl", "KL", 3)):
         one, two = every(results, cell, key), every(results, other, key)
-        told.append(f"{name} {mean(one):.{digits}f} against {mean(two):.{digits}f}")
+        text.append(f"{name} {mean(one):.{digits}f} against {mean(two):.{digits}f}")
         apart = apart and max(one) < min(two)
-    return ", ".join(told), apart
+    return ", ".join(text), apart
 
 
 def soft(results: Results) -> Claim:
     """Both, of all seeds."""
-    told, apart = against(results, "distilled", "hard")
-    return "Soft labels beat hard labels", COMMON, told, f"{HOLDS} for every seed" if apart else NOT
+    text, apart = against(results, "distilled", "hard")
+    return "Soft labels beat hard labels", COMMON, text, f"{HOLDS} for every seed" if apart else NOT
 
 
 def half_of_the_gap(results: Results) -> Claim:
@@ -69,11 +69,11 @@ def half_of_the_gap(results: Results) -> Claim:
     end = log(results["before", 0]["metrics"]["teacher_perplexity"])
     hard, distilled = (log(mean(every(results, cell))) for cell in ("hard", "distilled"))
     part = (hard - distilled) / (hard - end)
-    told = f"{100 * part:.0f} % of the gap left by hard labels, in nats per token"
+    text = f"{100 * part:.0f} % of the gap left by hard labels, in nats per token"
     return (
         "A teacher closes half of the gap that hard labels leave",
         COMMON,
-        told,
+        text,
         HOLDS if part >= 0.5 else NOT,
     )
 
@@ -82,9 +82,9 @@ def features(results: Results) -> Claim:
     """Hidden states in addition to logits, seed by seed, on the same rows in the same order."""
     plain, hidden = ([closed(results, p) for p in every(results, cell)] for cell in ("distilled", "hidden"))
     points = [100 * (with_it - without) for with_it, without in zip(hidden, plain, strict=True)]
-    told = f"{', '.join(f'{point:+.2f}' for point in points)} points of the gap closed, seed by seed"
+    text = f"{', '.join(f'{point:+.2f}' for point in points)} points of the gap closed, seed by seed"
     less = "smaller improvement, for every seed" if min(points) > 0 else EVEN if max(points) > 0 else NOT
-    return "Features add 1 to 3 %", COMMON, told, HOLDS if min(points) >= 1 else less
+    return "Features add 1 to 3 %", COMMON, text, HOLDS if min(points) >= 1 else less
 
 
 def temperature(results: Results) -> Claim:
@@ -102,17 +102,17 @@ def lowest(results: Results, name: str, cells: Mapping[Any, str], claimed: float
     by_text, by_teacher = (
         min(cells, key=lambda value: of(results, cells[value])[0][key]) for key in ("perplexity", "kl")
     )
-    told = f"lowest perplexity at {name} = {by_text}, lowest KL at {name} = {by_teacher}"
+    text = f"lowest perplexity at {name} = {by_text}, lowest KL at {name} = {by_teacher}"
     holds = (by_text == claimed, by_teacher == claimed)
     part = f"{HOLDS} for perplexity, not for KL" if holds[0] else f"{HOLDS} for KL, not for perplexity"
-    return told, HOLDS if all(holds) else part if any(holds) else NOT
+    return text, HOLDS if all(holds) else part if any(holds) else NOT
 
 
 def quantised(results: Results) -> Claim:
     """Teachers in fewer bits."""
     int8, nf4 = (change(results, f"teacher_{bits}", "distilled") for bits in ("int8", "nf4"))
-    told = f"perplexity {100 * int8:+.1f} % with INT8, {100 * nf4:+.1f} % with NF4; {seeds_alone(results, 'distilled')}"
-    return "A 4-bit teacher costs nothing", COMMON, told, HOLDS if nf4 <= noise(results, "distilled") else NOT
+    text = f"perplexity {100 * int8:+.1f} % with INT8, {100 * nf4:+.1f} % with NF4; {seeds_alone(results, 'distilled')}"
+    return "A 4-bit teacher costs nothing", COMMON, text, HOLDS if nf4 <= noise(results, "distilled") else NOT
 
 
 def progressive(results: Results) -> Claim:
@@ -122,9 +122,9 @@ def progressive(results: Results) -> Claim:
         title: [change(results, cell, "distilled", key) for key in ("perplexity", "kl")]
         for title, cell in cells.items()
     }
-    told = "; ".join(f"perplexity {100 * p:+.1f} %, KL {100 * kl:+.1f} % at {title}" for title, (p, kl) in by.items())
+    text = "; ".join(f"perplexity {100 * p:+.1f} %, KL {100 * kl:+.1f} % at {title}" for title, (p, kl) in by.items())
     better = any(p < -0.02 and kl < 0 for p, kl in by.values())
-    return "Chains are 2 to 3 % better", COMMON, told, HOLDS if better else NOT
+    return "Chains are 2 to 3 % better", COMMON, text, HOLDS if better else NOT
 
 
 def early(results: Results) -> Claim:
@@ -132,22 +132,22 @@ def early(results: Results) -> Claim:
     curve = results["long", 0]["curve"]
     at = next(i for i, point in enumerate(curve) if point["step"] >= curve[-1]["step"] / 10)
     part, ratio = fall(curve)[at], curve[-1]["perplexity"] / curve[at]["perplexity"]
-    told = (
+    text = (
         f"{100 * part:.0f} % of the improvement in nats, {100 * ratio:.0f} % as the ratio of final to early perplexity"
     )
-    return "A tenth of the tokens gives 93 % of the quality", COMMON, told, HOLDS if part >= 0.93 else NOT
+    return "A tenth of the tokens gives 93 % of the quality", COMMON, text, HOLDS if part >= 0.93 else NOT
 
 
 def computing(results: Results) -> Claim:
     """By the rule of thumb, at a hundredth of the tokens."""
     pair = results["before", 0]["compute"]
     large = share(70e9, 8e9, 20e9)[1]
-    own = share(pair["teacher"]["parameters"], pair["student"]["parameters"], 20e9)[1]
-    told = f"{100 * large:.1f} % for 70B → 8B by the rule, {100 * own:.1f} % for this pair, both at 1 % of the tokens"
+    here = share(pair["teacher"]["parameters"], pair["student"]["parameters"], 20e9)[1]
+    text = f"{100 * large:.1f} % for 70B → 8B by the rule, {100 * here:.1f} % for this pair, both at 1 % of the tokens"
     return (
         "3 to 5 % of pretraining's compute",
         COMMON,
-        told,
+        text,
         f"{HOLDS}, as arithmetic" if large < 0.05 else NOT,
     )
 
@@ -156,17 +156,17 @@ def draws(results: Results) -> Claim:
     """Unbiased samples compared with the running teacher."""
     by = change(results, "cache_sampled_12", "pure")
     kl = change(results, "cache_sampled_12", "pure", "kl")
-    told = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} %; {seeds_alone(results, 'pure')} of perplexity"
+    text = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} %; {seeds_alone(results, 'pure')} of perplexity"
     verdict = HOLDS if by <= noise(results, "pure") else NOT
-    return "12 samples teach as well as the full distribution", "2503.16870", told, verdict
+    return "12 samples teach as well as the full distribution", "2503.16870", text, verdict
 
 
 def top_12(results: Results) -> Claim:
     """The most probable ids only."""
     by, kl = (change(results, "cache_top_12", "hard", key) for key in ("perplexity", "kl"))
-    told = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} % relative to hard labels"
+    text = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} % relative to hard labels"
     part = HOLDS if by > 0 and kl > 0 else f"{HOLDS} for perplexity, not for KL" if by > 0 else NOT
-    return "The top 12 are worse than hard labels", "2503.16870", told, part
+    return "The top 12 are worse than hard labels", "2503.16870", text, part
 
 
 def cached(results: Results) -> Claim:
@@ -175,9 +175,9 @@ def cached(results: Results) -> Claim:
         name: change(results, f"cache_{cell}", "pure")
         for name, cell in {"hidden states": "hidden", "12 samples": "sampled_12", "50 samples": "sampled_50"}.items()
     }
-    told = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in by.items())
+    text = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in by.items())
     within = max(by.values()) <= 0.01
-    return "Unbiased caches are within 1 % of the running teacher", OURS, told, HOLDS if within else NOT
+    return "Unbiased caches are within 1 % of the running teacher", OURS, text, HOLDS if within else NOT
 
 
 def mixed(results: Results) -> Claim:
@@ -188,16 +188,16 @@ def mixed(results: Results) -> Claim:
         (by_task - by_both) / (by_task - by_general),
         both["technical_perplexity"] / task["technical_perplexity"],
     )
-    told = f"{100 * kept:.0f} % of it in nats, at {100 * (cost - 1):+.1f} % task perplexity relative to the task only"
-    return "0.3 of general text keeps most of general ability", COMMON, told, HOLDS if kept > 0.5 else NOT
+    text = f"{100 * kept:.0f} % of it in nats, at {100 * (cost - 1):+.1f} % task perplexity relative to the task only"
+    return "0.3 of general text keeps most of general ability", COMMON, text, HOLDS if kept > 0.5 else NOT
 
 
 def pair(results: Results, key: str, what: Callable[[float, float], float]) -> dict[str, float]:
     """A comparison of ours with TRL's, by divergence, over the means of seeds."""
     found = {name: (peers_of(results, f"ours_{end}"), peers_of(results, f"gkd_{end}")) for name, end in _ENDS.items()}
     return {
-        name: what(mean([run[key] for run in ours]), mean([run[key] for run in its]))
-        for name, (ours, its) in found.items()
+        name: what(mean([run[key] for run in ours]), mean([run[key] for run in theirs]))
+        for name, (ours, theirs) in found.items()
     }
 
 
@@ -206,34 +206,35 @@ _ENDS = {"forward KL": "kl", "JSD": "js"}
 
 def quality_of_peers(results: Results) -> Claim:
     """A claim of this project."""
-    by: Mapping[str, Any] = {key: pair(results, key, lambda ours, its: ours / its - 1) for key in ("perplexity", "kl")}
-    told = "; ".join(
+    keys = ("perplexity", "kl")
+    by: Mapping[str, Any] = {key: pair(results, key, lambda ours, theirs: ours / theirs - 1) for key in keys}
+    text = "; ".join(
         f"{name}: perplexity {100 * by['perplexity'][name]:+.1f} %, KL {100 * by['kl'][name]:+.1f} %" for name in _ENDS
     )
     worst = max(value for found in by.values() for value in found.values())
     verdict = HOLDS if worst <= 0 else EVEN if worst <= noise(results, "peer_ours_kl") else NOT
-    return "Students are at least equal to TRL's at equal tokens", OURS, told, verdict
+    return "Students are at least equal to TRL's at equal tokens", OURS, text, verdict
 
 
 def pace_of_peers(results: Results) -> Claim:
     """A claim of this project."""
-    by = pair(results, "tokens_per_second", lambda ours, its: ours / its)
-    told = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
-    return "At least 1.2 times TRL's tokens/s", OURS, told, HOLDS if min(by.values()) >= 1.2 else NOT
+    by = pair(results, "tokens_per_second", lambda ours, theirs: ours / theirs)
+    text = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
+    return "At least 1.2 times TRL's tokens/s", OURS, text, HOLDS if min(by.values()) >= 1.2 else NOT
 
 
 def memory_of_peers(results: Results) -> Claim:
     """A claim of this project."""
-    by = pair(results, "peak_mib_over_what_stays", lambda ours, its: ours / its)
-    told = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
+    by = pair(results, "peak_mib_over_what_stays", lambda ours, theirs: ours / theirs)
+    text = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
     what = "At most half of TRL's peak beyond weights, gradients and optimizer"
-    return what, OURS, told, HOLDS if max(by.values()) <= 0.5 else NOT
+    return what, OURS, text, HOLDS if max(by.values()) <= 0.5 else NOT
 
 
 def encoders(results: Results) -> Claim:
     """The encoder table as text."""
     runs = of(results, "encoder")
     student, control = ([run[who] for run in runs] for who in ("student", "control"))
-    told = f"accuracy {mean(student):.3f} against {mean(control):.3f}"
+    text = f"accuracy {mean(student):.3f} against {mean(control):.3f}"
     verdict = HOLDS if min(student) > max(control) else EVEN if max(student) >= min(control) else NOT
-    return "A teacher helps a two-layer encoder", OURS, told, verdict
+    return "A teacher helps a two-layer encoder", OURS, text, verdict

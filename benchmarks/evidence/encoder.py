@@ -49,8 +49,8 @@ def two_layers(teacher: Any) -> Any:
     config = teacher.config.__class__.from_dict(teacher.config.to_dict() | {"num_hidden_layers": 2})
     student = AutoModelForSequenceClassification.from_config(config)
     student.bert.embeddings.load_state_dict(teacher.bert.embeddings.state_dict())
-    for own, its in zip(student.bert.encoder.layer, (0, teacher.config.num_hidden_layers - 1), strict=True):
-        own.load_state_dict(teacher.bert.encoder.layer[its].state_dict())
+    for layer, source in zip(student.bert.encoder.layer, (0, teacher.config.num_hidden_layers - 1), strict=True):
+        layer.load_state_dict(teacher.bert.encoder.layer[source].state_dict())
     return student
 
 

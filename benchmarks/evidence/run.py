@@ -106,8 +106,8 @@ def measure(student: Path, apart: bool = False) -> dict[str, float]:
     for kind in ("", "general", "technical") if apart else ("",):
         rows = data.held_out
         if kind:
-            own = recipe_of("distilled", 0, WORK / "measured", f"data.eval.path={TEXTS / f'held_out_{kind}.jsonl'}")
-            rows = prepare_data(own, tokenizer, 0, 1).held_out
+            recipe = recipe_of("distilled", 0, WORK / "measured", f"data.eval.path={TEXTS / f'held_out_{kind}.jsonl'}")
+            rows = prepare_data(recipe, tokenizer, 0, 1).held_out
         metrics = held_out_metrics(trainer.evaluate(rows))
         keys = ("perplexity", "kl", "agreement", "teacher_perplexity")
         found |= {f"{kind}_{key}" if kind else key: metrics[key] for key in keys}
@@ -173,8 +173,8 @@ def do(job: Workload) -> str:
         metrics = json.loads(done.stdout.strip().splitlines()[-1])
         versions = environment("cpu") | {package: version(package) for package in ("trl", "peft")}
         write_json(job.file, {"cell": job.cell, "seed": job.seed, "metrics": metrics, "environment": versions})
-    told = {key: round(value, 4) for key, value in read_json(job.file)["metrics"].items()}
-    return f"{job.cell}, seed {job.seed} ({time.perf_counter() - start:.0f} s): {told}"
+    metrics = {key: round(value, 4) for key, value in read_json(job.file)["metrics"].items()}
+    return f"{job.cell}, seed {job.seed} ({time.perf_counter() - start:.0f} s): {metrics}"
 
 
 def main() -> None:

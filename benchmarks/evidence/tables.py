@@ -25,10 +25,10 @@ def closed(results: Results, perplexity: float) -> float:
 def spread(values: Sequence[float], digits: int, percent: bool = False) -> str:
     """The mean, and the lowest and highest of several."""
     scale, sign = (100, " %") if percent else (1, "")
-    told = f"{scale * sum(values) / len(values):,.{digits}f}{sign}"
+    mean_text = f"{scale * sum(values) / len(values):,.{digits}f}{sign}"
     if len(values) == 1:
-        return told
-    return f"{told} ({scale * min(values):,.{digits}f} to {scale * max(values):,.{digits}f})"
+        return mean_text
+    return f"{mean_text} ({scale * min(values):,.{digits}f} to {scale * max(values):,.{digits}f})"
 
 
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -43,8 +43,8 @@ def students(results: Results, rows: Mapping[str, str], first: str = " ", seeds:
     def row(title: str, cell: str) -> list[str]:
         found = of(results, cell)[:seeds]
         parts = (("perplexity", 2), ("kl", 4), ("agreement", 3))
-        told = [spread([metrics[key] for metrics in found], digits) for key, digits in parts]
-        return [title, *told, spread([closed(results, metrics["perplexity"]) for metrics in found], 1, percent=True)]
+        spreads = [spread([metrics[key] for metrics in found], digits) for key, digits in parts]
+        return [title, *spreads, spread([closed(results, metrics["perplexity"]) for metrics in found], 1, percent=True)]
 
     head = (first, "perplexity", "KL to teacher", "agreement", "gap closed")
     return lines(head, [row(title, cell) for title, cell in rows.items() if of(results, cell)])
@@ -142,8 +142,8 @@ def tokens(results: Results) -> str:
     for point, share_of in zip(run["curve"], fall(run["curve"]), strict=True):
         step = point["step"]
         hard = f"{control[step]['perplexity']:.2f}" if step in control else ""
-        told = (f"{point['perplexity']:.2f}", f"{point['kl']:.4f}", f"{100 * share_of:.0f} %", hard)
-        rows.append((f"{step * each:,.0f}", f"{100 * step / run['curve'][-1]['step']:.0f} %", *told))
+        figures = (f"{point['perplexity']:.2f}", f"{point['kl']:.4f}", f"{100 * share_of:.0f} %", hard)
+        rows.append((f"{step * each:,.0f}", f"{100 * step / run['curve'][-1]['step']:.0f} %", *figures))
     head = (
         "tokens",
         "share of tokens",
@@ -160,8 +160,12 @@ def compute(results: Results) -> str:
     pair, steps = results["before", 0]["compute"], results["before", 0]["steps"]
     run = results["distilled", 0]
     here = steps * tokens_a_step(run)
-    own = (pair["teacher"]["parameters"], pair["student"]["parameters"])
-    cases = {"70B → 8B": (70e9, 8e9, 20e9), "135M → 81M": (*own, 20e9), "135M → 81M, as run here": (*own, here)}
+    sizes = (pair["teacher"]["parameters"], pair["student"]["parameters"])
+    cases = {
+        "70B → 8B": (70e9, 8e9, 20e9),
+        "135M → 81M": (*sizes, 20e9),
+        "135M → 81M, as run here": (*sizes, here),
+    }
     rows = []
     for title, (teacher, student, count) in cases.items():
         total, part = share(teacher, student, count)

