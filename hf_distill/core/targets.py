@@ -7,8 +7,10 @@ Shape legend, used in every docstring of the package:
 """
 
 import builtins
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
@@ -52,6 +54,19 @@ def target_labels(inputs: dict, shift: bool) -> Tensor:
     return labels
 
 
+def true_indices(mask: Tensor, count: int) -> Tensor:
+    """Return the indices of the true elements of a mask, as `mask.nonzero()`, without waiting for the device.
+
+    Args:
+        mask: [n].
+        count: number of true elements, which `nonzero` would read from the device.
+
+    Returns:
+        [count].
+    """
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
 @dataclass(frozen=True)
 class Targets:
     """The target tokens of a batch: those whose label is not -100, after the shift that causal models need.
@@ -64,6 +79,9 @@ class Targets:
                     target tokens without a label
     documents:      [B, S] for features: the document of its row that a token belongs to, counted from 1; 0 for padding
     causal:         for features: whether attention is causal
+    row_counts:     number of target tokens of each batch row, B integers; None if unknown
+    label_range:    smallest and largest label; None if unknown
+    numbers:        further numbers of the batch that `from_batch` read from the device
     """
 
     labels: Tensor
@@ -73,15 +91,21 @@ class Targets:
     label_mask: Tensor | None = None
     documents: Tensor | None = None
     causal: bool = False
+    row_counts: Sequence[int] | None = None
+    label_range: tuple[int, int] | None = None
+    numbers: Mapping[str, Sequence[int]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def from_batch(cls, inputs: dict, shift: bool) -> "Targets":
+    def from_batch(cls, inputs: dict, shift: bool, numbers: Mapping[str, Tensor] | None = None) -> "Targets":
         """Find the target tokens of a batch.
+
+        All numbers that the host needs are read from the device at once, because it waits for the device there.
 
         Args:
             inputs: the collator's batch, see `target_labels`; `has_labels` [B] if some rows have no labels from the
                 data.
             shift: whether the logits at position i predict the label at i + 1.
+            numbers: name -> [n] integers on the device that are read too, as `Targets.numbers`.
 
         Raises:
             DistillError: the batch has no labels, or labels that are not ids.
@@ -92,12 +116,23 @@ class Targets:
                 f"`labels` has dtype {labels.dtype}: a regression or multi-label head has no distribution over classes "
                 "to distill. Use integer labels, or train it without a teacher."
             )
-        flat = labels.reshape(-1)
-        positions = (flat != IGNORE_INDEX).nonzero().squeeze(1)
-        width = labels.shape[1] if labels.dim() > 1 else 1
-        batch_rows, label_mask = positions // width, inputs.get("has_labels")
+        is_target, label_mask = labels != IGNORE_INDEX, inputs.get("has_labels")
+        known = labels.masked_fill(~is_target, 0)
+        label_range = torch.stack(known.aminmax()) if labels.numel() else known.new_zeros(2)
+        sizes = {"rows": is_target.flatten(1).sum(1) if labels.dim() > 1 else is_target, "range": label_range}
+        on_host = _read(sizes | dict(numbers or {}))
+        row_counts, (smallest, largest) = on_host.pop("rows"), on_host.pop("range")
+        positions = true_indices(is_target.reshape(-1), sum(row_counts))
+        batch_rows = positions // (labels.shape[1] if labels.dim() > 1 else 1)
         return cls(
-            flat[positions], positions, batch_rows, labels.shape, None if label_mask is None else label_mask[batch_rows]
+            labels.reshape(-1)[positions],
+            positions,
+            batch_rows,
+            labels.shape,
+            None if label_mask is None else label_mask[batch_rows],
+            row_counts=row_counts,
+            label_range=(smallest, largest),
+            numbers=on_host,
         )
 
     def __len__(self) -> int:
@@ -160,6 +195,8 @@ class Targets:
         Raises:
             DistillError: a label is below 0 or at least `vocab_size`.
         """
+        if self.label_range is not None and self.label_range[0] >= 0 and self.label_range[1] < vocab_size:
+            return
         invalid = self.labels[(self.labels < 0) | (self.labels >= vocab_size)]
         if len(invalid):
             raise DistillError(
@@ -204,21 +241,29 @@ class Targets:
             documents = _documents(shape, inputs.get("attention_mask"), inputs.get("position_ids"), device)
         if aligned:
             return replace(self, documents=documents, causal=causal)
-        return self.all_tokens_of_rows(documents, causal)
+        return self.all_tokens_of_rows(documents, causal, self.numbers.get("tokens"))
 
-    def all_tokens_of_rows(self, documents: Tensor, causal: bool) -> "Targets":
+    def all_tokens_of_rows(self, documents: Tensor, causal: bool, counts: Sequence[int] | None = None) -> "Targets":
         """Return all tokens of the rows that have target tokens.
 
         Args:
             documents: [B, S], 0 for padding.
             causal: whether attention is causal.
+            counts: B numbers of tokens of the rows; None: they are read from the device.
         """
         has_targets = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)
-        has_targets[self.batch_rows] = True
-        positions = ((documents > 0) & has_targets[:, None]).flatten().nonzero().squeeze(1)
+        has_targets.index_fill_(0, self.batch_rows, True)
+        is_token = (documents > 0) & has_targets[:, None]
+        if counts is None or self.row_counts is None:
+            row_counts = is_token.sum(1).tolist()
+        else:
+            row_counts = [count if targets else 0 for count, targets in zip(counts, self.row_counts, strict=True)]
+        positions = true_indices(is_token.flatten(), sum(row_counts))
         labels = torch.full_like(positions, IGNORE_INDEX)
         batch_rows = positions // documents.shape[1]
-        return Targets(labels, positions, batch_rows, documents.shape, documents=documents, causal=causal)
+        return Targets(
+            labels, positions, batch_rows, documents.shape, None, documents, causal=causal, row_counts=row_counts
+        )
 
     def document_ids(self) -> Tensor:
         """Return the document of each of the N tokens, counted within its row, [N]."""
@@ -227,9 +272,9 @@ class Targets:
 
     def by_row(self) -> list[tuple[int, builtins.slice]]:
         """Return each batch row that has some of the N tokens, with the slice of its tokens, in order."""
-        rows, counts = torch.unique_consecutive(self.batch_rows, return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        return [(row, slice(*span)) for row, span in zip(rows.tolist(), pairwise([0, *ends]), strict=True)]
+        assert self.row_counts is not None, "only targets of a whole batch have counts"
+        spans = pairwise(accumulate(self.row_counts, initial=0))
+        return [(row, slice(*span)) for row, span in enumerate(spans) if span[0] < span[1]]
 
     def visible(self) -> Tensor:
         """Return the positions of its row that each of the N tokens attends to, as a mask [N, S].
@@ -256,8 +301,8 @@ class Targets:
         if self.positions is targets.positions:
             return values
         sums = values.new_zeros(self.shape[0]).index_add(0, self.batch_rows, values)
-        counts = torch.bincount(self.batch_rows, minlength=self.shape[0]).clamp(min=1)
-        return (sums / counts)[targets.batch_rows]
+        counts = values.new_zeros(self.shape[0]).index_add(0, self.batch_rows, torch.ones_like(values))
+        return (sums / counts.clamp(min=1))[targets.batch_rows]
 
 
 class RowPositions:
@@ -287,14 +332,16 @@ class RowPositions:
             DistillError: S differs from that of an earlier call, or the padding cannot be located among the positions.
         """
         if self._resolved is None:
-            mask, device = self._mask, self._targets.labels.device
-            if mask is not None and mask.shape != shape and bool((mask == 0).any()):
+            mask, device, counts = self._mask, self._targets.labels.device, self._token_counts()
+            if mask is not None and mask.shape != shape and min(counts, default=0) < mask.shape[-1]:
                 raise DistillError(
                     f"The attention_mask has shape {tuple(mask.shape)} and the hidden states have shape "
                     f"{tuple(shape)}, so padding cannot be found among the positions: use batches without "
                     "padding, or remove the losses on hidden states and attention."
                 )
-            self._resolved = self._targets.all_tokens_of_rows(_documents(shape, mask, None, device), self.causal)
+            counts = counts if mask is not None and mask.shape == shape else [shape[1]] * shape[0]
+            documents = _documents(shape, mask, None, device)
+            self._resolved = self._targets.all_tokens_of_rows(documents, self.causal, counts)
         if self._resolved.shape != shape:
             raise DistillError(
                 f"One model has hidden states of shape {tuple(self._resolved.shape)} and the other of shape "
@@ -303,6 +350,13 @@ class RowPositions:
             )
         return self._resolved
 
+    def _token_counts(self) -> Sequence[int]:
+        """Return the number of tokens that the mask leaves of each row; empty without a mask."""
+        if self._mask is None:
+            return []
+        counts = self._targets.numbers.get("tokens")
+        return (self._mask != 0).flatten(1).sum(1).tolist() if counts is None else counts
+
     def resolved(self) -> Targets:
         """Return the N tokens; a model must have run before."""
         assert self._resolved is not None, "no model has run"
@@ -310,6 +364,34 @@ class RowPositions:
 
 
 FeatureTokens: TypeAlias = Targets | RowPositions
+
+
+def token_documents(inputs: dict) -> Tensor:
+    """Return the document of each token of a batch with `input_ids` or `inputs_embeds`, [B, S]; see `Targets`."""
+    ids = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    return _documents(ids.shape[:2], inputs.get("attention_mask"), inputs.get("position_ids"), ids.device)
+
+
+def token_counts(inputs: dict) -> dict[str, Tensor]:
+    """Return the numbers by which `feature_tokens` finds all tokens of a row, for `Targets.from_batch`.
+
+    Args:
+        inputs: the collator's batch.
+
+    Returns:
+        {"tokens": [B]}, the number of tokens of each row; empty if neither ids nor a mask tell it.
+    """
+    ids, mask = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("attention_mask")
+    if ids is not None:
+        return {"tokens": (token_documents(inputs) > 0).sum(1)}
+    return {} if mask is None else {"tokens": (mask != 0).flatten(1).sum(1)}
+
+
+def _read(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the integers of several tensors, which are read from their device in one copy."""
+    numbers = torch.cat([tensor.reshape(-1).long() for tensor in tensors.values()]).tolist()
+    spans = pairwise(accumulate((tensor.numel() for tensor in tensors.values()), initial=0))
+    return {name: numbers[start:end] for name, (start, end) in zip(tensors, spans, strict=True)}
 
 
 def _documents(shape: torch.Size, mask: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Tensor:

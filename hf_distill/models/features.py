@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.signals import FeatureKey
-from ..core.targets import FeatureTokens, RowPositions, Targets
+from ..core.targets import FeatureTokens, RowPositions, Targets, token_counts
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, Pairs, map_layers
 from ..losses.objective import Term
@@ -119,7 +119,7 @@ class FeatureLoss:
             values = tokens.to_target_tokens(token_losses, self.targets)
             self.per_token[term.name] = values.detach()
             total = total + term.weight * values.sum()
-        return total / self.targets.divisor(self.num_items).to(total.device)
+        return total / self.targets.divisor(self.num_items)
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,10 @@ class Features:
             if feature_term.is_learned:
                 mappings[feature_term.term.name] = LayerMixture(feature_term.pairs, len(feature_term.teacher.blocks))
         return {"projectors": projectors, "mappings": mappings}
+
+    def numbers_to_read(self, inputs: dict) -> dict[str, Tensor]:
+        """Return the numbers of a batch that `tokens` needs on the host, for `Targets.from_batch`."""
+        return token_counts(inputs) if self.terms else {}
 
     def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, FeatureTokens]:
         """Return, for each stack that a term reads, the N tokens whose features are compared."""

@@ -115,6 +115,20 @@ class Teacher(ABC):
             "from `losses`, or use a FrozenTeacher."
         )
 
+    def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return integers of a batch that `forward` needs on the host; it finds them in `targets.numbers`.
+
+        The host waits for the device when it reads a number. The trainer reads these with its own, once for each batch.
+
+        Args:
+            inputs: the collator's batch, on the student's device.
+            shift: whether the logits at position i predict the label at i + 1.
+
+        Returns:
+            name -> [n] integers on the device of the batch.
+        """
+        return {}
+
     def input_names(self) -> frozenset[str]:
         """Names of the inputs that the forward of `model` accepts; the trainer keeps columns with these names."""
         return frozenset() if self.model is None else input_names(self.model)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
@@ -98,10 +98,14 @@ class FrozenTeacher(Teacher):
         """The layers of the model, or of its encoder or decoder."""
         return get_layer_stack(self.model, which)
 
+    def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return the numbers that the check of ids and positions needs."""
+        return {} if self._limits is None else self._limits.numbers_to_read(inputs)
+
     @torch.no_grad()
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the frozen model once, with those inputs that its forward accepts."""
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:
-            inputs = self._limits.readable(inputs)
+            inputs = self._limits.readable(inputs, targets.numbers)
         return extract_signals(self.model, inputs, targets, feature_requests)

@@ -3,8 +3,9 @@
 An index beyond an embedding would otherwise raise an error without an explanation, on a GPU a device-side assert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
+
+_IDS_AND_MASKS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+_LARGEST_POSITION = "largest position"
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,43 @@ class InputLimits:
         fill = fill if isinstance(fill, int) and 0 <= fill < (ids or 0) else 0
         return cls(ids, _positions(teacher), fill, is_id_checked)
 
-    def readable(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def numbers_to_read(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the numbers of a batch that `readable` needs on the host; empty if ids need no check."""
+        numbers: dict[str, Tensor] = {}
+        for name, mask_name in _IDS_AND_MASKS:
+            ids, mask = inputs.get(name), inputs.get(mask_name)
+            if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+                continue
+            if self._needs_position_ids(inputs, ids):
+                numbers[_LARGEST_POSITION] = inputs["position_ids"].max()
+            if self.is_id_checked:
+                has_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
+                numbers[_largest(name)] = (ids.masked_fill(mask == 0, 0) if has_mask else ids).max()
+        return numbers
+
+    def readable(
+        self, inputs: Mapping[str, Any], numbers: Mapping[str, Sequence[int]] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """Return a batch that the teacher can read: masked tokens without an embedding are replaced by `fill`.
+
+        Args:
+            inputs: the batch.
+            numbers: the values of `numbers_to_read`; those that are missing are read from the device.
 
         Raises:
             DistillError: another token, or a position, is beyond the teacher's embedding.
         """
         inputs = dict(inputs)
-        for name, mask_name in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+        for name, mask_name in _IDS_AND_MASKS:
             ids = inputs.get(name)
             if not isinstance(ids, Tensor) or ids.dim() != 2:
                 continue
-            self._check_positions(inputs, ids)
+            self._check_positions(inputs, ids, numbers)
             mask = inputs.get(mask_name)
             if self.is_id_checked and self.ids is not None and mask is not None and mask.shape == ids.shape:
                 inputs[name] = ids = ids.masked_fill((mask == 0) & (ids >= self.ids), self.fill)
-            if self.is_id_checked:
-                self.check_ids(int(ids.max()) if ids.numel() else 0)
+            if self.is_id_checked and ids.numel():
+                self.check_ids(_number(numbers, _largest(name), ids))
         return inputs
 
     def check_ids(self, largest: int) -> None:
@@ -71,18 +95,30 @@ class InputLimits:
                 "and train them, or remove the rows with added tokens."
             )
 
-    def _check_positions(self, inputs: Mapping[str, Any], ids: Tensor) -> None:
-        if self.positions is None:
-            return
+    def _needs_position_ids(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
+        """Whether only the position ids tell if a batch is too long: its rows are, but they may be packed."""
         position_ids = inputs.get("position_ids")
+        is_long = self.positions is not None and ids.shape[1] > self.positions
+        return is_long and isinstance(position_ids, Tensor) and position_ids.shape == ids.shape
+
+    def _check_positions(self, inputs: Mapping[str, Any], ids: Tensor, numbers: Mapping[str, Sequence[int]]) -> None:
         longest = ids.shape[1]
-        if longest > self.positions and isinstance(position_ids, Tensor) and position_ids.shape == ids.shape:
-            longest = int(position_ids.max()) + 1
-        if longest > self.positions:
+        if self._needs_position_ids(inputs, ids):
+            longest = _number(numbers, _LARGEST_POSITION, inputs["position_ids"]) + 1
+        if self.positions is not None and longest > self.positions:
             raise DistillError(
                 f"A row of the data has {longest} tokens, and the teacher has {self.positions} positions: shorten the "
                 "rows (max_length), or use a teacher with more positions."
             )
+
+
+def _largest(name: str) -> str:
+    return f"largest of {name}"
+
+
+def _number(numbers: Mapping[str, Sequence[int]], name: str, values: Tensor) -> int:
+    """Return a number that was read from the device, or read the maximum of some values now."""
+    return numbers[name][0] if name in numbers else int(values.max())
 
 
 def check_data(limits: InputLimits, rows: Any, name: str) -> None:

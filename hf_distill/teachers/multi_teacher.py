@@ -81,6 +81,10 @@ class MultiTeacher(Teacher):
         for teacher in self:
             teacher.check_data(rows, name)
 
+    def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return the integers that any of the teachers needs; those of the same name are the same."""
+        return {name: number for teacher in self for name, number in teacher.numbers_to_read(inputs, shift).items()}
+
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""
         return _merge_signals(

@@ -179,11 +179,18 @@ class PeerTeacher(TrainableTeacher):
         """The peer's layers."""
         return get_layer_stack(self.model, which)
 
+    def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return the numbers that the check of ids and positions needs."""
+        return self._limits.numbers_to_read(inputs)
+
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the peer once in eval mode, outside the student's forward."""
         with eval_mode(self.model):
             return extract_signals(
-                self.model, self._limits.readable(accepted_inputs(self.model, inputs)), targets, feature_requests
+                self.model,
+                self._limits.readable(accepted_inputs(self.model, inputs), targets.numbers),
+                targets,
+                feature_requests,
             )
 
     def joint_step(
@@ -196,7 +203,7 @@ class PeerTeacher(TrainableTeacher):
     ) -> JointStep:
         """Return a step that runs the peer and computes its loss."""
         is_frozen = self.freeze_at_progress is not None and self.progress >= self.freeze_at_progress
-        inputs = self._limits.readable(accepted_inputs(self.model, inputs))
+        inputs = self._limits.readable(accepted_inputs(self.model, inputs), targets.numbers)
         if is_frozen:
             self.model.eval()
         measure_before_student_loss(self.model, inputs, targets)

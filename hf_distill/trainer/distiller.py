@@ -107,7 +107,8 @@ class Distiller:
         model = unwrap_model(student)
         model_type = model_type_of(model)
         num_outputs = model_type.num_outputs(model)
-        targets = Targets.from_batch(inputs, model_type.shifts_labels)
+        numbers = self.features.numbers_to_read(inputs) | teacher.numbers_to_read(inputs, model_type.shifts_labels)
+        targets = Targets.from_batch(inputs, model_type.shifts_labels, numbers)
         targets.check_ids(num_outputs)
         if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
             inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}

@@ -46,7 +46,7 @@ class MetricAccumulator:
         """Add the values of a micro-batch to the sums of the current training step."""
         for name, values in step.per_token.items():
             self._step_sums[name] = self._step_sums.get(name, 0.0) + values.sum()
-        count = torch.tensor(float(len(step.targets)), device=step.loss.device)
+        count = torch.full((), float(len(step.targets)), device=step.loss.device)  # written by the device, no copy
         self._step_sums["target_tokens"] = self._step_sums.get("target_tokens", 0.0) + count
 
     def count_step(self, num_items: Tensor | int, device: torch.device) -> None:

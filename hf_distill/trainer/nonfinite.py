@@ -257,7 +257,7 @@ def _nonfinite_gradients(model: nn.Module) -> list[str]:
 def _norm_is_finite(norm: Tensor | float | None, device: torch.device) -> Tensor:
     """Return whether the gradient norm is finite, []; True for None, which DeepSpeed may return."""
     if norm is None:
-        return torch.tensor(True, device=device)
+        return torch.ones((), dtype=torch.bool, device=device)
     norm = full_tensor(torch.as_tensor(norm))
     return norm.isfinite().to(device).reshape(())
 

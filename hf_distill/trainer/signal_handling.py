@@ -92,7 +92,7 @@ class GracefulShutdown(TrainerCallback):
         """
         self._signal = self._received_signal
         if args.world_size > 1:
-            received = torch.tensor(self._received_signal, device=args.device)
+            received = torch.full((), self._received_signal, device=args.device)  # written by the device, no copy
             torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
             self._signal = int(received)
         if self._signal and args.save_strategy == "no":

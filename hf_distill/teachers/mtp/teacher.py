@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ...core.logits import DenseLogits, LazyLogits
 from ...core.signals import FeatureKey, Signals
-from ...core.targets import FeatureTokens, Targets
+from ...core.targets import IGNORE_INDEX, FeatureTokens, Targets, target_labels, token_documents, true_indices
 from ...errors import DistillError, raise_if_any
 from ...losses.fused import ChunkedLoss
 from ...losses.objective import Term
@@ -88,6 +88,16 @@ class MTPTeacher(TrainableTeacher):
             for term in (soft, hard)
         ]
 
+    def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return the number of target tokens of each head."""
+        labels, documents = target_labels(inputs, shift), token_documents(inputs)
+        if labels.shape != documents.shape:
+            return {}  # the student's forward raises an error
+        is_target, counts = labels != IGNORE_INDEX, []
+        for d in range(1, self._count + 1):  # slices beyond the row are empty
+            counts.append((is_target[:, d:] & (documents[:, d:] == documents[:, :-d])).sum())
+        return {"mtp": torch.stack(counts)}
+
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Return no logits: the student itself learns from the labels only."""
         return Signals(None)
@@ -153,11 +163,9 @@ class _MTPStep(JointStep):
         hidden = self.hidden
         rows = self.heads(hidden, self.inputs["input_ids"], self.student.get_input_embeddings(), self.block_kwargs)
         main_logits, total = student_logits.detach(), torch.zeros((), device=hidden.device)
-        tokens = self.targets.feature_tokens(self.inputs, causal=True)
-        assert isinstance(tokens, Targets)  # the batch has token ids
-        assert tokens.documents is not None
+        documents = token_documents(self.inputs)
         for d, (terms, row) in enumerate(zip(self.terms, rows, strict=True), 1):
-            token_indices, targets = self._targets_of_head(d, tokens.documents.flatten())
+            token_indices, targets = self._targets_of_head(d, documents.flatten())
             self.skipped += len(targets) == 0
             teacher_logits = _select(main_logits, token_indices)
             chunked_loss = ChunkedLoss(teacher_logits, targets, terms, num_items=self.divisor)
@@ -180,10 +188,10 @@ class _MTPStep(JointStep):
         targets, width = self.targets, self.targets.shape[1]
         earlier = (targets.positions - d).clamp(min=0)
         is_inside = (targets.positions % width >= d) & (documents[earlier] == documents[targets.positions])
-        indices = is_inside.nonzero().squeeze(1)
-        return indices, replace(
-            targets, labels=targets.labels[indices], positions=earlier[indices], batch_rows=targets.batch_rows[indices]
-        )
+        indices = true_indices(is_inside, targets.numbers["mtp"][d - 1])
+        mask = None if targets.label_mask is None else targets.label_mask[indices]
+        rows = targets.batch_rows[indices]
+        return indices, Targets(targets.labels[indices], earlier[indices], rows, targets.shape, mask)
 
     def _logits(self, student_logits: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:
         """Return the logits of hidden states of a head, [t, H], by the student's output head."""

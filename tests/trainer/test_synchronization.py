@@ -1,0 +1,87 @@
+"""A training step waits for the device once for each micro-batch, and once before the optimizer."""
+
+import inspect
+
+import pytest
+import torch
+from gpu_sync import CPU_BRANCHES, PACKAGE, DeviceReads, reads_of_steps
+from tiny import build, rows
+
+from hf_distill import DistillError
+from hf_distill.core.targets import Targets
+from hf_distill.teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher
+from hf_distill.trainer.signal_handling import GracefulShutdown
+
+ONE_READ = {("tolist", "core/targets.py:_read"): 1}
+RELATIONS = [{"name": "hidden_relation", "weight": 0.1}, {"name": "value_relation", "weight": 0.1, "layers": "last:1"}]
+CONFIGURATIONS = {
+    "plain": ("llama", {}),
+    "adaptive_kl": ("llama", {"divergence": "adaptive_kl"}),
+    "hidden_states": ("llama", {"losses": [{"name": "hidden_mse"}, {"name": "hidden_cosine", "layers": "learned"}]}),
+    "relations": ("llama", {"losses": RELATIONS}),
+    "all_tokens_of_a_row": ("sequence", {"losses": RELATIONS[:1]}),
+    "encoder": ("t5", {"losses": RELATIONS[:1]}),
+    "four_micro_batches": ("llama", {"gradient_accumulation_steps": 4}),
+    "mtp": ("llama", {"teacher": lambda: MTPTeacher(3), "alpha": 0.0}),
+    "checked_ids": ("llama", {"model": lambda: build("llama", vocab=120), "teacher": lambda: build("llama", 1)}),
+    "several": (
+        "llama",
+        {"teacher": lambda: MultiTeacher({"a": build("llama", 1), "b": EMATeacher(0.5)}), "losses": RELATIONS[:1]},
+    ),
+    "peer": ("llama", {"teacher": lambda: PeerTeacher(build("llama", 1), mutual=True)}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_step_reads_once_for_each_micro_batch_and_once_before_the_optimizer(make_trainer, name):
+    kind, options = CONFIGURATIONS[name]
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 100} | options
+    options |= {key: make() for key, make in options.items() if callable(make)}
+    trainer = make_trainer(kind, train_dataset=rows(kind, 64), **options)
+    first, micro, optimizer = reads_of_steps(trainer, options["gradient_accumulation_steps"])
+    assert micro == ONE_READ
+    assert optimizer == {("tolist", "trainer/nonfinite.py:check_step"): 1}
+    assert first.total() > 10, "the counter does not see the reads of the self-check"
+
+
+def test_the_counter_sees_reads_and_uploads_of_this_package_only():
+    with DeviceReads() as recorder:
+        assert torch.ones(2).bool().nonzero().tolist() == [[0], [1]]
+    assert recorder.reads == []
+    code = "import torch\ndef read(x):\n    return x.tolist(), torch.tensor(2, device='cpu'), x[x > 0], bool(x.max())\n"
+    namespace: dict = {}
+    exec(compile(code, f"{PACKAGE}sample.py", "exec"), namespace)
+    with recorder:
+        namespace["read"](torch.ones(2))
+    assert [operation for operation, _ in recorder.reads] == ["tolist", "tensor", "index", "_local_scalar_dense"]
+    assert {location for _, location in recorder.reads} == {"sample.py:read"}
+
+
+@pytest.mark.parametrize("function", CPU_BRANCHES, ids=lambda function: function.__qualname__)
+def test_functions_that_are_not_counted_look_at_the_device(function):
+    assert '.device.type == "cpu"' in (source := inspect.getsource(function)) or '.device.type != "cpu"' in source
+
+
+def test_all_ranks_agree_on_a_signal_with_one_read(monkeypatch):
+    class Arguments:
+        world_size, device, save_strategy = 2, torch.device("cpu"), "steps"
+
+    class Control:
+        should_save = False
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(15))
+    shutdown, control = GracefulShutdown(print), Control()
+    with DeviceReads() as recorder:
+        shutdown.on_step_end(Arguments(), None, control)
+    assert control.should_save
+    assert len(recorder.reads) == 1
+
+
+def test_labels_beyond_the_vocabulary_are_named_from_the_same_read():
+    batch = {"labels": torch.tensor([[1, 12, -100, -3]]), "attention_mask": torch.ones(1, 4)}
+    with DeviceReads() as recorder:
+        targets = Targets.from_batch(batch, shift=False)
+    assert len(recorder.reads) == 1
+    assert (targets.row_counts, targets.label_range) == ([3], (-3, 12))
+    with pytest.raises(DistillError, match=r"2 labels are outside the student's 10 ids \(first: 12\)"):
+        targets.check_ids(10)
