@@ -8,6 +8,7 @@ device). A dispatch mode and a function mode see these calls on any device; the 
 import inspect
 import traceback
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def reads_of_steps(trainer, accumulation: int = 2) -> tuple[Counter, Counter, Co
     trainer.training_step = training_step
     with recorder:
         trainer.train()
-    counts = [Counter(recorder.reads[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [Counter(recorder.reads[start:end]) for start, end in pairwise(starts)]
     third = 2 * accumulation  # the first micro-step of the third optimizer step
     micro, with_optimizer = counts[third], counts[third + accumulation - 1]
     return counts[0], micro, with_optimizer - micro

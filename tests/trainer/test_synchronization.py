@@ -20,7 +20,7 @@ CONFIGURATIONS = {
     "hidden_states": ("llama", {"losses": [{"name": "hidden_mse"}, {"name": "hidden_cosine", "layers": "learned"}]}),
     "relations": ("llama", {"losses": RELATIONS}),
     "all_tokens_of_a_row": ("sequence", {"losses": RELATIONS[:1]}),
-    "encoder": ("t5", {"losses": RELATIONS[:1]}),
+    "encoder": ("t5", {"losses": [RELATIONS[0] | {"stack": "encoder"}, {"name": "hidden_mse"}]}),
     "four_micro_batches": ("llama", {"gradient_accumulation_steps": 4}),
     "mtp": ("llama", {"teacher": lambda: MTPTeacher(3), "alpha": 0.0}),
     "checked_ids": ("llama", {"model": lambda: build("llama", vocab=120), "teacher": lambda: build("llama", 1)}),
