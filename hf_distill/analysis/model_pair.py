@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -142,7 +143,7 @@ class ModelPair:
         assert model is not None
         shift = model_type_of(model).shifts_labels
         while (tokens is None or num_targets < tokens) and (batch := [*islice(rows, self.batch_size)]):
-            inputs = {name: value.to(self.device) for name, value in self.collator(batch).items()}
+            inputs = dict(send_to_device(self.collator(batch), self.device))
             source = inputs.pop("source", None)
             targets = Targets.from_batch(inputs, shift)
             if len(targets):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..core.targets import SECOND_VIEW_KEYS, Targets
+from ..models.model_call import FLASH_ATTENTION_INPUTS
 
 KEY_BYTES = 16
 _NOT_OTHER_INPUTS = {  # tensors that the key contains in another form, that follow from these, or that are no inputs
     *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
     *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    *("seq_idx", *FLASH_ATTENTION_INPUTS),
 }
 
 

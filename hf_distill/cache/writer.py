@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 
 from ..core.files import file_entry
@@ -223,7 +224,8 @@ class _ShardWriter:
 
 def load_batch(plan: ShardPlan, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:
     """Return a batch on a device, and its target tokens."""
-    batch = {name: value.to(device) for name, value in plan.batch(number).items() if name != "source"}
+    batch = {name: value for name, value in plan.batch(number).items() if name != "source"}
+    batch = dict(send_to_device(batch, device))
     return batch, Targets.from_batch(batch, shift)
 
 

@@ -15,6 +15,20 @@ def is_alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+def any_process(is_true: bool, device: torch.device) -> bool:
+    """Return whether a condition holds on any process; every process has to call this.
+
+    Args:
+        is_true: the condition on this process.
+        device: the device of this process, where the backend of `torch.distributed` communicates.
+    """
+    if is_alone():
+        return is_true
+    flag = torch.tensor(is_true, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def run_on_main(call: Callable[[], T]) -> T:
     """Run `call()` on the main process only, and return its result on all processes.
 

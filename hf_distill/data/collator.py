@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,16 +26,22 @@ class Collator:
     With several sources, `source` [B, S] holds the index of each token's source. `DistillTrainer` reads it and reports
     the losses of each source. A custom script must set `remove_unused_columns=False` to keep this column.
 
+    For packed rows, flash attention also reads `cu_seq_lens_q` and `cu_seq_lens_k` [D + 1], the sums of the lengths of
+    the D documents, int32, and `max_length_q` and `max_length_k`, the length of the longest document, an int. A trainer
+    of this package turns them on if a model has flash attention; other attention ignores them.
+
     Args:
         pad_token_id: token id of the padding.
         sources: names of the sources, in the order of their indices.
+        return_flash_attn_kwargs: whether batches of packed rows have the lengths of their documents.
     """
 
-    def __init__(self, pad_token_id: int, sources: Sequence[str] = ()):
+    def __init__(self, pad_token_id: int, sources: Sequence[str] = (), return_flash_attn_kwargs: bool = False):
         self.pad_token_id, self.sources = pad_token_id, tuple(sources)
-        self._flatten = DataCollatorWithFlattening()
+        self.return_flash_attn_kwargs = return_flash_attn_kwargs
+        self._flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=return_flash_attn_kwargs)
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return a batch of `input_ids` and `labels`, with `attention_mask` or `position_ids`, and `source` if any."""
         is_packed = "seq_lengths" in rows[0]
         batch = self._flatten([doc for row in rows for doc in unpack_row(row)]) if is_packed else self._pad(rows)
@@ -58,6 +64,15 @@ class Collator:
             f"{view}labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             f"{view}attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
+
+
+def returns_document_lengths(collator: object) -> bool:
+    """Whether the batches that a collator makes of packed rows have `cu_seq_lens_q`, which flash attention reads.
+
+    Args:
+        collator: a `Collator`, `DataCollatorWithFlattening` of transformers, or TRL's collator (`padding_free`).
+    """
+    return any(getattr(collator, name, False) is True for name in ("return_flash_attn_kwargs", "padding_free"))
 
 
 def unpack_row(row: Row) -> list[Row]:

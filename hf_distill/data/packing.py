@@ -1,16 +1,17 @@
 """Packing: several full documents in a row of almost equal length, separated by their position ids."""
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import IterableDataset
-from torch import nn
-from transformers.utils import logging
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from ..errors import DistillError, require_package
-from ..models.model_call import accepts_any_input, input_names
-from ..models.model_types import is_zero3_partitioned, unwrap_model, unwrap_parallel
+from ..models.model_call import accepted_inputs, accepts_any_input, input_names, prepare_inputs
+from ..models.model_types import unwrap_model
+from ..models.module_state import eval_mode
+from .collator import returns_document_lengths
 from .load import Examples
-
-logger = logging.get_logger(__name__)
 
 _SHUFFLE_BUFFER_ROWS = 1000
 
@@ -50,45 +51,64 @@ def _spread_source(row: dict) -> dict:
     return {"sources": [row["source"]] * len(row["input_ids"])}
 
 
-@torch.no_grad()
-def check_packed_attention(model: nn.Module, who: str) -> None:
+def check_packed_attention(model: nn.Module, who: str, collator: object = None) -> None:
     """Refuse a model in which a packed document attends to the document before it.
 
-    This is measured: the logits of a document must not change with the document before it. A model that ZeRO-3 has
-    partitioned cannot run before it is prepared; it is not checked, and a warning is logged once.
+    This is measured: the logits of a document must not change with the document before it.
 
     Args:
-        model: a causal language model, wrapped or not.
+        model: a causal language model on the device that it runs on, wrapped or not. If it is sharded, every rank has
+            to call this, with the model in its wrappers.
         who: student or teacher, for the error.
+        collator: the collator of the training; if its batches have the lengths of documents, the model gets them too.
 
     Raises:
         DistillError: the model takes no position_ids, or does not separate documents by them.
     """
+    if problem := packed_attention_problem(model, who, collator):
+        raise DistillError(problem)
+
+
+def packed_attention_problem(model: nn.Module, who: str, collator: object = None) -> str | None:
+    """Return why a model is refused, see `check_packed_attention`; None if it separates documents."""
+    if problem := missing_positions_problem(model, who):
+        return problem
     inner = unwrap_model(model)
-    if model is unwrap_parallel(model) and is_zero3_partitioned(model):
-        logger.warning_once(f"The {who} is sharded, so it is not checked whether it separates packed documents.")
-        return
-    if accepts_any_input(inner) or "position_ids" in input_names(inner):
-        why = f"its attention {inner.config._attn_implementation!r} does not separate documents by position_ids"
-        leaks = _documents_leak(model, next(inner.get_input_embeddings().parameters()).device)
-    else:
-        why, leaks = "it takes no position_ids", True
-    if leaks:
-        raise DistillError(
-            f"packing: in the {who} ({type(inner).__name__}) a packed document attends to the one before it: {why}. "
-            "Turn packing and padding_free off, or load the model with attn_implementation='sdpa' or "
-            "'flash_attention_2' if it supports one of them."
-        )
+    why = f"its attention {inner.config._attn_implementation!r} does not separate documents by position_ids"
+    return _refusal(inner, who, why) if _documents_leak(model, collator) else None
 
 
-def _documents_leak(model: nn.Module, device: torch.device) -> bool:
-    """Whether the logits of the second of two packed documents change with the first document."""
-    ids = torch.arange(8, device=device)[None] % 4 + 1
-    other = torch.cat([ids[:, :4].flip(1), ids[:, 4:]], dim=1)
-    positions, training = (torch.arange(8, device=device) % 4)[None], model.training
-    model.eval()
-    logits, other_logits = (
-        model(input_ids=batch, position_ids=positions, use_cache=False).logits[:, 4:].float() for batch in (ids, other)
+def missing_positions_problem(model: nn.Module, who: str) -> str | None:
+    """Return why a model is refused that takes no position_ids; None if it takes them. The model does not run."""
+    inner = unwrap_model(model)
+    takes_positions = accepts_any_input(inner) or "position_ids" in input_names(inner)
+    return None if takes_positions else _refusal(inner, who, "it takes no position_ids")
+
+
+def _refusal(model: nn.Module, who: str, why: str) -> str:
+    return (
+        f"packing: in the {who} ({type(model).__name__}) a packed document attends to the one before it: {why}. "
+        "Turn packing and padding_free off, or load the model with attn_implementation='sdpa' or "
+        "'flash_attention_2' if it supports one of them."
     )
-    model.train(training)
-    return bool((logits - other_logits).abs().max() > 1e-3 * logits.std().clamp(min=1e-6))
+
+
+def _documents_leak(model: nn.Module, collator: object) -> bool:
+    """Whether the logits of the second of two packed documents change with the first document."""
+    collate = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=returns_document_lengths(collator),
+        return_seq_idx=getattr(collator, "padding_free", False),  # of TRL's collator
+    )
+    inner, logits = unwrap_model(model), list[Tensor]()
+    with eval_mode(model):
+        for first in ([1, 2, 3, 4], [4, 3, 2, 1]):
+            batch = collate([{"input_ids": first}, {"input_ids": [1, 2, 3, 4]}])
+            batch = send_to_device(accepted_inputs(model, batch), _input_device(inner))
+            logits.append(model(**prepare_inputs(inner, batch)).logits[:, 4:].float())
+    return bool((logits[0] - logits[1]).abs().max() > 1e-3 * logits[0].std().clamp(min=1e-6))
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device of a model's inputs; the hooks of a model that accelerate spreads move them from there."""
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -12,12 +12,15 @@ from typing import TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..core.targets import SECOND_VIEW_KEYS
 from ..errors import DistillError
 from .model_types import model_type_of, unwrap_model
+
+FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed documents
 
 _T = TypeVar("_T")
 _NOT_INPUTS = ("labels", "shift_labels", "has_labels", "num_items_in_batch", *SECOND_VIEW_KEYS)
@@ -45,6 +48,14 @@ def accepted_inputs(model: nn.Module, inputs: Mapping[str, _T]) -> dict[str, _T]
     """Return the inputs of a batch that a model's forward accepts, and the labels."""
     names, accepts_any = _accepted(model)
     return {k: v for k, v in inputs.items() if accepts_any or k in names or k in _NOT_INPUTS}
+
+
+def uses_flash_attention(model: nn.Module) -> bool:
+    """Whether a model runs flash attention, which reads where packed documents begin and end."""
+    config = getattr(unwrap_model(model), "config", None)
+    return isinstance(config, PretrainedConfig) and any(
+        is_flash_attention_requested(part) for part in (config, config.get_text_config())
+    )
 
 
 def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: Iterable[str]) -> dict[str, _T]:
@@ -188,7 +199,10 @@ def _read_signatures(model: nn.Module) -> tuple[frozenset[str], bool]:
     if has_kwargs:
         for module in model.modules():
             if module is not model and isinstance(module, PreTrainedModel):
-                names |= _parameters_of(type(module).forward)[0]
+                parameters, _, typed = _parameters_of(type(module).forward)
+                names |= parameters | typed
+        if getattr(model, "_supports_flash_attn", False):  # `**kwargs` without a type go to the attention too
+            names |= {*FLASH_ATTENTION_INPUTS}
     return frozenset(names) - {"self"}, accepts_any
 
 

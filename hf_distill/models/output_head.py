@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ..core.logits import RESHARDED_HEAD, LazyLogits, LogitScaling
 from ..errors import DistillError
+from .model_call import FLASH_ATTENTION_INPUTS
 from .model_types import model_type_of, unwrap_model
 from .module_state import eval_mode
 from .sharding import is_sharded
@@ -39,6 +40,7 @@ _SEQUENCE_INPUTS = {
     "input_ids",
     "attention_mask",
     "position_ids",
+    "seq_idx",
     "token_type_ids",
     "inputs_embeds",
     "decoder_input_ids",
@@ -190,6 +192,7 @@ def _measure(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: 
 
 def _shorten(inputs: dict) -> dict | None:
     """Return a few rows and positions of a batch; None if an input is not known to be [B, S]."""
+    inputs = {name: value for name, value in inputs.items() if name not in FLASH_ATTENTION_INPUTS}  # of the full row
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if not tensors or not set(tensors) <= _SEQUENCE_INPUTS or any(t.dim() < 2 for t in tensors.values()):
         return None

@@ -27,13 +27,13 @@ from ..core import run_files
 from ..core.io import MetricsFile, count_logs, environment, held_out_metrics, read_results, write_json
 from ..core.processes import run_on_main
 from ..core.results import Metrics, ModelFacts, Results
-from ..data import check_packed_attention
 from ..losses import get_loss
 from ..models.blocks import find_blocks
 from ..models.model_types import unwrap_model
 from ..recipe.schema import Recipe
 from ..teachers.loading import zero3_init_context
 from ..trainer.config import DistillArguments, DistillConfig
+from ..trainer.packed_batches import PackedAttentionCheck
 from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_smoke_cache
 from .checkpoint_recipe import RecipeRecord, check_same_content, content_values, launch_values, result_values
@@ -185,10 +185,7 @@ class RunContext:
         if trainer.teacher is not None:
             check_cached(trainer.teacher, self.recipe, self.data, shift=True)
         if self.recipe.data.packing:
-            with trainer.accelerator.autocast():
-                check_packed_attention(trainer.model, "student")
-            if trainer.teacher is not None and trainer.teacher.model is not None:
-                check_packed_attention(trainer.teacher.model, "teacher")
+            trainer.add_callback(PackedAttentionCheck(trainer))
         return trainer
 
     def _stopping(self) -> list[TrainerCallback]:

@@ -43,6 +43,7 @@ from .metrics import (
     evaluation_metrics,
 )
 from .nonfinite import NonFiniteGuard
+from .packed_batches import collator_for_models, dispatch_problems
 from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
@@ -106,6 +107,7 @@ class DistillMixin(_Base):
             self.setup_distillation(self.teacher, distill_args)
         else:
             self.attach_sidecar(Features())
+            self.data_collator = collator_for_models(self)
 
     # The step
 
@@ -239,6 +241,7 @@ class DistillMixin(_Base):
         makes_students = self.model_init is not None
         prepare_teacher(teacher, self.model, self.args, self.processing_class, datasets, makes_students)
         self._set_objective(distill_args, renew=True)
+        self.data_collator = collator_for_models(self)
         self.label_names = ["labels"]  # the Trainer derives them from the forward, which may name others or none
 
     def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
@@ -289,7 +292,7 @@ class DistillMixin(_Base):
 
     def incompatible_arguments(self) -> list[str]:
         """Return why this trainer cannot distill with its arguments; subclasses add their reasons."""
-        return incompatible_arguments(self)
+        return incompatible_arguments(self) + dispatch_problems(self)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the teacher or the student reads; each model gets those that its forward accepts."""

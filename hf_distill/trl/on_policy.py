@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl.trainer.distillation_trainer
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
@@ -160,7 +161,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         if "labels" in inputs[0] and not self.model.training:
             batch = Collator(self._tokenizer.pad_token_id, self.sources)(inputs)
-            return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            return dict(send_to_device(batch, self.accelerator.device))
         is_generated = self._rows_to_generate(inputs)
         self._completed_rows = [None if each else row for each, row in zip(is_generated, inputs, strict=True)]
         batch = super()._generate_and_score_completions(inputs)

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from ..data import check_packed_attention
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
 from ..teachers import Teacher
 from ..trainer.config import DistillArguments
+from ..trainer.packed_batches import PackedAttentionCheck
 from ..trainer.teacher_argument import TeacherArgument
 from ..trainer.trainer import LossOutput
 from .common import TRLMixin, adapted_heads
@@ -76,6 +76,7 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
 
     args: SFTConfig
     model: nn.Module
+    _packed_attention_check: PackedAttentionCheck | None = None
 
     def __init__(
         self,
@@ -94,16 +95,15 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         super().__init__(model, args, *positional, teacher=teacher, **kwargs)
 
     def setup_distillation(self, teacher: Teacher, fields: DistillArguments) -> None:
-        """Also set TRL's coefficient of the router loss, and check that packed documents do not see each other."""
+        """Also set TRL's coefficient of the router loss, and check packed documents when the models are prepared."""
         model: Any = unwrap_model(self.model)
         if hasattr(model, "router_aux_loss_coef"):  # the factor in the forward of the model
             model.router_aux_loss_coef = self.router_aux_loss_coef
         super().setup_distillation(teacher, fields)
         if self.padding_free:
-            with self.accelerator.autocast():
-                check_packed_attention(self.model, "student")
-            if teacher.model is not None:
-                check_packed_attention(teacher.model, "teacher")
+            self.pop_callback(PackedAttentionCheck)
+            self._packed_attention_check = PackedAttentionCheck(self)
+            self.add_callback(self._packed_attention_check)
 
     def _inner_training_loop(self, *args: object, **kwargs: object) -> TrainOutput:
         """Also reset the token count, so that tokens of a batch that did not fit into memory are not counted."""
@@ -135,6 +135,8 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> LossOutput:
         """Compute the objective, see `DistillMixin.compute_loss`, and count the tokens that the student reads."""
+        if self.is_distilling and self._packed_attention_check is not None:
+            self._packed_attention_check.check(model)  # an evaluation without training has no `on_train_begin`
         if self.is_distilling and model.training:
             mask = inputs.get("attention_mask")
             self._num_tokens = self._num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())

@@ -31,6 +31,7 @@ from transformers.distributed import DistributedConfig
 from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.core.deepspeed_config import read_deepspeed
 from hf_distill.teachers import EMATeacher, MTPTeacher, MultiViewTeacher, PeerTeacher, Teacher
+from hf_distill.trainer.packed_batches import PackedAttentionCheck
 
 folder, variants, global_batch = Path(sys.argv[1]), sys.argv[2:], 8
 models = folder.parent / "models"
@@ -141,6 +142,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         data_collator=collate,
         callbacks=[RankFault()],
     )
+    trainer.add_callback(PackedAttentionCheck(trainer))  # runs the sharded models on every rank
     trainer.train(resume_from_checkpoint=resume)
     teacher_share = local_parameter_share(trainer.teacher.model)
     metrics = trainer.evaluate()

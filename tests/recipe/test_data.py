@@ -137,6 +137,12 @@ def test_a_model_that_attends_across_packed_documents_is_refused(file, monkeypat
         run_recipe(load_recipe(file, smoke=True))
 
 
+def test_packed_attention_of_a_recipe_is_checked_after_the_models_are_prepared(file, packing_events):
+    run_recipe(load_recipe(file, smoke=True))
+    assert packing_events.count("student") == packing_events.count("teacher") == 1
+    assert "prepare" in packing_events[: packing_events.index("student")]
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_preview_shows_target_tokens_and_sources(file, packing):
     recipe = load_recipe(file, [*SUMS, f"data.packing={packing}"], smoke=True)

@@ -8,7 +8,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import build, conversation
-from transformers import BloomConfig, BloomForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    HfArgumentParser,
+    MixtralConfig,
+    MixtralForCausalLM,
+    masking_utils,
+)
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
@@ -164,6 +171,26 @@ def test_the_teacher_gets_the_positions_of_packed_rows(make_sft):
     ):  # of three steps
         assert torch.equal(student_positions, teacher_positions)
         assert (student_positions == 0).sum() > 1
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_packed_attention_is_checked_once_after_the_models_are_prepared(make_sft, packing_events, trains):
+    """Flash attention does not run on a CPU, where the student may be until then."""
+    trainer = make_sft(packing=True, max_length=64, eval_packing=True)
+    assert packing_events == []
+    if trains:
+        trainer.train()
+    trainer.evaluate()
+    assert packing_events.count("student") == packing_events.count("teacher") == 1
+    assert "prepare" in packing_events[: packing_events.index("student")]
+
+
+def test_documents_that_see_each_other_are_refused_before_the_first_step(make_sft, monkeypatch):
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    trainer = make_sft(packing=True, max_length=64)
+    with pytest.raises(DistillError, match=r"packing: in the student \(LlamaForCausalLM\) .* 'sdpa'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])

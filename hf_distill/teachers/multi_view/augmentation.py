@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.component_options import ViewOptions, option_errors
 from ...core.targets import IGNORE_INDEX, SECOND_VIEW_KEYS, Targets
 from ...errors import DistillError
+from ...models.model_call import FLASH_ATTENTION_INPUTS
 
 _REPLACEMENT_TOKENS = ("mask_token", "unk_token", "pad_token", "eos_token")
 
@@ -165,7 +166,7 @@ def _paraphrased(view: dict, inputs: dict, targets: Targets, is_aligned: bool) -
             "tokenize_dataset(..., paraphrase=True), and set remove_unused_columns=False."
         )
     shift = is_aligned and _shifts(inputs, targets)
-    replaced = ("position_ids", "token_type_ids", "shift_labels")
+    replaced = ("position_ids", "token_type_ids", "shift_labels", "seq_idx", *FLASH_ATTENTION_INPUTS)
     view = {name: value for name, value in view.items() if name not in replaced}
     view |= {"input_ids": inputs["view_input_ids"], "attention_mask": inputs["view_attention_mask"]}
     if not is_aligned:
