@@ -6,10 +6,11 @@ rank of a sharded student the shards of that rank.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from ..models.sidecar import strip_sidecar
 from .self_teacher import SelfTeacher
 from .state import WeightDrift, load_state, save_state, state_file
 
+_BUCKET_BYTES = 256 * 2**20  # of float32 copies of the student's weights that exist at a time
+_Pair: TypeAlias = tuple[Tensor, Tensor]
 _SHADOW = "held"  # name of the group of the shadow's tensors in a checkpoint
 
 
@@ -160,7 +163,7 @@ class StudentCopyTeacher(SelfTeacher):
         """Return the shadow, float32; it is copied from the student's weights when it does not exist yet."""
         if not self._shadow:
             for name, tensor in self._tracked_tensors().items():
-                self._shadow[name] = local_shard(tensor).detach().float().clone()
+                self._shadow[name] = local_shard(tensor).detach().to(torch.float32, copy=True)
             self._drift.begin(self._shadow)
         return self._shadow
 
@@ -196,12 +199,54 @@ class EMATeacher(StudentCopyTeacher):
     def _move(self, shadow: dict[str, Tensor], student: dict[str, Tensor], step: int, updated: bool) -> None:
         if not updated:
             return
-        values = [student[name].detach().to(value.dtype) for name, value in shadow.items()]
-        torch._foreach_lerp_(list(shadow.values()), values, 1 - self.decay_at(step))
-        parameters = dict(self.model.named_parameters()).keys()
-        for (name, value), new in zip(shadow.items(), values, strict=True):
-            if name not in parameters:  # a buffer that is a mask has -inf, whose average with itself is NaN
-                value.copy_(new.where(new.isinf(), value))
+        parameters, weight = dict(self.model.named_parameters()).keys(), 1 - self.decay_at(step)
+        averaged = [(value, student[name].detach()) for name, value in shadow.items() if name in parameters]
+        for bucket in _buckets(averaged, _BUCKET_BYTES):
+            values = [value for value, _ in bucket]
+            torch._foreach_lerp_(values, [new.to(value.dtype) for value, new in bucket], weight)
+        buffers = [(value, student[name].detach()) for name, value in shadow.items() if name not in parameters]
+        for value, new in (pair for bucket in _buckets(buffers, _BUCKET_BYTES // 4) for pair in bucket):
+            new = new.to(value.dtype)
+            value.copy_(new.where(new.isinf(), value.lerp_(new, weight)))  # inf of a mask: inf - inf would be NaN
+
+
+def _buckets(pairs: Iterable[_Pair], max_bytes: int) -> Iterator[list[_Pair]]:
+    """Divide pairs of (teacher's tensor, student's tensor) into buckets of similar size.
+
+    Args:
+        pairs: tensors of one shape each, the teacher's in float32.
+        max_bytes: size of a bucket in bytes of float32; larger tensors are divided into views. A pair of which both are
+            float32 needs no copy and counts as nothing.
+
+    Returns:
+        lists of pairs; each element of each tensor is in one of them.
+    """
+    bucket, num_bytes = list[_Pair](), 0
+    for piece in chain.from_iterable(_pieces(pair, max_bytes) for pair in pairs):
+        size = _copied_bytes(piece)
+        if bucket and num_bytes + size > max_bytes:
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(piece)
+        num_bytes += size
+    if bucket:
+        yield bucket
+
+
+def _pieces(pair: _Pair, max_bytes: int) -> Iterator[_Pair]:
+    """Divide a pair into halves until its copy has at most `max_bytes`."""
+    if _copied_bytes(pair) <= max_bytes or pair[0].numel() == 1:
+        yield pair
+        return
+    dim = next(dim for dim, size in enumerate(pair[0].shape) if size > 1)
+    halves = (tensor.split((tensor.shape[dim] + 1) // 2, dim) for tensor in pair)
+    for teacher_half, student_half in zip(*halves, strict=True):
+        yield from _pieces((teacher_half, student_half), max_bytes)
+
+
+def _copied_bytes(pair: _Pair) -> int:
+    value, new = pair
+    return 0 if new.dtype == value.dtype else value.numel() * value.element_size()
 
 
 class SnapshotTeacher(StudentCopyTeacher):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from gpu_meter import GpuMeter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import build, rows
 from transformers import TrainerCallback
 
 from hf_distill import DistillError
-from hf_distill.teachers import EMATeacher, SnapshotTeacher
+from hf_distill.teachers import EMATeacher, SnapshotTeacher, ema
 
 ALONE = dict(max_steps=5, learning_rate=0.05, alpha=0.5, lr_scheduler_type="constant")
 
@@ -231,3 +232,57 @@ def test_a_shadow_of_other_weights_is_refused(make_trainer, tmp_path):
     trainer.teacher._ensure_shadow()
     with pytest.raises(DistillError, match=r"another teacher: model\.embed_tokens\.weight is either in"):
         trainer.teacher.load(str(tmp_path / "out" / "checkpoint-1"), 0)
+
+
+def naive_average(shadow, student, parameters, weight):
+    """Average all weights at once; an infinite element of a buffer is copied."""
+    values = [student[name].to(value.dtype) for name, value in shadow.items()]
+    torch._foreach_lerp_(list(shadow.values()), values, weight)
+    for (name, value), new in zip(shadow.items(), values, strict=True):
+        if name not in parameters:
+            value.copy_(new.where(new.isinf(), value))
+    return shadow
+
+
+def prepared(model, decay=0.9):
+    teacher = EMATeacher(decay)
+    teacher.prepare(model, torch.device("cpu"))
+    return teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bucket_bytes", [4, 1000, 2**28])
+def test_the_average_in_buckets_equals_that_of_all_weights_at_once_bit_for_bit(monkeypatch, dtype, bucket_bytes):
+    monkeypatch.setattr(ema, "_BUCKET_BYTES", bucket_bytes)
+    model = build("llama", 0, layers=1, width=16).to(dtype)
+    model.register_buffer("mask", torch.tensor([[0.0, -torch.inf], [1.0, 2.0]], dtype=dtype).T)
+    teacher = prepared(model)
+    expected = {name: value.clone() for name, value in teacher._ensure_shadow().items()}
+    assert "mask" in expected
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+        model.mask[1, 1] = torch.inf
+    tracked = {name: t.detach() for name, t in teacher._tracked_tensors().items()}
+    naive_average(expected, tracked, dict(model.named_parameters()), 1 - 0.9)
+    teacher.on_step_end(1, True)
+    for name, value in teacher._ensure_shadow().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_update_of_the_average_allocates_no_more_than_a_bucket(monkeypatch):
+    """In bf16, float32 copies of all weights would need 4 bytes for each of them in addition."""
+    monkeypatch.setattr(ema, "_BUCKET_BYTES", 2**16)
+    model = build("llama", 0, layers=3, width=128, vocab=2000).to(torch.bfloat16)
+    model.register_buffer("mask", torch.zeros(300, 300, dtype=torch.bfloat16))
+    model.to("meta")
+    teacher = prepared(model)
+    with GpuMeter() as creation:
+        shadow = teacher._ensure_shadow()
+    shadow_bytes = sum(value.nbytes for value in shadow.values())
+    assert shadow_bytes > 40 * 2**16
+    largest = max(value.nbytes for value in shadow.values())
+    assert creation.peak_bytes < shadow_bytes + largest / 2  # the samples of the initial weights are kept, too
+    with GpuMeter() as update:
+        teacher.on_step_end(1, True)
+    assert 2**15 < update.peak_bytes <= 2**16
