@@ -1,0 +1,1 @@
+"""Remote teachers: a teacher that runs on a server."""
