@@ -1,6 +1,7 @@
 """What `RemoteTeacher` needs from a server, whatever its protocol: rows of token ids go in, tensors come out.
 
-Shape letters are those of `hf_distill.core.targets`: S tokens of a row, T target tokens of a row, V vocabulary, H width.
+Shape letters are those of `hf_distill.core.targets`: S tokens and T target tokens of a row,
+V vocabulary, H width.
 """
 
 from abc import ABC, abstractmethod
@@ -57,8 +58,8 @@ class RemoteProtocol(ABC):
     """One API of a server. Every method but `to_signals` may be called from any thread and any process.
 
     An object is picklable, also after it was used: connections are opened when a process first needs them.
-    Errors: `DistillError` if the input or the server's configuration is wrong, `RunError` if a server fails; the message
-    names the URL and the response.
+    Errors: `DistillError` if the input or the server's configuration is wrong, `RunError` if a server fails; the
+    message names the URL and the response.
 
     name:        the value of `api` that selects this protocol
     row_tokens:  number of tokens that a request needs in addition to those of its row
