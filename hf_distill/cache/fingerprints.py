@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..models.compilation import uncompiled_name
 from ..models.model_types import unwrap_parallel
 from ..models.sharding import full_tensor, gathered
 
@@ -22,7 +23,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     parameters that a device map has offloaded, only name and shape are read.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(unwrap_parallel(model).named_parameters()):
+    named = {uncompiled_name(name): parameter for name, parameter in unwrap_parallel(model).named_parameters()}
+    for name, parameter in sorted(named.items()):
         with gathered([parameter]):
             flat = full_tensor(parameter).detach().flatten()
             if flat.is_meta:

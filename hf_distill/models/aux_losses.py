@@ -264,7 +264,12 @@ def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], _T]
     Raises:
         _ModelLossError: the forward fails.
     """
-    with torch.no_grad(), losses.recorded(replace), _unchanged(model):
+    with (
+        torch.no_grad(),
+        losses.recorded(replace),
+        _unchanged(model),
+        torch.compiler.set_stance("force_eager"),  # a few rows would make the shapes of compiled blocks dynamic
+    ):
         try:
             return call()
         except Exception as error:

@@ -45,7 +45,8 @@ _INSPECTED = {"output_dir", "report_to", "deepspeed", "dataloader_num_workers", 
 REFUSED = {
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     *("hub_revision", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("resume_from_checkpoint", "torch_compile", "torch_compile_backend", "torch_compile_mode", "debug"),
+    *("resume_from_checkpoint", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("compile_teacher", "debug"),
     *("enable_jit_checkpoint", "parallelism_config", "dataloader_multiprocessing_context", "label_names"),
     *("ddp_backend", "local_rank"),
 }

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..core.deepspeed_config import check_placement, check_teacher_config, fill_teacher_config, read_deepspeed
 from ..errors import DistillError, collect_errors, raise_if_any, require_package
+from ..models.compilation import without_compilation_around_head
 from ..models.model_types import is_zero3_partitioned, model_type_of
 from .pretrained import load_pretrained
 
@@ -133,19 +134,18 @@ class TeacherLoader:
 
 
 def run_eagerly(model: nn.Module) -> nn.Module:
-    """Remove the wrappers of data parallelism and compilation, which a teacher does not need.
+    """Remove the wrappers of data parallelism, which a teacher does not need, and compilation around its output head.
 
     A compiled forward would not see that the forward of the output head is replaced for each call.
     """
-    inner, compiled = model, False
+    inner = model
     while isinstance(inner, OptimizedModule | DistributedDataParallel | DataParallel):
-        compiled |= isinstance(inner, OptimizedModule)
         inner = inner._orig_mod if isinstance(inner, OptimizedModule) else inner.module
-    if getattr(inner, "_compiled_call_impl", None) is not None:
-        inner._compiled_call_impl, compiled = None, True
-    if compiled:
+    inner, was_compiled = without_compilation_around_head(inner)
+    if was_compiled or isinstance(model, OptimizedModule):
         logger.warning_once(
-            "The teacher is compiled: it runs without compilation, because the forward of its output head is replaced."
+            "The teacher is compiled: it runs without compilation, because the forward of its output head is replaced. "
+            "compile_teacher=True, with torch_compile=True, compiles its transformer blocks."
         )
     return inner
 

@@ -17,8 +17,8 @@ from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
 
 Parsed = TypeVar("Parsed", dict, list)
-# Fields that say how training is monitored; they do not change what the student learns.
-RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps")
+# Fields that say how training is run and monitored; they do not change the objective. In a recipe they are in `train`.
+RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps", "compile_teacher")
 
 
 @dataclass
@@ -93,6 +93,13 @@ class DistillArguments:
         default=False,
         metadata={"help": "Whether to shard the teacher over all processes with FSDP2. The default is False."},
     )
+    compile_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether torch_compile also compiles the transformer blocks of frozen teachers. The default is "
+            "False: it compiles those of the student."
+        },
+    )
     stop_on_signal: bool = field(
         default=False,
         metadata={
@@ -142,7 +149,7 @@ class DistillArguments:
             if not (may_be_none and value is None) and (type(value) is not int or value < 1):
                 expected = "None, or a whole number of at least 1" if may_be_none else "a whole number of at least 1"
                 problems.append(f"{name} is {value!r}; it must be {expected}")
-        for name in ("teacher_fsdp", "stop_on_signal", "self_check"):
+        for name in ("teacher_fsdp", "compile_teacher", "stop_on_signal", "self_check"):
             if not isinstance(value := getattr(self, name), bool):
                 problems.append(f"{name} is {value!r}; it must be True or False")
         if self.teacher_deepspeed is not None and not isinstance(self.teacher_deepspeed, dict | str | os.PathLike):

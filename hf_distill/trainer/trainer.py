@@ -7,7 +7,7 @@ the objects that `DistillMixin` creates before or after the method of the Traine
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +32,7 @@ from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
+from .compilation import compile_frozen_teachers, compile_student, incompatible_features, whole_model_uncompiled
 from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
 from .distiller import Distiller
 from .hub import CardOptions, ModelCardWriter, pushes_checkpoint
@@ -240,6 +241,7 @@ class DistillMixin(_Base):
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         makes_students = self.model_init is not None
         prepare_teacher(teacher, self.model, self.args, self.processing_class, datasets, makes_students)
+        compile_frozen_teachers(teacher, self.args)
         self._set_objective(distill_args, renew=True)
         self.data_collator = collator_for_models(self)
         self.label_names = ["labels"]  # the Trainer derives them from the forward, which may name others or none
@@ -252,6 +254,8 @@ class DistillMixin(_Base):
             renew: whether projectors are initialized again even if the objective needs the same ones as before.
         """
         objective = build_objective(distill_args, self.teacher, self.args.label_smoothing_factor)
+        raise_if_any(incompatible_features(objective.student, self.model, self.teacher, self.args))
+        compile_student(self.model, self.args)
         teachers = teachers_by_name(self.teacher)
         features = Features.match(
             objective.student,
@@ -337,7 +341,12 @@ class DistillMixin(_Base):
         """
         with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():
             checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
-            return super().train(checkpoint, *args, **kwargs)
+            with self._compilation():
+                return super().train(checkpoint, *args, **kwargs)
+
+    def _compilation(self) -> AbstractContextManager[None]:
+        """Keep accelerate from compiling a student whose blocks are compiled; without a teacher it may compile it."""
+        return whole_model_uncompiled(self.accelerator) if self.is_distilling else nullcontext()
 
     def _inner_training_loop(self, *args: object, **kwargs: object) -> TrainOutput:
         """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
@@ -410,9 +419,14 @@ class DistillMixin(_Base):
     ) -> EvalLoopOutput:
         """Run the Trainer's evaluation, and add metrics over all target tokens of the data; see `docs/metrics.md`."""
         self.metric_accumulator.start_evaluation()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        with self._compilation():
+            output = super().evaluation_loop(
+                dataloader,
+                description,
+                prediction_loss_only,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
         if sums := self.metric_accumulator.finish_evaluation(description):
             is_language_model = model_type_of(self.model).vocabulary
             means = self._average_metrics(sums)

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..core.references import path_exists, reference_kind
 from ..teachers.loading import env_world_size
+from .compilation import incompatible_compilation
 
 
 def wrong_arguments(trainer_class: type, loads_models: bool, model: object, args: object) -> list[str]:
@@ -52,11 +52,7 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
             "use_liger_kernel fuses the output head with the cross entropy, so no logits can be compared. Turn it off, "
             "or pass liger_kernel_config={'fused_linear_cross_entropy': False} to use the kernels of the layers alone"
         )
-    if args.torch_compile or is_compiled_module(trainer.model) or getattr(trainer.model, "_compiled_call_impl", None):
-        problems.append(
-            "torch_compile does not work with the output head, which is replaced in each step. Turn it off, and pass a "
-            "model that is not compiled"
-        )
+    problems += incompatible_compilation(trainer.model, args)
     if env_world_size() > 1 and args.world_size == 1:
         problems.append(
             f"the launcher started {env_world_size()} processes, but this one trains alone. On CPUs set use_cpu=True, "

@@ -174,7 +174,8 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         """Generate for the rows that the student completes; after a tool call, for all rows."""
         rows, self._completed_rows = self._completed_rows or [None] * len(prompt_ids), None
         prompts = [ids for ids, row in zip(prompt_ids, rows, strict=True) if row is None]
-        generated = iter(super()._generate_single_turn(prompts, *args, **kwargs) if prompts else ())
+        with torch.compiler.set_stance("force_eager"):  # the cache would make a graph for each block and length
+            generated = iter(super()._generate_single_turn(prompts, *args, **kwargs) if prompts else ())
         return [
             next(generated) if row is None else self._completion(row, ids)
             for ids, row in zip(prompt_ids, rows, strict=True)

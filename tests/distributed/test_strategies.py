@@ -143,6 +143,17 @@ def test_a_sharded_teacher_trains_any_student_as_an_unsharded_one_does(root, res
     assert_same_plain_folder(folder / "straight-saved", reference / "straight-saved")
 
 
+@pytest.mark.parametrize("strategy", [(), ("zero2",), ("fsdp2", "teacher=fsdp2")], ids=["ddp", "zero2", "fsdp2"])
+def test_compiled_blocks_on_two_ranks_train_as_uncompiled_ones_on_one(root, results_of_one_rank, strategy):
+    """With activation checkpointing; each block is compiled once, for training, evaluation and their shapes."""
+    folder = root / "-".join(["compile", *strategy])
+    two = run_script(folder, 2, "compile", *strategy)
+    assert_equal(two, results_of_one_rank())
+    assert two["graph_breaks"] == 0 < two["graphs"] <= 12
+    if strategy != ("fsdp2", "teacher=fsdp2"):
+        assert_same_plain_folder(folder / "straight-saved", root / "one" / "straight-saved")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_nonfinite_step_on_one_rank_is_skipped_on_all_ranks(root, strategy):
     results = run_script(root / f"nonfinite-{strategy}", 2, strategy, "nonfinite")

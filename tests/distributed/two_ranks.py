@@ -1,11 +1,11 @@
 """Trains a tiny student for a few steps on all ranks; rank 0 writes the results.
 
 python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
-    [teacher=zero3|fsdp2] [die|hang|nonfinite]
+    [teacher=zero3|fsdp2] [compile] [die|hang|nonfinite]
 
 ema, mutual, frozen, multi_view and mtp choose a non-frozen teacher. zero1 to fsdp2 choose the strategy of the student,
-`teacher=` that of the teacher. In the second step, die ends rank 1, hang stops
-it, and nonfinite makes its loss infinite.
+`teacher=` that of the teacher. compile compiles the blocks of both models, with activation checkpointing. In the second
+step, die ends rank 1, hang stops it, and nonfinite makes its loss infinite.
 Models are read from FOLDER/../models.
 """
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from tiny import collate, rows
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
@@ -123,6 +124,9 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         teacher_init_kwargs={"attn_implementation": "eager"} if TEACHER in ("zero3", "fsdp2") else None,
         teacher_deepspeed="zero3-teacher.json" if TEACHER == "zero3" else None,
         teacher_fsdp=TEACHER == "fsdp2",
+        torch_compile_backend="eager" if "compile" in variants else None,
+        compile_teacher="compile" in variants,
+        activation_checkpointing="compile" in variants,
     )
     teacher: Any = str(models / "teacher")
     if TEACHER not in ("zero3", "fsdp2"):
@@ -154,6 +158,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     return trainer, {
         "world": trainer.accelerator.num_processes,
         "teacher_share": teacher_share,
+        "graphs": counters["frames"]["ok"],
+        "graph_breaks": counters["graph_break"].total(),
         "log": [{k: float(log[k]) for k in keys if k in log} for log in logs],
         "skipped": [log["step"] for log in logs if log.get("skipped_steps")],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},

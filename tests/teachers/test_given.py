@@ -1,4 +1,4 @@
-"""Teachers as users give them: by path, as adapters, compiled, of other kinds; and what they cannot read."""
+"""Teachers as users give them: by path, as adapters, of other kinds; and what they cannot read."""
 
 import pytest
 import torch
@@ -60,19 +60,6 @@ def test_a_folder_of_adapters_is_loaded_with_its_base(make_trainer, tmp_path, mo
     )
     assert by_path == pytest.approx(by_object, rel=1e-5)
     assert by_path != pytest.approx(first_soft_loss(make_trainer(teacher=str(tmp_path / "base"))), rel=1e-3)
-
-
-def test_a_compiled_teacher_runs_without_compilation(make_trainer):
-    plain = first_soft_loss(make_trainer(teacher=build("llama", 1)))
-    in_place = build("llama", 1)
-    in_place.compile(backend="eager")
-    for teacher in (torch.compile(build("llama", 1), backend="eager"), in_place):
-        assert first_soft_loss(make_trainer(teacher=teacher)) == pytest.approx(plain, rel=1e-6)
-
-
-def test_a_compiled_student_is_refused(make_trainer):
-    with pytest.raises(DistillError, match="not compiled"):
-        make_trainer(model=torch.compile(build("llama"), backend="eager"))
 
 
 class Around(torch.nn.Module):

@@ -89,7 +89,9 @@ def test_a_peer_is_clipped_by_the_changed_max_grad_norm(make_trainer):
         ("teacher_fsdp", True, "changed after the teacher was loaded. Create a new trainer"),
         ("losses", [{"name": "hidden_mse", "layers": [[7, 0]]}], "hidden_mse: "),
         ("alpha", 1.5, r"alpha is 1.5; it must be a number in \[0, 1\]"),
-        ("torch_compile", True, "torch_compile does not work with the output head"),
+        ("torch_compile", True, "changed after the trainer was created"),
+        ("torch_compile_backend", "eager", "changed after the trainer was created"),
+        ("compile_teacher", True, "changed after the trainer was created"),
     ],
 )
 def test_an_argument_that_cannot_change_raises_an_error_every_time(make_trainer, name, value, message):

@@ -267,7 +267,6 @@ def test_a_custom_teacher_class_is_called(make_trainer):
     [
         ({"compute_loss_func": lambda *a, **k: 0}, "compute_loss_func replaces the whole loss"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
-        ({"torch_compile": True}, "torch_compile"),
         ({"label_names": ["start_positions"]}, "label_names"),
         ({"train_dataset": []}, "train_dataset is empty"),
         ({"eval_dataset": []}, "eval_dataset is empty"),

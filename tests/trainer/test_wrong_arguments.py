@@ -20,6 +20,7 @@ def config(tmp_path, **options):
         ("stop_on_signal", [*WRONG, 1]),
         ("self_check", [*WRONG, 1]),
         ("teacher_fsdp", [*WRONG, 1]),
+        ("compile_teacher", [*WRONG, 1]),
         ("teacher_deepspeed", [1.5, 5, True, [], [1], object(), "{"]),
         ("divergence", ["a", "", 1.5, 5, True, [], [1], {}, {"a": 1}, object(), "{"]),
         ("losses", ["hidden_mse", "", "[", "{}", 1.5, True, {}, [1], object()]),

@@ -274,12 +274,19 @@ def test_a_resumed_run_equals_an_uninterrupted_run(make_sft, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
 
 
+def test_compiled_blocks_train_as_uncompiled_ones_do(make_sft):
+    options = dict(packing=True, max_length=64, per_device_train_batch_size=1)
+    compiled = make_sft(**options, torch_compile_backend="eager", compile_teacher=True)
+    assert losses(compiled) == losses(make_sft(**options))
+    assert all(layer._compiled_call_impl for layer in compiled.model.model.layers)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss_type": "dft"}, "loss_type='dft' rewrites the cross entropy"),
         ({"loss_type": "dft", "eval_packing": True}, "loss_type='dft'.*; eval_packing=True without padding-free"),
-        ({"torch_compile": True}, "torch_compile does not work with the output head"),
+        ({"torch_compile_backend": "eager", "losses": HIDDEN}, "torch_compile does not work with hidden_mse"),
         ({"config": DistillConfig}, "args is a DistillConfig.*use DistillSFTConfig"),
         ({"teacher": None, "losses": HIDDEN}, "`losses` are set but there is no teacher"),
     ],
