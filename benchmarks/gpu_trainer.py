@@ -58,7 +58,7 @@ def main() -> None:
     teacher = build(size, size["num_hidden_layers"], 1, teacher_dtype)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, size["vocab_size"], (64, size["length"]), generator=generator)
-    options: dict = {"compile": {"torch_compile": True}}.get(variant, {})
+    options: dict = {"compile": {"torch_compile": True, "compile_teacher": True}}.get(variant, {})
     if variant == "fsdp2":
         options = {
             "fsdp": "full_shard",

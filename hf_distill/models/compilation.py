@@ -81,7 +81,7 @@ def without_compilation_around_head(model: nn.Module) -> tuple[nn.Module, bool]:
     modules = dict(model.named_modules())
     for name in compiled_around_head(model):
         modules[name]._compiled_call_impl = None
-        vars(modules[name]).pop("forward", None)
+        modules[name].__dict__.pop("forward", None)
         found = True
     return model, found
 

@@ -25,8 +25,8 @@ from ..teachers.multi_teacher import teachers_by_name
 # different shapes. It runs blocks eagerly beyond this number, which by default is 8.
 MAX_GRAPHS = 64
 _ZERO3 = (
-    "hooks of DeepSpeed gather the weights of each module and change in each step, so that the blocks would be compiled "
-    "again and again"
+    "hooks of DeepSpeed gather the weights of each module and change in each step, so that the blocks would be "
+    "compiled again and again"
 )
 
 
@@ -97,7 +97,7 @@ def compile_frozen_teachers(teacher: Teacher, args: TrainingArguments) -> None:
     raise_if_any(problems)
 
 
-def incompatible_compilation(student: nn.Module, args: TrainingArguments) -> list[str]:
+def incompatible_compilation(student: Any, args: TrainingArguments) -> list[str]:
     """Return why a student cannot be trained with its compiled modules and the arguments of compilation."""
     if names := compiled_around_head(student):
         name = names[0] or "the model"

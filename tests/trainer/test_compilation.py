@@ -54,14 +54,14 @@ def with_adapters():
     [
         ("llama", None, {}),
         ("llama", None, {"bf16": True, "use_cpu": True}),
-        ("llama", None, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+        ("llama", None, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}),
         ("llama", with_adapters, {}),
         ("llama", mixtral, {}),
         ("gpt2", None, {}),
         ("bert", None, {}),
         ("t5", None, {}),
         ("sequence", None, {}),
-        ("token", None, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        ("token", None, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}),
     ],
 )
 def test_compiled_blocks_train_as_uncompiled_ones_do(make_trainer, kind, make, options):
@@ -258,7 +258,7 @@ def test_models_whose_blocks_are_not_found_are_refused(make_trainer, monkeypatch
 def test_zero3_is_refused_for_student_and_teacher(make_trainer):
     trainer = make_trainer(**EAGER, compile_teacher=True)
     next(trainer.teacher.model.parameters()).ds_id = 0
-    with pytest.raises(DistillError, match="the teacher is sharded with ZeRO-3, .* Shard it with FSDP2"):
+    with pytest.raises(DistillError, match=r"the teacher is sharded with ZeRO-3, .* Shard it with FSDP2"):
         compile_frozen_teachers(trainer.teacher, trainer.args)
     next(trainer.model.parameters()).ds_id = 0
     (problem,) = incompatible_compilation(trainer.model, trainer.args)
