@@ -100,7 +100,8 @@ def _documents_leak(model: nn.Module, collator: object) -> bool:
         return_seq_idx=getattr(collator, "padding_free", False),  # of TRL's collator
     )
     inner, logits = unwrap_model(model), list[Tensor]()
-    with eval_mode(model):
+    # Short rows would make the shapes of compiled blocks dynamic.
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
         for first in ([1, 2, 3, 4], [4, 3, 2, 1]):
             batch = collate([{"input_ids": first}, {"input_ids": [1, 2, 3, 4]}])
             batch = send_to_device(accepted_inputs(model, batch), _input_device(inner))

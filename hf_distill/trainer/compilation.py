@@ -97,7 +97,7 @@ def compile_frozen_teachers(teacher: Teacher, args: TrainingArguments) -> None:
     raise_if_any(problems)
 
 
-def incompatible_compilation(student: Any, args: TrainingArguments) -> list[str]:
+def incompatible_compilation(student: nn.Module, args: TrainingArguments) -> list[str]:
     """Return why a student cannot be trained with its compiled modules and the arguments of compilation."""
     if names := compiled_around_head(student):
         name = names[0] or "the model"

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -52,7 +53,7 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
             "use_liger_kernel fuses the output head with the cross entropy, so no logits can be compared. Turn it off, "
             "or pass liger_kernel_config={'fused_linear_cross_entropy': False} to use the kernels of the layers alone"
         )
-    problems += incompatible_compilation(trainer.model, args)
+    problems += incompatible_compilation(cast(nn.Module, trainer.model), args)
     if env_world_size() > 1 and args.world_size == 1:
         problems.append(
             f"the launcher started {env_world_size()} processes, but this one trains alone. On CPUs set use_cpu=True, "
