@@ -38,7 +38,7 @@ from ..core.signals import Signals
 from ..core.targets import Targets
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits, BufferPool
-from .fused_buffers import auto_chunk_tokens, block_rows, new_row_buffer
+from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, new_row_buffer
 from .kernels.row_losses import HeadOutput, RowLosses
 from .kernels.selection import uses_row_kernel
 from .objective import Term
@@ -155,9 +155,9 @@ class ChunkedLoss:
         row_losses = self._row_losses(student_logits)
         student_buffer = _new_buffer(student_logits, buffer_rows, dtype)
         teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teacher_logits.items()}
-        gradient_buffer = student_buffer
-        if on_gradient is not None and (row_losses or gradient_dtype not in (None, dtype)):
-            gradient_buffer = _new_buffer(student_logits, buffer_rows, gradient_dtype or dtype)
+        gradient_buffer, gradient_dtype = student_buffer, gradient_dtype or dtype
+        if on_gradient and gradient_has_buffer(row_losses is not None, gradient_dtype.itemsize, dtype.itemsize):
+            gradient_buffer = _new_buffer(student_logits, buffer_rows, gradient_dtype)
         names = self._metric_names()
         table = torch.zeros(len(names), num_tokens, dtype=dtype, device=device)
         order = row_losses.names if row_losses else names

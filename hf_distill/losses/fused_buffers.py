@@ -53,6 +53,19 @@ def block_rows(row_bytes: int, device_type: str) -> int:
     return max(1, CPU_CACHE_BYTES // (row_bytes * num_threads)) * num_threads
 
 
+def gradient_has_buffer(uses_kernel: bool, gradient_itemsize: int, itemsize: int) -> bool:
+    """Return whether the gradient of a chunk's logits has a separate buffer; otherwise it overwrites the logits.
+
+    The Triton kernel needs one, because its warps read logits of a row while others write the gradient of that row.
+
+    Args:
+        uses_kernel: whether the Triton kernel computes the chunk.
+        gradient_itemsize: bytes of an element of the gradient.
+        itemsize: bytes of a logit.
+    """
+    return uses_kernel or gradient_itemsize != itemsize
+
+
 def new_row_buffer(like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Allocate a buffer [rows, width] on the device of a tensor; on a GPU the rows are aligned, whatever the width."""
     if like.device.type == "cpu":

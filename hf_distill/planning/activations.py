@@ -4,7 +4,7 @@ Letters: T target tokens, S tokens of a row, H, V and L as in `core/targets.py`;
 c bytes of a number in the compute dtype, r bytes of a number in the residual stream.
 """
 
-from ..losses.fused_buffers import MAX_TEMPORARIES, auto_chunk_tokens, block_rows
+from ..losses.fused_buffers import MAX_TEMPORARIES, auto_chunk_tokens, block_rows, gradient_has_buffer
 from .strategy import Strategy
 from .workload import Workload
 
@@ -61,14 +61,22 @@ def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:
 
 
 def workspace_bytes(workload: Workload) -> int:
-    """Bytes of one chunk of the fused loss: fp32 logits of both models, and temporaries; see `auto_chunk_tokens`.
+    """Bytes of one chunk of the fused loss: fp32 logits of both models, a gradient and temporaries.
 
-    The temporaries hold a block of rows of the student's width. On a GPU the gradient with respect to the logits of a
-    bf16 student has a buffer of its own. A chunk has at most T tokens.
+    A chunk has `chunk_tokens` tokens, or as many as `auto_chunk_tokens` returns, and at most T. On a GPU the Triton
+    kernel or analytic gradients compute it, and the larger of both is returned: the kernel has no temporaries, and
+    always a buffer for the gradient; analytic gradients have temporaries for a block of rows of the student's width.
     """
     student_row, teacher_row = 4 * workload.student.vocab, 4 * workload.teacher.vocab
-    rows = min(workload.tokens, auto_chunk_tokens([workload.student.vocab, workload.teacher.vocab], 4, workload.device))
+    chunk_tokens = workload.chunk_tokens or auto_chunk_tokens(
+        [workload.student.vocab, workload.teacher.vocab], 4, workload.device
+    )
+    rows = min(workload.tokens, chunk_tokens)
     block = min(rows, block_rows(student_row, workload.device))
-    has_gradient_buffer = workload.device != "cpu" and workload.compute == 2
-    gradient_row = student_row // 2 if has_gradient_buffer else 0
-    return rows * (student_row + teacher_row + gradient_row) + MAX_TEMPORARIES * block * student_row
+    gradient_itemsize = 2 if workload.rounds_gradient else 4
+    analytic, kernel = (
+        rows * workload.student.vocab * gradient_itemsize * gradient_has_buffer(uses_kernel, gradient_itemsize, 4)
+        for uses_kernel in (False, workload.device != "cpu")
+    )
+    further = max(analytic + MAX_TEMPORARIES * block * student_row, kernel)
+    return rows * (student_row + teacher_row) + further

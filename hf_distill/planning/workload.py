@@ -26,10 +26,12 @@ class Workload:
     student_dtype:   dtype in which the student is loaded
     teacher_dtype:   dtype in which the teacher is loaded
     mixed_precision: whether it trains with bf16=True or fp16=True
+    fp16:            whether it trains with fp16=True
     checkpointing:   whether it trains with activation checkpointing
     lora:            the student's adapters; None: all weights are trained
     quantization:    "nf4" or "int8" of the student (QLoRA)
     captured:        number of captured feature values per token, of both models
+    chunk_tokens:    target tokens in a chunk of the fused loss; None: it follows from the shapes
     device:          "cuda" or "cpu", on which the workspace of the fused loss depends
 
     `teacher_absent_because` names why no teacher model is loaded: "self", the teacher is the student in another state;
@@ -43,11 +45,13 @@ class Workload:
     student_dtype: torch.dtype = torch.float32
     teacher_dtype: torch.dtype = torch.bfloat16
     mixed_precision: bool = False
+    fp16: bool = False
     checkpointing: bool = False
     lora: Lora | None = None
     quantization: str | None = None
     teacher_absent_because: str = ""
     captured: int = 0
+    chunk_tokens: int | None = None
     device: str = "cuda"
 
     @property
@@ -74,6 +78,12 @@ class Workload:
     def compute(self) -> int:
         """Bytes of a number in the compute dtype of the student, c."""
         return 2 if self.mixed_precision else self.student_dtype.itemsize
+
+    @property
+    def rounds_gradient(self) -> bool:
+        """Whether the gradient of the logits is rounded to bf16: a bf16 student on a GPU; see `core/matmul.py`."""
+        is_bf16 = not self.fp16 if self.mixed_precision else self.student_dtype == torch.bfloat16
+        return self.device != "cpu" and is_bf16
 
     def stored(self, strategy: Strategy) -> int:
         """Return the bytes of a parameter of the student: DeepSpeed casts the model, FSDP2 trains fp32 weights."""
@@ -118,6 +128,7 @@ def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: Pretrained
         student_dtype=_dtype(spec.dtype, student_stats),
         teacher_dtype=_dtype(teacher_dtype, teacher_stats),
         mixed_precision=bool(train.bf16 or train.fp16),
+        fp16=bool(train.fp16),
         checkpointing=bool(
             train.activation_checkpointing
             or train.gradient_checkpointing
@@ -126,6 +137,7 @@ def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: Pretrained
         lora=spec.lora,
         quantization=spec.quantization,
         teacher_absent_because=teacher_absence(recipe),
+        chunk_tokens=train.chunk_tokens,
         captured=sum(_captured_values(loss, student_stats, teacher_stats, length) for loss in recipe.losses),
     )
 

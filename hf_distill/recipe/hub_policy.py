@@ -36,7 +36,7 @@ ALLOWED = {
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order"),
     *("remove_unused_columns", "train_sampling_strategy", "length_column_name", "run_name"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout"),
-    *("self_check", "max_consecutive_nonfinite_steps"),
+    *("self_check", "max_consecutive_nonfinite_steps", "chunk_tokens"),
     *("fsdp", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "restore_callback_states_from_checkpoint"),
 }
 # Fields whose values are checked by the functions below.

@@ -48,6 +48,7 @@ RANGES: dict[str, Range] = {
     "ddp_timeout": _COUNT,
     "local_rank": {"ge": -1, "lt": 2**31},
     "max_consecutive_nonfinite_steps": _COUNT,
+    "chunk_tokens": _COUNT,
     "early_stopping_patience": _COUNT,
 }
 # Fields that hold a share of all steps (below 1) or a number of steps (from 1).

@@ -18,7 +18,7 @@ from ..models.projectors import ProjectorConfig
 
 Parsed = TypeVar("Parsed", dict, list)
 # Fields that say how training is run and monitored; they do not change the objective. In a recipe they are in `train`.
-RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps", "compile_teacher")
+RUNTIME_FIELDS = ("self_check", "max_consecutive_nonfinite_steps", "compile_teacher", "chunk_tokens")
 
 
 @dataclass

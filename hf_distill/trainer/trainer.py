@@ -33,7 +33,7 @@ from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
 from .compilation import compile_frozen_teachers, compile_student, incompatible_features, whole_model_uncompiled
-from .config import RUNTIME_FIELDS, DistillArguments, DistillConfig
+from .config import DistillArguments, DistillConfig
 from .distiller import Distiller
 from .hub import CardOptions, ModelCardWriter, pushes_checkpoint
 from .metrics import (
@@ -288,7 +288,7 @@ class DistillMixin(_Base):
         if "max_consecutive_nonfinite_steps" in changed:
             self.nonfinite_guard.max_consecutive_steps = self.args.max_consecutive_nonfinite_steps
         distill_args = self._distill_args
-        if [name for name in changed if name not in RUNTIME_FIELDS or name == "self_check"]:
+        if {*changed} - {"max_consecutive_nonfinite_steps"}:
             distill_args = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
         if self.is_distilling and (changed or makes_students):  # model_init created a new student
             self._set_objective(distill_args, renew=makes_students)

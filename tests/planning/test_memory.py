@@ -193,6 +193,38 @@ def test_the_workspace_on_a_cpu_is_that_of_the_fused_loss():
     assert workspace_bytes(replace(workload, batch=1, length=8)) == (8 + 11 * 4) * 8 * 49152
 
 
+def test_chunk_tokens_of_a_recipe_sets_the_chunk_that_is_planned():
+    config, vocab = model_config(SMALL), 49152
+    changed = recipe("train.chunk_tokens=64", "train.per_device_train_batch_size=16")
+    workload = make_workload(changed, config, config)
+    assert workload.chunk_tokens == 64 < workload.tokens
+    on_cpu = replace(workload, device="cpu")
+    block = min(64, 5 * 2**19 // (4 * vocab))
+    assert workspace_bytes(on_cpu) == 64 * 8 * vocab + 11 * block * 4 * vocab
+    assert workspace_bytes(replace(on_cpu, chunk_tokens=None)) > workspace_bytes(on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_of_gradient"),
+    [
+        ({"student_dtype": torch.bfloat16}, 2),
+        ({"student_dtype": torch.float32, "mixed_precision": True}, 2),
+        ({"student_dtype": torch.float32}, 4),
+        ({"student_dtype": torch.float16}, 4),
+        ({"student_dtype": torch.float32, "mixed_precision": True, "fp16": True}, 4),
+    ],
+)
+def test_the_workspace_on_a_gpu_is_the_larger_one_of_kernel_and_analytic_gradients(options, bytes_of_gradient):
+    """The kernel writes the gradient into a separate buffer, also where its dtype is that of the logits."""
+    vocab = 49152
+    temporaries = 11 * (2**26 // (4 * vocab)) * 4 * vocab
+    for tokens in (4096, 2**20):
+        workload = replace(workload_of(model_config(SMALL), **options), batch=1, length=2**20, chunk_tokens=tokens)
+        gradient = tokens * vocab * bytes_of_gradient
+        analytic = temporaries + (gradient if bytes_of_gradient == 2 else 0)
+        assert workspace_bytes(workload) == tokens * 8 * vocab + max(gradient, analytic)
+
+
 def test_no_divergence_takes_more_temporaries_than_the_fused_loss_reserves():
     from hf_distill.core.logits import LazyLogits
     from hf_distill.core.targets import Targets
