@@ -5,19 +5,24 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from ..errors import RunError
 
 _HEARTBEAT_SECONDS = 1.0  # interval of heartbeats
 _SILENT_SECONDS = 5.0  # without a heartbeat for this long, a rank counts as dead
 _FAILED_KEY, _RECEIVED_KEY = "hf_distill-failed", "hf_distill-received"  # keys in the store of torch.distributed
+_STACKS_KEY = "hf_distill-stacks"  # in the store once a rank reports a hang; `-RANK` holds the stack of a rank
+_SHOWN_FRAMES = 15  # of each rank in a report
+_Stack: TypeAlias = tuple[tuple[str, int, str], ...]  # file, line and function of each frame, the innermost first
 _WAITING_PATHS = (
     "/torch/distributed/",
     "/torch/nn/parallel/distributed.py",
@@ -29,8 +34,13 @@ _WAITING_PATHS = (
 class HangWatchdog(TrainerCallback):
     """Watches the ranks of a run from a thread in each process, which sends heartbeats with the current location.
 
-    If a rank has waited for others for 90 % of the timeout, or if a collective fails, the error names the ranks that do
-    not wait or send no heartbeats. If a rank fails, the other ranks end with its message.
+    A rank waits if its stack does not change and either the innermost frame is in `torch.distributed`, or it is inside
+    a training step or evaluation that does not go on. The latter is how a rank waits on a GPU: a collective of NCCL
+    returns at once, and the host waits where it next reads a number of the device, in any function. Compilation and
+    generation change the stack; saving a checkpoint and loading models are not inside a step.
+
+    If a rank has waited for 90 % of the timeout, or if a collective fails, the error names the ranks that are at
+    another line or send no heartbeats. If a rank fails, the other ranks end with its message.
 
     Args:
         timeout: Seconds that a process may wait in a collective (`ddp_timeout`).
@@ -38,27 +48,60 @@ class HangWatchdog(TrainerCallback):
 
     def __init__(self, timeout: float):
         self._timeout_seconds = 0.9 * timeout  # earlier than the timeout of the collective, which names no rank
-        self._steps = self._heartbeats = 0
+        self._num_events = self._heartbeats = 0
+        self._phase = ""  # what goes on only with an event: a step or an evaluation; "" while a rank may take its time
+        self._num_batches = 0  # of the evaluation
         self._over = threading.Event()
         self._failure: str | None = None  # of another process
 
-    def on_step_end(
+    def _record_event(self, phase: str = "") -> None:
+        self._phase = phase
+        self._num_events += 1
+
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Training goes on."""
-        self._steps += 1
+        """The data set is prepared, or read up to the step of a checkpoint, before the first step."""
+        self._record_event()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """A step begins; its data are loaded."""
+        self._record_event(f"step {state.global_step + 1}")
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Training goes on."""
-        self._steps += 1
+        """The step goes on."""
+        self._record_event(self._phase)
 
-    def on_prediction_step(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Evaluation goes on."""
-        self._steps += 1
+        """A log, an evaluation, a checkpoint or the data of the next step may follow."""
+        self._record_event()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: object,
+    ) -> None:
+        """The evaluation goes on; after its last batch the metrics are computed."""
+        self._num_batches += 1
+        is_last = has_length(eval_dataloader) and self._num_batches >= len(eval_dataloader)
+        self._record_event("" if is_last else f"the evaluation after step {state.global_step}")
+        self._num_batches = 0 if is_last else self._num_batches
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """The evaluation ended."""
+        self._num_batches = 0
+        self._record_event()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -75,8 +118,8 @@ class HangWatchdog(TrainerCallback):
         self._store = default_store.clone()  # the thread needs a separate connection
         self._main = threading.get_ident()
         if self._rank == 0:  # an earlier run of these processes may have failed
-            self._store.delete_key(_FAILED_KEY)
-            self._store.delete_key(_RECEIVED_KEY)
+            for key in (_FAILED_KEY, _RECEIVED_KEY, _STACKS_KEY):
+                self._store.delete_key(key)
         self._send_heartbeat(False, "its start")  # others may read it before the first interval ends
         thread = threading.Thread(target=self._run, name="hf_distill-watch", daemon=True)
         thread.start()
@@ -130,22 +173,49 @@ class HangWatchdog(TrainerCallback):
         before, since = None, time.monotonic()
         while not self._over.wait(_HEARTBEAT_SECONDS):
             waits, location, stack = _stack_location(self._main)
+            self._send_stack_if_requested()
             self._send_heartbeat(waits, location)
             self._exit_if_another_rank_failed()
-            now = (self._steps, stack) if waits else None
+            now = self._waiting_state(waits, stack)
             if now is None or now != before:
                 before, since = now, time.monotonic()
             elif time.monotonic() - since > self._timeout_seconds:
-                sys.stderr.write(f"Error: {self._describe_hang(time.monotonic() - since)} {_ADVICE}\n")
+                report = self._describe_hang(time.monotonic() - since, location)
+                sys.stderr.write(f"Error: {report} {_ADVICE}\n{self._describe_stacks()}")
                 sys.stderr.flush()
                 os._exit(1)  # an exception cannot interrupt a collective in the main thread
 
+    def _waiting_state(self, waits: bool, stack: _Stack | None) -> tuple[int, _Stack | None] | None:
+        """Return what does not change while a rank waits; None if it does not wait.
+
+        Args:
+            waits: whether the innermost frame of the main thread is in code that waits for other ranks.
+            stack: the stack of the main thread.
+        """
+        return (self._num_events, stack) if waits or self._phase else None
+
     def _send_heartbeat(self, waits: bool, location: str) -> None:
         self._heartbeats += 1
+        where = f"{location} ({self._phase})" if self._phase else location
         try:
-            self._store.set(f"hf_distill-{self._rank}", json.dumps([self._heartbeats, waits, location]))
+            self._store.set(f"hf_distill-{self._rank}", json.dumps([self._heartbeats, waits, where]))
         except RuntimeError:  # the process of the store ended, so the collectives fail too
             self._over.set()
+
+    def _send_stack_if_requested(self) -> None:
+        """Write the stack of the main thread to the store, if a rank that reports a hang has requested it."""
+        with suppress(RuntimeError):
+            if self._store.check([_STACKS_KEY]):
+                self._store.set(f"{_STACKS_KEY}-{self._rank}", _format_stack(self._main))
+
+    def _describe_stacks(self) -> str:
+        """Return the stacks of all ranks that sent one."""
+        text = f"Stack of rank {self._rank}:\n{_format_stack(self._main)}"
+        with suppress(RuntimeError):
+            for rank in range(self._world):
+                if rank != self._rank and self._store.check([key := f"{_STACKS_KEY}-{rank}"]):
+                    text += f"Stack of rank {rank}:\n{self._store.get(key).decode()}"
+        return text
 
     def _other_ranks(self) -> dict[int, tuple[int, bool, str]]:
         ranks = [rank for rank in range(self._world) if rank != self._rank]
@@ -172,21 +242,25 @@ class HangWatchdog(TrainerCallback):
         text = "; ".join(f"rank {rank} has ended (last seen at {location})" for rank, location in silent.items())
         return text[:1].upper() + text[1:] + "." if text else None
 
-    def _describe_hang(self, seconds: float) -> str:
+    def _describe_hang(self, seconds: float, location: str) -> str:
+        where = f"{location} ({self._phase})" if self._phase else location
         try:
+            self._store.set(_STACKS_KEY, "")
             silent, others = self._find_silent_ranks()
         except RuntimeError:
             return "Rank 0, which hosts the store of the process group, has ended."
-        busy = {rank: location for rank, (_, waits, location) in others.items() if not waits and rank not in silent}
-        descriptions = [
-            f"rank {rank} sends no heartbeat (last seen at {location})" for rank, location in silent.items()
+        waiting = {rank for rank, (_, waits, at) in others.items() if waits or at == where}
+        descriptions = [f"rank {rank} sends no heartbeat (last seen at {at})" for rank, at in silent.items()]
+        descriptions += [
+            f"rank {rank} is at {at}"
+            for rank, (_, _, at) in others.items()
+            if rank not in silent and rank not in waiting
         ]
-        descriptions += [f"rank {rank} is at {location}" for rank, location in busy.items()]
         if not descriptions:
             descriptions = ["all ranks wait for each other"] + [
-                f"rank {rank} at {location}" for rank, (_, _, location) in others.items()
+                f"rank {rank} at {at}" for rank, (_, _, at) in others.items()
             ]
-        return f"Rank {self._rank} has waited for {seconds:.0f} s: {'; '.join(descriptions)}."
+        return f"Rank {self._rank} has waited for {seconds:.0f} s at {where}: {'; '.join(descriptions)}."
 
 
 _ADVICE = (
@@ -195,7 +269,13 @@ _ADVICE = (
 )
 
 
-def _stack_location(thread: int) -> tuple[bool, str, tuple[tuple[str, int, str], ...] | None]:
+def _format_stack(thread: int) -> str:
+    """Return the innermost frames of a thread as Python prints them."""
+    frame = sys._current_frames().get(thread)
+    return "".join(traceback.format_stack(frame, limit=None)[-_SHOWN_FRAMES:]) if frame is not None else ""
+
+
+def _stack_location(thread: int) -> tuple[bool, str, _Stack | None]:
     """Return whether a thread waits for other ranks, its location as text, and its stack."""
     frame, stack = sys._current_frames().get(thread), []
     while frame is not None:

@@ -18,8 +18,17 @@ SCRIPT = str(Path(__file__).with_name("watched.py"))
     ("fault", "pattern"),
     [
         ("die", r"Rank 1 has ended \(last seen at .*\. The others cannot go on without it"),
-        ("hang", r"Rank 0 has waited for \d+ s: rank 1 is at distributed/watched\.py:\d+ in on_step_begin\."),
-        ("stop", r"Rank 0 has waited for \d+ s: rank 1 sends no heartbeat \(last seen at "),
+        (
+            "hang",
+            r"Rank 0 has waited for \d+ s at .* \(step 3\): rank 1 is at distributed/watched\.py:\d+ in on_step_begin",
+        ),
+        ("stop", r"Rank 0 has waited for \d+ s at .* \(step 3\): rank 1 sends no heartbeat \(last seen at "),
+        (
+            "nccl",  # the host of rank 0 does not wait in torch.distributed
+            r"Rank 0 has waited for \d+ s at distributed/watched\.py:\d+ in read_a_number \(step 3\): rank 1 is at "
+            r"distributed/watched\.py:\d+ in on_step_begin\.[\s\S]*"
+            r"Stack of rank 0:[\s\S]*in read_a_number[\s\S]*Stack of rank 1:[\s\S]*in on_step_begin",
+        ),
     ],
 )
 def test_a_dead_or_hanging_rank_is_reported_and_the_other_rank_ends(tmp_path, fault, pattern):
