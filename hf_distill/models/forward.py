@@ -6,6 +6,7 @@ head reads it there, after the wrappers' hooks, and the model passes it on as if
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -20,6 +21,7 @@ from ..losses.fused import ChunkedLoss
 from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .feature_capture import capture_features
 from .features import FeatureLoss
+from .frozen_head import FrozenHead
 from .model_call import named_outputs, prepare_inputs
 from .model_types import unwrap_model, unwrap_parallel
 from .output_head import OutputHead, output_head, replaced_forward
@@ -27,18 +29,26 @@ from .sidecar import sidecar_of
 
 
 def extract_signals(
-    model: nn.Module, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]
+    model: nn.Module,
+    inputs: dict,
+    targets: Targets,
+    feature_requests: Mapping[FeatureKey, FeatureTokens],
+    frozen_head: FrozenHead | None = None,
 ) -> Signals:
-    """Run a model and return its logits and features for the target tokens.
+    """Run a model and return its logits and features for the target tokens, on the device of the targets.
 
     The logits are lazy (hidden states and the output head's weight) unless `output_head` requires materialized ones.
+    Only hidden states, features and materialized logits of the target tokens are moved to the device of the targets.
 
     Args:
         model: a model in eval mode; the caller disables gradients.
-        inputs: the collator's batch.
-        targets: T target tokens.
+        inputs: the collator's batch, on the device of the model's inputs.
+        targets: T target tokens, on the student's device.
         feature_requests: feature key -> the N tokens whose features are captured.
+        frozen_head: holds the copy of the output head of a frozen model; None: the head's weight is read each time, and
+            must be on the device of the targets.
     """
+    device = targets.labels.device
     inputs = prepare_inputs(unwrap_model(model), inputs)
     head = output_head(model, inputs)
     lazy: list[LazyLogits] = []
@@ -47,12 +57,13 @@ def extract_signals(
         lazy.append(lazy_logits.detach())
         return _placeholder_logits(lazy_logits)
 
+    of_head = LazyLogits.of_head if frozen_head is None else partial(frozen_head.lazy_logits, device=device)
     with capture_features(model, feature_requests) as captured:
-        outputs, head_output = _run(model, inputs, targets, head, record_lazy)
-    device = targets.labels.device  # of the student; a teacher may be on several devices
+        outputs, head_output = _run(model, inputs, targets, head, record_lazy, of_head)
     features = {key: feature.to(device) for key, feature in captured.items()}
-    logits = DenseLogits(targets.gather_logits(outputs["logits"])) if head_output is None else lazy[0]
-    return Signals(logits, features)
+    if head_output is None:
+        return Signals(DenseLogits(targets.gather_logits(outputs["logits"]).to(device)), features)
+    return Signals(replace(lazy[0], hidden=lazy[0].hidden.to(device)), features)
 
 
 def forward_with_loss(
@@ -143,9 +154,22 @@ def _placeholder_logits(lazy_logits: LazyLogits) -> Tensor:
 
 
 def _run(
-    model: nn.Module, inputs: dict, targets: Targets, head: OutputHead, on_head: Callable[[LazyLogits], Tensor] | None
+    model: nn.Module,
+    inputs: dict,
+    targets: Targets,
+    head: OutputHead,
+    on_head: Callable[[LazyLogits], Tensor] | None,
+    of_head: Callable[..., LazyLogits] = LazyLogits.of_head,
 ) -> tuple[ModelOutput, Tensor | None]:
     """Run a model with its output head's forward replaced by `on_head`.
+
+    Args:
+        model: the model.
+        inputs: keyword arguments of its forward.
+        targets: T target tokens.
+        head: its output head, as measured.
+        on_head: receives the lazy logits and returns the output of the head; None computes logits.
+        of_head: makes lazy logits of hidden states, weight, bias and scaling.
 
     Returns:
         (outputs, the output of the head after the wrappers' hooks; None if the head computed logits).
@@ -156,7 +180,7 @@ def _run(
     assert isinstance(module, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
-        returned.append(on_head(LazyLogits.of_head(targets.gather(hidden), module.weight, module.bias, scaling)))
+        returned.append(on_head(of_head(targets.gather(hidden), module.weight, module.bias, scaling)))
         return returned[-1]
 
     received: list[Tensor] = []

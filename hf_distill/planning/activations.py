@@ -37,8 +37,9 @@ def activation_bytes(workload: Workload, strategy: Strategy) -> int:
     saved = student.depth * r * student.hidden + block if workload.checkpointing else student.depth * block
     saved += (4 + 2 * r) * student.hidden  # the last norm
     teacher = workload.teacher
-    working = 3 * max(workload.teacher_dtype.itemsize, 2) * (teacher.hidden + teacher.intermediate)
-    working += teacher.heads * workload.length * (4 + workload.teacher_dtype.itemsize) * teacher.eager
+    teacher_c = workload.teacher_compute(strategy)
+    working = 3 * teacher_c * (teacher.hidden + teacher.intermediate)
+    working += teacher.heads * workload.length * (4 + teacher_c) * teacher.eager
     return workload.tokens * max(saved, 0 if strategy.teacher == "cache" else working)
 
 
@@ -51,11 +52,11 @@ def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:
     """
     student, c = workload.student, workload.compute
     second_copy = c if c != 4 else 0
-    states = workload.tokens * (c * student.hidden + workload.teacher_dtype.itemsize * workload.teacher.hidden)
+    states = workload.tokens * (c * student.hidden + workload.teacher_compute(strategy) * workload.teacher.hidden)
     states += workload.tokens * student.hidden * (4 + second_copy)
     weight_gradient = 0 if workload.lora else student.head * (4 + second_copy)
     casts = student.head * c if workload.autocast(strategy) and workload.lora else 0
-    if workload.mixed_precision and workload.teacher_dtype.itemsize > 2:
+    if workload.autocasts_teacher(strategy):
         casts += workload.teacher.head * 2
     return states + weight_gradient + casts
 

@@ -119,7 +119,8 @@ def gathered_bytes(workload: Workload, strategy: Strategy, world: int) -> int:
     fsdp2:      two blocks, because the next one is prefetched, and the parameters outside blocks; a block's gradient
     zero1, 2:   DeepSpeed's reduce bucket
     ddp:        DDP's buckets, a second copy of the gradients
-    autocast:   casts of the trained linear layers to c, which are cached until the forward ends
+    autocast:   casts of the trained linear layers to c, which are cached until the forward ends; those of a frozen
+                teacher are not, so that only the largest linear layer is counted
     nf4:        the largest linear layer, dequantized while it runs
     """
     student, teacher, c = workload.student, workload.teacher, workload.compute
@@ -129,6 +130,8 @@ def gathered_bytes(workload: Workload, strategy: Strategy, world: int) -> int:
         total += workload.trained_parameters * workload.trained(strategy)
     if workload.autocast(strategy) and not workload.lora:
         total += c * (student.linear_weights + student.experts)
+    if workload.autocasts_teacher(strategy) and strategy.teacher != "self":
+        total += 2 * max((prod(shape) for shape in teacher.linear.values()), default=0)
     in_4_bits = [teacher] * (strategy.teacher == "nf4") + [student] * (workload.quantization == "nf4")
     return total + 2 * max((prod(shape) for stats in in_4_bits for shape in stats.linear.values()), default=0)
 

@@ -101,6 +101,15 @@ class Workload:
         """Whether autocast casts fp32 weights to the compute dtype in each forward."""
         return strategy.student in ("single", "ddp") and self.stored(strategy) > self.compute
 
+    def autocasts_teacher(self, strategy: Strategy) -> bool:
+        """Whether the teacher runs under autocast: it is in fp32, not quantized, and not in a DeepSpeed engine."""
+        is_model = strategy.teacher not in ("cache", "nf4", "int8", "zero3")
+        return is_model and self.mixed_precision and self.teacher_dtype == torch.float32
+
+    def teacher_compute(self, strategy: Strategy) -> int:
+        """Return the bytes of a number in the dtype in which the teacher computes."""
+        return 2 if self.autocasts_teacher(strategy) else self.teacher_dtype.itemsize
+
 
 def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig) -> Workload:
     """Return the workload of a recipe.

@@ -77,11 +77,13 @@ class StudentCopyTeacher(SelfTeacher):
         self._is_swapped = True
         student = self._tracked_tensors()
         student_values = [_swap_in(student[name], value) for name, value in shadow.items()]
+        torch.clear_autocast_cache()  # it holds casts of parameters, whose values are replaced
         try:
             yield
         finally:
             for name, value in zip(shadow, student_values, strict=True):
                 _swap_out(student[name], value)
+            torch.clear_autocast_cache()
             self._reshard()
             self._is_swapped = False
 

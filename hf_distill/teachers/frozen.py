@@ -1,24 +1,30 @@
 """The frozen teacher: a model that does not change during training."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals
+from ..models.frozen_head import FrozenHead
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of
 from ..models.output_head import check_head_stays_gathered
+from ..models.precision import autocast_like, computes_in_float32, enabled_autocast_dtype, is_deepspeed_engine
 from .base import Teacher
 from .compatibility import check_model_types, check_teacher_student
 from .input_limits import InputLimits, check_data
 from .loading import TeacherLoader, run_eagerly
 from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
+
+logger = logging.get_logger(__name__)
 
 
 class FrozenTeacher(Teacher):
@@ -65,6 +71,7 @@ class FrozenTeacher(Teacher):
         self.processing_class = processing_class
         self.model = None if isinstance(model, str) else run_eagerly(model)
         self._limits: InputLimits | None = None
+        self._head, self._is_float32 = FrozenHead(), False
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the model fits the student, load it if it is a path or id, freeze it and place it on its device.
@@ -86,6 +93,7 @@ class FrozenTeacher(Teacher):
             check_model_types(model_type_of(self.model), model_type)
         check_head_stays_gathered(self.model)
         self.model.requires_grad_(False).eval()
+        self._is_float32 = computes_in_float32(self.model)
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
 
@@ -108,4 +116,15 @@ class FrozenTeacher(Teacher):
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:
             inputs = self._limits.readable(inputs, targets.numbers)
-        return extract_signals(self.model, inputs, targets, feature_requests)
+        with self._precision(targets.labels.device):
+            return extract_signals(self.model, inputs, targets, feature_requests, self._head)
+
+    def _precision(self, student_device: torch.device) -> AbstractContextManager[object]:
+        """Run a model in float32 under the student's autocast, and any other model in the dtype of its weights."""
+        is_engine = is_deepspeed_engine(self.model)
+        if self._is_float32 and is_engine and enabled_autocast_dtype(student_device) is not None:
+            logger.warning_once(
+                "The ZeRO-3 teacher is loaded in float32 and runs in float32, because DeepSpeed does not use the "
+                "autocast of the student. Load it in a lower precision with teacher_init_kwargs={'dtype': 'bfloat16'}."
+            )
+        return autocast_like(student_device, student_device, enabled=self._is_float32 and not is_engine)

@@ -19,6 +19,7 @@ from ..errors import DistillError, raise_if_any, require_package
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals, measure_output_head
 from ..models.module_state import eval_mode
+from ..models.precision import autocast_like, has_float32_weights
 from ..models.sidecar import strip_sidecar
 from .base import Teacher
 
@@ -39,7 +40,16 @@ class SelfTeacher(Teacher):
         return get_layer_stack(self.model, which)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
-        """Run the student once, in the teacher's state."""
+        """Run the student once, in the teacher's state and in the precision in which it is trained.
+
+        accelerate's autocast is around the forward of the outermost model, so a student inside adapters has none.
+        DeepSpeed casts the weights and uses no autocast.
+        """
+        device = targets.labels.device
+        with autocast_like(device, device, enabled=has_float32_weights(self.model)):
+            return self._run(inputs, targets, feature_requests)
+
+    def _run(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         measure_output_head(self.model, inputs)
         with eval_mode(self.model), self.teacher_mode():
             return self._detach_from_weights(extract_signals(self.model, inputs, targets, feature_requests))

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits, logits_by_teacher
@@ -17,6 +18,7 @@ from ..models.features import FeatureLoss, Features
 from ..models.forward import forward_with_loss
 from ..models.model_call import without_foreign_inputs
 from ..models.model_types import model_type_of, unwrap_model
+from ..models.precision import teacher_autocast
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
 from ..teachers.multi_teacher import teachers_by_name
 
@@ -50,6 +52,7 @@ class Distiller:
        the batch; without a Trainer it shifts the labels.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient.
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
+       With mixed precision the teacher runs under the autocast of the student.
     3. A `MultiViewTeacher` may replace the student's view of the batch; the target tokens stay the same.
     4. The student's forward runs once. `ChunkedLoss` runs in place of its output head and computes the terms on
        logits and their gradients chunk by chunk, so full logits are never materialized.
@@ -61,6 +64,8 @@ class Distiller:
             on a CPU, or into about 1 GiB on a GPU.
         features: the terms on features, matched to student and teacher. The student must have their sidecar attached.
         teacher_terms: the terms of a teacher that is trained with the student.
+        autocast_dtype: dtype of the student's mixed precision, if accelerate wraps its forward with autocast; None: the
+            teacher runs under the autocast that is enabled around the call, if any.
 
     Attributes:
         pre_loss_hook: called before the loss of each batch is computed, with the chunked loss, the student's logits,
@@ -75,7 +80,9 @@ class Distiller:
         chunk_tokens: int | None = None,
         features: Features | None = None,
         teacher_terms: Sequence[Term] = (),
+        autocast_dtype: torch.dtype | None = None,
     ):
+        self.autocast_dtype = autocast_dtype
         self.terms, self.chunk_tokens, self.teacher_terms = terms, chunk_tokens, teacher_terms
         self.features = Features() if features is None else features
         self._logit_terms = [term for term in terms if not term.loss.feature]
@@ -115,9 +122,10 @@ class Distiller:
         feature_tokens = self.features.tokens(inputs, targets)
         feature_requests = self.features.teacher_requests(feature_tokens)
         joint_step = None
-        if isinstance(teacher, TrainableTeacher | MultiTeacher):
-            joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items, self.teacher_terms)
-        teacher_signals = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
+        with teacher_autocast(targets.labels.device, self.autocast_dtype):
+            if isinstance(teacher, TrainableTeacher | MultiTeacher):
+                joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items, self.teacher_terms)
+            teacher_signals = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
 
         teacher_targets = targets
         for each in teachers_by_name(teacher).values():

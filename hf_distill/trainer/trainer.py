@@ -24,6 +24,7 @@ from ..losses.objective import Term
 from ..models.features import Features
 from ..models.model_call import input_names
 from ..models.model_types import model_type_of
+from ..models.precision import MIXED_PRECISION_DTYPES
 from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
 from ..teachers import Teacher, TrainableTeacher
@@ -263,7 +264,10 @@ class DistillMixin(_Base):
             lambda term: teachers[term.teacher].layer_stack(term.stack),
             ProjectorConfig.of(distill_args.projectors),
         )
-        self.distiller = Distiller(objective.student, distill_args.chunk_tokens, features, objective.teacher)
+        autocast_dtype = MIXED_PRECISION_DTYPES.get(self.accelerator.mixed_precision)
+        self.distiller = Distiller(
+            objective.student, distill_args.chunk_tokens, features, objective.teacher, autocast_dtype
+        )
         self._is_self_check_pending = distill_args.self_check
         # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
         self.model_accepts_loss_kwargs = True

@@ -1,6 +1,7 @@
 """Each part of the planned memory equals what real tiny models, peft, bitsandbytes and autograd take."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_distill.planning import ModelStats, Strategy, Workload, estimate_memory, model_config
 from hf_distill.planning.activations import activation_bytes, head_gradient_bytes, workspace_bytes
-from hf_distill.planning.memory import weight_bytes
+from hf_distill.planning.memory import gathered_bytes, weight_bytes
 from hf_distill.planning.workload import make_workload
 from hf_distill.recipe.models import Lora
 
@@ -92,6 +93,22 @@ def test_autocast_adds_casts_of_the_trained_linear_layers():
     single, ddp = (estimate_memory(workload, Strategy("full", s), 2).gathered for s in ("single", "ddp"))
     assert single == 2 * workload.student.linear_weights
     assert ddp == single + 4 * workload.student.parameters
+
+
+@pytest.mark.parametrize("kind", ["full", "fsdp2", "zero3", "nf4", "int8", "cache"])
+def test_autocast_adds_casts_of_a_float32_teacher_where_it_runs_under_autocast(kind):
+    half, single = (
+        workload_of(shrunk("llama", width=64), mixed_precision=True, student_dtype=torch.bfloat16, teacher_dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    strategy, is_cast = Strategy(kind, "ddp"), kind in ("full", "fsdp2")
+    gathered = [gathered_bytes(workload, Strategy(kind, "single"), 1) for workload in (half, single)]
+    head = [head_gradient_bytes(workload, strategy) for workload in (half, single)]
+    largest = max(prod(shape) for shape in half.teacher.linear.values())
+    if kind in ("full", "nf4", "int8", "cache"):
+        assert gathered[1] - gathered[0] == (2 * largest if is_cast else 0)
+    hidden_states = 2 * half.tokens * half.teacher.hidden  # of a teacher that computes in float32
+    assert head[1] - head[0] == (2 * half.teacher.head if is_cast else hidden_states)
 
 
 def test_deepspeed_in_bf16_takes_16_bytes_per_parameter():

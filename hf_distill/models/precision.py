@@ -1,0 +1,70 @@
+"""The precision in which teachers run: accelerate's autocast wraps the forward of the student only."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from .model_types import is_zero3_partitioned
+
+# accelerate's mixed precision -> dtype in which teachers run
+MIXED_PRECISION_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+def teacher_autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Return the autocast in which a teacher runs.
+
+    Args:
+        device: the student's device.
+        dtype: the dtype of the student's mixed precision; None: that of an autocast that is enabled already, if any.
+    """
+    dtype = dtype or enabled_autocast_dtype(device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def enabled_autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast that is enabled for a device; None if there is none."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast_like(student_device: torch.device, device: torch.device, enabled: bool) -> AbstractContextManager[object]:
+    """Return an autocast with the dtype of the one that is enabled for the student's device; nothing if there is none.
+
+    Args:
+        student_device: the student's device.
+        device: the device of the model that runs in the context.
+        enabled: whether the model runs under autocast; otherwise autocast is disabled.
+    """
+    dtype = enabled_autocast_dtype(student_device)
+    if dtype is None or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype, enabled=enabled)
+
+
+def computes_in_float32(model: nn.Module) -> bool:
+    """Whether a model without autocast computes its matrix products in float32, because most weights have this dtype.
+
+    A quantized model computes in the dtype that it was loaded with.
+    """
+    if getattr(model, "quantization_method", None) is not None:
+        return False
+    num_float32 = num_other = 0
+    for p in model.parameters():
+        size = p.ds_numel if hasattr(p, "ds_numel") else p.numel()
+        if p.dtype == torch.float32:
+            num_float32 += size
+        else:
+            num_other += size
+    return num_float32 > num_other
+
+
+def has_float32_weights(model: nn.Module) -> bool:
+    """Whether a parameter is in float32, as that of a student that is trained under autocast, or its adapters."""
+    return any(p.dtype == torch.float32 for p in model.parameters())
+
+
+def is_deepspeed_engine(model: nn.Module) -> bool:
+    """Whether a model is in a DeepSpeed engine, which disables the autocast around it."""
+    return hasattr(model, "module") and is_zero3_partitioned(model)
