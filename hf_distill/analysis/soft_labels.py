@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.defaults import SAMPLES_PER_TOKEN, TOP_K_IDS
+from ..core.logits import cumulative_sum
 from ..planning.cache_size import kinds_of
 
 MASS_IDS = (1, 10, 100)  # numbers of likeliest ids whose mass is measured
@@ -85,7 +86,7 @@ class SoftLabels:
         for t in self.temperatures:
             q = (logits / t).softmax(-1)
             self._append(f"entropy@{t}", torch.special.entr(q).sum(-1))
-            mass = q.gather(1, likeliest).cumsum(-1, dtype=torch.float64)
+            mass = cumulative_sum(q.gather(1, likeliest).double())
             for k in MASS_IDS:
                 self._append(f"mass{k}@{t}", mass[:, min(k, mass.shape[1]) - 1])
             if t == 1:
@@ -160,7 +161,7 @@ def ids_for(probs: Tensor, share: float) -> Tensor:
     counts = torch.full((len(probs),), vocab, device=probs.device)
     remaining, k = torch.arange(len(probs), device=probs.device), min(_FIRST_IDS, vocab)
     while len(remaining):
-        mass = probs[remaining].topk(k).values.cumsum(-1, dtype=torch.float64)
+        mass = cumulative_sum(probs[remaining].topk(k).values.double())
         count = (mass < share).sum(-1) + 1
         is_complete = count <= k
         counts[remaining[is_complete]] = count[is_complete]

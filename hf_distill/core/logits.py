@@ -239,13 +239,11 @@ def logits_by_teacher(
 
 
 def cumulative_sum(values: Tensor) -> Tensor:
-    """Return `values.cumsum(-1)`, also on a GPU with deterministic algorithms.
+    """Return `values.cumsum(-1)`, on any device also with deterministic algorithms.
 
     PyTorch has no deterministic cumulative sum of floating-point numbers on CUDA and raises an error there.
     """
-    if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return values.cumsum(-1)
-    return sum_at_doubling_distances(values)
+    return sum_at_doubling_distances(values) if torch.are_deterministic_algorithms_enabled() else values.cumsum(-1)
 
 
 def sum_at_doubling_distances(values: Tensor) -> Tensor:

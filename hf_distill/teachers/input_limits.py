@@ -53,8 +53,9 @@ class InputLimits:
             if self._needs_position_ids(inputs, ids):
                 numbers[_LARGEST_POSITION] = inputs["position_ids"].max()
             if self.is_id_checked:
-                has_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
-                numbers[_largest(name)] = (ids.masked_fill(mask == 0, 0) if has_mask else ids).max()
+                if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                    ids = ids.masked_fill(mask == 0, 0)
+                numbers[_largest(name)] = ids.max()
         return numbers
 
     def readable(
