@@ -109,12 +109,12 @@ class PackedAttentionCheck(TrainerCallback):
         """
         if not self._is_pending:
             return
-        self._is_pending = False
         for who, model in ({"student": student} | _teacher_models(self._trainer)).items():
             with self._trainer.accelerator.autocast():
                 problem = packed_attention_problem(model, who, self._trainer.data_collator)
             if any_process(problem is not None, self._trainer.args.device):
                 raise DistillError(problem or f"packing: on another rank, documents attend to each other in the {who}.")
+        self._is_pending = False
 
 
 __all__ = ["PackedAttentionCheck", "collator_for_models", "dispatch_problems"]

@@ -12,10 +12,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill.cache import write_cache
 from hf_distill.data import Collator, pack
 from hf_distill.models.model_call import FLASH_ATTENTION_INPUTS, accepted_inputs
 from hf_distill.models.output_head import _shorten
-from hf_distill.teachers import EMATeacher, FrozenTeacher, MultiTeacher, MultiViewTeacher
+from hf_distill.teachers import (
+    CachedTeacher,
+    EMATeacher,
+    FrozenTeacher,
+    MTPTeacher,
+    MultiTeacher,
+    MultiViewTeacher,
+    PeerTeacher,
+)
+from hf_distill.trainer import packed_batches
+from hf_distill.trainer.packed_batches import PackedAttentionCheck
 
 VARLEN = "flash_attention_on_the_cpu"
 ROWS = [
@@ -111,6 +122,8 @@ TEACHERS = {
     "multi": lambda model, other: MultiTeacher({"one": FrozenTeacher(model), "two": FrozenTeacher(other)}),
     "ema": lambda *_: EMATeacher(),
     "multi_view": lambda *_: MultiViewTeacher({"token_dropout": 0.2}),
+    "peer": lambda model, _: PeerTeacher(model, mutual=True),
+    "mtp": lambda *_: MTPTeacher(num_future_tokens=1),
 }
 
 
@@ -126,12 +139,13 @@ def test_student_and_teacher_receive_the_lengths_and_the_loss_is_that_of_sdpa(
         teacher = TEACHERS[kind](*models[1:])
         if kind == "multi_view":
             teacher._tokenizer = smollm2_tokenizer
-        trainer = make_trainer(tmp_path, rows, models[0], teacher, chunk_tokens=16, data_seed=0)
+        options = {"alpha": 0.0} if kind == "mtp" else {}
+        trainer = make_trainer(tmp_path, rows, models[0], teacher, chunk_tokens=16, data_seed=0, **options)
         trainer.train()
         logs.append({name: value for name, value in trainer.state.log_history[0].items() if "loss" in name})
         gradients.append([p.detach() for p in models[0].parameters()])
     expected = naive_lengths(rows)
-    for recorded in calls[: {"frozen": 2, "multi": 3}.get(kind, 1)]:
+    for recorded in calls[: {"frozen": 2, "peer": 2, "multi": 3}.get(kind, 1)]:
         full = [call for call in recorded if call["input_ids"].shape[1] == sum(map(sum, rows["seq_lengths"]))]
         assert full
         for call in full:
@@ -188,3 +202,32 @@ def test_lengths_that_accelerate_would_slice_by_rows_are_refused_or_left_out(tmp
         student = set_attention(build("llama"), varlen)
         trainer = make_trainer(tmp_path, stream, student, build("llama", 1), **options)
         assert trainer.data_collator.return_flash_attn_kwargs == expected
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_a_cache_of_packed_batches_with_lengths_is_that_without(tmp_path, kind, varlen):
+    rows = pack(numbers(0, 12), 24)
+    for folder, attention, collator in (
+        ("sdpa", "sdpa", Collator(0)),
+        ("varlen", varlen, Collator(0, return_flash_attn_kwargs=True)),
+    ):
+        model = set_attention(build("llama", 1), attention)
+        write_cache(str(tmp_path / folder), model, rows, rows, kind=kind, collator=collator, batch_size=4)
+    results = []
+    for folder in ("sdpa", "varlen"):
+        teacher = CachedTeacher(str(tmp_path / folder))
+        trainer = make_trainer(tmp_path / "out", rows, build("llama"), teacher, divergence="forward_kl")
+        trainer.train()
+        results.append(trainer.state.log_history[0]["soft_loss"])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+def test_a_problem_of_another_rank_is_an_error_on_this_one(tmp_path, monkeypatch):
+    """A rank that went on would wait for the others until its timeout."""
+    trainer = make_trainer(tmp_path, pack(numbers(0, 8), 24), build("llama"), build("llama", 1))
+    flags = []
+    monkeypatch.setattr(packed_batches, "any_process", lambda flag, device: flags.append(flag) or len(flags) == 2)
+    trainer.add_callback(PackedAttentionCheck(trainer))
+    with pytest.raises(DistillError, match="on another rank, documents attend to each other in the teacher"):
+        trainer.train()
+    assert flags == [False, False]
