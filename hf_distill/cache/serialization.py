@@ -155,14 +155,10 @@ def _sparse(ragged: Ragged, manifest: Manifest, device: torch.device, vocab_size
     else:
         logs = _WEIGHT_OFFSET_NATS - codec.dequantize_nats(values)
     logs[~is_filled] = -np.inf
-    if (beyond := ids >= vocab_size).any():  # ids of the padded part of the teacher's vocabulary
-        if manifest.kind == "top_k":
-            remaining = np.log1p(-np.where(beyond, np.exp(logs), 0).sum(1).clip(max=1 - 1e-6))
-            logs, extra = logs - remaining[:, None], extra - remaining
-        logs[beyond], ids[beyond] = -np.inf, 0
-    tensors = [torch.from_numpy(array).to(device) for array in (ids, logs, extra)]
-    tail, expected = (tensors[2], None) if manifest.kind == "top_k" else (None, tensors[2])
-    return SparseLogProbs(tensors[0], tensors[1], tail, temperature, expected, manifest.vocab_size)
+    ids, logs, extra = (torch.from_numpy(array) for array in (ids, logs, extra))
+    tail, expected = (extra, None) if manifest.kind == "top_k" else (None, extra)
+    stored = SparseLogProbs(ids, logs, tail, temperature, expected, manifest.vocab_size)
+    return stored.without_ids_from(vocab_size).to(device)
 
 
 def _concatenate(parts: Sequence[bytes | pa.Buffer], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

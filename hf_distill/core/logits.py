@@ -1,8 +1,9 @@
 """Representations of logits: dense, lazy (hidden states and output head) or sparse. Shape letters: see `targets.py`."""
 
 import builtins
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -220,6 +221,31 @@ class SparseLogProbs:
         return SparseLogProbs(
             self.ids[rows], self.log_probs[rows], log_tail, self.temperature, negative_entropy, self.vocab_size
         )
+
+    def to(self, device: torch.device) -> "SparseLogProbs":
+        """Return the log-probabilities on a device."""
+        names = ("ids", "log_probs", "log_tail", "negative_entropy")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t if t is None else t.to(device) for name, t in tensors.items()})
+
+    def without_ids_from(self, vocab_size: int) -> "SparseLogProbs":
+        """Remove the ids of the padded part of the teacher's vocabulary, which the student does not have.
+
+        The probabilities of a top-k teacher are normalized again; the slots become padding slots.
+
+        Args:
+            vocab_size: V of the student.
+        """
+        removed = self.ids >= vocab_size
+        if not removed.any():
+            return self
+        log_probs, log_tail = self.log_probs, self.log_tail
+        if log_tail is not None:
+            mass = torch.where(removed, log_probs.exp(), 0).sum(-1, keepdim=True)
+            log_remaining = torch.log1p(-mass.clamp(max=1 - 1e-6))
+            log_probs, log_tail = log_probs - log_remaining, log_tail - log_remaining[:, 0]
+        ids, log_probs = self.ids.masked_fill(removed, 0), log_probs.masked_fill(removed, -math.inf)
+        return replace(self, ids=ids, log_probs=log_probs, log_tail=log_tail)
 
 
 @dataclass(frozen=True)

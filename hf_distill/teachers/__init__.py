@@ -8,6 +8,7 @@ from .mtp.teacher import MTPTeacher
 from .multi_teacher import MultiTeacher
 from .multi_view.teacher import MultiViewTeacher
 from .peer import PeerTeacher
+from .remote import RemoteTeacher
 from .self_teacher import AdapterBaseTeacher
 from .trainable import TrainableTeacher
 
@@ -20,6 +21,7 @@ __all__ = [
     "MultiTeacher",
     "MultiViewTeacher",
     "PeerTeacher",
+    "RemoteTeacher",
     "SnapshotTeacher",
     "Teacher",
     "TrainableTeacher",

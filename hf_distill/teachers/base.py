@@ -68,6 +68,8 @@ class Teacher(ABC):
     tied_to_student:      whether the teacher works only with the student that it was prepared for
     model:                the teacher model after `prepare`; None if there is none
     provides_soft_labels: whether the teacher gives the student soft labels, whose weight is alpha
+    can_fail:             whether `forward` may raise a RunError during training, as a server can fail; the trainer then
+                          ends training on all ranks, with a checkpoint
     progress:             progress of the training, in [0, 1]; the trainer sets it
     """
 
@@ -75,6 +77,7 @@ class Teacher(ABC):
     tied_to_student: bool = False
     model: Any = None
     provides_soft_labels: bool = True
+    can_fail: bool = False
     progress: float = 0.0
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:

@@ -50,6 +50,7 @@ class MultiTeacher(Teacher):
         total = sum(weights.get(name, 1.0) for name in names)
         self.shares = {name: weights.get(name, 1.0) / total for name in names}
         self.provides_soft_labels, self._progress = bool(names), 0.0
+        self.can_fail = any(teacher.can_fail for teacher in self)
         self.tied_to_student = any(teacher.tied_to_student for teacher in self)
 
     def __iter__(self) -> Iterator[Teacher]:

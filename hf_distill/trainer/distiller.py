@@ -1,6 +1,6 @@
 """One distillation step: `Distiller` takes a batch and returns its loss. It runs with or without a Trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits, logits_by_teacher
-from ..core.signals import Signals
-from ..core.targets import Targets
-from ..errors import DistillError
+from ..core.signals import FeatureKey, Signals
+from ..core.targets import FeatureTokens, Targets
+from ..errors import DistillError, RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.features import FeatureLoss, Features
@@ -20,6 +20,7 @@ from ..models.model_call import without_foreign_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.precision import teacher_autocast
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
+from ..teachers.base import JointStep
 from ..teachers.multi_teacher import teachers_by_name
 
 
@@ -70,8 +71,11 @@ class Distiller:
     Attributes:
         pre_loss_hook: called before the loss of each batch is computed, with the chunked loss, the student's logits,
             the teacher's signals, and the target tokens; None calls nothing.
+        agree_on_failure: called before the student runs, with the error of a teacher that failed, or None; it raises on
+            all ranks if a teacher failed on one. None: the error is raised on this rank only.
     """
 
+    agree_on_failure: Callable[[RunError | None], None] | None = None
     pre_loss_hook: Callable[[ChunkedLoss, LazyLogits | DenseLogits, Signals, Targets], None] | None = None
 
     def __init__(
@@ -121,11 +125,7 @@ class Distiller:
             inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
         feature_tokens = self.features.tokens(inputs, targets)
         feature_requests = self.features.teacher_requests(feature_tokens)
-        joint_step = None
-        with teacher_autocast(targets.labels.device, self.autocast_dtype):
-            if isinstance(teacher, TrainableTeacher | MultiTeacher):
-                joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items, self.teacher_terms)
-            teacher_signals = Signals(None) if joint_step else teacher(inputs, targets, feature_requests)
+        joint_step, teacher_signals = self._run_teacher(teacher, inputs, targets, feature_requests, num_items)
 
         teacher_targets = targets
         for each in teachers_by_name(teacher).values():
@@ -164,6 +164,34 @@ class Distiller:
         if joint_step:
             per_token |= joint_step.per_token
         return StepOutput(loss, per_token, teacher_targets, outputs)
+
+    def _run_teacher(
+        self,
+        teacher: Teacher,
+        inputs: dict,
+        targets: Targets,
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
+        num_items: Tensor | int | None,
+    ) -> tuple[JointStep | None, Signals]:
+        """Return the step of a teacher that is trained with the student, or the signals of any other one.
+
+        Raises:
+            RunError: the teacher failed, on this rank or on another one.
+        """
+        joint_step, signals, failure = None, Signals(None), None
+        try:
+            with teacher_autocast(targets.labels.device, self.autocast_dtype):
+                if isinstance(teacher, TrainableTeacher | MultiTeacher):
+                    joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items, self.teacher_terms)
+                if joint_step is None:
+                    signals = teacher(inputs, targets, feature_requests)
+        except RunError as error:
+            if self.agree_on_failure is None:
+                raise
+            failure = error
+        if self.agree_on_failure is not None:
+            self.agree_on_failure(failure)
+        return joint_step, signals
 
 
 def _check_class_counts(teacher_signals: Signals, student_logits: LazyLogits | DenseLogits) -> None:

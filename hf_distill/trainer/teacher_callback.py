@@ -5,6 +5,7 @@ from collections.abc import Callable
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..teachers import Teacher
+from .teacher_failure import TeacherFailureGuard
 
 
 class TeacherCallback(TrainerCallback):
@@ -13,10 +14,11 @@ class TeacherCallback(TrainerCallback):
     Args:
         teacher: the teacher of the trainer.
         is_student_updated: returns whether the last step changed the student.
+        failure_guard: keeps the state at the end of each step of a teacher that can fail.
     """
 
-    def __init__(self, teacher: Teacher, is_student_updated: Callable[[], bool]):
-        self.teacher, self.is_student_updated = teacher, is_student_updated
+    def __init__(self, teacher: Teacher, is_student_updated: Callable[[], bool], failure_guard: TeacherFailureGuard):
+        self.teacher, self.is_student_updated, self.failure_guard = teacher, is_student_updated, failure_guard
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -32,6 +34,8 @@ class TeacherCallback(TrainerCallback):
         self.teacher.progress = state.global_step / max(state.max_steps, 1)
         self.teacher.on_step_end(state.global_step, self.is_student_updated())
         self._log_at_the_end(args, state, control)
+        if self.teacher.can_fail:
+            self.failure_guard.remember()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

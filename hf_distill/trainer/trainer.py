@@ -8,6 +8,7 @@ the objects that `DistillMixin` creates before or after the method of the Traine
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.targets import SECOND_VIEW_KEYS, target_labels
-from ..errors import raise_if_any
+from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.features import Features
 from ..models.model_call import input_names
@@ -52,6 +53,7 @@ from .signal_handling import stop_on_signal
 from .source_metrics import split_by_source
 from .teacher_argument import OneTeacher, TeacherArgument, choose_teacher, incompatible_teacher, prepare_teacher
 from .teacher_callback import TeacherCallback
+from .teacher_failure import TeacherFailureGuard
 from .terms import build_objective
 from .upstream import TRAINER, check_upstream
 from .validation import incompatible_arguments, wrong_arguments
@@ -72,6 +74,7 @@ class DistillMixin(_Base):
     nonfinite_guard:    skips steps whose loss or gradient is not finite
     sidecar_manager:    trained modules that are not part of the student
     checkpointer:       marks, verifies and rotates checkpoints
+    failure_guard:      ends training with a checkpoint if a teacher's server fails
     """
 
     distiller: Distiller
@@ -102,6 +105,7 @@ class DistillMixin(_Base):
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         self.sidecar_manager, self._card_writer = SidecarManager(), ModelCardWriter()
+        self.failure_guard = TeacherFailureGuard()
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
@@ -238,7 +242,7 @@ class DistillMixin(_Base):
         self.is_distilling, self.teacher = True, teacher
         raise_if_any(self.incompatible_arguments())
         self.pop_callback(TeacherCallback)
-        self.add_callback(TeacherCallback(teacher, lambda: self.updated_student))
+        self.add_callback(TeacherCallback(teacher, lambda: self.updated_student, self.failure_guard))
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         makes_students = self.model_init is not None
         prepare_teacher(teacher, self.model, self.args, self.processing_class, datasets, makes_students)
@@ -268,6 +272,8 @@ class DistillMixin(_Base):
         self.distiller = Distiller(
             objective.student, distill_args.chunk_tokens, features, objective.teacher, autocast_dtype
         )
+        if self.teacher.can_fail:
+            self.distiller.agree_on_failure = lambda failure: self.failure_guard.agree(failure, self.accelerator)
         self._is_self_check_pending = distill_args.self_check
         # The distillation loss is divided by the target tokens of the global batch, whatever the model's forward does.
         self.model_accepts_loss_kwargs = True
@@ -356,16 +362,34 @@ class DistillMixin(_Base):
         """Start with empty records; `auto_find_batch_size` calls this again after a batch did not fit into memory."""
         self.metric_accumulator.reset_training()
         self.nonfinite_guard.reset()
+        self.failure_guard.reset()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
-        """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training."""
+        """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training.
+
+        Raises:
+            RunError: a teacher's server failed; a checkpoint of the last complete step was written.
+        """
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+            try:
+                super()._run_epoch(*args, **kwargs)
+            except RunError as error:
+                if error is not self.failure_guard.failure:
+                    raise
+                folder = Path(self._get_output_dir(kwargs["trial"]))
+                save = partial(self._save_checkpoint, kwargs["model"], kwargs["trial"])
+                raise self.failure_guard.end(folder, self.args, self.state, save) from error
             return
         self.control.should_training_stop = True
         if (checkpoint := kwargs["resume_from_checkpoint"]) is not None:
             self._load_rng_state(checkpoint)
+
+    def _maybe_log_save_evaluate(self, *args: object, **kwargs: object) -> None:
+        """Log, evaluate and save as the Trainer does; an evaluation advances the random generators."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.is_distilling and self.teacher.can_fail:
+            self.failure_guard.remember()
 
     def _finalize_training(self, trial: object, *args: object, **kwargs: object) -> TrainOutput:
         """Make `train_loss` the mean over the steps that have target tokens and were not skipped; NaN if none."""
@@ -463,6 +487,7 @@ class DistillMixin(_Base):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self.checkpointer.writing(folder, self.args, self.accelerator, self.state):
             super()._save_checkpoint(model, trial)
+        self.failure_guard.checkpoint_was_saved(self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with self.checkpointer.users_limit(self.args):

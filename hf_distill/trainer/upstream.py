@@ -24,6 +24,16 @@ TRAINER = {
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_maybe_log_save_evaluate": (
+        "tr_loss",
+        "grad_norm",
+        "model",
+        "trial",
+        "epoch",
+        "ignore_keys_for_eval",
+        "start_time",
+        "learning_rate",
+    ),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_run_epoch": (
         "model",

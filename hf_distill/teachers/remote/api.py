@@ -93,6 +93,10 @@ class RemoteProtocol(ABC):
         """
 
     @abstractmethod
+    def empty_row(self) -> RowTensors:
+        """Return the tensors of a row without target tokens: their first dimension is 0."""
+
+    @abstractmethod
     def to_signals(
         self,
         tensors: RowTensors,
@@ -128,9 +132,9 @@ class RemoteProtocol(ABC):
         """Return the ids of a text without special tokens, from one server; None if it cannot tokenize."""
         return None
 
-    def token_texts(self, url: str, ids: Sequence[int]) -> list[str] | None:
-        """Return the text of each id, from one server; None if it does not decode."""
-        return None
+    def token_texts(self, url: str, ids: Sequence[int]) -> list[str | None]:
+        """Return the text of each id, from one server; None for an id whose text is not known."""
+        return [None] * len(ids)
 
     @abstractmethod
     def summary(self) -> dict[str, object]:

@@ -1,0 +1,84 @@
+"""URLs of teacher servers, and the API key, which comes from the environment only. Imports no torch."""
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from ...errors import DistillError
+
+DEFAULT_KEY_VARIABLE = "HF_DISTILL_TEACHER_API_KEY"
+
+
+def server_urls(url: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the base URLs of servers without a final `/` or `/v1`.
+
+    Args:
+        url: one URL, or several of servers of the same model.
+
+    Raises:
+        DistillError: there is none, one occurs twice, is no http(s) URL, or contains credentials; the message does not
+            repeat credentials.
+    """
+    urls = tuple(_base(each) for each in ([url] if isinstance(url, str) else url))
+    if not urls:
+        raise DistillError('A remote teacher needs a URL, such as "http://127.0.0.1:8000".')
+    if len({*urls}) < len(urls):
+        raise DistillError(f"The URLs of a remote teacher must differ: {', '.join(urls)}. Remove the repeated one.")
+    return urls
+
+
+def _base(url: str) -> str:
+    try:
+        parts = urlsplit(str(url).strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise DistillError(f"The URL of a remote teacher is not valid ({error}): give http://HOST:PORT.") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise DistillError(
+            f"The URL of a remote teacher contains credentials, a query or a fragment (host {host!r}). URLs are "
+            "written into run folders and cards, so they must not contain a key: give http://HOST:PORT, and set the "
+            f"key in the environment variable {DEFAULT_KEY_VARIABLE}, or in one that api_key_env names."
+        )
+    if parts.scheme not in ("http", "https") or not host:
+        raise DistillError(
+            f"The URL of a remote teacher is {url!r}: it must begin with http:// or https:// and name a host, such as "
+            '"http://127.0.0.1:8000".'
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
+
+
+def public_host(url: str) -> str:
+    """Return host and port of a URL, as results and cards record it."""
+    return urlsplit(url).netloc
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL is on this machine, where proxies of the environment do not apply."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_api_key(variable: str | None) -> str | None:
+    """Return the API key of the environment; None if there is none.
+
+    Args:
+        variable: name of the environment variable; None: `DEFAULT_KEY_VARIABLE`, which may be unset.
+
+    Raises:
+        DistillError: the variable that was named is not set, or the name is none.
+    """
+    if variable is None:
+        return os.environ.get(DEFAULT_KEY_VARIABLE) or None
+    if not variable.isidentifier():
+        raise DistillError(
+            "api_key_env must be the name of an environment variable, such as TEACHER_KEY, and not a key itself: a "
+            "key must never be in a recipe or script."
+        )
+    key = os.environ.get(variable)
+    if not key:
+        raise DistillError(f"The environment variable {variable}, which api_key_env names, is not set: export it.")
+    return key

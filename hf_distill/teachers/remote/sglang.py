@@ -1,0 +1,152 @@
+"""The protocol of SGLang: input log-probabilities of `/generate`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...core.signals import FeatureKey, Signals
+from ...core.targets import FeatureTokens
+from ...errors import DistillError
+from ...losses.objective import Term
+from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
+from .identity import START_RETRY_SECONDS, find_models, start_error
+from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
+from .top_k import empty_top_k_row, incompatible_top_k_terms, top_k_row, top_k_signals
+from .vllm import PROBE_IDS, prompt_of, request_tokens
+
+
+class SGLangProtocol(RemoteProtocol):
+    """Requests the log-probabilities of the k most probable ids of each target token from SGLang servers.
+
+    A request starts at the first target token (`logprob_start_len`), so the log-probabilities of a prompt are neither
+    computed nor sent. Of the answer, entry 0 is null, and entry i is the distribution of token logprob_start_len + i
+    after the tokens before it. The temperature does not affect input log-probabilities.
+
+    Args:
+        pool: the servers.
+        model: id of the served model; None: the only one that is served.
+        top_k: k.
+        vocab_size: V of the model, or None if unknown.
+    """
+
+    name = "sglang"
+    row_tokens = 0
+
+    def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
+        self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size
+
+    def check(self) -> list[ServerInfo]:
+        """Find the served model of each server, and request two ids from it.
+
+        Raises:
+            DistillError: see `RemoteProtocol.check`.
+        """
+        infos = find_models(self.pool, self.model, self.name)
+        self.model = infos[0].model
+        for info in infos:
+            try:
+                self._request(TokenRow(PROBE_IDS, (0,)), url=info.url, retry_seconds=START_RETRY_SECONDS)
+            except RequestRefused as error:
+                raise DistillError(
+                    f"The teacher server {error}. Is it an SGLang server? For vLLM set api to vllm."
+                ) from None
+            except ServerFailure as error:
+                raise start_error(error, self.name) from None
+        return infos
+
+    def request_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
+        """Request rows concurrently, one request for each."""
+        return self.pool.map(self._request, rows)
+
+    def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
+        ids, start = prompt_of(row), row.positions[0]
+        wanted = [position + 1 - start for position in row.positions]
+
+        def parse(answer: Any) -> RowTensors:
+            return top_k_row(_entries(answer, ids[start:], wanted), self.top_k, self.vocab_size)
+
+        body = _body(ids, start, self.top_k)
+        return self.pool.request("/generate", body, parse, url=url, retry_seconds=retry_seconds)
+
+    def empty_row(self) -> RowTensors:
+        """Return tensors without target tokens."""
+        return empty_top_k_row(self.top_k)
+
+    def to_signals(
+        self,
+        tensors: RowTensors,
+        device: torch.device,
+        vocab_size: int,
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
+    ) -> Signals:
+        """Return sparse log-probabilities with a tail."""
+        return Signals(top_k_signals(tensors, device, vocab_size, self.vocab_size))
+
+    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
+        """Return the temperatures and features that the server does not return."""
+        return incompatible_top_k_terms(terms, self.name)
+
+    def tokenize(self, url: str, text: str) -> list[int] | None:
+        """Return the ids of a text by `/tokenize`, which newer servers have."""
+        return request_tokens(self.pool, url, {"prompt": text, "add_special_tokens": False})
+
+    def token_texts(self, url: str, ids: Sequence[int]) -> list[str | None]:
+        """Return the texts of ids, which SGLang adds to input log-probabilities on request."""
+        prompt = [*PROBE_IDS[:1], *ids]
+
+        def parse(answer: Any) -> list[str | None]:
+            entries = zip(prompt, _token_logprobs(answer, prompt), strict=True)
+            texts = [entry[2] if len(entry) > 2 and entry[1] == token_id else None for token_id, entry in entries]
+            return [text if isinstance(text, str) else None for text in texts[1:]]
+
+        body = _body(prompt, 0, 1) | {"return_text_in_logprobs": True}
+        return self.pool.request("/generate", body, parse, url=url)
+
+    def summary(self) -> dict[str, object]:
+        """Return `api` and `top_k`."""
+        return {"api": self.name, "top_k": self.top_k}
+
+
+def _body(ids: Sequence[int], start: int, top_k: int) -> dict[str, Any]:
+    """Return a request for the log-probabilities of the tokens after `start`; it generates nothing."""
+    return {
+        "input_ids": list(ids),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": start,
+        "top_logprobs_num": top_k,
+        "stream": False,
+    }
+
+
+def _token_logprobs(answer: Any, ids: Sequence[int]) -> list[Any]:
+    """Return `input_token_logprobs` of an answer, (logprob, id, text) for each id, after its ids were checked.
+
+    SGLang reports the last id of the vocabulary as 0.
+    """
+    meta = answer.get("meta_info") if isinstance(answer, dict) else None
+    values = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+    if not isinstance(values, list) or not all(isinstance(each, list) and len(each) > 1 for each in values):
+        raise MalformedAnswer("it has no meta_info.input_token_logprobs")
+    if len(values) != len(ids):
+        raise MalformedAnswer(f"it has input_token_logprobs of {len(values)} tokens, and {len(ids)} were expected")
+    if any(returned[1] not in (token_id, 0) for returned, token_id in zip(values, ids, strict=True)):
+        raise MalformedAnswer("the ids of its input_token_logprobs are not those that were sent")
+    return values
+
+
+def _entries(answer: Any, ids: Sequence[int], positions: Sequence[int]) -> list[dict[int, float]]:
+    """Return id -> log-probability of the positions; the other positions are not read."""
+    _token_logprobs(answer, ids)
+    values, entries = answer["meta_info"].get("input_top_logprobs"), []
+    if not isinstance(values, list) or len(values) != len(ids):
+        raise MalformedAnswer(f"it has no meta_info.input_top_logprobs of {len(ids)} tokens")
+    for position in positions:
+        try:
+            entries.append({int(entry[1]): float(entry[0]) for entry in values[position]})
+        except (TypeError, ValueError, LookupError) as error:
+            raise MalformedAnswer(
+                f"input_top_logprobs[{position}] is not a list of (logprob, id) ({error!r})"
+            ) from None
+    return entries

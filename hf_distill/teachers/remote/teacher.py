@@ -1,0 +1,177 @@
+"""`RemoteTeacher`: a teacher that runs on a server."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.signals import FeatureKey, Signals
+from ...core.targets import FeatureTokens, Targets
+from ...errors import DistillError, did_you_mean
+from ...losses.objective import Term
+from ...models.blocks import LayerStack
+from ...models.model_types import CAUSAL, model_type_of, unwrap_model
+from ..base import Teacher
+from .address import public_host
+from .api import RemoteProtocol, RowTensors, ServerInfo
+from .identity import check_tokenizer
+from .pool import ServerPool
+from .rows import token_rows
+from .sglang import SGLangProtocol
+from .vllm import VLLMProtocol
+
+DEFAULT_TOP_K = 64
+_PROTOCOLS: dict[str, Callable[[ServerPool, str | None, int, int | None], RemoteProtocol]] = {
+    "vllm": VLLMProtocol,
+    "sglang": SGLangProtocol,
+}
+
+
+class RemoteTeacher(Teacher):
+    """A causal language model on a vLLM or SGLang server, which must have the student's tokenizer.
+
+    The server returns the log-probabilities of the `top_k` most probable ids of each target token at temperature 1;
+    the student's loss is that of a `top_k` cache of the same teacher. Each document with target tokens is one request.
+
+    A request that fails is repeated on another server, see `ServerPool`. If none answers in time, training stops with a
+    checkpoint of the last complete step.
+
+    Args:
+        url: URL of a server, with or without /v1, or several of servers of the same model.
+        model: id of the served model; None: the only one that is served.
+        api: "vllm" or "sglang".
+        top_k: number of ids for each target token. None: 64.
+        vocab_size: V of the teacher; None: that of the student.
+        timeout: seconds until a request counts as failed.
+        retry_seconds: time after its first failure for which a request is repeated.
+        concurrency: largest number of requests in flight in each process.
+        api_key_env: name of the environment variable that holds the API key; None: HF_DISTILL_TEACHER_API_KEY, if it
+            is set. The key is sent as a bearer token, and is neither logged nor saved.
+
+    Raises:
+        DistillError: an argument is wrong.
+    """
+
+    kind = "remote"
+    can_fail = True
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        model: str | None = None,
+        api: str = "vllm",
+        top_k: int | None = None,
+        vocab_size: int | None = None,
+        timeout: float = 120.0,
+        retry_seconds: float = 300.0,
+        concurrency: int = 16,
+        api_key_env: str | None = None,
+    ):
+        if api not in _PROTOCOLS:
+            raise DistillError(f"api of a remote teacher is {api!r}{did_you_mean(api, _PROTOCOLS)}")
+        top_k = DEFAULT_TOP_K if top_k is None else top_k
+        if type(top_k) is not int or top_k < 1:
+            raise DistillError(f"top_k of a remote teacher is {top_k!r}; it must be an integer of at least 1")
+        if vocab_size is not None and top_k > vocab_size:
+            raise DistillError(f"top_k of a remote teacher is {top_k}, and its vocab_size is {vocab_size}: lower top_k")
+        self.pool = ServerPool(
+            url, timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key_env=api_key_env
+        )
+        self.protocol = _PROTOCOLS[api](self.pool, model, top_k, vocab_size)
+        self.servers: list[ServerInfo] = []
+        self._vocab_size = 0  # V of the student
+        self._wait_seconds = 0.0
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Check that the servers serve the model that was named, with the student's tokenizer.
+
+        Raises:
+            DistillError: the student is no causal language model; a server does not answer, or serves another model or
+                tokenizer.
+        """
+        model_type = model_type_of(student)
+        if model_type.name != CAUSAL.name or not model_type.shifts_labels:
+            raise DistillError(
+                f"A remote teacher predicts the next token, and the student is a {model_type.name} or predicts the "
+                "token itself: use a causal language model as student."
+            )
+        self._vocab_size = model_type.num_outputs(unwrap_model(student))
+        self.servers = self.protocol.check()
+        for info in self.servers:
+            check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
+
+    def check_data(self, rows: Any, name: str) -> None:
+        """Check that every document of a data set fits into the context of the servers; a stream is not checked.
+
+        Raises:
+            DistillError: a document is too long.
+        """
+        lengths = [info.context_length for info in self.servers if info.context_length is not None]
+        limit = min(lengths, default=0) - self.protocol.row_tokens
+        longest = max(_document_lengths(rows), default=0)
+        if lengths and longest > limit:
+            raise DistillError(
+                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} "
+                f"(context length {min(lengths)}, of which a request needs {self.protocol.row_tokens}): lower "
+                f"max_length, or start the server with --max-model-len {longest + self.protocol.row_tokens} "
+                "(SGLang: --context-length)."
+            )
+
+    def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
+        """Return the temperatures, divergences and features that the servers do not return."""
+        return self.protocol.incompatible_terms([t for t in terms if t.loss.compares and t.teacher == name])
+
+    def layer_stack(self, which: str | None = None) -> LayerStack:
+        """The layers whose features the servers return; top-k servers return none."""
+        return self.protocol.layer_stack(which)
+
+    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
+        """Request the rows of a batch that have target tokens.
+
+        Raises:
+            RunError: no server answered correctly in time.
+        """
+        start = time.monotonic()
+        tensors = self._request(inputs, targets)
+        self._wait_seconds += time.monotonic() - start
+        return self.protocol.to_signals(tensors, targets.labels.device, self._vocab_size, feature_requests)
+
+    def _request(self, inputs: dict, targets: Targets) -> RowTensors:
+        """Return the tensors of all target tokens of a batch, in their order."""
+        rows = [self.protocol.empty_row(), *self.protocol.request_rows(token_rows(inputs, targets))]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def metrics(self) -> dict[str, float]:
+        """Return `teacher_wait_seconds`, for which this process waited for the servers since the last log."""
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
+        return {"teacher_wait_seconds": seconds}
+
+    def summary(self) -> dict[str, object]:
+        """Return what results and cards record: what answered, without paths and credentials."""
+        models = sorted({info.model for info in self.servers}) or [None]
+        return {
+            "model": models[0],
+            "hosts": [public_host(url) for url in self.pool.urls],
+            **self.protocol.summary(),
+        }
+
+
+def _document_lengths(rows: Any) -> Iterator[int]:
+    """Yield the largest number of tokens of a document in each part of a data set; nothing for other kinds of data."""
+    if hasattr(rows, "column_names") and hasattr(rows, "data"):
+        import pyarrow.compute as pc
+
+        columns = rows.column_names or ()
+        name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+        for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=1000) if name else ():
+            lengths = pc.list_flatten(batch[name]) if name == "seq_lengths" else pc.list_value_length(batch[name])
+            if (longest := pc.max(lengths).as_py()) is not None:
+                yield int(longest)
+    elif isinstance(rows, list):
+        for row in rows:
+            if (ids := row.get("input_ids")) is not None:
+                mask = row.get("attention_mask")
+                yield max(row["seq_lengths"]) if "seq_lengths" in row else len(ids) if mask is None else int(sum(mask))

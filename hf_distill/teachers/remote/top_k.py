@@ -1,0 +1,85 @@
+"""Log-probabilities of the k most probable ids: checks of a server's answer, and conversion to signals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ...core.logits import SparseLogProbs
+from ...losses.objective import Term
+from .api import RowTensors
+from .pool import MalformedAnswer
+
+_MAX_ID = 2**31 - 1
+_ROUNDING = 1e-3  # by which a sum of probabilities may exceed 1
+
+
+def top_k_row(positions: Sequence[Mapping[int, float]], top_k: int, vocab_size: int | None) -> RowTensors:
+    """Return the tensors of a row: `ids` [T, k] int32, ascending, and `log_probs` [T, k] float32.
+
+    Servers add the actual token to its position. Where it is not one of the k most probable ids, it is removed, as it
+    is no part of a `top_k` cache either.
+
+    Args:
+        positions: id -> log-probability for each of the T target tokens.
+        top_k: k.
+        vocab_size: V of the teacher, or None if unknown.
+
+    Raises:
+        MalformedAnswer: there are fewer than k ids, an id is out of range, or the values are no log-probabilities.
+    """
+    ids, log_probs, bound = [], [], _MAX_ID if vocab_size is None else vocab_size
+    for number, entries in enumerate(positions):
+        where = f"target token {number + 1} of {len(positions)}"
+        if len(entries) < top_k:
+            raise MalformedAnswer(f"{where} has {len(entries)} ids, and top_k is {top_k}")
+        if not all(0 <= token_id < bound for token_id in entries):
+            raise MalformedAnswer(f"{where} has an id outside of 0 to {bound - 1}")
+        if not all(math.isfinite(value) and value <= _ROUNDING for value in entries.values()):
+            raise MalformedAnswer(f"{where} has a log-probability that is not finite or above 0")
+        if (total := sum(map(math.exp, entries.values()))) > 1 + _ROUNDING:
+            raise MalformedAnswer(f"the probabilities of {where} sum to {total:.4g}, which is above 1")
+        kept = sorted(sorted(entries, key=lambda token_id: -entries[token_id])[:top_k])
+        ids.append(kept)
+        log_probs.append([entries[token_id] for token_id in kept])
+    return {"ids": torch.tensor(ids, dtype=torch.int32), "log_probs": torch.tensor(log_probs, dtype=torch.float32)}
+
+
+def empty_top_k_row(top_k: int) -> RowTensors:
+    """Return the tensors of `top_k_row` of a row without target tokens."""
+    return {"ids": torch.empty(0, top_k, dtype=torch.int32), "log_probs": torch.empty(0, top_k)}
+
+
+def top_k_signals(tensors: RowTensors, device: torch.device, ids: int, vocab_size: int | None) -> SparseLogProbs:
+    """Return the log-probabilities of target tokens, with the log of the probability of all other ids.
+
+    Args:
+        tensors: of `top_k_row`, concatenated.
+        device: the student's device.
+        ids: V of the student; larger ids of the teacher are removed.
+        vocab_size: V of the teacher; None if it is that of the student.
+    """
+    log_probs = tensors["log_probs"].double()
+    log_tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
+    known = SparseLogProbs(tensors["ids"].long(), log_probs, log_tail, vocab_size=vocab_size).without_ids_from(ids)
+    assert known.log_tail is not None
+    return replace(known, log_probs=known.log_probs.float(), log_tail=known.log_tail.float()).to(device)
+
+
+def incompatible_top_k_terms(terms: Sequence[Term], api: str) -> list[str]:
+    """Return why terms do not work with log-probabilities of k ids at temperature 1."""
+    problems = []
+    for term in terms:
+        if term.loss.feature:
+            problems.append(
+                f"{term.name} compares {term.loss.feature} features, and a server with api: {api} returns "
+                "log-probabilities only: remove the loss, use api: hidden (hidden states), or a local teacher"
+            )
+        elif (temperature := term.options.get("temperature", 1.0)) != 1.0:
+            problems.append(
+                f"{term.name} has temperature {temperature:g}, and a server with api: {api} returns log-probabilities "
+                "at temperature 1 only: set temperature to 1, or use api: hidden (`hf-distill serve`) or a local "
+                "teacher, which support every temperature"
+            )
+    return problems

@@ -1,0 +1,188 @@
+"""The protocol of vLLM: prompt log-probabilities of `/v1/completions`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...core.signals import FeatureKey, Signals
+from ...core.targets import FeatureTokens
+from ...errors import DistillError
+from ...losses.objective import Term
+from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
+from .identity import START_RETRY_SECONDS, find_models, start_error
+from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
+from .top_k import empty_top_k_row, incompatible_top_k_terms, top_k_row, top_k_signals
+
+PROBE_IDS = (0, 1)  # ids that every model has
+
+
+class VLLMProtocol(RemoteProtocol):
+    """Requests the log-probabilities of the k most probable ids of each target token from vLLM servers.
+
+    A request holds the ids up to the last target token and asks for one generated token, the smallest number that vLLM
+    accepts. Sampling parameters do not affect prompt log-probabilities. Of the answer, entry i is the distribution of
+    token i after the tokens before it.
+
+    Args:
+        pool: the servers.
+        model: id of the served model; None: the only one that is served.
+        top_k: k.
+        vocab_size: V of the model, or None if unknown.
+    """
+
+    name = "vllm"
+    row_tokens = 1  # the generated token
+
+    def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
+        self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size
+        self._models: dict[str, str] = {}  # URL -> id of the served model
+
+    def check(self) -> list[ServerInfo]:
+        """Find the served model of each server, and request two ids from it, which shows its limit of k.
+
+        Raises:
+            DistillError: see `RemoteProtocol.check`.
+        """
+        infos = find_models(self.pool, self.model, self.name)
+        self.model = infos[0].model
+        for info in infos:
+            try:
+                self._request(TokenRow(PROBE_IDS, (0,)), url=info.url, retry_seconds=START_RETRY_SECONDS)
+            except RequestRefused as error:
+                raise DistillError(self._explain(error)) from None
+            except ServerFailure as error:
+                raise start_error(error, self.name) from None
+        return infos
+
+    def _explain(self, error: RequestRefused) -> str:
+        """Return what to do about a request that a server refused."""
+        if re.search(r"prompt.?logprobs.*greater than max|max_logprobs", error.message, re.IGNORECASE):
+            return (
+                f"The teacher server {error.url} does not return top_k = {self.top_k} log-probabilities (its answer: "
+                f"{error.message}). Start it with --max-logprobs {self.top_k}, or lower top_k."
+            )
+        return f"The teacher server {error}. Is it a vLLM server? For SGLang set api to sglang."
+
+    def request_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
+        """Request rows concurrently, one request for each."""
+        return self.pool.map(self._request, rows)
+
+    def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
+        ids = prompt_of(row)
+        body = {
+            "model": self.model,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": self.top_k,
+            "add_special_tokens": False,
+        }
+        wanted = [position + 1 for position in row.positions]
+
+        def parse(answer: Any) -> RowTensors:
+            return top_k_row(_entries(answer, ids, wanted), self.top_k, self.vocab_size)
+
+        return self.pool.request("/v1/completions", body, parse, url=url, retry_seconds=retry_seconds)
+
+    def empty_row(self) -> RowTensors:
+        """Return tensors without target tokens."""
+        return empty_top_k_row(self.top_k)
+
+    def to_signals(
+        self,
+        tensors: RowTensors,
+        device: torch.device,
+        vocab_size: int,
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
+    ) -> Signals:
+        """Return sparse log-probabilities with a tail."""
+        return Signals(top_k_signals(tensors, device, vocab_size, self.vocab_size))
+
+    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
+        """Return the temperatures and features that the server does not return."""
+        return incompatible_top_k_terms(terms, self.name)
+
+    def tokenize(self, url: str, text: str) -> list[int] | None:
+        """Return the ids of a text by `/tokenize`."""
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return request_tokens(self.pool, url, body)
+
+    def token_texts(self, url: str, ids: Sequence[int]) -> list[str | None]:
+        """Return the texts of ids, which vLLM adds to prompt log-probabilities."""
+        prompt = [*PROBE_IDS[:1], *ids]
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": 1,
+            "prompt_logprobs": 1,
+            "add_special_tokens": False,
+        }
+
+        def parse(answer: Any) -> list[str | None]:
+            texts = list[str | None]()
+            for token_id, entries in zip(prompt, _prompt_logprobs(answer, prompt), strict=True):
+                entry = entries.get(str(token_id)) if isinstance(entries, dict) else None
+                text = entry.get("decoded_token") if isinstance(entry, dict) else None
+                texts.append(text if isinstance(text, str) else None)
+            return texts[1:]
+
+        return self.pool.request("/v1/completions", body, parse, url=url)
+
+    def summary(self) -> dict[str, object]:
+        """Return `api` and `top_k`."""
+        return {"api": self.name, "top_k": self.top_k}
+
+
+def prompt_of(row: TokenRow) -> list[int]:
+    """Return the ids up to the token after the last target position; a token is added where the row ends before.
+
+    The distribution of a token does not depend on the token itself, so the added one has no effect.
+    """
+    ids = list(row.ids[: row.positions[-1] + 2])
+    return ids if len(ids) > row.positions[-1] + 1 else [*ids, ids[0]]
+
+
+def request_tokens(pool: ServerPool, url: str, body: dict[str, Any]) -> list[int] | None:
+    """Return the answer of `/tokenize`; None if the server has no such endpoint."""
+
+    def parse(answer: Any) -> list[int]:
+        tokens = answer.get("tokens") if isinstance(answer, dict) else None
+        if not isinstance(tokens, list) or not all(type(each) is int for each in tokens):
+            raise MalformedAnswer("/tokenize returned no list of token ids")
+        return tokens
+
+    try:
+        return pool.request("/tokenize", body, parse, url=url, retry_seconds=START_RETRY_SECONDS)
+    except (RequestRefused, ServerFailure):
+        return None
+
+
+def _prompt_logprobs(answer: Any, ids: Sequence[int]) -> list[Any]:
+    """Return `prompt_logprobs` of an answer, after its length and the ids that it belongs to were checked."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
+    if not isinstance(choice, dict) or not isinstance(values := choice.get("prompt_logprobs"), list):
+        raise MalformedAnswer("it has no choices[0].prompt_logprobs")
+    if len(values) != len(ids):
+        raise MalformedAnswer(f"it has prompt_logprobs of {len(values)} tokens, and {len(ids)} were sent")
+    if choice.get("prompt_token_ids") not in (None, list(ids)):
+        raise MalformedAnswer("its prompt_token_ids are not the ids that were sent")
+    return values
+
+
+def _entries(answer: Any, ids: Sequence[int], positions: Sequence[int]) -> list[dict[int, float]]:
+    """Return id -> log-probability of the positions; the other positions are not read."""
+    values, entries = _prompt_logprobs(answer, ids), []
+    for position in positions:
+        of_token = values[position]
+        if not isinstance(of_token, dict):
+            raise MalformedAnswer(f"prompt_logprobs[{position}] is {type(of_token).__name__}, not an object")
+        if str(ids[position]) not in of_token:
+            raise MalformedAnswer(f"prompt_logprobs[{position}] lacks the token {ids[position]} that was sent")
+        try:
+            entries.append({int(token_id): float(entry["logprob"]) for token_id, entry in of_token.items()})
+        except (TypeError, ValueError, KeyError) as error:
+            raise MalformedAnswer(f"prompt_logprobs[{position}] has an entry without a logprob ({error!r})") from None
+    return entries
