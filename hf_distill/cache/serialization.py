@@ -155,9 +155,9 @@ def _sparse(ragged: Ragged, manifest: Manifest, device: torch.device, vocab_size
     else:
         logs = _WEIGHT_OFFSET_NATS - codec.dequantize_nats(values)
     logs[~is_filled] = -np.inf
-    ids, logs, extra = (torch.from_numpy(array) for array in (ids, logs, extra))
-    tail, expected = (extra, None) if manifest.kind == "top_k" else (None, extra)
-    stored = SparseLogProbs(ids, logs, tail, temperature, expected, manifest.vocab_size)
+    token_ids, log_probs, per_token = (torch.from_numpy(array) for array in (ids, logs, extra))
+    tail, expected = (per_token, None) if manifest.kind == "top_k" else (None, per_token)
+    stored = SparseLogProbs(token_ids, log_probs, tail, temperature, expected, manifest.vocab_size)
     return stored.without_ids_from(vocab_size).to(device)
 
 

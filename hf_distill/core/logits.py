@@ -224,9 +224,11 @@ class SparseLogProbs:
 
     def to(self, device: torch.device) -> "SparseLogProbs":
         """Return the log-probabilities on a device."""
-        names = ("ids", "log_probs", "log_tail", "negative_entropy")
-        tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: t if t is None else t.to(device) for name, t in tensors.items()})
+        log_tail, negative_entropy = (
+            None if t is None else t.to(device) for t in (self.log_tail, self.negative_entropy)
+        )
+        ids, log_probs = self.ids.to(device), self.log_probs.to(device)
+        return SparseLogProbs(ids, log_probs, log_tail, self.temperature, negative_entropy, self.vocab_size)
 
     def without_ids_from(self, vocab_size: int) -> "SparseLogProbs":
         """Remove the ids of the padded part of the teacher's vocabulary, which the student does not have.

@@ -365,7 +365,7 @@ class DistillMixin(_Base):
         self.failure_guard.reset()
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _run_epoch(self, *args: object, **kwargs: object) -> None:
+    def _run_epoch(self, *args: object, **kwargs: Any) -> None:
         """Run an epoch, but no step after the last one: the Trainer runs one if it resumes from a finished training.
 
         Raises:

@@ -151,9 +151,8 @@ class RemoteTeacher(Teacher):
 
     def summary(self) -> dict[str, object]:
         """Return what results and cards record: what answered, without paths and credentials."""
-        models = sorted({info.model for info in self.servers}) or [None]
         return {
-            "model": models[0],
+            "model": self.servers[0].model if self.servers else None,
             "hosts": [public_host(url) for url in self.pool.urls],
             **self.protocol.summary(),
         }
