@@ -21,6 +21,13 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def enabled_autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast that is enabled for a device; None if there is none."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 @dataclass(frozen=True)
 class DenseLogits:
     """Materialized logits: `values` [T, V]."""
@@ -135,10 +142,9 @@ class LazyLogits:
             bias: [V], its parameter, or None.
             scaling: scale and soft cap after the head.
         """
-        device = hidden.device.type
-        if not torch.is_autocast_enabled(device):
+        dtype = enabled_autocast_dtype(hidden.device)
+        if dtype is None:
             return cls(hidden, weight, bias, scaling)
-        dtype = torch.get_autocast_dtype(device)
         hidden, cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
         bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
         is_cast = cast.dtype.itemsize < weight.dtype.itemsize

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.logits import LazyLogits, LogitScaling
-from .precision import enabled_autocast_dtype
+from ..core.logits import LazyLogits, LogitScaling, enabled_autocast_dtype
 
 
 @dataclass

@@ -228,7 +228,7 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: 
             return OutputHead(head, None, reason)
         assert logits is not None
         hidden, raw, positions = sample[0]
-        model_logits = logits.flatten(0, -2)[positions].to(raw.dtype)
+        model_logits = logits.flatten(0, -2)[positions.to(logits.device)].to(raw.dtype)
         del outputs_of_head[1:]
         probe = _probe(outputs_of_head[0])
         parameters = _UsedParameters()

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from ..core.logits import enabled_autocast_dtype
 from .model_types import is_zero3_partitioned
 
 # accelerate's mixed precision -> dtype in which teachers run
@@ -20,13 +21,6 @@ def teacher_autocast(device: torch.device, dtype: torch.dtype | None) -> Abstrac
     """
     dtype = dtype or enabled_autocast_dtype(device)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def enabled_autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype of the autocast that is enabled for a device; None if there is none."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def autocast_like(student_device: torch.device, device: torch.device, enabled: bool) -> AbstractContextManager[object]:

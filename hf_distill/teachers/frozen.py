@@ -5,9 +5,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..core.logits import enabled_autocast_dtype
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
@@ -17,11 +19,12 @@ from ..models.frozen_head import FrozenHead
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of
 from ..models.output_head import check_head_stays_gathered
-from ..models.precision import autocast_like, computes_in_float32, enabled_autocast_dtype, is_deepspeed_engine
+from ..models.placement import devices_of, input_device, is_tensor_parallel
+from ..models.precision import autocast_like, computes_in_float32, is_deepspeed_engine
 from .base import Teacher
 from .compatibility import check_model_types, check_teacher_student
 from .input_limits import InputLimits, check_data
-from .loading import TeacherLoader, run_eagerly
+from .loading import TENSOR_PARALLEL_TEACHER, TeacherLoader, run_eagerly
 from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
 
 logger = logging.get_logger(__name__)
@@ -91,11 +94,23 @@ class FrozenTeacher(Teacher):
         if self.model is None:
             self.model = self._loader.load(student, self._path, model_or_config, device)
             check_model_types(model_type_of(self.model), model_type)
+        if is_tensor_parallel(self.model):
+            raise DistillError(TENSOR_PARALLEL_TEACHER.format(option="The teacher is divided over processes") + ".")
         check_head_stays_gathered(self.model)
         self.model.requires_grad_(False).eval()
         self._is_float32 = computes_in_float32(self.model)
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
+
+    def is_elsewhere(self, device: torch.device) -> bool:
+        """Whether the user placed the model on other devices than the student's, before `prepare` or by a device map.
+
+        Args:
+            device: the student's device.
+        """
+        if self.model is None:
+            return self._loader.init_kwargs.get("device_map") is not None
+        return any(each.type != "cpu" and each != device for each in devices_of(self.model))
 
     def check_data(self, rows: Any, name: str) -> None:
         """Check that the model has an embedding for every id of a data set."""
@@ -112,14 +127,17 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
-        """Run the frozen model once, with those inputs that its forward accepts."""
+        """Run the frozen model once, on its device, with those inputs that its forward accepts."""
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:
             inputs = self._limits.readable(inputs, targets.numbers)
-        with self._precision(targets.labels.device):
+        device = input_device(self.model) or targets.labels.device
+        if device != targets.labels.device:
+            inputs = send_to_device(inputs, device)
+        with self._precision(targets.labels.device, device):
             return extract_signals(self.model, inputs, targets, feature_requests, self._head)
 
-    def _precision(self, student_device: torch.device) -> AbstractContextManager[object]:
+    def _precision(self, student_device: torch.device, device: torch.device) -> AbstractContextManager[object]:
         """Run a model in float32 under the student's autocast, and any other model in the dtype of its weights."""
         is_engine = is_deepspeed_engine(self.model)
         if self._is_float32 and is_engine and enabled_autocast_dtype(student_device) is not None:
@@ -127,4 +145,4 @@ class FrozenTeacher(Teacher):
                 "The ZeRO-3 teacher is loaded in float32 and runs in float32, because DeepSpeed does not use the "
                 "autocast of the student. Load it in a lower precision with teacher_init_kwargs={'dtype': 'bfloat16'}."
             )
-        return autocast_like(student_device, student_device, enabled=self._is_float32 and not is_engine)
+        return autocast_like(student_device, device, enabled=self._is_float32 and not is_engine)

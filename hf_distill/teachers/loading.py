@@ -24,6 +24,8 @@ from ..core.deepspeed_config import check_placement, check_teacher_config, fill_
 from ..errors import DistillError, collect_errors, raise_if_any, require_package
 from ..models.compilation import without_compilation_around_head
 from ..models.model_types import is_zero3_partitioned, model_type_of
+from ..models.placement import devices_of
+from ..models.sharding import is_sharded
 from .pretrained import load_pretrained
 
 logger = logging.get_logger(__name__)
@@ -32,6 +34,11 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 _DEVICES_ARE_SHARED = (
     "{option} spreads one teacher over several devices, and each of the {count} processes of this launch would load "
     "one onto the same devices: start one process, or shard the teacher (deepspeed='zero3-teacher.json' or fsdp=True)"
+)
+
+TENSOR_PARALLEL_TEACHER = (
+    "{option}: tensor parallelism divides the output head of the teacher over processes, and the loss needs the whole "
+    "head. Shard the teacher with fsdp=True or deepspeed='zero3-teacher.json', or quantize it (quantization='nf4')"
 )
 
 
@@ -64,6 +71,11 @@ class TeacherLoader:
             check_placement(quantized, self.deepspeed, self.fsdp, device_map)
         if device_map is not None and env_world_size() > 1 and _spreads(device_map):
             problems.append(_DEVICES_ARE_SHARED.format(option=f"device_map={device_map!r}", count=env_world_size()))
+        tp_options = [name for name in ("tp_plan", "tp_size") if self.init_kwargs.get(name) is not None]
+        if (getattr(self.init_kwargs.get("distributed_config"), "tp_size", None) or 1) > 1:
+            tp_options.append("distributed_config")
+        if tp_options:
+            problems.append(TENSOR_PARALLEL_TEACHER.format(option=" and ".join(tp_options)))
         with collect_errors(problems):
             if self.quantization:
                 require_package("bitsandbytes", "quant", f"quantization={self.quantization!r}")
@@ -107,13 +119,15 @@ class TeacherLoader:
             return load_pretrained(path, model_type, student, config, kwargs)
 
     def dispatch(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Place a frozen model in a DeepSpeed engine or on the device; a spread or sharded model stays where it is.
+        """Place a frozen model in a DeepSpeed engine or, if it is on the CPU, on the device of this process.
 
-        A model that was partitioned because a ZeRO-3 config of the student existed while it was loaded gets an engine
-        too.
+        A model that its user placed on an accelerator stays there, and so does one that is spread over devices, has a
+        device map, is quantized or sharded. A model that was partitioned because a ZeRO-3 config of the student existed
+        while it was loaded gets an engine too.
 
         Raises:
-            DistillError: the model is spread over devices, and there are several processes.
+            DistillError: there are several processes, and the model is spread over devices or is on the device of
+                another process.
         """
         if isinstance(model, PreTrainedModel) and (self.deepspeed or is_zero3_partitioned(model)):
             return deepspeed_engine(model, self._zero3(model.config))
@@ -122,8 +136,12 @@ class TeacherLoader:
             raise DistillError(
                 _DEVICES_ARE_SHARED.format(option=f"the teacher's device map {device_map}", count=env_world_size())
             )
+        if is_sharded(model) or is_fsdp_managed_module(model):
+            return keep_layout(model)
+        devices = devices_of(model)
+        _check_device_of_process(devices, device)
         is_placed = device_map is not None or getattr(model, "quantization_method", None) is not None
-        if is_placed or is_zero3_partitioned(model) or is_fsdp_managed_module(model):
+        if is_placed or any(each.type != "cpu" for each in devices):
             return keep_layout(model)
         return model.to(device)
 
@@ -243,6 +261,27 @@ def _check_processes(option: str, least: int) -> None:
             f"{'has 1 process' if env_world_size() else 'has no launcher'}. Start it with `torchrun --nproc_per_node "
             f"{max(least, 2)} ...` or `accelerate launch ...`, or load the teacher on one GPU with quantization='nf4'."
         )
+
+
+def _check_device_of_process(devices: list[torch.device], device: torch.device) -> None:
+    """Check that a teacher is not on the device on which another process of this machine trains.
+
+    Args:
+        devices: devices of the teacher.
+        device: device of this process.
+
+    Raises:
+        DistillError: it is.
+    """
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", env_world_size()))
+    for each in devices:
+        is_of_process = each.type == device.type != "cpu" and each.index is not None and each.index < num_processes
+        if env_world_size() > 1 and is_of_process and each != device:
+            raise DistillError(
+                f"The teacher is on {each}, on which another process of this launch trains; this process trains on "
+                f"{device}. Leave the teacher on the CPU, and each process moves its copy to its device; or place it "
+                f"on a device that no process trains on (one of {num_processes} or more)."
+            )
 
 
 def _spreads(device_map: Any) -> bool:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..errors import DistillError, raise_if_any
 from ..models.model_types import unwrap_model
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
-from ..teachers.multi_teacher import find_trained_teacher
+from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments
@@ -82,6 +82,23 @@ def build_teacher(teacher: TeacherArgument, distill_args: DistillArguments) -> T
             "Teacher object, which is loaded already. Pass these options to the constructor of the Teacher."
         )
     return teacher
+
+
+def leave_devices_to_teacher(teacher: Teacher | None, args: object) -> None:
+    """Train on one GPU if a process without a launcher sees several and a teacher is on another one than the student.
+
+    A Trainer would use DataParallel over all GPUs. It reads `n_gpu` when it is created.
+
+    Args:
+        teacher: the teacher, before it is prepared; None if there is none.
+        args: the training arguments.
+    """
+    if teacher is None or not isinstance(args, TrainingArguments) or args.n_gpu < 2:
+        return
+    device = args.device
+    if any(isinstance(one, FrozenTeacher) and one.is_elsewhere(device) for one in teachers_by_name(teacher).values()):
+        logger.warning_once(f"The student is trained on {device} alone, because a teacher is on another device.")
+        args._n_gpu = 1
 
 
 def prepare_teacher(

@@ -51,7 +51,14 @@ from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
 from .source_metrics import split_by_source
-from .teacher_argument import OneTeacher, TeacherArgument, choose_teacher, incompatible_teacher, prepare_teacher
+from .teacher_argument import (
+    OneTeacher,
+    TeacherArgument,
+    choose_teacher,
+    incompatible_teacher,
+    leave_devices_to_teacher,
+    prepare_teacher,
+)
 from .teacher_callback import TeacherCallback
 from .teacher_failure import TeacherFailureGuard
 from .terms import build_objective
@@ -102,6 +109,7 @@ class DistillMixin(_Base):
         self.is_distilling, self._is_self_check_pending = self.teacher is not None, False
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
+            leave_devices_to_teacher(self.teacher, args)
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         self.sidecar_manager, self._card_writer = SidecarManager(), ModelCardWriter()

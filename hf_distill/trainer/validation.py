@@ -8,6 +8,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..core.references import path_exists, reference_kind
+from ..models.model_types import unwrap_model
+from ..models.placement import is_tensor_parallel
 from ..teachers.loading import env_world_size
 from .compilation import incompatible_compilation
 
@@ -67,13 +69,15 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
     if args.n_gpu > 1:
         problems.append(
             f"DataParallel over {args.n_gpu} GPUs does not work with a teacher. Start the training with "
-            f"`torchrun --nproc_per_node {args.n_gpu} script.py` or `accelerate launch script.py`"
+            f"`torchrun --nproc_per_node {args.n_gpu} script.py` or `accelerate launch script.py`, or leave GPUs to "
+            "the teacher, for example with teacher.to('cuda:1')"
         )
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         problems.append(
             "context and sequence parallelism split rows over processes, but a teacher needs complete rows. Turn it off"
         )
+    problems += incompatible_placement(trainer)
     if args.label_names is not None and args.label_names != ["labels"]:
         problems.append(
             f"label_names is {args.label_names}, but the target tokens are read from `labels`. Rename the column to "
@@ -84,3 +88,28 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
         if data is not None and hasattr(data, "__len__") and len(data) == 0:
             problems.append(f"{name} is empty. Pass at least one row, or leave it out")
     return problems
+
+
+def incompatible_placement(trainer: Trainer) -> list[str]:
+    """Return why a student cannot be distilled where its weights are, and what to change; empty if it can."""
+    if trainer.get_tp_size() > 1 or is_tensor_parallel(trainer.model):
+        return [
+            "tensor parallelism (tp_size, tp_plan) divides the output head of the student over processes, and the loss "
+            "needs the whole head. Shard the student instead: fsdp=True, deepspeed with ZeRO-3, or "
+            "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))"
+        ]
+    device_map = getattr(unwrap_model(trainer.model), "hf_device_map", None) or {}
+    devices = list(dict.fromkeys(device_map.values()))
+    if len(devices) > 1:
+        return [
+            f"the device_map of the student spreads it over {', '.join(map(str, devices))}, but labels and loss are on "
+            "one device. Load the student without device_map: fsdp=True or deepspeed shards it over several GPUs, and "
+            "quantization with LoRA makes it fit on one. A teacher may be spread"
+        ]
+    if trainer.is_model_parallel:
+        return [
+            f"the device_map of the student places it on {devices[0]}, but the Trainer trains on "
+            f"{trainer.args.device}. Load the student without device_map, or with that device; the teacher may be "
+            "on another one"
+        ]
+    return []
