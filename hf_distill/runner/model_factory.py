@@ -31,7 +31,14 @@ from ..teachers import (
     SnapshotTeacher,
     Teacher,
 )
-from ..teachers.loading import dtype_of, env_world_size, keep_layout, quantization_config, zero3_init_context
+from ..teachers.loading import (
+    direct_loading,
+    dtype_of,
+    env_world_size,
+    keep_layout,
+    quantization_config,
+    zero3_init_context,
+)
 from ..trainer.config import DistillConfig
 from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options
 
@@ -103,8 +110,9 @@ class ModelFactory:
         placement = {name: getattr(spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
         placement = {name: value for name, value in placement.items() if value}
         if spec is self._spec and not placement:
-            self._full_model = self._load_full_model()
-            cast(nn.Module, self._full_model).to(self._args.device)
+            self._full_model = self._load_full_model(**direct_loading(self._args.device))
+            if not hasattr(self._full_model, "hf_device_map"):
+                cast(nn.Module, self._full_model).to(self._args.device)
             return FrozenTeacher(self._full_model, processing_class=self._tokenizer)
         path = self._path_of(spec)
         options = {
@@ -116,13 +124,14 @@ class ModelFactory:
         }
         return FrozenTeacher(path, processing_class=self._tokenizer, **options)
 
-    def _load_full_model(self) -> PreTrainedModel:
+    def _load_full_model(self, **placement: object) -> PreTrainedModel:
         with zero3_init_context(None):
             return load_pretrained(
                 AutoModelForCausalLM,
                 self._path,
                 dtype=self._pruning_source.dtype,
                 **_pretrained_kwargs(self._pruning_source),
+                **placement,
             )
 
     def _load_peer(self, spec: TeacherSpec, path: str) -> PreTrainedModel:
@@ -180,7 +189,7 @@ class ModelFactory:
         merged.save_pretrained(folder)
 
     def _base_student(self, rows: Examples, quantization: str | None, unsharded: bool = False) -> nn.Module:
-        """Load the student without adapters; with `unsharded` it is not sharded over the processes."""
+        """Load the student without adapters; with `unsharded` it is on the CPU and not sharded over the processes."""
         spec, kwargs = self._student, _pretrained_kwargs(self._student)
         if spec.from_teacher:
             return self._pruned_student(rows)
@@ -190,6 +199,8 @@ class ModelFactory:
             kwargs["quantization_config"] = quantization_config(quantization, dtype)
             if self._args.device.type != "cpu":
                 kwargs["device_map"] = {"": self._args.device}
+        elif not (unsharded or self._shard or self._args.deepspeed or self._args.fsdp):
+            kwargs |= direct_loading(self._args.device)  # DeepSpeed and FSDP cast and shard it on the CPU first
         if self._shard and not unsharded:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
         model = load_pretrained(AutoModelForCausalLM, path, dtype=spec.dtype, **kwargs)

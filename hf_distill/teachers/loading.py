@@ -16,7 +16,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.distributed.fsdp import is_fsdp_enabled, is_fsdp_managed_module
 from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
 
@@ -112,6 +112,8 @@ class TeacherLoader:
             kwargs.setdefault("device_map", {"": device})
         if self.fsdp:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=env_world_size())
+        elif not self.deepspeed and "distributed_config" not in kwargs:
+            kwargs = direct_loading(device) | kwargs
         if not self.deepspeed:
             with zero3_init_context(None):
                 return load_pretrained(path, model_type, student, config, kwargs)
@@ -184,6 +186,20 @@ def keep_layout(model: nn.Module) -> nn.Module:
         if state is not None and state.shape[-1] % state.blocksize:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # mypy expects a tensor or module
     return model
+
+
+def direct_loading(device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that load weights to a device, without a full copy in host memory.
+
+    Nothing is returned for devices and strategies that need the weights on the CPU: mps, and accelerate's FSDP with
+    cpu_ram_efficient_loading, in which only one process of each machine loads buffers.
+
+    Args:
+        device: device of this process.
+    """
+    if device.type in ("cpu", "mps") or is_fsdp_enabled():
+        return {}
+    return {"device_map": {"": device}}
 
 
 def dtype_of(config: PretrainedConfig, init_kwargs: dict[str, Any]) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -92,13 +92,14 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
 
 def incompatible_placement(trainer: Trainer) -> list[str]:
     """Return why a student cannot be distilled where its weights are, and what to change; empty if it can."""
-    if trainer.get_tp_size() > 1 or is_tensor_parallel(trainer.model):
+    student: Any = trainer.model
+    if trainer.get_tp_size() > 1 or is_tensor_parallel(student):
         return [
             "tensor parallelism (tp_size, tp_plan) divides the output head of the student over processes, and the loss "
             "needs the whole head. Shard the student instead: fsdp=True, deepspeed with ZeRO-3, or "
             "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...))"
         ]
-    device_map = getattr(unwrap_model(trainer.model), "hf_device_map", None) or {}
+    device_map = getattr(unwrap_model(student), "hf_device_map", None) or {}
     devices = list(dict.fromkeys(device_map.values()))
     if len(devices) > 1:
         return [

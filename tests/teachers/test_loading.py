@@ -2,15 +2,20 @@
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import build, collate, rows
+from transformers import LlamaForCausalLM
 
 from hf_distill import DistillError, FrozenTeacher
 from hf_distill.core.deepspeed_config import fill_teacher_config, read_deepspeed
 from hf_distill.core.signals import FeatureKey
 from hf_distill.core.targets import Targets
+from hf_distill.recipe import load_recipe
+from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.runner.model_factory import ModelFactory
 
 
 @pytest.fixture
@@ -154,3 +159,54 @@ def test_auto_values_of_a_teachers_config_are_filled_from_its_width_and_dtype(tm
         (tmp_path / "own.json").write_text(text)
         with pytest.raises(DistillError, match=message):
             read_deepspeed("own.json", tmp_path)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Lets `from_pretrained` of llamas load to the CPU, and records the arguments that it was called with."""
+    calls, load = [], LlamaForCausalLM.from_pretrained.__func__
+
+    def from_pretrained(cls, path, **kwargs):
+        calls.append(kwargs)
+        result = load(cls, path, **{k: v for k, v in kwargs.items() if k != "device_map"})
+        model = result[0] if isinstance(result, tuple) else result
+        if "device_map" in kwargs:
+            model.hf_device_map = kwargs["device_map"]
+        return result
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(from_pretrained))
+    return calls
+
+
+def test_a_teacher_is_loaded_to_the_device_without_a_copy_in_host_memory(saved, loads, monkeypatch):
+    student = build("llama", 0)
+    FrozenTeacher(saved).prepare(student, CUDA)
+    FrozenTeacher(saved, device_map={"": 1}).prepare(student, CUDA)
+    assert [call["device_map"] for call in loads] == [{"": CUDA}, {"": 1}]
+    loads.clear()
+    FrozenTeacher(saved).prepare(student, torch.device("cpu"))
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda self, device: self)
+    FrozenTeacher(saved).prepare(student, torch.device("mps"))
+    monkeypatch.setattr("hf_distill.teachers.loading.is_fsdp_enabled", lambda: True)
+    FrozenTeacher(saved).prepare(student, CUDA)  # cpu_ram_efficient_loading
+    assert [call.get("device_map") for call in loads] == [None, None, None]
+
+
+@pytest.mark.parametrize("strategy", [{}, {"fsdp": True}, {"deepspeed": {"zero_optimization": {"stage": 2}}}])
+def test_the_models_of_a_recipe_are_loaded_to_the_device_where_the_strategy_allows_it(
+    saved, loads, monkeypatch, strategy, tmp_path
+):
+    recipe = load_recipe(
+        "quickstart", [f"teacher.model={saved}", f"student.model={saved}", "student.from_teacher=null", "control=null"]
+    )
+    args = SimpleNamespace(device=CUDA, seed=0, **({"fsdp": False, "deepspeed": None} | strategy))
+    factory = ModelFactory(recipe, args, saved, byte_tokenizer())
+    assert factory.teacher.model.hf_device_map == {"": CUDA}
+    student = factory.student([])
+    assert [call.get("device_map") for call in loads] == [{"": CUDA}, None if strategy else {"": CUDA}]
+    student.save_pretrained(tmp_path / "adapters")
+    factory._base_student([], None, unsharded=True)  # the adapters are merged on the CPU
+    assert loads[-1].get("device_map") is None
