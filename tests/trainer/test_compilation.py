@@ -132,10 +132,11 @@ def test_checkpoints_have_plain_names_and_training_resumes_exactly(make_trainer,
     assert not any(info.values())
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, straight.model.state_dict()[name])
-    resumed = make_trainer(folder="resumed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
-    for name, value in resumed.model.state_dict().items():
-        assert torch.equal(value, straight.model.state_dict()[name])
+    for compilation in (options, {}):
+        resumed = make_trainer(folder="resumed", **compilation)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+        for name, value in resumed.model.state_dict().items():
+            assert torch.equal(value, straight.model.state_dict()[name])
 
 
 def test_each_student_of_model_init_is_compiled(make_trainer):
