@@ -34,6 +34,15 @@ class Provenance(TypedDict, total=False):
     version: str
 
 
+class ServerFacts(TypedDict, total=False):
+    """What a remote teacher answered: id of the served model, hosts without credentials, API and its options."""
+
+    model: str | None
+    hosts: list[str]
+    api: str
+    top_k: int
+
+
 class StageFacts(TypedDict):
     """A stage of progressive distillation: its models, and the metrics of its student before and after."""
 
@@ -59,5 +68,6 @@ class Results(TypedDict, total=False):
     student: ModelFacts
     teacher: ModelFacts
     caches: dict[str, dict]
+    servers: dict[str, ServerFacts]
     provenance: dict[str, Provenance]
     origin: str

@@ -29,6 +29,9 @@ class TeacherFacts(ModelFacts, total=False):
     revision: str | None
     version: str
     quantization: str
+    api: str
+    hosts: list[str]
+    top_k: int
     license: str | None
     link: str | None
     forbids: str | None

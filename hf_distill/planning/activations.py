@@ -40,7 +40,7 @@ def activation_bytes(workload: Workload, strategy: Strategy) -> int:
     teacher_c = workload.teacher_compute(strategy)
     working = 3 * teacher_c * (teacher.hidden + teacher.intermediate)
     working += teacher.heads * workload.length * (4 + teacher_c) * teacher.eager
-    return workload.tokens * max(saved, 0 if strategy.teacher == "cache" else working)
+    return workload.tokens * max(saved, 0 if strategy.teacher in ("cache", "remote") else working)
 
 
 def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:

@@ -56,7 +56,11 @@ def estimate_memory(workload: Workload, strategy: Strategy, gpus: int) -> Memory
     """
     world, trained_itemsize = strategy.processes(gpus), workload.trained(strategy)
     trained, itemsize = workload.trained_parameters, workload.teacher_dtype.itemsize
-    without_model = {"self": 0, "cache": workload.teacher.head * itemsize}  # a cache of hidden states has the head
+    without_model = {
+        "self": 0,
+        "remote": 0,
+        "cache": workload.teacher.head * itemsize,
+    }  # a cache of hidden states has the head
     teacher = without_model.get(strategy.teacher)
     teacher = weight_bytes(workload.teacher, itemsize, strategy.teacher) if teacher is None else teacher
     student = weight_bytes(workload.student, workload.stored(strategy), workload.quantization or "full")

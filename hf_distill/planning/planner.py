@@ -27,6 +27,7 @@ _UNCOUNTED = {
     "mutual": "the peer's gradients, optimizer states and activations, which equal those of a student of its size",
     "ema": "the averaged weights, 4 bytes per trained parameter",
     "snapshot": "the snapshot, 4 bytes per trained parameter",
+    "remote": "the teacher on its server, which must answer for as many tokens per second as the student trains on",
     "mtp": "the MTP heads, each with a block, a projection of twice the width, and another pass of the output head",
 }
 
@@ -100,10 +101,10 @@ def plan(
     usable = int(memory_bytes * (1 - FRAGMENTATION_SHARE)) - CUDA_CONTEXT_BYTES
     rows = estimate_strategies(workload, recipe_strategy, gpus, usable)
     teacher = model_of(recipe.tokenizer_model, teacher_config, workload.teacher, workload.length)
-    name = recipe.student.model or f"{recipe.primary_teacher.model}, cut to {workload.student.depth} blocks"
+    name = recipe.student.model or f"{recipe.primary_teacher.loaded_model}, cut to {workload.student.depth} blocks"
     student = model_of(name, student_config, workload.student, workload.length, workload)
     pretraining = six_nd(workload.student.parameters, pretraining_tokens)
-    reads_cache = workload.teacher_absent_because == "cache"
+    reads_cache = workload.teacher_absent_because in ("cache", "remote")
     running_teacher = replace(teacher, forward=0.0) if reads_cache else teacher
     processes, speed = recipe_strategy.processes(gpus), peak_tflops * 1e12 * mfu
     cost = cost_of(recipe, processes, running_teacher, student, speed, gpus, pretraining)
@@ -134,7 +135,9 @@ def plan(
 def _uncounted_parts(recipe: Recipe) -> list[str]:
     """Return a sentence for each part of a run that its plan does not count."""
     parts = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
-    others = [spec.model for spec in recipe.all_teachers if spec.model and spec is not recipe.primary_teacher]
+    others = [
+        spec.loaded_model for spec in recipe.all_teachers if spec.loaded_model and spec is not recipe.primary_teacher
+    ]
     parts += [f"the teacher {model} and its forward" for model in others]
     parts += ["the time and the KV cache of generating completions"] if recipe.on_policy else []
     return [f"The plan does not count {part}." for part in parts]
@@ -172,7 +175,7 @@ def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, 
         with collect_errors(problems):
             student = model_config(spec.model, spec.revision)
     raise_if_any(problems)
-    return strategy, student, teacher if recipe.primary_teacher.model else student
+    return strategy, student, teacher if recipe.primary_teacher.loaded_model else student
 
 
 def _prune_config(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:

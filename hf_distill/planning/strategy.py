@@ -8,7 +8,7 @@ from ..recipe.schema import Recipe
 
 SHARDED = ("zero3", "fsdp2")
 # In order of preference: least communication first.
-TEACHERS = ("self", "cache", "full", "int8", "nf4", "device_map", "zero3", "fsdp2")
+TEACHERS = ("self", "remote", "cache", "full", "int8", "nf4", "device_map", "zero3", "fsdp2")
 STUDENTS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
@@ -16,9 +16,9 @@ STUDENTS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 class Strategy:
     """The placement of a teacher and a student.
 
-    teacher:           self: the student's base model; cache: a teacher cache on disk; full, int8 or nf4: each process
-                       has a copy, unquantized or quantized; zero3, fsdp2: sharded over the processes; device_map:
-                       spread over the GPUs of one process
+    teacher:           self: the student's base model; remote: a server; cache: a teacher cache on disk; full, int8 or
+                       nf4: each process has a copy, unquantized or quantized; zero3, fsdp2: sharded over the processes;
+                       device_map: spread over the GPUs of one process
     student:           single: one process; ddp: each process has a copy; zero1: optimizer states are sharded; zero2:
                        gradients too; zero3, fsdp2: weights too
     offload_teacher:   a ZeRO-3 teacher's shards are in host memory
@@ -151,7 +151,9 @@ def teacher_absence(recipe: Recipe) -> str:
     """Return why no teacher model is loaded, see `Workload`; a cache counts only if it serves every example."""
     if all(spec.kind == "cached" and not spec.on_miss for spec in recipe.all_teachers):
         return "cache"
-    return "self" if recipe.primary_teacher.model is None else ""
+    if recipe.kinds == {"remote"}:
+        return "remote"
+    return "self" if recipe.primary_teacher.loaded_model is None else ""
 
 
 def _zero_options(config: object) -> JSONObject:

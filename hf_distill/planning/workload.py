@@ -35,7 +35,7 @@ class Workload:
     device:          "cuda" or "cpu", on which the workspace of the fused loss depends
 
     `teacher_absent_because` names why no teacher model is loaded: "self", the teacher is the student in another state;
-    "cache", it is a teacher cache; "": a teacher model is loaded.
+    "cache", it is a teacher cache; "remote", it is on a server; "": a teacher model is loaded.
     """
 
     student: ModelStats
@@ -103,7 +103,7 @@ class Workload:
 
     def autocasts_teacher(self, strategy: Strategy) -> bool:
         """Whether the teacher runs under autocast: it is in fp32, not quantized, and not in a DeepSpeed engine."""
-        is_model = strategy.teacher not in ("cache", "nf4", "int8", "zero3")
+        is_model = strategy.teacher not in ("cache", "remote", "nf4", "int8", "zero3")
         return is_model and self.mixed_precision and self.teacher_dtype == torch.float32
 
     def teacher_compute(self, strategy: Strategy) -> int:
@@ -127,7 +127,7 @@ def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: Pretrained
     student_stats = ModelStats.of(student, attention)
     teacher_stats = ModelStats.of(teacher, recipe.primary_teacher.attn_implementation)
     fsdp_config = train.fsdp_config if isinstance(train.fsdp_config, dict) else {}
-    teacher_dtype = recipe.primary_teacher.dtype if recipe.primary_teacher.model else spec.dtype
+    teacher_dtype = recipe.primary_teacher.dtype if recipe.primary_teacher.loaded_model else spec.dtype
     length = recipe.data.max_length
     return Workload(
         student=student_stats,

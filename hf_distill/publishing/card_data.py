@@ -109,7 +109,7 @@ def _student(run: Run, provenance: Mapping[str, Provenance]) -> StudentFacts:
     """Return the student's sizes and the model from which its weights were taken."""
     spec = run.recipe.student
     origin: Student | TeacherSpec = (
-        run.recipe.primary_teacher if spec.from_teacher and run.recipe.primary_teacher.model else spec
+        run.recipe.primary_teacher if spec.from_teacher and run.recipe.primary_teacher.loaded_model else spec
     )
     role = "teacher" if origin is not spec else "student"
     return {
@@ -138,13 +138,17 @@ def teacher_cards(
     for spec in recipe.all_teachers:
         name, source = getattr(spec, "name", "teacher"), spec.source_teacher
         provenance = results.get("provenance", {}).get(name, {})
-        card = cast(TeacherFacts, {**provenance, "kind": spec.kind, "model": public_name(source.model)})
+        card = cast(TeacherFacts, {**provenance, "kind": spec.kind, "model": source.model})
+        card |= cast(TeacherFacts, results.get("servers", {}).get(name, {}))
+        card["model"] = public_name(card["model"])
         if source.quantization:
             card["quantization"] = source.quantization
         if source is recipe.primary_teacher:
             sizes = {key: size for key, size in results.get("teacher", {}).items() if key != "block_influence"}
             card |= cast(TeacherFacts, sizes)
-        if source.model and (license := lookup(source.model, source.revision)):
+        model = card["model"] if source.kind == "remote" else source.model
+        is_published = model and (source.kind != "remote" or "/" in model)  # a server may use any name
+        if model and is_published and (license := lookup(model, source.revision)):
             card |= {"license": license.id, "link": license.link, "forbids": license.forbids}
         cards[name] = card
     return cards
@@ -174,7 +178,7 @@ def decide_student_license(
     spec, base_license = recipe.student, None
     if base_model:
         base_license = lookup(base_model, None)
-    elif not spec.from_teacher or not recipe.primary_teacher.model:
+    elif not spec.from_teacher or not recipe.primary_teacher.loaded_model:
         base_license = lookup(str(spec.model), spec.revision)
     return decide_license(teacher_licenses, base_license, repo, license)
 

@@ -52,8 +52,8 @@ def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None
     specs: dict[str, Student | TeacherSpec] = {**students, **teachers}
     for used_for, spec in specs.items():
         source = spec.source_teacher if isinstance(spec, TeacherSpec) else spec
-        if source.model:
-            yield used_for, source.model, "model", source.revision
+        if model := source.loaded_model if isinstance(source, TeacherSpec) else source.model:
+            yield used_for, model, "model", source.revision
         if isinstance(path := getattr(spec, "path", None), str):
             yield f"cache of {used_for}", path, "dataset", None
     sources: dict[str, Source | Eval] = {**recipe.data.sources, "eval": recipe.data.eval}

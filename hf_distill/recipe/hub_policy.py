@@ -7,8 +7,10 @@ user can set any value on the command line.
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
+from ..core.json_types import JSONObject
 from ..core.references import CHAT_TEMPLATES, reference_kind
 from ..errors import DistillError
 from ..hub.model_files import ATTENTION
@@ -68,6 +70,7 @@ _MODEL = re.compile(r"package:[A-Za-z_]\w*/[\w-][\w.-]*\.gguf")  # no dots: find
 _TEXT = re.compile(r"package:[\w.]+")
 _OUTPUT = re.compile(r"(?:runs|caches)(?:/[A-Za-z0-9][\w.-]*)+")
 _MAX_WORKERS = 64
+_PLACEHOLDER_URL = "http://placeholder.invalid"
 
 
 def policy_violations(recipe: Recipe) -> list[str]:
@@ -101,8 +104,9 @@ def _models(recipe: Recipe) -> Iterator[str]:
 
 
 def _model(spec: Student | TeacherSpec, location: str) -> Iterator[str]:
-    if spec.model is not None and (why := _why_not_public(spec.model, _MODEL)):
-        yield f"{location}.model: {spec.model!r} {why}; an untrusted recipe must give the id of a model on the Hub"
+    model = spec.loaded_model if isinstance(spec, TeacherSpec) else spec.model
+    if model is not None and (why := _why_not_public(model, _MODEL)):
+        yield f"{location}.model: {model!r} {why}; an untrusted recipe must give the id of a model on the Hub"
     if spec.attn_implementation not in (None, *ATTENTION):
         yield (
             f"{location}.attn_implementation: {spec.attn_implementation!r} would be downloaded and run; allowed are "
@@ -117,7 +121,26 @@ def _model(spec: Student | TeacherSpec, location: str) -> Iterator[str]:
             )
 
 
+def with_placeholder_urls(values: JSONObject) -> JSONObject:
+    """Return the values of an untrusted recipe with a URL for each remote teacher, so that they can be validated.
+
+    The user names the servers on the command line.
+    """
+    values = deepcopy(values)
+    several = values.get("teachers")
+    for spec in [values.get("teacher"), *(several if isinstance(several, list) else ())]:
+        if isinstance(spec, dict) and spec.get("kind") == "remote":
+            spec.setdefault("url", _PLACEHOLDER_URL)
+    return values
+
+
 def _teacher(spec: TeacherSpec, location: str) -> Iterator[str]:
+    for name in ("url", "api_key_env"):
+        if getattr(spec, name) not in (None, _PLACEHOLDER_URL):
+            yield (
+                f"{location}.{name}: an untrusted recipe may not name a server or a key, because the data is sent to "
+                f"the server; pass {location}.{name}=... on the command line"
+            )
     if (
         spec.path
         and not _OUTPUT.fullmatch(spec.path)

@@ -11,7 +11,7 @@ from ..core.json_types import JSON, JSONObject
 from ..errors import DistillError, collect_errors
 from ..version import __version__
 from .hub_paths import pin_relative_paths
-from .hub_policy import policy_violations
+from .hub_policy import policy_violations, with_placeholder_urls
 from .local_files import missing_files
 from .losses import Distill
 from .plain_yaml import Location, impossible_values, replace_impossible, short
@@ -69,7 +69,7 @@ def resolve_values(source: RecipeSource, reference: str) -> JSONObject:
     if source.origin is None:
         return values
     values = pin_relative_paths(values, source.origin)
-    if problems := policy_violations(validate(values, source.folder)):
+    if problems := policy_violations(validate(with_placeholder_urls(values), source.folder)):
         raise_problems(problems, f"in the untrusted recipe {source.origin}")
     return values | {"origin": source.origin}
 
@@ -250,6 +250,8 @@ def _apply_override(values: JSONObject, override: str) -> None:
         raise DistillError(f"{short(override)}: a key can have at most {_MAX_KEY_PARTS} dotted parts.")
     for name in parents:
         section = values.setdefault(name, {})
+        if isinstance(section, list):  # teachers.NAME.key=value
+            section = {str(each["name"]): each for each in section if isinstance(each, dict) and "name" in each}
         if not isinstance(section, dict):
             raise DistillError(f"{short(override)}: {short(name)} is not a mapping, so it has no key {short(last)}.")
         values = section

@@ -7,7 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from ..core.component_options import ViewOptions
 from ..core.deepspeed_config import check_placement
 from ..core.schedule import parse_schedule
+from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
+from ..errors import DistillError
 
 
 class FromTeacher(StrictModel):
@@ -106,6 +108,7 @@ _PEER_FIELDS = (
     "max_grad_norm",
     "freeze_at_progress",
 )
+REMOTE_OPTIONS = ("top_k", "vocab_size", "timeout", "retry_seconds", "concurrency", "api_key_env")
 # Fields that each kind accepts. Kinds without a model are derived from the student.
 FIELDS: dict[str, tuple[str, ...]] = {
     "frozen": ("model", "revision", "dtype", "attn_implementation", *_PLACEMENTS),
@@ -117,24 +120,30 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "multi_view": ("view", "view_for"),
     "mtp": ("num_future_tokens", "hard_weight", "soft_weight", "learning_rate"),
     "cached": ("path", "source", "on_miss", "use_source"),
+    "remote": ("url", "model", "api", *REMOTE_OPTIONS),
 }
 
 
 class TeacherSpec(StrictModel):
     """The teacher. Which fields are possible depends on `kind`."""
 
-    kind: Literal["frozen", "adapter_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached"] = (
-        Field(
-            "frozen",
-            description="frozen: a model that does not change. adapter_base: the student with its adapters disabled. "
-            "online: a second model that trains on the labels at the same time. mutual: a second model that the "
-            "student also teaches. ema: the exponential moving average of the student's weights. snapshot: an earlier "
-            "state of the student. multi_view: the student on another view of the batch. mtp: the student's output "
-            "head, which teaches heads that predict tokens further ahead. cached: stored outputs of a frozen teacher. "
-            "Default: frozen.",
-        )
+    kind: Literal[
+        "frozen", "adapter_base", "online", "mutual", "ema", "snapshot", "multi_view", "mtp", "cached", "remote"
+    ] = Field(
+        "frozen",
+        description="frozen: a model that does not change. adapter_base: the student with its adapters disabled. "
+        "online: a second model that trains on the labels at the same time. mutual: a second model that the "
+        "student also teaches. ema: the exponential moving average of the student's weights. snapshot: an earlier "
+        "state of the student. multi_view: the student on another view of the batch. mtp: the student's output "
+        "head, which teaches heads that predict tokens further ahead. cached: stored outputs of a frozen teacher. "
+        "remote: a model on a server. "
+        "Default: frozen.",
     )
-    model: Name | None = Field(None, description=_MODEL)
+    model: Name | None = Field(
+        None,
+        description=f"{_MODEL} Kind remote: id under which the server serves the model; default (null): the only model "
+        "that it serves.",
+    )
     revision: str | None = Field(None, description=_REVISION)
     dtype: _Dtype = Field(
         "auto",
@@ -230,6 +239,52 @@ class TeacherSpec(StrictModel):
         "Default (null): 0.1.",
     )
 
+    url: str | list[str] | None = Field(
+        None,
+        description="Kind remote: URL of the server, such as http://127.0.0.1:8000, or several of servers of the same "
+        "model. A URL must not contain a key.",
+    )
+    api: Literal["vllm", "sglang"] | None = Field(
+        None, description="Kind remote: API of the server, vllm or sglang. Default (null): vllm."
+    )
+    top_k: int | None = Field(
+        None,
+        gt=0,
+        description="Kind remote: number of most probable ids whose log-probabilities are requested for each target "
+        "token, at least 1. Default (null): 64.",
+    )
+    vocab_size: int | None = Field(
+        None,
+        gt=0,
+        description="Kind remote: number of ids that the served model predicts, at least 1. Default (null): that of "
+        "the student.",
+    )
+    timeout: float | None = Field(
+        None, gt=0, description="Kind remote: seconds until a request counts as failed, above 0. Default (null): 120."
+    )
+    retry_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="Kind remote: seconds for which a failed request is repeated before the run stops with a "
+        "checkpoint, at least 0. Default (null): 300.",
+    )
+    concurrency: int | None = Field(
+        None,
+        gt=0,
+        description="Kind remote: largest number of requests in flight in each process, at least 1. Default (null): "
+        "16.",
+    )
+    api_key_env: Name | None = Field(
+        None,
+        description="Kind remote: name of the environment variable that holds the API key. Default (null): "
+        "HF_DISTILL_TEACHER_API_KEY, if it is set.",
+    )
+
+    @property
+    def loaded_model(self) -> str | None:
+        """The model that this process loads for the teacher; None if there is none, or if it is on a server."""
+        return None if self.kind == "remote" else self.model
+
     @property
     def wants_paraphrase(self) -> bool:
         """Whether each row needs a paraphrase of its prompt."""
@@ -250,7 +305,9 @@ class TeacherSpec(StrictModel):
         if unexpected:
             accepted = ", ".join(FIELDS[self.kind]) or "no further fields"
             raise ValueError(f"kind {self.kind} does not accept {', '.join(unexpected)}; it accepts {accepted}")
-        if "model" in FIELDS[self.kind] and self.model is None:
+        if self.kind == "remote":
+            self._check_remote()
+        elif "model" in FIELDS[self.kind] and self.model is None:
             raise ValueError(f"kind {self.kind} needs a model: set its key model")
         if self.kind == "cached":
             self._check_cached()
@@ -263,6 +320,19 @@ class TeacherSpec(StrictModel):
             )
         check_placement(self.quantization, self.deepspeed, self.fsdp, self.device_map)
         return self
+
+    def _check_remote(self) -> None:
+        if self.url is None:
+            raise ValueError(
+                "kind remote needs the URL of a server: set url, such as http://127.0.0.1:8000; for a recipe from the "
+                "Hub, pass teacher.url=... on the command line"
+            )
+        try:
+            server_urls(self.url)
+        except DistillError as error:
+            raise ValueError(f"url: {error}") from None
+        if self.top_k is not None and self.vocab_size is not None and self.top_k > self.vocab_size:
+            raise ValueError(f"top_k is {self.top_k} and vocab_size {self.vocab_size}: lower top_k")
 
     def _check_cached(self) -> None:
         if self.path is None:

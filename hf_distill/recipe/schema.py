@@ -165,12 +165,12 @@ class Recipe(StrictModel):
     @property
     def tokenizer_model(self) -> str:
         """The model whose tokenizer is used: the primary teacher, or the student if the teacher has no model."""
-        return str(self.primary_teacher.model or self.student.model)
+        return str(self.primary_teacher.loaded_model or self.student.model)
 
     @property
     def tokenizer_revision(self) -> str | None:
         """The revision of `tokenizer_model`."""
-        return self.primary_teacher.revision if self.primary_teacher.model else self.student.revision
+        return self.primary_teacher.revision if self.primary_teacher.loaded_model else self.student.revision
 
     @property
     def all_teachers(self) -> list[TeacherSpec]:
@@ -184,7 +184,7 @@ class Recipe(StrictModel):
         For a cache this is its source, if the recipe gives it.
         """
         sources = [spec.source_teacher for spec in self.all_teachers]
-        return next((spec for spec in sources if spec.model), sources[0])
+        return next((spec for spec in sources if spec.loaded_model), sources[0])
 
     @property
     def kinds(self) -> set[str]:
@@ -218,6 +218,7 @@ class Recipe(StrictModel):
             self._check_mtp,
             self._check_on_policy,
             self._check_streaming,
+            self._check_remote,
         )
         problems = []
         for check in (*checks, self._check_schedules):
@@ -273,14 +274,14 @@ class Recipe(StrictModel):
 
     def _check_student_source(self) -> None:
         model, pruned = self.student.model, self.student.from_teacher
-        if "cached" in self.kinds and not self.primary_teacher.model and (model is None or pruned):
+        if "cached" in self.kinds and not self.primary_teacher.loaded_model and (model is None or pruned):
             raise ValueError(
                 "student: a teacher cache holds no weights to prune a student from: set student.model, or "
                 "teacher.source"
             )
-        if self.primary_teacher.model and (model is None) == (pruned is None):
+        if self.primary_teacher.loaded_model and (model is None) == (pruned is None):
             raise ValueError("student: give either model or from_teacher")
-        if not self.primary_teacher.model and model is None:
+        if not self.primary_teacher.loaded_model and model is None:
             raise ValueError(
                 f"student: set student.model, because a teacher of kind {self.primary_teacher.kind} has no model"
             )
@@ -331,6 +332,24 @@ class Recipe(StrictModel):
         streams = [name for name, source in self.data.sources.items() if source.streaming]
         if streams and (self.train.max_steps or 0) <= 0:
             raise ValueError(f"data.{streams[0]}.streaming: a stream has no known length: set train.max_steps")
+
+    def _check_remote(self) -> None:
+        """Check that the objective needs no temperature but 1 of a server that returns log-probabilities."""
+        remote = {getattr(spec, "name", None) for spec in self.all_teachers if spec.kind == "remote"}
+        if not remote:
+            return
+        first = self.teachers[0].name if self.teachers else None
+        temperatures: dict[str, object] = {"distill.temperature": self.distill.temperature}
+        temperatures |= {
+            f"losses: {loss.name}": (loss.model_extra or {}).get("temperature", 1)
+            for loss in self.losses
+            if (loss.teacher or first) in remote
+        }
+        if wrong := [f"{name} {value}" for name, value in temperatures.items() if value != 1]:
+            raise ValueError(
+                "teacher.kind remote: a vLLM or SGLang server returns log-probabilities at temperature 1 only, and the "
+                f"recipe has {', '.join(wrong)}: set it to 1, or use a local teacher"
+            )
 
     def _check_schedules(self) -> None:
         if self.data.scheduled and (self.train.max_steps or 0) <= 0:

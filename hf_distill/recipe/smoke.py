@@ -46,7 +46,7 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     values = recipe.model_dump(exclude_unset=True)
     student, train = values["student"], values["train"]
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
-        _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache")
+        _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache", family_of(str(student.get("model"))))
     _shrink_student(student)
     for i, stage in enumerate(values.get("stages", ())):
         _shrink_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1))
@@ -81,13 +81,17 @@ def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> Non
         student |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
 
 
-def _shrink_teacher(teacher: JSONObject, cache: str) -> None:
-    if isinstance(model := teacher.get("model"), str):
+def _shrink_teacher(teacher: JSONObject, cache: str, family: str) -> None:
+    if teacher.get("kind") == "remote":  # a smoke run needs no server: the tiny teacher is a local model
+        for name in [name for name in teacher if name not in ("name", "weight")]:
+            del teacher[name]
+        teacher |= {"kind": "frozen", "model": f"{SMOKE_PREFIX}{family}/teacher"}
+    if isinstance(model := teacher.get("model"), str) and not model.startswith(SMOKE_PREFIX):
         teacher |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/teacher", "revision": None}
     if teacher.get("interval_steps"):
         teacher["interval_steps"] = 2
     if isinstance(source := teacher.get("source"), dict):
-        _shrink_teacher(source, "")
+        _shrink_teacher(source, "", family)
     if teacher.get("path"):
         teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "interval_steps": 2}
 

@@ -122,7 +122,7 @@ def planned_values(recipe: "Recipe") -> dict[str, JSONObject]:
     A student that is pruned from its teacher does not exist yet. The stage after it is planned with the last model that
     exists, which is larger.
     """
-    planned, teacher = {}, recipe.teacher.model if recipe.teacher else None
+    planned, teacher = {}, recipe.teacher.loaded_model if recipe.teacher else None
     for number, stage in enumerate(recipe.stages, 1):
         planned[f"stage-{number}"] = stage_values(recipe, number, teacher)
         teacher = stage.student.model or teacher

@@ -13,7 +13,7 @@ from ..core.processes import is_alone
 from ..core.results import DataFacts
 from ..errors import DistillError
 from ..recipe.schema import Recipe
-from ..teachers import FrozenTeacher, MultiTeacher, Teacher
+from ..teachers import FrozenTeacher, MultiTeacher, RemoteTeacher, Teacher
 
 # Keys of a recipe that describe its origin.
 _ORIGIN = {"origin", "requires", "extends"}
@@ -33,6 +33,7 @@ _READING = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
+_SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "api_key_env"}
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
 _PROCESSES = "number of processes"
 _OTHER_PROCESSES = (
@@ -59,6 +60,9 @@ def result_values(recipe: Recipe) -> JSONObject:
     if not any(source.streaming for source in recipe.data.sources.values()):
         ignored |= _READING
     values = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    for teacher in [values.get("teacher"), *values.get("teachers", ())]:
+        for name in _SERVERS & {*(teacher or ())}:  # another server of the same model gives the same result
+            del teacher[name]
     flat = _flatten({key: value for key, value in values.items() if key not in _ORIGIN})
     return {key: value for key, value in flat.items() if key.removeprefix("train.") not in ignored}
 
@@ -88,6 +92,8 @@ def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
     for name, one in teachers.items():
         if isinstance(one, FrozenTeacher):
             checksums[f"weights of the teacher {name}".strip()] = weights_fingerprint(one.model)
+        elif isinstance(one, RemoteTeacher):
+            checksums[f"model on the server of the teacher {name}".strip()] = one.summary().get("model")
     return {_CONTENT + key: value for key, value in checksums.items() if value}
 
 

@@ -17,7 +17,7 @@ from ..errors import DistillError, raise_if_any, require_package
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
 from ..models.pruning import block_influence, cut_student, top_layers
-from ..recipe.models import FIELDS
+from ..recipe.models import FIELDS, REMOTE_OPTIONS
 from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..teachers import (
     AdapterBaseTeacher,
@@ -28,6 +28,7 @@ from ..teachers import (
     MultiTeacher,
     MultiViewTeacher,
     PeerTeacher,
+    RemoteTeacher,
     SnapshotTeacher,
     Teacher,
 )
@@ -60,6 +61,7 @@ class ModelFactory:
         layers: Indices of the teacher's layers that a pruned student consists of; None for other students.
         influence: Block influence of each of the teacher's layers, if the layers were selected by it, else None.
         caches: Path of each teacher cache -> facts of its manifest.
+        remote_teachers: Name of each teacher on a server -> the teacher.
 
     Raises:
         DistillError: A model cannot be loaded; see `FrozenTeacher`.
@@ -71,7 +73,8 @@ class ModelFactory:
         self.layers: list[int] | None = None
         self.influence: list[float] | None = None
         self.caches: dict[str, JSONObject] = {}
-        self._pruning_source: Student | TeacherSpec = self._spec if self._spec.model else self._student
+        self.remote_teachers: dict[str, RemoteTeacher] = {}
+        self._pruning_source: Student | TeacherSpec = self._spec if self._spec.loaded_model else self._student
         self._full_model: PreTrainedModel | None = None
         self._tokenizer = tokenizer
         specs = recipe.all_teachers
@@ -98,6 +101,11 @@ class ModelFactory:
                 )
             self.caches[cached.path] = cached.manifest.summary()
             return cached
+        if spec.kind == "remote":
+            options = {name: value for name in REMOTE_OPTIONS if (value := getattr(spec, name)) is not None}
+            remote = RemoteTeacher(spec.url or (), model=spec.model, api=spec.api or "vllm", **options)
+            self.remote_teachers[getattr(spec, "name", "teacher")] = remote
+            return remote
         if spec.kind == "frozen":
             return self._build_frozen_teacher(spec)
         return _build_non_frozen_teacher(spec, lambda: self._load_peer(spec, self._path_of(spec)))

@@ -237,6 +237,8 @@ class RunContext:
             self.facts["teacher"] = _size(trainer.teacher.model)
         if self.models.caches:
             self.facts["caches"] = self.models.caches
+        if self.models.remote_teachers:
+            self.facts["servers"] = {name: teacher.summary() for name, teacher in self.models.remote_teachers.items()}
         if self.models.layers is not None:
             self.facts["student"]["layers_kept"] = self.models.layers
         if self.models.influence is not None:
@@ -255,7 +257,7 @@ class RunContext:
         seconds = self.train(trainer, "control")
         losses = [spec.model_dump(exclude_none=True) for spec in self.recipe.losses]
         losses = [spec for spec in losses if get_loss(spec["name"]).feature is None]
-        if self.recipe.kinds <= {"frozen", "adapter_base", "cached"}:
+        if self.recipe.kinds <= {"frozen", "adapter_base", "cached", "remote"}:
             trainer.setup_distillation(self.models.teacher, self._objective(losses=losses or None))
         else:
             trainer.setup_distillation(NullTeacher(), self._objective(alpha=0.0, losses=None))

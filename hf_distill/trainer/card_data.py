@@ -17,7 +17,7 @@ from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, ObjectiveFacts, SourceFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
-from ..teachers import CachedTeacher, MultiTeacher, Teacher
+from ..teachers import CachedTeacher, MultiTeacher, RemoteTeacher, Teacher
 from .config import DistillArguments
 
 # Name of a teacher -> its kind, model, revision or number of parameters, and license.
@@ -81,6 +81,9 @@ def teacher_info(teacher: Teacher) -> dict[str, TeacherFacts]:
                 "model": public_name(one.manifest.teacher["model"]),
                 "revision": one.manifest.teacher.get("revision"),
             }
+        elif isinstance(one, RemoteTeacher):
+            summary = one.summary()
+            info |= cast(TeacherFacts, summary | {"model": public_name(summary["model"])})
         elif one.model is not None:
             model = unwrap_model(one.model)
             info |= {"model": public_name(name_of(model)), "parameters": _num_parameters(model)}

@@ -162,7 +162,29 @@ def test_a_local_recipe_is_not_restricted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipes_comply_with_the_policy_for_the_hub(name):
-    assert policy_violations(load_recipe(name)) == []
+    violations = policy_violations(load_recipe(name))
+    assert [line.partition(":")[0] for line in violations] == (["teacher.url"] if name == "remote" else [])
+
+
+REMOTE = {"kind": "remote", "model": "org/teacher"}
+
+
+def test_a_recipe_from_the_hub_may_not_name_a_server_or_the_variable_of_a_key(hub):
+    options = {"url": "http://collector.example", "api_key_env": "AWS_SECRET_ACCESS_KEY"}
+    with pytest.raises(DistillError) as error:
+        load_recipe(put(hub, changed(teacher={**REMOTE, **options}, distill={"temperature": 1.0})))
+    for name in options:
+        assert f"teacher.{name}: an untrusted recipe may not name a server" in str(error.value)
+
+
+def test_the_server_of_a_recipe_from_the_hub_is_named_on_the_command_line(hub):
+    at = put(hub, changed(teacher=REMOTE, distill={"temperature": 1.0}))
+    assert load_recipe(at, ["teacher.url=http://127.0.0.1:8000"]).teacher.url == "http://127.0.0.1:8000"
+    with pytest.raises(DistillError, match=r"pass teacher.url=... on the command line"):
+        load_recipe(at)
+    two = [{"name": "a", "model": "org/teacher"}, {"name": "b", **REMOTE}]
+    at = put(hub, changed(teacher=None, teachers=two, distill={"temperature": 1.0}))
+    assert load_recipe(at, ["teachers.b.url=http://127.0.0.1:8000"]).teachers[1].url == "http://127.0.0.1:8000"
 
 
 def test_each_training_argument_is_allowed_inspected_or_refused():

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ...core.results import ServerFacts
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens
 from ...errors import DistillError
@@ -137,5 +138,5 @@ class RemoteProtocol(ABC):
         return [None] * len(ids)
 
     @abstractmethod
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> ServerFacts:
         """Return what results and cards record of the protocol, without URLs: `api`, and options such as `top_k`."""

@@ -17,8 +17,8 @@ import httpx2
 from transformers.utils import logging
 
 from ...core.escape import printable
+from ...core.server_urls import DEFAULT_KEY_VARIABLE, is_loopback, read_api_key, server_urls
 from ...errors import DistillError, RunError
-from .address import DEFAULT_KEY_VARIABLE, is_loopback, read_api_key, server_urls
 
 logger = logging.get_logger(__name__)
 Answer = TypeVar("Answer")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...core.results import ServerFacts
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens
 from ...errors import DistillError
@@ -103,7 +104,7 @@ class SGLangProtocol(RemoteProtocol):
         body = _body(prompt, 0, 1) | {"return_text_in_logprobs": True}
         return self.pool.request("/generate", body, parse, url=url)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> ServerFacts:
         """Return `api` and `top_k`."""
         return {"api": self.name, "top_k": self.top_k}
 

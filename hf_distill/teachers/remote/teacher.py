@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.results import ServerFacts
+from ...core.server_urls import public_host
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError, did_you_mean
@@ -14,7 +16,6 @@ from ...losses.objective import Term
 from ...models.blocks import LayerStack
 from ...models.model_types import CAUSAL, model_type_of, unwrap_model
 from ..base import Teacher
-from .address import public_host
 from .api import RemoteProtocol, RowTensors, ServerInfo
 from .identity import check_tokenizer
 from .pool import ServerPool
@@ -149,8 +150,8 @@ class RemoteTeacher(Teacher):
         seconds, self._wait_seconds = self._wait_seconds, 0.0
         return {"teacher_wait_seconds": seconds}
 
-    def summary(self) -> dict[str, object]:
-        """Return what results and cards record: what answered, without paths and credentials."""
+    def summary(self) -> ServerFacts:
+        """Return what results and cards record of what answered."""
         return {
             "model": self.servers[0].model if self.servers else None,
             "hosts": [public_host(url) for url in self.pool.urls],

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...core.results import ServerFacts
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens
 from ...errors import DistillError
@@ -130,7 +131,7 @@ class VLLMProtocol(RemoteProtocol):
 
         return self.pool.request("/v1/completions", body, parse, url=url)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> ServerFacts:
         """Return `api` and `top_k`."""
         return {"api": self.name, "top_k": self.top_k}
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from ...errors import DistillError
+from ..errors import DistillError
 
 DEFAULT_KEY_VARIABLE = "HF_DISTILL_TEACHER_API_KEY"
 

@@ -1,0 +1,113 @@
+"""Recipes whose teacher is on a server."""
+
+import json
+
+import pytest
+import yaml
+from servers.teacher_servers import VLLMServer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_distill import DistillError
+from hf_distill.errors import RunError
+from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.runner.model_loading import resolve_model
+
+KEY = "sk-very-secret"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = resolve_model("smoke:llama/teacher")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with VLLMServer(model, name="org/big-teacher", tokenizer=tokenizer, context=512, key=KEY) as server:
+        monkeypatch.setenv("TEACHER_KEY", KEY)
+        yield server
+
+
+def recipe_of(server, **changes):
+    values = {
+        "student": {"model": "smoke:llama/student"},
+        "teacher": {
+            **{"kind": "remote", "url": server.url, "top_k": 8, "api_key_env": "TEACHER_KEY", "retry_seconds": 0.2},
+        },
+        "data": {"task": {"path": "package:builtins"}, "eval": {"holdout": 0.1, "max_rows": 4}, "max_length": 64},
+        "distill": {"temperature": 1.0, "alpha": 0.5},
+        "train": {"output_dir": "runs/remote", "max_steps": 4, "save_steps": 4, "logging_steps": 1, "use_cpu": True}
+        | {"per_device_train_batch_size": 2},
+    }
+    values = json.loads(json.dumps(values))
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section] = values[section] | {name: value} if name else value
+    with open("remote.yaml", "w") as file:
+        yaml.safe_dump(values, file)
+    return load_recipe("remote.yaml")
+
+
+def test_a_run_records_what_answered_and_resumes_after_the_server_failed(server, tmp_path):
+    answer, counted = server.answer, []
+
+    def failing(path, body):
+        if path == "/v1/completions" and len(body["prompt"]) > 4 and body["prompt_logprobs"] == 8:
+            counted.append(path)
+            if len(counted) > 4 + 2 * 2:  # the evaluation before training, and two steps of two rows
+                raise ConnectionResetError
+        return answer(path, body)
+
+    server.answer = failing
+    with pytest.raises(RunError, match="checkpoint-2 is complete"):
+        run_recipe(recipe_of(server))
+    server.answer = answer
+    moved = server.url.replace("127.0.0.1", "localhost")  # another URL of the same model does not prevent resuming
+    result = run_recipe(recipe_of(server, teacher__url=moved), resume=True)
+    facts = json.loads((result.folder / "results.json").read_text())["servers"]
+    assert facts == {
+        "teacher": {"model": "org/big-teacher", "hosts": [f"localhost:{server.port}"], "api": "vllm", "top_k": 8}
+    }
+    logs = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all("teacher_wait_seconds" in log for log in logs if "loss" in log)
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in written if KEY.encode() in file.read_bytes()]
+
+
+def test_a_card_names_the_served_model_and_its_host(server):
+    from hf_distill.publishing.card_data import teacher_cards
+
+    recipe = recipe_of(server, teacher__model="org/big-teacher")
+    results = {"servers": {"teacher": {"model": "/srv/big", "hosts": ["h:1"], "api": "vllm", "top_k": 8}}}
+    card = teacher_cards(recipe, results, lambda name, revision: None)["teacher"]
+    assert card["hosts"] == ["h:1"]
+    assert "/srv" not in str(card["model"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"teacher__url": None}, "kind remote needs the URL of a server"),
+        ({"teacher__url": f"http://me:{KEY}@host"}, "contains credentials"),
+        ({"teacher__url": ["http://a", "http://a/v1"]}, "must differ"),
+        ({"teacher__url": "host:1"}, "http://"),
+        ({"teacher__api": "tgi"}, "teacher.api"),
+        ({"teacher__top_k": 0}, "teacher.top_k"),
+        ({"teacher__dtype": "float16"}, "kind remote does not accept dtype"),
+        ({"teacher__vocab_size": 4}, "lower top_k"),
+        ({"distill__temperature": 2.0}, "distill.temperature 2.0: set it to 1"),
+        ({"student": {"from_teacher": {"keep_layers": 2}}}, "set student.model"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_loaded(server, changes, text):
+    with pytest.raises(DistillError) as error:
+        recipe_of(server, **changes)
+    assert text in str(error.value)
+    assert KEY not in str(error.value)
+    assert not server.requests
+
+
+def test_a_remote_teacher_is_planned_without_its_memory(server):
+    from hf_distill.planning import plan
+
+    planned = plan(recipe_of(server), gpus=1, gpu_memory=24)
+    assert {row.strategy.teacher for row in planned.rows} == {"remote"}
+    assert "as many tokens per second" in planned.advice
