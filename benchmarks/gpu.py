@@ -10,7 +10,8 @@ The stages run in this order, and the JSON file is written after each one, so th
     fragmented   the same loss after the allocator held most of the card: same time, bitwise equal gradients
     waits        reads from the device inside the loss, which `torch.cuda.set_sync_debug_mode("error")` refuses
     profile      kernels of one call: how many, which, and the share of time in which the GPU works
-    trainer      a small `DistillTrainer`: in bf16, compiled, with FSDP2, with a teacher in float32
+    trainer      a small `DistillTrainer`: in bf16, compiled, with FSDP2, with a teacher in float32, and with a teacher
+                 on a second card if there is one
 
 Packages that are not installed are recorded as such. The limits of `gpu_report` are checked and printed; a limit that
 is not met is a result, not an error. `--device cpu` runs the same code with small shapes, to test this script.
@@ -19,6 +20,7 @@ is not met is a result, not an error. `--device cpu` runs the same code with sma
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -329,11 +331,14 @@ def trainer(card: Card, shape: dict) -> dict:
     """Train with `DistillTrainer` in a process for each variant, because FSDP and compilation leave state behind."""
     results = {}
     script = Path(__file__).with_name("gpu_trainer.py")
-    for variant in ("bf16", "fp32_teacher", "compile", "fsdp2"):
+    has_second_card = card.device.type == "cuda" and torch.cuda.device_count() > 1
+    for variant in ("bf16", "fp32_teacher", "compile", "fsdp2", *(["second_card"] if has_second_card else [])):
         command = [sys.executable, str(script), variant, card.device.type]
         if variant == "fsdp2":
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        first_card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # else DataParallel over all cards
+        visible = {"CUDA_VISIBLE_DEVICES": first_card} if has_second_card and variant != "second_card" else {}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | visible)
         last = done.stdout.strip().splitlines()[-1:] or [""]
         if done.returncode == 0 and last[0].startswith("{"):
             results[variant] = json.loads(last[0])

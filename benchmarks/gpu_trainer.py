@@ -1,6 +1,6 @@
 """Train a small language model with `DistillTrainer` on a device, and print one line of JSON; `gpu.py` runs this.
 
-python benchmarks/gpu_trainer.py bf16|fp32_teacher|compile|fsdp2 cuda|cpu
+python benchmarks/gpu_trainer.py bf16|fp32_teacher|second_card|compile|fsdp2 cuda|cpu
 """
 
 import json
@@ -56,6 +56,8 @@ def main() -> None:
     teacher_dtype = torch.float32 if variant == "fp32_teacher" else torch.bfloat16
     student = build(size, size["num_hidden_layers"] // 2, 0, torch.float32)
     teacher = build(size, size["num_hidden_layers"], 1, teacher_dtype)
+    if variant == "second_card":
+        teacher.to("cuda:1")
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, size["vocab_size"], (64, size["length"]), generator=generator)
     options: dict = {"compile": {"torch_compile": True, "compile_teacher": True}}.get(variant, {})

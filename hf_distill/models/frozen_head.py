@@ -13,7 +13,8 @@ class FrozenHead:
     """Makes lazy logits of a frozen model; its head is cast and moved to the student's device once, and not each step.
 
     The copy is made again when the weight was changed in place or has another address, as that of a head that is
-    gathered or loaded from the disk for each forward. A head that needs neither a cast nor a move is not copied.
+    gathered or loaded from the disk for each forward. A change through `weight.data` is not seen. A head that needs
+    neither a cast nor a move is not copied.
     """
 
     _source: tuple | None = None

@@ -48,7 +48,8 @@ def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:
 
     Hidden states of the target tokens of both models, and their gradient in fp32 and then in c:
     T * (c * H_s + c * H_t + (4 + c) * H_s). A trained output head adds its gradient, V * H * (4 + c). There is no
-    second copy where c is 4. An output head whose dtype is not the compute dtype adds its cast, V * H * c.
+    second copy where c is 4. An output head whose dtype is not the compute dtype adds its cast, V * H * c, and that
+    of a teacher that a device map spreads its copy on the student's device.
     """
     student, c = workload.student, workload.compute
     second_copy = c if c != 4 else 0
@@ -56,8 +57,8 @@ def head_gradient_bytes(workload: Workload, strategy: Strategy) -> int:
     states += workload.tokens * student.hidden * (4 + second_copy)
     weight_gradient = 0 if workload.lora else student.head * (4 + second_copy)
     casts = student.head * c if workload.autocast(strategy) and workload.lora else 0
-    if workload.autocasts_teacher(strategy):
-        casts += workload.teacher.head * 2
+    if workload.autocasts_teacher(strategy) or strategy.teacher == "device_map":  # a copy on the student's device
+        casts += workload.teacher.head * workload.teacher_compute(strategy)
     return states + weight_gradient + casts
 
 

@@ -36,7 +36,8 @@ class FrozenTeacher(Teacher):
     Args:
         model: a model (frozen in place), or the path or Hub id of a model or of adapters. A path or id is loaded in the
             class that wrote the checkpoint, which must be of the student's model type; the checkpoint must hold every
-            weight.
+            weight. A model on the CPU without a device map is moved to the student's device; one that is on an
+            accelerator, or has a device map, stays and runs there.
         processing_class: the teacher's tokenizer, which is compared with the student's; None: the tokenizer in the
             model's folder, if it is on this machine.
         quantization: load the model in 4 bits ("nf4") or 8 bits ("int8").

@@ -111,6 +111,12 @@ def test_autocast_adds_casts_of_a_float32_teacher_where_it_runs_under_autocast(k
     assert head[1] - head[0] == (2 * half.teacher.head if is_cast else hidden_states)
 
 
+def test_a_teacher_with_a_device_map_has_a_copy_of_its_head_on_the_students_device():
+    workload = workload_of(model_config(SMALL), mixed_precision=True)
+    spread, full = (head_gradient_bytes(workload, Strategy(kind, "single")) for kind in ("device_map", "full"))
+    assert spread - full == 2 * workload.teacher.head
+
+
 def test_deepspeed_in_bf16_takes_16_bytes_per_parameter():
     workload = workload_of(model_config(SMALL), mixed_precision=True)
     parts = estimate_memory(workload, Strategy("full", "zero1"), 1)
