@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from second_device import SECOND, second_device
 from tiny import build, collate, rows
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hf_distill import DistillError, DistillTrainer, FrozenTeacher
 from hf_distill.losses.objective import objective
@@ -195,6 +198,22 @@ def test_a_tensor_parallel_teacher_is_refused(options):
     model._tp_size = 2
     with pytest.raises(DistillError, match="divided over processes: tensor parallelism divides the output head"):
         FrozenTeacher(model).prepare(build("llama", 0), CPU)
+
+
+@pytest.fixture
+def mesh():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("divided", ["student", "teacher"])
+def test_a_model_whose_head_its_user_divided_is_refused(make_trainer, mesh, divided):
+    models = {"student": build("llama", 0), "teacher": build("llama", 1)}
+    parallelize_module(models[divided], mesh, {"lm_head": ColwiseParallel()})
+    with pytest.raises(DistillError, match=f"divides the output head of the {divided}"):
+        make_trainer(model=models["student"], teacher=models["teacher"], use_cpu=True)
 
 
 class TensorParallelTrainer(DistillTrainer):
