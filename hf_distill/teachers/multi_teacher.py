@@ -51,6 +51,7 @@ class MultiTeacher(Teacher):
         self.shares = {name: weights.get(name, 1.0) / total for name in names}
         self.provides_soft_labels, self._progress = bool(names), 0.0
         self.can_fail = any(teacher.can_fail for teacher in self)
+        self.prefetch = max(teacher.prefetch for teacher in self)
         self.tied_to_student = any(teacher.tied_to_student for teacher in self)
 
     def __iter__(self) -> Iterator[Teacher]:
@@ -85,6 +86,12 @@ class MultiTeacher(Teacher):
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return the integers that any of the teachers needs; those of the same name are the same."""
         return {name: number for teacher in self for name, number in teacher.numbers_to_read(inputs, shift).items()}
+
+    def start_batch(self, inputs: dict, shift: bool) -> None:
+        """Announce a batch to every teacher that starts early."""
+        for teacher in self:
+            if teacher.prefetch:
+                teacher.start_batch(inputs, shift)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""
@@ -128,6 +135,11 @@ class MultiTeacher(Teacher):
         """Call the hook of every teacher."""
         for teacher in self:
             teacher.on_step_end(step, updated)
+
+    def close(self) -> None:
+        """Cancel what any of the teachers runs in the background."""
+        for teacher in self:
+            teacher.close()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of every teacher with its name appended: `teacher_weight_drift_NAME`."""
