@@ -34,7 +34,7 @@ if __name__ == "__main__":
     trainer = DistillTrainer(
         build("llama", 0, dropout=0.1),
         args,
-        teacher=RemoteTeacher(urls[rank], top_k=8, retry_seconds=0),
+        teacher=RemoteTeacher(urls[rank], top_k=8, retry_seconds=0, prefetch=0),  # the server counts requests
         train_dataset=rows("llama", 32),
         data_collator=collate,
     )
