@@ -28,13 +28,6 @@ def enabled_autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; a copy from the host to a GPU is from pinned memory and does not wait for it."""
-    if tensor.device.type != "cpu" or device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class DenseLogits:
     """Materialized logits: `values` [T, V]."""
@@ -238,9 +231,9 @@ class SparseLogProbs:
     def to(self, device: torch.device) -> "SparseLogProbs":
         """Return the log-probabilities on a device."""
         log_tail, negative_entropy = (
-            None if t is None else upload(t, device) for t in (self.log_tail, self.negative_entropy)
+            None if t is None else t.to(device) for t in (self.log_tail, self.negative_entropy)
         )
-        ids, log_probs = upload(self.ids, device), upload(self.log_probs, device)
+        ids, log_probs = self.ids.to(device), self.log_probs.to(device)
         return SparseLogProbs(ids, log_probs, log_tail, self.temperature, negative_entropy, self.vocab_size)
 
     def without_ids_from(self, vocab_size: int) -> "SparseLogProbs":
@@ -270,11 +263,27 @@ class MultiTeacherLogits:
     by_teacher: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
 
 
+@dataclass(frozen=True)
+class RoutedLogits:
+    """The logits of several teachers, each for some of the target tokens.
+
+    by_teacher:        name -> logits of the teacher's T_k target tokens; teachers without target tokens are left out
+    tokens_by_teacher: name -> [T_k] their indices among the T target tokens of the batch
+    other_tokens:      [T_0] indices of the target tokens without a teacher
+    any_full_logits:   whether a teacher returns logits of all ids, with or without target tokens in this batch
+    """
+
+    by_teacher: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
+    tokens_by_teacher: Mapping[str, Tensor]
+    other_tokens: Tensor
+    any_full_logits: bool
+
+
 def logits_by_teacher(
-    source: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None,
+    source: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | RoutedLogits | None,
 ) -> dict[str | None, DenseLogits | LazyLogits | SparseLogProbs]:
     """Return the logits of all teachers by name; the name of a single teacher is None."""
-    if isinstance(source, MultiTeacherLogits):
+    if isinstance(source, MultiTeacherLogits | RoutedLogits):
         return dict(source.by_teacher.items())
     return {} if source is None else {None: source}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs
+from .logits import DenseLogits, LazyLogits, MultiTeacherLogits, RoutedLogits, SparseLogProbs
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ class Signals:
     features: the requested features, by their keys
     """
 
-    logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
+    logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | RoutedLogits | None
     features: Mapping[FeatureKey, Tensor] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import DistillError
 
 IGNORE_INDEX = -100
+TEACHER_INDEX = "teacher_index"  # key of a batch: index of the teacher of each row or token, -1 for none
 SECOND_VIEW_KEYS = ("view_input_ids", "view_attention_mask", "view_labels")  # keys of a batch's second view
 
 
@@ -204,7 +205,7 @@ class Targets:
                 "that the data was tokenized with the student's tokenizer, or resize the student's embeddings."
             )
 
-    def slice(self, rows: builtins.slice) -> "Targets":
+    def slice(self, rows: builtins.slice | Tensor) -> "Targets":
         """Return the targets of some of the target tokens."""
         label_mask = None if self.label_mask is None else self.label_mask[rows]
         return Targets(self.labels[rows], self.positions[rows], self.batch_rows[rows], self.shape, label_mask)

@@ -108,7 +108,7 @@ _PEER_FIELDS = (
     "max_grad_norm",
     "freeze_at_progress",
 )
-REMOTE_OPTIONS = ("top_k", "vocab_size", "timeout", "retry_seconds", "concurrency", "prefetch", "api_key_env")
+REMOTE_OPTIONS = ("top_k", "vocab_size", "timeout", "retry_seconds", "concurrency", "api_key_env")
 # Fields that each kind accepts. Kinds without a model are derived from the student.
 FIELDS: dict[str, tuple[str, ...]] = {
     "frozen": ("model", "revision", "dtype", "attn_implementation", *_PLACEMENTS),
@@ -274,13 +274,6 @@ class TeacherSpec(StrictModel):
         description="Kind remote: largest number of requests in flight in each process, at least 1. Default (null): "
         "16.",
     )
-    prefetch: int | None = Field(
-        None,
-        ge=0,
-        le=64,
-        description="Kind remote: number of batches after the current step that are requested while the student "
-        "trains, from 0 to 64. Default (null): 2.",
-    )
     api_key_env: Name | None = Field(
         None,
         description="Kind remote: name of the environment variable that holds the API key. Default (null): "
@@ -306,7 +299,7 @@ class TeacherSpec(StrictModel):
 
     @model_validator(mode="after")
     def _check_kind_fields(self) -> Self:
-        allowed = ("kind", "name", "weight", *FIELDS[self.kind])
+        allowed = ("kind", "name", "weight", "sources", *FIELDS[self.kind])
         unexpected = [name for name in sorted(self.model_fields_set) if name not in allowed]
         unexpected = [name for name in unexpected if getattr(self, name) != type(self).model_fields[name].default]
         if unexpected:
@@ -374,6 +367,13 @@ class NamedTeacher(TeacherSpec):
         gt=0,
         description="Weight of this teacher in the soft loss, above 0; the weights are normalized to sum to 1. Default "
         "(null): 1.",
+    )
+    sources: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the sources of data whose rows this teacher teaches; each source has one teacher, and "
+        "the rows of other sources have their hard labels only. Give it for all teachers or for none. Default (null): "
+        "every teacher teaches all rows.",
     )
 
     @model_validator(mode="after")

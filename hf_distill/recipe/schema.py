@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from ..core.component_options import ProjectorOptions
 from ..core.schedule import parse_schedule
 from ..core.strict_model import Name, StrictModel
-from ..core.teacher_kinds import incompatible_teachers
+from ..core.teacher_kinds import TRAINABLE_KINDS, incompatible_teachers
 from ..errors import did_you_mean
 from .data import Data, OnPolicy
 from .losses import Distill, LossSpec, packaged_schema
@@ -244,6 +244,7 @@ class Recipe(StrictModel):
             raise ValueError(f"teachers: give two or more teachers with different names; got {', '.join(names)}")
         if problems := incompatible_teachers({spec.name: spec.kind for spec in self.teachers}):
             raise ValueError(f"teachers: {'; '.join(problems)}")
+        self._check_routing()
         for loss in self.losses:
             if loss.teacher is not None and loss.teacher not in names:
                 raise ValueError(
@@ -254,6 +255,46 @@ class Recipe(StrictModel):
                         else ", but the recipe has one teacher, which has no name: remove the key teacher"
                     )
                 )
+
+    def _check_routing(self) -> None:
+        """Check the sources of teachers that teach some rows each."""
+        routed = {spec.name: spec.sources for spec in self.teachers if spec.sources}
+        if not routed:
+            return
+        problems = [
+            f"teachers: {spec.name} has no sources and {next(iter(routed))} has: give sources to all or to none"
+            for spec in self.teachers
+            if not spec.sources
+        ]
+        owners: dict[str, str] = {}
+        for name, sources in routed.items():
+            for source in sources:
+                if source not in self.data.sources:
+                    problems.append(
+                        f"teachers: {name} has the source {source!r}, which data does not have"
+                        f"{did_you_mean(source, self.data.sources)}"
+                    )
+                if owners.setdefault(source, name) != name:
+                    problems.append(f"teachers: the source {source!r} has two teachers, {owners[source]} and {name}")
+        problems += [
+            f"teachers: {spec.name} has a weight, which teachers with sources do not use: remove weight"
+            for spec in self.teachers
+            if spec.weight is not None
+        ]
+        problems += [
+            f"losses: {loss.name} names a teacher, but each row has one: remove teacher"
+            for loss in self.losses
+            if loss.teacher
+        ]
+        problems += [
+            f"teachers: {spec.name} has the kind {spec.kind}, which teaches all rows: remove sources"
+            for spec in self.teachers
+            if spec.sources and spec.kind in (*TRAINABLE_KINDS, "multi_view")
+        ]
+        if len(self.data.sources) < 2:
+            problems.append("teachers: data has one source, so rows cannot be routed by source: add another source")
+        if problems:
+            raise Problems(problems)
 
     def _check_adapters(self) -> None:
         student, kinds = self.student, self.kinds

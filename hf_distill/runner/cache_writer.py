@@ -1,6 +1,6 @@
 """Writes the teacher cache of a recipe, and verifies a cache against its teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..losses import get_loss
 from ..models.model_types import model_type_of
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
-from ..teachers import CachedTeacher, MultiTeacher, Teacher
+from ..teachers import CachedTeacher, RoutedTeacher, Teacher
+from ..teachers.group import teachers_by_name
 from .datasets import PreparedData
 from .model_loading import load_pretrained
 from .teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
@@ -156,20 +157,37 @@ def verify_against_teacher(
     return {"examples": compared, "identical": identical / max(compared, 1)}
 
 
+def _reads_row(teacher: Teacher, name: str | None, row: Mapping[str, Any], sources: Sequence[str]) -> bool:
+    """Whether a teacher of a group reads a row: all of them do, unless rows are routed by their source.
+
+    Args:
+        teacher: The teacher, or the group.
+        name: The name of the teacher in the group.
+        row: A row, whose `source` is a number, or a list of numbers if it is packed.
+        sources: The names of the sources.
+    """
+    if not isinstance(teacher, RoutedTeacher) or teacher.sources is None:
+        return True
+    source = row.get("source", 0)
+    present = {sources[index] for index in (source if isinstance(source, list) else [source])}
+    return not present.isdisjoint(teacher.sources[str(name)])
+
+
 def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bool) -> None:
     """Check before the first step that the teacher caches contain some of the rows of a run.
 
     Raises:
         DistillError: A cache lacks some of the rows. The message lists the data options that differ.
     """
-    for one in teacher if isinstance(teacher, MultiTeacher) else [teacher]:
+    for name, one in teachers_by_name(teacher).items():
         if not isinstance(one, CachedTeacher) or one.source is not None:
             continue
         for part in (data.train, data.held_out):
             if not hasattr(part, "__len__"):
                 continue
-            every = max(1, len(part) // _MAX_PROBED_ROWS)
-            missing = [i for i in range(0, len(part), every) if not one.contains(data.collator([part[i]]), shift)]
+            sources, every = data.collator.sources, max(1, len(part) // _MAX_PROBED_ROWS)
+            probed = [i for i in range(0, len(part), every) if _reads_row(teacher, name, part[i], sources)]
+            missing = [i for i in probed if not one.contains(data.collator([part[i]]), shift)]
             if missing:
                 cached_data = (one.manifest.recipe or {}).get("data")
                 cached_data = cached_data if isinstance(cached_data, dict) else {}
@@ -180,7 +198,7 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
                     if cached_data.get(key) != run_data[key]
                 ]
                 raise DistillError(
-                    f"The cache {one.path} lacks {len(missing)} of the {len(range(0, len(part), every))} rows "
+                    f"The cache {one.path} lacks {len(missing)} of the {len(probed)} rows "
                     "that were checked. "
                     + (
                         f"It was written with other data options: {'; '.join(differ)}. "

@@ -13,7 +13,8 @@ from ..core.processes import is_alone
 from ..core.results import DataFacts
 from ..errors import DistillError
 from ..recipe.schema import Recipe
-from ..teachers import FrozenTeacher, MultiTeacher, RemoteTeacher, Teacher
+from ..teachers import FrozenTeacher, RemoteTeacher, Teacher
+from ..teachers.group import TeacherGroup
 
 # Keys of a recipe that describe its origin.
 _ORIGIN = {"origin", "requires", "extends"}
@@ -33,7 +34,7 @@ _READING = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
-_SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "prefetch", "api_key_env"}
+_SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "api_key_env"}
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
 _PROCESSES = "number of processes"
 _OTHER_PROCESSES = (
@@ -88,7 +89,7 @@ def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
         teacher: The prepared teacher. All processes must call this if it is sharded.
     """
     checksums = {"training rows": data.get("train_fingerprint"), "held-out rows": data.get("eval_fingerprint")}
-    teachers = teacher.teachers if isinstance(teacher, MultiTeacher) else {"": teacher}
+    teachers = teacher.teachers if isinstance(teacher, TeacherGroup) else {"": teacher}
     for name, one in teachers.items():
         if isinstance(one, FrozenTeacher):
             checksums[f"weights of the teacher {name}".strip()] = weights_fingerprint(one.model)

@@ -8,7 +8,8 @@ from ..core.processes import run_on_main
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..recipe.schema import Recipe
-from ..teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, Teacher
+from ..teachers import EMATeacher, MTPTeacher, PeerTeacher, Teacher
+from ..teachers.group import TeacherGroup
 from ..trainer.trainer import DistillTrainer
 
 
@@ -25,7 +26,7 @@ class NullTeacher(Teacher):
 def export_teachers(trainer: DistillTrainer, export: str, folder: Path) -> None:
     """Write a peer to RUN/peer; with export "ema" the average to RUN/ema; with "mtp" the heads to RUN/student."""
     trained = trainer.teacher
-    for teacher in trained.teachers.values() if isinstance(trained, MultiTeacher) else [trained]:
+    for teacher in trained.teachers.values() if isinstance(trained, TeacherGroup) else [trained]:
         if isinstance(teacher, PeerTeacher):
             teacher.processing_class = trainer.processing_class
             teacher.save_pretrained(folder / "peer", trainer.args.should_save)

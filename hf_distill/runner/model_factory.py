@@ -29,6 +29,7 @@ from ..teachers import (
     MultiViewTeacher,
     PeerTeacher,
     RemoteTeacher,
+    RoutedTeacher,
     SnapshotTeacher,
     Teacher,
 )
@@ -83,9 +84,9 @@ class ModelFactory:
         else:
             weights = {spec.name: spec.weight for spec in recipe.teachers if spec.weight is not None}
             names = [spec.name for spec in recipe.teachers]
-            self.teacher = MultiTeacher(
-                {name: self._build_teacher(spec) for name, spec in zip(names, specs, strict=True)}, weights
-            )
+            teachers = {name: self._build_teacher(spec) for name, spec in zip(names, specs, strict=True)}
+            sources = {spec.name: spec.sources for spec in recipe.teachers if spec.sources}
+            self.teacher = RoutedTeacher(teachers, sources) if sources else MultiTeacher(teachers, weights)
 
     def _build_teacher(self, spec: TeacherSpec) -> Teacher:
         """Build one teacher of the recipe."""

@@ -9,6 +9,7 @@ from .multi_teacher import MultiTeacher
 from .multi_view.teacher import MultiViewTeacher
 from .peer import PeerTeacher
 from .remote import RemoteTeacher
+from .routed_teacher import RoutedTeacher
 from .self_teacher import AdapterBaseTeacher
 from .trainable import TrainableTeacher
 
@@ -22,6 +23,7 @@ __all__ = [
     "MultiViewTeacher",
     "PeerTeacher",
     "RemoteTeacher",
+    "RoutedTeacher",
     "SnapshotTeacher",
     "Teacher",
     "TrainableTeacher",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, logits_by_teacher
+from ..core.logits import DenseLogits, LazyLogits, RoutedLogits, SparseLogProbs, logits_by_teacher
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
@@ -68,9 +68,9 @@ class Teacher(ABC):
     tied_to_student:      whether the teacher works only with the student that it was prepared for
     model:                the teacher model after `prepare`; None if there is none
     provides_soft_labels: whether the teacher gives the student soft labels, whose weight is alpha
+    has_full_logits:      whether `forward` returns logits of all ids; False: `SparseLogProbs`
     can_fail:             whether `forward` may raise a RunError during training, as a server can fail; the trainer then
                           ends training on all ranks, with a checkpoint
-    prefetch:             number of batches after the current step for which the trainer calls `start_batch`
     progress:             progress of the training, in [0, 1]; the trainer sets it
     """
 
@@ -78,8 +78,8 @@ class Teacher(ABC):
     tied_to_student: bool = False
     model: Any = None
     provides_soft_labels: bool = True
+    has_full_logits: bool = True
     can_fail: bool = False
-    prefetch: int = 0
     progress: float = 0.0
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -170,17 +170,6 @@ class Teacher(ABC):
         """
         return []
 
-    def start_batch(self, inputs: dict, shift: bool) -> None:  # noqa: B027
-        """Start to prepare the signals of a batch, without waiting for them; called some steps before `forward`.
-
-        `forward` gets the same tensors later, unless training stops before. Batches of evaluations and those that a
-        trainer generates are not announced.
-
-        Args:
-            inputs: the collator's batch.
-            shift: whether the logits at position i predict the label at i + 1.
-        """
-
     def on_train_begin(self, step: int) -> None:  # noqa: B027
         """Called before the first step, after the student was wrapped by its strategy and `load` was called.
 
@@ -195,9 +184,6 @@ class Teacher(ABC):
             step: number of the step, counted from 1; skipped steps count.
             updated: whether the step changed the student; False if it was skipped.
         """
-
-    def close(self) -> None:  # noqa: B027
-        """Cancel what runs in the background; called when training ends, also by an error or a signal."""
 
     def metrics(self) -> dict[str, float]:
         """Return values for the training log."""
@@ -247,6 +233,8 @@ def _check_signals(name: str, signals: Any, num_targets: int) -> None:
     )
     if not isinstance(signals, Signals):
         raise DistillError(f"{name}.forward returned a {type(signals).__name__}. {remedy}.")
+    if isinstance(signals.logits, RoutedLogits):
+        return  # those of each teacher were checked
     for logits in logits_by_teacher(signals.logits).values():
         match logits:
             case DenseLogits(values=rows) | LazyLogits(hidden=rows) | SparseLogProbs(ids=rows):

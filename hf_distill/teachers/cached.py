@@ -57,6 +57,7 @@ class CachedTeacher(Teacher):
                 "on_miss='query_teacher' runs the teacher that wrote the cache: pass that teacher as `source`"
             )
         self.path, self.store = path, open_cache(path)
+        self.has_full_logits = self.manifest.kind == "hidden"
         self.source = source if on_miss == "query_teacher" else None
         self._missing = 0
 

@@ -1,12 +1,10 @@
-"""Several named teachers of one student."""
+"""`MultiTeacher`: several teachers, each of which teaches all target tokens."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits
@@ -17,10 +15,10 @@ from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term
 from .base import JointStep, Teacher
 from .frozen import FrozenTeacher
-from .trainable import TrainableTeacher
+from .group import TeacherGroup, find_trained_teacher
 
 
-class MultiTeacher(Teacher):
+class MultiTeacher(TeacherGroup):
     """Several teachers, each with a share of the soft loss (multi-teacher distillation).
 
     L = alpha * sum over teachers of share * T^2 * divergence(teacher || student) + (1 - alpha) * cross entropy
@@ -37,10 +35,12 @@ class MultiTeacher(Teacher):
     """
 
     def __init__(self, teachers: Mapping[str, Any], weights: Mapping[str, float] | None = None):
-        self.teachers: dict[str, Teacher] = {
-            name: teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
-            for name, teacher in teachers.items()
-        }
+        super().__init__(
+            {
+                name: teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
+                for name, teacher in teachers.items()
+            }
+        )
         weights = dict(weights or {})
         names = [name for name, teacher in self.teachers.items() if teacher.provides_soft_labels]
         raise_if_any(
@@ -49,49 +49,11 @@ class MultiTeacher(Teacher):
         )
         total = sum(weights.get(name, 1.0) for name in names)
         self.shares = {name: weights.get(name, 1.0) / total for name in names}
-        self.provides_soft_labels, self._progress = bool(names), 0.0
-        self.can_fail = any(teacher.can_fail for teacher in self)
-        self.prefetch = max(teacher.prefetch for teacher in self)
-        self.tied_to_student = any(teacher.tied_to_student for teacher in self)
-
-    def __iter__(self) -> Iterator[Teacher]:
-        return iter(self.teachers.values())
-
-    @property
-    def progress(self) -> float:
-        """Progress of the training, in [0, 1]; setting it sets that of every teacher."""
-        return self._progress
-
-    @progress.setter
-    def progress(self, value: float) -> None:
-        self._progress = value
-        for teacher in self:
-            teacher.progress = value
-
-    def input_names(self) -> frozenset[str]:
-        """Names of the inputs that any of the teachers accepts."""
-        return frozenset().union(*(teacher.input_names() for teacher in self))
-
-    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Prepare every teacher; `model` is that of the first."""
-        for teacher in self:
-            teacher.prepare(student, device, processing_class)
-        self.model = next(iter(self)).model
-
-    def check_data(self, rows: Any, name: str) -> None:
-        """Check a data set with every teacher."""
-        for teacher in self:
-            teacher.check_data(rows, name)
+        self.provides_soft_labels = bool(names)
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return the integers that any of the teachers needs; those of the same name are the same."""
         return {name: number for teacher in self for name, number in teacher.numbers_to_read(inputs, shift).items()}
-
-    def start_batch(self, inputs: dict, shift: bool) -> None:
-        """Announce a batch to every teacher that starts early."""
-        for teacher in self:
-            if teacher.prefetch:
-                teacher.start_batch(inputs, shift)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""
@@ -126,39 +88,6 @@ class MultiTeacher(Teacher):
 
         return _CombinedStep(trained_step, merge)
 
-    def on_train_begin(self, step: int) -> None:
-        """Call the hook of every teacher."""
-        for teacher in self:
-            teacher.on_train_begin(step)
-
-    def on_step_end(self, step: int, updated: bool) -> None:
-        """Call the hook of every teacher."""
-        for teacher in self:
-            teacher.on_step_end(step, updated)
-
-    def close(self) -> None:
-        """Cancel what any of the teachers runs in the background."""
-        for teacher in self:
-            teacher.close()
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of every teacher with its name appended: `teacher_weight_drift_NAME`."""
-        return {
-            f"{key}_{name}": value
-            for name, teacher in self.teachers.items()
-            for key, value in teacher.metrics().items()
-        }
-
-    def save(self, folder: str, rank: int, write: bool) -> None:
-        """Write the state of every teacher into the folder `teachers/NAME` of the checkpoint."""
-        for name, teacher in self.teachers.items():
-            teacher.save(str(Path(folder) / "teachers" / name), rank, write)
-
-    def load(self, folder: str, rank: int) -> None:
-        """Read the state of every teacher from its folder."""
-        for name, teacher in self.teachers.items():
-            teacher.load(str(Path(folder) / "teachers" / name), rank)
-
 
 class _CombinedStep(JointStep):
     """The step of the trained teacher, whose signals are merged with those of the other teachers."""
@@ -174,16 +103,6 @@ class _CombinedStep(JointStep):
         self.teacher_signals = self.merge(self.trained_step.teacher_signals)
         self.per_token = self.trained_step.per_token
         return loss
-
-
-def teachers_by_name(teacher: Teacher) -> Mapping[str | None, Teacher]:
-    """Return the teachers of a `MultiTeacher` by name, and any other teacher under the name None."""
-    return dict(teacher.teachers.items()) if isinstance(teacher, MultiTeacher) else {None: teacher}
-
-
-def find_trained_teacher(teacher: Teacher) -> TrainableTeacher | None:
-    """Return the teacher that is trained with the student: the teacher or one of several; None if there is none."""
-    return next((one for one in teachers_by_name(teacher).values() if isinstance(one, TrainableTeacher)), None)
 
 
 def _requests_for(name: str, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> dict[FeatureKey, FeatureTokens]:

@@ -10,7 +10,7 @@ from ..models.sharding import local_shard
 from ..models.sidecar import strip_sidecar
 from .base import Teacher
 from .frozen import FrozenTeacher
-from .multi_teacher import MultiTeacher
+from .group import TeacherGroup
 from .peer import PeerTeacher
 
 
@@ -22,7 +22,7 @@ def shared_with_teacher(student: nn.Module, trained: Collection[str], teacher: T
         trained: names of the student's trained parameters.
         teacher: a prepared teacher; a teacher that is the student in another state shares all weights by design.
     """
-    if isinstance(teacher, MultiTeacher):
+    if isinstance(teacher, TeacherGroup):
         return [
             f"{name}: {why}"
             for name, each in teacher.teachers.items()

@@ -17,7 +17,8 @@ from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, ObjectiveFacts, SourceFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
-from ..teachers import CachedTeacher, MultiTeacher, RemoteTeacher, Teacher
+from ..teachers import CachedTeacher, RemoteTeacher, Teacher
+from ..teachers.group import TeacherGroup
 from .config import DistillArguments
 
 # Name of a teacher -> its kind, model, revision or number of parameters, and license.
@@ -72,7 +73,7 @@ def trainer_card_data(
 
 def teacher_info(teacher: Teacher) -> dict[str, TeacherFacts]:
     """Return for each teacher, by name, its kind, model, revision or number of parameters, and license."""
-    teachers = teacher.teachers if isinstance(teacher, MultiTeacher) else {"teacher": teacher}
+    teachers = teacher.teachers if isinstance(teacher, TeacherGroup) else {"teacher": teacher}
     infos: dict[str, TeacherFacts] = {}
     for name, one in teachers.items():
         info: TeacherFacts = {"kind": one.kind}

@@ -19,7 +19,7 @@ from ..losses.objective import Term
 from ..models.compilation import compile_blocks, compiled_around_head, compiled_modules, transformer_blocks
 from ..models.model_types import is_zero3_partitioned, unwrap_model
 from ..teachers import FrozenTeacher, Teacher
-from ..teachers.multi_teacher import teachers_by_name
+from ..teachers.group import teachers_by_name
 
 # PyTorch keeps the graphs of all blocks in one list: of students and teachers, for training and evaluation, and for
 # different shapes. It runs blocks eagerly beyond this number, which by default is 8.

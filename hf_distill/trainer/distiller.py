@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, logits_by_teacher
+from ..core.logits import DenseLogits, LazyLogits, RoutedLogits, logits_by_teacher
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
+from ..losses.routed import loss_on_logits
 from ..models.features import FeatureLoss, Features
 from ..models.forward import forward_with_loss
 from ..models.model_call import without_foreign_inputs
@@ -21,7 +22,7 @@ from ..models.model_types import model_type_of, unwrap_model
 from ..models.precision import teacher_autocast
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
 from ..teachers.base import JointStep
-from ..teachers.multi_teacher import teachers_by_name
+from ..teachers.group import teachers_by_name
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Distiller:
         if targets is not teacher_targets:
             feature_tokens = self.features.tokens(inputs, targets)
 
-        chunked_loss = ChunkedLoss(
+        chunked_loss = loss_on_logits(
             teacher_signals.logits, targets, self._logit_terms, statistics_every, self.chunk_tokens, num_items
         )
         feature_loss = FeatureLoss(self.features.terms, teacher_signals.features, feature_tokens, targets, num_items)
@@ -147,6 +148,7 @@ class Distiller:
             if joint_step is not None:
                 teacher_loss = joint_step(student_logits)
                 signals = joint_step.teacher_signals
+                assert not isinstance(signals.logits, RoutedLogits)  # no teacher of single rows is trained
                 chunked_loss.teacher_logits, feature_loss.teacher_features = signals.logits, signals.features
             if not model_type.vocabulary:
                 _check_class_counts(signals, student_logits)

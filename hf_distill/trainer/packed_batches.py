@@ -10,10 +10,12 @@ from transformers.utils import logging
 from ..core.processes import any_process
 from ..data.collator import Collator, returns_document_lengths
 from ..data.packing import missing_positions_problem, packed_attention_problem
+from ..data.teacher_column import TeacherColumnCollator
 from ..errors import DistillError, raise_if_any
 from ..models.model_call import uses_flash_attention
 from ..models.model_types import unwrap_model
-from ..teachers.multi_teacher import teachers_by_name
+from ..teachers import RoutedTeacher
+from ..teachers.group import teachers_by_name
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +31,8 @@ def collator_for_models(trainer: Any) -> Any:
         trainer: a trainer whose teacher, if it has one, is prepared.
     """
     collator = trainer.data_collator
+    if isinstance(trainer.teacher, RoutedTeacher) and trainer.teacher.sources is None:
+        return collator if isinstance(collator, TeacherColumnCollator) else _with_teacher_column(trainer)
     if not isinstance(collator, Collator) or returns_document_lengths(collator):
         return collator
     if not any(uses_flash_attention(model) for model in [trainer.model, *_teacher_models(trainer).values()]):
@@ -40,6 +44,11 @@ def collator_for_models(trainer: Any) -> Any:
         )
         return collator
     return Collator(collator.pad_token_id, collator.sources, return_flash_attn_kwargs=True)
+
+
+def _with_teacher_column(trainer: Any) -> TeacherColumnCollator:
+    """Return the trainer's collator with the column `teacher`; rows are not packed then."""
+    return TeacherColumnCollator(trainer.data_collator, trainer.teacher.names)
 
 
 def dispatch_problems(trainer: Trainer) -> list[str]:

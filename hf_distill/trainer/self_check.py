@@ -17,6 +17,7 @@ from ..core.targets import IGNORE_INDEX, Targets, target_labels
 from ..errors import RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
+from ..losses.routed import RoutedLoss
 from ..models.model_types import model_type_of
 from ..models.output_head import LogitSample, forget_output_head, known_output_head
 from ..teachers import FrozenTeacher, Teacher
@@ -89,7 +90,10 @@ class SelfCheck:
             RunError: they differ; the message says in what.
         """
         problems = [*self._check_target_count(targets), *_check_no_grad(teacher_signals)]
-        if len(chunked_loss.targets):
+        if isinstance(chunked_loss, RoutedLoss):
+            for loss, logits in chunked_loss.parts_of(student_logits):
+                problems += self._check_fused_loss(*_sample_tokens(loss, logits)) if len(loss.targets) else []
+        elif len(chunked_loss.targets):
             problems += self._check_fused_loss(*_sample_tokens(chunked_loss, student_logits))
             problems += self._check_unmodified_logits(chunked_loss, student_logits)
         if problems:

@@ -11,7 +11,7 @@ def split_by_source(step: StepOutput, source: Tensor | None, names: tuple[str, .
 
     Args:
         step: the output of the step.
-        source: [B, S] index of the source of each token; None if the batch has none.
+        source: [B, S] index of the source of each token, or [B] of each row; None if the batch has none.
         names: names of the sources. With fewer than two there is nothing to split.
 
     Returns:
@@ -20,7 +20,8 @@ def split_by_source(step: StepOutput, source: Tensor | None, names: tuple[str, .
     """
     if source is None or len(names) < 2:
         return {}
-    token_source = step.targets.gather(source)
+    targets = step.targets
+    token_source = targets.gather(source) if source.dim() == len(targets.shape) else source[targets.batch_rows]
     per_source = {}
     for index, name in enumerate(names):
         mask = token_source == index

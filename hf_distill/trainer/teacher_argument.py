@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..errors import DistillError, raise_if_any
 from ..models.model_types import unwrap_model
 from ..teachers import FrozenTeacher, MultiTeacher, Teacher
-from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
+from ..teachers.group import find_trained_teacher, teachers_by_name
 from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term, repeated_names
 from ..teachers import MultiTeacher, Teacher, TrainableTeacher
-from ..teachers.multi_teacher import teachers_by_name
+from ..teachers.group import teachers_by_name
 from .config import DistillArguments
 
 
@@ -48,7 +48,8 @@ def build_objective(args: DistillArguments, teacher: Teacher, label_smoothing: f
     ]
     student += [hard, *further]
     of_teacher: list[Term] = []
-    for name, each in teachers_by_name(teacher).items():
+    members = teachers_by_name(teacher) if isinstance(teacher, MultiTeacher) else {None: teacher}
+    for name, each in members.items():
         if isinstance(each, TrainableTeacher):
             of_teacher += each.derive_terms(replace(soft, weight=soft.weight * shares.get(name, 0.0)), hard)
         problems += [f"{name}: {why}" if name else why for why in each.incompatible_terms(student, name)]

@@ -6,7 +6,7 @@ the objects that `DistillMixin` creates before or after the method of the Traine
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
-from ..core.targets import SECOND_VIEW_KEYS, target_labels
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, target_labels
 from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.features import Features
@@ -28,9 +28,9 @@ from ..models.model_types import model_type_of
 from ..models.precision import MIXED_PRECISION_DTYPES
 from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
-from ..teachers import Teacher, TrainableTeacher
+from ..teachers import RoutedTeacher, Teacher, TrainableTeacher
+from ..teachers.group import find_trained_teacher, teachers_by_name
 from ..teachers.input_limits import check_student_ids
-from ..teachers.multi_teacher import find_trained_teacher, teachers_by_name
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
@@ -47,7 +47,6 @@ from .metrics import (
 )
 from .nonfinite import NonFiniteGuard
 from .packed_batches import collator_for_models, dispatch_problems
-from .prefetch import BatchPrefetcher
 from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
@@ -114,7 +113,7 @@ class DistillMixin(_Base):
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         self.sidecar_manager, self._card_writer = SidecarManager(), ModelCardWriter()
-        self.failure_guard, self._prefetcher = TeacherFailureGuard(), BatchPrefetcher()
+        self.failure_guard = TeacherFailureGuard()
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
@@ -139,6 +138,8 @@ class DistillMixin(_Base):
         """
         source = inputs.get("source")  # the dataset of a mixture that each token is from; used for the logs only
         inputs = {name: value for name, value in inputs.items() if name != "source"}
+        if isinstance(self.teacher, RoutedTeacher) and self.teacher.sources is not None:
+            inputs[TEACHER_INDEX] = self.teacher.teacher_index(source, self._source_names)
         if not self.is_distilling:
             inputs = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
             return super().compute_loss(
@@ -161,6 +162,7 @@ class DistillMixin(_Base):
             raise
         self._is_self_check_pending, self.distiller.pre_loss_hook = False, None
         step.per_token.update(split_by_source(step, source, self._source_names))
+        step.per_token.update(split_by_source(step, inputs.get(TEACHER_INDEX), self._teacher_names))
         if is_training:
             self.metric_accumulator.add_micro_batch(step)
             self.nonfinite_guard.add_micro_batch(inputs, step, self._terms)
@@ -182,17 +184,6 @@ class DistillMixin(_Base):
         if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)
         return loss
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
-        """Return the micro-batches of a step as the Trainer does; the teacher may start on later ones."""
-        if self.is_distilling and self.teacher.prefetch:
-            steps_after = self.state.max_steps - self.state.global_step - 1
-            num_ahead = min(self.teacher.prefetch, steps_after * self.args.gradient_accumulation_steps)
-            start = partial(self.teacher.start_batch, shift=model_type_of(self.model).shifts_labels)
-            epoch_iterator = self._prefetcher.take(epoch_iterator, num_batches, num_ahead, start)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -246,6 +237,12 @@ class DistillMixin(_Base):
     @property
     def _source_names(self) -> tuple[str, ...]:
         return self.sources or getattr(self.data_collator, "sources", ())
+
+    @property
+    def _teacher_names(self) -> tuple[str, ...]:
+        """Names in the logs of teachers that have their own rows."""
+        names = self.teacher.names if isinstance(self.teacher, RoutedTeacher) else ()
+        return tuple(f"teacher_{name}" for name in names)
 
     # Teacher and objective
 
@@ -371,12 +368,8 @@ class DistillMixin(_Base):
         """
         with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():
             checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
-            try:
-                with self._compilation():
-                    return super().train(checkpoint, *args, **kwargs)
-            finally:
-                if self.is_distilling:
-                    self.teacher.close()
+            with self._compilation():
+                return super().train(checkpoint, *args, **kwargs)
 
     def _compilation(self) -> AbstractContextManager[None]:
         """Keep accelerate from compiling a student whose blocks are compiled; without a teacher it may compile it."""
@@ -387,7 +380,6 @@ class DistillMixin(_Base):
         self.metric_accumulator.reset_training()
         self.nonfinite_guard.reset()
         self.failure_guard.reset()
-        self._prefetcher.reset()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: object, **kwargs: Any) -> None:
@@ -449,7 +441,7 @@ class DistillMixin(_Base):
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
-        return average_metrics(sums, self._terms, self._source_names)
+        return average_metrics(sums, self._terms, (*self._source_names, *self._teacher_names))
 
     def prediction_step(
         self,

@@ -84,6 +84,60 @@ def test_a_recipe_with_several_teachers_weights_their_losses_and_is_planned(tmp_
     assert "the averaged weights, 4 bytes per trained parameter" in plan(recipe, gpus=1, gpu_memory=80.0).advice
 
 
+ROUTED = """
+student: {from_teacher: {keep_layers: 3}}
+teachers:
+  - {name: whole, model: some/model, sources: [task]}
+  - {name: past, kind: ema, decay: 0.5, sources: [general]}
+data:
+  task: {path: "package:pydoc_data.topics"}
+  general: {path: "package:pydoc_data.topics"}
+  web: {path: "package:pydoc_data.topics"}
+  eval: {holdout: 0.1, max_rows: 4}
+  packing: PACKING
+train: {output_dir: runs/routed, learning_rate: 0.01, max_steps: 6}
+control: sft
+"""
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_recipe_with_a_teacher_for_each_source_trains_every_source_with_its_teacher(tmp_path, monkeypatch, packing):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "routed.yaml").write_text(ROUTED.replace("PACKING", packing))
+    run_recipe(load_recipe("routed.yaml", smoke=True))
+    logs = [json.loads(line) for line in (tmp_path / "runs/routed-smoke/metrics.jsonl").read_text().splitlines()]
+    logs = [log for log in logs if log["run"] == "student" and "loss" in log]
+    for source, teacher in (("task", "whole"), ("general", "past")):
+        pairs = {(log.get(f"soft_loss_{source}"), log.get(f"soft_loss_teacher_{teacher}")) for log in logs}
+        assert pairs - {(None, None)}
+        assert all(one == pytest.approx(two) for one, two in pairs)
+    assert not any(log.get("soft_loss_web") for log in logs)
+    assert sum(log["tokens_without_teacher"] for log in logs) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("sources: [general]", "past has no sources and whole has"),
+        ("sources: [task]}\n  - {name: x, model: a/b, sources: [task]", "the source 'task' has two teachers"),
+        ("sources: [genral]", "did you mean 'general'"),
+        ("view: {token_dropout: 0.1}, sources: [general]", "past has the kind multi_view, which teaches all rows"),
+        ("weight: 2, sources: [general]", "past has a weight, which teachers with sources do not use"),
+    ],
+)
+def test_wrong_sources_of_teachers_are_refused(change, why):
+    import yaml
+
+    text = ROUTED.replace("PACKING", "true")
+    if "multi_view" in why:
+        text = text.replace("kind: ema, decay: 0.5", "kind: multi_view")
+    text = (
+        text.replace(", sources: [general]", "") if "no sources" in why else text.replace("sources: [general]", change)
+    )
+    with pytest.raises(DistillError, match=why):
+        validate(yaml.safe_load(text))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
