@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_distill
+from hf_distill.core.logits import SparseLogProbs
 from hf_distill.losses import fused
 
 PACKAGE = f"{Path(hf_distill.__file__).parent}/"
@@ -26,6 +27,8 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _COPYING = (torch.Tensor.tolist, torch.Tensor.cpu)
 # Functions that read a number only if its tensor is on the CPU.
 CPU_BRANCHES = (fused.ChunkedLoss.__post_init__, fused._scaled, fused._may_be_masked)
+# Functions that are called with tensors on the host, before they are copied to the device.
+ON_HOST = (SparseLogProbs.without_ids_from,)
 
 
 class DeviceReads:
@@ -37,7 +40,7 @@ class DeviceReads:
     def __init__(self) -> None:
         self.reads: list[tuple[str, str]] = []
         self._modes = (_Functions(self), _Operators(self))
-        self._on_cpu_only = {_location(inspect.getsourcefile(f), f.__name__) for f in CPU_BRANCHES}
+        self._on_cpu_only = {_location(inspect.getsourcefile(f), f.__name__) for f in (*CPU_BRANCHES, *ON_HOST)}
 
     def __enter__(self) -> "DeviceReads":
         for mode in self._modes:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.targets import SECOND_VIEW_KEYS, Targets
+from ..core.targets import SECOND_VIEW_KEYS, Targets, token_documents
 from ..models.model_call import FLASH_ATTENTION_INPUTS
 
 KEY_BYTES = 16
@@ -44,21 +44,21 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
         inputs: a batch of the collator.
         targets: the target tokens of the batch.
     """
-    labels, positions = targets.labels.cpu().numpy(), targets.positions.cpu().numpy()
-    others = {name: inputs[name] for name in other_inputs(inputs)}
-    ids = inputs["input_ids"].cpu().numpy() if "input_ids" in inputs else np.zeros((targets.shape[0], 0), dtype="<i8")
-    if targets.shape == ids.shape:
-        tokens = targets.feature_tokens(inputs, causal=True)
-        assert isinstance(tokens, Targets)
-        assert tokens.documents is not None
-        return _aligned_examples(ids.reshape(-1), tokens.documents.cpu().numpy(), labels, positions, others)
+    others = {name: inputs[name].detach().cpu() for name in other_inputs(inputs)}
     mask = inputs.get("attention_mask")
-    is_visible = np.ones_like(ids) if mask is None or tuple(mask.shape) != ids.shape else mask.cpu().numpy()
-    rows, width = targets.batch_rows.cpu().numpy(), targets.shape[1] if len(targets.shape) > 1 else 1
-    examples = []
+    ids = inputs.get("input_ids", targets.labels.new_zeros(targets.shape[0], 0))
+    if targets.shape == ids.shape:
+        tensors = (ids, token_documents(inputs), targets.labels, targets.positions)
+        token_ids, documents, labels, positions = _to_host(*tensors)
+        return _aligned_examples(token_ids, documents, labels, positions, others)
+    is_visible = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask != 0
+    token_ids, is_visible, labels, positions = _to_host(ids, is_visible, targets.labels, targets.positions)
+    mask = mask.cpu() if others and mask is not None else None  # it selects the tokens of other inputs
+    width = targets.shape[1] if len(targets.shape) > 1 else 1
+    rows, examples = positions // width, []
     for start, end in _runs(rows):
         row = int(rows[start])
-        tokens = ids[row][is_visible[row] != 0]
+        tokens = token_ids[row][is_visible[row] != 0]
         parts = [_tensor_bytes(name, _select_row(value, row, mask)) for name, value in sorted(others.items())]
         key = example_key(tokens, positions[start:end] - row * width, labels[start:end], parts)
         examples.append(Example(key, slice(start, end)))
@@ -70,6 +70,13 @@ def other_inputs(inputs: Mapping[str, object]) -> list[str]:
     return sorted(name for name, value in inputs.items() if name not in _NOT_OTHER_INPUTS and isinstance(value, Tensor))
 
 
+def _to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Return integer tensors on the host; they are copied at once, because the host waits for the device."""
+    flat = torch.cat([tensor.reshape(-1).long() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(flat, ends), tensors, strict=True)]
+
+
 def _select_row(value: Tensor, row: int, mask: Tensor | None) -> Tensor:
     values = value[row]
     if mask is not None and value.shape[: mask.dim()] == mask.shape:
@@ -78,7 +85,6 @@ def _select_row(value: Tensor, row: int, mask: Tensor | None) -> Tensor:
 
 
 def _tensor_bytes(name: str, value: Tensor) -> bytes:
-    value = value.detach().cpu()
     value = value.float() if value.is_floating_point() else value.long()
     return f"{name} {tuple(value.shape)} ".encode() + np.ascontiguousarray(value.numpy()).tobytes()
 
@@ -88,7 +94,7 @@ def _aligned_examples(
 ) -> list[Example]:
     """Return the examples of models whose logits have the positions of their tokens: rows, or documents inside rows."""
     width = documents.shape[1]
-    flat = documents.reshape(-1)
+    ids, flat = ids.reshape(-1), documents.reshape(-1)
     document_ids = positions // width * (flat.max(initial=0) + 1) + flat[positions]  # unique for row and document
     edges = np.flatnonzero(np.diff(flat) | (np.arange(1, len(flat)) % width == 0)) + 1
     spans = np.concatenate([[0], edges, [len(flat)]])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs
+from ..core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs, upload
 from ..core.signals import FeatureKey, Signals
 from ..errors import DistillError
 from . import codec
@@ -169,7 +169,7 @@ def _concatenate(parts: Sequence[bytes | pa.Buffer], width: int, dtype: torch.dt
     for part in parts:
         flat[start : start + len(part)] = np.frombuffer(part, dtype=np.uint8)
         start += len(part)
-    return rows.to(device)
+    return upload(rows, device)
 
 
 def check_kind(kind: str, teacher_signals: Signals) -> None:

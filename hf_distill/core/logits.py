@@ -28,6 +28,13 @@ def enabled_autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a copy from the host to a GPU is from pinned memory and does not wait for it."""
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class DenseLogits:
     """Materialized logits: `values` [T, V]."""
@@ -231,9 +238,9 @@ class SparseLogProbs:
     def to(self, device: torch.device) -> "SparseLogProbs":
         """Return the log-probabilities on a device."""
         log_tail, negative_entropy = (
-            None if t is None else t.to(device) for t in (self.log_tail, self.negative_entropy)
+            None if t is None else upload(t, device) for t in (self.log_tail, self.negative_entropy)
         )
-        ids, log_probs = self.ids.to(device), self.log_probs.to(device)
+        ids, log_probs = upload(self.ids, device), upload(self.log_probs, device)
         return SparseLogProbs(ids, log_probs, log_tail, self.temperature, negative_entropy, self.vocab_size)
 
     def without_ids_from(self, vocab_size: int) -> "SparseLogProbs":

@@ -15,6 +15,13 @@ def devices_of(model: nn.Module) -> list[torch.device]:
     return list(dict.fromkeys(p.device for p in model.parameters()))
 
 
+def parameters_without_values(model: nn.Module) -> list[str]:
+    """Return the names of parameters on the meta device, unless hooks of accelerate load their values when they run."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return []
+    return [name for name, p in model.named_parameters() if p.is_meta and type(p.data) is torch.Tensor]
+
+
 def input_device(model: nn.Module) -> torch.device | None:
     """Return the device to which the inputs of a model have to be moved before its forward.
 

@@ -108,7 +108,7 @@ _PEER_FIELDS = (
     "max_grad_norm",
     "freeze_at_progress",
 )
-REMOTE_OPTIONS = ("top_k", "vocab_size", "timeout", "retry_seconds", "concurrency", "api_key_env")
+REMOTE_OPTIONS = ("top_k", "vocab_size", "timeout", "retry_seconds", "concurrency", "prefetch", "api_key_env")
 # Fields that each kind accepts. Kinds without a model are derived from the student.
 FIELDS: dict[str, tuple[str, ...]] = {
     "frozen": ("model", "revision", "dtype", "attn_implementation", *_PLACEMENTS),
@@ -273,6 +273,13 @@ class TeacherSpec(StrictModel):
         gt=0,
         description="Kind remote: largest number of requests in flight in each process, at least 1. Default (null): "
         "16.",
+    )
+    prefetch: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Kind remote: number of batches after the current step that are requested while the student "
+        "trains, from 0 to 64. Default (null): 2.",
     )
     api_key_env: Name | None = Field(
         None,

@@ -34,7 +34,7 @@ _READING = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
-_SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "api_key_env"}
+_SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "prefetch", "api_key_env"}
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
 _PROCESSES = "number of processes"
 _OTHER_PROCESSES = (

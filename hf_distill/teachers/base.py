@@ -71,6 +71,7 @@ class Teacher(ABC):
     has_full_logits:      whether `forward` returns logits of all ids; False: `SparseLogProbs`
     can_fail:             whether `forward` may raise a RunError during training, as a server can fail; the trainer then
                           ends training on all ranks, with a checkpoint
+    prefetch:             number of batches after the current step for which the trainer calls `start_batch`
     progress:             progress of the training, in [0, 1]; the trainer sets it
     """
 
@@ -80,6 +81,7 @@ class Teacher(ABC):
     provides_soft_labels: bool = True
     has_full_logits: bool = True
     can_fail: bool = False
+    prefetch: int = 0
     progress: float = 0.0
 
     def __call__(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -170,6 +172,17 @@ class Teacher(ABC):
         """
         return []
 
+    def start_batch(self, inputs: dict, shift: bool) -> None:  # noqa: B027
+        """Start to prepare the signals of a batch, without waiting for them; called some steps before `forward`.
+
+        `forward` gets the same tensors later, unless training stops before. Batches of evaluations and those that a
+        trainer generates are not announced.
+
+        Args:
+            inputs: the collator's batch.
+            shift: whether the logits at position i predict the label at i + 1.
+        """
+
     def on_train_begin(self, step: int) -> None:  # noqa: B027
         """Called before the first step, after the student was wrapped by its strategy and `load` was called.
 
@@ -184,6 +197,9 @@ class Teacher(ABC):
             step: number of the step, counted from 1; skipped steps count.
             updated: whether the step changed the student; False if it was skipped.
         """
+
+    def close(self) -> None:  # noqa: B027
+        """Cancel what runs in the background; called when training ends, also by an error or a signal."""
 
     def metrics(self) -> dict[str, float]:
         """Return values for the training log."""

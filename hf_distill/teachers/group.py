@@ -64,6 +64,11 @@ class TeacherGroup(Teacher):
         for teacher in self:
             teacher.on_step_end(step, updated)
 
+    def close(self) -> None:
+        """Cancel what any of the teachers runs in the background."""
+        for teacher in self:
+            teacher.close()
+
     def metrics(self) -> dict[str, float]:
         """Return the metrics of every teacher with its name appended: `teacher_weight_drift_NAME`."""
         return {

@@ -24,7 +24,7 @@ from ..core.deepspeed_config import check_placement, check_teacher_config, fill_
 from ..errors import DistillError, collect_errors, raise_if_any, require_package
 from ..models.compilation import without_compilation_around_head
 from ..models.model_types import is_zero3_partitioned, model_type_of
-from ..models.placement import devices_of
+from ..models.placement import devices_of, parameters_without_values
 from ..models.sharding import is_sharded
 from .pretrained import load_pretrained
 
@@ -128,8 +128,8 @@ class TeacherLoader:
         while it was loaded gets an engine too.
 
         Raises:
-            DistillError: there are several processes, and the model is spread over devices or is on the device of
-                another process.
+            DistillError: parameters have no values; or there are several processes, and the model is spread over
+                devices or is on the device of another process.
         """
         if isinstance(model, PreTrainedModel) and (self.deepspeed or is_zero3_partitioned(model)):
             return deepspeed_engine(model, self._zero3(model.config))
@@ -140,6 +140,11 @@ class TeacherLoader:
             )
         if is_sharded(model) or is_fsdp_managed_module(model):
             return keep_layout(model)
+        if without_values := parameters_without_values(model):
+            raise DistillError(
+                f"The teacher has no values for {len(without_values)} parameters ({without_values[0]}, ...), which are "
+                "on the meta device: load it with from_pretrained, or give its path or id instead."
+            )
         devices = devices_of(model)
         _check_device_of_process(devices, device)
         is_placed = device_map is not None or getattr(model, "quantization_method", None) is not None

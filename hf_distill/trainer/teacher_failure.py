@@ -84,7 +84,8 @@ class TeacherFailureGuard:
             action = "No step was complete, so there is no checkpoint: start again when the server answers"
         else:
             action = 'No checkpoint was saved, because save_strategy is "no"'
-        return RunError(f"Training stops after step {step} of {state.max_steps}. {self.failure} {action}.")
+        reason = str(self.failure).rstrip(".")
+        return RunError(f"Training stops after step {step} of {state.max_steps}. {reason}. {action}.")
 
 
 class _RandomStates:

@@ -6,7 +6,7 @@ the objects that `DistillMixin` creates before or after the method of the Traine
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from .metrics import (
 )
 from .nonfinite import NonFiniteGuard
 from .packed_batches import collator_for_models, dispatch_problems
+from .prefetch import BatchPrefetcher
 from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
@@ -113,7 +114,7 @@ class DistillMixin(_Base):
         self.metric_accumulator, self.checkpointer = MetricAccumulator(), Checkpointer()
         self.nonfinite_guard = NonFiniteGuard(distill_args.max_consecutive_nonfinite_steps)
         self.sidecar_manager, self._card_writer = SidecarManager(), ModelCardWriter()
-        self.failure_guard = TeacherFailureGuard()
+        self.failure_guard, self._prefetcher = TeacherFailureGuard(), BatchPrefetcher()
         super().__init__(model, args, *trainer_args, **kwargs)
         self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
         if self.is_distilling:
@@ -184,6 +185,17 @@ class DistillMixin(_Base):
         if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)
         return loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """Return the micro-batches of a step as the Trainer does; the teacher may start on later ones."""
+        if self.is_distilling and self.teacher.prefetch:
+            steps_after = self.state.max_steps - self.state.global_step - 1
+            num_ahead = min(self.teacher.prefetch, steps_after * self.args.gradient_accumulation_steps)
+            start = partial(self.teacher.start_batch, shift=model_type_of(self.model).shifts_labels)
+            epoch_iterator = self._prefetcher.take(epoch_iterator, num_batches, num_ahead, start)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -368,8 +380,12 @@ class DistillMixin(_Base):
         """
         with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():
             checkpoint = self.checkpointer.resolve(resume_from_checkpoint, self.args, self.accelerator)
-            with self._compilation():
-                return super().train(checkpoint, *args, **kwargs)
+            try:
+                with self._compilation():
+                    return super().train(checkpoint, *args, **kwargs)
+            finally:
+                if self.is_distilling:
+                    self.teacher.close()
 
     def _compilation(self) -> AbstractContextManager[None]:
         """Keep accelerate from compiling a student whose blocks are compiled; without a teacher it may compile it."""
@@ -380,6 +396,7 @@ class DistillMixin(_Base):
         self.metric_accumulator.reset_training()
         self.nonfinite_guard.reset()
         self.failure_guard.reset()
+        self._prefetcher.reset()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: object, **kwargs: Any) -> None:

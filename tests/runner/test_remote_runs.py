@@ -30,7 +30,14 @@ def recipe_of(server, **changes):
     values = {
         "student": {"model": "smoke:llama/student"},
         "teacher": {
-            **{"kind": "remote", "url": server.url, "top_k": 8, "api_key_env": "TEACHER_KEY", "retry_seconds": 0.2},
+            **{
+                "kind": "remote",
+                "url": server.url,
+                "top_k": 8,
+                "api_key_env": "TEACHER_KEY",
+                "retry_seconds": 0.2,
+                "prefetch": 0,
+            },
         },
         "data": {"task": {"path": "package:builtins"}, "eval": {"holdout": 0.1, "max_rows": 4}, "max_length": 64},
         "distill": {"temperature": 1.0, "alpha": 0.5},

@@ -17,6 +17,22 @@ from typing import Any
 
 import torch
 
+from hf_distill.core.logits import LazyLogits, SparseLogProbs
+from hf_distill.core.signals import Signals
+from hf_distill.teachers import FrozenTeacher
+
+TOP_K = 8
+
+
+class LocalTopK(FrozenTeacher):
+    """The reference: the k most probable ids of the local model and the rest of the probability, at temperature 1."""
+
+    def forward(self, inputs, targets, feature_requests):
+        logits = super().forward(inputs, targets, feature_requests).logits
+        assert isinstance(logits, LazyLogits)
+        log_probs, ids = torch.log_softmax(logits.project(), -1).topk(TOP_K)
+        return Signals(SparseLogProbs(ids, log_probs, torch.log1p(-log_probs.exp().sum(-1))))
+
 
 @dataclass
 class Fault:

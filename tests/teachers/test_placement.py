@@ -172,6 +172,13 @@ def test_a_teacher_on_the_cpu_is_moved_and_one_elsewhere_or_with_a_device_map_st
     assert moves == []
 
 
+def test_a_teacher_without_values_is_refused(make_trainer):
+    with torch.device("meta"):
+        teacher = build("llama", 1)
+    with pytest.raises(DistillError, match=r"no values for 21 parameters .*load it with from_pretrained"):
+        make_trainer(teacher=teacher, use_cpu=True)
+
+
 def on_devices(monkeypatch, *devices):
     monkeypatch.setattr("hf_distill.teachers.loading.devices_of", lambda model: [torch.device(d) for d in devices])
 

@@ -8,24 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from servers.teacher_servers import Fault, SGLangServer, VLLMServer
+from servers.teacher_servers import TOP_K, Fault, LocalTopK, SGLangServer, VLLMServer
 from tiny import VOCAB, build, collate, rows
 from torch.testing import assert_close
+from transformers import TrainerCallback
 
 from hf_distill import DistillError
-from hf_distill.core.logits import LazyLogits, SparseLogProbs
-from hf_distill.core.signals import Signals
 from hf_distill.core.targets import Targets
 from hf_distill.data import Collator
 from hf_distill.errors import RunError
-from hf_distill.teachers import FrozenTeacher, MultiTeacher, RemoteTeacher, Teacher
+from hf_distill.teachers import MultiTeacher, RemoteTeacher, Teacher
 from hf_distill.teachers.remote.api import TokenRow
 from hf_distill.teachers.remote.pool import ServerPool
 from hf_distill.teachers.remote.rows import token_rows
 
 SERVERS = {"vllm": VLLMServer, "sglang": SGLangServer}
 T1 = {"temperature": 1.0}
-TOP_K = 8
 
 
 def big(seed=1, **options):
@@ -50,16 +48,6 @@ def remote(*servers, **options):
     api = next(name for name, cls in SERVERS.items() if isinstance(servers[0], cls))
     urls = [server.url for server in servers]
     return RemoteTeacher(urls[0] if len(urls) == 1 else urls, **{"api": api, "top_k": TOP_K} | options)
-
-
-class LocalTopK(FrozenTeacher):
-    """The reference: the k most probable ids of the local model and the rest of the probability, at temperature 1."""
-
-    def forward(self, inputs, targets, feature_requests):
-        logits = super().forward(inputs, targets, feature_requests).logits
-        assert isinstance(logits, LazyLogits)
-        log_probs, ids = torch.log_softmax(logits.project(), -1).topk(TOP_K)
-        return Signals(SparseLogProbs(ids, log_probs, torch.log1p(-log_probs.exp().sum(-1))))
 
 
 def losses(trainer, *names):
@@ -331,7 +319,7 @@ def test_training_ends_with_a_checkpoint_and_resumes_exactly(make_trainer, start
 
     def make(folder, **more):
         return make_trainer(
-            model=build("llama", 0, dropout=0.1), teacher=remote(server, retry_seconds=0.3), folder=folder,
+            model=build("llama", 0, dropout=0.1), teacher=remote(server, retry_seconds=0.3, prefetch=0), folder=folder,
             **options | more,
         )  # fmt: skip
 
@@ -534,3 +522,67 @@ def test_images_are_refused():
 
 def test_a_custom_teacher_cannot_fail_unless_it_says_so():
     assert not Teacher.can_fail
+
+
+# Requests ahead of training
+
+
+class PendingBatches(TrainerCallback):
+    """Counts the batches that are requested when a step begins, without those of the step."""
+
+    def __init__(self, teacher, micro_batches):
+        self.teacher, self.micro_batches, self.counts = teacher, micro_batches, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.counts.append(len(self.teacher._started) - self.micro_batches)
+
+
+@pytest.mark.parametrize(("prefetch", "accumulation", "workers"), [(2, 1, 0), (3, 2, 0), (0, 2, 0), (2, 1, 1)])
+def test_the_next_batches_are_requested_while_the_student_trains(make_trainer, start, prefetch, accumulation, workers):
+    """Two epochs of four batches of eight rows, shuffled; requests end with the epoch and with the training."""
+    options = T1 | dict(
+        max_steps=7 // accumulation, gradient_accumulation_steps=accumulation, per_device_train_batch_size=8,
+        dataloader_num_workers=workers, learning_rate=1e-2,
+    )  # fmt: skip
+    server = start()
+    teacher = remote(server, prefetch=prefetch)
+    pending = PendingBatches(teacher, accumulation if prefetch else 0)
+    served = make_trainer(teacher=teacher, folder="served", callbacks=[pending], **options)
+    local = make_trainer(teacher=LocalTopK(big()), folder="local", **options)
+    assert losses(local) == [pytest.approx(each, rel=1e-6) for each in losses(served)]
+    expected = {(2, 1): [2, 2, 1, 0, 2, 1, 0], (3, 2): [2, 0, 0], (0, 2): [0, 0, 0]}
+    assert pending.counts == expected[prefetch, accumulation]
+    batches = options["max_steps"] * accumulation
+    assert len(server.bodies("/v1/completions")) == 1 + 8 * batches  # no row is requested twice or in vain
+
+
+def test_a_batch_that_failed_in_the_background_ends_training_when_it_is_needed(make_trainer, start):
+    """The step that it fails in depends on the order of the requests; resuming gives the same weights in any case."""
+    server = start()
+
+    def make(folder):
+        return make_trainer(
+            model=build("llama", 0, dropout=0.1), teacher=remote(server, prefetch=2, retry_seconds=0), folder=folder,
+            save_strategy="steps", save_steps=1, max_steps=6, **T1,
+        )  # fmt: skip
+
+    whole = make("whole")
+    whole.train()
+    trainer = make("cut")
+    answer, counted = server.answer, []
+
+    def failing(path, body):
+        counted.append(path)
+        if len(counted) > 4 * 4:
+            raise ConnectionResetError
+        return answer(path, body)
+
+    server.answer = failing
+    with pytest.raises(RunError, match=r"Training stops after step [1-4] of 6") as error:
+        trainer.train()
+    assert "is complete: resume from it" in str(error.value)
+    server.answer = answer
+    resumed = make("cut")
+    resumed.train(resume_from_checkpoint=True)
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert a.equal(b), name

@@ -5,11 +5,13 @@ import inspect
 import pytest
 import torch
 from gpu_sync import CPU_BRANCHES, PACKAGE, DeviceReads, reads_of_steps
-from tiny import build, rows
+from tiny import build, collate, rows
 
 from hf_distill import DistillError
+from hf_distill.cache import write_cache
+from hf_distill.core.logits import upload
 from hf_distill.core.targets import Targets
-from hf_distill.teachers import EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher
+from hf_distill.teachers import CachedTeacher, EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher
 from hf_distill.trainer.signal_handling import GracefulShutdown
 
 ONE_READ = {("tolist", "core/targets.py:_read"): 1}
@@ -42,6 +44,29 @@ def test_a_step_reads_once_for_each_micro_batch_and_once_before_the_optimizer(ma
     assert micro == ONE_READ
     assert optimizer == {("tolist", "trainer/nonfinite.py:check_step"): 1}
     assert first.total() > 10, "the counter does not see the reads of the self-check"
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sampled", "top_k"])
+def test_a_cached_teacher_reads_the_examples_of_a_batch_at_once(make_trainer, tmp_path, kind):
+    data, options = rows("llama", 64), {} if kind == "hidden" else {"temperature": 2.0}
+    write_cache(tmp_path / "cache", build("llama", 1), data, collator=collate, kind=kind, **options)
+    trainer = make_trainer(
+        teacher=CachedTeacher(str(tmp_path / "cache")),
+        train_dataset=data,
+        gradient_accumulation_steps=2,
+        logging_steps=100,
+    )
+    _, micro, optimizer = reads_of_steps(trainer)
+    assert micro == ONE_READ | {("cpu", "cache/example_keys.py:_to_host"): 1}
+    assert optimizer.total() == 1
+
+
+def test_stored_signals_are_copied_from_pinned_memory_without_waiting(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pin") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: calls.append(options) or tensor)
+    assert torch.equal(upload(torch.ones(2), torch.device("cuda", 0)), torch.ones(2))
+    assert calls == ["pin", {"non_blocking": True}]
 
 
 def test_the_counter_sees_reads_and_uploads_of_this_package_only():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from servers.teacher_servers import TOP_K, LocalTopK, VLLMServer
 from tiny import build, conversation
 from torch._dynamo.utils import counters
 from transformers import HfArgumentParser
@@ -11,6 +12,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.data import Collator, tokenize_examples
+from hf_distill.teachers import RemoteTeacher
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 ROWS = [{"prompt": conversation(i)[:1], "completion": conversation(i)[1:]} for i in range(12)]
@@ -93,6 +95,20 @@ def naive(trainer, batch, alpha, temperature):
     loss = ((alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"]
     loss.backward()
     return loss.item(), float(torch.stack([p.grad.norm() for p in student.parameters()]).norm())
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_teacher_on_a_server_scores_the_completions_of_the_student(make, smollm2_tokenizer, fraction):
+    teacher = build("llama", 1, layers=3, width=24, vocab=len(smollm2_tokenizer))
+    with VLLMServer(teacher, tokenizer=smollm2_tokenizer, context=512) as server:
+        losses = {}
+        for name, one in {"served": RemoteTeacher(server.url, top_k=TOP_K), "local": LocalTopK(teacher)}.items():
+            options = {"on_policy_fraction": fraction, "gradient_accumulation_steps": 2}
+            trainer = make(teacher=one, folder=name, **options)
+            trainer.train()
+            losses[name] = [log["soft_loss"] for log in trainer.state.log_history if "soft_loss" in log]
+    assert len(losses["served"]) == 2
+    assert losses["served"] == pytest.approx(losses["local"], rel=1e-5)
 
 
 def test_only_rows_of_the_data_set_have_hard_labels(make):

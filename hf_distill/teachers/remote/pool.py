@@ -25,6 +25,7 @@ Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.25, 30.0
 _RETRIED_STATUS = {408, 425, 429}  # and all from 500 on
+_CANCELLED = "The requests to the teacher server were cancelled"
 _SHOWN_CHARACTERS = 400  # of a response in an error
 
 
@@ -96,7 +97,7 @@ class _Session:
                     server.in_flight += 1
                     return server
                 delay = min(each.usable_at for each in servers) - now
-        raise ServerFailure("The requests to the teacher server were cancelled.")
+        raise ServerFailure(_CANCELLED)
 
     def release(self, server: _Server, is_failure: bool, retry_after: float | None = None) -> None:
         """Record the end of a request; after a failure the server rests."""
@@ -182,27 +183,21 @@ class ServerPool:
         """Call a function for each item in up to `concurrency` threads, and return the results in order.
 
         Raises:
-            RunError: that of the first call that failed. All requests of the pool in this process are cancelled.
+            RunError: that of the first call that failed; calls for other items that have not started are cancelled.
         """
-        futures = self.submit(function, items)
-        return self.collect(futures)
-
-    def submit(self, function: Callable[[Item], Answer], items: Sequence[Item]) -> list[Future[Answer]]:
-        """Start to call a function for each item, and return the futures of the results; see `collect`."""
         executor = self._open().executor
-        return [executor.submit(function, item) for item in items]
-
-    def collect(self, futures: Sequence[Future[Answer]]) -> list[Answer]:
-        """Wait for results of `submit`.
-
-        Raises:
-            RunError: see `map`.
-        """
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        failed = [future for future in futures if future in done and not future.cancelled() and future.exception()]
-        if failed:
-            self.close()
-            raise failed[0].exception() or RunError("")
+        try:
+            futures: list[Future[Answer]] = [executor.submit(function, item) for item in items]
+        except RuntimeError:  # another thread closed the session
+            raise ServerFailure(_CANCELLED) from None
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in done:
+            if future.cancelled():
+                raise ServerFailure(_CANCELLED)
+            if (error := future.exception()) is not None:
+                raise error
         return [future.result() for future in futures]
 
     def request(

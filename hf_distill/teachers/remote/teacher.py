@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.results import ServerFacts
 from ...core.server_urls import public_host
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
-from ...errors import DistillError, did_you_mean
+from ...errors import DistillError, RunError, did_you_mean
 from ...losses.objective import Term
 from ...models.blocks import LayerStack
 from ...models.model_types import CAUSAL, model_type_of, unwrap_model
 from ..base import Teacher
-from .api import RemoteProtocol, RowTensors, ServerInfo
+from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
 from .identity import check_tokenizer
 from .pool import ServerPool
 from .rows import token_rows
@@ -24,6 +25,7 @@ from .sglang import SGLangProtocol
 from .vllm import VLLMProtocol
 
 DEFAULT_TOP_K = 64
+_READ_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels")
 _PROTOCOLS: dict[str, Callable[[ServerPool, str | None, int, int | None], RemoteProtocol]] = {
     "vllm": VLLMProtocol,
     "sglang": SGLangProtocol,
@@ -48,6 +50,8 @@ class RemoteTeacher(Teacher):
         timeout: seconds until a request counts as failed.
         retry_seconds: time after its first failure for which a request is repeated.
         concurrency: largest number of requests in flight in each process.
+        prefetch: number of batches after the current step that are requested while the student trains; 0 requests each
+            batch when it is needed.
         api_key_env: name of the environment variable that holds the API key; None: HF_DISTILL_TEACHER_API_KEY, if it
             is set. The key is sent as a bearer token, and is neither logged nor saved.
 
@@ -69,6 +73,7 @@ class RemoteTeacher(Teacher):
         timeout: float = 120.0,
         retry_seconds: float = 300.0,
         concurrency: int = 16,
+        prefetch: int = 2,
         api_key_env: str | None = None,
     ):
         if api not in _PROTOCOLS:
@@ -78,6 +83,11 @@ class RemoteTeacher(Teacher):
             raise DistillError(f"top_k of a remote teacher is {top_k!r}; it must be an integer of at least 1")
         if vocab_size is not None and top_k > vocab_size:
             raise DistillError(f"top_k of a remote teacher is {top_k}, and its vocab_size is {vocab_size}: lower top_k")
+        if type(prefetch) is not int or prefetch < 0:
+            raise DistillError(f"prefetch of a remote teacher is {prefetch!r}; it must be an integer of at least 0")
+        self.prefetch = prefetch
+        self._started: list[tuple[Tensor, Future[RowTensors]]] = []  # input_ids of a batch, and its tensors
+        self._threads = ThreadPoolExecutor(prefetch + 1, thread_name_prefix="remote-teacher-batch")
         self.pool = ServerPool(
             url, timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key_env=api_key_env
         )
@@ -129,6 +139,26 @@ class RemoteTeacher(Teacher):
         """The layers whose features the servers return; top-k servers return none."""
         return self.protocol.layer_stack(which)
 
+    def start_batch(self, inputs: dict, shift: bool) -> None:
+        """Request a batch in the background; a batch without ids or labels is not requested."""
+        if not isinstance(inputs, Mapping) or "input_ids" not in inputs or "labels" not in inputs:
+            return
+        on_host = {name: inputs[name].cpu() for name in _READ_INPUTS if inputs.get(name) is not None}
+        rows = token_rows(on_host, Targets.from_batch(on_host, shift))
+        self._started.append((inputs["input_ids"], self._threads.submit(self._request, rows)))
+
+    def _take_started(self, inputs: dict) -> Future[RowTensors] | None:
+        """Return the tensors of a batch that `start_batch` got, and forget it and those before it; None: it is new."""
+        for index, (ids, future) in enumerate(self._started):
+            if ids is inputs.get("input_ids"):
+                del self._started[: index + 1]
+                return future
+        return None
+
+    def on_train_begin(self, step: int) -> None:
+        """Forget the batches of an earlier training."""
+        self._started.clear()
+
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Request the rows of a batch that have target tokens.
 
@@ -136,14 +166,24 @@ class RemoteTeacher(Teacher):
             RunError: no server answered correctly in time.
         """
         start = time.monotonic()
-        tensors = self._request(inputs, targets)
+        started = self._take_started(inputs)
+        try:
+            tensors = self._request(token_rows(inputs, targets)) if started is None else started.result()
+        except RunError:
+            self.close()
+            raise
         self._wait_seconds += time.monotonic() - start
         return self.protocol.to_signals(tensors, targets.labels.device, self._vocab_size, feature_requests)
 
-    def _request(self, inputs: dict, targets: Targets) -> RowTensors:
+    def _request(self, rows: Sequence[TokenRow]) -> RowTensors:
         """Return the tensors of all target tokens of a batch, in their order."""
-        rows = [self.protocol.empty_row(), *self.protocol.request_rows(token_rows(inputs, targets))]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        answers = [self.protocol.empty_row(), *self.protocol.request_rows(rows)]
+        return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
+
+    def close(self) -> None:
+        """Cancel all requests, so that the process can end; a later call opens new connections."""
+        self._started.clear()
+        self.pool.close()
 
     def metrics(self) -> dict[str, float]:
         """Return `teacher_wait_seconds`, for which this process waited for the servers since the last log."""
