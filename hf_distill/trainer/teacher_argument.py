@@ -140,6 +140,12 @@ def incompatible_teacher(teacher: Teacher, args: TrainingArguments, makes_studen
     """Return why a prepared teacher does not work with the arguments, if it is trained, or with `model_init`."""
     trained = find_trained_teacher(teacher)
     problems = [] if trained is None else trained.check_arguments(args)
+    if args.world_size > 1 and teacher.max_wait_seconds >= args.ddp_timeout:
+        problems.append(
+            f"the teacher may wait {teacher.max_wait_seconds:g} s for its server (retry_seconds + 2 * timeout), and "
+            f"the other processes abort without a checkpoint after {args.ddp_timeout} s (ddp_timeout). Lower "
+            "retry_seconds, or raise ddp_timeout"
+        )
     if makes_students and teacher.tied_to_student:
         problems.append(
             f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one "

@@ -175,7 +175,7 @@ class SGLangServer(TeacherServer):
         if path != "/generate":
             return super().answer(path, body)
         ids, start, k = body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]
-        self.check_ids(ids, body["sampling_params"]["max_new_tokens"])
+        self.check_ids(ids, 6)
         log_probs, text = self.log_probs(ids), self.text if body.get("return_text_in_logprobs") else lambda i: None
         shown = [i if i < self.model.config.vocab_size - 1 else 0 for i in ids]
         tokens = [[None, shown[start], text(shown[start])]]

@@ -21,6 +21,7 @@ from hf_distill.teachers import MultiTeacher, RemoteTeacher, Teacher
 from hf_distill.teachers.remote.api import TokenRow
 from hf_distill.teachers.remote.pool import ServerPool
 from hf_distill.teachers.remote.rows import token_rows
+from hf_distill.trainer.teacher_argument import incompatible_teacher
 
 SERVERS = {"vllm": VLLMServer, "sglang": SGLangServer}
 T1 = {"temperature": 1.0}
@@ -366,6 +367,13 @@ def test_without_a_checkpoint_the_error_says_so(make_trainer, start, options, te
     assert "HTTP 502: bad gateway" in str(error.value)
 
 
+def test_other_ranks_must_wait_longer_than_the_teacher():
+    teacher = RemoteTeacher("http://teacher", retry_seconds=1800, timeout=10)
+    for world_size, count in ((1, 0), (2, 1)):
+        args = SimpleNamespace(world_size=world_size, ddp_timeout=1800)
+        assert len(incompatible_teacher(teacher, args, makes_students=False)) == count
+
+
 # The key and the URL
 
 
@@ -433,12 +441,18 @@ def test_urls_are_normalized():
         ({}, {"model": "other"}, "serves teacher, and not 'other'"),
         ({}, {"top_k": 21}, "--max-logprobs 21"),
         ({}, {"api": "sglang"}, "For vLLM set api to vllm"),
-        ({"context": 11}, {}, "--max-model-len 13"),
+        ({"context": 12}, {}, "--max-model-len 13"),
+        ({"api": "sglang", "context": 17}, {}, "--context-length 18"),
     ],
 )
 def test_a_server_that_does_not_fit_is_refused_before_training(make_trainer, start, server, teacher, text):
     with pytest.raises(DistillError, match=text):
         make_trainer(teacher=remote(start(**server), **teacher), **T1)
+
+
+@pytest.mark.parametrize(("api", "context"), [("vllm", 13), ("sglang", 18)])
+def test_rows_as_long_as_the_server_accepts_are_trained_on(make_trainer, start, api, context):
+    make_trainer(teacher=remote(start(api, context=context)), **T1).train()
 
 
 def test_a_url_without_a_server_is_refused(make_trainer, start, monkeypatch):

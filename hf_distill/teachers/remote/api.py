@@ -62,12 +62,14 @@ class RemoteProtocol(ABC):
     Errors: `DistillError` if the input or the server's configuration is wrong, `RunError` if a server fails; the
     message names the URL and the response.
 
-    name:        the value of `api` that selects this protocol
-    row_tokens:  number of tokens that a request needs in addition to those of its row
+    name:           the value of `api` that selects this protocol
+    row_tokens:     number of tokens that a request needs in addition to those of its row
+    context_option: the option that sets the context length when a server is started
     """
 
     name: str = ""
     row_tokens: int = 0
+    context_option: str = "--max-model-len"
 
     @abstractmethod
     def check(self) -> list[ServerInfo]:

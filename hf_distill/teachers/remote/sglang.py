@@ -32,7 +32,8 @@ class SGLangProtocol(RemoteProtocol):
     """
 
     name = "sglang"
-    row_tokens = 0
+    row_tokens = 6  # SGLang accepts inputs of up to its context length minus 6
+    context_option = "--context-length"
 
     def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
         self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size

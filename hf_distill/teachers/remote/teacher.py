@@ -85,7 +85,7 @@ class RemoteTeacher(Teacher):
             raise DistillError(f"top_k of a remote teacher is {top_k}, and its vocab_size is {vocab_size}: lower top_k")
         if type(prefetch) is not int or prefetch < 0:
             raise DistillError(f"prefetch of a remote teacher is {prefetch!r}; it must be an integer of at least 0")
-        self.prefetch = prefetch
+        self.prefetch, self.max_wait_seconds = prefetch, retry_seconds + 2 * timeout
         self._started: list[tuple[Tensor, Future[RowTensors]]] = []  # input_ids of a batch, and its tensors
         self._threads = ThreadPoolExecutor(prefetch + 1, thread_name_prefix="remote-teacher-batch")
         self.pool = ServerPool(
@@ -127,8 +127,8 @@ class RemoteTeacher(Teacher):
             raise DistillError(
                 f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} "
                 f"(context length {min(lengths)}, of which a request needs {self.protocol.row_tokens}): lower "
-                f"max_length, or start the server with --max-model-len {longest + self.protocol.row_tokens} "
-                "(SGLang: --context-length)."
+                f"max_length, or start the server with {self.protocol.context_option} "
+                f"{longest + self.protocol.row_tokens}."
             )
 
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
