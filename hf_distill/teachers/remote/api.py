@@ -63,11 +63,13 @@ class RemoteProtocol(ABC):
     message names the URL and the response.
 
     name:           the value of `api` that selects this protocol
+    has_full_logits: whether signals are logits of all ids; False: `SparseLogProbs`
     row_tokens:     number of tokens that a request needs in addition to those of its row
     context_option: the option that sets the context length when a server is started
     """
 
     name: str = ""
+    has_full_logits: bool = False
     row_tokens: int = 0
     context_option: str = "--max-model-len"
 

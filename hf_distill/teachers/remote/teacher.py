@@ -92,6 +92,7 @@ class RemoteTeacher(Teacher):
             url, timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key_env=api_key_env
         )
         self.protocol = _PROTOCOLS[api](self.pool, model, top_k, vocab_size)
+        self.has_full_logits = self.protocol.has_full_logits
         self.servers: list[ServerInfo] = []
         self._vocab_size = 0  # V of the student
         self._wait_seconds = 0.0
