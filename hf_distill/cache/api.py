@@ -28,7 +28,7 @@ from .serialization import DTYPES, check_kind
 from .writer import CacheProgress, Rows, ShardPlan, TeacherFn, load_batch, plan_shards, request_layers, write_shards
 
 KINDS = ("hidden", "sampled", "top_k")
-_PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
+PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "hf-distill")
 
 
 class TeacherName(TypedDict):
@@ -173,7 +173,7 @@ def write_cache(
         tokenizer=tokenizer_fingerprint(processing_class),
         chat_template=template_fingerprint(processing_class),
         data=_describe_data(counts, plan, batch_size, shard_rows, recipe),
-        versions={name: version(name) for name in _PACKAGES},
+        versions={name: version(name) for name in PACKAGES},
         recipe=recipe,
         depth=count_blocks(model),
         **_probe_teacher(teacher_fn, plan, cache_options.kind, device, shift, cache_options.layers),

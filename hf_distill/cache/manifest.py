@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 from ..core.files import FileEntry, ShardEntry, atomic_path, checksum_of
-from ..core.json_types import JSONObject
+from ..core.json_types import JSON, JSONObject
 from ..core.references import path_exists
 from ..errors import DistillError
 
@@ -17,6 +17,29 @@ FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
 CAPTURE = "capture.json"  # the manifest of an unfinished cache
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 Kind = Literal["hidden", "sampled", "top_k"]
+
+
+class ImportRecord(TypedDict):
+    """Where imported log-probabilities come from.
+
+    formats:              vllm, distillkit
+    files:                the imported files
+    served_models:        names of models in the files
+    records:              number of records in the files
+    unused:               number of records of texts that the recipe does not have
+    normalized_positions: positions whose approximate probabilities summed to more than 1 and were divided by their sum
+    details:              facts of the format of each file, such as the compression
+    """
+
+    formats: list[str]
+    files: list[FileEntry]
+    served_models: list[str]
+    records: int
+    unused: int
+    normalized_positions: int
+    details: NotRequired[list[dict[str, JSON]]]
+
+
 # "class" is a keyword, so that this type is made by a call.
 TeacherRecord = TypedDict(
     "TeacherRecord",
@@ -26,6 +49,7 @@ TeacherRecord = TypedDict(
         "quantization": NotRequired[str | None],
         "class": str,
         "weights": str,
+        "imported": NotRequired[ImportRecord],
     },
 )
 
@@ -94,7 +118,8 @@ class Manifest:
     width:         H of the teacher; None if its logits are not the product of an output head
     depth:         number of blocks of the teacher
     scaling:       logit scaling after the output head: scale, softcap
-    teacher:       reference, revision and class of the teacher, and a checksum of its weights
+    teacher:       reference, revision and class of the teacher, and a checksum of its weights; class and weights are
+                   "unknown" if the cache was imported
     tokenizer:     checksum of the tokenizer; None: not known
     chat_template: checksum of the chat template; None: there is none
     data:          number of examples and tokens, max_length, and a fingerprint of all examples
@@ -181,7 +206,7 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
         is_unfinished = path_exists(folder / CAPTURE)
         raise DistillError(
             f"{folder} is {'an unfinished cache' if is_unfinished else 'not a cache'}: it has no {FILE}. "
-            + ("Run `hf-distill cache write` again with the same recipe and options to resume it."
+            + ("Run the same command again to resume it."
                if is_unfinished else "Write a cache with `hf-distill cache write RECIPE -o DIR`.")
         )  # fmt: skip
     try:

@@ -36,7 +36,7 @@ def encode_signals(teacher_signals: Signals, examples: Sequence[Example], manife
 
     Args:
         teacher_signals: signals of all T target tokens: `LazyLogits` or `DenseLogits`, and the hidden states of the
-            layers that the cache stores.
+            layers that the cache stores; for kind top_k also `SparseLogProbs` of k ascending ids with a tail.
         examples: the examples of the batch.
         manifest: the manifest with kind and options of the cache.
     """
@@ -51,6 +51,9 @@ def encode_signals(teacher_signals: Signals, examples: Sequence[Example], manife
             further_bytes = [layer[rows].tobytes() for layer in further]
             stored.append(CachedExample(rows.stop - rows.start, 0, hidden[rows].tobytes(), further_bytes))
         return stored
+    if isinstance(logits, SparseLogProbs):
+        ragged = _stored_top_k(logits)
+        return [_encode_example(ragged, example.target_slice, manifest.vocab_size) for example in examples]
     assert isinstance(logits, LazyLogits | DenseLogits)
     ragged = _sample(logits, examples, manifest) if manifest.kind == "sampled" else _top_k(logits, manifest)
     return [_encode_example(ragged, example.target_slice, manifest.vocab_size) for example in examples]
@@ -76,7 +79,18 @@ def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
         tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
         parts.append([tensor.cpu().numpy() for tensor in (ids, -log_probs, -tail)])
     token_ids, nats, tail_nats = (np.concatenate(column) for column in zip(*parts, strict=True))
-    sizes = np.full(len(token_ids), k, dtype=np.uint16)
+    return _ragged_top_k(token_ids, nats, tail_nats)
+
+
+def _stored_top_k(known: SparseLogProbs) -> Ragged:
+    """Return log-probabilities that are known for k ids only, such as those of a server."""
+    assert known.log_tail is not None, "top-k log-probabilities have a tail"
+    return _ragged_top_k(*(tensor.cpu().numpy() for tensor in (known.ids, -known.log_probs, -known.log_tail)))
+
+
+def _ragged_top_k(token_ids: np.ndarray, nats: np.ndarray, tail_nats: np.ndarray) -> Ragged:
+    """Store ids [T, k], ascending, the negative logs of their probabilities [T, k] and of that of all others [T]."""
+    sizes = np.full(len(token_ids), token_ids.shape[1], dtype=np.uint16)
     return Ragged(sizes, token_ids.reshape(-1), codec.quantize_nats(nats.reshape(-1)), codec.quantize_nats(tail_nats))
 
 

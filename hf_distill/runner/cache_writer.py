@@ -119,7 +119,7 @@ def verify_against_teacher(
         from 0 to 1.
 
     Raises:
-        DistillError: The cache was written from a script, or the data of its recipe has changed.
+        DistillError: The cache was written from a script or imported, or the data of its recipe has changed.
     """
     manifest = cache.manifest
     if manifest.recipe is None:
@@ -127,6 +127,11 @@ def verify_against_teacher(
             "This cache was written from a script, so its manifest does not record the teacher and the data. "
             "Only a cache "
             "that was written from a recipe can be compared with its teacher."
+        )
+    if "imported" in manifest.teacher:
+        raise DistillError(
+            "This cache was imported from published log-probabilities, so there is no teacher whose outputs it could "
+            "be compared with."
         )
     recipe = validate(manifest.recipe)
     teacher, data, _, args = load_teacher_and_data(recipe, recipe.primary_teacher, on_stage)

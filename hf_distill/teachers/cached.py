@@ -90,7 +90,12 @@ class CachedTeacher(Teacher):
             self.source.prepare(student, device, processing_class)
             self.model = self.source.model
             source_class = type(unwrap_model(self.model)).__name__
-            if source_class != manifest.teacher["class"]:
+            if "imported" in manifest.teacher:
+                problems.append(
+                    f"{self.path} was imported, so it is not known whether its source is the teacher that wrote it: "
+                    "remove on_miss"
+                )
+            elif source_class != manifest.teacher["class"]:
                 problems.append(
                     f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {source_class}: "
                     "pass the teacher that wrote the cache as source"

@@ -1,7 +1,7 @@
-"""The commands cache write, verify and push."""
+"""The commands cache write, import, verify and push."""
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,7 +9,12 @@ from ...core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TO
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
-caches = typer.Typer(help="Write, verify and push teacher caches for offline distillation.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ...cache import Manifest
+
+caches = typer.Typer(
+    help="Write, import, verify and push teacher caches for offline distillation.", no_args_is_help=True
+)
 app.add_typer(caches, name="cache")
 
 
@@ -58,6 +63,10 @@ def write(
     options |= {"shard_rows": shard_rows} | ({} if batch_size is None else {"batch_size": batch_size})
     with RichProgress(out) as progress:
         folder, manifest = write_recipe_cache(loaded, output, progress.log_stage, progress.update_cache, **options)
+    _print_size(str(folder), manifest)
+
+
+def _print_size(folder: str, manifest: "Manifest") -> None:
     counts = f"{manifest.data['examples']:,} examples, {manifest.data['tokens']:,} tokens of kind {manifest.kind}"
     head = f", of which the output head takes {manifest.head['bytes'] / 2**20:.1f} MiB" if manifest.head else ""
     out.print(
@@ -65,6 +74,95 @@ def write(
         soft_wrap=True,
         highlight=False,
     )
+
+
+@caches.command("import")
+def import_(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILES",
+            help="JSON Lines with the prompt_logprobs of vLLM, or Parquet files or folders of DistillKit.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Recipe that will be trained from the cache; it defines rows and tokenizer.")
+    ] = ...,  # type: ignore[assignment]  # required
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Folder of the cache; by default teacher.path of the recipe.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Value of the recipe to override; may be repeated."),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="vllm or distillkit; by default vllm for .jsonl files, else distillkit.")
+    ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="YAML file with DistillKit's compression; by default compression_config.yaml."
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", "--k", help="Ids per token; by default all of the files.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Name of the teacher for the manifest; by default that of the recipe or files.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Ids that the teacher predicts; by default those of the recipe's model.")
+    ] = None,
+    allow_unused: Annotated[
+        bool, typer.Option("--allow-unused", help="Skip records of texts that the recipe does not have.")
+    ] = False,
+    missing: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the token ids of rows without a record to this file, and no cache."),
+    ] = None,
+    shard_rows: Annotated[
+        int, typer.Option(help="Rows per shard; an interruption loses at most one shard.")
+    ] = SHARD_ROWS,
+    smoke: Smoke = False,
+    yes: Yes = False,
+) -> None:
+    """Import published log-probabilities as the top_k teacher cache of a recipe."""
+    from ...recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    confirm_downloads(recipe, loaded, yes)
+    out.quiet = os.environ.get("RANK", "0") != "0"
+    from ...runner.cache_import import import_cache
+    from ..progress import RichProgress
+
+    disable_library_progress_bars()
+    with RichProgress(out) as progress:
+        summary = import_cache(
+            loaded,
+            files or [],
+            output,
+            format=format,
+            compression=compression,
+            k=k,
+            teacher=teacher,
+            vocab_size=vocab_size,
+            allow_unused=allow_unused,
+            missing_file=missing,
+            shard_rows=shard_rows,
+            on_stage=progress.log_stage,
+            on_progress=progress.update_cache,
+        )
+    matches = summary.matches
+    counts = f"{matches.records:,} records: {matches.unused:,} of other texts, {matches.duplicates:,} duplicates"
+    normalized = f"; {matches.normalized:,} positions had approximate probabilities above 1 in sum, and were normalized"
+    out.print(f"{counts}{normalized if matches.normalized else ''}", soft_wrap=True, highlight=False)
+    if summary.manifest is None:
+        out.print(
+            f"{summary.missing:,} of {summary.rows:,} rows have no record. Their token ids are in {missing}: request "
+            "their log-probabilities, and import them together with these files.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
+    _print_size(str(summary.folder), summary.manifest)
 
 
 @caches.command()
