@@ -174,15 +174,15 @@ class Teacher(ABC):
         """
         return []
 
-    def start_batch(self, inputs: dict, shift: bool) -> None:  # noqa: B027
+    def start_batch(self, inputs: dict, targets: Targets) -> None:  # noqa: B027
         """Start to prepare the signals of a batch, without waiting for them; called some steps before `forward`.
 
-        `forward` gets the same tensors later, unless training stops before. Batches of evaluations and those that a
+        `forward` gets the same batch later, unless training stops before. Batches of evaluations and those that a
         trainer generates are not announced.
 
         Args:
-            inputs: the collator's batch.
-            shift: whether the logits at position i predict the label at i + 1.
+            inputs: ids, mask, positions and labels of the batch, on the CPU.
+            targets: its target tokens, on the CPU.
         """
 
     def on_train_begin(self, step: int) -> None:  # noqa: B027

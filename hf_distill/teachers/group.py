@@ -23,6 +23,7 @@ class TeacherGroup(Teacher):
         self._progress = 0.0
         self.tied_to_student = any(teacher.tied_to_student for teacher in self)
         self.can_fail = any(teacher.can_fail for teacher in self)
+        self.prefetch = max((teacher.prefetch for teacher in self), default=0)
         self.max_wait_seconds = sum(teacher.max_wait_seconds for teacher in self)
         self.has_full_logits = any(teacher.has_full_logits for teacher in self)
 

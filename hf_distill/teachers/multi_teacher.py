@@ -50,17 +50,16 @@ class MultiTeacher(TeacherGroup):
         total = sum(weights.get(name, 1.0) for name in names)
         self.shares = {name: weights.get(name, 1.0) / total for name in names}
         self.provides_soft_labels = bool(names)
-        self.prefetch = max(teacher.prefetch for teacher in self)
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return the integers that any of the teachers needs; those of the same name are the same."""
         return {name: number for teacher in self for name, number in teacher.numbers_to_read(inputs, shift).items()}
 
-    def start_batch(self, inputs: dict, shift: bool) -> None:
+    def start_batch(self, inputs: dict, targets: Targets) -> None:
         """Announce a batch to every teacher that starts early."""
         for teacher in self:
             if teacher.prefetch:
-                teacher.start_batch(inputs, shift)
+                teacher.start_batch(inputs, targets)
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""

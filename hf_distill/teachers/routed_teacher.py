@@ -1,6 +1,6 @@
 """`RoutedTeacher`: several teachers, each of which teaches the rows of its own data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,22 +116,34 @@ class RoutedTeacher(TeacherGroup):
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run each teacher on its rows."""
-        index, counts = _index_of(inputs), targets.numbers[_TARGET_COUNTS]
-        inputs = {name: value for name, value in inputs.items() if name != TEACHER_INDEX}
-        of_token = targets.gather(index) if index.dim() == len(targets.shape) else index[targets.batch_rows]
         logits: dict[str, Any] = {}
         tokens_by_teacher: dict[str, Tensor] = {}
+        for name, tokens, part_inputs, part_targets in self._parts(inputs, targets):
+            signals = self.teachers[name](part_inputs, part_targets, {})
+            if len(part_targets):
+                logits[name], tokens_by_teacher[name] = signals.logits, tokens
+        num_others = targets.numbers[_TARGET_COUNTS][-1]
+        self._tokens_without_teacher += num_others
+        others = true_indices(_index_of_targets(inputs, targets) == NO_TEACHER, num_others)
+        return Signals(RoutedLogits(logits, tokens_by_teacher, others, self.has_full_logits))
+
+    def start_batch(self, inputs: dict, targets: Targets) -> None:
+        """Announce its rows to every teacher that starts early."""
+        for name, _, part_inputs, part_targets in self._parts(inputs, targets):
+            if self.teachers[name].prefetch:
+                self.teachers[name].start_batch(part_inputs, part_targets)
+
+    def _parts(self, inputs: dict, targets: Targets) -> Iterator[tuple[str, Tensor, dict, Targets]]:
+        """Yield name, indices of the target tokens [T_k], inputs and target tokens of each teacher that has to run."""
+        index, counts = _index_of(inputs), targets.numbers[_TARGET_COUNTS]
+        of_token = _index_of_targets(inputs, targets)
+        inputs = {name: value for name, value in inputs.items() if name != TEACHER_INDEX}
         for i, (name, teacher) in enumerate(self.teachers.items()):
             if not counts[i] and not (isinstance(teacher.model, nn.Module) and is_sharded(teacher.model)):
                 continue
             tokens = true_indices(of_token == i, counts[i])
             part = _packed_part if _is_packed(inputs) else _rows_part
-            signals = teacher(*part(inputs, targets, tokens, index, i, targets.numbers[_ROW_COUNTS][i]), {})
-            if counts[i]:
-                logits[name], tokens_by_teacher[name] = signals.logits, tokens
-        self._tokens_without_teacher += counts[-1]
-        others = true_indices(of_token == NO_TEACHER, counts[-1])
-        return Signals(RoutedLogits(logits, tokens_by_teacher, others, self.has_full_logits))
+            yield name, tokens, *part(inputs, targets, tokens, index, i, targets.numbers[_ROW_COUNTS][i])
 
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
         """Return why terms do not work with one of the teachers, or need features, which routed teachers lack."""
@@ -166,6 +178,12 @@ def _index_of(inputs: Mapping[str, Any]) -> Tensor:
             "the data, and set remove_unused_columns=False if another collator is used; or give the teachers `sources`."
         )
     return index
+
+
+def _index_of_targets(inputs: Mapping[str, Any], targets: Targets) -> Tensor:
+    """Return the index of the teacher of each target token, [T]."""
+    index = _index_of(inputs)
+    return targets.gather(index) if index.dim() == len(targets.shape) else index[targets.batch_rows]
 
 
 def _is_packed(inputs: Mapping[str, Any]) -> bool:

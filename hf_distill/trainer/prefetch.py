@@ -4,6 +4,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..core.targets import TEACHER_INDEX
+
+ANNOUNCED_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "source", TEACHER_INDEX)
+
 
 class BatchPrefetcher:
     """Keeps batches of an epoch that a teacher has started to answer; their order is that of the data loader."""

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
-from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, target_labels
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, target_labels
 from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.features import Features
@@ -47,7 +47,7 @@ from .metrics import (
 )
 from .nonfinite import NonFiniteGuard
 from .packed_batches import collator_for_models, dispatch_problems
-from .prefetch import BatchPrefetcher
+from .prefetch import ANNOUNCED_INPUTS, BatchPrefetcher
 from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
@@ -137,10 +137,7 @@ class DistillMixin(_Base):
 
         Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
         """
-        source = inputs.get("source")  # the dataset of a mixture that each token is from; used for the logs only
-        inputs = {name: value for name, value in inputs.items() if name != "source"}
-        if isinstance(self.teacher, RoutedTeacher) and self.teacher.sources is not None:
-            inputs[TEACHER_INDEX] = self.teacher.teacher_index(source, self._source_names)
+        source, inputs = inputs.get("source"), self._with_teacher_index(inputs)
         if not self.is_distilling:
             inputs = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
             return super().compute_loss(
@@ -193,9 +190,25 @@ class DistillMixin(_Base):
         if self.is_distilling and self.teacher.prefetch:
             steps_after = self.state.max_steps - self.state.global_step - 1
             num_ahead = min(self.teacher.prefetch, steps_after * self.args.gradient_accumulation_steps)
-            start = partial(self.teacher.start_batch, shift=model_type_of(self.model).shifts_labels)
-            epoch_iterator = self._prefetcher.take(epoch_iterator, num_batches, num_ahead, start)
+            epoch_iterator = self._prefetcher.take(epoch_iterator, num_batches, num_ahead, self._announce_batch)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _announce_batch(self, batch: object) -> None:
+        """Announce a batch to the teacher; prompts, whose completions are not known yet, are not announced."""
+        if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
+            return
+        shift = model_type_of(self.model).shifts_labels
+        inputs = self._with_teacher_index({name: batch[name].cpu() for name in ANNOUNCED_INPUTS if name in batch})
+        targets = Targets.from_batch(inputs, shift, self.teacher.numbers_to_read(inputs, shift))
+        self.teacher.start_batch(inputs, targets)
+
+    def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""
+        source = inputs.get("source")  # the dataset of a mixture that each token is from
+        inputs = {name: value for name, value in inputs.items() if name != "source"}
+        if isinstance(self.teacher, RoutedTeacher) and self.teacher.sources is not None:
+            inputs[TEACHER_INDEX] = self.teacher.teacher_index(source, self._source_names)
+        return inputs
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device

@@ -17,7 +17,7 @@ from hf_distill import DistillError
 from hf_distill.core.targets import Targets
 from hf_distill.data import Collator
 from hf_distill.errors import RunError
-from hf_distill.teachers import MultiTeacher, RemoteTeacher, Teacher
+from hf_distill.teachers import MultiTeacher, RemoteTeacher, RoutedTeacher, Teacher
 from hf_distill.teachers.remote.api import TokenRow
 from hf_distill.teachers.remote.pool import ServerPool
 from hf_distill.teachers.remote.rows import token_rows
@@ -548,7 +548,8 @@ class PendingBatches(TrainerCallback):
         self.teacher, self.micro_batches, self.counts = teacher, micro_batches, []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.counts.append(len(self.teacher._started) - self.micro_batches)
+        rows = sum(len(started) for started in self.teacher._started.values())
+        self.counts.append(rows // args.per_device_train_batch_size - self.micro_batches)
 
 
 @pytest.mark.parametrize(("prefetch", "accumulation", "workers"), [(2, 1, 0), (3, 2, 0), (0, 2, 0), (2, 1, 1)])
@@ -600,3 +601,18 @@ def test_a_batch_that_failed_in_the_background_ends_training_when_it_is_needed(m
     resumed.train(resume_from_checkpoint=True)
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert a.equal(b), name
+
+
+def test_the_rows_of_each_server_are_requested_ahead_and_none_twice(make_trainer, start):
+    """Rows are routed by a column: each server gets its own ones, and rows that occur twice are answered twice."""
+    data = [{**row, "teacher_index": torch.tensor(i % 3 - 1)} for i, row in enumerate(rows("llama", 12) * 2)]
+    options = T1 | dict(train_dataset=data, eval_dataset=None, max_steps=6, learning_rate=1e-2)
+    servers = [start(), start(model=big(2))]
+    served = RoutedTeacher({"one": remote(servers[0]), "two": remote(servers[1])})
+    local = RoutedTeacher({"one": LocalTopK(big()), "two": LocalTopK(big(2))})
+    results = [
+        losses(make_trainer(teacher=teacher, folder=name, **options))
+        for name, teacher in {"served": served, "local": local}.items()
+    ]
+    assert results[0] == [pytest.approx(each, rel=1e-6) for each in results[1]]
+    assert [len(server.bodies("/v1/completions")) for server in servers] == [1 + 8, 1 + 8]

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.results import ServerFacts
 from ...core.server_urls import public_host
@@ -25,7 +25,6 @@ from .sglang import SGLangProtocol
 from .vllm import VLLMProtocol
 
 DEFAULT_TOP_K = 64
-_READ_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels")
 _PROTOCOLS: dict[str, Callable[[ServerPool, str | None, int, int | None], RemoteProtocol]] = {
     "vllm": VLLMProtocol,
     "sglang": SGLangProtocol,
@@ -86,7 +85,7 @@ class RemoteTeacher(Teacher):
         if type(prefetch) is not int or prefetch < 0:
             raise DistillError(f"prefetch of a remote teacher is {prefetch!r}; it must be an integer of at least 0")
         self.prefetch, self.max_wait_seconds = prefetch, retry_seconds + 2 * timeout
-        self._started: list[tuple[Tensor, Future[RowTensors]]] = []  # input_ids of a batch, and its tensors
+        self._started: dict[TokenRow, list[tuple[Future[list[RowTensors]], int]]] = {}  # row -> answers, index in them
         self._threads = ThreadPoolExecutor(prefetch + 1, thread_name_prefix="remote-teacher-batch")
         self.pool = ServerPool(
             url, timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key_env=api_key_env
@@ -140,24 +139,25 @@ class RemoteTeacher(Teacher):
         """The layers whose features the servers return; top-k servers return none."""
         return self.protocol.layer_stack(which)
 
-    def start_batch(self, inputs: dict, shift: bool) -> None:
-        """Request a batch in the background; a batch without ids or labels is not requested."""
-        if not isinstance(inputs, Mapping) or "input_ids" not in inputs or "labels" not in inputs:
-            return
-        on_host = {name: inputs[name].cpu() for name in _READ_INPUTS if inputs.get(name) is not None}
-        rows = token_rows(on_host, Targets.from_batch(on_host, shift))
-        self._started.append((inputs["input_ids"], self._threads.submit(self._request, rows)))
+    def start_batch(self, inputs: dict, targets: Targets) -> None:
+        """Request the rows of a batch in the background."""
+        rows = token_rows(inputs, targets)
+        answers = self._threads.submit(self.protocol.request_rows, rows)
+        for index, row in enumerate(rows):
+            self._started.setdefault(row, []).append((answers, index))
 
-    def _take_started(self, inputs: dict) -> Future[RowTensors] | None:
-        """Return the tensors of a batch that `start_batch` got, and forget it and those before it; None: it is new."""
-        for index, (ids, future) in enumerate(self._started):
-            if ids is inputs.get("input_ids"):
-                del self._started[: index + 1]
-                return future
-        return None
+    def _take_started(self, row: TokenRow) -> tuple[Future[list[RowTensors]], int] | None:
+        """Return the answers that `start_batch` requested for a row, the oldest first; None if there are none."""
+        started = self._started.get(row)
+        if started is None:
+            return None
+        oldest = started.pop(0)
+        if not started:
+            del self._started[row]
+        return oldest
 
     def on_train_begin(self, step: int) -> None:
-        """Forget the batches of an earlier training."""
+        """Forget the rows of an earlier training."""
         self._started.clear()
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -167,9 +167,8 @@ class RemoteTeacher(Teacher):
             RunError: no server answered correctly in time.
         """
         start = time.monotonic()
-        started = self._take_started(inputs)
         try:
-            tensors = self._request(token_rows(inputs, targets)) if started is None else started.result()
+            tensors = self._request(token_rows(inputs, targets))
         except RunError:
             self.close()
             raise
@@ -178,7 +177,11 @@ class RemoteTeacher(Teacher):
 
     def _request(self, rows: Sequence[TokenRow]) -> RowTensors:
         """Return the tensors of all target tokens of a batch, in their order."""
-        answers = [self.protocol.empty_row(), *self.protocol.request_rows(rows)]
+        started = [self._take_started(row) for row in rows]
+        new_rows = [row for row, each in zip(rows, started, strict=True) if each is None]
+        new = iter(self.protocol.request_rows(new_rows) if new_rows else ())
+        answers = [next(new) if each is None else each[0].result()[each[1]] for each in started]
+        answers.insert(0, self.protocol.empty_row())
         return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
 
     def close(self) -> None:
