@@ -271,6 +271,21 @@ def test_every_form_becomes_a_cache_from_which_a_student_trains(texts, model, fo
         assert run_recipe(recipe("control=null")).models["student"]["perplexity"] > 1
 
 
+def test_published_texts_become_the_data_of_a_recipe(texts, run_cli):
+    save([packed_form(texts)])
+    Path("rows.jsonl").unlink()
+    written = run_cli("cache", "texts", "data", "--model", "smoke:llama/teacher", "-o", "rows.jsonl")
+    assert "rows.jsonl: 10 texts" in written.stdout, written.stderr
+    assert [json.loads(line)["input_ids"] for line in Path("rows.jsonl").read_text().splitlines()] == [
+        text[0][:-1] for text in texts
+    ]
+    settings = [value for each in ("distill.temperature=1", "data.task.path=rows.jsonl") for value in ("--set", each)]
+    done = run_cli("cache", "import", "data", "--recipe", "cached", "--smoke", *settings, "-o", "c")
+    assert done.returncode == 0, done.stderr
+    assert "10 records: 0 of other texts, 0 duplicates" in done.stdout
+    assert run_recipe(recipe("control=null")).models["student"]["perplexity"] > 1
+
+
 def test_probabilities_that_sum_to_more_than_one_by_approximation_are_normalized(texts):
     values = texts[0][2]
     total = sum(np.exp(values[10]))

@@ -1,4 +1,4 @@
-"""The commands cache write, import, verify and push."""
+"""The commands cache write, import, texts, verify and push."""
 
 import os
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,23 @@ caches = typer.Typer(
     help="Write, import, verify and push teacher caches for offline distillation.", no_args_is_help=True
 )
 app.add_typer(caches, name="cache")
+
+Files = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FILES", help="JSON Lines with the prompt_logprobs of vLLM, or Parquet files or folders of DistillKit."
+    ),
+]
+Format = Annotated[
+    str | None, typer.Option(help="vllm or distillkit; by default vllm for .jsonl files, else distillkit.")
+]
+Compression = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="YAML file with DistillKit's compression; by default compression_config.yaml."),
+]
+VocabSize = Annotated[
+    int | None, typer.Option(help="Ids that the teacher predicts; by default those of the model with the tokenizer.")
+]
 
 
 @caches.command()
@@ -78,13 +95,7 @@ def _print_size(folder: str, manifest: "Manifest") -> None:
 
 @caches.command("import")
 def import_(
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILES",
-            help="JSON Lines with the prompt_logprobs of vLLM, or Parquet files or folders of DistillKit.",
-        ),
-    ] = None,
+    files: Files = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="Recipe that will be trained from the cache; it defines rows and tokenizer.")
     ] = ...,  # type: ignore[assignment]  # required
@@ -95,22 +106,13 @@ def import_(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Value of the recipe to override; may be repeated."),
     ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="vllm or distillkit; by default vllm for .jsonl files, else distillkit.")
-    ] = None,
-    compression: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="YAML file with DistillKit's compression; by default compression_config.yaml."
-        ),
-    ] = None,
+    format: Format = None,
+    compression: Compression = None,
     k: Annotated[int | None, typer.Option("-k", "--k", help="Ids per token; by default all of the files.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Name of the teacher for the manifest; by default that of the recipe or files.")
     ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Ids that the teacher predicts; by default those of the recipe's model.")
-    ] = None,
+    vocab_size: VocabSize = None,
     allow_unused: Annotated[
         bool, typer.Option("--allow-unused", help="Skip records of texts that the recipe does not have.")
     ] = False,
@@ -139,16 +141,16 @@ def import_(
             loaded,
             files or [],
             output,
+            missing_file=missing,
+            on_stage=progress.log_stage,
+            on_progress=progress.update_cache,
             format=format,
             compression=compression,
             k=k,
             teacher=teacher,
             vocab_size=vocab_size,
             allow_unused=allow_unused,
-            missing_file=missing,
             shard_rows=shard_rows,
-            on_stage=progress.log_stage,
-            on_progress=progress.update_cache,
         )
     matches = summary.matches
     counts = f"{matches.records:,} records: {matches.unused:,} of other texts, {matches.duplicates:,} duplicates"
@@ -163,6 +165,35 @@ def import_(
         )
         return
     _print_size(str(summary.folder), summary.manifest)
+
+
+@caches.command()
+def texts(
+    files: Files = None,
+    model: Annotated[
+        str, typer.Option("--model", help="Id or path of a model with the tokenizer of the texts, such as the student.")
+    ] = ...,  # type: ignore[assignment]  # required
+    output: Annotated[str, typer.Option("-o", "--output", help="The .jsonl file to write.")] = ...,  # type: ignore[assignment]  # required
+    format: Format = None,
+    compression: Compression = None,
+    vocab_size: VocabSize = None,
+) -> None:
+    """Write the texts of published log-probabilities as data for a recipe, for which they can then be imported."""
+    from ...runner.cache_import import write_texts
+    from ..progress import RichProgress
+
+    disable_library_progress_bars()
+    with RichProgress(out) as progress:
+        count = write_texts(
+            files or [],
+            output,
+            model,
+            on_stage=progress.log_stage,
+            format=format,
+            compression=compression,
+            vocab_size=vocab_size,
+        )
+    out.print(f"{output}: {count:,} texts", soft_wrap=True, highlight=False)
 
 
 @caches.command()

@@ -16,14 +16,25 @@ from .records import Location, RecordFile, TokenRecord, check_record, probabilit
 _SAME_NATS = 0.02  # by which two records of one text may differ: servers do not compute every batch in the same order
 
 
-def row_key(tokens: Sequence[int] | np.ndarray) -> bytes:
-    """Return a digest of token ids."""
-    return hashlib.blake2b(np.ascontiguousarray(tokens, dtype="<i8").tobytes(), digest_size=16).digest()
+@dataclass(frozen=True)
+class NeededRow:
+    """A row of a recipe whose log-probabilities are needed.
+
+    tokens:    [S] token ids up to the last target token; later ones do not affect its distributions. int32
+    positions: [T] ascending positions whose distributions are needed
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
 
 
-def needed_tokens(row: TokenRow) -> tuple[int, ...]:
-    """Return the ids of a row up to its last target token; later ids do not affect its distributions."""
-    return row.ids[: row.positions[-1] + 2]
+def row_key(row: TokenRow) -> bytes:
+    """Return a digest of the token ids of a row up to its last target token."""
+    return _digest(np.array(row.ids[: row.positions[-1] + 2], dtype="<i4"))
+
+
+def _digest(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 class RowIndex:
@@ -35,25 +46,26 @@ class RowIndex:
     """
 
     def __init__(self, plan: ShardPlan, shift: bool):
-        self.rows: dict[bytes, TokenRow] = {}
+        self.rows: dict[bytes, NeededRow] = {}
         for number in range(len(plan.tokens)):
             batch, targets = load_batch(plan, number, torch.device("cpu"), shift)
             for row in token_rows(batch, targets):
-                known = self.rows.setdefault(row_key(needed_tokens(row)), row)
-                if known.positions != row.positions:  # the same text with other target tokens
-                    positions = tuple(sorted({*known.positions, *row.positions}))
-                    self.rows[row_key(needed_tokens(row))] = TokenRow(known.ids, positions)
-        self._lengths = sorted({len(needed_tokens(row)) for row in self.rows.values()})
+                tokens, positions = np.array(row.ids[: row.positions[-1] + 2], dtype="<i4"), np.array(row.positions)
+                key = _digest(tokens)
+                if key in self.rows:  # the same text, perhaps with other target tokens
+                    positions = np.union1d(self.rows[key].positions, positions)
+                self.rows[key] = NeededRow(tokens, positions)
+        self._lengths = sorted({len(row.tokens) for row in self.rows.values()})
 
     def matches(self, tokens: np.ndarray) -> list[bytes]:
         """Return the keys of all rows with which a text begins."""
-        flat = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
+        flat = tokens.astype("<i4").tobytes()
         digest, start, keys = hashlib.blake2b(digest_size=16), 0, []
         for length in self._lengths:
             if length > len(tokens):
                 break
-            digest.update(flat[start : 8 * length])
-            start = 8 * length
+            digest.update(flat[start : 4 * length])
+            start = 4 * length
             if (key := digest.copy().digest()) in self.rows:
                 keys.append(key)
         return keys
@@ -161,32 +173,30 @@ class _Bounds:
             )
 
 
-def _check_same(earlier: TokenRecord, record: TokenRecord, row: TokenRow) -> None:
-    """Refuse two records of one text that differ."""
-    positions = np.array(row.positions)
+def _check_same(earlier: TokenRecord, record: TokenRecord, row: NeededRow) -> None:
+    """Refuse two records of one text that differ.
+
+    Ids of nearly equal probability may change places with the first one that is left out, so an id that only one record
+    has is compared with the least probable id of the other one.
+    """
     k = min(earlier.max_k, record.max_k)
-    (ids, log_probs), (other_ids, others) = (top_k(each, positions, k) for each in (earlier, record))
-    is_same = ids == other_ids
-    # Ids of nearly equal probability may change their places, also with the first one that is left out.
-    least = np.maximum(log_probs.min(1), others.min(1))
-    differs = np.abs(log_probs.min(1) - others.min(1)) > _SAME_NATS
-    rows = is_same.all(1)
-    differs[rows] |= (np.abs(log_probs - others).max(1) > _SAME_NATS)[rows]
-    for t in np.flatnonzero(~rows & ~differs):
-        first, second = dict(zip(ids[t], log_probs[t], strict=True)), dict(zip(other_ids[t], others[t], strict=True))
-        differs[t] = any(
-            abs(first.get(each, least[t]) - second.get(each, least[t])) > _SAME_NATS for each in {*first, *second}
-        )
-    if differs.any():
-        raise DistillError(
-            f"{record.where} and {earlier.where} have the same text and different log-probabilities (at position "
-            f"{positions[int(np.flatnonzero(differs)[0])]}). Import the records of one teacher only."
-        )
+    tables = [
+        [dict(zip(*pair, strict=True)) for pair in zip(*top_k(each, row.positions, k), strict=True)]
+        for each in (earlier, record)
+    ]
+    for position, first, second in zip(row.positions, *tables, strict=True):
+        low, other_low = min(first.values()), min(second.values())
+        differences = [abs(first.get(i, low) - second.get(i, other_low)) for i in {*first, *second}]
+        if max(differences) > _SAME_NATS:
+            raise DistillError(
+                f"{record.where} and {earlier.where} have the same text and different log-probabilities (at position "
+                f"{position}). Import the records of one teacher only."
+            )
 
 
 def _unused_message(record: TokenRecord, index: RowIndex) -> str:
     """Return the message about a record of another text, with the longest beginning that it shares with a row."""
-    common = max((_common_length(record.tokens, needed_tokens(row)) for row in index.rows.values()), default=0)
+    common = max((_common_length(record.tokens, row.tokens) for row in index.rows.values()), default=0)
     return (
         f"{record.where} has a text of {len(record.tokens)} tokens that is no row of the recipe"
         + (f"; the most similar row has the same first {common} tokens" if common else "")
@@ -196,7 +206,7 @@ def _unused_message(record: TokenRecord, index: RowIndex) -> str:
     )
 
 
-def _common_length(tokens: np.ndarray, ids: Sequence[int]) -> int:
+def _common_length(tokens: np.ndarray, ids: np.ndarray) -> int:
     count = min(len(tokens), len(ids))
-    differ = np.flatnonzero(tokens[:count] != np.array(ids[:count]))
+    differ = np.flatnonzero(tokens[:count] != ids[:count])
     return int(differ[0]) if len(differ) else count
