@@ -83,7 +83,7 @@ def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> Non
 
 def _shrink_teacher(teacher: JSONObject, cache: str, family: str) -> None:
     if teacher.get("kind") == "remote":  # a smoke run needs no server: the tiny teacher is a local model
-        for name in [name for name in teacher if name not in ("name", "weight")]:
+        for name in [name for name in teacher if name not in ("name", "weight", "sources")]:
             del teacher[name]
         teacher |= {"kind": "frozen", "model": f"{SMOKE_PREFIX}{family}/teacher"}
     if isinstance(model := teacher.get("model"), str) and not model.startswith(SMOKE_PREFIX):
