@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TOKEN, SHARD_ROWS, TEMPERATURE, TOP_K_IDS
 from ..core.json_types import JSONObject
-from ..core.logits import DenseLogits, LazyLogits
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
+from ..core.results import ServerFacts
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any
@@ -39,8 +40,20 @@ class TeacherName(TypedDict):
     quantization: NotRequired[str | None]
 
 
+@dataclass(frozen=True)
+class ServedTeacher:
+    """What the manifest records of a teacher on a server, of which this process has no model.
+
+    vocab_size: V
+    facts:      what the server answered
+    """
+
+    vocab_size: int
+    facts: ServerFacts
+
+
 class CacheTeacher(Protocol):
-    """A prepared frozen `Teacher`."""
+    """A prepared frozen or remote `Teacher`."""
 
     model: nn.Module | None
 
@@ -131,6 +144,7 @@ def write_cache(
     device: torch.device | str | None = None,
     teacher_name: TeacherName | None = None,
     recipe: JSONObject | None = None,
+    served: ServedTeacher | None = None,
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options: Any,
 ) -> Manifest:
@@ -138,7 +152,7 @@ def write_cache(
 
     Args:
         folder: a new or empty folder, or the folder of an interrupted write of the same cache.
-        teacher: a model, or a prepared frozen `Teacher`.
+        teacher: a model, or a prepared frozen or remote `Teacher`.
         rows: data sets of tokenized rows, as the trainer gets them, such as the training and the evaluation rows.
         collator: the collator of the trainer.
         processing_class: the tokenizer; a run with another tokenizer is then refused.
@@ -147,6 +161,7 @@ def write_cache(
         device: device of the batches; None: the device of the teacher.
         teacher_name: {"model", "revision"} of the teacher for the manifest; None: its name_or_path.
         recipe: the recipe of this cache, for the manifest.
+        served: facts of a remote teacher; None for other teachers.
         on_progress: called after each shard.
         options: see `CacheOptions`.
 
@@ -160,23 +175,24 @@ def write_cache(
     cache_options, sizes = CacheOptions(**options), {"batch_size": batch_size, "shard_rows": shard_rows}
     raise_if_any([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
-    assert model is not None, "a prepared teacher has a model"
-    shift = model_type_of(model).shifts_labels
-    device = torch.device(device or next(model.parameters()).device)
+    assert (model is None) != (served is None), "a prepared teacher has a model, or is on a server"
+    shift = model is None or model_type_of(model).shifts_labels
+    device = torch.device(device or ("cpu" if model is None else next(model.parameters()).device))
     teacher_fn: TeacherFn = _make_teacher_fn(teacher) if isinstance(teacher, nn.Module) else teacher
-    plan, counts = plan_shards(rows, _collate_accepted_inputs(model, collator), batch_size, shard_rows, shift)
+    collate = collator if model is None else _collate_accepted_inputs(model, collator)
+    plan, counts = plan_shards(rows, collate, batch_size, shard_rows, shift)
     manifest = Manifest(
         kind=cache_options.kind,
         options=cache_options.kind_options(),
         temperature=None if cache_options.kind == "hidden" else cache_options.temperature,
-        teacher=_describe_teacher(teacher_name, model),
+        teacher=_describe_teacher(teacher_name, model, served),
         tokenizer=tokenizer_fingerprint(processing_class),
         chat_template=template_fingerprint(processing_class),
         data=_describe_data(counts, plan, batch_size, shard_rows, recipe),
         versions={name: version(name) for name in PACKAGES},
         recipe=recipe,
-        depth=count_blocks(model),
-        **_probe_teacher(teacher_fn, plan, cache_options.kind, device, shift, cache_options.layers),
+        depth=0 if model is None else count_blocks(model),
+        **_probe_teacher(teacher_fn, plan, cache_options, device, shift, served),
     )
     return write_shards(teacher_fn, plan, manifest, Path(folder), device, shift, on_progress)
 
@@ -185,9 +201,15 @@ def _collate_accepted_inputs(model: nn.Module, collator: Callable[[list], dict])
     return lambda rows: accepted_inputs(model, collator(rows))
 
 
-def _describe_teacher(teacher_name: TeacherName | None, model: nn.Module) -> TeacherRecord:
+def _describe_teacher(
+    teacher_name: TeacherName | None, model: nn.Module | None, served: ServedTeacher | None
+) -> TeacherRecord:
+    if model is None:
+        assert served is not None
+        name = {"model": served.facts["model"]} if teacher_name is None else teacher_name
+        return {**name, "class": "unknown", "weights": "unknown", "served": served.facts}
     inner = unwrap_model(model)
-    name: TeacherName = {"model": inner.name_or_path} if teacher_name is None else teacher_name
+    name = {"model": inner.name_or_path} if teacher_name is None else teacher_name
     return {**name, "class": type(inner).__name__, "weights": weights_fingerprint(model)}
 
 
@@ -219,13 +241,21 @@ def _make_teacher_fn(model: nn.Module) -> TeacherFn:
 
 
 def _probe_teacher(
-    teacher_fn: TeacherFn, plan: ShardPlan, kind: str, device: torch.device, shift: bool, layers: Sequence[int]
+    teacher_fn: TeacherFn,
+    plan: ShardPlan,
+    options: CacheOptions,
+    device: torch.device,
+    shift: bool,
+    served: ServedTeacher | None,
 ) -> _TeacherOutput:
     """Return vocabulary size, hidden size and logit scaling of the teacher, measured on the first batch."""
     batch, targets = load_batch(plan, 0, device, shift)
-    teacher_signals = teacher_fn(batch, targets, request_layers(layers, batch, targets, shift))
-    check_kind(kind, teacher_signals)
+    teacher_signals = teacher_fn(batch, targets, request_layers(options.layers, batch, targets, shift))
+    check_kind(options.kind, teacher_signals)
     source = teacher_signals.logits
+    if isinstance(source, SparseLogProbs):
+        assert served is not None
+        return {"vocab_size": served.vocab_size, "width": None, "scaling": {"scale": 1.0, "softcap": None}}
     assert isinstance(source, LazyLogits | DenseLogits)
     head = source if isinstance(source, LazyLogits) else None
     return {

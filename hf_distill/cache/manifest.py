@@ -11,6 +11,7 @@ from typing import Literal, NotRequired, TypedDict
 from ..core.files import FileEntry, ShardEntry, atomic_path, checksum_of
 from ..core.json_types import JSON, JSONObject
 from ..core.references import path_exists
+from ..core.results import ServerFacts
 from ..errors import DistillError
 
 FORMAT, FILE, HEAD, INDEX = 1, "manifest.json", "head.safetensors", "index.bin"
@@ -50,6 +51,7 @@ TeacherRecord = TypedDict(
         "class": str,
         "weights": str,
         "imported": NotRequired[ImportRecord],
+        "served": NotRequired[ServerFacts],
     },
 )
 
@@ -119,7 +121,7 @@ class Manifest:
     depth:         number of blocks of the teacher
     scaling:       logit scaling after the output head: scale, softcap
     teacher:       reference, revision and class of the teacher, and a checksum of its weights; class and weights are
-                   "unknown" if the cache was imported
+                   "unknown" if the cache was imported, or written from a server
     tokenizer:     checksum of the tokenizer; None: not known
     chat_template: checksum of the chat template; None: there is none
     data:          number of examples and tokens, max_length, and a fingerprint of all examples

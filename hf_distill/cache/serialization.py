@@ -192,6 +192,13 @@ def check_kind(kind: str, teacher_signals: Signals) -> None:
     Raises:
         DistillError: the message gives the reason and the kinds that are possible.
     """
+    if isinstance(teacher_signals.logits, SparseLogProbs):
+        if kind == "top_k" and teacher_signals.logits.log_tail is not None:
+            return
+        raise DistillError(
+            "The teacher returns log-probabilities of the most probable ids only, which a cache of kind top_k holds: "
+            "use --kind top_k."
+        )
     if not isinstance(teacher_signals.logits, LazyLogits | DenseLogits):
         raise DistillError(
             "The teacher has no dense logits, because it is a cache or several teachers: write the cache from a single "

@@ -7,19 +7,21 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..cache import CacheReader, Manifest, write_cache
-from ..cache.api import CacheOptions
+from ..cache.api import CacheOptions, ServedTeacher
 from ..cache.example_keys import batch_examples
 from ..cache.manifest import FILE
 from ..cache.serialization import encode_signals
 from ..cache.writer import CacheProgress, load_batch, plan_shards, request_layers
+from ..core.defaults import CACHE_KIND, TOP_K_IDS
 from ..core.references import reference_kind
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
 from ..models.model_types import model_type_of
 from ..recipe.load import validate
+from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
-from ..teachers import CachedTeacher, RoutedTeacher, Teacher
+from ..teachers import CachedTeacher, RemoteTeacher, RoutedTeacher, Teacher
 from ..teachers.group import teachers_by_name
 from .datasets import PreparedData
 from .model_loading import load_pretrained
@@ -39,7 +41,7 @@ def write_recipe_cache(
     """Write the outputs of a recipe's teacher for all training and held-out rows. An unfinished cache is continued.
 
     Args:
-        recipe: Recipe whose teacher is frozen, or cached with a source.
+        recipe: Recipe whose teacher is frozen, remote, or cached with a source. For a remote teacher, `k` is its top_k.
         folder: Folder of the cache. None: the `path` of the cached teacher.
         on_stage: Called with a short description of each stage when it begins.
         on_progress: See `write_cache`.
@@ -53,7 +55,10 @@ def write_recipe_cache(
         DistillError: The teacher is not frozen, a loss needs outputs that a cache does not hold, or `write_cache`
             refuses.
     """
-    spec = static_teacher_spec(recipe)
+    spec = static_teacher_spec(recipe, ("frozen", "remote"))
+    if spec.kind == "remote":
+        _check_served_kind(spec, options.get("kind", CACHE_KIND))
+        spec = spec.model_copy(update={"top_k": options.get("k", TOP_K_IDS)})
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
     if to is None or reference_kind(to) == "address":
         raise DistillError(
@@ -86,12 +91,31 @@ def write_recipe_cache(
             collator=data.collator,
             processing_class=tokenizer,
             device=args.device,
-            teacher_name={"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
+            teacher_name=None
+            if isinstance(teacher, RemoteTeacher)
+            else {"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
             recipe=with_teacher(recipe, spec),
+            served=_served(teacher, spec),
             on_progress=on_progress,
             **options,
         )
     return Path(to), manifest
+
+
+def _check_served_kind(spec: TeacherSpec, kind: str) -> None:
+    """Refuse the kinds of cache that need logits of all ids, which vLLM and SGLang do not return."""
+    if kind != "top_k":
+        raise DistillError(
+            f"A server with api {spec.api or 'vllm'} returns log-probabilities of the k most probable ids, and a cache "
+            f"of kind {kind} needs more: use --kind top_k."
+        )
+
+
+def _served(teacher: Teacher, spec: TeacherSpec) -> ServedTeacher | None:
+    """Return the facts of a remote teacher; None for another one."""
+    if not isinstance(teacher, RemoteTeacher):
+        return None
+    return ServedTeacher(spec.vocab_size or teacher.student_vocab_size, teacher.summary())
 
 
 def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
@@ -136,7 +160,7 @@ def verify_against_teacher(
     recipe = validate(manifest.recipe)
     teacher, data, _, args = load_teacher_and_data(recipe, recipe.primary_teacher, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
-    shift = model_type_of(teacher.model).shifts_labels
+    shift = teacher.model is None or model_type_of(teacher.model).shifts_labels
     rows, facts = plan_shards([data.train, data.held_out], data.collator, size, shard_rows, shift)
     if facts["fingerprint"] != manifest.data["fingerprint"]:
         raise DistillError(

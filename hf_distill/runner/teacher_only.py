@@ -1,6 +1,6 @@
 """Loads the frozen teacher of a recipe without a student, for writing caches and for analyses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -18,8 +18,12 @@ from .model_loading import load_pretrained, resolve_model
 from .training_arguments import arguments
 
 
-def static_teacher_spec(recipe: Recipe) -> TeacherSpec:
+def static_teacher_spec(recipe: Recipe, kinds: Collection[str] = ("frozen",)) -> TeacherSpec:
     """Return the frozen teacher, or the source of a cached one.
+
+    Args:
+        recipe: The recipe.
+        kinds: The kinds that are possible.
 
     Raises:
         DistillError: The recipe has several teachers, the teacher is not frozen, or the cache has no source.
@@ -29,12 +33,11 @@ def static_teacher_spec(recipe: Recipe) -> TeacherSpec:
             "The recipe has several teachers, and this command needs exactly one: give a recipe with one of them."
         )
     spec = recipe.teacher.source_teacher
-    if spec.kind != "frozen":
+    if spec.kind not in kinds:
         what = "is a cache without a source" if spec.kind == "cached" else f"has kind {spec.kind}"
         raise DistillError(
-            f"The teacher of the recipe {what}, and this command needs a frozen teacher: set teacher.kind to "
-            "frozen, or "
-            "teacher.source for a cache."
+            f"The teacher of the recipe {what}, and this command needs a {' or '.join(kinds)} teacher: set "
+            f"teacher.kind to {' or '.join(kinds)}, or teacher.source for a cache."
         )
     return spec
 

@@ -90,9 +90,11 @@ class CachedTeacher(Teacher):
             self.source.prepare(student, device, processing_class)
             self.model = self.source.model
             source_class = type(unwrap_model(self.model)).__name__
-            if "imported" in manifest.teacher:
+            if "imported" in manifest.teacher or "served" in manifest.teacher:
+                how = "imported" if "imported" in manifest.teacher else "written from a server"
                 problems.append(
-                    f"{self.path} was imported, so it is not known whether its source is the teacher that wrote it: "
+                    f"{self.path} was {how}, so it is not known whether its "
+                    "source is the teacher that wrote it: "
                     "remove on_miss"
                 )
             elif source_class != manifest.teacher["class"]:

@@ -1,6 +1,7 @@
 """Recipes whose teacher is on a server."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,8 +9,10 @@ from servers.teacher_servers import VLLMServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillError
+from hf_distill.cache import open_cache
 from hf_distill.errors import RunError
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.runner.cache_writer import verify_against_teacher, write_recipe_cache
 from hf_distill.runner.model_loading import resolve_model
 
 KEY = "sk-very-secret"
@@ -118,3 +121,31 @@ def test_a_remote_teacher_is_planned_without_its_memory(server):
     planned = plan(recipe_of(server), gpus=1, gpu_memory=24)
     assert {row.strategy.teacher for row in planned.rows} == {"remote"}
     assert "as many tokens per second" in planned.advice
+
+
+def test_a_cache_is_written_from_a_server_and_gives_the_same_losses(server):
+    options = {"kind": "top_k", "k": 8, "batch_size": 4, "shard_rows": 16}
+    lines = [json.dumps({"text": f"The number {i} times {i} is {i * i}."}) for i in range(24)]
+    Path("texts.jsonl").write_text("\n".join(lines))
+    rows = {"data__task": {"path": "texts.jsonl"}}
+    folder, manifest = write_recipe_cache(recipe_of(server, **rows), "cache", **options)
+    assert manifest.teacher["served"]["model"] == "org/big-teacher"
+    assert KEY not in (folder / "manifest.json").read_text()
+    assert verify_against_teacher(open_cache(str(folder)), 8)["identical"] == 1.0
+    before = len(server.requests)
+    cached = run_recipe(recipe_of(server, **rows, teacher={"kind": "cached", "path": "cache"}))
+    assert len(server.requests) == before
+    served = run_recipe(recipe_of(server, **rows, train__output_dir="runs/served"))
+    logs = [
+        [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        for run in (cached, served)
+    ]
+    losses = [[log["soft_loss"] for log in each if "soft_loss" in log] for each in logs]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)  # half a step of the grid of stored log-probabilities
+
+
+def test_a_server_cannot_fill_a_cache_of_hidden_states(server):
+    with pytest.raises(DistillError, match="use --kind top_k"):
+        write_recipe_cache(recipe_of(server), "cache", kind="hidden")
+    assert not server.requests

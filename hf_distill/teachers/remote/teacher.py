@@ -93,7 +93,7 @@ class RemoteTeacher(Teacher):
         self.protocol = _PROTOCOLS[api](self.pool, model, top_k, vocab_size)
         self.has_full_logits = self.protocol.has_full_logits
         self.servers: list[ServerInfo] = []
-        self._vocab_size = 0  # V of the student
+        self.student_vocab_size = 0  # V of the student
         self._wait_seconds = 0.0
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
@@ -109,7 +109,7 @@ class RemoteTeacher(Teacher):
                 f"A remote teacher predicts the next token, and the student is a {model_type.name} or predicts the "
                 "token itself: use a causal language model as student."
             )
-        self._vocab_size = model_type.num_outputs(unwrap_model(student))
+        self.student_vocab_size = model_type.num_outputs(unwrap_model(student))
         self.servers = self.protocol.check()
         for info in self.servers:
             check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
@@ -173,7 +173,7 @@ class RemoteTeacher(Teacher):
             self.close()
             raise
         self._wait_seconds += time.monotonic() - start
-        return self.protocol.to_signals(tensors, targets.labels.device, self._vocab_size, feature_requests)
+        return self.protocol.to_signals(tensors, targets.labels.device, self.student_vocab_size, feature_requests)
 
     def _request(self, rows: Sequence[TokenRow]) -> RowTensors:
         """Return the tensors of all target tokens of a batch, in their order."""
