@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.logits import LazyLogits, LogitScaling, enabled_autocast_dtype
+from .model_types import unwrap_model
+from .sharding import is_sharded
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 @dataclass
@@ -13,10 +17,13 @@ class FrozenHead:
     """Makes lazy logits of a frozen model; its head is cast and moved to the student's device once, and not each step.
 
     The copy is made again when the weight was changed in place or has another address, as that of a head that is
-    gathered or loaded from the disk for each forward. A change through `weight.data` is not seen. A head that needs
-    neither a cast nor a move is not copied.
+    gathered or loaded from the disk for each forward, and when its sample has other values: a change through
+    `weight.data` has no other trace. A head that needs neither a cast nor a move is not copied.
+
+    sample: the values of `head_sample` before a forward; None if they were not read
     """
 
+    sample: tuple[int, ...] | None = None
     _source: tuple | None = None
     _weight: Tensor | None = None
     _bias: Tensor | None = None
@@ -40,7 +47,8 @@ class FrozenHead:
         hidden = hidden.to(hidden_dtype)
         if weight.device == device and weight.dtype == weight_dtype:
             return LazyLogits.of_head(hidden, weight, bias, scaling)
-        source = (device, weight_dtype, *(None if t is None else (t.data_ptr(), _version(t)) for t in (weight, bias)))
+        tensors = (None if t is None else (t.data_ptr(), _version(t)) for t in (weight, bias))
+        source = (device, weight_dtype, self.sample, *tensors)
         if source != self._source:
             self._source = self._weight = self._bias = None  # free the earlier copy first
             self._weight = weight.detach().to(device, weight_dtype)
@@ -48,6 +56,36 @@ class FrozenHead:
             self._source = source
         assert self._weight is not None
         return LazyLogits(hidden, self._weight, self._bias, scaling)
+
+
+def head_sample(model: nn.Module, device: torch.device) -> Tensor | None:
+    """Return integers on the student's device that change with the weights of an output head, of about 4,096 numbers.
+
+    They are sums of the bits. A change of a few rows through `weight.data` may be outside of the sample.
+
+    Args:
+        model: the model.
+        device: the student's device.
+
+    Returns:
+        [1] or [2], for weight and bias; None if the head needs no copy, or has its values during the forward only.
+    """
+    getter = getattr(unwrap_model(model), "get_output_embeddings", None)
+    head = None if getter is None else getter()
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or is_sharded(model):
+        return None
+    is_offloaded = weight.is_meta and type(weight.data) is Tensor
+    if is_offloaded or (weight.device == device and weight.dtype != torch.float32):
+        return None
+    sums = [_bits(part).sum() for part in (weight, bias) if isinstance(part, Tensor)]
+    return torch.stack(sums).to(device)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return elements of a tensor, at most 64 to 127 of each dimension, as integers of their size."""
+    slices = tuple(slice(None, None, max(1, size // 64)) for size in tensor.shape)
+    return tensor.detach()[slices].contiguous().view(_INTEGERS[tensor.element_size()])
 
 
 def _version(tensor: Tensor) -> int:

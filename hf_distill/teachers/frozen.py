@@ -15,7 +15,7 @@ from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals
-from ..models.frozen_head import FrozenHead
+from ..models.frozen_head import FrozenHead, head_sample
 from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of
 from ..models.output_head import check_head_stays_gathered
@@ -123,8 +123,19 @@ class FrozenTeacher(Teacher):
         return get_layer_stack(self.model, which)
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
-        """Return the numbers that the check of ids and positions needs."""
-        return {} if self._limits is None else self._limits.numbers_to_read(inputs)
+        """Return the numbers that the check of ids and positions needs, and a sample of the output head."""
+        numbers = {} if self._limits is None else self._limits.numbers_to_read(inputs)
+        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        return numbers | self.head_numbers_to_read(device)
+
+    def head_numbers_to_read(self, device: torch.device) -> dict[str, Tensor]:
+        """Return a sample of the output head, which tells whether its copy is still valid.
+
+        Args:
+            device: the student's device.
+        """
+        sample = head_sample(self.model, device)
+        return {} if sample is None else {self._sample_name: sample}
 
     @torch.no_grad()
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -132,11 +143,20 @@ class FrozenTeacher(Teacher):
         inputs = accepted_inputs(self.model, inputs)
         if self._limits is not None:
             inputs = self._limits.readable(inputs, targets.numbers)
+        if (sample := targets.numbers.get(self._sample_name)) is None:  # not read with the batch
+            tensor = head_sample(self.model, targets.labels.device)
+            sample = () if tensor is None else tensor.tolist()
+        self._head.sample = tuple(sample)
         device = input_device(self.model) or targets.labels.device
         if device != targets.labels.device:
             inputs = send_to_device(inputs, device)
         with self._precision(targets.labels.device, device):
             return extract_signals(self.model, inputs, targets, feature_requests, self._head)
+
+    @property
+    def _sample_name(self) -> str:
+        """The name of the sample of the output head in `Targets.numbers`; another one for each teacher."""
+        return f"output head {id(self)}"
 
     def _precision(self, student_device: torch.device, device: torch.device) -> AbstractContextManager[object]:
         """Run a model in float32 under the student's autocast, and any other model in the dtype of its weights."""

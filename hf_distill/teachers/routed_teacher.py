@@ -102,14 +102,18 @@ class RoutedTeacher(TeacherGroup):
         )
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
-        """Return the target tokens of each teacher and of none, and the rows (packed: the tokens) of each teacher."""
+        """Return the target tokens of each teacher and of none, the rows (packed: tokens) of each teacher, and samples of
+        the output heads: teachers run on a part of the batch.
+        """
         index = _index_of(inputs)
         is_target = target_labels(inputs, shift) != -100
         of_target = index.reshape(index.shape + (1,) * (is_target.dim() - index.dim())).expand_as(is_target)
         of_row = index[0] if _is_packed(inputs) else index.flatten(1)[:, 0] if index.dim() > 1 else index
         teachers = range(len(self.teachers))
         targets = [(is_target & (of_target == i)).sum() for i in (*teachers, NO_TEACHER)]
-        return {
+        frozen = [teacher for teacher in self.teachers.values() if isinstance(teacher, FrozenTeacher)]
+        samples = [teacher.head_numbers_to_read(index.device) for teacher in frozen]
+        return {name: sample for each in samples for name, sample in each.items()} | {
             _TARGET_COUNTS: torch.stack(targets),
             _ROW_COUNTS: torch.stack([(of_row == i).sum() for i in teachers]),
         }
@@ -244,7 +248,7 @@ def _packed_part(
 
 def _part_of(targets: Targets, tokens: Tensor, positions: Tensor, batch_rows: Tensor, shape: torch.Size) -> Targets:
     label_mask = None if targets.label_mask is None else targets.label_mask[tokens]
-    return Targets(targets.labels[tokens], positions, batch_rows, shape, label_mask)
+    return Targets(targets.labels[tokens], positions, batch_rows, shape, label_mask, numbers=targets.numbers)
 
 
 def _validate(teachers: Mapping[str, Teacher], sources: Mapping[str, Iterable[str]] | None) -> list[str]:

@@ -106,6 +106,18 @@ def test_the_output_head_is_copied_in_the_first_step(make_trainer):
     assert [shape for shape, _, where in copies if where == "to the CPU"].count((101, 48)) == 1
 
 
+def test_the_output_head_is_copied_again_after_its_user_changed_it_through_data(make_trainer):
+    with second_device() as copies:
+        teacher = teacher_model().to(SECOND)
+        trainer = make_trainer(teacher=teacher, use_cpu=True, self_check=False)
+        trainer.evaluate()
+        copies.clear()
+        teacher.lm_head.weight.data.mul_(2)
+        trainer.evaluate()
+        trainer.evaluate()
+    assert [shape for shape, _, where in copies if where == "to the CPU"].count((101, 48)) == 1
+
+
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_a_teacher_on_a_second_gpu_leaves_one_gpu_to_the_trainer(make_trainer, monkeypatch, elsewhere):
     """Without a launcher a Trainer uses DataParallel over all GPUs that it sees."""

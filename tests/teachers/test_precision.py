@@ -3,11 +3,12 @@
 import pytest
 import torch
 from tiny import build, collate, rows
+from transformers import TrainerCallback
 
 from hf_distill import FrozenTeacher
 from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
-from hf_distill.teachers import AdapterBaseTeacher, EMATeacher, MultiTeacher, Teacher
+from hf_distill.teachers import AdapterBaseTeacher, EMATeacher, MultiTeacher, RoutedTeacher, Teacher
 from hf_distill.trainer.distiller import Distiller
 
 
@@ -98,6 +99,31 @@ def test_the_head_of_a_frozen_teacher_is_cast_once(make_trainer, monkeypatch):
         teacher.lm_head.weight.mul_(2)  # a weight that changes nevertheless is cast again
     trainer.evaluate()
     assert torch.equal(weights[-1], 2 * weights[0])
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_teacher_that_a_callback_changes_through_data_trains_as_one_changed_in_place(make_trainer, routed):
+    class Average(TrainerCallback):
+        def __init__(self, teacher, in_place):
+            self.teacher, self.in_place = teacher, in_place
+
+        @torch.no_grad()
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for p, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                (p if self.in_place else p.data).lerp_(new.data, 0.5)
+
+    def losses(in_place):
+        model, data = (
+            build("llama", 1),
+            [row | {"teacher": "a"} for row in rows("llama", 32)] if routed else rows("llama", 32),
+        )
+        teacher = RoutedTeacher({"a": model, "b": build("llama", 2)}) if routed else model
+        options = {"teacher": teacher, "callbacks": [Average(model, in_place)], "train_dataset": data}
+        trainer = make_trainer(bf16=True, use_cpu=True, eval_dataset=None, **options, remove_unused_columns=False)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history[:4]]
+
+    assert losses(in_place=False) == losses(in_place=True)
 
 
 def test_a_quantized_teacher_computes_in_the_dtype_that_it_was_loaded_with(make_trainer, tmp_path):

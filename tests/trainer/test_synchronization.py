@@ -30,6 +30,7 @@ CONFIGURATIONS = {
         "llama",
         {"teacher": lambda: MultiTeacher({"a": build("llama", 1), "b": EMATeacher(0.5)}), "losses": RELATIONS[:1]},
     ),
+    "bf16": ("llama", {"bf16": True, "use_cpu": True, "teacher": lambda: build("llama", 1)}),
     "peer": ("llama", {"teacher": lambda: PeerTeacher(build("llama", 1), mutual=True)}),
 }
 
