@@ -102,9 +102,7 @@ class RoutedTeacher(TeacherGroup):
         )
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
-        """Return the target tokens of each teacher and of none, the rows (packed: tokens) of each teacher, and samples of
-        the output heads: teachers run on a part of the batch.
-        """
+        """Return the counts of target tokens and rows (packed: tokens) of each teacher, and samples of their heads."""
         index = _index_of(inputs)
         is_target = target_labels(inputs, shift) != -100
         of_target = index.reshape(index.shape + (1,) * (is_target.dim() - index.dim())).expand_as(is_target)
