@@ -28,6 +28,7 @@ LAYERS = [
     {"trl"},
     {"recipe"},
     {"runner"},
+    {"serving"},
     {"planning"},
     {"analysis"},
     {"report"},

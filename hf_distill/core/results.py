@@ -35,12 +35,20 @@ class Provenance(TypedDict, total=False):
 
 
 class ServerFacts(TypedDict, total=False):
-    """What a remote teacher answered: id of the served model, hosts without credentials, API and its options."""
+    """What a remote teacher answered: id of the served model, hosts without credentials, API and its options.
+
+    `revision`, `quantization`, `dtype` of the hidden states and the fingerprint `weights` are those of `hf-distill
+    serve`.
+    """
 
     model: str | None
     hosts: list[str]
     api: str
     top_k: int
+    revision: str
+    quantization: str
+    dtype: str
+    weights: str
 
 
 class StageFacts(TypedDict):

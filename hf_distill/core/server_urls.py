@@ -55,7 +55,11 @@ def public_host(url: str) -> str:
 
 def is_loopback(url: str) -> bool:
     """Whether a URL is on this machine, where proxies of the environment do not apply."""
-    host = urlsplit(url).hostname or ""
+    return is_loopback_host(urlsplit(url).hostname or "")
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host name or address is that of this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -32,6 +32,8 @@ class TeacherFacts(ModelFacts, total=False):
     api: str
     hosts: list[str]
     top_k: int
+    dtype: str
+    weights: str
     license: str | None
     link: str | None
     forbids: str | None

@@ -165,7 +165,8 @@ def _teacher(entry: TeacherFacts) -> str:
     parts += [f"version {markdown(entry['version'])}"] if entry.get("version") else []
     parts += [f"kind {markdown(entry['kind'])}"] if entry.get("kind") not in (None, "frozen") else []
     if entry.get("hosts"):
-        parts.append(f"served by {markdown(entry['api'])} on {', '.join(map(markdown, entry['hosts']))}")
+        server = "`hf-distill serve`" if entry["api"] == "hidden" else markdown(entry["api"])
+        parts.append(f"served by {server} on {', '.join(map(markdown, entry['hosts']))}")
         parts += [f"the {entry['top_k']} most probable ids of each token"] if entry.get("top_k") else []
     parts += [f"{_count(entry['parameters'])} parameters"] if entry.get("parameters") else []
     parts += [f"{entry['blocks']} blocks"] if entry.get("blocks") else []

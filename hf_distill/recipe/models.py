@@ -120,7 +120,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "multi_view": ("view", "view_for"),
     "mtp": ("num_future_tokens", "hard_weight", "soft_weight", "learning_rate"),
     "cached": ("path", "source", "on_miss", "use_source"),
-    "remote": ("url", "model", "api", *REMOTE_OPTIONS),
+    "remote": ("url", "model", "api", "dtype", *REMOTE_OPTIONS),
 }
 
 
@@ -148,7 +148,8 @@ class TeacherSpec(StrictModel):
     dtype: _Dtype = Field(
         "auto",
         description="Data type of the weights, or the compute type of a quantized teacher. Default: auto, that of the "
-        "checkpoint.",
+        "checkpoint. Kind remote with api hidden: data type of the hidden states that are sent; default: auto, that of "
+        "the served model.",
     )
     attn_implementation: str | None = Field(None, description=f"{_ATTENTION}the default of transformers.")
     quantization: _Quantization | None = Field(None, description=_QUANTIZATION)
@@ -244,8 +245,10 @@ class TeacherSpec(StrictModel):
         description="Kind remote: URL of the server, such as http://127.0.0.1:8000, or several of servers of the same "
         "model. A URL must not contain a key.",
     )
-    api: Literal["vllm", "sglang"] | None = Field(
-        None, description="Kind remote: API of the server, vllm or sglang. Default (null): vllm."
+    api: Literal["vllm", "sglang", "hidden"] | None = Field(
+        None,
+        description="Kind remote: API of the server, vllm, sglang, or hidden (hf-distill serve, which is exact). "
+        "Default (null): vllm.",
     )
     top_k: int | None = Field(
         None,
@@ -338,6 +341,10 @@ class TeacherSpec(StrictModel):
             server_urls(self.url)
         except DistillError as error:
             raise ValueError(f"url: {error}") from None
+        if self.api == "hidden" and (self.top_k or self.vocab_size):
+            raise ValueError("top_k and vocab_size have no effect with api hidden, which sends hidden states")
+        if self.api != "hidden" and self.dtype != "auto":
+            raise ValueError("dtype is for api hidden: the other servers send log-probabilities")
         if self.top_k is not None and self.vocab_size is not None and self.top_k > self.vocab_size:
             raise ValueError(f"top_k is {self.top_k} and vocab_size {self.vocab_size}: lower top_k")
 

@@ -376,7 +376,9 @@ class Recipe(StrictModel):
 
     def _check_remote(self) -> None:
         """Check that the objective needs no temperature but 1 of a server that returns log-probabilities."""
-        remote = {getattr(spec, "name", None) for spec in self.all_teachers if spec.kind == "remote"}
+        remote = {
+            getattr(spec, "name", None) for spec in self.all_teachers if spec.kind == "remote" and spec.api != "hidden"
+        }
         if not remote:
             return
         first = self.teachers[0].name if self.teachers else None
@@ -389,7 +391,8 @@ class Recipe(StrictModel):
         if wrong := [f"{name} {value}" for name, value in temperatures.items() if value != 1]:
             raise ValueError(
                 "teacher.kind remote: a vLLM or SGLang server returns log-probabilities at temperature 1 only, and the "
-                f"recipe has {', '.join(wrong)}: set it to 1, or use a local teacher"
+                f"recipe has {', '.join(wrong)}: set it to 1, or use api: hidden (`hf-distill serve`) or a local "
+                "teacher"
             )
 
     def _check_schedules(self) -> None:

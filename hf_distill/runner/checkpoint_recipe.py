@@ -94,7 +94,9 @@ def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
         if isinstance(one, FrozenTeacher):
             checksums[f"weights of the teacher {name}".strip()] = weights_fingerprint(one.model)
         elif isinstance(one, RemoteTeacher):
-            checksums[f"model on the server of the teacher {name}".strip()] = one.summary().get("model")
+            summary = one.summary()
+            checksums[f"model on the server of the teacher {name}".strip()] = summary.get("model")
+            checksums[f"weights of the teacher {name}".strip()] = summary.get("weights")
     return {_CONTENT + key: value for key, value in checksums.items() if value}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -104,6 +104,8 @@ class ModelFactory:
             return cached
         if spec.kind == "remote":
             options = {name: value for name in REMOTE_OPTIONS if (value := getattr(spec, name)) is not None}
+            if spec.dtype != "auto":
+                options["dtype"] = spec.dtype
             remote = RemoteTeacher(spec.url or (), model=spec.model, api=spec.api or "vllm", **options)
             self.remote_teachers[getattr(spec, "name", "teacher")] = remote
             return remote
@@ -116,22 +118,12 @@ class ModelFactory:
 
     def _build_frozen_teacher(self, spec: TeacherSpec) -> FrozenTeacher:
         """Build a frozen teacher. The primary teacher is loaded now, unless it has a placement option."""
-        placement = {name: getattr(spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
-        placement = {name: value for name, value in placement.items() if value}
-        if spec is self._spec and not placement:
+        if spec is self._spec and not _placement(spec):
             self._full_model = self._load_full_model(**direct_loading(self._args.device))
             if not hasattr(self._full_model, "hf_device_map"):
                 cast(nn.Module, self._full_model).to(self._args.device)
             return FrozenTeacher(self._full_model, processing_class=self._tokenizer)
-        path = self._path_of(spec)
-        options = {
-            "dtype": spec.dtype,
-            **_pretrained_kwargs(spec),
-            **placement,
-            **trust_options(),
-            **check_and_pin(path, spec.revision),
-        }
-        return FrozenTeacher(path, processing_class=self._tokenizer, **options)
+        return build_frozen_teacher(spec, self._path_of(spec), self._tokenizer)[0]
 
     def _load_full_model(self, **placement: object) -> PreTrainedModel:
         with zero3_init_context(None):
@@ -230,6 +222,34 @@ class ModelFactory:
         if spec.attn_implementation:
             student.set_attn_implementation(spec.attn_implementation)
         return student
+
+
+def build_frozen_teacher(
+    spec: TeacherSpec, path: str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Build a frozen teacher, whose weights are loaded when it is prepared.
+
+    Args:
+        spec: Its section of the recipe.
+        path: Path or id of its model; see `resolve_model`.
+        tokenizer: Its tokenizer, or None.
+
+    Returns:
+        The teacher, and the arguments of from_pretrained, with the revision that was checked.
+    """
+    loading: dict[str, Any] = {
+        "dtype": spec.dtype,
+        **_pretrained_kwargs(spec),
+        **trust_options(),
+        **check_and_pin(path, spec.revision),
+    }
+    return FrozenTeacher(path, processing_class=tokenizer, **_placement(spec), **loading), loading
+
+
+def _placement(spec: TeacherSpec) -> dict[str, Any]:
+    """Return the placement options that a recipe sets."""
+    options = {name: getattr(spec, name) for name in ("quantization", "deepspeed", "fsdp", "device_map")}
+    return {name: value for name, value in options.items() if value}
 
 
 def _build_non_frozen_teacher(spec: TeacherSpec, load_peer: Callable[[], nn.Module]) -> Teacher:

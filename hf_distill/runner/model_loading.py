@@ -127,6 +127,15 @@ def trust_options() -> dict[str, bool]:
     return {"trust_remote_code": policy.remote_code} | ({} if policy.pickles else {"use_safetensors": True})
 
 
+def load_tokenizer_if_any(reference: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a model; return None, with a warning, if it has none."""
+    try:
+        return load_pretrained(AutoTokenizer, reference, revision=revision)
+    except DistillError as error:
+        logger.warning(f"No tokenizer was loaded: {error}")
+        return None
+
+
 def resolve_model(reference: str) -> str:
     """Return a path or id that `from_pretrained` accepts.
 

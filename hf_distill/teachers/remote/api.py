@@ -130,7 +130,7 @@ class RemoteProtocol(ABC):
         """
         raise DistillError(
             f"A remote teacher with api={self.name!r} returns no features: remove the losses on hidden states and "
-            "attention from `losses`, or use api='hidden' (hidden states) or a FrozenTeacher."
+            "attention from `losses`, or use a FrozenTeacher."
         )
 
     def tokenize(self, url: str, text: str) -> list[int] | None:

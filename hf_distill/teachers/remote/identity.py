@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...cache.fingerprints import tokenizer_fingerprint
 from ...errors import DistillError, did_you_mean
 from .api import RemoteProtocol, ServerInfo
 from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
@@ -81,6 +82,8 @@ def _choose(url: str, served: Sequence[dict[str, Any]], model: str | None) -> Se
 def check_tokenizer(protocol: RemoteProtocol, info: ServerInfo, tokenizer: Any) -> None:
     """Check that a server's ids mean the same tokens as the student's: ids of a text, and texts of some ids.
 
+    They are not requested if the server returned the fingerprint of the student's tokenizer.
+
     Args:
         protocol: the protocol of the server.
         info: the server.
@@ -94,6 +97,8 @@ def check_tokenizer(protocol: RemoteProtocol, info: ServerInfo, tokenizer: Any) 
             "The tokenizer of the student is not known, so it is not compared with that of the teacher's server: pass "
             "processing_class to the trainer."
         )
+        return
+    if info.tokenizer is not None and info.tokenizer == tokenizer_fingerprint(tokenizer):
         return
     expected = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
     returned = protocol.tokenize(info.url, _PROBE_TEXT)

@@ -208,15 +208,17 @@ class ServerPool:
         *,
         url: str | None = None,
         retry_seconds: float | None = None,
+        read: Callable[[httpx2.Response], Any] | None = None,
     ) -> Answer:
         """Send a request until a server answers it correctly.
 
         Args:
             path: the part of the URL after the base URL.
             body: JSON of a POST request; None sends a GET request.
-            parse: converts the JSON of the response; raises `MalformedAnswer` if it is not what it should be.
+            parse: converts what `read` returns; raises `MalformedAnswer` if it is not what it should be.
             url: the only server to ask; None chooses one.
             retry_seconds: see the class; None: that of the pool.
+            read: reads the body of the response; None: as JSON.
 
         Raises:
             ServerFailure: no server answered correctly in time.
@@ -230,7 +232,7 @@ class ServerPool:
             problem, retry_after = self._send(session, server, path, body)
             if not isinstance(problem, str):
                 try:
-                    answer = parse(_read_json(problem))
+                    answer = parse((read or _read_json)(problem))
                 except MalformedAnswer as error:
                     problem = f"a malformed answer: {error}"
                 else:

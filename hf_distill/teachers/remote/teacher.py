@@ -18,6 +18,7 @@ from ...models.blocks import LayerStack
 from ...models.model_types import CAUSAL, model_type_of, unwrap_model
 from ..base import Teacher
 from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
+from .hidden import HiddenProtocol
 from .identity import check_tokenizer
 from .pool import ServerPool
 from .rows import token_rows
@@ -25,17 +26,22 @@ from .sglang import SGLangProtocol
 from .vllm import VLLMProtocol
 
 DEFAULT_TOP_K = 64
-_PROTOCOLS: dict[str, Callable[[ServerPool, str | None, int, int | None], RemoteProtocol]] = {
+_TOP_K_PROTOCOLS: dict[str, Callable[[ServerPool, str | None, int, int | None], RemoteProtocol]] = {
     "vllm": VLLMProtocol,
     "sglang": SGLangProtocol,
 }
+_APIS = (*_TOP_K_PROTOCOLS, HiddenProtocol.name)
 
 
 class RemoteTeacher(Teacher):
-    """A causal language model on a vLLM or SGLang server, which must have the student's tokenizer.
+    """A causal language model on a server, which must have the student's tokenizer.
 
-    The server returns the log-probabilities of the `top_k` most probable ids of each target token at temperature 1;
-    the student's loss is that of a `top_k` cache of the same teacher. Each document with target tokens is one request.
+    A vLLM or SGLang server returns the log-probabilities of the `top_k` most probable ids of each target token at
+    temperature 1; the student's loss is that of a `top_k` cache of the same teacher. Each document with target tokens
+    is one request.
+
+    `hf-distill serve` (api="hidden") returns the last hidden states of the target tokens, and once its output head, so
+    the student's loss is that of the local teacher, for every divergence and temperature.
 
     A request that fails is repeated on another server, see `ServerPool`. If none answers in time, training stops with a
     checkpoint of the last complete step.
@@ -43,9 +49,11 @@ class RemoteTeacher(Teacher):
     Args:
         url: URL of a server, with or without /v1, or several of servers of the same model.
         model: id of the served model; None: the only one that is served.
-        api: "vllm" or "sglang".
-        top_k: number of ids for each target token. None: 64.
-        vocab_size: V of the teacher; None: that of the student.
+        api: "vllm", "sglang" or "hidden" (`hf-distill serve`).
+        top_k: number of ids for each target token; None: 64. Not with api="hidden".
+        vocab_size: V of the teacher; None: that of the student. Not with api="hidden", whose server knows it.
+        dtype: with api="hidden": dtype of the hidden states, "bfloat16", "float16" or "float32"; None: that of the
+            served model, which rounds nothing.
         timeout: seconds until a request counts as failed.
         retry_seconds: time after its first failure for which a request is repeated.
         concurrency: largest number of requests in flight in each process.
@@ -69,19 +77,14 @@ class RemoteTeacher(Teacher):
         api: str = "vllm",
         top_k: int | None = None,
         vocab_size: int | None = None,
+        dtype: str | None = None,
         timeout: float = 120.0,
         retry_seconds: float = 300.0,
         concurrency: int = 16,
         prefetch: int = 2,
         api_key_env: str | None = None,
     ):
-        if api not in _PROTOCOLS:
-            raise DistillError(f"api of a remote teacher is {api!r}{did_you_mean(api, _PROTOCOLS)}")
-        top_k = DEFAULT_TOP_K if top_k is None else top_k
-        if type(top_k) is not int or top_k < 1:
-            raise DistillError(f"top_k of a remote teacher is {top_k!r}; it must be an integer of at least 1")
-        if vocab_size is not None and top_k > vocab_size:
-            raise DistillError(f"top_k of a remote teacher is {top_k}, and its vocab_size is {vocab_size}: lower top_k")
+        _check_options(api, top_k, vocab_size, dtype)
         if type(prefetch) is not int or prefetch < 0:
             raise DistillError(f"prefetch of a remote teacher is {prefetch!r}; it must be an integer of at least 0")
         self.prefetch, self.max_wait_seconds = prefetch, retry_seconds + 2 * timeout
@@ -90,7 +93,11 @@ class RemoteTeacher(Teacher):
         self.pool = ServerPool(
             url, timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key_env=api_key_env
         )
-        self.protocol = _PROTOCOLS[api](self.pool, model, top_k, vocab_size)
+        self.protocol: RemoteProtocol
+        if api == HiddenProtocol.name:
+            self.protocol = HiddenProtocol(self.pool, model, dtype)
+        else:
+            self.protocol = _TOP_K_PROTOCOLS[api](self.pool, model, top_k or DEFAULT_TOP_K, vocab_size)
         self.has_full_logits = self.protocol.has_full_logits
         self.servers: list[ServerInfo] = []
         self.student_vocab_size = 0  # V of the student
@@ -128,7 +135,7 @@ class RemoteTeacher(Teacher):
                 f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} "
                 f"(context length {min(lengths)}, of which a request needs {self.protocol.row_tokens}): lower "
                 f"max_length, or start the server with {self.protocol.context_option} "
-                f"{longest + self.protocol.row_tokens}."
+                f"{longest + self.protocol.row_tokens}, if the model can read as many."
             )
 
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
@@ -136,7 +143,7 @@ class RemoteTeacher(Teacher):
         return self.protocol.incompatible_terms([t for t in terms if t.loss.compares and t.teacher == name])
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The layers whose features the servers return; top-k servers return none."""
+        """The layers whose features the servers return; servers return none."""
         return self.protocol.layer_stack(which)
 
     def start_batch(self, inputs: dict, targets: Targets) -> None:
@@ -201,6 +208,31 @@ class RemoteTeacher(Teacher):
             "hosts": [public_host(url) for url in self.pool.urls],
             **self.protocol.summary(),
         }
+
+
+def _check_options(api: str, top_k: int | None, vocab_size: int | None, dtype: str | None) -> None:
+    """Check the arguments of `RemoteTeacher` that depend on the API.
+
+    Raises:
+        DistillError: one is out of range, or has no effect.
+    """
+    if api not in _APIS:
+        raise DistillError(f"api of a remote teacher is {api!r}{did_you_mean(api, _APIS)}")
+    if api == HiddenProtocol.name:
+        if top_k is not None or vocab_size is not None:
+            raise DistillError(
+                "top_k and vocab_size are for servers that return log-probabilities, and a server with api='hidden' "
+                "returns hidden states: remove them."
+            )
+        return
+    if dtype is not None:
+        raise DistillError(f"dtype is for api='hidden', and api of the remote teacher is {api!r}: remove dtype.")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise DistillError(f"top_k of a remote teacher is {top_k!r}; it must be an integer of at least 1")
+    if vocab_size is not None and (top_k or DEFAULT_TOP_K) > vocab_size:
+        raise DistillError(
+            f"top_k of a remote teacher is {top_k or DEFAULT_TOP_K}, and its vocab_size is {vocab_size}: lower top_k"
+        )
 
 
 def _document_lengths(rows: Any) -> Iterator[int]:

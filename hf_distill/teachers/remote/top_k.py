@@ -74,7 +74,7 @@ def incompatible_top_k_terms(terms: Sequence[Term], api: str) -> list[str]:
         if term.loss.feature:
             problems.append(
                 f"{term.name} compares {term.loss.feature} features, and a server with api: {api} returns "
-                "log-probabilities only: remove the loss, use api: hidden (hidden states), or a local teacher"
+                "log-probabilities only: remove the loss, or use a local teacher"
             )
         elif (temperature := term.options.get("temperature", 1.0)) != 1.0:
             problems.append(

@@ -1,0 +1,1 @@
+"""`hf-distill serve`: a frozen teacher behind HTTP."""

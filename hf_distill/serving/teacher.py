@@ -1,0 +1,195 @@
+"""`ServedTeacher`: computes the last hidden states of rows of token ids with a frozen model.
+
+Shape letters are those of `hf_distill.core.targets`: B rows, S positions, T target tokens, V vocabulary, H width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cache.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from ..core.logits import LazyLogits
+from ..core.references import public_name
+from ..core.targets import Targets
+from ..errors import DistillError
+from ..models.forward import extract_signals
+from ..models.model_call import accepted_inputs
+from ..models.model_types import CAUSAL, model_type_of, unwrap_model
+from ..models.output_head import known_output_head
+from ..recipe.models import TeacherSpec
+from ..runner.model_factory import build_frozen_teacher
+from ..runner.model_loading import load_tokenizer_if_any, resolve_model, trust_options
+from ..teachers.input_limits import InputLimits
+from ..teachers.pretrained import as_path, read_config
+from ..teachers.remote.api import TokenRow
+from ..teachers.remote.wire import DTYPES, HeadTensors, TeacherInfo
+
+_PROBE_ROWS, _PROBE_TOKENS = 2, 16  # of the forward at the start, which measures the output head
+
+
+class ServedTeacher:
+    """A frozen causal language model that answers for rows of token ids; one thread calls it.
+
+    Args:
+        model: the model in eval mode, on its devices.
+        name: id or path of the model.
+        tokenizer: its tokenizer, or None.
+        revision: commit of the id.
+        quantization: nf4, int8, or None.
+        max_batch_tokens: largest number of tokens of a forward, with padding.
+
+    Raises:
+        DistillError: the model is no causal language model, or its logits are not computed from its last hidden states
+            by a linear output head.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+        quantization: str | None = None,
+        max_batch_tokens: int,
+    ):
+        model_type = model_type_of(model)
+        if model_type.name != CAUSAL.name:
+            raise DistillError(
+                f"{name} is a {model_type.name}, and only causal language models can be served: use it as a local "
+                "teacher."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        limits = InputLimits.of(model, model)
+        self._fill = limits.fill
+        positions = limits.positions or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context_length = min(positions or max_batch_tokens, max_batch_tokens)
+        logits = self._probe(name, limits.ids or model_type.num_outputs(unwrap_model(model)), context_length)
+        self.head = HeadTensors(logits.weight, logits.bias, logits.scaling)
+        self.info = TeacherInfo(
+            model=public_name(name) or name,
+            revision=revision,
+            quantization=quantization,
+            dtype=_name_of_dtype(logits.hidden.dtype),
+            width=logits.hidden.shape[-1],
+            vocab_size=logits.vocab_size,
+            embeddings=limits.ids or logits.vocab_size,
+            context_length=context_length,
+            max_request_tokens=max_batch_tokens,
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            weights=weights_fingerprint(model),
+            head=self.head.digest(),
+        )
+
+    def _probe(self, name: str, num_ids: int, context_length: int) -> LazyLogits:
+        """Run a short forward, by which the output head is measured.
+
+        Raises:
+            DistillError: the logits are not lazy.
+        """
+        length = min(_PROBE_TOKENS, context_length)
+        ids = torch.linspace(0, num_ids - 1, _PROBE_ROWS * length).long().reshape(_PROBE_ROWS, length)
+        logits = self._logits([TokenRow(tuple(row), tuple(range(length))) for row in ids.tolist()])
+        if not isinstance(logits, LazyLogits):
+            head = known_output_head(self.model)
+            raise DistillError(
+                f"{name} cannot be served, because {head.reason if head else 'its output head is not known'}: its "
+                "logits cannot be computed from its last hidden states. Use it as a local teacher, or write a cache of "
+                "kind top_k or sampled."
+            )
+        return logits
+
+    def hidden_states(self, rows: Sequence[TokenRow]) -> list[Tensor]:
+        """Return the input of the output head for the target tokens of each row, [T, H] on the CPU.
+
+        Args:
+            rows: rows within the limits of `info`.
+        """
+        logits = self._logits(rows)
+        assert isinstance(logits, LazyLogits)
+        return list(logits.hidden.split([len(row.positions) for row in rows]))
+
+    @torch.no_grad()
+    def _logits(self, rows: Sequence[TokenRow]) -> object:
+        """Run the model on rows, which are padded on the right to the longest, [B, S]."""
+        width = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), width), self._fill)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row.ids)] = torch.tensor(row.ids)
+            mask[number, : len(row.ids)] = 1
+        flat = [number * width + position for number, row in enumerate(rows) for position in row.positions]
+        positions = torch.tensor(flat)
+        targets = Targets(torch.zeros_like(positions), positions, positions // width, ids.shape)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return extract_signals(self.model, accepted_inputs(self.model, inputs), targets, {}).logits
+
+
+def load_served_teacher(spec: TeacherSpec, max_batch_tokens: int) -> ServedTeacher:
+    """Load the model of a teacher and its tokenizer.
+
+    Args:
+        spec: a frozen teacher.
+        max_batch_tokens: see `ServedTeacher`.
+
+    Raises:
+        DistillError: the model cannot be loaded or served, or would be sharded over processes.
+    """
+    if spec.deepspeed or spec.fsdp:
+        raise DistillError(
+            "The server is one process, and deepspeed and fsdp shard a teacher over several: use quantization or "
+            "device_map instead."
+        )
+    name = str(spec.model)
+    path = as_path(resolve_model(name))
+    tokenizer = load_tokenizer_if_any(path, spec.revision)
+    teacher, options = build_frozen_teacher(spec, path, tokenizer)
+    config = read_config(path, options)
+    student = _model_without_weights(name, config)
+    teacher.prepare(student, _default_device(), tokenizer)
+    return ServedTeacher(
+        teacher.model,
+        name,
+        tokenizer=tokenizer,
+        revision=options.get("revision"),
+        quantization=spec.quantization,
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def _model_without_weights(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model on the meta device: a frozen teacher is prepared for a student, here for its own model type.
+
+    Raises:
+        DistillError: the config is not that of a causal language model.
+    """
+    try:
+        if config.is_encoder_decoder:
+            raise ValueError("it has an encoder and a decoder")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_options()["trust_remote_code"])
+    except ValueError as error:
+        raise DistillError(
+            f"{name} is no causal language model ({str(error).partition('.')[0]}), and only these can be served."
+        ) from None
+
+
+def _default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
+
+
+def _name_of_dtype(dtype: torch.dtype) -> Any:
+    """Return the name of a dtype of `wire.DTYPES`.
+
+    Raises:
+        DistillError: it is none.
+    """
+    for name, known in DTYPES.items():
+        if dtype == known:
+            return name
+    raise DistillError(f"The model computes in {dtype}; it can be served in {', '.join(DTYPES)}: set --dtype.")
