@@ -102,7 +102,7 @@ def test_a_served_folder_teaches_and_a_signal_lets_accepted_requests_finish(serv
         (["quickstart", "--teacher", "maths"], "no teacher 'maths'"),
         (["org/model", "--host", "0.0.0.0"], "HF_DISTILL_SERVE_TOKEN"),
         (["org/model", "--device-map", "{x}"], "--device-map is no JSON object"),
-        (["quickstart", "teacher.kind=ema", "teacher.model=null"], "only a frozen model can be served"),
+        (["remote"], "only a frozen model can be served"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_loaded(run_cli, monkeypatch, arguments, text):

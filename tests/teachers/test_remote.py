@@ -408,7 +408,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(make_trainer, s
         ({"url": ["http://a/v1", "http://a"]}, "must differ"),
         ({"url": "http://me:sk-secret@teacher"}, "credentials"),
         ({"url": "http://teacher?key=sk-secret"}, "credentials"),
-        ({"api": "tgi"}, "known: sglang, vllm"),
+        ({"api": "tgi"}, "known: hidden, sglang, vllm"),
         ({"api": "vlm"}, "did you mean 'vllm'"),
         ({"top_k": 0}, "at least 1"),
         ({"top_k": 2.5}, "integer"),
