@@ -141,6 +141,8 @@ class Batcher:
             for request, _ in batch:
                 _end(request, error)
             return
+        finally:
+            self._computing_rows = 0
         seconds, tokens = time.monotonic() - start, sum(len(row.ids) for row in rows)
         rate = tokens / max(seconds, 1e-6)
         self._tokens_per_second = 0.8 * self._tokens_per_second + 0.2 * rate if self._tokens_per_second else rate

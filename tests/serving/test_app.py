@@ -191,6 +191,7 @@ def test_metrics_count_requests_tokens_and_batches(client):
         "hf_distill_serve_batch_rows_sum 3",
         'hf_distill_serve_batch_seconds_bucket{le="+Inf"} 1',
         "hf_distill_serve_queued_tokens 0",
+        "hf_distill_serve_computing_rows 0",
     ):
         assert line in lines
 

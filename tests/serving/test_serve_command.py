@@ -87,7 +87,7 @@ def test_a_served_folder_teaches_and_a_signal_lets_accepted_requests_finish(serv
     assert process.wait(30) == 0
     printed = process.stdout.read()
     assert "Stopping: accepted requests are finished first" in printed
-    assert "Stopped after 3 requests" in printed
+    assert "Answered requests: 3;" in printed
     assert TOKEN not in printed
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(url + "/health", trust_env=False)

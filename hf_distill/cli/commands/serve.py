@@ -85,7 +85,7 @@ def serve(
             on_stop=lambda: _print("Stopping: accepted requests are finished first. Ctrl-C ends the server at once."),
         )
     answered = metrics.total("requests_total", path="/hidden_states", status="200")
-    _print(f"Stopped after {answered:,.0f} requests and {metrics.total('target_tokens_total'):,.0f} target tokens.")
+    _print(f"Stopped. Answered requests: {answered:,.0f}; target tokens: {metrics.total('target_tokens_total'):,.0f}.")
 
 
 def _choose(
@@ -125,7 +125,7 @@ def _print(text: str) -> None:
 
 def _print_start(info: "TeacherInfo", url: str, has_token: bool) -> None:
     facts = [*([info.quantization] if info.quantization else []), info.dtype, f"{info.vocab_size:,} ids"]
-    _print(f"{info.model} ({', '.join(facts)}) listens on {url}. Ctrl-C stops it.")
+    _print(f"{info.model} ({', '.join(facts)}) listens on {url} (Ctrl-C stops it)")
     _print(f"  rows of up to {info.context_length:,} tokens, {info.max_request_tokens:,} tokens in a request")
     commit = f", commit {info.revision[:12]}" if info.revision else ""
     _print(f"  output head {info.head[:12]}, weights {info.weights[:12]}{commit}")
