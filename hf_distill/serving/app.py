@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -214,18 +213,22 @@ class _CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), math.nan
+        start, is_counted = time.monotonic(), False
+        path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def send_counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            nonlocal is_counted
+            if message["type"] == "http.response.start":  # before the client reads the answer
+                self._metrics.count("requests_total", path=path, status=f"{message['status']}")
+                is_counted = True
             await send(message)
 
         try:
             await self._app(scope, receive, send_counted)
+        except Exception:
+            if not is_counted:  # the answer to an error that no handler expected is sent outside of this middleware
+                self._metrics.count("requests_total", path=path, status="500")
+            raise
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.count("requests_total", path=path, status=f"{status:g}")
             if path == wire.HIDDEN_STATES:
                 self._metrics.observe("request_seconds", time.monotonic() - start)

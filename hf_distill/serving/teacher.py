@@ -19,6 +19,7 @@ from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
 from ..models.model_types import CAUSAL, model_type_of, unwrap_model
 from ..models.output_head import known_output_head
+from ..models.placement import input_device
 from ..recipe.models import TeacherSpec
 from ..runner.model_factory import build_frozen_teacher
 from ..runner.model_loading import load_tokenizer_if_any, resolve_model, trust_options
@@ -125,7 +126,8 @@ class ServedTeacher:
         positions = torch.tensor(flat)
         targets = Targets(torch.zeros_like(positions), positions, positions // width, ids.shape)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        if (device := input_device(self.model)) is not None:
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         return extract_signals(self.model, accepted_inputs(self.model, inputs), targets, {}).logits
 
 

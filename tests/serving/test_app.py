@@ -276,8 +276,10 @@ def test_hidden_states_that_are_not_finite_are_not_answered(client, teacher, mon
 
 def test_a_failed_forward_is_an_error_of_the_server(client, teacher, monkeypatch):
     monkeypatch.setattr(teacher, "hidden_states", lambda rows: 1 / 0)
-    answer = client().post(wire.HIDDEN_STATES, json=body_of([TokenRow((1,), (0,))]))
+    metrics = Metrics()
+    answer = client(metrics=metrics).post(wire.HIDDEN_STATES, json=body_of([TokenRow((1,), (0,))]))
     assert (answer.status_code, "ZeroDivisionError" in answer.text) == (500, True)
+    assert metrics.total("requests_total", status="500") == 1
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {TOKEN}", "Bearer ", f"Bearer {TOKEN}é"])

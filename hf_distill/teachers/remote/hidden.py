@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.logits import upload
 from ...core.references import public_name
 from ...core.results import ServerFacts
 from ...core.signals import FeatureKey, Signals
@@ -180,7 +181,7 @@ class HiddenProtocol(RemoteProtocol):
         """Return lazy logits: hidden states and the output head on the student's device."""
         head = self._head
         assert head is not None, "check downloads the output head"
-        hidden = tensors["hidden_states"].to(device).to(head.weight.dtype)
+        hidden = upload(tensors["hidden_states"], device).to(head.weight.dtype)
         return Signals(self._frozen_head.lazy_logits(hidden, head.weight, head.bias, head.scaling, device))
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
