@@ -241,7 +241,7 @@ DAMAGES = {
     ),
     "no ids": (lambda a: a.pop("prompt_token_ids"), "line 3, has no token ids of its prompt"),
     "no values": (lambda a: a.pop("prompt_logprobs"), "line 3, has no prompt_logprobs"),
-    "wrong ids": (lambda a: a.update(prompt_token_ids=["1"]), "no list of integers"),
+    "wrong ids": (lambda a: a.update(prompt_token_ids=["1"]), "no list of ids"),
 }
 
 
@@ -261,6 +261,9 @@ def test_lines_that_are_no_answers_are_refused(teacher, requests):
     for line, message in (
         (good[:50], "line 3, is not JSON"),
         ("[1]", "line 3, holds list"),
+        (good.replace('": {"logprob": -', '": {"logprob": -1' + "0" * 400, 1).replace(".", "", 1), "finite `logprob`"),
+        (good.replace('"prompt_token_ids": [', '"prompt": "\\ud800", "prompt_token_ids": ['), "line 3, is not JSON"),
+        (good.replace('"prompt_token_ids": [', '"prompt_token_ids": [1' + "0" * 30 + ", "), "no list of ids"),
         (failed, "line 3, is the answer to a request that failed .*too long"),
     ):
         Path("answers.jsonl").write_text(f"{good}\n\n{line}\n")

@@ -306,6 +306,9 @@ def test_probabilities_that_sum_to_more_than_one_by_approximation_are_normalized
         (lambda texts: save([{"input_ids": text[0]} for text in texts]), "has the columns input_ids"),
         (lambda texts: save([new_form((text[0][:-3], *text[1:])) for text in texts]), "row 0 .* A row needs as many"),
         (lambda texts: save([raw_form((text[0], [[999] * K] * len(text[1]), text[2])) for text in texts]), "id 999"),
+        (lambda texts: save([new_form(text) for text in texts], CONFIG | {"exact_k": 9}), "exact_k is at most k"),
+        (lambda texts: save([new_form(text) for text in texts], CONFIG | {"exact_k": 5}), "more elements than"),
+        (lambda texts: save([legacy_form(text) for text in texts], LEGACY | {"k": 10**9}), "the configuration needs"),
         (
             lambda texts: save(
                 [new_form(text) | {"bytepacked_indices": [None] * (len(text[0]) - 1)} for text in texts]

@@ -107,7 +107,10 @@ class DistillKitFile:
                 f"The compression of {self.path} is not known, because {file} does not exist. Pass --compression FILE: "
                 f"a YAML file with the fields of `{_SECTIONS[is_legacy]}`, as DistillKit's configuration has them."
             )
-        values = read_yaml(file.read_text(), str(file))
+        try:
+            values = read_yaml(file.read_text(), str(file))
+        except UnicodeDecodeError:
+            raise DistillError(f"{file} is no YAML file: it is not UTF-8.") from None
         for holder in (values, values.get("teacher") if isinstance(values, Mapping) else None):
             values = holder.get(_SECTIONS[is_legacy], values) if isinstance(holder, Mapping) else values
         try:
@@ -163,12 +166,15 @@ class DistillKitFile:
 
 def _numbers(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
     """Return the integers of a list in the only row of a column."""
+    if not hasattr(column.combine_chunks(), "value_lengths"):
+        raise DistillError(f"{where} has {name} of type {column.type}, and must have a list.")
     return _flat(column.combine_chunks(), where, name).astype(np.int64)
 
 
 def _matrix(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
     """Return a list of lists of equal lengths, in the only row of a column, as a matrix [P, numbers]."""
-    lists = column.combine_chunks().flatten()
+    lists = column.combine_chunks()
+    lists = lists.flatten() if hasattr(lists, "value_lengths") else lists
     if not hasattr(lists, "value_lengths"):
         raise DistillError(
             f"{where} has {name} of type {column.type}, and must have a list of numbers for each position."
@@ -185,4 +191,6 @@ def _flat(lists: pa.ListArray, where: str, name: str) -> np.ndarray:
     values = lists.flatten()
     if lists.null_count or values.null_count:
         raise DistillError(f"{where} has null in {name}.")
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise DistillError(f"{where} has {values.type} in {name}, and must have numbers.")
     return values.to_numpy(zero_copy_only=False)

@@ -12,11 +12,11 @@ Shape letters: P positions of a row, k ids of a position.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from ...errors import DistillError
@@ -57,6 +57,13 @@ class Quantization(BaseModel, extra="forbid"):
     delta_encoding: bool = True
     error_diffusion: bool = False
     normalize_t: bool = False
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        _check_exact(self.k, self.exact_k)
+        if sum(each.num_elements for each in self.residual_bins) > self.k - self.exact_k:
+            raise ValueError("residual_bins have more elements than the k - exact_k approximated values")
+        return self
 
     def decode(self, packed_ids: np.ndarray, packed_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return ids [P, k] and log-probabilities [P, k].
@@ -115,30 +122,32 @@ class LegacyQuantization(BaseModel, extra="forbid"):
     with_sqrt_term: bool = False
     term_dtype: _Dtype = "float32"
 
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        _check_exact(self.k, self.exact_k)
+        return self
+
     def decode(self, packed_ids: np.ndarray, exact: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return ids [P, k] and values [P, k]. The values are what was compressed: log-probabilities, or logits."""
-        bits = _index_bits(self.vocab_size)
-        per_integer = 64 // bits
+        bits, further = _index_bits(self.vocab_size), self.k - self.exact_k
+        per_integer, num_terms = 64 // bits, self.polynomial_degree + 1 + self.with_sqrt_term
+        counts = (packed_ids.shape[1], exact.shape[1], coefficients.shape[1] if further else num_terms)
+        expected = (-(-self.k // per_integer), self.exact_k, num_terms)
+        if counts != expected:
+            raise DistillError(
+                "has {} integers of ids, {} exact values and {} coefficients for each position, and the configuration "
+                "needs {}, {} and {}".format(*counts, *expected)
+            )
         shifts = np.arange(per_integer, dtype=np.uint64) * np.uint64(bits)
         ids = (packed_ids.astype(np.uint64)[..., None] >> shifts) & np.uint64((1 << bits) - 1)
         ids = ids.reshape(len(packed_ids), -1)[:, : self.k].astype(np.int64)
-        further = self.k - self.exact_k
+        if not further:
+            return ids, exact.astype(np.float64)
         numbers = np.arange(1, further + 1, dtype=np.float64)
         sign = -1 if self.invert_polynomial else 1
         terms = [numbers ** (sign * degree) for degree in range(self.polynomial_degree + 1)]
         terms += [np.sqrt(numbers)] if self.with_sqrt_term else []
-        if (
-            ids.shape[1] != self.k
-            or exact.shape[1] != self.exact_k
-            or (further and coefficients.shape[1] != len(terms))
-        ):
-            raise DistillError(
-                f"has {exact.shape[1]} exact values, {coefficients.shape[1]} coefficients and {packed_ids.shape[1]} "
-                f"integers of ids for each position, and the configuration needs {self.exact_k}, {len(terms)} and "
-                f"{-(-self.k // per_integer)}"
-            )
-        approximate = coefficients.astype(np.float64) @ np.stack(terms) if further else np.empty((len(exact), 0))
-        return ids, np.concatenate([exact.astype(np.float64), approximate], 1)
+        return ids, np.concatenate([exact.astype(np.float64), coefficients.astype(np.float64) @ np.stack(terms)], 1)
 
 
 class _ByteReader:
@@ -179,6 +188,11 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return integers [P, count] from bytes [P, bytes]: a stream of bits, the highest bit of each integer first."""
     stream = np.unpackbits(packed, axis=1, count=count * bits).reshape(len(packed), count, bits)
     return stream.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+
+
+def _check_exact(k: int, exact_k: int) -> None:
+    if exact_k > k:
+        raise ValueError(f"exact_k is {exact_k} and k {k}: exact_k is at most k")
 
 
 def _as_bytes(numbers: np.ndarray) -> np.ndarray:

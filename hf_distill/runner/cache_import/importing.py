@@ -131,7 +131,8 @@ def import_cache(
     args = arguments(recipe)
     on_stage(f"Loading the tokenizer of {recipe.tokenizer_model}")
     tokenizer = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
-    data = prepare_data(recipe, tokenizer, args.seed, num_training_rows(args))
+    with args.main_process_first():
+        data = prepare_data(recipe, tokenizer, args.seed, num_training_rows(args))
     vocab_size = chosen.vocab_size or (recipe.teacher.vocab_size if recipe.teacher else None)
     vocab_size = vocab_size or _vocab_size(recipe.tokenizer_model, recipe.tokenizer_revision)
     sources = [_open(Path(file), chosen, tokenizer) for file in files]

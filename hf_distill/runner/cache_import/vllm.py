@@ -8,7 +8,6 @@ actual token where that is not one of them.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from ...errors import DistillError
 from .records import Location, Provenance, TokenRecord
 
 _WORD_MARKS = " ▁Ġ"  # how tokenizers write the space before a word
+_MAX_DIGITS = 9  # of an id
+_MAX_NATS = 1e9  # absolute value of a log-probability; vLLM writes -9999 for -inf
 _REPLACEMENT = "\ufffd"  # text of an incomplete character, which vLLM completes from the context
 
 
@@ -63,6 +64,8 @@ class VLLMFile:
         where = f"{self.path}, line {number},"
         try:
             content = json.loads(line)
+            if b"\\ud" in line.lower():
+                json.dumps(content, ensure_ascii=False).encode()  # raises for half of a surrogate pair
         except (ValueError, RecursionError) as error:
             raise DistillError(
                 f"{where} is not JSON ({error}). Each line must be one object; a line that was cut off must be "
@@ -117,13 +120,14 @@ class VLLMFile:
         ids, values, ranks = list[int](), list[float](), list[Any]()
         for key, value in entry.items():
             log_prob: Any = value.get("logprob") if isinstance(value, dict) else None
-            if not key.isdecimal() or type(log_prob) not in (int, float) or not math.isfinite(log_prob):
+            is_id = key.isdecimal() and len(key) <= _MAX_DIGITS
+            if not is_id or type(log_prob) not in (int, float) or not -_MAX_NATS <= log_prob <= _MAX_NATS:
                 raise DistillError(
-                    f"{where} has the entry {key!r}: {value!r}. The key must be an id, and the value an object with a "
-                    "finite `logprob`."
+                    f"{where} has the entry {key[:20]!r}: {str(value)[:80]}. The key must be an id, and the value an "
+                    "object with a finite `logprob`."
                 )
             ids.append(int(key))
-            values.append(float(log_prob))
+            values.append(log_prob)
             ranks.append(value.get("rank"))
             self._check_text(where, ids[-1], value.get("decoded_token"))
         if token not in ids:
@@ -154,8 +158,8 @@ class VLLMFile:
         ids, prompt = found.get("prompt_token_ids"), found.get("prompt")
         ids = prompt if ids is None and isinstance(prompt, list) else ids
         if ids is not None:
-            if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-                raise DistillError(f"{where} has prompt_token_ids that are no list of integers.")
+            if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 10**_MAX_DIGITS for each in ids):
+                raise DistillError(f"{where} has prompt_token_ids that are no list of ids.")
             if isinstance(prompt, str) and not self._is_text_of(prompt, ids):
                 raise DistillError(
                     f"{where} has a prompt whose text is not that of its prompt_token_ids in the tokenizer of the "
