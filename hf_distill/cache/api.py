@@ -207,7 +207,7 @@ def _describe_teacher(
     if model is None:
         assert served is not None
         name = {"model": served.facts["model"]} if teacher_name is None else teacher_name
-        return {**name, "class": "unknown", "weights": "unknown", "served": served.facts}
+        return {**name, "class": "unknown", "weights": served.facts.get("weights", "unknown"), "served": served.facts}
     inner = unwrap_model(model)
     name = {"model": inner.name_or_path} if teacher_name is None else teacher_name
     return {**name, "class": type(inner).__name__, "weights": weights_fingerprint(model)}

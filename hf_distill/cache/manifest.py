@@ -121,7 +121,7 @@ class Manifest:
     depth:         number of blocks of the teacher
     scaling:       logit scaling after the output head: scale, softcap
     teacher:       reference, revision and class of the teacher, and a checksum of its weights; class and weights are
-                   "unknown" if the cache was imported, or written from a server
+                   "unknown" if the cache was imported, or written from a server that does not tell
     tokenizer:     checksum of the tokenizer; None: not known
     chat_template: checksum of the chat template; None: there is none
     data:          number of examples and tokens, max_length, and a fingerprint of all examples

@@ -41,7 +41,7 @@ def write_recipe_cache(
     """Write the outputs of a recipe's teacher for all training and held-out rows. An unfinished cache is continued.
 
     Args:
-        recipe: Recipe whose teacher is frozen, remote, or cached with a source. For a remote teacher, `k` is its top_k.
+        recipe: Recipe whose teacher is frozen, remote, or cached with a source. `k` is the top_k of a remote teacher.
         folder: Folder of the cache. None: the `path` of the cached teacher.
         on_stage: Called with a short description of each stage when it begins.
         on_progress: See `write_cache`.
@@ -56,7 +56,7 @@ def write_recipe_cache(
             refuses.
     """
     spec = static_teacher_spec(recipe, ("frozen", "remote"))
-    if spec.kind == "remote":
+    if spec.kind == "remote" and spec.api != "hidden":
         _check_served_kind(spec, options.get("kind", CACHE_KIND))
         spec = spec.model_copy(update={"top_k": options.get("k", TOP_K_IDS)})
     to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
@@ -240,6 +240,8 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
 
 def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
     """Return the indices of the teacher's layers whose hidden states the losses of the recipe need."""
+    if not any(get_loss(spec.name).feature for spec in recipe.losses):
+        return []
     depth, needed, problems = len(teacher.layer_stack().blocks), set[int](), list[str]()
     cut, student = recipe.student.from_teacher, recipe.student.model
     student_depth = len(cut.layers) if cut and cut.layers else cut.keep_layers if cut else None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from servers.hidden_server import HiddenServer
 from servers.teacher_servers import VLLMServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,7 +147,43 @@ def test_a_cache_is_written_from_a_server_and_gives_the_same_losses(server):
     assert losses[0] == pytest.approx(losses[1], abs=0.01)  # half a step of the grid of stored log-probabilities
 
 
-def test_a_server_cannot_fill_a_cache_of_hidden_states(server):
+def test_a_server_of_log_probabilities_cannot_fill_a_cache_of_hidden_states(server):
     with pytest.raises(DistillError, match="use --kind top_k"):
         write_recipe_cache(recipe_of(server), "cache", kind="hidden")
     assert not server.requests
+
+
+@pytest.fixture
+def hidden_server(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = resolve_model("smoke:llama/teacher")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with HiddenServer(model, tmp_path / "server", name="org/big-teacher", tokenizer=tokenizer, key=KEY) as server:
+        yield server
+
+
+def test_hidden_states_of_a_server_train_as_the_local_teacher_and_fill_a_hidden_cache(hidden_server, tmp_path):
+    options = {"distill__temperature": 2.0, "train__max_steps": 2}
+    teacher = {"kind": "remote", "api": "hidden", "url": hidden_server.url, "api_key_env": "TEACHER_KEY"}
+    by_server, local = options | {"teacher": teacher}, options | {"teacher": {"model": "smoke:llama/teacher"}}
+    served = run_recipe(recipe_of(hidden_server, **by_server))
+    reference = run_recipe(recipe_of(hidden_server, **local, train__output_dir="runs/local"))
+    results, expected = (json.loads((run.folder / "results.json").read_text()) for run in (served, reference))
+    assert results["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-5)
+    facts = {"model": "org/big-teacher", "hosts": [f"127.0.0.1:{hidden_server.port}"], "api": "hidden"}
+    facts |= {"dtype": "float32", "weights": hidden_server.teacher.info.weights}
+    assert results["servers"]["teacher"] == facts
+
+    folder, manifest = write_recipe_cache(recipe_of(hidden_server, **by_server), "a", kind="hidden", dtype="float32")
+    _, of_local = write_recipe_cache(recipe_of(hidden_server, **local), "b", kind="hidden", dtype="float32")
+    assert manifest.teacher["served"] == facts
+    assert manifest.teacher["weights"] == of_local.teacher["weights"]
+    assert (manifest.head["sha256"], manifest.width) == (of_local.head["sha256"], of_local.width)
+    assert verify_against_teacher(open_cache(str(folder)), 8)["examples"] >= 8
+    cached = run_recipe(
+        recipe_of(hidden_server, **options, teacher={"kind": "cached", "path": "a"}, train__output_dir="runs/cached")
+    )
+    loss = json.loads((cached.folder / "results.json").read_text())["models"]["student"]["kl"]
+    assert loss == pytest.approx(results["models"]["student"]["kl"], rel=1e-4)
