@@ -131,6 +131,8 @@ def objective(
         problems.append(f"alpha is {alpha!r}; it must be a number in [0, 1] (0: only the labels, 1: only the teacher)")
     if not (_is_number(temperature) and temperature > 0 and math.isfinite(temperature)):
         problems.append(f"temperature is {temperature!r}; it must be a positive number")
+    if not (_is_number(label_smoothing) and 0 <= label_smoothing <= 1):
+        problems.append(f"label_smoothing_factor is {label_smoothing!r}; it must be a number in [0, 1]")
     raise_if_any(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
     soft = divergence if isinstance(divergence, dict) else {"name": divergence}
     specs = [{**soft, "weight": alpha}, *losses]
@@ -172,7 +174,9 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
     if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
         raise DistillError(f"A loss must be a mapping {{name: ..., weight: ..., options...}}; got {spec!r}")
     options = {k: v for k, v in spec.items() if k not in ("name", "weight", "teacher")}
-    loss, weight, teacher = get_loss(spec["name"]), spec.get("weight", 1.0), spec.get("teacher")
+    is_soft = name == "soft"
+    loss = get_loss(spec["name"], "divergence" if is_soft else "", of_logits=is_soft)
+    weight, teacher = spec.get("weight", 1.0), spec.get("teacher")
     loss.check(options)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise DistillError(f"Loss {loss.name!r} has weight {weight!r}; it must be a number")
@@ -181,7 +185,7 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
             f"Loss {loss.name!r} has teacher {teacher!r}; `teacher` must be the name of a teacher, and only an entry "
             "of `losses` whose loss reads a teacher may have it"
         )
-    if name == "soft" and "logits" not in loss.compares:
+    if is_soft and "logits" not in loss.compares:
         raise DistillError(
             f"divergence is {loss.name!r}, which does not read the teacher's logits: use a divergence such as "
             "forward_kl, and put this loss into `losses`"

@@ -165,12 +165,18 @@ def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable]
     return register
 
 
-def get_loss(name: str) -> Loss:
+def get_loss(name: str, argument: str = "", of_logits: bool = False) -> Loss:
     """Return a registered loss.
+
+    Args:
+        name: name of the loss.
+        argument: the argument that has the name, for the message; "" if it is obvious.
+        of_logits: whether the message suggests only losses that read the teacher's logits.
 
     Raises:
         DistillError: no loss has this name; the message suggests the closest one.
     """
     if name not in LOSSES:
-        raise DistillError(f"Unknown loss {name!r}{did_you_mean(name, LOSSES)}")
+        names = [known for known, loss in LOSSES.items() if not of_logits or "logits" in loss.compares]
+        raise DistillError(f"{argument and argument + ': '}Unknown loss {name!r}{did_you_mean(name, names)}")
     return LOSSES[name]

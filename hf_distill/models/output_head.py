@@ -13,7 +13,7 @@ If either differs, the logits are materialized: the objective is the same, and e
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -71,19 +71,21 @@ class OutputHead:
     scaling: scale and soft cap after the head; None if the logits have to be materialized
     reason:  why the logits have to be materialized, else ""
     sample:  logits of the unmodified forward, for the self-check
+    hooks:   keys of the forward hooks of the head when it was measured
     """
 
     module: nn.Module | None
     scaling: LogitScaling | None
     reason: str = ""
     sample: LogitSample | None = None
+    hooks: tuple[int, ...] = ()
 
 
 _heads: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
 
 
 def output_head(model: nn.Module, inputs: dict) -> OutputHead:
-    """Return the output head of a model, measured at the first call and after the head module was replaced.
+    """Return the output head of a model, measured at the first call and after the module or its hooks changed.
 
     Args:
         model: a model, with or without wrappers; under DDP, FSDP2 and ZeRO-3 every rank has to call it.
@@ -94,14 +96,15 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     module: nn.Module | None = getter() if getter else None
     head = _heads.get(inner)
     obstacle = _obstacle(inner, module)
-    if head is None or head.module is not module or (obstacle and not head.reason):
+    hooks = tuple(module._forward_hooks) if module is not None else ()
+    if head is None or head.module is not module or head.hooks != hooks or (obstacle and not head.reason):
         if obstacle or not isinstance(module, nn.Linear):
             head = OutputHead(module, None, obstacle)
         else:
             head = _measure(model, inner, module, inputs)
         if not obstacle and not _on_all_ranks(inner, head.scaling is not None) and not head.reason:
             head = OutputHead(module, None, "on another process its logits differ from the lazy ones")
-        _heads[inner] = head
+        _heads[inner] = head = replace(head, hooks=hooks)
         if head.reason and model_type_of(inner).vocabulary:
             _log_cost(inner, head.reason, inputs)
     return head

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from ..core.logits import LazyLogits
 from ..core.schedule import parse_schedule, value_at
@@ -25,6 +26,7 @@ from ..models.model_types import unwrap_model
 from ..models.output_head import check_head_stays_gathered
 from ..models.sharding import is_sharded, local_shard
 from ..models.sidecar import strip_sidecar
+from .pretrained import as_path, read_config
 from .self_teacher import SelfTeacher
 from .state import WeightDrift, load_state, save_state, state_file
 
@@ -190,8 +192,8 @@ class EMATeacher(StudentCopyTeacher):
         self._decay = parse_schedule(decay, "decay", 0, 1)
         if any(d == 1 for _, d in self._decay):
             raise DistillError(f"decay is {decay!r}; it must lie in [0, 1): with 1 the teacher never changes.")
-        if warmup < 0:
-            raise DistillError(f"warmup is {warmup}; it must be at least 0 steps")
+        if type(warmup) is not int or warmup < 0:
+            raise DistillError(f"warmup is {warmup!r}; it must be a whole number of at least 0 steps")
         self._warmup = warmup
 
     def decay_at(self, step: int) -> float:
@@ -271,9 +273,43 @@ class SnapshotTeacher(StudentCopyTeacher):
                 "SnapshotTeacher was given neither `interval_steps`, the optimizer steps between two snapshots, nor "
                 "`path`, the folder or id of a snapshot: give at least one of them."
             )
-        if interval_steps is not None and interval_steps < 1:
-            raise DistillError(f"interval_steps is {interval_steps}; it must be at least 1 step")
+        if interval_steps is not None and (type(interval_steps) is not int or interval_steps < 1):
+            raise DistillError(f"interval_steps is {interval_steps!r}; it must be a whole number of at least 1 step")
         self._interval_steps, self._path = interval_steps, path
+
+    def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
+        """Find the weights that training changes, and check that the snapshot is a model with the same ones.
+
+        Raises:
+            DistillError: no parameter of the student is trained; or there is no model at `path`, or another one.
+        """
+        super().prepare(student, device, processing_class)
+        model = unwrap_model(student)
+        if self._path is None or is_sharded(student) or not isinstance(model, PreTrainedModel):
+            return
+        config = read_config(as_path(self._path), {})
+        with torch.device("meta"):
+            snapshot = type(model)(config)
+        self._check_shapes(self._tracked_tensors(), self._tensors_of(snapshot), [])
+
+    def _check_shapes(self, student: dict[str, Tensor], snapshot: dict[str, Tensor], missing: list[str]) -> None:
+        """Check that a snapshot has the weights of the student.
+
+        Args:
+            student: name -> tensor of the student that training changes.
+            snapshot: name -> tensor of the snapshot.
+            missing: names that its checkpoint does not have, whose values are random.
+
+        Raises:
+            DistillError: it has not.
+        """
+        wrong = [name for name in missing if name in student]
+        wrong += [name for name in student if name not in snapshot or snapshot[name].shape != student[name].shape]
+        if wrong:
+            raise DistillError(
+                f"{self._path} does not hold the student's weights: {wrong[0]} is missing or has another shape. "
+                "Give a checkpoint of a model with the student's class and config."
+            )
 
     @torch.no_grad()
     def _ensure_shadow(self) -> dict[str, Tensor]:
@@ -288,14 +324,11 @@ class SnapshotTeacher(StudentCopyTeacher):
             loaded: Any = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
             snapshot, report = loaded
             tensors = self._tensors_of(snapshot)
-            wrong = [name for name in report["missing_keys"] if name in shadow]  # initialized at random
-            wrong += [name for name in shadow if name not in tensors or tensors[name].shape != shadow[name].shape]
-            if wrong:
+            try:
+                self._check_shapes(shadow, tensors, report["missing_keys"])
+            except DistillError:
                 self._shadow.clear()
-                raise DistillError(
-                    f"{self._path} does not hold the student's weights: {wrong[0]} is missing or has another shape. "
-                    "Give a checkpoint of a model with the student's class and config."
-                )
+                raise
             for name, value in shadow.items():
                 value.copy_(tensors[name])
             self._drift.begin(shadow)

@@ -33,6 +33,11 @@ def as_path(model: Any) -> Any:
                 f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name."
             )
         return path
+    if isinstance(model, type):
+        raise DistillError(
+            f"The teacher is the class {model.__name__}: give an instance, such as {model.__name__}(...), or the path "
+            "or id of a model."
+        )
     if not isinstance(model, str | nn.Module):
         raise DistillError(
             f"The teacher is of the type {type(model).__name__}: give a transformers model, the path or id of one, or "

@@ -100,9 +100,9 @@ def compile_frozen_teachers(teacher: Teacher, args: TrainingArguments) -> None:
 def incompatible_compilation(student: nn.Module, args: TrainingArguments) -> list[str]:
     """Return why a student cannot be trained with its compiled modules and the arguments of compilation."""
     if names := compiled_around_head(student):
-        name = names[0] or "the model"
+        part = f"{names[0]} of the student" if names[0] else "the student"
         return [
-            f"{name} of the student is compiled. A compiled output head does not see that its forward is replaced in "
+            f"{part} is compiled. A compiled output head does not see that its forward is replaced in "
             "each step, and torch.compile(module) changes the names of weights in checkpoints. Pass the student "
             "without compilation, and set torch_compile=True, which compiles its transformer blocks"
         ]

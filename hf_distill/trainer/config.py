@@ -8,10 +8,11 @@ from inspect import get_annotations
 from math import isnan
 from typing import ClassVar, TypeVar, cast, get_args
 
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from ..core.defaults import ALPHA, DIVERGENCE, MAX_CONSECUTIVE_NONFINITE_STEPS, TEMPERATURE
-from ..errors import DistillError, collect_errors, raise_if_any
+from ..errors import DistillError, collect_errors, did_you_mean, raise_if_any
 from ..losses.objective import Term, objective
 from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
@@ -152,6 +153,10 @@ class DistillArguments:
         for name in ("teacher_fsdp", "compile_teacher", "stop_on_signal", "self_check"):
             if not isinstance(value := getattr(self, name), bool):
                 problems.append(f"{name} is {value!r}; it must be True or False")
+        smoothing = getattr(self, "label_smoothing_factor", 0.0)
+        if isinstance(smoothing, int | float) and not 0 <= smoothing <= 1:
+            problems.append(f"label_smoothing_factor is {smoothing!r}; it must be a number in [0, 1]")
+        problems += _backend_problems(getattr(self, "torch_compile_backend", None))
         if self.teacher_deepspeed is not None and not isinstance(self.teacher_deepspeed, dict | str | os.PathLike):
             problems.append(f"teacher_deepspeed is {self.teacher_deepspeed!r}; it must be a dict, JSON, or a path")
         if not (self.divergence is None or (self.divergence and isinstance(self.divergence, dict | str))):
@@ -207,6 +212,14 @@ def distill_arguments(args: object) -> dict[str, object]:
     """Return copies of the `DistillArguments` fields of any training arguments; empty for plain `TrainingArguments`."""
     names = [item.name for item in fields(DistillArguments)] if isinstance(args, DistillArguments) else []
     return {name: copy.deepcopy(getattr(args, name)) for name in names}
+
+
+def _backend_problems(backend: object) -> list[str]:
+    names = [item.value.lower() for item in DynamoBackend if item is not DynamoBackend.NO]
+    if backend is None or (isinstance(backend, str) and backend.lower() in [*names, "no"]):
+        return []
+    suggestion = did_you_mean(backend.lower(), names) if isinstance(backend, str) else f"; known: {', '.join(names)}"
+    return [f"torch_compile_backend is {backend!r}, which is no backend of accelerate{suggestion}"]
 
 
 def _parse_json(name: str, value: object, kind: type[Parsed]) -> Parsed | None:

@@ -148,7 +148,7 @@ def incompatible_teacher(teacher: Teacher, args: TrainingArguments, makes_studen
         )
     if makes_students and teacher.tied_to_student:
         problems.append(
-            f"model_init makes a new student for each training, but a {type(teacher).__name__} works with one "
+            f"model_init makes a new student for each training, but {type(teacher).__name__} works with one "
             "student only. Pass model instead of model_init"
         )
     return problems

@@ -306,3 +306,20 @@ def test_the_self_check_measures_a_changed_weight_again(make_trainer):
     trainer.args.temperature = 3.0
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_hook_that_is_added_to_the_head_between_evaluations_is_part_of_the_loss(make_trainer, which):
+    def losses(*, hook_first):
+        models = {"student": build("llama", 0), "teacher": build("llama", 1)}
+        trainer = make_trainer(model=models["student"], teacher=models["teacher"])
+        if not hook_first:
+            trainer.evaluate()
+        handle = models[which].lm_head.register_forward_hook(lambda _module, _args, output: output * 0.5)
+        with_hook = trainer.evaluate()["eval_soft_loss"]
+        handle.remove()
+        return with_hook, trainer.evaluate()["eval_soft_loss"]
+
+    expected = losses(hook_first=True)
+    assert losses(hook_first=False) == expected
+    assert expected[0] != pytest.approx(expected[1], rel=0.1)

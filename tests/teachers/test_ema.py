@@ -171,8 +171,9 @@ def test_the_first_snapshot_can_be_loaded_from_a_folder(make_trainer, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in recorded.shadows[-1].items() if name in expected)
     assert trainer.evaluate()["eval_kl"] > 0.01
     build("llama", 3, width=64).save_pretrained(tmp_path / "wide")
-    with pytest.raises(DistillError, match="does not hold the student's weights"):
-        make_trainer(teacher=SnapshotTeacher(path=str(tmp_path / "wide")), folder="wide-run").train()
+    for name, message in {"wide": "does not hold the student's weights", "nowhere": "there is no such folder"}.items():
+        with pytest.raises(DistillError, match=message):
+            make_trainer(teacher=SnapshotTeacher(path=str(tmp_path / name)), folder=f"{name}-run")
     build("llama", 3).save_pretrained(tmp_path / "part")
     state = load_file(tmp_path / "part" / "model.safetensors")
     save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, tmp_path / "part" / "model.safetensors",
@@ -203,8 +204,11 @@ def test_a_resumed_run_equals_an_uninterrupted_run(make_trainer, tmp_path, kind)
         (lambda: EMATeacher(1.0), r"decay is 1.0; it must lie in \[0, 1\): with 1 the teacher never changes"),
         (lambda: EMATeacher(-0.1), r"decay is -0.1; it must lie in \[0, 1\]"),
         (lambda: EMATeacher(0.9, warmup=-1), "warmup is -1"),
+        (lambda: EMATeacher(0.9, warmup="3"), "warmup is '3'; it must be a whole number of at least 0"),
+        (lambda: EMATeacher(0.9, warmup=2.5), "warmup is 2.5; it must be a whole number of at least 0"),
+        (lambda: SnapshotTeacher(interval_steps=1.5), "interval_steps is 1.5; it must be a whole number of at least 1"),
         (lambda: SnapshotTeacher(), "neither `interval_steps`"),
-        (lambda: SnapshotTeacher(interval_steps=0), "interval_steps is 0; it must be at least 1"),
+        (lambda: SnapshotTeacher(interval_steps=0), "interval_steps is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(make, problem):

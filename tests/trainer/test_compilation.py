@@ -184,7 +184,7 @@ WHOLE = [
 @pytest.mark.parametrize("compile_model", WHOLE)
 @pytest.mark.parametrize("options", [{}, EAGER])
 def test_a_student_with_a_compiled_output_head_or_changed_names_is_refused(make_trainer, compile_model, options):
-    with pytest.raises(DistillError, match=r"of the student is compiled\. .* set torch_compile=True"):
+    with pytest.raises(DistillError, match=r"^(the student|\S+ of the student) is compiled\. .* set torch_compile="):
         make_trainer(model=compile_model(build("llama")), **options)
 
 

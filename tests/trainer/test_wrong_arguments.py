@@ -2,8 +2,10 @@
 
 import pytest
 from tiny import build, collate, rows
+from transformers import TrainingArguments
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill.teachers import EMATeacher
 
 WRONG = [None, "a", "", "[", 1.5, float("nan"), [], [1], {"a": 1}, object()]
 
@@ -31,6 +33,8 @@ def config(tmp_path, **options):
         ("learning_rate", ["a", float("nan")]),
         ("weight_decay", [float("nan")]),
         ("num_train_epochs", [float("nan"), "three"]),
+        ("label_smoothing_factor", [-0.1, 1.5]),
+        ("torch_compile_backend", ["inducto", 5]),
     ],
 )
 def test_an_error_names_the_field_of_a_wrong_type(tmp_path, name, values):
@@ -47,8 +51,15 @@ def test_an_error_names_all_wrong_fields(tmp_path):
         config(tmp_path, chunk_tokens="a", max_consecutive_nonfinite_steps=0, learning_rate=float("nan"))
 
 
+def test_the_smoothing_of_plain_training_arguments_is_checked_when_the_trainer_is_created(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], label_smoothing_factor=-0.1)
+    with pytest.raises(DistillError, match=r"label_smoothing_factor is -0.1; it must be a number in \[0, 1\]"):
+        trainer(tmp_path, args=args)
+
+
 def trainer(tmp_path, model=None, teacher=None, **options):
-    model, teacher = model or build("llama", 0), teacher or build("llama", 1)
+    model = model or (None if "model_init" in options else build("llama", 0))
+    teacher = teacher or build("llama", 1)
     options = {"args": config(tmp_path), "train_dataset": rows("llama", 4), "data_collator": collate} | options
     return DistillTrainer(model, teacher=teacher, **options)
 
@@ -63,6 +74,11 @@ def trainer(tmp_path, model=None, teacher=None, **options):
         ({"args": {"output_dir": "x"}}, "args has the type dict. Pass a DistillConfig"),
         ({"args": "out"}, "args has the type str. Pass a DistillConfig"),
         ({"teacher": 5}, "The teacher is of the type int"),
+        ({"teacher": EMATeacher}, r"The teacher is the class EMATeacher: .*an instance, such as EMATeacher\("),
+        (
+            {"model": None, "model_init": lambda: build("llama"), "teacher": EMATeacher()},
+            "but EMATeacher works with one student",
+        ),
         (
             {"teacher": {"big": 5, "small": "./nowhere"}},
             r"\['big'\]: .* int:.*teachers\['small'\]: .*nowhere",
