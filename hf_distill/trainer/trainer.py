@@ -64,7 +64,7 @@ from .teacher_callback import TeacherCallback
 from .teacher_failure import TeacherFailureGuard
 from .terms import build_objective
 from .upstream import TRAINER, check_upstream
-from .validation import incompatible_arguments, wrong_arguments
+from .validation import incompatible_arguments, nothing_to_train, wrong_arguments
 
 check_upstream("transformers", Trainer, TRAINER)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -344,6 +344,8 @@ class DistillMixin(_Base):
             distill_args = self.args if isinstance(self.args, DistillArguments) else DistillArguments()
         if self.is_distilling and (changed or makes_students):  # model_init created a new student
             self._set_objective(distill_args, renew=makes_students)
+        if self.is_distilling:
+            raise_if_any(nothing_to_train(self.model))
         self._objective_args = objective_arguments(self.args)
 
     def incompatible_arguments(self) -> list[str]:
@@ -388,7 +390,7 @@ class DistillMixin(_Base):
             kwargs: further arguments of `Trainer.train`.
 
         Raises:
-            DistillError: the checkpoint is incomplete, or differs from what was written.
+            DistillError: the checkpoint is incomplete, or differs from what was written; or every parameter is frozen.
             RunInterrupted: training was stopped by a signal; a `SystemExit` with code 143 (SIGTERM) or 130 (SIGINT).
         """
         with stop_on_signal(self) if getattr(self.args, "stop_on_signal", False) else nullcontext():

@@ -90,6 +90,20 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
     return problems
 
 
+def nothing_to_train(student: nn.Module) -> list[str]:
+    """Return why a student cannot be trained if all of its parameters are frozen; it can still be evaluated.
+
+    Args:
+        student: the student, with the trained modules that are attached to it.
+    """
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        return []
+    return [
+        "no parameter of the student requires a gradient. A trainer freezes its teacher, so a model that was a teacher "
+        "before is frozen: call student.requires_grad_(True), or add adapters with peft.get_peft_model"
+    ]
+
+
 def incompatible_placement(trainer: Trainer) -> list[str]:
     """Return why a student cannot be distilled where its weights are, and what to change; empty if it can."""
     student: Any = trainer.model

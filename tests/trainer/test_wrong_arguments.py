@@ -103,3 +103,14 @@ def test_token_ids_outside_the_students_vocabulary_are_reported(tmp_path, shift,
     data = [row | {"input_ids": row["input_ids"] + shift} for row in rows("llama", 4)]
     with pytest.raises(DistillError, match=rf"input_ids has the token id {named}\d+, and the student.* 97 rows"):
         trainer(tmp_path, train_dataset=data).train()
+
+
+def test_a_model_that_was_a_teacher_before_can_be_evaluated_and_says_that_it_is_frozen(tmp_path):
+    model = build("llama", 3)
+    trainer(tmp_path, teacher=model)
+    second = trainer(tmp_path, model=model, eval_dataset=rows("llama", 4))
+    assert second.evaluate()["eval_loss"] > 0
+    with pytest.raises(DistillError, match=r"no parameter of the student requires a gradient.*requires_grad_\(True\)"):
+        second.train()
+    model.requires_grad_(True)
+    second.train()
