@@ -119,6 +119,8 @@ def test_a_student_trained_from_an_import_equals_one_trained_from_our_own_cache(
     )
     assert done.exit_code == 0, done.output
     assert "13 records: 0 of other texts, 1 duplicates" in done.output
+    verified = CliRunner().invoke(app, ["cache", "verify", "c"])
+    assert "Imported from 13 records in a.jsonl, b.jsonl (vllm)." in verified.output
     manifest = verify_cache(Path("c"))
     assert manifest.kind == "top_k"
     assert manifest.options == {"k": K}

@@ -304,6 +304,11 @@ def test_probabilities_that_sum_to_more_than_one_by_approximation_are_normalized
         (lambda texts: save([new_form(text) for text in texts], CONFIG | {"exact_k": 1}), "describes|needs more"),
         (lambda texts: save([new_form(text) for text in texts], {"d": 9}), "is no `logprob_compressor`.*k: Field requ"),
         (lambda texts: save([{"input_ids": text[0]} for text in texts]), "has the columns input_ids"),
+        (lambda texts: [save([raw_form(texts[0])]), Path("data/b.parquet").write_text("x")][0], "cannot be read as"),
+        (
+            lambda texts: [save([raw_form(texts[0])]), pq.write_table(pa.table({"a": [1]}), "data/b.parquet")][0],
+            "data cann",
+        ),
         (lambda texts: save([new_form((text[0][:-3], *text[1:])) for text in texts]), "row 0 .* A row needs as many"),
         (lambda texts: save([raw_form((text[0], [[999] * K] * len(text[1]), text[2])) for text in texts]), "id 999"),
         (lambda texts: save([new_form(text) for text in texts], CONFIG | {"exact_k": 9}), "exact_k is at most k"),

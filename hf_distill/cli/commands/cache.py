@@ -214,6 +214,13 @@ def verify(
     out.print(
         f"{cache_dir}: the digests of all {len(manifest.files)} files are correct.", soft_wrap=True, highlight=False
     )
+    if imported := manifest.teacher.get("imported"):
+        files = ", ".join(entry["file"] for entry in imported["files"])
+        out.print(
+            f"Imported from {imported['records']:,} records in {files} ({', '.join(imported['formats'])}).",
+            soft_wrap=True,
+            highlight=False,
+        )
     if against_teacher is not None:
         from ...runner.cache_writer import verify_against_teacher
 

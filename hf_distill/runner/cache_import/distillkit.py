@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter, ValidationError
 
 from ...core.files import file_entry
@@ -55,8 +56,9 @@ class DistillKitFile:
                 self._rows = load_from_disk(str(path))
             else:
                 self._rows = Dataset.from_parquet([str(file) for file in self._files])
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DistillError(f"{path} cannot be read as a data set of DistillKit: {error}") from None
+        except (DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
+            raise DistillError(f"{path} cannot be read as a data set of DistillKit ({reason}).") from None
         if not isinstance(self._rows, Dataset):
             raise DistillError(f"{path} has several splits: pass the folder of one of them.")
         self._columns = self._value_columns(self._rows.column_names)
