@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from ..core.defaults import ALPHA, DIVERGENCE, HELD_OUT_TOKENS, TEMPERATURE
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.targets import Targets
+from ..core.teacher_inputs import teacher_batch, teacher_target_numbers, without_teacher_inputs
 from ..errors import DistillError
 from ..models.forward import extract_signals
 from ..models.model_types import model_type_of
@@ -145,11 +146,13 @@ class ModelPair:
         while (tokens is None or num_targets < tokens) and (batch := [*islice(rows, self.batch_size)]):
             inputs = dict(send_to_device(self.collator(batch), self.device))
             source = inputs.pop("source", None)
-            targets = Targets.from_batch(inputs, shift)
+            targets = Targets.from_batch(inputs, shift, teacher_target_numbers(inputs, shift))
+            of_teacher = teacher_batch(inputs, targets, shift)
+            inputs = without_teacher_inputs(inputs)
             if len(targets):
                 num_targets += len(targets)
                 token_source = source.flatten()[targets.positions] if self.sources and source is not None else None
-                teacher, student = (_logits(model, inputs, targets) for model in (self.teacher, self.student))
+                teacher, student = _logits(self.teacher, *of_teacher), _logits(self.student, inputs, targets)
                 yield PairBatch(inputs, targets, teacher, student, token_source)
         if not num_targets:
             raise DistillError(

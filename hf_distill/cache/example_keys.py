@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.targets import SECOND_VIEW_KEYS, Targets, token_documents
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS, Targets, token_documents
 from ..models.model_call import FLASH_ATTENTION_INPUTS
 
 KEY_BYTES = 16
 _NOT_OTHER_INPUTS = {  # tensors that the key contains in another form, that follow from these, or that are no inputs
     *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
-    *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS),
+    *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS, *TEACHER_INPUT_KEYS),
+    TEACHER_INDEX,
     *("seq_idx", *FLASH_ATTENTION_INPUTS),
 }
 

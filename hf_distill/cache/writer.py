@@ -19,6 +19,7 @@ from ..core.files import file_entry
 from ..core.logits import LazyLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
+from ..core.teacher_inputs import teacher_inputs
 from ..errors import DistillError
 from ..models.finite_weights import check_finite
 from .example_keys import Example, batch_examples, fingerprint
@@ -93,7 +94,7 @@ def plan_shards(
     count = 0
     for part in parts:
         for i in range(len(part)):
-            batch = collate([part[i]])
+            batch = teacher_inputs(collate([part[i]]))
             examples = batch_examples(batch, Targets.from_batch(batch, shift))
             if any(example.key not in keys for example in examples):
                 rows.append((part, i, examples[-1].target_slice.stop))
@@ -225,7 +226,7 @@ class _ShardWriter:
 def load_batch(plan: ShardPlan, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:
     """Return a batch on a device, and its target tokens."""
     batch = {name: value for name, value in plan.batch(number).items() if name != "source"}
-    batch = dict(send_to_device(batch, device))
+    batch = dict(send_to_device(teacher_inputs(batch), device))
     return batch, Targets.from_batch(batch, shift)
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from ..errors import DistillError
 
 IGNORE_INDEX = -100
+# Keys of a batch whose rows have another prompt for the teacher; see `teacher_inputs`.
+TEACHER_INPUT_KEYS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels")
 TEACHER_INDEX = "teacher_index"  # key of a batch: index of the teacher of each row or token, -1 for none
 SECOND_VIEW_KEYS = ("view_input_ids", "view_attention_mask", "view_labels")  # keys of a batch's second view
 
@@ -123,17 +125,39 @@ class Targets:
         sizes = {"rows": is_target.flatten(1).sum(1) if labels.dim() > 1 else is_target, "range": label_range}
         on_host = _read(sizes | dict(numbers or {}))
         row_counts, (smallest, largest) = on_host.pop("rows"), on_host.pop("range")
-        positions = true_indices(is_target.reshape(-1), sum(row_counts))
+        return cls.of_counts(labels, row_counts, (smallest, largest), label_mask, None, on_host)
+
+    @classmethod
+    def of_counts(
+        cls,
+        labels: Tensor,
+        row_counts: Sequence[int],
+        label_range: tuple[int, int] | None,
+        has_labels: Tensor | None = None,
+        label_mask: Tensor | None = None,
+        numbers: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> "Targets":
+        """Return the target tokens of labels whose number of target tokens in each row is known.
+
+        Args:
+            labels: [B, S] or [B], -100 where there is no target token.
+            row_counts: B numbers of target tokens.
+            label_range: smallest and largest label.
+            has_labels: [B] whether the labels of a row come from the data; None if all do, or `label_mask` is given.
+            label_mask: [T] the same for each target token.
+            numbers: further numbers that were read.
+        """
+        positions = true_indices((labels != IGNORE_INDEX).reshape(-1), sum(row_counts))
         batch_rows = positions // (labels.shape[1] if labels.dim() > 1 else 1)
         return cls(
             labels.reshape(-1)[positions],
             positions,
             batch_rows,
             labels.shape,
-            None if label_mask is None else label_mask[batch_rows],
+            label_mask if has_labels is None else has_labels[batch_rows],
             row_counts=row_counts,
-            label_range=(smallest, largest),
-            numbers=on_host,
+            label_range=label_range,
+            numbers=numbers,
         )
 
     def __len__(self) -> int:

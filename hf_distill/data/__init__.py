@@ -4,7 +4,7 @@ from .collator import Collator, unpack_row
 from .load import Examples, load_examples, split_held_out
 from .mix import add_source_column, mix, mix_scheduled
 from .packing import check_packed_attention, pack
-from .prompts import prompt_rows
+from .prompts import prompt_rows, with_teacher_prompts
 from .tokenize import concat_and_chunk, tokenize_dataset, tokenize_examples
 from .training_templates import training_template
 
@@ -24,4 +24,5 @@ __all__ = [
     "tokenize_examples",
     "training_template",
     "unpack_row",
+    "with_teacher_prompts",
 ]

@@ -21,7 +21,8 @@ class Collator:
     Packed rows, which have `seq_lengths`, become one row [1, S] whose `position_ids` restart at each document; the
     first token of each document is no target.
 
-    Rows with two views also have `view_input_ids` and `view_labels`, which are padded with their `view_attention_mask`.
+    Rows with two views also have `view_input_ids` and `view_labels`, which are padded with their `view_attention_mask`;
+    rows with another prompt for the teacher have `teacher_input_ids`, `teacher_labels` and `teacher_attention_mask`.
 
     With several sources, `source` [B, S] holds the index of each token's source. `DistillTrainer` reads it and reports
     the losses of each source. A custom script must set `remove_unused_columns=False` to keep this column.
@@ -54,7 +55,9 @@ class Collator:
         batch = self._pad_view(rows, "")
         if len({len(row["input_ids"]) for row in rows}) == 1:
             del batch["attention_mask"]
-        return batch | (self._pad_view(rows, "view_") if "view_input_ids" in rows[0] else {})
+        for prefix in ("view_", "teacher_"):
+            batch |= self._pad_view(rows, prefix) if f"{prefix}input_ids" in rows[0] else {}
+        return batch
 
     def _pad_view(self, rows: Sequence[Row], view: str) -> dict[str, Tensor]:
         ids = [torch.as_tensor(row[f"{view}input_ids"]) for row in rows]

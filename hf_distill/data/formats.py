@@ -1,7 +1,8 @@
 """Formats of examples, detected from the columns, and the tokenization of one example to a row."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,7 +16,28 @@ from .roles import SHAREGPT_HINT, check_roles
 logger = logging.get_logger(__name__)
 
 TEXT, MESSAGES, COMPLETION, TOKENS = "text", "messages", "completion", "tokens"
-PARAPHRASE = "paraphrase"
+
+
+@dataclass(frozen=True)
+class SecondPrompt:
+    """Another prompt before the same completion, which is tokenized to a second row.
+
+    column:   column of the prompt
+    prefix:   of the names of the second row's columns, as in `teacher_input_ids`
+    """
+
+    column: str
+    prefix: str
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Names of the ids and labels of the second row."""
+        return f"{self.prefix}input_ids", f"{self.prefix}labels"
+
+
+PARAPHRASE = SecondPrompt("paraphrase", "view_")
+TEACHER_PROMPT = SecondPrompt("teacher_prompt", "teacher_")
+
 _FORMAT_COLUMNS = {TOKENS: {"input_ids"}, MESSAGES: {"messages"}, COMPLETION: {"prompt", "completion"}, TEXT: {"text"}}
 _FORMATS = (
     "text; messages; prompt and completion; input_ids (with labels, completion_mask or assistant_masks, or with none)"
@@ -23,7 +45,10 @@ _FORMATS = (
 
 
 def format_of(
-    columns: Sequence[str], column: str | None = None, where: str = UNNAMED_SOURCE, paraphrase: bool = False
+    columns: Sequence[str],
+    column: str | None = None,
+    where: str = UNNAMED_SOURCE,
+    second_prompt: SecondPrompt | None = None,
 ) -> str:
     """Return the format of a data set: the first of `input_ids`, `messages`, `prompt` + `completion` and `text`.
 
@@ -31,13 +56,13 @@ def format_of(
         columns: column names of the data set.
         column: the column that holds the text; None: the format is detected from the columns.
         where: name of the source in errors.
-        paraphrase: whether the data set must have a column `paraphrase`, another prompt for the same completion.
+        second_prompt: another prompt for the same completion, which the data set must have.
 
     Returns:
         "tokens", "messages", "completion" or "text".
 
     Raises:
-        DistillError: there is no such column, the columns are none of the formats, or there are no paraphrases.
+        DistillError: there is no such column, the columns are none of the formats, or there is no second prompt.
     """
     if column is not None:
         if column not in columns:
@@ -45,11 +70,14 @@ def format_of(
         return TEXT
     for kind, needed in _FORMAT_COLUMNS.items():
         if needed <= set(columns):
-            if paraphrase and (kind != COMPLETION or PARAPHRASE not in columns):
-                raise DistillError(
-                    f"{where} has the format {kind} and the columns {list(columns)}; paraphrases need the columns "
-                    "`prompt`, `completion` and `paraphrase`. Add them, or use a view without paraphrase."
-                )
+            if second_prompt is not None:
+                needed = {"prompt", "completion", second_prompt.column}
+                if kind != COMPLETION or not needed <= set(columns):
+                    raise DistillError(
+                        f"{where} has the format {kind} and the columns {list(columns)}; a {second_prompt.column} "
+                        f"needs the columns {', '.join(sorted(needed))}. Add them, or remove the option that asks for "
+                        "it (a view's paraphrase, or the prompt of the teacher)."
+                    )
             return kind
     hint = f" {SHAREGPT_HINT}" if "conversations" in columns else ""
     raise DistillError(
@@ -62,7 +90,7 @@ def make_encode_fn(
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
     assistant_only: bool | None = None,
-    paraphrase: bool = False,
+    second_prompt: SecondPrompt | None = None,
     chat_template: str | None = None,
 ) -> Callable[[dict], dict[str, list[int]]]:
     """Return a function that tokenizes an example to `{"input_ids": [S], "labels": [S]}`.
@@ -73,7 +101,7 @@ def make_encode_fn(
         kind: "messages", "completion" or "tokens"; see `format_of`.
         tokenizer: the student's tokenizer; it has a chat template if there are conversations.
         assistant_only: whether only the assistant's turns of a conversation are targets, or all tokens; None: True.
-        paraphrase: add `view_input_ids` and `view_labels` to completions: the completion after its paraphrased prompt.
+        second_prompt: add the ids and labels of the completion after another prompt, see `SecondPrompt`.
         chat_template: Jinja source that renders conversations; None: the tokenizer's chat template.
 
     Raises:
@@ -87,7 +115,7 @@ def make_encode_fn(
     if kind == MESSAGES:
         read.conversations  # noqa: B018  a missing chat template is an error before the first row
         return read.from_messages
-    return read.from_two_prompts if paraphrase else read.from_completion
+    return read.from_completion if second_prompt is None else partial(read.from_two_prompts, second=second_prompt)
 
 
 def _from_tokens(example: dict, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, list[int]]:
@@ -158,16 +186,15 @@ class _ConversationTokenizer:
             )
         return _row(ids, [0] * start + [1] * (len(ids) - start))
 
-    def from_two_prompts(self, example: dict) -> dict[str, list[int]]:
-        if type(example.get("prompt")) is not type(example.get(PARAPHRASE)):
+    def from_two_prompts(self, example: dict, second: SecondPrompt) -> dict[str, list[int]]:
+        if type(example.get("prompt")) is not type(example.get(second.column)):
             raise DistillError(
-                f"column {PARAPHRASE}: a paraphrase must have the type of its prompt, a text or a list of messages; "
-                f"found {example.get(PARAPHRASE)!r} for {example.get('prompt')!r}. Give every example a paraphrase, or "
-                "leave the example out."
+                f"column {second.column}: it must have the type of the prompt, a text or a list of messages; found "
+                f"{example.get(second.column)!r} for {example.get('prompt')!r}. Give every example a {second.column}, "
+                "or leave the example out."
             )
-        view = self.from_completion(example, PARAPHRASE)
-        row = self.from_completion(example)
-        return row | {"view_input_ids": view["input_ids"], "view_labels": view["labels"]}
+        other, row = self.from_completion(example, second.column), self.from_completion(example)
+        return row | dict(zip(second.columns, (other["input_ids"], other["labels"]), strict=True))
 
 
 def _row(ids: list[int], *masks: list[int]) -> dict[str, list[int]]:

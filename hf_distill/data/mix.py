@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..core.defaults import STOPPING_STRATEGY
 from ..core.schedule import Points, value_at
 from ..errors import DistillError
+from .formats import PARAPHRASE, TEACHER_PROMPT
 from .load import Examples
 
 StoppingStrategy: TypeAlias = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
@@ -61,11 +62,11 @@ def mix(
         the rows, with a column `source`, the index of the source; a single source is returned unchanged.
 
     Raises:
-        DistillError: a weight is not above 0, or only some of the sources have paraphrases.
+        DistillError: a weight is not above 0, or only some of the sources have a second prompt.
     """
     if len(rows) == 1:
         return next(iter(rows.values()))
-    _check_paraphrases(rows)
+    _check_second_prompts(rows)
     parts: list[Any] = [add_source_column(part, index) for index, part in enumerate(rows.values())]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
@@ -86,9 +87,9 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
         the rows, with a column `source`, the index of the source.
 
     Raises:
-        DistillError: all weights are 0 at the same progress, or only some of the sources have paraphrases.
+        DistillError: all weights are 0 at the same progress, or only some of the sources have a second prompt.
     """
-    _check_paraphrases(rows)
+    _check_second_prompts(rows)
     moments = sorted({0.0, 1.0, *(at for points in weights.values() for at, _ in points)})
     empty = [moment for moment in moments if sum(value_at(points, moment) for points in weights.values()) <= 0]
     if empty:
@@ -111,11 +112,12 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
     return concatenate_datasets(parts).select(chosen)
 
 
-def _check_paraphrases(rows: Mapping[str, Examples]) -> None:
+def _check_second_prompts(rows: Mapping[str, Examples]) -> None:
     columns = {name: part.column_names or list(next(iter(part), ())) for name, part in rows.items()}
-    lacking = [name for name, names in columns.items() if "view_input_ids" not in names]
-    if 0 < len(lacking) < len(rows):
-        raise DistillError(
-            f"The sources {', '.join(lacking)} have no paraphrases, but the others do: give them a column "
-            "`paraphrase`, or tokenize all sources without paraphrases."
-        )
+    for second in (PARAPHRASE, TEACHER_PROMPT):
+        lacking = [name for name, names in columns.items() if second.columns[0] not in names]
+        if 0 < len(lacking) < len(rows):
+            raise DistillError(
+                f"The sources {', '.join(lacking)} have no {second.column}, but the others do: give them a column "
+                f"`{second.column}`, or tokenize all sources without it."
+            )

@@ -11,6 +11,7 @@ from ..models.model_call import accepted_inputs, accepts_any_input, input_names,
 from ..models.model_types import unwrap_model
 from ..models.module_state import eval_mode
 from .collator import returns_document_lengths
+from .formats import PARAPHRASE, TEACHER_PROMPT
 from .load import Examples
 
 _SHUFFLE_BUFFER_ROWS = 1000
@@ -28,17 +29,18 @@ def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
         rows with `seq_lengths`, the lengths of their documents; `source` has one value per token.
 
     Raises:
-        DistillError: the rows have paraphrases.
+        DistillError: the rows have a second prompt.
     """
     require_package("trl", "trl", "Packing")
     from trl import pack_dataset
 
     columns = rows.column_names or list(next(iter(rows)))
-    if "view_input_ids" in columns:
-        raise DistillError(
-            "packing: rows and their paraphrases have different lengths and cannot be packed together. Turn packing "
-            "off, or use a view without paraphrase."
-        )
+    for second in (PARAPHRASE, TEACHER_PROMPT):
+        if second.columns[0] in columns:
+            raise DistillError(
+                f"packing: rows and their {second.column} have different lengths and cannot be packed together. Turn "
+                "packing off, or use a view without paraphrase and a teacher without a prompt."
+            )
     if "source" in columns:
         rows = rows.map(_spread_source, remove_columns=["source"]).rename_column("sources", "source")
     packed = pack_dataset(rows, max_length, strategy="bfd")

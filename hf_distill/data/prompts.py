@@ -2,10 +2,11 @@
 
 from datasets import Features
 
+from ..core.prompt_template import fill_template
 from ..errors import DistillError
 from .checks import UNNAMED_SOURCE, by_row, check_messages
 from .conversations import ASSISTANT
-from .formats import MESSAGES, format_of
+from .formats import MESSAGES, TEACHER_PROMPT, format_of
 from .json_files import map_exactly
 from .load import Examples
 
@@ -33,6 +34,30 @@ def prompt_rows(documents: Examples, where: str = UNNAMED_SOURCE) -> Examples:
         )
     split = by_row(_split, documents, where)
     return map_exactly(documents.with_format(None), split, _split_features(documents.features), [MESSAGES])
+
+
+def with_teacher_prompts(documents: Examples, template: str, where: str = UNNAMED_SOURCE) -> Examples:
+    """Return rows with the column `teacher_prompt`, which a template makes of the other columns; see `fill_template`.
+
+    Args:
+        documents: rows of `prompt` and `completion`.
+        template: text with the names of columns in braces.
+        where: name of the source in errors.
+
+    Raises:
+        DistillError: there is no prompt, or a row lacks a column of the template.
+    """
+    columns = documents.column_names or list(next(iter(documents)))
+    if "prompt" not in columns:
+        raise DistillError(
+            f"{where} has the columns {columns}; the teacher's prompt needs the column `prompt`. Use rows of prompt "
+            "and completion, or remove the prompt of the teacher."
+        )
+    fill = by_row(lambda example: {TEACHER_PROMPT.column: fill_template(template, example)}, documents, where)
+    features = documents.features
+    if features is not None:
+        features = Features({**features, TEACHER_PROMPT.column: features["prompt"]})
+    return map_exactly(documents.with_format(None), fill, features, [])
 
 
 def _split_features(features: Features | None) -> Features | None:

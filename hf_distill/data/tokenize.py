@@ -1,5 +1,7 @@
 """Tokenizes data sets: text is concatenated and cut into full rows; in every other format an example is a row."""
 
+from functools import partial
+
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -9,15 +11,12 @@ from ..core.defaults import OVERFLOW
 from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError
 from .checks import UNNAMED_SOURCE, by_row, check_text
-from .formats import TEXT, format_of, make_encode_fn
+from .formats import TEXT, SecondPrompt, format_of, make_encode_fn
 from .load import Examples
 
 logger = logging.get_logger(__name__)
 
 ROW_FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
-TWO_VIEW_FEATURES = Features(
-    {**ROW_FEATURES, "view_input_ids": List(Value("int64")), "view_labels": List(Value("int64"))}
-)
 
 
 def tokenize_dataset(
@@ -26,7 +25,7 @@ def tokenize_dataset(
     max_length: int,
     assistant_only: bool | None = None,
     overflow: str = OVERFLOW,
-    paraphrase: bool = False,
+    second_prompt: SecondPrompt | None = None,
     where: str = UNNAMED_SOURCE,
     chat_template: str | None = None,
 ) -> Examples:
@@ -38,9 +37,9 @@ def tokenize_dataset(
         DistillError: see these functions; or `assistant_only` is set for text.
     """
     columns = documents.column_names or list(next(iter(documents)))
-    if format_of(columns, where=where, paraphrase=paraphrase) != TEXT:
+    if format_of(columns, where=where, second_prompt=second_prompt) != TEXT:
         return tokenize_examples(
-            documents, tokenizer, max_length, assistant_only, overflow, paraphrase, where, chat_template
+            documents, tokenizer, max_length, assistant_only, overflow, second_prompt, where, chat_template
         )
     if assistant_only:
         raise DistillError("assistant_only is true, but the source is text, which has no turns: remove assistant_only.")
@@ -95,7 +94,7 @@ def tokenize_examples(
     max_length: int,
     assistant_only: bool | None = None,
     overflow: str = OVERFLOW,
-    paraphrase: bool = False,
+    second_prompt: SecondPrompt | None = None,
     where: str = UNNAMED_SOURCE,
     chat_template: str | None = None,
 ) -> Examples:
@@ -107,21 +106,22 @@ def tokenize_examples(
         max_length: maximum tokens of a row.
         assistant_only: see `make_encode_fn`.
         overflow: treatment of longer examples: "truncate" keeps their start, "drop" leaves them out.
-        paraphrase: also tokenize the completion after the prompt `paraphrase`; only the leading target tokens that both
-            views have in common remain targets.
+        second_prompt: also tokenize the completion after another prompt; only the leading target tokens that both rows
+            have in common remain targets.
         where: name of the source in errors.
         chat_template: see `make_encode_fn`.
 
     Returns:
-        a data set with `input_ids` and `labels`, [S] each; with paraphrases also `view_input_ids` and `view_labels`.
+        a data set with `input_ids` and `labels`, [S] each; with a second prompt also its ids and labels.
 
     Raises:
         DistillError: see `make_encode_fn`; or no example has a target token.
     """
     columns = documents.column_names or list(next(iter(documents)))
-    features = TWO_VIEW_FEATURES if paraphrase else ROW_FEATURES
-    kind = format_of(columns, where=where, paraphrase=paraphrase)
-    encode = by_row(make_encode_fn(kind, tokenizer, assistant_only, paraphrase, chat_template), documents, where)
+    second = () if second_prompt is None else second_prompt.columns
+    features = Features({**ROW_FEATURES, **{name: List(Value("int64")) for name in second}})
+    kind = format_of(columns, where=where, second_prompt=second_prompt)
+    encode = by_row(make_encode_fn(kind, tokenizer, assistant_only, second_prompt, chat_template), documents, where)
     other = [column for column in columns if column not in features]
     rows = documents.with_format(None).map(encode, with_indices=True, remove_columns=other, features=features)
     total = len(rows) if isinstance(rows, Dataset) else None
@@ -135,8 +135,8 @@ def tokenize_examples(
         rows = rows.filter(lambda row: all(len(row[name]) <= max_length for name in features))
     else:
         rows = rows.map(lambda row: {name: row[name][:max_length] for name in features}, features=features)
-    if paraphrase:
-        rows = rows.map(_common_targets, features=features)
+    if second:
+        rows = rows.map(partial(_common_targets, names=("labels", second[1])), features=features)
     before = len(rows) if isinstance(rows, Dataset) else None
     rows = rows.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:]))
     if next(iter(rows), None) is None:
@@ -152,11 +152,10 @@ def tokenize_examples(
     return rows
 
 
-def _common_targets(row: dict) -> dict[str, list[int]]:
-    """Return the labels of a row and of its paraphrase, restricted to the leading target tokens that they share."""
+def _common_targets(row: dict, names: tuple[str, str]) -> dict[str, list[int]]:
+    """Return the labels of a row and of its second prompt, restricted to the leading target tokens that they share."""
     from trl.data_utils import common_prefix_length
 
-    names = ("labels", "view_labels")
     positions = {name: [i for i, label in enumerate(row[name]) if i and label != IGNORE_INDEX] for name in names}
     count = common_prefix_length(*([row[name][i] for i in positions[name]] for name in names))
     common = {name: set(positions[name][:count]) for name in names}

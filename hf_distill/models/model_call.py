@@ -16,14 +16,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..core.targets import SECOND_VIEW_KEYS
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS
 from ..errors import DistillError
 from .model_types import model_type_of, unwrap_model
 
 FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed documents
 
 _T = TypeVar("_T")
-_NOT_INPUTS = ("labels", "shift_labels", "has_labels", "num_items_in_batch", *SECOND_VIEW_KEYS)
+_NOT_INPUTS = (
+    *("labels", "shift_labels", "has_labels", "num_items_in_batch", *SECOND_VIEW_KEYS, *TEACHER_INPUT_KEYS),
+    TEACHER_INDEX,
+)
 _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
 
 

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..core.component_options import ViewOptions
 from ..core.deepspeed_config import check_placement
+from ..core.prompt_template import template_columns
 from ..core.schedule import parse_schedule
 from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
@@ -122,6 +123,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "cached": ("path", "source", "on_miss", "use_source"),
     "remote": ("url", "model", "api", "dtype", *REMOTE_OPTIONS),
 }
+# Kinds of teachers that can read another prompt than the student. The others read the student's batch.
+PROMPTED_KINDS = ("frozen", "adapter_base", "ema", "snapshot", "cached", "remote")
 
 
 class TeacherSpec(StrictModel):
@@ -289,6 +292,20 @@ class TeacherSpec(StrictModel):
         description="Kind remote: name of the environment variable that holds the API key. Default (null): "
         "HF_DISTILL_TEACHER_API_KEY, if it is set.",
     )
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompt that the teacher reads in place of the student's, before the same completion: a text with "
+        "names of columns in braces, such as {prompt} and {answer}. Needs data with the columns prompt and completion. "
+        "Default (null): the column teacher_prompt of data if it has one, else the student's prompt.",
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, value: str | None) -> str | None:
+        if value is not None:
+            template_columns(value)
+        return value
 
     @property
     def loaded_model(self) -> str | None:
@@ -309,11 +326,12 @@ class TeacherSpec(StrictModel):
 
     @model_validator(mode="after")
     def _check_kind_fields(self) -> Self:
-        allowed = ("kind", "name", "weight", "sources", *FIELDS[self.kind])
+        of_kind = (*FIELDS[self.kind], *(["prompt"] if self.kind in PROMPTED_KINDS else []))
+        allowed = ("kind", "name", "weight", "sources", *of_kind)
         unexpected = [name for name in sorted(self.model_fields_set) if name not in allowed]
         unexpected = [name for name in unexpected if getattr(self, name) != type(self).model_fields[name].default]
         if unexpected:
-            accepted = ", ".join(FIELDS[self.kind]) or "no further fields"
+            accepted = ", ".join(of_kind) or "no further fields"
             raise ValueError(f"kind {self.kind} does not accept {', '.join(unexpected)}; it accepts {accepted}")
         if self.kind == "remote":
             self._check_remote()

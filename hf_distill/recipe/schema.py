@@ -244,6 +244,11 @@ class Recipe(StrictModel):
             raise ValueError(f"teachers: give two or more teachers with different names; got {', '.join(names)}")
         if problems := incompatible_teachers({spec.name: spec.kind for spec in self.teachers}):
             raise ValueError(f"teachers: {'; '.join(problems)}")
+        prompts = {spec.prompt for spec in (*self.teachers, *([self.teacher] if self.teacher else []))}
+        if len(prompts) > 1:
+            raise ValueError("teachers: all teachers read one prompt: give each of them the same prompt, or none")
+        if prompts != {None} and self.data.packing:
+            raise ValueError("teacher.prompt does not work with packed rows: set data.packing to false")
         self._check_routing()
         for loss in self.losses:
             if loss.teacher is not None and loss.teacher not in names:

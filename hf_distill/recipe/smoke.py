@@ -59,8 +59,13 @@ def smoke_values(recipe: Recipe) -> JSONObject:
         elif str(loss.get("layers")).startswith("last:"):
             loss["layers"] = "last:1"
     text, length = "package:pydoc_data.topics", 64
-    if values.get("on_policy"):
+    teachers = [values["teacher"]] if values.get("teacher") else values["teachers"]
+    prompted = [teacher for teacher in teachers if teacher.get("prompt")]
+    for teacher in prompted:  # the columns of another template may not exist, and it may fill a row of bytes
+        teacher["prompt"] = "Note: {prompt}"
+    if values.get("on_policy") or prompted:
         text, length = "package:builtins", 128
+    if values.get("on_policy"):
         values["on_policy"] |= {"max_completion_length": 8, "vllm": None}
     values["data"].pop("chat_template", None)  # with the byte-level tokenizer, a rendered template would fill a row
     values["data"] = {name: _shrink_data(name, part, text) for name, part in values["data"].items()} | {

@@ -1,7 +1,7 @@
 """Prepares the data of a recipe: loads, splits, tokenizes, mixes and packs the sources."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,8 +25,9 @@ from ..data import (
     prompt_rows,
     split_held_out,
     tokenize_dataset,
+    with_teacher_prompts,
 )
-from ..data.formats import TEXT
+from ..data.formats import PARAPHRASE, TEACHER_PROMPT, TEXT, SecondPrompt
 from ..data.training_templates import renders_same, training_template
 from ..recipe.data import Data
 from ..recipe.schema import Recipe
@@ -90,7 +91,7 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, 
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
         examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
-        examples = prompt_rows(examples, "data.eval") if recipe.on_policy else examples
+        examples = _with_prompts(examples, recipe, "data.eval")
         held_out = [_first(_rows(examples, recipe, "eval", tokenizer, template), data.eval.max_rows)]
     mixed = mix_and_pack(data, train, seed, count)
     return PreparedData(mixed, concatenate_datasets(cast(list[Dataset], held_out)), collator_of(data, tokenizer))
@@ -136,7 +137,14 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     """Load the examples of one source; in an on-policy recipe as prompts and completions."""
     source = recipe.data.sources[name]
     documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
-    return prompt_rows(documents, f"data.{name}") if recipe.on_policy else documents
+    return _with_prompts(documents, recipe, f"data.{name}")
+
+
+def _with_prompts(documents: Examples, recipe: Recipe, where: str) -> Examples:
+    """Return the examples as prompts and completions in an on-policy recipe, and with the prompts of the teacher."""
+    template = next((spec.prompt for spec in recipe.all_teachers if spec.prompt), None)
+    documents = prompt_rows(documents, where) if recipe.on_policy or template else documents
+    return documents if template is None else with_teacher_prompts(documents, template, where)
 
 
 def chat_template_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -157,11 +165,19 @@ def _rows(
     documents: Examples, recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Examples:
     """Tokenize the examples of a source; `eval` uses the options of `task`."""
-    data, paraphrase = recipe.data, any(spec.wants_paraphrase for spec in recipe.all_teachers)
+    data = recipe.data
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
-    options = (source.assistant_only, source.overflow, paraphrase, where, template)
+    columns = documents.column_names or list(next(iter(documents)))
+    options = (source.assistant_only, source.overflow, _second_prompt(recipe, columns), where, template)
     return tokenize_dataset(documents, tokenizer, data.max_length, *options)
+
+
+def _second_prompt(recipe: Recipe, columns: Sequence[str]) -> SecondPrompt | None:
+    """Return the second prompt that the teachers of a recipe read, or that the student's view needs."""
+    if any(spec.wants_paraphrase for spec in recipe.all_teachers):
+        return PARAPHRASE
+    return TEACHER_PROMPT if TEACHER_PROMPT.column in columns else None
 
 
 def _log_targets(rows: Examples, where: str) -> None:

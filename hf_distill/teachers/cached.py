@@ -18,6 +18,7 @@ from ..core.files import check_files
 from ..core.logits import LogitScaling
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
+from ..core.teacher_inputs import teacher_inputs
 from ..errors import DistillError, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses.objective import Term
@@ -193,6 +194,7 @@ class CachedTeacher(Teacher):
 
     def contains(self, inputs: dict, shift: bool) -> bool:
         """Whether the cache has all examples of a batch; `shift` is that of `target_labels`."""
+        inputs = teacher_inputs(inputs)
         examples = batch_examples(self._read(inputs), Targets.from_batch(inputs, shift))
         return None not in self.store.get([example.key for example in examples])
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.logits import DenseLogits, LazyLogits, RoutedLogits, logits_by_teacher
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
+from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers, without_teacher_inputs
 from ..errors import DistillError, RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
@@ -52,7 +53,8 @@ class Distiller:
 
     1. `Targets.from_batch` reads the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
        the batch; without a Trainer it shifts the labels.
-    2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient.
+    2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient. It
+       reads `teacher_input_ids` if the batch has them: another prompt before the same target tokens.
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
        With mixed precision the teacher runs under the autocast of the student.
     3. A `MultiViewTeacher` may replace the student's view of the batch; the target tokens stay the same.
@@ -119,14 +121,23 @@ class Distiller:
         model = unwrap_model(student)
         model_type = model_type_of(model)
         num_outputs = model_type.num_outputs(model)
-        numbers = self.features.numbers_to_read(inputs) | teacher.numbers_to_read(inputs, model_type.shifts_labels)
-        targets = Targets.from_batch(inputs, model_type.shifts_labels, numbers)
+        shift = model_type.shifts_labels
+        of_teacher = teacher_inputs(inputs)
+        numbers = self.features.numbers_to_read(of_teacher) | teacher.numbers_to_read(of_teacher, shift)
+        numbers |= teacher_target_numbers(inputs, shift)
+        targets = Targets.from_batch(inputs, shift, numbers)
         targets.check_ids(num_outputs)
         if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
             inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
         feature_tokens = self.features.tokens(inputs, targets)
-        feature_requests = self.features.teacher_requests(feature_tokens)
-        joint_step, teacher_signals = self._run_teacher(teacher, inputs, targets, feature_requests, num_items)
+        batch_of_teacher, targets_of_teacher = teacher_batch(inputs, targets, shift)
+        inputs, tokens_of_teacher = without_teacher_inputs(inputs), feature_tokens
+        if targets_of_teacher is not targets:
+            tokens_of_teacher = self.features.tokens(batch_of_teacher, targets_of_teacher)
+        feature_requests = self.features.teacher_requests(tokens_of_teacher)
+        joint_step, teacher_signals = self._run_teacher(
+            teacher, batch_of_teacher, targets_of_teacher, feature_requests, num_items
+        )
 
         teacher_targets = targets
         for each in teachers_by_name(teacher).values():

@@ -4,9 +4,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..core.targets import TEACHER_INDEX
+from ..core.targets import TEACHER_INDEX, TEACHER_INPUT_KEYS
 
-ANNOUNCED_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels", "source", TEACHER_INDEX)
+ANNOUNCED_INPUTS = (
+    *("input_ids", "attention_mask", "position_ids", "labels", "source"),
+    *(TEACHER_INDEX, *TEACHER_INPUT_KEYS),
+)
 
 
 class BatchPrefetcher:

@@ -8,9 +8,10 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..core.targets import TEACHER_INPUT_KEYS
 from ..errors import DistillError, raise_if_any
 from ..models.model_types import unwrap_model
-from ..teachers import FrozenTeacher, MultiTeacher, Teacher
+from ..teachers import FrozenTeacher, MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
 from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
@@ -130,10 +131,31 @@ def prepare_teacher(
             parameters[name].requires_grad_(True)
         raise_if_any(shared)
     for name, rows in datasets.items():
+        check_teacher_prompts(teacher, rows, name)
         teacher.check_data(rows, name)
     raise_if_any(incompatible_teacher(teacher, args, makes_students))
     if (trained_teacher := find_trained_teacher(teacher)) is not None:
         trained_teacher.adjust_arguments(args)
+
+
+def check_teacher_prompts(teacher: Teacher, rows: object, name: str) -> None:
+    """Refuse data with another prompt for the teacher if a teacher reads the student's batch.
+
+    Raises:
+        DistillError: it is trained with the student, or gives the student another view of the batch.
+    """
+    columns = getattr(rows, "column_names", None) or ()
+    kinds = [type(each).__name__ for each in teachers_by_name(teacher).values() if reads_batch_of_student(each)]
+    if kinds and TEACHER_INPUT_KEYS[0] in columns:
+        raise DistillError(
+            f"{name} has teacher_input_ids, another prompt for the teacher, and a {kinds[0]} reads the student's "
+            "batch: remove these columns, or use a frozen, cached, remote, EMA, snapshot or adapter-base teacher."
+        )
+
+
+def reads_batch_of_student(teacher: Teacher) -> bool:
+    """Whether a teacher needs the batch of the student, and cannot read another prompt."""
+    return isinstance(teacher, TrainableTeacher | MultiViewTeacher)
 
 
 def incompatible_teacher(teacher: Teacher, args: TrainingArguments, makes_students: bool) -> list[str]:

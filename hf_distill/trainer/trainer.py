@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, target_labels
+from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers
 from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.features import Features
@@ -199,8 +200,8 @@ class DistillMixin(_Base):
             return
         shift = model_type_of(self.model).shifts_labels
         inputs = self._with_teacher_index({name: batch[name].cpu() for name in ANNOUNCED_INPUTS if name in batch})
-        targets = Targets.from_batch(inputs, shift, self.teacher.numbers_to_read(inputs, shift))
-        self.teacher.start_batch(inputs, targets)
+        numbers = self.teacher.numbers_to_read(teacher_inputs(inputs), shift) | teacher_target_numbers(inputs, shift)
+        self.teacher.start_batch(*teacher_batch(inputs, Targets.from_batch(inputs, shift, numbers), shift))
 
     def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""

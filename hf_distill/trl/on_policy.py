@@ -8,6 +8,7 @@ import torch
 import trl.trainer.distillation_trainer
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
 from trl.data_utils import is_conversational
@@ -16,6 +17,7 @@ from trl.trainer.utils import flush_left
 from ..core.schedule import schedule_integral
 from ..core.targets import IGNORE_INDEX
 from ..data import Collator, prompt_rows
+from ..data.formats import TEACHER_PROMPT
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..trainer.config import DistillArguments
 from ..trainer.sidecar import trained_sidecar
@@ -139,7 +141,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "completion"])]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "completion", TEACHER_PROMPT.column])]
 
     def _rows_to_generate(self, rows: list[dict]) -> list[bool]:
         """Choose the rows of this rank's batch for which the student generates completions.
@@ -166,9 +168,39 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         self._completed_rows = [None if each else row for each, row in zip(is_generated, inputs, strict=True)]
         batch = super()._generate_and_score_completions(inputs)
         batch["has_labels"] = ~torch.tensor(is_generated, device=self.accelerator.device)
+        batch |= self._teacher_prompts(inputs)
         if "source" in inputs[0]:
             batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
         return batch
+
+    def _teacher_prompts(self, rows: list[dict]) -> dict[str, Tensor]:
+        """Return the tokens of the column `teacher_prompt`, [B, P], and their mask; empty without that column.
+
+        Raises:
+            DistillError: some rows have no teacher prompt, or it is no prompt.
+        """
+        column = TEACHER_PROMPT.column
+        if not any(row.get(column) for row in rows):
+            return {}
+        if not all(row.get(column) for row in rows):
+            raise DistillError(f"Some rows of a batch have no `{column}`: give one to every row, or remove the column.")
+        if self.tools:
+            raise DistillError(f"tools do not work with the column `{column}`: remove one of them.")
+        ids = [torch.tensor(self._prompt_ids(row[column])) for row in rows]
+        pad, masks = self._tokenizer.pad_token_id, [torch.ones_like(row) for row in ids]
+        prompts = {
+            "teacher_prompt_ids": pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left"),
+            "teacher_prompt_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
+        }
+        return send_to_device(prompts, self.accelerator.device)
+
+    def _prompt_ids(self, prompt: str | list[dict]) -> list[int]:
+        """Tokenize a prompt as the trainer tokenizes those of the student."""
+        if isinstance(prompt, str):
+            return self.processing_class(text=prompt)["input_ids"]
+        return self.processing_class.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **self.chat_template_kwargs
+        )["input_ids"]
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         """Generate for the rows that the student completes; after a tool call, for all rows."""
@@ -233,11 +265,19 @@ def _with_prompts(rows: Any, name: str) -> Any:
 
 def _join_completions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join TRL's prompts [B, P] and completions [B, C] to right-padded ids, mask and labels, [B, S]."""
-    is_target = batch["completion_mask"] * batch.get("tool_mask", 1)
-    is_target = torch.cat([torch.zeros_like(batch["prompt_mask"]), is_target], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask, ids, is_target = flush_left(mask, ids, is_target)
-    labels = ids.masked_fill(is_target == 0, IGNORE_INDEX)
-    rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "has_labels": batch["has_labels"]}
+    rows = _join(batch, "") | {"has_labels": batch["has_labels"]}
+    if "teacher_prompt_ids" in batch:
+        rows |= {f"teacher_{name}": values for name, values in _join(batch, "teacher_").items()}
+    ids = rows["input_ids"]
     return rows | ({"source": batch["source"][:, None].expand_as(ids)} if "source" in batch else {})
+
+
+def _join(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Join the prompts of the student (prefix "") or of the teacher ("teacher_") with the completions."""
+    prompt_ids, prompt_mask = batch[f"{prefix}prompt_ids"], batch[f"{prefix}prompt_mask"]
+    is_target = batch["completion_mask"] * batch.get("tool_mask", 1)
+    is_target = torch.cat([torch.zeros_like(prompt_mask), is_target], 1)
+    mask = torch.cat([prompt_mask, batch["completion_mask"]], 1)
+    ids = torch.cat([prompt_ids, batch["completion_ids"]], 1)
+    mask, ids, is_target = flush_left(mask, ids, is_target)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(is_target == 0, IGNORE_INDEX)}

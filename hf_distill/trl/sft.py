@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
+from ..data.formats import TEACHER_PROMPT
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
 from ..teachers import Teacher
@@ -89,6 +90,13 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         if isinstance(args, DistillArguments) and not isinstance(args, SFTConfig):
             raise DistillError(
                 f"args is a {type(args).__name__}, which lacks the fields of SFTConfig: use DistillSFTConfig."
+            )
+        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
+        if unread := sorted({TEACHER_PROMPT.column, *TEACHER_PROMPT.columns} & {*columns}):
+            raise DistillError(
+                f"train_dataset has {', '.join(unread)}, which SFTTrainer's tokenization and collator leave out: use "
+                "DistillTrainer with rows of `tokenize_dataset` and the `Collator`, or OnPolicyDistillTrainer; or "
+                "remove the columns."
             )
         self._num_tokens: Tensor | int = 0
         teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))

@@ -201,8 +201,8 @@ def test_the_packaged_schema_is_up_to_date():
         ({"teacher": {"kind": "adapter_base"}}, "disables the student's adapters, and the student has none: add "
         "student.lora"),
         ({"teacher": {"kind": "adapter_base", "model": "a/b"}}, "kind adapter_base does not accept model; it "
-        "accepts no"),
-        ({"teacher": {"kind": "adapter_base", "fsdp": True}}, "kind adapter_base does not accept fsdp; it accepts no"),
+        "accepts prompt"),
+        ({"teacher": {"kind": "adapter_base", "fsdp": True}}, "adapter_base does not accept fsdp; it accepts prompt"),
         ({"teacher": {"dtype": "auto"}}, "teacher: kind frozen needs a model"),
         ({"export": "merged"}, "export merged needs a student with adapters: add student.lora"),
         ({"train": {"output_dir": "x", "deepspeed": "none.json"}}, "train.deepspeed: there is no file 'none.json'"),

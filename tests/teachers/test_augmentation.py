@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening
 from hf_distill import DistillError
 from hf_distill.core.targets import Targets
 from hf_distill.data import Collator, mix, mix_scheduled, pack, tokenize_dataset
+from hf_distill.data.formats import PARAPHRASE
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.teachers.multi_view import BatchView, replacement_token_id
 
@@ -223,7 +224,7 @@ def paired(i: int) -> dict:
 def test_the_paraphrase_has_the_same_target_tokens():
     tokenizer = byte_tokenizer()
     data = Dataset.from_list([paired(i) for i in (1, 30, 700)])
-    made = tokenize_dataset(data, tokenizer, 64, paraphrase=True)
+    made = tokenize_dataset(data, tokenizer, 64, second_prompt=PARAPHRASE)
     for example, row in zip(data, made, strict=True):
         completion = example["completion"] + "<|end|>"
         assert tokenizer.decode(row["input_ids"]) == example["prompt"] + completion
@@ -247,7 +248,7 @@ def test_paraphrases_of_conversations_follow_the_template():
         [{"role": role, "content": text}] for role, text in (("user", "Sum?"), ("user", "Add up!"), ("assistant", "4"))
     ]
     example = dict(zip(("prompt", "paraphrase", "completion"), turns, strict=True))
-    (row,) = tokenize_dataset(Dataset.from_list([example]), tokenizer, 64, paraphrase=True)
+    (row,) = tokenize_dataset(Dataset.from_list([example]), tokenizer, 64, second_prompt=PARAPHRASE)
     assert tokenizer.decode(row["view_input_ids"]) == "user: Add up!\nassistant: 4<|end|>"
     assert tokenizer.decode([label for label in row["view_labels"] if label != -100]) == "4<|end|>"
 
@@ -260,14 +261,14 @@ def test_truncation_keeps_the_target_tokens_that_both_prompts_have():
         {"prompt": "ab", "paraphrase": "abcdefgh", "completion": "0123456789"},
         {"prompt": "", "paraphrase": "ab", "completion": "0123"},
     ]
-    made = tokenize_dataset(Dataset.from_list(examples), tokenizer, 8, paraphrase=True)
+    made = tokenize_dataset(Dataset.from_list(examples), tokenizer, 8, second_prompt=PARAPHRASE)
     for row in made:
         target_tokens, view = ([label for label in row[name] if label != -100] for name in ("labels", "view_labels"))
         assert target_tokens == view
         assert max(len(row["input_ids"]), len(row["view_input_ids"])) <= 8
     texts = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in made]
     assert texts == ["0123", "0123"]  # the third asks nothing of 8 tokens; nothing predicts the first of the fourth
-    short = tokenize_dataset(Dataset.from_list(examples[:3]), tokenizer, 15, overflow="drop", paraphrase=True)
+    short = tokenize_dataset(Dataset.from_list(examples[:3]), tokenizer, 15, overflow="drop", second_prompt=PARAPHRASE)
     assert short["input_ids"] == tokenizer(["ab0123456789<|end|>", "abcd0123456789<|end|>"])["input_ids"]
 
 
@@ -280,16 +281,16 @@ def test_paraphrases_are_read_only_on_request():
 def test_sources_with_and_without_paraphrases_do_not_mix():
     tokenizer, data = byte_tokenizer(), Dataset.from_list([paired(i) for i in range(4)])
     both = {
-        "task": tokenize_dataset(data, tokenizer, 64, paraphrase=True),
+        "task": tokenize_dataset(data, tokenizer, 64, second_prompt=PARAPHRASE),
         "general": tokenize_dataset(data, tokenizer, 64),
     }
-    with pytest.raises(DistillError, match="The sources general have no paraphrases"):
+    with pytest.raises(DistillError, match="The sources general have no paraphrase, but"):
         mix(both, {"task": 1.0, "general": 1.0}, seed=0)
-    with pytest.raises(DistillError, match="The sources general have no paraphrases"):
+    with pytest.raises(DistillError, match="The sources general have no paraphrase, but"):
         mix_scheduled(both, {"task": ((0.0, 1.0),), "general": ((0.0, 1.0),)}, seed=0, count=4)
     mixed = mix({"a": both["task"], "b": both["task"]}, {"a": 1.0, "b": 1.0}, seed=0)
     assert {"view_input_ids", "view_labels", "source"} <= set(mixed.column_names)
-    with pytest.raises(DistillError, match="packing: rows and their paraphrases"):
+    with pytest.raises(DistillError, match="packing: rows and their paraphrase have"):
         pack(both["task"], 64)
 
 
@@ -319,17 +320,17 @@ def test_a_recipe_reads_paraphrases_if_its_teacher_needs_them(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"text": "a"}, r"The source has the format text and the columns \['text'\]; paraphrases need the columns"),
+        ({"text": "a"}, r"The source has the format text and the columns \['text'\]; a paraphrase needs the columns"),
         ({"prompt": "a", "completion": "b"}, "The source has the format completion .*Add them"),
         (
             {"prompt": "a", "completion": "b", "paraphrase": None},
-            r"row 0 \(counted from 0\), column paraphrase: a paraphrase must have the type of.*found None for 'a'",
+            r"row 0 \(counted from 0\), column paraphrase: it must have the type of.*found None for 'a'",
         ),
     ],
 )
 def test_missing_paraphrases_are_refused(example, message):
     with pytest.raises(DistillError, match=message):
-        tokenize_dataset(Dataset.from_list([example]), byte_tokenizer(), 64, paraphrase=True)
+        tokenize_dataset(Dataset.from_list([example]), byte_tokenizer(), 64, second_prompt=PARAPHRASE)
 
 
 def test_a_batch_with_a_missing_or_different_paraphrase_is_refused():

@@ -163,7 +163,7 @@ def _paraphrased(view: dict, inputs: dict, targets: Targets, is_aligned: bool) -
         raise DistillError(
             f"view has paraphrase, and the batch has no {', '.join(missing)}, only {sorted(inputs)}. Give each source "
             "a column `paraphrase` in addition to prompt and completion, tokenize with "
-            "tokenize_dataset(..., paraphrase=True), and set remove_unused_columns=False."
+            "tokenize_dataset(..., second_prompt=PARAPHRASE), and set remove_unused_columns=False."
         )
     shift = is_aligned and _shifts(inputs, targets)
     replaced = ("position_ids", "token_type_ids", "shift_labels", "seq_idx", *FLASH_ATTENTION_INPUTS)
@@ -178,8 +178,8 @@ def _paraphrased(view: dict, inputs: dict, targets: Targets, is_aligned: bool) -
     ):
         raise DistillError(
             f"The batch has {len(targets)} target tokens and its paraphrase {len(view_targets)}, which are not the "
-            "same tokens in the same order: make view_labels with tokenize_dataset(..., paraphrase=True), or use the "
-            "same completion in both."
+            "same tokens in the same order: make view_labels with tokenize_dataset(..., second_prompt=PARAPHRASE), "
+            "or use the same completion in both."
         )
     return view, replace(targets, positions=view_targets.positions, shape=view_targets.shape)
 
