@@ -225,7 +225,7 @@ class ModelFactory:
 
 
 def build_frozen_teacher(
-    spec: TeacherSpec, path: str, tokenizer: PreTrainedTokenizerBase | None
+    spec: TeacherSpec, path: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Build a frozen teacher, whose weights are loaded when it is prepared.
 

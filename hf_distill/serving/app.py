@@ -43,7 +43,7 @@ def create_app(
         max_queued_tokens: see `Batcher`.
         metrics: counters.
     """
-    head_file.write_bytes(wire.encode_head(teacher.head))
+    wire.write_head(teacher.head, head_file)
     batcher = Batcher(
         teacher.hidden_states,
         max_batch_tokens=teacher.info.max_request_tokens,

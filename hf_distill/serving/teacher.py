@@ -28,7 +28,8 @@ from ..teachers.pretrained import as_path, read_config
 from ..teachers.remote.api import TokenRow
 from ..teachers.remote.wire import DTYPES, HeadTensors, TeacherInfo
 
-_PROBE_ROWS, _PROBE_TOKENS = 2, 16  # of the forward at the start, which measures the output head
+_PROBE_TOKENS = 16  # of the forward at the start, which measures the output head
+_MAX_CHANGE = 0.1  # of hidden states by later tokens, relative to their norm; rounding changes them by less
 
 
 class ServedTeacher:
@@ -86,20 +87,27 @@ class ServedTeacher:
         )
 
     def _probe(self, name: str, num_ids: int, context_length: int) -> LazyLogits:
-        """Run a short forward, by which the output head is measured.
+        """Run a short forward of a row and its first half, by which the output head is measured.
 
         Raises:
-            DistillError: the logits are not lazy.
+            DistillError: the logits are not lazy, or depend on later tokens, which clients do not send.
         """
         length = min(_PROBE_TOKENS, context_length)
-        ids = torch.linspace(0, num_ids - 1, _PROBE_ROWS * length).long().reshape(_PROBE_ROWS, length)
-        logits = self._logits([TokenRow(tuple(row), tuple(range(length))) for row in ids.tolist()])
+        half = length // 2
+        ids = tuple(torch.linspace(0, num_ids - 1, length).long().tolist())
+        logits = self._logits([TokenRow(ids, tuple(range(length))), TokenRow(ids[:half], tuple(range(half)))])
         if not isinstance(logits, LazyLogits):
             head = known_output_head(self.model)
             raise DistillError(
                 f"{name} cannot be served, because {head.reason if head else 'its output head is not known'}: its "
                 "logits cannot be computed from its last hidden states. Use it as a local teacher, or write a cache of "
                 "kind top_k or sampled."
+            )
+        full_row, first_half = logits.hidden[:half].float(), logits.hidden[length:].float()
+        if (full_row - first_half).norm() > _MAX_CHANGE * full_row.norm():
+            raise DistillError(
+                f"{name} cannot be served, because its predictions depend on later tokens of a row: it is no causal "
+                "language model (of an encoder such as BERT, is_decoder is false in its config)."
             )
         return logits
 
@@ -148,10 +156,9 @@ def load_served_teacher(spec: TeacherSpec, max_batch_tokens: int) -> ServedTeach
         )
     name = str(spec.model)
     path = as_path(resolve_model(name))
-    tokenizer = load_tokenizer_if_any(path, spec.revision)
-    teacher, options = build_frozen_teacher(spec, path, tokenizer)
-    config = read_config(path, options)
-    student = _model_without_weights(name, config)
+    teacher, options = build_frozen_teacher(spec, path)
+    student = _model_without_weights(name, read_config(path, options))
+    teacher.processing_class = tokenizer = load_tokenizer_if_any(path, spec.revision)
     teacher.prepare(student, _default_device(), tokenizer)
     return ServedTeacher(
         teacher.model,

@@ -14,6 +14,7 @@ from servers.hidden_server import HiddenServer
 from starlette.testclient import TestClient
 from tiny import VOCAB, build
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from hf_distill import DistillError
 from hf_distill.serving.app import create_app
@@ -326,6 +327,9 @@ def test_models_whose_logits_are_not_those_of_their_head_are_refused():
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(DistillError, match="not a plain linear layer"):
         ServedTeacher(model, "org/teacher", max_batch_tokens=64)
+    encoder = AutoModelForCausalLM.from_config(build("bert").config).eval()
+    with pytest.raises(DistillError, match="depend on later tokens"):
+        ServedTeacher(encoder, "org/teacher", max_batch_tokens=64)
     with pytest.raises(DistillError, match="only causal language models"):
         ServedTeacher(build("bert").eval(), "org/teacher", max_batch_tokens=64)
 

@@ -11,13 +11,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from ...core.logits import LogitScaling
@@ -183,16 +184,17 @@ class HeadTensors:
         return digest.hexdigest()
 
 
-def encode_head(head: HeadTensors) -> bytes:
-    """Return the body of an answer with an output head."""
-    return _pack(head.tensors(), {"scaling": _scaling_text(head.scaling)})
+def write_head(head: HeadTensors, file: Path) -> None:
+    """Write the body of an answer with an output head to a file, from which it is sent; it may have gigabytes."""
+    tensors = head.tensors()
+    save_file(tensors, file, _metadata(tensors, {"scaling": _scaling_text(head.scaling)}))
 
 
 def decode_head(body: bytes, info: TeacherInfo) -> HeadTensors:
     """Return an output head.
 
     Args:
-        body: the result of `encode_head`.
+        body: the content of the file of `write_head`.
         info: the teacher whose head was requested.
 
     Raises:
@@ -285,11 +287,15 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def _pack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """Return tensors on the CPU as safetensors, with a checksum in the metadata."""
-    return save(tensors, metadata | {"format": FORMAT, "checksum": _checksum(tensors)})
+    return save(tensors, _metadata(tensors, metadata))
+
+
+def _metadata(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    return metadata | {"format": FORMAT, "checksum": _checksum(tensors)}
 
 
 def _unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata of a result of `_pack`.
+    """Return tensors and metadata of a result of `_pack` or `write_head`.
 
     Raises:
         WireError: the body is truncated, corrupted, or of another format.
