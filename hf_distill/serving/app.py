@@ -97,7 +97,7 @@ class _Endpoints:
         return JSONResponse(self._teacher.info.model_dump())
 
     async def head(self, request: Request) -> Response:
-        """Return the output head, `wire.encode_head`."""
+        """Return the output head, `wire.write_head`."""
         return FileResponse(self._head_file, media_type=_BINARY)
 
     async def hidden_states(self, request: Request) -> Response:
