@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
 
 from ..teachers.remote import wire
 from ..teachers.remote.wire import TokenizeRequest, TokenTextsRequest, WireError
@@ -125,9 +126,9 @@ class _Endpoints:
         body = await _read(request, info.max_request_bytes, partial(wire.parse, TokenTextsRequest))
         if body.ids and max(body.ids) >= info.embeddings:
             raise HTTPException(400, f"the id {max(body.ids)} is beyond the teacher's ids, 0 to {info.embeddings - 1}")
-        return JSONResponse({"texts": [tokenizer.decode([token_id]) for token_id in body.ids]})
+        return JSONResponse({"texts": [str(tokenizer.decode([token_id])) for token_id in body.ids]})
 
-    def _tokenizer(self):  # type: ignore[no-untyped-def]
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self._teacher.tokenizer is None:
             raise HTTPException(404, "the served model has no tokenizer")
         return self._teacher.tokenizer
