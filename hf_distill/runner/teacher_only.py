@@ -46,7 +46,7 @@ def with_teacher(recipe: Recipe, spec: TeacherSpec) -> JSONObject:
     """Return the plain values of a recipe with this teacher as its only one, which all losses use."""
     values = recipe.model_dump(exclude_none=True)
     losses = [{key: value for key, value in loss.items() if key != "teacher"} for loss in values["losses"]]
-    named = ("name", "weight")
+    named = ("name", "weight", "sources")
     return values | {"teachers": [], "losses": losses, "teacher": spec.model_dump(exclude_none=True, exclude={*named})}
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
+from hf_distill.runner.teacher_only import with_teacher
 from hf_distill.teachers.mtp.heads import load_heads
 
 EXPORTED = {"online": "peer", "mutual": "peer", "ema": "ema", "snapshot": None, "multi-view": None, "mtp": None}
@@ -113,6 +114,12 @@ def test_a_recipe_with_a_teacher_for_each_source_trains_every_source_with_its_te
         assert all(one == pytest.approx(two) for one, two in pairs)
     assert not any(log.get("soft_loss_web") for log in logs)
     assert sum(log["tokens_without_teacher"] for log in logs) > 0
+
+
+def test_one_of_several_teachers_with_sources_is_a_valid_teacher_alone(tmp_path):
+    (tmp_path / "routed.yaml").write_text(ROUTED.replace("PACKING", "false"))
+    recipe = load_recipe(str(tmp_path / "routed.yaml"), smoke=True)
+    assert validate(with_teacher(recipe, recipe.all_teachers[0])).teacher.kind == "frozen"
 
 
 @pytest.mark.parametrize(
