@@ -27,10 +27,12 @@ TOP_K = 8
 class LocalTopK(FrozenTeacher):
     """The reference: the k most probable ids of the local model and the rest of the probability, at temperature 1."""
 
+    top_k = TOP_K
+
     def forward(self, inputs, targets, feature_requests):
         logits = super().forward(inputs, targets, feature_requests).logits
         assert isinstance(logits, LazyLogits)
-        log_probs, ids = torch.log_softmax(logits.project(), -1).topk(TOP_K)
+        log_probs, ids = torch.log_softmax(logits.project(), -1).topk(self.top_k)
         return Signals(SparseLogProbs(ids, log_probs, torch.log1p(-log_probs.exp().sum(-1))))
 
 
