@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.logits import to_host
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS, Targets, token_documents
 from ..models.model_call import FLASH_ATTENTION_INPUTS
 
@@ -50,10 +51,10 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
     ids = inputs.get("input_ids", targets.labels.new_zeros(targets.shape[0], 0))
     if targets.shape == ids.shape:
         tensors = (ids, token_documents(inputs), targets.labels, targets.positions)
-        token_ids, documents, labels, positions = _to_host(*tensors)
+        token_ids, documents, labels, positions = to_host(*tensors)
         return _aligned_examples(token_ids, documents, labels, positions, others)
     is_visible = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask != 0
-    token_ids, is_visible, labels, positions = _to_host(ids, is_visible, targets.labels, targets.positions)
+    token_ids, is_visible, labels, positions = to_host(ids, is_visible, targets.labels, targets.positions)
     mask = mask.cpu() if others and mask is not None else None  # it selects the tokens of other inputs
     width = targets.shape[1] if len(targets.shape) > 1 else 1
     rows, examples = positions // width, []
@@ -69,13 +70,6 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
 def other_inputs(inputs: Mapping[str, object]) -> list[str]:
     """Return the names of the model inputs of a batch other than token ids, such as images or `token_type_ids`."""
     return sorted(name for name, value in inputs.items() if name not in _NOT_OTHER_INPUTS and isinstance(value, Tensor))
-
-
-def _to_host(*tensors: Tensor) -> list[np.ndarray]:
-    """Return integer tensors on the host; they are copied at once, because the host waits for the device."""
-    flat = torch.cat([tensor.reshape(-1).long() for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
-    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(flat, ends), tensors, strict=True)]
 
 
 def _select_row(value: Tensor, row: int, mask: Tensor | None) -> Tensor:

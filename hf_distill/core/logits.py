@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,13 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Return integer tensors as int64 arrays on the host, in one copy, because the host waits for each."""
+    flat = torch.cat([tensor.reshape(-1).long() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(flat, ends), tensors, strict=True)]
 
 
 @dataclass(frozen=True)

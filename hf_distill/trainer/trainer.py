@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
+from ..core.logits import to_host
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, target_labels
 from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers
 from ..errors import RunError, raise_if_any
@@ -199,7 +200,9 @@ class DistillMixin(_Base):
         if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
             return
         shift = model_type_of(self.model).shifts_labels
-        inputs = self._with_teacher_index({name: batch[name].cpu() for name in ANNOUNCED_INPUTS if name in batch})
+        names = [name for name in ANNOUNCED_INPUTS if name in batch]
+        on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
+        inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
         numbers = self.teacher.numbers_to_read(teacher_inputs(inputs), shift) | teacher_target_numbers(inputs, shift)
         self.teacher.start_batch(*teacher_batch(inputs, Targets.from_batch(inputs, shift, numbers), shift))
 

@@ -5,13 +5,14 @@ import inspect
 import pytest
 import torch
 from gpu_sync import CPU_BRANCHES, PACKAGE, DeviceReads, reads_of_steps
+from servers.teacher_servers import TOP_K, VLLMServer
 from tiny import build, collate, rows
 
 from hf_distill import DistillError
 from hf_distill.cache import write_cache
 from hf_distill.core.logits import upload
 from hf_distill.core.targets import Targets
-from hf_distill.teachers import CachedTeacher, EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher
+from hf_distill.teachers import CachedTeacher, EMATeacher, MTPTeacher, MultiTeacher, PeerTeacher, RemoteTeacher
 from hf_distill.trainer.signal_handling import GracefulShutdown
 
 ONE_READ = {("tolist", "core/targets.py:_read"): 1}
@@ -58,7 +59,7 @@ def test_a_cached_teacher_reads_the_examples_of_a_batch_at_once(make_trainer, tm
         logging_steps=100,
     )
     _, micro, optimizer = reads_of_steps(trainer)
-    assert micro == ONE_READ | {("cpu", "cache/example_keys.py:_to_host"): 1}
+    assert micro == ONE_READ | {("cpu", "core/logits.py:to_host"): 1}
     assert optimizer.total() == 1
 
 
@@ -86,6 +87,16 @@ def test_the_counter_sees_reads_and_uploads_of_this_package_only():
 @pytest.mark.parametrize("function", CPU_BRANCHES, ids=lambda function: function.__qualname__)
 def test_functions_that_are_not_counted_look_at_the_device(function):
     assert '.device.type == "cpu"' in (source := inspect.getsource(function)) or '.device.type != "cpu"' in source
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])  # a batch is announced between the steps, with one read
+def test_a_remote_teacher_reads_the_ids_of_a_batch_at_once(make_trainer, prefetch):
+    with VLLMServer(build("llama", 1), max_top_k=TOP_K) as server:
+        teacher = RemoteTeacher(server.url, top_k=TOP_K, prefetch=prefetch)
+        options = {"gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 100, "temperature": 1.0}
+        trainer = make_trainer("llama", teacher=teacher, train_dataset=rows("llama", 64), **options)
+        _, micro, _ = reads_of_steps(trainer, 2)
+    assert micro == ONE_READ | {("cpu", "core/logits.py:to_host"): 1}
 
 
 def test_all_ranks_agree_on_a_signal_with_one_read(monkeypatch):

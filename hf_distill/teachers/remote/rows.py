@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ...core.logits import to_host
 from ...core.targets import Targets, token_documents
 from ...errors import DistillError
 from .api import TokenRow
@@ -28,8 +29,7 @@ def token_rows(inputs: dict[str, Any], targets: Targets) -> list[TokenRow]:
     if images := sorted(name for name in inputs if name.startswith(("pixel_", "image_", "video_", "input_features"))):
         raise DistillError(f"A remote teacher reads token ids only, and the batch also has {', '.join(images)}.")
     width = targets.shape[1]
-    ids, documents = (tensor.cpu().numpy() for tensor in (inputs["input_ids"], token_documents(inputs)))
-    positions = targets.positions.cpu().numpy()
+    ids, documents, positions = to_host(inputs["input_ids"], token_documents(inputs), targets.positions)
     document_of_target = positions // width * (documents.max(initial=0) + 1) + documents.reshape(-1)[positions]
     bounds = [0, *(np.flatnonzero(np.diff(document_of_target)) + 1).tolist(), len(positions)]
     rows = []
