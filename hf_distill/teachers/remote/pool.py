@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx2
 from transformers.utils import logging
 
+from ...core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY_SECONDS
 from ...core.escape import printable
 from ...core.server_urls import DEFAULT_KEY_VARIABLE, is_loopback, read_api_key, server_urls
 from ...errors import DistillError, RunError
@@ -142,9 +143,9 @@ class ServerPool:
         self,
         urls: str | Sequence[str],
         *,
-        timeout: float = 120.0,
-        retry_seconds: float = 300.0,
-        concurrency: int = 16,
+        timeout: float = REQUEST_TIMEOUT_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
+        concurrency: int = CONCURRENT_REQUESTS,
         api_key_env: str | None = None,
     ):
         self.urls = server_urls(urls)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY_SECONDS
 from ...core.results import ServerFacts
 from ...core.server_urls import public_host
 from ...core.signals import FeatureKey, Signals
@@ -78,9 +79,9 @@ class RemoteTeacher(Teacher):
         top_k: int | None = None,
         vocab_size: int | None = None,
         dtype: str | None = None,
-        timeout: float = 120.0,
-        retry_seconds: float = 300.0,
-        concurrency: int = 16,
+        timeout: float = REQUEST_TIMEOUT_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
+        concurrency: int = CONCURRENT_REQUESTS,
         prefetch: int = 2,
         api_key_env: str | None = None,
     ):
