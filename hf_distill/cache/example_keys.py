@@ -19,6 +19,7 @@ from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS, 
 from ..models.model_call import FLASH_ATTENTION_INPUTS
 
 KEY_BYTES = 16
+_MULTIPLIERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # odd 64-bit numbers
 _NOT_OTHER_INPUTS = {  # tensors that the key contains in another form, that follow from these, or that are no inputs
     *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
     *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS, *TEACHER_INPUT_KEYS),
@@ -65,6 +66,20 @@ def batch_examples(inputs: dict, targets: Targets) -> list[Example]:
         key = example_key(tokens, positions[start:end] - row * width, labels[start:end], parts)
         examples.append(Example(key, slice(start, end)))
     return examples
+
+
+def batch_checksum(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return a checksum of the ids, masks, positions and labels of a batch, [1] on their device: a sum of hashes."""
+    total = torch.zeros(1, dtype=torch.long, device=next(iter(inputs.values())).device)
+    for number, name in enumerate(("input_ids", "attention_mask", "position_ids", "labels"), 1):
+        values = inputs.get(name)
+        if isinstance(values, Tensor) and not values.is_floating_point():
+            places = torch.arange(values.numel(), device=values.device) * 4 + number
+            hashes = values.reshape(-1).long() * _MULTIPLIERS[0] + places * _MULTIPLIERS[1] + values.shape[-1]
+            for multiplier in _MULTIPLIERS:
+                hashes = (hashes ^ (hashes >> 31)) * multiplier
+            total = total + hashes.sum()
+    return total
 
 
 def other_inputs(inputs: Mapping[str, object]) -> list[str]:

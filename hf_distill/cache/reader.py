@@ -27,6 +27,10 @@ class CachedExample:
     payload: bytes | pa.Buffer
     layers: list[bytes | pa.Buffer]
 
+    def in_memory(self) -> "CachedExample":
+        """Return a copy that does not refer to a memory-mapped file, so that using it reads nothing from the disk."""
+        return CachedExample(self.tokens, self.ids, bytes(self.payload), [bytes(layer) for layer in self.layers])
+
 
 def schema_of(layers: Sequence[int]) -> pa.Schema:
     """Return the schema of a shard; `datasets` can read it with load_dataset("arrow", data_files=...)."""

@@ -1,15 +1,16 @@
 """A teacher whose signals are read from a teacher cache (offline distillation)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..cache import batch_examples, open_cache
 from ..cache.api import count_blocks
-from ..cache.example_keys import Example, other_inputs
+from ..cache.example_keys import Example, batch_checksum, other_inputs
 from ..cache.fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from ..cache.manifest import HEAD, Manifest
 from ..cache.reader import CachedExample
@@ -25,6 +26,9 @@ from ..losses.objective import Term
 from ..models.blocks import LayerStack
 from ..models.model_types import model_type_of, unwrap_model
 from .base import Teacher
+
+Lookup: TypeAlias = tuple[list[Example], list[CachedExample | None]]
+_CHECKSUM = "cached_batch"
 
 
 class CachedTeacher(Teacher):
@@ -49,6 +53,7 @@ class CachedTeacher(Teacher):
     """
 
     kind = "cached"
+    prefetch = 1
 
     def __init__(self, path: str, *, source: Teacher | None = None, on_miss: str = "error"):
         if on_miss not in ("error", "query_teacher"):
@@ -61,6 +66,8 @@ class CachedTeacher(Teacher):
         self.has_full_logits = self.manifest.kind == "hidden"
         self.source = source if on_miss == "query_teacher" else None
         self._missing = 0
+        self._threads: ThreadPoolExecutor | None = None  # one thread, created for the first batch that is announced
+        self._started: dict[tuple[int, ...], Future[Lookup]] = {}  # checksum of a batch -> its look-up
 
     @property
     def manifest(self) -> Manifest:
@@ -146,12 +153,39 @@ class CachedTeacher(Teacher):
         Raises:
             DistillError: the cache lacks examples or layers, or a shard is damaged.
         """
-        examples = batch_examples(self._read(inputs), targets)
-        cached = self._lookup_or_query(inputs, targets, examples)
+        started = self._started.pop(tuple(targets.numbers.get(_CHECKSUM, ())), None)
+        examples, found = self._look_up(inputs, targets) if started is None else started.result()
+        cached = self._complete(inputs, targets, examples, found)
         signals = decode_signals(cached, self.manifest, self._head, targets.labels.device, self._vocab_size)
         return Signals(
             signals.logits, {key: signals.features[FeatureKey("hidden", key.layer)] for key in feature_requests}
         )
+
+    def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return a checksum of the batch, by which `forward` recognizes a batch whose look-up was started."""
+        return {_CHECKSUM: batch_checksum(inputs)}
+
+    def start_batch(self, inputs: dict, targets: Targets) -> None:
+        """Look up the examples of a batch in a thread, unless the cached teacher read further inputs."""
+        if self.manifest.data.get("inputs"):
+            return
+        self._threads = self._threads or ThreadPoolExecutor(1, thread_name_prefix="teacher-cache")
+        checksum = tuple(targets.numbers[_CHECKSUM])
+        self._started[checksum] = self._threads.submit(self._look_up, inputs, targets)
+
+    def on_train_begin(self, step: int) -> None:
+        """Forget the batches of an earlier training."""
+        self._started.clear()
+
+    def close(self) -> None:
+        """Forget the batches that were announced."""
+        self._started.clear()
+
+    def _look_up(self, inputs: dict, targets: Targets) -> Lookup:
+        """Return the examples of a batch and what the cache has of them, read into memory."""
+        examples = batch_examples(self._read(inputs), targets)
+        found = self.store.get([example.key for example in examples])
+        return examples, [None if entry is None else entry.in_memory() for entry in found]
 
     def input_names(self) -> frozenset[str]:
         """Names of the inputs, besides token ids, that the cached teacher read, and of those that the source reads."""
@@ -198,9 +232,10 @@ class CachedTeacher(Teacher):
         examples = batch_examples(self._read(inputs), Targets.from_batch(inputs, shift))
         return None not in self.store.get([example.key for example in examples])
 
-    def _lookup_or_query(self, inputs: dict, targets: Targets, examples: list[Example]) -> list[CachedExample]:
-        """Read the examples from the cache, and run the source for those that the cache lacks."""
-        cached = self.store.get([example.key for example in examples])
+    def _complete(
+        self, inputs: dict, targets: Targets, examples: list[Example], cached: list[CachedExample | None]
+    ) -> list[CachedExample]:
+        """Return what the cache has of the examples of a batch; the source is run for those that the cache lacks."""
         if None not in cached:
             return [entry for entry in cached if entry is not None]
         missing = [i for i, entry in enumerate(cached) if entry is None]

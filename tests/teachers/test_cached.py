@@ -1,6 +1,7 @@
 """A teacher on disk teaches as the teacher itself, within what its kind promises."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny import VOCAB, build, collate, rows
 
 from hf_distill import DistillError
 from hf_distill.cache import write_cache
+from hf_distill.cache.example_keys import batch_checksum
 from hf_distill.core.logits import DenseLogits, LazyLogits, SparseLogProbs
 from hf_distill.core.signals import Signals
 from hf_distill.core.targets import Targets
@@ -48,6 +50,36 @@ def test_a_cache_of_hidden_states_gives_the_losses_of_the_teacher(make_trainer, 
     left, right = online.evaluate(), cached.evaluate()
     for name in ("eval_loss", "eval_kl", "eval_teacher_entropy"):
         assert left[name] == pytest.approx(right[name], **bound)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_training_batches_are_looked_up_in_a_thread_before_their_step(make_trainer, tmp_path, kind):
+    options = {"max_steps": 5, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    threads, losses = [], []
+    for prefetch in (0, 1):
+        teacher = cache(tmp_path / f"cache-{prefetch}", kind)
+        teacher.prefetch, get, names = prefetch, teacher.store.get, []
+        teacher.store.get = lambda keys, get=get, names=names: (
+            names.append(threading.current_thread().name) or get(keys)
+        )
+        losses.append(curve(make_trainer(kind, teacher=teacher, folder=f"out-{prefetch}", **options)))
+        threads.append([name.split("_")[0] for name in names])
+        assert not teacher._started
+    assert losses[0] == losses[1]
+    assert set(threads[0]) == {"MainThread"}
+    assert threads[1].count("teacher-cache") == 10  # micro-batches
+    assert threads[1].count("MainThread") == threads[0].count("MainThread") - 10  # of the evaluations
+
+
+def test_batches_of_other_content_or_shape_have_other_checksums():
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.arange(12).reshape(2, 6)}
+    swapped = {"input_ids": batch["input_ids"].flip(0), "labels": batch["labels"]}
+    wider = {name: value.reshape(1, 12) for name, value in batch.items()}
+    masked = batch | {"attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    moved = {"input_ids": batch["labels"], "attention_mask": batch["input_ids"]}
+    sums = [int(batch_checksum(one)) for one in (batch, swapped, wider, masked, moved)]
+    assert len({*sums}) == 5
+    assert int(batch_checksum({name: value.int() for name, value in batch.items()})) == sums[0]
 
 
 @pytest.mark.parametrize("kind", ["sequence", "token", "llama"])

@@ -49,18 +49,23 @@ def test_a_step_reads_once_for_each_micro_batch_and_once_before_the_optimizer(ma
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sampled", "top_k"])
-def test_a_cached_teacher_reads_the_examples_of_a_batch_at_once(make_trainer, tmp_path, kind):
+@pytest.mark.parametrize("prefetch", [0, 1])  # a batch is announced between the steps, with one read
+def test_a_cached_teacher_reads_the_examples_of_a_batch_at_once(make_trainer, tmp_path, kind, prefetch):
     data, options = rows("llama", 64), {} if kind == "hidden" else {"temperature": 2.0}
     write_cache(tmp_path / "cache", build("llama", 1), data, collator=collate, kind=kind, **options)
+    teacher = CachedTeacher(str(tmp_path / "cache"))
+    teacher.prefetch = prefetch
     trainer = make_trainer(
-        teacher=CachedTeacher(str(tmp_path / "cache")),
+        teacher=teacher,
         train_dataset=data,
         gradient_accumulation_steps=2,
         logging_steps=100,
     )
     _, micro, optimizer = reads_of_steps(trainer)
-    assert micro == ONE_READ | {("cpu", "core/logits.py:to_host"): 1}
-    assert optimizer.total() == 1
+    one_copy = {("cpu", "core/logits.py:to_host"): 1}
+    assert micro == (ONE_READ if prefetch else ONE_READ | one_copy)
+    announced = one_copy | ONE_READ if prefetch else {}  # ONE_READ of that copy, on the host
+    assert optimizer == {("tolist", "trainer/nonfinite.py:check_step"): 1} | announced
 
 
 def test_stored_signals_are_copied_from_pinned_memory_without_waiting(monkeypatch):
