@@ -138,6 +138,10 @@ class Teacher(ABC):
         """
         return {}
 
+    def numbers_of_any_rows(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return those of `numbers_to_read` that are also right if `forward` gets only some rows of the batch."""
+        return {}
+
     def input_names(self) -> frozenset[str]:
         """Names of the inputs that the forward of `model` accepts; the trainer keeps columns with these names."""
         return frozenset() if self.model is None else input_names(self.model)

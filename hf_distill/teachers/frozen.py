@@ -125,15 +125,11 @@ class FrozenTeacher(Teacher):
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return the numbers that the check of ids and positions needs, and a sample of the output head."""
         numbers = {} if self._limits is None else self._limits.numbers_to_read(inputs)
+        return numbers | self.numbers_of_any_rows(inputs, shift)
+
+    def numbers_of_any_rows(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
+        """Return a sample of the output head, which tells whether its copy is still valid."""
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        return numbers | self.head_numbers_to_read(device)
-
-    def head_numbers_to_read(self, device: torch.device) -> dict[str, Tensor]:
-        """Return a sample of the output head, which tells whether its copy is still valid.
-
-        Args:
-            device: the student's device.
-        """
         sample = head_sample(self.model, device)
         return {} if sample is None else {self._sample_name: sample}
 

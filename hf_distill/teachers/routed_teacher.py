@@ -102,16 +102,15 @@ class RoutedTeacher(TeacherGroup):
         )
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
-        """Return the counts of target tokens and rows (packed: tokens) of each teacher, and samples of their heads."""
+        """Return the counts of target tokens and rows (packed: tokens) of each teacher, and what the teachers read."""
         index = _index_of(inputs)
         is_target = target_labels(inputs, shift) != -100
         of_target = index.reshape(index.shape + (1,) * (is_target.dim() - index.dim())).expand_as(is_target)
         of_row = index[0] if _is_packed(inputs) else index.flatten(1)[:, 0] if index.dim() > 1 else index
         teachers = range(len(self.teachers))
         targets = [(is_target & (of_target == i)).sum() for i in (*teachers, NO_TEACHER)]
-        frozen = [teacher for teacher in self.teachers.values() if isinstance(teacher, FrozenTeacher)]
-        samples = [teacher.head_numbers_to_read(index.device) for teacher in frozen]
-        return {name: sample for each in samples for name, sample in each.items()} | {
+        numbers = [teacher.numbers_of_any_rows(inputs, shift) for teacher in self.teachers.values()]
+        return {name: number for each in numbers for name, number in each.items()} | {
             _TARGET_COUNTS: torch.stack(targets),
             _ROW_COUNTS: torch.stack([(of_row == i).sum() for i in teachers]),
         }

@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 from gpu_sync import reads_of_steps
-from tiny import build, rows
+from tiny import build, collate, rows
 
 from hf_distill import DistillError
+from hf_distill.cache import write_cache
 from hf_distill.core.logits import DenseLogits, SparseLogProbs
 from hf_distill.core.signals import Signals
 from hf_distill.core.targets import Targets
 from hf_distill.data.collator import Collator
 from hf_distill.data.teacher_column import TeacherColumnCollator
 from hf_distill.teachers import (
+    CachedTeacher,
     EMATeacher,
     FrozenTeacher,
     MTPTeacher,
@@ -214,6 +216,25 @@ def test_a_step_reads_once_for_each_micro_batch(make_trainer):
     assert {place: count for place, count in micro.items() if "input_limits" not in place[1]} == {
         ("tolist", "core/targets.py:_read"): 1
     }
+
+
+@pytest.mark.parametrize("group", [RoutedTeacher, MultiTeacher])
+def test_a_cache_of_one_teacher_gives_the_losses_of_that_teacher(make_trainer, tmp_path, group):
+    data = rows("llama", 32)
+    write_cache(tmp_path / "cache", build("llama", 2), data, collator=collate, kind="hidden", dtype="float32")
+    options = {"train_dataset": named_rows(n=32), "eval_dataset": named_rows(n=32), "max_steps": 4}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    if group is MultiTeacher:
+        options |= {"train_dataset": data, "eval_dataset": data}
+    losses = []
+    for chat in (build("llama", 2), CachedTeacher(str(tmp_path / "cache"))):
+        teacher = group({"maths": build("llama", 1), "chat": chat})
+        trainer = routed_trainer(make_trainer, teacher=teacher, **options)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not chat._started
+    trainer.evaluate()
 
 
 def test_a_run_resumes_exactly(make_trainer):
