@@ -1,23 +1,17 @@
 """The protocol of SGLang: input log-probabilities of `/generate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ...core.results import ServerFacts
-from ...core.signals import FeatureKey, Signals
-from ...core.targets import FeatureTokens
 from ...errors import DistillError
-from ...losses.objective import Term
-from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
+from .api import RowTensors, ServerInfo, TokenRow
 from .identity import START_RETRY_SECONDS, find_models, start_error
-from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
-from .top_k import empty_top_k_row, incompatible_top_k_terms, top_k_row, top_k_signals
+from .pool import MalformedAnswer, RequestRefused, ServerFailure
+from .top_k import TopKProtocol, top_k_row
 from .vllm import PROBE_IDS, prompt_of, request_tokens
 
 
-class SGLangProtocol(RemoteProtocol):
+class SGLangProtocol(TopKProtocol):
     """Requests the log-probabilities of the k most probable ids of each target token from SGLang servers.
 
     A request starts at the first target token (`logprob_start_len`), so the log-probabilities of a prompt are neither
@@ -34,9 +28,6 @@ class SGLangProtocol(RemoteProtocol):
     name = "sglang"
     row_tokens = 6  # SGLang accepts inputs of up to its context length minus 6
     context_option = "--context-length"
-
-    def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
-        self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size
 
     def check(self) -> list[ServerInfo]:
         """Find the served model of each server, and request two ids from it.
@@ -57,10 +48,6 @@ class SGLangProtocol(RemoteProtocol):
                 raise start_error(error, self.name) from None
         return infos
 
-    def request_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
-        """Request rows concurrently, one request for each."""
-        return self.pool.map(self._request, rows)
-
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         ids, start = prompt_of(row), row.positions[0]
         wanted = [position + 1 - start for position in row.positions]
@@ -70,24 +57,6 @@ class SGLangProtocol(RemoteProtocol):
 
         body = _body(ids, start, self.top_k)
         return self.pool.request("/generate", body, parse, url=url, retry_seconds=retry_seconds)
-
-    def empty_row(self) -> RowTensors:
-        """Return tensors without target tokens."""
-        return empty_top_k_row(self.top_k)
-
-    def to_signals(
-        self,
-        tensors: RowTensors,
-        device: torch.device,
-        vocab_size: int,
-        feature_requests: Mapping[FeatureKey, FeatureTokens],
-    ) -> Signals:
-        """Return sparse log-probabilities with a tail."""
-        return Signals(top_k_signals(tensors, device, vocab_size, self.vocab_size))
-
-    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Return the temperatures and features that the server does not return."""
-        return incompatible_top_k_terms(terms, self.name)
 
     def tokenize(self, url: str, text: str) -> list[int] | None:
         """Return the ids of a text by `/tokenize`, which newer servers have."""
@@ -104,10 +73,6 @@ class SGLangProtocol(RemoteProtocol):
 
         body = _body(prompt, 0, 1) | {"return_text_in_logprobs": True}
         return self.pool.request("/generate", body, parse, url=url)
-
-    def summary(self) -> ServerFacts:
-        """Return `api` and `top_k`."""
-        return {"api": self.name, "top_k": self.top_k}
 
 
 def _body(ids: Sequence[int], start: int, top_k: int) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """Log-probabilities of the k most probable ids: checks of a server's answer, and conversion to signals."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from ...core.logits import SparseLogProbs
+from ...core.results import ServerFacts
+from ...core.signals import FeatureKey, Signals
+from ...core.targets import FeatureTokens
 from ...losses.objective import Term
-from .api import RowTensors
-from .pool import MalformedAnswer
+from .api import RemoteProtocol, RowTensors, TokenRow
+from .pool import MalformedAnswer, ServerPool
 
 _MAX_ID = 2**31 - 1
 _ROUNDING = 1e-3  # by which a sum of probabilities may exceed 1
@@ -83,3 +87,47 @@ def incompatible_top_k_terms(terms: Sequence[Term], api: str) -> list[str]:
                 "teacher, which support every temperature"
             )
     return problems
+
+
+class TopKProtocol(RemoteProtocol):
+    """A protocol that returns the log-probabilities of the k most probable ids, one request for each row.
+
+    Args:
+        pool: the servers.
+        model: id of the served model; None: the only one that is served.
+        top_k: ids for each target token.
+        vocab_size: V of the teacher; None: that of the student.
+    """
+
+    def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
+        self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size
+
+    def request_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
+        """Request rows concurrently, one request for each."""
+        return self.pool.map(self._request, rows)
+
+    @abstractmethod
+    def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
+        """Request one row, from one server if its URL is given."""
+
+    def empty_row(self) -> RowTensors:
+        """Return tensors without target tokens."""
+        return empty_top_k_row(self.top_k)
+
+    def to_signals(
+        self,
+        tensors: RowTensors,
+        device: torch.device,
+        vocab_size: int,
+        feature_requests: Mapping[FeatureKey, FeatureTokens],
+    ) -> Signals:
+        """Return sparse log-probabilities with a tail."""
+        return Signals(top_k_signals(tensors, device, vocab_size, self.vocab_size))
+
+    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
+        """Return the temperatures and features that the server does not return."""
+        return incompatible_top_k_terms(terms, self.name)
+
+    def summary(self) -> ServerFacts:
+        """Return `api` and `top_k`."""
+        return {"api": self.name, "top_k": self.top_k}

@@ -1,25 +1,19 @@
 """The protocol of vLLM: prompt log-probabilities of `/v1/completions`."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ...core.results import ServerFacts
-from ...core.signals import FeatureKey, Signals
-from ...core.targets import FeatureTokens
 from ...errors import DistillError
-from ...losses.objective import Term
-from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
+from .api import RowTensors, ServerInfo, TokenRow
 from .identity import START_RETRY_SECONDS, find_models, start_error
 from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
-from .top_k import empty_top_k_row, incompatible_top_k_terms, top_k_row, top_k_signals
+from .top_k import TopKProtocol, top_k_row
 
 PROBE_IDS = (0, 1)  # ids that every model has
 
 
-class VLLMProtocol(RemoteProtocol):
+class VLLMProtocol(TopKProtocol):
     """Requests the log-probabilities of the k most probable ids of each target token from vLLM servers.
 
     A request holds the ids up to the last target token and asks for one generated token, the smallest number that vLLM
@@ -37,7 +31,7 @@ class VLLMProtocol(RemoteProtocol):
     row_tokens = 1  # the generated token
 
     def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
-        self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size
+        super().__init__(pool, model, top_k, vocab_size)
         self._models: dict[str, str] = {}  # URL -> id of the served model
 
     def check(self) -> list[ServerInfo]:
@@ -66,10 +60,6 @@ class VLLMProtocol(RemoteProtocol):
             )
         return f"The teacher server {error}. Is it a vLLM server? For SGLang set api to sglang."
 
-    def request_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
-        """Request rows concurrently, one request for each."""
-        return self.pool.map(self._request, rows)
-
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         ids = prompt_of(row)
         body = {
@@ -86,24 +76,6 @@ class VLLMProtocol(RemoteProtocol):
             return top_k_row(_entries(answer, ids, wanted), self.top_k, self.vocab_size)
 
         return self.pool.request("/v1/completions", body, parse, url=url, retry_seconds=retry_seconds)
-
-    def empty_row(self) -> RowTensors:
-        """Return tensors without target tokens."""
-        return empty_top_k_row(self.top_k)
-
-    def to_signals(
-        self,
-        tensors: RowTensors,
-        device: torch.device,
-        vocab_size: int,
-        feature_requests: Mapping[FeatureKey, FeatureTokens],
-    ) -> Signals:
-        """Return sparse log-probabilities with a tail."""
-        return Signals(top_k_signals(tensors, device, vocab_size, self.vocab_size))
-
-    def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Return the temperatures and features that the server does not return."""
-        return incompatible_top_k_terms(terms, self.name)
 
     def tokenize(self, url: str, text: str) -> list[int] | None:
         """Return the ids of a text by `/tokenize`."""
@@ -130,10 +102,6 @@ class VLLMProtocol(RemoteProtocol):
             return texts[1:]
 
         return self.pool.request("/v1/completions", body, parse, url=url)
-
-    def summary(self) -> ServerFacts:
-        """Return `api` and `top_k`."""
-        return {"api": self.name, "top_k": self.top_k}
 
 
 def prompt_of(row: TokenRow) -> list[int]:
