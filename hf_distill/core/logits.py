@@ -2,9 +2,9 @@
 
 import builtins
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -227,6 +227,8 @@ class SparseLogProbs:
     negative_entropy: [T] of a sampled teacher: sum over the draws of weight * log-probability, with which the value of
                       forward KL is unbiased; None if unknown, and the value is KL(weights || student)
     vocab_size:       V of the teacher; None if it is that of the student
+    label_log_probs:  [T] log-probability of the label at temperature 1, which may be none of the K ids; NaN if unknown;
+                      None if the teacher returns none
     """
 
     ids: Tensor
@@ -235,21 +237,20 @@ class SparseLogProbs:
     temperature: float = 1.0
     negative_entropy: Tensor | None = None
     vocab_size: int | None = None
+    label_log_probs: Tensor | None = None
 
-    def slice(self, rows: builtins.slice) -> "SparseLogProbs":
+    def slice(self, rows: builtins.slice | Tensor) -> "SparseLogProbs":
         """Return the log-probabilities of some of the target tokens."""
-        log_tail, negative_entropy = (None if t is None else t[rows] for t in (self.log_tail, self.negative_entropy))
-        return SparseLogProbs(
-            self.ids[rows], self.log_probs[rows], log_tail, self.temperature, negative_entropy, self.vocab_size
-        )
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "SparseLogProbs":
         """Return the log-probabilities on a device."""
-        log_tail, negative_entropy = (
-            None if t is None else upload(t, device) for t in (self.log_tail, self.negative_entropy)
-        )
-        ids, log_probs = upload(self.ids, device), upload(self.log_probs, device)
-        return SparseLogProbs(ids, log_probs, log_tail, self.temperature, negative_entropy, self.vocab_size)
+        return self._map(lambda tensor: upload(tensor, device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogProbs":
+        """Return the log-probabilities with a function applied to each tensor."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def without_ids_from(self, vocab_size: int) -> "SparseLogProbs":
         """Remove the ids of the padded part of the teacher's vocabulary, which the student does not have.
@@ -269,6 +270,9 @@ class SparseLogProbs:
             log_probs, log_tail = log_probs - log_remaining, log_tail - log_remaining[:, 0]
         ids, log_probs = self.ids.masked_fill(removed, 0), log_probs.masked_fill(removed, -math.inf)
         return replace(self, ids=ids, log_probs=log_probs, log_tail=log_tail)
+
+
+TokenLogits = TypeVar("TokenLogits", DenseLogits, LazyLogits, SparseLogProbs)
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,17 @@ def logits_by_teacher(
     if isinstance(source, MultiTeacherLogits | RoutedLogits):
         return dict(source.by_teacher.items())
     return {} if source is None else {None: source}
+
+
+def take_rows(logits: TokenLogits, rows: slice | Tensor) -> TokenLogits:
+    """Return the logits of some of the tokens."""
+    match logits:
+        case LazyLogits():
+            return replace(logits, hidden=logits.hidden[rows])
+        case SparseLogProbs():
+            return logits.slice(rows)
+        case _:
+            return DenseLogits(logits.values[rows])
 
 
 def cumulative_sum(values: Tensor) -> Tensor:

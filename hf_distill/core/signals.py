@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .aligned_logits import AlignedLogits, CrossTokenizerLogits
 from .logits import DenseLogits, LazyLogits, MultiTeacherLogits, RoutedLogits, SparseLogProbs
 
 
@@ -30,9 +31,19 @@ class FeatureKey:
 class Signals:
     """The outputs of a model for a batch, reduced to what losses read.
 
-    logits:   of the target tokens, [T, V] in one of the representations of `logits.py`; None if there are none
+    logits:   of the target tokens, [T, V] in one of the representations of `logits.py`; of a teacher of another
+              tokenizer, `CrossTokenizerLogits`, of which losses read `AlignedLogits`; None if there are none
     features: the requested features, by their keys
     """
 
-    logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | RoutedLogits | None
+    logits: (
+        DenseLogits
+        | LazyLogits
+        | SparseLogProbs
+        | CrossTokenizerLogits
+        | AlignedLogits
+        | MultiTeacherLogits
+        | RoutedLogits
+        | None
+    )
     features: Mapping[FeatureKey, Tensor] = field(default_factory=dict)

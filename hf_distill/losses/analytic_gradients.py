@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.aligned_logits import AlignedLogits
 from ..core.logits import SparseLogProbs
 from . import divergences
 from .alignment import LOG_ZERO, check_temperature
@@ -68,6 +69,7 @@ class BlockLogits:
     teacher_full:     [r, V_t] teacher logits over all ids of the teacher
     labels:           [r]
     sparse_teacher:   the log-probabilities of a sparse teacher, instead of teacher logits
+    aligned_teacher:  the chunks of a teacher of another tokenizer, instead of teacher logits
     may_be_masked:    whether some logits may be -inf
     """
 
@@ -83,15 +85,21 @@ class BlockLogits:
         self.may_be_masked = may_be_masked
         self.teacher_full: Any = teacher
         self.sparse_teacher: Any = None
+        self.aligned_teacher: Any = None
         self._student_softmaxes: dict[float, Softmax] = {}
         self._teacher_softmaxes: dict[float, Softmax] = {}
 
-    def with_teacher(self, teacher: Tensor | SparseLogProbs) -> "BlockLogits":
+    def with_teacher(self, teacher: Tensor | SparseLogProbs | AlignedLogits) -> "BlockLogits":
         """Return the logits of the same student and of a teacher, over the ids that both models have.
 
         Args:
-            teacher: [r, V_t] logits, or sparse log-probabilities of r tokens.
+            teacher: [r, V_t] logits, or sparse log-probabilities of r tokens; or chunks of a teacher of another
+                tokenizer, with which the student keeps all ids.
         """
+        if isinstance(teacher, AlignedLogits):
+            block = BlockLogits(self.student, None, self.labels, self._buffer_pool, self.may_be_masked)
+            block.aligned_teacher, block._student_softmaxes = teacher, self._student_softmaxes
+            return block
         sparse, full = (teacher, None) if isinstance(teacher, SparseLogProbs) else (None, teacher)
         vocab_size = teacher.vocab_size if isinstance(teacher, SparseLogProbs) else teacher.shape[1]
         shared = self.student.shape[1] if vocab_size is None else min(vocab_size, self.student.shape[1])

@@ -18,12 +18,13 @@ gather the head's weight and reduce its gradient as usual.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..core.aligned_logits import AlignedLogits, CrossTokenizerLogits, cut_rows
 from ..core.logits import (
     DenseLogits,
     LazyLogits,
@@ -42,10 +43,11 @@ from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, n
 from .kernels.row_losses import HeadOutput, RowLosses
 from .kernels.selection import uses_row_kernel
 from .objective import Term
+from .registry import CHUNK_LOG_PROBS, FIRST_LOGITS
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
-LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs
-LogitChunk: TypeAlias = Tensor | SparseLogProbs
+LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs | AlignedLogits
+LogitChunk: TypeAlias = Tensor | SparseLogProbs | AlignedLogits
 OnGradient: TypeAlias = Callable[[slice, Tensor], None]
 
 
@@ -64,7 +66,7 @@ class ChunkedLoss:
     per_token:        name -> [T], set by `run_chunks`: the terms (scaled, not weighted) and the statistics
     """
 
-    teacher_logits: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None
+    teacher_logits: DenseLogits | LazyLogits | SparseLogProbs | CrossTokenizerLogits | MultiTeacherLogits | None
     targets: Targets
     terms: Sequence[Term]
     statistics_every: int = 0
@@ -143,13 +145,16 @@ class ChunkedLoss:
             [], the sum over target tokens of the weighted terms; divided by num_items if that is known on the CPU.
         """
         num_tokens, device = len(self.targets), self.targets.labels.device
-        teacher_logits = logits_by_teacher(self.teacher_logits)
-        for source in (student_logits, *teacher_logits.values()):
+        sources = logits_by_teacher(self.teacher_logits)
+        for source in (student_logits, *sources.values()):
             if isinstance(source, LazyLogits):
                 source.check_weight()
         dtype = compute_dtype(_values(student_logits))
-        chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student_logits, teacher_logits, dtype)
-        buffer_rows = min(chunk_tokens, num_tokens)
+        chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student_logits, sources, dtype)
+        teacher_logits = {name: self._aligned(name, source, chunk_tokens) for name, source in sources.items()}
+        aligned = [source for source in teacher_logits.values() if isinstance(source, AlignedLogits)]
+        chunk_ranges = cut_rows(num_tokens, chunk_tokens, aligned)
+        buffer_rows = max((rows.stop - rows.start for rows in chunk_ranges), default=0)
         self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
         self._may_be_masked = any(_may_be_masked(source) for source in (student_logits, *teacher_logits.values()))
         row_losses = self._row_losses(student_logits)
@@ -162,21 +167,20 @@ class ChunkedLoss:
         table = torch.zeros(len(names), num_tokens, dtype=dtype, device=device)
         order = row_losses.names if row_losses else names
         self.per_token = {name: table[order.index(name)] for name in names}
-        for start in range(0, num_tokens, chunk_tokens):
-            rows = slice(start, min(start + chunk_tokens, num_tokens))
+        for rows in chunk_ranges:
             gradient: Any = None if on_gradient is None else gradient_buffer[: rows.stop - start]
             if row_losses:
                 targets = self.targets.slice(rows)
                 outputs = [_head_output(student_logits, rows, student_buffer, device)]
                 outputs += [_head_output(t, rows, teacher_buffers[name], device) for name, t in teacher_logits.items()]
-                row_losses.run(outputs, targets.labels, targets.label_mask, table[:, rows], gradient, start)
+                row_losses.run(outputs, targets.labels, targets.label_mask, table[:, rows], gradient, rows.start)
             else:
                 student_chunk = student_logits.project(rows, out=student_buffer)
                 teacher_chunks = {
                     name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
                     for name, teacher in teacher_logits.items()
                 }
-                self._run_chunk(student_chunk, teacher_chunks, start, gradient, _scaling(student_logits))
+                self._run_chunk(student_chunk, teacher_chunks, rows.start, gradient, _scaling(student_logits))
             if on_gradient is not None:
                 on_gradient(rows, gradient)
         total = torch.zeros((), dtype=dtype, device=device)
@@ -184,6 +188,24 @@ class ChunkedLoss:
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
         return total * self._inverse_divisor_in_forward
+
+    def _aligned(self, name: str | None, source: Any, max_rows: int) -> LogitSource:
+        """Return the logits of a teacher; of one of another tokenizer, the chunks with what the terms read of it.
+
+        Args:
+            name: name of the teacher if there are several.
+            source: its logits.
+            max_rows: largest number of rows of logits to materialize at a time.
+        """
+        if not isinstance(source, CrossTokenizerLogits):
+            return source
+        kinds = {kind for term in self.terms if term.teacher == name for kind in term.loss.compares}
+        is_evaluation = self.statistics_every == 1
+        return source.aligned(
+            needs_first_logits=FIRST_LOGITS in kinds or self.statistics_every > 0,
+            needs_log_probs=CHUNK_LOG_PROBS in kinds or is_evaluation,
+            max_rows=max_rows,
+        )
 
     def _run_chunk(
         self,
@@ -204,10 +226,12 @@ class ChunkedLoss:
             scaling: of the student logits.
         """
         size = block_rows(student_chunk.shape[1] * student_chunk.element_size(), student_chunk.device.type)
-        for first in range(0, len(student_chunk), size):
-            block = slice(first, first + size)
+        aligned = [chunk for chunk in teacher_chunks.values() if isinstance(chunk, AlignedLogits)]
+        for block in cut_rows(len(student_chunk), size, aligned):
             teacher_blocks = {name: _slice(chunk, block) for name, chunk in teacher_chunks.items()}
-            gradients = self._run_block(student_chunk[block], teacher_blocks, start + first, gradient is not None)
+            gradients = self._run_block(
+                student_chunk[block], teacher_blocks, start + block.start, gradient is not None
+            )
             if gradient is not None:
                 _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
 
@@ -419,18 +443,26 @@ def _auto_chunk_tokens(
     student_logits: LogitSource, teacher_logits: Mapping[str | None, LogitSource], dtype: torch.dtype
 ) -> int:
     """Return `auto_chunk_tokens` for the models whose logits are computed."""
-    sources = [
-        source for source in (student_logits, *teacher_logits.values()) if not isinstance(source, SparseLogProbs)
-    ]
+    sources: list[Any] = [source for source in (student_logits, *teacher_logits.values()) if not _is_sparse(source)]
     device = _values(student_logits).device
     return auto_chunk_tokens([source.vocab_size for source in sources], dtype.itemsize, device.type)
 
 
+def _is_sparse(source: Any) -> bool:
+    """Whether a teacher returns no logits, but log-probabilities of some ids, or nothing that a loss reads."""
+    if isinstance(source, CrossTokenizerLogits):
+        return _is_sparse(source.logits)
+    if isinstance(source, AlignedLogits):
+        return source.first_logits is None or _is_sparse(source.first_logits)
+    return isinstance(source, SparseLogProbs)
+
+
 def _new_buffer(source: LogitSource, rows: int, dtype: torch.dtype) -> Any:
     """Allocate a buffer [rows, V] for logits or their gradient; None for a sparse teacher."""
-    return (
-        None if isinstance(source, SparseLogProbs) else new_row_buffer(_values(source), rows, source.vocab_size, dtype)
-    )
+    if _is_sparse(source):
+        return None
+    logits: Any = source.first_logits if isinstance(source, AlignedLogits) else source
+    return new_row_buffer(_values(logits), rows, logits.vocab_size, dtype)
 
 
 def _values(source: Any) -> Tensor:
@@ -443,8 +475,11 @@ def _may_be_masked(source: LogitSource) -> bool:
 
     The values on a GPU are not read, because that would wait for it; there they may be.
     """
-    if isinstance(source, SparseLogProbs):
+    if _is_sparse(source):
         return False
+    if isinstance(source, AlignedLogits):
+        assert source.first_logits is not None
+        return _may_be_masked(source.first_logits)
     values = source.values if isinstance(source, DenseLogits) else source.bias
     return values is not None and (values.device.type != "cpu" or bool((values == -torch.inf).any()))
 
@@ -453,7 +488,13 @@ def _teacher_chunk(teacher: LogitSource, rows: slice, buffer: Tensor | None, dev
     """Return the teacher logits of a chunk, [t, V_t], on the student's device; a sparse teacher stays sparse."""
     if isinstance(teacher, SparseLogProbs):
         return teacher.slice(rows)
-    return teacher.project(rows, out=buffer).to(device)
+    if not isinstance(teacher, AlignedLogits):
+        return teacher.project(rows, out=buffer).to(device)
+    aligned = teacher.slice(rows)
+    if isinstance(aligned.first_logits, DenseLogits | LazyLogits):
+        values = aligned.first_logits.project(out=buffer).to(device)
+        aligned = replace(aligned, first_logits=DenseLogits(values))
+    return aligned
 
 
 def _head_output(source: Any, rows: slice, buffer: Tensor | None, device: torch.device) -> HeadOutput:
@@ -470,4 +511,4 @@ def _scaling(source: Any) -> LogitScaling:
 
 def _slice(chunk: LogitChunk, block_rows: slice) -> LogitChunk:
     """Return some rows of the teacher logits of a chunk."""
-    return chunk.slice(block_rows) if isinstance(chunk, SparseLogProbs) else chunk[block_rows]
+    return chunk[block_rows] if isinstance(chunk, Tensor) else chunk.slice(block_rows)

@@ -13,6 +13,9 @@ from ..errors import DistillError, did_you_mean, raise_if_any
 
 Limits: TypeAlias = Mapping[str, Mapping[str, object]]  # option -> keys of JSON Schema
 FEATURES = ("hidden", "attention", "values")
+# What losses compare of a teacher with another tokenizer; see `core/aligned_logits.py`.
+CHUNK_LOG_PROBS, FIRST_LOGITS = "chunk_log_probs", "first_logits"
+CHUNKS = (CHUNK_LOG_PROBS, FIRST_LOGITS)
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: layer mapping and stack
 
 
@@ -22,7 +25,7 @@ class Loss:
 
     name:               name in configs, recipes and logs
     function:           (student, teacher, targets, **options) -> [T]; divergences are in nats
-    compares:           ("logits",), one kind of feature, or () if it reads nothing of the teacher
+    compares:           ("logits",), one kind of feature, one of `CHUNKS`, or () if it reads nothing of the teacher
     paper:              arXiv id
     options:            name -> default, from the function's signature
     gradient_fn:        analytic gradient, see `register_gradient`; None uses autograd
@@ -55,6 +58,11 @@ class Loss:
     def feature(self) -> str | None:
         """Kind of feature that the loss compares; None for a loss on logits or labels."""
         return next((kind for kind in self.compares if kind in FEATURES), None)
+
+    @property
+    def compares_chunks(self) -> bool:
+        """Whether the loss is for a teacher of another tokenizer."""
+        return any(kind in CHUNKS for kind in self.compares)
 
     def check(self, options: Mapping[str, object]) -> None:
         """Check the names, types and ranges of options.
@@ -96,6 +104,9 @@ def loss(
                         student's is [N, H_t]
         ("attention",)  [N, h_s, S] and [N, h_t, S], rows of the attention maps
         ("values",)     [B, h_s, S, H_s / h_s] and [B, h_t, S, H_t / h_t], the attention's values
+        ("chunk_log_probs",), ("first_logits",)     two `Signals`, of which the teacher's have `AlignedLogits`: of a
+                        teacher with another tokenizer. The value of a chunk is that of its first token, and other
+                        tokens have 0
 
     A loss on features returns [N], one number for each token of `targets`; its term is the mean over the pairs of
     layers. An option takes values of the type of its default.
@@ -118,10 +129,9 @@ def loss(
             f"A loss cannot have the name {name!r}: logs and modules use it, so give letters, digits and _ only, and "
             "no digit first."
         )
-    if not set(compares) <= {"logits", *FEATURES} or len(compares) > 1:
-        raise DistillError(
-            f"Loss {name!r} has compares={compares}; give an empty tuple, or one of: logits, {', '.join(FEATURES)}."
-        )
+    kinds = ("logits", *FEATURES, *CHUNKS)
+    if not set(compares) <= {*kinds} or len(compares) > 1:
+        raise DistillError(f"Loss {name!r} has compares={compares}; give an empty tuple, or one of: {', '.join(kinds)}.")
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())[3:]

@@ -1,13 +1,11 @@
 """The fused loss of several teachers, each of which teaches some of the target tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, RoutedLogits, SparseLogProbs, compute_dtype
+from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, RoutedLogits, SparseLogProbs, compute_dtype, take_rows
 from ..core.targets import Targets
 from .fused import ChunkedLoss, OnGradient
 from .objective import Term
@@ -66,15 +64,15 @@ class RoutedLoss(ChunkedLoss):
     def parts_of(self, student: DenseLogits | LazyLogits) -> Iterator[tuple[ChunkedLoss, DenseLogits | LazyLogits]]:
         """Yield the loss of each group with the student's logits of its target tokens."""
         for _, tokens, loss in self.parts:
-            yield loss, _rows(student, tokens)
+            yield loss, take_rows(student, tokens)
 
     def from_hidden(self, student: LazyLogits) -> Tensor:
         """Return the objective, see `ChunkedLoss.from_hidden`."""
-        return super().from_hidden(_rows(student, self._order()))
+        return super().from_hidden(take_rows(student, self._order()))
 
     def from_logits(self, student: DenseLogits) -> Tensor:
         """Return the objective, see `ChunkedLoss.from_logits`."""
-        return super().from_logits(_rows(student, self._order()))
+        return super().from_logits(take_rows(student, self._order()))
 
     def _order(self) -> Tensor:
         """Return the indices of the target tokens, grouped by teacher, [T]."""
@@ -96,7 +94,7 @@ class RoutedLoss(ChunkedLoss):
         for _, tokens, loss in self.parts:
             rows = slice(start, start + len(tokens))
             on_part = None if on_gradient is None else _shifted(on_gradient, start)
-            part_logits = _rows(student_logits, rows)
+            part_logits = take_rows(student_logits, rows)
             total = total + loss.run_chunks(part_logits, on_part, gradient_dtype, gradient_unit)
             for name, values in loss.per_token.items():
                 self.per_token[name].index_copy_(0, tokens, values)
@@ -110,13 +108,6 @@ class RoutedLoss(ChunkedLoss):
             names += STUDENT_METRICS
             names += PAIR_METRICS if self.teacher_logits.any_full_logits else ()
         return names
-
-
-def _rows(logits: DenseLogits | LazyLogits, rows: slice | Tensor) -> Any:
-    """Return the logits of some of the target tokens."""
-    if isinstance(logits, LazyLogits):
-        return replace(logits, hidden=logits.hidden[rows])
-    return DenseLogits(logits.values[rows])
 
 
 def _shifted(on_gradient: OnGradient, start: int) -> Callable[[slice, Tensor], None]:

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from ...core.aligned_logits import CrossTokenizerLogits
 from ...core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype
 from ..cross_entropy import cross_entropy
 from ..objective import Term
@@ -16,7 +17,7 @@ from .row_losses import SHARE_OPTIONS
 def uses_row_kernel(
     terms: Sequence[Term],
     student: DenseLogits | LazyLogits,
-    teacher: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None,
+    teacher: DenseLogits | LazyLogits | SparseLogProbs | CrossTokenizerLogits | MultiTeacherLogits | None,
 ) -> bool:
     """Return whether the Triton kernel computes all terms of an objective; on a GPU, log once why it does not.
 
@@ -40,7 +41,7 @@ def uses_row_kernel(
 def reason_for_eager(
     terms: Sequence[Term],
     student: DenseLogits | LazyLogits,
-    teacher: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | None,
+    teacher: DenseLogits | LazyLogits | SparseLogProbs | CrossTokenizerLogits | MultiTeacherLogits | None,
 ) -> str:
     """Return why the Triton kernel does not compute the terms of an objective; "" if it does.
 
@@ -58,6 +59,8 @@ def reason_for_eager(
         return problem
     if isinstance(teacher, MultiTeacherLogits):
         return "there are several teachers"
+    if isinstance(teacher, CrossTokenizerLogits):
+        return "the teacher has another tokenizer"
     if isinstance(teacher, SparseLogProbs):
         return "the teacher's log-probabilities are sparse"
     if compute_dtype(tensor, *([] if teacher is None else [_tensor(teacher)])) == torch.float64:
