@@ -41,8 +41,7 @@ def has_aligned_inputs(inputs: Mapping[str, Any], name: str | None = None) -> bo
     return aligned_keys(name).chunk_ids in inputs
 
 
-def without_aligned_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch without the keys of teachers with another tokenizer; other batches are returned as they are."""
-    names = [key.removeprefix(DEFAULT_KEYS.chunk_ids) for key in inputs if key.startswith(DEFAULT_KEYS.chunk_ids)]
-    removed = {key for name in names for key in aligned_keys(name[1:] or None)}
-    return {key: value for key, value in inputs.items() if key not in removed}
+def aligned_names(inputs: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a batch may have for its teachers with other tokenizers; empty without such a teacher."""
+    suffixes = [key.removeprefix(DEFAULT_KEYS.chunk_ids) for key in inputs if key.startswith(DEFAULT_KEYS.chunk_ids)]
+    return {key for suffix in suffixes for key in aligned_keys(suffix[1:] or None)}

@@ -5,7 +5,7 @@ boundary. Shape letters: those of `targets.py`, and
     C chunks of a batch · T_t target tokens of the teacher, all of which are in chunks
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,6 +43,11 @@ class AlignedLogits:
     def __len__(self) -> int:
         return len(self.first_tokens)
 
+    @property
+    def vocab_size(self) -> int | None:
+        """V of the teacher; None if no loss reads its logits."""
+        return None if self.first_logits is None else self.first_logits.vocab_size
+
     def chunk_range(self, rows: slice) -> slice:
         """Return the chunks of some target tokens, which must be all tokens of these chunks."""
         chunks = self.chunks_on_host[rows]
@@ -72,7 +77,7 @@ class CrossTokenizerLogits:
 
     logits:          of the T_t target tokens of the teacher
     labels:          [T_t] ids of the teacher
-    teacher_chunks:  [T_t] chunk of each target token of the teacher, counted from 0 in the order of the student's tokens
+    teacher_chunks:  [T_t] chunk of each target token of the teacher, counted from 0 in the order of the student's
     teacher_first_tokens: [C] index among the T_t tokens of the first one of each chunk
     chunks, first_tokens, token_classes, chunks_on_host: see `AlignedLogits`
     """
@@ -129,6 +134,11 @@ def label_log_probs(logits: TeacherTokenLogits, labels: Tensor, max_rows: int) -
     return torch.cat(parts[1:] or parts)
 
 
+def aligned_only(teachers: Mapping[str | None, object]) -> list[AlignedLogits]:
+    """Return the chunks of those teachers that have another tokenizer."""
+    return [teacher for teacher in teachers.values() if isinstance(teacher, AlignedLogits)]
+
+
 def cut_rows(num_tokens: int, size: int, teachers: Iterable[AlignedLogits]) -> list[slice]:
     """Return ranges of at most `size` tokens that divide no chunk; a longer chunk has a range of its own.
 
@@ -151,4 +161,3 @@ def cut_rows(num_tokens: int, size: int, teachers: Iterable[AlignedLogits]) -> l
         ranges.append(slice(start, end))
         start = end
     return ranges
-

@@ -2,9 +2,9 @@
 
 import builtins
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -249,8 +249,8 @@ class SparseLogProbs:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogProbs":
         """Return the log-probabilities with a function applied to each tensor."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+        values: dict[str, Any] = {k: function(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return SparseLogProbs(**values)
 
     def without_ids_from(self, vocab_size: int) -> "SparseLogProbs":
         """Remove the ids of the padded part of the teacher's vocabulary, which the student does not have.
@@ -272,50 +272,20 @@ class SparseLogProbs:
         return replace(self, ids=ids, log_probs=log_probs, log_tail=log_tail)
 
 
-TokenLogits = TypeVar("TokenLogits", DenseLogits, LazyLogits, SparseLogProbs)
-
-
-@dataclass(frozen=True)
-class MultiTeacherLogits:
-    """The logits of several teachers for the same target tokens, by their names; `Term.teacher` selects one."""
-
-    by_teacher: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
-
-
-@dataclass(frozen=True)
-class RoutedLogits:
-    """The logits of several teachers, each for some of the target tokens.
-
-    by_teacher:        name -> logits of the teacher's T_k target tokens; teachers without target tokens are left out
-    tokens_by_teacher: name -> [T_k] their indices among the T target tokens of the batch
-    other_tokens:      [T_0] indices of the target tokens without a teacher
-    any_full_logits:   whether a teacher returns logits of all ids, with or without target tokens in this batch
-    """
-
-    by_teacher: Mapping[str, DenseLogits | LazyLogits | SparseLogProbs]
-    tokens_by_teacher: Mapping[str, Tensor]
-    other_tokens: Tensor
-    any_full_logits: bool
-
-
-def logits_by_teacher(
-    source: DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | RoutedLogits | None,
-) -> dict[str | None, DenseLogits | LazyLogits | SparseLogProbs]:
-    """Return the logits of all teachers by name; the name of a single teacher is None."""
-    if isinstance(source, MultiTeacherLogits | RoutedLogits):
-        return dict(source.by_teacher.items())
-    return {} if source is None else {None: source}
+TokenLogits = TypeVar("TokenLogits", bound=DenseLogits | LazyLogits | SparseLogProbs)
 
 
 def take_rows(logits: TokenLogits, rows: slice | Tensor) -> TokenLogits:
     """Return the logits of some of the tokens."""
+    taken: DenseLogits | LazyLogits | SparseLogProbs
     match logits:
         case LazyLogits():
-            return replace(logits, hidden=logits.hidden[rows])
+            taken = replace(logits, hidden=logits.hidden[rows])
         case SparseLogProbs():
-            return logits.slice(rows)
+            taken = logits.slice(rows)
         case _:
-            return DenseLogits(logits.values[rows])
+            taken = DenseLogits(logits.values[rows])
+    return cast(TokenLogits, taken)
 
 
 def cumulative_sum(values: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .aligned_logits import AlignedLogits, CrossTokenizerLogits
-from .logits import DenseLogits, LazyLogits, MultiTeacherLogits, RoutedLogits, SparseLogProbs
+from .teacher_logits import TeacherLogits
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,5 @@ class Signals:
     features: the requested features, by their keys
     """
 
-    logits: (
-        DenseLogits
-        | LazyLogits
-        | SparseLogProbs
-        | CrossTokenizerLogits
-        | AlignedLogits
-        | MultiTeacherLogits
-        | RoutedLogits
-        | None
-    )
+    logits: TeacherLogits | None
     features: Mapping[FeatureKey, Tensor] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DistillError
+from .aligned_inputs import has_aligned_inputs
 from .targets import IGNORE_INDEX, TEACHER_INDEX, TEACHER_INPUT_KEYS, Targets, target_labels
 
 _OF_THE_STUDENT = (
@@ -16,8 +17,8 @@ _ROW_COUNTS, _LABEL_SUMS, _STUDENT_SUMS = "teacher_target_tokens", "teacher_labe
 
 
 def has_teacher_inputs(inputs: Mapping[str, Any]) -> bool:
-    """Whether a batch has rows for the teacher alone."""
-    return TEACHER_INPUT_KEYS[0] in inputs
+    """Whether a batch has rows with another prompt for the teacher, in the student's tokens."""
+    return TEACHER_INPUT_KEYS[0] in inputs and not has_aligned_inputs(inputs)
 
 
 def teacher_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,19 +24,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.aligned_logits import AlignedLogits, CrossTokenizerLogits, cut_rows
-from ..core.logits import (
-    DenseLogits,
-    LazyLogits,
-    LogitScaling,
-    MultiTeacherLogits,
-    SparseLogProbs,
-    compute_dtype,
-    logits_by_teacher,
-)
+from ..core.aligned_logits import AlignedLogits, CrossTokenizerLogits, aligned_only, cut_rows
+from ..core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs, compute_dtype
 from ..core.matmul import accumulate_matmul, rounds_gradient_to_bf16
 from ..core.signals import Signals
 from ..core.targets import Targets
+from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, logits_by_teacher
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits, BufferPool
 from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, new_row_buffer
@@ -66,7 +59,7 @@ class ChunkedLoss:
     per_token:        name -> [T], set by `run_chunks`: the terms (scaled, not weighted) and the statistics
     """
 
-    teacher_logits: DenseLogits | LazyLogits | SparseLogProbs | CrossTokenizerLogits | MultiTeacherLogits | None
+    teacher_logits: OneTeacherLogits | MultiTeacherLogits | None
     targets: Targets
     terms: Sequence[Term]
     statistics_every: int = 0
@@ -151,9 +144,8 @@ class ChunkedLoss:
                 source.check_weight()
         dtype = compute_dtype(_values(student_logits))
         chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student_logits, sources, dtype)
-        teacher_logits = {name: self._aligned(name, source, chunk_tokens) for name, source in sources.items()}
-        aligned = [source for source in teacher_logits.values() if isinstance(source, AlignedLogits)]
-        chunk_ranges = cut_rows(num_tokens, chunk_tokens, aligned)
+        teacher_logits = self.logits_by_teacher(chunk_tokens)
+        chunk_ranges = cut_rows(num_tokens, chunk_tokens, aligned_only(teacher_logits))
         buffer_rows = max((rows.stop - rows.start for rows in chunk_ranges), default=0)
         self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
         self._may_be_masked = any(_may_be_masked(source) for source in (student_logits, *teacher_logits.values()))
@@ -168,7 +160,7 @@ class ChunkedLoss:
         order = row_losses.names if row_losses else names
         self.per_token = {name: table[order.index(name)] for name in names}
         for rows in chunk_ranges:
-            gradient: Any = None if on_gradient is None else gradient_buffer[: rows.stop - start]
+            gradient: Any = None if on_gradient is None else gradient_buffer[: rows.stop - rows.start]
             if row_losses:
                 targets = self.targets.slice(rows)
                 outputs = [_head_output(student_logits, rows, student_buffer, device)]
@@ -189,23 +181,24 @@ class ChunkedLoss:
                 total = total + term.weight * self.per_token[term.name].sum()
         return total * self._inverse_divisor_in_forward
 
-    def _aligned(self, name: str | None, source: Any, max_rows: int) -> LogitSource:
-        """Return the logits of a teacher; of one of another tokenizer, the chunks with what the terms read of it.
+    def logits_by_teacher(self, max_rows: int) -> dict[str | None, LogitSource]:
+        """Return the logits of each teacher; of one of another tokenizer, the chunks with what the terms read of it.
 
         Args:
-            name: name of the teacher if there are several.
-            source: its logits.
             max_rows: largest number of rows of logits to materialize at a time.
         """
-        if not isinstance(source, CrossTokenizerLogits):
-            return source
-        kinds = {kind for term in self.terms if term.teacher == name for kind in term.loss.compares}
-        is_evaluation = self.statistics_every == 1
-        return source.aligned(
-            needs_first_logits=FIRST_LOGITS in kinds or self.statistics_every > 0,
-            needs_log_probs=CHUNK_LOG_PROBS in kinds or is_evaluation,
-            max_rows=max_rows,
-        )
+        result: dict[str | None, LogitSource] = {}
+        for name, source in logits_by_teacher(self.teacher_logits).items():
+            if isinstance(source, CrossTokenizerLogits):
+                kinds = {kind for term in self.terms if term.teacher == name for kind in term.loss.compares}
+                result[name] = source.aligned(
+                    needs_first_logits=FIRST_LOGITS in kinds or self.statistics_every > 0,
+                    needs_log_probs=CHUNK_LOG_PROBS in kinds or self.statistics_every == 1,
+                    max_rows=max_rows,
+                )
+            else:
+                result[name] = source
+        return result
 
     def _run_chunk(
         self,
@@ -226,12 +219,9 @@ class ChunkedLoss:
             scaling: of the student logits.
         """
         size = block_rows(student_chunk.shape[1] * student_chunk.element_size(), student_chunk.device.type)
-        aligned = [chunk for chunk in teacher_chunks.values() if isinstance(chunk, AlignedLogits)]
-        for block in cut_rows(len(student_chunk), size, aligned):
+        for block in cut_rows(len(student_chunk), size, aligned_only(teacher_chunks)):
             teacher_blocks = {name: _slice(chunk, block) for name, chunk in teacher_chunks.items()}
-            gradients = self._run_block(
-                student_chunk[block], teacher_blocks, start + block.start, gradient is not None
-            )
+            gradients = self._run_block(student_chunk[block], teacher_blocks, start + block.start, gradient is not None)
             if gradient is not None:
                 _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
 
@@ -440,7 +430,7 @@ class _LossFromLogits(torch.autograd.Function):
 
 
 def _auto_chunk_tokens(
-    student_logits: LogitSource, teacher_logits: Mapping[str | None, LogitSource], dtype: torch.dtype
+    student_logits: LogitSource, teacher_logits: Mapping[str | None, OneTeacherLogits], dtype: torch.dtype
 ) -> int:
     """Return `auto_chunk_tokens` for the models whose logits are computed."""
     sources: list[Any] = [source for source in (student_logits, *teacher_logits.values()) if not _is_sparse(source)]
@@ -470,7 +460,7 @@ def _values(source: Any) -> Tensor:
     return source.hidden if isinstance(source, LazyLogits) else source.values
 
 
-def _may_be_masked(source: LogitSource) -> bool:
+def _may_be_masked(source: Any) -> bool:
     """Whether some logits may be -inf; those of an output head without a bias never are.
 
     The values on a GPU are not read, because that would wait for it; there they may be.
@@ -478,7 +468,6 @@ def _may_be_masked(source: LogitSource) -> bool:
     if _is_sparse(source):
         return False
     if isinstance(source, AlignedLogits):
-        assert source.first_logits is not None
         return _may_be_masked(source.first_logits)
     values = source.values if isinstance(source, DenseLogits) else source.bias
     return values is not None and (values.device.type != "cpu" or bool((values == -torch.inf).any()))

@@ -185,7 +185,7 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
             f"Loss {loss.name!r} has teacher {teacher!r}; `teacher` must be the name of a teacher, and only an entry "
             "of `losses` whose loss reads a teacher may have it"
         )
-    if is_soft and "logits" not in loss.compares:
+    if is_soft and "logits" not in loss.compares and not loss.compares_chunks:
         raise DistillError(
             f"divergence is {loss.name!r}, which does not read the teacher's logits: use a divergence such as "
             "forward_kl, and put this loss into `losses`"

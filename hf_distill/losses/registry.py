@@ -131,7 +131,9 @@ def loss(
         )
     kinds = ("logits", *FEATURES, *CHUNKS)
     if not set(compares) <= {*kinds} or len(compares) > 1:
-        raise DistillError(f"Loss {name!r} has compares={compares}; give an empty tuple, or one of: {', '.join(kinds)}.")
+        raise DistillError(
+            f"Loss {name!r} has compares={compares}; give an empty tuple, or one of: {', '.join(kinds)}."
+        )
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())[3:]

@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, RoutedLogits, SparseLogProbs, compute_dtype, take_rows
+from ..core.logits import DenseLogits, LazyLogits, compute_dtype, take_rows
 from ..core.targets import Targets
+from ..core.teacher_logits import OneTeacherLogits, RoutedLogits, TeacherLogits
 from .fused import ChunkedLoss, OnGradient
 from .objective import Term
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS
 
-TeacherLogits = DenseLogits | LazyLogits | SparseLogProbs | MultiTeacherLogits | RoutedLogits | None
-
 
 def loss_on_logits(
-    teacher_logits: TeacherLogits,
+    teacher_logits: TeacherLogits | None,
     targets: Targets,
     terms: Sequence[Term],
     statistics_every: int = 0,
@@ -52,7 +51,7 @@ class RoutedLoss(ChunkedLoss):
 
     def _part(
         self,
-        logits: DenseLogits | LazyLogits | SparseLogProbs | None,
+        logits: OneTeacherLogits | None,
         tokens: Tensor,
         terms: Sequence[Term],
         num_items: Tensor,

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, RoutedLogits, SparseLogProbs, logits_by_teacher
+from ..core.aligned_logits import CrossTokenizerLogits
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
+from ..core.teacher_logits import RoutedLogits, logits_by_teacher
 from ..errors import DistillError
 from ..losses.objective import Term
 from ..models.blocks import LayerStack
@@ -95,6 +97,19 @@ class Teacher(ABC):
         signals = self.forward(inputs, targets, feature_requests)
         _check_signals(type(self).__name__, signals, len(targets))
         return signals
+
+    @property
+    def unwrapped(self) -> "Teacher":
+        """The teacher itself, or the one that a `CrossTokenizerTeacher` gives its rows to."""
+        return self
+
+    def add_inputs(self, inputs: dict) -> dict:
+        """Return a batch with what only this teacher reads, if the collator did not add it.
+
+        Args:
+            inputs: the collator's batch, or one that the trainer made of generated completions.
+        """
+        return inputs
 
     @abstractmethod
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -255,10 +270,12 @@ def _check_signals(name: str, signals: Any, num_targets: int) -> None:
     )
     if not isinstance(signals, Signals):
         raise DistillError(f"{name}.forward returned a {type(signals).__name__}. {remedy}.")
-    if isinstance(signals.logits, RoutedLogits):
+    if isinstance(signals.logits, RoutedLogits | CrossTokenizerLogits):
         return  # those of each teacher were checked
     for logits in logits_by_teacher(signals.logits).values():
         match logits:
+            case CrossTokenizerLogits():
+                continue
             case DenseLogits(values=rows) | LazyLogits(hidden=rows) | SparseLogProbs(ids=rows):
                 shape = tuple(rows.shape)
             case _:

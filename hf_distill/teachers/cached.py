@@ -124,6 +124,10 @@ class CachedTeacher(Teacher):
                 "scaling": LogitScaling(**manifest.scaling)
             }
 
+    def keep_all_ids(self) -> None:
+        """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
+        self._vocab_size = self.manifest.vocab_size
+
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
         """Return the temperatures, divergences and features of terms of this teacher that the cache does not hold."""
         manifest, problems = self.manifest, []

@@ -2,7 +2,7 @@
 
 Models of one family often pad the vocabulary of one tokenizer to different sizes (151936 and 152064). That is
 supported: losses compare the ids that both models have. Different tokenizers are refused, because a divergence between
-ids that mean different tokens is meaningless.
+ids that mean different tokens is meaningless; `CrossTokenizerTeacher` compares spans of text instead.
 """
 
 from typing import Any
@@ -17,6 +17,10 @@ from ..hub import reading
 from ..models.model_types import ModelType, model_type_of, unwrap_model
 
 logger = logging.get_logger(__name__)
+_OTHER_TOKENIZER = (
+    "Use a teacher with the student's tokenizer, or set cross_tokenizer='alm' in DistillConfig (in a recipe "
+    "`distill.cross_tokenizer: alm`), which compares spans of text instead of tokens."
+)
 
 
 def check_teacher_student(
@@ -100,12 +104,24 @@ def local_tokenizer(path: str, **options: Any) -> Any:
     """
     if not path:
         return None
-    options = {"trust_remote_code": False, **options, "local_files_only": True}
     try:
-        with reading(path):
-            return tokenizer_in(AutoTokenizer.from_pretrained(path, **options))
+        return load_tokenizer(path, **options, local_files_only=True)
     except DistillError:
         return None
+
+
+def load_tokenizer(path: str, **options: Any) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: folder or id of the model.
+        options: arguments of `from_pretrained`; remote code is not run unless `trust_remote_code` is among them.
+
+    Raises:
+        DistillError: there is none, or it cannot be loaded.
+    """
+    with reading(path):
+        return tokenizer_in(AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **options}))
 
 
 def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size: int, is_warned: bool = True) -> None:
@@ -139,7 +155,7 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
         raise DistillError(
             f"The teacher has {teacher_size} ids and the student {student_size}, and {len(differ)} ids mean different "
             f"tokens (first: {i} is {tokens_t[i]!r} for the teacher and {tokens_s[i]!r} for the student). "
-            "Use a teacher and a student with the same tokenizer."
+            f"{_OTHER_TOKENIZER}"
         )
     missing = sorted({*tokens_s} - {*tokens_t})
     if missing:
@@ -152,8 +168,7 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
     probe = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
     if teacher(probe, add_special_tokens=False)["input_ids"] != student(probe, add_special_tokens=False)["input_ids"]:
         raise DistillError(
-            "Teacher and student share a vocabulary but split text into tokens differently. Use a teacher and a "
-            "student with the same tokenizer."
+            f"Teacher and student share a vocabulary but split text into tokens differently. {_OTHER_TOKENIZER}"
         )
     _compare_templates(teacher, student)
 

@@ -17,12 +17,12 @@ from ..models.blocks import LayerStack, get_layer_stack
 from ..models.forward import extract_signals
 from ..models.frozen_head import FrozenHead, head_sample
 from ..models.model_call import accepted_inputs
-from ..models.model_types import model_type_of
+from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import check_head_stays_gathered
 from ..models.placement import devices_of, input_device, is_tensor_parallel
 from ..models.precision import autocast_like, computes_in_float32, is_deepspeed_engine
 from .base import Teacher
-from .compatibility import check_model_types, check_teacher_student
+from .compatibility import check_model_types, check_teacher_student, load_tokenizer
 from .input_limits import InputLimits, check_data
 from .loading import TENSOR_PARALLEL_TEACHER, TeacherLoader, run_eagerly
 from .pretrained import as_path, check_checkpoint, hub_options, read_adapter_config, read_config
@@ -102,6 +102,15 @@ class FrozenTeacher(Teacher):
         self._is_float32 = computes_in_float32(self.model)
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
+
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer that is stored with the model; None if there is none.
+
+        Raises:
+            DistillError: it cannot be loaded.
+        """
+        path = self._path or getattr(unwrap_model(self.model), "name_or_path", "")
+        return load_tokenizer(path, **hub_options(self._loader.init_kwargs)) if path else None
 
     def is_elsewhere(self, device: torch.device) -> bool:
         """Whether the user placed the model on other devices than the student's, before `prepare` or by a device map.

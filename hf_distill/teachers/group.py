@@ -45,6 +45,12 @@ class TeacherGroup(Teacher):
         """Names of the inputs that any of the teachers accepts."""
         return frozenset().union(*(teacher.input_names() for teacher in self))
 
+    def add_inputs(self, inputs: dict) -> dict:
+        """Return a batch with what only the teachers read."""
+        for teacher in self:
+            inputs = teacher.add_inputs(inputs)
+        return inputs
+
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Prepare every teacher; `model` is that of the first."""
         for teacher in self:
@@ -91,8 +97,9 @@ class TeacherGroup(Teacher):
 
 
 def teachers_by_name(teacher: Teacher) -> Mapping[str | None, Teacher]:
-    """Return the teachers of a group by name, and any other teacher under the name None."""
-    return dict(teacher.teachers.items()) if isinstance(teacher, TeacherGroup) else {None: teacher}
+    """Return the teachers of a group by name, and any other teacher under the name None, without wrappers."""
+    teachers = dict(teacher.teachers.items()) if isinstance(teacher, TeacherGroup) else {None: teacher}
+    return {name: one.unwrapped for name, one in teachers.items()}
 
 
 def find_trained_teacher(teacher: Teacher) -> TrainableTeacher | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits
+from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_kinds import incompatible_teachers
+from ..core.teacher_logits import MultiTeacherLogits
 from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term
 from .base import JointStep, Teacher

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import RoutedLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import TEACHER_INDEX, FeatureTokens, Targets, target_labels, true_indices
+from ..core.teacher_logits import RoutedLogits
 from ..data.teacher_column import COLUMN, NO_TEACHER
 from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.objective import Term

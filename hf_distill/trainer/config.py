@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ..core.defaults import ALPHA, DIVERGENCE, MAX_CONSECUTIVE_NONFINITE_STEPS, TEMPERATURE
 from ..errors import DistillError, collect_errors, did_you_mean, raise_if_any
 from ..losses.objective import Term, objective
+from ..losses.registry import LOSSES
 from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
 
@@ -30,7 +31,7 @@ class DistillArguments:
         DistillError: a value is out of range, or a loss or an option is unknown; the message names all of them.
     """
 
-    _DICT_FIELDS: ClassVar = ["divergence", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
+    _DICT_FIELDS: ClassVar = ["divergence", "cross_tokenizer", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
 
     temperature: float = field(
         default=TEMPERATURE,
@@ -51,6 +52,14 @@ class DistillArguments:
         metadata={
             "help": "Divergence between the distributions of teacher and student: the name of a loss, or a dict "
             f'{{"name": ..., option: ...}}, also as JSON. The default is {DIVERGENCE}.'
+        },
+    )
+    cross_tokenizer: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "For a teacher with another tokenizer: the loss that takes the place of the divergence, alm, "
+            'projected_kl or uld, or a dict {"name": ..., option: ...}, also as JSON. The default is None: teacher and '
+            "student have one tokenizer."
         },
     )
     losses: list | str | None = field(
@@ -126,6 +135,8 @@ class DistillArguments:
     def __post_init__(self) -> None:
         if isinstance(self.divergence, str) and self.divergence.startswith("{"):
             self.divergence = _parse_json("divergence", self.divergence, dict)
+        if isinstance(self.cross_tokenizer, str) and self.cross_tokenizer.startswith("{"):
+            self.cross_tokenizer = _parse_json("cross_tokenizer", self.cross_tokenizer, dict)
         if isinstance(self.projectors, str) and self.projectors.startswith("{"):
             self.projectors = _parse_json("projectors", self.projectors, dict)
         if isinstance(self.teacher_deepspeed, str) and self.teacher_deepspeed.startswith("{"):
@@ -161,6 +172,8 @@ class DistillArguments:
             problems.append(f"teacher_deepspeed is {self.teacher_deepspeed!r}; it must be a dict, JSON, or a path")
         if not (self.divergence is None or (self.divergence and isinstance(self.divergence, dict | str))):
             problems.append(f"divergence is {self.divergence!r}; it must be a name or {{name, **options}}")
+        if self.cross_tokenizer is not None:
+            problems += self._cross_tokenizer_problems()
         distill_names = {item.name for item in fields(DistillArguments)}
         annotations = {k: v for base in reversed(type(self).__mro__) for k, v in get_annotations(base).items()}
         for item in fields(self):
@@ -173,6 +186,22 @@ class DistillArguments:
             if isinstance(value, str | list | dict) or (isinstance(value, float) and isnan(value)):
                 problems.append(f"{item.name} is {value!r}; it must be a number (the default is {default!r})")
         return problems
+
+    def _cross_tokenizer_problems(self) -> list[str]:
+        """Describe what is wrong with `cross_tokenizer`, apart from the options of its loss."""
+        if not (self.cross_tokenizer and isinstance(self.cross_tokenizer, dict | str)):
+            return [f"cross_tokenizer is {self.cross_tokenizer!r}; it must be a name or {{name, **options}}"]
+        if self.divergence not in (None, DIVERGENCE):
+            return [
+                f"divergence is {self.divergence!r} and cross_tokenizer is {self.cross_tokenizer!r}, which takes the "
+                "place of the divergence: remove divergence"
+            ]
+        return []
+
+    @property
+    def soft_loss(self) -> dict | str:
+        """The loss of the soft term: `cross_tokenizer` if it is set, else `divergence`."""
+        return self.cross_tokenizer or self.divergence or DIVERGENCE
 
     def _set_greater_is_better(self) -> None:
         """Set `greater_is_better` for a metric of this package if it is not set; transformers chooses for others."""
@@ -187,7 +216,19 @@ class DistillArguments:
             label_smoothing: smoothing of the cross entropy on the labels, between 0 and 1.
         """
         losses = cast("list[dict]", self.losses or [])
-        return objective(self.alpha, self.temperature, self.divergence or DIVERGENCE, losses, label_smoothing)
+        terms = objective(self.alpha, self.temperature, self.soft_loss, losses, label_smoothing)
+        if self.cross_tokenizer is None and (of_chunks := [t.loss.name for t in terms if t.loss.compares_chunks]):
+            raise DistillError(
+                f"{', '.join(of_chunks)} compares spans of text with a teacher of another tokenizer, and "
+                f"cross_tokenizer is not set: set cross_tokenizer={of_chunks[0]!r}, or remove the loss"
+            )
+        if self.cross_tokenizer is not None and not terms[0].loss.compares_chunks:
+            known = [name for name, loss in LOSSES.items() if loss.compares_chunks]
+            raise DistillError(
+                f"cross_tokenizer is {terms[0].loss.name!r}, which compares ids of one tokenizer: use one of "
+                f"{', '.join(known)}"
+            )
+        return terms
 
 
 @dataclass

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, RoutedLogits, logits_by_teacher
+from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers, without_teacher_inputs
+from ..core.teacher_logits import RoutedLogits, logits_by_teacher
 from ..errors import DistillError, RunError
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
@@ -54,7 +55,8 @@ class Distiller:
     1. `Targets.from_batch` reads the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
        the batch; without a Trainer it shifts the labels.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient. It
-       reads `teacher_input_ids` if the batch has them: another prompt before the same target tokens.
+       reads `teacher_input_ids` if the batch has them: another prompt before the same target tokens, or the same text
+       in the tokens of another tokenizer (`CrossTokenizerTeacher`).
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
        With mixed precision the teacher runs under the autocast of the student.
     3. A `MultiViewTeacher` may replace the student's view of the batch; the target tokens stay the same.
@@ -122,6 +124,7 @@ class Distiller:
         model_type = model_type_of(model)
         num_outputs = model_type.num_outputs(model)
         shift = model_type.shifts_labels
+        inputs = teacher.add_inputs(inputs)
         of_teacher = teacher_inputs(inputs)
         numbers = self.features.numbers_to_read(of_teacher) | teacher.numbers_to_read(of_teacher, shift)
         numbers |= teacher_target_numbers(inputs, shift)

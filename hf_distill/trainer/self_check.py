@@ -5,17 +5,19 @@ materialized logits, the definitions of the losses, autograd, and the weights an
 the losses from lazy logits must equal those from the logits that the unmodified forwards of the models return.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype, logits_by_teacher
+from ..core.aligned_logits import AlignedLogits, aligned_only, cut_rows
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, compute_dtype, take_rows
 from ..core.signals import Signals
 from ..core.targets import IGNORE_INDEX, Targets, target_labels
+from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, logits_by_teacher
 from ..errors import RunError
-from ..losses.fused import ChunkedLoss
+from ..losses.fused import ChunkedLoss, LogitSource
 from ..losses.objective import Term
 from ..losses.routed import RoutedLoss
 from ..models.model_types import model_type_of
@@ -24,8 +26,6 @@ from ..teachers import FrozenTeacher, Teacher
 from ..teachers.input_limits import check_student_ids
 from .config import DistillArguments
 
-Source = TypeVar("Source", bound=LazyLogits | DenseLogits | SparseLogProbs)
-TeacherLogits = LazyLogits | DenseLogits | SparseLogProbs | MultiTeacherLogits | None
 NUM_TOKENS = 32  # target tokens that are compared with the reference
 _RELATIVE_TOLERANCE = 1e-2  # of the largest value: TF32 and bf16 differ by thousandths, a wrong objective by more
 _TOLERANCE_NATS = 1e-4  # float32 error, before T^2, where the two distributions are equal and their logits cancel
@@ -168,9 +168,14 @@ class SelfCheck:
         teacher = _logit_sample(self.teacher) if isinstance(chunked_loss.teacher_logits, LazyLogits) else None
         samples = [student] if teacher is None else [student, teacher]
         count = min(len(chunked_loss.targets), *(len(sample.logits) for sample in samples))
+        by_teacher = chunked_loss.logits_by_teacher(NUM_TOKENS)
         rows, device = slice(count), student_logits.hidden.device
-        teacher_logits = _slice_teacher(chunked_loss.teacher_logits, rows)
-        teachers = {name: _dense_signals(logits) for name, logits in logits_by_teacher(teacher_logits).items()}
+        if chunks := aligned_only(by_teacher):
+            rows = cut_rows(len(chunked_loss.targets), count, chunks)[0]
+            if rows.stop > count:  # the first chunk is longer than the sample
+                return []
+        teacher_logits = _slice_teachers(by_teacher, rows)
+        teachers = {name: _dense_signals(_slice(logits, rows)) for name, logits in by_teacher.items()}
         if teacher is not None and isinstance(chunked_loss.teacher_logits, LazyLogits):
             hidden = teacher.hidden[rows].to(chunked_loss.teacher_logits.hidden)
             teacher_logits = replace(chunked_loss.teacher_logits, hidden=hidden)
@@ -212,8 +217,8 @@ class SelfCheck:
             return 1.0
         if term.name != "soft":
             return term.options["temperature"] ** 2
-        divergence = self.distill_args.divergence
-        temperature = divergence.get("temperature") if isinstance(divergence, dict) else None
+        soft_loss = self.distill_args.soft_loss
+        temperature = soft_loss.get("temperature") if isinstance(soft_loss, dict) else None
         return (self.distill_args.temperature if temperature is None else temperature) ** 2
 
     def _reference(
@@ -229,9 +234,8 @@ class SelfCheck:
             the values of each term, [n], and the gradient of their weighted mean by the output of the head, [n, V].
         """
         head_output, logits = materialized
-        teachers = {
-            name: _dense_signals(source) for name, source in logits_by_teacher(chunked_loss.teacher_logits).items()
-        }
+        by_teacher = chunked_loss.logits_by_teacher(NUM_TOKENS)
+        teachers = {name: _dense_signals(source) for name, source in by_teacher.items()}
         values, total = {}, head_output.new_zeros(())
         for term in chunked_loss.terms:
             losses = _term_values(term, Signals(DenseLogits(logits)), teachers, chunked_loss.targets)
@@ -252,19 +256,23 @@ def _term_values(term: Term, student: Signals, teachers: dict, targets: Targets)
 def _sample_tokens(
     chunked_loss: ChunkedLoss, student_logits: LazyLogits | DenseLogits
 ) -> tuple[ChunkedLoss, LazyLogits | DenseLogits]:
-    """Return the loss and the logits of 32 target tokens from the whole batch, to be computed in two chunks."""
-    step = max(1, len(chunked_loss.targets) // NUM_TOKENS)
-    rows = slice(0, step * NUM_TOKENS, step)
+    """Return the loss and the logits of about 32 target tokens of the batch, to be computed in two chunks."""
+    num_tokens, teachers = len(chunked_loss.targets), chunked_loss.logits_by_teacher(NUM_TOKENS)
+    if chunks := aligned_only(teachers):  # whole chunks of the first tokens
+        rows = cut_rows(num_tokens, NUM_TOKENS, chunks)[0]
+    else:
+        step = max(1, num_tokens // NUM_TOKENS)
+        rows = slice(0, step * NUM_TOKENS, step)
     sampled_loss = replace(
         chunked_loss,
-        teacher_logits=_slice_teacher(chunked_loss.teacher_logits, rows),
+        teacher_logits=_slice_teachers(teachers, rows),
         targets=chunked_loss.targets.slice(rows),
         statistics_every=0,
         chunk_tokens=NUM_TOKENS // 2,
         num_items=None,
         per_token={},
     )
-    return sampled_loss, _slice(student_logits, rows)
+    return sampled_loss, take_rows(student_logits.detach(), rows)
 
 
 def _logit_sample(model: nn.Module | None) -> LogitSample | None:
@@ -273,22 +281,21 @@ def _logit_sample(model: nn.Module | None) -> LogitSample | None:
     return None if head is None else head.sample
 
 
-def _slice_teacher(teacher: TeacherLogits, rows: slice) -> TeacherLogits:
-    if isinstance(teacher, MultiTeacherLogits):
-        return MultiTeacherLogits({name: _slice(source, rows) for name, source in teacher.by_teacher.items()})
-    return None if teacher is None else _slice(teacher, rows)
+def _slice_teachers(
+    teachers: Mapping[str | None, LogitSource], rows: slice
+) -> OneTeacherLogits | MultiTeacherLogits | None:
+    """Return the teachers' logits of some target tokens; those of a single teacher have the name None."""
+    sliced = {name: _slice(source, rows) for name, source in teachers.items()}
+    if None in sliced or not sliced:
+        return sliced.get(None)
+    return MultiTeacherLogits({str(name): source for name, source in sliced.items()})
 
 
-def _slice(source: Source, rows: slice) -> Source:
+def _slice(source: LogitSource, rows: slice) -> LogitSource:
     """Return the detached logits of some target tokens."""
-    sliced: LazyLogits | DenseLogits | SparseLogProbs
-    if isinstance(source, SparseLogProbs):
-        sliced = source.slice(rows)
-    elif isinstance(source, LazyLogits):
-        sliced = replace(source.detach(), hidden=source.hidden[rows].detach())
-    else:
-        sliced = DenseLogits(source.values[rows].detach())
-    return cast(Source, sliced)
+    if isinstance(source, SparseLogProbs | AlignedLogits):
+        return source.slice(rows)
+    return take_rows(source.detach(), rows)
 
 
 def _materialize(student_logits: LazyLogits | DenseLogits) -> tuple[Tensor, Tensor]:
@@ -325,8 +332,12 @@ def _gradient_rounding(student_logits: LazyLogits | DenseLogits) -> float:
     return rounding
 
 
-def _dense_signals(source: LazyLogits | DenseLogits | SparseLogProbs) -> Signals:
+def _dense_signals(source: LogitSource) -> Signals:
     """Return a teacher's signals with materialized logits."""
+    if isinstance(source, AlignedLogits):
+        if isinstance(source.first_logits, LazyLogits):
+            source = replace(source, first_logits=DenseLogits(source.first_logits.project()))
+        return Signals(source)
     return Signals(source if isinstance(source, SparseLogProbs) else DenseLogits(source.project()))
 
 

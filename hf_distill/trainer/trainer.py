@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from ..core.aligned_inputs import aligned_names
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.logits import to_host
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, target_labels
@@ -200,7 +201,7 @@ class DistillMixin(_Base):
         if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
             return
         shift = model_type_of(self.model).shifts_labels
-        names = [name for name in ANNOUNCED_INPUTS if name in batch]
+        names = [name for name in batch if name in ANNOUNCED_INPUTS or name in aligned_names(batch)]
         on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
         inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
         numbers = self.teacher.numbers_to_read(teacher_inputs(inputs), shift) | teacher_target_numbers(inputs, shift)

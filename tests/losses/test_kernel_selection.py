@@ -9,7 +9,8 @@ import pytest
 import torch
 from gpu_meter import meta_as_cuda
 
-from hf_distill.core.logits import DenseLogits, MultiTeacherLogits, SparseLogProbs
+from hf_distill.core.logits import DenseLogits, SparseLogProbs
+from hf_distill.core.teacher_logits import MultiTeacherLogits
 from hf_distill.losses import LOSSES, loss
 from hf_distill.losses.kernels import selection
 from hf_distill.losses.kernels.row_losses import RowLosses

@@ -7,8 +7,9 @@ from functools import cache
 
 import torch
 
-from ...core.aligned_logits import CrossTokenizerLogits
-from ...core.logits import DenseLogits, LazyLogits, MultiTeacherLogits, SparseLogProbs, compute_dtype
+from ...core.aligned_logits import AlignedLogits, CrossTokenizerLogits
+from ...core.logits import DenseLogits, LazyLogits, SparseLogProbs, compute_dtype
+from ...core.teacher_logits import MultiTeacherLogits, OneTeacherLogits
 from ..cross_entropy import cross_entropy
 from ..objective import Term
 from .row_losses import SHARE_OPTIONS
@@ -17,7 +18,7 @@ from .row_losses import SHARE_OPTIONS
 def uses_row_kernel(
     terms: Sequence[Term],
     student: DenseLogits | LazyLogits,
-    teacher: DenseLogits | LazyLogits | SparseLogProbs | CrossTokenizerLogits | MultiTeacherLogits | None,
+    teacher: OneTeacherLogits | MultiTeacherLogits | None,
 ) -> bool:
     """Return whether the Triton kernel computes all terms of an objective; on a GPU, log once why it does not.
 
@@ -41,7 +42,7 @@ def uses_row_kernel(
 def reason_for_eager(
     terms: Sequence[Term],
     student: DenseLogits | LazyLogits,
-    teacher: DenseLogits | LazyLogits | SparseLogProbs | CrossTokenizerLogits | MultiTeacherLogits | None,
+    teacher: OneTeacherLogits | MultiTeacherLogits | None,
 ) -> str:
     """Return why the Triton kernel does not compute the terms of an objective; "" if it does.
 
@@ -59,7 +60,7 @@ def reason_for_eager(
         return problem
     if isinstance(teacher, MultiTeacherLogits):
         return "there are several teachers"
-    if isinstance(teacher, CrossTokenizerLogits):
+    if isinstance(teacher, CrossTokenizerLogits | AlignedLogits):
         return "the teacher has another tokenizer"
     if isinstance(teacher, SparseLogProbs):
         return "the teacher's log-probabilities are sparse"

@@ -1,5 +1,6 @@
 """`RemoteTeacher`: a teacher that runs on a server."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,19 +123,28 @@ class RemoteTeacher(Teacher):
         for info in self.servers:
             check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
 
+    @property
+    def context_length(self) -> int | None:
+        """Largest number of tokens of a row that every server reads; None if it is not known."""
+        lengths = [info.context_length for info in self.servers if info.context_length is not None]
+        return min(lengths) - self.protocol.row_tokens if lengths else None
+
+    def keep_all_ids(self) -> None:
+        """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
+        self.student_vocab_size = sys.maxsize
+
     def check_data(self, rows: Any, name: str) -> None:
         """Check that every document of a data set fits into the context of the servers; a stream is not checked.
 
         Raises:
             DistillError: a document is too long.
         """
-        lengths = [info.context_length for info in self.servers if info.context_length is not None]
-        limit = min(lengths, default=0) - self.protocol.row_tokens
+        limit = self.context_length
         longest = max(_document_lengths(rows), default=0)
-        if lengths and longest > limit:
+        if limit is not None and longest > limit:
             raise DistillError(
-                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} "
-                f"(context length {min(lengths)}, of which a request needs {self.protocol.row_tokens}): lower "
+                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} (context length "
+                f"{limit + self.protocol.row_tokens}, of which a request needs {self.protocol.row_tokens}): lower "
                 f"max_length, or start the server with {self.protocol.context_option} "
                 f"{longest + self.protocol.row_tokens}, if the model can read as many."
             )
