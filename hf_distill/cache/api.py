@@ -46,10 +46,12 @@ class ServedTeacher:
 
     vocab_size: V
     facts:      what the server answered
+    depth:      number of blocks whose outputs the server returns; 0 if it returns none
     """
 
     vocab_size: int
     facts: ServerFacts
+    depth: int = 0
 
 
 class CacheTeacher(Protocol):
@@ -191,7 +193,7 @@ def write_cache(
         data=_describe_data(counts, plan, batch_size, shard_rows, recipe),
         versions={name: version(name) for name in PACKAGES},
         recipe=recipe,
-        depth=0 if model is None else count_blocks(model),
+        depth=served.depth if served else count_blocks(cast(nn.Module, model)),
         **_probe_teacher(teacher_fn, plan, cache_options, device, shift, served),
     )
     return write_shards(teacher_fn, plan, manifest, Path(folder), device, shift, on_progress)
@@ -258,6 +260,13 @@ def _probe_teacher(
         return {"vocab_size": served.vocab_size, "width": None, "scaling": {"scale": 1.0, "softcap": None}}
     assert isinstance(source, LazyLogits | DenseLogits)
     head = source if isinstance(source, LazyLogits) else None
+    widths = {feature.shape[-1] for feature in teacher_signals.features.values()}
+    if head is not None and widths - {head.hidden.shape[-1]}:
+        raise DistillError(
+            f"The outputs of the teacher's blocks have width {widths.pop()}, its last hidden states have width "
+            f"{head.hidden.shape[-1]}, and a cache stores hidden states of one width: remove the losses on hidden "
+            "states, or train with the teacher itself."
+        )
     return {
         "vocab_size": source.vocab_size,
         "width": None if head is None else head.hidden.shape[-1],

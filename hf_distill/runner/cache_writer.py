@@ -115,7 +115,8 @@ def _served(teacher: Teacher, spec: TeacherSpec) -> ServedTeacher | None:
     """Return the facts of a remote teacher; None for another one."""
     if not isinstance(teacher, RemoteTeacher):
         return None
-    return ServedTeacher(spec.vocab_size or teacher.student_vocab_size, teacher.summary())
+    depth = teacher.protocol.depth
+    return ServedTeacher(spec.vocab_size or teacher.student_vocab_size, teacher.summary(), depth)
 
 
 def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:

@@ -193,7 +193,9 @@ class Teacher(ABC):
         """
         return []
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:  # noqa: B027
+    def start_batch(  # noqa: B027
+        self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]
+    ) -> None:
         """Start to prepare the signals of a batch, without waiting for them; called some steps before `forward`.
 
         `forward` gets the same batch later, unless training stops before. Batches of evaluations and those that a
@@ -202,6 +204,7 @@ class Teacher(ABC):
         Args:
             inputs: ids, mask, positions and labels of the batch, on the CPU.
             targets: its target tokens, on the CPU.
+            feature_requests: the features that `forward` will be asked for, with their tokens on the CPU.
         """
 
     def on_train_begin(self, step: int) -> None:  # noqa: B027

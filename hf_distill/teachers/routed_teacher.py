@@ -128,11 +128,11 @@ class RoutedTeacher(TeacherGroup):
         others = true_indices(_index_of_targets(inputs, targets) == NO_TEACHER, num_others)
         return Signals(RoutedLogits(logits, tokens_by_teacher, others, self.has_full_logits))
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Announce its rows to every teacher that starts early."""
         for name, _, part_inputs, part_targets in self._parts(inputs, targets):
             if self.teachers[name].prefetch:
-                self.teachers[name].start_batch(part_inputs, part_targets)
+                self.teachers[name].start_batch(part_inputs, part_targets, {})
 
     def _parts(self, inputs: dict, targets: Targets) -> Iterator[tuple[str, Tensor, dict, Targets]]:
         """Yield name, indices of the target tokens [T_k], inputs and target tokens of each teacher that has to run."""

@@ -165,7 +165,8 @@ def hidden_server(monkeypatch, tmp_path):
 
 
 def test_hidden_states_of_a_server_train_as_the_local_teacher_and_fill_a_hidden_cache(hidden_server, tmp_path):
-    options = {"distill__temperature": 2.0, "train__max_steps": 2}
+    losses = [{"name": "forward_kl"}, {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"}]
+    options = {"distill__temperature": 2.0, "train__max_steps": 2, "losses": losses}
     teacher = {"kind": "remote", "api": "hidden", "url": hidden_server.url, "api_key_env": "TEACHER_KEY"}
     by_server, local = options | {"teacher": teacher}, options | {"teacher": {"model": "smoke:llama/teacher"}}
     served = run_recipe(recipe_of(hidden_server, **by_server))
@@ -181,6 +182,8 @@ def test_hidden_states_of_a_server_train_as_the_local_teacher_and_fill_a_hidden_
     assert manifest.teacher["served"] == facts
     assert manifest.teacher["weights"] == of_local.teacher["weights"]
     assert (manifest.head["sha256"], manifest.width) == (of_local.head["sha256"], of_local.width)
+    assert (manifest.options, manifest.depth) == (of_local.options, of_local.depth)
+    assert manifest.options["layers"]
     assert verify_against_teacher(open_cache(str(folder)), 8)["examples"] >= 8
     cached = run_recipe(
         recipe_of(hidden_server, **options, teacher={"kind": "cached", "path": "a"}, train__output_dir="runs/cached")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,7 +43,8 @@ class RemoteTeacher(Teacher):
     is one request.
 
     `hf-distill serve` (api="hidden") returns the last hidden states of the target tokens, and once its output head, so
-    the student's loss is that of the local teacher, for every divergence and temperature.
+    the student's loss is that of the local teacher, for every divergence and temperature. It also returns the outputs
+    of the layers that losses on hidden states compare.
 
     A request that fails is repeated on another server, see `ServerPool`. If none answers in time, training stops with a
     checkpoint of the last complete step.
@@ -154,12 +155,12 @@ class RemoteTeacher(Teacher):
         return self.protocol.incompatible_terms([t for t in terms if t.loss.compares and t.teacher == name])
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The layers whose features the servers return; servers return none."""
+        """The layers whose hidden states the servers return; only those with api="hidden" return them."""
         return self.protocol.layer_stack(which)
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Request the rows of a batch in the background."""
-        rows = token_rows(inputs, targets)
+        rows = token_rows(inputs, targets, _layers(feature_requests))
         answers = self._threads.submit(self.protocol.request_rows, rows)
         for index, row in enumerate(rows):
             self._started.setdefault(row, []).append((answers, index))
@@ -184,22 +185,22 @@ class RemoteTeacher(Teacher):
         Raises:
             RunError: no server answered correctly in time.
         """
-        start = time.monotonic()
+        start, layers = time.monotonic(), _layers(feature_requests)
         try:
-            tensors = self._request(token_rows(inputs, targets))
+            tensors = self._request(token_rows(inputs, targets, layers), layers)
         except RunError:
             self.close()
             raise
         self._wait_seconds += time.monotonic() - start
         return self.protocol.to_signals(tensors, targets.labels.device, self.student_vocab_size, feature_requests)
 
-    def _request(self, rows: Sequence[TokenRow]) -> RowTensors:
-        """Return the tensors of all target tokens of a batch, in their order."""
+    def _request(self, rows: Sequence[TokenRow], layers: Sequence[int]) -> RowTensors:
+        """Return the tensors of all target tokens of a batch, in their order; all rows have the same `layers`."""
         started = [self._take_started(row) for row in rows]
         new_rows = [row for row, each in zip(rows, started, strict=True) if each is None]
         new = iter(self.protocol.request_rows(new_rows) if new_rows else ())
         answers = [next(new) if each is None else each[0].result()[each[1]] for each in started]
-        answers.insert(0, self.protocol.empty_row())
+        answers.insert(0, self.protocol.empty_row(layers))
         return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
 
     def close(self) -> None:
@@ -219,6 +220,11 @@ class RemoteTeacher(Teacher):
             "hosts": [public_host(url) for url in self.pool.urls],
             **self.protocol.summary(),
         }
+
+
+def _layers(feature_requests: Iterable[FeatureKey]) -> tuple[int, ...]:
+    """Return the layers whose outputs are requested; `incompatible_terms` refused losses on other features."""
+    return tuple(sorted({key.layer for key in feature_requests}))
 
 
 def _check_options(api: str, top_k: int | None, vocab_size: int | None, dtype: str | None) -> None:

@@ -110,7 +110,7 @@ class TopKProtocol(RemoteProtocol):
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         """Request one row, from one server if its URL is given."""
 
-    def empty_row(self) -> RowTensors:
+    def empty_row(self, layers: Sequence[int] = ()) -> RowTensors:
         """Return tensors without target tokens."""
         return empty_top_k_row(self.top_k)
 
