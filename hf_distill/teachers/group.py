@@ -56,6 +56,12 @@ class TeacherGroup(Teacher):
         for teacher in self:
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
+        self.max_row_tokens = self._max_row_tokens()
+
+    def _max_row_tokens(self) -> int | None:
+        """Return the limit of the teacher that reads the shortest rows; None if no limit is known."""
+        limits = [teacher.max_row_tokens for teacher in self if teacher.max_row_tokens is not None]
+        return min(limits, default=None)
 
     def check_data(self, rows: Any, name: str) -> None:
         """Check a data set with every teacher."""

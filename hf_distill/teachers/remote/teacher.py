@@ -13,7 +13,7 @@ from ...core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY
 from ...core.results import ServerFacts
 from ...core.server_urls import public_host
 from ...core.signals import FeatureKey, Signals
-from ...core.targets import FeatureTokens, Targets
+from ...core.targets import TEACHER_INPUT_KEYS, FeatureTokens, Targets
 from ...errors import DistillError, RunError, did_you_mean
 from ...losses.objective import Term
 from ...models.blocks import LayerStack
@@ -123,12 +123,8 @@ class RemoteTeacher(Teacher):
         self.servers = self.protocol.check()
         for info in self.servers:
             check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
-
-    @property
-    def context_length(self) -> int | None:
-        """Largest number of tokens of a row that every server reads; None if it is not known."""
         lengths = [info.context_length for info in self.servers if info.context_length is not None]
-        return min(lengths) - self.protocol.row_tokens if lengths else None
+        self.max_row_tokens = min(lengths) - self.protocol.row_tokens if lengths else None
 
     def keep_all_ids(self) -> None:
         """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
@@ -140,14 +136,14 @@ class RemoteTeacher(Teacher):
         Raises:
             DistillError: a document is too long.
         """
-        limit = self.context_length
+        limit, extra = self.max_row_tokens, self.protocol.row_tokens
         longest = max(_document_lengths(rows), default=0)
         if limit is not None and longest > limit:
             raise DistillError(
-                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} (context length "
-                f"{limit + self.protocol.row_tokens}, of which a request needs {self.protocol.row_tokens}): lower "
+                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} "
+                f"(context length {limit + extra}, of which a request needs {extra}): lower "
                 f"max_length, or start the server with {self.protocol.context_option} "
-                f"{longest + self.protocol.row_tokens}, if the model can read as many."
+                f"{longest + extra}, if the model can read as many."
             )
 
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
@@ -253,18 +249,22 @@ def _check_options(api: str, top_k: int | None, vocab_size: int | None, dtype: s
 
 
 def _document_lengths(rows: Any) -> Iterator[int]:
-    """Yield the largest number of tokens of a document in each part of a data set; nothing for other kinds of data."""
+    """Yield the largest number of tokens that the teacher reads of a document, for each part of a data set.
+
+    Nothing for other kinds of data. A row with another prompt for the teacher has `teacher_input_ids`.
+    """
     if hasattr(rows, "column_names") and hasattr(rows, "data"):
         import pyarrow.compute as pc
 
         columns = rows.column_names or ()
-        name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+        name = next((name for name in ("seq_lengths", TEACHER_INPUT_KEYS[0], "input_ids") if name in columns), None)
         for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=1000) if name else ():
             lengths = pc.list_flatten(batch[name]) if name == "seq_lengths" else pc.list_value_length(batch[name])
             if (longest := pc.max(lengths).as_py()) is not None:
                 yield int(longest)
     elif isinstance(rows, list):
         for row in rows:
-            if (ids := row.get("input_ids")) is not None:
-                mask = row.get("attention_mask")
+            prefix = "teacher_" if TEACHER_INPUT_KEYS[0] in row else ""
+            if (ids := row.get(f"{prefix}input_ids")) is not None:
+                mask = row.get(f"{prefix}attention_mask")
                 yield max(row["seq_lengths"]) if "seq_lengths" in row else len(ids) if mask is None else int(sum(mask))

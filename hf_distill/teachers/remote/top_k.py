@@ -44,9 +44,9 @@ def top_k_row(positions: Sequence[Mapping[int, float]], top_k: int, vocab_size: 
             raise MalformedAnswer(f"{where} has a log-probability that is not finite or above 0")
         if (total := sum(map(math.exp, entries.values()))) > 1 + _ROUNDING:
             raise MalformedAnswer(f"the probabilities of {where} sum to {total:.4g}, which is above 1")
-        kept = sorted(sorted(entries, key=lambda token_id: -entries[token_id])[:top_k])
-        ids.append(kept)
-        log_probs.append([entries[token_id] for token_id in kept])
+        most_probable = sorted(sorted(entries, key=lambda token_id: -entries[token_id])[:top_k])
+        ids.append(most_probable)
+        log_probs.append([entries[token_id] for token_id in most_probable])
     return {"ids": torch.tensor(ids, dtype=torch.int32), "log_probs": torch.tensor(log_probs, dtype=torch.float32)}
 
 
