@@ -14,6 +14,7 @@ from ..core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TOK
 from ..core.json_types import JSONObject
 from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
 from ..core.results import ServerFacts
+from ..core.server_urls import without_servers
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any
@@ -162,7 +163,7 @@ def write_cache(
         shard_rows: rows per shard; an interruption loses at most one shard per process.
         device: device of the batches; None: the device of the teacher.
         teacher_name: {"model", "revision"} of the teacher for the manifest; None: its name_or_path.
-        recipe: the recipe of this cache, for the manifest.
+        recipe: the recipe of this cache, for the manifest, which leaves out the URLs of servers.
         served: facts of a remote teacher; None for other teachers.
         on_progress: called after each shard.
         options: see `CacheOptions`.
@@ -192,7 +193,7 @@ def write_cache(
         chat_template=template_fingerprint(processing_class),
         data=_describe_data(counts, plan, batch_size, shard_rows, recipe),
         versions={name: version(name) for name in PACKAGES},
-        recipe=recipe,
+        recipe=None if recipe is None else without_servers(recipe),
         depth=served.depth if served else count_blocks(cast(nn.Module, model)),
         **_probe_teacher(teacher_fn, plan, cache_options, device, shift, served),
     )
