@@ -56,11 +56,11 @@ class TeacherGroup(Teacher):
         for teacher in self:
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
-        self.max_row_tokens = self._max_row_tokens()
+        self.context_length = self._context_length()
 
-    def _max_row_tokens(self) -> int | None:
+    def _context_length(self) -> int | None:
         """Return the limit of the teacher that reads the shortest rows; None if no limit is known."""
-        limits = [teacher.max_row_tokens for teacher in self if teacher.max_row_tokens is not None]
+        limits = [teacher.context_length for teacher in self if teacher.context_length is not None]
         return min(limits, default=None)
 
     def check_data(self, rows: Any, name: str) -> None:

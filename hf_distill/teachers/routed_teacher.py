@@ -65,7 +65,7 @@ class RoutedTeacher(TeacherGroup):
         """Names of the inputs of any teacher, and of the columns that route the rows."""
         return super().input_names() | {"source" if self.sources else COLUMN, TEACHER_INDEX}
 
-    def _max_row_tokens(self) -> None:
+    def _context_length(self) -> None:
         """Return no limit: a long row may be that of a teacher that can read it."""
 
     def teacher_index(self, source: Tensor | None, source_names: Sequence[str]) -> Tensor:

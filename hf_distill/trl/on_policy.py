@@ -120,7 +120,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             DistillError: see `DistillMixin.setup_distillation`; or rows may become longer than the teacher can read.
         """
         super().setup_distillation(teacher, distill_args)
-        limit, added = teacher.max_row_tokens, self.max_completion_length
+        limit, added = teacher.context_length, self.max_completion_length
         if limit is None or added is None:
             return
         for name, rows in {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}.items():

@@ -124,7 +124,7 @@ class RemoteTeacher(Teacher):
         for info in self.servers:
             check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
         lengths = [info.context_length for info in self.servers if info.context_length is not None]
-        self.max_row_tokens = min(lengths) - self.protocol.row_tokens if lengths else None
+        self.context_length = min(lengths) - self.protocol.row_tokens if lengths else None
 
     def keep_all_ids(self) -> None:
         """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
@@ -136,7 +136,7 @@ class RemoteTeacher(Teacher):
         Raises:
             DistillError: a document is too long.
         """
-        limit, extra = self.max_row_tokens, self.protocol.row_tokens
+        limit, extra = self.context_length, self.protocol.row_tokens
         longest = max(_document_lengths(rows), default=0)
         if limit is not None and longest > limit:
             raise DistillError(
