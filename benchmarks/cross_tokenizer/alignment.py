@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from hf_distill.data.alignment.teacher_rows import TeacherRowMaker
 from models import TEACHERS, model_path
 from rows import training_rows
 from train import TEXTS
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer
 from trl.experimental.gold.gold_trainer import ULDLoss, build_teacher_inputs_from_texts
 from trl.experimental.utils import encode_with_byte_offsets
 
+from hf_distill.data.alignment.teacher_rows import TeacherRowMaker
 from hf_distill.data.collator import Collator
 
 ROUNDS, BATCH = 7, 2
