@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class TokenClasses:
     """The class of each id of the student and of the teacher, see `data/alignment/token_classes.py`.
 

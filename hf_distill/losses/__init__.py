@@ -1,18 +1,21 @@
 """Loss functions. Each returns one number for each target token, [T], neither weighted nor summed nor averaged."""
 
 from . import analytic_gradients as _analytic_gradients  # registers the analytic gradients
+from . import cross_tokenizer_gradients as _cross_tokenizer_gradients  # likewise
 from .attention import attention_kl, value_relation
 from .cross_entropy import cross_entropy
+from .cross_tokenizer import alm, projected_kl, uld
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
 from .registry import LOSSES, Loss, get_loss, loss, register_gradient
 
-del _analytic_gradients
+del _analytic_gradients, _cross_tokenizer_gradients
 
 __all__ = [
     "LOSSES",
     "Loss",
     "adaptive_kl",
+    "alm",
     "attention_kl",
     "cross_entropy",
     "forward_kl",
@@ -23,10 +26,12 @@ __all__ = [
     "hidden_relation",
     "js",
     "loss",
+    "projected_kl",
     "register_gradient",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "total_variation",
+    "uld",
     "value_relation",
 ]

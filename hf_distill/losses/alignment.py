@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..core.aligned_logits import AlignedLogits
 from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs
 from ..core.signals import Signals
 from ..errors import DistillError
@@ -86,10 +87,15 @@ def dense_logits(source: Signals | Tensor) -> Tensor:
         source: signals, or logits [T, V].
 
     Raises:
-        DistillError: the signals hold no logits, or those of a sparse teacher.
+        DistillError: the signals hold no logits, or those of a sparse teacher or of one with another tokenizer.
     """
     if isinstance(source, Tensor):
         return DenseLogits(source).project()
+    if isinstance(source.logits, AlignedLogits):
+        raise DistillError(
+            "The teacher has another tokenizer, and this loss compares the ids of one: use a loss on chunks "
+            "(alm, projected_kl or uld)."
+        )
     if not isinstance(source.logits, DenseLogits | LazyLogits):
         raise DistillError(
             "A sparse teacher has no logits over the full vocabulary: use a loss that reads sparse teachers, such as "

@@ -9,6 +9,7 @@ respect to p, the gradient with respect to the student logits is p * (g - sum_v 
 """
 
 import builtins
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -43,15 +44,22 @@ class BufferPool:
         self._buffers: list[Tensor] = []
         self._num_acquired = 0
 
-    def acquire(self, like: Tensor) -> Tensor:
-        """Return an uninitialized tensor of the shape and dtype of `like`, valid until it is released."""
+    def acquire(self, like: Tensor, *shape: int) -> Tensor:
+        """Return an uninitialized tensor, valid until it is released.
+
+        Args:
+            like: tensor of the same dtype and device.
+            shape: of the tensor; that of `like` if it is left out.
+        """
+        shape = shape or like.shape
+        numel = math.prod(shape)
         if self._num_acquired == len(self._buffers):
             self._buffers.append(like.new_empty(0))
         buffer = self._buffers[self._num_acquired]
-        if buffer.numel() < like.numel() or buffer.dtype != like.dtype:
-            buffer = self._buffers[self._num_acquired] = like.new_empty(like.numel())
+        if buffer.numel() < numel or buffer.dtype != like.dtype:
+            buffer = self._buffers[self._num_acquired] = like.new_empty(numel)
         self._num_acquired += 1
-        return buffer[: like.numel()].view(like.shape)
+        return buffer[:numel].view(shape)
 
     def release_last(self) -> None:
         """Release the buffer that was acquired last."""
@@ -137,9 +145,19 @@ class BlockLogits:
         """Return the softmax of the teacher logits / temperature; callers must not write to it."""
         return self._softmax(self._teacher_softmaxes, self.teacher, temperature)
 
-    def new_buffer(self) -> Tensor:
-        """Return an uninitialized tensor [r, V] that is valid until the next block."""
-        return self._buffer_pool.acquire(self.student)
+    def with_student(self, student: Tensor, may_be_masked: bool | None = None) -> "BlockLogits":
+        """Return other student logits without a teacher, whose temporaries are in the same buffers.
+
+        Args:
+            student: logits of other rows or ids.
+            may_be_masked: whether some logits may be -inf; None for that of this block.
+        """
+        masked = self.may_be_masked if may_be_masked is None else may_be_masked
+        return BlockLogits(student, None, self.labels[: len(student)], self._buffer_pool, masked)
+
+    def new_buffer(self, *shape: int) -> Tensor:
+        """Return an uninitialized tensor that is valid until the next block: [r, V] if no shape is given."""
+        return self._buffer_pool.acquire(self.student, *shape)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the dot product of each row, [r].
@@ -177,7 +195,7 @@ def _slice(softmaxes: dict[float, Softmax], rows: slice) -> dict[float, Softmax]
     return {temperature: Softmax(*(t[rows] for t in softmax)) for temperature, softmax in softmaxes.items()}
 
 
-def _logit_gradient(block: BlockLogits, p: Tensor, g: Tensor, factor: float) -> Tensor:
+def logit_gradient(block: BlockLogits, p: Tensor, g: Tensor, factor: float) -> Tensor:
     """Return factor * p * (g - sum_v p(v) * g(v)), [r, V], and overwrite g with it."""
     if block.may_be_masked:
         g.masked_fill_(p == 0, 0)
@@ -256,7 +274,7 @@ def reverse_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor,
     z, p, lse_s = block.student_softmax(temperature)
     y, _, lse_t = block.teacher_softmax(temperature)
     ratio = torch.sub(z, y, out=block.new_buffer()).sub_(lse_s - lse_t)
-    return block.expectation(p, ratio), _logit_gradient(block, p, ratio, 1 / temperature)
+    return block.expectation(p, ratio), logit_gradient(block, p, ratio, 1 / temperature)
 
 
 def _mixture(block: BlockLogits, temperature: float, q_share: float) -> Tensor:
@@ -275,7 +293,7 @@ def js(block: BlockLogits, *, temperature: float = 1.0, beta: float = JS_BETA) -
     teacher_kl = block.expectation(q, torch.sub(y, log_m, out=block.new_buffer()).sub_(lse_t))
     ratio = torch.sub(z, log_m, out=log_m).sub_(lse_s)
     values = beta * teacher_kl + (1 - beta) * block.expectation(p, ratio)
-    return values, _logit_gradient(block, p, ratio, (1 - beta) / temperature)
+    return values, logit_gradient(block, p, ratio, (1 - beta) / temperature)
 
 
 @register_gradient(divergences.skew_kl)
@@ -286,7 +304,7 @@ def skew_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float = SKEW_L
     m = _mixture(block, temperature, lam)
     g = torch.div(q, m, out=block.new_buffer())
     values = block.expectation(q, torch.sub(y, m.log_(), out=m).sub_(lse_t))
-    return values, _logit_gradient(block, p, g, (lam - 1) / temperature)
+    return values, logit_gradient(block, p, g, (lam - 1) / temperature)
 
 
 @register_gradient(divergences.skew_reverse_kl)
@@ -297,7 +315,7 @@ def skew_reverse_kl(block: BlockLogits, *, temperature: float = 1.0, lam: float 
     share = torch.div(p, m, out=block.new_buffer())
     ratio = torch.sub(z, m.log_(), out=m).sub_(lse_s)
     values = block.expectation(p, ratio)
-    return values, _logit_gradient(block, p, ratio.sub_(share, alpha=lam), 1 / temperature)
+    return values, logit_gradient(block, p, ratio.sub_(share, alpha=lam), 1 / temperature)
 
 
 @register_gradient(divergences.total_variation)
@@ -306,7 +324,7 @@ def total_variation(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Te
     p = block.student_softmax(temperature).probs
     difference = torch.sub(p, block.teacher_softmax(temperature).probs, out=block.new_buffer())
     values = 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
-    return values, _logit_gradient(block, p, difference.sign_(), 0.5 / temperature)
+    return values, logit_gradient(block, p, difference.sign_(), 0.5 / temperature)
 
 
 @register_gradient(divergences.adaptive_kl)

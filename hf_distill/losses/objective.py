@@ -74,8 +74,12 @@ class Term:
         return values * self.temperature_squared
 
     def analytic_gradient(self, block: BlockLogits | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """Return the loss's analytic gradient for the logits of a block; None if it has none."""
-        if block is None:
+        """Return the loss's analytic gradient for the logits of a block; None if it has none.
+
+        There is none either if the loss compares chunks and the teacher has the student's tokenizer, or the reverse:
+        the loss function raises an error then.
+        """
+        if block is None or self.loss.compares_chunks != (block.aligned_teacher is not None):
             return None
         return self.loss.gradient_fn if block.sparse_teacher is None else self.loss.sparse_gradient_fn
 

@@ -58,6 +58,12 @@ def test_several_teachers_and_sparse_teachers_are_computed_by_the_analytic_gradi
     assert reason_for_eager(terms, LOGITS, sparse) == "the teacher's log-probabilities are sparse"
 
 
+@pytest.mark.parametrize("name", ["alm", "projected_kl", "uld"])
+def test_losses_on_chunks_are_computed_by_the_analytic_gradients(name):
+    terms = objective(0.5, 1.0, name)
+    assert reason_for_eager(terms, LOGITS, LOGITS) == f"it does not compute the loss {name}"
+
+
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_float64_is_not_rounded_to_float32(who):
     double = DenseLogits(torch.empty(3, 5, dtype=torch.float64, device="meta"))
