@@ -44,11 +44,11 @@ def serve(delay: float) -> None:
     from hf_distill.serving.teacher import ServedTeacher
 
     class SlowTeacher(ServedTeacher):
-        def hidden_states(self, rows):
+        def compute_rows(self, rows):
             end = time.monotonic() + delay
-            hidden = super().hidden_states(rows)
+            tensors = super().compute_rows(rows)
             time.sleep(max(end - time.monotonic(), 0))
-            return hidden
+            return tensors
 
     _, tokenizer, model = models()
     teacher = SlowTeacher(model.eval(), "slow", tokenizer=tokenizer, max_batch_tokens=ROWS * LENGTH)
@@ -125,7 +125,7 @@ def measure_client(url: str) -> dict:
             protocol.to_signals(joined, torch.device("cpu"), full_model.config.vocab_size, {})
             cpu.append(time.process_time() - cpu_start)
             wall.append(time.perf_counter() - start)
-        body = wire.encode_hidden_states([answer["hidden_states"] for answer in answers], dtype, protocol.info)
+        body = wire.encode_hidden_states(answers, dtype, protocol.info)
         result[dtype] = {
             "client_cpu_seconds": statistics.median(cpu),
             "request_seconds": statistics.median(wall),

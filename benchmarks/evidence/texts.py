@@ -23,7 +23,7 @@ def prepare(folder: Path) -> None:
     if (folder / "held_out.jsonl").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {"general": _addresses(folder), "technical": _documentation(folder)}
+    sources = {"general": _addresses(folder), "technical": python_documentation(folder)}
     train = {name: list(islice(_spread(documents, held_out=False), EACH)) for name, documents in sources.items()}
     held = {name: list(islice(_spread(documents, held_out=True), HELD_OUT // 2)) for name, documents in sources.items()}
     for name, rows in train.items():
@@ -45,7 +45,8 @@ def _addresses(folder: Path) -> list[str]:
     return [path.read_text() for path in sorted((folder / "addresses/package/data").glob("*.txt"))]
 
 
-def _documentation(folder: Path) -> list[str]:
+def python_documentation(folder: Path) -> list[str]:
+    """Return the pages of Python's documentation, which are downloaded into a folder."""
     _run(folder, "apt-get", "download", "-qq", DOCUMENTATION)
     _run(folder, "dpkg", "-x", next(folder.glob(f"{DOCUMENTATION}_*.deb")).name, "documentation")
     sources = (folder / "documentation/usr/share/doc/python3.11/html/_sources").rglob("*.rst.txt")

@@ -126,7 +126,7 @@ class Manifest:
     chat_template: checksum of the chat template; None: there is none
     data:          number of examples and tokens, max_length, and a fingerprint of all examples
     versions:      versions of the packages that wrote the cache
-    recipe:        the recipe that the cache was written from; None: a script wrote it
+    recipe:        the recipe that the cache was written from, without URLs of servers; None: a script wrote it
     shards:        {file, examples, tokens, bytes, sha256} of each shard
     index:         {file, bytes, sha256} of the file with all keys, in the order of shards and their rows
     head:          {file, bytes, sha256} of the output head; None if the cache has none

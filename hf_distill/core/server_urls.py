@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from ..errors import DistillError
+from .json_types import JSON, JSONObject
 
 DEFAULT_KEY_VARIABLE = "HF_DISTILL_TEACHER_API_KEY"
+SERVER_KEYS = ("url", "api_key_env")  # of a teacher in a recipe
 
 
 def server_urls(url: str | Sequence[str]) -> tuple[str, ...]:
@@ -51,6 +53,23 @@ def _base(url: str) -> str:
 def public_host(url: str) -> str:
     """Return host and port of a URL, as results and cards record it."""
     return urlsplit(url).netloc
+
+
+def without_servers(recipe: JSONObject) -> JSONObject:
+    """Return the plain values of a recipe without the URLs and the key variables of its teachers, for publication."""
+    several = recipe.get("teachers")
+    values = dict(recipe)
+    if "teacher" in recipe:
+        values["teacher"] = _without_server(recipe["teacher"])
+    if isinstance(several, list):
+        values["teachers"] = [_without_server(teacher) for teacher in several]
+    return values
+
+
+def _without_server(teacher: JSON) -> JSON:
+    if not isinstance(teacher, dict):
+        return teacher
+    return {name: value for name, value in teacher.items() if name not in SERVER_KEYS}
 
 
 def is_loopback(url: str) -> bool:

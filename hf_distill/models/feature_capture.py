@@ -68,7 +68,13 @@ def _read_feature(
     key: FeatureKey, tokens: FeatureTokens, output: Tensor | tuple, attention: Attention | None, block: nn.Module
 ) -> Tensor:
     if key.kind == "hidden":
-        return tokens.gather(output[0] if isinstance(output, tuple) else output)
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor):
+            raise DistillError(
+                f"{type(block).__name__} returns a {type(hidden).__name__} and not its hidden states, so they cannot "
+                "be read: use losses on logits."
+            )
+        return tokens.gather(hidden)
     if attention is None:
         raise DistillError(
             f"{type(block).__name__} does not compute its attention through transformers' AttentionInterface, so its "

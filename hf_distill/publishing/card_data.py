@@ -9,6 +9,7 @@ from ..core.io import damage_reported, read_json
 from ..core.json_types import JSONObject
 from ..core.references import public_name
 from ..core.results import Metrics, Provenance, Results
+from ..core.server_urls import without_servers
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, DatasetFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts, unmeasured
@@ -85,11 +86,11 @@ def _smoke_note(recipe: Recipe) -> list[str]:
 
 
 def _recipe(run: Run) -> JSONObject:
-    """Return the recipe as it ran, without defaults and with a relative output folder."""
+    """Return the recipe as it ran, without defaults, with a relative output folder and without URLs of servers."""
     values = run.recipe.model_dump(exclude_none=True, exclude_defaults=True)
     values["distill"] = run.recipe.distill.model_dump()
     values["train"] = {**values["train"], "output_dir": f"runs/{run.folder.resolve().name}"}
-    return values
+    return without_servers(values)
 
 
 def _metrics(metrics: Metrics) -> Metrics:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core.json_types import JSONObject
 from ..core.references import CHAT_TEMPLATES, reference_kind
+from ..core.server_urls import SERVER_KEYS
 from ..errors import DistillError
 from ..hub.model_files import ATTENTION
 from .data import Eval, Source
@@ -135,7 +136,7 @@ def with_placeholder_urls(values: JSONObject) -> JSONObject:
 
 
 def _teacher(spec: TeacherSpec, location: str) -> Iterator[str]:
-    for name in ("url", "api_key_env"):
+    for name in SERVER_KEYS:
         if getattr(spec, name) not in (None, _PLACEHOLDER_URL):
             yield (
                 f"{location}.{name}: an untrusted recipe may not name a server or a key, because the data is sent to "

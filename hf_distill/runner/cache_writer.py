@@ -13,7 +13,9 @@ from ..cache.manifest import FILE
 from ..cache.serialization import encode_signals
 from ..cache.writer import CacheProgress, load_batch, plan_shards, request_layers
 from ..core.defaults import CACHE_KIND, TOP_K_IDS
+from ..core.json_types import JSON, JSONObject
 from ..core.references import reference_kind
+from ..core.server_urls import without_servers
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
@@ -115,7 +117,8 @@ def _served(teacher: Teacher, spec: TeacherSpec) -> ServedTeacher | None:
     """Return the facts of a remote teacher; None for another one."""
     if not isinstance(teacher, RemoteTeacher):
         return None
-    return ServedTeacher(spec.vocab_size or teacher.student_vocab_size, teacher.summary())
+    depth = teacher.protocol.depth
+    return ServedTeacher(spec.vocab_size or teacher.student_vocab_size, teacher.summary(), depth)
 
 
 def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
@@ -129,21 +132,31 @@ def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
 
 
 def verify_against_teacher(
-    cache: CacheReader, count: int, on_stage: Callable[[str], None] = lambda text: None
+    cache: CacheReader,
+    count: int,
+    on_stage: Callable[[str], None] = lambda text: None,
+    *,
+    url: Sequence[str] = (),
+    api_key_env: str | None = None,
 ) -> dict[str, float]:
     """Compare some examples of a cache with new outputs of its teacher.
+
+    A manifest names no servers, so a cache cannot send the user's data or key to one that the user did not name.
 
     Args:
         cache: Reader of a cache that was written from a recipe.
         count: Approximate number of examples to compare.
         on_stage: Called with a short description of each stage when it begins.
+        url: URLs of the servers, for a cache that was written from a remote teacher.
+        api_key_env: See `RemoteTeacher`.
 
     Returns:
         "examples": number of compared examples. "identical": share of them whose stored bytes would be the same now,
         from 0 to 1.
 
     Raises:
-        DistillError: The cache was written from a script or imported, or the data of its recipe has changed.
+        DistillError: The cache was written from a script or imported, the data of its recipe has changed, or `url` is
+            missing or has no effect.
     """
     manifest = cache.manifest
     if manifest.recipe is None:
@@ -157,7 +170,7 @@ def verify_against_teacher(
             "This cache was imported from published log-probabilities, so there is no teacher whose outputs it could "
             "be compared with."
         )
-    recipe = validate(manifest.recipe)
+    recipe = validate(_with_servers(manifest.recipe, "served" in manifest.teacher, list(url), api_key_env))
     teacher, data, _, args = load_teacher_and_data(recipe, recipe.primary_teacher, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
     shift = teacher.model is None or model_type_of(teacher.model).shifts_labels
@@ -184,6 +197,27 @@ def verify_against_teacher(
             for new, old in zip(current, stored, strict=True)
         )
     return {"examples": compared, "identical": identical / max(compared, 1)}
+
+
+def _with_servers(recipe: JSONObject, is_served: bool, urls: list[str], api_key_env: str | None) -> JSONObject:
+    """Return the recipe of a manifest with the servers of its teacher, which only the user names.
+
+    Raises:
+        DistillError: The teacher is on a server and there is no URL, or it is not and there is one.
+    """
+    if is_served != bool(urls):
+        raise DistillError(
+            "This cache was written from a teacher on a server, and the manifest of a cache names no server: pass its "
+            "URL (--teacher-url)."
+            if is_served
+            else "The teacher of this cache is not on a server: remove --teacher-url."
+        )
+    recipe, teacher = without_servers(recipe), recipe.get("teacher")
+    if not is_served or not isinstance(teacher, dict):
+        return recipe
+    servers: JSONObject = {"url": [*urls], "api_key_env": api_key_env}
+    with_servers: JSON = {**teacher, **servers}
+    return recipe | {"teacher": with_servers}
 
 
 def _reads_row(teacher: Teacher, name: str | None, row: Mapping[str, Any], sources: Sequence[str]) -> bool:

@@ -160,11 +160,18 @@ def _from_package(reference: str) -> Path:
     require_package("gguf", "gguf", "Reading a GGUF file")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _build_in_cache(f"{file.stem}-{digest[:16]}", lambda to: _convert(file, to))
+    return _build_in_cache(f"{file.stem}-{digest[:16]}", lambda to: convert_gguf(file, to))
 
 
-def _convert(file: Path, to: Path) -> None:
-    """Convert GGUF to safetensors: transformers treats a model loaded from GGUF as quantized, which cannot train."""
+def convert_gguf(file: Path, to: Path) -> None:
+    """Convert a GGUF file to a folder of safetensors and the tokenizer.
+
+    transformers treats a model loaded from GGUF as quantized, which cannot be trained.
+
+    Args:
+        file: The GGUF file.
+        to: The folder.
+    """
     logger.warning(f"Converting {file.name} to safetensors. This happens once and takes about half a minute.")
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     config = AutoConfig.for_model(

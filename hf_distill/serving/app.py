@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from ..teachers.remote import wire
-from ..teachers.remote.wire import TokenizeRequest, TokenTextsRequest, WireError
+from ..teachers.remote.api import RowTensors
+from ..teachers.remote.wire import TeacherInfo, TokenizeRequest, TokenTextsRequest, WireError
 from .batching import Batcher, QueueFull
 from .metrics import Metrics
 from .teacher import ServedTeacher
@@ -46,7 +47,7 @@ def create_app(
     """
     wire.write_head(teacher.head, head_file)
     batcher = Batcher(
-        teacher.hidden_states,
+        teacher.compute_rows,
         max_batch_tokens=teacher.info.max_request_tokens,
         max_queued_tokens=max_queued_tokens,
         metrics=metrics,
@@ -102,17 +103,14 @@ class _Endpoints:
         return FileResponse(self._head_file, media_type=_BINARY)
 
     async def hidden_states(self, request: Request) -> Response:
-        """Return the last hidden states of rows, `wire.encode_hidden_states`."""
+        """Return the last hidden states of rows, and outputs of layers, `wire.encode_hidden_states`."""
         info = self._teacher.info
         rows, dtype = await _read(request, info.max_request_bytes, partial(wire.parse_request, info=info))
         try:
             computed = await _wait(request, self._batcher.submit(rows))
         except QueueFull as error:
             raise HTTPException(503, str(error), {"Retry-After": str(error.retry_after)}) from None
-        if not all(tensor.isfinite().all() for tensor in computed):
-            raise HTTPException(422, "the hidden states of the teacher are not finite: serve it with another --dtype")
-        body = await run_in_threadpool(wire.encode_hidden_states, computed, dtype, info)
-        return Response(body, media_type=_BINARY)
+        return Response(await run_in_threadpool(_encode, computed, dtype, info), media_type=_BINARY)
 
     async def tokenize(self, request: Request) -> Response:
         """Return the ids of a text, without special tokens."""
@@ -132,6 +130,19 @@ class _Endpoints:
         if self._teacher.tokenizer is None:
             raise HTTPException(404, "the served model has no tokenizer")
         return self._teacher.tokenizer
+
+
+def _encode(rows: Sequence[RowTensors], dtype: str, info: TeacherInfo) -> bytes:
+    """Return the body of an answer with hidden states.
+
+    Raises:
+        HTTPException: they are not finite, or not after they were rounded to `dtype`.
+    """
+    if not all(tensor.to(wire.DTYPES[dtype]).isfinite().all() for row in rows for tensor in row.values()):
+        raise HTTPException(
+            422, f"the hidden states of the teacher in {dtype} are not finite: use another dtype, or another --dtype"
+        )
+    return wire.encode_hidden_states(rows, dtype, info)
 
 
 async def _read(request: Request, max_bytes: int, parse: Callable[[bytes], _Result]) -> _Result:

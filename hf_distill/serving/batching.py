@@ -8,10 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
-from ..teachers.remote.api import TokenRow
+from ..teachers.remote.api import RowTensors, TokenRow
 from .metrics import Metrics
 
 logger = logging.get_logger(__name__)
@@ -34,12 +33,12 @@ class _Request:
     """An accepted request.
 
     rows:   its rows
-    result: the hidden states of its rows, when all of them are computed
+    result: the tensors of its rows, when all of them are computed
     """
 
     rows: Sequence[TokenRow]
-    result: "Future[list[Tensor]]" = field(default_factory=Future)
-    computed: dict[int, Tensor] = field(default_factory=dict)
+    result: "Future[list[RowTensors]]" = field(default_factory=Future)
+    computed: dict[int, RowTensors] = field(default_factory=dict)
 
 
 class Batcher:
@@ -49,7 +48,7 @@ class Batcher:
     when there are many, and do not wait when there are few.
 
     Args:
-        compute: the hidden states of rows, [T, H] each.
+        compute: the tensors of rows, which may request different layers; see `ServedTeacher.compute_rows`.
         max_batch_tokens: largest number of tokens of a forward, with padding.
         max_queued_tokens: largest number of tokens of the rows that wait.
         metrics: counts forwards and tokens.
@@ -57,7 +56,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[Sequence[TokenRow]], list[Tensor]],
+        compute: Callable[[Sequence[TokenRow]], list[RowTensors]],
         *,
         max_batch_tokens: int,
         max_queued_tokens: int,
@@ -84,7 +83,7 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, rows: Sequence[TokenRow]) -> "Future[list[Tensor]]":
+    def submit(self, rows: Sequence[TokenRow]) -> "Future[list[RowTensors]]":
         """Add a request to the queue; cancelling its result removes it.
 
         Raises:
@@ -150,13 +149,13 @@ class Batcher:
         self._metrics.observe("batch_seconds", seconds)
         self._metrics.count("tokens_total", tokens)
         self._metrics.count("target_tokens_total", sum(len(row.positions) for row in rows))
-        for (request, index), hidden in zip(batch, computed, strict=True):
-            request.computed[index] = hidden
+        for (request, index), tensors in zip(batch, computed, strict=True):
+            request.computed[index] = tensors
             if len(request.computed) == len(request.rows):
                 _end(request)
 
-    def _compute_rows(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Return the hidden states of rows; if they need too much memory together, of one half after the other."""
+    def _compute_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
+        """Return the tensors of rows; if they need too much memory together, of one half after the other."""
         try:
             return self._compute(rows)
         except torch.OutOfMemoryError:

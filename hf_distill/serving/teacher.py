@@ -1,20 +1,24 @@
-"""`ServedTeacher`: computes the last hidden states of rows of token ids with a frozen model.
+"""`ServedTeacher`: computes hidden states of rows of token ids with a frozen model.
 
 Shape letters are those of `hf_distill.core.targets`: B rows, S positions, T target tokens, V vocabulary, H width.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..cache.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from ..core.logits import LazyLogits
 from ..core.references import public_name
+from ..core.signals import FeatureKey, Signals
 from ..core.targets import Targets
 from ..errors import DistillError
+from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
 from ..models.model_types import CAUSAL, model_type_of, unwrap_model
@@ -25,9 +29,10 @@ from ..runner.model_factory import build_frozen_teacher
 from ..runner.model_loading import load_tokenizer_if_any, resolve_model, trust_options
 from ..teachers.input_limits import InputLimits
 from ..teachers.pretrained import as_path, read_config
-from ..teachers.remote.api import TokenRow
-from ..teachers.remote.wire import DTYPES, HeadTensors, TeacherInfo
+from ..teachers.remote.api import RowTensors, TokenRow
+from ..teachers.remote.wire import DTYPES, HeadTensors, TeacherInfo, layer_name
 
+logger = logging.get_logger(__name__)
 _PROBE_TOKENS = 16  # of the forward at the start, which measures the output head
 _MAX_CHANGE = 0.1  # of hidden states by later tokens, relative to their norm; rounding changes them by less
 
@@ -69,7 +74,9 @@ class ServedTeacher:
         self._fill = limits.fill
         positions = limits.positions or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context_length = min(positions or max_batch_tokens, max_batch_tokens)
-        logits = self._probe(name, limits.ids or model_type.num_outputs(unwrap_model(model)), context_length)
+        row = _probe_row(limits.ids or model_type.num_outputs(unwrap_model(model)), context_length)
+        logits = self._probe(name, row)
+        depth, layer_width = self._probe_layers(name, row)
         self.head = HeadTensors(logits.weight, logits.bias, logits.scaling)
         self.info = TeacherInfo(
             model=public_name(name) or name,
@@ -77,6 +84,8 @@ class ServedTeacher:
             quantization=quantization,
             dtype=_name_of_dtype(logits.hidden.dtype),
             width=logits.hidden.shape[-1],
+            depth=depth,
+            layer_width=layer_width,
             vocab_size=logits.vocab_size,
             embeddings=limits.ids or logits.vocab_size,
             context_length=context_length,
@@ -86,16 +95,14 @@ class ServedTeacher:
             head=self.head.digest(),
         )
 
-    def _probe(self, name: str, num_ids: int, context_length: int) -> LazyLogits:
+    def _probe(self, name: str, row: TokenRow) -> LazyLogits:
         """Run a short forward of a row and its first half, by which the output head is measured.
 
         Raises:
             DistillError: the logits are not lazy, or depend on later tokens, which clients do not send.
         """
-        length = min(_PROBE_TOKENS, context_length)
-        half = length // 2
-        ids = tuple(torch.linspace(0, num_ids - 1, length).long().tolist())
-        logits = self._logits([TokenRow(ids, tuple(range(length))), TokenRow(ids[:half], tuple(range(half)))])
+        length, half = len(row.ids), len(row.ids) // 2
+        logits = self._forward([row, TokenRow(row.ids[:half], row.positions[:half])]).logits
         if not isinstance(logits, LazyLogits):
             head = known_output_head(self.model)
             raise DistillError(
@@ -111,32 +118,83 @@ class ServedTeacher:
             )
         return logits
 
-    def hidden_states(self, rows: Sequence[TokenRow]) -> list[Tensor]:
-        """Return the input of the output head for the target tokens of each row, [T, H] on the CPU.
+    def _probe_layers(self, name: str, row: TokenRow) -> tuple[int, int]:
+        """Return the number of blocks whose outputs can be requested, and their width; (0, 0) if they cannot be read.
+
+        A model without them is served for losses on logits.
+        """
+        try:
+            depth = len(get_layer_stack(self.model).blocks)
+            features = self._forward([replace(row, layers=tuple(range(depth)))]).features
+            widths = {feature.shape[-1] for feature in features.values()}
+            if len(features) != depth or len(widths) != 1:
+                raise DistillError(f"{len(features)} of {depth} blocks were run, and their widths are {sorted(widths)}")
+        except DistillError as error:
+            logger.warning(f"{name} is served without the outputs of its blocks, which cannot be read: {error}")
+            return 0, 0
+        return depth, widths.pop()
+
+    def compute_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
+        """Return tensors of the target tokens of each row, [T, H] on the CPU, by the names of `wire.tensor_widths`.
+
+        These are the input of the output head, and the outputs of the blocks that the row requests. Rows may request
+        different ones; one forward returns those of all.
 
         Args:
             rows: rows within the limits of `info`.
         """
-        logits = self._logits(rows)
-        assert isinstance(logits, LazyLogits)
-        return list(logits.hidden.split([len(row.positions) for row in rows]))
+        signals = self._forward(rows)
+        assert isinstance(signals.logits, LazyLogits)
+        hidden = signals.logits.hidden.split([len(row.positions) for row in rows])
+        tensors: list[RowTensors] = [{"hidden_states": each} for each in hidden]
+        for layer, indices in _rows_by_layer(rows).items():
+            parts = signals.features[FeatureKey("hidden", layer)].split([len(hidden[index]) for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                tensors[index][layer_name(layer)] = part
+        return tensors
 
     @torch.no_grad()
-    def _logits(self, rows: Sequence[TokenRow]) -> object:
-        """Run the model on rows, which are padded on the right to the longest, [B, S]."""
+    def _forward(self, rows: Sequence[TokenRow]) -> Signals:
+        """Run the model on rows, which are padded on the right to the longest, [B, S].
+
+        Returns:
+            logits of the target tokens of all rows, and each layer's features of those of the rows that request it.
+        """
         width = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), width), self._fill)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = torch.tensor(row.ids)
             mask[number, : len(row.ids)] = 1
-        flat = [number * width + position for number, row in enumerate(rows) for position in row.positions]
-        positions = torch.tensor(flat)
-        targets = Targets(torch.zeros_like(positions), positions, positions // width, ids.shape)
+        all_rows, by_layer = tuple(range(len(rows))), _rows_by_layer(rows)
+        targets = {indices: _targets(rows, indices, width) for indices in {all_rows, *by_layer.values()}}
+        feature_requests = {FeatureKey("hidden", layer): targets[indices] for layer, indices in by_layer.items()}
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if (device := input_device(self.model)) is not None:
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return extract_signals(self.model, accepted_inputs(self.model, inputs), targets, {}).logits
+        inputs = accepted_inputs(self.model, inputs)
+        return extract_signals(self.model, inputs, targets[all_rows], feature_requests)
+
+
+def _probe_row(num_ids: int, context_length: int) -> TokenRow:
+    """Return a short row whose ids are spread over all ids of the model."""
+    length = min(_PROBE_TOKENS, context_length)
+    return TokenRow(tuple(torch.linspace(0, num_ids - 1, length).long().tolist()), tuple(range(length)))
+
+
+def _rows_by_layer(rows: Sequence[TokenRow]) -> dict[int, tuple[int, ...]]:
+    """Return each requested layer, in their order, with the indices of the rows that request it."""
+    indices: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        for layer in row.layers:
+            indices[layer].append(index)
+    return {layer: tuple(indices[layer]) for layer in sorted(indices)}
+
+
+def _targets(rows: Sequence[TokenRow], indices: Sequence[int], width: int) -> Targets:
+    """Return the target tokens of some of the rows, all of which are padded to `width`."""
+    positions = torch.tensor([index * width + position for index in indices for position in rows[index].positions])
+    return Targets(torch.zeros_like(positions), positions, positions // width, torch.Size((len(rows), width)))
 
 
 def load_served_teacher(spec: TeacherSpec, max_batch_tokens: int) -> ServedTeacher:

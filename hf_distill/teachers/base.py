@@ -73,6 +73,7 @@ class Teacher(ABC):
     has_full_logits:      whether `forward` returns logits of all ids; False: `SparseLogProbs`
     can_fail:             whether `forward` may raise a RunError during training, as a server can fail; the trainer then
                           ends training on all ranks, with a checkpoint
+    context_length:       largest number of tokens of a row that `forward` reads, set by `prepare`; None: unknown
     max_wait_seconds:     longest time for which `forward` waits for a server before it fails
     prefetch:             number of batches after the current step for which the trainer calls `start_batch`
     progress:             progress of the training, in [0, 1]; the trainer sets it
@@ -84,6 +85,7 @@ class Teacher(ABC):
     provides_soft_labels: bool = True
     has_full_logits: bool = True
     can_fail: bool = False
+    context_length: int | None = None
     max_wait_seconds: float = 0.0
     prefetch: int = 0
     progress: float = 0.0
@@ -193,7 +195,9 @@ class Teacher(ABC):
         """
         return []
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:  # noqa: B027
+    def start_batch(  # noqa: B027
+        self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]
+    ) -> None:
         """Start to prepare the signals of a batch, without waiting for them; called some steps before `forward`.
 
         `forward` gets the same batch later, unless training stops before. Batches of evaluations and those that a
@@ -202,6 +206,7 @@ class Teacher(ABC):
         Args:
             inputs: ids, mask, positions and labels of the batch, on the CPU.
             targets: its target tokens, on the CPU.
+            feature_requests: the features that `forward` will be asked for, with their tokens on the CPU.
         """
 
     def on_train_begin(self, step: int) -> None:  # noqa: B027

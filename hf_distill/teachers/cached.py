@@ -173,7 +173,7 @@ class CachedTeacher(Teacher):
         """Return the checksum of the whole batch."""
         return {_CHECKSUM: batch_checksum(inputs)}
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Look up the examples of a batch in a thread, unless the cached teacher read further inputs."""
         if self.manifest.data.get("inputs"):
             return

@@ -102,6 +102,7 @@ class FrozenTeacher(Teacher):
         self._is_float32 = computes_in_float32(self.model)
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student)
+        self.context_length = self._limits.positions
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer that is stored with the model; None if there is none.

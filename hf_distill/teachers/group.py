@@ -56,6 +56,12 @@ class TeacherGroup(Teacher):
         for teacher in self:
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
+        self.context_length = self._context_length()
+
+    def _context_length(self) -> int | None:
+        """Return the limit of the teacher that reads the shortest rows; None if no limit is known."""
+        limits = [teacher.context_length for teacher in self if teacher.context_length is not None]
+        return min(limits, default=None)
 
     def check_data(self, rows: Any, name: str) -> None:
         """Check a data set with every teacher."""

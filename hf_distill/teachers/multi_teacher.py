@@ -56,11 +56,11 @@ class MultiTeacher(TeacherGroup):
         """Return the integers that any of the teachers needs; those of the same name are the same."""
         return {name: number for teacher in self for name, number in teacher.numbers_to_read(inputs, shift).items()}
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Announce a batch to every teacher that starts early."""
-        for teacher in self:
+        for name, teacher in self.teachers.items():
             if teacher.prefetch:
-                teacher.start_batch(inputs, targets)
+                teacher.start_batch(inputs, targets, _requests_for(name, feature_requests))
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Call every teacher."""

@@ -65,6 +65,9 @@ class RoutedTeacher(TeacherGroup):
         """Names of the inputs of any teacher, and of the columns that route the rows."""
         return super().input_names() | {"source" if self.sources else COLUMN, TEACHER_INDEX}
 
+    def _context_length(self) -> None:
+        """Return no limit: a long row may be that of a teacher that can read it."""
+
     def teacher_index(self, source: Tensor | None, source_names: Sequence[str]) -> Tensor:
         """Return the index of the teacher of each token, -1 for none, for rows that are routed by source.
 
@@ -128,11 +131,11 @@ class RoutedTeacher(TeacherGroup):
         others = true_indices(_index_of_targets(inputs, targets) == NO_TEACHER, num_others)
         return Signals(RoutedLogits(logits, tokens_by_teacher, others, self.has_full_logits))
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Announce its rows to every teacher that starts early."""
         for name, _, part_inputs, part_targets in self._parts(inputs, targets):
             if self.teachers[name].prefetch:
-                self.teachers[name].start_batch(part_inputs, part_targets)
+                self.teachers[name].start_batch(part_inputs, part_targets, {})
 
     def _parts(self, inputs: dict, targets: Targets) -> Iterator[tuple[str, Tensor, dict, Targets]]:
         """Yield name, indices of the target tokens [T_k], inputs and target tokens of each teacher that has to run."""
@@ -231,15 +234,15 @@ def _packed_part(
     is_routed = index[0] == teacher
     if num_tokens == 0:
         is_routed = torch.arange(width, device=is_routed.device) == 0
-    kept = true_indices(is_routed, max(num_tokens, 1))
+    columns = true_indices(is_routed, max(num_tokens, 1))
     lengths = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of the documents of all teachers
     part = {
-        name: value[:, kept] if isinstance(value, Tensor) and value.shape[:2] == (1, width) else value
+        name: value[:, columns] if isinstance(value, Tensor) and value.shape[:2] == (1, width) else value
         for name, value in inputs.items()
         if name not in lengths
     }
     positions = (is_routed.long().cumsum(0) - 1)[targets.positions[tokens]]
-    shape = torch.Size((1, len(kept)))
+    shape = torch.Size((1, len(columns)))
     return part, _part_of(targets, tokens, positions, torch.zeros_like(positions), shape)
 
 

@@ -205,7 +205,9 @@ class DistillMixin(_Base):
         on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
         inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
         numbers = self.teacher.numbers_to_read(teacher_inputs(inputs), shift) | teacher_target_numbers(inputs, shift)
-        self.teacher.start_batch(*teacher_batch(inputs, Targets.from_batch(inputs, shift, numbers), shift))
+        inputs, targets = teacher_batch(inputs, Targets.from_batch(inputs, shift, numbers), shift)
+        features = self.distiller.features
+        self.teacher.start_batch(inputs, targets, features.teacher_requests(features.tokens(inputs, targets)))
 
     def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..core.targets import IGNORE_INDEX
 from ..data import Collator, prompt_rows
 from ..data.formats import TEACHER_PROMPT
 from ..errors import DistillError, collect_errors, raise_if_any
+from ..teachers import Teacher
 from ..trainer.config import DistillArguments
 from ..trainer.sidecar import trained_sidecar
 from ..trainer.teacher_argument import TeacherArgument
@@ -111,6 +113,38 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             kwargs[name] = _with_prompts(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
 
+    def setup_distillation(self, teacher: Teacher, distill_args: DistillArguments) -> None:
+        """Also check that the teacher can read the longest prompt with the longest completion; streams are not checked.
+
+        Raises:
+            DistillError: see `DistillMixin.setup_distillation`; or rows may become longer than the teacher can read.
+        """
+        super().setup_distillation(teacher, distill_args)
+        limit, added = teacher.context_length, self.max_completion_length
+        if limit is None or added is None:
+            return
+        for name, rows in {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}.items():
+            for part in rows.values() if isinstance(rows, dict) else [rows]:
+                longest = max(self._prompt_lengths(part), default=0)
+                if longest + added > limit:
+                    raise DistillError(
+                        f"{name} has a prompt of {longest} tokens, and a completion may have {added} "
+                        f"(max_completion_length), but the teacher reads rows of at most {limit} tokens: lower "
+                        "max_completion_length, remove the long prompts (in a recipe, lower data.max_length), or use "
+                        "a teacher that reads longer rows. A server may be started with a longer context: "
+                        "--max-model-len (vLLM), --context-length (SGLang) or --max-batch-tokens (hf-distill serve)."
+                    )
+
+    def _prompt_lengths(self, rows: Any) -> Iterator[int]:
+        """Yield the number of tokens of each prompt that the teacher reads; nothing for streams and tokenized rows."""
+        columns = getattr(rows, "column_names", None) or ()
+        if not hasattr(rows, "__len__") or "prompt" not in columns:
+            return
+        column = TEACHER_PROMPT.column if TEACHER_PROMPT.column in columns else "prompt"
+        for row in rows.select_columns([column]):
+            if row[column]:
+                yield len(self._prompt_ids(row[column]))
+
     def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
         """Also check that vLLM gets no weights but the student's.
 
@@ -199,7 +233,13 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         if isinstance(prompt, str):
             return self.processing_class(text=prompt)["input_ids"]
         return self.processing_class.apply_chat_template(
-            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **self.chat_template_kwargs
+            prompt,
+            tools=self.tools or None,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            **self.chat_template_kwargs,
         )["input_ids"]
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:

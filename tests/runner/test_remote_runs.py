@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -84,13 +85,32 @@ def test_a_run_records_what_answered_and_resumes_after_the_server_failed(server,
 
 
 def test_a_card_names_the_served_model_and_its_host(server):
-    from hf_distill.publishing.card_data import teacher_cards
+    from hf_distill.publishing.card_data import _recipe, teacher_cards
 
     recipe = recipe_of(server, teacher__model="org/big-teacher")
     results = {"servers": {"teacher": {"model": "/srv/big", "hosts": ["h:1"], "api": "vllm", "top_k": 8}}}
     card = teacher_cards(recipe, results, lambda name, revision: None)["teacher"]
     assert card["hosts"] == ["h:1"]
     assert "/srv" not in str(card["model"])
+    published = _recipe(SimpleNamespace(recipe=recipe, folder=Path("runs/remote")))
+    assert published["teacher"]["model"] == "org/big-teacher"
+    assert not {"url", "api_key_env"} & published["teacher"].keys()
+
+
+def test_a_published_recipe_names_no_server():
+    from hf_distill.core.server_urls import without_servers
+
+    remote = {"kind": "remote", "url": ["http://10.0.0.5:8000/secret"], "api_key_env": "TEACHER_KEY", "top_k": 8}
+    recipe = {"student": {"model": "org/student"}, "teacher": remote, "teachers": [remote | {"name": "maths"}]}
+    public = {"kind": "remote", "top_k": 8}
+    assert without_servers(recipe) == recipe | {"teacher": public, "teachers": [public | {"name": "maths"}]}
+    assert without_servers({"student": recipe["student"]}) == {"student": recipe["student"]}
+
+
+def test_a_url_without_a_comparison_with_the_teacher_is_refused(run_cli, tmp_path):
+    done = run_cli("cache", "verify", str(tmp_path), "--teacher-url", "http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "--teacher-url needs --against-teacher" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -132,8 +152,14 @@ def test_a_cache_is_written_from_a_server_and_gives_the_same_losses(server):
     rows = {"data__task": {"path": "texts.jsonl"}}
     folder, manifest = write_recipe_cache(recipe_of(server, **rows), "cache", **options)
     assert manifest.teacher["served"]["model"] == "org/big-teacher"
-    assert KEY not in (folder / "manifest.json").read_text()
-    assert verify_against_teacher(open_cache(str(folder)), 8)["identical"] == 1.0
+    text = (folder / "manifest.json").read_text()
+    assert KEY not in text
+    assert "http://" not in text
+    assert "TEACHER_KEY" not in text
+    with pytest.raises(DistillError, match="pass its URL"):
+        verify_against_teacher(open_cache(str(folder)), 8)
+    servers = {"url": [server.url], "api_key_env": "TEACHER_KEY"}
+    assert verify_against_teacher(open_cache(str(folder)), 8, **servers)["identical"] == 1.0
     before = len(server.requests)
     cached = run_recipe(recipe_of(server, **rows, teacher={"kind": "cached", "path": "cache"}))
     assert len(server.requests) == before
@@ -165,7 +191,8 @@ def hidden_server(monkeypatch, tmp_path):
 
 
 def test_hidden_states_of_a_server_train_as_the_local_teacher_and_fill_a_hidden_cache(hidden_server, tmp_path):
-    options = {"distill__temperature": 2.0, "train__max_steps": 2}
+    losses = [{"name": "forward_kl"}, {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"}]
+    options = {"distill__temperature": 2.0, "train__max_steps": 2, "losses": losses}
     teacher = {"kind": "remote", "api": "hidden", "url": hidden_server.url, "api_key_env": "TEACHER_KEY"}
     by_server, local = options | {"teacher": teacher}, options | {"teacher": {"model": "smoke:llama/teacher"}}
     served = run_recipe(recipe_of(hidden_server, **by_server))
@@ -181,7 +208,12 @@ def test_hidden_states_of_a_server_train_as_the_local_teacher_and_fill_a_hidden_
     assert manifest.teacher["served"] == facts
     assert manifest.teacher["weights"] == of_local.teacher["weights"]
     assert (manifest.head["sha256"], manifest.width) == (of_local.head["sha256"], of_local.width)
-    assert verify_against_teacher(open_cache(str(folder)), 8)["examples"] >= 8
+    assert (manifest.options, manifest.depth) == (of_local.options, of_local.depth)
+    assert manifest.options["layers"]
+    servers = {"url": [hidden_server.url], "api_key_env": "TEACHER_KEY"}
+    assert verify_against_teacher(open_cache(str(folder)), 8, **servers)["examples"] >= 8
+    with pytest.raises(DistillError, match="is not on a server"):
+        verify_against_teacher(open_cache("b"), 8, **servers)
     cached = run_recipe(
         recipe_of(hidden_server, **options, teacher={"kind": "cached", "path": "a"}, train__output_dir="runs/cached")
     )

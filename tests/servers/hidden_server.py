@@ -14,9 +14,11 @@ from hf_distill.serving.teacher import ServedTeacher
 
 
 class HiddenServer(AbstractContextManager):
-    """A server of a model; `batches` has the number of rows of each forward.
+    """A server of a model.
 
-    delay: seconds that each forward takes in addition
+    batches:          number of rows of each forward
+    requested_layers: the layers of the rows of all forwards
+    delay:            seconds that each forward takes in addition
     """
 
     def __init__(self, model, folder: Path, *, name="org/teacher", tokenizer=None, key=None, port=0, **options):
@@ -24,14 +26,16 @@ class HiddenServer(AbstractContextManager):
         queued = options.pop("max_queued_tokens")
         self.teacher = ServedTeacher(model.eval(), name, tokenizer=tokenizer, **options)
         self.delay, self.batches, self.metrics = 0.0, list[int](), Metrics()
-        compute = self.teacher.hidden_states
+        self.requested_layers = set[tuple[int, ...]]()
+        compute = self.teacher.compute_rows
 
-        def hidden_states(rows):
+        def compute_rows(rows):
             self.batches.append(len(rows))
+            self.requested_layers |= {row.layers for row in rows}
             time.sleep(self.delay)
             return compute(rows)
 
-        self.teacher.hidden_states = hidden_states
+        self.teacher.compute_rows = compute_rows
         folder.mkdir(parents=True, exist_ok=True)
         self.app = create_app(
             self.teacher,

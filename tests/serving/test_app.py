@@ -5,6 +5,8 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import cycle
 from types import SimpleNamespace
 
 import httpx2
@@ -66,23 +68,30 @@ def body_of(rows, dtype="float32"):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_row_has_the_hidden_states_of_the_model_alone_and_in_a_batch(kind):
-    model = build(kind, 1).eval()
+def test_a_row_has_the_states_of_the_model_alone_and_beside_rows_of_other_layers(kind):
+    model, last_block = build(kind, 1, layers=3).eval(), []  # transformers returns the last layer after the norm only
+    last = next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == 3)[-1]
+    last.register_forward_hook(lambda _module, _args, out: last_block.append(out[0] if type(out) is tuple else out))
     teacher, rows = ServedTeacher(model, "org/teacher", max_batch_tokens=256), random_rows()
-    together = teacher.hidden_states(rows)
-    for row, hidden in zip(rows, together, strict=True):
-        (alone,) = teacher.hidden_states([row])
-        assert_close(alone, hidden, atol=1e-5, rtol=1e-5)
-        reference = model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
-        assert_close(alone, reference.hidden_states[-1][0, list(row.positions)], atol=1e-5, rtol=1e-5)
-        logits = alone @ teacher.head.weight.T
-        assert_close(logits, reference.logits[0, list(row.positions)], atol=1e-4, rtol=1e-4)
+    rows = [replace(row, layers=layers) for row, layers in zip(rows, cycle([(), (1,), (0, 2)]), strict=False)]
+    together = teacher.compute_rows(rows)
+    for row, tensors in zip(rows, together, strict=True):
+        (alone,) = teacher.compute_rows([row])
+        assert_close(alone, tensors, atol=1e-5, rtol=1e-5)
+        outputs = model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
+        states = dict(enumerate(outputs.hidden_states[1:-1])) | {2: last_block[-1]}
+        references = {"hidden_states": outputs.hidden_states[-1]} | {f"layer_{i}": states[i] for i in row.layers}
+        for name, reference in references.items():
+            assert_close(alone.pop(name), reference[0, list(row.positions)], atol=1e-5, rtol=1e-5)
+        assert not alone
+        logits = tensors["hidden_states"] @ teacher.head.weight.T
+        assert_close(logits, outputs.logits[0, list(row.positions)], atol=1e-4, rtol=1e-4)
 
 
 def test_waiting_rows_of_several_requests_run_in_one_forward(tmp_path):
-    rows = random_rows(9)
+    rows = [replace(row, layers=layers) for row, layers in zip(random_rows(9), cycle([(), (1,), (0, 1)]), strict=False)]
     with HiddenServer(build("llama", 1), tmp_path) as server, ThreadPoolExecutor(9) as threads:
-        expected = [server.teacher.hidden_states([row])[0] for row in rows]
+        expected = [server.teacher.compute_rows([row])[0] for row in rows]
         server.batches.clear()
         server.delay = 0.3
 
@@ -161,6 +170,7 @@ def test_the_head_and_the_facts_are_those_of_the_model(teacher, client):
     info = wire.parse(wire.TeacherInfo, app.get(wire.INFO).json())
     assert info == teacher.info
     assert (info.vocab_size, info.width, info.embeddings, info.context_length) == (VOCAB, 32, VOCAB, 64)
+    assert (info.depth, info.layer_width) == (2, 32)
     head = wire.decode_head(app.get(wire.HEAD).content, info)
     assert head.weight.equal(teacher.model.lm_head.weight)
     assert app.get("/health").json() == {"status": "ok"}
@@ -168,12 +178,14 @@ def test_the_head_and_the_facts_are_those_of_the_model(teacher, client):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hidden_states_are_rounded_to_the_requested_dtype(teacher, client, dtype):
-    rows = random_rows(3)
+    rows = [replace(row, layers=(0, 1)) for row in random_rows(3)]
     answer = client().post(wire.HIDDEN_STATES, json=body_of(rows, dtype))
     returned = wire.decode_hidden_states(answer.content, rows, dtype, teacher.info)
-    for row, expected in zip(returned, teacher.hidden_states(rows), strict=True):
+    for tensors, expected in zip(returned, teacher.compute_rows(rows), strict=True):
         tolerance = 1e-5 if dtype == "float32" else 1e-2
-        assert_close(row.float(), expected, atol=tolerance, rtol=tolerance)
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys(expected, wire.DTYPES[dtype])
+        floats = {name: tensor.float() for name, tensor in tensors.items()}
+        assert_close(floats, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_metrics_count_requests_tokens_and_batches(client):
@@ -226,6 +238,10 @@ def test_ids_and_texts_of_the_tokenizer_are_answered(client, smollm2_tokenizer, 
         ({"rows": [{"ids": [1, 2], "positions": [1, 1]}], "dtype": "float32"}, "do not ascend"),
         ({"rows": [{"ids": [1] * 65, "positions": [0]}], "dtype": "float32"}, "reads at most 64"),
         ({"rows": [{"ids": [1] * 40, "positions": [0]}] * 2, "dtype": "float32"}, "a request may have 64"),
+        ({"rows": [{"ids": [1], "positions": [0]}], "dtype": "float32", "layers": [0, 2]}, "has layers 0 to 1"),
+        ({"rows": [{"ids": [1], "positions": [0]}], "dtype": "float32", "layers": [-1]}, "layers.0"),
+        ({"rows": [{"ids": [1], "positions": [0]}], "dtype": "float32", "layers": [1, 0]}, "layers do not ascend"),
+        ({"rows": [{"ids": [1], "positions": [0]}], "dtype": "float32", "layers": [1, 1]}, "layers do not ascend"),
     ],
 )
 def test_requests_that_are_not_valid_are_refused(client, body, text):
@@ -270,13 +286,19 @@ def test_a_request_whose_client_is_gone_is_removed_from_the_queue(tmp_path):
 
 
 def test_hidden_states_that_are_not_finite_are_not_answered(client, teacher, monkeypatch):
-    monkeypatch.setattr(teacher, "hidden_states", lambda rows: [torch.full((1, 32), math.nan) for _ in rows])
-    answer = client().post(wire.HIDDEN_STATES, json=body_of([TokenRow((1,), (0,))]))
-    assert (answer.status_code, "not finite" in answer.text) == (422, True)
+    compute, row = teacher.compute_rows, TokenRow((1,), (0,), (0,))
+
+    def changed(value):
+        return lambda rows: [{**tensors, "layer_0": torch.full((1, 32), value)} for tensors in compute(rows)]
+
+    for value, dtype, status in ((math.nan, "float32", 422), (1e6, "float16", 422), (1e6, "float32", 200)):
+        monkeypatch.setattr(teacher, "compute_rows", changed(value))
+        answer = client().post(wire.HIDDEN_STATES, json=body_of([row], dtype))
+        assert (answer.status_code, "not finite" in answer.text) == (status, status == 422)
 
 
 def test_a_failed_forward_is_an_error_of_the_server(client, teacher, monkeypatch):
-    monkeypatch.setattr(teacher, "hidden_states", lambda rows: 1 / 0)
+    monkeypatch.setattr(teacher, "compute_rows", lambda rows: 1 / 0)
     metrics = Metrics()
     answer = client(metrics=metrics).post(wire.HIDDEN_STATES, json=body_of([TokenRow((1,), (0,))]))
     assert (answer.status_code, "ZeroDivisionError" in answer.text) == (500, True)

@@ -28,7 +28,7 @@ def check_equals_local(folder, tolerance=1e-5, **options):
     local.prepare(build("llama", 0), torch.device("cpu"))
     batch = collate(rows("llama", 6))
     targets = Targets.from_batch(batch, True)
-    hidden = torch.cat(served.hidden_states(token_rows(batch, targets)))
+    hidden = torch.cat([each["hidden_states"] for each in served.compute_rows(token_rows(batch, targets))])
     assert served.info.dtype == str(hidden.dtype).removeprefix("torch.")
     logits = hidden.float() @ served.head.weight.float().T
     assert_close(logits, local(batch, targets, {}).logits.project().float(), atol=tolerance, rtol=tolerance)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from servers.teacher_servers import TOP_K, Fault, LocalTopK, SGLangServer, VLLMServer
 from tiny import VOCAB, build, collate, rows
 from torch.testing import assert_close
@@ -379,11 +380,13 @@ def test_other_ranks_must_wait_longer_than_the_teacher():
 
 def test_the_key_comes_from_the_environment_and_is_in_no_message(make_trainer, start, monkeypatch, caplog, tmp_path):
     server = start(key="sk-secret")
-    with pytest.raises(DistillError, match="HF_DISTILL_TEACHER_API_KEY"):
+    with pytest.raises(DistillError, match="set the environment variable HF_DISTILL_TEACHER_API_KEY to the key"):
         make_trainer(teacher=remote(server), **T1)
     monkeypatch.setenv("TEACHER_KEY", "sk-wrong-one")
     with pytest.raises(DistillError, match="HTTP 401") as error:
         make_trainer(teacher=remote(server, api_key_env="TEACHER_KEY"), **T1)
+    assert "does not accept the API key of the environment variable TEACHER_KEY: set it to" in str(error.value)
+    assert "Check that the URL" not in str(error.value)
     assert "sk-wrong-one" not in str(error.value)
     assert "***" in str(error.value)
     monkeypatch.setenv("TEACHER_KEY", "sk-secret")
@@ -453,6 +456,25 @@ def test_a_server_that_does_not_fit_is_refused_before_training(make_trainer, sta
 @pytest.mark.parametrize(("api", "context"), [("vllm", 13), ("sglang", 18)])
 def test_rows_as_long_as_the_server_accepts_are_trained_on(make_trainer, start, api, context):
     assert make_trainer(teacher=remote(start(api, context=context)), **T1).train().global_step > 0
+
+
+@pytest.mark.parametrize("api", SERVERS)
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_refuses_the_key_of_a_request_is_not_taken_for_another_kind_of_server(start, api, status):
+    server = start(api)
+    server.faults.append(Fault("generate" if api == "sglang" else "completions", status=status))
+    with pytest.raises(DistillError, match="No API key was sent: set the environment variable") as error:
+        remote(server).protocol.check()
+    assert "set api to" not in str(error.value)
+
+
+def test_the_prompt_of_the_teacher_must_fit_into_the_context_of_the_server(start):
+    teacher = remote(start(context=20))
+    teacher.prepare(build("llama", 0), torch.device("cpu"))
+    row = {"input_ids": [3] * 10, "labels": [3] * 10, "teacher_input_ids": [3] * 20, "teacher_labels": [3] * 20}
+    for data in ([row], Dataset.from_list([row])):
+        with pytest.raises(DistillError, match="has a row of 20 tokens, and the teacher's server reads at most 19"):
+            teacher.check_data(data, "train_dataset")
 
 
 def test_a_url_without_a_server_is_refused(make_trainer, start, monkeypatch):

@@ -205,7 +205,7 @@ def test_a_changed_answer_is_requested_again_and_then_refused(start, monkeypatch
     monkeypatch.setattr(wire, "encode_hidden_states", changed)
     row = TokenRow((3, 4, 5), (1, 2))
     (answer,) = protocol.request_rows([row])
-    assert_close(answer["hidden_states"], server.teacher.hidden_states([row])[0])
+    assert_close(answer, server.teacher.compute_rows([row])[0])
     left.append(-1)
     protocol.pool.retry_seconds = 0
     with pytest.raises(RunError, match=text):
@@ -219,7 +219,7 @@ def test_a_changed_answer_is_requested_again_and_then_refused(start, monkeypatch
         ({"hidden_states": torch.zeros(2, 47)}, "shape"),
         ({"hidden_states": torch.zeros(2, 48, dtype=torch.bfloat16)}, "requested"),
         ({"hidden_states": torch.full((2, 48), torch.inf)}, "not finite"),
-        ({"states": torch.zeros(2, 48)}, "not hidden_states"),
+        ({"states": torch.zeros(2, 48)}, "requested were"),
         ({"hidden_states": torch.zeros(2, 48), "more": torch.zeros(1)}, "more"),
     ],
 )
@@ -306,11 +306,6 @@ def test_rows_that_the_server_cannot_read_are_refused_before_they_are_sent(start
 def test_wrong_arguments_are_refused(options, text):
     with pytest.raises(DistillError, match=text):
         RemoteTeacher("http://127.0.0.1:1", **{"api": "hidden"} | options)
-
-
-def test_losses_on_features_are_refused_with_the_reason(start, make_trainer):
-    with pytest.raises(DistillError, match="returns the last hidden states of the target tokens"):
-        make_trainer(teacher=remote(start()), losses=[{"name": "forward_kl"}, {"name": "hidden_mse"}])
 
 
 def test_another_server_is_refused_with_the_command_that_starts_one(start):

@@ -111,6 +111,29 @@ def test_a_teacher_on_a_server_scores_the_completions_of_the_student(make, smoll
     assert losses["served"] == pytest.approx(losses["local"], rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [ROWS, TEXT], ids=["messages", "text"])
+def test_rows_that_may_outgrow_the_context_of_the_server_are_refused_before_the_first_step(
+    make, smollm2_tokenizer, rows
+):
+    teacher = build("llama", 1, layers=3, width=24, vocab=len(smollm2_tokenizer))
+    ids = [
+        smollm2_tokenizer(row["prompt"])["input_ids"]
+        if isinstance(row["prompt"], str)
+        else smollm2_tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        for row in rows
+    ]
+    with VLLMServer(teacher, context=512) as server:
+        server.context = max(map(len, ids)) + 6 + 1  # the longest completion, and the token that vLLM generates
+        assert make(rows, teacher=RemoteTeacher(server.url, top_k=TOP_K)).train().global_step == 2
+        server.context -= 1
+        with pytest.raises(DistillError, match=f"a prompt of {max(map(len, ids))} tokens.*--max-model-len"):
+            make(rows, teacher=RemoteTeacher(server.url, top_k=TOP_K))
+        long_prompts = [row | {"teacher_prompt": "word " * 600} for row in TEXT]
+        server.context = 512
+        with pytest.raises(DistillError, match="train_dataset has a prompt of 6"):
+            make(long_prompts, teacher=RemoteTeacher(server.url, top_k=TOP_K))
+
+
 def test_only_rows_of_the_data_set_have_hard_labels(make):
     trainer = make(on_policy_fraction=0.5, alpha=0.4, temperature=2.0, max_steps=1, learning_rate=0.0)
     (batch,) = batches_of(trainer)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TOKEN, SHARD_ROWS, TOP_K_IDS
+from ...errors import DistillError
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
@@ -204,11 +205,20 @@ def verify(
     against_teacher: Annotated[
         int | None, typer.Option(min=1, help="Run the teacher on this many examples and compare.")
     ] = None,
+    teacher_url: Annotated[
+        list[str] | None,
+        typer.Option(help="With --against-teacher: URL of the teacher's server, if it is on one; may be repeated."),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="With --teacher-url: environment variable that holds the server's API key.")
+    ] = None,
 ) -> None:
     """Check the digest of every file of a cache, and optionally compare it with its teacher."""
     from ...cache import open_cache, verify_cache
     from ...cache.hub import resolve_cache_dir
 
+    if (teacher_url and against_teacher is None) or (api_key_env and not teacher_url):
+        raise DistillError("--teacher-url needs --against-teacher, and --api-key-env needs --teacher-url: add it.")
     cache_dir = resolve_cache_dir(folder)
     manifest = verify_cache(cache_dir)
     out.print(
@@ -225,7 +235,9 @@ def verify(
         from ...runner.cache_writer import verify_against_teacher
 
         disable_library_progress_bars()
-        comparison = verify_against_teacher(open_cache(str(cache_dir)), against_teacher)
+        comparison = verify_against_teacher(
+            open_cache(str(cache_dir)), against_teacher, url=teacher_url or (), api_key_env=api_key_env
+        )
         out.print(
             f"The teacher's output equals the cache, byte for byte, for {comparison['identical']:.1%} of "
             f"{comparison['examples']:.0f} examples.",

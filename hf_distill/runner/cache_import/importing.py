@@ -26,6 +26,7 @@ from ...core.json_types import JSONObject
 from ...core.logits import SparseLogProbs
 from ...core.processes import run_on_main
 from ...core.references import reference_kind
+from ...core.server_urls import without_servers
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError
@@ -164,7 +165,7 @@ def import_cache(
         chat_template=template_fingerprint(tokenizer),
         data={**counts, "batch_size": batch_size, "shard_rows": shard_rows, "max_length": max_length},
         versions={name: version(name) for name in PACKAGES},
-        recipe=plain,
+        recipe=without_servers(plain),
     )
     reader = _RecordTeacher(sources, matches, vocab_size)
     written = write_shards(reader, plan, manifest, Path(to), torch.device("cpu"), _SHIFT, on_progress)

@@ -29,10 +29,12 @@ class TokenRow:
     ids:       [S] token ids
     positions: [T] ascending indices into `ids`, at least one; the distribution of the token after ids[: position + 1]
                is requested for each
+    layers:    ascending indices of the blocks whose outputs at `positions` are requested too
     """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class RemoteProtocol(ABC):
 
         Returns:
             for each row, in their order, tensors whose first dimension is the row's T target tokens. The names, dtypes
-            and the other dimensions are the same for all rows of all calls, so tensors of rows can be concatenated.
+            and the other dimensions are the same for all rows with the same `layers`, also of other calls, so tensors
+            of such rows can be concatenated.
 
         Raises:
             RunError: a server does not answer, or answers wrongly, after all retries.
@@ -98,8 +101,12 @@ class RemoteProtocol(ABC):
         """
 
     @abstractmethod
-    def empty_row(self) -> RowTensors:
-        """Return the tensors of a row without target tokens: their first dimension is 0."""
+    def empty_row(self, layers: Sequence[int] = ()) -> RowTensors:
+        """Return the tensors of a row without target tokens: their first dimension is 0.
+
+        Args:
+            layers: see `TokenRow`.
+        """
 
     @abstractmethod
     def to_signals(
@@ -112,7 +119,8 @@ class RemoteProtocol(ABC):
         """Convert the concatenated tensors of all rows of a batch to signals on the student's device.
 
         Args:
-            tensors: those of `request_rows`, concatenated; their first dimension is the batch's T target tokens.
+            tensors: those of `request_rows`, concatenated; their first dimension is the batch's T target tokens. They
+                include those of the layers of `feature_requests`.
             device: the student's device.
             vocab_size: V of the student.
             feature_requests: the features to return; see `Teacher.forward`.
@@ -121,6 +129,11 @@ class RemoteProtocol(ABC):
     @abstractmethod
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Return why terms of this teacher do not work with what the server answers, and what to do instead."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks whose outputs the servers return; known after `check`."""
+        return 0
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
         """The layers whose features the server can return; see `Teacher.layer_stack`.

@@ -1,10 +1,11 @@
-"""The protocol of `hf-distill serve`: the last hidden states of the target tokens, and once the output head."""
+"""The protocol of `hf-distill serve`: hidden states of the target tokens, and once the output head."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ...core.logits import upload
 from ...core.references import public_name
@@ -21,9 +22,10 @@ from .identity import START_RETRY_SECONDS, start_error
 from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
 from .wire import DTYPES, HeadTensors, TeacherInfo, WireError
 
-NO_FEATURES = (
-    "`hf-distill serve` returns the last hidden states of the target tokens, from which the logits are computed, and "
-    "not those of other layers or attention: remove the loss, or use a local teacher"
+MAX_ANSWER_BYTES = 2**28  # of the tensors of an answer, unless a single row needs more
+_NO_LAYERS = (
+    "the server returns the last hidden states only, because it could not read the outputs of the blocks of its model "
+    "(its log has the reason): remove the loss, or use a local teacher"
 )
 
 
@@ -31,7 +33,8 @@ class HiddenProtocol(RemoteProtocol):
     """Requests hidden states from `hf-distill serve`, and computes logits from them with the teacher's output head.
 
     The logits are those of the local teacher, up to the rounding of hidden states to `dtype`, so every divergence and
-    temperature is exact. The output head is downloaded once by each process that trains.
+    temperature is exact. The output head is downloaded once by each process that trains. For losses on hidden states,
+    the outputs of the layers that they compare are requested with the last hidden states.
 
     Args:
         pool: the servers.
@@ -70,6 +73,11 @@ class HiddenProtocol(RemoteProtocol):
             raise DistillError("The teacher server was not checked yet: call RemoteTeacher.prepare first.")
         return self._info
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks whose outputs the servers return."""
+        return self.info.depth
+
     def check(self) -> list[ServerInfo]:
         """Ask every server for its teacher, and download the output head from the first one.
 
@@ -91,7 +99,7 @@ class HiddenProtocol(RemoteProtocol):
                 "The URLs of a remote teacher must serve one model with the same weights and dtype, and they serve "
                 f"{', '.join(served)}."
             )
-        names = ("context_length", "max_request_tokens", "embeddings")
+        names = ("context_length", "max_request_tokens", "embeddings", "depth")
         limits = {name: min(getattr(each, name) for each in infos.values()) for name in names}
         self._info = info.model_copy(update=limits)
         self._head, self._frozen_head = self._start(info_url, wire.HEAD, self._parse_head, _bytes), FrozenHead()
@@ -122,13 +130,14 @@ class HiddenProtocol(RemoteProtocol):
         """Request rows in as few requests as the servers accept, at least one for each server.
 
         Raises:
-            DistillError: a row is longer than the context of a server, or has an id that its model cannot read.
+            DistillError: a row is longer than the context of a server, or has an id that its model cannot read or a
+                layer that it does not have.
         """
-        rows = [TokenRow(row.ids[: row.positions[-1] + 1], row.positions) for row in rows]
+        rows = [replace(row, ids=row.ids[: row.positions[-1] + 1]) for row in rows]
         for row in rows:
             self._check_row(row)
         answers = self.pool.map(self._request, self._groups(rows))
-        return [{"hidden_states": tensor} for answer in answers for tensor in answer]
+        return [tensors for answer in answers for tensors in answer]
 
     def _check_row(self, row: TokenRow) -> None:
         if len(row.ids) > self.info.context_length:
@@ -142,24 +151,36 @@ class HiddenProtocol(RemoteProtocol):
                 f"The data has the token id {max(row.ids)}, and the teacher on the server has an embedding for the ids "
                 f"0 to {self.info.embeddings - 1} only. Use a teacher with the student's tokenizer."
             )
+        if row.layers and row.layers[-1] >= self.depth:
+            raise DistillError(
+                f"The output of the layer {row.layers[-1]} of the teacher is needed, and the server returns those of "
+                f"{self.depth} layers, counted from 0: map other layers."
+            )
 
     def _groups(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
         """Split rows into requests of similar numbers of tokens."""
         total = sum(len(row.ids) for row in rows)
         limit = min(self.info.max_request_tokens, -(-total // len(self.pool.urls)))
-        groups, tokens = list[list[TokenRow]](), 0
+        groups, tokens, answer_bytes = list[list[TokenRow]](), 0, 0
         for row in rows:
-            if not groups or tokens + len(row.ids) > limit:
+            row_bytes = self._answer_bytes(row)
+            is_full = tokens + len(row.ids) > limit or answer_bytes + row_bytes > MAX_ANSWER_BYTES
+            if not groups or is_full or row.layers != groups[-1][0].layers:
                 groups.append([])
-                tokens = 0
+                tokens = answer_bytes = 0
             groups[-1].append(row)
             tokens += len(row.ids)
+            answer_bytes += row_bytes
         return groups
 
-    def _request(self, rows: Sequence[TokenRow]) -> list[Tensor]:
+    def _answer_bytes(self, row: TokenRow) -> int:
+        widths = wire.tensor_widths(row.layers, self.info)
+        return len(row.positions) * sum(widths.values()) * DTYPES[self.dtype or self.info.dtype].itemsize
+
+    def _request(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
         info, dtype = self.info, self.dtype or self.info.dtype
 
-        def parse(body: bytes) -> list[Tensor]:
+        def parse(body: bytes) -> list[RowTensors]:
             try:
                 return wire.decode_hidden_states(body, rows, dtype, info)
             except WireError as error:
@@ -167,9 +188,11 @@ class HiddenProtocol(RemoteProtocol):
 
         return self.pool.request(wire.HIDDEN_STATES, wire.request_body(rows, dtype), parse, read=_bytes)
 
-    def empty_row(self) -> RowTensors:
+    def empty_row(self, layers: Sequence[int] = ()) -> RowTensors:
         """Return tensors without target tokens."""
-        return {"hidden_states": torch.empty(0, self.info.width, dtype=DTYPES[self.dtype or self.info.dtype])}
+        dtype = DTYPES[self.dtype or self.info.dtype]
+        widths = wire.tensor_widths(layers, self.info)
+        return {name: torch.empty(0, width, dtype=dtype) for name, width in widths.items()}
 
     def to_signals(
         self,
@@ -178,24 +201,40 @@ class HiddenProtocol(RemoteProtocol):
         vocab_size: int,
         feature_requests: Mapping[FeatureKey, FeatureTokens],
     ) -> Signals:
-        """Return lazy logits: hidden states and the output head on the student's device."""
+        """Return lazy logits (hidden states and the output head), and features, on the student's device."""
         head = self._head
         assert head is not None, "check downloads the output head"
         hidden = upload(tensors["hidden_states"], device).to(head.weight.dtype)
-        return Signals(self._frozen_head.lazy_logits(hidden, head.weight, head.bias, head.scaling, device))
+        logits = self._frozen_head.lazy_logits(hidden, head.weight, head.bias, head.scaling, device)
+        dtype = DTYPES[self.info.dtype]
+        layers = {key.layer: tensors[wire.layer_name(key.layer)] for key in feature_requests}
+        on_device = {layer: upload(tensor, device).to(dtype) for layer, tensor in layers.items()}
+        return Signals(logits, {key: on_device[key.layer] for key in feature_requests})
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
-        """Return the terms on features; every divergence and temperature is possible."""
-        on_features = [term for term in terms if term.loss.feature]
-        return [f"{term.name} compares {term.loss.feature} features: {NO_FEATURES}" for term in on_features]
+        """Return the terms on attention; every divergence, temperature and loss on hidden states is possible."""
+        problems = []
+        for term in terms:
+            if term.loss.feature not in (None, "hidden"):
+                problems.append(
+                    f"{term.name} compares {term.loss.feature} of attention, and `hf-distill serve` returns hidden "
+                    "states only: use a loss on hidden states (hidden_cosine, hidden_mse, hidden_relation), or a local "
+                    "teacher"
+                )
+            elif term.loss.feature and not self.depth:
+                problems.append(f"{term.name} compares hidden states of layers, and {_NO_LAYERS}")
+        return problems
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """Refuse features.
+        """Placeholders for the teacher's layers: there are as many as the served model has, without weights.
 
         Raises:
-            DistillError: always.
+            DistillError: the server returns no outputs of layers.
         """
-        raise DistillError(f"A remote teacher with api='hidden' returns no features: {NO_FEATURES}.")
+        if not self.depth:
+            raise DistillError(f"Hidden states of layers are needed, and {_NO_LAYERS}.")
+        blocks = nn.ModuleList(nn.Identity() for _ in range(self.depth))
+        return LayerStack(which, blocks, self.info.layer_width, causal=True, attention="none")
 
     def tokenize(self, url: str, text: str) -> list[int] | None:
         """Return the ids of a text; None if the server has no tokenizer."""

@@ -13,7 +13,7 @@ from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
 logger = logging.get_logger(__name__)
 START_RETRY_SECONDS = 5.0  # for which requests are repeated before training; a wrong URL is reported soon
 _PROBE_TEXT = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
-_MAX_PROBE_IDS = 64
+_MAX_PROBE_IDS = 65
 _WORD_MARKS = " ▁Ġ"  # how tokenizers write the space before a word
 _START_COMMANDS = {
     "vllm": "vllm serve MODEL --max-logprobs K",
@@ -23,7 +23,9 @@ _START_COMMANDS = {
 
 
 def start_error(error: ServerFailure | RequestRefused, api: str) -> DistillError:
-    """Return the error of a server that does not answer before training."""
+    """Return the error of a server that does not answer, or does not accept the API key, before training."""
+    if isinstance(error, RequestRefused) and error.is_about_key:
+        return DistillError(f"{error}.")
     return DistillError(
         f"{error}. Check that the URL is right and that the server is running; it is started with "
         f"`{_START_COMMANDS[api]}`. If it is not such a server, set api to another value."
@@ -107,7 +109,10 @@ def check_tokenizer(protocol: RemoteProtocol, info: ServerInfo, tokenizer: Any) 
             f"{_differ(info)}: a probe text has the ids {_first(returned)} for the server and {_first(expected)} for "
             "the student. Use a teacher and a student with the same tokenizer."
         )
-    ids = _probe_ids(tokenizer)
+    count = _MAX_PROBE_IDS
+    if info.context_length is not None:  # the request has one id before them
+        count = max(1, min(count, info.context_length - protocol.row_tokens - 1))
+    ids = _probe_ids(tokenizer, count)
     try:
         texts = protocol.token_texts(info.url, ids)
     except (RequestRefused, ServerFailure) as error:
@@ -136,8 +141,11 @@ def _first(ids: Sequence[int]) -> str:
     return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"
 
 
-def _probe_ids(tokenizer: Any) -> list[int]:
-    """Return ids of words, spread over the vocabulary; their texts are the same in every way of decoding."""
+def _probe_ids(tokenizer: Any, count: int) -> list[int]:
+    """Return up to `count` ids of words, spread over the vocabulary, whose texts are the same in every way of decoding.
+
+    The last one is the largest.
+    """
     special = {*getattr(tokenizer, "all_special_ids", ())}
     words = [
         token_id
@@ -145,8 +153,8 @@ def _probe_ids(tokenizer: Any) -> list[int]:
         if token_id not in special and token.strip(_WORD_MARKS).isascii() and token.strip(_WORD_MARKS).isalnum()
     ]
     words.sort()
-    step = max(1, len(words) // (_MAX_PROBE_IDS - 1))
-    return [*words[::step], *words[-1:]][: _MAX_PROBE_IDS + 1]
+    step = -(-len(words) // max(1, count - 1))
+    return [*words[:: max(1, step)][: count - 1], *words[-1:]]
 
 
 def _word(text: str) -> str:

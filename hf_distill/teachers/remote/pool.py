@@ -26,6 +26,7 @@ Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.25, 30.0
 _RETRIED_STATUS = {408, 425, 429}  # and all from 500 on
+_NOT_AUTHORIZED_STATUS = {401, 403}
 _CANCELLED = "The requests to the teacher server were cancelled"
 _SHOWN_CHARACTERS = 400  # of a response in an error
 
@@ -48,6 +49,11 @@ class RequestRefused(RunError):
     def __init__(self, url: str, status: int, message: str):
         super().__init__(f"{url} answered with HTTP {status}: {message}")
         self.url, self.status, self.message = url, status, message
+
+    @property
+    def is_about_key(self) -> bool:
+        """Whether the server refused the API key; the message says what to do."""
+        return self.status in _NOT_AUTHORIZED_STATUS
 
 
 @dataclass
@@ -270,10 +276,23 @@ class ServerPool:
         if response.status_code in _RETRIED_STATUS or response.status_code >= 500:
             return f"HTTP {response.status_code}: {text}", _retry_after(response)
         session.release(server, is_failure=False)
-        if response.status_code in (401, 403):
-            variable = self._api_key_env or DEFAULT_KEY_VARIABLE
-            text += f" (the API key is read from the environment variable {variable})"
+        if response.status_code in _NOT_AUTHORIZED_STATUS:
+            text = f"{text.rstrip('.')}. {self._key_remedy()}"
         raise RequestRefused(url, response.status_code, text)
+
+    def _key_remedy(self) -> str:
+        """Return what to do if a server refuses the API key, or the request without one."""
+        variable = self._api_key_env or DEFAULT_KEY_VARIABLE
+        started_with = "with which the server was started (--api-key; for hf-distill serve HF_DISTILL_SERVE_TOKEN)"
+        if read_api_key(self._api_key_env) is None:
+            return (
+                f"No API key was sent: set the environment variable {variable} to the key {started_with}, or name "
+                "another variable in api_key_env"
+            )
+        return (
+            f"The server does not accept the API key of the environment variable {variable}: set it to the key "
+            f"{started_with}"
+        )
 
     def _shown(self, text: str) -> str:
         """Return the text of a server for a message: short, printable, and without the API key."""

@@ -1,5 +1,6 @@
 """Splits a batch into the rows that are requested: documents without padding that have target tokens."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,12 +12,13 @@ from ...errors import DistillError
 from .api import TokenRow
 
 
-def token_rows(inputs: dict[str, Any], targets: Targets) -> list[TokenRow]:
+def token_rows(inputs: dict[str, Any], targets: Targets, layers: Sequence[int] = ()) -> list[TokenRow]:
     """Return the rows of a batch, in the order of their target tokens.
 
     Args:
         inputs: the collator's batch: `input_ids` [B, S], with `attention_mask` or `position_ids`.
         targets: the target tokens, at the positions of the ids.
+        layers: see `TokenRow`.
 
     Raises:
         DistillError: the batch has no ids, or its target tokens are at other positions.
@@ -39,5 +41,6 @@ def token_rows(inputs: dict[str, Any], targets: Targets) -> list[TokenRow]:
         row = positions[start] // width
         columns = positions[start:end] - row * width
         tokens = np.flatnonzero(documents[row] == documents[row][columns[0]])
-        rows.append(TokenRow(tuple(ids[row][tokens].tolist()), tuple(np.searchsorted(tokens, columns).tolist())))
+        in_row = np.searchsorted(tokens, columns)
+        rows.append(TokenRow(tuple(ids[row][tokens].tolist()), tuple(in_row.tolist()), tuple(layers)))
     return rows

@@ -41,19 +41,18 @@ class SGLangProtocol(TopKProtocol):
             try:
                 self._request(TokenRow(PROBE_IDS, (0,)), url=info.url, retry_seconds=START_RETRY_SECONDS)
             except RequestRefused as error:
-                raise DistillError(
-                    f"The teacher server {error}. Is it an SGLang server? For vLLM set api to vllm."
-                ) from None
+                hint = "" if error.is_about_key else " Is it an SGLang server? For vLLM set api to vllm."
+                raise DistillError(f"The teacher server {error}.{hint}") from None
             except ServerFailure as error:
                 raise start_error(error, self.name) from None
         return infos
 
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         ids, start = prompt_of(row), row.positions[0]
-        wanted = [position + 1 - start for position in row.positions]
+        entry_indices = [position + 1 - start for position in row.positions]
 
         def parse(answer: Any) -> RowTensors:
-            return top_k_row(_entries(answer, ids[start:], wanted), self.top_k, self.vocab_size)
+            return top_k_row(_entries(answer, ids[start:], entry_indices), self.top_k, self.vocab_size)
 
         body = _body(ids, start, self.top_k)
         return self.pool.request("/generate", body, parse, url=url, retry_seconds=retry_seconds)
@@ -103,17 +102,15 @@ def _token_logprobs(answer: Any, ids: Sequence[int]) -> list[Any]:
     return values
 
 
-def _entries(answer: Any, ids: Sequence[int], positions: Sequence[int]) -> list[dict[int, float]]:
-    """Return id -> log-probability of the positions; the other positions are not read."""
+def _entries(answer: Any, ids: Sequence[int], indices: Sequence[int]) -> list[dict[int, float]]:
+    """Return id -> log-probability at some indices; the other entries are not read."""
     _token_logprobs(answer, ids)
     values, entries = answer["meta_info"].get("input_top_logprobs"), []
     if not isinstance(values, list) or len(values) != len(ids):
         raise MalformedAnswer(f"it has no meta_info.input_top_logprobs of {len(ids)} tokens")
-    for position in positions:
+    for index in indices:
         try:
-            entries.append({int(entry[1]): float(entry[0]) for entry in values[position]})
+            entries.append({int(entry[1]): float(entry[0]) for entry in values[index]})
         except (TypeError, ValueError, LookupError) as error:
-            raise MalformedAnswer(
-                f"input_top_logprobs[{position}] is not a list of (logprob, id) ({error!r})"
-            ) from None
+            raise MalformedAnswer(f"input_top_logprobs[{index}] is not a list of (logprob, id) ({error!r})") from None
     return entries

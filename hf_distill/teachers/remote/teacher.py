@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY
 from ...core.results import ServerFacts
 from ...core.server_urls import public_host
 from ...core.signals import FeatureKey, Signals
-from ...core.targets import FeatureTokens, Targets
+from ...core.targets import TEACHER_INPUT_KEYS, FeatureTokens, Targets
 from ...errors import DistillError, RunError, did_you_mean
 from ...losses.objective import Term
 from ...models.blocks import LayerStack
@@ -43,7 +43,8 @@ class RemoteTeacher(Teacher):
     is one request.
 
     `hf-distill serve` (api="hidden") returns the last hidden states of the target tokens, and once its output head, so
-    the student's loss is that of the local teacher, for every divergence and temperature.
+    the student's loss is that of the local teacher, for every divergence and temperature. It also returns the outputs
+    of the layers that losses on hidden states compare.
 
     A request that fails is repeated on another server, see `ServerPool`. If none answers in time, training stops with a
     checkpoint of the last complete step.
@@ -122,12 +123,8 @@ class RemoteTeacher(Teacher):
         self.servers = self.protocol.check()
         for info in self.servers:
             check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
-
-    @property
-    def context_length(self) -> int | None:
-        """Largest number of tokens of a row that every server reads; None if it is not known."""
         lengths = [info.context_length for info in self.servers if info.context_length is not None]
-        return min(lengths) - self.protocol.row_tokens if lengths else None
+        self.context_length = min(lengths) - self.protocol.row_tokens if lengths else None
 
     def keep_all_ids(self) -> None:
         """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
@@ -139,14 +136,14 @@ class RemoteTeacher(Teacher):
         Raises:
             DistillError: a document is too long.
         """
-        limit = self.context_length
+        limit, extra = self.context_length, self.protocol.row_tokens
         longest = max(_document_lengths(rows), default=0)
         if limit is not None and longest > limit:
             raise DistillError(
-                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} (context length "
-                f"{limit + self.protocol.row_tokens}, of which a request needs {self.protocol.row_tokens}): lower "
+                f"{name} has a row of {longest} tokens, and the teacher's server reads at most {limit} "
+                f"(context length {limit + extra}, of which a request needs {extra}): lower "
                 f"max_length, or start the server with {self.protocol.context_option} "
-                f"{longest + self.protocol.row_tokens}, if the model can read as many."
+                f"{longest + extra}, if the model can read as many."
             )
 
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
@@ -154,12 +151,12 @@ class RemoteTeacher(Teacher):
         return self.protocol.incompatible_terms([t for t in terms if t.loss.compares and t.teacher == name])
 
     def layer_stack(self, which: str | None = None) -> LayerStack:
-        """The layers whose features the servers return; servers return none."""
+        """The layers whose hidden states the servers return; only those with api="hidden" return them."""
         return self.protocol.layer_stack(which)
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Request the rows of a batch in the background."""
-        rows = token_rows(inputs, targets)
+        rows = token_rows(inputs, targets, _layers(feature_requests))
         answers = self._threads.submit(self.protocol.request_rows, rows)
         for index, row in enumerate(rows):
             self._started.setdefault(row, []).append((answers, index))
@@ -184,22 +181,22 @@ class RemoteTeacher(Teacher):
         Raises:
             RunError: no server answered correctly in time.
         """
-        start = time.monotonic()
+        start, layers = time.monotonic(), _layers(feature_requests)
         try:
-            tensors = self._request(token_rows(inputs, targets))
+            tensors = self._request(token_rows(inputs, targets, layers), layers)
         except RunError:
             self.close()
             raise
         self._wait_seconds += time.monotonic() - start
         return self.protocol.to_signals(tensors, targets.labels.device, self.student_vocab_size, feature_requests)
 
-    def _request(self, rows: Sequence[TokenRow]) -> RowTensors:
-        """Return the tensors of all target tokens of a batch, in their order."""
+    def _request(self, rows: Sequence[TokenRow], layers: Sequence[int]) -> RowTensors:
+        """Return the tensors of all target tokens of a batch, in their order; all rows have the same `layers`."""
         started = [self._take_started(row) for row in rows]
         new_rows = [row for row, each in zip(rows, started, strict=True) if each is None]
         new = iter(self.protocol.request_rows(new_rows) if new_rows else ())
         answers = [next(new) if each is None else each[0].result()[each[1]] for each in started]
-        answers.insert(0, self.protocol.empty_row())
+        answers.insert(0, self.protocol.empty_row(layers))
         return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
 
     def close(self) -> None:
@@ -219,6 +216,11 @@ class RemoteTeacher(Teacher):
             "hosts": [public_host(url) for url in self.pool.urls],
             **self.protocol.summary(),
         }
+
+
+def _layers(feature_requests: Iterable[FeatureKey]) -> tuple[int, ...]:
+    """Return the layers whose outputs are requested; `incompatible_terms` refused losses on other features."""
+    return tuple(sorted({key.layer for key in feature_requests}))
 
 
 def _check_options(api: str, top_k: int | None, vocab_size: int | None, dtype: str | None) -> None:
@@ -247,18 +249,22 @@ def _check_options(api: str, top_k: int | None, vocab_size: int | None, dtype: s
 
 
 def _document_lengths(rows: Any) -> Iterator[int]:
-    """Yield the largest number of tokens of a document in each part of a data set; nothing for other kinds of data."""
+    """Yield the largest number of tokens that the teacher reads of a document, for each part of a data set.
+
+    Nothing for other kinds of data. A row with another prompt for the teacher has `teacher_input_ids`.
+    """
     if hasattr(rows, "column_names") and hasattr(rows, "data"):
         import pyarrow.compute as pc
 
         columns = rows.column_names or ()
-        name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+        name = next((name for name in ("seq_lengths", TEACHER_INPUT_KEYS[0], "input_ids") if name in columns), None)
         for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=1000) if name else ():
             lengths = pc.list_flatten(batch[name]) if name == "seq_lengths" else pc.list_value_length(batch[name])
             if (longest := pc.max(lengths).as_py()) is not None:
                 yield int(longest)
     elif isinstance(rows, list):
         for row in rows:
-            if (ids := row.get("input_ids")) is not None:
-                mask = row.get("attention_mask")
+            prefix = "teacher_" if TEACHER_INPUT_KEYS[0] in row else ""
+            if (ids := row.get(f"{prefix}input_ids")) is not None:
+                mask = row.get(f"{prefix}attention_mask")
                 yield max(row["seq_lengths"]) if "seq_lengths" in row else len(ids) if mask is None else int(sum(mask))

@@ -44,9 +44,9 @@ def top_k_row(positions: Sequence[Mapping[int, float]], top_k: int, vocab_size: 
             raise MalformedAnswer(f"{where} has a log-probability that is not finite or above 0")
         if (total := sum(map(math.exp, entries.values()))) > 1 + _ROUNDING:
             raise MalformedAnswer(f"the probabilities of {where} sum to {total:.4g}, which is above 1")
-        kept = sorted(sorted(entries, key=lambda token_id: -entries[token_id])[:top_k])
-        ids.append(kept)
-        log_probs.append([entries[token_id] for token_id in kept])
+        most_probable = sorted(sorted(entries, key=lambda token_id: -entries[token_id])[:top_k])
+        ids.append(most_probable)
+        log_probs.append([entries[token_id] for token_id in most_probable])
     return {"ids": torch.tensor(ids, dtype=torch.int32), "log_probs": torch.tensor(log_probs, dtype=torch.float32)}
 
 
@@ -110,7 +110,7 @@ class TopKProtocol(RemoteProtocol):
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         """Request one row, from one server if its URL is given."""
 
-    def empty_row(self) -> RowTensors:
+    def empty_row(self, layers: Sequence[int] = ()) -> RowTensors:
         """Return tensors without target tokens."""
         return empty_top_k_row(self.top_k)
 

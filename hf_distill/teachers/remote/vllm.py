@@ -53,6 +53,8 @@ class VLLMProtocol(TopKProtocol):
 
     def _explain(self, error: RequestRefused) -> str:
         """Return what to do about a request that a server refused."""
+        if error.is_about_key:
+            return f"{error}."
         if re.search(r"prompt.?logprobs.*greater than max|max_logprobs", error.message, re.IGNORECASE):
             return (
                 f"The teacher server {error.url} does not return top_k = {self.top_k} log-probabilities (its answer: "
@@ -70,10 +72,10 @@ class VLLMProtocol(TopKProtocol):
             "prompt_logprobs": self.top_k,
             "add_special_tokens": False,
         }
-        wanted = [position + 1 for position in row.positions]
+        entry_indices = [position + 1 for position in row.positions]
 
         def parse(answer: Any) -> RowTensors:
-            return top_k_row(_entries(answer, ids, wanted), self.top_k, self.vocab_size)
+            return top_k_row(_entries(answer, ids, entry_indices), self.top_k, self.vocab_size)
 
         return self.pool.request("/v1/completions", body, parse, url=url, retry_seconds=retry_seconds)
 
@@ -141,17 +143,17 @@ def _prompt_logprobs(answer: Any, ids: Sequence[int]) -> list[Any]:
     return values
 
 
-def _entries(answer: Any, ids: Sequence[int], positions: Sequence[int]) -> list[dict[int, float]]:
-    """Return id -> log-probability of the positions; the other positions are not read."""
+def _entries(answer: Any, ids: Sequence[int], indices: Sequence[int]) -> list[dict[int, float]]:
+    """Return id -> log-probability at some indices; the other entries are not read."""
     values, entries = _prompt_logprobs(answer, ids), []
-    for position in positions:
-        of_token = values[position]
+    for index in indices:
+        of_token = values[index]
         if not isinstance(of_token, dict):
-            raise MalformedAnswer(f"prompt_logprobs[{position}] is {type(of_token).__name__}, not an object")
-        if str(ids[position]) not in of_token:
-            raise MalformedAnswer(f"prompt_logprobs[{position}] lacks the token {ids[position]} that was sent")
+            raise MalformedAnswer(f"prompt_logprobs[{index}] is {type(of_token).__name__}, not an object")
+        if str(ids[index]) not in of_token:
+            raise MalformedAnswer(f"prompt_logprobs[{index}] lacks the token {ids[index]} that was sent")
         try:
             entries.append({int(token_id): float(entry["logprob"]) for token_id, entry in of_token.items()})
         except (TypeError, ValueError, KeyError) as error:
-            raise MalformedAnswer(f"prompt_logprobs[{position}] has an entry without a logprob ({error!r})") from None
+            raise MalformedAnswer(f"prompt_logprobs[{index}] has an entry without a logprob ({error!r})") from None
     return entries

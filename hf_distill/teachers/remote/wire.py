@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -22,12 +23,13 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from ...core.logits import LogitScaling
-from .api import TokenRow
+from .api import RowTensors, TokenRow
 
 FORMAT: Final = "hf-distill-serve-1"
 INFO, HEAD, HIDDEN_STATES, TOKENIZE, TOKEN_TEXTS = "/info", "/head", "/hidden_states", "/tokenize", "/token_texts"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NO_SCALING = LogitScaling()
+_HIDDEN = "hidden_states"  # name of the tensor with the last hidden states
 _LENGTH_BYTES = 8  # of the length of the header with which safetensors begins
 _REQUEST_BYTES_PER_TOKEN = 32  # of JSON, at most: an id and a position
 
@@ -48,6 +50,8 @@ class TeacherInfo(BaseModel):
     quantization:       nf4, int8, or None
     dtype:              dtype of the hidden states that the model computes
     width:              H
+    depth:              number of blocks whose outputs can be requested; 0 if its blocks are not known
+    layer_width:        hidden size of these outputs; 0 if there are none
     vocab_size:         V of the output head
     embeddings:         number of ids that the model can read
     context_length:     largest number of tokens of a row
@@ -65,6 +69,8 @@ class TeacherInfo(BaseModel):
     quantization: str | None = None
     dtype: Literal["bfloat16", "float16", "float32"]
     width: _Count
+    depth: _Index
+    layer_width: _Index
     vocab_size: _Count
     embeddings: _Count
     context_length: _Count
@@ -88,6 +94,7 @@ class _Row(BaseModel):
 class _HiddenRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     rows: Annotated[list[_Row], Field(min_length=1)]
+    layers: list[_Index] = []
     dtype: Literal["bfloat16", "float16", "float32"]
 
 
@@ -124,8 +131,24 @@ def parse(message: type[_Message], body: bytes | Mapping[str, Any]) -> _Message:
 
 
 def request_body(rows: Sequence[TokenRow], dtype: str) -> dict[str, Any]:
-    """Return the JSON of a request for the last hidden states of rows, in a dtype of `DTYPES`."""
-    return {"rows": [{"ids": list(row.ids), "positions": list(row.positions)} for row in rows], "dtype": dtype}
+    """Return the JSON of a request for the hidden states of rows with the same layers, in a dtype of `DTYPES`."""
+    body = {"rows": [{"ids": list(row.ids), "positions": list(row.positions)} for row in rows], "dtype": dtype}
+    return body | {"layers": list(_layers_of(rows))}
+
+
+def _layers_of(rows: Sequence[TokenRow]) -> tuple[int, ...]:
+    (layers,) = {row.layers for row in rows}
+    return layers
+
+
+def layer_name(layer: int) -> str:
+    """Return the name of the tensor with the outputs of a block."""
+    return f"layer_{layer}"
+
+
+def tensor_widths(layers: Sequence[int], info: TeacherInfo) -> dict[str, int]:
+    """Return name -> last dimension of the tensors of a row for which the outputs of some blocks were requested."""
+    return {_HIDDEN: info.width} | {layer_name(layer): info.layer_width for layer in layers}
 
 
 def parse_request(body: bytes, info: TeacherInfo) -> tuple[list[TokenRow], str]:
@@ -143,7 +166,17 @@ def parse_request(body: bytes, info: TeacherInfo) -> tuple[list[TokenRow], str]:
         _check_row(f"rows.{number}", row, info)
     if (tokens := sum(len(row.ids) for row in request.rows)) > info.max_request_tokens:
         raise WireError(f"the rows have {tokens} tokens, and a request may have {info.max_request_tokens}")
-    return [TokenRow(tuple(row.ids), tuple(row.positions)) for row in request.rows], request.dtype
+    _check_layers(request.layers, info)
+    layers = tuple(request.layers)
+    return [TokenRow(tuple(row.ids), tuple(row.positions), layers) for row in request.rows], request.dtype
+
+
+def _check_layers(layers: Sequence[int], info: TeacherInfo) -> None:
+    if any(a >= b for a, b in pairwise(layers)):
+        raise WireError("the layers do not ascend")
+    if layers and layers[-1] >= info.depth:
+        served = f"layers 0 to {info.depth - 1}" if info.depth else "no layers whose outputs can be requested"
+        raise WireError(f"the layer {layers[-1]} is requested, and the teacher has {served}")
 
 
 def _check_row(where: str, row: _Row, info: TeacherInfo) -> None:
@@ -151,7 +184,7 @@ def _check_row(where: str, row: _Row, info: TeacherInfo) -> None:
         raise WireError(f"{where} has {len(row.ids)} tokens, and the teacher reads at most {info.context_length}")
     if (largest := max(row.ids)) >= info.embeddings:
         raise WireError(f"{where} has the id {largest}, and the teacher's ids are 0 to {info.embeddings - 1}")
-    if any(a >= b for a, b in zip(row.positions, row.positions[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(row.positions)):
         raise WireError(f"the positions of {where} do not ascend")
     if row.positions[-1] >= len(row.ids):
         raise WireError(f"{where} has {len(row.ids)} tokens and the position {row.positions[-1]}")
@@ -216,26 +249,26 @@ def decode_head(body: bytes, info: TeacherInfo) -> HeadTensors:
     return head
 
 
-def encode_hidden_states(rows: Sequence[Tensor], dtype: str, info: TeacherInfo) -> bytes:
+def encode_hidden_states(rows: Sequence[RowTensors], dtype: str, info: TeacherInfo) -> bytes:
     """Return the body of an answer with hidden states.
 
     Args:
-        rows: [T, H] of each row.
+        rows: tensors [T, H] of each row, whose names are those of `tensor_widths`.
         dtype: the requested dtype.
         info: the teacher.
     """
     return _pack(
-        {"hidden_states": torch.cat([row.to(DTYPES[dtype]) for row in rows])},
+        {name: torch.cat([row[name].to(DTYPES[dtype]) for row in rows]) for name in rows[0]},
         {"weights": info.weights, "head": info.head},
     )
 
 
-def decode_hidden_states(body: bytes, rows: Sequence[TokenRow], dtype: str, info: TeacherInfo) -> list[Tensor]:
-    """Return the hidden states of each row, [T, H].
+def decode_hidden_states(body: bytes, rows: Sequence[TokenRow], dtype: str, info: TeacherInfo) -> list[RowTensors]:
+    """Return the tensors of each row, [T, H], whose names are those of `tensor_widths`.
 
     Args:
         body: the result of `encode_hidden_states`.
-        rows: the requested rows.
+        rows: the requested rows, with the same layers.
         dtype: the requested dtype.
         info: the teacher, as it was before training.
 
@@ -246,17 +279,19 @@ def decode_hidden_states(body: bytes, rows: Sequence[TokenRow], dtype: str, info
     if (metadata.get("weights"), metadata.get("head")) != (info.weights, info.head):
         raise WireError("it comes from another teacher: the server was restarted with another model")
     counts = [len(row.positions) for row in rows]
-    hidden = tensors.get("hidden_states")
-    if hidden is None or len(tensors) > 1:
-        raise WireError(f"it has the tensors {sorted(tensors)} and not hidden_states")
-    if tuple(hidden.shape) != (sum(counts), info.width) or hidden.dtype != DTYPES[dtype]:
-        raise WireError(
-            f"its hidden states have shape {tuple(hidden.shape)} and {hidden.dtype}; requested were "
-            f"{(sum(counts), info.width)} in {dtype}"
-        )
-    if not hidden.isfinite().all():
-        raise WireError("its hidden states are not finite")
-    return list(hidden.split(counts))
+    widths = tensor_widths(_layers_of(rows), info)
+    if set(tensors) != set(widths):
+        raise WireError(f"it has the tensors {sorted(tensors)}; requested were {sorted(widths)}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != (sum(counts), widths[name]) or tensor.dtype != DTYPES[dtype]:
+            raise WireError(
+                f"its {name} has shape {tuple(tensor.shape)} and {tensor.dtype}; requested was "
+                f"{(sum(counts), widths[name])} in {dtype}"
+            )
+        if not tensor.isfinite().all():
+            raise WireError(f"its {name} is not finite")
+    parts = {name: tensors[name].split(counts) for name in widths}
+    return [{name: parts[name][index] for name in parts} for index in range(len(rows))]
 
 
 def _scaling_text(scaling: LogitScaling) -> str:

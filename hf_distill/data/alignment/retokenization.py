@@ -1,0 +1,283 @@
+"""Tokenizes the text of a batch, given in the student's tokens, with the teacher's tokenizer.
+
+Letters: N_s tokens of the student · N_t of the teacher · P pieces of text that the teacher's tokenizer reads at once
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .chunks import TokenSpans
+from .flat_tokens import FlatTokens
+from .special_tokens import ENDS, START_OF_TEXT, TURN_MARKS, SpecialTokens
+from .text_encoder import TextEncoder
+from .text_pieces import decode, decode_with_spans
+from .token_bytes import ALWAYS, FIRST
+from .tokenizer_text import TokenizerText
+
+_NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Retokenized:
+    """The teacher's tokens for a batch of the student, and the text of both sides.
+
+    ids:              [N_t]
+    documents:        [N_t] document of each token, as in the student's batch
+    student_indices:  [n_s] indices of the student's tokens in `student`
+    teacher_indices:  [n_t] indices of the teacher's tokens in `teacher`
+    student:          the student's tokens whose text the teacher reads
+    teacher:          the teacher's tokens of this text
+    is_same_text:     whether the bytes of both sides are known to be the same
+    """
+
+    ids: np.ndarray
+    documents: np.ndarray
+    student_indices: np.ndarray
+    teacher_indices: np.ndarray
+    student: TokenSpans
+    teacher: TokenSpans
+    is_same_text: bool
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the teacher reads the student's N_s tokens.
+
+    rows:         [N_s] rows of the student's table
+    is_text:      [N_s] whether a token is text
+    teacher_ids:  [N_s] the teacher's special token for a special token; -1 if there is none
+    has_bos:      [N_s] whether the teacher's BOS stands before a token
+    has_prefix:   [N_s] whether the teacher's tokenizer puts a space before the text that starts with a token
+    skip:         [N_s] number of bytes that the student's tokenizer put before the text that starts with a token
+    is_start:     [N_s] whether a piece of text starts with a token
+    is_inside:    [N_s] whether it continues the text of the piece before it
+    """
+
+    rows: np.ndarray
+    is_text: np.ndarray
+    teacher_ids: np.ndarray
+    has_bos: np.ndarray
+    has_prefix: np.ndarray
+    skip: np.ndarray
+    is_start: np.ndarray
+    is_inside: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The pieces of text that the teacher's tokenizer reads.
+
+    tokens:    [P] index of the student's first token of each piece
+    starts:    [P] byte of the student's text at which it starts
+    ends:      [P] byte at which it ends
+    texts:     the pieces, with the space that the teacher's tokenizer puts before them
+    prefixes:  [P] number of these spaces
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    texts: list[str]
+    prefixes: np.ndarray
+
+
+class Retokenizer:
+    """Tokenizes batches of the student for the teacher.
+
+    Text is cut where the target tokens start or end, and at special tokens, which are replaced by those of the teacher
+    that mean the same. Those without an equivalent are left out. An EOS token between concatenated texts becomes the
+    teacher's EOS, followed by its BOS if its tokenizer uses one.
+
+    Args:
+        student: text of the student's tokens.
+        teacher: text of the teacher's tokens.
+        encoder: tokenizes text for the teacher.
+    """
+
+    def __init__(self, student: TokenizerText, teacher: TokenizerText, encoder: TextEncoder):
+        self.student, self.teacher, self.encoder = student, teacher, encoder
+        size, meanings = student.table.size + 1, student.special.meanings
+        self._in_text, self._in_turns = (
+            _teacher_ids(student.special, teacher.special, has_turns, size) for has_turns in (False, True)
+        )
+        self._is_end, self._is_start_of_text, self._is_turn_mark = np.zeros((3, size), dtype=bool)
+        for i, meaning in meanings.items():
+            self._is_end[i] = meaning in ENDS
+            self._is_start_of_text[i] = meaning == START_OF_TEXT
+            self._is_turn_mark[i] = meaning in TURN_MARKS
+        self._bos_ids = np.array(teacher.special.bos_ids, dtype=np.int64)
+
+    def __call__(self, tokens: FlatTokens) -> Retokenized:
+        """Return the teacher's tokens for the tokens of a batch."""
+        layout = self._lay_out(tokens)
+        student_indices = np.flatnonzero(layout.is_text | (layout.teacher_ids != _NO_TOKEN))
+        table = self.student.table
+        data, ends = table.concatenate(layout.rows[student_indices], layout.skip[student_indices])
+        student = TokenSpans.of_text(data, ends)
+        starts = np.zeros(len(tokens.ids), np.int64)
+        starts[student_indices] = student.starts
+        pieces = self._cut(layout, starts, student, student_indices)
+        encoded = self.encoder.encode(pieces.texts)
+
+        bos, special = np.flatnonzero(layout.has_bos), np.flatnonzero(layout.teacher_ids != _NO_TOKEN)
+        if not len(self._bos_ids):
+            bos = bos[:0]
+        parts = [self._bos_ids] * len(bos) + [layout.teacher_ids[i : i + 1] for i in special] + encoded
+        at = np.concatenate([bos, special, pieces.tokens])
+        order = np.argsort(np.concatenate([2 * bos, 2 * special + 1, 2 * pieces.tokens + 1]), kind="stable")
+        parts = [parts[i] for i in order]
+        counts = np.array([len(part) for part in parts], dtype=np.int64)
+        ids = np.concatenate([*parts, np.zeros(0, np.int64)])
+        is_text = np.repeat(order >= len(bos), counts)
+        documents = np.repeat(tokens.documents[at[order]], counts)
+
+        teacher_indices = np.flatnonzero(is_text)
+        kept = order >= len(bos)
+        first = np.concatenate([starts[special], pieces.starts])[order[kept] - len(bos)]
+        piece = order[kept] - len(bos) - len(special)
+        teacher, is_same = self._teacher_spans(ids[teacher_indices], counts[kept], first, piece, pieces, data)
+        return Retokenized(
+            ids,
+            documents,
+            student_indices,
+            teacher_indices,
+            _separate(student, tokens.documents[student_indices]),
+            _separate(teacher, documents[teacher_indices]),
+            is_same,
+        )
+
+    def _lay_out(self, tokens: FlatTokens) -> _Layout:
+        table = self.student.table
+        rows, is_first, documents = table.rows(tokens.ids), tokens.is_first, tokens.documents
+        is_text = ~table.is_special[rows]
+        has_turns = np.bincount(documents, weights=self._is_turn_mark[rows]) > 0
+        in_turns = has_turns[documents] if len(documents) else is_text
+        teacher_ids = np.where(in_turns, self._in_turns[rows], self._in_text[rows])
+        is_end, is_start_of_text = self._is_end[rows], self._is_start_of_text[rows]
+        after_end = _shift(is_end) & ~is_first & ~in_turns
+        has_bos = (is_first | after_end | is_start_of_text) & ~is_end
+        after_special = is_first | ~_shift(is_text)
+        starts_text = is_first | after_end | _shift(is_start_of_text)
+
+        is_target = tokens.is_target.copy()  # the first token of a document has the status of the next one
+        is_target[:-1] = np.where(is_first[:-1] & ~is_first[1:], is_target[1:], is_target[:-1])
+        is_start = is_text & (after_special | (is_target != _shift(is_target)))
+        places = {ALWAYS: starts_text | after_special, FIRST: starts_text}
+        nowhere = np.zeros_like(is_text)
+        skip = places.get(self.student.prefix_space, nowhere) & table.begins_with_space(rows)
+        return _Layout(
+            rows,
+            is_text,
+            teacher_ids,
+            has_bos,
+            has_prefix=places.get(self.teacher.prefix_space, nowhere),
+            skip=skip.astype(np.int64),
+            is_start=is_start,
+            is_inside=is_start & ~after_special,
+        )
+
+    def _cut(self, layout: _Layout, starts: np.ndarray, student: TokenSpans, indices: np.ndarray) -> _Pieces:
+        """Cut the student's text into pieces, at the ends of characters where it can be."""
+        tokens = np.flatnonzero(layout.is_start)
+        piece_starts = starts[tokens]
+        is_text = layout.is_text[indices]
+        piece_of_token = np.cumsum(layout.is_start)[indices[is_text]] - 1
+        piece_ends = np.zeros(len(tokens), np.int64)
+        piece_ends[piece_of_token] = student.ends[is_text]  # the last token of a piece is written last
+        is_inside = layout.is_inside[tokens]
+        for _ in range(3):  # a character has at most three continuation bytes
+            moved = np.flatnonzero(is_inside & (piece_starts < piece_ends))
+            moved = moved[student.data[piece_starts[moved]] & 0xC0 == 0x80]
+            piece_starts[moved] += 1
+            piece_ends[moved - 1] += 1
+        texts = [decode(student.data[a:b].tobytes()) for a, b in zip(piece_starts, piece_ends, strict=True)]
+        prefixes = np.zeros(len(tokens), np.int64)
+        for i in np.flatnonzero(layout.has_prefix[tokens]):
+            if self.teacher.prefix_is_forced or not texts[i].startswith(" "):
+                texts[i], prefixes[i] = " " + texts[i], 1
+        return _Pieces(tokens, piece_starts, piece_ends, texts, prefixes)
+
+    def _teacher_spans(
+        self,
+        ids: np.ndarray,
+        counts: np.ndarray,
+        starts: np.ndarray,
+        piece_of_part: np.ndarray,
+        pieces: _Pieces,
+        student_data: np.ndarray,
+    ) -> tuple[TokenSpans, bool]:
+        """Return the teacher's tokens in the coordinates of the student's text, and whether both texts are the same.
+
+        Args:
+            ids: the teacher's tokens of all parts, which are special tokens and pieces of text.
+            counts: number of tokens of each part.
+            starts: byte of the student's text at which each part starts.
+            piece_of_part: index of each part among the pieces; negative for a special token.
+            pieces: the pieces.
+            student_data: the student's text.
+        """
+        table = self.teacher.table
+        rows, skip = table.rows(ids), np.zeros(len(ids), np.int64)
+        first = np.cumsum(counts) - counts
+        has_prefix = (piece_of_part >= 0) & (counts > 0)
+        has_prefix[has_prefix] = pieces.prefixes[piece_of_part[has_prefix]] > 0
+        skip[first[has_prefix]] = table.begins_with_space(rows[first[has_prefix]])
+        teacher = TokenSpans.of_text(*table.concatenate(rows, skip))
+        if np.array_equal(teacher.data, student_data):
+            return teacher, True
+
+        bounds = np.append(0, teacher.ends)
+        part_starts = bounds[first]
+        shift = np.repeat(starts - part_starts, counts)
+        token_starts, token_ends = teacher.starts + shift, teacher.ends + shift
+        for part in np.flatnonzero(piece_of_part >= 0):
+            i, tokens = piece_of_part[part], slice(first[part], first[part] + counts[part])
+            raw = student_data[pieces.starts[i] : pieces.ends[i]]
+            text = teacher.data[part_starts[part] : bounds[tokens.stop]]
+            if not np.array_equal(raw, text):
+                spans = self._spans_by_offsets(pieces.texts[i], int(pieces.prefixes[i]), raw.tobytes())
+                token_starts[tokens], token_ends[tokens] = (pieces.starts[i] + each for each in spans)
+        return replace(teacher, starts=token_starts, ends=token_ends), False
+
+    def _spans_by_offsets(self, text: str, prefix: int, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the start and end of each token of a piece, in bytes of the student's text of the piece."""
+        first, last = self.encoder.character_spans(text)
+        _, starts, ends = decode_with_spans(raw)
+        starts = np.concatenate([np.zeros(prefix, np.int64), starts, [len(raw)]])
+        ends = np.concatenate([np.zeros(1 + prefix, np.int64), ends])
+        return starts[first], ends[last]
+
+
+def _teacher_ids(student: SpecialTokens, teacher: SpecialTokens, has_turns: bool, size: int) -> np.ndarray:
+    """Return the teacher's special token for each id of the student, [size]; -1 where there is none.
+
+    Args:
+        student: special tokens of the student.
+        teacher: special tokens of the teacher.
+        has_turns: whether the tokens stand in a conversation; else each end is the end of a text.
+        size: number of rows of the student's table.
+    """
+    ids = np.full(size, _NO_TOKEN, dtype=np.int64)
+    for i, content in student.contents.items():
+        meaning = student.meanings.get(i)
+        if i in student.unmatched or meaning == START_OF_TEXT:
+            continue
+        if meaning in ENDS and not has_turns:
+            equivalent = teacher.eos_id
+        else:
+            equivalent = teacher.id_of_content(content)
+            if equivalent is None and meaning is not None:
+                equivalent = teacher.id_of(meaning)
+        ids[i] = _NO_TOKEN if equivalent is None else equivalent
+    return ids
+
+
+def _shift(values: np.ndarray) -> np.ndarray:
+    """Return the value of the token before each token [N]; false for the first."""
+    return np.concatenate([np.zeros(min(1, len(values)), bool), values[:-1]])
+
+
+def _separate(side: TokenSpans, documents: np.ndarray) -> TokenSpans:
+    """Leave a gap between the coordinates of documents, so that no chunk has tokens of two."""
+    return replace(side, starts=side.starts + documents, ends=side.ends + documents)

@@ -1,0 +1,127 @@
+"""Makes the rows that a teacher with another tokenizer reads, and aligns them with the student's rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.aligned_inputs import aligned_keys
+from ...errors import DistillError
+from .chunks import has_equal_text, number_chunks, renumber
+from .flat_tokens import FlatTokens
+from .retokenization import Retokenizer
+from .target_runs import align_target_runs
+from .text_encoder import TextEncoder
+from .tokenizer_text import tokenizer_pair
+
+
+class TeacherRowMaker:
+    """Adds the rows of a teacher with another tokenizer to batches, and the chunks that align both sides.
+
+    It can be pickled, so that the workers of a data loader run it.
+
+    Args:
+        student_tokenizer: a fast tokenizer of transformers, or a processor with one.
+        teacher_tokenizer: likewise.
+        max_length: the most tokens of a document that the teacher reads; None: all.
+        name: name of the teacher if there are several, see `aligned_keys`.
+
+    Raises:
+        DistillError: the text of the tokens of one tokenizer cannot be mapped to bytes.
+    """
+
+    def __init__(
+        self, student_tokenizer: Any, teacher_tokenizer: Any, max_length: int | None = None, name: str | None = None
+    ):
+        self.student, self.teacher, rules = tokenizer_pair(student_tokenizer, teacher_tokenizer)
+        self._retokenize = Retokenizer(self.student, self.teacher, TextEncoder(rules))
+        self.max_length, self.name = max_length, name
+        teacher = getattr(teacher_tokenizer, "tokenizer", teacher_tokenizer)
+        pad_ids = (teacher.pad_token_id, teacher.eos_token_id, 0)
+        self.pad_token_id: int = next(i for i in pad_ids if i is not None)
+
+    @property
+    def replaced_keys(self) -> tuple[str, ...]:
+        """Keys of a batch that are of no use once the teacher's rows are made."""
+        return (f"teacher_labels{self._suffix}",)
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.name is None else f"_{self.name}"
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the teacher's rows and the chunks of both sides, see `AlignedKeys`.
+
+        If the batch has `teacher_input_ids` and `teacher_labels`, which were rendered with the teacher's own chat
+        template, the target tokens of both sides are aligned. Otherwise the text of the student's tokens is tokenized
+        for the teacher.
+
+        A chunk is numbered if all its tokens of the student are target tokens, none of its tokens is the first of its
+        document, which no token predicts, and the teacher reads all its tokens.
+
+        Args:
+            batch: a collated batch on the CPU: `input_ids` and `labels` [B, S], and `attention_mask` [B, S] if rows are
+                padded, or `position_ids` [1, S] if they are packed.
+
+        Raises:
+            DistillError: the batch has no labels, or the teacher's rows are not those of the student.
+        """
+        student = FlatTokens.of_batch(batch)
+        if f"teacher_labels{self._suffix}" in batch:
+            teacher = self._given_rows(batch, student)
+            chunks = align_target_runs(student, teacher, self.student.table, self.teacher.table)
+        else:
+            teacher, chunks = self._made_rows(student)
+        return self._batch(student, teacher, *chunks)
+
+    def _given_rows(self, batch: Mapping[str, Any], student: FlatTokens) -> FlatTokens:
+        teacher = FlatTokens.of_batch(batch, "teacher_", self._suffix)
+        if teacher.shape[0] != student.shape[0] or student.is_packed:
+            raise DistillError(
+                f"The batch has {student.shape[0]} rows{' of packed documents' * student.is_packed} and "
+                f"{teacher.shape[0]} rows that were made for the teacher: each row needs one of the teacher. Turn "
+                "packing off."
+            )
+        return teacher
+
+    def _made_rows(self, student: FlatTokens) -> tuple[FlatTokens, tuple[np.ndarray, np.ndarray]]:
+        made = self._retokenize(student)
+        chunks = number_chunks(made.student, made.teacher)
+        if not made.is_same_text:
+            chunks = renumber(*chunks, has_equal_text(made.student, made.teacher, *chunks))
+        student_chunks, teacher_chunks = np.zeros(len(student.ids), np.int64), np.zeros(len(made.ids), np.int64)
+        student_chunks[made.student_indices], teacher_chunks[made.teacher_indices] = chunks
+        return student.with_tokens(made.ids, made.documents), (student_chunks, teacher_chunks)
+
+    def _batch(
+        self, student: FlatTokens, teacher: FlatTokens, student_chunks: np.ndarray, teacher_chunks: np.ndarray
+    ) -> dict[str, Tensor]:
+        places = teacher.places()
+        is_read = np.ones(len(places), bool) if self.max_length is None else places < self.max_length
+        is_matched = ~self.teacher.table.is_unmatched[self.teacher.table.rows(teacher.ids)]
+        is_usable = np.ones(1 + max(student_chunks.max(initial=0), teacher_chunks.max(initial=0)), bool)
+        is_usable[0] = False
+        is_usable[student_chunks[student.is_first | ~student.is_target]] = False
+        is_usable[teacher_chunks[teacher.is_first | ~is_read | ~is_matched]] = False
+        for chunks in (student_chunks, teacher_chunks):
+            is_usable &= np.bincount(chunks, minlength=len(is_usable)) > 0
+        student_chunks, teacher_chunks = renumber(student_chunks, teacher_chunks, is_usable)
+
+        keys = aligned_keys(self.name)
+        columns = {keys.teacher_input_ids: teacher.ids, keys.teacher_chunk_ids: teacher_chunks}
+        result = {keys.chunk_ids: student.scatter(student_chunks)}
+        if student.is_packed:
+            columns[keys.teacher_position_ids] = places
+            result |= {key: values[is_read][None] for key, values in columns.items()}
+        else:
+            columns[keys.teacher_attention_mask] = np.ones_like(places)
+            fill = {keys.teacher_input_ids: self.pad_token_id}
+            width = max(1, int(places[is_read].max(initial=0)) + 1)
+            for key, values in columns.items():
+                rows = np.full((student.shape[0], width), fill.get(key, 0), dtype=np.int64)
+                rows[teacher.rows[is_read], places[is_read]] = values[is_read]
+                result[key] = rows
+            result[keys.teacher_attention_mask][:, 0] = 1  # attention over no token at all is not a number
+        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in result.items()}
