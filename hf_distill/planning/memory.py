@@ -19,7 +19,7 @@ _SHARDED_PARTS = {"zero1": _ALL[2:], "zero2": _ALL[1:], "zero3": _ALL, "fsdp2": 
 class MemoryBreakdown:
     """Bytes on one GPU, and bytes in host memory.
 
-    teacher:     the teacher's weights, or this GPU's shard of them
+    teacher:     the teacher's weights, or this GPU's shard of them, and the output heads of teachers on servers
     student:     the student's weights and adapters, or this GPU's shard of them
     gradients:   gradients of the trained parameters
     optimizer:   AdamW's two moments; under DeepSpeed also the fp32 weights
@@ -84,6 +84,7 @@ def estimate_memory(workload: Workload, strategy: Strategy, gpus: int) -> Memory
         "features": workload.captured * workload.tokens * workload.compute,
         "gathered": gathered_bytes(workload, strategy, world),
     }
+    on_gpu["teacher"] += workload.served_heads
     head = head_gradient_bytes(workload, strategy) + workspace_bytes(workload)
     host = sum(size for part, size in sizes.items() if offloaded[part])
     return MemoryBreakdown(head=head, host=host, **on_gpu)

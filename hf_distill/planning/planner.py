@@ -9,7 +9,7 @@ from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
 from ..models.pruning import prune_config
-from ..recipe.models import FromTeacher
+from ..recipe.models import FromTeacher, TeacherSpec
 from ..recipe.schema import Recipe
 from .cache_size import CachePlan, estimate_caches
 from .cost import Cost, Model, cost_of, model_of
@@ -96,11 +96,13 @@ def plan(
     numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
     numbers |= {"pretraining_tokens": pretraining_tokens}
     recipe_strategy, student_config, teacher_config = _check_inputs(recipe, numbers)
-    workload = make_workload(recipe, student_config, teacher_config)
+    served = [spec for spec in recipe.all_teachers if spec.kind == "remote"]
+    served_configs = [_served_config(spec, student_config) for spec in served if spec.api == "hidden"]
+    workload = make_workload(recipe, student_config, teacher_config, served_configs)
     memory_bytes = int(gpu_memory * GiB)
     usable = int(memory_bytes * (1 - FRAGMENTATION_SHARE)) - CUDA_CONTEXT_BYTES
     rows = estimate_strategies(workload, recipe_strategy, gpus, usable)
-    teacher = model_of(recipe.tokenizer_model, teacher_config, workload.teacher, workload.length)
+    teacher = model_of(_teacher_name(recipe), teacher_config, workload.teacher, workload.length)
     name = recipe.student.model or f"{recipe.primary_teacher.loaded_model}, cut to {workload.student.depth} blocks"
     student = model_of(name, student_config, workload.student, workload.length, workload)
     pretraining = six_nd(workload.student.parameters, pretraining_tokens)
@@ -175,7 +177,33 @@ def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, 
         with collect_errors(problems):
             student = model_config(spec.model, spec.revision)
     raise_if_any(problems)
+    if recipe.primary_teacher.kind == "remote":
+        return strategy, student, _served_config(recipe.primary_teacher, student)
     return strategy, student, teacher if recipe.primary_teacher.loaded_model else student
+
+
+def _served_config(spec: TeacherSpec, student: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of a model on a server, if its name is that of a model; that of the student otherwise."""
+    return _named_config(spec) or student
+
+
+def _named_config(spec: TeacherSpec) -> PretrainedConfig | None:
+    """Return the config of the model of this name; None if there is none, because a server may use any name."""
+    if not spec.model or "/" not in spec.model:
+        return None
+    try:
+        return model_config(spec.model)
+    except DistillError:
+        return None
+
+
+def _teacher_name(recipe: Recipe) -> str:
+    """Return the name of the teacher: for a model on a server the name under which it is served, if it is given."""
+    spec = recipe.primary_teacher
+    if spec.kind != "remote":
+        return recipe.tokenizer_model
+    name = f"{spec.model or 'the model'} on a server"
+    return name if _named_config(spec) else f"{name}, of unknown size, taken to be as large as the student"
 
 
 def _prune_config(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:

@@ -122,7 +122,7 @@ def legend(plan: Plan, wide: bool) -> list[str]:
 _PLACEMENTS = {
     "self": "self: the teacher is the student in another state.",
     "cache": "cache: the teacher is read from a teacher cache.",
-    "remote": "remote: the teacher runs on a server; with api: hidden its output head is on the GPU, and not counted.",
+    "remote": "remote: the teacher runs on a server; with api: hidden its output head is on the GPU.",
     "full": "full: every process has an unquantized copy of the teacher.",
     "single": "single: the student trains in one process.",
 }

@@ -1,5 +1,6 @@
 """The models and the batch of a run: what its memory depends on, whatever the placement of the models."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +33,7 @@ class Workload:
     quantization:    "nf4" or "int8" of the student (QLoRA)
     captured:        number of captured feature values per token, of both models
     chunk_tokens:    target tokens in a chunk of the fused loss; None: it follows from the shapes
+    served_heads:    bytes of the output heads that servers with api hidden send to the student's device
     device:          "cuda" or "cpu", on which the workspace of the fused loss depends
 
     `teacher_absent_because` names why no teacher model is loaded: "self", the teacher is the student in another state;
@@ -52,6 +54,7 @@ class Workload:
     teacher_absent_because: str = ""
     captured: int = 0
     chunk_tokens: int | None = None
+    served_heads: int = 0
     device: str = "cuda"
 
     @property
@@ -111,13 +114,16 @@ class Workload:
         return 2 if self.autocasts_teacher(strategy) else self.teacher_dtype.itemsize
 
 
-def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig) -> Workload:
+def make_workload(
+    recipe: Recipe, student: PretrainedConfig, teacher: PretrainedConfig, served: Sequence[PretrainedConfig] = ()
+) -> Workload:
     """Return the workload of a recipe.
 
     Args:
         recipe: the recipe.
         student: the config of its student.
         teacher: the config of its teacher.
+        served: the configs of its teachers on servers with api hidden.
 
     Raises:
         DistillError: a layer mapping names layers that a model does not have.
@@ -147,6 +153,7 @@ def make_workload(recipe: Recipe, student: PretrainedConfig, teacher: Pretrained
         quantization=spec.quantization,
         teacher_absent_because=teacher_absence(recipe),
         chunk_tokens=train.chunk_tokens,
+        served_heads=sum(stats.head * stats.dtype.itemsize for stats in map(ModelStats.of, served)),
         captured=sum(_captured_values(loss, student_stats, teacher_stats, length) for loss in recipe.losses),
     )
 

@@ -143,6 +143,27 @@ def test_a_remote_teacher_is_planned_without_its_memory(server):
     planned = plan(recipe_of(server), gpus=1, gpu_memory=24)
     assert {row.strategy.teacher for row in planned.rows} == {"remote"}
     assert "as many tokens per second" in planned.advice
+    assert "smoke:llama/student" not in planned.teacher.name
+    assert "of unknown size" in planned.teacher.name
+    assert planned.rows[0].parts.teacher == 0
+
+
+def test_the_output_head_that_a_server_sends_is_planned_on_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    from transformers import AutoConfig
+
+    from hf_distill.planning import plan
+
+    server = SimpleNamespace(url="http://10.0.0.5:9000")
+    teacher = {"kind": "remote", "api": "hidden", "url": server.url, "model": "Qwen/Qwen2.5-72B-Instruct"}
+    planned = plan(recipe_of(server, teacher=teacher), gpus=1, gpu_memory=80)
+    assert planned.teacher.name == "Qwen/Qwen2.5-72B-Instruct on a server"
+    assert planned.teacher.parameters == pytest.approx(72.7e9, rel=0.01)
+    assert planned.rows[0].parts.teacher == 152_064 * 8192 * 2
+    unnamed = plan(recipe_of(server, teacher=teacher | {"model": "big"}), gpus=1, gpu_memory=80)
+    assert unnamed.teacher.name == "big on a server, of unknown size, taken to be as large as the student"
+    student = AutoConfig.from_pretrained(resolve_model("smoke:llama/student"))
+    assert unnamed.rows[0].parts.teacher == student.vocab_size * student.hidden_size * 4
 
 
 def test_a_cache_is_written_from_a_server_and_gives_the_same_losses(server):
