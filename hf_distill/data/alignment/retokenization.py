@@ -165,13 +165,13 @@ class Retokenizer:
         is_start = is_text & (after_special | (is_target != _shift(is_target)))
         places = {ALWAYS: starts_text | after_special, FIRST: starts_text}
         nowhere = np.zeros_like(is_text)
-        skip = places.get(self.student.prefix_space, nowhere) & table.begins_with_space(rows)
+        skip = places.get(self.student.rules.prefix_space, nowhere) & table.begins_with_space(rows)
         return _Layout(
             rows,
             is_text,
             teacher_ids,
             has_bos,
-            has_prefix=places.get(self.teacher.prefix_space, nowhere),
+            has_prefix=places.get(self.teacher.rules.prefix_space, nowhere),
             skip=skip.astype(np.int64),
             is_start=is_start,
             is_inside=is_start & ~after_special,
@@ -194,7 +194,7 @@ class Retokenizer:
         texts = [decode(student.data[a:b].tobytes()) for a, b in zip(piece_starts, piece_ends, strict=True)]
         prefixes = np.zeros(len(tokens), np.int64)
         for i in np.flatnonzero(layout.has_prefix[tokens]):
-            if self.teacher.prefix_is_forced or not texts[i].startswith(" "):
+            if self.teacher.rules.prefix_is_forced or not texts[i].startswith(" "):
                 texts[i], prefixes[i] = " " + texts[i], 1
         return _Pieces(tokens, piece_starts, piece_ends, texts, prefixes)
 

@@ -35,10 +35,10 @@ class TeacherRowMaker:
     def __init__(
         self, student_tokenizer: Any, teacher_tokenizer: Any, max_length: int | None = None, name: str | None = None
     ):
-        self.student, self.teacher, rules = tokenizer_pair(student_tokenizer, teacher_tokenizer)
-        self._retokenize = Retokenizer(self.student, self.teacher, TextEncoder(rules))
+        self.student, self.teacher = tokenizer_pair(student_tokenizer, teacher_tokenizer)
         self.max_length, self.name = max_length, name
         teacher = getattr(teacher_tokenizer, "tokenizer", teacher_tokenizer)
+        self._retokenize = Retokenizer(self.student, self.teacher, TextEncoder(teacher, self.teacher.rules))
         pad_ids = (teacher.pad_token_id, teacher.eos_token_id, 0)
         self.pad_token_id: int = next(i for i in pad_ids if i is not None)
 

@@ -1,13 +1,14 @@
 """Tokenizes pieces of text, without special tokens and without a space before the text."""
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
-from .token_bytes import TextRules, without_prefix_space
+from .token_bytes import NEVER, TextRules
 
 
 class TextEncoder:
@@ -16,11 +17,17 @@ class TextEncoder:
     A piece is plain text: a special token that is spelled out in it is tokenized as text, and nothing is added.
 
     Args:
-        rules: the tokenizer, see `text_rules`.
+        tokenizer: a fast tokenizer of transformers.
+        rules: see `text_rules`.
     """
 
-    def __init__(self, rules: TextRules):
-        self._backend = Tokenizer.from_str(json.dumps(without_prefix_space(rules.spec)))
+    def __init__(self, tokenizer: Any, rules: TextRules):
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.post_processor = None
+        parts = Tokenizer.from_str(json.dumps(_without_prefix_space(rules)))
+        self._backend.normalizer, self._backend.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
         self._backend.encode_special_tokens = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,3 +62,16 @@ class TextEncoder:
         group_starts[0] = 0
         group_ends = np.append(group_starts[1:], len(text))
         return group_starts[group], group_ends[group]
+
+
+def _without_prefix_space(rules: TextRules) -> dict:
+    """Return a tokenizer without a vocabulary, whose normalizer and pre-tokenizer put no space before a text."""
+    content: dict[str, Any] = json.loads(Tokenizer(models.BPE()).to_str())
+    normalizer = [step for step in rules.normalizer if step["type"] != "Prepend"]
+    without = {"Metaspace": {"prepend_scheme": NEVER}, "ByteLevel": {"add_prefix_space": False}}
+    pre_tokenizer = [step | without.get(step["type"], {}) for step in rules.pre_tokenizer]
+    if normalizer:
+        content["normalizer"] = {"type": "Sequence", "normalizers": normalizer}
+    if pre_tokenizer:
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pre_tokenizer}
+    return content

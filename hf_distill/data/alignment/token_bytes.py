@@ -19,14 +19,16 @@ _LOSSY_PRE_TOKENIZERS = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "C
 class TextRules:
     """How a tokenizer treats text.
 
-    spec:              the tokenizer of the library `tokenizers`, as the content of its tokenizer.json
+    normalizer:        steps of the normalizer of the library `tokenizers`, as in tokenizer.json
+    pre_tokenizer:     steps of the pre-tokenizer
     is_byte_level:     whether each character of a token stands for a byte; else tokens are text with `▁` for a space
     prefix_space:      where a space is put before a text: never, before the first text of a document, or always, that
                        is also after each special token
     prefix_is_forced:  whether the space is put before a text that begins with a space, too
     """
 
-    spec: dict
+    normalizer: list[dict]
+    pre_tokenizer: list[dict]
     is_byte_level: bool
     prefix_space: str
     prefix_is_forced: bool
@@ -45,35 +47,20 @@ def text_rules(tokenizer: Any, who: str = "model") -> TextRules:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not getattr(tokenizer, "is_fast", False):
         raise _refusal(tokenizer, who, "it is not a fast tokenizer (one of the library `tokenizers`)")
-    spec = json.loads(backend.to_str())
-    if reason := _refusal_reason(spec):
+    normalizer, pre_tokenizer = _steps(backend.normalizer), _steps(backend.pre_tokenizer)
+    if reason := _refusal_reason(backend.model, normalizer, pre_tokenizer):
         raise _refusal(tokenizer, who, reason)
-    parts = [*_parts(spec["normalizer"]), *_parts(spec["pre_tokenizer"])]
+    steps = [*normalizer, *pre_tokenizer]
     prefix_space, is_forced = NEVER, False
-    for part in parts:
-        if part["type"] == "Prepend":
+    for step in steps:
+        if step["type"] == "Prepend":
             prefix_space, is_forced = ALWAYS, True
-        elif part["type"] == "Metaspace":
-            prefix_space = part.get("prepend_scheme", ALWAYS if part.get("add_prefix_space", True) else NEVER)
-        elif part["type"] == "ByteLevel" and part.get("add_prefix_space"):
+        elif step["type"] == "Metaspace":
+            prefix_space = step["prepend_scheme"]
+        elif step["type"] == "ByteLevel" and step.get("add_prefix_space"):
             prefix_space = ALWAYS
-    return TextRules(spec, _has(spec, "ByteLevel"), prefix_space, is_forced)
-
-
-def without_prefix_space(spec: dict) -> dict:
-    """Return a tokenizer that puts no space before a text, adds no special tokens, and does not truncate."""
-    spec = json.loads(json.dumps({**spec, "model": None})) | {"model": spec["model"]}
-    normalizer = spec["normalizer"]
-    if normalizer is not None:
-        kept = [part for part in _parts(normalizer) if part["type"] != "Prepend"]
-        spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    for part in _parts(spec["pre_tokenizer"]):
-        if part["type"] == "Metaspace":
-            part["prepend_scheme"] = NEVER
-            part.pop("add_prefix_space", None)
-        elif part["type"] == "ByteLevel":
-            part["add_prefix_space"] = False
-    return spec | {"post_processor": None, "truncation": None, "padding": None}
+    is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    return TextRules(normalizer, pre_tokenizer, is_byte_level, prefix_space, is_forced)
 
 
 @dataclass(frozen=True)
@@ -148,10 +135,10 @@ def token_bytes(tokenizer: Any, rules: TextRules, special: SpecialTokens) -> Tok
     for i, token in tokenizer.added_tokens_decoder.items():
         content = token.content if rules.is_byte_level else token.content.replace(_SPACE, " ")
         texts[i] = content.encode()
-    unknown = rules.spec["model"].get("unk_token")
     unmatched = {i for i, text in enumerate(texts) if text is None} | special.unmatched
-    if unknown in vocabulary and vocabulary[unknown] not in special.meanings:
-        unmatched.add(vocabulary[unknown])
+    unknown = vocabulary.get(getattr(tokenizer.backend_tokenizer.model, "unk_token", None))
+    if unknown is not None and unknown not in special.meanings:
+        unmatched.add(unknown)
     for i in special.contents:
         texts[i] = special.marker(i)
     filled = [SPECIAL_BYTE if i in unmatched or text is None else text for i, text in enumerate(texts)]
@@ -192,42 +179,42 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return token.replace(_SPACE, " ").encode()
 
 
-def _parts(part: dict | None) -> Iterator[dict]:
-    """Yield the steps of a normalizer, pre-tokenizer or decoder, which may be a sequence."""
-    if part is None:
+def _steps(component: Any) -> list[dict]:
+    """Return the steps of a normalizer or pre-tokenizer of the library `tokenizers`, as in tokenizer.json."""
+    return [] if component is None else list(_flatten(json.loads(component.__getstate__())))
+
+
+def _flatten(step: dict) -> Iterator[dict]:
+    if step["type"] != "Sequence":
+        yield step
         return
-    steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
-    if steps is None:
-        yield part
-    else:
-        for step in steps:
-            yield from _parts(step)
+    for inner in step.get("normalizers", step.get("pretokenizers", ())):
+        yield from _flatten(inner)
 
 
-def _has(spec: dict, kind: str) -> bool:
-    return any(part["type"] == kind for key in ("normalizer", "pre_tokenizer") for part in _parts(spec[key]))
-
-
-def _refusal_reason(spec: dict) -> str | None:
-    model, decoders = spec["model"], [part["type"] for part in _parts(spec["decoder"])]
-    kind = model.get("type", "BPE")
+def _refusal_reason(model: Any, normalizer: list[dict], pre_tokenizer: list[dict]) -> str | None:
+    kind = type(model).__name__
     if kind not in ("BPE", "Unigram"):
         return f"its model is {kind}, whose tokens do not keep the white space"
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    if getattr(model, "continuing_subword_prefix", None) or getattr(model, "end_of_word_suffix", None):
         return "its tokens mark the parts of words by a prefix or suffix and do not keep the white space"
-    for part in _parts(spec["normalizer"]):
-        is_space = part["type"] == "Replace" and part["content"] == _SPACE and part["pattern"] == {"String": " "}
-        if part["type"] not in ("NFC", "Prepend", "ByteLevel") and not is_space:
-            return f"its normalizer {part['type']} changes the text"
-        if part["type"] == "Prepend" and part["prepend"] != _SPACE:
-            return f"its normalizer puts {part['prepend']!r} before the text"
-    for part in _parts(spec["pre_tokenizer"]):
-        is_removed = part.get("behavior") == "Removed" and not part.get("invert")
-        if part["type"] in _LOSSY_PRE_TOKENIZERS or is_removed:
-            return f"its pre-tokenizer {part['type']} removes characters"
-    writes_spaces = _has(spec, "Metaspace") or any(part["type"] == "Replace" for part in _parts(spec["normalizer"]))
-    if not (_has(spec, "ByteLevel") or writes_spaces):
-        return f"its tokens are neither bytes nor text with {_SPACE} for spaces (decoder: {decoders or None})"
+    writes_spaces = is_byte_level = False
+    for step in normalizer:
+        is_space = step["type"] == "Replace" and step["content"] == _SPACE and step["pattern"] == {"String": " "}
+        if step["type"] not in ("NFC", "Prepend", "ByteLevel") and not is_space:
+            return f"its normalizer {step['type']} changes the text"
+        if step["type"] == "Prepend" and step["prepend"] != _SPACE:
+            return f"its normalizer puts {step['prepend']!r} before the text"
+        writes_spaces |= is_space
+        is_byte_level |= step["type"] == "ByteLevel"
+    for step in pre_tokenizer:
+        is_removed = step.get("behavior") == "Removed" and not step.get("invert")
+        if step["type"] in _LOSSY_PRE_TOKENIZERS or is_removed:
+            return f"its pre-tokenizer {step['type']} removes characters"
+        writes_spaces |= step["type"] == "Metaspace" and step["replacement"] == _SPACE
+        is_byte_level |= step["type"] == "ByteLevel"
+    if not (writes_spaces or is_byte_level):
+        return f"its tokens are neither bytes nor text with {_SPACE} for spaces"
     return None
 
 

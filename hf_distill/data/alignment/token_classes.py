@@ -31,7 +31,7 @@ def token_classes(
     Raises:
         DistillError: the text of the tokens of one tokenizer cannot be mapped to bytes.
     """
-    student, teacher, _ = tokenizer_pair(student_tokenizer, teacher_tokenizer)
+    student, teacher = tokenizer_pair(student_tokenizer, teacher_tokenizer)
     sizes = [
         side.table.size if size is None else size for side, size in ((student, student_size), (teacher, teacher_size))
     ]

@@ -4,27 +4,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from .special_tokens import SpecialTokens, common_thinking_marks, special_tokens
-from .token_bytes import NEVER, TextRules, TokenBytes, text_rules, token_bytes
+from .token_bytes import TextRules, TokenBytes, text_rules, token_bytes
 
 
 @dataclass(frozen=True)
 class TokenizerText:
     """The text of a tokenizer's tokens.
 
-    table:             bytes of each id
-    special:           its special tokens
-    prefix_space:      see `TextRules`
-    prefix_is_forced:  see `TextRules`
+    table:    bytes of each id
+    special:  its special tokens
+    rules:    how it treats text
     """
 
     table: TokenBytes
     special: SpecialTokens
-    prefix_space: str = NEVER
-    prefix_is_forced: bool = False
+    rules: TextRules
 
 
-def tokenizer_pair(student: Any, teacher: Any) -> tuple[TokenizerText, TokenizerText, TextRules]:
-    """Return the text of the tokens of two tokenizers, and how the teacher's treats text.
+def tokenizer_pair(student: Any, teacher: Any) -> tuple[TokenizerText, TokenizerText]:
+    """Return the text of the tokens of two tokenizers.
 
     Args:
         student: a fast tokenizer of transformers, or a processor with one.
@@ -36,9 +34,9 @@ def tokenizer_pair(student: Any, teacher: Any) -> tuple[TokenizerText, Tokenizer
     tokenizers = [getattr(each, "tokenizer", each) for each in (student, teacher)]
     rules = [text_rules(each, who) for each, who in zip(tokenizers, ("student", "teacher"), strict=True)]
     marks = common_thinking_marks(*tokenizers)
-    texts = []
-    for tokenizer, rule in zip(tokenizers, rules, strict=True):
-        special = special_tokens(tokenizer, marks)
-        table = token_bytes(tokenizer, rule, special)
-        texts.append(TokenizerText(table, special, rule.prefix_space, rule.prefix_is_forced))
-    return texts[0], texts[1], rules[1]
+    specials = [special_tokens(each, marks) for each in tokenizers]
+    student_text, teacher_text = (
+        TokenizerText(token_bytes(tokenizer, rule, special), special, rule)
+        for tokenizer, rule, special in zip(tokenizers, rules, specials, strict=True)
+    )
+    return student_text, teacher_text

@@ -80,7 +80,7 @@ def naive(maker: TeacherRowMaker, student: list[int], teacher: list[int]) -> tup
     sides = []
     for ids, side in ((student, maker.student), (teacher, maker.teacher)):
         bos = len(side.special.bos_ids)
-        sides.append((bos, naive_starts(side.table, ids[bos:], int(side.prefix_space != "never"))))
+        sides.append((bos, naive_starts(side.table, ids[bos:], int(side.rules.prefix_space != "never"))))
     common = sorted(set(sides[0][1]) & set(sides[1][1]))
     chunks = [[0] * bos + [sum(b <= start for b in common) for start in starts[:-1]] for bos, starts in sides]
     unusable = {0, len(common), chunks[0][0], chunks[1][0]}

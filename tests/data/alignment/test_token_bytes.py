@@ -28,8 +28,8 @@ def side_of(kind: str) -> tuple[TokenBytes, TextEncoder]:
         if kind == "smollm2"
         else trained(kind)
     )
-    _, side, rules = tokenizer_pair(tokenizer, tokenizer)
-    return side.table, pickle.loads(pickle.dumps(TextEncoder(rules)))
+    _, side = tokenizer_pair(tokenizer, tokenizer)
+    return side.table, pickle.loads(pickle.dumps(TextEncoder(tokenizer, side.rules)))
 
 
 def known_bytes(table) -> set[int]:
