@@ -64,7 +64,7 @@ class FlatTokens:
             is_packed |= bool((restarts & ~is_first).any())
             is_first = is_first | restarts
         return cls(
-            ids=ids.numpy().reshape(-1)[flat],
+            ids=ids.numpy().reshape(-1)[flat].astype(np.int64),
             positions=flat,
             documents=np.cumsum(is_first) - 1,
             rows=rows,

@@ -29,6 +29,8 @@ class Retokenized:
     student:          the student's tokens whose text the teacher reads
     teacher:          the teacher's tokens of this text
     is_same_text:     whether the bytes of both sides are known to be the same
+    student_skip:     [n_s] number of bytes that the student's tokenizer put before a token, and `student` leaves out
+    teacher_skip:     [n_t] likewise
     """
 
     ids: np.ndarray
@@ -38,6 +40,8 @@ class Retokenized:
     student: TokenSpans
     teacher: TokenSpans
     is_same_text: bool
+    student_skip: np.ndarray
+    teacher_skip: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ class Retokenizer:
         layout = self._lay_out(tokens)
         student_indices = np.flatnonzero(layout.is_text | (layout.teacher_ids != _NO_TOKEN))
         table = self.student.table
-        data, ends = table.concatenate(layout.rows[student_indices], layout.skip[student_indices])
+        student_skip = layout.skip[student_indices]
+        data, ends = table.concatenate(layout.rows[student_indices], student_skip)
         student = TokenSpans.of_text(data, ends)
         starts = np.zeros(len(tokens.ids), np.int64)
         starts[student_indices] = student.starts
@@ -136,7 +141,9 @@ class Retokenizer:
         kept = order >= len(bos)
         first = np.concatenate([starts[special], pieces.starts])[order[kept] - len(bos)]
         piece = order[kept] - len(bos) - len(special)
-        teacher, is_same = self._teacher_spans(ids[teacher_indices], counts[kept], first, piece, pieces, data)
+        teacher, teacher_skip, is_same = self._teacher_spans(
+            ids[teacher_indices], counts[kept], first, piece, pieces, data
+        )
         return Retokenized(
             ids,
             documents,
@@ -145,6 +152,8 @@ class Retokenizer:
             _separate(student, tokens.documents[student_indices]),
             _separate(teacher, documents[teacher_indices]),
             is_same,
+            student_skip,
+            teacher_skip,
         )
 
     def _lay_out(self, tokens: FlatTokens) -> _Layout:
@@ -165,17 +174,39 @@ class Retokenizer:
         is_start = is_text & (after_special | (is_target != _shift(is_target)))
         places = {ALWAYS: starts_text | after_special, FIRST: starts_text}
         nowhere = np.zeros_like(is_text)
-        skip = places.get(self.student.rules.prefix_space, nowhere) & table.begins_with_space(rows)
+        skip = self._find_prefixes(rows, is_text & places.get(self.student.rules.prefix_space, nowhere), after_special)
         return _Layout(
             rows,
             is_text,
             teacher_ids,
             has_bos,
             has_prefix=places.get(self.teacher.rules.prefix_space, nowhere),
-            skip=skip.astype(np.int64),
+            skip=skip,
             is_start=is_start,
             is_inside=is_start & ~after_special,
         )
+
+    def _find_prefixes(self, rows: np.ndarray, can_start: np.ndarray, after_special: np.ndarray) -> np.ndarray:
+        """Return the number of spaces that the student's tokenizer put before tokens, [N_s].
+
+        A tokenizer that puts no space before a text that begins with one has put a space only where another character
+        follows it.
+
+        Args:
+            rows: [N_s] rows of the student's table.
+            can_start: [N_s] whether a text starts with a token, before which the tokenizer puts a space.
+            after_special: [N_s] whether a token is the first of its document, or the token before it is special.
+        """
+        table, skip = self.student.table, np.zeros(len(rows), np.int64)
+        found = np.flatnonzero(can_start & table.begins_with_space(rows))
+        if len(found) and not self.student.rules.prefix_is_forced:
+            next_rows, continues = np.append(rows[1:], table.size), np.append(~after_special[1:], False)
+            next_starts_word = continues & ~table.is_special[next_rows] & ~table.begins_with_space(next_rows)
+            is_alone = table.lengths[rows[found]] == 1
+            second = table.data[table.starts[rows[found]] + np.where(is_alone, 0, 1)]
+            found = found[np.where(is_alone, next_starts_word[found], second != ord(" "))]
+        skip[found] = 1
+        return skip
 
     def _cut(self, layout: _Layout, starts: np.ndarray, student: TokenSpans, indices: np.ndarray) -> _Pieces:
         """Cut the student's text into pieces, at the ends of characters where it can be."""
@@ -206,8 +237,10 @@ class Retokenizer:
         piece_of_part: np.ndarray,
         pieces: _Pieces,
         student_data: np.ndarray,
-    ) -> tuple[TokenSpans, bool]:
+    ) -> tuple[TokenSpans, np.ndarray, bool]:
         """Return the teacher's tokens in the coordinates of the student's text, and whether both texts are the same.
+
+        Between them: the number of bytes that the teacher's tokenizer put before each token.
 
         Args:
             ids: the teacher's tokens of all parts, which are special tokens and pieces of text.
@@ -225,7 +258,7 @@ class Retokenizer:
         skip[first[has_prefix]] = table.begins_with_space(rows[first[has_prefix]])
         teacher = TokenSpans.of_text(*table.concatenate(rows, skip))
         if np.array_equal(teacher.data, student_data):
-            return teacher, True
+            return teacher, skip, True
 
         bounds = np.append(0, teacher.ends)
         part_starts = bounds[first]
@@ -237,8 +270,9 @@ class Retokenizer:
             text = teacher.data[part_starts[part] : bounds[tokens.stop]]
             if not np.array_equal(raw, text):
                 spans = self._spans_by_offsets(pieces.texts[i], int(pieces.prefixes[i]), raw.tobytes())
+                spans = _refine(*spans, raw, text, teacher.lengths[tokens])
                 token_starts[tokens], token_ends[tokens] = (pieces.starts[i] + each for each in spans)
-        return replace(teacher, starts=token_starts, ends=token_ends), False
+        return replace(teacher, starts=token_starts, ends=token_ends), skip, False
 
     def _spans_by_offsets(self, text: str, prefix: int, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Return the start and end of each token of a piece, in bytes of the student's text of the piece."""
@@ -271,6 +305,38 @@ def _teacher_ids(student: SpecialTokens, teacher: SpecialTokens, has_turns: bool
                 equivalent = teacher.id_of(meaning)
         ids[i] = _NO_TOKEN if equivalent is None else equivalent
     return ids
+
+
+def _refine(
+    starts: np.ndarray, ends: np.ndarray, raw: np.ndarray, text: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where tokens start and end that together have the start and end of a few characters.
+
+    If their bytes are those of the characters, each token has its own bytes; otherwise all of them have all bytes.
+
+    Args:
+        starts: [N] where each token starts in `raw`; the same for tokens that share characters.
+        ends: [N] where it ends.
+        raw: [n] bytes of the piece.
+        text: [m] bytes of the tokens.
+        lengths: [N] number of them for each token.
+    """
+    if not len(starts):
+        return starts, ends
+    token_starts = np.cumsum(lengths) - lengths
+    is_first = np.append(True, starts[1:] != starts[:-1])
+    group = np.cumsum(is_first) - 1
+    shift = (starts - token_starts)[is_first][group]  # from bytes of the tokens to bytes of the piece
+    is_exact = np.bincount(group, weights=lengths) == (ends - starts)[is_first]
+    of_byte = np.repeat(np.arange(len(lengths)), lengths)
+    of_byte_in_exact = of_byte[is_exact[group[of_byte]]]
+    compared = np.flatnonzero(is_exact[group[of_byte]])
+    is_exact[group[of_byte_in_exact[text[compared] != raw[compared + shift[of_byte_in_exact]]]]] = False
+    exact = is_exact[group]
+    return (
+        np.where(exact, token_starts + shift, starts),
+        np.where(exact, token_starts + lengths + shift, ends),
+    )
 
 
 def _shift(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from ...core.aligned_inputs import aligned_keys
 from ...errors import DistillError
 from .chunks import has_equal_text, number_chunks, renumber
 from .flat_tokens import FlatTokens
-from .retokenization import Retokenizer
+from .retokenization import Retokenized, Retokenizer
 from .target_runs import align_target_runs
 from .text_encoder import TextEncoder
 from .tokenizer_text import tokenizer_pair
@@ -91,6 +91,8 @@ class TeacherRowMaker:
         chunks = number_chunks(made.student, made.teacher)
         if not made.is_same_text:
             chunks = renumber(*chunks, has_equal_text(made.student, made.teacher, *chunks))
+        if made.student_skip.any() or made.teacher_skip.any():
+            chunks = renumber(*chunks, _has_equal_prefix(made, *chunks))
         student_chunks, teacher_chunks = np.zeros(len(student.ids), np.int64), np.zeros(len(made.ids), np.int64)
         student_chunks[made.student_indices], teacher_chunks[made.teacher_indices] = chunks
         return student.with_tokens(made.ids, made.documents), (student_chunks, teacher_chunks)
@@ -125,3 +127,18 @@ class TeacherRowMaker:
                 result[key] = rows
             result[keys.teacher_attention_mask][:, 0] = 1  # attention over no token at all is not a number
         return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in result.items()}
+
+
+def _has_equal_prefix(made: Retokenized, student_chunks: np.ndarray, teacher_chunks: np.ndarray) -> np.ndarray:
+    """Return whether the tokens of a chunk start with the same space on both sides, [C + 1].
+
+    Where one tokenizer puts a space before a text, its first token (" Hello") is not the text of the other side.
+    """
+    count = 1 + int(max(student_chunks.max(initial=0), teacher_chunks.max(initial=0)))
+    student, teacher = (
+        np.bincount(chunks, weights=skip, minlength=count)
+        for chunks, skip in ((student_chunks, made.student_skip), (teacher_chunks, made.teacher_skip))
+    )
+    is_equal: np.ndarray = student == teacher
+    is_equal[0] = False
+    return is_equal

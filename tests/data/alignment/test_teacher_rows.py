@@ -1,16 +1,23 @@
 """Rows of a teacher with another tokenizer: against a naive reference, and for all kinds of batches."""
 
+import pickle
+import unicodedata
 from functools import cache
 from itertools import groupby
 
+import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from texts import texts
 from trained_tokenizers import KINDS, trained
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
 from hf_distill.core.aligned_inputs import aligned_keys
+from hf_distill.data.alignment.collator import AlignedCollator
 from hf_distill.data.alignment.teacher_rows import TeacherRowMaker
 from hf_distill.data.collator import Collator
+from hf_distill.errors import DistillError
 
 PAIRS = [(one, other) for one in KINDS for other in KINDS if one in ("digits", "gemma", "first") or one == other]
 
@@ -77,12 +84,304 @@ def test_chunks_of_a_text_are_those_of_the_naive_reference(text):
 
 
 def naive(maker: TeacherRowMaker, student: list[int], teacher: list[int]) -> tuple[list[int], list[int]]:
-    sides = []
+    sides, prefixes = [], []
     for ids, side in ((student, maker.student), (teacher, maker.teacher)):
+        prefixes.append(side.rules.prefix_space != "never")
         bos = len(side.special.bos_ids)
-        sides.append((bos, naive_starts(side.table, ids[bos:], int(side.rules.prefix_space != "never"))))
+        sides.append((bos, naive_starts(side.table, ids[bos:], prefixes[-1])))
     common = sorted(set(sides[0][1]) & set(sides[1][1]))
     chunks = [[0] * bos + [sum(b <= start for b in common) for start in starts[:-1]] for bos, starts in sides]
     unusable = {0, len(common), chunks[0][0], chunks[1][0]}
+    if prefixes[0] != prefixes[1]:
+        unusable |= {1}  # " Hello" is not the text "Hello" of the other side
     number = {chunk: i + 1 for i, chunk in enumerate(sorted(set(chunks[0]) - unusable))}
     return tuple([number.get(chunk, 0) for chunk in side] for side in chunks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=texts(min_size=1))
+def test_the_same_tokenizer_gives_one_chunk_for_each_token(text):
+    text = unicodedata.normalize("NFC", text.replace("▁", "_")) or "a"
+    for kind in KINDS:
+        ids = ids_of(kind, text)
+        result = maker_of(kind, kind)(batch_of(ids))
+        assert result["teacher_input_ids"][0].tolist() == ids
+        chunks = result["chunk_ids"][0].tolist()
+        assert chunks == result["teacher_chunk_ids"][0].tolist()
+        is_prefix = kind in ("first", "always", "llama") and trained(kind).convert_tokens_to_ids("▁") in ids[:2]
+        assert chunks[0] == 0
+        assert chunks[1 + is_prefix :] == list(range(chunks[-1] - len(ids) + 2 + is_prefix, chunks[-1] + 1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_ids_give_smallest_chunks_with_the_text_of_both_sides(data):
+    """Rows of random ids, or cut anywhere in a text: also inside characters and with special tokens."""
+    one, other = data.draw(
+        st.sampled_from([("digits", "gemma"), ("digits", "nfc"), ("gemma", "groups"), ("first", "digits")])
+    )
+    maker = maker_of(one, other)
+    if data.draw(st.booleans()):
+        ids = data.draw(st.lists(st.integers(0, len(trained(one)) - 1), min_size=1, max_size=20))
+    else:
+        ids = ids_of(one, data.draw(texts(min_size=2)) or "a")
+        start = data.draw(st.integers(0, len(ids) - 1))
+        ids = ids[start : data.draw(st.integers(start + 1, len(ids)))]
+    labels = [i if data.draw(st.integers(0, 9)) else -100 for i in ids]
+    batch = batch_of(ids, labels=[labels])
+    result = maker(batch)
+    for written, read in chunk_texts(maker, batch, result):
+        assert canonical(written) == canonical(read) != b""
+    targets = {chunk for chunk, label in zip(result["chunk_ids"][0].tolist(), labels, strict=True) if label == -100}
+    assert targets <= {0}
+    assert not set(inner_boundaries(maker, batch, result))
+
+
+def canonical(text: bytes) -> bytes:
+    try:
+        return unicodedata.normalize("NFC", text.decode()).encode()
+    except UnicodeDecodeError:
+        return text
+
+
+def inner_boundaries(maker: TeacherRowMaker, batch: dict, result: dict) -> list[int]:
+    """Chunks with the same bytes on both sides, and a boundary of both inside them."""
+    ends = []
+    for ids, chunks, table in (
+        (batch["input_ids"], result["chunk_ids"], maker.student.table),
+        (result["teacher_input_ids"], result["teacher_chunk_ids"], maker.teacher.table),
+    ):
+        of_chunks: dict[int, list[bytes]] = {}
+        for i, chunk in zip(ids.flatten().tolist(), chunks.flatten().tolist(), strict=True):
+            of_chunks.setdefault(chunk, []).append(table.of_id(i))
+        ends.append({chunk: {b"".join(parts[:i]) for i in range(1, len(parts))} for chunk, parts in of_chunks.items()})
+    return [chunk for chunk in ends[0] if chunk and (ends[0][chunk] & ends[1][chunk]) - {b"", b" "}]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(texts(min_size=1), min_size=2, max_size=4))
+def test_padding_and_packing_change_nothing(rows):
+    for one, other in (("digits", "gemma"), ("gemma", "nfc"), ("first", "groups")):
+        maker = maker_of(one, other)
+        ids = [ids_of(one, text or "a") for text in rows]
+        expected = [comparable(maker(batch_of(each)), 0) for each in ids]
+        for side in ("right", "left"):
+            tokenizer = trained(one)
+            tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
+            padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+            labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
+            result = maker({**padded, "labels": labels})
+            assert [comparable(result, i) for i in range(len(ids))] == expected, side
+        packed = maker(DataCollatorWithFlattening()([{"input_ids": each, "labels": each} for each in ids]))
+        assert "teacher_attention_mask" not in packed
+        starts = (packed["teacher_position_ids"][0] == 0).nonzero().flatten().tolist()
+        documents = zip(starts, [*starts[1:], None], strict=True)
+        assert [packed["teacher_input_ids"][0, a:b].tolist() for a, b in documents] == [each[0] for each in expected]
+        chunks = [
+            relative(packed["teacher_chunk_ids"][0, a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)
+        ]
+        assert chunks == [each[2] for each in expected]
+
+
+def comparable(result: dict, row: int) -> tuple[list[int], list[int], list[int]]:
+    """The teacher's ids of a row, and its chunks of both sides counted from 1, without padding."""
+    length = int(result["teacher_attention_mask"][row].sum())
+    student = relative(result["chunk_ids"][row])
+    return (
+        result["teacher_input_ids"][row, :length].tolist(),
+        [chunk for chunk in student if chunk],
+        relative(result["teacher_chunk_ids"][row, :length]),
+    )
+
+
+def relative(chunks: torch.Tensor) -> list[int]:
+    first = int(chunks[chunks > 0].min()) if (chunks > 0).any() else 1
+    return [chunk and chunk - first + 1 for chunk in chunks.tolist()]
+
+
+def test_documents_in_a_row_end_with_the_eos_of_the_teacher():
+    one, two = "A first text, 12.", "Another one"
+    end = trained("digits").eos_token_id
+    ids = [*ids_of("digits", one), end, *ids_of("digits", two), end]
+    result = maker_of("digits", "gemma")(batch_of(ids))
+    eos = trained("gemma").eos_token_id
+    assert result["teacher_input_ids"][0].tolist() == [*ids_of("gemma", one), eos, *ids_of("gemma", two), eos]
+    chunks = dict(zip(ids, result["chunk_ids"][0].tolist(), strict=True))
+    assert chunks[end] == result["teacher_chunk_ids"].max() > 0
+    result = maker_of("digits", "groups")(batch_of(ids))
+    eos = trained("groups").eos_token_id  # <|endoftext|>, although the teacher also has <|im_end|>
+    assert result["teacher_input_ids"][0].tolist() == [*ids_of("groups", one), eos, *ids_of("groups", two), eos]
+    assert result["chunk_ids"][0, -1] > 0
+
+
+def test_no_token_of_the_teacher_spans_the_start_of_the_target_tokens():
+    prompt, completion = ids_of("digits", "The n"), ids_of("digits", "umber is 12")
+    for other in ("groups", "gemma", "first", "llama"):
+        maker = maker_of("digits", other)
+        result = maker(batch_of(prompt + completion, labels=[[-100] * len(prompt) + completion]))
+        start = ids_of(other, "The n")
+        assert result["teacher_input_ids"][0, : len(start)].tolist() == start
+        assert not result["teacher_chunk_ids"][0, : len(start)].any()
+        assert result["teacher_chunk_ids"][0, len(start) :].all()
+        assert not result["chunk_ids"][0, : len(prompt)].any()
+        assert result["chunk_ids"][0, len(prompt) :].all()
+
+
+def test_target_tokens_that_start_inside_a_character():
+    ids = ids_of("digits", "a 𒀀𒀁 b")
+    start = next(i for i in range(3, len(ids)) if trained("digits").decode(ids[:i]).endswith("\ufffd"))
+    result = maker_of("digits", "gemma")(batch_of(ids, labels=[[-100] * start + ids[start:]]))
+    assert result["teacher_input_ids"][0].tolist() == ids_of("gemma", "a 𒀀𒀁 b")
+    assert result["chunk_ids"][0, -1] > 0
+
+
+def test_turns_of_a_conversation_have_the_special_tokens_of_the_teacher():
+    tokenizer, teacher = trained("digits"), trained("gemma")
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello 12<|im_end|>\n"
+    ids = tokenizer(text)["input_ids"]
+    start = len(tokenizer("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
+    result = maker_of("digits", "gemma")(batch_of(ids, labels=[[-100] * start + ids[start:]]))
+    written = text.replace("<|im_start|>", "<start_of_turn>").replace("<|im_end|>", "<end_of_turn>")
+    assert teacher.decode(result["teacher_input_ids"][0]) == "<bos>" + written
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert result["chunk_ids"][0, ids.index(end, start)] > 0
+    assert result["chunk_ids"][0, start:].all()
+
+
+def test_special_tokens_that_are_spelled_in_a_text_stay_text():
+    text = "Write <|im_end|>, <eos> or </s> here"
+    ids = ids_of("digits", text)
+    result = maker_of("digits", "gemma")(batch_of(ids))
+    assert trained("gemma").eos_token_id not in result["teacher_input_ids"]
+    assert trained("gemma").decode(result["teacher_input_ids"][0], skip_special_tokens=True) == text
+    assert result["chunk_ids"][0, -1] > 0
+
+
+def test_tokens_after_the_length_that_the_teacher_reads_are_in_no_chunk():
+    ids = ids_of("digits", "one two three four five six seven")
+    full = maker_of("digits", "gemma")(batch_of(ids, ids[:5]))
+    cut = maker_of("digits", "gemma", max_length=9)(batch_of(ids, ids[:5]))
+    assert cut["teacher_input_ids"].shape[1] == 9
+    assert cut["teacher_input_ids"][0].tolist() == full["teacher_input_ids"][0, :9].tolist()
+    whole = full["chunk_ids"][0] <= full["teacher_chunk_ids"][0, :9].max()
+    crossing = full["teacher_chunk_ids"][0, 8] == full["teacher_chunk_ids"][0, 9]
+    last = full["teacher_chunk_ids"][0, 8] - int(crossing)
+    assert (cut["chunk_ids"][0] > 0).tolist() == (
+        whole & (full["chunk_ids"][0] > 0) & (full["chunk_ids"][0] <= last)
+    ).tolist()
+    packed = DataCollatorWithFlattening()([{"input_ids": ids}, {"input_ids": ids}])
+    positions = maker_of("digits", "gemma", max_length=9)(packed)["teacher_position_ids"]
+    assert positions.tolist() == [[*range(9)] * 2]
+
+
+def test_text_in_another_normalization_is_aligned_around_and_across_it():
+    ids = ids_of("digits", "a cafe\u0301 in 12")
+    maker = maker_of("digits", "nfc")
+    batch = batch_of(ids)
+    result = maker(batch)
+    assert trained("nfc").decode(result["teacher_input_ids"][0]) == "a café in 12"
+    assert result["chunk_ids"][0, 1:].all()
+    assert b"".join(student for student, _ in chunk_texts(maker, batch, result)) == " cafe\u0301 in 12".encode()
+
+
+def given_rows(student: str, teacher: str, turns: list[tuple[str, bool]], teacher_turns=None) -> dict:
+    """A row of each side; of its texts, which are tokenized apart, some are target tokens."""
+    rows = {}
+    for prefix, kind, parts in (("", student, turns), ("teacher_", teacher, teacher_turns or turns)):
+        ids = [(trained(kind)(text, add_special_tokens=False)["input_ids"], target) for text, target in parts]
+        rows[f"{prefix}input_ids"] = [i for part, _ in ids for i in part]
+        rows[f"{prefix}labels"] = [i if target else -100 for part, target in ids for i in part]
+    return rows
+
+
+def aligned_text(student: str, teacher: str, *rows: dict, **options) -> bytes:
+    maker = TeacherRowMaker(trained(student), trained(teacher), **options)
+    batch = Collator(0)(rows)
+    return b"".join(one for one, _ in chunk_texts(maker, batch, maker(batch)))
+
+
+def test_rows_of_the_teachers_template_are_aligned_at_the_target_tokens():
+    turns = [
+        ("<|im_start|>user\nHi<|im_end|>", False),
+        ("Good day, 12<|im_end|>", True),
+        ("user\nBye", False),
+        ("Bye!<|im_end|>", True),
+    ]
+    own = [
+        ("<bos><start_of_turn>user\nHi<end_of_turn>\n", False),
+        ("Good day, 12<end_of_turn>", True),
+        ("x", False),
+        ("Bye!<end_of_turn>", True),
+    ]
+    row = given_rows("digits", "gemma", turns, own)
+    assert aligned_text("digits", "gemma", row, row) == b"Good day, 12\xffendBye!\xffend" * 2
+    stripped = [(text.replace("Good", " \nGood"), target) for text, target in turns]
+    assert aligned_text("digits", "gemma", given_rows("digits", "gemma", stripped, own)).endswith(
+        b"day, 12\xffendBye!\xffend"
+    )
+    other = [*own[:3], ("Something else<end_of_turn>", True)]
+    assert aligned_text("digits", "gemma", given_rows("digits", "gemma", turns, other)) == b"Good day, 12\xffend\xffend"
+
+
+def test_rows_of_the_teachers_template_with_another_number_of_turns():
+    turns = [("a", False), ("First 12", True), ("b", False), ("Second 34", True)]
+    assert aligned_text("digits", "groups", given_rows("digits", "groups", turns, turns[:2])) == b"First 12"
+    assert aligned_text("digits", "groups", given_rows("digits", "groups", turns, turns[2:])) == b""
+    cut = [*turns[:3], ("Sec", True)]
+    assert aligned_text(
+        "digits", "groups", given_rows("digits", "groups", cut, [*turns, ("c", False), ("Third", True)])
+    ).startswith(b"First 12")
+
+
+def test_the_rows_of_the_teacher_are_cut_at_its_length():
+    turns = [("a b c", False), ("First 12 and more words", True)]
+    row = given_rows("digits", "groups", turns)
+    maker = TeacherRowMaker(trained("digits"), trained("groups"), max_length=len(row["teacher_input_ids"]) - 3)
+    result = maker(Collator(0)([row]))
+    assert result["teacher_input_ids"].tolist() == [row["teacher_input_ids"][:-3]]
+    assert 0 < result["chunk_ids"].max() == result["teacher_chunk_ids"].max()
+
+
+def test_packed_rows_have_no_rows_that_were_made_for_the_teacher():
+    row = given_rows("digits", "groups", [("a", False), ("b", True)])
+    packed = DataCollatorWithFlattening()([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    batch = packed | {key: torch.tensor([row[key]]) for key in ("teacher_input_ids", "teacher_labels")}
+    with pytest.raises(DistillError, match="Turn packing off"):
+        maker_of("digits", "groups")(batch)
+
+
+def test_a_batch_without_labels_is_refused():
+    with pytest.raises(DistillError, match="labels"):
+        maker_of("digits", "groups")({"input_ids": torch.tensor([[1, 2]])})
+
+
+def test_rows_without_text_give_a_row_that_the_teacher_can_read():
+    ids = [trained("digits").pad_token_id]
+    tokenizer = trained("always")  # without BOS
+    result = TeacherRowMaker(trained("digits"), tokenizer)(batch_of(ids, ids_of("digits", "some text")))
+    assert result["teacher_attention_mask"].sum(1).min() >= 1
+    assert not result["chunk_ids"][0].any()
+
+
+def test_the_collator_adds_the_keys_of_each_teacher_in_workers():
+    makers = [maker_of("digits", "gemma", name="a"), maker_of("digits", "nfc", name="b")]
+    tokenizer = trained("digits")
+    collator = AlignedCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False), makers)
+    rows = [{"input_ids": ids_of("digits", text)} for text in ("Some text, 12", "more")]
+    batch = pickle.loads(pickle.dumps(collator))(rows)
+    assert {*aligned_keys("a"), *aligned_keys("b")} - {
+        "teacher_position_ids_a",
+        "teacher_position_ids_b",
+    } <= batch.keys()
+    alone = makers[1](DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows))
+    assert all(torch.equal(value, batch[key]) for key, value in alone.items())
+    assert collator.tokenizer is tokenizer
+    with pytest.raises(DistillError, match="another name"):
+        AlignedCollator(collator, [makers[0]] * 2)
+
+
+def test_rows_that_were_made_for_the_teacher_lose_their_labels():
+    row = given_rows("digits", "groups", [("a b", False), ("c 12", True)])
+    batch = AlignedCollator(Collator(0), [maker_of("digits", "groups")])([row])
+    assert "teacher_labels" not in batch
+    assert batch["teacher_chunk_ids"].max() > 0
