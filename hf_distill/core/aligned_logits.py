@@ -31,6 +31,7 @@ class AlignedLogits:
     first_tokens:   [C] index among the T target tokens of the first one of each chunk
     token_classes:  classes over which the distributions of both models are compared
     chunks_on_host: [T] the same as `chunks`
+    chunk_bytes:    [C] number of bytes of the text of each chunk, for statistics; None if unknown
     """
 
     first_logits: TeacherTokenLogits | None
@@ -39,6 +40,7 @@ class AlignedLogits:
     first_tokens: Tensor
     token_classes: TokenClasses
     chunks_on_host: np.ndarray
+    chunk_bytes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.first_tokens)
@@ -68,6 +70,7 @@ class AlignedLogits:
             self.first_tokens[chunks] - start,
             self.token_classes,
             np.maximum(on_host - chunks.start, -1),
+            None if self.chunk_bytes is None else self.chunk_bytes[chunks],
         )
 
 
@@ -79,7 +82,7 @@ class CrossTokenizerLogits:
     labels:          [T_t] ids of the teacher
     teacher_chunks:  [T_t] chunk of each target token of the teacher, counted from 0 in the order of the student's
     teacher_first_tokens: [C] index among the T_t tokens of the first one of each chunk
-    chunks, first_tokens, token_classes, chunks_on_host: see `AlignedLogits`
+    chunks, first_tokens, token_classes, chunks_on_host, chunk_bytes: see `AlignedLogits`
     """
 
     logits: TeacherTokenLogits
@@ -90,6 +93,7 @@ class CrossTokenizerLogits:
     first_tokens: Tensor
     token_classes: TokenClasses
     chunks_on_host: np.ndarray
+    chunk_bytes: Tensor
 
     @property
     def vocab_size(self) -> int | None:
@@ -110,7 +114,13 @@ class CrossTokenizerLogits:
             of_tokens = label_log_probs(self.logits, self.labels, max_rows)
             log_probs = of_tokens.new_zeros(len(self.first_tokens)).index_add(0, self.teacher_chunks, of_tokens)
         return AlignedLogits(
-            first_logits, log_probs, self.chunks, self.first_tokens, self.token_classes, self.chunks_on_host
+            first_logits,
+            log_probs,
+            self.chunks,
+            self.first_tokens,
+            self.token_classes,
+            self.chunks_on_host,
+            self.chunk_bytes,
         )
 
 

@@ -32,6 +32,7 @@ from ..core.targets import Targets
 from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, logits_by_teacher
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits, BufferPool
+from .chunk_metrics import CHUNK_METRICS, CHUNK_TOTALS, chunk_metrics, chunk_totals
 from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, new_row_buffer
 from .kernels.row_losses import HeadOutput, RowLosses
 from .kernels.selection import uses_row_kernel
@@ -175,6 +176,10 @@ class ChunkedLoss:
                 self._run_chunk(student_chunk, teacher_chunks, rows.start, gradient, _scaling(student_logits))
             if on_gradient is not None:
                 on_gradient(rows, gradient)
+        first_teacher = next(iter(teacher_logits.values()), None)
+        if isinstance(first_teacher, AlignedLogits) and "chunk_bytes" in self.per_token:
+            for name, values in chunk_totals(first_teacher, self.per_token["student_ce"]).items():
+                self.per_token[name].copy_(values)
         total = torch.zeros((), dtype=dtype, device=device)
         for term in self.terms:
             if term.weight:
@@ -244,6 +249,9 @@ class ChunkedLoss:
             names += STUDENT_METRICS
             first_teacher = next(iter(logits_by_teacher(self.teacher_logits).values()), None)
             names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
+            if isinstance(first_teacher, CrossTokenizerLogits):
+                names += () if _is_sparse(first_teacher) else CHUNK_METRICS
+                names += CHUNK_TOTALS if self.statistics_every == 1 else ()
         return names
 
     def _store(self, name: str, rows: slice, values: Tensor) -> None:
@@ -305,6 +313,12 @@ class ChunkedLoss:
             block: the logits of student and first teacher, or None.
             rows: target tokens of the block.
         """
+        if block is not None and block.aligned_teacher is not None:
+            if "chunk_kl" in self.per_token:
+                first_tokens, metrics = chunk_metrics(block, self.statistics_every)
+                for name, values in metrics.items():
+                    self.per_token[name].index_copy_(0, first_tokens + rows.start, values)
+            block = None
         sampled = slice(-rows.start % self.statistics_every, None, self.statistics_every)
         if sampled.start >= len(student_only.labels):
             return

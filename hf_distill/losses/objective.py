@@ -25,6 +25,7 @@ from .registry import FEATURE_OPTIONS
 RESERVED_NAMES = (
     *("kl", "agreement", "accuracy", "measured", "target_tokens", "aux", "peer_aux"),
     *("student_ce", "student_entropy", "teacher_ce", "teacher_entropy"),
+    *("measured_chunks", "chunk_kl", "chunk_agreement", "chunk_bytes", "student_chunk_nats", "teacher_chunk_nats"),
 )
 
 

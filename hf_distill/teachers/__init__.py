@@ -2,6 +2,7 @@
 
 from .base import Teacher
 from .cached import CachedTeacher
+from .cross_tokenizer import CrossTokenizerTeacher
 from .ema import EMATeacher, SnapshotTeacher
 from .frozen import FrozenTeacher
 from .mtp.teacher import MTPTeacher
@@ -16,6 +17,7 @@ from .trainable import TrainableTeacher
 __all__ = [
     "AdapterBaseTeacher",
     "CachedTeacher",
+    "CrossTokenizerTeacher",
     "EMATeacher",
     "FrozenTeacher",
     "MTPTeacher",

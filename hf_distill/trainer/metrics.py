@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..losses.chunk_metrics import average_chunk_metrics
 from ..losses.objective import Term
 from ..losses.token_metrics import greater_is_better
 from .config import DistillArguments
@@ -143,7 +144,7 @@ def average_metrics(sums: dict[str, float], terms: Iterable[Term], sources: tupl
     losses |= {f"{name}_loss": means[name] for name in ("aux", "peer_aux") if name in means}
     num_measured = sums.get("measured", 0.0)
     statistics = {name: mean_of(sums[name], num_measured) for name in _STATISTICS if name in sums}
-    return losses | average_by_source(sums, sources) | statistics
+    return losses | average_by_source(sums, sources) | statistics | average_chunk_metrics(sums)
 
 
 def evaluation_metrics(

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ..core.processes import any_process
+from ..data.alignment.collator import AlignedCollator
 from ..data.collator import Collator, returns_document_lengths
 from ..data.packing import missing_positions_problem, packed_attention_problem
 from ..data.teacher_column import TeacherColumnCollator
@@ -16,6 +17,7 @@ from ..models.model_call import uses_flash_attention
 from ..models.model_types import unwrap_model
 from ..teachers import RoutedTeacher
 from ..teachers.group import teachers_by_name
+from .teacher_argument import cross_tokenizer_teachers
 
 logger = logging.get_logger(__name__)
 
@@ -23,6 +25,19 @@ _NO_DISPATCH = "accelerator_config={'dispatch_batches': False}"
 
 
 def collator_for_models(trainer: Any) -> Any:
+    """Return the trainer's collator; it also makes the rows of teachers with another tokenizer, see `_for_attention`.
+
+    Args:
+        trainer: a trainer whose teacher, if it has one, is prepared.
+    """
+    if isinstance(trainer.data_collator, AlignedCollator):
+        trainer.data_collator = trainer.data_collator.collator
+    makers = [teacher.row_maker for teacher in cross_tokenizer_teachers(trainer.teacher)]
+    collator = _for_attention(trainer)
+    return AlignedCollator(collator, makers) if makers else collator
+
+
+def _for_attention(trainer: Any) -> Any:
     """Return the trainer's collator; a `Collator` also returns lengths of documents if a model has flash attention.
 
     Flash attention would otherwise derive them from `position_ids` in every layer, and wait for the device each time.

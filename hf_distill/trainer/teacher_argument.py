@@ -11,8 +11,15 @@ from transformers.utils import logging
 from ..core.targets import TEACHER_INPUT_KEYS
 from ..errors import DistillError, raise_if_any
 from ..models.model_types import unwrap_model
-from ..teachers import FrozenTeacher, MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
-from ..teachers.group import find_trained_teacher, teachers_by_name
+from ..teachers import (
+    CrossTokenizerTeacher,
+    FrozenTeacher,
+    MultiTeacher,
+    MultiViewTeacher,
+    Teacher,
+    TrainableTeacher,
+)
+from ..teachers.group import TeacherGroup, find_trained_teacher, teachers_by_name
 from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments
@@ -49,7 +56,30 @@ def choose_teacher(
             "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
         )
         return None
-    return build_teacher(teacher, distill_args)
+    built = build_teacher(teacher, distill_args)
+    return built if distill_args.cross_tokenizer is None else with_other_tokenizer(built)
+
+
+def with_other_tokenizer(teacher: Teacher, name: str | None = None) -> Teacher:
+    """Return a teacher, or each of a group, as one that reads the text in its own tokens.
+
+    Args:
+        teacher: a teacher, or a group of teachers, whose members are replaced.
+        name: name of the teacher if there are several.
+
+    Raises:
+        DistillError: a teacher reads the student's tokens.
+    """
+    if isinstance(teacher, TeacherGroup):
+        teacher.teachers = {name: with_other_tokenizer(one, name) for name, one in teacher.teachers.items()}
+        return teacher
+    return teacher if isinstance(teacher, CrossTokenizerTeacher) else CrossTokenizerTeacher(teacher, name=name)
+
+
+def cross_tokenizer_teachers(teacher: Teacher | None) -> list[CrossTokenizerTeacher]:
+    """Return the teachers with another tokenizer, of one teacher or a group."""
+    members = teacher.teachers.values() if isinstance(teacher, TeacherGroup) else [teacher]
+    return [one for one in members if isinstance(one, CrossTokenizerTeacher)]
 
 
 def build_teacher(teacher: TeacherArgument, distill_args: DistillArguments) -> Teacher:
