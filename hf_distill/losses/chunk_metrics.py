@@ -56,7 +56,8 @@ def chunk_totals(aligned: AlignedLogits, student_ce: Tensor) -> dict[str, Tensor
         aligned: chunks of T target tokens.
         student_ce: [T] cross entropy of the student with each label.
     """
-    assert aligned.log_probs is not None and aligned.chunk_bytes is not None
+    assert aligned.log_probs is not None
+    assert aligned.chunk_bytes is not None
     is_known = ~aligned.log_probs.isnan()
     values = (aligned.chunk_bytes.to(student_ce), chunk_sums(student_ce, aligned), -aligned.log_probs.to(student_ce))
     totals = {}

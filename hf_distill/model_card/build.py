@@ -8,10 +8,11 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.escape import code_block, code_span, markdown, yaml_text
+from ..core.held_out_metrics import HELD_OUT_METRICS
 from ..core.references import is_id
 from .data import CardData, StudentFacts
 from .snippet import snippet_of
-from .tables import METRICS, held_out_table, retention_table
+from .tables import held_out_table, retention_table
 from .text import license_lines, summary_of, training_lines
 
 TAGS = ("distillation", "hf-distill")
@@ -80,7 +81,11 @@ def _results(facts: CardData) -> list[EvalResult]:
     title = f"held-out rows of {source}" if source else "held-out rows"
     student = facts.held_out.get("student", {})
     held_out = (source or "held-out", title)
-    values = [(*held_out, key, name, student[key]) for key, name, _ in METRICS if key in student]
+    values = [
+        (*held_out, metric.key, metric.title, student[metric.key])
+        for metric in HELD_OUT_METRICS
+        if metric.key in student
+    ]
     for task in facts.retention:
         if score := task["scores"].get("student"):
             values.append((task["task"], task["task"], task["metric"], task["metric"], score["value"]))

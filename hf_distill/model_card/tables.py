@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.escape import markdown
+from ..core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
 from ..core.results import Metrics
 from .data import ScoreFacts, TaskFacts
 
@@ -14,11 +15,6 @@ MODEL_TITLES = {
     "peer": "peer",
     "ema": "EMA teacher",
 }
-METRICS = (
-    ("perplexity", "perplexity", ".2f"),
-    ("kl", "KL to the teacher, nats/token", ".4f"),
-    ("agreement", "top-1 agreement", ".1%"),
-)  # key, title, format
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ def held_out_table(models: Mapping[str, Metrics]) -> Table:
     Args:
         models: name -> metrics.
     """
-    shown = [metric for metric in METRICS if any(metric[0] in m for m in models.values())]
+    shown = shown_metrics(models.values())
     if not shown:
         losses = {name: m["loss"] for name, m in models.items() if "loss" in m}
         rows = [[MODEL_TITLES.get(name, name), f"{loss:.4f}"] for name, loss in losses.items()]
@@ -43,16 +39,15 @@ def held_out_table(models: Mapping[str, Metrics]) -> Table:
             return Table()
         return Table("Loss on the held-out rows.", _markdown(["", "loss"], rows))
     rows, after = [], models.get("student", {})
-    if "teacher_perplexity" in after:
-        teacher = {"perplexity": after["teacher_perplexity"], "kl": 0.0, "agreement": 1.0}
-        rows.append(["teacher", *(format(teacher[key], spec) for key, _, spec in shown)])
+    if teacher := metrics_of_teacher(after):
+        rows.append(["teacher", *formatted(teacher, shown, percent=True)])
     order = [name for name in models if name not in MODEL_TITLES] + [name for name in MODEL_TITLES if name in models]
     for name in order:
-        cells = [format(models[name][key], spec) if key in models[name] else "-" for key, _, spec in shown]
+        cells = formatted(models[name], shown, percent=True)
         if set(cells) != {"-"}:
             rows.append([MODEL_TITLES.get(name, name.replace("-", " ")), *cells])
     text = "Metrics over the target tokens of the held-out rows, at temperature 1."
-    return Table(text, _markdown(["", *(title for _, title, _ in shown)], rows))
+    return Table(text, _markdown(["", *(metric.title for metric in shown)], rows))
 
 
 def retention_table(tasks: Sequence[TaskFacts]) -> Table:

@@ -44,12 +44,15 @@ def closeness(logs: Mapping[str, Sequence[Metrics]]) -> "Figure | None":
     Args:
         logs: name of a training ("student", "control") -> its lines.
     """
-    if not any("kl" in log or "eval_kl" in log for lines in logs.values() for log in lines):
+    logged = {key for lines in logs.values() for log in lines for key in log}
+    of_chunks = "" if not logged.isdisjoint(("kl", "eval_kl")) else "chunk_"  # the teacher has another tokenizer
+    if logged.isdisjoint((f"{of_chunks}kl", f"eval_{of_chunks}kl")):
         return None
-    figure, (left, right) = axes("KL to the teacher and top-1 agreement", "step", "KL, nats/token", 8.4, 3.2, 2)
+    unit = "chunk" if of_chunks else "token"
+    figure, (left, right) = axes("KL to the teacher and top-1 agreement", "step", f"KL, nats/{unit}", 8.4, 3.2, 2)
     right.set_ylabel("top-1 agreement")
     for name, lines in logs.items():
-        for subplot, key in ((left, "kl"), (right, "agreement")):
+        for subplot, key in ((left, f"{of_chunks}kl"), (right, f"{of_chunks}agreement")):
             _line(subplot, lines, key, f"{name}, training", COLORS.get(name), 1, 0.7)
             evaluations = [log for log in lines if f"eval_{key}" in log]
             subplot.plot(

@@ -9,6 +9,7 @@ import yaml
 from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
+from ..core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
 from ..core.results import Metrics
 from ..runner.run_results import Run
 from . import plots
@@ -70,16 +71,14 @@ class Section:
 def results(run: Run) -> Section:
     """Held-out metrics of all models."""
     models = run.results["models"]
-    rows, after = [], models["student"]
-    if "teacher_perplexity" in after:
-        rows.append(["teacher", f"{after['teacher_perplexity']:.2f}", "0", "1"])
+    rows, shown = [], shown_metrics(models.values())
+    if teacher := metrics_of_teacher(models["student"]):
+        rows.append(["teacher", *formatted(teacher, shown)])
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
     for name, title in (stages | MODEL_TITLES).items():
-        m = models.get(name, {})
-        if "perplexity" in m:
-            compared = [f"{m['kl']:.4f}", f"{m['agreement']:.3f}"] if "kl" in m else ["-", "-"]
-            rows.append([title, f"{m['perplexity']:.2f}", *compared])
-    table = Table(["held-out rows", "perplexity", "KL to teacher, nats/token", "top-1 agreement"], rows)
+        if "perplexity" in (metrics := models.get(name, {})):
+            rows.append([title, *formatted(metrics, shown)])
+    table = Table(["held-out rows", *(metric.title for metric in shown)], rows)
     return Section("results", "Results", [_summary(models)], [table])
 
 

@@ -55,8 +55,8 @@ class CrossTokenizerTeacher(Teacher):
         self.teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
         if not isinstance(self.teacher, _WRAPPED):
             raise DistillError(
-                f"cross_tokenizer is set, and a {type(self.teacher).__name__} reads the student's tokens: use a frozen, "
-                "cached or remote teacher, or remove cross_tokenizer."
+                f"cross_tokenizer is set, and a {type(self.teacher).__name__} reads the student's tokens: use a "
+                "frozen, cached or remote teacher, or remove cross_tokenizer."
             )
         self.processing_class, self.name, self.max_length = processing_class, name, max_length
         self.keys = aligned_keys(name)

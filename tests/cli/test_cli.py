@@ -21,7 +21,7 @@ def test_a_smoke_run_prints_the_table_and_exits_with_0(run_cli, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     done = run_cli("run", "quickstart", "--smoke", f"train.output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    for text in ("teacher", "student before", "student after", "control", "KL to teacher", "Run folder"):
+    for text in ("teacher", "student before", "student after", "control", "KL to the teacher", "Run folder"):
         assert text in done.stdout
     assert "Traceback" not in done.stderr
     assert "{'loss'" not in done.stdout

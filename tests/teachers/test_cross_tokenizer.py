@@ -17,7 +17,7 @@ from hf_distill.teachers import CrossTokenizerTeacher, FrozenTeacher, MultiTeach
 from hf_distill.trainer.distiller import Distiller
 
 sys.path.append(str(Path(__file__).parent.parent / "data" / "alignment"))
-from trained_tokenizers import trained  # noqa: E402
+from trained_tokenizers import trained
 
 TEXTS = [
     "The year 2024 has 366 days, and x = [1, 22, 333].",
@@ -196,11 +196,16 @@ def test_a_trainer_trains_and_reports_bits_per_byte(tokenizers, tmp_path, loss):
     after = trainer.evaluate()
     assert after["eval_soft_loss"] < before["eval_soft_loss"]
     log = next(log for log in trainer.state.log_history if "loss" in log)
-    assert 0 < log["aligned_tokens"] <= 1 and log["tokens_per_chunk"] >= 1
+    assert 0 < log["aligned_tokens"] <= 1
+    assert log["tokens_per_chunk"] >= 1
     nats = sum(sum(x for x in token_log_probs(teacher.eval(), tokenizers[1](t)["input_ids"])[0] if x) for t in TEXTS)
-    assert 0 < after["eval_teacher_bits_per_byte"] and after["eval_bits_per_byte"] > 0 and nats < 0
-    assert 0 <= after["eval_chunk_agreement"] <= 1 and after["eval_chunk_kl"] > 0
-    assert "eval_kl" not in after and "eval_agreement" not in after
+    assert after["eval_teacher_bits_per_byte"] > 0
+    assert after["eval_bits_per_byte"] > 0
+    assert nats < 0
+    assert 0 <= after["eval_chunk_agreement"] <= 1
+    assert after["eval_chunk_kl"] > 0
+    assert "eval_kl" not in after
+    assert "eval_agreement" not in after
 
 
 def test_a_different_tokenizer_is_an_error_that_names_the_option(tokenizers, tmp_path):
@@ -254,7 +259,8 @@ def test_two_teachers_of_different_tokenizers_teach_all_tokens(tokenizers, tmp_p
     trainer = train(student, MultiTeacher(teachers), tokenizers, tmp_path)
     trainer.train()
     log = next(log for log in trainer.state.log_history if "loss" in log)
-    assert log["soft_digits_loss"] > 0 and log["soft_gemma_loss"] > 0
+    assert log["soft_digits_loss"] > 0
+    assert log["soft_gemma_loss"] > 0
 
 
 def test_rows_have_teachers_of_different_tokenizers(tokenizers, tmp_path):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ...core import run_files
 from ...core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
+from ...core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
 from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
@@ -134,20 +135,18 @@ def results_table(models: dict[str, Metrics], chain: list[StageFacts] | None = N
         models: name -> held-out metrics.
         chain: "chain" of the results of a progressive run.
     """
-    table = Table(title="Metrics on held-out text")
-    for heading in ("", "perplexity", "KL to teacher (nats/token)", "top-1 agreement"):
+    table, shown = Table(title="Metrics on held-out text"), shown_metrics(models.values())
+    for heading in ("", *(metric.title for metric in shown)):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": "control (hard labels alone)"}
     if chain:
         names = {part["stage"]: f"{part['stage']}, {part['student']['blocks']} blocks" for part in chain}
         last = [part["stage"] for part in chain if part["stage"] != "direct"][-1]
         names = {{last: "student", "direct": "control"}.get(stage, stage): title for stage, title in names.items()}
-    if "teacher_perplexity" in models["student"]:
-        table.add_row("teacher", f"{models['student']['teacher_perplexity']:.2f}", "0", "1")
+    if teacher := metrics_of_teacher(models["student"]):
+        table.add_row("teacher", *formatted(teacher, shown))
     for key, name in names.items():
         metrics = models.get(key, {})
         if "perplexity" in metrics:  # with alpha 0 there is no evaluation before training
-            has_kl = "kl" in metrics
-            to_teacher = (f"{metrics['kl']:.4f}", f"{metrics['agreement']:.3f}") if has_kl else ("-", "-")
-            table.add_row(name, f"{metrics['perplexity']:.2f}", *to_teacher)
+            table.add_row(name, *formatted(metrics, shown))
     return table
