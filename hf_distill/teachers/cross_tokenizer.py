@@ -193,10 +193,10 @@ class CrossTokenizerTeacher(Teacher):
             )
         )
 
-    def start_batch(self, inputs: dict, targets: Targets) -> None:
+    def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Announce the teacher's rows of a batch to the teacher."""
         batch, teacher_targets, _ = self._align(inputs, targets)
-        self.teacher.start_batch(batch, teacher_targets)
+        self.teacher.start_batch(batch, teacher_targets, {})
 
     def _align(
         self, inputs: dict, targets: Targets
