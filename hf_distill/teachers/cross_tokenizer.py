@@ -99,17 +99,8 @@ class CrossTokenizerTeacher(Teacher):
         self._student_vocab_size = model_type.num_outputs(unwrap_model(student))
         self._student_tokenizer, self._token_classes = student_tokenizer, None
         self.row_maker = TeacherRowMaker(
-            student_tokenizer, self.tokenizer, max_length=self.max_length or self._context_length(), name=self.name
+            student_tokenizer, self.tokenizer, max_length=self.max_length or self.teacher.context_length, name=self.name
         )
-
-    def _context_length(self) -> int | None:
-        """Return the largest number of tokens that the teacher reads; None if it is not known."""
-        if isinstance(self.teacher, RemoteTeacher):
-            return self.teacher.context_length
-        if not isinstance(self.teacher, FrozenTeacher):
-            return None
-        config = unwrap_model(self.teacher.model).config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
 
     def _find_tokenizer(self) -> Any:
         """Return the teacher's tokenizer.
