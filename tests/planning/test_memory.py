@@ -258,7 +258,7 @@ def test_no_divergence_takes_more_temporaries_than_the_fused_loss_reserves():
     targets = Targets.from_batch({"labels": labels}, shift=True)
     hidden, weight = torch.randn(len(targets), 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)
     max_temporaries = 0
-    for name in (name for name, loss in LOSSES.items() if loss.compares and not loss.feature and loss.gradient_fn):
+    for name in (name for name, loss in LOSSES.items() if "logits" in loss.compares and loss.gradient_fn):
         teacher_logits = LazyLogits(torch.randn(len(targets), 8), torch.randn(97, 8))
         head = fused.ChunkedLoss(teacher_logits, targets, objective(0.5, 2.0, name, ()), statistics_every=1)
         head.from_hidden(LazyLogits(hidden, weight))
