@@ -1,12 +1,11 @@
 """A teacher with another tokenizer: its loss against a plain reference, in batches of every kind."""
 
-import sys
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import build
+from trained_tokenizers import trained
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
 from hf_distill import DistillConfig, DistillTrainer
@@ -17,7 +16,6 @@ from hf_distill.teachers import CrossTokenizerTeacher, FrozenTeacher, MultiTeach
 from hf_distill.trainer.distiller import Distiller
 
 sys.path.append(str(Path(__file__).parent.parent / "data" / "alignment"))
-from trained_tokenizers import trained
 
 TEXTS = [
     "The year 2024 has 366 days, and x = [1, 22, 333].",

@@ -5,11 +5,20 @@ import torch
 from gpu_meter import Problem
 from tiny import build, collate, rows
 from torch.utils._python_dispatch import TorchDispatchMode
+from trained_tokenizers import trained
 
 from hf_distill.analysis.soft_labels import SoftLabels
 from hf_distill.cache import write_cache
 from hf_distill.losses.registry import LOSSES
-from hf_distill.teachers import CachedTeacher, EMATeacher, MTPTeacher, MultiTeacher, MultiViewTeacher, PeerTeacher
+from hf_distill.teachers import (
+    CachedTeacher,
+    EMATeacher,
+    FrozenTeacher,
+    MTPTeacher,
+    MultiTeacher,
+    MultiViewTeacher,
+    PeerTeacher,
+)
 
 PACKAGED = sorted(name for name, loss in LOSSES.items() if loss.function.__module__.startswith("hf_distill."))
 OF_CHUNKS = [name for name in PACKAGED if LOSSES[name].compares_chunks]
