@@ -15,8 +15,6 @@ from hf_distill.errors import DistillError
 from hf_distill.teachers import CrossTokenizerTeacher, FrozenTeacher, MultiTeacher, RoutedTeacher
 from hf_distill.trainer.distiller import Distiller
 
-sys.path.append(str(Path(__file__).parent.parent / "data" / "alignment"))
-
 TEXTS = [
     "The year 2024 has 366 days, and x = [1, 22, 333].",
     "Hello world: naïve café, 你好.",
