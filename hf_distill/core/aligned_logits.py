@@ -93,7 +93,7 @@ class CrossTokenizerLogits:
     first_tokens: Tensor
     token_classes: TokenClasses
     chunks_on_host: np.ndarray
-    chunk_bytes: Tensor
+    chunk_bytes: Tensor | None = None
 
     @property
     def vocab_size(self) -> int | None:

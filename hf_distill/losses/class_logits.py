@@ -71,7 +71,7 @@ def class_maps(
         _padded(token_classes.student.cpu(), student_vocab_size, count),
         _padded(token_classes.teacher.cpu(), teacher_vocab_size, count),
     ]
-    student_counts, teacher_counts = (torch.bincount(side, minlength=count + 1)[:count] for side in sides)
+    student_counts, teacher_counts = (_counts(side, count) for side in sides)
     is_shared = (student_counts > 0) & (teacher_counts > 0)
     num_shared = int(is_shared.sum())
     renumbered = torch.full((count + 1,), num_shared)
@@ -85,11 +85,16 @@ def _padded(classes: Tensor, vocab_size: int, no_class: int) -> Tensor:
     return torch.nn.functional.pad(classes[:vocab_size], (0, max(vocab_size - len(classes), 0)), value=no_class)
 
 
+def _counts(class_of_id: Tensor, count: int) -> Tensor:
+    """Return the number of ids of each class, [count]; ids of the class `count` are not counted."""
+    return torch.zeros(count + 1, dtype=torch.long).index_add(0, class_of_id, torch.ones_like(class_of_id))[:count]
+
+
 def _class_map(class_of_id: Tensor, num_classes: int, device: torch.device) -> ClassMap:
     vocab_size = len(class_of_id)
     ids = torch.arange(vocab_size)
     first_ids = torch.full((num_classes + 1,), vocab_size).scatter_reduce_(0, class_of_id, ids, "amin")[:-1]
-    groups = (torch.bincount(class_of_id, minlength=num_classes + 1)[:-1] > 1).nonzero()[:, 0]
+    groups = (_counts(class_of_id, num_classes) > 1).nonzero()[:, 0]
     index_of_class = torch.full((num_classes + 1,), -1)
     index_of_class[groups] = torch.arange(len(groups))
     grouped_ids = (index_of_class[class_of_id] >= 0).nonzero()[:, 0]

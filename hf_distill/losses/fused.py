@@ -251,7 +251,7 @@ class ChunkedLoss:
             names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
             if isinstance(first_teacher, CrossTokenizerLogits):
                 names += () if _is_sparse(first_teacher) else CHUNK_METRICS
-                names += CHUNK_TOTALS if self.statistics_every == 1 else ()
+                names += CHUNK_TOTALS if self.statistics_every == 1 and first_teacher.chunk_bytes is not None else ()
         return names
 
     def _store(self, name: str, rows: slice, values: Tensor) -> None:

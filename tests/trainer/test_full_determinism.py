@@ -106,7 +106,7 @@ def test_every_loss_trains_and_evaluates(make_trainer, as_on_cuda, name, kind):
 def test_every_loss_on_chunks_trains_and_evaluates(make_trainer, as_on_cuda, name):
     tokenizers = trained("groups"), trained("digits")
     student, teacher = (build("llama", seed, vocab=len(each)) for seed, each in enumerate(tokenizers))
-    ids = tokenizers[0]("x = [1, 22, 333] # naïve")["input_ids"]
+    ids = torch.tensor(tokenizers[0]("x = [1, 22, 333] # naïve")["input_ids"])
     data = [{"input_ids": ids, "labels": ids}] * 4
     frozen = FrozenTeacher(teacher, processing_class=tokenizers[1])
     options = {"train_dataset": data, "eval_dataset": data, "processing_class": tokenizers[0]}
