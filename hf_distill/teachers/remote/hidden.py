@@ -238,14 +238,14 @@ class HiddenProtocol(RemoteProtocol):
 
     def tokenize(self, url: str, text: str) -> list[int] | None:
         """Return the ids of a text; None if the server has no tokenizer."""
-        return self._ask(url, wire.TOKENIZE, {"text": text}, "ids", int)
+        return self._request_list(url, wire.TOKENIZE, {"text": text}, "ids", int)
 
     def token_texts(self, url: str, ids: Sequence[int]) -> list[str | None]:
         """Return the text of each id; None for all if the server has no tokenizer."""
-        answer = self._ask(url, wire.TOKEN_TEXTS, {"ids": list(ids)}, "texts", str)
+        answer = self._request_list(url, wire.TOKEN_TEXTS, {"ids": list(ids)}, "texts", str)
         return [None] * len(ids) if answer is None else list(answer)
 
-    def _ask(self, url: str, path: str, body: dict[str, Any], name: str, kind: type) -> list[Any] | None:
+    def _request_list(self, url: str, path: str, body: dict[str, Any], name: str, kind: type) -> list[Any] | None:
         if self.info.tokenizer is None:
             return None
 
