@@ -81,7 +81,7 @@ def projected_kl(student: Signals, teacher: Signals, targets: Targets, *, temper
     """
     chunks = aligned_logits("projected_kl", teacher)
     logits = dense_logits(student)[chunks.first_tokens] / temperature
-    first_logits = teacher_first_logits(chunks, temperature)
+    first_logits = teacher_first_logits(chunks, temperature, logits)
     vocab_size = vocab_size_of_teacher(chunks)
     of_student, of_teacher = class_maps(chunks.token_classes, logits.shape[1], vocab_size, logits.device)
     of_classes: Signals | Tensor
@@ -120,14 +120,14 @@ def uld(student: Signals, teacher: Signals, targets: Targets, *, temperature: fl
     chunks = aligned_logits("uld", teacher)
     probs = torch.softmax(dense_logits(student)[chunks.first_tokens] / temperature, -1)
     sorted_probs = probs.sort(-1, descending=True).values
-    first_logits = teacher_first_logits(chunks, temperature)
+    first_logits = teacher_first_logits(chunks, temperature, probs)
     if isinstance(first_logits, SparseLogProbs):
         teacher_probs, tail = sorted_sparse_probs(first_logits, sorted_probs)
         count = min(teacher_probs.shape[1], probs.shape[1])
         of_tail = (sorted_probs[:, count:].sum(1) - tail).abs()
         sorted_probs = sorted_probs[:, :count]
     else:
-        teacher_probs = torch.softmax(first_logits / temperature, -1).sort(-1, descending=True).values.to(probs.device)
+        teacher_probs = torch.softmax(first_logits / temperature, -1).sort(-1, descending=True).values
         of_tail = torch.zeros_like(probs[:, 0])
     missing = teacher_probs.shape[1] - sorted_probs.shape[1]
     sorted_probs = torch.nn.functional.pad(sorted_probs, (0, max(missing, 0)))
@@ -164,12 +164,13 @@ def chunk_log_probs(chunks: AlignedLogits) -> Tensor:
     return chunks.log_probs.detach()
 
 
-def teacher_first_logits(chunks: AlignedLogits, temperature: float) -> Tensor | SparseLogProbs:
+def teacher_first_logits(chunks: AlignedLogits, temperature: float, like: Tensor) -> Tensor | SparseLogProbs:
     """Return the teacher's logits of the first token of each chunk: [C, V_t], or sparse log-probabilities.
 
     Args:
         chunks: of a batch or block.
         temperature: of the loss, for the check that sparse log-probabilities were stored at it.
+        like: tensor of the device, and for logits of the dtype, that are returned.
 
     Raises:
         DistillError: they were not computed, or the temperature is another one.
@@ -180,8 +181,8 @@ def teacher_first_logits(chunks: AlignedLogits, temperature: float) -> Tensor | 
         raise DistillError(f"temperature is {temperature}; it must be a positive number")
     if isinstance(chunks.first_logits, SparseLogProbs):
         check_temperature(chunks.first_logits, temperature)
-        return chunks.first_logits
-    return dense_logits(Signals(chunks.first_logits)).detach()
+        return chunks.first_logits.to(like.device)
+    return dense_logits(Signals(chunks.first_logits)).detach().to(like)
 
 
 def vocab_size_of_teacher(chunks: AlignedLogits) -> int:

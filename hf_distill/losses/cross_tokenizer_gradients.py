@@ -50,7 +50,7 @@ def alm(block: BlockLogits, *, tau: float = ALM_TAU) -> tuple[Tensor, Tensor]:
 def projected_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """KL of the classes of ids; its gradient is p(v) * (1 - Q(k) / P(k)) / temperature for an id v of class k."""
     chunks: AlignedLogits = block.aligned_teacher
-    first_logits = teacher_first_logits(chunks, temperature)
+    first_logits = teacher_first_logits(chunks, temperature, block.student)
     rows = _first_rows(block)
     vocab_sizes = rows.student.shape[1], vocab_size_of_teacher(chunks)
     of_student, of_teacher = class_maps(chunks.token_classes, *vocab_sizes, rows.student.device)
@@ -74,7 +74,7 @@ def projected_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tenso
 def uld(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """L1 distance of sorted probabilities; g(v) = sign(p(v) - q_(i)), where i is the rank of v."""
     chunks: AlignedLogits = block.aligned_teacher
-    first_logits = teacher_first_logits(chunks, temperature)
+    first_logits = teacher_first_logits(chunks, temperature, block.student)
     rows = _first_rows(block)
     p = rows.student_softmax(temperature).probs
     order = _descending_order(p)

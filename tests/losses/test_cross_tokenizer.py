@@ -436,6 +436,14 @@ def test_divergences_refuse_a_teacher_with_another_tokenizer(name):
         ChunkedLoss(teacher, targets, objective(0.5, 1.0, name)).from_logits(DenseLogits(student))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_models_in_different_precisions_are_compared_in_that_of_the_student(name):
+    student, teacher = logits(9, 11), align(logits(4, 13, seed=1, dtype=torch.bfloat16))
+    expected = value_of(name, student, align(logits(4, 13, seed=1, dtype=torch.bfloat16).double()))
+    torch.testing.assert_close(value_of(name, student, teacher), expected)
+    torch.testing.assert_close(analytic(name, student, teacher)[0], expected)
+
+
 def test_options_of_losses_on_chunks_are_checked():
     for spec, message in (
         ({"name": "alm", "tau": 0}, "tau is 0; it must be above 0"),
