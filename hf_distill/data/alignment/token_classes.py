@@ -38,7 +38,7 @@ def token_classes(
     vocabularies = [getattr(each, "tokenizer", each).get_vocab() for each in (student_tokenizer, teacher_tokenizer)]
     keys: list[dict[int, Hashable]]
     if vocabularies[0] == vocabularies[1]:
-        keys = [{i: i for i in vocabularies[0].values() if i < size} for size in sizes]
+        keys = [{i: i for i in sorted(vocabularies[0].values()) if i < size} for size in sizes]
     else:
         keys = [_keys(side, size) for side, size in zip((student, teacher), sizes, strict=True)]
         _match_special_tokens(keys, student.special, teacher.special)
