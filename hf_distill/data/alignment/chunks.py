@@ -71,8 +71,9 @@ def number_chunks(student: TokenSpans, teacher: TokenSpans) -> tuple[np.ndarray,
     for mask, side in zip(is_boundary, (student, teacher), strict=True):
         mask[side.starts] = mask[side.ends] = True
     boundaries = np.cumsum(is_boundary[0] & is_boundary[1])  # number of common boundaries up to each coordinate
-    chunks = [boundaries[side.starts] for side in (student, teacher)]
-    return tuple(np.where(each < boundaries[-1], each, 0) for each in chunks)
+    student_chunks, teacher_chunks = boundaries[student.starts], boundaries[teacher.starts]
+    count = boundaries[-1]  # tokens after the last boundary are in no chunk
+    return np.where(student_chunks < count, student_chunks, 0), np.where(teacher_chunks < count, teacher_chunks, 0)
 
 
 def has_equal_text(
@@ -145,7 +146,7 @@ def common_prefix_length(one: np.ndarray, other: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else size
 
 
-def concatenate(sides: Sequence[TokenSpans], starts: Sequence[int]) -> TokenSpans:
+def concatenate(sides: Sequence[TokenSpans], starts: Sequence[int] | np.ndarray) -> TokenSpans:
     """Return the tokens of several texts as one side.
 
     Args:

@@ -1,6 +1,7 @@
 """Aligns the target tokens of conversations that were rendered with the chat templates of both models."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,15 @@ class _Runs:
         return TokenSpans.of_text(self.data[start:end], self.ends[first + 1 : last + 1] - start)
 
 
+class _Pair(NamedTuple):
+    """Two runs that are aligned: their indices, and their tokens in coordinates of both."""
+
+    student_run: int
+    teacher_run: int
+    student: TokenSpans
+    teacher: TokenSpans
+
+
 def align_target_runs(
     student: FlatTokens, teacher: FlatTokens, student_table: TokenBytes, teacher_table: TokenBytes
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -48,21 +58,29 @@ def align_target_runs(
     """
     runs = _Runs(student, student_table), _Runs(teacher, teacher_table)
     pairs = list(_pairs(*runs))
-    starts = np.cumsum([0, *(1 + max(int(one.ends[-1]), int(other.ends[-1])) for _, one, _, other in pairs)])
-    sides = [concatenate([pair[i] for pair in pairs], starts[:-1]) for i in (1, 3)]
+    starts = np.cumsum([0, *(1 + max(int(pair.student.ends[-1]), int(pair.teacher.ends[-1])) for pair in pairs)])
+    sides = (
+        concatenate([pair.student for pair in pairs], starts[:-1]),
+        concatenate([pair.teacher for pair in pairs], starts[:-1]),
+    )
     chunks = number_chunks(*sides)
     chunks = renumber(*chunks, has_equal_text(*sides, *chunks))
-    aligned = []
-    for tokens, side, side_chunks, place in zip((student, teacher), runs, chunks, (0, 2), strict=True):
-        parts = [np.arange(*side.bounds[pair[place] : pair[place] + 2]) for pair in pairs]
-        of_tokens = np.zeros(len(tokens.ids), np.int64)
-        of_tokens[side.indices[np.concatenate([*parts, np.zeros(0, np.int64)])]] = side_chunks
-        aligned.append(of_tokens)
-    return aligned[0], aligned[1]
+    return (
+        _of_tokens(student, runs[0], [pair.student_run for pair in pairs], chunks[0]),
+        _of_tokens(teacher, runs[1], [pair.teacher_run for pair in pairs], chunks[1]),
+    )
 
 
-def _pairs(student: _Runs, teacher: _Runs) -> Iterator[tuple[int, TokenSpans, int, TokenSpans]]:
-    """Yield the index and the tokens of each run that is aligned, of the student and of the teacher."""
+def _of_tokens(tokens: FlatTokens, side: _Runs, runs: list[int], chunks: np.ndarray) -> np.ndarray:
+    """Return the chunk of each token of a batch [N], given those of the tokens of some runs."""
+    indices = [side.indices[side.bounds[run] : side.bounds[run + 1]] for run in runs]
+    result = np.zeros(len(tokens.ids), np.int64)
+    result[np.concatenate([*indices, np.zeros(0, np.int64)])] = chunks
+    return result
+
+
+def _pairs(student: _Runs, teacher: _Runs) -> Iterator[_Pair]:
+    """Yield the runs that are aligned."""
     for row in np.unique(student.rows):
         of_both = [np.flatnonzero(side.rows == row) for side in (student, teacher)]
         is_complete = len(of_both[0]) == len(of_both[1])
@@ -72,6 +90,6 @@ def _pairs(student: _Runs, teacher: _Runs) -> Iterator[tuple[int, TokenSpans, in
             is_same = prefix == len(one.data) == len(other.data)
             if is_same or is_complete or prefix == min(len(one.data), len(other.data)):
                 one, other = (one, other) if is_same else share_coordinates(one, other)
-                yield i, one, j, other
+                yield _Pair(int(i), int(j), one, other)
             if not (is_same or is_complete):
                 break

@@ -68,7 +68,7 @@ def _without_prefix_space(rules: TextRules) -> dict:
     """Return a tokenizer without a vocabulary, whose normalizer and pre-tokenizer put no space before a text."""
     content: dict[str, Any] = json.loads(Tokenizer(models.BPE()).to_str())
     normalizer = [step for step in rules.normalizer if step["type"] != "Prepend"]
-    without = {"Metaspace": {"prepend_scheme": NEVER}, "ByteLevel": {"add_prefix_space": False}}
+    without: dict[str, dict] = {"Metaspace": {"prepend_scheme": NEVER}, "ByteLevel": {"add_prefix_space": False}}
     pre_tokenizer = [step | without.get(step["type"], {}) for step in rules.pre_tokenizer]
     if normalizer:
         content["normalizer"] = {"type": "Sequence", "normalizers": normalizer}
