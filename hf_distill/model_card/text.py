@@ -83,10 +83,18 @@ def _objective_lines(objective: ObjectiveFacts) -> list[str]:
     soft_term = markdown(_divergence(objective["divergence"]))
     terms = "".join(f" + {loss.get('weight', 1)} · {markdown(loss['name'])}" for loss in objective.get("losses") or ())
     soft, hard = objective["alpha"], 1 - objective["alpha"]
+    loss = LOSSES.get(_name(objective["divergence"]))
+    is_of_chunks = loss is not None and loss.compares_chunks
+    has_temperature = loss is None or "temperature" in loss.options
+    scale, temperature = (" · T²", f", with T = {objective['temperature']:g}") if has_temperature else ("", "")
     lines = [
-        f"Objective: {soft:g} · T² · {soft_term} + {hard:g} · cross entropy{terms}, with "
-        f"T = {objective['temperature']:g}, averaged over the target tokens of the global batch."
+        f"Objective: {soft:g}{scale} · {soft_term} + {hard:g} · cross entropy{terms}{temperature}, averaged over the "
+        "target tokens of the global batch."
     ]
+    if is_of_chunks:
+        lines.append(
+            "The teacher has another tokenizer: the soft loss compares spans of text that both tokenizers delimit."
+        )
     papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in _papers(objective))
     return [*lines, f"Papers: {papers}."] if papers else lines
 
@@ -151,10 +159,14 @@ def _teacher_link(teacher: TeacherFacts) -> str:
     return _model_link(teacher.get("model") or _TEACHERS_WITHOUT_A_MODEL.get(teacher.get("kind", "")))
 
 
+def _name(divergence: str | Mapping[str, object]) -> str:
+    return str(divergence["name"]) if isinstance(divergence, Mapping) else divergence
+
+
 def _papers(objective: ObjectiveFacts) -> list[str]:
     """The papers of knowledge distillation and of the losses."""
     divergence, losses = objective["divergence"], objective.get("losses") or ()
-    names = [divergence["name"] if isinstance(divergence, Mapping) else divergence, *(loss["name"] for loss in losses)]
+    names = [_name(divergence), *(loss["name"] for loss in losses)]
     papers = [_DISTILLATION_PAPER, *(LOSSES[name].paper for name in names if name in LOSSES)]
     return [*dict.fromkeys(paper for paper in papers if paper)]
 

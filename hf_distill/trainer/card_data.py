@@ -18,11 +18,11 @@ from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, ObjectiveFacts, SourceFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, RemoteTeacher, Teacher
-from ..teachers.group import TeacherGroup
+from ..teachers.group import teachers_by_name
 from .config import DistillArguments
 
 # Name of a teacher -> its kind, model, revision or number of parameters, and license.
-_OBJECTIVE = ("temperature", "alpha", "divergence", "losses")
+_OBJECTIVE = {"temperature": "temperature", "alpha": "alpha", "divergence": "soft_loss", "losses": "losses"}
 
 
 def trainer_card_data(
@@ -43,13 +43,13 @@ def trainer_card_data(
     datasets = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
     chat_template = getattr(trainer.processing_class, "chat_template", None)
     adapters = hasattr(unwrap_parallel(student), "peft_config")
-    objective_args = args if isinstance(args, DistillArguments) else DistillArguments  # the class has the defaults
+    objective_args = args if isinstance(args, DistillArguments) else DistillArguments()
     return CardData(
         repo=repo,
         task=model_type_of(student).pipeline,
         student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
-        objective=cast(ObjectiveFacts, {name: getattr(objective_args, name) for name in _OBJECTIVE}),
+        objective=cast(ObjectiveFacts, {key: getattr(objective_args, name) for key, name in _OBJECTIVE.items()}),
         data={
             "sources": _sources(datasets),
             "train_rows": _length(trainer.train_dataset),
@@ -73,9 +73,9 @@ def trainer_card_data(
 
 def teacher_info(teacher: Teacher) -> dict[str, TeacherFacts]:
     """Return for each teacher, by name, its kind, model, revision or number of parameters, and license."""
-    teachers = teacher.teachers if isinstance(teacher, TeacherGroup) else {"teacher": teacher}
     infos: dict[str, TeacherFacts] = {}
-    for name, one in teachers.items():
+    for key, one in teachers_by_name(teacher).items():
+        name = "teacher" if key is None else key
         info: TeacherFacts = {"kind": one.kind}
         if isinstance(one, CachedTeacher):
             info |= {

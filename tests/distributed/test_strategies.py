@@ -9,6 +9,7 @@ import pytest
 from launching import run_on_ranks, run_one_rank
 from safetensors.torch import load_file
 from tiny import build
+from trained_tokenizers import trained
 from transformers import AutoModelForCausalLM
 
 from hf_distill.models.sidecar import FILE
@@ -30,6 +31,10 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
     build("llama", 0).save_pretrained(folder / "models" / "student")
     build("llama", 1, layers=3, width=48, vocab=101).save_pretrained(folder / "models" / "teacher")
+    for seed, (name, kind) in enumerate((("student", "groups"), ("teacher", "digits"))):
+        tokenizer, path = trained(kind), folder / "models" / f"{name}-{kind}"
+        build("llama", seed, vocab=len(tokenizer)).save_pretrained(path)
+        tokenizer.save_pretrained(path)
     return folder
 
 
@@ -141,6 +146,18 @@ def test_a_sharded_teacher_trains_any_student_as_an_unsharded_one_does(root, res
     assert two["teacher_share"] <= 0.55
     reference = root / ("one-features" if "features" in strategy else "one")
     assert_same_plain_folder(folder / "straight-saved", reference / "straight-saved")
+
+
+@pytest.mark.parametrize(
+    "strategy", [(), ("zero3", "teacher=zero3"), ("fsdp2", "teacher=fsdp2")], ids=["ddp", "zero3", "fsdp2"]
+)
+def test_a_teacher_with_another_tokenizer_trains_two_ranks_as_one(root, results_of_one_rank, strategy):
+    variants = ("other_tokenizer", *strategy)
+    folder = root / "-".join(variants)
+    one, two = results_of_one_rank("other_tokenizer"), run_script(folder, 2, *variants)
+    assert_equal(two, one)
+    assert one["metrics"]["eval_bits_per_byte"] > 0
+    assert_same_plain_folder(folder / "straight-saved", root / "one-other_tokenizer" / "straight-saved")
 
 
 @pytest.mark.parametrize("strategy", [(), ("zero2",), ("fsdp2", "teacher=fsdp2")], ids=["ddp", "zero2", "fsdp2"])

@@ -1,11 +1,12 @@
 """Trains a tiny student for a few steps on all ranks; rank 0 writes the results.
 
 python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
-    [teacher=zero3|fsdp2] [compile] [die|hang|nonfinite]
+    [teacher=zero3|fsdp2] [compile] [other_tokenizer] [die|hang|nonfinite]
 
 ema, mutual, frozen, multi_view and mtp choose a non-frozen teacher. zero1 to fsdp2 choose the strategy of the student,
-`teacher=` that of the teacher. compile compiles the blocks of both models, with activation checkpointing. In the second
-step, die ends rank 1, hang stops it, and nonfinite makes its loss infinite.
+`teacher=` that of the teacher. compile compiles the blocks of both models, with activation checkpointing.
+other_tokenizer gives the teacher another tokenizer. In the second step, die ends rank 1, hang stops it, and nonfinite
+makes its loss infinite.
 Models are read from FOLDER/../models.
 """
 
@@ -26,17 +27,20 @@ import torch
 from tiny import collate, rows
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_distill import DistillConfig, DistillTrainer
 from hf_distill.core.deepspeed_config import read_deepspeed
+from hf_distill.data.collator import Collator
 from hf_distill.teachers import EMATeacher, MTPTeacher, MultiViewTeacher, PeerTeacher, Teacher
 from hf_distill.trainer.packed_batches import PackedAttentionCheck
 
 folder, variants, global_batch = Path(sys.argv[1]), sys.argv[2:], 8
 models = folder.parent / "models"
 world = int(os.environ.get("WORLD_SIZE", 1))
+HAS_OTHER_TOKENIZER = "other_tokenizer" in variants
+STUDENT, TEACHER_MODEL = ("student-groups", "teacher-digits") if HAS_OTHER_TOKENIZER else ("student", "teacher")
 ZERO = next((v for v in variants if v.startswith("zero")), None)
 TEACHER = next((v.removeprefix("teacher=") for v in variants if v.startswith("teacher=")), None)
 TEACHER_KIND = next((v for v in variants if v in ("ema", "mutual", "frozen", "multi_view", "mtp")), None)
@@ -99,6 +103,13 @@ def make_teacher(model: nn.Module) -> Teacher:
     return MTPTeacher(num_future_tokens=2) if TEACHER_KIND == "mtp" else PeerTeacher(model, mutual=True, **options)
 
 
+def text_rows(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:
+    """Return rows of texts of different lengths, with numbers that the two tokenizers divide differently."""
+    texts = [f"x = [{i}, {i * 123456}]" + " # naïve café" * (i % 3) for i in range(count)]
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
 def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     """Train and evaluate; return the trainer and its results."""
     if "hang" in variants:  # transformers applies ddp_timeout on GPUs only
@@ -115,6 +126,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         learning_rate=1e-2 if TEACHER_KIND else 1e-3,
         max_grad_norm=1e3 if TEACHER_KIND else 1.0,  # high, because DeepSpeed clips both models together
         alpha=0.0 if TEACHER_KIND == "mtp" else 0.5,
+        cross_tokenizer="alm" if HAS_OTHER_TOKENIZER else None,
         use_cpu=True,
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
@@ -128,22 +140,26 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         compile_teacher="compile" in variants,
         activation_checkpointing="compile" in variants,
     )
-    teacher: Any = str(models / "teacher")
+    teacher: Any = str(models / TEACHER_MODEL)
     if TEACHER not in ("zero3", "fsdp2"):
         teacher = load(teacher)  # sharded under ZeRO-3, because the student's config is active
     if "fsdp2" in variants:
-        student = load(models / "student", distributed_config=DistributedConfig(fsdp_size=world))
+        student = load(models / STUDENT, distributed_config=DistributedConfig(fsdp_size=world))
     else:
-        student = load(models / "student")
+        student = load(models / STUDENT)
     if TEACHER_KIND:
         teacher = make_teacher(teacher)
+    data: dict[str, Any] = {"train_dataset": rows("llama", 32), "eval_dataset": rows("llama", 7, seed=5)}
+    data["data_collator"] = collate
+    if HAS_OTHER_TOKENIZER:
+        tokenizer = AutoTokenizer.from_pretrained(models / STUDENT)
+        data = {"train_dataset": text_rows(tokenizer, 32), "eval_dataset": text_rows(tokenizer, 7)}
+        data |= {"processing_class": tokenizer, "data_collator": Collator(0)}
     trainer = (TrainerWithInfiniteLoss if "nonfinite" in variants else DistillTrainer)(
         student,
         args,
         teacher=teacher,
-        train_dataset=rows("llama", 32),
-        eval_dataset=rows("llama", 7, seed=5),
-        data_collator=collate,
+        **data,
         callbacks=[RankFault()],
     )
     trainer.add_callback(PackedAttentionCheck(trainer))  # runs the sharded models on every rank
