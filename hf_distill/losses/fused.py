@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..core.aligned_logits import AlignedLogits, CrossTokenizerLogits, aligned_only, cut_rows
 from ..core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs, compute_dtype
+from ..core.loss_kinds import CHUNK_LOG_PROBS, FIRST_LOGITS
 from ..core.matmul import accumulate_matmul, rounds_gradient_to_bf16
 from ..core.signals import Signals
 from ..core.targets import Targets
@@ -37,7 +38,6 @@ from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, n
 from .kernels.row_losses import HeadOutput, RowLosses
 from .kernels.selection import uses_row_kernel
 from .objective import Term
-from .registry import CHUNK_LOG_PROBS, FIRST_LOGITS
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
 LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs | AlignedLogits

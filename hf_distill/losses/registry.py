@@ -8,14 +8,11 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from ..core.loss_kinds import CHUNKS, FEATURES
 from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, raise_if_any
 
 Limits: TypeAlias = Mapping[str, Mapping[str, object]]  # option -> keys of JSON Schema
-FEATURES = ("hidden", "attention", "values")
-# What losses compare of a teacher with another tokenizer; see `core/aligned_logits.py`.
-CHUNK_LOG_PROBS, FIRST_LOGITS = "chunk_log_probs", "first_logits"
-CHUNKS = (CHUNK_LOG_PROBS, FIRST_LOGITS)
 FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: layer mapping and stack
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from ..core.json_types import JSON, JSONObject
 from ..core.references import (
@@ -20,6 +21,8 @@ from ..core.references import (
 from ..errors import DistillError, did_you_mean
 
 _CONFIGS = ("config.json", "adapter_config.json")
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
+_Kind: TypeAlias = Literal["model", "tokenizer", "data"]
 # Names that start with one of these folders are local paths: no owner on the Hub has these names.
 _FOLDERS = ("models", "datasets", "spaces", "runs", "caches")
 
@@ -33,8 +36,8 @@ def missing_files(values: JSON) -> list[str]:
         values: Values of a recipe, which need not be valid. Values of a wrong type are ignored.
     """
     lines = []
-    for location, name, is_model in _referenced_names(values):
-        if (name := os.path.expanduser(name)) and (why := _problem(name, is_model)):
+    for location, name, content in _referenced_names(values):
+        if (name := os.path.expanduser(name)) and (why := _problem(name, content)):
             lines.append(f"{location}: {why}")
     return lines
 
@@ -64,8 +67,8 @@ def packaged_file(reference: str) -> Path:
     return file
 
 
-def _referenced_names(values: JSON) -> Iterator[tuple[str, str, bool]]:
-    """Yield (location, name, whether it is a model) for all models, data and chat templates of a recipe."""
+def _referenced_names(values: JSON) -> Iterator[tuple[str, str, _Kind]]:
+    """Yield (location, name, kind) for all models, tokenizers, data and chat templates of a recipe."""
     values = _mapping(values)
     specs = {"student": values.get("student"), "teacher": values.get("teacher")}
     specs["teacher.source"] = _mapping(values.get("teacher")).get("source")
@@ -78,23 +81,25 @@ def _referenced_names(values: JSON) -> Iterator[tuple[str, str, bool]]:
     for location, spec in specs.items():
         spec = _mapping(spec)
         keys = ("model", "path") if spec.get("kind") == "snapshot" else ("model",)
-        yield from ((f"{location}.{key}", name, True) for key in keys if isinstance(name := spec.get(key), str))
+        yield from ((f"{location}.{key}", name, "model") for key in keys if isinstance(name := spec.get(key), str))
+        if isinstance(name := spec.get("tokenizer"), str):
+            yield f"{location}.tokenizer", name, "tokenizer"
     data = _mapping(values.get("data"))
     for name, source in data.items():
         if isinstance(path := _mapping(source).get("path"), str):
-            yield f"data.{name}.path", path, False
+            yield f"data.{name}.path", path, "data"
     template = data.get("chat_template")
     if isinstance(template, str) and template.endswith(TEMPLATE_SUFFIX):
-        yield "data.chat_template", template, False
+        yield "data.chat_template", template, "data"
 
 
 def _mapping(value: JSON) -> JSONObject:
     return value if isinstance(value, dict) else {}
 
 
-def _problem(name: str, is_model: bool) -> str | None:
+def _problem(name: str, content: _Kind) -> str | None:
     path, kind = Path(name), "path" if name.endswith(TEMPLATE_SUFFIX) else reference_kind(name)
-    if kind == "package" and is_model:
+    if kind == "package" and content != "data":
         try:
             packaged_file(name)
         except DistillError as error:
@@ -114,6 +119,8 @@ def _problem(name: str, is_model: bool) -> str | None:
         searched = "" if path.is_absolute() else f" in {Path.cwd()}"
         what = "file" if path.suffix in (*DATASET_BUILDERS, TEMPLATE_SUFFIX) else "file or folder"
         return f"there is no {what} {name!r}{searched}"
-    if is_model and not any(is_file(path / config) for config in _CONFIGS):
+    if content == "model" and not any(is_file(path / config) for config in _CONFIGS):
         return f"{name!r} is not a model folder: it has no config.json"
+    if content == "tokenizer" and not any(is_file(path / file) for file in _TOKENIZERS):
+        return f"{name!r} is not the folder of a tokenizer: it has no tokenizer_config.json"
     return None

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..core.defaults import ALPHA, DIVERGENCE, TEMPERATURE
 from ..core.json_types import JSON, JSONObject
+from ..core.loss_kinds import CHUNKS, FEATURES
 from ..core.options import option_problem
 from ..core.strict_model import StrictModel
 from ..errors import did_you_mean
@@ -18,7 +19,7 @@ from .plain_yaml import short
 
 
 class LossSchema(TypedDict):
-    """What a loss compares ("logits", "hidden_states", ...; None without a teacher), and the schemas of its options."""
+    """What a loss compares ("logits", "hidden", ...; None without a teacher), and the schemas of its options."""
 
     compares: str | None
     options: dict[str, JSONObject]
@@ -69,6 +70,38 @@ def _check_loss(name: object, options: Mapping[str, object]) -> LossSchema:
     return losses[name]
 
 
+def losses_on_chunks() -> list[str]:
+    """Return the losses for a teacher with another tokenizer."""
+    losses = packaged_schema()["$defs"]["LossSpec"]["x-losses"]
+    return [name for name, loss in losses.items() if loss["compares"] in CHUNKS]
+
+
+def tokenizer_problems(spec: "LossSpec", is_cross_tokenizer: bool) -> list[str]:
+    """Describe why an additional loss does not work with the tokenizer of its teacher; empty if it works.
+
+    Args:
+        spec: the loss.
+        is_cross_tokenizer: whether the teacher has another tokenizer than the student.
+    """
+    compares = packaged_schema()["$defs"]["LossSpec"]["x-losses"][spec.name]["compares"]
+    if compares in CHUNKS and not is_cross_tokenizer:
+        return [
+            f"losses: {spec.name} compares spans of text with a teacher of another tokenizer: set "
+            f"distill.cross_tokenizer to {spec.name}, or remove the loss"
+        ]
+    if not is_cross_tokenizer or compares is None or compares in CHUNKS:
+        return []
+    if compares in FEATURES:
+        return [
+            f"losses: {spec.name} compares features of tokens, and with distill.cross_tokenizer the teacher has other "
+            "tokens: remove it"
+        ]
+    return [
+        f"losses: {spec.name} compares ids of one tokenizer, and with distill.cross_tokenizer the teacher has another "
+        f"one: use {', '.join(losses_on_chunks())}, or remove it"
+    ]
+
+
 class LossSpec(StrictModel):
     """An additional loss term. Further keys are options of the loss, such as `layers`."""
 
@@ -113,12 +146,60 @@ class Distill(StrictModel):
         description="Divergence between student and teacher logits: the name of a loss, or {name: ..., option: ...}. "
         f"Default: {DIVERGENCE}.",
     )
+    cross_tokenizer: str | dict[str, object] | None = Field(
+        None,
+        description="For a teacher with another tokenizer: the loss that takes the place of the divergence, alm, "
+        "projected_kl or uld, or {name: ..., option: ...}. Default (null): teacher and student have one tokenizer.",
+    )
 
     @field_validator("divergence")
     @classmethod
     def _check_name(cls, value: str | dict[str, object]) -> str | dict[str, object]:
-        options = {"name": value} if isinstance(value, str) else {**value}
-        name = options.pop("name", None)
-        if _check_loss(name, options)["compares"] != "logits":
+        name, compares = _soft_loss(value)
+        if compares in CHUNKS:
+            raise ValueError(f"loss {name!r} is for a teacher with another tokenizer: set cross_tokenizer to it")
+        if compares != "logits":
             raise ValueError(f"loss {name!r} does not use the teacher's logits, so it cannot be the divergence")
         return value
+
+    @field_validator("cross_tokenizer")
+    @classmethod
+    def _check_cross_tokenizer(cls, value: str | dict[str, object] | None) -> str | dict[str, object] | None:
+        if value is None:
+            return None
+        name, compares = _soft_loss(value)
+        if compares not in CHUNKS:
+            raise ValueError(
+                f"loss {name!r} compares ids of one tokenizer; use one of {', '.join(losses_on_chunks())}"
+                if compares == "logits"
+                else f"loss {name!r} does not compare text; use one of {', '.join(losses_on_chunks())}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_one_soft_loss(self) -> Self:
+        if self.cross_tokenizer is not None and self.divergence != DIVERGENCE:
+            raise ValueError(
+                f"divergence is {short(self.divergence)} and cross_tokenizer is {short(self.cross_tokenizer)}, which "
+                "takes the place of the divergence: remove divergence"
+            )
+        return self
+
+    @property
+    def soft_loss(self) -> str | dict[str, object]:
+        """The loss of the soft term: `cross_tokenizer` if it is set, else `divergence`."""
+        return self.divergence if self.cross_tokenizer is None else self.cross_tokenizer
+
+    @property
+    def soft_loss_has_temperature(self) -> bool:
+        """Whether `temperature` changes the soft loss."""
+        loss = self.soft_loss
+        name = loss if isinstance(loss, str) else loss["name"]
+        return "temperature" in packaged_schema()["$defs"]["LossSpec"]["x-losses"][str(name)]["options"]
+
+
+def _soft_loss(value: str | dict[str, object]) -> tuple[object, str | None]:
+    """Return the name of a loss with its options, after checking them, and what it compares."""
+    options = {"name": value} if isinstance(value, str) else {**value}
+    name = options.pop("name", None)
+    return name, _check_loss(name, options)["compares"]

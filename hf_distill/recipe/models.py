@@ -123,6 +123,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "cached": ("path", "source", "on_miss", "use_source"),
     "remote": ("url", "model", "api", "dtype", *REMOTE_OPTIONS),
 }
+# Kinds of teachers that can have another tokenizer than the student. The others are the student, or read its tokens.
+CROSS_TOKENIZER_KINDS = ("frozen", "cached", "remote")
 # Kinds of teachers that can read another prompt than the student. The others read the student's batch.
 PROMPTED_KINDS = ("frozen", "adapter_base", "ema", "snapshot", "cached", "remote")
 
@@ -300,6 +302,13 @@ class TeacherSpec(StrictModel):
         "Default (null): the column teacher_prompt of data if it has one, else the student's prompt.",
     )
 
+    tokenizer: Name | None = Field(
+        None,
+        description="Kinds frozen, cached and remote, with distill.cross_tokenizer: folder or id of a model whose "
+        "tokenizer the teacher has. Default (null): that of `model` for a frozen teacher, that of the source for a "
+        "cached one; a remote teacher needs it.",
+    )
+
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, value: str | None) -> str | None:
@@ -311,6 +320,18 @@ class TeacherSpec(StrictModel):
     def loaded_model(self) -> str | None:
         """The model that this process loads for the teacher; None if there is none, or if it is on a server."""
         return None if self.kind == "remote" else self.model
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """The model whose tokenizer the teacher has: `tokenizer`, or that of the weights; None if it is not known."""
+        return self.tokenizer or self.loaded_model or (self.source.tokenizer_model if self.source else None)
+
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """The revision of `tokenizer_model`."""
+        if self.tokenizer:
+            return None
+        return self.revision if self.loaded_model or not self.source else self.source.tokenizer_revision
 
     @property
     def wants_paraphrase(self) -> bool:
@@ -326,7 +347,11 @@ class TeacherSpec(StrictModel):
 
     @model_validator(mode="after")
     def _check_kind_fields(self) -> Self:
-        of_kind = (*FIELDS[self.kind], *(["prompt"] if self.kind in PROMPTED_KINDS else []))
+        of_kind = (
+            *FIELDS[self.kind],
+            *(["prompt"] if self.kind in PROMPTED_KINDS else []),
+            *(["tokenizer"] if self.kind in CROSS_TOKENIZER_KINDS else []),
+        )
         allowed = ("kind", "name", "weight", "sources", *of_kind)
         unexpected = [name for name in sorted(self.model_fields_set) if name not in allowed]
         unexpected = [name for name in unexpected if getattr(self, name) != type(self).model_fields[name].default]

@@ -12,6 +12,7 @@ from ..core.schedule import parse_schedule
 from ..core.strict_model import Name, StrictModel
 from ..core.teacher_kinds import TRAINABLE_KINDS, incompatible_teachers
 from ..errors import did_you_mean
+from .cross_tokenizer import cross_tokenizer_problems
 from .data import Data, OnPolicy
 from .losses import Distill, LossSpec, packaged_schema
 from .models import NamedTeacher, Student, TeacherSpec
@@ -163,14 +164,26 @@ class Recipe(StrictModel):
     )
 
     @property
+    def is_cross_tokenizer(self) -> bool:
+        """Whether the teachers have other tokenizers than the student."""
+        return self.distill.cross_tokenizer is not None
+
+    @property
     def tokenizer_model(self) -> str:
-        """The model whose tokenizer is used: the primary teacher, or the student if the teacher has no model."""
-        return str(self.primary_teacher.loaded_model or self.student.model)
+        """The model whose tokenizer the student has.
+
+        It is the primary teacher, or the student if the teacher has no model or another tokenizer.
+        """
+        return str(self._uses_tokenizer_of_teacher and self.primary_teacher.loaded_model or self.student.model)
 
     @property
     def tokenizer_revision(self) -> str | None:
         """The revision of `tokenizer_model`."""
-        return self.primary_teacher.revision if self.primary_teacher.loaded_model else self.student.revision
+        return self.primary_teacher.revision if self._uses_tokenizer_of_teacher else self.student.revision
+
+    @property
+    def _uses_tokenizer_of_teacher(self) -> bool:
+        return bool(self.primary_teacher.loaded_model) and not self.is_cross_tokenizer
 
     @property
     def all_teachers(self) -> list[TeacherSpec]:
@@ -219,6 +232,7 @@ class Recipe(StrictModel):
             self._check_on_policy,
             self._check_streaming,
             self._check_remote,
+            self._check_cross_tokenizer,
         )
         problems = []
         for check in (*checks, self._check_schedules):
@@ -234,6 +248,10 @@ class Recipe(StrictModel):
 
     def _check_stages(self) -> None:
         if problems := stage_problems(self):
+            raise Problems(problems)
+
+    def _check_cross_tokenizer(self) -> None:
+        if problems := cross_tokenizer_problems(self):
             raise Problems(problems)
 
     def _check_teachers(self) -> None:
@@ -387,7 +405,9 @@ class Recipe(StrictModel):
         if not remote:
             return
         first = self.teachers[0].name if self.teachers else None
-        temperatures: dict[str, object] = {"distill.temperature": self.distill.temperature}
+        temperatures: dict[str, object] = {}
+        if self.distill.soft_loss_has_temperature:
+            temperatures["distill.temperature"] = self.distill.temperature
         temperatures |= {
             f"losses: {loss.name}": (loss.model_extra or {}).get("temperature", 1)
             for loss in self.losses

@@ -1,0 +1,6 @@
+"""What losses compare of student and teacher, besides logits. Imports no torch."""
+
+FEATURES = ("hidden", "attention", "values")
+# What losses compare of a teacher with another tokenizer; see `core/aligned_logits.py`.
+CHUNK_LOG_PROBS, FIRST_LOGITS = "chunk_log_probs", "first_logits"
+CHUNKS = (CHUNK_LOG_PROBS, FIRST_LOGITS)
