@@ -1,6 +1,7 @@
 """Data sets: reading sources, tokenizing examples to rows, mixing, packing and collating."""
 
 from .collator import Collator, unpack_row
+from .formats import OtherTokenizer
 from .load import Examples, load_examples, split_held_out
 from .mix import add_source_column, mix, mix_scheduled
 from .packing import check_packed_attention, pack
@@ -11,6 +12,7 @@ from .training_templates import training_template
 __all__ = [
     "Collator",
     "Examples",
+    "OtherTokenizer",
     "add_source_column",
     "check_packed_attention",
     "concat_and_chunk",

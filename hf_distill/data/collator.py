@@ -22,7 +22,8 @@ class Collator:
     first token of each document is no target.
 
     Rows with two views also have `view_input_ids` and `view_labels`, which are padded with their `view_attention_mask`;
-    rows with another prompt for the teacher have `teacher_input_ids`, `teacher_labels` and `teacher_attention_mask`.
+    rows with another prompt for the teacher, or in the tokens of another tokenizer, have `teacher_input_ids`,
+    `teacher_labels` and `teacher_attention_mask`; with several such teachers the names end in `_NAME`.
 
     With several sources, `source` [B, S] holds the index of each token's source. `DistillTrainer` reads it and reports
     the losses of each source. A custom script must set `remove_unused_columns=False` to keep this column.
@@ -55,17 +56,21 @@ class Collator:
         batch = self._pad_view(rows, "")
         if len({len(row["input_ids"]) for row in rows}) == 1:
             del batch["attention_mask"]
-        for prefix in ("view_", "teacher_"):
-            batch |= self._pad_view(rows, prefix) if f"{prefix}input_ids" in rows[0] else {}
+        for column in rows[0]:
+            view, is_ids, suffix = column.partition("input_ids")
+            if is_ids and view in ("view_", "teacher_"):
+                batch |= self._pad_view(rows, view, suffix)
         return batch
 
-    def _pad_view(self, rows: Sequence[Row], view: str) -> dict[str, Tensor]:
-        ids = [torch.as_tensor(row[f"{view}input_ids"]) for row in rows]
-        labels = [torch.as_tensor(row[f"{view}labels"]) for row in rows]
+    def _pad_view(self, rows: Sequence[Row], view: str, suffix: str = "") -> dict[str, Tensor]:
+        ids, labels = (
+            [torch.as_tensor(row[f"{view}{name}{suffix}"], dtype=torch.long) for row in rows]
+            for name in ("input_ids", "labels")
+        )
         return {
-            f"{view}input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            f"{view}labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            f"{view}attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            f"{view}input_ids{suffix}": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            f"{view}labels{suffix}": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            f"{view}attention_mask{suffix}": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
 
 

@@ -1,6 +1,7 @@
 """Formats of examples, detected from the columns, and the tokenization of one example to a row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -12,6 +13,7 @@ from ..errors import DistillError, require_package
 from .checks import UNNAMED_SOURCE, check_messages, check_text, check_tokens, check_tools, naming
 from .conversations import Conversations
 from .roles import SHAREGPT_HINT, check_roles
+from .training_templates import matching_template, training_template
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +39,25 @@ class SecondPrompt:
 
 PARAPHRASE = SecondPrompt("paraphrase", "view_")
 TEACHER_PROMPT = SecondPrompt("teacher_prompt", "teacher_")
+
+
+@dataclass(frozen=True)
+class OtherTokenizer:
+    """A teacher with another tokenizer, which reads conversations in its own tokens and with its own chat template.
+
+    tokenizer: the teacher's tokenizer
+    name:      name of the teacher if there are several
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Names of the ids and labels of the teacher's row."""
+        suffix = "" if self.name is None else f"_{self.name}"
+        return f"teacher_input_ids{suffix}", f"teacher_labels{suffix}"
+
 
 _FORMAT_COLUMNS = {TOKENS: {"input_ids"}, MESSAGES: {"messages"}, COMPLETION: {"prompt", "completion"}, TEXT: {"text"}}
 _FORMATS = (
@@ -92,6 +113,7 @@ def make_encode_fn(
     assistant_only: bool | None = None,
     second_prompt: SecondPrompt | None = None,
     chat_template: str | None = None,
+    other_tokenizers: Sequence[OtherTokenizer] = (),
 ) -> Callable[[dict], dict[str, list[int]]]:
     """Return a function that tokenizes an example to `{"input_ids": [S], "labels": [S]}`.
 
@@ -103,10 +125,24 @@ def make_encode_fn(
         assistant_only: whether only the assistant's turns of a conversation are targets, or all tokens; None: True.
         second_prompt: add the ids and labels of the completion after another prompt, see `SecondPrompt`.
         chat_template: Jinja source that renders conversations; None: the tokenizer's chat template.
+        other_tokenizers: add the ids and labels of the example in the tokens of teachers with other tokenizers,
+            rendered with their own chat templates; with the second prompt if it is that of the teacher.
 
     Raises:
         DistillError: an example is invalid, see `checks` and `Conversations.encode`.
     """
+    if other_tokenizers:
+        own = None if second_prompt == TEACHER_PROMPT else second_prompt
+        read_own = make_encode_fn(kind, tokenizer, assistant_only, own, chat_template)
+        readers = [_teacher_reader(kind, each, second_prompt) for each in other_tokenizers]
+
+        def read_all(example: dict) -> dict[str, list[int]]:
+            row = read_own(example)
+            for reader in readers:
+                row |= reader(example)
+            return row
+
+        return read_all
     if kind == TOKENS:
         size = 1 + max(tokenizer.get_vocab().values())
         return lambda example: _from_tokens(example, tokenizer, size)
@@ -116,6 +152,43 @@ def make_encode_fn(
         read.conversations  # noqa: B018  a missing chat template is an error before the first row
         return read.from_messages
     return read.from_completion if second_prompt is None else partial(read.from_two_prompts, second=second_prompt)
+
+
+def _teacher_reader(
+    kind: str, other: OtherTokenizer, second_prompt: SecondPrompt | None
+) -> Callable[[dict], dict[str, list[int]]]:
+    """Return a function that makes the row of a teacher with another tokenizer from an example."""
+    who = "the teacher" if other.name is None else f"the teacher {other.name}"
+    template = getattr(other.tokenizer, "chat_template", None)
+    if kind == MESSAGES and template is None:
+        raise DistillError(
+            f"The source has conversations, which {who} reads with its own chat template, and its tokenizer has none: "
+            "give the teacher a tokenizer with a chat_template (in a recipe: `tokenizer` of the teacher), or write the "
+            "conversations as texts."
+        )
+    marked = matching_template(other.tokenizer) if isinstance(template, str) else None  # renders the same text
+    read = _ConversationTokenizer(other.tokenizer, marked and training_template(marked), assistant_only=True)
+    column = second_prompt.column if second_prompt == TEACHER_PROMPT else "prompt"
+
+    def read_row(example: dict) -> dict[str, list[int]]:
+        with _of_teacher(who):
+            row = read.from_messages(example) if kind == MESSAGES else read.from_completion(example, column)
+        return dict(zip(other.columns, (row["input_ids"], row["labels"]), strict=True))
+
+    return read_row
+
+
+@contextmanager
+def _of_teacher(who: str) -> Iterator[None]:
+    """Add to errors that the chat template is the teacher's, and what is possible."""
+    try:
+        yield
+    except DistillError as error:
+        raise DistillError(
+            f"for {who}, which reads conversations with its own chat template: {str(error).rstrip('.')}. Change the "
+            "conversation (a system turn can become the beginning of the first user turn), leave it out, or give the "
+            "teacher a tokenizer whose chat_template renders it."
+        ) from error
 
 
 def _from_tokens(example: dict, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, list[int]]:

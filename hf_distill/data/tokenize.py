@@ -1,5 +1,6 @@
 """Tokenizes data sets: text is concatenated and cut into full rows; in every other format an example is a row."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import pyarrow.compute as pc
@@ -11,7 +12,7 @@ from ..core.defaults import OVERFLOW
 from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError
 from .checks import UNNAMED_SOURCE, by_row, check_text
-from .formats import TEXT, SecondPrompt, format_of, make_encode_fn
+from .formats import TEXT, TOKENS, OtherTokenizer, SecondPrompt, format_of, make_encode_fn
 from .load import Examples
 
 logger = logging.get_logger(__name__)
@@ -28,6 +29,7 @@ def tokenize_dataset(
     second_prompt: SecondPrompt | None = None,
     where: str = UNNAMED_SOURCE,
     chat_template: str | None = None,
+    other_tokenizers: Sequence[OtherTokenizer] = (),
 ) -> Examples:
     """Tokenize examples of any format to rows of at most `max_length` tokens.
 
@@ -39,7 +41,15 @@ def tokenize_dataset(
     columns = documents.column_names or list(next(iter(documents)))
     if format_of(columns, where=where, second_prompt=second_prompt) != TEXT:
         return tokenize_examples(
-            documents, tokenizer, max_length, assistant_only, overflow, second_prompt, where, chat_template
+            documents,
+            tokenizer,
+            max_length,
+            assistant_only,
+            overflow,
+            second_prompt,
+            where,
+            chat_template,
+            other_tokenizers,
         )
     if assistant_only:
         raise DistillError("assistant_only is true, but the source is text, which has no turns: remove assistant_only.")
@@ -97,6 +107,7 @@ def tokenize_examples(
     second_prompt: SecondPrompt | None = None,
     where: str = UNNAMED_SOURCE,
     chat_template: str | None = None,
+    other_tokenizers: Sequence[OtherTokenizer] = (),
 ) -> Examples:
     """Tokenize each example that has target tokens to a row of at most `max_length` tokens.
 
@@ -110,31 +121,40 @@ def tokenize_examples(
             have in common remain targets.
         where: name of the source in errors.
         chat_template: see `make_encode_fn`.
+        other_tokenizers: teachers with other tokenizers, for which conversations, and prompts with completions, become
+            rows of their own. They are as long as they are: the rows of the student are truncated. A teacher reads
+            examples of `input_ids`, and of conversations all of whose tokens are targets, as the student's text.
 
     Returns:
-        a data set with `input_ids` and `labels`, [S] each; with a second prompt also its ids and labels.
+        a data set with `input_ids` and `labels`, [S] each; with a second prompt, or another tokenizer, also its ids and
+        labels.
 
     Raises:
         DistillError: see `make_encode_fn`; or no example has a target token.
     """
     columns = documents.column_names or list(next(iter(documents)))
-    second = () if second_prompt is None else second_prompt.columns
-    features = Features({**ROW_FEATURES, **{name: List(Value("int64")) for name in second}})
     kind = format_of(columns, where=where, second_prompt=second_prompt)
-    encode = by_row(make_encode_fn(kind, tokenizer, assistant_only, second_prompt, chat_template), documents, where)
+    if kind == TOKENS or assistant_only is False:
+        other_tokenizers = ()
+    of_teachers = [name for each in other_tokenizers for name in each.columns]
+    second = () if second_prompt is None or second_prompt.columns[0] in of_teachers else second_prompt.columns
+    limited = [*ROW_FEATURES, *second]  # columns of at most `max_length` tokens
+    features = Features({name: List(Value("int64")) for name in (*limited, *of_teachers)})
+    read = make_encode_fn(kind, tokenizer, assistant_only, second_prompt, chat_template, other_tokenizers)
+    encode = by_row(read, documents, where)
     other = [column for column in columns if column not in features]
     rows = documents.with_format(None).map(encode, with_indices=True, remove_columns=other, features=features)
     total = len(rows) if isinstance(rows, Dataset) else None
     if isinstance(rows, Dataset):
-        lengths = [pc.list_value_length(rows.data.column(name)) for name in features]
+        lengths = [pc.list_value_length(rows.data.column(name)) for name in limited]
         longer = pc.sum(pc.greater(pc.max_element_wise(*lengths), max_length)).as_py()
         if longer:
             action = "dropped" if overflow == "drop" else "truncated"
             logger.warning(f"{longer} of {total} examples are longer than max_length={max_length} and are {action}.")
     if overflow == "drop":
-        rows = rows.filter(lambda row: all(len(row[name]) <= max_length for name in features))
+        rows = rows.filter(lambda row: all(len(row[name]) <= max_length for name in limited))
     else:
-        rows = rows.map(lambda row: {name: row[name][:max_length] for name in features}, features=features)
+        rows = rows.map(lambda row: {name: row[name][:max_length] for name in limited}, features=features)
     if second:
         rows = rows.map(partial(_common_targets, names=("labels", second[1])), features=features)
     before = len(rows) if isinstance(rows, Dataset) else None

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 def cross_tokenizer_problems(recipe: "Recipe") -> list[str]:
     """Describe what does not fit `distill.cross_tokenizer`, or needs it; empty if everything fits."""
-    problems = [
-        problem for loss in recipe.losses for problem in tokenizer_problems(loss, recipe.is_cross_tokenizer)
-    ]
+    problems = [problem for loss in recipe.losses for problem in tokenizer_problems(loss, recipe.is_cross_tokenizer)]
     own = {"teacher": recipe.teacher} if recipe.teacher else {f"teachers.{spec.name}": spec for spec in recipe.teachers}
     for location, spec in own.items():
         problems += _of_teacher(recipe, location, spec.effective)

@@ -25,7 +25,7 @@ class Download:
 
     Attributes:
         used_for: All purposes for which the repository is read: student, teacher, data sources, ...
-        kind: "model" or "dataset".
+        kind: "model", "tokenizer" (only that of a model) or "dataset".
         repo: Id of the repository.
         revision: Current commit of the requested revision, or the requested revision in offline mode.
         size: Bytes of the files that are read; None in offline mode.
@@ -46,7 +46,7 @@ class Download:
 
 
 def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None]]:
-    """Yield all models and datasets that a recipe names, as (purpose, name, "model" or "dataset", revision)."""
+    """Yield all repositories that a recipe names, as (purpose, name, "model", "tokenizer" or "dataset", revision)."""
     students = {"student": recipe.student} | {f"stage {i}": stage.student for i, stage in enumerate(recipe.stages, 1)}
     teachers = {getattr(spec, "name", "teacher"): spec for spec in recipe.all_teachers}
     specs: dict[str, Student | TeacherSpec] = {**students, **teachers}
@@ -54,6 +54,8 @@ def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None
         source = spec.source_teacher if isinstance(spec, TeacherSpec) else spec
         if model := source.loaded_model if isinstance(source, TeacherSpec) else source.model:
             yield used_for, model, "model", source.revision
+        if isinstance(source, TeacherSpec) and recipe.is_cross_tokenizer and source.tokenizer:
+            yield f"tokenizer of {used_for}", source.tokenizer, "tokenizer", None
         if isinstance(path := getattr(spec, "path", None), str):
             yield f"cache of {used_for}", path, "dataset", None
     sources: dict[str, Source | Eval] = {**recipe.data.sources, "eval": recipe.data.eval}
@@ -102,7 +104,7 @@ def hub_repo_of(name: str, kind: str, revision: str | None) -> HubRepo | None:
     """
     if reference_kind(name) == "address":
         at = parse_uri(name)
-        return None if at.path_in_repo else (at.type, at.id, at.revision)
+        return None if at.path_in_repo else (kind if kind == "tokenizer" else at.type, at.id, at.revision)
     return (kind, name, revision) if reference_kind(name) == "id" else None
 
 
@@ -110,12 +112,13 @@ def inspect_repo(used_for: tuple[str, ...], kind: str, repo: str, revision: str 
     """Return the size, missing bytes and file types of one repository, without downloading its weights."""
     if constants.HF_HUB_OFFLINE:
         return Download(used_for, kind, repo, revision, None, None)
-    with translate_hub_errors(repo, kind, revision):
-        info = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True)
+    repo_type = "dataset" if kind == "dataset" else "model"
+    with translate_hub_errors(repo, repo_type, revision):
+        info = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, files_metadata=True)
     siblings = info.siblings if isinstance(info, ModelInfo | DatasetInfo) else None
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings or ()}
-    read = _files_to_load(sizes) if kind == "model" else sizes
-    missing = {name: size for name, size in read.items() if not _is_cached(repo, kind, name, info.sha)}
+    read = sizes if kind == "dataset" else _files_to_load(sizes, weights=kind == "model")
+    missing = {name: size for name, size in read.items() if not _is_cached(repo, repo_type, name, info.sha)}
     adapter = kind == "model" and ADAPTER in read
     safe = ADAPTER_WEIGHTS in read if adapter else any(name.endswith(".safetensors") for name in read)
     base = check_adapter(model_files(repo, info.sha)) if adapter else None
@@ -123,12 +126,17 @@ def inspect_repo(used_for: tuple[str, ...], kind: str, repo: str, revision: str 
     return Download(used_for, kind, repo, info.sha, size, sum(missing.values()), pickled, base)
 
 
-def _files_to_load(sizes: dict[str, int]) -> dict[str, int]:
-    """Return the files that from_pretrained reads: root files, with safetensors weights if there are any."""
+def _files_to_load(sizes: dict[str, int], weights: bool) -> dict[str, int]:
+    """Return the files that from_pretrained reads: root files, with safetensors weights if there are any.
+
+    Args:
+        sizes: Sizes of all files of the repository.
+        weights: Whether the weights are read, and not only the config and the tokenizer.
+    """
     root = {name: size for name, size in sizes.items() if "/" not in name}
-    weights = {name: size for name, size in root.items() if name.endswith(".safetensors")}
-    weights = weights or {name: size for name, size in root.items() if name.endswith(_WEIGHT_SUFFIXES)}
-    return weights | {name: size for name, size in root.items() if name.endswith(_CONFIG_SUFFIXES)}
+    safe = {name: size for name, size in root.items() if name.endswith(".safetensors")}
+    read = safe or {name: size for name, size in root.items() if name.endswith(_WEIGHT_SUFFIXES)}
+    return (read if weights else {}) | {name: size for name, size in root.items() if name.endswith(_CONFIG_SUFFIXES)}
 
 
 def _is_cached(repo: str, kind: str, name: str, commit: str | None) -> bool:

@@ -138,7 +138,8 @@ def with_placeholder_urls(values: JSONObject) -> JSONObject:
 def _teacher(spec: TeacherSpec, location: str) -> Iterator[str]:
     if spec.tokenizer is not None and (why := _why_not_public(spec.tokenizer, _MODEL)):
         yield (
-            f"{location}.tokenizer: {spec.tokenizer!r} {why}; an untrusted recipe must give the id of a model on the Hub"
+            f"{location}.tokenizer: {spec.tokenizer!r} {why}; an untrusted recipe must give the id of a model on the "
+            "Hub"
         )
     for name in SERVER_KEYS:
         if getattr(spec, name) not in (None, _PLACEHOLDER_URL):

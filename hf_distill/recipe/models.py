@@ -400,6 +400,12 @@ class TeacherSpec(StrictModel):
             raise ValueError("use_source and on_miss: query_teacher need the teacher that wrote the cache: set source")
         if self.use_source and self.on_miss:
             raise ValueError("use_source does not read the cache, so on_miss has no effect: remove one of them")
+        if self.source is not None and self.tokenizer is not None:
+            if self.source.tokenizer not in (None, self.tokenizer):
+                raise ValueError(
+                    f"tokenizer is {self.tokenizer!r} and that of source {self.source.tokenizer!r}: set it once"
+                )
+            self.source.tokenizer = self.tokenizer
 
     @property
     def source_teacher(self) -> "TeacherSpec":

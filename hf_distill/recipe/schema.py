@@ -174,7 +174,7 @@ class Recipe(StrictModel):
 
         It is the primary teacher, or the student if the teacher has no model or another tokenizer.
         """
-        return str(self._uses_tokenizer_of_teacher and self.primary_teacher.loaded_model or self.student.model)
+        return str((self._uses_tokenizer_of_teacher and self.primary_teacher.loaded_model) or self.student.model)
 
     @property
     def tokenizer_revision(self) -> str | None:

@@ -1,6 +1,7 @@
 """Smoke runs: a recipe with tiny random models, packaged text and a few steps, which downloads nothing."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _TEACHER_DEPTH = 4
+_OTHER_TOKENIZER = "other-tokenizer-teacher"  # role of a teacher with another tokenizer than the student
+# Merges of its tokenizer: frequent pairs of letters (the first character is the space of a byte-level tokenizer).
+_MERGES = (
+    ("\u0120", "t"),
+    ("h", "e"),
+    ("\u0120", "a"),
+    ("i", "n"),
+    ("r", "e"),
+    ("\u0120t", "he"),
+    ("o", "n"),
+    ("e", "r"),
+)
 # Part of a model id -> model_type. The first match is used.
 _FAMILIES = {
     "smollm3": "smollm3",
@@ -45,8 +58,9 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     """Return the values of a recipe reduced to a smoke run. Values that do not affect the size are kept."""
     values = recipe.model_dump(exclude_unset=True)
     student, train = values["student"], values["train"]
+    role = _OTHER_TOKENIZER if recipe.is_cross_tokenizer else "teacher"
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
-        _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache", family_of(str(student.get("model"))))
+        _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache", family_of(str(student.get("model"))), role)
     _shrink_student(student)
     for i, stage in enumerate(values.get("stages", ())):
         _shrink_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1))
@@ -86,17 +100,18 @@ def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> Non
         student |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
 
 
-def _shrink_teacher(teacher: JSONObject, cache: str, family: str) -> None:
+def _shrink_teacher(teacher: JSONObject, cache: str, family: str, role: str) -> None:
+    teacher.pop("tokenizer", None)
     if teacher.get("kind") == "remote":  # a smoke run needs no server: the tiny teacher is a local model
         for name in [name for name in teacher if name not in ("name", "weight", "sources")]:
             del teacher[name]
-        teacher |= {"kind": "frozen", "model": f"{SMOKE_PREFIX}{family}/teacher"}
+        teacher |= {"kind": "frozen", "model": f"{SMOKE_PREFIX}{family}/{role}"}
     if isinstance(model := teacher.get("model"), str) and not model.startswith(SMOKE_PREFIX):
-        teacher |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/teacher", "revision": None}
+        teacher |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
     if teacher.get("interval_steps"):
         teacher["interval_steps"] = 2
     if isinstance(source := teacher.get("source"), dict):
-        _shrink_teacher(source, "", family)
+        _shrink_teacher(source, "", family, role)
     if teacher.get("path"):
         teacher |= {"path": cache} if teacher.get("kind") == "cached" else {"path": None, "interval_steps": 2}
 
@@ -115,8 +130,8 @@ def build_tiny(reference: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     family, _, role = reference.removeprefix(SMOKE_PREFIX).partition("/")
-    width, depth = (64, _TEACHER_DEPTH) if role == "teacher" else (32, 2)
-    tokenizer = byte_tokenizer()
+    width, depth = (32, 2) if role == "student" else (64, _TEACHER_DEPTH)
+    tokenizer = byte_tokenizer(_MERGES if role == _OTHER_TOKENIZER else ())
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
@@ -136,13 +151,18 @@ def build_tiny(reference: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def byte_tokenizer() -> "PreTrainedTokenizerFast":
-    """Return a byte-level tokenizer with an end-of-text and a padding token; its template marks assistant turns."""
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> "PreTrainedTokenizerFast":
+    """Return a byte-level tokenizer with an end-of-text and a padding token; its template marks assistant turns.
+
+    Args:
+        merges: Pairs of tokens that become one token; none: each byte is a token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    vocab = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[*merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}

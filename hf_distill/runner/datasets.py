@@ -1,13 +1,13 @@
 """Prepares the data of a recipe: loads, splits, tokenizes, mixes and packs the sources."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
@@ -17,6 +17,7 @@ from ..core.targets import IGNORE_INDEX
 from ..data import (
     Collator,
     Examples,
+    OtherTokenizer,
     add_source_column,
     load_examples,
     mix,
@@ -33,6 +34,7 @@ from ..recipe.data import Data
 from ..recipe.schema import Recipe
 
 logger = logging.get_logger(__name__)
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,13 @@ class PreparedData:
         return facts
 
 
-def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, count: int) -> PreparedData:
+def prepare_data(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    count: int,
+    other_tokenizers: Sequence[OtherTokenizer] = (),
+) -> PreparedData:
     """Load, split, tokenize, mix and pack the sources of a recipe.
 
     In an on-policy recipe only the tokens of completions are target tokens.
@@ -72,29 +80,61 @@ def prepare_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, 
         tokenizer: The student's tokenizer. It gets the chat template of the recipe if its own renders differently.
         seed: Seed of the split and of the mixture.
         count: Number of rows that the training uses. It matters only if source weights have a schedule.
+        other_tokenizers: The teachers that have another tokenizer.
 
     Raises:
         DistillError: An input is invalid; see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix` and
             `mix_scheduled`.
     """
     data, train, held_out = recipe.data, dict[str, Examples](), list[Examples]()
-    template = chat_template_of(data, tokenizer)
+    tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), () if data.packing else other_tokenizers)
     for index, name in enumerate(data.sources):
         documents = load_source(recipe, name)
         if data.eval.holdout:
             assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
             documents, held_out_documents = split_held_out(documents, data.eval.holdout, seed)
-            rows = _first(_rows(held_out_documents, recipe, name, tokenizer, template), data.eval.max_rows)
+            rows = _first(_rows(held_out_documents, recipe, name, tokenizers), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
-        train[name] = _rows(documents, recipe, name, tokenizer, template)
+        train[name] = _rows(documents, recipe, name, tokenizers)
         if TEXT not in (documents.column_names or ()):
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
         examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         examples = _with_prompts(examples, recipe, "data.eval")
-        held_out = [_first(_rows(examples, recipe, "eval", tokenizer, template), data.eval.max_rows)]
-    mixed = mix_and_pack(data, train, seed, count)
+        held_out = [_first(_rows(examples, recipe, "eval", tokenizers), data.eval.max_rows)]
+    mixed = mix_and_pack(data, _with_equal_columns(train), seed, count)
+    held_out = [*_with_equal_columns(dict(enumerate(held_out))).values()]
     return PreparedData(mixed, concatenate_datasets(cast(list[Dataset], held_out)), collator_of(data, tokenizer))
+
+
+@dataclass(frozen=True)
+class _Tokenizers:
+    """The student's tokenizer, the chat template that it renders conversations with, and the teachers' tokenizers."""
+
+    student: PreTrainedTokenizerBase
+    chat_template: str | None
+    others: Sequence[OtherTokenizer]
+
+
+def _with_equal_columns(rows: dict[Key, Examples]) -> dict[Key, Examples]:
+    """Add the columns of the teachers' rows to sources without them, as empty rows, which are made from the text."""
+    missing = {
+        key: [name for other in rows.values() for name in _row_columns(other) if name not in _row_columns(part)]
+        for key, part in rows.items()
+    }
+    return {key: _with_empty(part, dict.fromkeys(missing[key])) for key, part in rows.items()}
+
+
+def _row_columns(rows: Examples) -> list[str]:
+    return [name for name in rows.column_names or list(next(iter(rows))) if name.startswith("teacher_")]
+
+
+def _with_empty(rows: Examples, columns: Iterable[str]) -> Examples:
+    """Return rows with further columns of empty lists."""
+    if not (names := [*columns]):
+        return rows
+    features = Features({**cast(Features, rows.features), **{name: List(Value("int64")) for name in names}})
+    return rows.map(lambda row: {name: [] for name in names}, features=features)
 
 
 def num_training_rows(args: TrainingArguments) -> int:
@@ -123,14 +163,18 @@ def collator_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Collator:
     return Collator(pad, tuple(data.sources))
 
 
-def first_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, examples: int) -> Examples:
+def first_rows(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    examples: int,
+    other_tokenizers: Sequence[OtherTokenizer] = (),
+) -> Examples:
     """Return training rows made of the first examples of each source, without a held-out split."""
-    data, template = recipe.data, chat_template_of(recipe.data, tokenizer)
-    rows = {
-        name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizer, template)
-        for name in data.sources
-    }
-    return mix_and_pack(data, rows, seed, examples)
+    data = recipe.data
+    tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), () if data.packing else other_tokenizers)
+    rows = {name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizers) for name in data.sources}
+    return mix_and_pack(data, _with_equal_columns(rows), seed, examples)
 
 
 def load_source(recipe: Recipe, name: str) -> Examples:
@@ -161,16 +205,23 @@ def chat_template_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | No
     return template
 
 
-def _rows(
-    documents: Examples, recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> Examples:
+def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizers) -> Examples:
     """Tokenize the examples of a source; `eval` uses the options of `task`."""
     data = recipe.data
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
     columns = documents.column_names or list(next(iter(documents)))
-    options = (source.assistant_only, source.overflow, _second_prompt(recipe, columns), where, template)
-    return tokenize_dataset(documents, tokenizer, data.max_length, *options)
+    return tokenize_dataset(
+        documents,
+        tokenizers.student,
+        data.max_length,
+        source.assistant_only,
+        source.overflow,
+        _second_prompt(recipe, columns),
+        where,
+        tokenizers.chat_template,
+        tokenizers.others,
+    )
 
 
 def _second_prompt(recipe: Recipe, columns: Sequence[str]) -> SecondPrompt | None:

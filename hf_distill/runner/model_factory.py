@@ -1,6 +1,6 @@
 """Builds the teacher and the students of a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..core.json_types import JSONObject
-from ..data import Examples
+from ..data import Examples, OtherTokenizer
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
@@ -22,6 +22,7 @@ from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..teachers import (
     AdapterBaseTeacher,
     CachedTeacher,
+    CrossTokenizerTeacher,
     EMATeacher,
     FrozenTeacher,
     MTPTeacher,
@@ -54,8 +55,10 @@ class ModelFactory:
     Args:
         recipe: The recipe.
         args: The training arguments.
-        path: Path or id of the tokenizer model, which is also the primary teacher if that has a model.
-        tokenizer: The tokenizer.
+        path: Path or id of the tokenizer model, which is also the primary teacher if that has a model and the same
+            tokenizer.
+        tokenizer: The student's tokenizer.
+        other_tokenizers: The teachers that have another tokenizer.
 
     Attributes:
         teacher: The teacher for the trainers.
@@ -68,8 +71,17 @@ class ModelFactory:
         DistillError: A model cannot be loaded; see `FrozenTeacher`.
     """
 
-    def __init__(self, recipe: Recipe, args: DistillConfig, path: str, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: DistillConfig,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        other_tokenizers: Sequence[OtherTokenizer] = (),
+    ):
         self._student, self._spec, self._args, self._path = recipe.student, recipe.primary_teacher, args, path
+        if recipe.is_cross_tokenizer and self._spec.loaded_model:
+            self._path = resolve_model(self._spec.loaded_model)
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # FSDP on CPUs; see `train_arguments`
         self.layers: list[int] | None = None
         self.influence: list[float] | None = None
@@ -77,21 +89,30 @@ class ModelFactory:
         self.remote_teachers: dict[str, RemoteTeacher] = {}
         self._pruning_source: Student | TeacherSpec = self._spec if self._spec.loaded_model else self._student
         self._full_model: PreTrainedModel | None = None
-        self._tokenizer = tokenizer
+        self._tokenizer, self._other_tokenizers = tokenizer, {each.name: each.tokenizer for each in other_tokenizers}
         specs = recipe.all_teachers
         if recipe.teacher:
-            self.teacher = self._build_teacher(specs[0])
+            self.teacher = self._build_teacher(specs[0], None)
         else:
             weights = {spec.name: spec.weight for spec in recipe.teachers if spec.weight is not None}
             names = [spec.name for spec in recipe.teachers]
-            teachers = {name: self._build_teacher(spec) for name, spec in zip(names, specs, strict=True)}
+            teachers = {name: self._build_teacher(spec, name) for name, spec in zip(names, specs, strict=True)}
             sources = {spec.name: spec.sources for spec in recipe.teachers if spec.sources}
             self.teacher = RoutedTeacher(teachers, sources) if sources else MultiTeacher(teachers, weights)
 
-    def _build_teacher(self, spec: TeacherSpec) -> Teacher:
-        """Build one teacher of the recipe."""
+    def _build_teacher(self, spec: TeacherSpec, name: str | None) -> Teacher:
+        """Build one teacher of the recipe, which may have a name."""
+        tokenizer = self._other_tokenizers.get(name)
+        if tokenizer is None:
+            return self._build_one(spec, self._tokenizer)
+        return CrossTokenizerTeacher(self._build_one(spec, tokenizer), processing_class=tokenizer, name=name)
+
+    def _build_one(self, spec: TeacherSpec, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+        """Build one teacher of the recipe, which reads the tokens of a tokenizer."""
         if spec.kind == "cached":
-            source = self._build_frozen_teacher(spec.source_teacher) if spec.on_miss == "query_teacher" else None
+            source = None
+            if spec.on_miss == "query_teacher":
+                source = self._build_frozen_teacher(spec.source_teacher, tokenizer)
             cached = CachedTeacher(str(spec.path), source=source, on_miss=spec.on_miss or "error")
             source_model, cached_model = spec.source_teacher.model, cached.manifest.teacher["model"]
             if spec.source and source_model != cached_model:
@@ -110,20 +131,20 @@ class ModelFactory:
             self.remote_teachers[getattr(spec, "name", "teacher")] = remote
             return remote
         if spec.kind == "frozen":
-            return self._build_frozen_teacher(spec)
+            return self._build_frozen_teacher(spec, tokenizer)
         return _build_non_frozen_teacher(spec, lambda: self._load_peer(spec, self._path_of(spec)))
 
     def _path_of(self, spec: TeacherSpec) -> str:
         return self._path if spec is self._spec else resolve_model(str(spec.model))
 
-    def _build_frozen_teacher(self, spec: TeacherSpec) -> FrozenTeacher:
+    def _build_frozen_teacher(self, spec: TeacherSpec, tokenizer: PreTrainedTokenizerBase) -> FrozenTeacher:
         """Build a frozen teacher. The primary teacher is loaded now, unless it has a placement option."""
         if spec is self._spec and not _placement(spec):
             self._full_model = self._load_full_model(**direct_loading(self._args.device))
             if not hasattr(self._full_model, "hf_device_map"):
                 cast(nn.Module, self._full_model).to(self._args.device)
-            return FrozenTeacher(self._full_model, processing_class=self._tokenizer)
-        return build_frozen_teacher(spec, self._path_of(spec), self._tokenizer)[0]
+            return FrozenTeacher(self._full_model, processing_class=tokenizer)
+        return build_frozen_teacher(spec, self._path_of(spec), tokenizer)[0]
 
     def _load_full_model(self, **placement: object) -> PreTrainedModel:
         with zero3_init_context(None):

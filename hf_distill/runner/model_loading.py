@@ -22,10 +22,12 @@ from transformers.utils import logging
 
 from ..core.files import atomic_path
 from ..core.references import reference_kind
+from ..data import OtherTokenizer
 from ..errors import DistillError, require_package
 from ..hub import check_model, reading
 from ..recipe import smoke
 from ..recipe.local_files import packaged_file
+from ..recipe.schema import Recipe
 from ..recipe.smoke import build_tiny
 
 logger = logging.get_logger(__name__)
@@ -134,6 +136,23 @@ def load_tokenizer_if_any(reference: str, revision: str | None) -> PreTrainedTok
     except DistillError as error:
         logger.warning(f"No tokenizer was loaded: {error}")
         return None
+
+
+def load_teacher_tokenizers(recipe: Recipe) -> list[OtherTokenizer]:
+    """Load the tokenizers of teachers that have another one than the student; empty without `distill.cross_tokenizer`.
+
+    Raises:
+        DistillError: A tokenizer cannot be loaded.
+    """
+    if not recipe.is_cross_tokenizer:
+        return []
+    loaded = {
+        getattr(spec, "name", None): load_pretrained(
+            AutoTokenizer, str(spec.tokenizer_model), revision=spec.tokenizer_revision
+        )
+        for spec in (recipe.teachers or recipe.all_teachers)
+    }
+    return [OtherTokenizer(tokenizer, name) for name, tokenizer in loaded.items()]
 
 
 def resolve_model(reference: str) -> str:

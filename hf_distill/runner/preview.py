@@ -11,7 +11,7 @@ from ..core.targets import IGNORE_INDEX
 from ..data import unpack_row
 from ..recipe.schema import Recipe
 from .datasets import first_rows
-from .model_loading import load_pretrained
+from .model_loading import load_pretrained, load_teacher_tokenizers
 
 _MAX_EXAMPLES = 200
 
@@ -49,7 +49,7 @@ def preview_rows(recipe: Recipe, rows: int = PREVIEWED_ROWS) -> list[Preview]:
     """
     tokenizer = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
     seed = 42 if recipe.train.seed is None else recipe.train.seed
-    mixture = first_rows(recipe, tokenizer, seed, _MAX_EXAMPLES)
+    mixture = first_rows(recipe, tokenizer, seed, _MAX_EXAMPLES, load_teacher_tokenizers(recipe))
     return [
         document
         for number, row in enumerate(islice(mixture, rows))

@@ -17,11 +17,12 @@ def provenance(recipe: Recipe) -> dict[str, Provenance]:
     """Return what a recipe has read, as purpose -> entry."""
     entries: dict[str, Provenance] = {}
     for used_for, name, kind, revision in referenced_repos(recipe):
-        entries[used_for] = {"model": name} if kind == "model" else {"dataset": name}
+        entries[used_for] = {"dataset": name} if kind == "dataset" else {"model": name}
         if reference_kind(name) == "package" and (installed := _version(name)):
             entries[used_for]["version"] = installed
         if hub_repo := hub_repo_of(name, kind, revision):
-            commit = _read_commit(*hub_repo[1:]) if kind == "model" else _commit(*hub_repo)
+            file = {"model": "config.json", "tokenizer": "tokenizer_config.json"}.get(kind)
+            commit = _commit(*hub_repo) if file is None else _read_commit(*hub_repo[1:], file)
             if commit is not None:
                 entries[used_for]["revision"] = commit
     return entries
@@ -34,9 +35,9 @@ def _version(name: str) -> str | None:
         return None  # the text is part of Python
 
 
-def _read_commit(repo: str, revision: str | None) -> str | None:
-    """Return the commit of a model, from its config in the Hub cache."""
-    file = try_to_load_from_cache(repo, "config.json", revision=revision or constants.DEFAULT_REVISION)
+def _read_commit(repo: str, revision: str | None, name: str) -> str | None:
+    """Return the commit of a model, from one of its files in the Hub cache."""
+    file = try_to_load_from_cache(repo, name, revision=revision or constants.DEFAULT_REVISION)
     return Path(file).parent.name if isinstance(file, str) else None
 
 

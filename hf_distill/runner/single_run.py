@@ -42,7 +42,7 @@ from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
 from .export import NullTeacher, export_teachers, teacher_metrics
 from .model_factory import ModelFactory, check_launch
-from .model_loading import load_pretrained, resolve_model
+from .model_loading import load_pretrained, load_teacher_tokenizers, resolve_model
 from .on_policy import prepare_prompts
 from .provenance import provenance
 from .run_dir import run_folder
@@ -126,7 +126,8 @@ class RunContext:
         self.tokenizer = load_pretrained(AutoTokenizer, path, revision=recipe.tokenizer_revision)
         count = num_training_rows(args)
         with args.main_process_first():
-            self.data = prepare_data(recipe, self.tokenizer, args.seed, count)
+            other_tokenizers = load_teacher_tokenizers(recipe)
+            self.data = prepare_data(recipe, self.tokenizer, args.seed, count, other_tokenizers)
             self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
         self.steps: dict[str, int] = {}  # training -> step of the exported model
@@ -134,7 +135,7 @@ class RunContext:
         run_environment = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: Results = {"environment": run_environment, "data": self.data.facts()}
         check_same_on_all_ranks(recipe, self.facts)
-        self.models = ModelFactory(recipe, args, path, self.tokenizer)
+        self.models = ModelFactory(recipe, args, path, self.tokenizer, other_tokenizers)
         if args.should_save:
             self.facts["provenance"] = provenance(recipe)
             if recipe.origin:

@@ -14,7 +14,7 @@ from ..teachers import Teacher
 from ..trainer.config import DistillConfig
 from .datasets import PreparedData, num_training_rows, prepare_data
 from .model_factory import ModelFactory, check_launch
-from .model_loading import load_pretrained, resolve_model
+from .model_loading import load_pretrained, load_teacher_tokenizers, resolve_model
 from .training_arguments import arguments
 
 
@@ -62,8 +62,9 @@ def load_teacher_and_data(
         path = resolve_model(online.tokenizer_model)
     tokenizer = load_pretrained(AutoTokenizer, path, revision=online.tokenizer_revision)
     with args.main_process_first():
-        data = prepare_data(online, tokenizer, args.seed, num_training_rows(args))
-    teacher = ModelFactory(online, args, path, tokenizer).teacher
+        other_tokenizers = load_teacher_tokenizers(online)
+        data = prepare_data(online, tokenizer, args.seed, num_training_rows(args), other_tokenizers)
+    teacher = ModelFactory(online, args, path, tokenizer, other_tokenizers).teacher
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(
             load_pretrained(AutoConfig, path, revision=online.tokenizer_revision)

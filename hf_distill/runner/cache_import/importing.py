@@ -243,6 +243,11 @@ def _check_recipe(recipe: Recipe, folder: str | None) -> str:
             "because a cache holds the outputs of one teacher for the rows of the data. Set teacher to "
             "{kind: cached, path: DIR}."
         )
+    if recipe.is_cross_tokenizer:
+        raise DistillError(
+            "The recipe has distill.cross_tokenizer, and log-probabilities are imported for the student's tokens. Write "
+            "the cache of a teacher with another tokenizer with `hf-distill cache write`."
+        )
     if recipe.distill.temperature != 1:
         raise DistillError(
             f"The recipe has the temperature {recipe.distill.temperature:g}, and published log-probabilities are those "
