@@ -92,6 +92,26 @@ class FlatTokens:
             is_target=np.zeros(len(ids), bool),
         )
 
+    def select(self, is_kept: np.ndarray) -> "FlatTokens":
+        """Return some of the tokens, of each document those of its start or none.
+
+        Args:
+            is_kept: [N].
+        """
+        names = ("ids", "positions", "documents", "rows", "is_first", "is_target")
+        kept = {name: getattr(self, name)[is_kept] for name in names}
+        return replace(self, **kept | {"documents": np.cumsum(kept["is_first"]) - 1})
+
+    def merge(self, other: "FlatTokens") -> tuple["FlatTokens", np.ndarray]:
+        """Return the tokens of two parts of a batch that have no row in common, row by row, and their order [N].
+
+        The order is that of the tokens of the result among those of this part followed by those of the other one.
+        """
+        order = np.argsort(np.concatenate([self.rows, other.rows]), kind="stable")
+        names = ("ids", "positions", "rows", "is_first", "is_target")
+        merged = {name: np.concatenate([getattr(self, name), getattr(other, name)])[order] for name in names}
+        return replace(self, **merged, documents=np.cumsum(merged["is_first"]) - 1), order
+
     def places(self) -> np.ndarray:
         """Return the index of each token in its document, [N]."""
         starts = np.flatnonzero(self.is_first)

@@ -55,8 +55,9 @@ class TeacherRowMaker:
         """Return the teacher's rows and the chunks of both sides, see `AlignedKeys`.
 
         If the batch has `teacher_input_ids` and `teacher_labels`, which were rendered with the teacher's own chat
-        template, the target tokens of both sides are aligned. Otherwise the text of the student's tokens is tokenized
-        for the teacher.
+        template, the target tokens of both sides are aligned, and the teacher reads each row up to the last of them.
+        Otherwise, and for rows without tokens of the teacher, the text of the student's tokens is tokenized for the
+        teacher.
 
         A chunk is numbered if all its tokens of the student are target tokens, none of its tokens is the first of its
         document, which no token predicts, and the teacher reads all its tokens.
@@ -69,12 +70,22 @@ class TeacherRowMaker:
             DistillError: the batch has no labels, or the teacher's rows are not those of the student.
         """
         student = FlatTokens.of_batch(batch)
-        if f"teacher_labels{self._suffix}" in batch:
-            teacher = self._given_rows(batch, student)
-            chunks = align_target_runs(student, teacher, self.student.table, self.teacher.table)
-        else:
+        if f"teacher_labels{self._suffix}" not in batch:
             teacher, chunks = self._made_rows(student)
-        return self._batch(student, teacher, *chunks)
+            return self._batch(student, teacher, *chunks)
+        teacher = self._given_rows(batch, student)
+        chunks = align_target_runs(student, teacher, self.student.table, self.teacher.table)
+        teacher, teacher_chunks = _up_to_last_chunk(teacher, chunks[1])
+        is_made = ~np.isin(student.rows, teacher.rows)
+        if not is_made.any():
+            return self._batch(student, teacher, chunks[0], teacher_chunks)
+        made, made_chunks = self._made_rows(student.select(is_made))
+        student_chunks = chunks[0].copy()
+        student_chunks[is_made] = made_chunks[0] + (made_chunks[0] > 0) * chunks[0].max()
+        made_chunks = made_chunks[1] + (made_chunks[1] > 0) * chunks[0].max()
+        teacher, order = teacher.merge(made)
+        of_both = _in_order(student_chunks, np.concatenate([teacher_chunks, made_chunks])[order])
+        return self._batch(student, teacher, *of_both)
 
     def _given_rows(self, batch: Mapping[str, Any], student: FlatTokens) -> FlatTokens:
         teacher = FlatTokens.of_batch(batch, "teacher_", self._suffix)
@@ -142,3 +153,21 @@ def _has_equal_prefix(made: Retokenized, student_chunks: np.ndarray, teacher_chu
     is_equal: np.ndarray = student == teacher
     is_equal[0] = False
     return is_equal
+
+
+def _up_to_last_chunk(tokens: FlatTokens, chunks: np.ndarray) -> tuple[FlatTokens, np.ndarray]:
+    """Return the tokens of each row up to the last one in a chunk, or the first one, and their chunks."""
+    last = np.zeros(tokens.shape[0], np.int64)
+    index = np.arange(len(chunks))
+    is_end = tokens.is_first | (chunks > 0)
+    np.maximum.at(last, tokens.rows[is_end], index[is_end])
+    is_kept = index <= last[tokens.rows]
+    return tokens.select(is_kept), chunks[is_kept]
+
+
+def _in_order(student_chunks: np.ndarray, teacher_chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return chunks numbered from 1 in the order of the student's tokens."""
+    numbers, first = np.unique(student_chunks[student_chunks > 0], return_index=True)
+    new = np.zeros(1 + max(student_chunks.max(initial=0), teacher_chunks.max(initial=0)), np.int64)
+    new[numbers[np.argsort(first)]] = 1 + np.arange(len(numbers))
+    return new[student_chunks], new[teacher_chunks]
