@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.aligned_logits import AlignedLogits
 from ..core.logits import SparseLogProbs
+from ..core.loss_kinds import CHUNK_LOG_PROBS, FIRST_LOGITS
 from ..core.options import POSITIVE
 from ..core.signals import Signals
 from ..core.targets import Targets
@@ -17,7 +18,7 @@ from ..errors import DistillError
 from .alignment import LOG_ZERO, check_temperature, dense_logits
 from .class_logits import class_logits, class_maps, sparse_class_log_probs
 from .divergences import forward_kl
-from .registry import CHUNK_LOG_PROBS, FIRST_LOGITS, loss
+from .registry import loss
 
 ALM_TAU = 100.0  # default of the option
 

@@ -83,7 +83,8 @@ def test_a_truncated_student_shortens_the_rows_that_the_teacher_reads(student, t
     assert rows[0]["teacher_input_ids"] == long["teacher_input_ids"]
     made = TeacherRowMaker(student, teacher)(Collator(0)(list(rows)))
     read = made["teacher_input_ids"][0].tolist()
-    assert read == long["teacher_input_ids"][: len(read)] and len(read) < len(long["teacher_input_ids"]) - 5
+    assert read == long["teacher_input_ids"][: len(read)]
+    assert len(read) < len(long["teacher_input_ids"]) - 5
     assert made["teacher_chunk_ids"][0, -1] == made["chunk_ids"].max() > 0
 
 
@@ -113,7 +114,8 @@ def test_rows_without_a_row_of_the_teacher_are_made_from_the_text(student, teach
     empty = text | {"teacher_input_ids": [], "teacher_labels": []}
     mixed = chunks_of([given[0], empty, given[1]], maker, pair)
     apart = [chunks_of([row], maker, pair) for row in (given[0], text, given[1])]
-    assert mixed == [chunk for part in apart for chunk in part] and all(apart)
+    assert mixed == [chunk for part in apart for chunk in part]
+    assert all(apart)
     teacher_ids = maker(Collator(0)([given[0], empty]))["teacher_input_ids"][1].tolist()
     assert teacher_ids[: len(teacher("A text")["input_ids"]) - 1] == teacher("A text")["input_ids"][:-1]
 
@@ -129,7 +131,7 @@ def test_a_conversation_that_the_teachers_template_refuses_is_named(student, tea
     examples = [{"messages": MORE}, {"messages": [SYSTEM, *MORE]}]
     with pytest.raises(DistillError, match=r"row 1 \(counted from 0\), for the teacher, which reads.*cannot render"):
         tokenized(examples, student, teacher)
-    with pytest.raises(DistillError, match="for the teacher big, .*leave it out, or give the teacher a tokenizer"):
+    with pytest.raises(DistillError, match=r"for the teacher big, .*leave it out, or give the teacher a tokenizer"):
         tokenized(examples, student, teacher, name="big")
 
 

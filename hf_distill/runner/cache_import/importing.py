@@ -245,8 +245,8 @@ def _check_recipe(recipe: Recipe, folder: str | None) -> str:
         )
     if recipe.is_cross_tokenizer:
         raise DistillError(
-            "The recipe has distill.cross_tokenizer, and log-probabilities are imported for the student's tokens. Write "
-            "the cache of a teacher with another tokenizer with `hf-distill cache write`."
+            "The recipe has distill.cross_tokenizer, and log-probabilities are imported for the student's tokens. "
+            "Write the cache of a teacher with another tokenizer with `hf-distill cache write`."
         )
     if recipe.distill.temperature != 1:
         raise DistillError(
