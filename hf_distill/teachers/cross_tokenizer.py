@@ -122,7 +122,7 @@ class CrossTokenizerTeacher(Teacher):
 
     def input_names(self) -> frozenset[str]:
         """Names of the keys of a batch that only this teacher reads, and of the columns that they may be made from."""
-        return frozenset((*self.keys, "teacher_labels"))
+        return frozenset((*self.keys, "teacher_labels" if self.name is None else f"teacher_labels_{self.name}"))
 
     def add_inputs(self, inputs: dict) -> dict:
         """Return a batch with the teacher's rows; they are made here if the collator did not make them."""
@@ -130,7 +130,8 @@ class CrossTokenizerTeacher(Teacher):
             return inputs
         device = inputs["input_ids"].device
         on_host = {name: value.cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
-        return inputs | {name: upload(value, device) for name, value in self.row_maker(on_host).items()}
+        kept = {name: value for name, value in inputs.items() if name not in self.row_maker.replaced_keys}
+        return kept | {name: upload(value, device) for name, value in self.row_maker(on_host).items()}
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return the chunks of the tokens of both models, and the numbers that the teacher needs."""
