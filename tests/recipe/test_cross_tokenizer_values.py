@@ -83,7 +83,10 @@ def test_possible(changes):
             {"teacher": REMOTE, "distill": {"cross_tokenizer": "uld"}},
             ["teacher.kind remote: a vLLM or SGLang server returns log-probabilities at temperature 1 only"],
         ),
-        ({"distill": {}, "losses": [{"name": "alm"}]}, ["losses: alm compares spans of text with a teacher of another"]),
+        (
+            {"distill": {}, "losses": [{"name": "alm"}]},
+            ["losses: alm compares spans of text with a teacher of another"],
+        ),
         (
             {"distill": {}, "teacher": {"model": "org/teacher", "tokenizer": "org/other"}},
             ["teacher.tokenizer is 'org/other', and without distill.cross_tokenizer"],
