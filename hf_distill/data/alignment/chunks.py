@@ -36,27 +36,16 @@ class TokenSpans:
         lengths = np.diff(ends, prepend=0)
         return cls(data, lengths, ends - lengths, ends)
 
-    def part(self, start: int, end: int) -> "TokenSpans":
-        """Return the tokens from `start` to `end` with the bytes of their own text as coordinates."""
-        ends = np.cumsum(self.lengths)
-        first = int(ends[start - 1]) if start else 0
-        last = int(ends[end - 1]) if end else 0
-        return self.of_text(self.data[first:last], ends[start:end] - first)
-
 
 def align(student: TokenSpans, teacher: TokenSpans) -> tuple[np.ndarray, np.ndarray]:
     """Return the chunk of each token of the student [N_s] and of the teacher [N_t], from 1; 0 is none.
 
-    A token without text belongs to the chunk after it. If the texts differ, only their common start and end are
-    aligned.
+    A token without text belongs to the chunk after it. Spans whose texts differ are no chunks.
 
     Args:
-        student: see `TokenSpans.of_text`.
+        student: tokens in coordinates of both sides, see `share_coordinates`.
         teacher: likewise.
     """
-    if np.array_equal(student.data, teacher.data):
-        return number_chunks(student, teacher)
-    student, teacher = share_coordinates(student, teacher)
     chunks = number_chunks(student, teacher)
     return renumber(*chunks, has_equal_text(student, teacher, *chunks))
 

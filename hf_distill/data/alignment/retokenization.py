@@ -16,6 +16,7 @@ from .token_bytes import ALWAYS, FIRST
 from .tokenizer_text import TokenizerText
 
 _NO_TOKEN = -1
+_BOS, _SPECIAL = -2, -1  # sources of the teacher's tokens that are no piece of text
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,20 @@ class _Pieces:
     prefixes: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What the teacher's tokens consist of, in order: its BOS, special tokens and pieces of text.
+
+    tokens:   [n] index of the student's token at which each part stands
+    counts:   [n] number of tokens of the teacher
+    sources:  [n] index of its piece of text, or `_BOS` or `_SPECIAL`
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    sources: np.ndarray
+
+
 class Retokenizer:
     """Tokenizes batches of the student for the teacher.
 
@@ -123,27 +138,10 @@ class Retokenizer:
         starts = np.zeros(len(tokens.ids), np.int64)
         starts[student_indices] = student.starts
         pieces = self._cut(layout, starts, student, student_indices)
-        encoded = self.encoder.encode(pieces.texts)
-
-        bos, special = np.flatnonzero(layout.has_bos), np.flatnonzero(layout.teacher_ids != _NO_TOKEN)
-        if not len(self._bos_ids):
-            bos = bos[:0]
-        parts = [self._bos_ids] * len(bos) + [layout.teacher_ids[i : i + 1] for i in special] + encoded
-        at = np.concatenate([bos, special, pieces.tokens])
-        order = np.argsort(np.concatenate([2 * bos, 2 * special + 1, 2 * pieces.tokens + 1]), kind="stable")
-        parts = [parts[i] for i in order]
-        counts = np.array([len(part) for part in parts], dtype=np.int64)
-        ids = np.concatenate([*parts, np.zeros(0, np.int64)])
-        is_text = np.repeat(order >= len(bos), counts)
-        documents = np.repeat(tokens.documents[at[order]], counts)
-
-        teacher_indices = np.flatnonzero(is_text)
-        kept = order >= len(bos)
-        first = np.concatenate([starts[special], pieces.starts])[order[kept] - len(bos)]
-        piece = order[kept] - len(bos) - len(special)
-        teacher, teacher_skip, is_same = self._teacher_spans(
-            ids[teacher_indices], counts[kept], first, piece, pieces, data
-        )
+        ids, parts = self._assemble(layout, pieces)
+        documents = np.repeat(tokens.documents[parts.tokens], parts.counts)
+        teacher_indices = np.flatnonzero(np.repeat(parts.sources != _BOS, parts.counts))
+        teacher, teacher_skip, is_same_text = self._teacher_spans(ids[teacher_indices], parts, starts, pieces, data)
         return Retokenized(
             ids,
             documents,
@@ -151,17 +149,33 @@ class Retokenizer:
             teacher_indices,
             _separate(student, tokens.documents[student_indices]),
             _separate(teacher, documents[teacher_indices]),
-            is_same,
+            is_same_text,
             student_skip,
             teacher_skip,
         )
+
+    def _assemble(self, layout: _Layout, pieces: _Pieces) -> tuple[np.ndarray, _Parts]:
+        """Return the teacher's tokens [N_t], and the parts that they come from."""
+        bos = np.flatnonzero(layout.has_bos) if len(self._bos_ids) else np.zeros(0, np.int64)
+        special = np.flatnonzero(layout.teacher_ids != _NO_TOKEN)
+        arrays = [self._bos_ids] * len(bos) + [layout.teacher_ids[i : i + 1] for i in special]
+        arrays += self.encoder.encode(pieces.texts)
+        order = np.argsort(np.concatenate([2 * bos, 2 * special + 1, 2 * pieces.tokens + 1]), kind="stable")
+        arrays = [arrays[i] for i in order]
+        sources = np.repeat([_BOS, _SPECIAL], [len(bos), len(special)])
+        parts = _Parts(
+            tokens=np.concatenate([bos, special, pieces.tokens])[order],
+            counts=np.array([len(each) for each in arrays], dtype=np.int64),
+            sources=np.concatenate([sources, np.arange(len(pieces.tokens))])[order],
+        )
+        return np.concatenate([*arrays, np.zeros(0, np.int64)]), parts
 
     def _lay_out(self, tokens: FlatTokens) -> _Layout:
         table = self.student.table
         rows, is_first, documents = table.rows(tokens.ids), tokens.is_first, tokens.documents
         is_text = ~table.is_special[rows]
         has_turns = np.bincount(documents, weights=self._is_turn_mark[rows]) > 0
-        in_turns = has_turns[documents] if len(documents) else is_text
+        in_turns = has_turns[documents]
         teacher_ids = np.where(in_turns, self._in_turns[rows], self._in_text[rows])
         is_end, is_start_of_text = self._is_end[rows], self._is_start_of_text[rows]
         after_end = _shift(is_end) & ~is_first & ~in_turns
@@ -230,49 +244,47 @@ class Retokenizer:
         return _Pieces(tokens, piece_starts, piece_ends, texts, prefixes)
 
     def _teacher_spans(
-        self,
-        ids: np.ndarray,
-        counts: np.ndarray,
-        starts: np.ndarray,
-        piece_of_part: np.ndarray,
-        pieces: _Pieces,
-        student_data: np.ndarray,
+        self, ids: np.ndarray, parts: _Parts, token_starts: np.ndarray, pieces: _Pieces, student_data: np.ndarray
     ) -> tuple[TokenSpans, np.ndarray, bool]:
         """Return the teacher's tokens in the coordinates of the student's text, and whether both texts are the same.
 
         Between them: the number of bytes that the teacher's tokenizer put before each token.
 
         Args:
-            ids: the teacher's tokens of all parts, which are special tokens and pieces of text.
-            counts: number of tokens of each part.
-            starts: byte of the student's text at which each part starts.
-            piece_of_part: index of each part among the pieces; negative for a special token.
+            ids: [n_t] the teacher's tokens of all parts but BOS.
+            parts: the parts.
+            token_starts: [N_s] byte of the student's text at which each token of the student starts.
             pieces: the pieces.
             student_data: the student's text.
         """
+        is_text = parts.sources != _BOS
+        counts, piece_of_part = parts.counts[is_text], parts.sources[is_text]
+        is_piece = piece_of_part >= 0
         table = self.teacher.table
         rows, skip = table.rows(ids), np.zeros(len(ids), np.int64)
         first = np.cumsum(counts) - counts
-        has_prefix = (piece_of_part >= 0) & (counts > 0)
+        has_prefix = is_piece & (counts > 0)
         has_prefix[has_prefix] = pieces.prefixes[piece_of_part[has_prefix]] > 0
         skip[first[has_prefix]] = table.begins_with_space(rows[first[has_prefix]])
         teacher = TokenSpans.of_text(*table.concatenate(rows, skip))
         if np.array_equal(teacher.data, student_data):
             return teacher, skip, True
 
+        starts = token_starts[parts.tokens[is_text]]
+        starts[is_piece] = pieces.starts[piece_of_part[is_piece]]
         bounds = np.append(0, teacher.ends)
         part_starts = bounds[first]
         shift = np.repeat(starts - part_starts, counts)
-        token_starts, token_ends = teacher.starts + shift, teacher.ends + shift
-        for part in np.flatnonzero(piece_of_part >= 0):
+        coordinates = np.stack([teacher.starts, teacher.ends]) + shift
+        for part in np.flatnonzero(is_piece):
             i, tokens = piece_of_part[part], slice(first[part], first[part] + counts[part])
             raw = student_data[pieces.starts[i] : pieces.ends[i]]
             text = teacher.data[part_starts[part] : bounds[tokens.stop]]
             if not np.array_equal(raw, text):
                 spans = self._spans_by_offsets(pieces.texts[i], int(pieces.prefixes[i]), raw.tobytes())
                 spans = _refine(*spans, raw, text, teacher.lengths[tokens])
-                token_starts[tokens], token_ends[tokens] = (pieces.starts[i] + each for each in spans)
-        return replace(teacher, starts=token_starts, ends=token_ends), skip, False
+                coordinates[:, tokens] = pieces.starts[i] + np.stack(spans)
+        return replace(teacher, starts=coordinates[0], ends=coordinates[1]), skip, False
 
     def _spans_by_offsets(self, text: str, prefix: int, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Return the start and end of each token of a piece, in bytes of the student's text of the piece."""

@@ -5,15 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .chunks import (
-    TokenSpans,
-    common_prefix_length,
-    concatenate,
-    has_equal_text,
-    number_chunks,
-    renumber,
-    share_coordinates,
-)
+from .chunks import TokenSpans, align, common_prefix_length, concatenate, share_coordinates
 from .flat_tokens import FlatTokens
 from .token_bytes import TokenBytes
 
@@ -63,8 +55,7 @@ def align_target_runs(
         concatenate([pair.student for pair in pairs], starts[:-1]),
         concatenate([pair.teacher for pair in pairs], starts[:-1]),
     )
-    chunks = number_chunks(*sides)
-    chunks = renumber(*chunks, has_equal_text(*sides, *chunks))
+    chunks = align(*sides)
     return (
         _of_tokens(student, runs[0], [pair.student_run for pair in pairs], chunks[0]),
         _of_tokens(teacher, runs[1], [pair.teacher_run for pair in pairs], chunks[1]),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...core.aligned_inputs import aligned_keys
 from ...errors import DistillError
-from .chunks import has_equal_text, number_chunks, renumber
+from .chunks import align, number_chunks, renumber
 from .flat_tokens import FlatTokens
 from .retokenization import Retokenized, Retokenizer
 from .target_runs import align_target_runs
@@ -99,9 +99,7 @@ class TeacherRowMaker:
 
     def _made_rows(self, student: FlatTokens) -> tuple[FlatTokens, tuple[np.ndarray, np.ndarray]]:
         made = self._retokenize(student)
-        chunks = number_chunks(made.student, made.teacher)
-        if not made.is_same_text:
-            chunks = renumber(*chunks, has_equal_text(made.student, made.teacher, *chunks))
+        chunks = (number_chunks if made.is_same_text else align)(made.student, made.teacher)
         if made.student_skip.any() or made.teacher_skip.any():
             chunks = renumber(*chunks, _has_equal_prefix(made, *chunks))
         student_chunks, teacher_chunks = np.zeros(len(student.ids), np.int64), np.zeros(len(made.ids), np.int64)

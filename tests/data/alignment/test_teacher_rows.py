@@ -146,7 +146,7 @@ def canonical(text: bytes) -> bytes:
 
 def inner_boundaries(maker: TeacherRowMaker, batch: dict, result: dict) -> list[int]:
     """Chunks with the same bytes on both sides, and a boundary of both inside them."""
-    ends = []
+    sides = []
     for ids, chunks, table in (
         (batch["input_ids"], result["chunk_ids"], maker.student.table),
         (result["teacher_input_ids"], result["teacher_chunk_ids"], maker.teacher.table),
@@ -154,8 +154,16 @@ def inner_boundaries(maker: TeacherRowMaker, batch: dict, result: dict) -> list[
         of_chunks: dict[int, list[bytes]] = {}
         for i, chunk in zip(ids.flatten().tolist(), chunks.flatten().tolist(), strict=True):
             of_chunks.setdefault(chunk, []).append(table.of_id(i))
-        ends.append({chunk: {b"".join(parts[:i]) for i in range(1, len(parts))} for chunk, parts in of_chunks.items()})
-    return [chunk for chunk in ends[0] if chunk and (ends[0][chunk] & ends[1][chunk]) - {b"", b" "}]
+        sides.append(
+            {chunk: [b"".join(parts[:i]) for i in range(len(parts) + 1)] for chunk, parts in of_chunks.items()}
+        )
+    return [
+        chunk
+        for chunk, (starts, others) in {
+            chunk: (sides[0][chunk], sides[1][chunk]) for chunk in sides[0] if chunk
+        }.items()
+        if starts[-1] == others[-1] and set(starts[1:-1]) & set(others[1:-1]) - {b"", b" "}
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -284,11 +292,13 @@ def test_text_in_another_normalization_is_aligned_around_and_across_it():
     assert b"".join(student for student, _ in chunk_texts(maker, batch, result)) == " cafe\u0301 in 12".encode()
 
 
-def given_rows(student: str, teacher: str, turns: list[tuple[str, bool]], teacher_turns=None) -> dict:
+def given_rows(student: str, teacher: str, turns: list[tuple[str, bool]], teacher_turns=None, **options) -> dict:
     """A row of each side; of its texts, which are tokenized apart, some are target tokens."""
     rows = {}
     for prefix, kind, parts in (("", student, turns), ("teacher_", teacher, teacher_turns or turns)):
-        ids = [(trained(kind)(text, add_special_tokens=False)["input_ids"], target) for text, target in parts]
+        ids = [
+            (trained(kind)(text, add_special_tokens=False, **options)["input_ids"], target) for text, target in parts
+        ]
         rows[f"{prefix}input_ids"] = [i for part, _ in ids for i in part]
         rows[f"{prefix}labels"] = [i if target else -100 for part, target in ids for i in part]
     return rows
@@ -321,6 +331,36 @@ def test_rows_of_the_teachers_template_are_aligned_at_the_target_tokens():
     )
     other = [*own[:3], ("Something else<end_of_turn>", True)]
     assert aligned_text("digits", "gemma", given_rows("digits", "gemma", turns, other)) == b"Good day, 12\xffend\xffend"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(texts(min_size=1), texts(min_size=1)), min_size=1, max_size=3),
+    st.sampled_from(["", " ", "\n\n", "é"]),
+)
+def test_target_tokens_of_two_templates_are_all_aligned_if_their_texts_are_the_same(turns, before):
+    """Some of the texts differ at the start: there the rest of the turn is aligned."""
+    turns = [(f"{prompt}Q", f"{answer}A") for prompt, answer in turns]
+    one = [part for prompt, answer in turns for part in (("user " + prompt, False), (answer, True))]
+    other = [part for prompt, answer in turns for part in (("<b>" + prompt, False), (before + answer, True))]
+    split = {"split_special_tokens": True}
+    maker = maker_of("digits", "groups")
+    batch = Collator(0)([given_rows("digits", "groups", one, other, **split)] * 2)
+    result = maker(batch)
+    pairs = chunk_texts(maker, batch, result)
+    assert all(student == teacher != b"" for student, teacher in pairs)
+    written = b"".join(student for student, _ in pairs)
+    if not before:
+        assert written == "".join(answer for _, answer in turns).encode() * 2
+        assert result["chunk_ids"].bool().equal(batch["labels"] != -100)
+    assert len(written) >= 2 * len(turns)
+
+
+def test_a_batch_without_tokens():
+    mask = torch.zeros(2, 3, dtype=torch.long)
+    result = maker_of("digits", "always")({"input_ids": mask, "labels": mask - 100, "attention_mask": mask})
+    assert result["teacher_attention_mask"].tolist() == [[1], [1]]
+    assert not result["chunk_ids"].any()
 
 
 def test_rows_of_the_teachers_template_with_another_number_of_turns():
