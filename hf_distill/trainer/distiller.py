@@ -1,6 +1,6 @@
 """One distillation step: `Distiller` takes a batch and returns its loss. It runs with or without a Trainer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits
-from ..core.signals import FeatureKey, Signals
-from ..core.targets import FeatureTokens, Targets
-from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers, without_teacher_inputs
+from ..core.signals import Signals
+from ..core.targets import Targets
 from ..core.teacher_logits import RoutedLogits, logits_by_teacher
 from ..errors import DistillError, RunError
 from ..losses.fused import ChunkedLoss
@@ -25,6 +24,7 @@ from ..models.precision import teacher_autocast
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
 from ..teachers.base import JointStep
 from ..teachers.group import teachers_by_name
+from .step_inputs import StepInputs
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Distiller:
 
     A call runs these steps:
 
-    1. `Targets.from_batch` reads the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
+    1. `StepInputs.read` finds the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
        the batch; without a Trainer it shifts the labels.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient. It
        reads `teacher_input_ids` if the batch has them: another prompt before the same target tokens, or the same text
@@ -123,30 +123,15 @@ class Distiller:
         model = unwrap_model(student)
         model_type = model_type_of(model)
         num_outputs = model_type.num_outputs(model)
-        shift = model_type.shifts_labels
-        inputs = teacher.add_inputs(inputs)
-        of_teacher = teacher_inputs(inputs)
-        numbers = self.features.numbers_to_read(of_teacher) | teacher.numbers_to_read(of_teacher, shift)
-        numbers |= teacher_target_numbers(inputs, shift)
-        targets = Targets.from_batch(inputs, shift, numbers)
-        targets.check_ids(num_outputs)
-        if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
-            inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
-        feature_tokens = self.features.tokens(inputs, targets)
-        batch_of_teacher, targets_of_teacher = teacher_batch(inputs, targets, shift)
-        inputs, tokens_of_teacher = without_teacher_inputs(inputs), feature_tokens
-        if targets_of_teacher is not targets:
-            tokens_of_teacher = self.features.tokens(batch_of_teacher, targets_of_teacher)
-        feature_requests = self.features.teacher_requests(tokens_of_teacher)
-        joint_step, teacher_signals = self._run_teacher(
-            teacher, batch_of_teacher, targets_of_teacher, feature_requests, num_items
-        )
+        step = StepInputs.read(inputs, teacher, self.features, model_type.shifts_labels)
+        step.targets.check_ids(num_outputs)
+        joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
 
-        teacher_targets = targets
+        inputs, targets, feature_tokens = step.inputs, step.targets, step.feature_tokens
         for each in teachers_by_name(teacher).values():
             if isinstance(each, MultiViewTeacher):
                 inputs, targets = each.transform_student_batch(inputs, targets, model.training)
-        if targets is not teacher_targets:
+        if targets is not step.targets:
             feature_tokens = self.features.tokens(inputs, targets)
 
         chunked_loss = loss_on_logits(
@@ -167,7 +152,7 @@ class Distiller:
             if not model_type.vocabulary:
                 _check_class_counts(signals, student_logits)
             if self.pre_loss_hook is not None:
-                self.pre_loss_hook(chunked_loss, student_logits, signals, teacher_targets)
+                self.pre_loss_hook(chunked_loss, student_logits, signals, step.targets)
             return teacher_loss
 
         student_requests = self.features.student_requests(feature_tokens)
@@ -179,15 +164,10 @@ class Distiller:
         per_token = chunked_loss.per_token | feature_loss.per_token
         if joint_step:
             per_token |= joint_step.per_token
-        return StepOutput(loss, per_token, teacher_targets, outputs)
+        return StepOutput(loss, per_token, step.targets, outputs)
 
     def _run_teacher(
-        self,
-        teacher: Teacher,
-        inputs: dict,
-        targets: Targets,
-        feature_requests: Mapping[FeatureKey, FeatureTokens],
-        num_items: Tensor | int | None,
+        self, teacher: Teacher, step: StepInputs, num_items: Tensor | int | None
     ) -> tuple[JointStep | None, Signals]:
         """Return the step of a teacher that is trained with the student, or the signals of any other one.
 
@@ -195,12 +175,13 @@ class Distiller:
             RunError: the teacher failed, on this rank or on another one.
         """
         joint_step, signals, failure = None, Signals(None), None
+        inputs, targets, requests = step.teacher_inputs, step.teacher_targets, step.feature_requests
         try:
             with teacher_autocast(targets.labels.device, self.autocast_dtype):
                 if isinstance(teacher, TrainableTeacher | MultiTeacher):
-                    joint_step = teacher.joint_step(inputs, targets, feature_requests, num_items, self.teacher_terms)
+                    joint_step = teacher.joint_step(inputs, targets, requests, num_items, self.teacher_terms)
                 if joint_step is None:
-                    signals = teacher(inputs, targets, feature_requests)
+                    signals = teacher(inputs, targets, requests)
         except RunError as error:
             if self.agree_on_failure is None:
                 raise

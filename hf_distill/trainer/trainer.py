@@ -21,8 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..core.aligned_inputs import aligned_names
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.logits import to_host
-from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, target_labels
-from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, target_labels
 from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.features import Features
@@ -55,6 +54,7 @@ from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
 from .source_metrics import split_by_source
+from .step_inputs import StepInputs
 from .teacher_argument import (
     OneTeacher,
     TeacherArgument,
@@ -200,14 +200,12 @@ class DistillMixin(_Base):
         """Announce a batch to the teacher; prompts, whose completions are not known yet, are not announced."""
         if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
             return
-        shift = model_type_of(self.model).shifts_labels
         names = [name for name in batch if name in ANNOUNCED_INPUTS or name in aligned_names(batch)]
         on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
         inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
-        numbers = self.teacher.numbers_to_read(teacher_inputs(inputs), shift) | teacher_target_numbers(inputs, shift)
-        inputs, targets = teacher_batch(inputs, Targets.from_batch(inputs, shift, numbers), shift)
-        features = self.distiller.features
-        self.teacher.start_batch(inputs, targets, features.teacher_requests(features.tokens(inputs, targets)))
+        shift = model_type_of(self.model).shifts_labels
+        step = StepInputs.read(inputs, self.teacher, self.distiller.features, shift)
+        self.teacher.start_batch(step.teacher_inputs, step.teacher_targets, step.feature_requests)
 
     def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""
