@@ -62,7 +62,7 @@ def run_card_data(
         objective={
             "temperature": objective.temperature,
             "alpha": objective.alpha,
-            "divergence": objective.divergence,
+            "divergence": objective.soft_loss,
             "losses": [loss.model_dump() for loss in run.recipe.losses],
         },
         data=cast(DatasetFacts, {**results.get("data", {}), "sources": _sources(run, provenance)}),
