@@ -57,7 +57,10 @@ def alm(student: Signals, teacher: Signals, targets: Targets, *, tau: float = AL
 def projected_kl(student: Signals, teacher: Signals, targets: Targets, *, temperature: float = 1.0) -> Tensor:
     """Forward KL of the probabilities of classes of ids that both tokenizers have.
 
-    sum_k Q(k) * (log Q(k) - log P(k)), P(k) = sum_{v in k} p(v), Q(k) = sum_{w in k} q(w)
+    sum_k Q(k) * (log Q(k) - log P(k)), P = softmax(log of sum_{v in k} p(v) / temperature), Q likewise of q
+
+    p and q are at temperature 1 here: the temperature is that of the classes. A sum of probabilities at a higher
+    temperature would grow with the number of ids in a class, of which the larger vocabulary has more.
 
     Ids of the same text are a class, and an id that only one tokenizer has is in the class of its longest beginning
     that both have: "123" is in the class of "1" if the other tokenizer has single digits. Classes of which one model
@@ -70,27 +73,28 @@ def projected_kl(student: Signals, teacher: Signals, targets: Targets, *, temper
         student: signals with the student logits [T, V_s].
         teacher: signals with `AlignedLogits`.
         targets: not used.
-        temperature: T, divides the logits of both models.
+        temperature: T, divides the logits of the classes of both models.
 
     Returns:
         [T] in nats; 0 where P = Q.
 
     Raises:
-        DistillError: the teacher has the student's tokenizer, or its sparse probabilities have another temperature.
+        DistillError: the teacher has the student's tokenizer, or it is sparse and the temperature is not 1.
 
     Source: the P-KL of X-Token, arXiv 2605.21699, with a partition of the ids in place of a weighted projection.
     """
     chunks = aligned_logits("projected_kl", teacher)
-    logits = dense_logits(student)[chunks.first_tokens] / temperature
+    logits = dense_logits(student)[chunks.first_tokens]
     first_logits = teacher_first_logits(chunks, temperature, logits)
     vocab_size = vocab_size_of_teacher(chunks)
     of_student, of_teacher = class_maps(chunks.token_classes, logits.shape[1], vocab_size, logits.device)
     of_classes: Signals | Tensor
     if isinstance(first_logits, SparseLogProbs):
+        check_is_at_temperature_1(temperature)
         of_classes = Signals(sparse_class_log_probs(first_logits, of_teacher))
     else:
-        of_classes = class_logits(first_logits / temperature, of_teacher).logits
-    values = forward_kl(class_logits(logits, of_student).logits, of_classes)
+        of_classes = class_logits(first_logits, of_teacher).logits
+    values = forward_kl(class_logits(logits, of_student).logits, of_classes, temperature=temperature)
     return at_first_tokens(values, chunks)
 
 
@@ -152,6 +156,20 @@ def aligned_logits(name: str, teacher: Signals | None) -> AlignedLogits:
         f"{name} compares spans of text with a teacher of another tokenizer, and this teacher has the student's "
         "tokenizer: use a divergence such as forward_kl, or set cross_tokenizer if the tokenizers differ."
     )
+
+
+def check_is_at_temperature_1(temperature: float) -> None:
+    """Check the temperature of `projected_kl` with a sparse teacher.
+
+    Raises:
+        DistillError: it is not 1.
+    """
+    if temperature != 1.0:
+        raise DistillError(
+            f"projected_kl has temperature {temperature:g}, and the teacher returns the probabilities of some ids, "
+            "whose sums over classes of ids are known at temperature 1 only. Set temperature to 1, or use a teacher "
+            "that returns all logits."
+        )
 
 
 def chunk_log_probs(chunks: AlignedLogits) -> Tensor:

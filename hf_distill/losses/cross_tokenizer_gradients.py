@@ -15,6 +15,7 @@ from .class_logits import class_logits, class_maps, logit_gradient_of_classes, s
 from .cross_tokenizer import (
     ALM_TAU,
     at_first_tokens,
+    check_is_at_temperature_1,
     chunk_log_probs,
     chunk_sums,
     match_likelihoods,
@@ -48,25 +49,22 @@ def alm(block: BlockLogits, *, tau: float = ALM_TAU) -> tuple[Tensor, Tensor]:
 
 @register_gradient(cross_tokenizer.projected_kl)
 def projected_kl(block: BlockLogits, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """KL of the classes of ids; its gradient is p(v) * (1 - Q(k) / P(k)) / temperature for an id v of class k."""
+    """KL of classes; its gradient is share(v) * (P(k) - Q(k)) / temperature for an id v with that share of class k."""
     chunks: AlignedLogits = block.aligned_teacher
     first_logits = teacher_first_logits(chunks, temperature, block.student)
     rows = _first_rows(block)
     vocab_sizes = rows.student.shape[1], vocab_size_of_teacher(chunks)
     of_student, of_teacher = class_maps(chunks.token_classes, *vocab_sizes, rows.student.device)
-    z = rows.student if temperature == 1.0 else torch.div(rows.student, temperature, out=rows.new_buffer())
-    student = class_logits(z, of_student, rows.new_buffer)
+    student = class_logits(rows.student, of_student, rows.new_buffer)
     # The logit of a class of the teacher may be -inf, see `class_logits`.
     classes = rows.with_student(student.logits, may_be_masked=rows.may_be_masked or len(of_teacher.groups) > 0)
     if isinstance(first_logits, SparseLogProbs):
+        check_is_at_temperature_1(temperature)
         values, gradient = sparse_forward_kl(classes.with_teacher(sparse_class_log_probs(first_logits, of_teacher)))
     else:
-        y = first_logits if temperature == 1.0 else first_logits / temperature
-        teacher = class_logits(y, of_teacher, rows.new_buffer, exact=False)
-        values, gradient = forward_kl(classes.with_teacher(teacher.logits))
+        teacher = class_logits(first_logits, of_teacher, rows.new_buffer, exact=False)
+        values, gradient = forward_kl(classes.with_teacher(teacher.logits), temperature=temperature)
     grad_logits = logit_gradient_of_classes(gradient, of_student, student, out=rows.new_buffer())
-    if temperature != 1.0:
-        grad_logits.div_(temperature)
     return at_first_tokens(values, chunks), _at_first_rows(block, grad_logits)
 
 

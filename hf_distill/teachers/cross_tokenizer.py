@@ -16,6 +16,7 @@ from ..core.token_classes import TokenClasses
 from ..data.alignment.teacher_rows import TeacherRowMaker
 from ..data.alignment.token_classes import token_classes
 from ..errors import DistillError
+from ..losses.cross_tokenizer import projected_kl
 from ..losses.objective import Term
 from ..models.model_types import CAUSAL, model_type_of, unwrap_model
 from .base import Teacher
@@ -254,6 +255,13 @@ class CrossTokenizerTeacher(Teacher):
             "teacher has another one: set cross_tokenizer to alm, projected_kl or uld"
             for term in of_teacher
             if not term.loss.feature and not term.loss.compares_chunks
+        ]
+        problems += [
+            f"{term.name} is projected_kl at temperature {term.options['temperature']:g}, and a teacher that returns "
+            "the probabilities of some ids is compared at temperature 1: set temperature to 1, or use a teacher that "
+            "returns all logits"
+            for term in of_teacher
+            if term.loss.function is projected_kl and not self.has_full_logits and term.options["temperature"] != 1.0
         ]
         of_chunks = [term for term in terms if term.loss.compares_chunks]
         return problems + self.teacher.incompatible_terms(of_chunks, name)

@@ -81,13 +81,14 @@ def naive_alm(s, t, tau):
     return tau * (a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b)))
 
 
-def naive_projected_kl(p, q, student_classes=STUDENT_CLASSES, teacher_classes=TEACHER_CLASSES):
+def naive_projected_kl(p, q, student_classes=STUDENT_CLASSES, teacher_classes=TEACHER_CLASSES, temperature=1.0):
     shared = set(student_classes[: len(p)]) & set(teacher_classes[: len(q)])
     sums_p, sums_q = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
     for sums, probs, classes in ((sums_p, p, student_classes), (sums_q, q, teacher_classes)):
         for prob, k in zip(probs, classes, strict=False):
             if k in shared:
                 sums[k] += prob
+    sums_p, sums_q = ({k: value ** (1 / temperature) for k, value in sums.items()} for sums in (sums_p, sums_q))
     total_p, total_q = sum(sums_p.values()), sum(sums_q.values())
     return sum(sums_q[k] / total_q * math.log(sums_q[k] / total_q / (sums_p[k] / total_p)) for k in shared)
 
@@ -116,12 +117,29 @@ def test_alm_is_the_kl_of_the_probabilities_of_chunks(tau):
 @pytest.mark.parametrize(("v_student", "v_teacher"), [(11, 13), (14, 16), (10, 12)])
 def test_losses_on_first_tokens_are_their_formulas_also_with_padded_vocabularies(temperature, v_student, v_teacher):
     student, first = logits(9, v_student), logits(4, v_teacher, seed=1)
-    p = [softmax(row, temperature) for row in student[[0, 3, 4, 8]].tolist()]
-    q = [softmax(row, temperature) for row in first.tolist()]
-    for name, naive in (("projected_kl", naive_projected_kl), ("uld", naive_uld)):
-        expected = [naive(*pair) for pair in zip(p, q, strict=True)]
-        got = value_of(name, student, align(first), temperature=temperature)
-        assert got.tolist() == pytest.approx(at_first(expected), rel=1e-9)
+    rows = student[[0, 3, 4, 8]].tolist()
+    pairs = [(softmax(row), softmax(other)) for row, other in zip(rows, first.tolist(), strict=True)]
+    expected = [naive_projected_kl(*pair, temperature=temperature) for pair in pairs]
+    got = value_of("projected_kl", student, align(first), temperature=temperature)
+    assert got.tolist() == pytest.approx(at_first(expected), rel=1e-9)
+    pairs = [
+        (softmax(row, temperature), softmax(other, temperature))
+        for row, other in zip(rows, first.tolist(), strict=True)
+    ]
+    got = value_of("uld", student, align(first), temperature=temperature)
+    assert got.tolist() == pytest.approx(at_first([naive_uld(*pair) for pair in pairs]), rel=1e-9)
+
+
+def test_the_temperature_of_projected_kl_does_not_depend_on_the_number_of_ids_of_a_class():
+    """An id of the teacher that is divided into two halves changes nothing at any temperature."""
+    student, first = logits(9, 11), logits(4, 13, seed=1)
+    divided = first.clone()
+    divided[:, 0] = first[:, 0] - math.log(2)
+    divided = torch.cat([divided, divided[:, :1]], 1)
+    classes = TokenClasses(CLASSES.student, torch.tensor([*TEACHER_CLASSES, TEACHER_CLASSES[0]]), CLASSES.count)
+    expected = value_of("projected_kl", student, align(first), temperature=2.0)
+    teacher = align(divided, classes=classes)
+    torch.testing.assert_close(value_of("projected_kl", student, teacher, temperature=2.0), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -250,6 +268,11 @@ def sparse(first, k, temperature=1.0):
 def test_a_sparse_teacher_with_all_ids_has_the_loss_of_a_dense_teacher(name, temperature):
     student, first = logits(9, 11), logits(4, 13, seed=1)
     teacher = align(sparse(first, 13, temperature))
+    if name == "projected_kl" and temperature != 1.0:
+        for value in (value_of, analytic):
+            with pytest.raises(DistillError, match="Set temperature to 1"):
+                value(name, student, teacher, temperature=temperature)
+        return
     got = value_of(name, student, teacher, temperature=temperature)
     torch.testing.assert_close(got, value_of(name, student, align(first), temperature=temperature))
     assert_gradients_agree(name, student, teacher, temperature=temperature)
