@@ -99,7 +99,7 @@ class FlatTokens:
             is_kept: [N].
         """
         names = ("ids", "positions", "documents", "rows", "is_first", "is_target")
-        kept = {name: getattr(self, name)[is_kept] for name in names}
+        kept: dict[str, Any] = {name: getattr(self, name)[is_kept] for name in names}
         return replace(self, **kept | {"documents": np.cumsum(kept["is_first"]) - 1})
 
     def merge(self, other: "FlatTokens") -> tuple["FlatTokens", np.ndarray]:
@@ -109,7 +109,9 @@ class FlatTokens:
         """
         order = np.argsort(np.concatenate([self.rows, other.rows]), kind="stable")
         names = ("ids", "positions", "rows", "is_first", "is_target")
-        merged = {name: np.concatenate([getattr(self, name), getattr(other, name)])[order] for name in names}
+        merged: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)])[order] for name in names
+        }
         return replace(self, **merged, documents=np.cumsum(merged["is_first"]) - 1), order
 
     def places(self) -> np.ndarray:
