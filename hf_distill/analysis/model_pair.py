@@ -84,6 +84,12 @@ class ModelPair:
         Raises:
             DistillError: the recipe's teacher is the student itself, or is trained together with it.
         """
+        if recipe.is_cross_tokenizer:
+            raise DistillError(
+                "The teacher of the recipe has another tokenizer than the student (distill.cross_tokenizer), and this "
+                "analysis compares distributions over the ids of one tokenizer. Compare the models by the held-out "
+                "metrics of the run: bits_per_byte, teacher_bits_per_byte, chunk_kl and chunk_agreement."
+            )
         spec = recipe.primary_teacher.source_teacher
         if spec.kind != "frozen":
             raise DistillError(

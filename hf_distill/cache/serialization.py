@@ -20,6 +20,7 @@ from .reader import CachedExample
 from .sampling import blocks_of, sample_by_inverse_cdf, systematic_points
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_NO_ID = 1 << 40  # marks an empty slot
 _WEIGHT_OFFSET_NATS = 64.0  # added to -log of the weight of a sample, which may be negative
 
 
@@ -82,16 +83,38 @@ def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
     return _ragged_top_k(token_ids, nats, tail_nats)
 
 
-def _stored_top_k(known: SparseLogProbs) -> Ragged:
-    """Return log-probabilities that are known for k ids only, such as those of a server."""
+def _stored_top_k(known: SparseLogProbs, labels: Tensor | None) -> Ragged:
+    """Return log-probabilities that are known for k ids, such as those of a server, and for the labels if given."""
     assert known.log_tail is not None, "top-k log-probabilities have a tail"
-    return _ragged_top_k(*(tensor.cpu().numpy() for tensor in (known.ids, -known.log_probs, -known.log_tail)))
+    ids, log_probs, log_tail = known.ids, known.log_probs, known.log_tail
+    if labels is not None:
+        assert known.label_log_probs is not None, "a teacher of log-probabilities returns those of the labels"
+        stored = log_probs.double()
+        ids, log_probs = _with_labels(ids, stored, labels[:, None], known.label_log_probs.double()[:, None])
+        log_tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
+    return _ragged_top_k(*(tensor.cpu().numpy() for tensor in (ids, -log_probs, -log_tail)))
+
+
+def _with_labels(ids: Tensor, log_probs: Tensor, labels: Tensor, label_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the labels [T, 1] to the k ascending ids [T, k] of tokens and to their log-probabilities, [T, k + 1].
+
+    Where the label is one of the k ids, the added slot has the id `_NO_ID`, which is larger than every id.
+    """
+    is_stored = (ids == labels).any(1, keepdim=True)
+    added = labels.masked_fill(is_stored, _NO_ID)
+    of_both = torch.cat([log_probs, label_log_probs.masked_fill(is_stored, -math.inf)], 1)
+    sorted_ids, order = torch.cat([ids, added], 1).sort(1)
+    return sorted_ids, of_both.gather(1, order)
 
 
 def _ragged_top_k(token_ids: np.ndarray, nats: np.ndarray, tail_nats: np.ndarray) -> Ragged:
-    """Store ids [T, k], ascending, the negative logs of their probabilities [T, k] and of that of all others [T]."""
-    sizes = np.full(len(token_ids), token_ids.shape[1], dtype=np.uint16)
-    return Ragged(sizes, token_ids.reshape(-1), codec.quantize_nats(nats.reshape(-1)), codec.quantize_nats(tail_nats))
+    """Store ids [T, K], ascending, the negative logs of their probabilities [T, K] and of that of all others [T].
+
+    Slots with the id `_NO_ID` are left out.
+    """
+    is_id = token_ids != _NO_ID
+    sizes = is_id.sum(1).astype(np.uint16)
+    return Ragged(sizes, token_ids[is_id], codec.quantize_nats(nats[is_id]), codec.quantize_nats(tail_nats))
 
 
 def _sample(source: LazyLogits | DenseLogits, examples: Sequence[Example], manifest: Manifest) -> Ragged:

@@ -17,6 +17,7 @@ from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewes
 from .flops import six_nd
 from .shapes import model_config
 from .strategy import Strategy
+from .token_ratio import teacher_token_ratio
 from .workload import Workload, make_workload
 
 CUDA_CONTEXT_BYTES = GiB  # the CUDA context and the workspaces of its libraries
@@ -102,7 +103,10 @@ def plan(
     memory_bytes = int(gpu_memory * GiB)
     usable = int(memory_bytes * (1 - FRAGMENTATION_SHARE)) - CUDA_CONTEXT_BYTES
     rows = estimate_strategies(workload, recipe_strategy, gpus, usable)
-    teacher = model_of(_teacher_name(recipe), teacher_config, workload.teacher, workload.length)
+    ratio = teacher_token_ratio(recipe)
+    teacher = model_of(_teacher_name(recipe), teacher_config, workload.teacher, round(workload.length * ratio))
+    counted = None if teacher.counted is None else teacher.counted * ratio
+    teacher = replace(teacher, forward=teacher.forward * ratio, counted=counted)  # for each token of the student
     name = recipe.student.model or f"{recipe.primary_teacher.loaded_model}, cut to {workload.student.depth} blocks"
     student = model_of(name, student_config, workload.student, workload.length, workload)
     pretraining = six_nd(workload.student.parameters, pretraining_tokens)
@@ -130,8 +134,18 @@ def plan(
         cheapest=cheapest,
         best=best,
         caches=_plan_caches(recipe, workload, teacher, student, cost.tokens),
-        advice="\n".join([recommendation, *_uncounted_parts(recipe)]),
+        advice="\n".join([recommendation, *_token_counts(recipe, ratio), *_uncounted_parts(recipe)]),
     )
+
+
+def _token_counts(recipe: Recipe, ratio: float) -> list[str]:
+    """Return a sentence about the tokens of a teacher with another tokenizer; nothing for the same tokenizer."""
+    if not recipe.is_cross_tokenizer:
+        return []
+    return [
+        f"The teacher has another tokenizer and reads {ratio:.2f} tokens for each token of the student, measured on "
+        "the first rows of the data. Its FLOP are those of its own tokens, for each token of the student."
+    ]
 
 
 def _uncounted_parts(recipe: Recipe) -> list[str]:
@@ -171,7 +185,10 @@ def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, 
         strategy = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
     with collect_errors(problems):
-        teacher = model_config(recipe.tokenizer_model, recipe.tokenizer_revision)
+        of_teacher = recipe.is_cross_tokenizer and recipe.primary_teacher.loaded_model
+        model = of_teacher or recipe.tokenizer_model
+        revision = recipe.primary_teacher.revision if of_teacher else recipe.tokenizer_revision
+        teacher = model_config(model, revision)
         student = teacher if spec.from_teacher is None else _prune_config(spec.from_teacher, teacher)
     if spec.model is not None and spec.from_teacher is None:
         with collect_errors(problems):
@@ -201,7 +218,7 @@ def _teacher_name(recipe: Recipe) -> str:
     """Return the name of the teacher: for a model on a server the name under which it is served, if it is given."""
     spec = recipe.primary_teacher
     if spec.kind != "remote":
-        return recipe.tokenizer_model
+        return str(recipe.primary_teacher.loaded_model or recipe.tokenizer_model)
     name = f"{spec.model or 'the model'} on a server"
     return name if _named_config(spec) else f"{name}, of unknown size, taken to be as large as the student"
 

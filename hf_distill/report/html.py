@@ -66,7 +66,8 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
 
 
 def _title(run: Run) -> str:
-    return f"{run.folder.resolve().name}: a student of {run.recipe.tokenizer_model.rpartition('/')[2]}"
+    teacher = str(run.recipe.primary_teacher.loaded_model or run.recipe.tokenizer_model)
+    return f"{run.folder.resolve().name}: a student of {teacher.rpartition('/')[2]}"
 
 
 def _subtitle(run: Run) -> str:

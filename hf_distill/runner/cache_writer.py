@@ -23,8 +23,8 @@ from ..models.model_types import model_type_of
 from ..recipe.load import validate
 from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
-from ..teachers import CachedTeacher, RemoteTeacher, RoutedTeacher, Teacher
-from ..teachers.group import teachers_by_name
+from ..teachers import CachedTeacher, CrossTokenizerTeacher, RemoteTeacher, RoutedTeacher, Teacher
+from ..teachers.group import TeacherGroup
 from .datasets import PreparedData
 from .model_loading import load_pretrained
 from .teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
@@ -68,12 +68,21 @@ def write_recipe_cache(
             "uploads it "
             "to the Hub."
         )
+    if recipe.is_cross_tokenizer and options.get("kind") == "sampled":
+        raise DistillError(
+            "distill.cross_tokenizer is set, and its losses do not support a sampled cache: use --kind hidden or top_k."
+        )
     # Check the values before anything is loaded.
     CacheOptions(**{name: value for name, value in options.items() if name not in ("batch_size", "shard_rows")})
-    teacher, data, tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
+    loaded_teacher, data, student_tokenizer, args = load_teacher_and_data(recipe, spec, on_stage)
+    teacher, collator, tokenizer = _own_rows(loaded_teacher, data.collator, student_tokenizer)
+    context_length = None
+    if isinstance(loaded_teacher, CrossTokenizerTeacher):
+        options = {"labels": options.get("kind", CACHE_KIND) == "top_k", **options}
+        context_length = loaded_teacher.row_maker.max_length
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
     options = {
-        "temperature": recipe.distill.temperature,
+        "temperature": recipe.distill.temperature if recipe.distill.soft_loss_has_temperature else 1.0,
         "batch_size": args.per_device_train_batch_size,
         "layers": layers,
         **options,
@@ -90,14 +99,15 @@ def write_recipe_cache(
             teacher,
             data.train,
             data.held_out,
-            collator=data.collator,
+            collator=collator,
             processing_class=tokenizer,
             device=args.device,
             teacher_name=None
             if isinstance(teacher, RemoteTeacher)
             else {"model": spec.model, "revision": spec.revision, "quantization": spec.quantization},
             recipe=with_teacher(recipe, spec),
-            served=_served(teacher, spec),
+            served=_served(teacher, spec, tokenizer),
+            context_length=context_length,
             on_progress=on_progress,
             **options,
         )
@@ -113,12 +123,25 @@ def _check_served_kind(spec: TeacherSpec, kind: str) -> None:
         )
 
 
-def _served(teacher: Teacher, spec: TeacherSpec) -> ServedTeacher | None:
+def _own_rows(
+    teacher: Teacher, collator: Callable[[list], dict], tokenizer: Any
+) -> tuple[Teacher, Callable[[list], dict], Any]:
+    """Return a teacher, the collator of the rows that it reads, and their tokenizer.
+
+    A teacher with another tokenizer than the student reads rows of its own, see `CrossTokenizerTeacher`.
+    """
+    if not isinstance(teacher, CrossTokenizerTeacher):
+        return teacher, collator, tokenizer
+    return teacher.unwrapped, teacher.own_batches(collator), teacher.tokenizer
+
+
+def _served(teacher: Teacher, spec: TeacherSpec, tokenizer: Any) -> ServedTeacher | None:
     """Return the facts of a remote teacher; None for another one."""
     if not isinstance(teacher, RemoteTeacher):
         return None
     depth = teacher.protocol.depth
-    return ServedTeacher(spec.vocab_size or teacher.student_vocab_size, teacher.summary(), depth)
+    vocab_size = len(tokenizer) if teacher.keeps_all_ids else teacher.student_vocab_size
+    return ServedTeacher(spec.vocab_size or vocab_size, teacher.summary(), depth)
 
 
 def write_smoke_cache(recipe: Recipe, on_stage: Callable[[str], None]) -> None:
@@ -173,8 +196,9 @@ def verify_against_teacher(
     recipe = validate(_with_servers(manifest.recipe, "served" in manifest.teacher, list(url), api_key_env))
     teacher, data, _, args = load_teacher_and_data(recipe, recipe.primary_teacher, on_stage)
     size, shard_rows = manifest.data["batch_size"], manifest.data["shard_rows"]
+    teacher, collator, _ = _own_rows(teacher, data.collator, None)
     shift = teacher.model is None or model_type_of(teacher.model).shifts_labels
-    rows, facts = plan_shards([data.train, data.held_out], data.collator, size, shard_rows, shift)
+    rows, facts = plan_shards([data.train, data.held_out], collator, size, shard_rows, shift)
     if facts["fingerprint"] != manifest.data["fingerprint"]:
         raise DistillError(
             "The data of the cache's recipe has changed since the cache was written: it has another "
@@ -188,7 +212,7 @@ def verify_against_teacher(
         examples = batch_examples(batch, targets)
         feature_requests = request_layers(manifest.options.get("layers", ()), batch, targets, shift)
         current, stored = (
-            encode_signals(teacher(batch, targets, feature_requests), examples, manifest),
+            encode_signals(teacher(batch, targets, feature_requests), examples, manifest, targets.labels),
             cache.get([example.key for example in examples]),
         )
         compared += len(examples)
@@ -242,7 +266,8 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
     Raises:
         DistillError: A cache lacks some of the rows. The message lists the data options that differ.
     """
-    for name, one in teachers_by_name(teacher).items():
+    for name, each in (teacher.teachers if isinstance(teacher, TeacherGroup) else {None: teacher}).items():
+        one, collator, _ = _own_rows(each, data.collator, None)
         if not isinstance(one, CachedTeacher) or one.source is not None:
             continue
         for part in (data.train, data.held_out):
@@ -250,7 +275,7 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
                 continue
             sources, every = data.collator.sources, max(1, len(part) // _MAX_PROBED_ROWS)
             probed = [i for i in range(0, len(part), every) if _reads_row(teacher, name, part[i], sources)]
-            missing = [i for i in probed if not one.contains(data.collator([part[i]]), shift)]
+            missing = [i for i in probed if not one.contains(collator([part[i]]), shift)]
             if missing:
                 cached_data = (one.manifest.recipe or {}).get("data")
                 cached_data = cached_data if isinstance(cached_data, dict) else {}

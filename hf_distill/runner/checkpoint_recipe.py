@@ -90,7 +90,8 @@ def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
     """
     checksums = {"training rows": data.get("train_fingerprint"), "held-out rows": data.get("eval_fingerprint")}
     teachers = teacher.teachers if isinstance(teacher, TeacherGroup) else {"": teacher}
-    for name, one in teachers.items():
+    for name, each in teachers.items():
+        one = None if each is None else each.unwrapped
         if isinstance(one, FrozenTeacher):
             checksums[f"weights of the teacher {name}".strip()] = weights_fingerprint(one.model)
         elif isinstance(one, RemoteTeacher):

@@ -17,6 +17,7 @@ from ..cache.reader import CachedExample
 from ..cache.serialization import decode_signals, encode_signals
 from ..core.files import check_files
 from ..core.logits import LogitScaling
+from ..core.loss_kinds import CHUNK_LOG_PROBS
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_inputs import teacher_inputs
@@ -64,6 +65,7 @@ class CachedTeacher(Teacher):
             )
         self.path, self.store = path, open_cache(path)
         self.has_full_logits = self.manifest.kind == "hidden"
+        self.context_length = self.manifest.data.get("context_length")
         self.source = source if on_miss == "query_teacher" else None
         self._missing = 0
         self._threads: ThreadPoolExecutor | None = None  # one thread, created for the first batch that is announced
@@ -137,7 +139,9 @@ class CachedTeacher(Teacher):
             if term.loss.feature:
                 problems += self._missing_layers(term)
             elif manifest.temperature is not None:
-                if manifest.kind == "sampled" and term.loss.name != "forward_kl":
+                if term.loss.compares_chunks:
+                    problems += self._missing_labels(term)
+                elif manifest.kind == "sampled" and term.loss.name != "forward_kl":
                     problems.append(
                         f"{term.name} is {term.loss.name}, and a sampled cache supports forward_kl only: use "
                         "forward_kl, or write a cache of kind hidden"
@@ -214,6 +218,20 @@ class CachedTeacher(Teacher):
         foreign = {*other_inputs(inputs)} - {*cached_inputs}
         return {name: value for name, value in inputs.items() if name not in foreign}
 
+    def _missing_labels(self, term: Term) -> list[str]:
+        """Return the reason why the cache cannot serve a loss for a teacher with another tokenizer, if there is one."""
+        if self.manifest.kind == "sampled":
+            return [
+                f"{term.name} is {term.loss.name}, which a sampled cache does not support: write a cache of kind "
+                "hidden or top_k"
+            ]
+        if CHUNK_LOG_PROBS in term.loss.compares and not self.manifest.options.get("labels"):
+            return [
+                f"{term.name} is {term.loss.name}, which needs the log-probabilities of the text, and the cache has "
+                "those of the most probable ids only: write it again with `hf-distill cache write` and this recipe"
+            ]
+        return []
+
     def _missing_layers(self, term: Term) -> list[str]:
         """Return the reason why the cache cannot serve a loss on features, if there is one."""
         layers, depth = self.manifest.options.get("layers", []), self.manifest.depth
@@ -258,7 +276,7 @@ class CachedTeacher(Teacher):
                 "set on_miss: query_teacher with a source."
             )
         feature_keys = {FeatureKey("hidden", layer): targets for layer in self.manifest.options.get("layers", ())}
-        queried = encode_signals(self.source(inputs, targets, feature_keys), examples, self.manifest)
+        queried = encode_signals(self.source(inputs, targets, feature_keys), examples, self.manifest, targets.labels)
         return [queried[i] if entry is None else entry for i, entry in enumerate(cached)]
 
     def metrics(self) -> dict[str, float]:

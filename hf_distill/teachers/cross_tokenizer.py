@@ -1,6 +1,6 @@
 """`CrossTokenizerTeacher`: a teacher whose tokenizer is not the student's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, upload
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import IGNORE_INDEX, FeatureTokens, Targets, target_labels
 from ..core.token_classes import TokenClasses
+from ..data.alignment.collator import AlignedCollator
 from ..data.alignment.teacher_rows import TeacherRowMaker
 from ..data.alignment.token_classes import token_classes
 from ..errors import DistillError
@@ -151,6 +152,15 @@ class CrossTokenizerTeacher(Teacher):
     def _number(self, name: str) -> str:
         """The name in `Targets.numbers` of a number of this teacher."""
         return f"{self.name or self.keys.chunk_ids} {name}"
+
+    def own_batches(self, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+        """Return a collator of the batches that the teacher reads, in its own tokens, for `write_cache`.
+
+        Args:
+            collator: collator of the student's batches.
+        """
+        aligned = AlignedCollator(collator, [self.row_maker])
+        return lambda rows: self._teacher_batch(aligned(rows))
 
     def _teacher_batch(self, inputs: dict) -> dict[str, Tensor]:
         """Return the teacher's rows as a batch."""

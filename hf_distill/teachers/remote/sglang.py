@@ -52,7 +52,8 @@ class SGLangProtocol(TopKProtocol):
         entry_indices = [position + 1 - start for position in row.positions]
 
         def parse(answer: Any) -> RowTensors:
-            return top_k_row(_entries(answer, ids[start:], entry_indices), self.top_k, self.vocab_size)
+            entries, labels = _entries(answer, ids[start:], entry_indices)
+            return top_k_row(entries, labels, self.top_k, self.vocab_size)
 
         body = _body(ids, start, self.top_k)
         return self.pool.request("/generate", body, parse, url=url, retry_seconds=retry_seconds)
@@ -102,9 +103,9 @@ def _token_logprobs(answer: Any, ids: Sequence[int]) -> list[Any]:
     return values
 
 
-def _entries(answer: Any, ids: Sequence[int], indices: Sequence[int]) -> list[dict[int, float]]:
-    """Return id -> log-probability at some indices; the other entries are not read."""
-    _token_logprobs(answer, ids)
+def _entries(answer: Any, ids: Sequence[int], indices: Sequence[int]) -> tuple[list[dict[int, float]], list[float]]:
+    """Return id -> log-probability and the log-probability of the token at some indices; others are not read."""
+    of_tokens = _token_logprobs(answer, ids)
     values, entries = answer["meta_info"].get("input_top_logprobs"), []
     if not isinstance(values, list) or len(values) != len(ids):
         raise MalformedAnswer(f"it has no meta_info.input_top_logprobs of {len(ids)} tokens")
@@ -113,4 +114,8 @@ def _entries(answer: Any, ids: Sequence[int], indices: Sequence[int]) -> list[di
             entries.append({int(entry[1]): float(entry[0]) for entry in values[index]})
         except (TypeError, ValueError, LookupError) as error:
             raise MalformedAnswer(f"input_top_logprobs[{index}] is not a list of (logprob, id) ({error!r})") from None
-    return entries
+    try:
+        labels = [float(of_tokens[index][0]) for index in indices]
+    except (TypeError, ValueError) as error:
+        raise MalformedAnswer(f"input_token_logprobs has an entry without a log-probability ({error!r})") from None
+    return entries, labels

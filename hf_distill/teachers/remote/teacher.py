@@ -130,6 +130,11 @@ class RemoteTeacher(Teacher):
         """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
         self.student_vocab_size = sys.maxsize
 
+    @property
+    def keeps_all_ids(self) -> bool:
+        """Whether it returns all ids of the teacher, see `keep_all_ids`."""
+        return self.student_vocab_size == sys.maxsize
+
     def check_data(self, rows: Any, name: str) -> None:
         """Check that every document of a data set fits into the context of the servers; a stream is not checked.
 

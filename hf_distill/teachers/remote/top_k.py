@@ -19,14 +19,16 @@ _MAX_ID = 2**31 - 1
 _ROUNDING = 1e-3  # by which a sum of probabilities may exceed 1
 
 
-def top_k_row(positions: Sequence[Mapping[int, float]], top_k: int, vocab_size: int | None) -> RowTensors:
-    """Return the tensors of a row: `ids` [T, k] int32, ascending, and `log_probs` [T, k] float32.
+def top_k_row(
+    positions: Sequence[Mapping[int, float]], labels: Sequence[float], top_k: int, vocab_size: int | None
+) -> RowTensors:
+    """Return the tensors of a row: `ids` [T, k] int32, ascending, `log_probs` [T, k] and `label_log_probs` [T] float32.
 
-    Servers add the actual token to its position. Where it is not one of the k most probable ids, it is removed, as it
-    is no part of a `top_k` cache either.
+    vLLM adds the actual token to its position. Where it is not one of the k most probable ids, it is no part of `ids`.
 
     Args:
         positions: id -> log-probability for each of the T target tokens.
+        labels: log-probability of the actual token for each of them.
         top_k: k.
         vocab_size: V of the teacher, or None if unknown.
 
@@ -44,15 +46,25 @@ def top_k_row(positions: Sequence[Mapping[int, float]], top_k: int, vocab_size: 
             raise MalformedAnswer(f"{where} has a log-probability that is not finite or above 0")
         if (total := sum(map(math.exp, entries.values()))) > 1 + _ROUNDING:
             raise MalformedAnswer(f"the probabilities of {where} sum to {total:.4g}, which is above 1")
+        if not (math.isfinite(labels[number]) and labels[number] <= _ROUNDING):
+            raise MalformedAnswer(f"{where} has a log-probability of its own that is not finite or above 0")
         most_probable = sorted(sorted(entries, key=lambda token_id: -entries[token_id])[:top_k])
         ids.append(most_probable)
         log_probs.append([entries[token_id] for token_id in most_probable])
-    return {"ids": torch.tensor(ids, dtype=torch.int32), "log_probs": torch.tensor(log_probs, dtype=torch.float32)}
+    return {
+        "ids": torch.tensor(ids, dtype=torch.int32),
+        "log_probs": torch.tensor(log_probs, dtype=torch.float32),
+        "label_log_probs": torch.tensor(labels, dtype=torch.float32),
+    }
 
 
 def empty_top_k_row(top_k: int) -> RowTensors:
     """Return the tensors of `top_k_row` of a row without target tokens."""
-    return {"ids": torch.empty(0, top_k, dtype=torch.int32), "log_probs": torch.empty(0, top_k)}
+    return {
+        "ids": torch.empty(0, top_k, dtype=torch.int32),
+        "log_probs": torch.empty(0, top_k),
+        "label_log_probs": torch.empty(0),
+    }
 
 
 def top_k_signals(tensors: RowTensors, device: torch.device, ids: int, vocab_size: int | None) -> SparseLogProbs:
@@ -66,7 +78,9 @@ def top_k_signals(tensors: RowTensors, device: torch.device, ids: int, vocab_siz
     """
     log_probs = tensors["log_probs"].double()
     log_tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
-    known = SparseLogProbs(tensors["ids"].long(), log_probs, log_tail, vocab_size=vocab_size).without_ids_from(ids)
+    known = SparseLogProbs(
+        tensors["ids"].long(), log_probs, log_tail, vocab_size=vocab_size, label_log_probs=tensors["label_log_probs"]
+    ).without_ids_from(ids)
     assert known.log_tail is not None
     return replace(known, log_probs=known.log_probs.float(), log_tail=known.log_tail.float()).to(device)
 

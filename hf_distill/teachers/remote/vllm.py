@@ -75,7 +75,9 @@ class VLLMProtocol(TopKProtocol):
         entry_indices = [position + 1 for position in row.positions]
 
         def parse(answer: Any) -> RowTensors:
-            return top_k_row(_entries(answer, ids, entry_indices), self.top_k, self.vocab_size)
+            entries = _entries(answer, ids, entry_indices)
+            labels = [of_token[ids[index]] for of_token, index in zip(entries, entry_indices, strict=True)]
+            return top_k_row(entries, labels, self.top_k, self.vocab_size)
 
         return self.pool.request("/v1/completions", body, parse, url=url, retry_seconds=retry_seconds)
 
