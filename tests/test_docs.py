@@ -44,6 +44,7 @@ def names(tmp_path):
         "OUT": str(tmp_path / "out"),
         "student": build("llama", 0, vocab=vocab),
         "teacher": teacher,
+        "teacher_tokenizer": byte_tokenizer(),
         "second_teacher": build("llama", 2, vocab=vocab),
         "train_rows": Dataset.from_list(rows),
         "eval_rows": Dataset.from_list(rows[:2]),

@@ -84,6 +84,7 @@ class CacheOptions:
     proposal_temperature: kind sampled: T of the teacher distribution that is sampled, with importance weights
                  q / q_proposal; None: `temperature`
     k:           kind top_k: number of ids per token, 1 to 65535
+    labels:      kind top_k: also store the log-probability of each label, which `alm` needs
     dtype:       kind hidden: dtype of the stored hidden states
     layers:      kind hidden: further blocks of the teacher whose outputs are stored, for losses on hidden states
     seed:        kind sampled: seed of the samples, which depend on the seed and the example only
@@ -97,6 +98,7 @@ class CacheOptions:
     samples_per_token: int = SAMPLES_PER_TOKEN
     proposal_temperature: float | None = None
     k: int = TOP_K_IDS
+    labels: bool = False
     dtype: str = CACHE_DTYPE
     layers: Sequence[int] = ()
     seed: int = CACHE_SEED
@@ -120,6 +122,10 @@ class CacheOptions:
             problems.append(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.layers and self.kind != "hidden":
             problems.append(f"a cache of kind {self.kind} stores no hidden states: remove layers, or use kind hidden")
+        if self.labels and self.kind != "top_k":
+            problems.append(
+                f"a cache of kind {self.kind} does not store the log-probabilities of labels: remove labels"
+            )
         raise_if_any(problems)
 
     def kind_options(self) -> KindOptions:
@@ -131,7 +137,7 @@ class CacheOptions:
                 "proposal_temperature": self.proposal_temperature or self.temperature,
                 "seed": self.seed,
             },
-            "top_k": {"k": self.k},
+            "top_k": {"k": self.k, "labels": True} if self.labels else {"k": self.k},
         }
         return by_kind[self.kind]
 
@@ -148,6 +154,7 @@ def write_cache(
     teacher_name: TeacherName | None = None,
     recipe: JSONObject | None = None,
     served: ServedTeacher | None = None,
+    context_length: int | None = None,
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options: Any,
 ) -> Manifest:
@@ -165,6 +172,7 @@ def write_cache(
         teacher_name: {"model", "revision"} of the teacher for the manifest; None: its name_or_path.
         recipe: the recipe of this cache, for the manifest, which leaves out the URLs of servers.
         served: facts of a remote teacher; None for other teachers.
+        context_length: of a teacher with another tokenizer, the number of tokens at which its rows were cut.
         on_progress: called after each shard.
         options: see `CacheOptions`.
 
@@ -191,7 +199,7 @@ def write_cache(
         teacher=_describe_teacher(teacher_name, model, served),
         tokenizer=tokenizer_fingerprint(processing_class),
         chat_template=template_fingerprint(processing_class),
-        data=_describe_data(counts, plan, batch_size, shard_rows, recipe),
+        data=_describe_data(counts, plan, batch_size, shard_rows, recipe, context_length),
         versions={name: version(name) for name in PACKAGES},
         recipe=None if recipe is None else without_servers(recipe),
         depth=served.depth if served else count_blocks(cast(nn.Module, model)),
@@ -217,13 +225,20 @@ def _describe_teacher(
 
 
 def _describe_data(
-    counts: DataCounts, plan: ShardPlan, batch_size: int, shard_rows: int, recipe: JSONObject | None
+    counts: DataCounts,
+    plan: ShardPlan,
+    batch_size: int,
+    shard_rows: int,
+    recipe: JSONObject | None,
+    context_length: int | None,
 ) -> DataRecord:
     section = (recipe or {}).get("data")
     max_length = cast(int | None, section.get("max_length")) if isinstance(section, dict) else None
     record: DataRecord = {**counts, "batch_size": batch_size, "shard_rows": shard_rows, "max_length": max_length}
     if inputs := other_inputs(plan.batch(0)):
         record["inputs"] = inputs
+    if context_length is not None:
+        record["context_length"] = context_length
     return record
 
 

@@ -65,6 +65,7 @@ class KindOptions(TypedDict, total=False):
     proposal_temperature: float
     seed: int
     k: int
+    labels: bool
 
 
 class DataCounts(TypedDict):
@@ -76,12 +77,17 @@ class DataCounts(TypedDict):
 
 
 class DataRecord(DataCounts):
-    """The data of a cache, and how it is divided; `inputs` are the names of the model inputs other than token ids."""
+    """The data of a cache, and how it is divided; `inputs` are the names of the model inputs other than token ids.
+
+    `context_length`: of a teacher with another tokenizer than the student, the number of tokens at which its rows were
+    cut.
+    """
 
     batch_size: int
     shard_rows: int
     max_length: int | None
     inputs: NotRequired[list[str]]
+    context_length: NotRequired[int]
 
 
 @contextmanager

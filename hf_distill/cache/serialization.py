@@ -32,7 +32,9 @@ class OutputHeadTensors(TypedDict):
     scaling: LogitScaling
 
 
-def encode_signals(teacher_signals: Signals, examples: Sequence[Example], manifest: Manifest) -> list[CachedExample]:
+def encode_signals(
+    teacher_signals: Signals, examples: Sequence[Example], manifest: Manifest, labels: Tensor
+) -> list[CachedExample]:
     """Convert the teacher signals of a batch to stored examples.
 
     Args:
@@ -40,6 +42,7 @@ def encode_signals(teacher_signals: Signals, examples: Sequence[Example], manife
             layers that the cache stores; for kind top_k also `SparseLogProbs` of k ascending ids with a tail.
         examples: the examples of the batch.
         manifest: the manifest with kind and options of the cache.
+        labels: [T], whose log-probabilities are stored if the cache has the option `labels`.
     """
     logits = teacher_signals.logits
     if manifest.kind == "hidden":
@@ -53,10 +56,13 @@ def encode_signals(teacher_signals: Signals, examples: Sequence[Example], manife
             stored.append(CachedExample(rows.stop - rows.start, 0, hidden[rows].tobytes(), further_bytes))
         return stored
     if isinstance(logits, SparseLogProbs):
-        ragged = _stored_top_k(logits)
+        ragged = _stored_top_k(logits, labels if manifest.options.get("labels") else None)
         return [_encode_example(ragged, example.target_slice, manifest.vocab_size) for example in examples]
     assert isinstance(logits, LazyLogits | DenseLogits)
-    ragged = _sample(logits, examples, manifest) if manifest.kind == "sampled" else _top_k(logits, manifest)
+    if manifest.kind == "sampled":
+        ragged = _sample(logits, examples, manifest)
+    else:
+        ragged = _top_k(logits, manifest, labels if manifest.options.get("labels") else None)
     return [_encode_example(ragged, example.target_slice, manifest.vocab_size) for example in examples]
 
 
@@ -71,12 +77,16 @@ def _encode_example(ragged: Ragged, targets: slice, vocab_size: int) -> CachedEx
     return CachedExample(len(example), len(example.ids), codec.encode(example, vocab_size), [])
 
 
-def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest) -> Ragged:
+def _top_k(source: LazyLogits | DenseLogits, manifest: Manifest, labels: Tensor | None) -> Ragged:
     k, temperature, parts = min(manifest.options["k"], manifest.vocab_size), float(manifest.temperature or 1.0), []
-    for _, logits in blocks_of(source):
+    for rows, logits in blocks_of(source):
         logits = logits if temperature == 1 else logits.div_(temperature)
         ids = logits.topk(k, dim=-1).indices.sort(dim=-1).values
-        log_probs = (logits.gather(-1, ids) - torch.logsumexp(logits, -1, keepdim=True)).double()
+        log_sum = torch.logsumexp(logits, -1, keepdim=True)
+        log_probs = (logits.gather(-1, ids) - log_sum).double()
+        if labels is not None:
+            of_rows = labels[rows, None].to(ids.device)
+            ids, log_probs = _with_labels(ids, log_probs, of_rows, (logits.gather(-1, of_rows) - log_sum).double())
         tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
         parts.append([tensor.cpu().numpy() for tensor in (ids, -log_probs, -tail)])
     token_ids, nats, tail_nats = (np.concatenate(column) for column in zip(*parts, strict=True))

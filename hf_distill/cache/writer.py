@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..core.files import file_entry
 from ..core.logits import LazyLogits
@@ -202,25 +203,27 @@ class _ShardWriter:
         keys: list[bytes] = []
         stored: list[CachedExample] = []
         for step in range(steps):
-            teacher_signals, examples = self.run_teacher(min(first + step, end - 1))
+            teacher_signals, examples, labels = self.run_teacher(min(first + step, end - 1))
             if number is not None and first + step < end:
                 keys += [example.key for example in examples]
-                stored += encode_signals(teacher_signals, examples, self.manifest)
+                stored += encode_signals(teacher_signals, examples, self.manifest, labels)
         if number is None:
             return
         entry = write_shard(self.folder / shard_file(number), keys, stored, self.layers)
         write_entry(self.folder, entry)
         self.tokens, self.bytes = self.tokens + entry["tokens"], self.bytes + entry["bytes"]
 
-    def run_teacher(self, number: int) -> tuple[Signals, list[Example]]:
-        """Return the teacher signals of a batch and its examples; the first call writes the output head if needed."""
+    def run_teacher(self, number: int) -> tuple[Signals, list[Example], Tensor]:
+        """Return the teacher signals of a batch, its examples and its labels [T]; the first call writes the output head
+        if needed.
+        """
         batch, targets = load_batch(self.plan, number, self.device, self.shift)
         teacher_signals = self.teacher_fn(batch, targets, request_layers(self.layers, batch, targets, self.shift))
         if self.manifest.kind == "hidden" and rank() == 0 and not is_written(self.folder, HEAD):
             assert isinstance(teacher_signals.logits, LazyLogits)
             write_head(self.folder / HEAD, teacher_signals.logits)
             write_entry(self.folder, file_entry(self.folder / HEAD))
-        return teacher_signals, batch_examples(batch, targets)
+        return teacher_signals, batch_examples(batch, targets), targets.labels
 
 
 def load_batch(plan: ShardPlan, number: int, device: torch.device, shift: bool) -> tuple[dict, Targets]:

@@ -51,7 +51,13 @@ def _of_teacher(recipe: "Recipe", location: str, spec: TeacherSpec) -> Iterator[
             f"{location}.kind is {spec.kind}, a teacher that has the student's tokenizer: remove "
             f"distill.cross_tokenizer, or use one of {', '.join(CROSS_TOKENIZER_KINDS)}"
         )
-    elif spec.tokenizer_model is None:
+        return
+    if spec.prompt and recipe.on_policy:
+        yield (
+            f"{location}.prompt does not work with distill.cross_tokenizer and on_policy: the teacher reads the prompt "
+            "and the completion of the student in its own tokens. Remove prompt"
+        )
+    if spec.tokenizer_model is None:
         yield (
             f"{location}.tokenizer: the tokenizer of a {spec.kind} teacher is not known: set it to the folder or id of "
             "the teacher's model"

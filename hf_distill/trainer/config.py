@@ -191,7 +191,7 @@ class DistillArguments:
         """Describe what is wrong with `cross_tokenizer`, apart from the options of its loss."""
         if not (self.cross_tokenizer and isinstance(self.cross_tokenizer, dict | str)):
             return [f"cross_tokenizer is {self.cross_tokenizer!r}; it must be a name or {{name, **options}}"]
-        if self.divergence not in (None, DIVERGENCE):
+        if self.divergence not in (None, DIVERGENCE, type(self).__dataclass_fields__["divergence"].default):
             return [
                 f"divergence is {self.divergence!r} and cross_tokenizer is {self.cross_tokenizer!r}, which takes the "
                 "place of the divergence: remove divergence"

@@ -34,7 +34,7 @@ def collator_for_models(trainer: Any) -> Any:
         trainer.data_collator = trainer.data_collator.collator
     makers = [teacher.row_maker for teacher in cross_tokenizer_teachers(trainer.teacher)]
     collator = _for_attention(trainer)
-    return AlignedCollator(collator, makers) if makers else collator
+    return AlignedCollator(collator, makers) if makers and trainer.collates_batches else collator
 
 
 def _for_attention(trainer: Any) -> Any:

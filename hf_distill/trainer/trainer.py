@@ -92,6 +92,7 @@ class DistillMixin(_Base):
     teacher: Teacher  # None if the trainer does not distill
     loss_is_scaled_for_ga: Any  # transformers and TRL declare different types
     loads_models = False  # whether `model` may be a Hub id or a path
+    collates_batches = True  # whether `data_collator` returns batches, and not rows of which the trainer makes them
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
     _signature_columns: Any  # transformers and TRL declare different types

@@ -77,6 +77,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             the reasons.
     """
 
+    collates_batches = False
     args: OnPolicyDistillConfig
     model: nn.Module
     processing_class: Any
@@ -218,6 +219,11 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             return {}
         if not all(row.get(column) for row in rows):
             raise DistillError(f"Some rows of a batch have no `{column}`: give one to every row, or remove the column.")
+        if self.args.cross_tokenizer is not None:
+            raise DistillError(
+                f"The column `{column}` does not work with cross_tokenizer in on-policy distillation: the teacher reads "
+                "the prompt and the completion of the student in its own tokens. Remove the column."
+            )
         if self.tools:
             raise DistillError(f"tools do not work with the column `{column}`: remove one of them.")
         ids = [torch.tensor(self._prompt_ids(row[column])) for row in rows]

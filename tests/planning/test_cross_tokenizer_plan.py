@@ -31,7 +31,8 @@ def test_the_operations_of_the_teacher_are_those_of_its_own_tokens():
     assert ratio == pytest.approx(expected, abs=0.15)
     assert ratio < 0.95
     planned, same = (plan(recipe_of(**distill), 1, 80) for distill in ({"cross_tokenizer": "alm"}, {}))
-    assert planned.teacher.forward == pytest.approx(same.teacher.forward * ratio, rel=0.05)
+    # Attention also depends on the length of the row, which is `ratio` times as long.
+    assert same.teacher.forward * ratio**2 < planned.teacher.forward < same.teacher.forward * ratio
     assert planned.teacher.name == TEACHER
     assert f"reads {ratio:.2f} tokens for each token of the student" in planned.advice
     assert "another tokenizer" not in same.advice

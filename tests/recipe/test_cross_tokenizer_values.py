@@ -93,6 +93,14 @@ def test_possible(changes):
         ),
         ({"teacher": {"kind": "ema", "tokenizer": "org/other"}}, ["kind ema does not accept tokenizer"]),
         (
+            {
+                "teacher": {"model": "org/teacher", "prompt": "Note: {prompt}"},
+                "distill": {"cross_tokenizer": "alm", "alpha": 1},
+                "on_policy": {"fraction": 1.0, "max_completion_length": 8},
+            },
+            ["teacher.prompt does not work with distill.cross_tokenizer and on_policy"],
+        ),
+        (
             {"student": {"from_teacher": {"keep_layers": 2}}},
             ["student.from_teacher: a student that is pruned from its teacher has the teacher's tokenizer"],
         ),
