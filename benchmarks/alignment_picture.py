@@ -1,6 +1,6 @@
 """Draws the tokens of a sentence by two tokenizers and the chunks that align them, and prints the same as text.
 
-    python benchmarks/alignment_picture.py --student MODEL --teacher MODEL [--text TEXT] [-o docs/pictures/alignment.png]
+    python benchmarks/alignment_picture.py --student MODEL --teacher MODEL [--text TEXT] [-o FILE]
 
 MODEL is the folder or id of a model, or package:module/file.gguf.
 """

@@ -221,8 +221,8 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             raise DistillError(f"Some rows of a batch have no `{column}`: give one to every row, or remove the column.")
         if self.args.cross_tokenizer is not None:
             raise DistillError(
-                f"The column `{column}` does not work with cross_tokenizer in on-policy distillation: the teacher reads "
-                "the prompt and the completion of the student in its own tokens. Remove the column."
+                f"The column `{column}` does not work with cross_tokenizer in on-policy distillation, where the "
+                "teacher reads the prompt and the completion of the student in its own tokens: remove the column."
             )
         if self.tools:
             raise DistillError(f"tools do not work with the column `{column}`: remove one of them.")
