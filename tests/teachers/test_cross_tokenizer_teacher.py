@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from gpu_sync import reads_of_steps
 from tiny import build
 from trained_tokenizers import trained
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
@@ -283,3 +284,13 @@ def test_rows_have_teachers_of_different_tokenizers(tokenizers, tmp_path):
 
 def test_the_keys_of_the_batch_are_removed_for_the_student(models, tokenizers):
     assert {*CrossTokenizerTeacher(models[1]).input_names()} >= {*DEFAULT_KEYS}
+
+
+@pytest.mark.parametrize("loss", ["alm", "projected_kl", "uld"])
+def test_a_step_reads_the_device_once_for_each_micro_batch(tokenizers, tmp_path, loss):
+    student, teacher = (build("llama", seed=s, vocab=len(t)) for s, t in enumerate(tokenizers))
+    frozen = FrozenTeacher(teacher, processing_class=tokenizers[1])
+    options = {"per_device_train_batch_size": 1, "max_steps": 4, "gradient_accumulation_steps": 2, "logging_steps": 100}
+    trainer = train(student, frozen, tokenizers, tmp_path, texts=TEXTS[:2] * 2, cross_tokenizer=loss, **options)
+    _, micro, _ = reads_of_steps(trainer, 2)
+    assert micro == {("tolist", "core/targets.py:_read"): 1}
