@@ -10,6 +10,8 @@ from .version import __version__
 _HOME = {
     "DistillConfig": "trainer",
     "DistillTrainer": "trainer",
+    "DistillSeq2SeqConfig": "trainer",
+    "DistillSeq2SeqTrainer": "trainer",
     "DistillError": "errors",
     "Teacher": "teachers",
     "FrozenTeacher": "teachers",

@@ -74,6 +74,18 @@ def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: 
     return {k: v for k, v in inputs.items() if k not in dropped}
 
 
+def generation_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: Iterable[str]) -> dict[str, _T]:
+    """Return the inputs of a batch for a model's `generate`, with the labels, which `Seq2SeqTrainer` pads.
+
+    Args:
+        model: the model that generates.
+        inputs: the collator's batch.
+        foreign: names of the inputs that another model accepts.
+    """
+    own_inputs = without_foreign_inputs(model, inputs, foreign)
+    return {k: v for k, v in own_inputs.items() if k == "labels" or k not in _NOT_INPUTS}
+
+
 def prepare_inputs(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, object]:
     """Return the keyword arguments of a model's forward: without labels, and with decoder inputs if it needs them.
 

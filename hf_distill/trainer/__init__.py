@@ -10,6 +10,8 @@ _HOME = {
     "DistillConfig": "config",
     "DistillMixin": "trainer",
     "DistillTrainer": "trainer",
+    "DistillSeq2SeqConfig": "seq2seq",
+    "DistillSeq2SeqTrainer": "seq2seq",
 }
 
 __all__ = list(_HOME)

@@ -103,7 +103,7 @@ class MetricAccumulator:
 
         Args:
             step: the output of the step.
-            gather: `Trainer.gather_function`.
+            gather: `Accelerator.gather_for_metrics`.
         """
         if self._eval_sums is None:
             return

@@ -169,7 +169,7 @@ class DistillMixin(_Base):
             self.metric_accumulator.add_micro_batch(step)
             self.nonfinite_guard.add_micro_batch(inputs, step, self._terms)
         else:
-            self.metric_accumulator.add_evaluation_batch(step, self.gather_function)
+            self.metric_accumulator.add_evaluation_batch(step, self.accelerator.gather_for_metrics)
         loss = step.loss
         if is_training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The loss is divided by the target tokens of all processes, and DDP averages gradients over processes.
@@ -487,10 +487,19 @@ class DistillMixin(_Base):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them."""
+        """Run the Trainer's evaluation step; logits of all positions are materialized only if it returns them.
+
+        Args:
+            model: the student as prepared for evaluation.
+            inputs: the collator's batch.
+            prediction_loss_only: whether to return the loss only.
+            ignore_keys: outputs of the model that are not returned.
+            gen_kwargs: arguments of `generate`, for `Seq2SeqTrainer`.
+        """
         self.keep_logits = not prediction_loss_only
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
 
     def evaluation_loop(
         self,

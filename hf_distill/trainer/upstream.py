@@ -1,4 +1,4 @@
-"""Private methods of transformers and TRL that this package overrides, with their expected parameters.
+"""Methods of transformers and TRL that this package overrides and relies on, with their expected parameters.
 
 If such a method were renamed, nothing would call the override, and training would silently use another objective.
 Therefore the classes are compared with this list when they are imported.
@@ -52,6 +52,10 @@ TRAINER = {
     "_save_checkpoint": ("model", "trial"),
     "_set_signature_columns_if_needed": (),
 }
+SEQ2SEQ_TRAINER = {
+    # It calls `model(**inputs)` for the loss and `self.model.generate` for the ids.
+    "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys", "gen_kwargs"),
+}
 DISTILLATION_TRAINER = {
     "_generate_and_score_completions": ("inputs",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "has_tool_images"),
@@ -60,7 +64,7 @@ DISTILLATION_TRAINER = {
 
 
 def check_upstream(package: str, base: type, expected: Mapping[str, tuple[str, ...]]) -> None:
-    """Check that the private methods of a class of transformers or TRL are those that the overrides were written for.
+    """Check that the methods of a class of transformers or TRL are those that the overrides were written for.
 
     Args:
         package: "transformers" or "trl".
@@ -82,6 +86,6 @@ def check_upstream(package: str, base: type, expected: Mapping[str, tuple[str, .
             problems.append(f"{base.__name__}.{name} takes {actual}, not {parameters}")
     if problems:
         raise DistillError(
-            f"hf_distill overrides private methods of {package} and supports {requirement}: {'; '.join(problems)}. "
+            f"hf_distill overrides methods of {package} and supports {requirement}: {'; '.join(problems)}. "
             f'Install a supported version: pip install "{requirement}"'
         )

@@ -3,14 +3,19 @@
 import inspect
 
 import pytest
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from trl import DistillationTrainer, SFTTrainer
 
-from hf_distill import DistillError, DistillTrainer
+from hf_distill import DistillError, DistillSeq2SeqTrainer, DistillTrainer
 from hf_distill.trainer import upstream
 from hf_distill.trl import DistillSFTTrainer, OnPolicyDistillTrainer
 
-PAIRS = [(DistillTrainer, Trainer), (DistillSFTTrainer, SFTTrainer), (OnPolicyDistillTrainer, DistillationTrainer)]
+PAIRS = [
+    (DistillTrainer, Trainer),
+    (DistillSeq2SeqTrainer, Seq2SeqTrainer),
+    (DistillSFTTrainer, SFTTrainer),
+    (OnPolicyDistillTrainer, DistillationTrainer),
+]
 
 
 @pytest.mark.parametrize(("trainer", "base"), PAIRS)
