@@ -84,7 +84,7 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Evaluate a batch; with `predict_with_generate` return the generated ids in place of logits.
 
-        `Seq2SeqTrainer` calls `self.model.generate`, and then `model` for the loss. It gets a function as `model`, which
+        `Seq2SeqTrainer` calls `self.model.generate`, and then `model` for the loss. As `model` it gets a function that
         returns the distillation loss of the same batch.
 
         Args:
