@@ -228,8 +228,9 @@ def _check(recipe: Recipe, by: str) -> None:
         problems.append("the recipe has stages: search for one of its stages, in a separate recipe")
     if not recipe.kinds <= _REUSABLE_KINDS:
         problems.append(
-            f"the soft labels of a teacher of kind {', '.join(sorted(recipe.kinds - _REUSABLE_KINDS))} change from "
-            f"candidate to candidate; use a teacher of kind {', '.join(sorted(_REUSABLE_KINDS))}"
+            f"a teacher of kind {', '.join(sorted(recipe.kinds - _REUSABLE_KINDS))} changes with the student, or is "
+            "on a server, and all candidates are compared with one teacher that is loaded once; use a teacher of kind "
+            f"{', '.join(sorted(_REUSABLE_KINDS))}"
         )
     if problems:
         raise DistillError(f"Temperature and alpha cannot be searched: {'; '.join(problems)}.")

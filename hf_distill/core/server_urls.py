@@ -22,6 +22,8 @@ def server_urls(url: str | Sequence[str]) -> tuple[str, ...]:
         DistillError: there is none, one occurs twice, is no http(s) URL, or contains credentials; the message does not
             repeat credentials.
     """
+    if not isinstance(url, Sequence):
+        raise DistillError(f'The URL of a remote teacher is {url!r}; give a text such as "http://127.0.0.1:8000".')
     urls = tuple(_base(each) for each in ([url] if isinstance(url, str) else url))
     if not urls:
         raise DistillError('A remote teacher needs a URL, such as "http://127.0.0.1:8000".')
@@ -92,16 +94,33 @@ def read_api_key(variable: str | None) -> str | None:
         variable: name of the environment variable; None: `DEFAULT_KEY_VARIABLE`, which may be unset.
 
     Raises:
-        DistillError: the variable that was named is not set, or the name is none.
+        DistillError: the variable that was named is not set, the name is none, or the key cannot be sent; the message
+            does not repeat the key.
     """
     if variable is None:
-        return os.environ.get(DEFAULT_KEY_VARIABLE) or None
+        return _clean_key(DEFAULT_KEY_VARIABLE) or None
     if not variable.isidentifier():
         raise DistillError(
             "api_key_env must be the name of an environment variable, such as TEACHER_KEY, and not a key itself: a "
             "key must never be in a recipe or script."
         )
-    key = os.environ.get(variable)
+    key = _clean_key(variable)
     if not key:
         raise DistillError(f"The environment variable {variable}, which api_key_env names, is not set: export it.")
     return key
+
+
+def _clean_key(variable: str) -> str:
+    """Return the key of an environment variable without spaces and line breaks around it; "" if there is none."""
+    key = os.environ.get(variable, "").strip()
+    if not is_token(key):
+        raise DistillError(
+            f"The API key in the environment variable {variable} must consist of printable ASCII characters without "
+            "spaces, because it is sent in a header: set it to the key alone."
+        )
+    return key
+
+
+def is_token(text: str) -> bool:
+    """Whether a text can be sent as a bearer token: printable ASCII without spaces."""
+    return text.isascii() and text.isprintable() and " " not in text

@@ -96,8 +96,8 @@ def format_of(
                 if kind != COMPLETION or not needed <= set(columns):
                     raise DistillError(
                         f"{where} has the format {kind} and the columns {list(columns)}; a {second_prompt.column} "
-                        f"needs the columns {', '.join(sorted(needed))}. Add them, or remove the option that asks for "
-                        "it (a view's paraphrase, or the prompt of the teacher)."
+                        f"needs the columns {', '.join(sorted(needed))}. Add them, or do without it: remove the view "
+                        "paraphrase, or the prompt of the teacher (its template, or the column teacher_prompt)."
                     )
             return kind
     hint = f" {SHAREGPT_HINT}" if "conversations" in columns else ""
@@ -265,6 +265,11 @@ class _ConversationTokenizer:
                 f"column {second.column}: it must have the type of the prompt, a text or a list of messages; found "
                 f"{example.get(second.column)!r} for {example.get('prompt')!r}. Give every example a {second.column}, "
                 "or leave the example out."
+            )
+        if not example[second.column]:
+            raise DistillError(
+                f"column {second.column}: it is empty, and the tokens of a completion are predicted after a prompt. "
+                f"Give every example a {second.column}, or leave the example out."
             )
         other, row = self.from_completion(example, second.column), self.from_completion(example)
         return row | dict(zip(second.columns, (other["input_ids"], other["labels"]), strict=True))

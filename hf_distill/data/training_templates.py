@@ -63,8 +63,8 @@ def training_template(name: str) -> str:
         return _packaged_template(name)
     if not name.endswith(TEMPLATE_SUFFIX):
         raise DistillError(
-            f"There is no training template {name!r}{did_you_mean(name, CHAT_TEMPLATES)}. The name of a template file "
-            f"must end with {TEMPLATE_SUFFIX}."
+            f"The name of a template file must end with {TEMPLATE_SUFFIX}, and there is no training template {name!r}"
+            f"{did_you_mean(name, CHAT_TEMPLATES)}"
         )
     try:
         source = Path(name).expanduser().read_text(encoding="utf-8")

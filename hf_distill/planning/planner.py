@@ -156,7 +156,7 @@ def _uncounted_parts(recipe: Recipe) -> list[str]:
     ]
     parts += [f"the teacher {model} and its forward" for model in others]
     parts += ["the time and the KV cache of generating completions"] if recipe.on_policy else []
-    return [f"The plan does not count {part}." for part in parts]
+    return [f"The plan does not count {part}." for part in dict.fromkeys(parts)]
 
 
 def _plan_caches(

@@ -268,7 +268,10 @@ class TeacherSpec(StrictModel):
         "the student.",
     )
     timeout: float | None = Field(
-        None, gt=0, description="Kind remote: seconds until a request counts as failed, above 0. Default (null): 120."
+        None,
+        gt=0,
+        description="Kind remote: seconds without a byte of the answer until a request counts as failed, above 0. "
+        "Default (null): 120.",
     )
     retry_seconds: float | None = Field(
         None,

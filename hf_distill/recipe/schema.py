@@ -316,6 +316,11 @@ class Recipe(StrictModel):
         ]
         if len(self.data.sources) < 2:
             problems.append("teachers: data has one source, so rows cannot be routed by source: add another source")
+        if self.data.eval.path:
+            problems.append(
+                "teachers: the rows of data.eval.path are of no source, so they have no teacher to be compared with: "
+                "set data.eval.holdout in place of data.eval.path, which needs sources that are not streamed"
+            )
         if problems:
             raise Problems(problems)
 

@@ -1,7 +1,7 @@
 """Prepares the data of a recipe: loads, splits, tokenizes, mixes and packs the sources."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -29,7 +29,9 @@ from ..data import (
     with_teacher_prompts,
 )
 from ..data.formats import PARAPHRASE, TEACHER_PROMPT, TEXT, SecondPrompt
+from ..data.teacher_column import check_no_teacher_column
 from ..data.training_templates import renders_same, training_template
+from ..errors import DistillError
 from ..recipe.data import Data
 from ..recipe.schema import Recipe
 
@@ -102,6 +104,8 @@ def prepare_data(
         examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         examples = _with_prompts(examples, recipe, "data.eval")
         held_out = [_first(_rows(examples, recipe, "eval", tokenizers), data.eval.max_rows)]
+    evaluated = {"data.eval": held_out[0]} if data.eval.path else {}
+    _check_teacher_prompts({f"data.{name}": rows for name, rows in train.items()} | evaluated, other_tokenizers)
     mixed = mix_and_pack(data, _with_equal_columns(train), seed, count)
     held_out = [*_with_equal_columns(dict(enumerate(held_out))).values()]
     return PreparedData(mixed, concatenate_datasets(cast(list[Dataset], held_out)), collator_of(data, tokenizer))
@@ -123,6 +127,21 @@ def _with_equal_columns(rows: dict[Key, Examples]) -> dict[Key, Examples]:
         for key, part in rows.items()
     }
     return {key: _with_empty(part, dict.fromkeys(missing[key])) for key, part in rows.items()}
+
+
+def _check_teacher_prompts(rows: Mapping[str, Examples], other_tokenizers: Sequence[OtherTokenizer]) -> None:
+    """Check that all tokenized data has another prompt for the teacher, or none; rows of other tokens may be missing.
+
+    Raises:
+        DistillError: some has none.
+    """
+    lacking = [name for name, part in rows.items() if not _row_columns(part)]
+    if not other_tokenizers and 0 < len(lacking) < len(rows):
+        raise DistillError(
+            f"{', '.join(lacking)} has no column `{TEACHER_PROMPT.column}`, and "
+            f"{', '.join(name for name in rows if name not in lacking)} has: the teacher reads another prompt in all "
+            "data or in none. Add the column, or remove it everywhere."
+        )
 
 
 def _row_columns(rows: Examples) -> list[str]:
@@ -174,6 +193,7 @@ def first_rows(
     data = recipe.data
     tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), () if data.packing else other_tokenizers)
     rows = {name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizers) for name in data.sources}
+    _check_teacher_prompts({f"data.{name}": part for name, part in rows.items()}, other_tokenizers)
     return mix_and_pack(data, _with_equal_columns(rows), seed, examples)
 
 
@@ -181,13 +201,18 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     """Load the examples of one source; in an on-policy recipe as prompts and completions."""
     source = recipe.data.sources[name]
     documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
+    names = [spec.name for spec in recipe.teachers if not spec.sources]
+    check_no_teacher_column(
+        documents, names, f"data.{name}", "give the teachers `sources`, by which recipes route rows"
+    )
     return _with_prompts(documents, recipe, f"data.{name}")
 
 
 def _with_prompts(documents: Examples, recipe: Recipe, where: str) -> Examples:
     """Return the examples as prompts and completions in an on-policy recipe, and with the prompts of the teacher."""
     template = next((spec.prompt for spec in recipe.all_teachers if spec.prompt), None)
-    documents = prompt_rows(documents, where) if recipe.on_policy or template else documents
+    has_prompts = TEACHER_PROMPT.column in (documents.column_names or list(next(iter(documents))))
+    documents = prompt_rows(documents, where) if recipe.on_policy or template or has_prompts else documents
     return documents if template is None else with_teacher_prompts(documents, template, where)
 
 

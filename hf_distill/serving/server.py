@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..core.server_urls import is_loopback_host
+from ..core.server_urls import is_loopback_host, is_token
 from ..errors import DistillError
 from .app import create_app
 from .metrics import Metrics
@@ -29,7 +29,7 @@ def read_token(host: str) -> str | None:
         DistillError: there is none, and the address can be reached from other machines.
     """
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if token and not (token.isascii() and token.isprintable() and " " not in token):
+    if not is_token(token):
         raise DistillError(f"The token in {TOKEN_VARIABLE} must consist of printable ASCII characters without spaces.")
     if not token and not is_loopback_host(host):
         raise DistillError(

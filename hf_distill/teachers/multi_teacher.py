@@ -12,6 +12,7 @@ from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_kinds import incompatible_teachers
 from ..core.teacher_logits import MultiTeacherLogits
+from ..data.teacher_column import check_no_teacher_column
 from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term
 from .base import JointStep, Teacher
@@ -51,6 +52,15 @@ class MultiTeacher(TeacherGroup):
         total = sum(weights.get(name, 1.0) for name in names)
         self.shares = {name: weights.get(name, 1.0) / total for name in names}
         self.provides_soft_labels = bool(names)
+
+    def check_data(self, rows: Any, name: str) -> None:
+        """Check the data for every teacher.
+
+        Raises:
+            DistillError: a row names its teacher; or one of the teachers cannot read the data.
+        """
+        check_no_teacher_column(rows, [*self.teachers], name, "pass teacher=RoutedTeacher({...}) to route them")
+        super().check_data(rows, name)
 
     def numbers_to_read(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return the integers that any of the teachers needs; those of the same name are the same."""

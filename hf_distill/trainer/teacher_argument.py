@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..core.targets import TEACHER_INPUT_KEYS
+from ..data.teacher_column import check_teacher_column
 from ..errors import DistillError, raise_if_any
 from ..models.model_types import unwrap_model
 from ..teachers import (
@@ -16,6 +17,7 @@ from ..teachers import (
     FrozenTeacher,
     MultiTeacher,
     MultiViewTeacher,
+    RoutedTeacher,
     Teacher,
     TrainableTeacher,
 )
@@ -160,6 +162,8 @@ def prepare_teacher(
         for name in trained:  # a frozen teacher froze the parameters that it shares with the student
             parameters[name].requires_grad_(True)
         raise_if_any(shared)
+    if isinstance(teacher, RoutedTeacher) and teacher.sources is None:
+        check_teacher_column(datasets, teacher.names)
     for name, rows in datasets.items():
         check_teacher_prompts(teacher, rows, name)
         teacher.check_data(rows, name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import trl.trainer.distillation_trainer
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -215,7 +216,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             DistillError: some rows have no teacher prompt, or it is no prompt.
         """
         column = TEACHER_PROMPT.column
-        if not any(row.get(column) for row in rows):
+        if not any(column in row for row in rows):
             return {}
         if not all(row.get(column) for row in rows):
             raise DistillError(f"Some rows of a batch have no `{column}`: give one to every row, or remove the column.")
@@ -305,8 +306,25 @@ def _with_prompts(rows: Any, name: str) -> Any:
     if isinstance(rows, dict):
         return {key: _with_prompts(part, f"{name}[{key!r}]") for key, part in rows.items()}
     columns = {*(getattr(rows, "column_names", None) or ())}
+    if isinstance(rows, Dataset) and TEACHER_PROMPT.column in columns:
+        _check_teacher_prompts(rows, name)
     is_tokenized = name.startswith("eval") and {"input_ids", "labels"} <= columns
     return rows if is_tokenized or not hasattr(rows, "column_names") else prompt_rows(rows, name)
+
+
+def _check_teacher_prompts(rows: Dataset, name: str) -> None:
+    """Check before training that every row has a prompt for the teacher; rows of a stream are checked in their batch.
+
+    Raises:
+        DistillError: one has none.
+    """
+    column = TEACHER_PROMPT.column
+    lacking = [number for number, prompt in enumerate(rows[column]) if not prompt]
+    if lacking:
+        raise DistillError(
+            f"{len(lacking)} of {len(rows)} rows of {name} have no `{column}`, the first is row {lacking[0]} (counted "
+            "from 0): give one to every row, or remove the column."
+        )
 
 
 def _join_completions(batch: dict[str, Tensor]) -> dict[str, Tensor]:

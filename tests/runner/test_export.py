@@ -101,6 +101,13 @@ control: sft
 """
 
 
+def test_teachers_with_sources_are_evaluated_on_rows_of_these_sources(tmp_path):
+    text = ROUTED.replace("PACKING", "false").replace("{holdout: 0.1, max_rows: 4}", '{path: "package:builtins"}')
+    (tmp_path / "routed.yaml").write_text(text)
+    with pytest.raises(DistillError, match=r"the rows of data.eval.path are of no source.*set data.eval.holdout"):
+        load_recipe(str(tmp_path / "routed.yaml"))
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_a_recipe_with_a_teacher_for_each_source_trains_every_source_with_its_teacher(tmp_path, monkeypatch, packing):
     monkeypatch.chdir(tmp_path)

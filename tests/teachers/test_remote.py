@@ -19,6 +19,7 @@ from hf_distill.core.targets import Targets
 from hf_distill.data import Collator
 from hf_distill.errors import RunError
 from hf_distill.teachers import MultiTeacher, RemoteTeacher, RoutedTeacher, Teacher
+from hf_distill.teachers.remote import pool
 from hf_distill.teachers.remote.api import TokenRow
 from hf_distill.teachers.remote.pool import ServerPool
 from hf_distill.teachers.remote.rows import token_rows
@@ -375,6 +376,27 @@ def test_other_ranks_must_wait_longer_than_the_teacher():
         assert len(incompatible_teacher(teacher, args, makes_students=False)) == count
 
 
+def test_requests_that_are_cancelled_are_not_logged_as_failures_of_the_server(start, monkeypatch):
+    server, warnings, errors = start(), [], []
+    monkeypatch.setattr(pool.logger, "warning", warnings.append)
+    server.faults = [Fault(match="/v1/models", slow=0.5)]
+    requests = ServerPool(server.url)
+
+    def request():
+        try:
+            requests.request("/v1/models", None, lambda answer: answer)
+        except RunError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=request)
+    thread.start()
+    while not server.in_flight:
+        time.sleep(0.01)
+    requests.close()
+    thread.join()
+    assert (warnings, errors) == ([], ["The requests to the teacher server were cancelled"])
+
+
 # The key and the URL
 
 
@@ -400,6 +422,22 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(make_trainer, s
     assert not [file for file in written if b"sk-secret" in file.read_bytes()]
 
 
+@pytest.mark.parametrize("key", ["sk-a\nsecret", "sk-a secret", "sk-asecrét"])
+@pytest.mark.parametrize("variable", [None, "TEACHER_KEY"])
+def test_a_key_that_no_header_can_hold_is_refused_and_in_no_message(monkeypatch, key, variable):
+    name = variable or "HF_DISTILL_TEACHER_API_KEY"
+    monkeypatch.setenv(name, key)
+    with pytest.raises(DistillError, match=f"variable {name} must consist of printable ASCII") as error:
+        RemoteTeacher("http://teacher", api_key_env=variable)
+    assert "secr" not in str(error.value)
+
+
+def test_line_breaks_around_a_key_are_not_sent(start, monkeypatch):
+    server = start(key="sk-secret")
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret\n")
+    assert remote(server, api_key_env="TEACHER_KEY").protocol.check()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -419,6 +457,12 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(make_trainer, s
         ({"timeout": 0}, "above 0"),
         ({"concurrency": 0}, "above 0"),
         ({"retry_seconds": -1}, "at least 0"),
+        ({"url": None}, "give a text"),
+        ({"timeout": "5"}, "a number of seconds"),
+        ({"timeout": float("nan")}, "a number of seconds"),
+        ({"concurrency": 1.5}, "an integer above 0"),
+        ({"retry_seconds": float("nan")}, "a number of seconds"),
+        ({"model": 3}, "model of a remote teacher is a int"),
         ({"api_key_env": "UNSET_VARIABLE"}, "UNSET_VARIABLE"),
         ({"api_key_env": "sk-secret"}, "name of an environment variable"),
     ],

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from gpu_sync import reads_of_steps
 from tiny import build, collate, rows
 
@@ -14,6 +15,8 @@ from hf_distill.core.signals import Signals
 from hf_distill.core.targets import Targets
 from hf_distill.data.collator import Collator
 from hf_distill.data.teacher_column import TeacherColumnCollator
+from hf_distill.recipe.schema import Recipe
+from hf_distill.runner.datasets import load_source
 from hf_distill.teachers import (
     CachedTeacher,
     EMATeacher,
@@ -306,6 +309,40 @@ def test_wrong_data_is_refused(make_trainer):
     packing = TeacherColumnCollator(Collator(0), ("maths", "chat"))
     with pytest.raises(DistillError, match=r"it packs them\. Turn packing off"):
         packing([{k: v for k, v in row.items() if k != "source"} | {"teacher": "chat"} for row in packed])
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "message"),
+    [
+        (named_rows(), rows("llama", 4), "eval_dataset has no column `teacher`, which train_dataset has"),
+        (named_rows(), named_rows(names=("math",)), "of eval_dataset .* 'math', .*did you mean 'maths'"),
+    ],
+)
+def test_wrong_names_in_data_sets_are_refused_when_the_trainer_is_created(make_trainer, train, evaluation, message):
+    data = {"train_dataset": Dataset.from_list([*train]), "eval_dataset": Dataset.from_list([*evaluation])}
+    with pytest.raises(DistillError, match=message):
+        routed_trainer(make_trainer, **data)
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "stream"])
+def test_rows_that_name_their_teacher_are_not_taught_by_all_teachers(make_trainer, kind):
+    data = [*named_rows()]
+    data = data if kind == "list" else Dataset.from_list(data)
+    data = data.to_iterable_dataset() if kind == "stream" else data
+    with pytest.raises(DistillError, match=r"names of teachers \(maths, chat\), but each .* teaches all rows: pass"):
+        routed_trainer(make_trainer, teacher=MultiTeacher(models()), train_dataset=data, eval_dataset=None)
+    other = [row | {"teacher": "gpt"} for row in named_rows()]
+    assert routed_trainer(make_trainer, teacher=MultiTeacher(models()), train_dataset=other, eval_dataset=None)
+
+
+def test_recipes_refuse_rows_that_name_a_teacher(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "1", "completion": "2", "teacher": "chat"}\n')
+    teachers = [{"name": name, "model": "smoke:llama/teacher"} for name in ("maths", "chat")]
+    data = {"task": {"path": str(tmp_path / "x.jsonl")}, "eval": {"holdout": 0.1}}
+    values = {"student": {"model": "smoke:llama/student"}, "teachers": teachers, "data": data}
+    recipe = Recipe.model_validate(values | {"train": {"output_dir": "x", "max_steps": 1}})
+    with pytest.raises(DistillError, match=r"data.task has the column `teacher` .* give the teachers `sources`"):
+        load_source(recipe, "task")
 
 
 def test_dense_logits_are_routed(make_trainer):

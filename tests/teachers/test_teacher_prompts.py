@@ -1,5 +1,7 @@
 """Teachers with another prompt than the student: they read it before the same completion, token by token."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,7 +14,9 @@ from hf_distill.cache import write_cache
 from hf_distill.core.targets import Targets
 from hf_distill.data import Collator, pack, tokenize_dataset, with_teacher_prompts
 from hf_distill.data.formats import TEACHER_PROMPT
+from hf_distill.recipe.schema import Recipe
 from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.runner.datasets import prepare_data
 from hf_distill.teachers import (
     CachedTeacher,
     EMATeacher,
@@ -94,7 +98,7 @@ def test_the_loss_compares_the_same_tokens_after_different_prompts(make_trainer,
         "self": EMATeacher(0.5),
     }
     rows = rows.add_column("teacher", ["a", "b"] * 4) if kind == "routed" else rows
-    trainer = trainer_of(make_trainer, teacher=teachers[kind], train_dataset=rows)
+    trainer = trainer_of(make_trainer, teacher=teachers[kind], train_dataset=rows, eval_dataset=rows)
     soft, hard, _ = reference(model(), model() if kind == "self" else model(1), rows)
     log = first_log(trainer)
     assert log["loss"] == pytest.approx(0.6 * soft.item() + 0.4 * hard.item(), rel=1e-5)
@@ -201,6 +205,12 @@ def test_conversations_replace_the_content_of_the_last_message():
             "row 1 .*column teacher_prompt: it must have the type of the prompt",
         ),
         (
+            lambda: tokenize_dataset(
+                Dataset.from_list([EXAMPLES[0] | {"teacher_prompt": ""}]), tokenizer(), 64, second_prompt=TEACHER_PROMPT
+            ),
+            "row 0 .*column teacher_prompt: it is empty",
+        ),
+        (
             lambda: tokenize_dataset(DATA, tokenizer(), 64, second_prompt=TEACHER_PROMPT),
             "a teacher_prompt needs the columns completion, prompt, teacher_prompt",
         ),
@@ -248,3 +258,62 @@ def test_on_policy_the_teacher_reads_its_prompt_before_the_students_completion(t
             expected = [*byte(by_prompt[prompt])["input_ids"], *completion.tolist()]
             assert ids[row][mask[row].bool()].tolist() == expected
         assert targets.labels.tolist() == torch.cat(completions).tolist()
+
+
+@pytest.mark.parametrize("missing", [None, ""])
+def test_on_policy_every_row_has_a_teacher_prompt_or_none_has(tmp_path, missing):
+    rows = [{"prompt": f"{i}=", "teacher_prompt": f"{i}. {i}=" if i < 4 else missing} for i in range(8)]
+    data, args = (
+        Dataset.from_list(rows),
+        OnPolicyDistillConfig(str(tmp_path), report_to="none", bf16=False, max_steps=2),
+    )
+    options = {"model": model(), "teacher": model(1), "processing_class": tokenizer()}
+    with pytest.raises(DistillError, match="4 of 8 rows of train_dataset have no `teacher_prompt`, the first is row 4"):
+        OnPolicyDistillTrainer(args=args, train_dataset=data, **options)
+    args.shuffle_dataset, args.per_device_train_batch_size = False, 4
+    stream = Dataset.from_list(rows[4:]).to_iterable_dataset()  # whole batches have none
+    trainer = OnPolicyDistillTrainer(args=args, train_dataset=stream, **options)
+    with pytest.raises(DistillError, match="Some rows of a batch have no `teacher_prompt`"):
+        trainer.train()
+
+
+def recipe_of(tmp_path, sources, **data):
+    paths = {}
+    for name, rows in sources.items():
+        paths[name] = {"path": str(tmp_path / f"{name}.jsonl")}
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    values = {
+        "student": {"model": "smoke:llama/student"},
+        "teacher": {"model": "smoke:llama/teacher"},
+        "data": paths | {"eval": {"holdout": 0.5}, "max_length": 64} | data,
+        "train": {"output_dir": "runs/x", "max_steps": 1},
+    }
+    return Recipe.model_validate(values)
+
+
+PROMPTED = [row | {"teacher_prompt": f"{row['answer']}. {row['prompt']}"} for row in EXAMPLES]
+
+
+@pytest.mark.parametrize("lacks", ["source", "eval"])
+def test_recipes_refuse_data_of_which_a_part_has_teacher_prompts(tmp_path, lacks):
+    (tmp_path / "eval.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in EXAMPLES))
+    if lacks == "source":
+        recipe, name = recipe_of(tmp_path, {"task": PROMPTED, "other": EXAMPLES}), "data.other"
+    else:
+        evaluation = {"path": str(tmp_path / "eval.jsonl"), "split": "train"}
+        recipe, name = recipe_of(tmp_path, {"task": PROMPTED}, eval=evaluation), "data.eval"
+    with pytest.raises(DistillError, match=f"{name} has no column `teacher_prompt`, and data.task has"):
+        prepare_data(recipe, tokenizer(), 0, 4)
+
+
+def test_conversations_may_have_a_teacher_prompt(tmp_path):
+    user = [{"role": "user", "content": "1+1="}]
+    hinted = [{"role": "user", "content": "It is 2. 1+1="}]
+    answer = [{"role": "assistant", "content": "2"}]
+    conversations = [{"messages": user + answer, "teacher_prompt": hinted}] * 4
+    pairs = [{"prompt": user, "completion": answer, "teacher_prompt": hinted}] * 4
+    rows = [
+        prepare_data(recipe_of(tmp_path, {"task": data}), tokenizer(), 0, 4).train for data in (conversations, pairs)
+    ]
+    assert rows[0].to_list() == rows[1].to_list()
+    assert len(rows[0][0]["teacher_input_ids"]) > len(rows[0][0]["input_ids"])

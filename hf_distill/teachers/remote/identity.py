@@ -74,8 +74,8 @@ def _choose(url: str, served: Sequence[dict[str, Any]], model: str | None) -> Se
     chosen = chosen or [each for each in served if each.get("root") == model]
     if not chosen:
         raise DistillError(
-            f"{url} serves {', '.join(names) or 'no model'}, and not {model!r}{did_you_mean(str(model), names)}. Set "
-            "model to the id under which the server serves the teacher, or start the server with that model."
+            "Set model to the id under which the server serves the teacher, or start the server with that model: "
+            f"{url} serves {', '.join(names) or 'no model'}, and not {model!r}{did_you_mean(str(model), names)}"
         )
     length = chosen[0].get("max_model_len")
     return ServerInfo(url, chosen[0]["id"], context_length=length if type(length) is int and length > 0 else None)

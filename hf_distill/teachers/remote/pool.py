@@ -136,7 +136,7 @@ class ServerPool:
 
     Args:
         urls: base URLs.
-        timeout: seconds until a request counts as failed.
+        timeout: seconds without a byte of the answer until a request counts as failed.
         retry_seconds: time after its first failure for which a request is repeated.
         concurrency: largest number of requests in flight in this process.
         api_key_env: name of the environment variable with the API key; None: `HF_DISTILL_TEACHER_API_KEY` if it is set.
@@ -155,11 +155,14 @@ class ServerPool:
         api_key_env: str | None = None,
     ):
         self.urls = server_urls(urls)
-        for name, value in {"timeout": timeout, "concurrency": concurrency}.items():
-            if not value > 0:
-                raise DistillError(f"{name} of a remote teacher is {value!r}; it must be above 0")
-        if retry_seconds < 0:
-            raise DistillError(f"retry_seconds of a remote teacher is {retry_seconds!r}; it must be at least 0")
+        if type(concurrency) is not int or concurrency < 1:
+            raise DistillError(f"concurrency of a remote teacher is {concurrency!r}; it must be an integer above 0")
+        if not _is_number(timeout) or timeout <= 0:
+            raise DistillError(f"timeout of a remote teacher is {timeout!r}; it must be a number of seconds above 0")
+        if not _is_number(retry_seconds) or retry_seconds < 0:
+            raise DistillError(
+                f"retry_seconds of a remote teacher is {retry_seconds!r}; it must be a number of seconds, at least 0"
+            )
         read_api_key(api_key_env)
         self.timeout, self.retry_seconds, self.concurrency = timeout, retry_seconds, concurrency
         self._api_key_env, self._opening = api_key_env, threading.Lock()
@@ -246,6 +249,8 @@ class ServerPool:
                     session.release(server, is_failure=False)
                     return answer
             session.release(server, is_failure=True, retry_after=retry_after)
+            if session.closed.is_set():  # its connections fail because they were closed
+                raise ServerFailure(_CANCELLED)
             now = time.monotonic()
             first_failure = first_failure or now
             logger.warning(f"The teacher server {server.url} failed (attempt {attempts}): {problem}")
@@ -301,6 +306,10 @@ class ServerPool:
                 text = text.replace(key, "***")
         text = " ".join(printable(text).split())
         return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _JITTER = random.SystemRandom()  # the seeded generator belongs to the training

@@ -57,7 +57,7 @@ class RemoteTeacher(Teacher):
         vocab_size: V of the teacher; None: that of the student. Not with api="hidden", whose server knows it.
         dtype: with api="hidden": dtype of the hidden states, "bfloat16", "float16" or "float32"; None: that of the
             served model, which rounds nothing.
-        timeout: seconds until a request counts as failed.
+        timeout: seconds without a byte of the answer until a request counts as failed.
         retry_seconds: time after its first failure for which a request is repeated.
         concurrency: largest number of requests in flight in each process.
         prefetch: number of batches after the current step that are requested while the student trains; 0 requests each
@@ -90,12 +90,18 @@ class RemoteTeacher(Teacher):
         _check_options(api, top_k, vocab_size, dtype)
         if type(prefetch) is not int or prefetch < 0:
             raise DistillError(f"prefetch of a remote teacher is {prefetch!r}; it must be an integer of at least 0")
-        self.prefetch, self.max_wait_seconds = prefetch, retry_seconds + 2 * timeout
+        if not isinstance(model, str | None):
+            raise DistillError(
+                f"model of a remote teacher is a {type(model).__name__}; it must be the id under which the server "
+                "serves the teacher, a text."
+            )
+        self.prefetch = prefetch
         self._started: dict[TokenRow, list[tuple[Future[list[RowTensors]], int]]] = {}  # row -> answers, index in them
         self._threads = ThreadPoolExecutor(prefetch + 1, thread_name_prefix="remote-teacher-batch")
         self.pool = ServerPool(
             url, timeout=timeout, retry_seconds=retry_seconds, concurrency=concurrency, api_key_env=api_key_env
         )
+        self.max_wait_seconds = retry_seconds + 2 * timeout
         self.protocol: RemoteProtocol
         if api == HiddenProtocol.name:
             self.protocol = HiddenProtocol(self.pool, model, dtype)
