@@ -74,7 +74,7 @@ def true_indices(mask: Tensor, count: int) -> Tensor:
 class Targets:
     """The target tokens of a batch: those whose label is not -100, after the shift that causal models need.
 
-    labels:         [T] the ids to predict
+    labels:         [T] the ids to predict; real numbers of rows, [B] or [B, C], if the targets are rows
     positions:      [T] indices of their predictions among the B * S rows of the flattened logits
     batch_rows:     [T] indices of their batch rows
     shape:          (B, S) of the logits, or (B,) for a sequence classifier
@@ -116,8 +116,9 @@ class Targets:
         labels = target_labels(inputs, shift)
         if labels.is_floating_point():
             raise DistillError(
-                f"`labels` has dtype {labels.dtype}: a regression or multi-label head has no distribution over classes "
-                "to distill. Use integer labels, or train it without a teacher."
+                f"`labels` has dtype {labels.dtype}, and the student predicts one of several ids or classes: use "
+                "integer labels, or set problem_type='multi_label_classification' or 'regression' in the config of the "
+                "student. Analyses and caches read integer labels only."
             )
         is_target, label_mask = labels != IGNORE_INDEX, inputs.get("has_labels")
         known = labels.masked_fill(~is_target, 0)
@@ -126,6 +127,32 @@ class Targets:
         on_host = _read(sizes | dict(numbers or {}))
         row_counts, (smallest, largest) = on_host.pop("rows"), on_host.pop("range")
         return cls.of_counts(labels, row_counts, (smallest, largest), label_mask, None, on_host)
+
+    @classmethod
+    def of_rows(cls, inputs: dict, numbers: Mapping[str, Tensor] | None = None) -> "Targets":
+        """Return one target for each row of a batch whose labels are real numbers.
+
+        Args:
+            inputs: the collator's batch, with `labels` [B] or [B, C].
+            numbers: name -> [n] integers on the device that are read, as `Targets.numbers`.
+
+        Raises:
+            DistillError: the batch has no labels, integer labels, or rows of the teacher.
+        """
+        labels = target_labels(inputs, shift=False)
+        if not labels.is_floating_point():
+            raise DistillError(
+                f"`labels` has dtype {labels.dtype}, and the labels of a multi-label classifier or a regression "
+                "model are floating-point numbers: convert them, for example with torch.float32."
+            )
+        if TEACHER_INPUT_KEYS[0] in inputs:
+            raise DistillError(
+                f"The batch has {TEACHER_INPUT_KEYS[0]}, another prompt for the teacher, and the targets are whole "
+                "rows: remove these columns."
+            )
+        rows = torch.arange(len(labels), device=labels.device)
+        on_host = _read(numbers) if numbers else {}
+        return cls(labels, rows, rows, labels.shape[:1], row_counts=[1] * len(labels), numbers=on_host)
 
     @classmethod
     def of_counts(

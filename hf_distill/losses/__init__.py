@@ -3,10 +3,12 @@
 from . import analytic_gradients as _analytic_gradients  # registers the analytic gradients
 from . import cross_tokenizer_gradients as _cross_tokenizer_gradients  # likewise
 from .attention import attention_kl, value_relation
+from .bernoulli import bernoulli_kl, binary_cross_entropy
 from .cross_entropy import cross_entropy
 from .cross_tokenizer import alm, projected_kl, uld
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
+from .real_values import margin_mse, mse, squared_error
 from .registry import LOSSES, Loss, get_loss, loss, register_gradient
 
 del _analytic_gradients, _cross_tokenizer_gradients
@@ -17,6 +19,8 @@ __all__ = [
     "adaptive_kl",
     "alm",
     "attention_kl",
+    "bernoulli_kl",
+    "binary_cross_entropy",
     "cross_entropy",
     "forward_kl",
     "get_loss",
@@ -26,11 +30,14 @@ __all__ = [
     "hidden_relation",
     "js",
     "loss",
+    "margin_mse",
+    "mse",
     "projected_kl",
     "register_gradient",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
+    "squared_error",
     "total_variation",
     "uld",
     "value_relation",

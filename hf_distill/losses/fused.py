@@ -17,6 +17,7 @@ gradients of hidden states and weight. Because the loss leaves through the outpu
 gather the head's weight and reduce its gradient as usual.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -38,7 +39,7 @@ from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, n
 from .kernels.row_losses import HeadOutput, RowLosses
 from .kernels.selection import uses_row_kernel
 from .objective import Term
-from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
+from .output_types import DISTRIBUTION_OUTPUTS, OutputType
 
 LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs | AlignedLogits
 LogitChunk: TypeAlias = Tensor | SparseLogProbs | AlignedLogits
@@ -58,6 +59,7 @@ class ChunkedLoss:
     chunk_tokens:     target tokens in a chunk; None for as many as `auto_chunk_tokens` returns
     num_items:        divisor of the sum, number of target tokens of the global batch; None for T
     per_token:        name -> [T], set by `run_chunks`: the terms (scaled, not weighted) and the statistics
+    output_type:      what the outputs of the models are, which decides the statistics
     """
 
     teacher_logits: OneTeacherLogits | MultiTeacherLogits | None
@@ -67,6 +69,7 @@ class ChunkedLoss:
     chunk_tokens: int | None = None
     num_items: Tensor | int | None = None
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    output_type: OutputType = DISTRIBUTION_OUTPUTS
 
     def __post_init__(self) -> None:
         self._buffer_pool = BufferPool()
@@ -144,7 +147,7 @@ class ChunkedLoss:
             if isinstance(source, LazyLogits):
                 source.check_weight()
         dtype = compute_dtype(_values(student_logits))
-        chunk_tokens = self.chunk_tokens or _auto_chunk_tokens(student_logits, sources, dtype)
+        chunk_tokens = self._whole_groups(self.chunk_tokens or _auto_chunk_tokens(student_logits, sources, dtype))
         teacher_logits = self.logits_by_teacher(chunk_tokens)
         chunk_ranges = cut_rows(num_tokens, chunk_tokens, aligned_only(teacher_logits))
         buffer_rows = max((rows.stop - rows.start for rows in chunk_ranges), default=0)
@@ -224,11 +227,20 @@ class ChunkedLoss:
             scaling: of the student logits.
         """
         size = block_rows(student_chunk.shape[1] * student_chunk.element_size(), student_chunk.device.type)
-        for block in cut_rows(len(student_chunk), size, aligned_only(teacher_chunks)):
+        for block in cut_rows(len(student_chunk), self._whole_groups(size), aligned_only(teacher_chunks)):
             teacher_blocks = {name: _slice(chunk, block) for name, chunk in teacher_chunks.items()}
             gradients = self._run_block(student_chunk[block], teacher_blocks, start + block.start, gradient is not None)
             if gradient is not None:
                 _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
+
+    @property
+    def rows_together(self) -> int:
+        """Number of consecutive targets that the losses read together."""
+        return math.lcm(*(term.loss.rows_together for term in self.terms))
+
+    def _whole_groups(self, size: int) -> int:
+        """Return a number of targets near `size` that divides no group of targets that a loss reads together."""
+        return max(size - size % self.rows_together, self.rows_together)
 
     def _row_losses(self, student_logits: DenseLogits | LazyLogits) -> RowLosses | None:
         """Return the terms and statistics for the Triton kernel; None if it does not compute them."""
@@ -246,9 +258,9 @@ class ChunkedLoss:
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
         names = [term.name for term in self.terms]
         if self.statistics_every:
-            names += STUDENT_METRICS
+            names += self.output_type.student_metrics
             first_teacher = next(iter(logits_by_teacher(self.teacher_logits).values()), None)
-            names += PAIR_METRICS if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
+            names += self.output_type.pair_metrics if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
             if isinstance(first_teacher, CrossTokenizerLogits):
                 names += () if _is_sparse(first_teacher) else CHUNK_METRICS
                 names += CHUNK_TOTALS if self.statistics_every == 1 and first_teacher.chunk_bytes is not None else ()
@@ -325,7 +337,7 @@ class ChunkedLoss:
         student_only = student_only.slice(sampled)
         block = None if block is None or block.sparse_teacher else block.slice(sampled, student_only)
         stored = slice(rows.start + sampled.start, rows.stop, self.statistics_every)
-        for name, values in token_metrics(student_only, block).items():
+        for name, values in self.output_type.metrics(student_only, block).items():
             self._store(name, stored, values)
 
 

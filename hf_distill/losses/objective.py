@@ -23,7 +23,7 @@ from .registry import FEATURE_OPTIONS
 
 # Names of other values that are logged for each target token; no term may have one of them.
 RESERVED_NAMES = (
-    *("kl", "agreement", "accuracy", "measured", "target_tokens", "aux", "peer_aux"),
+    *("kl", "agreement", "teacher_mse", "accuracy", "measured", "target_tokens", "aux", "peer_aux"),
     *("student_ce", "student_entropy", "teacher_ce", "teacher_entropy"),
     *("measured_chunks", "chunk_kl", "chunk_agreement", "chunk_bytes", "student_chunk_nats", "teacher_chunk_nats"),
 )
@@ -67,10 +67,10 @@ class Term:
             DistillError: the loss function returns another shape.
         """
         values = self.loss.function(student, teacher, targets, **self.options)
-        if values.shape != targets.labels.shape:
+        if values.shape != (len(targets),):
             raise DistillError(
                 f"Loss {self.loss.name!r} returned shape {tuple(values.shape)}; it must return one number for each "
-                f"target token, shape {tuple(targets.labels.shape)}, neither summed nor averaged."
+                f"target token, shape {(len(targets),)}, neither summed nor averaged."
             )
         return values * self.temperature_squared
 
@@ -115,15 +115,17 @@ def objective(
     divergence: str | dict = DIVERGENCE,
     losses: Iterable[dict] = (),
     label_smoothing: float = 0.0,
+    hard_loss: str = "cross_entropy",
 ) -> list[Term]:
     """Build the terms of `alpha * soft + (1 - alpha) * hard + sum(weight * others)`.
 
     Args:
-        alpha: weight of the soft term (the divergence), in [0, 1]; the hard term (cross entropy) has 1 - alpha.
+        alpha: weight of the soft term (the divergence), in [0, 1]; the hard term has 1 - alpha.
         temperature: T of the soft term, and of other terms that have a temperature and do not set it.
         divergence: name of the soft term's loss, or `{name, **options}`.
         losses: other terms, each `{name, weight, **options}`; with several teachers also `teacher`.
         label_smoothing: of the hard term, in [0, 1].
+        hard_loss: name of the hard term's loss, cross entropy or that of another output type.
 
     Returns:
         the soft term, the hard term, the other terms.
@@ -141,7 +143,13 @@ def objective(
     raise_if_any(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
     soft = divergence if isinstance(divergence, dict) else {"name": divergence}
     specs = [{**soft, "weight": alpha}, *losses]
-    terms = [Term("hard", get_loss("cross_entropy"), 1 - alpha, {"label_smoothing": label_smoothing})]
+    hard, smoothing = get_loss(hard_loss), {"label_smoothing": label_smoothing}
+    if label_smoothing and "label_smoothing" not in hard.options:
+        problems.append(
+            f"label_smoothing_factor is {label_smoothing}, and the hard loss {hard_loss} has no label smoothing: set "
+            "it to 0"
+        )
+    terms = [Term("hard", hard, 1 - alpha, smoothing if "label_smoothing" in hard.options else {})]
     for i, spec in enumerate(specs):
         with collect_errors(problems):
             terms.append(_term(spec, temperature, "soft" if i == 0 else None))

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..core.loss_kinds import CHUNKS, FEATURES
+from ..core.loss_kinds import CHUNKS, DISTRIBUTION, FEATURES, OUTPUTS
 from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, raise_if_any
 
@@ -29,6 +29,8 @@ class Loss:
     sparse_gradient_fn: analytic gradient with a sparse teacher; None uses autograd
     project:            whether a projector maps the student's hidden states to the teacher's width first
     limits:             name -> range of an option, as keys of JSON Schema; see `core/options.py`
+    outputs:            of a loss on logits or labels: one of `OUTPUTS`, what the outputs of the models are
+    rows_together:      number of consecutive targets that the function reads together, from a multiple of it on
     """
 
     name: str
@@ -40,6 +42,8 @@ class Loss:
     sparse_gradient_fn: Callable[..., tuple[Tensor, Tensor]] | None = None
     project: bool = False
     limits: Limits = dataclasses.field(default_factory=dict)
+    outputs: str = DISTRIBUTION
+    rows_together: int = 1
 
     @property
     def option_schemas(self) -> dict[str, dict[str, object]]:
@@ -60,6 +64,10 @@ class Loss:
     def compares_chunks(self) -> bool:
         """Whether the loss is for a teacher of another tokenizer."""
         return any(kind in CHUNKS for kind in self.compares)
+
+    def fits(self, outputs: str) -> bool:
+        """Whether the loss is defined for models with these outputs, one of `OUTPUTS`; losses on features fit all."""
+        return self.feature is not None or self.outputs == outputs
 
     def check(self, options: Mapping[str, object]) -> None:
         """Check the names, types and ranges of options.
@@ -88,6 +96,8 @@ def loss(
     paper: str = "",
     project: bool = False,
     limits: Limits | None = None,
+    outputs: str = DISTRIBUTION,
+    rows_together: int = 1,
 ) -> Callable[[Callable], Callable]:
     """Register a loss: `@loss("my_kl", compares=("logits",), paper="1503.02531")`.
 
@@ -114,12 +124,17 @@ def loss(
         paper: arXiv id.
         project: whether a projector maps the student's hidden states to the teacher's width first.
         limits: ranges of options, such as `{"beta": {"minimum": 0}}`; configs and recipes are checked against them.
+        outputs: what the outputs of the models are: "distribution" over ids or classes, or "bernoullis", one for each
+            label of a multi-label classifier, or "real_values". Losses on features ignore it.
+        rows_together: number of consecutive targets that the function compares with each other; the fused loss then
+            calls it with a multiple of this number, counted from the first target of the batch.
 
     Returns:
         a decorator that returns the function unchanged.
 
     Raises:
-        DistillError: the name is used already or no identifier, `compares` is unknown, or the function has `**kwargs`.
+        DistillError: the name is used already or no identifier, `compares` or `outputs` is unknown, or the
+            function has `**kwargs`.
     """
     if not name.isidentifier():
         raise DistillError(
@@ -131,6 +146,9 @@ def loss(
         raise DistillError(
             f"Loss {name!r} has compares={compares}; give an empty tuple, or one of: {', '.join(kinds)}."
         )
+
+    if outputs not in OUTPUTS:
+        raise DistillError(f"Loss {name!r} has outputs={outputs!r}; give one of: {', '.join(OUTPUTS)}.")
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())[3:]
@@ -145,7 +163,17 @@ def loss(
         ranges = {"temperature": POSITIVE, **(limits or {})}
         if unknown := ranges.keys() - options.keys() - {"temperature"}:
             raise DistillError(f"Loss {name!r} has limits for {', '.join(sorted(unknown))}, which it does not take.")
-        LOSSES[name] = Loss(name, function, tuple(compares), paper, options, project=project, limits=ranges)
+        LOSSES[name] = Loss(
+            name,
+            function,
+            tuple(compares),
+            paper,
+            options,
+            project=project,
+            limits=ranges,
+            outputs=outputs,
+            rows_together=rows_together,
+        )
         return function
 
     return register

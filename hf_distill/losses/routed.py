@@ -10,6 +10,7 @@ from ..core.targets import Targets
 from ..core.teacher_logits import OneTeacherLogits, RoutedLogits, TeacherLogits
 from .fused import ChunkedLoss, OnGradient
 from .objective import Term
+from .output_types import DISTRIBUTION_OUTPUTS, OutputType
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS
 
 
@@ -20,10 +21,19 @@ def loss_on_logits(
     statistics_every: int = 0,
     chunk_tokens: int | None = None,
     num_items: Tensor | int | None = None,
+    output_type: OutputType = DISTRIBUTION_OUTPUTS,
 ) -> ChunkedLoss:
     """Return the loss on the logits of a batch, see `ChunkedLoss`; a `RoutedLoss` for `RoutedLogits`."""
-    loss = RoutedLoss if isinstance(teacher_logits, RoutedLogits) else ChunkedLoss
-    return loss(teacher_logits, targets, terms, statistics_every, chunk_tokens, num_items)  # type: ignore[arg-type]
+    loss: type[ChunkedLoss] = RoutedLoss if isinstance(teacher_logits, RoutedLogits) else ChunkedLoss
+    return loss(
+        teacher_logits,  # type: ignore[arg-type]
+        targets,
+        terms,
+        statistics_every,
+        chunk_tokens,
+        num_items,
+        output_type=output_type,
+    )
 
 
 class RoutedLoss(ChunkedLoss):

@@ -11,7 +11,9 @@ from .analytic_gradients import BlockLogits
 STUDENT_METRICS = ("measured", "student_ce", "student_entropy", "accuracy")
 PAIR_METRICS = ("kl", "agreement", "teacher_ce", "teacher_entropy")
 
-_SMALLER_IS_BETTER = re.compile(r"(.+_)?(loss|kl|perplexity|bits_per_byte)|(.+_)?(hard|soft)(_\w+)?_loss_.+")
+_SMALLER_IS_BETTER = re.compile(
+    r"(.+_)?(loss|kl|perplexity|bits_per_byte|teacher_mse)|(.+_)?(hard|soft)(_\w+)?_loss_.+"
+)
 _GREATER_IS_BETTER = re.compile(r"(.+_)?(agreement|mean_token_accuracy)")
 _NEITHER_IS_BETTER = re.compile(r"(.+_)?(student|teacher)_entropy")
 

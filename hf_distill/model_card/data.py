@@ -45,6 +45,7 @@ class ObjectiveFacts(TypedDict, total=False):
     temperature: float
     alpha: float
     divergence: str | Mapping[str, object]
+    hard_loss: str
     losses: Sequence[Mapping[str, JSON]] | None
 
 

@@ -86,9 +86,10 @@ def _objective_lines(objective: ObjectiveFacts) -> list[str]:
     loss = LOSSES.get(_name(objective["divergence"]))
     is_of_chunks = loss is not None and loss.compares_chunks
     has_temperature = loss is None or "temperature" in loss.options
+    hard_loss = str(objective.get("hard_loss", "cross_entropy")).replace("_", " ")
     scale, temperature = (" · T²", f", with T = {objective['temperature']:g}") if has_temperature else ("", "")
     lines = [
-        f"Objective: {soft:g}{scale} · {soft_term} + {hard:g} · cross entropy{terms}{temperature}, averaged over the "
+        f"Objective: {soft:g}{scale} · {soft_term} + {hard:g} · {hard_loss}{terms}{temperature}, averaged over the "
         "target tokens of the global batch."
     ]
     if is_of_chunks:

@@ -7,6 +7,7 @@ refused if its loss fails, or contains losses that cannot be separated from its 
 """
 
 import inspect
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +21,19 @@ import numpy
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from ..core.logits import DenseLogits
+from ..core.signals import Signals
 from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import DistillError
+from ..losses.registry import get_loss
 from .model_call import named_outputs
-from .model_types import unwrap_model, unwrap_parallel
+from .model_types import model_type_of, unwrap_model, unwrap_parallel
 from .module_state import restored_attributes
 
 logger = logging.get_logger(__name__)
@@ -297,9 +301,13 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
         return True if replaced else None
     logits, model_loss = first_targets.gather_logits(outputs["logits"]), losses.added_by_model
     assert model_loss is not None
-    plain = float(cross_entropy(logits.double(), first_targets.labels.to(logits.device)))
+    hard_loss = get_loss(model_type_of(model).output_type.hard_loss)
+    signals = Signals(DenseLogits(logits.double().to(first_targets.labels.device)))
+    plain = float(hard_loss.function(signals, None, first_targets).mean())
     rounding = max(_ROUNDING, 8 * torch.finfo(model_loss.dtype).eps) * abs(plain)
     value, recorded = float(model_loss), float(added)
+    if not (math.isfinite(value) and math.isfinite(plain)):  # the step reports what is not finite
+        return True if replaced else None
     if replaced and abs(value - plain - recorded) <= max(rounding, _RELATIVE_TOLERANCE * (abs(value) + abs(recorded))):
         return True
     if abs(value - plain) <= rounding:

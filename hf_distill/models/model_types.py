@@ -1,4 +1,4 @@
-"""The types of models that can be distilled: causal, masked, sequence-to-sequence, and two types of classifiers.
+"""The types of models that can be distilled: causal, masked, sequence-to-sequence, classifiers, and regression models.
 
 The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
 position. The classes of a classifier are treated as a small vocabulary.
@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
 from ..errors import DistillError
+from ..losses.output_types import BERNOULLI_OUTPUTS, DISTRIBUTION_OUTPUTS, REAL_VALUE_OUTPUTS, OutputType
 from .label_shift import loss_shifts_labels
 
 
@@ -26,6 +27,7 @@ class ModelType:
     pipeline:      pipeline tag of the Hub
     shifts_labels: whether the model's loss shifts labels; for `CAUSAL`, the default if it cannot be measured
     vocabulary:    whether V is the size of a tokenizer's vocabulary, and not a number of classes
+    output_type:   what the outputs are, which decides the losses, the targets and the metrics
     """
 
     name: str
@@ -33,6 +35,7 @@ class ModelType:
     pipeline: str
     shifts_labels: bool
     vocabulary: bool
+    output_type: OutputType = DISTRIBUTION_OUTPUTS
 
     def num_outputs(self, model: PreTrainedModel) -> int:
         """Return V, the number of ids or classes that a model without wrappers predicts."""
@@ -62,6 +65,8 @@ SEQUENCE = ModelType(
     shifts_labels=False,
     vocabulary=False,
 )
+MULTI_LABEL = replace(SEQUENCE, name="multi-label classifier", output_type=BERNOULLI_OUTPUTS)
+REGRESSION = replace(SEQUENCE, name="regression model", output_type=REAL_VALUE_OUTPUTS)
 TOKEN = ModelType(
     "token classifier", "AutoModelForTokenClassification", "token-classification", shifts_labels=False, vocabulary=False
 )
@@ -144,7 +149,7 @@ def model_type_of(model: nn.Module) -> ModelType:
             f"Use a transformers model ({names}; the model itself, not a module around it), derive "
             "a teacher from hf_distill.Teacher, or train without a teacher."
         )
-    check_has_classes(type(model).__name__, model_type, config)
+    model_type = with_config(model_type, config, type(model).__name__)
     if model_type in (CAUSAL, SEQ2SEQ):
         if getattr(config, "is_encoder_decoder", False):
             return SEQ2SEQ
@@ -153,24 +158,39 @@ def model_type_of(model: nn.Module) -> ModelType:
     return model_type
 
 
-def check_has_classes(name: str, model_type: ModelType, config: PretrainedConfig | None) -> None:
-    """Check that the outputs of a classifier are a distribution over classes.
+def with_config(model_type: ModelType, config: PretrainedConfig | None, name: str) -> ModelType:
+    """Return the type of a model of a class for its config: `problem_type` says what a classifier predicts.
 
     Args:
-        name: name of its class, for the error message.
-        model_type: type of the model.
+        model_type: type of the models of the class.
         config: config of the model.
+        name: name of the model, for the error message.
 
     Raises:
-        DistillError: it is configured for regression or for several labels at once.
+        DistillError: it is a token classifier that is configured for regression or several labels.
     """
     problem = getattr(config, "problem_type", None)
-    one_output = model_type is SEQUENCE and getattr(config, "num_labels", 2) == 1
-    if not model_type.vocabulary and (problem in ("regression", "multi_label_classification") or one_output):
+    if model_type is SEQUENCE and problem == "multi_label_classification":
+        return MULTI_LABEL
+    if model_type is SEQUENCE:
+        is_default = problem is None and getattr(config, "num_labels", 2) == 1  # the default of transformers
+        return REGRESSION if problem == "regression" or is_default else SEQUENCE
+    if not model_type.vocabulary and problem in ("regression", "multi_label_classification"):
         raise DistillError(
-            f"{name} is configured for {problem or 'regression'}: its outputs are no distribution over classes. Use "
+            f"{name} is a {model_type.name} and is configured for {problem}, which is for sequence classifiers. Use "
             "single-label classification, or train it without a teacher."
         )
+    return model_type
 
 
-MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, TOKEN)
+def how_to_match(teacher: ModelType, student: ModelType) -> str:
+    """Return what to do about a teacher and a student of different types, for an error message."""
+    if teacher.auto_class == student.auto_class:
+        return (
+            "set the same problem_type in both configs (single_label_classification, multi_label_classification "
+            "or regression), as both were trained."
+        )
+    return "use two models of the same type."
+
+
+MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN)

@@ -12,6 +12,7 @@ _NAMES = {int: "integer", float: "number", str: "string", bool: "boolean", list:
 
 def schema() -> dict[str, object]:
     """Build the JSON Schema of recipes from the pydantic model, TrainingArguments and the registered losses."""
+    from ..core.loss_kinds import DISTRIBUTION
     from ..losses.registry import LOSSES
     from .schema import Recipe
 
@@ -26,6 +27,7 @@ def schema() -> dict[str, object]:
     result["$defs"]["LossSpec"]["x-losses"] = {
         name: {"compares": next(iter(loss.compares), None), "options": loss.option_schemas}
         for name, loss in sorted(LOSSES.items())
+        if loss.fits(DISTRIBUTION)  # recipes train language models only
     }
     return result
 

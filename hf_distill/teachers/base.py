@@ -73,6 +73,7 @@ class Teacher(ABC):
     has_full_logits:      whether `forward` returns logits of all ids; False: `SparseLogProbs`
     can_fail:             whether `forward` may raise a RunError during training, as a server can fail; the trainer then
                           ends training on all ranks, with a checkpoint
+    any_output_type:      whether students may predict something else than a distribution over ids or classes
     context_length:       largest number of tokens of a row that `forward` reads, set by `prepare`; None: unknown
     max_wait_seconds:     longest time for which `forward` waits for a server before it fails
     prefetch:             number of batches after the current step for which the trainer calls `start_batch`
@@ -85,6 +86,7 @@ class Teacher(ABC):
     provides_soft_labels: bool = True
     has_full_logits: bool = True
     can_fail: bool = False
+    any_output_type: bool = True
     context_length: int | None = None
     max_wait_seconds: float = 0.0
     prefetch: int = 0

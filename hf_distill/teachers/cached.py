@@ -54,6 +54,7 @@ class CachedTeacher(Teacher):
     """
 
     kind = "cached"
+    any_output_type = False
     prefetch = 1
 
     def __init__(self, path: str, *, source: Teacher | None = None, on_miss: str = "error"):

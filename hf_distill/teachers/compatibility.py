@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data.training_templates import render_probes
 from ..errors import DistillError
 from ..hub import reading
-from ..models.model_types import ModelType, model_type_of, unwrap_model
+from ..models.model_types import ModelType, how_to_match, model_type_of, unwrap_model
 
 logger = logging.get_logger(__name__)
 _OTHER_TOKENIZER = (
@@ -80,7 +80,7 @@ def check_model_types(teacher: ModelType, student: ModelType) -> None:
     """
     if teacher.name != student.name:
         raise DistillError(
-            f"The teacher is a {teacher.name} and the student a {student.name}: use two models of the same type."
+            f"The teacher is a {teacher.name} and the student a {student.name}: {how_to_match(teacher, student)}"
         )
     if teacher.shifts_labels != student.shifts_labels:
         shifting, unshifting = ("teacher", "student") if teacher.shifts_labels else ("student", "teacher")

@@ -13,7 +13,15 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..core.references import path_exists, reference_kind
 from ..errors import DistillError, require_package
 from ..hub import reading
-from ..models.model_types import CAUSAL, SEQ2SEQ, ModelType, check_has_classes, model_type_of_class, unwrap_model
+from ..models.model_types import (
+    CAUSAL,
+    SEQ2SEQ,
+    ModelType,
+    how_to_match,
+    model_type_of_class,
+    unwrap_model,
+    with_config,
+)
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "code_revision")
 _ADAPTER_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -127,17 +135,17 @@ def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig,
     """Check that the class that wrote a checkpoint is of the student's model type.
 
     Raises:
-        DistillError: it is of another model type, or a classifier without classes of which one applies.
+        DistillError: it is of another model type, or of a type that cannot be distilled.
     """
-    check_has_classes(f"The teacher {path}", model_type, config)
     written_by = _written_by(config)
     written_type = None if written_by is None or is_adapter else model_type_of_class(written_by)
     if written_type in (CAUSAL, SEQ2SEQ):
         written_type = SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL
+    written_type = None if written_type is None else with_config(written_type, config, f"The teacher {path}")
     if written_type is not None and written_type.name != model_type.name:
         raise DistillError(
             f"The teacher {path} is a {written_type.name} ({written_by.__name__}) and the student a {model_type.name}: "
-            "use two models of the same type."
+            f"{how_to_match(written_type, model_type)}"
         )
 
 

@@ -43,6 +43,7 @@ class RoutedTeacher(TeacherGroup):
     """
 
     kind = "routed"
+    any_output_type = False
 
     def __init__(self, teachers: Mapping[str, Any], sources: Mapping[str, Sequence[str]] | None = None):
         super().__init__(

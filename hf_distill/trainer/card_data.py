@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sized
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -15,14 +15,11 @@ from ..core.json_types import JSON
 from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
-from ..model_card import CardData, ObjectiveFacts, SourceFacts, TeacherFacts, unmeasured
+from ..model_card import CardData, SourceFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, RemoteTeacher, Teacher
 from ..teachers.group import teachers_by_name
 from .config import DistillArguments
-
-# Name of a teacher -> its kind, model, revision or number of parameters, and license.
-_OBJECTIVE = {"temperature": "temperature", "alpha": "alpha", "divergence": "soft_loss", "losses": "losses"}
 
 
 def trainer_card_data(
@@ -44,12 +41,20 @@ def trainer_card_data(
     chat_template = getattr(trainer.processing_class, "chat_template", None)
     adapters = hasattr(unwrap_parallel(student), "peft_config")
     objective_args = args if isinstance(args, DistillArguments) else DistillArguments()
+    model_type = model_type_of(student)
+    output_type = model_type.output_type
     return CardData(
         repo=repo,
-        task=model_type_of(student).pipeline,
+        task=model_type.pipeline,
         student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
-        objective=cast(ObjectiveFacts, {key: getattr(objective_args, name) for key, name in _OBJECTIVE.items()}),
+        objective={
+            "temperature": objective_args.temperature,
+            "alpha": objective_args.alpha,
+            "divergence": cast("str | dict[str, object]", objective_args.soft_loss or output_type.soft_loss),
+            "hard_loss": output_type.hard_loss,
+            "losses": cast(Any, objective_args.losses),
+        },
         data={
             "sources": _sources(datasets),
             "train_rows": _length(trainer.train_dataset),
@@ -133,7 +138,8 @@ def _sources(datasets: Mapping[str, object]) -> dict[str, SourceFacts]:
 # Arguments that a card leaves out: paths, accounts, logging, and values that the card shows elsewhere.
 _EXCLUDED_PREFIXES = (
     *("output", "hub", "push", "logging", "log_", "report", "run_name", "save", "eval", "do_", "project", "trackio"),
-    *("disable_tqdm", "dataloader", "use_cpu", "local_rank", "resume", "deepspeed", "fsdp", *_OBJECTIVE),
+    *("disable_tqdm", "dataloader", "use_cpu", "local_rank", "resume", "deepspeed", "fsdp"),
+    *("temperature", "alpha", "divergence", "losses"),
 )
 
 

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ..core.defaults import ALPHA, DIVERGENCE, MAX_CONSECUTIVE_NONFINITE_STEPS, TEMPERATURE
 from ..errors import DistillError, collect_errors, did_you_mean, raise_if_any
 from ..losses.objective import Term, objective
+from ..losses.output_types import DISTRIBUTION_OUTPUTS, OUTPUT_NAMES, OutputType
 from ..losses.registry import LOSSES
 from ..losses.token_metrics import greater_is_better
 from ..models.projectors import ProjectorConfig
@@ -48,10 +49,12 @@ class DistillArguments:
         },
     )
     divergence: dict | str | None = field(
-        default=DIVERGENCE,
+        default=None,
         metadata={
-            "help": "Divergence between the distributions of teacher and student: the name of a loss, or a dict "
-            f'{{"name": ..., option: ...}}, also as JSON. The default is {DIVERGENCE}.'
+            "help": "Divergence between the outputs of teacher and student: the name of a loss, or a dict "
+            '{"name": ..., option: ...}, also as JSON. The default is None, the loss of the model\'s type: '
+            f"{DIVERGENCE} for distributions over ids or classes, bernoulli_kl for multi-label classifiers, "
+            "mse for regression."
         },
     )
     cross_tokenizer: dict | str | None = field(
@@ -199,9 +202,9 @@ class DistillArguments:
         return []
 
     @property
-    def soft_loss(self) -> dict | str:
-        """The loss of the soft term: `cross_tokenizer` if it is set, else `divergence`."""
-        return self.cross_tokenizer or self.divergence or DIVERGENCE
+    def soft_loss(self) -> dict | str | None:
+        """The loss of the soft term: `cross_tokenizer` if it is set, else `divergence`; None: that of the type."""
+        return self.cross_tokenizer or self.divergence
 
     def _set_greater_is_better(self) -> None:
         """Set `greater_is_better` for a metric of this package if it is not set; transformers chooses for others."""
@@ -209,14 +212,28 @@ class DistillArguments:
         if metric is not None and getattr(self, "greater_is_better", None) is None:
             self.greater_is_better = greater_is_better(metric)
 
-    def terms(self, label_smoothing: float = 0.0) -> list[Term]:
+    def terms(self, label_smoothing: float = 0.0, output_type: OutputType | None = None) -> list[Term]:
         """Return the terms of the objective.
 
         Args:
             label_smoothing: smoothing of the cross entropy on the labels, between 0 and 1.
+            output_type: what the outputs of the student are; None if it is not known yet: losses of every type are
+                accepted, and defaults are those of a distribution.
+
+        Raises:
+            DistillError: a value is out of range, a loss or an option is unknown, or a loss does not fit the outputs.
         """
-        losses = cast("list[dict]", self.losses or [])
-        terms = objective(self.alpha, self.temperature, self.soft_loss, losses, label_smoothing)
+        losses, defaults = cast("list[dict]", self.losses or []), output_type or DISTRIBUTION_OUTPUTS
+        soft_loss = self.soft_loss or defaults.soft_loss
+        terms = objective(self.alpha, self.temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
+        if output_type is not None:
+            problems = output_type.unfitting_losses([term.loss for term in terms])
+            if not output_type.has_temperature and self.temperature != TEMPERATURE:
+                problems.append(
+                    f"temperature is {self.temperature}, and the outputs of the student are "
+                    f"{OUTPUT_NAMES[output_type.outputs]}, which no temperature divides: leave temperature out"
+                )
+            raise_if_any(problems)
         if self.cross_tokenizer is None and (of_chunks := [t.loss.name for t in terms if t.loss.compares_chunks]):
             raise DistillError(
                 f"{', '.join(of_chunks)} compares spans of text with a teacher of another tokenizer, and "

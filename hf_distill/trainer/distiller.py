@@ -53,7 +53,8 @@ class Distiller:
     A call runs these steps:
 
     1. `StepInputs.read` finds the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
-       the batch; without a Trainer it shifts the labels.
+       the batch; without a Trainer it shifts the labels. What a target is depends on the student's output type
+       (`losses/output_types.py`): for a multi-label classifier it is a row.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient. It
        reads `teacher_input_ids` if the batch has them: another prompt before the same target tokens, or the same text
        in the tokens of another tokenizer (`CrossTokenizerTeacher`).
@@ -117,14 +118,15 @@ class Distiller:
                 entropies of both models, of every n-th target token (0 disables, 1 is every token).
 
         Raises:
-            DistillError: labels are missing, are not ids, or are outside the student's vocabulary; or a classifier's
-                teacher predicts another number of classes.
+            DistillError: labels are missing, do not fit the outputs of the student, or are outside its vocabulary; or
+                a classifier's teacher predicts another number of classes.
         """
         model = unwrap_model(student)
         model_type = model_type_of(model)
         num_outputs = model_type.num_outputs(model)
-        step = StepInputs.read(inputs, teacher, self.features, model_type.shifts_labels)
-        step.targets.check_ids(num_outputs)
+        output_type = model_type.output_type
+        step = StepInputs.read(inputs, teacher, self.features, model_type)
+        output_type.check_labels(step.targets, num_outputs)
         joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
 
         inputs, targets, feature_tokens = step.inputs, step.targets, step.feature_tokens
@@ -135,14 +137,20 @@ class Distiller:
             feature_tokens = self.features.tokens(inputs, targets)
 
         chunked_loss = loss_on_logits(
-            teacher_signals.logits, targets, self._logit_terms, statistics_every, self.chunk_tokens, num_items
+            teacher_signals.logits,
+            targets,
+            self._logit_terms,
+            statistics_every,
+            self.chunk_tokens,
+            num_items,
+            output_type,
         )
         feature_loss = FeatureLoss(self.features.terms, teacher_signals.features, feature_tokens, targets, num_items)
 
         def before_loss(student_logits: LazyLogits | DenseLogits) -> Tensor | None:
             """Run a jointly trained teacher and check the logits; called in the student's forward, before the loss."""
             if student_logits.vocab_size < num_outputs:  # a config can declare more classes than there are logits
-                targets.check_ids(student_logits.vocab_size)
+                output_type.check_labels(targets, student_logits.vocab_size)
             teacher_loss, signals = None, teacher_signals
             if joint_step is not None:
                 teacher_loss = joint_step(student_logits)

@@ -16,7 +16,7 @@ from .distiller import StepOutput
 from .source_metrics import average_by_source
 
 logger = logging.get_logger(__name__)
-_STATISTICS = ("kl", "agreement", "teacher_entropy", "student_entropy")  # computed at temperature 1
+_STATISTICS = ("kl", "agreement", "teacher_mse", "teacher_entropy", "student_entropy")  # computed at temperature 1
 _NO_TARGETS = "no target token (every label is -100)"
 _CHECK_LABELS = "Check the labels: rows may be truncated before their targets begin."
 TRAIN_STATISTICS_EVERY = 4  # training computes the statistics of every fourth target token, evaluation of all

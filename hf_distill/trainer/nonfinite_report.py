@@ -42,7 +42,7 @@ class NonFiniteToken:
     rank, micro_batch, row: where it was in the step, counted from 0
     example:  key of its example (see `cache.example_keys`), the same in every epoch, order and run
     position: its position in the row
-    token:    the label, a token id
+    token:    the label, a token id; None if the target is a row with real numbers as labels
     text:     the decoded token; empty without a tokenizer
     values:   name of a term -> its loss for this token
     """
@@ -52,7 +52,7 @@ class NonFiniteToken:
     row: int
     example: str
     position: int
-    token: int
+    token: int | None
     text: str
     values: dict[str, str]
 
@@ -91,7 +91,8 @@ class NonFiniteReport:
             f"{', '.join(self.nonfinite_terms)}: not finite for {self.num_nonfinite_tokens} of {self.num_tokens} tokens"
         )
         text = f" {first.text!r}" if first.text else ""
-        message += f"; first for token {first.token}{text} at position {first.position} of example {first.example}"
+        token = "" if first.token is None else f"token {first.token}{text} at position {first.position} of "
+        message += f"; first for {token}example {first.example}"
         message += f" (rank {first.rank}, micro-batch {first.micro_batch}, row {first.row})"
         if self.finite_terms:
             message += f"; {', '.join(self.finite_terms)} {'is' if len(self.finite_terms) == 1 else 'are'} finite there"
@@ -120,7 +121,7 @@ def locate_nonfinite_tokens(
     for number, micro_batch in enumerate(micro_batches):
         targets = micro_batch.targets
         num_tokens += len(targets)
-        values = {name: value for name, value in micro_batch.per_token.items() if value.shape == targets.labels.shape}
+        values = {name: value for name, value in micro_batch.per_token.items() if value.shape == (len(targets),)}
         is_nonfinite = torch.zeros(len(targets), dtype=torch.bool, device=targets.labels.device)
         for value in values.values():
             is_nonfinite |= ~value.isfinite()
@@ -130,10 +131,13 @@ def locate_nonfinite_tokens(
         width = targets.shape[1] if len(targets.shape) > 1 else 1
         for t in indices[: _MAX_REPORTED - len(tokens)]:
             key = next((e.key.hex() for e in examples if e.target_slice.start <= t < e.target_slice.stop), "")
-            token, position = int(targets.labels[t]), int(targets.positions[t]) % width
+            token = None if targets.labels.is_floating_point() else int(targets.labels[t])
+            position = int(targets.positions[t]) % width
             row = int(targets.batch_rows[t])
             losses = {name: str(float(value[t])) for name, value in values.items()}
-            tokens.append(NonFiniteToken(rank, number, row, key, position, token, decode(token), losses))
+            tokens.append(
+                NonFiniteToken(rank, number, row, key, position, token, "" if token is None else decode(token), losses)
+            )
     return tokens, num_nonfinite, num_tokens
 
 

@@ -19,6 +19,7 @@ from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, logits_b
 from ..errors import RunError
 from ..losses.fused import ChunkedLoss, LogitSource
 from ..losses.objective import Term
+from ..losses.output_types import OutputType
 from ..losses.routed import RoutedLoss
 from ..models.model_types import model_type_of
 from ..models.output_head import LogitSample, forget_output_head, known_output_head
@@ -40,12 +41,14 @@ class SelfCheck:
     distill_args: the arguments that define the objective
     inputs:       the batch of the collator
     shift:        whether the logits at position i predict the label at i + 1
+    output_type:  what the outputs of the student are
     student, teacher: the models whose unmodified logits are compared too; None compares none
     """
 
     distill_args: DistillArguments
     inputs: dict
     shift: bool
+    output_type: OutputType
     student: nn.Module | None = None
     teacher: nn.Module | None = None
 
@@ -69,7 +72,8 @@ class SelfCheck:
             if model is not None:
                 forget_output_head(model)
         check_student_ids(student, inputs)
-        return cls(distill_args, inputs, model_type_of(student).shifts_labels, student, teacher_model)
+        model_type = model_type_of(student)
+        return cls(distill_args, inputs, model_type.shifts_labels, model_type.output_type, student, teacher_model)
 
     def __call__(
         self,
@@ -108,7 +112,7 @@ class SelfCheck:
         if self.shift and self._has_labels_of_collator():
             is_target = self.inputs["shift_labels"] != IGNORE_INDEX
         else:
-            labels, mask = self.inputs["labels"], self.inputs.get("attention_mask")
+            labels, mask = self.output_type.countable_labels(self.inputs, False), self.inputs.get("attention_mask")
             is_target = labels != IGNORE_INDEX
             if self.shift:
                 is_target = is_target[..., 1:]
@@ -169,6 +173,7 @@ class SelfCheck:
         samples = [student] if teacher is None else [student, teacher]
         count = min(len(chunked_loss.targets), *(len(sample.logits) for sample in samples))
         by_teacher = chunked_loss.logits_by_teacher(NUM_TOKENS)
+        count -= count % chunked_loss.rows_together
         rows, device = slice(count), student_logits.hidden.device
         if chunks := aligned_only(by_teacher):
             rows = cut_rows(len(chunked_loss.targets), count, chunks)[0]
@@ -261,7 +266,8 @@ def _sample_tokens(
     if chunks := aligned_only(teachers):  # whole chunks of the first tokens
         rows = cut_rows(num_tokens, NUM_TOKENS, chunks)[0]
     else:
-        step = max(1, num_tokens // NUM_TOKENS)
+        # Losses that compare targets with each other read consecutive ones.
+        step = max(1, num_tokens // NUM_TOKENS) if chunked_loss.rows_together == 1 else 1
         rows = slice(0, step * NUM_TOKENS, step)
     sampled_loss = replace(
         chunked_loss,

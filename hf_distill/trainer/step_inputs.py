@@ -7,6 +7,7 @@ from ..core.signals import FeatureKey
 from ..core.targets import FeatureTokens, Targets
 from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers, without_teacher_inputs
 from ..models.features import Features
+from ..models.model_types import ModelType
 from ..teachers import Teacher
 
 
@@ -32,22 +33,23 @@ class StepInputs:
     feature_requests: Mapping[FeatureKey, FeatureTokens]
 
     @classmethod
-    def read(cls, inputs: dict, teacher: Teacher, features: Features, shift: bool) -> "StepInputs":
+    def read(cls, inputs: dict, teacher: Teacher, features: Features, model_type: ModelType) -> "StepInputs":
         """Find the target tokens of a batch; all numbers that the host needs are read from the device at once.
 
         Args:
             inputs: the collator's batch.
             teacher: a prepared teacher.
             features: the terms on features.
-            shift: whether the logits at position i predict the label at i + 1.
+            model_type: type of the student, which decides what a target is and whether labels are shifted.
 
         Raises:
-            DistillError: labels are missing or no ids, or the teacher's rows have other target tokens.
+            DistillError: labels are missing or do not fit the type, or the teacher's rows have other target tokens.
         """
-        inputs = teacher.add_inputs(inputs)
+        inputs, shift = teacher.add_inputs(inputs), model_type.shifts_labels
         of_teacher = teacher_inputs(inputs)
         numbers = features.numbers_to_read(of_teacher) | teacher.numbers_to_read(of_teacher, shift)
-        targets = Targets.from_batch(inputs, shift, numbers | teacher_target_numbers(inputs, shift))
+        numbers |= teacher_target_numbers(inputs, shift)
+        targets = model_type.output_type.find_targets(inputs, shift, numbers)
         if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
             inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
         feature_tokens = tokens_of_teacher = features.tokens(inputs, targets)

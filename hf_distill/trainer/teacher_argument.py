@@ -11,7 +11,8 @@ from transformers.utils import logging
 from ..core.targets import TEACHER_INPUT_KEYS
 from ..data.teacher_column import check_teacher_column
 from ..errors import DistillError, raise_if_any
-from ..models.model_types import unwrap_model
+from ..losses.output_types import DISTRIBUTION_OUTPUTS
+from ..models.model_types import model_type_of, unwrap_model
 from ..teachers import (
     CrossTokenizerTeacher,
     FrozenTeacher,
@@ -157,6 +158,7 @@ def prepare_teacher(
     """
     parameters = dict(student.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    raise_if_any(unsupported_output_type(teacher, student))
     teacher.prepare(unwrap_model(student), args.device, tokenizer)
     if shared := shared_with_teacher(student, trained, teacher):
         for name in trained:  # a frozen teacher froze the parameters that it shares with the student
@@ -170,6 +172,19 @@ def prepare_teacher(
     raise_if_any(incompatible_teacher(teacher, args, makes_students))
     if (trained_teacher := find_trained_teacher(teacher)) is not None:
         trained_teacher.adjust_arguments(args)
+
+
+def unsupported_output_type(teacher: Teacher, student: nn.Module) -> list[str]:
+    """Return why a teacher cannot teach a student whose outputs are no distribution over ids or classes."""
+    model_type = model_type_of(student)
+    if model_type.output_type is DISTRIBUTION_OUTPUTS:
+        return []
+    kinds = {type(one).__name__ for one in (teacher, *teachers_by_name(teacher).values()) if not one.any_output_type}
+    return [
+        f"the student is a {model_type.name}, and a {kind} has targets that are tokens or classes only: use a frozen, "
+        "EMA, snapshot, adapter-base or peer teacher, or several of these"
+        for kind in sorted(kinds)
+    ]
 
 
 def check_teacher_prompts(teacher: Teacher, rows: object, name: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term, repeated_names
+from ..losses.output_types import DISTRIBUTION_OUTPUTS, OutputType
 from ..teachers import MultiTeacher, Teacher, TrainableTeacher
 from ..teachers.group import teachers_by_name
 from .config import DistillArguments
@@ -22,18 +23,25 @@ class Objective:
     teacher: list[Term]
 
 
-def build_objective(args: DistillArguments, teacher: Teacher, label_smoothing: float = 0.0) -> Objective:
+def build_objective(
+    args: DistillArguments,
+    teacher: Teacher,
+    label_smoothing: float = 0.0,
+    output_type: OutputType = DISTRIBUTION_OUTPUTS,
+) -> Objective:
     """Build the objective of the arguments for a prepared teacher, and check it against the teacher.
 
     Args:
         args: the arguments of the objective.
         teacher: the teacher, or a `MultiTeacher`, of which each teacher gets its share of the soft term.
         label_smoothing: smoothing of the cross entropy on the labels, between 0 and 1.
+        output_type: what the outputs of the student are, which decides the losses that the arguments leave out.
 
     Raises:
-        DistillError: terms do not work with the teacher, or two terms have one name; the message names all of them.
+        DistillError: terms do not work with the teacher or the output type, or two terms have one name; the
+            message names all of them.
     """
-    soft, hard, *further = args.terms(label_smoothing)
+    soft, hard, *further = args.terms(label_smoothing, output_type)
     shares: Mapping[str | None, float] = {None: 1.0} if teacher.provides_soft_labels else {}
     if isinstance(teacher, MultiTeacher):
         shares = dict(teacher.shares.items())

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..core.aligned_inputs import aligned_names
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.logits import to_host
-from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, target_labels
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX
 from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.features import Features
@@ -204,8 +204,7 @@ class DistillMixin(_Base):
         names = [name for name in batch if name in ANNOUNCED_INPUTS or name in aligned_names(batch)]
         on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
         inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
-        shift = model_type_of(self.model).shifts_labels
-        step = StepInputs.read(inputs, self.teacher, self.distiller.features, shift)
+        step = StepInputs.read(inputs, self.teacher, self.distiller.features, model_type_of(self.model))
         self.teacher.start_batch(step.teacher_inputs, step.teacher_targets, step.feature_requests)
 
     def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,9 +220,10 @@ class DistillMixin(_Base):
     ) -> Tensor | int | None:
         """Shift the labels and count the target tokens of the global batch; the step reads the same `shift_labels`."""
         if self.is_distilling:
-            shift = model_type_of(self.model).shifts_labels
+            model_type = model_type_of(self.model)
+            shift, count = model_type.shifts_labels, model_type.output_type.countable_labels
             batch_samples[:] = [
-                {**batch, "shift_labels": target_labels(batch, shift)} if "labels" in batch else batch
+                {**batch, "shift_labels": count(batch, shift)} if "labels" in batch else batch
                 for batch in batch_samples
             ]
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -306,7 +306,8 @@ class DistillMixin(_Base):
             distill_args: the arguments of the objective.
             renew: whether projectors are initialized again even if the objective needs the same ones as before.
         """
-        objective = build_objective(distill_args, self.teacher, self.args.label_smoothing_factor)
+        output_type = model_type_of(self.model).output_type
+        objective = build_objective(distill_args, self.teacher, self.args.label_smoothing_factor, output_type)
         raise_if_any(incompatible_features(objective.student, self.model, self.teacher, self.args))
         compile_student(self.model, self.args)
         teachers = teachers_by_name(self.teacher)

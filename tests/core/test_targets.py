@@ -47,7 +47,7 @@ def test_logits_of_several_rows_for_one_label_are_refused():
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [({"input_ids": torch.zeros(1, 2)}, "no `labels`"), ({"labels": torch.zeros(2)}, "regression")],
+    [({"input_ids": torch.zeros(1, 2)}, "no `labels`"), ({"labels": torch.zeros(2)}, "problem_type=")],
 )
 def test_batches_without_ids_as_labels_are_refused(batch, message):
     with pytest.raises(DistillError, match=message):

@@ -212,13 +212,13 @@ def test_labels_outside_the_students_vocabulary_raise_an_error():
 
 
 def test_models_without_a_distribution_raise_an_error():
-    from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
+    from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
     with pytest.raises(DistillError, match="none of causal language model"):
         model_type_of(BertForQuestionAnswering(BertConfig(**small)))
-    with pytest.raises(DistillError, match="regression"):
-        model_type_of(BertForSequenceClassification(BertConfig(**small, num_labels=1)))
+    with pytest.raises(DistillError, match="token classifier and is configured for regression"):
+        model_type_of(BertForTokenClassification(BertConfig(**small, problem_type="regression")))
 
 
 class TwoLogits(BertForSequenceClassification):

@@ -44,6 +44,7 @@ class MTPTeacher(TrainableTeacher):
     """
 
     kind = "mtp"
+    any_output_type = False
     trainable_module: MTPHeads
     provides_soft_labels = False
 

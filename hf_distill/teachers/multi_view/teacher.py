@@ -33,6 +33,7 @@ class MultiViewTeacher(SelfTeacher):
     """
 
     kind = "multi_view"
+    any_output_type = False
 
     def __init__(self, view: BatchView | dict, *, view_for: str = "student", processing_class: Any = None):
         self.view = BatchView.parse(view)

@@ -70,6 +70,7 @@ class RemoteTeacher(Teacher):
     """
 
     kind = "remote"
+    any_output_type = False
     can_fail = True
 
     def __init__(

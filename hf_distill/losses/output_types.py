@@ -1,0 +1,164 @@
+"""Output types: what the outputs of a model are, and the losses, targets and metrics that follow from it.
+
+A `ModelType` names its output type. Everything that depends on the type of the outputs is a method or an attribute of
+the classes of this module.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, REAL_VALUES
+from ..core.targets import Targets, target_labels
+from ..errors import DistillError
+from .analytic_gradients import BlockLogits
+from .bernoulli import BERNOULLI_PAIR_METRICS, BERNOULLI_STUDENT_METRICS, bernoulli_metrics
+from .real_values import REAL_VALUE_PAIR_METRICS, REAL_VALUE_STUDENT_METRICS, real_value_metrics
+from .registry import LOSSES, Loss
+from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
+
+OUTPUT_NAMES = {  # for messages
+    DISTRIBUTION: "a distribution over ids or classes",
+    BERNOULLIS: "independent labels",
+    REAL_VALUES: "real values",
+}
+
+
+class OutputType(ABC):
+    """What the outputs of a model are, and the defaults that follow from it.
+
+    outputs:         one of `core.loss_kinds.OUTPUTS`, which the losses of the objective must fit
+    soft_loss:       name of the default loss of the soft term
+    hard_loss:       name of the loss of the hard term, that of the model itself
+    student_metrics: names of the statistics of each target that read the student alone
+    pair_metrics:    names of those that also read a teacher with logits
+    """
+
+    outputs: ClassVar[str]
+    soft_loss: ClassVar[str]
+    hard_loss: ClassVar[str]
+    student_metrics: ClassVar[tuple[str, ...]]
+    pair_metrics: ClassVar[tuple[str, ...]]
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses on logits that fit models of this type."""
+        return [name for name, loss in LOSSES.items() if loss.outputs == self.outputs and loss.compares == ("logits",)]
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether the soft losses of this type have a temperature."""
+        return "temperature" in LOSSES[self.soft_loss].options
+
+    def unfitting_losses(self, losses: Iterable[Loss]) -> list[str]:
+        """Return an error message for each loss that is not defined for models of this type."""
+        return [
+            f"The loss {loss.name} is for {OUTPUT_NAMES[loss.outputs]}, and the student predicts "
+            f"{OUTPUT_NAMES[self.outputs]}: use {' or '.join(self.losses)}"
+            for loss in losses
+            if not loss.fits(self.outputs)
+        ]
+
+    @abstractmethod
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return a tensor with one number for each position that may be a target; -100 marks those that are none."""
+
+    @abstractmethod
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return the targets of a batch; see `Targets.from_batch`."""
+
+    @abstractmethod
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Check the labels against V, the number of outputs of the student."""
+
+    @abstractmethod
+    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+        """Return the statistics of each target of a block; see `token_metrics`."""
+
+
+class Distribution(OutputType):
+    """One distribution over ids or classes for each target token."""
+
+    outputs, soft_loss, hard_loss = DISTRIBUTION, "forward_kl", "cross_entropy"
+    student_metrics, pair_metrics = STUDENT_METRICS, PAIR_METRICS
+
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return the labels, shifted if the model shifts them."""
+        return target_labels(inputs, shift)
+
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return the target tokens of a batch."""
+        return Targets.from_batch(inputs, shift, numbers)
+
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Check that the labels are ids of the student."""
+        targets.check_ids(num_outputs)
+
+    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+        """Return the statistics of each target token."""
+        return token_metrics(student, block)
+
+
+class RowOutputs(OutputType):
+    """Outputs of which the labels are real numbers, so that every row of a batch is a target."""
+
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return a zero for each row, [B]."""
+        labels = target_labels(inputs, shift=False)
+        return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return one target for each row of a batch."""
+        return Targets.of_rows(inputs, numbers)
+
+
+class Bernoullis(RowOutputs):
+    """An independent Bernoulli for each label of a row: multi-label classification."""
+
+    outputs, soft_loss, hard_loss = BERNOULLIS, "bernoulli_kl", "binary_cross_entropy"
+    student_metrics, pair_metrics = BERNOULLI_STUDENT_METRICS, BERNOULLI_PAIR_METRICS
+
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Check that each row has a number for each label.
+
+        Raises:
+            DistillError: the labels have another shape.
+        """
+        if targets.labels.shape[1:] != (num_outputs,):
+            raise DistillError(
+                f"`labels` has shape {tuple(targets.labels.shape)}, and the student predicts {num_outputs} labels for "
+                f"each row: give labels of shape ({len(targets)}, {num_outputs}), 1.0 for each label that applies."
+            )
+
+    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+        """Return the statistics of each row."""
+        return bernoulli_metrics(student, block)
+
+
+class RealValues(RowOutputs):
+    """Real numbers for each row: regression, and rerankers with one score."""
+
+    outputs, soft_loss, hard_loss = REAL_VALUES, "mse", "squared_error"
+    student_metrics, pair_metrics = REAL_VALUE_STUDENT_METRICS, REAL_VALUE_PAIR_METRICS
+
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Check that each row has a number for each output.
+
+        Raises:
+            DistillError: the labels have another shape.
+        """
+        if targets.labels.numel() != len(targets) * num_outputs:
+            raise DistillError(
+                f"`labels` has shape {tuple(targets.labels.shape)}, and the student predicts {num_outputs} numbers for "
+                f"each row: give labels of shape ({len(targets)}, {num_outputs})."
+            )
+
+    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+        """Return the statistics of each row."""
+        return real_value_metrics(student, block)
+
+
+DISTRIBUTION_OUTPUTS, BERNOULLI_OUTPUTS, REAL_VALUE_OUTPUTS = Distribution(), Bernoullis(), RealValues()
