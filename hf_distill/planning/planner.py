@@ -185,10 +185,9 @@ def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, 
         strategy = Strategy.of_recipe(recipe, max(int(numbers["gpus"]), 1))
     spec = recipe.student
     with collect_errors(problems):
-        of_teacher = recipe.is_cross_tokenizer and recipe.primary_teacher.loaded_model
-        model = of_teacher or recipe.tokenizer_model
-        revision = recipe.primary_teacher.revision if of_teacher else recipe.tokenizer_revision
-        teacher = model_config(model, revision)
+        of_teacher = recipe.primary_teacher.loaded_model if recipe.is_cross_tokenizer else None
+        revision = recipe.tokenizer_revision if of_teacher is None else recipe.primary_teacher.revision
+        teacher = model_config(of_teacher or recipe.tokenizer_model, revision)
         student = teacher if spec.from_teacher is None else _prune_config(spec.from_teacher, teacher)
     if spec.model is not None and spec.from_teacher is None:
         with collect_errors(problems):

@@ -21,7 +21,7 @@ def teacher_token_ratio(recipe: Recipe) -> float:
     others = load_teacher_tokenizers(recipe)
     if not others:
         return 1.0
-    names = [spec.name for spec in recipe.teachers] or [None]
+    names: list[str | None] = [spec.name for spec in recipe.teachers] or [None]
     primary = names[[spec.source_teacher for spec in recipe.all_teachers].index(recipe.primary_teacher)]
     other = next(each for each in others if each.name == primary)
     tokenizer = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
