@@ -5,5 +5,5 @@ FEATURES = ("hidden", "attention", "values")
 CHUNK_LOG_PROBS, FIRST_LOGITS = "chunk_log_probs", "first_logits"
 CHUNKS = (CHUNK_LOG_PROBS, FIRST_LOGITS)
 # What the outputs of a model are, and so what its losses are defined for; see `losses/output_types.py`.
-DISTRIBUTION, BERNOULLIS, REAL_VALUES = "distribution", "bernoullis", "real_values"
-OUTPUTS = (DISTRIBUTION, BERNOULLIS, REAL_VALUES)
+DISTRIBUTION, BERNOULLIS, REAL_VALUES, SPANS = "distribution", "bernoullis", "real_values", "spans"
+OUTPUTS = (DISTRIBUTION, BERNOULLIS, REAL_VALUES, SPANS)

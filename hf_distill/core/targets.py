@@ -82,6 +82,7 @@ class Targets:
                     target tokens without a label
     documents:      [B, S] for features: the document of its row that a token belongs to, counted from 1; 0 for padding
     causal:         for features: whether attention is causal
+    allowed:        [T, S] the positions of its row that a start or end of a span may have; None for other targets
     row_counts:     number of target tokens of each batch row, B integers; None if unknown
     label_range:    smallest and largest label; None if unknown
     numbers:        further numbers of the batch that `from_batch` read from the device
@@ -94,6 +95,7 @@ class Targets:
     label_mask: Tensor | None = None
     documents: Tensor | None = None
     causal: bool = False
+    allowed: Tensor | None = None
     row_counts: Sequence[int] | None = None
     label_range: tuple[int, int] | None = None
     numbers: Mapping[str, Sequence[int]] = field(default_factory=lambda: MappingProxyType({}))
@@ -187,6 +189,11 @@ class Targets:
             numbers=numbers,
         )
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether the labels are ids or classes, and not real numbers of a row or positions of a span."""
+        return self.allowed is None and not self.labels.is_floating_point()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -258,8 +265,10 @@ class Targets:
 
     def slice(self, rows: builtins.slice | Tensor) -> "Targets":
         """Return the targets of some of the target tokens."""
-        label_mask = None if self.label_mask is None else self.label_mask[rows]
-        return Targets(self.labels[rows], self.positions[rows], self.batch_rows[rows], self.shape, label_mask)
+        label_mask, allowed = (None if mask is None else mask[rows] for mask in (self.label_mask, self.allowed))
+        return Targets(
+            self.labels[rows], self.positions[rows], self.batch_rows[rows], self.shape, label_mask, allowed=allowed
+        )
 
     def first_rows(self, count: int) -> "Targets":
         """Return the target tokens of the first `count` rows of the batch."""
@@ -282,7 +291,8 @@ class Targets:
         Returns:
             the tokens; `RowPositions` if the batch has no ids, so that S is known only after a model has run.
         """
-        aligned, device = len(self.shape) == 2 and stack != "encoder", self.labels.device
+        device = self.labels.device
+        aligned = len(self.shape) == 2 and self.allowed is None and stack != "encoder"
         ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if aligned and stack == "decoder":
             documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, device)

@@ -10,6 +10,7 @@ from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
 from .real_values import margin_mse, mse, squared_error
 from .registry import LOSSES, Loss, get_loss, loss, register_gradient
+from .spans import span_cross_entropy, span_kl
 
 del _analytic_gradients, _cross_tokenizer_gradients
 
@@ -37,6 +38,8 @@ __all__ = [
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
+    "span_cross_entropy",
+    "span_kl",
     "squared_error",
     "total_variation",
     "uld",

@@ -335,9 +335,10 @@ class ChunkedLoss:
         if sampled.start >= len(student_only.labels):
             return
         student_only = student_only.slice(sampled)
+        targets = self.targets.slice(slice(rows.start + sampled.start, rows.stop, self.statistics_every))
         block = None if block is None or block.sparse_teacher else block.slice(sampled, student_only)
         stored = slice(rows.start + sampled.start, rows.stop, self.statistics_every)
-        for name, values in self.output_type.metrics(student_only, block).items():
+        for name, values in self.output_type.metrics(student_only, block, targets).items():
             self._store(name, stored, values)
 
 

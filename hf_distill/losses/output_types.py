@@ -6,24 +6,34 @@ the classes of this module.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, REAL_VALUES
+from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, REAL_VALUES, SPANS
 from ..core.targets import Targets, target_labels
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits
 from .bernoulli import BERNOULLI_PAIR_METRICS, BERNOULLI_STUDENT_METRICS, bernoulli_metrics
 from .real_values import REAL_VALUE_PAIR_METRICS, REAL_VALUE_STUDENT_METRICS, real_value_metrics
 from .registry import LOSSES, Loss
+from .spans import (
+    SPAN_LABELS,
+    SPAN_PAIR_METRICS,
+    SPAN_STUDENT_METRICS,
+    allowed_positions,
+    span_labels,
+    span_metrics,
+)
 from .token_metrics import PAIR_METRICS, STUDENT_METRICS, token_metrics
 
 OUTPUT_NAMES = {  # for messages
     DISTRIBUTION: "a distribution over ids or classes",
     BERNOULLIS: "independent labels",
     REAL_VALUES: "real values",
+    SPANS: "spans of positions",
 }
 
 
@@ -35,6 +45,7 @@ class OutputType(ABC):
     hard_loss:       name of the loss of the hard term, that of the model itself
     student_metrics: names of the statistics of each target that read the student alone
     pair_metrics:    names of those that also read a teacher with logits
+    label_names:     keys of a batch with the labels
     """
 
     outputs: ClassVar[str]
@@ -42,6 +53,7 @@ class OutputType(ABC):
     hard_loss: ClassVar[str]
     student_metrics: ClassVar[tuple[str, ...]]
     pair_metrics: ClassVar[tuple[str, ...]]
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
 
     @property
     def losses(self) -> list[str]:
@@ -75,7 +87,7 @@ class OutputType(ABC):
         """Check the labels against V, the number of outputs of the student."""
 
     @abstractmethod
-    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each target of a block; see `token_metrics`."""
 
 
@@ -97,7 +109,7 @@ class Distribution(OutputType):
         """Check that the labels are ids of the student."""
         targets.check_ids(num_outputs)
 
-    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each target token."""
         return token_metrics(student, block)
 
@@ -133,7 +145,7 @@ class Bernoullis(RowOutputs):
                 f"each row: give labels of shape ({len(targets)}, {num_outputs}), 1.0 for each label that applies."
             )
 
-    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each row."""
         return bernoulli_metrics(student, block)
 
@@ -156,9 +168,34 @@ class RealValues(RowOutputs):
                 f"each row: give labels of shape ({len(targets)}, {num_outputs})."
             )
 
-    def metrics(self, student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each row."""
         return real_value_metrics(student, block)
 
 
-DISTRIBUTION_OUTPUTS, BERNOULLI_OUTPUTS, REAL_VALUE_OUTPUTS = Distribution(), Bernoullis(), RealValues()
+class Spans(OutputType):
+    """Two distributions over the positions of a row: where an answer starts, and where it ends."""
+
+    outputs, soft_loss, hard_loss = SPANS, "span_kl", "span_cross_entropy"
+    student_metrics, pair_metrics = SPAN_STUDENT_METRICS, SPAN_PAIR_METRICS
+    label_names = SPAN_LABELS
+
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return the positions of starts and ends, [B, 2]."""
+        return span_labels(inputs)
+
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return the starts and ends of a batch as targets, [2 * B] without those outside of their row."""
+        targets = Targets.from_batch({"labels": span_labels(inputs)}, False, numbers)
+        return replace(targets, allowed=allowed_positions(inputs)[targets.batch_rows])
+
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Accept all labels: `span_labels` ignores positions outside of their row."""
+
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
+        """Return the statistics of each start and end."""
+        return span_metrics(student, block, targets)
+
+
+DISTRIBUTION_OUTPUTS, BERNOULLI_OUTPUTS = Distribution(), Bernoullis()
+REAL_VALUE_OUTPUTS, SPAN_OUTPUTS = RealValues(), Spans()

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -18,13 +19,23 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS
 from ..errors import DistillError
+from ..losses.spans import SPAN_LABELS
 from .model_types import model_type_of, unwrap_model
 
 FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed documents
 
 _T = TypeVar("_T")
+_SPAN_LOGITS = ("start_logits", "end_logits")
 _NOT_INPUTS = (
-    *("labels", "shift_labels", "has_labels", "num_items_in_batch", *SECOND_VIEW_KEYS, *TEACHER_INPUT_KEYS),
+    *(
+        "labels",
+        *SPAN_LABELS,
+        "shift_labels",
+        "has_labels",
+        "num_items_in_batch",
+        *SECOND_VIEW_KEYS,
+        *TEACHER_INPUT_KEYS,
+    ),
     TEACHER_INDEX,
 )
 _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
@@ -160,7 +171,8 @@ def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
 
     Args:
         outputs: a ModelOutput, another mapping, a tuple, an object with attributes, or the logits. In a tuple the
-            logits are the first member, or the second after a scalar loss.
+            logits are the first member, or the second after a scalar loss. `start_logits` and `end_logits` [B, S] are
+            stacked to logits [B, 2, S].
         model: the model, for the error message.
 
     Raises:
@@ -179,6 +191,8 @@ def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
         named = dict(zip(getattr(outputs, "_fields", None) or [*first, *rest], outputs, strict=False))
     else:
         named = dict(vars(outputs)) if hasattr(outputs, "__dict__") else {}
+    if "logits" not in named and all(isinstance(named.get(name), Tensor) for name in _SPAN_LOGITS):
+        named["logits"] = torch.stack([named[name] for name in _SPAN_LOGITS], dim=1)  # [B, 2, S]
     logits = named.get("logits")
     if not isinstance(logits, Tensor):
         raise DistillError(
@@ -191,6 +205,13 @@ def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
         if value is not None:
             result[name] = value
     return result
+
+
+def without_stacked_logits(outputs: ModelOutput) -> ModelOutput:
+    """Return outputs without the `logits` that `named_outputs` made of the logits of starts and ends."""
+    if not all(name in outputs for name in _SPAN_LOGITS):
+        return outputs
+    return ModelOutput({name: value for name, value in outputs.items() if name != "logits"})
 
 
 def _accepted(model: nn.Module) -> tuple[frozenset[str], bool]:

@@ -1,4 +1,5 @@
-"""The types of models that can be distilled: causal, masked, sequence-to-sequence, classifiers, and regression models.
+"""The types of models that can be distilled: causal, masked, sequence-to-sequence, classifiers, regression models and
+question answering.
 
 The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
 position. The classes of a classifier are treated as a small vocabulary.
@@ -14,7 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
 from ..errors import DistillError
-from ..losses.output_types import BERNOULLI_OUTPUTS, DISTRIBUTION_OUTPUTS, REAL_VALUE_OUTPUTS, OutputType
+from ..losses.output_types import BERNOULLI_OUTPUTS, DISTRIBUTION_OUTPUTS, REAL_VALUE_OUTPUTS, SPAN_OUTPUTS, OutputType
 from .label_shift import loss_shifts_labels
 
 
@@ -70,10 +71,19 @@ REGRESSION = replace(SEQUENCE, name="regression model", output_type=REAL_VALUE_O
 TOKEN = ModelType(
     "token classifier", "AutoModelForTokenClassification", "token-classification", shifts_labels=False, vocabulary=False
 )
+QUESTION_ANSWERING = ModelType(
+    "question answering model",
+    "AutoModelForQuestionAnswering",
+    "question-answering",
+    shifts_labels=False,
+    vocabulary=False,
+    output_type=SPAN_OUTPUTS,
+)
 
 _BY_CLASS = {
     class_name: model_type
     for names, model_type in (
+        (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, QUESTION_ANSWERING),
         (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, TOKEN),
         (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, SEQUENCE),
         (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, MASKED),
@@ -88,6 +98,7 @@ _BY_LOSS: dict[object, ModelType] = {
     LOSS_MAPPING["ForMaskedLM"]: MASKED,
     LOSS_MAPPING["ForSequenceClassification"]: SEQUENCE,
     LOSS_MAPPING["ForTokenClassification"]: TOKEN,
+    LOSS_MAPPING["ForQuestionAnswering"]: QUESTION_ANSWERING,
 }
 
 
@@ -175,7 +186,7 @@ def with_config(model_type: ModelType, config: PretrainedConfig | None, name: st
     if model_type is SEQUENCE:
         is_default = problem is None and getattr(config, "num_labels", 2) == 1  # the default of transformers
         return REGRESSION if problem == "regression" or is_default else SEQUENCE
-    if not model_type.vocabulary and problem in ("regression", "multi_label_classification"):
+    if model_type is TOKEN and problem in ("regression", "multi_label_classification"):
         raise DistillError(
             f"{name} is a {model_type.name} and is configured for {problem}, which is for sequence classifiers. Use "
             "single-label classification, or train it without a teacher."
@@ -193,4 +204,4 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
     return "use two models of the same type."
 
 
-MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN)
+MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING)

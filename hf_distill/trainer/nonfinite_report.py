@@ -42,7 +42,7 @@ class NonFiniteToken:
     rank, micro_batch, row: where it was in the step, counted from 0
     example:  key of its example (see `cache.example_keys`), the same in every epoch, order and run
     position: its position in the row
-    token:    the label, a token id; None if the target is a row with real numbers as labels
+    token:    the label, a token id; None if the label is no id
     text:     the decoded token; empty without a tokenizer
     values:   name of a term -> its loss for this token
     """
@@ -131,7 +131,7 @@ def locate_nonfinite_tokens(
         width = targets.shape[1] if len(targets.shape) > 1 else 1
         for t in indices[: _MAX_REPORTED - len(tokens)]:
             key = next((e.key.hex() for e in examples if e.target_slice.start <= t < e.target_slice.stop), "")
-            token = None if targets.labels.is_floating_point() else int(targets.labels[t])
+            token = int(targets.labels[t]) if targets.has_ids else None
             position = int(targets.positions[t]) % width
             row = int(targets.batch_rows[t])
             losses = {name: str(float(value[t])) for name, value in values.items()}

@@ -223,7 +223,9 @@ class DistillMixin(_Base):
             model_type = model_type_of(self.model)
             shift, count = model_type.shifts_labels, model_type.output_type.countable_labels
             batch_samples[:] = [
-                {**batch, "shift_labels": count(batch, shift)} if "labels" in batch else batch
+                {**batch, "shift_labels": (labels := count(batch, shift)), "labels": batch.get("labels", labels)}
+                if all(name in batch for name in model_type.output_type.label_names)
+                else batch
                 for batch in batch_samples
             ]
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -297,7 +299,9 @@ class DistillMixin(_Base):
         compile_frozen_teachers(teacher, self.args)
         self._set_objective(distill_args, renew=True)
         self.data_collator = collator_for_models(self)
-        self.label_names = ["labels"]  # the Trainer derives them from the forward, which may name others or none
+        self.label_names = [
+            *model_type_of(self.model).output_type.label_names
+        ]  # the Trainer derives them from the forward, which may name others or none
 
     def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
         """Build the objective and the distiller for the prepared teacher, whose state stays as it is.

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..core.references import path_exists, reference_kind
-from ..models.model_types import unwrap_model
+from ..models.model_types import model_type_of, unwrap_model
 from ..models.placement import is_tensor_parallel
 from ..teachers.loading import env_world_size
 from .compilation import incompatible_compilation
@@ -78,10 +78,12 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
             "context and sequence parallelism split rows over processes, but a teacher needs complete rows. Turn it off"
         )
     problems += incompatible_placement(trainer)
-    if args.label_names is not None and args.label_names != ["labels"]:
+    label_names = [*model_type_of(cast(nn.Module, trainer.model)).output_type.label_names]
+    if args.label_names is not None and sorted(args.label_names) != sorted(label_names):
+        names = " and ".join(f"`{name}`" for name in label_names)
         problems.append(
-            f"label_names is {args.label_names}, but the target tokens are read from `labels`. Rename the column to "
-            "labels and remove label_names"
+            f"label_names is {args.label_names}, but the target tokens are read from {names}. Rename the columns to "
+            f"{' and '.join(label_names)} and remove label_names"
         )
     for name in ("train_dataset", "eval_dataset"):
         data = getattr(trainer, name)
