@@ -284,7 +284,7 @@ def test_incompatible_arguments_raise_an_error_with_the_reason(make_trainer, opt
         ({"alpha": 1.5}, r"alpha is 1.5; it must be a number in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"divergence": "kl"}, "divergence: Unknown loss 'kl'; known: adaptive_kl, forward_kl, js, reverse_kl"),
+        ({"divergence": "kl"}, "divergence: Unknown loss 'kl'; known: adaptive_kl, bernoulli_kl, forward_kl, js"),
         ({"losses": [{"name": "forward_kl", "weight": "much"}]}, "must be a number"),
         ({"divergence": '{"name": "js", "bta": 1}'}, "no option 'bta'; did you mean 'beta'"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
