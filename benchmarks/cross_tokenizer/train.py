@@ -69,12 +69,19 @@ _GOLD = {
 }
 _BAYESIAN = _GOLD | {"uld_token_merge_strategy": "bayesian"}
 _QWEN, _GEMMA = TEACHERS
+_AT_1, _PROJECTED = {"temperature": 1.0}, {"cross_tokenizer": "projected_kl"}
 LOSSES = ("alm", "projected_kl", "uld")
 ARMS = {
     "hard": Arm("hard"),
     "smollm2": Arm("ours", "smollm2"),
-    **{f"qwen_{loss}": Arm("ours", _QWEN, {"cross_tokenizer": loss}) for loss in LOSSES},
-    **{f"gemma_{loss}": Arm("ours", _GEMMA, {"cross_tokenizer": loss}) for loss in LOSSES},
+    **{f"qwen_{loss}": Arm("ours", _QWEN, _AT_1 | {"cross_tokenizer": loss}) for loss in LOSSES},
+    **{f"gemma_{loss}": Arm("ours", _GEMMA, _AT_1 | {"cross_tokenizer": loss}) for loss in LOSSES},
+    **{
+        f"qwen_projected_kl_alpha_{alpha}": Arm("ours", _QWEN, _AT_1 | _PROJECTED | {"alpha": alpha})
+        for alpha in (0.3, 0.8)
+    },
+    "qwen_projected_kl_temperature_2": Arm("ours", _QWEN, _PROJECTED | {"temperature": 2.0}),
+    "qwen_projected_kl_temperature_2_alpha_0.2": Arm("ours", _QWEN, _PROJECTED | {"temperature": 2.0, "alpha": 0.2}),
     **{f"equal_{loss}": Arm("ours", "equal", {"cross_tokenizer": loss}) for loss in LOSSES},
     "gold": Arm("gold", _QWEN, _GOLD),
     "gold_bayesian": Arm("gold", _QWEN, _BAYESIAN),
