@@ -81,7 +81,6 @@ ARMS = {
         for alpha in (0.3, 0.8)
     },
     "qwen_projected_kl_temperature_2": Arm("ours", _QWEN, _PROJECTED | {"temperature": 2.0}),
-    "qwen_projected_kl_temperature_2_alpha_0.2": Arm("ours", _QWEN, _PROJECTED | {"temperature": 2.0, "alpha": 0.2}),
     **{f"equal_{loss}": Arm("ours", "equal", {"cross_tokenizer": loss}) for loss in LOSSES},
     "gold": Arm("gold", _QWEN, _GOLD),
     "gold_bayesian": Arm("gold", _QWEN, _BAYESIAN),
