@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import build
+from tiny import build, collate, speech_rows, whisper
 from transformers import DataCollatorForLanguageModeling
 
 import hf_distill
@@ -48,6 +48,11 @@ def names(tmp_path):
         "second_teacher": build("llama", 2, vocab=vocab),
         "train_rows": Dataset.from_list(rows),
         "eval_rows": Dataset.from_list(rows[:2]),
+        "whisper_teacher": whisper(decoder_layers=3),
+        "speech_rows": speech_rows(),
+        "speech_collator": collate,
+        "processor": None,
+        "word_error_rate": lambda predictions: {"wer": 1.0},
         "batches": [collator([{"input_ids": row["input_ids"]} for row in rows[:2]])],
     }
 

@@ -8,13 +8,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     T5Config,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
     set_seed,
 )
 
 VOCAB = 97
+SPEECH_VOCAB, SPEECH_MELS, SPEECH_FRAMES, SPEECH_LENGTH = 50, 8, 20, 7  # of `whisper` and `speech_rows`
 KINDS = ("llama", "gpt2", "bert", "t5", "sequence", "token")
 
 
@@ -111,6 +115,48 @@ def rows(kind: str, n: int = 16, length: int = 12, seed: int = 1, pad: str = "ri
             else torch.nn.functional.pad(labels, (0, fill) if kind == "t5" else side, value=-100),
         }
         out.append(row)
+    return out
+
+
+def whisper(seed=0, width=16, encoder_layers=2, decoder_layers=2):
+    """A tiny random Whisper."""
+    set_seed(seed)
+    config = WhisperConfig(
+        vocab_size=SPEECH_VOCAB,
+        d_model=width,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=SPEECH_MELS,
+        max_source_positions=SPEECH_FRAMES // 2,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        dropout=0.0,
+        init_std=0.3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=3, eos_token_id=2, pad_token_id=0, max_length=SPEECH_LENGTH + 2
+    )
+    return model
+
+
+def speech_rows(n=12, seed=0):
+    """Rows for `whisper`: spectrograms, and labels of different lengths, padded with -100."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i in range(n):
+        labels = torch.randint(4, SPEECH_VOCAB, (SPEECH_LENGTH,), generator=g)
+        labels[3 + i % 5 :] = -100
+        out.append({"input_features": torch.randn(SPEECH_MELS, SPEECH_FRAMES, generator=g), "labels": labels})
     return out
 
 

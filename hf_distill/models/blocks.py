@@ -69,18 +69,20 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
         (name of the list inside the model, the list).
 
     Raises:
-        DistillError: no list or several lists have this length (an encoder and a decoder).
+        DistillError: no list or several lists have this length, or the model has an encoder and a decoder.
     """
     inner = unwrap_model(model)
     config = inner.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
     depth = config.num_hidden_layers
     lists = dict(_outermost_lists(inner))
     matches = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
-    if len(matches) != 1:
+    has_both = which is None and inner.config.is_encoder_decoder and len(lists) > 1
+    if len(matches) != 1 or has_both:
         names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
+        subject = "an encoder and a decoder" if has_both else f"{len(matches)} lists of {depth} blocks"
         raise DistillError(
-            f"{type(inner).__name__} has {len(matches)} lists of {depth} blocks, and exactly one is needed to find its "
-            f"layers. Its lists and their lengths: {names}."
+            f"{type(inner).__name__} has {subject}, and exactly one list of blocks is needed to find its layers. Its "
+            f"lists and their lengths: {names}."
         )
     return next(iter(matches.items()))
 

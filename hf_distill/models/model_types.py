@@ -59,6 +59,13 @@ SEQ2SEQ = ModelType(
     shifts_labels=False,
     vocabulary=True,
 )
+SPEECH_SEQ2SEQ = ModelType(
+    "speech sequence-to-sequence model",
+    "AutoModelForSpeechSeq2Seq",
+    "automatic-speech-recognition",
+    shifts_labels=False,
+    vocabulary=True,
+)
 SEQUENCE = ModelType(
     "sequence classifier",
     "AutoModelForSequenceClassification",
@@ -87,6 +94,7 @@ _BY_CLASS = {
         (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, TOKEN),
         (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, SEQUENCE),
         (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, MASKED),
+        (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, SPEECH_SEQ2SEQ),
         (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, SEQ2SEQ),
         (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, CAUSAL),
     )
@@ -161,12 +169,17 @@ def model_type_of(model: nn.Module) -> ModelType:
             "a teacher from hf_distill.Teacher, or train without a teacher."
         )
     model_type = with_config(model_type, config, type(model).__name__)
-    if model_type in (CAUSAL, SEQ2SEQ):
+    if model_type in GENERATIVE_TYPES:
         if getattr(config, "is_encoder_decoder", False):
-            return SEQ2SEQ
+            return encoder_decoder_type(model_type)
         shift = loss_shifts_labels(model)
         return CAUSAL if shift is None else replace(CAUSAL, shifts_labels=shift)
     return model_type
+
+
+def encoder_decoder_type(model_type: ModelType) -> ModelType:
+    """Return the type of an encoder-decoder model whose class is of one of `GENERATIVE_TYPES`."""
+    return SPEECH_SEQ2SEQ if model_type is SPEECH_SEQ2SEQ else SEQ2SEQ
 
 
 def with_config(model_type: ModelType, config: PretrainedConfig | None, name: str) -> ModelType:
@@ -204,4 +217,5 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
     return "use two models of the same type."
 
 
-MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING)
+GENERATIVE_TYPES = (CAUSAL, SEQ2SEQ, SPEECH_SEQ2SEQ)  # the config tells whether a model of them has an encoder
+MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SPEECH_SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING)

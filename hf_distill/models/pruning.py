@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DistillError
-from .blocks import find_blocks
+from .blocks import find_blocks, get_layer_stack
 from .model_types import unwrap_model
 
 
@@ -65,40 +66,120 @@ def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
     return (sums / count).tolist()
 
 
-def cut_student(teacher: nn.Module, layers: Sequence[int]) -> PreTrainedModel:
+def cut_student(
+    teacher: nn.Module,
+    layers: Sequence[int] | None = None,
+    *,
+    encoder_layers: Sequence[int] | None = None,
+    decoder_layers: Sequence[int] | None = None,
+) -> PreTrainedModel:
     """Copy a teacher with only some of its blocks, in their order; the teacher is not changed.
 
     Args:
         teacher: a transformers model.
-        layers: indices of the blocks to keep, each once; block 0 is the first after the embeddings.
+        layers: indices of the blocks to keep, each once; block 0 is the first after the embeddings. For a model that
+            has an encoder and a decoder, use the other arguments.
+        encoder_layers: the same for the encoder of a model that has both; None keeps all of its blocks.
+        decoder_layers: the same for the decoder of a model that has both; None keeps all of its blocks.
 
     Returns:
         a model of the teacher's class in training mode, whose config has the new number of layers.
 
     Raises:
-        DistillError: an index does not exist or is repeated, or there is no index.
+        DistillError: an index does not exist or is repeated, or there is no index; the arguments are those of another
+            kind of model; or a block that is left out has weights that the student needs.
     """
-    name, blocks = find_blocks(teacher)
-    model, depth, keep = unwrap_model(teacher), len(blocks), sorted(layers)
-    if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
+    model = unwrap_model(teacher)
+    cuts = _cuts(model, {None: layers, "encoder": encoder_layers, "decoder": decoder_layers})
+    config = model.config
+    for cut in cuts:
+        config = prune_config(config, cut.keep, cut.depth, cut.stack)
+    student = type(model)(config)
+    state = model.state_dict()
+    for cut in cuts:
+        state = cut.rename(state)
+    differing = cast(nn.Module, student).to(model.dtype).load_state_dict(state, strict=False)
+    if differing.missing_keys or differing.unexpected_keys:
+        names = ", ".join([*differing.missing_keys, *differing.unexpected_keys][:3])
         raise DistillError(
-            f"layers is {list(layers)}: give each block to keep once, from 0 to {depth - 1} (the teacher has {depth})."
+            f"{type(model).__name__} cannot be cut to these blocks: its blocks have different weights ({names}). Keep "
+            "block 0, which may hold weights that all blocks share, such as relative position biases."
         )
-    student = type(model)(prune_config(model.config, keep, depth))
-    new_index = {old: new for new, old in enumerate(keep)}
-    pattern = re.compile(rf"^{re.escape(name)}\.(\d+)\.")
-    state = {}
-    for key, value in model.state_dict().items():
-        match = pattern.match(key)
-        if match is None:
-            state[key] = value
-        elif int(match[1]) in new_index:
-            state[f"{name}.{new_index[int(match[1])]}.{key[match.end() :]}"] = value
-    cast(nn.Module, student).to(model.dtype).load_state_dict(state)
     student.tie_weights()
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    for cut in cuts if generation_config is not None else ():
+        if cut.stack == "decoder" and (heads := getattr(generation_config, "alignment_heads", None)):
+            # Whisper reads the times of words from these heads, each a pair (block of the decoder, head).
+            kept = [[cut.keep.index(block), head] for block, head in heads if block in cut.keep]
+            setattr(generation_config, "alignment_heads", kept or None)  # noqa: B010  # no attribute of the class
     student.generation_config = generation_config  # type: ignore[assignment]
     return student.train()
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Which blocks of a stack are kept.
+
+    stack: "encoder" or "decoder" of a model that has both, else None
+    name:  name of the list of blocks inside the model
+    keep:  indices of the blocks to keep, ascending
+    depth: number of blocks
+    """
+
+    stack: str | None
+    name: str
+    keep: list[int]
+    depth: int
+
+    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of a model without those of other blocks, under their names in the student."""
+        new_index = {old: new for new, old in enumerate(self.keep)}
+        pattern = re.compile(rf"^{re.escape(self.name)}\.(\d+)\.")
+        renamed = {}
+        for key, value in state.items():
+            match = pattern.match(key)
+            if match is None:
+                renamed[key] = value
+            elif int(match[1]) in new_index:
+                renamed[f"{self.name}.{new_index[int(match[1])]}.{key[match.end() :]}"] = value
+        return renamed
+
+
+def _cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] | None]) -> list[_Cut]:
+    """Return the cuts of a model.
+
+    Args:
+        model: a transformers model, without wrappers.
+        layers: stack -> the blocks to keep; None keeps all.
+
+    Raises:
+        DistillError: see `cut_student`.
+    """
+    chosen = {stack: indices for stack, indices in layers.items() if indices is not None}
+    has_both = model.config.is_encoder_decoder and model not in (model.get_encoder(), model.get_decoder())
+    if not chosen or has_both == (None in chosen):
+        possible = "encoder_layers, decoder_layers, or both" if has_both else "layers"
+        raise DistillError(
+            f"{type(model).__name__} has {'an encoder and a decoder' if has_both else 'one stack of blocks'}: pass "
+            f"{possible} to choose the blocks to keep."
+        )
+    cuts = []
+    for stack, indices in chosen.items():
+        name, blocks = find_blocks(model) if stack is None else _blocks_of_stack(model, stack)
+        keep, depth = sorted(indices), len(blocks)
+        if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
+            argument = "layers" if stack is None else f"{stack}_layers"
+            raise DistillError(
+                f"{argument} is {list(indices)}: give each block to keep once, from 0 to {depth - 1} (the "
+                f"{stack or 'teacher'} has {depth})."
+            )
+        cuts.append(_Cut(stack, name, keep, depth))
+    return cuts
+
+
+def _blocks_of_stack(model: PreTrainedModel, stack: str) -> tuple[str, nn.ModuleList]:
+    blocks = get_layer_stack(model, stack).blocks
+    return next(name for name, module in cast(nn.Module, model).named_modules() if module is blocks), blocks
 
 
 def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
@@ -120,18 +201,35 @@ def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
     return sorted(by_influence[:keep_layers])
 
 
-def prune_config(config: PretrainedConfig, keep: Sequence[int], depth: int) -> PretrainedConfig:
+def prune_config(
+    config: PretrainedConfig, keep: Sequence[int], depth: int, stack: str | None = None
+) -> PretrainedConfig:
     """Return the config of a model with only some of its blocks.
 
     Args:
         config: config of the model.
         keep: indices of the blocks to keep.
-        depth: number of blocks of the model.
+        depth: number of blocks of the model, or of the stack.
+        stack: "encoder" or "decoder" of a model that has both, else None.
+
+    Raises:
+        DistillError: the config has no number of layers for the stack.
     """
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with one entry for each block
-            setattr(text, key, [value[i] for i in keep])
-    text.num_hidden_layers = len(keep)
+    part = config if stack is None else getattr(config, stack, None)
+    if isinstance(part, PretrainedConfig):  # a config of the whole model, or one for each stack
+        text = part.get_text_config()
+        for key, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with an entry per block
+                setattr(text, key, [value[i] for i in keep])
+        text.num_hidden_layers = len(keep)
+        return config
+    names = [f"{stack}_layers", f"num_{stack}_layers", *(["num_layers"] if stack == "encoder" else [])]
+    name = next((name for name in names if name in vars(config)), None)
+    if name is None:
+        raise DistillError(
+            f"{type(config).__name__} has none of {', '.join(names)}, so the {stack} cannot be cut: build the student "
+            "from a config and load the weights yourself."
+        )
+    setattr(config, name, len(keep))
     return config

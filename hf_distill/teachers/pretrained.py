@@ -15,8 +15,9 @@ from ..errors import DistillError, require_package
 from ..hub import reading
 from ..models.model_types import (
     CAUSAL,
-    SEQ2SEQ,
+    GENERATIVE_TYPES,
     ModelType,
+    encoder_decoder_type,
     how_to_match,
     model_type_of_class,
     unwrap_model,
@@ -139,8 +140,9 @@ def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig,
     """
     written_by = _written_by(config)
     written_type = None if written_by is None or is_adapter else model_type_of_class(written_by)
-    if written_type in (CAUSAL, SEQ2SEQ):
-        written_type = SEQ2SEQ if getattr(config, "is_encoder_decoder", False) else CAUSAL
+    if written_type in GENERATIVE_TYPES:
+        is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+        written_type = encoder_decoder_type(written_type) if is_encoder_decoder else CAUSAL
     written_type = None if written_type is None else with_config(written_type, config, f"The teacher {path}")
     if written_type is not None and written_type.name != model_type.name:
         raise DistillError(

@@ -81,7 +81,7 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> Any:  # transformers declares different types in both base classes
         """Evaluate a batch; with `predict_with_generate` return the generated ids in place of logits.
 
         `Seq2SeqTrainer` calls `self.model.generate`, and then `model` for the loss. As `model` it gets a function that
@@ -102,9 +102,9 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
             num_items = self._get_num_items_in_batch([batch], self.args.device)
             return {"loss": cast(Tensor, self.compute_loss(model, batch, num_items_in_batch=num_items))}
 
-        student_inputs = generation_inputs(self.model, batch, self.teacher.input_names())
+        student_inputs = generation_inputs(cast(nn.Module, self.model), batch, self.teacher.input_names())
         self.keep_logits = False
         # The mixin's method asks for logits.
         return super(DistillMixin, self).prediction_step(
-            loss_of_batch, student_inputs, prediction_loss_only, ignore_keys, **gen_kwargs
+            cast(nn.Module, loss_of_batch), student_inputs, prediction_loss_only, ignore_keys, **gen_kwargs
         )

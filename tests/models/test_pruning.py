@@ -1,9 +1,19 @@
 import pytest
 import torch
 from tiny import build, collate, rows
-from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from hf_distill import DistillError, block_influence, cut_student
+from hf_distill.models.blocks import get_layer_stack
 from hf_distill.models.pruning import find_blocks, top_layers
 
 
@@ -118,3 +128,58 @@ def test_invalid_numbers_of_blocks_are_refused():
         top_layers([0.1, 0.2, 0.3], 9)
     with pytest.raises(DistillError, match="at least one batch"):
         block_influence(build("llama"), [])
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_cut_encoder_decoder_has_the_logits_of_the_teacher_without_the_other_blocks(kind, tmp_path):
+    if kind == "t5":
+        teacher = build("t5", layers=3).eval()
+    else:
+        sizes = dict(encoder_layers=4, decoder_layers=3, encoder_ffn_dim=16, decoder_ffn_dim=16, d_model=16)
+        ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None)
+        config = BartConfig(vocab_size=97, encoder_attention_heads=2, decoder_attention_heads=2, **sizes, **ids)
+        teacher = BartForConditionalGeneration(config).eval()
+    batch = collate(rows("t5", 3))
+    student = cut_student(teacher, encoder_layers=[0, 1], decoder_layers=[0, 2]).eval()
+    logits = student(**batch).logits
+    depths = [len(get_layer_stack(student, stack).blocks) for stack in ("encoder", "decoder")]
+    assert depths == [2, 2]
+    only_decoder = cut_student(teacher, decoder_layers=[0])
+    assert len(get_layer_stack(only_decoder, "encoder").blocks) == len(get_layer_stack(teacher, "encoder").blocks)
+    student.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(student).from_pretrained(tmp_path).eval()(**batch).logits, logits)
+    encoder_blocks = get_layer_stack(teacher, "encoder").blocks
+    del get_layer_stack(teacher, "decoder").blocks[1], encoder_blocks[2:]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, teacher(**batch, use_cache=False).logits)
+
+
+def test_the_layers_of_an_encoder_decoder_are_not_those_of_one_stack():
+    """With different depths of encoder and decoder, `layers` cut the encoder alone."""
+    config = BartConfig(
+        vocab_size=9, encoder_layers=3, decoder_layers=2, d_model=4, encoder_ffn_dim=4, decoder_ffn_dim=4
+    )
+    config.encoder_attention_heads = config.decoder_attention_heads = 1
+    bart = BartForConditionalGeneration(config)
+    with pytest.raises(
+        DistillError, match="has an encoder and a decoder: pass encoder_layers, decoder_layers, or both"
+    ):
+        cut_student(bart, [0, 1])
+    with pytest.raises(DistillError, match=r"decoder_layers is \[2\]: .* from 0 to 1 \(the decoder has 2\)"):
+        cut_student(bart, decoder_layers=[2])
+    with pytest.raises(DistillError, match="has one stack of blocks: pass layers"):
+        cut_student(build("llama"), decoder_layers=[0])
+    with pytest.raises(DistillError, match=r"has an encoder and a decoder, .*encoder.layers \(3\)"):
+        block_influence(bart, [])
+    with pytest.raises(DistillError, match=r"relative_attention_bias.*Keep block 0"):
+        cut_student(build("t5"), decoder_layers=[1])
+
+
+def test_the_heads_that_whisper_aligns_words_with_are_renumbered():
+    small = dict(d_model=4, encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=4, decoder_ffn_dim=4)
+    config = WhisperConfig(vocab_size=9, encoder_layers=1, decoder_layers=3, pad_token_id=0, bos_token_id=1, **small)
+    teacher = WhisperForConditionalGeneration(config)
+    teacher.generation_config.alignment_heads = [[0, 0], [1, 0], [2, 0]]
+    student = cut_student(teacher, decoder_layers=[0, 2])
+    assert student.generation_config.alignment_heads == [[0, 0], [1, 0]]
+    assert teacher.generation_config.alignment_heads == [[0, 0], [1, 0], [2, 0]]
