@@ -106,8 +106,10 @@ class ModelPair:
             args.device,
             args.per_device_eval_batch_size if recipe.train.per_device_eval_batch_size else args.train_batch_size,
             data.collator.sources if len(data.collator.sources) > 1 else (),
-            **recipe.distill.model_dump(),
-            smoke=smoke_run(recipe),
+            recipe.distill.temperature,
+            recipe.distill.alpha,
+            recipe.distill.divergence,
+            smoke_run(recipe),
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from hf_distill.losses import LOSSES, forward_kl, get_loss, js, reverse_kl, skew
 from hf_distill.losses.analytic_gradients import BlockLogits, BufferPool
 from hf_distill.losses.divergences import adaptive_weight
 
-DIVERGENCES = [name for name, loss in LOSSES.items() if "logits" in loss.compares]
+DIVERGENCES = [name for name, loss in LOSSES.items() if "logits" in loss.compares and loss.fits("distribution")]
 
 
 def naive(name: str, p: list[float], q: list[float]) -> float:

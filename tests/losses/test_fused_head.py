@@ -14,7 +14,7 @@ from hf_distill.losses.fused import ChunkedLoss
 from hf_distill.losses.objective import objective
 from hf_distill.losses.token_metrics import PAIR_METRICS, STUDENT_METRICS
 
-DIVERGENCES = [name for name, item in LOSSES.items() if "logits" in item.compares]
+DIVERGENCES = [name for name, item in LOSSES.items() if "logits" in item.compares and item.fits("distribution")]
 N = 37
 
 

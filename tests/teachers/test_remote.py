@@ -394,7 +394,8 @@ def test_requests_that_are_cancelled_are_not_logged_as_failures_of_the_server(st
         time.sleep(0.01)
     requests.close()
     thread.join()
-    assert (warnings, errors) == ([], ["The requests to the teacher server were cancelled"])
+    of_server = [warning for warning in warnings if server.url in warning]  # threads of earlier tests may log others
+    assert (of_server, errors) == ([], ["The requests to the teacher server were cancelled"])
 
 
 # The key and the URL

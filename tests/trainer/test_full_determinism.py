@@ -21,6 +21,7 @@ from hf_distill.teachers import (
 )
 
 PACKAGED = sorted(name for name, loss in LOSSES.items() if loss.function.__module__.startswith("hf_distill."))
+OF_DISTRIBUTIONS = [name for name in PACKAGED if LOSSES[name].fits("distribution")]
 OF_CHUNKS = [name for name in PACKAGED if LOSSES[name].compares_chunks]
 # Operators of which `torch.use_deterministic_algorithms` says that they raise an error on CUDA.
 RAISE = {
@@ -87,7 +88,7 @@ def train(make_trainer, kind="llama", **options):
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize("name", [name for name in PACKAGED if name not in OF_CHUNKS])
+@pytest.mark.parametrize("name", [name for name in OF_DISTRIBUTIONS if name not in OF_CHUNKS])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_every_loss_trains_and_evaluates(make_trainer, as_on_cuda, name, kind):
     compares = LOSSES[name].compares
@@ -142,7 +143,7 @@ def test_soft_labels_are_measured(as_on_cuda):
     assert measures["ids"].shape == (5,)
 
 
-@pytest.mark.parametrize("divergence", [name for name in PACKAGED if "logits" in LOSSES[name].compares])
+@pytest.mark.parametrize("divergence", [name for name in OF_DISTRIBUTIONS if "logits" in LOSSES[name].compares])
 def test_the_losses_of_a_gpu_run_no_other_operators(as_on_cuda, divergence):
     torch.use_deterministic_algorithms(True)
     meter, _ = Problem(tokens=512, vocab=2048, hidden=64, teacher_hidden=64, divergence=divergence).measure()
