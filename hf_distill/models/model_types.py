@@ -155,9 +155,10 @@ def model_type_of(model: nn.Module) -> ModelType:
     """
     model = unwrap_model(model)
     config: PretrainedConfig | None = getattr(model, "config", None)
-    model_type = _BY_CLASS.get(type(model).__name__) or _BY_LOSS.get(
-        LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
-    )
+    model_type = _BY_CLASS.get(type(model).__name__)
+    if model_type is SPEECH_SEQ2SEQ and getattr(config, "is_encoder_decoder", False) and _reads_text(model):
+        model_type = None  # it reads text and writes audio, such as Dia
+    model_type = model_type or _BY_LOSS.get(LOSS_MAPPING.get(getattr(model, "loss_type", None) or ""))
     model_type = model_type or model_type_of_class(type(model))
     if model_type is None or not isinstance(model, PreTrainedModel):
         names = ", ".join(t.name for t in MODEL_TYPES)
@@ -175,6 +176,10 @@ def model_type_of(model: nn.Module) -> ModelType:
         shift = loss_shifts_labels(model)
         return CAUSAL if shift is None else replace(CAUSAL, shifts_labels=shift)
     return model_type
+
+
+def _reads_text(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "") == "input_ids"
 
 
 def encoder_decoder_type(model_type: ModelType) -> ModelType:

@@ -28,11 +28,20 @@ def report(
 
     require_package("matplotlib", "report", "A report")
     disable_library_progress_bars()
+    has_other_tokenizer = opened.recipe.is_cross_tokenizer
     with RichProgress(out) as progress:
-        if samples and not opened.has(run_files.SAMPLES):
+        if samples and not opened.has(run_files.SAMPLES) and not has_other_tokenizer:
             write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.log_stage)
         written = write_report(opened, progress.log_stage)
     figures = written.path.parent / "figures"
     out.print(f"Wrote {written.path}, and {len(written.figures)} plots in {figures}", soft_wrap=True)
+    if has_other_tokenizer:
+        out.print(
+            f"  Not in the report: {', '.join(written.missing)}; the commands that write them load both models with "
+            "one tokenizer, and the teacher of this run has another (distill.cross_tokenizer)",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
     for section, command in written.missing.items():
         out.print(f"  Not in the report: {section}; `{command}` adds it", soft_wrap=True, highlight=False)

@@ -353,7 +353,8 @@ def test_target_tokens_of_two_templates_are_all_aligned_if_their_texts_are_the_s
     if not before:
         assert written == "".join(answer for _, answer in turns).encode() * 2
         assert result["chunk_ids"].bool().equal(batch["labels"] != -100)
-    assert len(written) >= 2 * len(turns)
+    else:  # the first word may be one token with what stands before it, which leaves nothing of it to compare
+        assert len(written) >= 2 * sum(len(answer.split()) > 1 for _, answer in turns)
 
 
 def test_a_batch_without_tokens():
