@@ -1,5 +1,6 @@
 """The Typer app, its console, and the arguments that its commands share."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -34,7 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print all results as JSON.
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def _start(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    out.quiet = os.environ.get("RANK", "0") != "0"  # only the first process prints; a command before may have set it
     if version:
         from ..version import __version__
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import hf_distill
 from hf_distill.cli import app, main
+from hf_distill.cli.app import out
 from hf_distill.cli.progress import RichProgress
 from hf_distill.cli.terminal import TextConsole
 
@@ -86,6 +87,13 @@ def test_escape_sequences_in_recipes_and_rows_are_removed(command, tmp_path, mon
     assert result.exit_code == 0, result.exception
     assert ("quickstart" if command == ["show"] else "Paragraph") in result.output
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", result.output)
+
+
+def test_a_command_prints_after_one_that_printed_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(out, "quiet", True)  # as `hf-distill diagnose --json` leaves it
+    Path(tmp_path, "r.yaml").write_text(RECIPE)
+    result = CliRunner().invoke(app, ["recipes", "validate", f"{tmp_path}/r.yaml"])
+    assert "is a valid recipe" in " ".join(result.output.split())
 
 
 def test_escape_sequences_in_errors_are_removed(monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """The commands cache write, import, texts, verify and push."""
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,7 +64,6 @@ def write(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     confirm_downloads(recipe, loaded, yes)
-    out.quiet = os.environ.get("RANK", "0") != "0"
     from ...runner.cache_writer import write_recipe_cache
     from ..progress import RichProgress
 
@@ -132,7 +130,6 @@ def import_(
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     confirm_downloads(recipe, loaded, yes)
-    out.quiet = os.environ.get("RANK", "0") != "0"
     from ...runner.cache_import import import_cache
     from ..progress import RichProgress
 

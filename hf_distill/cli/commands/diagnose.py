@@ -42,7 +42,7 @@ def diagnose(
         raise DistillError(f"There is no folder {name}: --student is student, control, or the folder of a model.")
     opened.path(name)
     logs = opened.logs(name)
-    out.quiet = as_json
+    out.quiet |= as_json
     disable_library_progress_bars()
     from ...analysis.closeness import References
     from ...analysis.diagnosis import diagnose as diagnose_pair

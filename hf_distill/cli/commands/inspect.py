@@ -53,7 +53,7 @@ def inspect_command(
             f"{run.folder / run_files.RECIPE} with them."
         )
     loaded = run.recipe if run else load_recipe(recipe, overrides or [], smoke=smoke)
-    out.quiet = as_json
+    out.quiet |= as_json
     if run is None:
         confirm_downloads(recipe, loaded, yes)
     disable_library_progress_bars()

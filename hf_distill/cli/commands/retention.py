@@ -34,7 +34,7 @@ def retention(
 
     opened = open_run(run)
     opened.path("student")
-    out.quiet = as_json
+    out.quiet |= as_json
     disable_library_progress_bars()
     from ...analysis.evaluation import retention_of
     from ..progress import RichProgress

@@ -50,7 +50,6 @@ def run(
 
     changed = [*(overrides or []), *(["train.self_check=false"] if no_self_check else [])]
     loaded = load_recipe(recipe, changed, smoke=smoke)
-    out.quiet = os.environ.get("RANK", "0") != "0"  # only the first process prints
     confirm_downloads(recipe, loaded, yes, show=True)
     repo = str(loaded.train.hub_model_id) if loaded.train.push_to_hub else None
     if repo:

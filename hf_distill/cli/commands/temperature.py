@@ -1,7 +1,6 @@
 """The `temperature` command: searches temperature and alpha in short runs."""
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -42,8 +41,8 @@ def temperature(
     requested = overrides or []
     # The 4 steps of a smoke run are too few for the rungs.
     loaded = load_recipe(recipe, ["train.max_steps=16", *requested] if smoke else requested, smoke=smoke)
-    is_main_process = os.environ.get("RANK", "0") == "0"
-    out.quiet = as_json or not is_main_process
+    is_main_process = not out.quiet
+    out.quiet |= as_json
     confirm_downloads(recipe, loaded, yes)
     disable_library_progress_bars()
     from ...analysis.temperature_search import find_temperature
