@@ -15,9 +15,8 @@ from ..core.defaults import LM_EVAL_BATCH_ROWS
 from ..core.io import read_json, write_json
 from ..errors import DistillError
 from ..runner.run_results import Run
-from .initial_student import student_before
 from .lm_eval_tasks import EvalTask, load_tasks, per_example_scores
-from .model_pair import ModelPair, load_model
+from .run_models import RunModels
 
 MODELS = ("teacher", "before", "student", "control")
 _NUM_RESAMPLES = 1000
@@ -75,7 +74,7 @@ class Retention:
 
 def retention(
     models: Mapping[str, Callable[[], nn.Module]],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None,
     tasks: Sequence[EvalTask],
     limit: int | None = None,
     batch_size: int = LM_EVAL_BATCH_ROWS,
@@ -87,7 +86,7 @@ def retention(
 
     Args:
         models: name -> function that loads the model; "teacher" is among them. One model is in memory at a time.
-        tokenizer: of all models.
+        tokenizer: of all models, or model -> its tokenizer.
         tasks: see `load_tasks`.
         limit: maximum number of examples of each task.
         batch_size: of the harness.
@@ -105,7 +104,8 @@ def retention(
     values = {name: dict(earlier_values.get(name, {})) for name in models}
     for name, load in models.items():
         if missing := [task for task in tasks if task.name not in values[name]]:
-            values[name] |= per_example_scores(load(), tokenizer, missing, limit, batch_size)
+            of_model = tokenizer[name] if isinstance(tokenizer, Mapping) else tokenizer
+            values[name] |= per_example_scores(load(), of_model, missing, limit, batch_size)
         on_model(name, values[name])
     scores, resamples = [], {}
     for task in tasks:
@@ -136,7 +136,7 @@ def retention_of(
         on_stage: called with a short description of each stage as it begins.
 
     Raises:
-        DistillError: see `load_tasks`, `ModelPair.of_run`.
+        DistillError: see `load_tasks`, `RunModels.of_run`.
     """
     tasks = load_tasks(names, folder)
     requested = [*(models or [m for m in MODELS if m != "control" or run.has("control")])]
@@ -144,29 +144,22 @@ def retention_of(
         raise DistillError(f"Unknown model {', '.join(unknown)}: possible models are {', '.join(MODELS)}.")
     if "control" in requested:
         run.path("control")
-    pair = ModelPair.of_run(run, on_stage=on_stage)
-    loaders: dict[str, Callable[[], nn.Module | None]] = {
-        "teacher": lambda: pair.teacher,
-        "before": lambda: student_before(run, pair.teacher).to(pair.device),
-        "student": lambda: pair.student,
-        "control": lambda: load_model(run.path("control"), pair.device),
-    }
+    run_models = RunModels.of_run(run, on_stage)
     file = run.folder / run_files.RETENTION
     saved = read_json(file)
     values_by_model = saved.get("values", {}) if saved.get("limit") == limit else {}
 
     def load(name: str) -> nn.Module:
         on_stage(f"{name}: {', '.join(task.name for task in tasks)}")
-        model = loaders[name]()
-        assert model is not None
-        return model
+        return run_models.load(name)
 
     def save(name: str, values: dict[str, list]) -> None:
         values_by_model[name] = values_by_model.get(name, {}) | values
         write_json(file, {"limit": limit, "values": values_by_model})
 
     requested_loaders = {name: partial(load, name) for name in requested}
-    result = retention(requested_loaders, pair.tokenizer, tasks, limit, batch_size, 0, values_by_model, save)
+    tokenizers = {name: run_models.tokenizer(name) for name in requested}
+    result = retention(requested_loaders, tokenizers, tasks, limit, batch_size, 0, values_by_model, save)
     write_json(file, asdict(result) | {"values": values_by_model})
     return result
 

@@ -24,6 +24,13 @@ from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
 from ..runner.teacher_only import load_teacher_and_data
+from ..teachers import CrossTokenizerTeacher
+
+_ONE_TOKENIZER = (
+    "The teacher of the recipe has another tokenizer than the student (distill.cross_tokenizer), and this analysis "
+    "compares distributions over the ids of one tokenizer. Compare the models by the held-out metrics of the run: "
+    "bits_per_byte, teacher_bits_per_byte, chunk_kl and chunk_agreement."
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,13 @@ class ModelPair:
     student:     a model; None without a student
     rows:        with `input_ids` and `labels`
     collator:    makes a batch of rows
-    tokenizer:   of both models
+    tokenizer:   of both models, or of the student if there is a `cross_tokenizer_teacher`
     device:      to which batches are moved
     batch_size:  rows of a batch
     sources:     names of a mixture's sources
     temperature, alpha, divergence: of the objective
     smoke:       for a smoke run, a sentence that states it; else None
+    cross_tokenizer_teacher: a teacher with another tokenizer, which has it, and its model is `teacher`; else None
     """
 
     teacher: nn.Module | None
@@ -72,24 +80,25 @@ class ModelPair:
     alpha: float = ALPHA
     divergence: str | dict[str, object] = DIVERGENCE
     smoke: str | None = None
+    cross_tokenizer_teacher: CrossTokenizerTeacher | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, on_stage: Callable[[str], None] = lambda text: None) -> "ModelPair":
+    def of_recipe(
+        cls, recipe: Recipe, on_stage: Callable[[str], None] = lambda text: None, one_tokenizer: bool = True
+    ) -> "ModelPair":
         """Load the teacher of a recipe with its held-out rows, without a student.
 
         Args:
             recipe: see `load_recipe`.
             on_stage: called with a short description of each stage as it begins.
+            one_tokenizer: whether teacher and student must have one tokenizer, as `batches` needs it.
 
         Raises:
-            DistillError: the recipe's teacher is the student itself, or is trained together with it.
+            DistillError: the recipe's teacher is the student itself, or is trained together with it; or it has another
+                tokenizer.
         """
-        if recipe.is_cross_tokenizer:
-            raise DistillError(
-                "The teacher of the recipe has another tokenizer than the student (distill.cross_tokenizer), and this "
-                "analysis compares distributions over the ids of one tokenizer. Compare the models by the held-out "
-                "metrics of the run: bits_per_byte, teacher_bits_per_byte, chunk_kl and chunk_agreement."
-            )
+        if recipe.is_cross_tokenizer and one_tokenizer:
+            raise DistillError(_ONE_TOKENIZER)
         spec = recipe.primary_teacher.source_teacher
         if spec.kind != "frozen":
             raise DistillError(
@@ -110,11 +119,16 @@ class ModelPair:
             recipe.distill.alpha,
             recipe.distill.divergence,
             smoke_run(recipe),
+            teacher if isinstance(teacher, CrossTokenizerTeacher) else None,
         )
 
     @classmethod
     def of_run(
-        cls, run: Run, name: str | None = "student", on_stage: Callable[[str], None] = lambda text: None
+        cls,
+        run: Run,
+        name: str | None = "student",
+        on_stage: Callable[[str], None] = lambda text: None,
+        one_tokenizer: bool = True,
     ) -> "ModelPair":
         """Load the teacher of a run and one of the models that the run saved, with the held-out rows.
 
@@ -122,12 +136,13 @@ class ModelPair:
             run: see `open_run`.
             name: "student", "control" or the folder of a model; None loads the teacher only.
             on_stage: called with a short description of each stage as it begins.
+            one_tokenizer: see `of_recipe`.
 
         Raises:
-            DistillError: the model is missing, or the run saved no model of its teacher.
+            DistillError: the model is missing, the run saved no model of its teacher, or see `of_recipe`.
         """
         folder = None if name is None else run.path(name)
-        pair = cls.of_recipe(_recipe_with_saved_teacher(run), on_stage)
+        pair = cls.of_recipe(_recipe_with_saved_teacher(run), on_stage, one_tokenizer)
         if folder is None:
             return pair
         on_stage(f"Loading {folder}")
@@ -145,8 +160,10 @@ class ModelPair:
             tokens: number of target tokens after which no further batch is read; None reads all rows.
 
         Raises:
-            DistillError: the held-out rows have no target token.
+            DistillError: the held-out rows have no target token, or the models have different tokenizers.
         """
+        if self.cross_tokenizer_teacher is not None:
+            raise DistillError(_ONE_TOKENIZER)
         num_targets, rows = 0, iter(self.rows)
         model = self.teacher if self.student is None else self.student
         assert model is not None

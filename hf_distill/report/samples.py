@@ -5,15 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
-from torch import nn
-from transformers import GenerationMixin
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
-from ..analysis.initial_student import student_before
-from ..analysis.model_pair import ModelPair, load_model
+from ..analysis.run_models import RunModels, prompt_length
 from ..core import run_files
 from ..core.defaults import SAMPLE_TOKENS
 from ..core.io import write_json
-from ..core.targets import IGNORE_INDEX
 from ..runner.run_results import Run
 
 
@@ -40,7 +38,8 @@ def write_samples(
 ) -> list[Sample]:
     """Continue held-out rows with teacher, initial student, student and control, and write RUN/samples.json.
 
-    Decoding is greedy, so that the texts are reproducible.
+    Decoding is greedy, so that the texts are reproducible. Each model reads the prompt in its own tokens; see
+    `RunModels.prompt_ids`.
 
     Args:
         run: see `open_run`.
@@ -53,43 +52,33 @@ def write_samples(
     Raises:
         DistillError: see `ModelPair.of_run`.
     """
-    pair = ModelPair.of_run(run, on_stage=on_stage)
-    loaders: dict[str, Callable[[], nn.Module | None]] = {
-        "teacher": lambda: pair.teacher,
-        "before": lambda: student_before(run, pair.teacher).to(pair.device),
-        "student": lambda: pair.student,
-    }
-    if run.has("control"):
-        loaders["control"] = lambda: load_model(run.path("control"), pair.device)
+    models = RunModels.of_run(run, on_stage)
+    pair, names = models.pair, ["teacher", "before", "student", *(["control"] if run.has("control") else [])]
     stride = max(1, len(pair.rows) // max(count, 1))
-    rows = [_prompt(pair.rows[i * stride], prompt_tokens) for i in range(min(count, len(pair.rows)))]
+    rows = [pair.rows[i * stride] for i in range(min(count, len(pair.rows)))]
+    lengths = [prompt_length(row, prompt_tokens) for row in rows]
     texts: list[dict[str, str]] = [{} for _ in rows]
-    for name, load in loaders.items():
+    for name in names:
         on_stage(f"{name}: generating {len(rows)} samples")
-        model = cast(GenerationMixin, load())
-        for text, (ids, _) in zip(texts, rows, strict=True):
-            text[name] = _continue(model, ids, new_tokens, pair)
+        model, tokenizer = cast(GenerationMixin, models.load(name)), models.tokenizer(name)
+        for text, row, length in zip(texts, rows, lengths, strict=True):
+            prompt = torch.tensor([models.prompt_ids(name, row, length)], device=pair.device)
+            text[name] = _continue(model, prompt, new_tokens, tokenizer)
+    tokenizer = models.tokenizer("student")
     samples = [
-        Sample(_decode(pair, ids), _decode(pair, rest[:new_tokens]), text)
-        for (ids, rest), text in zip(rows, texts, strict=True)
+        Sample(
+            str(tokenizer.decode(row["input_ids"][:length])),
+            str(tokenizer.decode(row["input_ids"][length : length + new_tokens])),
+            text,
+        )
+        for row, length, text in zip(rows, lengths, texts, strict=True)
     ]
     write_json(run.folder / run_files.SAMPLES, {"samples": [asdict(sample) for sample in samples]})
     return samples
 
 
-def _prompt(row: dict[str, list[int]], count: int) -> tuple[list[int], list[int]]:
-    """Split a row into the prompt and its continuation."""
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
-    first = first if first > 1 else min(count, len(ids) // 2)
-    return ids[:first], ids[first:]
-
-
 @torch.no_grad()
-def _continue(model: GenerationMixin, ids: list[int], count: int, pair: ModelPair) -> str:
-    prompt = torch.tensor([ids], device=pair.device)
-    tokenizer = pair.tokenizer
-    assert tokenizer is not None
+def _continue(model: GenerationMixin, prompt: Tensor, count: int, tokenizer: PreTrainedTokenizerBase) -> str:
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     output = model.generate(
         prompt,
@@ -98,9 +87,4 @@ def _continue(model: GenerationMixin, ids: list[int], count: int, pair: ModelPai
         do_sample=False,
         pad_token_id=pad_token_id,
     )
-    return _decode(pair, output[0, len(ids) :].tolist(), skip_special_tokens=True)
-
-
-def _decode(pair: ModelPair, ids: list[int], skip_special_tokens: bool = False) -> str:
-    assert pair.tokenizer is not None
-    return str(pair.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+    return str(tokenizer.decode(output[0, prompt.shape[1] :].tolist(), skip_special_tokens=True))

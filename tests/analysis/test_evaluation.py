@@ -176,7 +176,7 @@ def test_saved_scores_are_not_computed_again(run, tasks, monkeypatch):
 
 def test_unknown_tasks_and_models_give_an_error_before_a_model_is_loaded(run, tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("hf_distill.analysis.evaluation.ModelPair", None)
+    monkeypatch.setattr("hf_distill.analysis.evaluation.RunModels", None)
     with pytest.raises(DistillError, match=r"no task 'color'; did you mean 'colors'"):
         retention_of(run, names=["color"], folder=tasks)
     with pytest.raises(DistillError, match=r"No task was given"):

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from servers.teacher_servers import SGLangServer, VLLMServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillError
+from hf_distill.analysis import ModelPair, open_run
+from hf_distill.analysis.evaluation import retention_of
+from hf_distill.analysis.run_models import RunModels, prompt_length
 from hf_distill.cache import open_cache
 from hf_distill.cache.fingerprints import tokenizer_fingerprint
 from hf_distill.recipe import load_recipe, run_recipe
@@ -131,3 +135,99 @@ def test_completions_of_the_student_become_rows_of_the_teacher(server):
 def test_several_teachers_read_rows_of_their_own(frozen):
     teachers = [{"name": "one", "model": TEACHER}, {"name": "two", "model": "smoke:llama/teacher"}]
     assert all(loss > 0 for loss in losses_of("several", teacher=None, teachers=teachers))
+
+
+CHOICE = """
+task: colors
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """A folder with a task whose answers are long enough that the tokenizers divide them differently."""
+    choices = ["a very bright and unmistakable red", "something between blue and green, 12345"]
+    cases = [{"question": f"The color of number {i} is", "choices": choices, "gold": i % 2} for i in range(6)]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
+    (tmp_path / "colors.yaml").write_text(CHOICE.format(data=tmp_path / "cases.jsonl"))
+    return tmp_path
+
+
+def naive_scores(reference: str, tasks: Path) -> list[float]:
+    """1 for each question whose correct choice is the likeliest for a model, which reads its own tokens."""
+    path = resolve_model(reference)
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    values = []
+    for case in map(json.loads, (tasks / "cases.jsonl").read_text().splitlines()):
+        before, log_probs = tokenizer(case["question"])["input_ids"], []
+        for choice in case["choices"]:
+            ids = before + tokenizer(" " + choice)["input_ids"]
+            log_p = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            log_probs.append(sum(log_p[i - 1, ids[i]].item() for i in range(len(before), len(ids))))
+        values.append(float(log_probs.index(max(log_probs)) == case["gold"]))
+    return values
+
+
+def test_retention_scores_each_model_with_its_own_tokenizer(frozen, tasks):
+    retention_of(open_run("runs/frozen"), folder=tasks)
+    values = json.loads(Path("runs/frozen/retention.json").read_text())["values"]
+    expected = {"teacher": TEACHER, "before": "smoke:llama/student", "student": "runs/frozen/student"}
+    assert values == {name: {"colors": naive_scores(model, tasks)} for name, model in expected.items()}
+
+
+def test_samples_of_each_model_are_generated_in_its_own_tokens(frozen, run_cli):
+    printed = run_cli("report", "runs/frozen", "--samples", "2", "--new-tokens", "6").stdout
+    samples = json.loads(Path("runs/frozen/samples.json").read_text())["samples"]
+    path = resolve_model(TEACHER)
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    for sample in samples:
+        assert set(sample["written"]) == {"teacher", "before", "student"}
+        ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+        output = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert sample["written"]["teacher"] == tokenizer.decode(output, skip_special_tokens=True)
+    assert "Not in the report: a diagnosis of the run; it is for models of one tokenizer" in printed
+    assert "generated samples" not in printed
+
+
+def test_analyses_of_ids_refuse_a_teacher_with_another_tokenizer(frozen):
+    run = open_run("runs/frozen")
+    with pytest.raises(DistillError, match="compares distributions over the ids of one tokenizer"):
+        ModelPair.of_run(run)
+    with pytest.raises(DistillError, match="compares distributions over the ids of one tokenizer"):
+        next(ModelPair.of_run(run, one_tokenizer=False).batches())
+
+
+def test_samples_of_conversations_have_the_chat_template_of_each_model(frozen, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "Say 1"}, {"role": "assistant", "content": "It is 12345"}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 8)
+    of_teacher = AutoTokenizer.from_pretrained(resolve_model(TEACHER))
+    for before in ("{{ message.role", "assistant: {% endif"):
+        of_teacher.chat_template = of_teacher.chat_template.replace(before, f"# {before}")
+    of_teacher.save_pretrained(tmp_path / "tokenizer")
+    data = {"task": {"path": str(tmp_path / "chats.jsonl")}, "eval": {"holdout": 0.25}, "max_length": 96}
+    teacher = {"model": TEACHER, "tokenizer": str(tmp_path / "tokenizer")}
+    run_recipe(recipe_of("chats", data=data, teacher=teacher))
+    models = RunModels.of_run(open_run("runs/chats"))
+    row = models.pair.rows[0]
+    length = prompt_length(row, 32)
+    for name in ("teacher", "student"):
+        tokenizer = models.tokenizer(name)
+        expected = tokenizer.apply_chat_template(chat["messages"][:1], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(models.prompt_ids(name, row, length)) == expected
+    assert len({models.tokenizer(name).chat_template for name in ("teacher", "student")}) == 2
+
+
+def test_a_report_without_a_model_of_the_teacher_has_no_samples(frozen, server, run_cli):
+    losses_of(f"report-{server.api}", teacher=remote(server))
+    result = run_cli("report", f"runs/report-{server.api}")
+    assert result.returncode == 0
+    assert "Not in the report: generated samples; The teacher of runs" in result.stdout
+    with pytest.raises(DistillError, match="is of kind remote, which saves no model"):
+        retention_of(open_run(f"runs/report-{server.api}"), ["mini_hellaswag"])

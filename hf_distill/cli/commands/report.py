@@ -8,6 +8,8 @@ from ...core import run_files
 from ...core.defaults import SAMPLE_TOKENS
 from ..app import RunFolder, app, disable_library_progress_bars, out
 
+_COMMANDS_FOR_ONE_TOKENIZER = tuple(f"hf-distill {name}" for name in ("inspect", "diagnose", "temperature"))
+
 
 @app.command()
 def report(
@@ -21,27 +23,30 @@ def report(
     from ...runner.run_results import open_run
 
     opened = open_run(run)
-    from ...errors import require_package
+    from ...errors import DistillError, require_package
     from ...report.html import report as write_report
     from ...report.samples import write_samples
     from ..progress import RichProgress
 
     require_package("matplotlib", "report", "A report")
     disable_library_progress_bars()
-    has_other_tokenizer = opened.recipe.is_cross_tokenizer
+    reasons: dict[str, str] = {}  # of sections that are missing from the report
     with RichProgress(out) as progress:
-        if samples and not opened.has(run_files.SAMPLES) and not has_other_tokenizer:
-            write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.log_stage)
+        if samples and not opened.has(run_files.SAMPLES):
+            try:
+                write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.log_stage)
+            except DistillError as error:
+                reasons["generated samples"] = str(error)
         written = write_report(opened, progress.log_stage)
     figures = written.path.parent / "figures"
     out.print(f"Wrote {written.path}, and {len(written.figures)} plots in {figures}", soft_wrap=True)
-    if has_other_tokenizer:
+    for section, command in written.missing.items():
+        reason = reasons.get(section)
+        if opened.recipe.is_cross_tokenizer and command.startswith(_COMMANDS_FOR_ONE_TOKENIZER):
+            reason = "it is for models of one tokenizer, and the teacher has another (distill.cross_tokenizer)"
         out.print(
-            f"  Not in the report: {', '.join(written.missing)}; the commands that write them load both models with "
-            "one tokenizer, and the teacher of this run has another (distill.cross_tokenizer)",
+            f"  Not in the report: {section}; {reason or f'`{command}` adds it'}",
             soft_wrap=True,
             highlight=False,
+            markup=False,
         )
-        return
-    for section, command in written.missing.items():
-        out.print(f"  Not in the report: {section}; `{command}` adds it", soft_wrap=True, highlight=False)
