@@ -440,14 +440,11 @@ SCRIPTS = {
         multi_label,
         ner,
         qa,
-        swag,
         clm,
         mlm,
         summarization,
         image_classification,
-        semantic_segmentation,
         audio_classification,
-        speech_recognition_ctc,
         speech_recognition_seq2seq,
     )
 }

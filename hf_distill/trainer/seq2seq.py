@@ -1,14 +1,16 @@
 """`DistillSeq2SeqTrainer`: `transformers.Seq2SeqTrainer`, which generates in evaluations, with a teacher."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from ..errors import DistillError
+from ..errors import DistillError, raise_if_any
 from ..models.model_call import generation_inputs
-from ..teachers import Teacher
+from ..models.shared_encoder import SharedEncoder
+from ..teachers import FrozenTeacher, Teacher
 from .config import DistillArguments
 from .trainer import DistillMixin
 from .upstream import SEQ2SEQ_TRAINER, check_upstream
@@ -22,6 +24,14 @@ class DistillSeq2SeqConfig(DistillArguments, Seq2SeqTrainingArguments):
 
     Every field can be set on the command line of a script that uses `HfArgumentParser`.
     """
+
+    share_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the encoder runs once for teacher and student. The student's must be frozen and equal to "
+            "the teacher's, as distil-whisper trains. The default is False: both encoders run."
+        },
+    )
 
     _VALID_DICT_FIELDS: ClassVar = [  # type: ignore[misc]  # the base class does not annotate it
         *Seq2SeqTrainingArguments._VALID_DICT_FIELDS,
@@ -54,6 +64,7 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
     """
 
     args: Seq2SeqTrainingArguments
+    _shared_encoder: SharedEncoder | None = None
 
     def __init__(
         self,
@@ -73,6 +84,33 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
         """Use this teacher and objective, whose hard loss smooths the labels; `Seq2SeqTrainer` must not do it again."""
         super().setup_distillation(teacher, distill_args)
         self.label_smoother = None
+        self._shared_encoder = None
+        if getattr(self.args, "share_encoder", False):
+            raise_if_any(self._obstacles_to_sharing())
+            self._shared_encoder = SharedEncoder(cast(nn.Module, self.model), teacher.model)
+
+    def _obstacles_to_sharing(self) -> list[str]:
+        """Return why the encoder cannot run once for both models, apart from the models themselves."""
+        problems = []
+        if not isinstance(self.teacher, FrozenTeacher):
+            problems.append(
+                f"share_encoder=True needs a model as the teacher, and it is a {type(self.teacher).__name__}. Pass a "
+                "model or its path, or set share_encoder=False"
+            )
+        if any(each.term.stack == "encoder" for each in self.distiller.features.terms):
+            problems.append(
+                "share_encoder=True makes the features of both encoders equal, and `losses` compares them. Remove the "
+                "losses with stack: encoder, or set share_encoder=False"
+            )
+        if self.model_init is not None:
+            problems.append("share_encoder=True needs one student, and model_init makes new ones. Pass `model`")
+        return problems
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch as `DistillTrainer` does; with `share_encoder` the encoder runs once."""
+        shared = self._shared_encoder
+        with nullcontext() if shared is None else shared.around_step():
+            return super().compute_loss(*args, **kwargs)
 
     def prediction_step(
         self,
