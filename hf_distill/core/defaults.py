@@ -4,6 +4,7 @@ from typing import Final
 
 # The objective.
 TEMPERATURE = 2.0
+CROSS_TOKENIZER_TEMPERATURE = 1.0  # of losses for a teacher with another tokenizer
 ALPHA = 0.5
 DIVERGENCE = "forward_kl"
 

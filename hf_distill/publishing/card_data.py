@@ -60,7 +60,7 @@ def run_card_data(
         student=student,
         teachers=teachers,
         objective={
-            "temperature": objective.temperature,
+            "temperature": objective.soft_temperature or objective.temperature,
             "alpha": objective.alpha,
             "divergence": objective.soft_loss,
             "losses": [loss.model_dump() for loss in run.recipe.losses],

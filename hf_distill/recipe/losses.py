@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Self, TypedDict
+from typing import Self, TypedDict, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..core.defaults import ALPHA, DIVERGENCE, TEMPERATURE
+from ..core.defaults import ALPHA, CROSS_TOKENIZER_TEMPERATURE, DIVERGENCE, TEMPERATURE
 from ..core.json_types import JSON, JSONObject
 from ..core.loss_kinds import CHUNKS, FEATURES
 from ..core.options import option_problem
@@ -132,7 +132,7 @@ class Distill(StrictModel):
         TEMPERATURE,
         gt=0,
         description="Temperature T of both softmax distributions in the divergence, above 0. "
-        f"Default: {TEMPERATURE:g}.",
+        f"Default: {TEMPERATURE:g}, or {CROSS_TOKENIZER_TEMPERATURE:g} with cross_tokenizer.",
     )
     alpha: float = Field(
         ALPHA,
@@ -151,6 +151,13 @@ class Distill(StrictModel):
         description="For a teacher with another tokenizer: the loss that takes the place of the divergence, alm, "
         "projected_kl or uld, or {name: ..., option: ...}. Default (null): teacher and student have one tokenizer.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_default_temperature(cls, values: object) -> object:
+        if isinstance(values, Mapping) and values.get("cross_tokenizer") is not None:
+            return {"temperature": CROSS_TOKENIZER_TEMPERATURE, **values}
+        return values
 
     @field_validator("divergence")
     @classmethod
@@ -191,11 +198,11 @@ class Distill(StrictModel):
         return self.divergence if self.cross_tokenizer is None else self.cross_tokenizer
 
     @property
-    def soft_loss_has_temperature(self) -> bool:
-        """Whether `temperature` changes the soft loss."""
-        loss = self.soft_loss
-        name = loss if isinstance(loss, str) else loss["name"]
-        return "temperature" in packaged_schema()["$defs"]["LossSpec"]["x-losses"][str(name)]["options"]
+    def soft_temperature(self) -> float | None:
+        """T of the soft loss: its option, or `temperature`; None if the soft loss has no temperature."""
+        loss = {"name": self.soft_loss} if isinstance(self.soft_loss, str) else self.soft_loss
+        options = packaged_schema()["$defs"]["LossSpec"]["x-losses"][str(loss["name"])]["options"]
+        return cast(float, loss.get("temperature", self.temperature)) if "temperature" in options else None
 
 
 def _soft_loss(value: str | dict[str, object]) -> tuple[object, str | None]:

@@ -411,8 +411,8 @@ class Recipe(StrictModel):
             return
         first = self.teachers[0].name if self.teachers else None
         temperatures: dict[str, object] = {}
-        if self.distill.soft_loss_has_temperature:
-            temperatures["distill.temperature"] = self.distill.temperature
+        if (soft_temperature := self.distill.soft_temperature) is not None:
+            temperatures["distill.temperature"] = soft_temperature
         temperatures |= {
             f"losses: {loss.name}": (loss.model_extra or {}).get("temperature", 1)
             for loss in self.losses

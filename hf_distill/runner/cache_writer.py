@@ -82,7 +82,7 @@ def write_recipe_cache(
         context_length = loaded_teacher.row_maker.max_length
     layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
     options = {
-        "temperature": recipe.distill.temperature if recipe.distill.soft_loss_has_temperature else 1.0,
+        "temperature": recipe.distill.soft_temperature or 1.0,
         "batch_size": args.per_device_train_batch_size,
         "layers": layers,
         **options,

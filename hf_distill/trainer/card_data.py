@@ -43,13 +43,14 @@ def trainer_card_data(
     objective_args = args if isinstance(args, DistillArguments) else DistillArguments()
     model_type = model_type_of(student)
     output_type = model_type.output_type
+    soft_term = objective_args.terms(output_type=output_type)[0]
     return CardData(
         repo=repo,
         task=model_type.pipeline,
         student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
         teachers=teachers,
         objective={
-            "temperature": objective_args.temperature,
+            "temperature": soft_term.options.get("temperature", objective_args.loss_temperature),
             "alpha": objective_args.alpha,
             "divergence": cast("str | dict[str, object]", objective_args.soft_loss or output_type.soft_loss),
             "hard_loss": output_type.hard_loss,
@@ -139,7 +140,7 @@ def _sources(datasets: Mapping[str, object]) -> dict[str, SourceFacts]:
 _EXCLUDED_PREFIXES = (
     *("output", "hub", "push", "logging", "log_", "report", "run_name", "save", "eval", "do_", "project", "trackio"),
     *("disable_tqdm", "dataloader", "use_cpu", "local_rank", "resume", "deepspeed", "fsdp"),
-    *("temperature", "alpha", "divergence", "losses"),
+    *("temperature", "alpha", "divergence", "cross_tokenizer", "losses"),
 )
 
 

@@ -11,7 +11,13 @@ from typing import ClassVar, TypeVar, cast, get_args
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
-from ..core.defaults import ALPHA, DIVERGENCE, MAX_CONSECUTIVE_NONFINITE_STEPS, TEMPERATURE
+from ..core.defaults import (
+    ALPHA,
+    CROSS_TOKENIZER_TEMPERATURE,
+    DIVERGENCE,
+    MAX_CONSECUTIVE_NONFINITE_STEPS,
+    TEMPERATURE,
+)
 from ..errors import DistillError, collect_errors, did_you_mean, raise_if_any
 from ..losses.objective import Term, objective
 from ..losses.output_types import DISTRIBUTION_OUTPUTS, OUTPUT_NAMES, OutputType
@@ -34,11 +40,12 @@ class DistillArguments:
 
     _DICT_FIELDS: ClassVar = ["divergence", "cross_tokenizer", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
 
-    temperature: float = field(
-        default=TEMPERATURE,
+    temperature: float | None = field(
+        default=None,
         metadata={
             "help": "The logits of teacher and student are divided by this temperature, and the divergence is "
-            f"multiplied by its square. It must be above 0; the default is {TEMPERATURE}."
+            f"multiplied by its square. It must be above 0. The default is None: {TEMPERATURE}, or "
+            f"{CROSS_TOKENIZER_TEMPERATURE} with cross_tokenizer."
         },
     )
     alpha: float = field(
@@ -206,6 +213,13 @@ class DistillArguments:
         """The loss of the soft term: `cross_tokenizer` if it is set, else `divergence`; None: that of the type."""
         return self.cross_tokenizer or self.divergence
 
+    @property
+    def loss_temperature(self) -> float:
+        """The temperature of the losses that do not set their own: `temperature`, or the default of the soft loss."""
+        if self.temperature is not None:
+            return self.temperature
+        return TEMPERATURE if self.cross_tokenizer is None else CROSS_TOKENIZER_TEMPERATURE
+
     def _set_greater_is_better(self) -> None:
         """Set `greater_is_better` for a metric of this package if it is not set; transformers chooses for others."""
         metric = getattr(self, "metric_for_best_model", None)
@@ -225,10 +239,10 @@ class DistillArguments:
         """
         losses, defaults = cast("list[dict]", self.losses or []), output_type or DISTRIBUTION_OUTPUTS
         soft_loss = self.soft_loss or defaults.soft_loss
-        terms = objective(self.alpha, self.temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
+        terms = objective(self.alpha, self.loss_temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
         if output_type is not None:
             problems = output_type.unfitting_losses([term.loss for term in terms])
-            if not output_type.has_temperature and self.temperature != TEMPERATURE:
+            if not output_type.has_temperature and self.temperature not in (None, TEMPERATURE):
                 problems.append(
                     f"temperature is {self.temperature}, and the outputs of the student are "
                     f"{OUTPUT_NAMES[output_type.outputs]}, which no temperature divides: leave temperature out"

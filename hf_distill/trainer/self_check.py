@@ -224,7 +224,7 @@ class SelfCheck:
             return term.options["temperature"] ** 2
         soft_loss = self.distill_args.soft_loss
         temperature = soft_loss.get("temperature") if isinstance(soft_loss, dict) else None
-        return (self.distill_args.temperature if temperature is None else temperature) ** 2
+        return (self.distill_args.loss_temperature if temperature is None else temperature) ** 2
 
     def _reference(
         self, chunked_loss: ChunkedLoss, materialized: tuple[Tensor, Tensor]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_distill import DistillError
+from hf_distill import DistillConfig, DistillError
 from hf_distill.recipe.downloads import referenced_repos
 from hf_distill.recipe.hub_policy import policy_violations
 from hf_distill.recipe.load import validate
@@ -42,6 +42,8 @@ def problems_of(**changes) -> list[str]:
         {"distill": {"cross_tokenizer": {"name": "alm", "tau": 10.0}}},
         {"distill": {"cross_tokenizer": {"name": "projected_kl", "temperature": 1.5}, "alpha": 0.9}},
         {"teacher": REMOTE},  # alm has no temperature, so that of the recipe does not matter
+        {"teacher": REMOTE, "distill": {"cross_tokenizer": "projected_kl"}},
+        {"teacher": REMOTE, "distill": {"cross_tokenizer": {"name": "uld", "temperature": 1}, "temperature": 2}},
         {"teacher": CACHED},
         {"teacher": {"kind": "cached", "path": "caches/x", "source": {"model": "org/teacher"}}},
         {"teacher": None, "teachers": NAMED},
@@ -52,6 +54,27 @@ def test_possible(changes):
     recipe = validate(values_of(**changes))
     assert (recipe.tokenizer_model, recipe.tokenizer_revision) == ("org/student", "v2")
     assert validate(recipe.model_dump(exclude_none=True)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("distill", "default", "of_soft_loss"),
+    [
+        ({"cross_tokenizer": "projected_kl"}, 1.0, 1.0),
+        ({"cross_tokenizer": {"name": "uld"}}, 1.0, 1.0),
+        ({"cross_tokenizer": "alm"}, 1.0, None),
+        ({"cross_tokenizer": "projected_kl", "temperature": 2}, 2.0, 2.0),
+        ({"cross_tokenizer": {"name": "projected_kl", "temperature": 1.5}}, 1.0, 1.5),
+        ({"divergence": {"name": "js", "temperature": 3}}, 2.0, 3.0),
+        ({}, 2.0, 2.0),
+    ],
+)
+def test_the_default_of_the_temperature_is_that_of_the_loss(distill, default, of_soft_loss):
+    recipe = validate(values_of(distill=distill))
+    assert (recipe.distill.temperature, recipe.distill.soft_temperature) == (default, of_soft_loss)
+    soft, _, other = DistillConfig(
+        "out", **distill, losses=[{"name": "uld" if "cross_tokenizer" in distill else "reverse_kl"}]
+    ).terms()
+    assert (other.options["temperature"], soft.options.get("temperature")) == (default, of_soft_loss)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +103,7 @@ def test_possible(changes):
             ["tokenizer is 'org/teacher' and that of source 'org/other': set it once"],
         ),
         (
-            {"teacher": REMOTE, "distill": {"cross_tokenizer": "uld"}},
+            {"teacher": REMOTE, "distill": {"cross_tokenizer": {"name": "uld", "temperature": 2.0}}},
             ["teacher.kind remote: a vLLM or SGLang server returns log-probabilities at temperature 1 only"],
         ),
         (

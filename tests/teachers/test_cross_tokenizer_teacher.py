@@ -205,6 +205,26 @@ def test_a_trainer_trains_and_reports_bits_per_byte(tokenizers, tmp_path, loss):
     assert "eval_agreement" not in after
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"cross_tokenizer": "projected_kl"}, "with T = 1,"),
+        ({"cross_tokenizer": {"name": "uld", "temperature": 1.5}}, "with T = 1.5,"),
+        ({"cross_tokenizer": "projected_kl", "temperature": 2.0}, "with T = 2,"),
+        ({"cross_tokenizer": "alm"}, "cross entropy, averaged"),
+    ],
+)
+def test_a_card_has_the_temperature_of_the_soft_loss(tokenizers, tmp_path, options, text):
+    student, teacher = (build("llama", seed=s, vocab=len(t)) for s, t in enumerate(tokenizers))
+    frozen = FrozenTeacher(teacher, processing_class=tokenizers[1])
+    trainer = train(student, frozen, tokenizers, tmp_path, max_steps=1, **options)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert text in card
+    assert "`cross_tokenizer`" not in card
+
+
 def test_a_different_tokenizer_is_an_error_that_names_the_option(tokenizers, tmp_path):
     student, teacher = (build("llama", seed=s, vocab=len(t)) for s, t in enumerate(tokenizers))
     frozen = FrozenTeacher(teacher, processing_class=tokenizers[1])
