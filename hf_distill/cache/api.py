@@ -18,7 +18,6 @@ from ..core.server_urls import without_servers
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError, raise_if_any
-from ..losses.output_types import DISTRIBUTION_OUTPUTS
 from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
@@ -188,10 +187,10 @@ def write_cache(
     raise_if_any([f"{name} is {value!r}; it must be 1 or more" for name, value in sizes.items() if value < 1])
     model = teacher if isinstance(teacher, nn.Module) else teacher.model
     assert (model is None) != (served is None), "a prepared teacher has a model, or is on a server"
-    if model is not None and (model_type := model_type_of(model)).output_type is not DISTRIBUTION_OUTPUTS:
+    if model is not None and not (model_type := model_type_of(model)).has_fixed_classes:
         raise DistillError(
-            f"The teacher is a {model_type.name}, and a cache stores distributions over ids or classes only: pass the "
-            "model itself as the teacher."
+            f"The teacher is {model_type.with_article}, and a cache stores distributions over ids or classes only: "
+            "pass the model itself as the teacher."
         )
     shift = model is None or model_type_of(model).shifts_labels
     device = torch.device(device or ("cpu" if model is None else next(model.parameters()).device))

@@ -299,8 +299,8 @@ class Targets:
         elif ids is None and not aligned:
             return RowPositions(self, inputs.get("attention_mask"), causal)
         else:
-            shape = self.shape if ids is None else ids.shape[:2]
-            documents = _documents(shape, inputs.get("attention_mask"), inputs.get("position_ids"), device)
+            mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+            documents = _documents(self.shape, mask, position_ids, device) if ids is None else token_documents(inputs)
         if aligned:
             return replace(self, documents=documents, causal=causal)
         return self.all_tokens_of_rows(documents, causal, self.numbers.get("tokens"))
@@ -309,17 +309,18 @@ class Targets:
         """Return all tokens of the rows that have target tokens.
 
         Args:
-            documents: [B, S], 0 for padding.
+            documents: [B, S], 0 for padding; [B * C, S] if each row has the texts of C choices.
             causal: whether attention is causal.
-            counts: B numbers of tokens of the rows; None: they are read from the device.
+            counts: numbers of tokens, one for each row of `documents`; None: they are read from the device.
         """
-        has_targets = torch.zeros(len(documents), dtype=torch.bool, device=documents.device)
+        num_texts = len(documents) // self.shape[0] if self.shape[0] else 1
+        has_targets = torch.zeros(self.shape[0], dtype=torch.bool, device=documents.device)
         has_targets.index_fill_(0, self.batch_rows, True)
-        is_token = (documents > 0) & has_targets[:, None]
+        is_token = (documents > 0) & has_targets.repeat_interleave(num_texts)[:, None]
         if counts is None or self.row_counts is None:
             row_counts = is_token.sum(1).tolist()
         else:
-            row_counts = [count if targets else 0 for count, targets in zip(counts, self.row_counts, strict=True)]
+            row_counts = [count if self.row_counts[i // num_texts] else 0 for i, count in enumerate(counts)]
         positions = true_indices(is_token.flatten(), sum(row_counts))
         labels = torch.full_like(positions, IGNORE_INDEX)
         batch_rows = positions // documents.shape[1]
@@ -362,8 +363,10 @@ class Targets:
         """
         if self.positions is targets.positions:
             return values
-        sums = values.new_zeros(self.shape[0]).index_add(0, self.batch_rows, values)
-        counts = values.new_zeros(self.shape[0]).index_add(0, self.batch_rows, torch.ones_like(values))
+        num_rows = targets.shape[0]
+        rows = self.batch_rows // (self.shape[0] // num_rows)  # the texts of all choices belong to one row
+        sums = values.new_zeros(num_rows).index_add(0, rows, values)
+        counts = values.new_zeros(num_rows).index_add(0, rows, torch.ones_like(values))
         return (sums / counts.clamp(min=1))[targets.batch_rows]
 
 
@@ -429,9 +432,15 @@ FeatureTokens: TypeAlias = Targets | RowPositions
 
 
 def token_documents(inputs: dict) -> Tensor:
-    """Return the document of each token of a batch with `input_ids` or `inputs_embeds`, [B, S]; see `Targets`."""
-    ids = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-    return _documents(ids.shape[:2], inputs.get("attention_mask"), inputs.get("position_ids"), ids.device)
+    """Return the document of each token of a batch with `input_ids` or `inputs_embeds`, [B, S]; see `Targets`.
+
+    The texts of the C choices of a row, [B, C, S] with labels [B], are rows of their own, as in the model: [B * C, S].
+    """
+    ids = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"][..., 0]
+    labels, mask, position_ids = (inputs.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    has_choices = ids.dim() == 3 and labels is not None and labels.dim() == 1
+    shape = ids.shape if has_choices else ids.shape[:2]
+    return _documents(shape, mask, position_ids, ids.device).flatten(0, -2)
 
 
 def token_counts(inputs: dict) -> dict[str, Tensor]:
@@ -441,7 +450,8 @@ def token_counts(inputs: dict) -> dict[str, Tensor]:
         inputs: the collator's batch.
 
     Returns:
-        {"tokens": [B]}, the number of tokens of each row; empty if neither ids nor a mask tell it.
+        {"tokens": [B]}, the number of tokens of each row, or [B * C] for those of C choices; empty if neither ids nor a
+        mask tell it.
     """
     ids, mask = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("attention_mask")
     if ids is not None:

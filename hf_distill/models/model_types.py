@@ -1,5 +1,5 @@
-"""The types of models that can be distilled: causal, masked, sequence-to-sequence, classifiers, regression models and
-question answering.
+"""The types of models that can be distilled: language models, classifiers of text, images, audio and videos, regression
+models, question answering and multiple choice.
 
 The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
 position. The classes of a classifier are treated as a small vocabulary.
@@ -29,6 +29,8 @@ class ModelType:
     shifts_labels: whether the model's loss shifts labels; for `CAUSAL`, the default if it cannot be measured
     vocabulary:    whether V is the size of a tokenizer's vocabulary, and not a number of classes
     output_type:   what the outputs are, which decides the losses, the targets and the metrics
+    has_classes:   for models without a vocabulary: whether `num_labels` of the config is V, and `id2label` has the
+                   names of the classes. False if V is known from the logits only, as for the choices of a row
     """
 
     name: str
@@ -37,9 +39,25 @@ class ModelType:
     shifts_labels: bool
     vocabulary: bool
     output_type: OutputType = DISTRIBUTION_OUTPUTS
+    has_classes: bool = True
+
+    @property
+    def with_article(self) -> str:
+        """The name with its article, for messages."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
+    @property
+    def has_declared_size(self) -> bool:
+        """Whether V is known without a forward: as the size of a vocabulary, or from `num_labels`."""
+        return self.vocabulary or self.has_classes
+
+    @property
+    def has_fixed_classes(self) -> bool:
+        """Whether the outputs are distributions over the same V ids or classes in each batch, as caches store them."""
+        return self.output_type is DISTRIBUTION_OUTPUTS and self.has_declared_size
 
     def num_outputs(self, model: PreTrainedModel) -> int:
-        """Return V, the number of ids or classes that a model without wrappers predicts."""
+        """Return V, the number of ids or classes that a model without wrappers predicts; see `has_declared_size`."""
         if not self.vocabulary:
             return cast(int, model.config.num_labels)
         head = model.get_output_embeddings()
@@ -73,8 +91,34 @@ SEQUENCE = ModelType(
     shifts_labels=False,
     vocabulary=False,
 )
+IMAGE = replace(
+    SEQUENCE,
+    name="image classifier",
+    auto_class="AutoModelForImageClassification",
+    pipeline="image-classification",
+)
+AUDIO = replace(
+    SEQUENCE,
+    name="audio classifier",
+    auto_class="AutoModelForAudioClassification",
+    pipeline="audio-classification",
+)
+VIDEO = replace(
+    SEQUENCE,
+    name="video classifier",
+    auto_class="AutoModelForVideoClassification",
+    pipeline="video-classification",
+)
 MULTI_LABEL = replace(SEQUENCE, name="multi-label classifier", output_type=BERNOULLI_OUTPUTS)
 REGRESSION = replace(SEQUENCE, name="regression model", output_type=REAL_VALUE_OUTPUTS)
+# What a classifier of rows is for `problem_type`: (for several labels, for real numbers).
+_BY_PROBLEM = {SEQUENCE: (MULTI_LABEL, REGRESSION)} | {
+    classifier: (
+        replace(classifier, name=f"multi-label {classifier.name}", output_type=BERNOULLI_OUTPUTS),
+        replace(classifier, name=f"{classifier.name.split()[0]} regression model", output_type=REAL_VALUE_OUTPUTS),
+    )
+    for classifier in (IMAGE, AUDIO, VIDEO)
+}
 TOKEN = ModelType(
     "token classifier", "AutoModelForTokenClassification", "token-classification", shifts_labels=False, vocabulary=False
 )
@@ -85,11 +129,33 @@ QUESTION_ANSWERING = ModelType(
     shifts_labels=False,
     vocabulary=False,
     output_type=SPAN_OUTPUTS,
+    has_classes=False,
+)
+MULTIPLE_CHOICE = ModelType(
+    "multiple choice model",
+    "AutoModelForMultipleChoice",
+    "multiple-choice",
+    shifts_labels=False,
+    vocabulary=False,
+    has_classes=False,
+)
+NEXT_SENTENCE = ModelType(
+    "next sentence classifier",
+    "AutoModelForNextSentencePrediction",
+    "text-classification",
+    shifts_labels=False,
+    vocabulary=False,
+    has_classes=False,
 )
 
 _BY_CLASS = {
     class_name: model_type
     for names, model_type in (
+        (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, IMAGE),
+        (auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, AUDIO),
+        (auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, VIDEO),
+        (auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES, MULTIPLE_CHOICE),
+        (auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES, NEXT_SENTENCE),
         (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, QUESTION_ANSWERING),
         (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, TOKEN),
         (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, SEQUENCE),
@@ -107,6 +173,14 @@ _BY_LOSS: dict[object, ModelType] = {
     LOSS_MAPPING["ForSequenceClassification"]: SEQUENCE,
     LOSS_MAPPING["ForTokenClassification"]: TOKEN,
     LOSS_MAPPING["ForQuestionAnswering"]: QUESTION_ANSWERING,
+}
+# Classifiers of rows have one loss function; the name of a class or its main input says what the rows are.
+_BY_LOSS_NAME = {"ForImageClassification": IMAGE, "ForAudioClassification": AUDIO, "ForVideoClassification": VIDEO}
+_BY_INPUT = {
+    "pixel_values": IMAGE,
+    "pixel_values_videos": VIDEO,
+    "input_values": AUDIO,
+    "input_features": AUDIO,
 }
 
 
@@ -138,10 +212,18 @@ def model_type_of_class(cls: type) -> ModelType | None:
     """Return the type of the models of a class, from its name or that of a base class; None if it is unknown."""
     for base in cls.__mro__:
         named = re.findall(f"({'|'.join(LOSS_MAPPING)})", base.__name__)
-        loss = LOSS_MAPPING.get(base.__name__) or LOSS_MAPPING.get(named[0] if named else "")
-        if model_type := _BY_CLASS.get(base.__name__) or _BY_LOSS.get(loss):
+        loss_name = base.__name__ if base.__name__ in LOSS_MAPPING else next(iter(named), "")
+        if model_type := _BY_CLASS.get(base.__name__) or _model_type_of_loss(loss_name, cls):
             return model_type
     return None
+
+
+def _model_type_of_loss(name: str, cls: type) -> ModelType | None:
+    """Return the type of the models of a class whose loss function has a name; None if it is unknown."""
+    model_type = _BY_LOSS_NAME.get(name) or _BY_LOSS.get(LOSS_MAPPING.get(name))
+    if model_type is SEQUENCE:
+        return _BY_INPUT.get(getattr(cls, "main_input_name", ""), SEQUENCE)
+    return model_type
 
 
 def model_type_of(model: nn.Module) -> ModelType:
@@ -158,7 +240,7 @@ def model_type_of(model: nn.Module) -> ModelType:
     model_type = _BY_CLASS.get(type(model).__name__)
     if model_type is SPEECH_SEQ2SEQ and getattr(config, "is_encoder_decoder", False) and _reads_text(model):
         model_type = None  # it reads text and writes audio, such as Dia
-    model_type = model_type or _BY_LOSS.get(LOSS_MAPPING.get(getattr(model, "loss_type", None) or ""))
+    model_type = model_type or _model_type_of_loss(getattr(model, "loss_type", None) or "", type(model))
     model_type = model_type or model_type_of_class(type(model))
     if model_type is None or not isinstance(model, PreTrainedModel):
         names = ", ".join(t.name for t in MODEL_TYPES)
@@ -199,15 +281,16 @@ def with_config(model_type: ModelType, config: PretrainedConfig | None, name: st
         DistillError: it is a token classifier that is configured for regression or several labels.
     """
     problem = getattr(config, "problem_type", None)
-    if model_type is SEQUENCE and problem == "multi_label_classification":
-        return MULTI_LABEL
-    if model_type is SEQUENCE:
+    if model_type in _BY_PROBLEM:
+        multi_label, regression = _BY_PROBLEM[model_type]
+        if problem == "multi_label_classification":
+            return multi_label
         is_default = problem is None and getattr(config, "num_labels", 2) == 1  # the default of transformers
-        return REGRESSION if problem == "regression" or is_default else SEQUENCE
+        return regression if problem == "regression" or is_default else model_type
     if model_type is TOKEN and problem in ("regression", "multi_label_classification"):
         raise DistillError(
-            f"{name} is a {model_type.name} and is configured for {problem}, which is for sequence classifiers. Use "
-            "single-label classification, or train it without a teacher."
+            f"{name} is {model_type.with_article} and is configured for {problem}, which is for sequence classifiers. "
+            "Use single-label classification, or train it without a teacher."
         )
     return model_type
 
@@ -223,4 +306,7 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
 
 
 GENERATIVE_TYPES = (CAUSAL, SEQ2SEQ, SPEECH_SEQ2SEQ)  # the config tells whether a model of them has an encoder
-MODEL_TYPES = (CAUSAL, MASKED, SEQ2SEQ, SPEECH_SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING)
+MODEL_TYPES = (
+    *(CAUSAL, MASKED, SEQ2SEQ, SPEECH_SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING),
+    *(MULTIPLE_CHOICE, NEXT_SENTENCE, IMAGE, AUDIO, VIDEO),
+)

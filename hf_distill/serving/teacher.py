@@ -66,8 +66,8 @@ class ServedTeacher:
         model_type = model_type_of(model)
         if model_type.name != CAUSAL.name:
             raise DistillError(
-                f"{name} is a {model_type.name}, and only causal language models can be served: use it as a local "
-                "teacher."
+                f"{name} is {model_type.with_article}, and only causal language models can be served: use it as a "
+                "local teacher."
             )
         self.model, self.tokenizer = model, tokenizer
         limits = InputLimits.of(model, model)

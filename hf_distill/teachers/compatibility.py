@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ..data.training_templates import render_probes
 from ..errors import DistillError
 from ..hub import reading
-from ..losses.output_types import SPAN_OUTPUTS
 from ..models.model_types import ModelType, how_to_match, model_type_of, unwrap_model
 
 logger = logging.get_logger(__name__)
@@ -58,7 +57,7 @@ def check_teacher_student(
         check_model_types(teacher_type, student_type)
     else:
         config = teacher
-    if not student_type.vocabulary and student_type.output_type is not SPAN_OUTPUTS:
+    if not student_type.vocabulary and student_type.has_classes:
         check_classes(config, student_config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
     sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student_config)]
@@ -81,7 +80,8 @@ def check_model_types(teacher: ModelType, student: ModelType) -> None:
     """
     if teacher.name != student.name:
         raise DistillError(
-            f"The teacher is a {teacher.name} and the student a {student.name}: {how_to_match(teacher, student)}"
+            f"The teacher is {teacher.with_article} and the student {student.with_article}: "
+            f"{how_to_match(teacher, student)}"
         )
     if teacher.shifts_labels != student.shifts_labels:
         shifting, unshifting = ("teacher", "student") if teacher.shifts_labels else ("student", "teacher")

@@ -48,7 +48,7 @@ class InputLimits:
         numbers: dict[str, Tensor] = {}
         for name, mask_name in _IDS_AND_MASKS:
             ids, mask = inputs.get(name), inputs.get(mask_name)
-            if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+            if not isinstance(ids, Tensor) or ids.dim() < 2 or not ids.numel():
                 continue
             if self._needs_position_ids(inputs, ids):
                 numbers[_LARGEST_POSITION] = inputs["position_ids"].max()
@@ -73,7 +73,7 @@ class InputLimits:
         inputs = dict(inputs)
         for name, mask_name in _IDS_AND_MASKS:
             ids = inputs.get(name)
-            if not isinstance(ids, Tensor) or ids.dim() != 2:
+            if not isinstance(ids, Tensor) or ids.dim() < 2:
                 continue
             self._check_positions(inputs, ids, numbers)
             mask = inputs.get(mask_name)
@@ -99,11 +99,11 @@ class InputLimits:
     def _needs_position_ids(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
         """Whether only the position ids tell if a batch is too long: its rows are, but they may be packed."""
         position_ids = inputs.get("position_ids")
-        is_long = self.positions is not None and ids.shape[1] > self.positions
+        is_long = self.positions is not None and ids.shape[-1] > self.positions
         return is_long and isinstance(position_ids, Tensor) and position_ids.shape == ids.shape
 
     def _check_positions(self, inputs: Mapping[str, Any], ids: Tensor, numbers: Mapping[str, Sequence[int]]) -> None:
-        longest = ids.shape[1]
+        longest = ids.shape[-1]
         if self._needs_position_ids(inputs, ids):
             longest = _number(numbers, _LARGEST_POSITION, inputs["position_ids"]) + 1
         if self.positions is not None and longest > self.positions:
@@ -173,9 +173,9 @@ def _largest_ids(rows: Any) -> Iterator[int]:
         import pyarrow.compute as pc
 
         for batch in rows.with_format("arrow").iter(batch_size=1000):
-            ids, is_unmasked = pc.list_flatten(batch["input_ids"]), None
+            ids, is_unmasked = pc.list_flatten(batch["input_ids"], recursive=True), None
             if "attention_mask" in batch.column_names:
-                is_unmasked = pc.equal(pc.list_flatten(batch["attention_mask"]), 1)
+                is_unmasked = pc.equal(pc.list_flatten(batch["attention_mask"], recursive=True), 1)
             ids = ids if is_unmasked is None or len(is_unmasked) != len(ids) else ids.filter(is_unmasked)
             if len(ids) and (largest := pc.max(ids).as_py()) is not None:
                 yield int(largest)

@@ -146,8 +146,8 @@ def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig,
     written_type = None if written_type is None else with_config(written_type, config, f"The teacher {path}")
     if written_type is not None and written_type.name != model_type.name:
         raise DistillError(
-            f"The teacher {path} is a {written_type.name} ({written_by.__name__}) and the student a {model_type.name}: "
-            f"{how_to_match(written_type, model_type)}"
+            f"The teacher {path} is {written_type.with_article} ({written_by.__name__}) and the student "
+            f"{model_type.with_article}: {how_to_match(written_type, model_type)}"
         )
 
 

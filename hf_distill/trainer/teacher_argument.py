@@ -11,7 +11,6 @@ from transformers.utils import logging
 from ..core.targets import TEACHER_INPUT_KEYS
 from ..data.teacher_column import check_teacher_column
 from ..errors import DistillError, raise_if_any
-from ..losses.output_types import DISTRIBUTION_OUTPUTS
 from ..models.model_types import model_type_of, unwrap_model
 from ..teachers import (
     CrossTokenizerTeacher,
@@ -175,14 +174,14 @@ def prepare_teacher(
 
 
 def unsupported_output_type(teacher: Teacher, student: nn.Module) -> list[str]:
-    """Return why a teacher cannot teach a student whose outputs are no distribution over ids or classes."""
+    """Return why a teacher cannot teach a student that does not predict the same ids or classes in each batch."""
     model_type = model_type_of(student)
-    if model_type.output_type is DISTRIBUTION_OUTPUTS:
+    if model_type.has_fixed_classes:
         return []
     kinds = {type(one).__name__ for one in (teacher, *teachers_by_name(teacher).values()) if not one.any_output_type}
     return [
-        f"the student is a {model_type.name}, and a {kind} has targets that are tokens or classes only: use a frozen, "
-        "EMA, snapshot, adapter-base or peer teacher, or several of these"
+        f"the student is {model_type.with_article}, and a {kind} has targets that are tokens or classes only: use a "
+        "frozen, EMA, snapshot, adapter-base or peer teacher, or several of these"
         for kind in sorted(kinds)
     ]
 

@@ -55,6 +55,9 @@ _KINDS = {
     "masked language model": "masked",
     "sequence-to-sequence language model": "seq2seq",
     "sequence classifier": "sequence",
+    "image classifier": "sequence",
+    "audio classifier": "sequence",
+    "video classifier": "sequence",
     "token classifier": "token",
 }
 

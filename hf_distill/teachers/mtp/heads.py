@@ -184,8 +184,8 @@ def _check(student: nn.Module) -> None:
     name, model_type = type(model).__name__, model_type_of(model)
     if not model_type.shifts_labels:
         raise DistillError(
-            f"{name} is a {model_type.name}, and multi-token prediction predicts the tokens after the next one: use a "
-            "causal language model."
+            f"{name} is {model_type.with_article}, and multi-token prediction predicts the tokens after the next one: "
+            "use a causal language model."
         )
     if unwrap_parallel(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
         raise DistillError(

@@ -123,8 +123,8 @@ class RemoteTeacher(Teacher):
         model_type = model_type_of(student)
         if model_type.name != CAUSAL.name or not model_type.shifts_labels:
             raise DistillError(
-                f"A remote teacher predicts the next token, and the student is a {model_type.name} or predicts the "
-                "token itself: use a causal language model as student."
+                f"A remote teacher predicts the next token, and the student is {model_type.with_article} or predicts "
+                "the token itself: use a causal language model as student."
             )
         self.student_vocab_size = model_type.num_outputs(unwrap_model(student))
         self.servers = self.protocol.check()
