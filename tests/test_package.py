@@ -20,7 +20,7 @@ LAYERS = [
     {"losses"},
     {"head"},
     {"models"},
-    {"student"},
+    {"student", "model_types"},
     {"data", "cache"},
     {"teachers"},
     {"model_card"},

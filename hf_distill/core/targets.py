@@ -25,6 +25,21 @@ TEACHER_INDEX = "teacher_index"  # key of a batch: index of the teacher of each 
 SECOND_VIEW_KEYS = ("view_input_ids", "view_attention_mask", "view_labels")  # keys of a batch's second view
 
 
+def real_labels(inputs: dict) -> Tensor:
+    """Return `labels` that are real numbers, [B] or [B, C].
+
+    Raises:
+        DistillError: the batch has no labels, or integer labels.
+    """
+    labels = target_labels(inputs, shift=False)
+    if not labels.is_floating_point():
+        raise DistillError(
+            f"`labels` has dtype {labels.dtype}, and the labels of a multi-label classifier or a regression "
+            "model are floating-point numbers: convert them, for example with torch.float32."
+        )
+    return labels
+
+
 def target_labels(inputs: dict, shift: bool) -> Tensor:
     """Return the label that each position of the logits predicts; -100 marks positions that are no target token.
 
@@ -131,22 +146,17 @@ class Targets:
         return cls.of_counts(labels, row_counts, (smallest, largest), label_mask, None, on_host)
 
     @classmethod
-    def of_rows(cls, inputs: dict, numbers: Mapping[str, Tensor] | None = None) -> "Targets":
-        """Return one target for each row of a batch whose labels are real numbers.
+    def of_rows(cls, labels: Tensor, inputs: dict, numbers: Mapping[str, Tensor] | None = None) -> "Targets":
+        """Return one target for each row of a batch.
 
         Args:
-            inputs: the collator's batch, with `labels` [B] or [B, C].
+            labels: [B, ...], one entry for each row.
+            inputs: the collator's batch.
             numbers: name -> [n] integers on the device that are read, as `Targets.numbers`.
 
         Raises:
-            DistillError: the batch has no labels, integer labels, or rows of the teacher.
+            DistillError: the batch has rows of the teacher.
         """
-        labels = target_labels(inputs, shift=False)
-        if not labels.is_floating_point():
-            raise DistillError(
-                f"`labels` has dtype {labels.dtype}, and the labels of a multi-label classifier or a regression "
-                "model are floating-point numbers: convert them, for example with torch.float32."
-            )
         if TEACHER_INPUT_KEYS[0] in inputs:
             raise DistillError(
                 f"The batch has {TEACHER_INPUT_KEYS[0]}, another prompt for the teacher, and the targets are whole "
@@ -191,8 +201,8 @@ class Targets:
 
     @property
     def has_ids(self) -> bool:
-        """Whether the labels are ids or classes, and not real numbers of a row or positions of a span."""
-        return self.allowed is None and not self.labels.is_floating_point()
+        """Whether each label is an id or a class, and not a real number, several numbers, or a position of a span."""
+        return self.allowed is None and self.labels.dim() == 1 and not self.labels.is_floating_point()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -234,6 +244,8 @@ class Targets:
         Raises:
             DistillError: the logits do not have one row for each label.
         """
+        if logits.dim() == len(self.shape) == 1 and not self.has_ids:  # one real number for each row
+            logits = logits[:, None]
         if logits.dim() != len(self.shape) + 1:
             raise DistillError(self._position_mismatch(logits))
         return self.gather(logits)

@@ -8,6 +8,7 @@ from .cross_entropy import cross_entropy
 from .cross_tokenizer import alm, projected_kl, uld
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
+from .output_types import Bernoullis, Distribution, OutputType, RealValues, RowOutputs, Spans
 from .real_values import margin_mse, mse, squared_error
 from .registry import LOSSES, Loss, get_loss, loss, register_gradient
 from .spans import span_cross_entropy, span_kl
@@ -16,7 +17,13 @@ del _analytic_gradients, _cross_tokenizer_gradients
 
 __all__ = [
     "LOSSES",
+    "Bernoullis",
+    "Distribution",
     "Loss",
+    "OutputType",
+    "RealValues",
+    "RowOutputs",
+    "Spans",
     "adaptive_kl",
     "alm",
     "attention_kl",

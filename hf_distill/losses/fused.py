@@ -258,7 +258,7 @@ class ChunkedLoss:
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
         names = [term.name for term in self.terms]
         if self.statistics_every:
-            names += self.output_type.student_metrics
+            names += dict.fromkeys(("measured", *self.output_type.student_metrics))
             first_teacher = next(iter(logits_by_teacher(self.teacher_logits).values()), None)
             names += self.output_type.pair_metrics if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
             if isinstance(first_teacher, CrossTokenizerLogits):
@@ -338,7 +338,9 @@ class ChunkedLoss:
         targets = self.targets.slice(slice(rows.start + sampled.start, rows.stop, self.statistics_every))
         block = None if block is None or block.sparse_teacher else block.slice(sampled, student_only)
         stored = slice(rows.start + sampled.start, rows.stop, self.statistics_every)
-        for name, values in self.output_type.metrics(student_only, block, targets).items():
+        metrics = self.output_type.metrics(student_only, block, targets)
+        metrics.setdefault("measured", student_only.student.new_ones(len(student_only.student)))
+        for name, values in metrics.items():
             self._store(name, stored, values)
 
 

@@ -7,13 +7,13 @@ the classes of this module.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, REAL_VALUES, SPANS
-from ..core.targets import Targets, target_labels
+from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, OUTPUTS, REAL_VALUES, SPANS
+from ..core.targets import Targets, real_labels, target_labels
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits
 from .bernoulli import BERNOULLI_PAIR_METRICS, BERNOULLI_STUDENT_METRICS, bernoulli_metrics
@@ -40,20 +40,35 @@ OUTPUT_NAMES = {  # for messages
 class OutputType(ABC):
     """What the outputs of a model are, and the defaults that follow from it.
 
+    A derived class with a new name in `outputs` makes a new kind: losses are registered for it with
+    `@loss(..., outputs=name)`. See `register_model_type`.
+
     outputs:         one of `core.loss_kinds.OUTPUTS`, which the losses of the objective must fit
     soft_loss:       name of the default loss of the soft term
     hard_loss:       name of the loss of the hard term, that of the model itself
     student_metrics: names of the statistics of each target that read the student alone
     pair_metrics:    names of those that also read a teacher with logits
     label_names:     keys of a batch with the labels
+    logit_names:     names of the outputs of a model of which the logits are made
     """
 
     outputs: ClassVar[str]
     soft_loss: ClassVar[str]
     hard_loss: ClassVar[str]
-    student_metrics: ClassVar[tuple[str, ...]]
-    pair_metrics: ClassVar[tuple[str, ...]]
+    student_metrics: ClassVar[tuple[str, ...]] = ()
+    pair_metrics: ClassVar[tuple[str, ...]] = ()
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    logit_names: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def __init_subclass__(cls) -> None:
+        """Add the kind of outputs of a derived class to those that losses can be registered for."""
+        if (kind := getattr(cls, "outputs", None)) is not None and kind not in OUTPUTS:
+            OUTPUTS.append(kind)
+            OUTPUT_NAMES[kind] = f"outputs of the kind {kind!r}"
+
+    def __deepcopy__(self, memo: dict) -> "OutputType":
+        """Return the object itself: a copy of a model keeps its type."""
+        return self
 
     @property
     def losses(self) -> list[str]:
@@ -74,6 +89,14 @@ class OutputType(ABC):
             if not loss.fits(self.outputs)
         ]
 
+    def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the logits of a model, with the positions of the targets first; None if the outputs have none.
+
+        Args:
+            outputs: the outputs of the model by name.
+        """
+        return outputs.get("logits")
+
     @abstractmethod
     def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
         """Return a tensor with one number for each position that may be a target; -100 marks those that are none."""
@@ -82,13 +105,18 @@ class OutputType(ABC):
     def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
         """Return the targets of a batch; see `Targets.from_batch`."""
 
-    @abstractmethod
-    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:  # noqa: B027  # by default all labels fit
         """Check the labels against V, the number of outputs of the student."""
 
-    @abstractmethod
     def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
-        """Return the statistics of each target of a block; see `token_metrics`."""
+        """Return the statistics of each target of a block by name, each [r]; see `token_metrics`.
+
+        Args:
+            student: `student.student` are the student logits [r, V].
+            block: `block.student` and `block.teacher` are those of both models; None: there is no teacher with logits.
+            targets: the r targets.
+        """
+        return {}
 
 
 class Distribution(OutputType):
@@ -115,16 +143,21 @@ class Distribution(OutputType):
 
 
 class RowOutputs(OutputType):
-    """Outputs of which the labels are real numbers, so that every row of a batch is a target."""
+    """Outputs of which every row of a batch is a target: `row_labels` returns the labels, by default real numbers."""
+
+    def row_labels(self, inputs: dict) -> Tensor:
+        """Return the labels of a batch, [B, ...], with one entry for each row."""
+        return real_labels(inputs)
 
     def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
         """Return a zero for each row, [B]."""
-        labels = target_labels(inputs, shift=False)
+        labels = inputs.get(self.label_names[0])
+        labels = target_labels(inputs, shift=False) if labels is None else labels
         return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
 
     def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
         """Return one target for each row of a batch."""
-        return Targets.of_rows(inputs, numbers)
+        return Targets.of_rows(self.row_labels(inputs), inputs, numbers)
 
 
 class Bernoullis(RowOutputs):
@@ -178,7 +211,14 @@ class Spans(OutputType):
 
     outputs, soft_loss, hard_loss = SPANS, "span_kl", "span_cross_entropy"
     student_metrics, pair_metrics = SPAN_STUDENT_METRICS, SPAN_PAIR_METRICS
-    label_names = SPAN_LABELS
+    label_names, logit_names = SPAN_LABELS, ("start_logits", "end_logits")
+
+    def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
+        """Stack the logits of starts and ends [B, S] to [B, 2, S]; `logits` are used if the outputs have them."""
+        parts = [part for name in self.logit_names if isinstance(part := outputs.get(name), Tensor)]
+        if "logits" in outputs or len(parts) < len(self.logit_names):
+            return outputs.get("logits")
+        return torch.stack(parts, dim=1)
 
     def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
         """Return the positions of starts and ends, [B, 2]."""
@@ -188,9 +228,6 @@ class Spans(OutputType):
         """Return the starts and ends of a batch as targets, [2 * B] without those outside of their row."""
         targets = Targets.from_batch({"labels": span_labels(inputs)}, False, numbers)
         return replace(targets, allowed=allowed_positions(inputs)[targets.batch_rows])
-
-    def check_labels(self, targets: Targets, num_outputs: int) -> None:
-        """Accept all labels: `span_labels` ignores positions outside of their row."""
 
     def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each start and end."""

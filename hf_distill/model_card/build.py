@@ -58,7 +58,7 @@ def _metadata(facts: CardData) -> ModelCardData:
     return ModelCardData(
         model_name=facts.repo.rpartition("/")[2] if results else None,
         eval_results=results or None,
-        library_name="peft" if facts.student.get("adapters") else "transformers",
+        library_name=_library(facts.student),
         pipeline_tag=facts.task,
         license=facts.license.id,
         base_model=base_models or None,
@@ -68,6 +68,12 @@ def _metadata(facts: CardData) -> ModelCardData:
         tags=[*TAGS],
         widget=[{"messages" if not isinstance(facts.prompt, str) else "text": facts.prompt}] if facts.prompt else None,
     )
+
+
+def _library(student: StudentFacts) -> str:
+    if student.get("adapters"):
+        return "peft"
+    return "pytorch" if student.get("class_name") else "transformers"
 
 
 def _hub_id(student: StudentFacts) -> str | None:
@@ -91,7 +97,7 @@ def _results(facts: CardData) -> list[EvalResult]:
             values.append((task["task"], task["task"], task["metric"], task["metric"], score["value"]))
     return [
         EvalResult(
-            task_type=facts.task,
+            task_type=facts.task or "other",
             dataset_type=dataset,
             dataset_name=dataset_title,
             metric_type=metric,

@@ -13,12 +13,16 @@ FILE = "distillation.json"
 
 
 class StudentFacts(ModelFacts, total=False):
-    """The model that the student began as or was cut from, its base model, and whether it is only adapters."""
+    """The model that the student began as or was cut from, its base model, and whether it is only adapters.
+
+    class_name: of a module that is no transformers model, whose weights are a state dict
+    """
 
     model: str | None
     base_model: str
     revision: str | None
     adapters: bool
+    class_name: str
 
 
 class TeacherFacts(ModelFacts, total=False):
@@ -113,7 +117,7 @@ class CardData:
     """Data of a distillation; `distillation.json` contains it as JSON. Local paths are reduced to their last component.
 
     repo:         org/name of the student
-    task:         of the pipeline, such as text-generation
+    task:         of the pipeline, such as text-generation; None if no pipeline reads the student
     teachers:     name -> facts
     held_out:     model -> metrics on the held-out rows
     environment:  versions and machine
@@ -127,7 +131,7 @@ class CardData:
     """
 
     repo: str
-    task: str
+    task: str | None
     student: StudentFacts
     teachers: dict[str, TeacherFacts]
     objective: ObjectiveFacts

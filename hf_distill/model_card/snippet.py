@@ -6,7 +6,12 @@ from .data import CardData
 
 
 def snippet_of(facts: CardData) -> str | None:
-    """Return Python code that loads the model from the Hub and runs it once; None for a task without an example."""
+    """Return Python code that loads the model from the Hub and runs it once; None for a task without an example.
+
+    That for a module outside transformers loads its weights.
+    """
+    if class_name := facts.student.get("class_name"):
+        return _state_dict(facts, class_name)
     if facts.task == "text-generation":
         call = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
         last_message = '[-1]["content"]' if not isinstance(facts.prompt, str) and facts.prompt else ""
@@ -18,6 +23,15 @@ def snippet_of(facts: CardData) -> str | None:
     if facts.task in ("text-classification", "token-classification"):
         return _pipeline(facts, facts.prompt or "This is a text.", "print(pipe(prompt))")
     return None
+
+
+def _state_dict(facts: CardData, class_name: str) -> str:
+    repo = json.dumps(facts.repo)
+    return (
+        "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+        f"model = {class_name}(...)  # with the arguments of the training\n"
+        f'model.load_state_dict(load_file(hf_hub_download({repo}, "model.safetensors")))'
+    )
 
 
 def _pipeline(facts: CardData, prompt: object, call: str) -> str:

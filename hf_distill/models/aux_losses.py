@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from types import SimpleNamespace
 from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, logging
 
 from ..core.logits import DenseLogits
@@ -186,7 +187,7 @@ def plan_aux_losses(model: nn.Module, inputs: dict, forward: Forward, targets: T
     """
     inner = unwrap_model(model)
     switches = sorted((name, value) for name, value in inputs.items() if isinstance(value, bool))
-    key = (model.training, *switches, *_settings(inner.config))
+    key = (model.training, *switches, *_settings(getattr(inner, "config", None)))
     plans = _plans.setdefault(inner, {})
     if key in plans:
         return plans[key]
@@ -203,7 +204,7 @@ def labels_of(inputs: dict) -> Tensor:
     return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else labels
 
 
-def _takes_labels(cls: type[PreTrainedModel]) -> bool:
+def _takes_labels(cls: type[nn.Module]) -> bool:
     """Whether labels reach the forward of a class, or that of a base class to which its `**kwargs` are passed."""
     for base in cls.__mro__:
         if "forward" not in vars(base) or base is nn.Module:
@@ -322,9 +323,10 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
     )
 
 
-def _how_to_disable_model_loss(model: PreTrainedModel) -> str:
+def _how_to_disable_model_loss(model: nn.Module) -> str:
     """Return how to train a model without the losses that its forward adds, for an error message."""
-    parts = (model.config, model.config.get_text_config()) if hasattr(model.config, "get_text_config") else ()
+    config = getattr(model, "config", None)
+    parts = (config, config.get_text_config()) if isinstance(config, PretrainedConfig) else ()
     settings = {name: value for part in parts for name, value in vars(part).items() if _LOSS_SETTING.search(name)}
     values = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()) if isinstance(value, _SWITCH))
     turn_off = f"disable them in its config (it has {values}); or " if values else ""
@@ -343,20 +345,20 @@ def first_rows(inputs: dict, count: int) -> dict:
     return inputs | {name: value[:count] for name, value in tensors.items()}
 
 
-def _settings(config: PretrainedConfig) -> tuple:
-    """Return the numbers and booleans of a config, which decide what a model adds to its loss.
+def _settings(config: object) -> tuple:
+    """Return the numbers and booleans of a config, if a model has one, which decide what a model adds to its loss.
 
     Strings are excluded: saving a model changes some of them, and only on the process that writes, while all processes
     of a sharded model have to measure at the same step.
     """
-    parts = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
+    parts = (config, config.get_text_config()) if isinstance(config, PretrainedConfig) else ()
     return tuple(value for part in parts for value in vars(part).values() if isinstance(value, _SWITCH))
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore random states, attributes of modules and the config after a forward in training mode."""
-    config = vars(unwrap_model(model).config)
+    config = vars(getattr(unwrap_model(model), "config", None) or SimpleNamespace())
     before, python_state, numpy_state = dict(config), random.getstate(), numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]

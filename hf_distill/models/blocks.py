@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..errors import DistillError
-from .model_types import model_type_of, unwrap_model
+from .model_types import model_type_of, transformers_model_in, unwrap_model
 
 SIDECAR = "distill_sidecar"  # name of the submodule that holds trained modules outside the student
 
@@ -39,7 +41,7 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     Raises:
         DistillError: the model has no such stack, or its blocks cannot be found.
     """
-    inner = unwrap_model(model)
+    inner: Any = _with_config(model)
     if inner.config.is_encoder_decoder:
         which = which or "decoder"
         root = inner.get_encoder() if which == "encoder" else inner.get_decoder()
@@ -48,11 +50,20 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     else:
         root = inner
     _, blocks = find_blocks(root, which)
-    causal = model_type_of(inner).shifts_labels or any(
+    causal = model_type_of(model).shifts_labels or any(
         getattr(module, "is_causal", False) for module in blocks[0].modules()
     )
     config = root.config.get_text_config()
     return LayerStack(which, blocks, config.hidden_size, causal, config._attn_implementation)
+
+
+def has_encoder_and_decoder(model: nn.Module) -> bool:
+    """Whether a model has two stacks of blocks.
+
+    Raises:
+        DistillError: neither the model nor a transformers model inside it has a config.
+    """
+    return bool(cast(Any, _with_config(model)).config.is_encoder_decoder)
 
 
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -71,7 +82,7 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     Raises:
         DistillError: no list or several lists have this length, or the model has an encoder and a decoder.
     """
-    inner = unwrap_model(model)
+    inner: Any = _with_config(model)
     config = inner.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
     depth = config.num_hidden_layers
     lists = dict(_outermost_lists(inner))
@@ -85,6 +96,25 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
             f"lists and their lengths: {names}."
         )
     return next(iter(matches.items()))
+
+
+def _with_config(model: nn.Module) -> nn.Module:
+    """Return the module whose config describes the blocks: the model, or the only transformers model inside it.
+
+    Raises:
+        DistillError: no module has one.
+    """
+    model = unwrap_model(model)
+    described = model if isinstance(getattr(model, "config", None), PretrainedConfig) else transformers_model_in(model)
+    if described is None:
+        lists = ", ".join(f"{name} ({len(blocks)})" for name, blocks in _outermost_lists(model)) or "none"
+        raise DistillError(
+            f"{type(model).__name__} is no transformers model and does not contain exactly one, so its blocks and the "
+            "width of their hidden states are not known. Set `self.config = transformers.PretrainedConfig("
+            "num_hidden_layers=..., hidden_size=...)` in the module; the blocks are then its nn.ModuleList of this "
+            f"length (its lists and their lengths: {lists}). Or use losses on logits alone, without torch_compile."
+        )
+    return described
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

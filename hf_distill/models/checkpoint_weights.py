@@ -49,12 +49,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         _load_adapters(cast("PeftModel", model), folder)
     elif isinstance(model, PreTrainedModel):
-        _load_converted(model, _read(folder), folder)
+        _load_converted(model, read_weights(folder), folder)
     else:
-        _load_plain(model, _read(folder), folder)
+        _load_plain(model, read_weights(folder), folder)
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint, on the CPU."""
     for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / name).is_file():

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from .blocks import get_layer_stack
+from .blocks import get_layer_stack, has_encoder_and_decoder
 from .model_types import unwrap_model
 
 _PREFIX = "_orig_mod."  # of the names of parameters inside an `OptimizedModule`
@@ -37,7 +37,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         DistillError: they are not found.
     """
-    stacks = ("encoder", "decoder") if unwrap_model(model).config.is_encoder_decoder else (None,)
+    stacks = ("encoder", "decoder") if has_encoder_and_decoder(model) else (None,)
     return [block for which in stacks for block in get_layer_stack(model, which).blocks]
 
 

@@ -22,7 +22,7 @@ from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .feature_capture import capture_features
 from .features import FeatureLoss
 from .frozen_head import FrozenHead
-from .model_call import named_outputs, prepare_inputs, without_stacked_logits
+from .model_call import named_outputs, prepare_inputs, without_made_logits
 from .model_types import unwrap_model, unwrap_parallel
 from .output_head import OutputHead, output_head, replaced_forward
 from .sidecar import sidecar_of
@@ -140,7 +140,7 @@ def forward_with_loss(
         outputs["loss"] = loss.detach()
     if (aux_loss := aux_losses[-1]) is not None:
         chunked_loss.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
-    return loss, without_stacked_logits(outputs)
+    return loss, without_made_logits(outputs, model)
 
 
 def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, is_replaced: bool) -> ModelOutput:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.logits import LazyLogits, LogitScaling, enabled_autocast_dtype
-from .model_types import unwrap_model
+from .output_head import head_module
 from .sharding import is_sharded
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -70,8 +70,7 @@ def head_sample(model: nn.Module, device: torch.device) -> Tensor | None:
     Returns:
         [1] or [2], for weight and bias; None if the head needs no copy, or has its values during the forward only.
     """
-    getter = getattr(unwrap_model(model), "get_output_embeddings", None)
-    head = None if getter is None else getter()
+    head = head_module(model)
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or is_sharded(model):
         return None

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -19,17 +18,14 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS
 from ..errors import DistillError
-from ..losses.spans import SPAN_LABELS
-from .model_types import model_type_of, unwrap_model
+from .model_types import model_type_of, transformers_model_in, unwrap_model
 
 FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed documents
 
 _T = TypeVar("_T")
-_SPAN_LOGITS = ("start_logits", "end_logits")
-_NOT_INPUTS = (
+_NOT_INPUTS = (  # and the labels of the type of the model
     *(
         "labels",
-        *SPAN_LABELS,
         "shift_labels",
         "has_labels",
         "num_items_in_batch",
@@ -61,7 +57,8 @@ def accepts_any_input(model: nn.Module) -> bool:
 def accepted_inputs(model: nn.Module, inputs: Mapping[str, _T]) -> dict[str, _T]:
     """Return the inputs of a batch that a model's forward accepts, and the labels."""
     names, accepts_any = _accepted(model)
-    return {k: v for k, v in inputs.items() if accepts_any or k in names or k in _NOT_INPUTS}
+    kept = {*names, *_not_inputs(model)}
+    return {k: v for k, v in inputs.items() if accepts_any or k in kept}
 
 
 def uses_flash_attention(model: nn.Module) -> bool:
@@ -81,7 +78,7 @@ def without_foreign_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: 
         foreign: names of the inputs that the other model accepts.
     """
     names, accepts_any = _accepted(model)
-    dropped = set() if accepts_any else {*foreign} - names - {*_NOT_INPUTS}
+    dropped = set() if accepts_any else {*foreign} - names - _not_inputs(model)
     return {k: v for k, v in inputs.items() if k not in dropped}
 
 
@@ -94,33 +91,53 @@ def generation_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: Itera
         foreign: names of the inputs that another model accepts.
     """
     own_inputs = without_foreign_inputs(model, inputs, foreign)
-    return {k: v for k, v in own_inputs.items() if k == "labels" or k not in _NOT_INPUTS}
+    not_inputs = _not_inputs(model)
+    return {k: v for k, v in own_inputs.items() if k == "labels" or k not in not_inputs}
 
 
-def prepare_inputs(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, object]:
+def prepare_inputs(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, object]:
     """Return the keyword arguments of a model's forward: without labels, and with decoder inputs if it needs them.
 
     Args:
-        model: a transformers model, without wrappers.
+        model: a model, without wrappers.
         inputs: the collator's batch, with the inputs that the model accepts.
 
     Raises:
-        DistillError: an encoder-decoder model needs decoder inputs, and they cannot be made from the labels.
+        DistillError: an encoder-decoder model needs decoder inputs, and they cannot be made from the labels; or a
+            module outside transformers requires an input that the batch does not have.
     """
-    labels = cast(Tensor | None, inputs.get("labels"))
-    inputs = {k: v for k, v in inputs.items() if k not in _NOT_INPUTS}
+    labels, not_inputs = cast(Tensor | None, inputs.get("labels")), _not_inputs(model)
+    inputs = {k: v for k, v in inputs.items() if k not in not_inputs}
     has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    if (
-        getattr(model.config, "is_encoder_decoder", False)
-        and not has_decoder_inputs
-        and model_type_of(model).vocabulary
-    ):
-        inputs["decoder_input_ids"] = decoder_input_ids(model, labels)
+    if model_type_of(model).vocabulary and not has_decoder_inputs:
+        inner = transformers_model_in(model)
+        if inner is not None and getattr(inner.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = decoder_input_ids(inner, labels)
     if "use_cache" in _parameters_of(type(model).forward)[0]:
         inputs["use_cache"] = False  # with a cache, packed documents would attend to each other
-    if getattr(model.config, "return_dict", True) is False and isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
+        _check_required_inputs(model, inputs)
+    elif getattr(model.config, "return_dict", True) is False:
         inputs["return_dict"] = True
     return inputs
+
+
+def _check_required_inputs(model: nn.Module, inputs: Mapping[str, object]) -> None:
+    parameters = inspect.signature(model.forward).parameters.values()
+    required = (
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    )
+    if missing := [name for name in required if name not in inputs]:
+        raise DistillError(
+            f"{type(model).__name__}.forward requires {', '.join(missing)}, and the batch has {sorted(inputs)}: the "
+            "inputs are passed by name, so name the columns of the data (or the keys of the collator's batch) as the "
+            "parameters of the forward."
+        )
+
+
+def _not_inputs(model: nn.Module) -> frozenset[str]:
+    """Return the keys of a batch that are not passed to a model."""
+    return frozenset((*_NOT_INPUTS, *model_type_of(model).output_type.label_names))
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
@@ -167,39 +184,30 @@ def decoder_input_ids(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
 
 
 def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
-    """Return a model's outputs as a ModelOutput with `logits`.
+    """Return a model's outputs as a ModelOutput with `logits`, which its output type makes of them.
 
     Args:
         outputs: a ModelOutput, another mapping, a tuple, an object with attributes, or the logits. In a tuple the
-            logits are the first member, or the second after a scalar loss. `start_logits` and `end_logits` [B, S] are
-            stacked to logits [B, 2, S].
-        model: the model, for the error message.
+            logits are the first member, or the second after a scalar loss.
+        model: the model.
 
     Raises:
         DistillError: the outputs have no logits.
     """
-    if isinstance(outputs, ModelOutput) and getattr(outputs, "logits", None) is not None:
+    output_type = model_type_of(model).output_type
+    named = _by_name(outputs)
+    logits = output_type.logits_of(named)
+    if isinstance(outputs, ModelOutput) and logits is not None and logits is named.get("logits"):
         return outputs
-    if isinstance(outputs, Mapping):
-        named = dict(outputs)
-    elif isinstance(outputs, Tensor):
-        named = {"logits": outputs}
-    elif isinstance(outputs, tuple | list):
-        has_loss = bool(outputs) and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0
-        first = ["loss", "logits"] if has_loss else ["logits"]
-        rest = [f"output_{i}" for i in range(len(first), len(outputs))]
-        named = dict(zip(getattr(outputs, "_fields", None) or [*first, *rest], outputs, strict=False))
-    else:
-        named = dict(vars(outputs)) if hasattr(outputs, "__dict__") else {}
-    if "logits" not in named and all(isinstance(named.get(name), Tensor) for name in _SPAN_LOGITS):
-        named["logits"] = torch.stack([named[name] for name in _SPAN_LOGITS], dim=1)  # [B, 2, S]
-    logits = named.get("logits")
     if not isinstance(logits, Tensor):
+        is_default = output_type.logit_names == ("logits",)
+        under = "this name, or as the first member of a tuple" if is_default else "these names"
+        names = " and ".join(f"`{name}`" for name in output_type.logit_names)
         raise DistillError(
-            f"{type(unwrap_model(model)).__name__} returns no `logits` (it returns {type(outputs).__name__} "
-            f"{sorted(map(str, named))}): distillation needs a model whose outputs have the logits under this name, or "
-            "as the first member of a tuple."
+            f"{type(unwrap_model(model)).__name__} returns no {names} (it returns {type(outputs).__name__} "
+            f"{sorted(map(str, named))}): distillation needs a model whose outputs have the logits under {under}."
         )
+    named["logits"] = logits
     result = ModelOutput()
     for name, value in named.items():
         if value is not None:
@@ -207,9 +215,24 @@ def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
     return result
 
 
-def without_stacked_logits(outputs: ModelOutput) -> ModelOutput:
-    """Return outputs without the `logits` that `named_outputs` made of the logits of starts and ends."""
-    if not all(name in outputs for name in _SPAN_LOGITS):
+def _by_name(outputs: object) -> dict:
+    """Return the outputs of a model by name; `logits` and `loss` for those of a tuple."""
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    if isinstance(outputs, Tensor):
+        return {"logits": outputs}
+    if isinstance(outputs, tuple | list):
+        has_loss = bool(outputs) and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0
+        first = ["loss", "logits"] if has_loss else ["logits"]
+        rest = [f"output_{i}" for i in range(len(first), len(outputs))]
+        return dict(zip(getattr(outputs, "_fields", None) or [*first, *rest], outputs, strict=False))
+    return dict(vars(outputs)) if hasattr(outputs, "__dict__") else {}
+
+
+def without_made_logits(outputs: ModelOutput, model: nn.Module) -> ModelOutput:
+    """Return outputs without the `logits` that `named_outputs` made of outputs with other names."""
+    names = model_type_of(model).output_type.logit_names
+    if "logits" in names or not all(name in outputs for name in names):
         return outputs
     return ModelOutput({name: value for name, value in outputs.items() if name != "logits"})
 

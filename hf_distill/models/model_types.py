@@ -31,15 +31,17 @@ class ModelType:
     output_type:   what the outputs are, which decides the losses, the targets and the metrics
     has_classes:   for models without a vocabulary: whether `num_labels` of the config is V, and `id2label` has the
                    names of the classes. False if V is known from the logits only, as for the choices of a row
+    is_declared:   whether the user named the type, with `model_type=`; the class of the model did not decide it
     """
 
     name: str
-    auto_class: str
-    pipeline: str
+    auto_class: str | None
+    pipeline: str | None
     shifts_labels: bool
     vocabulary: bool
     output_type: OutputType = DISTRIBUTION_OUTPUTS
     has_classes: bool = True
+    is_declared: bool = False
 
     @property
     def with_article(self) -> str:
@@ -56,14 +58,44 @@ class ModelType:
         """Whether the outputs are distributions over the same V ids or classes in each batch, as caches store them."""
         return self.output_type is DISTRIBUTION_OUTPUTS and self.has_declared_size
 
-    def num_outputs(self, model: PreTrainedModel) -> int:
-        """Return V, the number of ids or classes that a model without wrappers predicts; see `has_declared_size`."""
+    def num_outputs(self, model: nn.Module) -> int | None:
+        """Return V, the number of ids or classes that a model without wrappers predicts; None: its outputs tell it."""
+        if self.is_declared or not self.has_declared_size or not isinstance(model, PreTrainedModel):
+            return None
         if not self.vocabulary:
             return cast(int, model.config.num_labels)
         head = model.get_output_embeddings()
         # In peft's copy of a tied head `out_features` is that of the embedding; the original module has the right one.
         head = getattr(head, "original_module", None) or head
         return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
+
+    def vocabulary_size(self, model: nn.Module, reader: str) -> int:
+        """Return V for something that needs it before the model has run.
+
+        Args:
+            model: the model, without wrappers.
+            reader: what needs it, for the error message.
+
+        Raises:
+            DistillError: only the outputs of the model tell it.
+        """
+        if (size := self.num_outputs(model)) is None:
+            raise DistillError(
+                f"{reader} needs the number of ids of the student before it has run, and {type(model).__name__} does "
+                "not declare it: use a transformers model without `model_type`, or a frozen, EMA or peer teacher."
+            )
+        return size
+
+    def teaches(self, student: "ModelType") -> bool:
+        """Whether a model of this type can teach one of the student's type.
+
+        If the user named the type, classes with the same outputs can: `model_type="classification"` with an image
+        classifier as teacher.
+        """
+        if self.name == student.name:
+            return True
+        has_same_outputs = self.output_type is student.output_type and self.vocabulary == student.vocabulary
+        return student.is_declared and (student.auto_class is None or has_same_outputs)
 
 
 CAUSAL = ModelType(
@@ -203,6 +235,22 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model if get_base_model is None else get_base_model())
 
 
+def transformers_model_in(model: nn.Module) -> PreTrainedModel | None:
+    """Return the transformers model inside a model's wrappers, or the only one inside a module around it.
+
+    Returns:
+        None if there is none, or a module contains several that are not inside each other.
+    """
+    model = unwrap_model(model)
+    if isinstance(model, PreTrainedModel):
+        return model
+    found, waiting = [], [model]
+    while waiting and len(found) < 2:
+        for child in waiting.pop().children():
+            (found if isinstance(child, PreTrainedModel) else waiting).append(child)
+    return cast(PreTrainedModel, found[0]) if len(found) == 1 else None
+
+
 def is_zero3_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 partitions a model's parameters; such a model cannot run outside its engine."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
@@ -227,15 +275,17 @@ def _model_type_of_loss(name: str, cls: type) -> ModelType | None:
 
 
 def model_type_of(model: nn.Module) -> ModelType:
-    """Return the type of a model, from its class, or from its `loss_type` for classes outside transformers.
+    """Return the type of a model: the declared one, or that of its class, or of its `loss_type` outside transformers.
 
     Args:
         model: a model, with or without wrappers.
 
     Raises:
-        DistillError: it is no transformers model, or predicts no distribution over ids or classes.
+        DistillError: neither its class nor the user says what its outputs are.
     """
     model = unwrap_model(model)
+    if (declared := declared_type(model)) is not None:
+        return declared
     config: PretrainedConfig | None = getattr(model, "config", None)
     model_type = _BY_CLASS.get(type(model).__name__)
     if model_type is SPEECH_SEQ2SEQ and getattr(config, "is_encoder_decoder", False) and _reads_text(model):
@@ -243,14 +293,7 @@ def model_type_of(model: nn.Module) -> ModelType:
     model_type = model_type or _model_type_of_loss(getattr(model, "loss_type", None) or "", type(model))
     model_type = model_type or model_type_of_class(type(model))
     if model_type is None or not isinstance(model, PreTrainedModel):
-        names = ", ".join(t.name for t in MODEL_TYPES)
-        is_transformers = isinstance(model, PreTrainedModel)
-        raise DistillError(
-            f"{type(model).__name__} cannot be distilled: it is "
-            f"{f'none of {names}' if is_transformers else 'no transformers model'}. "
-            f"Use a transformers model ({names}; the model itself, not a module around it), derive "
-            "a teacher from hf_distill.Teacher, or train without a teacher."
-        )
+        raise DistillError(_unknown_type(model))
     model_type = with_config(model_type, config, type(model).__name__)
     if model_type in GENERATIVE_TYPES:
         if getattr(config, "is_encoder_decoder", False):
@@ -258,6 +301,31 @@ def model_type_of(model: nn.Module) -> ModelType:
         shift = loss_shifts_labels(model)
         return CAUSAL if shift is None else replace(CAUSAL, shifts_labels=shift)
     return model_type
+
+
+def declared_type(model: nn.Module) -> ModelType | None:
+    """Return the type that the user named for a model without wrappers; see `declared_types`."""
+    return vars(model).get(DECLARED_TYPE)
+
+
+def _unknown_type(model: nn.Module) -> str:
+    """Return what is known of a model whose type is not, and how to name it."""
+    name = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        what = f"{name} is a transformers model of none of the types that its class tells"
+    else:
+        what = f"{name} is no transformers model, so its class does not tell what its outputs are"
+    parts = {
+        f"`{path}` is a {type(part).__name__}, a {known.name}"
+        for path, part in model.named_children()
+        if isinstance(part, PreTrainedModel) and (known := model_type_of_class(type(part))) is not None
+    }
+    found = f" ({'; '.join(sorted(parts))})" if parts else ""
+    return (
+        f"{name} cannot be distilled without `model_type`: {what}{found}. Pass model_type= to the trainer, one of "
+        f"{', '.join(TYPE_BY_NAME)}, or register another with hf_distill.register_model_type. Other teachers derive "
+        "from hf_distill.Teacher."
+    )
 
 
 def _reads_text(model: nn.Module) -> bool:
@@ -310,3 +378,20 @@ MODEL_TYPES = (
     *(CAUSAL, MASKED, SEQ2SEQ, SPEECH_SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING),
     *(MULTIPLE_CHOICE, NEXT_SENTENCE, IMAGE, AUDIO, VIDEO),
 )
+TYPE_BY_NAME = {  # the names for `model_type=`
+    "classification": SEQUENCE,
+    "multi_label_classification": MULTI_LABEL,
+    "regression": REGRESSION,
+    "token_classification": TOKEN,
+    "image_classification": IMAGE,
+    "audio_classification": AUDIO,
+    "video_classification": VIDEO,
+    "question_answering": QUESTION_ANSWERING,
+    "multiple_choice": MULTIPLE_CHOICE,
+    "next_sentence_prediction": NEXT_SENTENCE,
+    "causal_lm": CAUSAL,
+    "masked_lm": MASKED,
+    "seq2seq_lm": SEQ2SEQ,
+    "speech_seq2seq": SPEECH_SEQ2SEQ,
+}
+DECLARED_TYPE = "_hf_distill_model_type"  # attribute of a model whose type the user named

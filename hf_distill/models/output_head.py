@@ -9,11 +9,15 @@ Two short forwards of a few rows of the first batch decide, in eval mode and wit
    rounding, and every trained parameter that is applied after the head.
 
 If either differs, the logits are materialized: the objective is the same, and each step takes more memory.
+
+A module outside transformers does not name its output head. It is the last linear layer whose output has the shape of
+the logits, and a third forward shows whether the module accepts a placeholder in their place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,8 +31,8 @@ from transformers.utils import logging
 
 from ..core.logits import RESHARDED_HEAD, LazyLogits, LogitScaling
 from ..errors import DistillError
-from .model_call import FLASH_ATTENTION_INPUTS
-from .model_types import model_type_of, unwrap_model
+from .model_call import FLASH_ATTENTION_INPUTS, named_outputs
+from .model_types import model_type_of, transformers_model_in, unwrap_model
 from .module_state import eval_mode
 from .sharding import is_sharded
 
@@ -92,9 +96,10 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
         inputs: keyword arguments of its forward.
     """
     inner = unwrap_model(model)
-    getter = getattr(inner, "get_output_embeddings", None)
-    module: nn.Module | None = getter() if getter else None
     head = _heads.get(inner)
+    module = _named_head(inner) if head is None or hasattr(inner, "get_output_embeddings") else head.module
+    if module is None and head is None and model_type_of(inner).vocabulary:
+        module = _find_head(model, inner, inputs)
     obstacle = _obstacle(inner, module)
     hooks = tuple(module._forward_hooks) if module is not None else ()
     if head is None or head.module is not module or head.hooks != hooks or (obstacle and not head.reason):
@@ -108,6 +113,35 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
         if head.reason and model_type_of(inner).vocabulary:
             _log_cost(inner, head.reason, inputs)
     return head
+
+
+def head_module(model: nn.Module) -> nn.Module | None:
+    """Return the output head that a model names, or that was found in a module outside transformers; None if none."""
+    inner = unwrap_model(model)
+    known = _heads.get(inner)
+    return _named_head(inner) or (None if known is None else known.module)
+
+
+def _named_head(inner: nn.Module) -> nn.Module | None:
+    getter = getattr(inner, "get_output_embeddings", None)
+    return getter() if getter else None
+
+
+def _find_head(model: nn.Module, inner: nn.Module, inputs: dict) -> nn.Module | None:
+    """Return the last linear layer of a module whose output has the shape of its logits; None if there is none."""
+    called: list[tuple[nn.Module, torch.Size]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, _args, output: called.append((module, output.shape)))
+        for module in inner.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with _short_forward(model):
+            logits = _logits(model(**inputs), inner)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next((module for module, shape in reversed(called) if logits is not None and shape == logits.shape), None)
 
 
 def known_output_head(model: nn.Module) -> OutputHead | None:
@@ -169,7 +203,7 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
 def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
     """Return why the class of a head rules lazy logits out, without a measurement; "" if it does not."""
     if head is None:
-        return "the model names no output embeddings"
+        return "the model names no output embeddings, and no linear layer of it returns the logits"
     if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
         return f"its output head is a {type(head).__name__}, not a plain linear layer"
     if not head.weight.is_floating_point():
@@ -183,7 +217,7 @@ def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
     return ""
 
 
-def _measure(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: dict) -> OutputHead:
+def _measure(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
     short = _shorten(inputs)
     try:
         return _compare(model, inner, head, inputs if short is None else short)
@@ -212,7 +246,7 @@ def _shorten(inputs: dict) -> dict | None:
     return inputs | short
 
 
-def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: dict) -> OutputHead:
+def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
     sample: list[tuple[Tensor, Tensor, Tensor]] = []  # hidden states, lazy logits without scaling, positions
     outputs_of_head: list[Tensor] = []
 
@@ -226,7 +260,7 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: 
 
     with _short_forward(model):
         with replaced_forward(head, record) as original:
-            logits = _logits(model(**inputs))
+            logits = _logits(model(**inputs), inner)
         if reason := _shape_mismatch(outputs_of_head, logits):
             return OutputHead(head, None, reason)
         assert logits is not None
@@ -236,12 +270,16 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: nn.Linear, inputs: 
         probe = _probe(outputs_of_head[0])
         parameters = _UsedParameters()
         with replaced_forward(head, lambda _hidden: parameters.enter(probe)), parameters.around(inner):
-            probe_logits = _logits(model(**inputs))
+            probe_logits = _logits(model(**inputs), inner)
+        if not isinstance(inner, PreTrainedModel) and not _accepts_placeholder(model, inner, head, inputs):
+            return OutputHead(head, None, "its forward computes with the logits")
     is_half = logits.dtype.itemsize < 4 or hidden.dtype.itemsize < 4
     sampled = LogitSample(hidden.cpu(), model_logits.cpu(), max(torch.finfo(t.dtype).eps for t in (logits, hidden)))
     if parameters.used:
         return OutputHead(head, None, "it applies a trained parameter after its output head")
-    candidates = list(dict.fromkeys([LogitScaling.of(inner.config), LogitScaling()]))
+    described = transformers_model_in(inner)
+    candidates = [LogitScaling()] if described is None else [LogitScaling.of(described.config), LogitScaling()]
+    candidates = list(dict.fromkeys(candidates))
     for scaling in candidates:
         explains_probe = probe_logits is not None and _is_close(
             scaling.apply_(probe.to(raw.dtype)), probe_logits, probe_logits.dtype.itemsize < 4
@@ -262,9 +300,22 @@ def _short_forward(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _logits(outputs: object) -> Tensor | None:
-    logits = outputs.get("logits") if hasattr(outputs, "get") else None
-    return logits if isinstance(logits, Tensor) else None
+def _logits(outputs: object, inner: nn.Module) -> Tensor | None:
+    try:
+        return cast(Tensor, named_outputs(outputs, inner)["logits"])
+    except DistillError:  # the first full forward raises it
+        return None
+
+
+def _accepts_placeholder(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> bool:
+    """Whether a module passes on any output of its head; one that computes with it fails, or returns another shape."""
+    placeholder = head.weight.new_zeros(1, 1, 1)
+    with replaced_forward(head, lambda _hidden: placeholder):
+        try:
+            logits = _logits(model(**inputs), inner)
+        except Exception:  # any error of the module's own code
+            return False
+    return logits is not None and logits.shape == placeholder.shape
 
 
 def _shape_mismatch(outputs_of_head: list[Tensor], logits: Tensor | None) -> str:
@@ -373,11 +424,11 @@ def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
     return bool(flag)
 
 
-def _log_cost(model: PreTrainedModel, reason: str, inputs: dict) -> None:
+def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:
     ids = next((inputs[k] for k in ("decoder_input_ids", "input_ids") if isinstance(inputs.get(k), Tensor)), None)
     vocab_size = model_type_of(model).num_outputs(model)
     cost = ""
-    if ids is not None:
+    if ids is not None and vocab_size is not None:
         mebibytes = ids.numel() * vocab_size * 4 / 2**20
         cost = f", {ids.numel()} x {vocab_size} float32 numbers ({mebibytes:.0f} MiB) for this batch"
     logger.warning_once(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import DistillError
 from .model_types import unwrap_model
@@ -81,7 +82,7 @@ class SharedEncoder:
 
 def _encoder(model: nn.Module | None, which: str) -> nn.Module:
     inner = None if model is None else unwrap_model(model)
-    if inner is None or not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+    if not isinstance(inner, PreTrainedModel) or not getattr(inner.config, "is_encoder_decoder", False):
         raise DistillError(
             f"share_encoder=True needs a sequence-to-sequence {which} on this machine, and the {which} is "
             f"{'none' if inner is None else f'a {type(inner).__name__}'}: use such a model, {_OTHERWISE}."

@@ -74,7 +74,9 @@ class ServedTeacher:
         self._fill = limits.fill
         positions = limits.positions or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context_length = min(positions or max_batch_tokens, max_batch_tokens)
-        row = _probe_row(limits.ids or model_type.num_outputs(unwrap_model(model)), context_length)
+        row = _probe_row(
+            limits.ids or model_type.vocabulary_size(unwrap_model(model), "hf-distill serve"), context_length
+        )
         logits = self._probe(name, row)
         depth, layer_width = self._probe_layers(name, row)
         self.head = HeadTensors(logits.weight, logits.bias, logits.scaling)

@@ -85,7 +85,7 @@ class CachedTeacher(Teacher):
         """
         manifest, problems = self.manifest, list[str]()
         self._vocab_size, self._student_depth = (
-            model_type_of(student).num_outputs(unwrap_model(student)),
+            model_type_of(student).vocabulary_size(unwrap_model(student), "A teacher cache"),
             count_blocks(student),
         )
         for name, of_cache, of_student in (

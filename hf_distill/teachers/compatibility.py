@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..data.training_templates import render_probes
 from ..errors import DistillError
 from ..hub import reading
+from ..models.declared_types import type_as_teacher
 from ..models.model_types import ModelType, how_to_match, model_type_of, unwrap_model
 
 logger = logging.get_logger(__name__)
@@ -49,19 +50,21 @@ def check_teacher_student(
             "Teacher and student are the same object, so training the student would change the teacher. Load the "
             "model twice, or copy it with copy.deepcopy."
         )
-    student_type, student_config = model_type_of(student), unwrap_model(student).config
-    config: PretrainedConfig
+    student_type, student_config = model_type_of(student), getattr(unwrap_model(student), "config", None)
+    config: PretrainedConfig | None
     if isinstance(teacher, nn.Module):
-        teacher_type, config = model_type_of(teacher), unwrap_model(teacher).config
+        check_model_types(type_as_teacher(teacher, student), student_type)
+        config = getattr(unwrap_model(teacher), "config", None)
         path = path or getattr(unwrap_model(teacher), "name_or_path", "")
-        check_model_types(teacher_type, student_type)
     else:
         config = teacher
+    if not (isinstance(config, PretrainedConfig) and isinstance(student_config, PretrainedConfig)):
+        return  # nothing is declared of a module: the first batch shows its number of outputs
     if not student_type.vocabulary and student_type.has_classes:
         check_classes(config, student_config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
     sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student_config)]
-    if None in sizes or not (student_type.vocabulary or student.main_input_name == "input_ids"):
+    if None in sizes or not (student_type.vocabulary or getattr(student, "main_input_name", None) == "input_ids"):
         return  # the models neither read nor predict token ids
     check_vocabulary(
         tokenizer or local_tokenizer(path, **options),
@@ -78,7 +81,7 @@ def check_model_types(teacher: ModelType, student: ModelType) -> None:
     Raises:
         DistillError: the model types or the positions of the predictions differ.
     """
-    if teacher.name != student.name:
+    if not teacher.teaches(student):
         raise DistillError(
             f"The teacher is {teacher.with_article} and the student {student.with_article}: "
             f"{how_to_match(teacher, student)}"

@@ -98,7 +98,7 @@ class CrossTokenizerTeacher(Teacher):
         if isinstance(self.teacher, CachedTeacher | RemoteTeacher):
             self.teacher.keep_all_ids()
         self.model = self.teacher.model
-        self._student_vocab_size = model_type.num_outputs(unwrap_model(student))
+        self._student_vocab_size = model_type.vocabulary_size(unwrap_model(student), "cross_tokenizer")
         self._student_tokenizer, self._token_classes = student_tokenizer, None
         self.row_maker = TeacherRowMaker(
             student_tokenizer, self.tokenizer, max_length=self.max_length or self.teacher.context_length, name=self.name

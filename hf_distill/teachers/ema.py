@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ..core.logits import LazyLogits
 from ..core.schedule import parse_schedule, value_at
 from ..core.signals import Signals
 from ..errors import DistillError
+from ..models.checkpoint_weights import read_weights
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
 from ..models.output_head import check_head_stays_gathered
@@ -321,11 +323,9 @@ class SnapshotTeacher(StudentCopyTeacher):
                     f"{self._path} holds unsharded weights and the student is sharded: leave `path` out and give "
                     "`interval_steps`, or use a FrozenTeacher of the path, which can be sharded."
                 )
-            loaded: Any = type(unwrap_model(self.model)).from_pretrained(self._path, output_loading_info=True)
-            snapshot, report = loaded
-            tensors = self._tensors_of(snapshot)
+            tensors, missing = self._read_snapshot()
             try:
-                self._check_shapes(shadow, tensors, report["missing_keys"])
+                self._check_shapes(shadow, tensors, missing)
             except DistillError:
                 self._shadow.clear()
                 raise
@@ -333,6 +333,14 @@ class SnapshotTeacher(StudentCopyTeacher):
                 value.copy_(tensors[name])
             self._drift.begin(shadow)
         return shadow
+
+    def _read_snapshot(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the tensors of the snapshot by name, and the names that its checkpoint does not have."""
+        model = unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):  # the checkpoint of a Trainer has the state dict
+            return read_weights(Path(str(self._path))), []
+        snapshot, report = cast(Any, type(model)).from_pretrained(self._path, output_loading_info=True)
+        return self._tensors_of(snapshot), report["missing_keys"]
 
     def _tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}

@@ -14,6 +14,7 @@ from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..errors import DistillError
 from ..models.blocks import LayerStack, get_layer_stack
+from ..models.declared_types import type_as_teacher
 from ..models.forward import extract_signals
 from ..models.frozen_head import FrozenHead, head_sample
 from ..models.model_call import accepted_inputs
@@ -94,7 +95,7 @@ class FrozenTeacher(Teacher):
         )
         if self.model is None:
             self.model = self._loader.load(student, self._path, model_or_config, device)
-            check_model_types(model_type_of(self.model), model_type)
+            check_model_types(type_as_teacher(self.model, student), model_type)
         if is_tensor_parallel(self.model):
             raise DistillError(TENSOR_PARALLEL_TEACHER.format(option="The teacher is divided over processes") + ".")
         check_head_stays_gathered(self.model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
@@ -38,7 +39,7 @@ class InputLimits:
         """Read the limits from the embeddings of the models."""
         teacher, student = unwrap_model(teacher), unwrap_model(student)
         ids, student_ids = _embedding_rows(teacher), _embedding_rows(student)
-        fill = getattr(teacher.config.get_text_config(), "pad_token_id", None)
+        fill = getattr(_text_config(teacher), "pad_token_id", None)
         is_id_checked = ids is not None and (student_ids is None or student_ids > ids)
         fill = fill if isinstance(fill, int) and 0 <= fill < (ids or 0) else 0
         return cls(ids, _positions(teacher), fill, is_id_checked)
@@ -152,7 +153,7 @@ def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
     """
     student = unwrap_model(student)
     rows, config = _embedding_rows(student), getattr(student, "config", None)
-    if rows is None or config is None or config.get_text_config() is not config:
+    if rows is None or config is None or _text_config(student) is not config:
         return
     for name in ("input_ids", "decoder_input_ids"):
         ids = inputs.get(name)
@@ -188,6 +189,12 @@ def _largest_ids(rows: Any) -> Iterator[int]:
             yield int((ids if mask is None else ids.masked_fill(torch.as_tensor(mask) == 0, 0)).max())
 
 
+def _text_config(model: Any) -> PretrainedConfig | None:
+    """Return the config of the text model; None for a module without a config of transformers."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PretrainedConfig) else None
+
+
 def _embedding_rows(model: Any) -> int | None:
     try:
         embedding = model.get_input_embeddings()
@@ -202,7 +209,7 @@ def _embedding_rows(model: Any) -> int | None:
 
 def _positions(model: Any) -> int | None:
     """Return the rows of the learned position embedding without those reserved for padding; None: there is none."""
-    config_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config_positions = getattr(_text_config(model), "max_position_embeddings", None)
     if not isinstance(config_positions, int):
         return None
     for name, module in model.named_modules():

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
@@ -17,6 +18,7 @@ from ..errors import DistillError, raise_if_any
 from ..losses.fused import ChunkedLoss
 from ..losses.objective import Term
 from ..models.blocks import LayerStack, get_layer_stack
+from ..models.declared_types import type_as_teacher
 from ..models.feature_capture import capture_features
 from ..models.finite_weights import check_finite
 from ..models.forward import extract_signals, forward_with_loss, measure_before_student_loss
@@ -120,7 +122,7 @@ class PeerTeacher(TrainableTeacher):
         elif self.model is None:
             kwargs = {"dtype": torch.float32, **options}
             self.model = load_pretrained(str(self._path), model_type, student, model_or_config, kwargs)
-            check_model_types(model_type_of(self.model), model_type)
+            check_model_types(type_as_teacher(self.model, student), model_type)
         self._limits = InputLimits.of(self.model, student)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
             raise DistillError(
@@ -210,7 +212,7 @@ class PeerTeacher(TrainableTeacher):
         return _PeerStep(self.model, terms, is_frozen, inputs, targets, feature_requests, num_items)
 
     def save_pretrained(self, folder: str | Path, write: bool = True) -> None:
-        """Save the peer so that `from_pretrained` can load it.
+        """Save the peer so that `from_pretrained` can load it; the state dict of a module outside transformers.
 
         Args:
             folder: the folder to write.
@@ -224,7 +226,11 @@ class PeerTeacher(TrainableTeacher):
         advice = "Resume from a checkpoint with a smaller learning_rate of the peer."
         check_finite(state, folder, owner="the peer", advice=advice, buffers=buffers)
         if write:
-            self.model.save_pretrained(folder, state_dict=state)
+            if hasattr(self.model, "save_pretrained"):
+                self.model.save_pretrained(folder, state_dict=state)
+            else:  # a module outside transformers is saved as the Trainer saves a student
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_file(state, Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 

@@ -144,7 +144,7 @@ def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig,
         is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
         written_type = encoder_decoder_type(written_type) if is_encoder_decoder else CAUSAL
     written_type = None if written_type is None else with_config(written_type, config, f"The teacher {path}")
-    if written_type is not None and written_type.name != model_type.name:
+    if written_type is not None and not written_type.teaches(model_type):
         raise DistillError(
             f"The teacher {path} is {written_type.with_article} ({written_by.__name__}) and the student "
             f"{model_type.with_article}: {how_to_match(written_type, model_type)}"
@@ -161,11 +161,19 @@ def _class_of(path: str, model_type: ModelType, student: nn.Module, config: Pret
     written_by = _written_by(config)
     if written_by is not None and model_type_of_class(written_by) is not None and not is_adapter:
         return written_by
-    return getattr(transformers, auto_class_of(type(unwrap_model(student)), model_type))
+    if (auto_class := auto_class_of(type(unwrap_model(student)), model_type)) is None:
+        raise DistillError(
+            f"The class that wrote the teacher {path} is not known, and the student is a {model_type.name}, for which "
+            "transformers has no auto class: load the teacher, and pass the model instead of its path."
+        )
+    return getattr(transformers, auto_class)
 
 
-def auto_class_of(model_class: type, model_type: ModelType) -> str:
-    """Return the name of the auto class that maps to a model class; that of its model type if none or several do."""
+def auto_class_of(model_class: type, model_type: ModelType) -> str | None:
+    """Return the name of the auto class that maps to a model class; that of its model type if none or several do.
+
+    It is None for a registered type.
+    """
     names = {base.__name__ for base in model_class.__mro__}
     auto_classes = []
     for name in dir(transformers):

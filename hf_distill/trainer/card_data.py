@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..core.io import environment, held_out_metrics
 from ..core.json_types import JSON
 from ..core.references import public_name
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
-from ..model_card import CardData, SourceFacts, TeacherFacts, unmeasured
+from ..model_card import CardData, SourceFacts, StudentFacts, TeacherFacts, unmeasured
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, RemoteTeacher, Teacher
 from ..teachers.group import teachers_by_name
@@ -42,12 +42,18 @@ def trainer_card_data(
     adapters = hasattr(unwrap_parallel(student), "peft_config")
     objective_args = args if isinstance(args, DistillArguments) else DistillArguments()
     model_type = model_type_of(student)
-    output_type = model_type.output_type
+    output_type, is_module = model_type.output_type, not isinstance(model, PreTrainedModel)
+    student_facts: StudentFacts = {
+        "model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters
+    }  # fmt: skip
+    if is_module and not adapters:
+        student_facts["class_name"] = type(model).__name__
     soft_term = objective_args.terms(output_type=output_type)[0]
     return CardData(
         repo=repo,
-        task=model_type.pipeline,
-        student={"model": public_name(name_of(model)), "parameters": _num_parameters(model), "adapters": adapters},
+        # Which inputs a module reads is not known; a registered type tells its pipeline.
+        task=None if is_module and model_type.auto_class is not None else model_type.pipeline,
+        student=student_facts,
         teachers=teachers,
         objective={
             "temperature": soft_term.options.get("temperature", objective_args.loss_temperature),

@@ -126,7 +126,7 @@ class Distiller:
         num_outputs = model_type.num_outputs(model)
         output_type = model_type.output_type
         step = StepInputs.read(inputs, teacher, self.features, model_type)
-        if model_type.has_declared_size:
+        if num_outputs is not None:
             output_type.check_labels(step.targets, num_outputs)
         joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
 
@@ -150,8 +150,8 @@ class Distiller:
 
         def before_loss(student_logits: LazyLogits | DenseLogits) -> Tensor | None:
             """Run a jointly trained teacher and check the logits; called in the student's forward, before the loss."""
-            # A config can declare more classes than there are logits, or none.
-            if not model_type.has_declared_size or student_logits.vocab_size < num_outputs:
+            # A config can declare more classes than there are logits, and a module declares none.
+            if num_outputs is None or student_logits.vocab_size < num_outputs:
                 output_type.check_labels(targets, student_logits.vocab_size)
             teacher_loss, signals = None, teacher_signals
             if joint_step is not None:

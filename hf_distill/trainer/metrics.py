@@ -17,6 +17,7 @@ from .source_metrics import average_by_source
 
 logger = logging.get_logger(__name__)
 _STATISTICS = ("kl", "agreement", "teacher_mse", "teacher_entropy", "student_entropy")  # computed at temperature 1
+_NOT_LOGGED = ("measured", "student_ce", "teacher_ce", "accuracy")  # statistics of which other metrics are made
 _NO_TARGETS = "no target token (every label is -100)"
 _CHECK_LABELS = "Check the labels: rows may be truncated before their targets begin."
 TRAIN_STATISTICS_EVERY = 4  # training computes the statistics of every fourth target token, evaluation of all
@@ -130,7 +131,9 @@ class MetricAccumulator:
         return sums
 
 
-def average_metrics(sums: dict[str, float], terms: Iterable[Term], sources: tuple[str, ...] = ()) -> dict[str, float]:
+def average_metrics(
+    sums: dict[str, float], terms: Iterable[Term], sources: tuple[str, ...] = (), statistics: Iterable[str] = ()
+) -> dict[str, float]:
     """Return the means of the terms and statistics over target tokens, under the names in the logs.
 
     Args:
@@ -138,13 +141,15 @@ def average_metrics(sums: dict[str, float], terms: Iterable[Term], sources: tupl
             that statistics were computed for.
         terms: the terms of the objective and of a teacher that is trained.
         sources: names of the sources of a data mixture.
+        statistics: names of the statistics of the student's output type.
     """
     means = {name: mean_of(total, sums["target_tokens"]) for name, total in sums.items()}
     losses = {f"{term.name}_loss": means[term.name] for term in terms}
     losses |= {f"{name}_loss": means[name] for name in ("aux", "peer_aux") if name in means}
     num_measured = sums.get("measured", 0.0)
-    statistics = {name: mean_of(sums[name], num_measured) for name in _STATISTICS if name in sums}
-    return losses | average_by_source(sums, sources) | statistics | average_chunk_metrics(sums)
+    names = [name for name in dict.fromkeys((*_STATISTICS, *statistics)) if name in sums and name not in _NOT_LOGGED]
+    measured = {name: mean_of(sums[name], num_measured) for name in names}
+    return losses | average_by_source(sums, sources) | measured | average_chunk_metrics(sums)
 
 
 def evaluation_metrics(

@@ -24,6 +24,7 @@ from ..core.logits import to_host
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX
 from ..errors import RunError, raise_if_any
 from ..losses.objective import Term
+from ..models.declared_types import check_type_name, declare_model_type
 from ..models.features import Features
 from ..models.model_call import input_names
 from ..models.model_types import model_type_of
@@ -106,9 +107,14 @@ class DistillMixin(_Base):
         *trainer_args: object,
         teacher: TeacherArgument | None = None,
         teachers: Mapping[str, OneTeacher] | None = None,
+        model_type: str | None = None,
         **kwargs: object,
     ):
         raise_if_any(wrong_arguments(type(self), self.loads_models, model, args))
+        check_type_name(model_type)
+        self._model_type = model_type
+        if isinstance(model, nn.Module):
+            declare_model_type(model, model_type)
         distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
         self.teacher = cast(Teacher, choose_teacher(teacher, teachers, distill_args))
         self.is_distilling, self._is_self_check_pending = self.teacher is not None, False
@@ -380,6 +386,7 @@ class DistillMixin(_Base):
     def call_model_init(self, trial: object = None) -> nn.Module:
         """Create a model as the Trainer does, and attach new projectors to it."""
         model = super().call_model_init(trial)
+        declare_model_type(model, self._model_type)
         self.sidecar_manager.attach(model, self.args)
         return model
 
@@ -484,7 +491,9 @@ class DistillMixin(_Base):
 
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
-        return average_metrics(sums, self._terms, (*self._source_names, *self._teacher_names))
+        output_type = model_type_of(self.model).output_type
+        statistics = (*output_type.student_metrics, *output_type.pair_metrics)
+        return average_metrics(sums, self._terms, (*self._source_names, *self._teacher_names), statistics)
 
     def prediction_step(
         self,
@@ -611,6 +620,8 @@ class DistillTrainer(DistillMixin, Trainer):
         teachers: several teachers by name, with equal weights. For other weights pass a `MultiTeacher` as `teacher`.
         args: a `DistillConfig`, or plain `TrainingArguments` (the objective then has its defaults: temperature 2,
             alpha 0.5).
+        model_type: what the outputs of `model` are, if it is no transformers model or its class does not tell it, such
+            as "classification"; see `docs/model-types.md` for the names.
 
     All other arguments are those of `Trainer`, in the same positions.
 

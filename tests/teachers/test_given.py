@@ -76,14 +76,17 @@ class Around(torch.nn.Module):
     [
         (lambda: "no/such/path", "no/such/path is a path, and there is no such folder"),
         (lambda: "~/no such folder", "no such folder is a path, and there is no such folder"),
-        (lambda: Around(build("llama", 1)), "Around cannot be distilled: it is no transformers model"),
-        (lambda: torch.nn.Linear(2, 3), "Linear cannot be distilled"),
         (lambda: 3, "The teacher is of the type int"),
     ],
 )
 def test_values_that_are_no_teacher_are_refused_with_the_reason(make_trainer, make, message):
     with pytest.raises(DistillError, match=message):
         make_trainer(teacher=make())
+
+
+def test_a_module_around_a_teacher_is_of_the_type_of_the_student(make_trainer):
+    teacher = build("llama", 1)
+    assert first_soft_loss(make_trainer(teacher=Around(teacher))) == first_soft_loss(make_trainer(teacher=teacher))
 
 
 def bert(cls, **config):

@@ -126,7 +126,7 @@ class RemoteTeacher(Teacher):
                 f"A remote teacher predicts the next token, and the student is {model_type.with_article} or predicts "
                 "the token itself: use a causal language model as student."
             )
-        self.student_vocab_size = model_type.num_outputs(unwrap_model(student))
+        self.student_vocab_size = model_type.vocabulary_size(unwrap_model(student), "A remote teacher")
         self.servers = self.protocol.check()
         for info in self.servers:
             check_tokenizer(self.protocol, info, getattr(processing_class, "tokenizer", processing_class))
