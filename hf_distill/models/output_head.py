@@ -260,7 +260,8 @@ def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) 
 
     with _short_forward(model):
         with replaced_forward(head, record) as original:
-            logits = _logits(model(**inputs), inner)
+            outputs = model(**inputs)
+        logits = _logits(outputs, inner)
         if reason := _shape_mismatch(outputs_of_head, logits):
             return OutputHead(head, None, reason)
         assert logits is not None
@@ -270,7 +271,8 @@ def _compare(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) 
         probe = _probe(outputs_of_head[0])
         parameters = _UsedParameters()
         with replaced_forward(head, lambda _hidden: parameters.enter(probe)), parameters.around(inner):
-            probe_logits = _logits(model(**inputs), inner)
+            outputs = model(**inputs)
+        probe_logits = _logits(outputs, inner)
         if not isinstance(inner, PreTrainedModel) and not _accepts_placeholder(model, inner, head, inputs):
             return OutputHead(head, None, "its forward computes with the logits")
     is_half = logits.dtype.itemsize < 4 or hidden.dtype.itemsize < 4
@@ -312,9 +314,10 @@ def _accepts_placeholder(model: nn.Module, inner: nn.Module, head: nn.Linear, in
     placeholder = head.weight.new_zeros(1, 1, 1)
     with replaced_forward(head, lambda _hidden: placeholder):
         try:
-            logits = _logits(model(**inputs), inner)
+            outputs = model(**inputs)
         except Exception:  # any error of the module's own code
             return False
+    logits = _logits(outputs, inner)
     return logits is not None and logits.shape == placeholder.shape
 
 

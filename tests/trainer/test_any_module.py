@@ -13,7 +13,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from transformers import Trainer, set_seed
 
 from hf_distill import DistillError, RowOutputs, loss, register_model_type
-from hf_distill.models import declared_types, model_types
+from hf_distill.losses import LOSSES
+from hf_distill.models import model_types
 from hf_distill.models.output_head import known_output_head
 from hf_distill.teachers import EMATeacher, PeerTeacher, SnapshotTeacher
 
@@ -379,13 +380,11 @@ def is_above(labels, logits):
     return (labels[:, None] > torch.arange(logits.shape[1])).to(logits)
 
 
-@loss("threshold_kl", outputs="thresholds")
 def threshold_kl(student, teacher, targets, *, temperature=1.0):
     s, t = (signals.logits.values / temperature for signals in (student, teacher))
     return binary_cross_entropy_with_logits(s, t.sigmoid(), reduction="none").sum(-1)
 
 
-@loss("threshold_cross_entropy", compares=(), outputs="thresholds")
 def threshold_cross_entropy(student, teacher, targets):
     z = student.logits.values
     return binary_cross_entropy_with_logits(z, is_above(targets.labels, z), reduction="none").mean(-1)
@@ -404,13 +403,11 @@ class TwoHeads(RowOutputs):
         return torch.stack([inputs[name] for name in self.label_names], -1)
 
 
-@loss("two_heads_kl", outputs="two_heads")
 def two_heads_kl(student, teacher, targets, *, temperature=1.0):
     parts = (signals.logits.values.split([4, 3], -1) for signals in (student, teacher))
     return sum(kl_of(s / temperature, t / temperature) for s, t in zip(*parts, strict=True))
 
 
-@loss("two_heads_cross_entropy", compares=(), outputs="two_heads")
 def two_heads_cross_entropy(student, teacher, targets):
     parts = zip(student.logits.values.split([4, 3], -1), targets.labels.unbind(-1), strict=True)
     return sum(cross_entropy(z, y, reduction="none") for z, y in parts)
@@ -431,21 +428,29 @@ class TwoHeadNet(nn.Module):
 
 
 @pytest.fixture
-def custom_types(monkeypatch):
-    monkeypatch.setattr(model_types, "TYPE_BY_NAME", names := dict(model_types.TYPE_BY_NAME))
-    monkeypatch.setattr(declared_types, "TYPE_BY_NAME", names)
-    register_model_type("ordinal", Thresholds())
+def custom_types():
+    """The types "thresholds" and "two_heads" and their losses, until the end of the test."""
+    types, losses = dict(model_types.TYPE_BY_NAME), dict(LOSSES)
+    loss("threshold_kl", outputs="thresholds")(threshold_kl)
+    loss("threshold_cross_entropy", compares=(), outputs="thresholds")(threshold_cross_entropy)
+    loss("two_heads_kl", outputs="two_heads")(two_heads_kl)
+    loss("two_heads_cross_entropy", compares=(), outputs="two_heads")(two_heads_cross_entropy)
+    register_model_type("thresholds", Thresholds())
     register_model_type("two_heads", TwoHeads())
+    yield
+    for registry, before in ((model_types.TYPE_BY_NAME, types), (LOSSES, losses)):
+        registry.clear()
+        registry.update(before)
 
 
 @pytest.mark.parametrize("pieces", [(4, 2), (2, 4)])
 def test_a_registered_type_trains_with_its_losses_labels_and_metrics(modules, custom_types, pieces):
-    options = dict(alpha=0.3, temperature=2.0, train_sampling_strategy="sequential", model_type="ordinal")
+    options = dict(alpha=0.3, temperature=2.0, train_sampling_strategy="sequential", model_type="thresholds")
 
     def make(*args, **more):
         return modules(model=frozen_statistics(net()), **more)
 
-    log, gradient = one_step(make, "ordinal", *pieces, **options)
+    log, gradient = one_step(make, "thresholds", *pieces, **options)
     student, teacher, batch = net(), net(seed=1, width=24), stack(data()[:8])
     z, y = student(batch["x"])["logits"], teacher(batch["x"])["logits"].detach()
     soft_loss = 4 * binary_cross_entropy_with_logits(z / 2, (y / 2).sigmoid(), reduction="none").sum(-1).mean()
@@ -456,7 +461,7 @@ def test_a_registered_type_trains_with_its_losses_labels_and_metrics(modules, cu
         torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-5, atol=1e-7)
     z, y = (model(stack(data(n=7, seed=5))["x"])["logits"] for model in (net(), teacher))
     expected = ((z > 0).sum(-1) - (y > 0).sum(-1)).abs().float().mean()
-    metrics = modules(model_type="ordinal").evaluate()
+    metrics = modules(model_type="thresholds").evaluate()
     assert metrics["eval_rank_error"] == pytest.approx(expected.item())
 
 
@@ -492,7 +497,7 @@ def test_several_heads_are_one_type(modules, custom_types, tmp_path):
 
 
 def test_a_transformers_model_may_have_a_registered_type(make_trainer, custom_types):
-    trainer = make_trainer("sequence", model_type="ordinal", teacher=build("sequence", 1))
+    trainer = make_trainer("sequence", model_type="thresholds", teacher=build("sequence", 1))
     trainer.train()
     assert trainer.evaluate()["eval_rank_error"] >= 0
     make_trainer("sequence").evaluate()
@@ -503,12 +508,12 @@ def test_a_transformers_model_may_have_a_registered_type(make_trainer, custom_ty
     [
         (("my type", Thresholds()), "no name for a model type"),
         (("regression", Thresholds()), "registered already"),
-        (("ordinal2", Thresholds), "output_type is Thresholds: give an object"),
+        (("mine", Thresholds), "output_type is Thresholds: give an object"),
         (
-            ("ordinal2", type("Unknown", (Thresholds,), {"soft_loss": "nothing"})()),
+            ("mine", type("Unknown", (Thresholds,), {"soft_loss": "nothing"})()),
             "soft_loss of Unknown: Unknown loss",
         ),
-        (("ordinal2", type("Other", (Thresholds,), {"hard_loss": "cross_entropy"})()), "cross_entropy is for a distr"),
+        (("mine", type("Other", (Thresholds,), {"hard_loss": "cross_entropy"})()), "cross_entropy is for a distr"),
     ],
 )
 def test_types_that_cannot_be_registered_are_refused(custom_types, arguments, message):
