@@ -374,10 +374,6 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
 
 
 GENERATIVE_TYPES = (CAUSAL, SEQ2SEQ, SPEECH_SEQ2SEQ)  # the config tells whether a model of them has an encoder
-MODEL_TYPES = (
-    *(CAUSAL, MASKED, SEQ2SEQ, SPEECH_SEQ2SEQ, SEQUENCE, MULTI_LABEL, REGRESSION, TOKEN, QUESTION_ANSWERING),
-    *(MULTIPLE_CHOICE, NEXT_SENTENCE, IMAGE, AUDIO, VIDEO),
-)
 TYPE_BY_NAME = {  # the names for `model_type=`
     "classification": SEQUENCE,
     "multi_label_classification": MULTI_LABEL,
