@@ -365,6 +365,8 @@ def with_config(model_type: ModelType, config: PretrainedConfig | None, name: st
 
 def how_to_match(teacher: ModelType, student: ModelType) -> str:
     """Return what to do about a teacher and a student of different types, for an error message."""
+    if student.is_declared:
+        return "set model_type= to what the outputs of both are, or use a teacher with the outputs of this type."
     if teacher.auto_class == student.auto_class:
         return (
             "set the same problem_type in both configs (single_label_classification, multi_label_classification "
