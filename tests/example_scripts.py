@@ -440,6 +440,7 @@ SCRIPTS = {
         multi_label,
         ner,
         qa,
+        swag,
         clm,
         mlm,
         summarization,
