@@ -18,6 +18,7 @@ _HOME = {
     "OutputType": "losses",
     "RowOutputs": "losses",
     "register_model_type": "model_types",
+    "DualProcessorCollator": "data",
     "LOSSES": "losses",
     "loss": "losses",
     "block_influence": "student",

@@ -17,10 +17,11 @@ from ..core.results import ServerFacts
 from ..core.server_urls import without_servers
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
+from ..core.teacher_inputs import teacher_inputs
 from ..errors import DistillError, raise_if_any
 from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
-from ..models.model_call import accepted_inputs
+from ..models.model_call import accepted_inputs, readable_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
 from .example_keys import other_inputs
@@ -214,7 +215,8 @@ def write_cache(
 
 
 def _collate_accepted_inputs(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[list], dict]:
-    return lambda rows: accepted_inputs(model, collator(rows))
+    readable = readable_inputs(model)
+    return lambda rows: accepted_inputs(model, teacher_inputs(collator(rows), readable))
 
 
 def _describe_teacher(

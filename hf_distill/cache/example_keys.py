@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ..core.logits import to_host
-from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS, Targets, token_documents
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, token_documents
+from ..core.teacher_inputs import is_teacher_key
 from ..models.model_call import FLASH_ATTENTION_INPUTS
 
 KEY_BYTES = 16
 _MULTIPLIERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # odd 64-bit numbers
 _NOT_OTHER_INPUTS = {  # tensors that the key contains in another form, that follow from these, or that are no inputs
     *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
-    *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS, *TEACHER_INPUT_KEYS),
+    *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS),
     TEACHER_INDEX,
     *("seq_idx", *FLASH_ATTENTION_INPUTS),
 }
@@ -84,7 +85,11 @@ def batch_checksum(inputs: Mapping[str, Tensor]) -> Tensor:
 
 def other_inputs(inputs: Mapping[str, object]) -> list[str]:
     """Return the names of the model inputs of a batch other than token ids, such as images or `token_type_ids`."""
-    return sorted(name for name, value in inputs.items() if name not in _NOT_OTHER_INPUTS and isinstance(value, Tensor))
+    return sorted(
+        name
+        for name, value in inputs.items()
+        if name not in _NOT_OTHER_INPUTS and not is_teacher_key(name) and isinstance(value, Tensor)
+    )
 
 
 def _select_row(value: Tensor, row: int, mask: Tensor | None) -> Tensor:

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..errors import DistillError
 
 IGNORE_INDEX = -100
-# Keys of a batch whose rows have another prompt for the teacher; see `teacher_inputs`.
-TEACHER_INPUT_KEYS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels")
+TEACHER_PREFIX = "teacher_"  # of the keys of a batch that the teacher alone reads; see `teacher_inputs`
 TEACHER_INDEX = "teacher_index"  # key of a batch: index of the teacher of each row or token, -1 for none
 SECOND_VIEW_KEYS = ("view_input_ids", "view_attention_mask", "view_labels")  # keys of a batch's second view
 
@@ -146,22 +145,13 @@ class Targets:
         return cls.of_counts(labels, row_counts, (smallest, largest), label_mask, None, on_host)
 
     @classmethod
-    def of_rows(cls, labels: Tensor, inputs: dict, numbers: Mapping[str, Tensor] | None = None) -> "Targets":
+    def of_rows(cls, labels: Tensor, numbers: Mapping[str, Tensor] | None = None) -> "Targets":
         """Return one target for each row of a batch.
 
         Args:
             labels: [B, ...], one entry for each row.
-            inputs: the collator's batch.
             numbers: name -> [n] integers on the device that are read, as `Targets.numbers`.
-
-        Raises:
-            DistillError: the batch has rows of the teacher.
         """
-        if TEACHER_INPUT_KEYS[0] in inputs:
-            raise DistillError(
-                f"The batch has {TEACHER_INPUT_KEYS[0]}, another prompt for the teacher, and the targets are whole "
-                "rows: remove these columns."
-            )
         rows = torch.arange(len(labels), device=labels.device)
         on_host = _read(numbers) if numbers else {}
         return cls(labels, rows, rows, labels.shape[:1], row_counts=[1] * len(labels), numbers=on_host)

@@ -1,6 +1,7 @@
 """Data sets: reading sources, tokenizing examples to rows, mixing, packing and collating."""
 
 from .collator import Collator, unpack_row
+from .dual_processor import DualProcessorCollator
 from .formats import OtherTokenizer
 from .load import Examples, load_examples, split_held_out
 from .mix import add_source_column, mix, mix_scheduled
@@ -11,6 +12,7 @@ from .training_templates import training_template
 
 __all__ = [
     "Collator",
+    "DualProcessorCollator",
     "Examples",
     "OtherTokenizer",
     "add_source_column",

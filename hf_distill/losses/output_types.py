@@ -50,6 +50,7 @@ class OutputType(ABC):
     pair_metrics:    names of those that also read a teacher with logits
     label_names:     keys of a batch with the labels
     logit_names:     names of the outputs of a model of which the logits are made
+    compares_positions: whether the outputs are distributions over the positions of the input tokens
     """
 
     outputs: ClassVar[str]
@@ -59,6 +60,7 @@ class OutputType(ABC):
     pair_metrics: ClassVar[tuple[str, ...]] = ()
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)
+    compares_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Add the kind of outputs of a derived class to those that losses can be registered for."""
@@ -157,7 +159,7 @@ class RowOutputs(OutputType):
 
     def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
         """Return one target for each row of a batch."""
-        return Targets.of_rows(self.row_labels(inputs), inputs, numbers)
+        return Targets.of_rows(self.row_labels(inputs), numbers)
 
 
 class Bernoullis(RowOutputs):
@@ -212,6 +214,7 @@ class Spans(OutputType):
     outputs, soft_loss, hard_loss = SPANS, "span_kl", "span_cross_entropy"
     student_metrics, pair_metrics = SPAN_STUDENT_METRICS, SPAN_PAIR_METRICS
     label_names, logit_names = SPAN_LABELS, ("start_logits", "end_logits")
+    compares_positions = True
 
     def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
         """Stack the logits of starts and ends [B, S] to [B, 2, S]; `logits` are used if the outputs have them."""

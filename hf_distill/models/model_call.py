@@ -16,7 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_INPUT_KEYS
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX
+from ..core.teacher_inputs import is_teacher_key
 from ..errors import DistillError
 from .model_types import model_type_of, transformers_model_in, unwrap_model
 
@@ -24,15 +25,8 @@ FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max
 
 _T = TypeVar("_T")
 _NOT_INPUTS = (  # and the labels of the type of the model
-    *(
-        "labels",
-        "shift_labels",
-        "has_labels",
-        "num_items_in_batch",
-        *SECOND_VIEW_KEYS,
-        *TEACHER_INPUT_KEYS,
-    ),
-    TEACHER_INDEX,
+    *("labels", "shift_labels", "has_labels", "num_items_in_batch"),
+    *(*SECOND_VIEW_KEYS, TEACHER_INDEX),
 )
 _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
 
@@ -52,6 +46,12 @@ def input_names(model: nn.Module) -> frozenset[str]:
 def accepts_any_input(model: nn.Module) -> bool:
     """Whether the model's forward accepts any input: a class outside transformers has `**kwargs`."""
     return _accepted(model)[1]
+
+
+def readable_inputs(model: nn.Module) -> frozenset[str] | None:
+    """Return the names of the inputs that a model's forward accepts; None if it accepts any."""
+    names, accepts_any = _accepted(model)
+    return None if accepts_any else names
 
 
 def accepted_inputs(model: nn.Module, inputs: Mapping[str, _T]) -> dict[str, _T]:
@@ -92,7 +92,7 @@ def generation_inputs(model: nn.Module, inputs: Mapping[str, _T], foreign: Itera
     """
     own_inputs = without_foreign_inputs(model, inputs, foreign)
     not_inputs = _not_inputs(model)
-    return {k: v for k, v in own_inputs.items() if k == "labels" or k not in not_inputs}
+    return {k: v for k, v in own_inputs.items() if k == "labels" or not (k in not_inputs or is_teacher_key(k))}
 
 
 def prepare_inputs(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, object]:
@@ -107,7 +107,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, 
             module outside transformers requires an input that the batch does not have.
     """
     labels, not_inputs = cast(Tensor | None, inputs.get("labels")), _not_inputs(model)
-    inputs = {k: v for k, v in inputs.items() if k not in not_inputs}
+    inputs = {k: v for k, v in inputs.items() if not (k in not_inputs or is_teacher_key(k))}
     has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
     if model_type_of(model).vocabulary and not has_decoder_inputs:
         inner = transformers_model_in(model)

@@ -181,6 +181,7 @@ class RunContext:
         )
         self.args.deepspeed_plugin = None  # accelerate keeps that of the first trainer and refuses a second one
         trainer.sources = self.data.collator.sources
+        trainer.drops_teacher_inputs |= name == "control"
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if trainer.teacher is not None:

@@ -8,6 +8,7 @@ Shape letters are those of `hf_distill.core.targets`: B rows, S positions, V voc
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,19 @@ from ..core.teacher_logits import RoutedLogits, logits_by_teacher
 from ..errors import DistillError
 from ..losses.objective import Term
 from ..models.blocks import LayerStack
-from ..models.model_call import input_names
+from ..models.model_call import input_names, readable_inputs
+
+
+@dataclass(frozen=True)
+class OtherTokens:
+    """The tokens of a teacher that cannot read the student's.
+
+    reason:      sentences that state how the tokens differ, and what to do
+    fingerprint: checksum of the teacher's tokenizer
+    """
+
+    reason: str
+    fingerprint: str | None
 
 
 class Teacher(ABC):
@@ -74,6 +87,9 @@ class Teacher(ABC):
     can_fail:             whether `forward` may raise a RunError during training, as a server can fail; the trainer then
                           ends training on all ranks, with a checkpoint
     any_output_type:      whether students may predict something else than a distribution over ids or classes
+    reads_teacher_inputs: whether `forward` may get inputs that the student does not read (`teacher_<name>`)
+    reads_teacher_labels: whether it may get the target tokens at other positions (`teacher_labels`)
+    other_tokens:         why the teacher cannot read the student's tokens, set by `prepare`; None: it can
     context_length:       largest number of tokens of a row that `forward` reads, set by `prepare`; None: unknown
     max_wait_seconds:     longest time for which `forward` waits for a server before it fails
     prefetch:             number of batches after the current step for which the trainer calls `start_batch`
@@ -87,6 +103,9 @@ class Teacher(ABC):
     has_full_logits: bool = True
     can_fail: bool = False
     any_output_type: bool = True
+    reads_teacher_inputs: bool = True
+    reads_teacher_labels: bool = True
+    other_tokens: OtherTokens | None = None
     context_length: int | None = None
     max_wait_seconds: float = 0.0
     prefetch: int = 0
@@ -164,6 +183,12 @@ class Teacher(ABC):
     def input_names(self) -> frozenset[str]:
         """Names of the inputs that the forward of `model` accepts; the trainer keeps columns with these names."""
         return frozenset() if self.model is None else input_names(self.model)
+
+    def readable_inputs(self) -> frozenset[str] | None:
+        """Names of the inputs that `forward` reads; None: any. A batch has them as `teacher_<name>`, or shared."""
+        if self.model is not None:
+            return readable_inputs(self.model)
+        return self.input_names() or None
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:  # noqa: B027
         """Load or move what `forward` needs; called once, before the first call.

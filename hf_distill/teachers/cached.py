@@ -26,7 +26,8 @@ from ..layers import LEARNED, map_layers
 from ..losses.objective import Term
 from ..models.blocks import LayerStack
 from ..models.model_types import model_type_of, unwrap_model
-from .base import Teacher
+from .base import OtherTokens, Teacher
+from .compatibility import tokens_remedy
 
 Lookup: TypeAlias = tuple[list[Example], list[CachedExample | None]]
 _CHECKSUM = "cached_batch"
@@ -92,11 +93,16 @@ class CachedTeacher(Teacher):
             ("tokenizer", manifest.tokenizer, tokenizer_fingerprint(processing_class)),
             ("chat template", manifest.chat_template, template_fingerprint(processing_class)),
         ):
-            if manifest.tokenizer is not None and processing_class is not None and of_cache != of_student:
+            if manifest.tokenizer is None or processing_class is None or of_cache == of_student:
+                continue
+            if model_type_of(student).vocabulary:
                 problems.append(
                     f"the cache {self.path} was written with another {name} than the student's: "
                     "write the cache again with the student's tokenizer"
                 )
+            else:
+                reason = f"The cache {self.path} was written with another tokenizer than the student's."
+                self.other_tokens = OtherTokens(f"{reason} {tokens_remedy(model_type_of(student))}", of_cache)
         if self.source is not None:
             self.source.prepare(student, device, processing_class)
             self.model = self.source.model
@@ -204,6 +210,11 @@ class CachedTeacher(Teacher):
         """Names of the inputs, besides token ids, that the cached teacher read, and of those that the source reads."""
         return super().input_names() | frozenset(self.manifest.data.get("inputs", ()))
 
+    def readable_inputs(self) -> frozenset[str] | None:
+        """Names of the inputs that the cached teacher read, and of those that the source reads."""
+        names = frozenset(("input_ids", "attention_mask", "position_ids")) | self.input_names()
+        return names if self.source is None or self.source.readable_inputs() is not None else None
+
     def _read(self, inputs: dict) -> dict:
         """Return the inputs that the teacher that wrote the cache read.
 
@@ -255,7 +266,7 @@ class CachedTeacher(Teacher):
 
     def contains(self, inputs: dict, shift: bool) -> bool:
         """Whether the cache has all examples of a batch; `shift` is that of `target_labels`."""
-        inputs = teacher_inputs(inputs)
+        inputs = teacher_inputs(inputs, self.readable_inputs())
         examples = batch_examples(self._read(inputs), Targets.from_batch(inputs, shift))
         return None not in self.store.get([example.key for example in examples])
 

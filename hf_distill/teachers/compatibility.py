@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
+from ..cache.fingerprints import tokenizer_fingerprint
 from ..data.training_templates import render_probes
 from ..errors import DistillError
 from ..hub import reading
 from ..models.declared_types import type_as_teacher
-from ..models.model_types import ModelType, how_to_match, model_type_of, unwrap_model
+from ..models.model_types import TOKEN, ModelType, how_to_match, model_type_of, unwrap_model
+from .base import OtherTokens
 
 logger = logging.get_logger(__name__)
 _OTHER_TOKENIZER = (
@@ -31,7 +33,7 @@ def check_teacher_student(
     processing_class: Any,
     path: str = "",
     **options: Any,
-) -> None:
+) -> OtherTokens | None:
     """Check that a model can teach a student; the config alone is enough for all checks but those of the model type.
 
     Args:
@@ -41,6 +43,10 @@ def check_teacher_student(
         processing_class: the student's tokenizer or processor; None: likewise.
         path: folder or id of the teacher.
         options: arguments of `from_pretrained` for the teacher's tokenizer: revision, trust_remote_code, ...
+
+    Returns:
+        the tokens of a classifier or regression model with another tokenizer, which can read inputs that the student
+        does not read; None if the teacher reads the student's tokens.
 
     Raises:
         DistillError: the teacher is the student itself, or has another model type, another tokenizer or other classes.
@@ -59,19 +65,47 @@ def check_teacher_student(
     else:
         config = teacher
     if not (isinstance(config, PretrainedConfig) and isinstance(student_config, PretrainedConfig)):
-        return  # nothing is declared of a module: the first batch shows its number of outputs
+        return None  # nothing is declared of a module: the first batch shows its number of outputs
     if not student_type.vocabulary and student_type.has_classes:
         check_classes(config, student_config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
     sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student_config)]
     if None in sizes or not (student_type.vocabulary or getattr(student, "main_input_name", None) == "input_ids"):
-        return  # the models neither read nor predict token ids
-    check_vocabulary(
-        tokenizer or local_tokenizer(path, **options),
-        processing_class or local_tokenizer(getattr(student, "name_or_path", "")),
-        sizes[0],
-        sizes[1],
-        is_warned=student_type.vocabulary,
+        return None  # the models neither read nor predict token ids
+    tokenizer = tokenizer or local_tokenizer(path, **options)
+    processing_class = processing_class or local_tokenizer(getattr(student, "name_or_path", ""))
+    if student_type.vocabulary:
+        check_vocabulary(tokenizer, processing_class, sizes[0], sizes[1])
+        return None
+    try:
+        check_vocabulary(
+            tokenizer, processing_class, sizes[0], sizes[1], is_warned=False, remedy=tokens_remedy(student_type)
+        )
+    except DistillError as error:
+        if student_type.output_type.compares_positions:
+            raise
+        return OtherTokens(str(error), tokenizer_fingerprint(tokenizer))
+    return None
+
+
+def tokens_remedy(student: ModelType) -> str:
+    """Return what to do about a classifier or regression model whose teacher has another tokenizer."""
+    if student.output_type.compares_positions:
+        return (
+            "Use a teacher with the student's tokenizer: start and end of an answer are positions among the tokens, "
+            "which must be the same for both models."
+        )
+    keys = "`teacher_input_ids`, `teacher_attention_mask` and what else it reads"
+    if student.auto_class == TOKEN.auto_class:
+        return (
+            f"Use a teacher with the student's tokenizer, or a collator that returns the teacher's tokens as {keys}, "
+            "with one label for each word in `labels` and in `teacher_labels`; hf_distill.DualProcessorCollator can "
+            "make them."
+        )
+    return (
+        f"Use a teacher with the student's tokenizer, or a collator that returns the teacher's tokens as {keys}: "
+        "data_collator=hf_distill.DualProcessorCollator(tokenizer, teacher_tokenizer) makes them from the column "
+        "`text`, and `text_pair` if there is one."
     )
 
 
@@ -128,7 +162,14 @@ def load_tokenizer(path: str, **options: Any) -> Any:
         return tokenizer_in(AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **options}))
 
 
-def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size: int, is_warned: bool = True) -> None:
+def check_vocabulary(
+    teacher: Any,
+    student: Any,
+    teacher_size: int,
+    student_size: int,
+    is_warned: bool = True,
+    remedy: str = _OTHER_TOKENIZER,
+) -> None:
     """Check that two tokenizers agree on the ids that both models have.
 
     Args:
@@ -137,6 +178,7 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
         teacher_size: V_t, rows of the teacher's vocabulary.
         student_size: V_s, rows of the student's vocabulary.
         is_warned: whether an unknown tokenizer is logged as a warning.
+        remedy: what to do about another tokenizer, for the error message.
 
     Raises:
         DistillError: some shared ids mean different tokens, or the tokenizers split text differently.
@@ -159,7 +201,7 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
         raise DistillError(
             f"The teacher has {teacher_size} ids and the student {student_size}, and {len(differ)} ids mean different "
             f"tokens (first: {i} is {tokens_t[i]!r} for the teacher and {tokens_s[i]!r} for the student). "
-            f"{_OTHER_TOKENIZER}"
+            f"{remedy}"
         )
     missing = sorted({*tokens_s} - {*tokens_t})
     if missing:
@@ -171,9 +213,7 @@ def check_vocabulary(teacher: Any, student: Any, teacher_size: int, student_size
         )
     probe = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
     if teacher(probe, add_special_tokens=False)["input_ids"] != student(probe, add_special_tokens=False)["input_ids"]:
-        raise DistillError(
-            f"Teacher and student share a vocabulary but split text into tokens differently. {_OTHER_TOKENIZER}"
-        )
+        raise DistillError(f"Teacher and student share a vocabulary but split text into tokens differently. {remedy}")
     _compare_templates(teacher, student)
 
 

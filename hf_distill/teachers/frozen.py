@@ -90,7 +90,7 @@ class FrozenTeacher(Teacher):
             model_or_config = read_config(self._path, options)
             is_adapter = read_adapter_config(self._path, options) is not None
             check_checkpoint(self._path, model_type, model_or_config, is_adapter)
-        check_teacher_student(
+        self.other_tokens = check_teacher_student(
             model_or_config, student, self.processing_class, processing_class, self._path or "", **hub_options(options)
         )
         if self.model is None:
@@ -102,7 +102,7 @@ class FrozenTeacher(Teacher):
         self.model.requires_grad_(False).eval()
         self._is_float32 = computes_in_float32(self.model)
         self.model = self._loader.dispatch(self.model, device)
-        self._limits = InputLimits.of(self.model, student)
+        self._limits = InputLimits.of(self.model, student, self.other_tokens is not None)
         self.context_length = self._limits.positions
 
     def load_tokenizer(self) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Teacher
+from ..errors import DistillError
+from .base import OtherTokens, Teacher
 from .trainable import TrainableTeacher
 
 
@@ -45,6 +46,11 @@ class TeacherGroup(Teacher):
         """Names of the inputs that any of the teachers accepts."""
         return frozenset().union(*(teacher.input_names() for teacher in self))
 
+    def readable_inputs(self) -> frozenset[str] | None:
+        """Names of the inputs that any of the teachers reads; None: any."""
+        names = [teacher.readable_inputs() for teacher in self]
+        return None if None in names else frozenset().union(*(each or () for each in names))
+
     def add_inputs(self, inputs: dict) -> dict:
         """Return a batch with what only the teachers read."""
         for teacher in self:
@@ -57,6 +63,24 @@ class TeacherGroup(Teacher):
             teacher.prepare(student, device, processing_class)
         self.model = next(iter(self)).model
         self.context_length = self._context_length()
+        self.other_tokens = self._other_tokens()
+
+    def _other_tokens(self) -> OtherTokens | None:
+        """Return the tokens of the teachers if none of them can read the student's.
+
+        Raises:
+            DistillError: some read the student's tokens, or have different tokenizers; all of them read one batch.
+        """
+        tokens = {name: teacher.other_tokens for name, teacher in self.teachers.items()}
+        different = {name: each for name, each in tokens.items() if each is not None}
+        if not different:
+            return None
+        if len(different) < len(tokens) or len({each.fingerprint for each in different.values()}) > 1:
+            raise DistillError(
+                f"The teachers {', '.join(different)} have another tokenizer than the student, and the teachers "
+                f"{', '.join(tokens)} read the same inputs: use teachers that have one tokenizer."
+            )
+        return next(iter(different.values()))
 
     def _context_length(self) -> int | None:
         """Return the limit of the teacher that reads the shortest rows; None if no limit is known."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..core.teacher_inputs import TEACHER_IDS, TEACHER_MASK
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
 
@@ -26,23 +27,31 @@ class InputLimits:
     ids:           rows of its token embedding; None: unknown
     positions:     rows of its learned position embedding, without reserved ones; None: it has no such embedding
     fill:          the id that replaces masked tokens for which the teacher has no embedding
-    is_id_checked: whether ids have to be checked, because the student has more ids than the teacher
+    is_id_checked: whether ids have to be checked, because the student has more ids than the teacher, or other ones
+    has_other_tokens: whether the teacher reads other tokens than the student
     """
 
     ids: int | None
     positions: int | None
     fill: int
     is_id_checked: bool
+    has_other_tokens: bool = False
 
     @classmethod
-    def of(cls, teacher: nn.Module, student: nn.Module) -> "InputLimits":
-        """Read the limits from the embeddings of the models."""
+    def of(cls, teacher: nn.Module, student: nn.Module, has_other_tokens: bool = False) -> "InputLimits":
+        """Read the limits from the embeddings of the models.
+
+        Args:
+            teacher: the teacher.
+            student: the student.
+            has_other_tokens: whether the teacher reads other tokens than the student.
+        """
         teacher, student = unwrap_model(teacher), unwrap_model(student)
         ids, student_ids = _embedding_rows(teacher), _embedding_rows(student)
         fill = getattr(_text_config(teacher), "pad_token_id", None)
-        is_id_checked = ids is not None and (student_ids is None or student_ids > ids)
+        is_id_checked = ids is not None and (has_other_tokens or student_ids is None or student_ids > ids)
         fill = fill if isinstance(fill, int) and 0 <= fill < (ids or 0) else 0
-        return cls(ids, _positions(teacher), fill, is_id_checked)
+        return cls(ids, _positions(teacher), fill, is_id_checked, has_other_tokens)
 
     def numbers_to_read(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the numbers of a batch that `readable` needs on the host; empty if ids need no check."""
@@ -136,7 +145,7 @@ def check_data(limits: InputLimits, rows: Any, name: str) -> None:
     """
     if not limits.is_id_checked:
         return
-    for largest in _largest_ids(rows):
+    for largest in _largest_ids(rows, limits.has_other_tokens):
         try:
             limits.check_ids(largest)
         except DistillError as error:
@@ -168,21 +177,27 @@ def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
             )
 
 
-def _largest_ids(rows: Any) -> Iterator[int]:
-    """Yield the largest unmasked id of each part of a data set."""
-    if hasattr(rows, "column_names") and hasattr(rows, "data") and "input_ids" in (rows.column_names or ()):
+def _largest_ids(rows: Any, has_other_tokens: bool) -> Iterator[int]:
+    """Yield the largest unmasked id that the teacher reads of each part of a data set."""
+    columns = getattr(rows, "column_names", None) or (rows[0] if isinstance(rows, list) and rows else ())
+    ids_name, mask_name = ("input_ids", "attention_mask")
+    if TEACHER_IDS in columns:
+        ids_name, mask_name = TEACHER_IDS, TEACHER_MASK
+    elif has_other_tokens:
+        return  # a collator makes its tokens
+    if hasattr(rows, "column_names") and hasattr(rows, "data") and ids_name in (rows.column_names or ()):
         import pyarrow.compute as pc
 
         for batch in rows.with_format("arrow").iter(batch_size=1000):
-            ids, is_unmasked = pc.list_flatten(batch["input_ids"], recursive=True), None
-            if "attention_mask" in batch.column_names:
-                is_unmasked = pc.equal(pc.list_flatten(batch["attention_mask"], recursive=True), 1)
+            ids, is_unmasked = pc.list_flatten(batch[ids_name], recursive=True), None
+            if mask_name in batch.column_names:
+                is_unmasked = pc.equal(pc.list_flatten(batch[mask_name], recursive=True), 1)
             ids = ids if is_unmasked is None or len(is_unmasked) != len(ids) else ids.filter(is_unmasked)
             if len(ids) and (largest := pc.max(ids).as_py()) is not None:
                 yield int(largest)
     elif isinstance(rows, list):
         for row in rows:
-            ids, mask = row.get("input_ids"), row.get("attention_mask")
+            ids, mask = row.get(ids_name), row.get(mask_name)
             if ids is None or len(ids) == 0:
                 continue
             ids = torch.as_tensor(ids)

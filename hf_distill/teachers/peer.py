@@ -58,6 +58,7 @@ class PeerTeacher(TrainableTeacher):
         DistillError: a value is out of range; the message lists all such values.
     """
 
+    reads_teacher_inputs = True
     model: Any = None
 
     def __init__(
@@ -109,7 +110,7 @@ class PeerTeacher(TrainableTeacher):
         if isinstance(self._model_or_path, str):
             model_or_config = read_config(self._model_or_path, options)
             check_checkpoint(self._model_or_path, model_type, model_or_config)
-        check_teacher_student(
+        self.other_tokens = check_teacher_student(
             model_or_config,
             student,
             self.processing_class,
@@ -123,7 +124,7 @@ class PeerTeacher(TrainableTeacher):
             kwargs = {"dtype": torch.float32, **options}
             self.model = load_pretrained(str(self._path), model_type, student, model_or_config, kwargs)
             check_model_types(type_as_teacher(self.model, student), model_type)
-        self._limits = InputLimits.of(self.model, student)
+        self._limits = InputLimits.of(self.model, student, self.other_tokens is not None)
         if not any(p.requires_grad and p.is_floating_point() for p in self.model.parameters()):
             raise DistillError(
                 f"The peer, a {type(unwrap_model(self.model)).__name__}, has no floating-point parameter that requires "

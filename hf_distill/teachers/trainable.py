@@ -25,6 +25,7 @@ class TrainableTeacher(Teacher):
     """
 
     tied_to_student = True
+    reads_teacher_inputs = reads_teacher_labels = False
     trainable_module: nn.Module
     optimizer_overrides: Mapping[str, float | None] = MappingProxyType({})
 

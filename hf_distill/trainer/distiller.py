@@ -24,6 +24,7 @@ from ..models.precision import teacher_autocast
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
 from ..teachers.base import JointStep
 from ..teachers.group import teachers_by_name
+from ..teachers.input_keys import other_size_problem
 from .step_inputs import StepInputs
 
 
@@ -56,8 +57,9 @@ class Distiller:
        the batch; without a Trainer it shifts the labels. What a target is depends on the student's output type
        (`losses/output_types.py`): for a multi-label classifier it is a row.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient. It
-       reads `teacher_input_ids` if the batch has them: another prompt before the same target tokens, or the same text
-       in the tokens of another tokenizer (`CrossTokenizerTeacher`).
+       reads `teacher_<name>` as `<name>` if the batch has such keys (`core/teacher_inputs.py`): what its processor
+       makes of an image, audio or a text, or another prompt before the same target tokens. A `CrossTokenizerTeacher`
+       reads the text in its tokens.
        A teacher that is trained together with the student returns a `JointStep` instead, which runs in step 4.
        With mixed precision the teacher runs under the autocast of the student.
     3. A `MultiViewTeacher` may replace the student's view of the batch; the target tokens stay the same.
@@ -128,7 +130,14 @@ class Distiller:
         step = StepInputs.read(inputs, teacher, self.features, model_type)
         if num_outputs is not None:
             output_type.check_labels(step.targets, num_outputs)
-        joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
+        try:
+            joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
+        except (DistillError, RunError):
+            raise
+        except (ValueError, RuntimeError) as error:  # of a model of transformers
+            if problem := other_size_problem(teacher, model, step.inputs, step.teacher_inputs):
+                raise DistillError(problem) from error
+            raise
 
         inputs, targets, feature_tokens = step.inputs, step.targets, step.feature_tokens
         for each in teachers_by_name(teacher).values():

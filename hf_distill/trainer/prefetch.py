@@ -4,11 +4,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..core.targets import TEACHER_INDEX, TEACHER_INPUT_KEYS
+from ..core.targets import TEACHER_INDEX
+from ..core.teacher_inputs import TEACHER_IDS, TEACHER_LABELS, TEACHER_MASK
 
 ANNOUNCED_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "labels", "source"),
-    *(TEACHER_INDEX, *TEACHER_INPUT_KEYS),
+    *(TEACHER_INDEX, TEACHER_IDS, TEACHER_MASK, TEACHER_LABELS),
 )
 
 

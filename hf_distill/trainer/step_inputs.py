@@ -4,18 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.signals import FeatureKey
-from ..core.targets import FeatureTokens, Targets
-from ..core.teacher_inputs import teacher_batch, teacher_inputs, teacher_target_numbers, without_teacher_inputs
+from ..core.targets import FeatureTokens, RowPositions, Targets
+from ..core.teacher_inputs import (
+    teacher_batch,
+    teacher_inputs,
+    teacher_target_numbers,
+    token_numbers,
+    without_teacher_inputs,
+)
+from ..errors import DistillError
 from ..models.features import Features
 from ..models.model_types import ModelType
 from ..teachers import Teacher
+from ..teachers.input_keys import check_teacher_inputs
 
 
 @dataclass(frozen=True)
 class StepInputs:
     """The inputs of student and teacher for a batch, and their target tokens.
 
-    The teacher's are those of the student, unless the batch has rows for the teacher alone.
+    The teacher's are those of the student, unless the batch has inputs of the teacher.
 
     inputs:           batch of the student
     targets:          T target tokens at their positions in it
@@ -43,18 +51,46 @@ class StepInputs:
             model_type: type of the student, which decides what a target is and whether labels are shifted.
 
         Raises:
-            DistillError: labels are missing or do not fit the type, or the teacher's rows have other target tokens.
+            DistillError: labels are missing or do not fit the type, the teacher cannot read its batch, or its rows have
+                other target tokens.
         """
         inputs, shift = teacher.add_inputs(inputs), model_type.shifts_labels
-        of_teacher = teacher_inputs(inputs)
-        numbers = features.numbers_to_read(of_teacher) | teacher.numbers_to_read(of_teacher, shift)
-        numbers |= teacher_target_numbers(inputs, shift)
+        readable = teacher.readable_inputs()
+        of_teacher = teacher_inputs(inputs, readable)
+        check_teacher_inputs(teacher, inputs, of_teacher, model_type)
+        numbers = token_numbers(features.numbers_to_read(inputs), features.numbers_to_read(of_teacher))
+        numbers |= teacher.numbers_to_read(of_teacher, shift) | teacher_target_numbers(inputs, shift, readable)
         targets = model_type.output_type.find_targets(inputs, shift, numbers)
         if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
             inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
         feature_tokens = tokens_of_teacher = features.tokens(inputs, targets)
-        batch, teacher_targets = teacher_batch(inputs, targets, shift)
+        batch, teacher_targets = teacher_batch(inputs, targets, shift, readable)
         if teacher_targets is not targets:
-            tokens_of_teacher = features.tokens(batch, teacher_targets)
+            tokens_of_teacher = _tokens_of_teacher(feature_tokens, features.tokens(batch, teacher_targets))
         requests = features.teacher_requests(tokens_of_teacher)
-        return cls(without_teacher_inputs(inputs), targets, feature_tokens, batch, teacher_targets, requests)
+        inputs = without_teacher_inputs(inputs, readable)
+        return cls(inputs, targets, feature_tokens, batch, teacher_targets, requests)
+
+
+def _tokens_of_teacher(
+    student: Mapping[str | None, FeatureTokens], teacher: Mapping[str | None, FeatureTokens]
+) -> dict[str | None, FeatureTokens]:
+    """Return the tokens of the teacher whose features are compared with those of the student, one by one.
+
+    Raises:
+        DistillError: the rows of teacher and student have different numbers of tokens.
+    """
+    tokens: dict[str | None, FeatureTokens] = {}
+    for stack, of_student in student.items():
+        of_teacher = teacher[stack]
+        if isinstance(of_student, RowPositions):  # it compares the positions of both models when they have run
+            tokens[stack] = of_student
+        elif isinstance(of_teacher, Targets) and of_teacher.row_counts == of_student.row_counts:
+            tokens[stack] = of_teacher
+        else:
+            raise DistillError(
+                "Teacher and student read different inputs, whose rows have different numbers of tokens, and a loss on "
+                "hidden states or attention compares token by token: remove it from `losses`, or compare the logits "
+                "only."
+            )
+    return tokens

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..core.targets import TEACHER_INPUT_KEYS
+from ..core.teacher_inputs import TEACHER_IDS
 from ..data.teacher_column import check_teacher_column
 from ..errors import DistillError, raise_if_any
 from ..models.model_types import model_type_of, unwrap_model
@@ -16,12 +16,11 @@ from ..teachers import (
     CrossTokenizerTeacher,
     FrozenTeacher,
     MultiTeacher,
-    MultiViewTeacher,
     RoutedTeacher,
     Teacher,
-    TrainableTeacher,
 )
 from ..teachers.group import TeacherGroup, find_trained_teacher, teachers_by_name
+from ..teachers.input_keys import check_teacher_key_columns
 from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments
@@ -141,6 +140,7 @@ def prepare_teacher(
     tokenizer: object,
     datasets: Mapping[str, object],
     makes_students: bool,
+    collator: object = None,
 ) -> None:
     """Prepare a teacher, and check that it works with the student, the data and the arguments.
 
@@ -151,6 +151,7 @@ def prepare_teacher(
         tokenizer: the tokenizer or processor of the trainer.
         datasets: the data sets of the trainer, by the name of its argument.
         makes_students: whether the trainer has a `model_init`.
+        collator: the collator of the trainer.
 
     Raises:
         DistillError: it does not work with them; the message names every reason.
@@ -159,6 +160,8 @@ def prepare_teacher(
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     raise_if_any(unsupported_output_type(teacher, student))
     teacher.prepare(unwrap_model(student), args.device, tokenizer)
+    if teacher.other_tokens is not None and lacks_teacher_tokens(datasets, collator):
+        raise DistillError(teacher.other_tokens.reason)
     if shared := shared_with_teacher(student, trained, teacher):
         for name in trained:  # a frozen teacher froze the parameters that it shares with the student
             parameters[name].requires_grad_(True)
@@ -166,7 +169,7 @@ def prepare_teacher(
     if isinstance(teacher, RoutedTeacher) and teacher.sources is None:
         check_teacher_column(datasets, teacher.names)
     for name, rows in datasets.items():
-        check_teacher_prompts(teacher, rows, name)
+        check_teacher_key_columns(teacher, getattr(rows, "column_names", None) or (), name)
         teacher.check_data(rows, name)
     raise_if_any(incompatible_teacher(teacher, args, makes_students))
     if (trained_teacher := find_trained_teacher(teacher)) is not None:
@@ -186,24 +189,25 @@ def unsupported_output_type(teacher: Teacher, student: nn.Module) -> list[str]:
     ]
 
 
-def check_teacher_prompts(teacher: Teacher, rows: object, name: str) -> None:
-    """Refuse data with another prompt for the teacher if a teacher reads the student's batch.
+def lacks_teacher_tokens(datasets: Mapping[str, Any], collator: object) -> bool:
+    """Whether it is certain that no batch has the tokens of the teacher, `teacher_input_ids`.
 
-    Raises:
-        DistillError: it is trained with the student, or gives the student another view of the batch.
+    Args:
+        datasets: the data sets of the trainer, by the name of its argument.
+        collator: the collator; one that is not of transformers may make the tokens.
     """
-    columns = getattr(rows, "column_names", None) or ()
-    kinds = [type(each).__name__ for each in teachers_by_name(teacher).values() if reads_batch_of_student(each)]
-    if kinds and TEACHER_INPUT_KEYS[0] in columns:
-        raise DistillError(
-            f"{name} has teacher_input_ids, another prompt for the teacher, and a {kinds[0]} reads the student's "
-            "batch: remove these columns, or use a frozen, cached, remote, EMA, snapshot or adapter-base teacher."
-        )
+    module = getattr(collator, "__module__", None) or type(collator).__module__
+    rows = [each for each in datasets.values() if each is not None]
+    return module.partition(".")[0] == "transformers" and bool(rows) and all(map(_lacks_teacher_tokens, rows))
 
 
-def reads_batch_of_student(teacher: Teacher) -> bool:
-    """Whether a teacher needs the batch of the student, and cannot read another prompt."""
-    return isinstance(teacher, TrainableTeacher | MultiViewTeacher)
+def _lacks_teacher_tokens(rows: Any) -> bool:
+    if getattr(rows, "format", {}).get("type") == "custom":  # a transform makes the columns
+        return False
+    columns = getattr(rows, "column_names", None)
+    if columns is None and isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
+        columns = [*rows[0]]
+    return columns is not None and TEACHER_IDS not in columns
 
 
 def incompatible_teacher(teacher: Teacher, args: TrainingArguments, makes_students: bool) -> list[str]:

@@ -6,7 +6,7 @@ the objects that `DistillMixin` creates before or after the method of the Traine
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..core.aligned_inputs import aligned_names
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.logits import to_host
-from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX
-from ..errors import RunError, raise_if_any
+from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_PREFIX
+from ..core.teacher_inputs import TEACHER_LABELS, is_teacher_key, without_teacher_inputs
+from ..errors import DistillError, RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.declared_types import check_type_name, declare_model_type
 from ..models.features import Features
-from ..models.model_call import input_names
+from ..models.model_call import input_names, without_foreign_inputs
 from ..models.model_types import model_type_of
 from ..models.precision import MIXED_PRECISION_DTYPES
 from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
 from ..teachers import RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
+from ..teachers.input_keys import check_column_names, foreign_key_problem
 from ..teachers.input_limits import check_student_ids
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
@@ -94,6 +96,7 @@ class DistillMixin(_Base):
     loss_is_scaled_for_ga: Any  # transformers and TRL declare different types
     loads_models = False  # whether `model` may be a Hub id or a path
     collates_batches = True  # whether `data_collator` returns batches, and not rows of which the trainer makes them
+    drops_teacher_inputs = False  # whether batches may have inputs of a teacher although there is none
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
     _signature_columns: Any  # transformers and TRL declare different types
@@ -118,6 +121,7 @@ class DistillMixin(_Base):
         distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
         self.teacher = cast(Teacher, choose_teacher(teacher, teachers, distill_args))
         self.is_distilling, self._is_self_check_pending = self.teacher is not None, False
+        self.drops_teacher_inputs = teacher is not None or teachers is not None  # with alpha=0 there is no teacher
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
             leave_devices_to_teacher(self.teacher, args)
@@ -149,7 +153,7 @@ class DistillMixin(_Base):
         """
         source, inputs = inputs.get("source"), self._with_teacher_index(inputs)
         if not self.is_distilling:
-            inputs = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
+            inputs = self._without_teacher_inputs(inputs)
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -208,10 +212,26 @@ class DistillMixin(_Base):
         if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
             return
         names = [name for name in batch if name in ANNOUNCED_INPUTS or name in aligned_names(batch)]
+        if any(is_teacher_key(name) and name not in names for name in batch):
+            return  # a teacher with further inputs does not start early
         on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
         inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
         step = StepInputs.read(inputs, self.teacher, self.distiller.features, model_type_of(self.model))
         self.teacher.start_batch(step.teacher_inputs, step.teacher_targets, step.feature_requests)
+
+    def _without_teacher_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch without what only a teacher reads.
+
+        Raises:
+            DistillError: the batch has inputs of a teacher, and the trainer was created without one.
+        """
+        inputs = {name: value for name, value in inputs.items() if name not in SECOND_VIEW_KEYS}
+        if self.is_distilling:
+            inputs = without_teacher_inputs(inputs, self.teacher.readable_inputs())
+            return without_foreign_inputs(self.model, inputs, self.teacher.input_names())
+        if not self.drops_teacher_inputs and (problem := foreign_key_problem(inputs, self.model)):
+            raise DistillError(problem)
+        return without_teacher_inputs(inputs, input_names(self.model))
 
     def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""
@@ -301,7 +321,9 @@ class DistillMixin(_Base):
         self.add_callback(TeacherCallback(teacher, lambda: self.updated_student, self.failure_guard))
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         makes_students = self.model_init is not None
-        prepare_teacher(teacher, self.model, self.args, self.processing_class, datasets, makes_students)
+        prepare_teacher(
+            teacher, self.model, self.args, self.processing_class, datasets, makes_students, self.data_collator
+        )
         compile_frozen_teachers(teacher, self.args)
         self._set_objective(distill_args, renew=True)
         self.data_collator = collator_for_models(self)
@@ -373,9 +395,24 @@ class DistillMixin(_Base):
         """Keep the columns that the teacher or the student reads; each model gets those that its forward accepts."""
         super()._set_signature_columns_if_needed()
         if self.is_distilling:
-            model_inputs = self.teacher.input_names() | input_names(self.model)
-            new_columns = sorted(model_inputs - {*self._signature_columns})
-            self._signature_columns = [*self._signature_columns, *new_columns]
+            of_teacher = self.teacher.input_names()
+            model_inputs = of_teacher | input_names(self.model) | {f"{TEACHER_PREFIX}{name}" for name in of_teacher}
+            self._keep_columns(model_inputs | {TEACHER_LABELS})
+        self._keep_columns(getattr(self.data_collator, "raw_columns", ()))
+
+    def _keep_columns(self, names: Iterable[str]) -> None:
+        new_columns = sorted({*names} - {*self._signature_columns})
+        self._signature_columns = [*self._signature_columns, *new_columns]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Remove the columns that no model reads, as the Trainer does.
+
+        Raises:
+            DistillError: the name of a removed column is close to that of an input of the teacher.
+        """
+        if self.is_distilling and self.args.remove_unused_columns:
+            check_column_names(self.teacher, dataset.column_names or (), description or "The data")
+        return super()._remove_unused_columns(dataset, description)
 
     def attach_sidecar(self, features: Features, teacher: TrainableTeacher | None = None, renew: bool = True) -> None:
         """Attach a sidecar to the student, in place of an earlier one; see `SidecarManager.replace`."""
@@ -513,6 +550,9 @@ class DistillMixin(_Base):
             gen_kwargs: arguments of `generate`, for `Seq2SeqTrainer`.
         """
         self.keep_logits = not prediction_loss_only
+        has_labels = bool(self.label_names) and all(name in inputs for name in self.label_names)
+        if isinstance(inputs, Mapping) and not has_labels:
+            inputs = self._without_teacher_inputs(inputs)  # the Trainer calls the student
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
 
     def evaluation_loop(

@@ -113,7 +113,7 @@ def test_the_card_names_the_losses_of_regression(regression, tmp_path):
 def test_margin_mse_compares_the_margins_of_pairs_for_any_chunk_size(chunk_tokens):
     generator = torch.Generator().manual_seed(0)
     s, t = (torch.randn(14, 1, dtype=torch.float64, generator=generator) for _ in range(2))
-    targets = Targets.of_rows(torch.zeros(14), {})
+    targets = Targets.of_rows(torch.zeros(14))
     terms = objective(1.0, 2.0, "margin_mse", hard_loss="squared_error")
     loss = ChunkedLoss(DenseLogits(t), targets, terms, chunk_tokens=chunk_tokens)
     leaf = s.clone().requires_grad_()

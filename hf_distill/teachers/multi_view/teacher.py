@@ -34,6 +34,7 @@ class MultiViewTeacher(SelfTeacher):
 
     kind = "multi_view"
     any_output_type = False
+    reads_teacher_inputs = reads_teacher_labels = False
 
     def __init__(self, view: BatchView | dict, *, view_for: str = "student", processing_class: Any = None):
         self.view = BatchView.parse(view)

@@ -13,7 +13,8 @@ from ...core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY
 from ...core.results import ServerFacts
 from ...core.server_urls import public_host
 from ...core.signals import FeatureKey, Signals
-from ...core.targets import TEACHER_INPUT_KEYS, FeatureTokens, Targets
+from ...core.targets import FeatureTokens, Targets
+from ...core.teacher_inputs import TEACHER_IDS
 from ...errors import DistillError, RunError, did_you_mean
 from ...losses.objective import Term
 from ...models.blocks import LayerStack
@@ -112,6 +113,10 @@ class RemoteTeacher(Teacher):
         self.servers: list[ServerInfo] = []
         self.student_vocab_size = 0  # V of the student
         self._wait_seconds = 0.0
+
+    def readable_inputs(self) -> frozenset[str]:
+        """Names of the inputs that are sent to the servers."""
+        return frozenset(("input_ids", "attention_mask", "position_ids"))
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
         """Check that the servers serve the model that was named, with the student's tokenizer.
@@ -269,14 +274,14 @@ def _document_lengths(rows: Any) -> Iterator[int]:
         import pyarrow.compute as pc
 
         columns = rows.column_names or ()
-        name = next((name for name in ("seq_lengths", TEACHER_INPUT_KEYS[0], "input_ids") if name in columns), None)
+        name = next((name for name in ("seq_lengths", TEACHER_IDS, "input_ids") if name in columns), None)
         for batch in rows.select_columns([name]).with_format("arrow").iter(batch_size=1000) if name else ():
             lengths = pc.list_flatten(batch[name]) if name == "seq_lengths" else pc.list_value_length(batch[name])
             if (longest := pc.max(lengths).as_py()) is not None:
                 yield int(longest)
     elif isinstance(rows, list):
         for row in rows:
-            prefix = "teacher_" if TEACHER_INPUT_KEYS[0] in row else ""
+            prefix = "teacher_" if TEACHER_IDS in row else ""
             if (ids := row.get(f"{prefix}input_ids")) is not None:
                 mask = row.get(f"{prefix}attention_mask")
                 yield max(row["seq_lengths"]) if "seq_lengths" in row else len(ids) if mask is None else int(sum(mask))
