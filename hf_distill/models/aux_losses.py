@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from types import SimpleNamespace
 from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -358,7 +357,8 @@ def _settings(config: object) -> tuple:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore random states, attributes of modules and the config after a forward in training mode."""
-    config = vars(getattr(unwrap_model(model), "config", None) or SimpleNamespace())
+    described = getattr(unwrap_model(model), "config", None)
+    config = vars(described) if isinstance(described, PretrainedConfig) else {}
     before, python_state, numpy_state = dict(config), random.getstate(), numpy.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]

@@ -16,7 +16,14 @@ from hf_distill import DistillError, RowOutputs, loss, register_model_type
 from hf_distill.losses import LOSSES
 from hf_distill.models import model_types
 from hf_distill.models.output_head import known_output_head
-from hf_distill.teachers import EMATeacher, PeerTeacher, SnapshotTeacher
+from hf_distill.teachers import (
+    AdapterBaseTeacher,
+    EMATeacher,
+    MTPTeacher,
+    MultiViewTeacher,
+    PeerTeacher,
+    SnapshotTeacher,
+)
 
 CLASSES, VOCAB = 4, 97
 Outputs = namedtuple("Outputs", ["logits", "hidden"])
@@ -519,3 +526,102 @@ def test_a_transformers_model_may_have_a_registered_type(make_trainer, custom_ty
 def test_types_that_cannot_be_registered_are_refused(custom_types, arguments, message):
     with pytest.raises(DistillError, match=message):
         register_model_type(*arguments)
+
+
+def test_projectors_of_a_module_are_not_saved_with_it_and_training_resumes(modules, tmp_path):
+    task, options = "token_classification", dict(max_steps=4, save_steps=2, save_strategy="steps")
+
+    def make(folder):
+        teacher, losses = Blocks(1, 24), [{"name": "hidden_mse"}]
+        return modules(task, model=Blocks(0, 16), teacher=teacher, losses=losses, folder=folder, **options)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    parameters = dict(whole.model.named_parameters())
+    assert any("sidecar" in name for name in parameters)
+    assert all(torch.equal(value, parameters[name]) for name, value in resumed.model.named_parameters())
+    whole.save_model(str(tmp_path / "saved"))
+    Blocks(0, 16).load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
+
+
+def test_a_module_is_pushed_with_its_card(modules, hub):
+    trainer = modules(push_to_hub=True, hub_model_id="tester/net", hub_strategy="end")
+    trainer.train()
+    trainer.push_to_hub()
+    repo = hub.repos["models", "tester/net"]
+    files = [files for files in repo.commits.values() if "model.safetensors" in files][-1]
+    assert b"model = Net(...)" in hub.content(files["README.md"])
+
+
+class WithAux(Net):
+    """Returns an auxiliary loss, also without labels; its `config` is not one of transformers."""
+
+    config = SimpleNamespace(width=16)
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        return outputs | {"loss": outputs["logits"].square().mean()}
+
+
+@pytest.mark.parametrize("pieces", [(4, 2), (1, 8)])
+def test_a_loss_that_a_module_returns_without_labels_is_added(modules, pieces):
+    def make(*args, **more):
+        return modules(model=frozen_statistics(WithAux().eval()), **more)
+
+    log, gradient = one_step(make, "", *pieces, alpha=0.3, temperature=2.0, train_sampling_strategy="sequential")
+    student, batch = net(), stack(data()[:8])
+    total = reference("classification", student, net(seed=1, width=24), batch)
+    total = total + student(batch["x"])["logits"].square().mean()
+    total.backward()
+    assert log["loss"] == pytest.approx(total.item(), rel=1e-6)
+    torch.testing.assert_close(gradient["fc.weight"], student.fc.weight.grad, rtol=1e-5, atol=1e-7)
+
+
+class AroundSeq2Seq(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids)
+
+
+def test_decoder_inputs_of_a_wrapper_are_made_by_the_model_inside(make_trainer):
+    losses = []
+    for wrap, given in ((lambda model: model, {}), (AroundSeq2Seq, {"model_type": "seq2seq_lm"})):
+        trainer = make_trainer("t5", model=wrap(build("t5", 0)), teacher=wrap(build("t5", 1)), **given)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_blocks_of_a_model_in_a_wrapper_are_compiled(make_trainer):
+    options = dict(torch_compile=True, torch_compile_backend="eager", max_steps=1)
+    trainer = make_trainer(model=Around(build("llama", 0)), model_type="causal_lm", **options)
+    trainer.train()
+    assert trainer.model.model.model.layers[0]._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (lambda: MTPTeacher(), "Around is no transformers model, and multi-token prediction"),
+        (lambda: AdapterBaseTeacher(), "adapters"),
+    ],
+)
+def test_teachers_that_need_a_transformers_student_say_so(make_trainer, teacher, message):
+    with pytest.raises(DistillError, match=message):
+        make_trainer(model=Around(build("llama", 0)), model_type="causal_lm", teacher=teacher()).train()
+
+
+def test_a_teacher_sees_another_view_of_a_modules_batch(make_trainer):
+    trainer = make_trainer(
+        model=Around(build("llama", 0)), model_type="causal_lm", teacher=MultiViewTeacher({"span_deletion": 0.2})
+    )
+    trainer.train()
+
+
+def test_a_data_parallel_wrapper_around_a_compiled_module_has_its_type(modules):
+    model = modules().model
+    assert model_types.model_type_of(torch.compile(model)).name == "sequence classifier"
+    assert model_types.model_type_of(copy.deepcopy(model)).output_type is model_types.SEQUENCE.output_type

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ...core.files import write_atomic
 from ...errors import DistillError
@@ -186,6 +186,11 @@ def _check(student: nn.Module) -> None:
         raise DistillError(
             f"{name} is {model_type.with_article}, and multi-token prediction predicts the tokens after the next one: "
             "use a causal language model."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise DistillError(
+            f"{name} is no transformers model, and multi-token prediction needs its embedding, its output head and its "
+            "blocks: use a transformers model as student, or another teacher."
         )
     if unwrap_parallel(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
         raise DistillError(

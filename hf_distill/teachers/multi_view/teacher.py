@@ -11,7 +11,7 @@ from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError
 from ...losses.objective import Term
-from ...models.model_types import SEQUENCE, model_type_of, unwrap_model
+from ...models.model_types import SEQUENCE, model_type_of, transformers_model_in
 from ..self_teacher import SelfTeacher
 from .augmentation import BatchView, replacement_token_id
 
@@ -49,7 +49,8 @@ class MultiViewTeacher(SelfTeacher):
             DistillError: the view drops tokens, and no tokenizer is known.
         """
         self.model, tokenizer = student, self._tokenizer or processing_class
-        self._encoder, self._fill = bool(unwrap_model(student).config.is_encoder_decoder), 0
+        config = getattr(transformers_model_in(student), "config", None)
+        self._encoder, self._fill = bool(getattr(config, "is_encoder_decoder", False)), 0
         if self.view.token_dropout:
             if tokenizer is None:
                 raise DistillError(
@@ -57,7 +58,7 @@ class MultiViewTeacher(SelfTeacher):
                     "processing_class to the trainer or to MultiViewTeacher."
                 )
             self._fill = replacement_token_id(tokenizer)
-        window = unwrap_model(student).config.get_text_config()
+        window = None if config is None else config.get_text_config()
         self._positions = getattr(window, "max_position_embeddings", None)
 
     def teacher_mode(self) -> AbstractContextManager[None]:
@@ -96,7 +97,7 @@ class MultiViewTeacher(SelfTeacher):
 
     def _keeps_tokens(self, term: Term) -> bool:
         """Whether a term compares the hidden states of target tokens alone, which are the same in both views."""
-        return model_type_of(self.model) is not SEQUENCE and term.stack != "encoder"
+        return model_type_of(self.model).name != SEQUENCE.name and term.stack != "encoder"
 
     def on_step_end(self, step: int, updated: bool) -> None:
         """Draw new random numbers in the next step."""
