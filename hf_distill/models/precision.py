@@ -1,9 +1,11 @@
 """The precision in which teachers run: accelerate's autocast wraps the forward of the student only."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.logits import enabled_autocast_dtype
 from .model_types import is_zero3_partitioned
@@ -52,6 +54,20 @@ def computes_in_float32(model: nn.Module) -> bool:
         else:
             num_other += size
     return num_float32 > num_other
+
+
+def in_dtype_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a model in half precision in its dtype: not all models convert images or audio.
+
+    Args:
+        model: a model that runs without autocast.
+        inputs: its batch; labels stay as they are.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if dtype is None:
+        return dict(inputs)
+    wide = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.dtype == torch.float32}
+    return {name: value.to(dtype) if name in wide - {"labels"} else value for name, value in inputs.items()}
 
 
 def has_float32_weights(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from ..models.model_call import accepted_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import check_head_stays_gathered
 from ..models.placement import devices_of, input_device, is_tensor_parallel
-from ..models.precision import autocast_like, computes_in_float32, is_deepspeed_engine
+from ..models.precision import autocast_like, computes_in_float32, in_dtype_of, is_deepspeed_engine
 from .base import Teacher
 from .compatibility import check_model_types, check_teacher_student, load_tokenizer
 from .input_limits import InputLimits, check_data
@@ -157,6 +157,8 @@ class FrozenTeacher(Teacher):
         device = input_device(self.model) or targets.labels.device
         if device != targets.labels.device:
             inputs = send_to_device(inputs, device)
+        if not self._is_float32:
+            inputs = in_dtype_of(self.model, inputs)
         with self._precision(targets.labels.device, device):
             return extract_signals(self.model, inputs, targets, feature_requests, self._head)
 

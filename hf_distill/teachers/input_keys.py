@@ -48,18 +48,44 @@ def check_teacher_inputs(
             _check_main_input(each, inputs, of_teacher)
 
 
-def check_teacher_key_columns(teacher: Teacher, columns: Iterable[str], name: str) -> None:
-    """Refuse columns with inputs of the teacher if a teacher reads the student's batch.
+def check_columns(teacher: Teacher, columns: Iterable[str], name: str, are_unused_removed: bool) -> None:
+    """Check the columns `teacher_<name>` of a data set; those that no teacher reads are left to the Trainer.
+
+    Args:
+        teacher: a prepared teacher.
+        columns: names of the columns.
+        name: name of the data set in the error.
+        are_unused_removed: whether the Trainer removes columns that no model reads.
+
+    Raises:
+        DistillError: a teacher cannot read inputs of its own; or the name of a column that would be removed is close to
+            that of an input of the teacher.
+    """
+    readable = teacher.readable_inputs()
+    known = {f"{TEACHER_PREFIX}{each}" for each in (*(readable or ("input_ids", "attention_mask")), "labels")}
+    keys = teacher_keys(dict.fromkeys(columns), teacher.input_names())
+    _check_reads_inputs(teacher, [key for key in keys if key in known], name)
+    if readable is None or not are_unused_removed:
+        return
+    for key in keys:
+        if key not in known and (closest := nearest(key.removeprefix(TEACHER_PREFIX), (*readable, "labels"))):
+            raise DistillError(
+                f"{name} has the column {key}, and the teacher reads no input of this name: rename it to "
+                f"{TEACHER_PREFIX}{closest}, or remove it."
+            )
+
+
+def _check_reads_inputs(teacher: Teacher, keys: list[str], name: str) -> None:
+    """Refuse inputs of the teacher if a teacher reads the student's batch.
 
     Args:
         teacher: the teacher.
-        columns: names of the columns of a data set, or of the keys of a batch.
+        keys: names of columns or keys with inputs of the teacher.
         name: name of the data set or batch in the error.
 
     Raises:
         DistillError: it is trained with the student, or gives the student another view of the batch.
     """
-    keys = teacher_keys(dict.fromkeys(columns), teacher.input_names())
     if not keys:
         return
     for each in teachers_by_name(teacher).values():
@@ -68,23 +94,6 @@ def check_teacher_key_columns(teacher: Teacher, columns: Iterable[str], name: st
             raise DistillError(
                 f"{name} has {keys[0]}, {what}, and a {type(each).__name__} reads the student's batch: remove these "
                 "columns, or use a frozen, cached, remote, EMA, snapshot or adapter-base teacher."
-            )
-
-
-def check_column_names(teacher: Teacher, columns: Iterable[str], name: str) -> None:
-    """Refuse a column that is removed as unused, although its name is close to that of an input of the teacher.
-
-    Raises:
-        DistillError: there is such a column.
-    """
-    if (readable := teacher.readable_inputs()) is None:
-        return
-    known = {f"{TEACHER_PREFIX}{each}" for each in (*readable, "labels")}
-    for column in teacher_keys(dict.fromkeys(columns), readable):
-        if column not in known and (closest := nearest(column, known)):
-            raise DistillError(
-                f"{name} has the column {column}, and the teacher reads no input of this name: rename it to {closest}, "
-                "or remove it."
             )
 
 
@@ -129,7 +138,7 @@ def foreign_key_problem(inputs: Mapping[str, Any], student: nn.Module) -> str | 
 
 def _check_is_read(teacher: Teacher, keys: list[str], readable: Collection[str] | None) -> None:
     """Check that the teacher reads all of its inputs."""
-    check_teacher_key_columns(teacher, keys, "The batch")
+    _check_reads_inputs(teacher, keys, "The batch")
     if readable is None:
         return
     names, known = {key: key.removeprefix(TEACHER_PREFIX) for key in keys}, {*readable, "labels", "shift_labels"}

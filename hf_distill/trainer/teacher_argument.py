@@ -20,7 +20,7 @@ from ..teachers import (
     Teacher,
 )
 from ..teachers.group import TeacherGroup, find_trained_teacher, teachers_by_name
-from ..teachers.input_keys import check_teacher_key_columns
+from ..teachers.input_keys import check_columns
 from ..teachers.pretrained import as_path
 from ..teachers.sharing import shared_with_teacher
 from .config import DistillArguments
@@ -169,7 +169,7 @@ def prepare_teacher(
     if isinstance(teacher, RoutedTeacher) and teacher.sources is None:
         check_teacher_column(datasets, teacher.names)
     for name, rows in datasets.items():
-        check_teacher_key_columns(teacher, getattr(rows, "column_names", None) or (), name)
+        check_columns(teacher, _columns(rows), name, args.remove_unused_columns)
         teacher.check_data(rows, name)
     raise_if_any(incompatible_teacher(teacher, args, makes_students))
     if (trained_teacher := find_trained_teacher(teacher)) is not None:
@@ -204,10 +204,15 @@ def lacks_teacher_tokens(datasets: Mapping[str, Any], collator: object) -> bool:
 def _lacks_teacher_tokens(rows: Any) -> bool:
     if getattr(rows, "format", {}).get("type") == "custom":  # a transform makes the columns
         return False
-    columns = getattr(rows, "column_names", None)
-    if columns is None and isinstance(rows, list) and rows and isinstance(rows[0], Mapping):
-        columns = [*rows[0]]
-    return columns is not None and TEACHER_IDS not in columns
+    columns = _columns(rows)
+    return bool(columns) and TEACHER_IDS not in columns
+
+
+def _columns(rows: Any) -> list[str]:
+    """Return the names of the columns of a data set or a list of rows; empty if they are unknown."""
+    if isinstance(rows, list):
+        return [*rows[0]] if rows and isinstance(rows[0], Mapping) else []
+    return list(getattr(rows, "column_names", None) or ())
 
 
 def incompatible_teacher(teacher: Teacher, args: TrainingArguments, makes_students: bool) -> list[str]:

@@ -34,7 +34,7 @@ from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
 from ..teachers import RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
-from ..teachers.input_keys import check_column_names, foreign_key_problem
+from ..teachers.input_keys import foreign_key_problem
 from ..teachers.input_limits import check_student_ids
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
@@ -403,16 +403,6 @@ class DistillMixin(_Base):
     def _keep_columns(self, names: Iterable[str]) -> None:
         new_columns = sorted({*names} - {*self._signature_columns})
         self._signature_columns = [*self._signature_columns, *new_columns]
-
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """Remove the columns that no model reads, as the Trainer does.
-
-        Raises:
-            DistillError: the name of a removed column is close to that of an input of the teacher.
-        """
-        if self.is_distilling and self.args.remove_unused_columns:
-            check_column_names(self.teacher, dataset.column_names or (), description or "The data")
-        return super()._remove_unused_columns(dataset, description)
 
     def attach_sidecar(self, features: Features, teacher: TrainableTeacher | None = None, renew: bool = True) -> None:
         """Attach a sidecar to the student, in place of an earlier one; see `SidecarManager.replace`."""

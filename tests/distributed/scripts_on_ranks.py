@@ -11,9 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
-from example_scripts import DISTILLING, SCRIPTS, Situation
+import transformers as tf
+from datasets import Dataset
+from example_scripts import DISTILLING, ENCODER, SCRIPTS, Situation, built, split
+from PIL import Image
 from torch import Tensor, nn
+
+from hf_distill import DualProcessorCollator
 
 folder, world = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -54,9 +60,24 @@ def any_module() -> Situation:
     return replace(situation, model=lambda *args: Around(situation.model(*args)), trainer=trainer)
 
 
+def two_image_sizes() -> Situation:
+    """A teacher with larger images than the student; one process collates and sends each its rows."""
+
+    def model(seed: int = 0, layers: int = 2) -> tf.PreTrainedModel:
+        config = tf.ViTConfig(num_hidden_layers=layers, image_size=32 if seed else 16, patch_size=8, **ENCODER)
+        config.num_labels = 3
+        return built(tf.ViTForImageClassification, config, seed)
+
+    pixels = np.random.default_rng(0).integers(0, 255, (31, 20, 20, 3), dtype=np.uint8)
+    rows = [{"image": Image.fromarray(each), "label": i % 3} for i, each in enumerate(pixels)]
+    collator = DualProcessorCollator(*(tf.ViTImageProcessor(size={"height": n, "width": n}) for n in (16, 32)))
+    dispatching = {"accelerator_config": {"dispatch_batches": True}}
+    return Situation(model, split(Dataset.from_list(rows)) | {"data_collator": collator}, dispatching)
+
+
 def run(name: str) -> dict:
     """Train and evaluate; return the logs, the metrics and a sum over the weights."""
-    situation = (SCRIPTS | {"any_module": any_module})[name]()
+    situation = (SCRIPTS | {"any_module": any_module, "two_image_sizes": two_image_sizes})[name]()
     cls, config = DISTILLING[situation.base]
     args = config(
         str(folder / name),

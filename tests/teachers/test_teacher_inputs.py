@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array3D, Dataset, Features, Value
+from gpu_sync import reads_of_steps
 from PIL import Image
 from tiny import build, whisper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -637,9 +638,11 @@ def test_another_tokenizer_needs_the_tokens_of_the_teacher(tmp_path):
 
 def test_a_misspelt_column_is_not_removed_in_silence(tmp_path):
     rows = [{"input_ids": [4, 5], "teacher_input_id": [4], "labels": 1}]
-    trainer = trainer_of(tmp_path, bert(0), bert(1), default_data_collator, Dataset.from_list(rows))
-    with pytest.raises(DistillError, match=r"has the column teacher_input_id, .* rename it to teacher_input_ids"):
-        trainer.train()
+    for data in (rows, Dataset.from_list(rows)):
+        with pytest.raises(DistillError, match=r"has the column teacher_input_id, .* rename it to teacher_input_ids"):
+            trainer_of(tmp_path, bert(0), bert(1), default_data_collator, data)
+    rows = [{"input_ids": [4, 5], "attention_mask": [1, 1], "teacher_comment": "x", "labels": i % 2} for i in range(8)]
+    trainer_of(tmp_path, bert(0), bert(1), default_data_collator, Dataset.from_list(rows)).train()  # as Trainer does
 
 
 @pytest.mark.parametrize("kind", ["view", "peer"])
@@ -670,3 +673,66 @@ def test_hidden_states_are_compared_where_both_models_have_as_many_positions(tmp
     student, teacher, collator, rows = of("texts")
     with pytest.raises(DistillError, match="rows have different numbers of tokens"):
         trainer_of(tmp_path, student, teacher, collator, rows, losses=losses).train()
+
+
+def test_an_encoder_decoder_model_shares_the_labels_after_another_input(tmp_path):
+    student, teacher, g = build("t5", 0), build("t5", 1, layers=3), torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "input_ids": torch.randint(3, 90, (6,), generator=g),
+            "attention_mask": torch.ones(6, dtype=torch.long),
+            "labels": torch.randint(3, 90, (5,), generator=g).where(torch.arange(5) < 3 + i % 3, -100),
+            "teacher_input_ids": torch.randint(3, 90, (9,), generator=g),
+            "teacher_attention_mask": (torch.arange(9) < 7 + i % 3).long(),
+        }
+        for i in range(8)
+    ]
+    losses, plain = [{"name": "hidden_mse", "stack": "decoder", "layers": [[0, 0]]}], copy.deepcopy(student)
+    log, _ = step(trainer_of(tmp_path, copy.deepcopy(student), teacher, default_data_collator, rows, losses=losses))
+    batch = default_data_collator(rows)
+    labels, is_target, found = batch["labels"], batch["labels"] != -100, []
+    with torch.no_grad():
+        for model, inputs in ((teacher.eval(), teacher_kwargs(batch)), (plain, batch)):
+            names = ("input_ids", "attention_mask")
+            given = {name: inputs[name] for name in names}
+            outputs = model(**given, labels=labels, output_hidden_states=True)
+            found.append((outputs.logits[is_target], outputs.decoder_hidden_states[1][is_target]))
+    (y, hidden_t), (z, hidden_s) = found
+    loss = 0.5 * kl(z, y, 2.0).mean() + 0.5 * F.cross_entropy(z, labels[is_target])
+    assert log["soft_loss"] * 0.5 + log["hard_loss"] * 0.5 == pytest.approx(loss.item(), rel=1e-5)
+    assert log["hidden_mse_loss"] == pytest.approx(F.mse_loss(hidden_s, hidden_t).item(), rel=1e-5)
+    losses = [losses[0] | {"stack": "encoder"}]
+    with pytest.raises(DistillError, match="rows have different numbers of tokens"):
+        trainer_of(tmp_path, student, teacher, default_data_collator, rows, losses=losses).train()
+
+
+def test_regression_models_with_two_tokenizers(tmp_path):
+    student, teacher = (bert(seed) for seed in (0, 1))
+    for model in (student, teacher):
+        model.config.problem_type = "regression"
+    rows = [row | {"label": [i / 4 + j for j in range(5)]} for i, row in enumerate(text_rows())]
+    collator, plain = DualProcessorCollator(tokenizer(0), tokenizer(1)), copy.deepcopy(student)
+    log, gradient = step(trainer_of(tmp_path, student, teacher, collator, rows, alpha=0.3))
+    batch = collator(rows[:8])
+    y = teacher(**teacher_kwargs(batch)).logits.detach()
+    z = plain(batch["input_ids"], batch["attention_mask"]).logits
+    loss = 0.3 * F.mse_loss(z, y) + 0.7 * F.mse_loss(z, batch["labels"])
+    loss.backward()
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_gradient(gradient, plain)
+
+
+def test_a_teacher_in_half_precision_reads_its_audio(tmp_path):
+    teacher, rows = speech_model(1, 16), audio_rows()
+    logs = [
+        step(trainer_of(tmp_path, speech_model(0, 8), one, DualProcessorCollator(extractor(8), extractor(16)), rows))[0]
+        for one in (copy.deepcopy(teacher), copy.deepcopy(teacher).to(torch.bfloat16))
+    ]
+    assert logs[1]["soft_loss"] == pytest.approx(logs[0]["soft_loss"], rel=0.05)
+
+
+def test_a_step_still_reads_once_for_each_micro_batch(tmp_path):
+    student, teacher, collator, rows = of("texts")
+    options = {"per_device_train_batch_size": 1, "max_steps": 4, "gradient_accumulation_steps": 2, "logging_steps": 100}
+    _, micro, _ = reads_of_steps(trainer_of(tmp_path, student, teacher, collator, rows, **options), 2)
+    assert micro == {("tolist", "core/targets.py:_read"): 1}
