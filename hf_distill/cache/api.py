@@ -21,6 +21,7 @@ from ..core.teacher_inputs import teacher_inputs
 from ..errors import DistillError, raise_if_any
 from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
+from ..models.image_inputs import image_inputs
 from ..models.model_call import accepted_inputs, readable_inputs
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.module_state import eval_mode
@@ -196,7 +197,7 @@ def write_cache(
     shift = model is None or model_type_of(model).shifts_labels
     device = torch.device(device or ("cpu" if model is None else next(model.parameters()).device))
     teacher_fn: TeacherFn = _make_teacher_fn(teacher) if isinstance(teacher, nn.Module) else teacher
-    collate = collator if model is None else _collate_accepted_inputs(model, collator)
+    collate = _collate_accepted_inputs(model, collator)
     plan, counts = plan_shards(rows, collate, batch_size, shard_rows, shift)
     manifest = Manifest(
         kind=cache_options.kind,
@@ -214,9 +215,22 @@ def write_cache(
     return write_shards(teacher_fn, plan, manifest, Path(folder), device, shift, on_progress)
 
 
-def _collate_accepted_inputs(model: nn.Module, collator: Callable[[list], dict]) -> Callable[[list], dict]:
-    readable = readable_inputs(model)
-    return lambda rows: accepted_inputs(model, teacher_inputs(collator(rows), readable))
+def _collate_accepted_inputs(model: nn.Module | None, collator: Callable[[list], dict]) -> Callable[[list], dict]:
+    """Return a collator whose batches have the inputs that a local model accepts; a server reads the tokens."""
+
+    def collate(rows: list) -> dict:
+        batch = collator(rows)
+        if model is not None:
+            batch = teacher_inputs(batch, readable_inputs(model))
+        if (model is None or model_type_of(model).is_decoder) and (names := image_inputs(batch)):
+            raise DistillError(
+                f"The batch has images ({', '.join(names)}), and a cache of a language model finds an example by its "
+                "tokens, which are the same for every image: train with the teacher itself, or cache rows without "
+                "images."
+            )
+        return batch if model is None else accepted_inputs(model, batch)
+
+    return collate
 
 
 def _describe_teacher(

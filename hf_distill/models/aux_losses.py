@@ -32,6 +32,7 @@ from ..core.signals import Signals
 from ..core.targets import IGNORE_INDEX, Targets
 from ..errors import DistillError
 from ..losses.registry import get_loss
+from .image_inputs import without_images
 from .model_call import named_outputs
 from .model_types import model_type_of, unwrap_model, unwrap_parallel
 from .module_state import restored_attributes
@@ -218,7 +219,8 @@ def _takes_labels(cls: type[nn.Module]) -> bool:
 
 def _probe(model: nn.Module, inputs: dict, forward: Forward, targets: Targets) -> AuxPlan | None:
     """Return the plan; None if the batch has no target tokens, without which it cannot be measured."""
-    first = first_rows(inputs, PROBE_ROWS)
+    placeholders = model_type_of(model).placeholders
+    first = first_rows(without_images(inputs, placeholders), PROBE_ROWS)
     for rows in [first] if first is inputs else [first, inputs]:  # some models read several rows as one example
         try:
             return _probe_rows(model, rows, forward, targets)

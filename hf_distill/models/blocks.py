@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import DistillError
-from .model_types import model_type_of, transformers_model_in, unwrap_model
+from .model_types import IMAGE_TEXT, model_type_of, transformers_model_in, unwrap_model
 
 SIDECAR = "distill_sidecar"  # name of the submodule that holds trained modules outside the student
 
@@ -45,6 +45,11 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     if inner.config.is_encoder_decoder:
         which = which or "decoder"
         root = inner.get_encoder() if which == "encoder" else inner.get_decoder()
+    elif which is not None and model_type_of(model).name == IMAGE_TEXT.name:
+        raise DistillError(
+            f"{type(inner).__name__} is a {IMAGE_TEXT.name}, and losses on features compare the blocks of its language "
+            f"model at the target tokens, not those of its {which}: remove `stack`."
+        )
     elif which is not None:
         raise DistillError(f"{type(inner).__name__} has one stack of blocks and no {which}: remove `stack`.")
     else:
@@ -69,7 +74,8 @@ def has_encoder_and_decoder(model: nn.Module) -> bool:
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of a model's transformer blocks.
 
-    The blocks are the outermost `nn.ModuleList` with as many members as the config has layers.
+    The blocks are the outermost `nn.ModuleList` with as many members as the config has layers; in a vision-language
+    model, that of its language model.
 
     Args:
         model: a transformers model.
@@ -87,6 +93,9 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     depth = config.num_hidden_layers
     lists = dict(_outermost_lists(inner))
     matches = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
+    if len(matches) > 1 and which is None and not inner.config.is_encoder_decoder and hasattr(inner, "get_decoder"):
+        of_language_model = [*dict(_outermost_lists(inner.get_decoder())).values()]
+        matches = {name: found for name, found in matches.items() if any(found is one for one in of_language_model)}
     has_both = which is None and inner.config.is_encoder_decoder and len(lists) > 1
     if len(matches) != 1 or has_both:
         names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"

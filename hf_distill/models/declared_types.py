@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.output_types import OutputType
 from ..losses.registry import get_loss
-from .model_types import DECLARED_TYPE, TYPE_BY_NAME, ModelType, model_type_of, unwrap_model
+from .image_inputs import placeholder_ids
+from .model_types import (
+    DECLARED_TYPE,
+    TYPE_BY_NAME,
+    ModelType,
+    model_type_of,
+    transformers_model_in,
+    unwrap_model,
+)
 
 
 def register_model_type(
@@ -104,7 +112,8 @@ def type_as_teacher(teacher: nn.Module, student: nn.Module) -> ModelType:
         if isinstance(model, PreTrainedModel) and not student_type.is_declared:
             raise
         own_type = None
-    if own_type is None or (own_type.name != student_type.name and own_type.teaches(student_type)):
+    names_type = student_type.is_declared and own_type is not None and own_type.name != student_type.name
+    if own_type is None or (names_type and own_type.teaches(student_type)):
         _declare(model, replace(student_type, is_declared=True))
     return model_type_of(model)
 
@@ -122,6 +131,9 @@ def _declare(model: nn.Module, model_type: ModelType) -> None:
             f"computed from the logits: give {'them' if len(required) > 1 else 'it'} the default None, and return the "
             "logits without a loss then."
         )
+    if model_type.is_decoder:
+        config = getattr(transformers_model_in(model), "config", None)
+        model_type = replace(model_type, placeholders=placeholder_ids(config))
     vars(model)[DECLARED_TYPE] = model_type
 
 

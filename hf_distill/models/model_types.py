@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from ..errors import DistillError
 from ..losses.output_types import BERNOULLI_OUTPUTS, DISTRIBUTION_OUTPUTS, REAL_VALUE_OUTPUTS, SPAN_OUTPUTS, OutputType
+from .image_inputs import placeholder_ids
 from .label_shift import loss_shifts_labels
 
 
@@ -32,6 +33,7 @@ class ModelType:
     has_classes:   for models without a vocabulary: whether `num_labels` of the config is V, and `id2label` has the
                    names of the classes. False if V is known from the logits only, as for the choices of a row
     is_declared:   whether the user named the type, with `model_type=`; the class of the model did not decide it
+    placeholders:  ids of the tokens at which the model reads images, videos or sound; they are no target tokens
     """
 
     name: str
@@ -42,6 +44,12 @@ class ModelType:
     output_type: OutputType = DISTRIBUTION_OUTPUTS
     has_classes: bool = True
     is_declared: bool = False
+    placeholders: frozenset[int] = frozenset()
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it is a language model that continues a row of tokens, which may stand for text or images."""
+        return self.name in (CAUSAL.name, IMAGE_TEXT.name)
 
     @property
     def with_article(self) -> str:
@@ -90,9 +98,9 @@ class ModelType:
         """Whether a model of this type can teach one of the student's type.
 
         If the user named the type, classes with the same outputs can: `model_type="classification"` with an image
-        classifier as teacher.
+        classifier as teacher. A language model can teach a vision-language model on rows without images.
         """
-        if self.name == student.name:
+        if self.name == student.name or (self.is_decoder and student.is_decoder):
             return True
         has_same_outputs = self.output_type is student.output_type and self.vocabulary == student.vocabulary
         return student.is_declared and (student.auto_class is None or has_same_outputs)
@@ -100,6 +108,9 @@ class ModelType:
 
 CAUSAL = ModelType(
     "causal language model", "AutoModelForCausalLM", "text-generation", shifts_labels=True, vocabulary=True
+)
+IMAGE_TEXT = ModelType(
+    "vision-language model", "AutoModelForImageTextToText", "image-text-to-text", shifts_labels=True, vocabulary=True
 )
 MASKED = ModelType("masked language model", "AutoModelForMaskedLM", "fill-mask", shifts_labels=False, vocabulary=True)
 SEQ2SEQ = ModelType(
@@ -195,6 +206,7 @@ _BY_CLASS = {
         (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, SPEECH_SEQ2SEQ),
         (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, SEQ2SEQ),
         (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, CAUSAL),
+        (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, IMAGE_TEXT),
     )
     for value in names.values()
     for class_name in ([value] if isinstance(value, str) else value)
@@ -299,7 +311,8 @@ def model_type_of(model: nn.Module) -> ModelType:
         if getattr(config, "is_encoder_decoder", False):
             return encoder_decoder_type(model_type)
         shift = loss_shifts_labels(model)
-        return CAUSAL if shift is None else replace(CAUSAL, shifts_labels=shift)
+        shift = CAUSAL.shifts_labels if shift is None else shift
+        return replace(decoder_type(model_type), shifts_labels=shift, placeholders=placeholder_ids(config))
     return model_type
 
 
@@ -335,6 +348,11 @@ def _reads_text(model: nn.Module) -> bool:
 def encoder_decoder_type(model_type: ModelType) -> ModelType:
     """Return the type of an encoder-decoder model whose class is of one of `GENERATIVE_TYPES`."""
     return SPEECH_SEQ2SEQ if model_type is SPEECH_SEQ2SEQ else SEQ2SEQ
+
+
+def decoder_type(model_type: ModelType) -> ModelType:
+    """Return the type of a model without an encoder whose class is of one of `GENERATIVE_TYPES`."""
+    return IMAGE_TEXT if model_type is IMAGE_TEXT else CAUSAL
 
 
 def with_config(model_type: ModelType, config: PretrainedConfig | None, name: str) -> ModelType:
@@ -375,7 +393,12 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
     return "use two models of the same type."
 
 
-GENERATIVE_TYPES = (CAUSAL, SEQ2SEQ, SPEECH_SEQ2SEQ)  # the config tells whether a model of them has an encoder
+GENERATIVE_TYPES = (
+    CAUSAL,
+    IMAGE_TEXT,
+    SEQ2SEQ,
+    SPEECH_SEQ2SEQ,
+)  # the config tells whether a model of them has an encoder
 TYPE_BY_NAME = {  # the names for `model_type=`
     "classification": SEQUENCE,
     "multi_label_classification": MULTI_LABEL,
@@ -388,6 +411,7 @@ TYPE_BY_NAME = {  # the names for `model_type=`
     "multiple_choice": MULTIPLE_CHOICE,
     "next_sentence_prediction": NEXT_SENTENCE,
     "causal_lm": CAUSAL,
+    "vision_language": IMAGE_TEXT,
     "masked_lm": MASKED,
     "seq2seq_lm": SEQ2SEQ,
     "speech_seq2seq": SPEECH_SEQ2SEQ,

@@ -1,6 +1,6 @@
 """Measures whether a model's logits are the product of its output head, before the fused loss relies on it.
 
-Two short forwards of a few rows of the first batch decide, in eval mode and without gradients:
+Two short forwards of a few rows of the first batch, without its images, decide, in eval mode and without gradients:
 
 1. The unmodified forward. Its logits at several positions are compared with lazy logits, which are computed from the
    input of the output head.
@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from ..core.logits import RESHARDED_HEAD, LazyLogits, LogitScaling
 from ..errors import DistillError
+from .image_inputs import without_images
 from .model_call import FLASH_ATTENTION_INPUTS, named_outputs
 from .model_types import model_type_of, transformers_model_in, unwrap_model
 from .module_state import eval_mode
@@ -46,6 +47,7 @@ _SEQUENCE_INPUTS = {
     "position_ids",
     "seq_idx",
     "token_type_ids",
+    "mm_token_type_ids",
     "inputs_embeds",
     "decoder_input_ids",
     "decoder_attention_mask",
@@ -218,7 +220,7 @@ def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
 
 
 def _measure(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
-    short = _shorten(inputs)
+    short = _shorten(without_images(inputs, model_type_of(inner).placeholders))
     try:
         return _compare(model, inner, head, inputs if short is None else short)
     except Exception:

@@ -21,7 +21,7 @@ from ..errors import DistillError
 from ..models.blocks import get_layer_stack
 from ..models.forward import extract_signals
 from ..models.model_call import accepted_inputs
-from ..models.model_types import CAUSAL, model_type_of, unwrap_model
+from ..models.model_types import model_type_of, unwrap_model
 from ..models.output_head import known_output_head
 from ..models.placement import input_device
 from ..recipe.models import TeacherSpec
@@ -64,7 +64,7 @@ class ServedTeacher:
         max_batch_tokens: int,
     ):
         model_type = model_type_of(model)
-        if model_type.name != CAUSAL.name:
+        if not model_type.is_decoder:
             raise DistillError(
                 f"{name} is {model_type.with_article}, and only causal language models can be served: use it as a "
                 "local teacher."

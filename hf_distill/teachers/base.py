@@ -90,6 +90,7 @@ class Teacher(ABC):
     reads_teacher_inputs: whether `forward` may get inputs that the student does not read (`teacher_<name>`)
     reads_teacher_labels: whether it may get the target tokens at other positions (`teacher_labels`)
     other_tokens:         why the teacher cannot read the student's tokens, set by `prepare`; None: it can
+    reads_text_only:      whether `forward` reads the tokens of a batch alone; batches with images are refused then
     context_length:       largest number of tokens of a row that `forward` reads, set by `prepare`; None: unknown
     max_wait_seconds:     longest time for which `forward` waits for a server before it fails
     prefetch:             number of batches after the current step for which the trainer calls `start_batch`
@@ -106,6 +107,7 @@ class Teacher(ABC):
     reads_teacher_inputs: bool = True
     reads_teacher_labels: bool = True
     other_tokens: OtherTokens | None = None
+    reads_text_only: bool = False
     context_length: int | None = None
     max_wait_seconds: float = 0.0
     prefetch: int = 0

@@ -56,6 +56,7 @@ class CachedTeacher(Teacher):
 
     kind = "cached"
     any_output_type = False
+    reads_text_only = True
     prefetch = 1
 
     def __init__(self, path: str, *, source: Teacher | None = None, on_miss: str = "error"):

@@ -5,10 +5,11 @@ supported: losses compare the ids that both models have. Different tokenizers ar
 ids that mean different tokens is meaningless; `CrossTokenizerTeacher` compares spans of text instead.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..cache.fingerprints import tokenizer_fingerprint
@@ -16,8 +17,10 @@ from ..data.training_templates import render_probes
 from ..errors import DistillError
 from ..hub import reading
 from ..models.declared_types import type_as_teacher
+from ..models.image_inputs import image_inputs
+from ..models.model_call import accepts_any_input, input_names
 from ..models.model_types import TOKEN, ModelType, how_to_match, model_type_of, unwrap_model
-from .base import OtherTokens
+from .base import OtherTokens, Teacher
 
 logger = logging.get_logger(__name__)
 _OTHER_TOKENIZER = (
@@ -110,7 +113,7 @@ def tokens_remedy(student: ModelType) -> str:
 
 
 def check_model_types(teacher: ModelType, student: ModelType) -> None:
-    """Check that two model types are the same, and that both or none shift the labels in their own loss.
+    """Check that the outputs of two model types can be compared, and that both or none shift labels in their own loss.
 
     Raises:
         DistillError: the model types or the positions of the predictions differ.
@@ -126,6 +129,35 @@ def check_model_types(teacher: ModelType, student: ModelType) -> None:
             f"The {shifting} shifts its labels in its own loss and the {unshifting} does not, so their logits at "
             "one position predict different tokens: use two models that both shift the labels, or two that do not."
         )
+
+
+def check_images_are_read(inputs: Mapping[str, Any], reader: nn.Module | Teacher, who: str) -> None:
+    """Check that a model or teacher reads the images of a batch, which a call would otherwise leave out.
+
+    Args:
+        inputs: the batch that it reads.
+        reader: a model without wrappers, or a teacher.
+        who: name for the message: "student", "teacher" or "teacher 'name'".
+
+    Raises:
+        DistillError: it does not.
+    """
+    names = image_inputs(inputs)
+    model = reader.model if isinstance(reader, Teacher) else reader
+    if not names or "input_ids" not in inputs:
+        return
+    reads_text_only = isinstance(reader, Teacher) and reader.reads_text_only
+    if not reads_text_only:
+        if not isinstance(model, nn.Module) or accepts_any_input(model) or {*names} <= input_names(model):
+            return
+        if not isinstance(unwrap_model(model), PreTrainedModel) or not model_type_of(model).is_decoder:
+            return
+    kind = type(reader if reads_text_only or not isinstance(model, nn.Module) else unwrap_model(model)).__name__
+    raise DistillError(
+        f"The batch has images ({', '.join(names)}), and the {who} is a {kind}, which reads text only: it would read "
+        "the placeholder tokens of the images as words. Use a frozen, EMA, snapshot, adapter-base or peer teacher "
+        "which, like the student, is a vision-language model, or rows without images."
+    )
 
 
 def tokenizer_in(processing_class: Any) -> Any:

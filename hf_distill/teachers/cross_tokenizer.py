@@ -19,7 +19,7 @@ from ..data.alignment.token_classes import token_classes
 from ..errors import DistillError
 from ..losses.cross_tokenizer import projected_kl
 from ..losses.objective import Term
-from ..models.model_types import CAUSAL, model_type_of, unwrap_model
+from ..models.model_types import model_type_of, unwrap_model
 from .base import Teacher
 from .cached import CachedTeacher
 from .compatibility import tokenizer_in
@@ -45,6 +45,8 @@ class CrossTokenizerTeacher(Teacher):
     Raises:
         DistillError: the teacher is of a kind that reads the student's tokens.
     """
+
+    reads_text_only = True
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class CrossTokenizerTeacher(Teacher):
                 mapped to bytes; or the teacher cannot be prepared.
         """
         model_type = model_type_of(student)
-        if model_type.name != CAUSAL.name or not model_type.shifts_labels:
+        if not model_type.is_decoder or not model_type.shifts_labels:
             raise DistillError(
                 f"cross_tokenizer compares the next tokens of causal language models, and the student is a "
                 f"{model_type.name} or predicts the token itself: remove cross_tokenizer, and use a teacher with the "

@@ -14,9 +14,9 @@ from ..core.references import path_exists, reference_kind
 from ..errors import DistillError, require_package
 from ..hub import reading
 from ..models.model_types import (
-    CAUSAL,
     GENERATIVE_TYPES,
     ModelType,
+    decoder_type,
     encoder_decoder_type,
     how_to_match,
     model_type_of_class,
@@ -142,7 +142,7 @@ def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig,
     written_type = None if written_by is None or is_adapter else model_type_of_class(written_by)
     if written_type in GENERATIVE_TYPES:
         is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-        written_type = encoder_decoder_type(written_type) if is_encoder_decoder else CAUSAL
+        written_type = encoder_decoder_type(written_type) if is_encoder_decoder else decoder_type(written_type)
     written_type = None if written_type is None else with_config(written_type, config, f"The teacher {path}")
     if written_type is not None and not written_type.teaches(model_type):
         raise DistillError(

@@ -44,6 +44,7 @@ class RoutedTeacher(TeacherGroup):
 
     kind = "routed"
     any_output_type = False
+    reads_text_only = True
 
     def __init__(self, teachers: Mapping[str, Any], sources: Mapping[str, Sequence[str]] | None = None):
         super().__init__(

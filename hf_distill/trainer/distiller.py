@@ -23,6 +23,7 @@ from ..models.model_types import model_type_of, unwrap_model
 from ..models.precision import teacher_autocast
 from ..teachers import MultiTeacher, MultiViewTeacher, Teacher, TrainableTeacher
 from ..teachers.base import JointStep
+from ..teachers.compatibility import check_images_are_read
 from ..teachers.group import teachers_by_name
 from ..teachers.input_keys import other_size_problem
 from .step_inputs import StepInputs
@@ -130,6 +131,8 @@ class Distiller:
         step = StepInputs.read(inputs, teacher, self.features, model_type)
         if num_outputs is not None:
             output_type.check_labels(step.targets, num_outputs)
+        if model_type.is_decoder:
+            _check_images(step, model, teacher)
         try:
             joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
         except (DistillError, RunError):
@@ -208,6 +211,14 @@ class Distiller:
         if self.agree_on_failure is not None:
             self.agree_on_failure(failure)
         return joint_step, signals
+
+
+def _check_images(step: StepInputs, student: nn.Module, teacher: Teacher) -> None:
+    """Check that student and teachers read the images of a batch; see `check_images_are_read`."""
+    check_images_are_read(step.inputs, student, "student")
+    members = teacher.teachers.items() if isinstance(teacher, MultiTeacher) else [(None, teacher)]
+    for name, one in members:
+        check_images_are_read(step.teacher_inputs, one, "teacher" if name is None else f"teacher {name!r}")
 
 
 def _check_class_counts(teacher_signals: Signals, student_logits: LazyLogits | DenseLogits) -> None:

@@ -21,6 +21,7 @@ from ..losses.fused import ChunkedLoss, LogitSource
 from ..losses.objective import Term
 from ..losses.output_types import OutputType
 from ..losses.routed import RoutedLoss
+from ..models.image_inputs import without_placeholder_labels
 from ..models.model_types import model_type_of
 from ..models.output_head import LogitSample, forget_output_head, known_output_head
 from ..teachers import FrozenTeacher, Teacher
@@ -73,6 +74,7 @@ class SelfCheck:
                 forget_output_head(model)
         check_student_ids(student, inputs)
         model_type = model_type_of(student)
+        inputs = without_placeholder_labels(inputs, model_type.placeholders)
         return cls(distill_args, inputs, model_type.shifts_labels, model_type.output_type, student, teacher_model)
 
     def __call__(

@@ -14,6 +14,7 @@ from ..core.teacher_inputs import (
 )
 from ..errors import DistillError
 from ..models.features import Features
+from ..models.image_inputs import without_placeholder_labels
 from ..models.model_types import ModelType
 from ..teachers import Teacher
 from ..teachers.input_keys import check_teacher_inputs
@@ -54,7 +55,8 @@ class StepInputs:
             DistillError: labels are missing or do not fit the type, the teacher cannot read its batch, or its rows have
                 other target tokens.
         """
-        inputs, shift = teacher.add_inputs(inputs), model_type.shifts_labels
+        inputs = without_placeholder_labels(teacher.add_inputs(inputs), model_type.placeholders)
+        shift = model_type.shifts_labels
         readable = teacher.readable_inputs()
         of_teacher = teacher_inputs(inputs, readable)
         check_teacher_inputs(teacher, inputs, of_teacher, model_type)

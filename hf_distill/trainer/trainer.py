@@ -27,6 +27,7 @@ from ..errors import DistillError, RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.declared_types import check_type_name, declare_model_type
 from ..models.features import Features
+from ..models.image_inputs import without_placeholder_labels
 from ..models.model_call import input_names, without_foreign_inputs
 from ..models.model_types import model_type_of
 from ..models.precision import MIXED_PRECISION_DTYPES
@@ -248,6 +249,7 @@ class DistillMixin(_Base):
         if self.is_distilling:
             model_type = model_type_of(self.model)
             shift, count = model_type.shifts_labels, model_type.output_type.countable_labels
+            batch_samples[:] = [without_placeholder_labels(batch, model_type.placeholders) for batch in batch_samples]
             batch_samples[:] = [
                 {**batch, "shift_labels": (labels := count(batch, shift)), "labels": batch.get("labels", labels)}
                 if all(name in batch for name in model_type.output_type.label_names)

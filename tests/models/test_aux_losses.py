@@ -70,7 +70,7 @@ def composite():
     text = DECODER | dict(num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=32)
     text |= dict(rope_parameters={"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4})
     vision = VISION | dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
-    ids = dict(image_token_id=93, video_token_id=94, vision_start_token_id=95, vision_end_token_id=96)
+    ids = dict(image_token_id=1, video_token_id=2, vision_start_token_id=95, vision_end_token_id=96)
     config = tf.Qwen3VLMoeConfig(text_config=text | dict(output_router_logits=True), vision_config=vision, **ids)
     config.text_config.router_aux_loss_coef = 0.5
     return tf.Qwen3VLMoeForConditionalGeneration(config)

@@ -35,6 +35,7 @@ class MultiViewTeacher(SelfTeacher):
     kind = "multi_view"
     any_output_type = False
     reads_teacher_inputs = reads_teacher_labels = False
+    reads_text_only = True
 
     def __init__(self, view: BatchView | dict, *, view_for: str = "student", processing_class: Any = None):
         self.view = BatchView.parse(view)

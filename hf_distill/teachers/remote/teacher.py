@@ -18,7 +18,7 @@ from ...core.teacher_inputs import TEACHER_IDS
 from ...errors import DistillError, RunError, did_you_mean
 from ...losses.objective import Term
 from ...models.blocks import LayerStack
-from ...models.model_types import CAUSAL, model_type_of, unwrap_model
+from ...models.model_types import model_type_of, unwrap_model
 from ..base import Teacher
 from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
 from .hidden import HiddenProtocol
@@ -72,6 +72,7 @@ class RemoteTeacher(Teacher):
 
     kind = "remote"
     any_output_type = False
+    reads_text_only = True
     can_fail = True
 
     def __init__(
@@ -126,7 +127,7 @@ class RemoteTeacher(Teacher):
                 tokenizer.
         """
         model_type = model_type_of(student)
-        if model_type.name != CAUSAL.name or not model_type.shifts_labels:
+        if not model_type.is_decoder or not model_type.shifts_labels:
             raise DistillError(
                 f"A remote teacher predicts the next token, and the student is {model_type.with_article} or predicts "
                 "the token itself: use a causal language model as student."
