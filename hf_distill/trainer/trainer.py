@@ -249,13 +249,11 @@ class DistillMixin(_Base):
         if self.is_distilling:
             model_type = model_type_of(self.model)
             shift, count = model_type.shifts_labels, model_type.output_type.countable_labels
-            batch_samples[:] = [without_placeholder_labels(batch, model_type.placeholders) for batch in batch_samples]
-            batch_samples[:] = [
-                {**batch, "shift_labels": (labels := count(batch, shift)), "labels": batch.get("labels", labels)}
-                if all(name in batch for name in model_type.output_type.label_names)
-                else batch
-                for batch in batch_samples
-            ]
+            for i, batch in enumerate(batch_samples):
+                if all(name in batch for name in model_type.output_type.label_names):
+                    batch = without_placeholder_labels(batch, model_type.placeholders)
+                    labels = count(batch, shift)
+                    batch_samples[i] = {**batch, "shift_labels": labels, "labels": batch.get("labels", labels)}
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:

@@ -57,6 +57,7 @@ SEQ2SEQ_TRAINER = {
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys", "gen_kwargs"),
 }
 DISTILLATION_TRAINER = {
+    "_generate": ("prompts",),
     "_generate_and_score_completions": ("inputs",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "has_tool_images"),
     "_set_signature_columns_if_needed": (),

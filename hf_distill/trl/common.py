@@ -11,20 +11,15 @@ from ..trainer.trainer import DistillMixin
 class TRLMixin(DistillMixin):
     """`DistillMixin` for TRL's trainers; the student's metrics keep the names that TRL logs."""
 
-    _is_vlm: bool
     loads_models = True
 
     def incompatible_arguments(self) -> list[str]:
-        """Also return problems with adapters that lengthen the rows, and with rows that have images."""
+        """Also return problems with adapters that lengthen the rows."""
         problems, configs = super().incompatible_arguments(), getattr(self.model, "peft_config", {})
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
             problems.append(
                 "prompt learning (prompt tuning, prefix tuning, P-tuning) prepends virtual tokens to the rows, which "
                 "the teacher does not have: use an adapter of weights, such as LoRA"
-            )
-        if self._is_vlm:
-            problems.append(
-                "vision-language models are not supported: use a tokenizer as processing_class and rows of text"
             )
         return problems
 

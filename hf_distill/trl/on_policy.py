@@ -28,6 +28,14 @@ from ..trainer.teacher_argument import TeacherArgument
 from ..trainer.trainer import LossOutput
 from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
+from .image_rows import (
+    IMAGE_COLUMNS,
+    TOKEN_FIELDS,
+    fields_of_images,
+    keep_padded_images,
+    messages_of,
+    padding_on_the_left,
+)
 from .on_policy_config import OnPolicyDistillConfig
 from .teacher_arguments import resolve_teacher
 
@@ -62,10 +70,12 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
     and rank determine the rows. Evaluation uses the data set's completions if the rows have them, and generates
     completions otherwise; rows with `input_ids` and `labels` are evaluated as they are.
 
+    With a processor as `processing_class`, rows may have `images` or `image`, which student and teacher read.
+
     Overridden private methods of TRL (see `trainer/upstream.py`): `_generate_and_score_completions` chooses the rows,
-    `_generate_single_turn` generates for these rows only, `_set_signature_columns_if_needed` keeps the column
-    `completion`. The only overridden public method besides those of `DistillMixin` is `compute_loss`, which turns TRL's
-    batch into ids and labels.
+    `_generate` and `_generate_single_turn` generate for these rows only, with their images, and
+    `_set_signature_columns_if_needed` keeps the column `completion`. The only overridden public method besides those of
+    `DistillMixin` is `compute_loss`, which turns TRL's batch into ids and labels.
 
     Args:
         model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
@@ -111,6 +121,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             )
         raise_if_any(problems)
         self._completed_rows: list[dict | None] | None = None  # None for each row that the student completes
+        self._prompts: list[Any] = []  # of the rows of the batch for which completions are generated
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _with_prompts(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
@@ -143,9 +154,9 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         if not hasattr(rows, "__len__") or "prompt" not in columns:
             return
         column = TEACHER_PROMPT.column if TEACHER_PROMPT.column in columns else "prompt"
-        for row in rows.select_columns([column]):
+        for row in rows.select_columns([column, *(name for name in IMAGE_COLUMNS if name in columns)]):
             if row[column]:
-                yield len(self._prompt_ids(row[column]))
+                yield len(self._prompt_ids({**row, "prompt": row[column]}))
 
     def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
         """Also check that vLLM gets no weights but the student's.
@@ -202,7 +213,8 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             return dict(send_to_device(batch, self.accelerator.device))
         is_generated = self._rows_to_generate(inputs)
         self._completed_rows = [None if each else row for each, row in zip(is_generated, inputs, strict=True)]
-        batch = super()._generate_and_score_completions(inputs)
+        with padding_on_the_left(self._tokenizer):
+            batch = keep_padded_images(super()._generate_and_score_completions(inputs))
         batch["has_labels"] = ~torch.tensor(is_generated, device=self.accelerator.device)
         batch |= self._teacher_prompts(inputs)
         if "source" in inputs[0]:
@@ -227,7 +239,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             )
         if self.tools:
             raise DistillError(f"tools do not work with the column `{column}`: remove one of them.")
-        ids = [torch.tensor(self._prompt_ids(row[column])) for row in rows]
+        ids = [torch.tensor(self._prompt_ids({"prompt": row[column]})) for row in rows]
         pad, masks = self._tokenizer.pad_token_id, [torch.ones_like(row) for row in ids]
         prompts = {
             "teacher_prompt_ids": pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left"),
@@ -235,24 +247,47 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         }
         return send_to_device(prompts, self.accelerator.device)
 
-    def _prompt_ids(self, prompt: str | list[dict]) -> list[int]:
-        """Tokenize a prompt as the trainer tokenizes those of the student."""
-        if isinstance(prompt, str):
-            return self.processing_class(text=prompt)["input_ids"]
-        return self.processing_class.apply_chat_template(
-            prompt,
-            tools=self.tools or None,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            **self.chat_template_kwargs,
-        )["input_ids"]
+    def _prompt_ids(self, row: dict) -> list[int]:
+        """Tokenize the prompt of a row, with its images, as the trainer tokenizes those of the student."""
+        if isinstance(row["prompt"], str):
+            return self._text_ids(row["prompt"])
+        options = {"tools": self.tools or None, "chat_template": self.chat_template, "add_generation_prompt": True}
+        return self._message_ids(row, **options)
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+    def _text_ids(self, text: str, **options: Any) -> list[int]:
+        """Tokenize a text; a processor returns a list of rows."""
+        ids = self.processing_class(text=text, **options)["input_ids"]
+        return ids[0] if self._is_vlm else ids
+
+    def _message_ids(self, row: dict, completion: bool = False, **options: Any) -> list[int]:
+        """Tokenize the messages of a row's prompt, with the completion if requested; a processor also gets images."""
+        if self._is_vlm:
+            messages = messages_of(row, completion)
+        else:
+            messages = row["prompt"] + row["completion"] if completion else row["prompt"]
+        ids = self.processing_class.apply_chat_template(
+            messages, tokenize=True, return_dict=True, **options, **self.chat_template_kwargs
+        )["input_ids"]
+        return ids[0] if self._is_vlm else ids
+
+    def _generate(self, prompts: list) -> tuple:
+        """Generate as TRL does; in a batch with images, rows without one get an empty list, which processors read."""
+        self._prompts = prompts
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        self._prompts = []
+        images = None if images is None else [of_row or [] for of_row in images]
+        return prompt_ids, completion_ids, tool_mask, images, tool_images
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: list | None, multimodal_fields: dict, *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
         """Generate for the rows that the student completes; after a tool call, for all rows."""
         rows, self._completed_rows = self._completed_rows or [None] * len(prompt_ids), None
         prompts = [ids for ids, row in zip(prompt_ids, rows, strict=True) if row is None]
+        if prompts and multimodal_fields and len(prompts) < len(rows):  # their tensors cannot be taken by rows
+            generated_prompts = [prompt for prompt, row in zip(self._prompts, rows, strict=True) if row is None]
+            prompts, images, multimodal_fields = self._tokenize_prompts(generated_prompts)
+        args = (images, multimodal_fields, *args)
         with torch.compiler.set_stance("force_eager"):  # the cache would make a graph for each block and length
             generated = iter(super()._generate_single_turn(prompts, *args, **kwargs) if prompts else ())
         return [
@@ -267,15 +302,13 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             DistillError: prompt and completion do not begin with the ids of the prompt, or the completion is empty.
         """
         if is_conversational(row):
-            full_ids = self.processing_class.apply_chat_template(
-                row["prompt"] + row["completion"], tokenize=True, return_dict=True, **self.chat_template_kwargs
-            )["input_ids"]
+            full_ids = self._message_ids(row, completion=True)
         else:
             end = self._tokenizer.eos_token
             text = row["completion"] if row["completion"].endswith(end) else row["completion"] + end
-            full_ids = self.processing_class(text=row["prompt"] + text)["input_ids"]
+            full_ids = self._text_ids(row["prompt"] + text)
             if full_ids[: len(prompt_ids)] != prompt_ids:  # tokens merge across the boundary
-                full_ids = prompt_ids + self.processing_class(text=text, add_special_tokens=False)["input_ids"]
+                full_ids = prompt_ids + self._text_ids(text, add_special_tokens=False)
         completion = full_ids[len(prompt_ids) :][: self.max_completion_length]
         if full_ids[: len(prompt_ids)] != prompt_ids or not completion:
             raise DistillError(
@@ -306,6 +339,12 @@ def _with_prompts(rows: Any, name: str) -> Any:
     if isinstance(rows, dict):
         return {key: _with_prompts(part, f"{name}[{key!r}]") for key, part in rows.items()}
     columns = {*(getattr(rows, "column_names", None) or ())}
+    if TEACHER_PROMPT.column in columns and (images := sorted({*IMAGE_COLUMNS} & columns)):
+        raise DistillError(
+            f"{name} has the columns {TEACHER_PROMPT.column} and {', '.join(images)}: a prompt of the teacher has no "
+            f"images. Remove {TEACHER_PROMPT.column}, so that the teacher reads the prompt and images of the student, "
+            "or use rows without images."
+        )
     if isinstance(rows, Dataset) and TEACHER_PROMPT.column in columns:
         _check_teacher_prompts(rows, name)
     is_tokenized = name.startswith("eval") and {"input_ids", "labels"} <= columns
@@ -329,7 +368,7 @@ def _check_teacher_prompts(rows: Dataset, name: str) -> None:
 
 def _join_completions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join TRL's prompts [B, P] and completions [B, C] to right-padded ids, mask and labels, [B, S]."""
-    rows = _join(batch, "") | {"has_labels": batch["has_labels"]}
+    rows = _join(batch, "") | {"has_labels": batch["has_labels"]} | fields_of_images(batch)
     if "teacher_prompt_ids" in batch:
         rows |= {f"teacher_{name}": values for name, values in _join(batch, "teacher_").items()}
     ids = rows["input_ids"]
@@ -343,5 +382,8 @@ def _join(batch: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     is_target = torch.cat([torch.zeros_like(prompt_mask), is_target], 1)
     mask = torch.cat([prompt_mask, batch["completion_mask"]], 1)
     ids = torch.cat([prompt_ids, batch["completion_ids"]], 1)
-    mask, ids, is_target = flush_left(mask, ids, is_target)
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(is_target == 0, IGNORE_INDEX)}
+    token_fields = {} if prefix else {name: batch[name] for name in TOKEN_FIELDS if name in batch}
+    mask, ids, is_target, *token_types = flush_left(mask, ids, is_target, *token_fields.values())
+    labels = ids.masked_fill(is_target == 0, IGNORE_INDEX)
+    rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return rows | dict(zip(token_fields, token_types, strict=True))

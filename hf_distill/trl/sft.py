@@ -148,7 +148,15 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         if self.is_distilling and model.training:
             mask = inputs.get("attention_mask")
             self._num_tokens = self._num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except ValueError as error:
+            if not self.is_distilling or "tokens do not match" not in str(error) or self.args.max_length is None:
+                raise
+            raise DistillError(
+                f"max_length is {self.args.max_length}, which cuts off tokens of images, and the models still get the "
+                f"whole images ({error}): raise max_length, or set it to None."
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as SFTTrainer does; `num_tokens` is summed over ranks here, not in every micro-batch."""
