@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import build, collate, speech_rows, whisper
+from tiny_vision import vision_examples, vision_processor, vlm
 from transformers import DataCollatorForLanguageModeling
 
 import hf_distill
@@ -57,6 +58,16 @@ def names(tmp_path):
     }
 
 
+def vision_names():
+    """Names of the code blocks for vision-language models."""
+    return {
+        "vision_student": vlm("qwen", 0),
+        "vision_teacher": vlm("qwen", 1),
+        "processor": vision_processor("qwen"),
+        "PICTURES": [row["images"][0] for row in vision_examples(4, counts=(1,))],
+    }
+
+
 @pytest.mark.parametrize(
     ("page", "number"),
     [(page, i) for page in PAGES for i in range(len(blocks(page, "python")))],
@@ -64,9 +75,10 @@ def names(tmp_path):
 )
 def test_python_blocks_run(page, number, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    registered = dict(LOSSES)
+    registered, block = dict(LOSSES), blocks(page, "python")[number]
+    names |= vision_names() if "vision_student" in block else {}
     try:
-        exec(compile(blocks(page, "python")[number], f"{page.name}#{number}", "exec"), names)
+        exec(compile(block, f"{page.name}#{number}", "exec"), names)
         assert "trainer" not in names or names["trainer"].state.global_step == 3
     finally:
         LOSSES.clear()
