@@ -6,4 +6,5 @@ CHUNK_LOG_PROBS, FIRST_LOGITS = "chunk_log_probs", "first_logits"
 CHUNKS = (CHUNK_LOG_PROBS, FIRST_LOGITS)
 # What the outputs of a model are, and so what its losses are defined for; see `losses/output_types.py`.
 DISTRIBUTION, BERNOULLIS, REAL_VALUES, SPANS = "distribution", "bernoullis", "real_values", "spans"
-OUTPUTS = [DISTRIBUTION, BERNOULLIS, REAL_VALUES, SPANS]  # classes derived from `OutputType` add theirs
+FRAMES = "frames"  # a distribution for each frame of a sound, with a transcript for the row as label
+OUTPUTS = [DISTRIBUTION, BERNOULLIS, REAL_VALUES, SPANS, FRAMES]  # classes derived from `OutputType` add theirs

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
+from .transcripts import TranscriptLabels
 
 IGNORE_INDEX = -100
 TEACHER_PREFIX = "teacher_"  # of the keys of a batch that the teacher alone reads; see `teacher_inputs`
@@ -96,6 +97,8 @@ class Targets:
                     target tokens without a label
     documents:      [B, S] for features: the document of its row that a token belongs to, counted from 1; 0 for padding
     causal:         for features: whether attention is causal
+    transcripts:    the labels of the rows if the targets are frames, whose `labels` are 0
+    grid:           (H, W) if the targets are the pixels of images, S = H * W
     allowed:        [T, S] the positions of its row that a start or end of a span may have; None for other targets
     row_counts:     number of target tokens of each batch row, B integers; None if unknown
     label_range:    smallest and largest label; None if unknown
@@ -109,6 +112,8 @@ class Targets:
     label_mask: Tensor | None = None
     documents: Tensor | None = None
     causal: bool = False
+    transcripts: TranscriptLabels | None = None
+    grid: tuple[int, int] | None = None
     allowed: Tensor | None = None
     row_counts: Sequence[int] | None = None
     label_range: tuple[int, int] | None = None
@@ -192,7 +197,8 @@ class Targets:
     @property
     def has_ids(self) -> bool:
         """Whether each label is an id or a class, and not a real number, several numbers, or a position of a span."""
-        return self.allowed is None and self.labels.dim() == 1 and not self.labels.is_floating_point()
+        is_of_row = self.allowed is not None or self.transcripts is not None
+        return not is_of_row and self.labels.dim() == 1 and not self.labels.is_floating_point()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -226,7 +232,7 @@ class Targets:
         """Select the target tokens of a model's logits.
 
         Args:
-            logits: [*shape, V].
+            logits: [*shape, V]; [B, V, h, w] of images, which are interpolated to the grid of the labels.
 
         Returns:
             [T, V].
@@ -234,6 +240,9 @@ class Targets:
         Raises:
             DistillError: the logits do not have one row for each label.
         """
+        if self.grid is not None and logits.dim() == 4:
+            logits = torch.nn.functional.interpolate(logits, size=self.grid, mode="bilinear", align_corners=False)
+            logits = logits.flatten(2).transpose(1, 2)  # [B, H * W, V]
         if logits.dim() == len(self.shape) == 1 and not self.has_ids:  # one real number for each row
             logits = logits[:, None]
         if logits.dim() != len(self.shape) + 1:
@@ -241,6 +250,12 @@ class Targets:
         return self.gather(logits)
 
     def _position_mismatch(self, values: Tensor) -> str:
+        if self.transcripts is not None and values.dim() == 3:
+            return (
+                f"One model returns {values.shape[1]} frames for each row and the student {self.shape[1]}, so their "
+                "frames cannot be compared: use two models that make the same number of frames of the same sound "
+                "(conv_kernel, conv_stride and adapters of their configs)."
+            )
         return (
             f"The model returned shape {tuple(values.shape)} for labels of shape {tuple(self.shape)}: predictions and "
             "labels must have the same positions. Use a collator whose labels have one entry for each row of logits, "
@@ -269,7 +284,14 @@ class Targets:
         """Return the targets of some of the target tokens."""
         label_mask, allowed = (None if mask is None else mask[rows] for mask in (self.label_mask, self.allowed))
         return Targets(
-            self.labels[rows], self.positions[rows], self.batch_rows[rows], self.shape, label_mask, allowed=allowed
+            self.labels[rows],
+            self.positions[rows],
+            self.batch_rows[rows],
+            self.shape,
+            label_mask,
+            transcripts=self.transcripts,
+            grid=self.grid,
+            allowed=allowed,
         )
 
     def first_rows(self, count: int) -> "Targets":
@@ -277,7 +299,18 @@ class Targets:
         first = self.batch_rows < count
         label_mask = None if self.label_mask is None else self.label_mask[first]
         shape = torch.Size((min(count, self.shape[0]), *self.shape[1:]))
-        return Targets(self.labels[first], self.positions[first], self.batch_rows[first], shape, label_mask)
+        transcripts = self.transcripts
+        if transcripts is not None:
+            transcripts = replace(transcripts, labels=transcripts.labels[:count])
+        return Targets(
+            self.labels[first],
+            self.positions[first],
+            self.batch_rows[first],
+            shape,
+            label_mask,
+            transcripts=transcripts,
+            grid=self.grid,
+        )
 
     def feature_tokens(self, inputs: dict, causal: bool, stack: str | None = None) -> "FeatureTokens":
         """Return the N tokens whose features are compared.
@@ -294,7 +327,9 @@ class Targets:
             the tokens; `RowPositions` if the batch has no ids, so that S is known only after a model has run.
         """
         device = self.labels.device
-        aligned = len(self.shape) == 2 and self.allowed is None and stack != "encoder"
+        if self.documents is not None:  # frames
+            return replace(self, causal=causal)
+        aligned = len(self.shape) == 2 and self.allowed is None and self.grid is None and stack != "encoder"
         ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if aligned and stack == "decoder":
             documents = _documents(self.shape, inputs.get("decoder_attention_mask"), None, device)

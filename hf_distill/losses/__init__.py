@@ -6,6 +6,7 @@ from .attention import attention_kl, value_relation
 from .bernoulli import bernoulli_kl, binary_cross_entropy
 from .cross_entropy import cross_entropy
 from .cross_tokenizer import alm, projected_kl, uld
+from .ctc import ctc
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
 from .output_types import Bernoullis, Distribution, OutputType, RealValues, RowOutputs, Spans
@@ -30,6 +31,7 @@ __all__ = [
     "bernoulli_kl",
     "binary_cross_entropy",
     "cross_entropy",
+    "ctc",
     "forward_kl",
     "get_loss",
     "hidden_cosine",

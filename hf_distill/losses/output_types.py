@@ -5,18 +5,20 @@ the classes of this module.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, OUTPUTS, REAL_VALUES, SPANS
-from ..core.targets import Targets, real_labels, target_labels
+from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, FRAMES, OUTPUTS, REAL_VALUES, SPANS
+from ..core.targets import IGNORE_INDEX, Targets, real_labels, target_labels
+from ..core.transcripts import MEAN, SUM, TranscriptLabels
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits
 from .bernoulli import BERNOULLI_PAIR_METRICS, BERNOULLI_STUDENT_METRICS, bernoulli_metrics
+from .ctc import FRAME_PAIR_METRICS, FRAME_STUDENT_METRICS, frame_metrics
 from .real_values import REAL_VALUE_PAIR_METRICS, REAL_VALUE_STUDENT_METRICS, real_value_metrics
 from .registry import LOSSES, Loss
 from .spans import (
@@ -34,6 +36,7 @@ OUTPUT_NAMES = {  # for messages
     BERNOULLIS: "independent labels",
     REAL_VALUES: "real values",
     SPANS: "spans of positions",
+    FRAMES: "a distribution for each frame",
 }
 
 
@@ -51,6 +54,7 @@ class OutputType(ABC):
     label_names:     keys of a batch with the labels
     logit_names:     names of the outputs of a model of which the logits are made
     compares_positions: whether the outputs are distributions over the positions of the input tokens
+    predicts_tokens:    whether the outputs are tokens and a blank, which have a tokenizer, and no perplexity
     """
 
     outputs: ClassVar[str]
@@ -61,6 +65,7 @@ class OutputType(ABC):
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)
     compares_positions: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Add the kind of outputs of a derived class to those that losses can be registered for."""
@@ -75,7 +80,11 @@ class OutputType(ABC):
     @property
     def losses(self) -> list[str]:
         """Names of the losses on logits that fit models of this type."""
-        return [name for name, loss in LOSSES.items() if loss.outputs == self.outputs and loss.compares == ("logits",)]
+        return [name for name, loss in LOSSES.items() if self.fits(loss) and loss.compares == ("logits",)]
+
+    def fits(self, loss: Loss) -> bool:
+        """Whether a loss is defined for models of this type."""
+        return loss.fits(self.outputs)
 
     @property
     def has_temperature(self) -> bool:
@@ -88,8 +97,12 @@ class OutputType(ABC):
             f"The loss {loss.name} is for {OUTPUT_NAMES[loss.outputs]}, and the student predicts "
             f"{OUTPUT_NAMES[self.outputs]}: use {' or '.join(self.losses)}"
             for loss in losses
-            if not loss.fits(self.outputs)
+            if not self.fits(loss)
         ]
+
+    def different_settings(self, teacher: "OutputType") -> list[str]:
+        """Return an error message for each setting of the outputs that a teacher of this type has to share."""
+        return []
 
     def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
         """Return the logits of a model, with the positions of the targets first; None if the outputs have none.
@@ -237,5 +250,124 @@ class Spans(OutputType):
         return span_metrics(student, block, targets)
 
 
+@dataclass(frozen=True)
+class Frames(OutputType):
+    """A distribution over tokens and a blank for each frame of a sound, trained with a CTC loss on transcripts.
+
+    count_frames:  returns (number of valid frames of each row [B], number of frames of a padded row) of a batch, by the
+                   model's own functions; None for a model that is not known yet
+    blank:         id of the blank
+    reduction:     `ctc_loss_reduction` of the config
+    zero_infinity: `ctc_zero_infinity` of the config
+    """
+
+    count_frames: Callable[[Mapping[str, Tensor]], tuple[Tensor, int]] | None = None
+    blank: int = 0
+    reduction: str = SUM
+    zero_infinity: bool = False
+
+    outputs, soft_loss, hard_loss = FRAMES, "forward_kl", "ctc"
+    student_metrics, pair_metrics = FRAME_STUDENT_METRICS, FRAME_PAIR_METRICS
+    predicts_tokens = True
+    _LABEL_RANGE: ClassVar[str] = "range of the transcripts"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in (SUM, MEAN):
+            raise DistillError(
+                f"ctc_loss_reduction of the config is {self.reduction!r}: set it to {SUM!r} or {MEAN!r}, which weight "
+                "the losses of the rows."
+            )
+
+    def fits(self, loss: Loss) -> bool:
+        """Whether a loss is the CTC loss, or compares distributions, which each frame has."""
+        return loss.fits(FRAMES) or (loss.fits(DISTRIBUTION) and "logits" in loss.compares)
+
+    def different_settings(self, teacher: OutputType) -> list[str]:
+        """Return an error message if the blank of the teacher is another token."""
+        if not isinstance(teacher, Frames) or teacher.blank == self.blank:
+            return []
+        return [
+            f"The blank of the teacher is the token {teacher.blank} and that of the student {self.blank}, so the same "
+            "id means different tokens: use two models with the same tokenizer and pad_token_id"
+        ]
+
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return a zero for each valid frame, [B, F]; -100 for padding."""
+        assert self.count_frames is not None, "only the type of a model counts frames"
+        counts, num_frames = self.count_frames(inputs)
+        is_padding = torch.arange(num_frames, device=counts.device) >= counts[:, None]
+        return torch.zeros_like(is_padding, dtype=torch.long).masked_fill(is_padding, IGNORE_INDEX)
+
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return the valid frames of a batch as targets.
+
+        Raises:
+            DistillError: the batch has no labels, or labels that are not ids.
+        """
+        transcripts, frames = target_labels(inputs, shift=False), self.countable_labels(inputs, shift)
+        if transcripts.is_floating_point() or transcripts.dim() != 2:
+            raise DistillError(
+                f"`labels` has dtype {transcripts.dtype} and shape {tuple(transcripts.shape)}, and the labels of a CTC "
+                "model are the ids of transcripts [B, U], padded with -100."
+            )
+        ids = transcripts.masked_fill(transcripts == IGNORE_INDEX, 0)
+        label_range = torch.stack(ids.aminmax()) if ids.numel() else ids.new_zeros(2)
+        targets = Targets.from_batch({"labels": frames}, False, {**numbers, self._LABEL_RANGE: label_range})
+        labels = TranscriptLabels(transcripts, self.blank, self.reduction, self.zero_infinity)
+        return replace(targets, transcripts=labels, documents=(frames != IGNORE_INDEX).long())
+
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Check that the transcripts are ids of the student.
+
+        Raises:
+            DistillError: one is negative, or at least V.
+        """
+        smallest, largest = targets.numbers[self._LABEL_RANGE]
+        if smallest < 0 or largest >= num_outputs:
+            raise DistillError(
+                f"`labels` has the id {smallest if smallest < 0 else largest}, and the student predicts {num_outputs} "
+                "tokens: make the labels with the student's tokenizer, and pad them with -100."
+            )
+
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
+        """Return the statistics of each frame."""
+        return frame_metrics(student, block)
+
+
+@dataclass(frozen=True)
+class Pixels(Distribution):
+    """A distribution over classes for each pixel of an image: semantic segmentation.
+
+    The logits are interpolated to the size of the labels, as transformers does for its loss. So teacher and student
+    may have logits of different sizes, and both losses are those of the same pixels.
+
+    ignore_index: label of the pixels that are no targets, from the config
+    """
+
+    ignore_index: int = 255
+
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return the labels of the pixels, [B, H * W]; -100 for those that are ignored.
+
+        Raises:
+            DistillError: the labels are no maps of classes.
+        """
+        labels = target_labels(inputs, shift=False)
+        if labels.dim() != 3 or labels.is_floating_point():
+            raise DistillError(
+                f"`labels` has dtype {labels.dtype} and shape {tuple(labels.shape)}, and semantic segmentation has "
+                f"integer labels of shape [B, H, W], a class for each pixel and {self.ignore_index} for ignored ones."
+            )
+        labels = labels.flatten(1)
+        return labels.masked_fill(labels == self.ignore_index, IGNORE_INDEX)
+
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return the pixels of a batch that are not ignored as targets."""
+        labels = self.countable_labels(inputs, shift)
+        height, width = inputs["labels"].shape[1:]
+        return replace(Targets.from_batch({"labels": labels}, False, numbers), grid=(height, width))
+
+
 DISTRIBUTION_OUTPUTS, BERNOULLI_OUTPUTS = Distribution(), Bernoullis()
 REAL_VALUE_OUTPUTS, SPAN_OUTPUTS = RealValues(), Spans()
+FRAME_OUTPUTS, PIXEL_OUTPUTS = Frames(), Pixels()

@@ -1,5 +1,5 @@
 """The types of models that can be distilled: language models, classifiers of text, images, audio and videos, regression
-models, question answering and multiple choice.
+models, question answering, multiple choice, CTC models of speech and semantic segmentation.
 
 The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
 position. The classes of a classifier are treated as a small vocabulary.
@@ -7,6 +7,7 @@ position. The classes of a classifier are treated as a small vocabulary.
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from torch import nn
@@ -15,7 +16,18 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
 from ..errors import DistillError
-from ..losses.output_types import BERNOULLI_OUTPUTS, DISTRIBUTION_OUTPUTS, REAL_VALUE_OUTPUTS, SPAN_OUTPUTS, OutputType
+from ..losses.output_types import (
+    BERNOULLI_OUTPUTS,
+    DISTRIBUTION_OUTPUTS,
+    FRAME_OUTPUTS,
+    PIXEL_OUTPUTS,
+    REAL_VALUE_OUTPUTS,
+    SPAN_OUTPUTS,
+    Frames,
+    OutputType,
+    Pixels,
+)
+from .frame_counts import count_frames
 from .image_inputs import placeholder_ids
 from .label_shift import loss_shifts_labels
 
@@ -59,7 +71,7 @@ class ModelType:
     @property
     def has_declared_size(self) -> bool:
         """Whether V is known without a forward: as the size of a vocabulary, or from `num_labels`."""
-        return self.vocabulary or self.has_classes
+        return self.vocabulary or self.has_classes or self.output_type.predicts_tokens
 
     @property
     def has_fixed_classes(self) -> bool:
@@ -70,7 +82,7 @@ class ModelType:
         """Return V, the number of ids or classes that a model without wrappers predicts; None: its outputs tell it."""
         if self.is_declared or not self.has_declared_size or not isinstance(model, PreTrainedModel):
             return None
-        if not self.vocabulary:
+        if self.has_classes and not self.vocabulary:
             return cast(int, model.config.num_labels)
         head = model.get_output_embeddings()
         # In peft's copy of a tied head `out_features` is that of the embedding; the original module has the right one.
@@ -190,10 +202,29 @@ NEXT_SENTENCE = ModelType(
     vocabulary=False,
     has_classes=False,
 )
+CTC = ModelType(
+    "CTC model",
+    "AutoModelForCTC",
+    "automatic-speech-recognition",
+    shifts_labels=False,
+    vocabulary=False,
+    output_type=FRAME_OUTPUTS,
+    has_classes=False,
+)
+SEMANTIC_SEGMENTATION = ModelType(
+    "semantic segmentation model",
+    "AutoModelForSemanticSegmentation",
+    "image-segmentation",
+    shifts_labels=False,
+    vocabulary=False,
+    output_type=PIXEL_OUTPUTS,
+)
 
 _BY_CLASS = {
     class_name: model_type
     for names, model_type in (
+        (auto.MODEL_FOR_CTC_MAPPING_NAMES, CTC),
+        (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, SEMANTIC_SEGMENTATION),
         (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, IMAGE),
         (auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, AUDIO),
         (auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, VIDEO),
@@ -217,6 +248,8 @@ _BY_LOSS: dict[object, ModelType] = {
     LOSS_MAPPING["ForSequenceClassification"]: SEQUENCE,
     LOSS_MAPPING["ForTokenClassification"]: TOKEN,
     LOSS_MAPPING["ForQuestionAnswering"]: QUESTION_ANSWERING,
+    LOSS_MAPPING["ForCTC"]: CTC,
+    LOSS_MAPPING["ForSemanticSegmentation"]: SEMANTIC_SEGMENTATION,
 }
 # Classifiers of rows have one loss function; the name of a class or its main input says what the rows are.
 _BY_LOSS_NAME = {"ForImageClassification": IMAGE, "ForAudioClassification": AUDIO, "ForVideoClassification": VIDEO}
@@ -307,6 +340,10 @@ def model_type_of(model: nn.Module) -> ModelType:
     if model_type is None or not isinstance(model, PreTrainedModel):
         raise DistillError(_unknown_type(model))
     model_type = with_config(model_type, config, type(model).__name__)
+    if isinstance(model_type.output_type, Frames):
+        return replace(
+            model_type, output_type=replace(model_type.output_type, count_frames=partial(count_frames, model))
+        )
     if model_type in GENERATIVE_TYPES:
         if getattr(config, "is_encoder_decoder", False):
             return encoder_decoder_type(model_type)
@@ -356,7 +393,9 @@ def decoder_type(model_type: ModelType) -> ModelType:
 
 
 def with_config(model_type: ModelType, config: PretrainedConfig | None, name: str) -> ModelType:
-    """Return the type of a model of a class for its config: `problem_type` says what a classifier predicts.
+    """Return the type of a model of a class for its config, which has settings of its outputs.
+
+    `problem_type` says what a classifier predicts. Others are the blank of a CTC model and the label of ignored pixels.
 
     Args:
         model_type: type of the models of the class.
@@ -364,8 +403,23 @@ def with_config(model_type: ModelType, config: PretrainedConfig | None, name: st
         name: name of the model, for the error message.
 
     Raises:
-        DistillError: it is a token classifier that is configured for regression or several labels.
+        DistillError: it is a token classifier that is configured for regression or several labels, or it segments
+            images into one class.
     """
+    if isinstance(model_type.output_type, Frames):
+        blank = getattr(config, "blank_token_id", getattr(config, "pad_token_id", None))
+        reduction = getattr(config, "ctc_loss_reduction", "sum")
+        zero_infinity = getattr(config, "ctc_zero_infinity", False)
+        return replace(model_type, output_type=Frames(None, blank or 0, reduction, zero_infinity))
+    if isinstance(model_type.output_type, Pixels):
+        names = ("semantic_loss_ignore_index", "loss_ignore_index")
+        ignored = next((value for each in names if (value := getattr(config, each, None)) is not None), 255)
+        if getattr(config, "num_labels", 2) == 1:
+            raise DistillError(
+                f"{name} segments images into one class (num_labels=1), which has no distribution over classes: use "
+                "num_labels=2, the background and the class."
+            )
+        return replace(model_type, output_type=Pixels(ignored))
     problem = getattr(config, "problem_type", None)
     if model_type in _BY_PROBLEM:
         multi_label, regression = _BY_PROBLEM[model_type]
@@ -409,6 +463,7 @@ TYPE_BY_NAME = {  # the names for `model_type=`
     "video_classification": VIDEO,
     "question_answering": QUESTION_ANSWERING,
     "multiple_choice": MULTIPLE_CHOICE,
+    "semantic_segmentation": SEMANTIC_SEGMENTATION,
     "next_sentence_prediction": NEXT_SENTENCE,
     "causal_lm": CAUSAL,
     "vision_language": IMAGE_TEXT,

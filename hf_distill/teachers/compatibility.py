@@ -14,12 +14,12 @@ from transformers.utils import logging
 
 from ..cache.fingerprints import tokenizer_fingerprint
 from ..data.training_templates import render_probes
-from ..errors import DistillError
+from ..errors import DistillError, raise_if_any
 from ..hub import reading
 from ..models.declared_types import type_as_teacher
 from ..models.image_inputs import image_inputs
 from ..models.model_call import accepts_any_input, input_names
-from ..models.model_types import TOKEN, ModelType, how_to_match, model_type_of, unwrap_model
+from ..models.model_types import TOKEN, ModelType, how_to_match, model_type_of, unwrap_model, with_config
 from .base import OtherTokens, Teacher
 
 logger = logging.get_logger(__name__)
@@ -62,22 +62,25 @@ def check_teacher_student(
     student_type, student_config = model_type_of(student), getattr(unwrap_model(student), "config", None)
     config: PretrainedConfig | None
     if isinstance(teacher, nn.Module):
-        check_model_types(type_as_teacher(teacher, student), student_type)
+        teacher_type = type_as_teacher(teacher, student)
+        check_model_types(teacher_type, student_type)
         config = getattr(unwrap_model(teacher), "config", None)
         path = path or getattr(unwrap_model(teacher), "name_or_path", "")
     else:
-        config = teacher
+        config, teacher_type = teacher, with_config(student_type, teacher, f"The teacher {path}")
+    raise_if_any(student_type.output_type.different_settings(teacher_type.output_type))
     if not (isinstance(config, PretrainedConfig) and isinstance(student_config, PretrainedConfig)):
         return None  # nothing is declared of a module: the first batch shows its number of outputs
     if not student_type.vocabulary and student_type.has_classes:
         check_classes(config, student_config)
     tokenizer, processing_class = tokenizer_in(tokenizer), tokenizer_in(processing_class)
     sizes: Any = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, student_config)]
-    if None in sizes or not (student_type.vocabulary or getattr(student, "main_input_name", None) == "input_ids"):
+    predicts_tokens = student_type.vocabulary or student_type.output_type.predicts_tokens
+    if None in sizes or not (predicts_tokens or getattr(student, "main_input_name", None) == "input_ids"):
         return None  # the models neither read nor predict token ids
     tokenizer = tokenizer or local_tokenizer(path, **options)
     processing_class = processing_class or local_tokenizer(getattr(student, "name_or_path", ""))
-    if student_type.vocabulary:
+    if predicts_tokens:
         check_vocabulary(tokenizer, processing_class, sizes[0], sizes[1])
         return None
     try:

@@ -176,6 +176,8 @@ class SelfCheck:
         count = min(len(chunked_loss.targets), *(len(sample.logits) for sample in samples))
         by_teacher = chunked_loss.logits_by_teacher(NUM_TOKENS)
         count -= count % chunked_loss.rows_together
+        if not count:  # a loss reads more targets together than the sample has
+            return []
         rows, device = slice(count), student_logits.hidden.device
         if chunks := aligned_only(by_teacher):
             rows = cut_rows(len(chunked_loss.targets), count, chunks)[0]
@@ -268,9 +270,10 @@ def _sample_tokens(
     if chunks := aligned_only(teachers):  # whole chunks of the first tokens
         rows = cut_rows(num_tokens, NUM_TOKENS, chunks)[0]
     else:
-        # Losses that compare targets with each other read consecutive ones.
+        # Losses that compare targets with each other read consecutive ones, or all of them.
         step = max(1, num_tokens // NUM_TOKENS) if chunked_loss.rows_together == 1 else 1
-        rows = slice(0, step * NUM_TOKENS, step)
+        end = num_tokens if chunked_loss.rows_together > num_tokens else step * NUM_TOKENS
+        rows = slice(0, end, step)
     sampled_loss = replace(
         chunked_loss,
         teacher_logits=_slice_teachers(teachers, rows),
