@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import ModelOutput, logging
 
 from ..core.logits import DenseLogits
@@ -41,6 +42,8 @@ logger = logging.get_logger(__name__)
 Forward: TypeAlias = Callable[[dict, bool], ModelOutput]  # see `plan_aux_losses`
 _T = TypeVar("_T")
 PROBE_ROWS = 2
+# No function, or one that also computes auxiliary losses: the first cross entropy inside it is replaced.
+_SUMS_OF_LOSSES = (None, LOSS_MAPPING["ForSemanticSegmentation"])
 _SWITCH = (bool, int, float)
 _LOSS_SETTING = re.compile(
     "loss|coef|router_logits|smoothing|^eps$"
@@ -95,7 +98,7 @@ class AuxLosses:
             yield self
             return
         patches: dict[str, object] = {"forward": self._with_labels(model.forward)}
-        if replace and self.labels is not None and hasattr(model, "loss_function"):
+        if replace and self.labels is not None and getattr(model, "loss_function", None) not in _SUMS_OF_LOSSES:
             patches["_loss_function"] = self._zero_first(model.loss_function)
         before = {name: model.__dict__[name] for name in patches if name in model.__dict__}
         model.__dict__.update(patches)
