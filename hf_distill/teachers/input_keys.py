@@ -190,7 +190,7 @@ def _check_main_input(teacher: Teacher, inputs: Mapping[str, Any], of_teacher: M
     """Check that the batch of a teacher with a model has what the model predicts from."""
     model, accepted = unwrap_model(teacher.model), teacher.readable_inputs()
     name = getattr(model, "main_input_name", None)
-    if name is None or accepted is None or name in of_teacher:
+    if accepted is None or name not in accepted or name in of_teacher:
         return
     if any(other in of_teacher and other in accepted for other in (*_MAIN_INPUTS, "encoder_outputs")):
         return

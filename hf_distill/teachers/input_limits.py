@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..core.targets import TEACHER_PREFIX
 from ..core.teacher_inputs import TEACHER_IDS, TEACHER_MASK
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
@@ -152,18 +153,24 @@ def check_data(limits: InputLimits, rows: Any, name: str) -> None:
             raise DistillError(f"{name}: {error}") from None
 
 
-def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Check that the student has an embedding for every id of a batch.
+def check_ids(model: nn.Module, inputs: Mapping[str, Any], who: str = "student") -> None:
+    """Check that a model has an embedding for every id of its batch.
 
     A multimodal model may replace some ids before it looks them up, so its ids are not checked.
 
+    Args:
+        model: the student or a teacher.
+        inputs: the batch that it reads.
+        who: "student" or "teacher".
+
     Raises:
-        DistillError: an id is negative or beyond the student's embedding.
+        DistillError: an id is negative or beyond the model's embedding.
     """
-    student = unwrap_model(student)
-    rows, config = _embedding_rows(student), getattr(student, "config", None)
-    if rows is None or config is None or _text_config(student) is not config:
+    model = unwrap_model(model)
+    rows, config = _embedding_rows(model), getattr(model, "config", None)
+    if rows is None or config is None or _text_config(model) is not config:
         return
+    prefix = TEACHER_PREFIX if who == "teacher" else ""
     for name in ("input_ids", "decoder_input_ids"):
         ids = inputs.get(name)
         if not isinstance(ids, Tensor) or not ids.numel() or ids.is_floating_point():
@@ -171,8 +178,8 @@ def check_student_ids(student: nn.Module, inputs: Mapping[str, Any]) -> None:
         smallest, largest = int(ids.min()), int(ids.max())
         if smallest < 0 or largest >= rows:
             raise DistillError(
-                f"{name} has the token id {smallest if smallest < 0 else largest}, and the student's embedding has "
-                f"{rows} rows, for the ids 0 to {rows - 1}. Tokenize the data with the student's tokenizer, or call "
+                f"{prefix}{name} has the token id {smallest if smallest < 0 else largest}, and the {who}'s embedding "
+                f"has {rows} rows, for the ids 0 to {rows - 1}. Tokenize the data with the {who}'s tokenizer, or call "
                 "`model.resize_token_embeddings` after tokens were added."
             )
 

@@ -26,6 +26,7 @@ from ..teachers.base import JointStep
 from ..teachers.compatibility import check_images_are_read
 from ..teachers.group import teachers_by_name
 from ..teachers.input_keys import other_size_problem
+from ..teachers.input_limits import check_ids
 from .step_inputs import StepInputs
 
 
@@ -136,6 +137,12 @@ class Distiller:
         try:
             joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
         except (DistillError, RunError):
+            raise
+        except IndexError:  # an id outside the teacher's embeddings; this check names it
+            if step.teacher_inputs.get("input_ids") is not step.inputs.get("input_ids"):
+                for each in teachers_by_name(teacher).values():
+                    if isinstance(each.model, nn.Module):
+                        check_ids(each.model, step.teacher_inputs, "teacher")
             raise
         except (ValueError, RuntimeError) as error:  # of a model of transformers
             if problem := other_size_problem(teacher, model, step.inputs, step.teacher_inputs):

@@ -25,7 +25,7 @@ from ..models.image_inputs import without_placeholder_labels
 from ..models.model_types import model_type_of
 from ..models.output_head import LogitSample, forget_output_head, known_output_head
 from ..teachers import FrozenTeacher, Teacher
-from ..teachers.input_limits import check_student_ids
+from ..teachers.input_limits import check_ids
 from .config import DistillArguments
 
 NUM_TOKENS = 32  # target tokens that are compared with the reference
@@ -72,7 +72,7 @@ class SelfCheck:
         for model in (student, teacher_model):
             if model is not None:
                 forget_output_head(model)
-        check_student_ids(student, inputs)
+        check_ids(student, inputs)
         model_type = model_type_of(student)
         inputs = without_placeholder_labels(inputs, model_type.placeholders)
         return cls(distill_args, inputs, model_type.shifts_labels, model_type.output_type, student, teacher_model)

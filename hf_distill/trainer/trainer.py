@@ -36,7 +36,7 @@ from ..models.sidecar import strip_sidecar
 from ..teachers import RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
 from ..teachers.input_keys import foreign_key_problem
-from ..teachers.input_limits import check_student_ids
+from ..teachers.input_limits import check_ids
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
@@ -171,7 +171,7 @@ class DistillMixin(_Base):
                 statistics_every=TRAIN_STATISTICS_EVERY if is_training else 1,
             )
         except IndexError:  # an id outside the student's embeddings; this check names it
-            check_student_ids(self.model, inputs)
+            check_ids(self.model, inputs)
             raise
         self._is_self_check_pending, self.distiller.pre_loss_hook = False, None
         step.per_token.update(split_by_source(step, source, self._source_names))

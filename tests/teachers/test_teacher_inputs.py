@@ -17,11 +17,14 @@ from transformers import (
     BertForQuestionAnswering,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
     Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     default_data_collator,
@@ -481,6 +484,18 @@ def test_labels_and_batches_of_the_collator_equal_those_of_the_processors():
     assert DualProcessorCollator(own, other)(floats)["labels"].tolist() == [[1.0, 0.0], [0.0, 0.5]]
 
 
+def test_a_processor_reads_the_column_that_the_rows_have():
+    joint = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer(0))
+    audio, texts = audio_rows(3), [{"text": row["text"]} for row in text_rows(3)]
+    for rows, name in ((audio, "input_values"), (texts, "input_ids")):
+        assert len(DualProcessorCollator(joint, joint)(rows)[f"teacher_{name}"]) == 3
+    both = [a | t for a, t in zip(audio, texts, strict=True)]
+    with pytest.raises(
+        DistillError, match=r"reads `audio` or `text`, and the rows have .*pass the part of the processor"
+    ):
+        DualProcessorCollator(joint, joint)(both)
+
+
 def test_functions_take_the_place_of_processors():
     rows = image_rows(3)
 
@@ -576,6 +591,11 @@ def renamed(old, new):
             "images",
             lambda b: (b.update(other=b.pop("pixel_values")), b.pop("teacher_pixel_values")),
             r"a ViTForImageClassification, reads `pixel_values`, .* the collator returned labels, other.* Give",
+        ),
+        (
+            "texts",
+            lambda b: b["teacher_input_ids"][0].fill_(99),
+            r"teacher_input_ids has the token id 99, and the teacher's embedding has",
         ),
         ("texts", lambda b: b.pop("teacher_attention_mask"), "has teacher_input_ids, but lacks teacher_attention_mask"),
         (
@@ -704,6 +724,31 @@ def test_an_encoder_decoder_model_shares_the_labels_after_another_input(tmp_path
     losses = [losses[0] | {"stack": "encoder"}]
     with pytest.raises(DistillError, match="rows have different numbers of tokens"):
         trainer_of(tmp_path, student, teacher, default_data_collator, rows, losses=losses).train()
+
+
+def test_a_model_outside_transformers_reads_its_inputs(tmp_path):
+    class Sums(PreTrainedModel):
+        """Its classes are sums of its input `x`; `main_input_name` is the default of transformers."""
+
+        config_class = PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = torch.nn.Linear(3, 5)
+            self.post_init()
+
+        def forward(self, x):
+            return {"logits": self.scale(x)}
+
+    set_seed(0)
+    student, teacher = (Sums(PretrainedConfig(num_labels=5)) for _ in range(2))
+    rows = [{"x": torch.rand(3), "teacher_x": torch.rand(3), "labels": torch.tensor(i % 5)} for i in range(8)]
+    plain = copy.deepcopy(student)
+    log, _ = step(trainer_of(tmp_path, student, teacher, default_data_collator, rows, model_type="classification"))
+    batch = default_data_collator(rows)
+    z, y = plain(batch["x"])["logits"], teacher(batch["teacher_x"])["logits"].detach()
+    loss = 0.5 * kl(z, y, 2.0).mean() + 0.5 * F.cross_entropy(z, batch["labels"])
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_regression_models_with_two_tokenizers(tmp_path):
