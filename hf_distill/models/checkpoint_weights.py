@@ -124,6 +124,19 @@ def _load_plain(model: nn.Module, state: dict[str, Tensor], folder: Path) -> Non
     _raise_problems(model, folder, _differences(model, keys.missing_keys, keys.unexpected_keys))
 
 
+def tied_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which each tied tensor has its first name only, because safetensors refuses several.
+
+    `load_weights` accepts it: a tied parameter is not missing.
+    """
+    kept: dict[object, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        kept.setdefault(place, name)
+    names = {*kept.values()}
+    return {name: tensor for name, tensor in state.items() if name in names}
+
+
 def _load_adapters(model: "PeftModel", folder: Path) -> None:
     """Load adapters with peft's conversion, in the dtype that they are trained in.
 

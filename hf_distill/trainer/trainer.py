@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..core.aligned_inputs import aligned_names
@@ -25,11 +25,12 @@ from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_PREFIX
 from ..core.teacher_inputs import TEACHER_LABELS, is_teacher_key, without_teacher_inputs
 from ..errors import DistillError, RunError, raise_if_any
 from ..losses.objective import Term
+from ..models.checkpoint_weights import tied_once
 from ..models.declared_types import check_type_name, declare_model_type
 from ..models.features import Features
 from ..models.image_inputs import without_placeholder_labels
 from ..models.model_call import input_names, without_foreign_inputs
-from ..models.model_types import model_type_of
+from ..models.model_types import model_type_of, unwrap_parallel
 from ..models.precision import MIXED_PRECISION_DTYPES
 from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
@@ -598,8 +599,12 @@ class DistillMixin(_Base):
         self.failure_guard.checkpoint_was_saved(self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state = None if state_dict is None else strip_sidecar(state_dict)
+        inner = unwrap_parallel(self.model)
+        if not isinstance(inner, PreTrainedModel) and not hasattr(inner, "peft_config") and self.args.should_save:
+            state = tied_once(self.model.state_dict() if state is None else state)
         with self.checkpointer.users_limit(self.args):
-            super()._save(output_dir, state_dict=None if state_dict is None else strip_sidecar(state_dict))
+            super()._save(output_dir, state_dict=state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         student = self.model if model is None else model

@@ -625,3 +625,63 @@ def test_a_data_parallel_wrapper_around_a_compiled_module_has_its_type(modules):
     model = modules().model
     assert model_types.model_type_of(torch.compile(model)).name == "sequence classifier"
     assert model_types.model_type_of(copy.deepcopy(model)).output_type is model_types.SEQUENCE.output_type
+
+
+def test_a_module_with_tied_weights_is_saved_and_resumes(make_trainer, tmp_path):
+    options = dict(max_steps=4, save_steps=2, save_strategy="steps", model_type="causal_lm")
+    whole, resumed = (
+        make_trainer("gpt2", model=Around(build("gpt2", 0)), teacher=build("gpt2", 1), folder=folder, **options)
+        for folder in ("whole", "resumed")
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    state = whole.model.state_dict()
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in state.items())
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    assert len({"model.lm_head.weight", "model.transformer.wte.weight"} & saved.keys()) == 1
+
+
+class Spans(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        set_seed(seed)
+        self.embedding, self.fc = nn.Embedding(VOCAB, 6), nn.Linear(6, 2)
+
+    def forward(self, input_ids):
+        start, end = self.fc(self.embedding(input_ids)).unbind(-1)
+        return {"start_logits": start, "end_logits": end}
+
+
+def test_spans_of_a_module(modules):
+    task_rows = [
+        {"input_ids": torch.arange(5) + i, "start_positions": torch.tensor(i % 5), "end_positions": torch.tensor(4)}
+        for i in range(7)
+    ]
+    options = dict(model=Spans(0), teacher=Spans(1), train_dataset=task_rows, eval_dataset=task_rows, alpha=0.3)
+    trainer, batch = modules(model_type="question_answering", **options), stack(task_rows)
+    total = 0.0
+    for name in ("start", "end"):
+        z, y = (Spans(seed)(batch["input_ids"])[f"{name}_logits"] for seed in (0, 1))
+        hard = cross_entropy(z, batch[f"{name}_positions"])
+        total = total + (0.3 * soft("classification", z, y, 2.0) + 0.7 * hard) / 2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
+
+
+class OneNumber(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        set_seed(seed)
+        self.fc = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.fc(x)[:, 0]
+
+
+def test_one_number_for_each_row_needs_no_second_dimension(modules):
+    numbers = [{"x": row["x"], "labels": row["labels"][0]} for row in data("regression", 7)]
+    options = dict(model=OneNumber(0), teacher=OneNumber(1), train_dataset=numbers, eval_dataset=numbers, alpha=0.3)
+    trainer, batch = modules("regression", **options), stack(numbers)
+    z, y = OneNumber(0)(batch["x"]), OneNumber(1)(batch["x"])
+    expected = 0.3 * mse_loss(z, y) + 0.7 * mse_loss(z, batch["labels"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
