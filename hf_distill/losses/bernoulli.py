@@ -13,10 +13,14 @@ from ..core.targets import Targets
 from ..errors import DistillError
 from .alignment import dense_logits
 from .analytic_gradients import BlockLogits
+from .evaluation_metrics import LABELED, PREDICTED, TRUE_POSITIVES
 from .registry import loss
 
-BERNOULLI_STUDENT_METRICS = ("measured",)
-BERNOULLI_PAIR_METRICS = ("kl", "agreement")
+_STUDENT_COUNTS = (LABELED, TRUE_POSITIVES, PREDICTED)
+_TEACHER_COUNTS = (f"teacher_{TRUE_POSITIVES}", f"teacher_{PREDICTED}")
+BERNOULLI_COUNTS = _STUDENT_COUNTS + _TEACHER_COUNTS
+BERNOULLI_STUDENT_METRICS = ("measured", *_STUDENT_COUNTS)
+BERNOULLI_PAIR_METRICS = ("kl", "agreement", *_TEACHER_COUNTS)
 
 
 @loss("bernoulli_kl", compares=("logits",), outputs=BERNOULLIS)
@@ -65,21 +69,34 @@ def binary_cross_entropy(student: Signals, teacher: Signals | None, targets: Tar
     return binary_cross_entropy_with_logits(logits, targets.labels.to(logits), reduction="none").mean(-1)
 
 
-def bernoulli_metrics(student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
+def bernoulli_metrics(student: BlockLogits, block: BlockLogits | None, labels: Tensor) -> dict[str, Tensor]:
     """Return the statistics of each row of a block: name -> [r].
 
     `kl` is that of the Bernoullis at T = 1 in nats, summed over the labels. `agreement` is the share of labels for
-    which both probabilities are on the same side of 0.5.
+    which both probabilities are on the same side of 0.5. The others are numbers of labels: those that are given
+    (above 0.5), those that a model predicts, and those that are both.
 
     Args:
         student: the student logits.
         block: student and teacher logits; None returns `BERNOULLI_STUDENT_METRICS` alone.
+        labels: [r, C] between 0 and 1.
     """
-    metrics = {"measured": student.student.new_ones(len(student.student))}
+    is_given = labels > 0.5
+    metrics = {
+        "measured": student.student.new_ones(len(student.student)),
+        LABELED: is_given.sum(-1),
+        **_count_predicted(student.student, is_given),
+    }
     if block is None or block.teacher is None:
         return metrics
     agrees = (block.student > 0) == (block.teacher > 0)
     return metrics | {
         "kl": bernoulli_kl(block.student, block.teacher),
         "agreement": agrees.to(block.student.dtype).mean(-1),
+        **{f"teacher_{name}": count for name, count in _count_predicted(block.teacher, is_given).items()},
     }
+
+
+def _count_predicted(logits: Tensor, is_given: Tensor) -> dict[str, Tensor]:
+    is_predicted = logits > 0
+    return {TRUE_POSITIVES: (is_predicted & is_given).sum(-1), PREDICTED: is_predicted.sum(-1)}

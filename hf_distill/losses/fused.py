@@ -246,6 +246,8 @@ class ChunkedLoss:
         """Return the terms and statistics for the Triton kernel; None if it does not compute them."""
         if not uses_row_kernel(self.terms, student_logits, self.teacher_logits):
             return None
+        if self.statistics_every and not self.output_type.kernel_computes_metrics:
+            return None
         return RowLosses(
             self.terms,
             has_teacher=self.teacher_logits is not None,

@@ -17,11 +17,28 @@ from ..core.targets import IGNORE_INDEX, Targets, real_labels, target_labels
 from ..core.transcripts import MEAN, SUM, TranscriptLabels
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits
-from .bernoulli import BERNOULLI_PAIR_METRICS, BERNOULLI_STUDENT_METRICS, bernoulli_metrics
+from .bernoulli import BERNOULLI_COUNTS, BERNOULLI_PAIR_METRICS, BERNOULLI_STUDENT_METRICS, bernoulli_metrics
 from .ctc import FRAME_PAIR_METRICS, FRAME_STUDENT_METRICS, frame_metrics
-from .real_values import REAL_VALUE_PAIR_METRICS, REAL_VALUE_STUDENT_METRICS, real_value_metrics
+from .evaluation_metrics import (
+    LABELED,
+    PREDICTED,
+    TRUE_POSITIVES,
+    class_counts,
+    macro_f1,
+    mean_iou,
+    micro_f1,
+    pearson,
+    spearman,
+)
+from .real_values import (
+    REAL_VALUE_PAIR_METRICS,
+    REAL_VALUE_PREDICTIONS,
+    REAL_VALUE_STUDENT_METRICS,
+    real_value_metrics,
+)
 from .registry import LOSSES, Loss
 from .spans import (
+    SPAN_HITS,
     SPAN_LABELS,
     SPAN_PAIR_METRICS,
     SPAN_STUDENT_METRICS,
@@ -55,6 +72,9 @@ class OutputType(ABC):
     logit_names:     names of the outputs of a model of which the logits are made
     compares_positions: whether the outputs are distributions over the positions of the input tokens
     predicts_tokens:    whether the outputs are tokens and a blank, which have a tokenizer, and no perplexity
+    target:          noun for a target, in units such as nats/token
+    evaluation_statistics: names of statistics that only `evaluation_metrics` reads; their means are not logged
+    sums_rows:       whether `row_values` are summed over the rows of an evaluation, or all of them are kept
     """
 
     outputs: ClassVar[str]
@@ -66,6 +86,9 @@ class OutputType(ABC):
     logit_names: ClassVar[tuple[str, ...]] = ("logits",)
     compares_positions: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
+    target: ClassVar[str] = "token"
+    evaluation_statistics: ClassVar[tuple[str, ...]] = ()
+    sums_rows: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         """Add the kind of outputs of a derived class to those that losses can be registered for."""
@@ -104,6 +127,11 @@ class OutputType(ABC):
         """Return an error message for each setting of the outputs that a teacher of this type has to share."""
         return []
 
+    @property
+    def kernel_computes_metrics(self) -> bool:
+        """Whether the statistics are those of tokens, which the Triton kernel computes."""
+        return {*self.student_metrics, *self.pair_metrics} <= {*STUDENT_METRICS, *PAIR_METRICS}
+
     def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
         """Return the logits of a model, with the positions of the targets first; None if the outputs have none.
 
@@ -133,12 +161,37 @@ class OutputType(ABC):
         """
         return {}
 
+    def row_values(
+        self, statistics: Mapping[str, Tensor], targets: Targets, num_classes: int | None
+    ) -> dict[str, Tensor]:
+        """Return what `evaluation_metrics` needs of each row of a batch, besides sums: name -> [B, n].
+
+        Rows of all processes are gathered, without those that were repeated to fill the last batch. n is the same for
+        all batches.
+
+        Args:
+            statistics: the result of `metrics` for all T targets of the batch, each [T].
+            targets: the T targets.
+            num_classes: number of outputs, if it is the same for all batches.
+        """
+        return {}
+
+    def evaluation_metrics(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return metrics of an evaluation that the means of the statistics do not show; None for an undefined one.
+
+        Args:
+            sums: sums of the statistics over all targets; "measured" is the number of targets.
+            rows: the `row_values` of all rows in float64: their sums [n], or with `sums_rows` false all values [N, n].
+        """
+        return {}
+
 
 class Distribution(OutputType):
     """One distribution over ids or classes for each target token."""
 
     outputs, soft_loss, hard_loss = DISTRIBUTION, "forward_kl", "cross_entropy"
-    student_metrics, pair_metrics = STUDENT_METRICS, PAIR_METRICS
+    student_metrics: ClassVar[tuple[str, ...]] = STUDENT_METRICS
+    pair_metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
 
     def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
         """Return the labels, shifted if the model shifts them."""
@@ -157,8 +210,56 @@ class Distribution(OutputType):
         return token_metrics(student, block)
 
 
+class Classes(Distribution):
+    """One distribution over classes for each token: accuracy and macro F1 of an evaluation."""
+
+    student_metrics = (*STUDENT_METRICS, "prediction")
+    pair_metrics = (*PAIR_METRICS, "teacher_accuracy", "teacher_prediction")
+    evaluation_statistics = ("accuracy", "teacher_accuracy", "prediction", "teacher_prediction")
+
+    def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
+        """Return the statistics of each target; predictions are the most probable classes."""
+        metrics = super().metrics(student, block, targets)
+        logits = {"": student.student} | ({} if block is None else {"teacher_": block.teacher_full})
+        for name, values in logits.items():
+            prediction = values.argmax(-1)
+            metrics[f"{name}accuracy"] = (prediction == targets.labels).to(values.dtype)
+            metrics[f"{name}prediction"] = prediction.to(metrics["measured"].dtype)
+        return metrics
+
+    def row_values(
+        self, statistics: Mapping[str, Tensor], targets: Targets, num_classes: int | None
+    ) -> dict[str, Tensor]:
+        """Return the counts of each class for macro F1; nothing if the number of classes depends on the batch."""
+        tables: dict[str, Tensor] = {}
+        for name in ("", "teacher_") if num_classes is not None else ():
+            if (prediction := statistics.get(f"{name}prediction")) is not None:
+                assert num_classes is not None
+                args = (statistics["measured"], targets.batch_rows, targets.shape[0], num_classes)
+                tables |= _with_prefix(class_counts(targets.labels, prediction, *args), name)
+        return tables
+
+    def evaluation_metrics(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return accuracy and macro F1 of both models."""
+        metrics: dict[str, float | None] = {}
+        for name in ("", "teacher_"):
+            if f"{name}accuracy" in sums and sums.get("measured"):
+                metrics[f"{name}accuracy"] = sums[f"{name}accuracy"] / sums["measured"]
+            if f"{name}{TRUE_POSITIVES}" in rows:
+                metrics[f"{name}f1"] = macro_f1(_without_prefix(rows, name))
+        return metrics
+
+
+class RowClasses(Classes):
+    """One distribution over classes for each row."""
+
+    target = "row"
+
+
 class RowOutputs(OutputType):
     """Outputs of which every row of a batch is a target: `row_labels` returns the labels, by default real numbers."""
+
+    target = "row"
 
     def row_labels(self, inputs: dict) -> Tensor:
         """Return the labels of a batch, [B, ...], with one entry for each row."""
@@ -180,6 +281,7 @@ class Bernoullis(RowOutputs):
 
     outputs, soft_loss, hard_loss = BERNOULLIS, "bernoulli_kl", "binary_cross_entropy"
     student_metrics, pair_metrics = BERNOULLI_STUDENT_METRICS, BERNOULLI_PAIR_METRICS
+    evaluation_statistics = BERNOULLI_COUNTS
 
     def check_labels(self, targets: Targets, num_outputs: int) -> None:
         """Check that each row has a number for each label.
@@ -195,7 +297,15 @@ class Bernoullis(RowOutputs):
 
     def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each row."""
-        return bernoulli_metrics(student, block)
+        return bernoulli_metrics(student, block, targets.labels)
+
+    def evaluation_metrics(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return the micro F1 of both models, where a label is predicted if its probability is above 0.5."""
+        return {
+            f"{name}f1": micro_f1(sums[f"{name}{TRUE_POSITIVES}"], sums[f"{name}{PREDICTED}"], sums[LABELED])
+            for name in ("", "teacher_")
+            if f"{name}{PREDICTED}" in sums
+        }
 
 
 class RealValues(RowOutputs):
@@ -203,6 +313,8 @@ class RealValues(RowOutputs):
 
     outputs, soft_loss, hard_loss = REAL_VALUES, "mse", "squared_error"
     student_metrics, pair_metrics = REAL_VALUE_STUDENT_METRICS, REAL_VALUE_PAIR_METRICS
+    evaluation_statistics = REAL_VALUE_PREDICTIONS
+    sums_rows = False
 
     def check_labels(self, targets: Targets, num_outputs: int) -> None:
         """Check that each row has a number for each output.
@@ -220,6 +332,29 @@ class RealValues(RowOutputs):
         """Return the statistics of each row."""
         return real_value_metrics(student, block)
 
+    def row_values(
+        self, statistics: Mapping[str, Tensor], targets: Targets, num_classes: int | None
+    ) -> dict[str, Tensor]:
+        """Return the label and the outputs of each row, [B, 1]; nothing if a row has several outputs."""
+        if num_classes != 1 or targets.labels.numel() != targets.shape[0]:
+            return {}
+        series = {"label": targets.labels, **{name: statistics.get(name) for name in REAL_VALUE_PREDICTIONS}}
+        return {name: values.reshape(-1, 1) for name, values in series.items() if values is not None}
+
+    def evaluation_metrics(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return the correlations of both models with the labels, and with each other."""
+        pairs = {
+            "": ("prediction", "label"),
+            "teacher_": ("teacher_prediction", "label"),
+            "agreement_": ("prediction", "teacher_prediction"),
+        }
+        return {
+            f"{prefix}{measure.__name__}": measure(rows[x][:, 0], rows[y][:, 0])
+            for prefix, (x, y) in pairs.items()
+            if x in rows and y in rows
+            for measure in (pearson, spearman)
+        }
+
 
 class Spans(OutputType):
     """Two distributions over the positions of a row: where an answer starts, and where it ends."""
@@ -228,6 +363,8 @@ class Spans(OutputType):
     student_metrics, pair_metrics = SPAN_STUDENT_METRICS, SPAN_PAIR_METRICS
     label_names, logit_names = SPAN_LABELS, ("start_logits", "end_logits")
     compares_positions = True
+    target = "position"
+    evaluation_statistics = SPAN_HITS
 
     def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
         """Stack the logits of starts and ends [B, S] to [B, 2, S]; `logits` are used if the outputs have them."""
@@ -249,6 +386,34 @@ class Spans(OutputType):
         """Return the statistics of each start and end."""
         return span_metrics(student, block, targets)
 
+    def row_values(
+        self, statistics: Mapping[str, Tensor], targets: Targets, num_classes: int | None
+    ) -> dict[str, Tensor]:
+        """Return for each row whether both of its targets are hit, and whether it has both, [B, 1]."""
+        rows, values = targets.batch_rows, {}
+        for name in ("spans", *SPAN_HITS):
+            hits = torch.ones_like(rows, dtype=torch.float64) if name == "spans" else statistics.get(name)
+            if hits is not None:
+                number = torch.zeros(targets.shape[0], dtype=torch.float64, device=rows.device)
+                number.index_add_(0, rows, hits.double())
+                values[name] = (number == len(SPAN_LABELS)).double()[:, None]
+        return values
+
+    def evaluation_metrics(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return the share of rows for which a model predicts the start and the end, of those that have both."""
+        names = dict(zip(SPAN_HITS, ("exact_match", "teacher_exact_match"), strict=True))
+        if not float(rows["spans"]):
+            return {}
+        return {name: float(rows[hits] / rows["spans"]) for hits, name in names.items() if hits in rows}
+
+
+def _with_prefix(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def _without_prefix(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: values[f"{prefix}{name}"] for name in (TRUE_POSITIVES, PREDICTED, LABELED)}
+
 
 @dataclass(frozen=True)
 class Frames(OutputType):
@@ -269,6 +434,7 @@ class Frames(OutputType):
     outputs, soft_loss, hard_loss = FRAMES, "forward_kl", "ctc"
     student_metrics, pair_metrics = FRAME_STUDENT_METRICS, FRAME_PAIR_METRICS
     predicts_tokens = True
+    target = "frame"
     _LABEL_RANGE: ClassVar[str] = "range of the transcripts"
 
     def __post_init__(self) -> None:
@@ -335,7 +501,7 @@ class Frames(OutputType):
 
 
 @dataclass(frozen=True)
-class Pixels(Distribution):
+class Pixels(Classes):
     """A distribution over classes for each pixel of an image: semantic segmentation.
 
     The logits are interpolated to the size of the labels, as transformers does for its loss. So teacher and student
@@ -345,6 +511,8 @@ class Pixels(Distribution):
     """
 
     ignore_index: int = 255
+
+    target = "pixel"
 
     def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
         """Return the labels of the pixels, [B, H * W]; -100 for those that are ignored.
@@ -367,7 +535,15 @@ class Pixels(Distribution):
         height, width = inputs["labels"].shape[1:]
         return replace(Targets.from_batch({"labels": labels}, False, numbers), grid=(height, width))
 
+    def evaluation_metrics(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return accuracy and mean IoU of both models."""
+        metrics = super().evaluation_metrics(sums, rows)
+        for name in [name for name in ("", "teacher_") if metrics.pop(f"{name}f1", None) is not None]:
+            metrics[f"{name}mean_iou"] = mean_iou(_without_prefix(rows, name))
+        return metrics
+
 
 DISTRIBUTION_OUTPUTS, BERNOULLI_OUTPUTS = Distribution(), Bernoullis()
+CLASS_OUTPUTS, ROW_CLASS_OUTPUTS = Classes(), RowClasses()
 REAL_VALUE_OUTPUTS, SPAN_OUTPUTS = RealValues(), Spans()
 FRAME_OUTPUTS, PIXEL_OUTPUTS = Frames(), Pixels()

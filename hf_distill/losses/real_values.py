@@ -13,8 +13,9 @@ from .alignment import dense_logits
 from .analytic_gradients import BlockLogits
 from .registry import loss
 
-REAL_VALUE_STUDENT_METRICS = ("measured",)
-REAL_VALUE_PAIR_METRICS = ("teacher_mse",)
+REAL_VALUE_PREDICTIONS = ("prediction", "teacher_prediction")
+REAL_VALUE_STUDENT_METRICS = ("measured", "prediction")
+REAL_VALUE_PAIR_METRICS = ("teacher_mse", "teacher_prediction")
 
 
 @loss("mse", compares=("logits",), outputs=REAL_VALUES)
@@ -91,11 +92,16 @@ def squared_error(student: Signals, teacher: Signals | None, targets: Targets) -
 def real_value_metrics(student: BlockLogits, block: BlockLogits | None) -> dict[str, Tensor]:
     """Return the statistics of each row of a block: name -> [r]; `teacher_mse` is the loss `mse`.
 
+    `prediction` and `teacher_prediction` are the first of the outputs, which correlations are computed from.
+
     Args:
         student: the student's outputs.
         block: outputs of student and teacher; None returns `REAL_VALUE_STUDENT_METRICS` alone.
     """
-    metrics = {"measured": student.student.new_ones(len(student.student))}
+    metrics = {"measured": student.student.new_ones(len(student.student)), "prediction": student.student[:, 0]}
     if block is None or block.teacher is None:
         return metrics
-    return metrics | {"teacher_mse": mse(block.student, block.teacher)}
+    return metrics | {
+        "teacher_mse": mse(block.student, block.teacher),
+        "teacher_prediction": block.teacher[:, 0],
+    }

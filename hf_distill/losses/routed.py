@@ -11,7 +11,6 @@ from ..core.teacher_logits import OneTeacherLogits, RoutedLogits, TeacherLogits
 from .fused import ChunkedLoss, OnGradient
 from .objective import Term
 from .output_types import DISTRIBUTION_OUTPUTS, OutputType
-from .token_metrics import PAIR_METRICS, STUDENT_METRICS
 
 
 def loss_on_logits(
@@ -68,7 +67,10 @@ class RoutedLoss(ChunkedLoss):
     ) -> ChunkedLoss:
         is_measured = isinstance(logits, DenseLogits | LazyLogits) or not self.teacher_logits.any_full_logits
         statistics_every = self.statistics_every if is_measured else 0
-        return ChunkedLoss(logits, self.targets.slice(tokens), terms, statistics_every, self.chunk_tokens, num_items)
+        targets = self.targets.slice(tokens)
+        return ChunkedLoss(
+            logits, targets, terms, statistics_every, self.chunk_tokens, num_items, output_type=self.output_type
+        )
 
     def parts_of(self, student: DenseLogits | LazyLogits) -> Iterator[tuple[ChunkedLoss, DenseLogits | LazyLogits]]:
         """Yield the loss of each group with the student's logits of its target tokens."""
@@ -114,8 +116,8 @@ class RoutedLoss(ChunkedLoss):
         """Return the keys of `per_token`, which must not depend on the batch: all ranks have to agree on them."""
         names = [term.name for term in self.terms]
         if self.statistics_every:
-            names += STUDENT_METRICS
-            names += PAIR_METRICS if self.teacher_logits.any_full_logits else ()
+            names += self.output_type.student_metrics
+            names += self.output_type.pair_metrics if self.teacher_logits.any_full_logits else ()
         return names
 
 

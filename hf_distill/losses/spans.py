@@ -18,8 +18,9 @@ from .analytic_gradients import BlockLogits
 from .registry import loss
 
 SPAN_LABELS = ("start_positions", "end_positions")
-SPAN_STUDENT_METRICS = ("measured",)
-SPAN_PAIR_METRICS = ("kl", "agreement")
+SPAN_HITS = ("hits_label", "teacher_hits_label")
+SPAN_STUDENT_METRICS = ("measured", "hits_label")
+SPAN_PAIR_METRICS = ("kl", "agreement", "teacher_hits_label")
 
 
 @loss("span_kl", compares=("logits",), outputs=SPANS)
@@ -69,18 +70,23 @@ def span_metrics(student: BlockLogits, block: BlockLogits | None, targets: Targe
     """Return the statistics of each start and end of a block: name -> [r].
 
     `kl` is at T = 1 in nats, and `agreement` is 1 where both models have the same most probable position.
+    `hits_label` and `teacher_hits_label` are 1 where the most probable position of a model is the label.
 
     Args:
         student: the student logits.
         block: student and teacher logits; None returns `SPAN_STUDENT_METRICS` alone.
         targets: the r starts and ends.
     """
-    metrics = {"measured": student.student.new_ones(len(student.student))}
+    new_ones, top = student.student.new_ones(len(student.student)), _top_position(student.student, targets)
+    metrics = {"measured": new_ones, "hits_label": top == targets.labels}
     if block is None or block.teacher is None:
         return metrics
-    tops = [_without_padding(logits, targets).argmax(-1) for logits in (block.student, block.teacher)]
-    agrees = (tops[0] == tops[1]).to(block.student.dtype)
-    return metrics | {"kl": span_kl(block.student, block.teacher, targets), "agreement": agrees}
+    teacher_top = _top_position(block.teacher, targets)
+    return metrics | {
+        "kl": span_kl(block.student, block.teacher, targets),
+        "agreement": top == teacher_top,
+        "teacher_hits_label": teacher_top == targets.labels,
+    }
 
 
 def span_labels(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -122,6 +128,10 @@ def allowed_positions(inputs: Mapping[str, Tensor]) -> Tensor:
             "The batch has no `attention_mask` and no `input_ids`, which tell the positions of each row."
         )
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def _top_position(logits: Tensor, targets: Targets) -> Tensor:
+    return _without_padding(logits, targets).argmax(-1)
 
 
 def _without_padding(logits: Tensor, targets: Targets) -> Tensor:

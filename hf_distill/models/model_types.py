@@ -18,10 +18,12 @@ from transformers.models.auto import modeling_auto as auto
 from ..errors import DistillError
 from ..losses.output_types import (
     BERNOULLI_OUTPUTS,
+    CLASS_OUTPUTS,
     DISTRIBUTION_OUTPUTS,
     FRAME_OUTPUTS,
     PIXEL_OUTPUTS,
     REAL_VALUE_OUTPUTS,
+    ROW_CLASS_OUTPUTS,
     SPAN_OUTPUTS,
     Frames,
     OutputType,
@@ -30,6 +32,8 @@ from ..losses.output_types import (
 from .frame_counts import count_frames
 from .image_inputs import placeholder_ids
 from .label_shift import loss_shifts_labels
+
+_FIXED_CLASSES = (DISTRIBUTION_OUTPUTS, CLASS_OUTPUTS, ROW_CLASS_OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ModelType:
     @property
     def has_fixed_classes(self) -> bool:
         """Whether the outputs are distributions over the same V ids or classes in each batch, as caches store them."""
-        return self.output_type is DISTRIBUTION_OUTPUTS and self.has_declared_size
+        return self.output_type in _FIXED_CLASSES and self.has_declared_size
 
     def num_outputs(self, model: nn.Module) -> int | None:
         """Return V, the number of ids or classes that a model without wrappers predicts; None: its outputs tell it."""
@@ -145,6 +149,7 @@ SEQUENCE = ModelType(
     "text-classification",
     shifts_labels=False,
     vocabulary=False,
+    output_type=ROW_CLASS_OUTPUTS,
 )
 IMAGE = replace(
     SEQUENCE,
@@ -175,7 +180,12 @@ _BY_PROBLEM = {SEQUENCE: (MULTI_LABEL, REGRESSION)} | {
     for classifier in (IMAGE, AUDIO, VIDEO)
 }
 TOKEN = ModelType(
-    "token classifier", "AutoModelForTokenClassification", "token-classification", shifts_labels=False, vocabulary=False
+    "token classifier",
+    "AutoModelForTokenClassification",
+    "token-classification",
+    shifts_labels=False,
+    vocabulary=False,
+    output_type=CLASS_OUTPUTS,
 )
 QUESTION_ANSWERING = ModelType(
     "question answering model",
@@ -192,6 +202,7 @@ MULTIPLE_CHOICE = ModelType(
     "multiple-choice",
     shifts_labels=False,
     vocabulary=False,
+    output_type=ROW_CLASS_OUTPUTS,
     has_classes=False,
 )
 NEXT_SENTENCE = ModelType(
@@ -200,6 +211,7 @@ NEXT_SENTENCE = ModelType(
     "text-classification",
     shifts_labels=False,
     vocabulary=False,
+    output_type=ROW_CLASS_OUTPUTS,
     has_classes=False,
 )
 CTC = ModelType(

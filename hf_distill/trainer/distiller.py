@@ -40,12 +40,14 @@ class StepOutput:
     targets:   the T target tokens at their positions in the batch that the teacher reads
     outputs:   the outputs of the student's forward; their `logits` are a placeholder that carries the loss, [1, 1, 1],
                unless logits were materialized (`keep_logits`, or an output head that requires it)
+    num_outputs: V, the number of ids, classes or values that the student predicts for each target
     """
 
     loss: Tensor
     per_token: dict[str, Tensor]
     targets: Targets
     outputs: Any
+    num_outputs: int | None = None
 
 
 class Distiller:
@@ -167,12 +169,15 @@ class Distiller:
         )
         feature_loss = FeatureLoss(self.features.terms, teacher_signals.features, feature_tokens, targets, num_items)
 
+        num_logits = num_outputs
+
         def before_loss(student_logits: LazyLogits | DenseLogits) -> Tensor | None:
             """Run a jointly trained teacher and check the logits; called in the student's forward, before the loss."""
             # A config can declare more classes than there are logits, and a module declares none.
             if num_outputs is None or student_logits.vocab_size < num_outputs:
                 output_type.check_labels(targets, student_logits.vocab_size)
-            teacher_loss, signals = None, teacher_signals
+            nonlocal num_logits
+            num_logits, teacher_loss, signals = student_logits.vocab_size, None, teacher_signals
             if joint_step is not None:
                 teacher_loss = joint_step(student_logits)
                 signals = joint_step.teacher_signals
@@ -193,7 +198,7 @@ class Distiller:
         per_token = chunked_loss.per_token | feature_loss.per_token
         if joint_step:
             per_token |= joint_step.per_token
-        return StepOutput(loss, per_token, step.targets, outputs)
+        return StepOutput(loss, per_token, step.targets, outputs, num_logits)
 
     def _run_teacher(
         self, teacher: Teacher, step: StepInputs, num_items: Tensor | int | None

@@ -1,7 +1,7 @@
 """Metrics of a distillation, averaged over target tokens: their sums over training steps and evaluations, and means."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..losses.chunk_metrics import average_chunk_metrics
 from ..losses.objective import Term
 from ..losses.token_metrics import greater_is_better
+from ..models.model_types import ModelType
 from .config import DistillArguments
 from .distiller import StepOutput
 from .source_metrics import average_by_source
@@ -34,6 +35,7 @@ class MetricAccumulator:
     def __init__(self) -> None:
         self._eval_sums: list[Tensor] | None = None  # sums of each batch of the running evaluation
         self._eval_names: list[str] = []
+        self._eval_rows: dict[str, list[Tensor]] = {}  # of each batch: the sum of its `row_values`, or all of them
         self.reset_training()
 
     def reset_training(self) -> None:
@@ -95,9 +97,11 @@ class MetricAccumulator:
 
     def start_evaluation(self) -> None:
         """Start the sums of an evaluation."""
-        self._eval_sums = []
+        self._eval_sums, self._eval_rows = [], {}
 
-    def add_evaluation_batch(self, step: StepOutput, gather: Callable[[Tensor], Tensor]) -> None:
+    def add_evaluation_batch(
+        self, step: StepOutput, gather: Callable[[Tensor], Tensor], model_type: ModelType | None = None
+    ) -> None:
         """Add the sums of a batch over all ranks; does nothing outside of an evaluation.
 
         Sums are gathered row by row, because `gather` drops rows that were repeated to fill the last batch.
@@ -105,6 +109,7 @@ class MetricAccumulator:
         Args:
             step: the output of the step.
             gather: `Accelerator.gather_for_metrics`.
+            model_type: type of the student, whose output type may need values of each row.
         """
         if self._eval_sums is None:
             return
@@ -114,21 +119,31 @@ class MetricAccumulator:
         for column, values in enumerate(per_token.values()):
             table[:, column].index_add_(0, rows, values.double())
         self._eval_names = list(per_token)
-        self._eval_sums.append(gather(table).sum(0))
+        row_values = {} if model_type is None else _row_values(step, model_type)
+        table = gather(torch.cat([table, *(values.double() for values in row_values.values())], dim=1))
+        sums, *gathered = table.split([len(per_token), *(values.shape[1] for values in row_values.values())], dim=1)
+        self._eval_sums.append(sums.sum(0))
+        for name, values in zip(row_values, gathered, strict=True):
+            kept = values.sum(0, keepdim=True) if model_type is None or model_type.output_type.sums_rows else values
+            self._eval_rows.setdefault(name, []).append(kept)
 
-    def finish_evaluation(self, description: str) -> dict[str, float]:
-        """Return the sums over all batches of the evaluation; empty if no batch was added.
+    def finish_evaluation(self, description: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Return the sums over all batches of the evaluation, and the `row_values` of its batches on the CPU.
+
+        The sums are empty if no batch was added. The second has the sums of all batches or all rows by name, [N, n].
 
         Args:
             description: the name of the evaluation, for a warning that there are no target tokens.
         """
         batches, self._eval_sums = self._eval_sums, None
+        row_values = {name: torch.cat(values).cpu() for name, values in self._eval_rows.items()}
+        self._eval_rows = {}
         if not batches:
-            return {}
+            return {}, {}
         sums = dict(zip(self._eval_names, torch.stack(batches).sum(0).tolist(), strict=True))
         if not sums["target_tokens"]:
             logger.warning(f"{description} found {_NO_TARGETS}, so its metrics are NaN. {_CHECK_LABELS}")
-        return sums
+        return sums, row_values
 
 
 def average_metrics(
@@ -152,23 +167,37 @@ def average_metrics(
     return losses | average_by_source(sums, sources) | measured | average_chunk_metrics(sums)
 
 
+def _row_values(step: StepOutput, model_type: ModelType) -> dict[str, Tensor]:
+    # The number of choices of a row may differ between batches.
+    num_classes = step.num_outputs if model_type.has_classes and not model_type.vocabulary else None
+    return model_type.output_type.row_values(step.per_token, step.targets, num_classes)
+
+
 def evaluation_metrics(
-    sums: dict[str, float], means: dict[str, float], terms: Iterable[Term], is_language_model: bool
+    sums: dict[str, float],
+    row_values: Mapping[str, Tensor],
+    means: dict[str, float],
+    terms: Iterable[Term],
+    model_type: ModelType,
 ) -> dict[str, float]:
-    """Return the means with `loss`, their weighted sum, and for language models the perplexities.
+    """Return the means with `loss`, their weighted sum, and the metrics of the student's type that are defined.
 
     Args:
         sums: sums over target tokens.
+        row_values: the second result of `finish_evaluation`.
         means: the result of `average_metrics`.
         terms: the terms of the objective.
-        is_language_model: whether the student predicts tokens of a vocabulary.
+        model_type: type of the student; language models have perplexities.
     """
     loss = sum(term.weight * means[f"{term.name}_loss"] for term in terms) + means.get("aux_loss", 0.0)
     metrics = {"loss": loss, **means}
     for name, cross_entropy in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
-        if is_language_model and cross_entropy in sums:
+        if model_type.vocabulary and cross_entropy in sums:
             metrics[name] = _exp(mean_of(sums[cross_entropy], sums["target_tokens"]))
-    return metrics
+    output_type = model_type.output_type
+    rows = {name: values.sum(0) if output_type.sums_rows else values for name, values in row_values.items()}
+    of_type = output_type.evaluation_metrics(sums, rows)
+    return metrics | {name: value for name, value in of_type.items() if value is not None}
 
 
 def correct_greater_is_better(args: TrainingArguments) -> None:

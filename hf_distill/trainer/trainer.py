@@ -181,7 +181,8 @@ class DistillMixin(_Base):
             self.metric_accumulator.add_micro_batch(step)
             self.nonfinite_guard.add_micro_batch(inputs, step, self._terms)
         else:
-            self.metric_accumulator.add_evaluation_batch(step, self.accelerator.gather_for_metrics)
+            gather = self.accelerator.gather_for_metrics
+            self.metric_accumulator.add_evaluation_batch(step, gather, model_type_of(self.model))
         loss = step.loss
         if is_training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The loss is divided by the target tokens of all processes, and DDP averages gradients over processes.
@@ -520,7 +521,8 @@ class DistillMixin(_Base):
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
         output_type = model_type_of(self.model).output_type
-        statistics = (*output_type.student_metrics, *output_type.pair_metrics)
+        names = (*output_type.student_metrics, *output_type.pair_metrics)
+        statistics = [name for name in names if name not in output_type.evaluation_statistics]
         return average_metrics(sums, self._terms, (*self._source_names, *self._teacher_names), statistics)
 
     def prediction_step(
@@ -554,7 +556,10 @@ class DistillMixin(_Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Run the Trainer's evaluation, and add metrics over all target tokens of the data; see `docs/metrics.md`."""
+        """Run the Trainer's evaluation, and add metrics over all target tokens of the data; see `docs/metrics.md`.
+
+        A value of the user's `compute_metrics` is kept if a metric of this package has the same name.
+        """
         self.metric_accumulator.start_evaluation()
         with self._compilation():
             output = super().evaluation_loop(
@@ -564,11 +569,13 @@ class DistillMixin(_Base):
                 ignore_keys=ignore_keys,
                 metric_key_prefix=metric_key_prefix,
             )
-        if sums := self.metric_accumulator.finish_evaluation(description):
-            is_language_model = model_type_of(self.model).vocabulary
+        sums, row_values = self.metric_accumulator.finish_evaluation(description)
+        if sums:
             means = self._average_metrics(sums)
-            metrics = evaluation_metrics(sums, means, self.distiller.terms, is_language_model)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            metrics = evaluation_metrics(sums, row_values, means, self.distiller.terms, model_type_of(self.model))
+            loss = {f"{metric_key_prefix}_loss": metrics.pop("loss")}  # the Trainer's is a mean over batches
+            named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            output.metrics.update(named | output.metrics | loss)
         return output
 
     # Checkpoints and the Hub

@@ -91,9 +91,9 @@ def test_evaluation_sums_leave_out_repeated_rows():
     metrics.start_evaluation()
     metrics.add_evaluation_batch(step_of([[1, 2], [3, 4]], hard=[1.0, 2.0, 3.0, 4.0]), lambda table: table)
     metrics.add_evaluation_batch(step_of([[5, -100], [1, 2]], hard=[6.0, 1.0, 2.0]), lambda table: table[:1])
-    sums = metrics.finish_evaluation("Evaluation")
+    sums, _ = metrics.finish_evaluation("Evaluation")
     assert sums == {"hard": 16.0, "target_tokens": 5.0}
-    assert metrics.finish_evaluation("Evaluation") == {}
+    assert metrics.finish_evaluation("Evaluation") == ({}, {})
 
 
 # No target tokens
@@ -150,7 +150,7 @@ def test_steps_without_target_tokens_do_not_lower_the_logged_loss(make_trainer, 
         ("eval_agreement", True),
         ("mean_token_accuracy", True),
         ("rouge", None),
-        ("accuracy", None),
+        ("accuracy", True),
     ],
 )
 def test_greater_is_better_is_set_for_every_metric(metric, greater):
