@@ -5,11 +5,11 @@ import pytest
 import torch
 import transformers as tf
 from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 from tiny import build, rows
 
 from hf_distill import DistillConfig
-from hf_distill.losses.evaluation_metrics import macro_f1, micro_f1, pearson, spearman
+from hf_distill.losses.evaluation_metrics import class_counts, macro_f1, mean_iou, micro_f1, pearson, spearman
 from hf_distill.losses.token_metrics import greater_is_better
 
 BERT = dict(vocab_size=97, hidden_size=16, num_attention_heads=2, intermediate_size=32, initializer_range=0.5)
@@ -124,6 +124,17 @@ def test_rows_repeated_to_fill_the_last_batch_do_not_count(make, kind):
         assert metrics["eval_f1"] == pytest.approx(f1_score(labels, student.argmax(-1), average="macro"))
     else:
         assert metrics["eval_spearman"] == pytest.approx(stats.spearmanr(student[:, 0], labels).statistic)
+
+
+def test_f1_and_iou_leave_out_classes_that_do_not_occur_and_targets_that_are_not_measured():
+    g = torch.Generator().manual_seed(0)
+    labels, predictions = (torch.randint(0, 4, (30,), generator=g) for _ in range(2))
+    measured = torch.arange(30) < 25
+    tables = class_counts(labels, predictions.float(), measured.float(), torch.arange(30) // 3, 10, 6)
+    counts = {name: table.sum(0) for name, table in tables.items()}
+    y, p = labels[measured], predictions[measured]
+    assert macro_f1(counts) == pytest.approx(f1_score(y, p, average="macro"))
+    assert mean_iou(counts) == pytest.approx(jaccard_score(y, p, average="macro"))
 
 
 def test_a_metric_of_the_user_is_kept(make):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from sklearn.metrics import jaccard_score
 from tiny import collate, one_step
 from torch import nn
 from torch.nn import functional as F
@@ -175,3 +176,16 @@ def test_the_hard_loss_is_that_of_the_model_and_ignores_the_label_of_its_config(
 def test_models_and_labels_that_do_not_fit_are_refused(make, options, message):
     with pytest.raises(DistillError, match=message):
         make(**options(), max_steps=1).train()
+
+
+def test_the_mean_iou_of_an_evaluation_equals_that_of_all_pixels(make):
+    student, batch = build(), collate(data(7, 5))
+    metrics = make(model=student, per_device_eval_batch_size=4).evaluate()
+    labels = batch["labels"]
+    with torch.no_grad():
+        logits = student.eval()(pixel_values=batch["pixel_values"]).logits
+    classes = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
+    counts = labels != 255
+    expected = jaccard_score(labels[counts], classes[counts], average="macro")
+    assert metrics["eval_mean_iou"] == pytest.approx(expected, abs=1e-6)
+    assert "eval_f1" not in metrics
