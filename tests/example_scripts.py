@@ -445,7 +445,9 @@ SCRIPTS = {
         mlm,
         summarization,
         image_classification,
+        semantic_segmentation,
         audio_classification,
+        speech_recognition_ctc,
         speech_recognition_seq2seq,
     )
 }
