@@ -13,29 +13,54 @@ class HeldOutMetric(NamedTuple):
     title:    heading of its column
     digits:   digits after the decimal point
     is_share: whether it is a share between 0 and 1
+    hub_name: id of the metric on the Hub, for the metadata of cards; None for one that is not there
     """
 
     key: str
     title: str
     digits: int
     is_share: bool = False
+    hub_name: str | None = None
 
 
+DEFAULT_TARGET = "token"  # noun for a target of language models
 HELD_OUT_METRICS = (
-    HeldOutMetric("perplexity", "perplexity", 2),
-    HeldOutMetric("kl", "KL to the teacher, nats/token", 4),
+    HeldOutMetric("perplexity", "perplexity", 2, hub_name="perplexity"),
+    HeldOutMetric("accuracy", "accuracy", 3, is_share=True, hub_name="accuracy"),
+    HeldOutMetric("f1", "F1", 3, hub_name="f1"),
+    HeldOutMetric("exact_match", "exact match", 3, is_share=True, hub_name="exact_match"),
+    HeldOutMetric("pearson", "Pearson correlation", 3, hub_name="pearsonr"),
+    HeldOutMetric("spearman", "Spearman correlation", 3, hub_name="spearmanr"),
+    HeldOutMetric("teacher_mse", "squared error to the teacher", 4),
+    HeldOutMetric("kl", "KL to the teacher, nats/{target}", 4),
     HeldOutMetric("agreement", "top-1 agreement", 3, is_share=True),
     HeldOutMetric("bits_per_byte", "bits per byte", 4),
     HeldOutMetric("chunk_kl", "KL to the teacher, nats/chunk", 4),
     HeldOutMetric("chunk_agreement", "top-1 agreement of chunks", 3, is_share=True),
 )
-_OF_TEACHER = {"kl": 0.0, "agreement": 1.0, "chunk_kl": 0.0, "chunk_agreement": 1.0}
+_OF_TEACHER = {"teacher_mse": 0.0, "kl": 0.0, "agreement": 1.0, "chunk_kl": 0.0, "chunk_agreement": 1.0}
 
 
-def shown_metrics(models: Iterable[Metrics]) -> list[HeldOutMetric]:
-    """Return the metrics that at least one of several models has."""
+def shown_metrics(models: Iterable[Metrics], target: str = DEFAULT_TARGET) -> list[HeldOutMetric]:
+    """Return the metrics that at least one of several models has.
+
+    Args:
+        models: the metrics of each model.
+        target: noun for a target of the models, see `OutputType.target`.
+    """
     models = list(models)
-    return [metric for metric in HELD_OUT_METRICS if any(metric.key in each for each in models)]
+    shown = [metric for metric in HELD_OUT_METRICS if any(metric.key in each for each in models)]
+    return [metric._replace(title=metric.title.format(target=target)) for metric in shown]
+
+
+def target_words(target: str) -> str:
+    """Return the plural of the noun for a target, with "target" before tokens."""
+    return "target tokens" if target == DEFAULT_TARGET else f"{target}s"
+
+
+def has_any(metrics: Mapping[str, float], shown: Iterable[HeldOutMetric]) -> bool:
+    """Whether a model has one of the metrics."""
+    return any(metric.key in metrics for metric in shown)
 
 
 def metrics_of_teacher(student: Mapping[str, float]) -> Metrics:

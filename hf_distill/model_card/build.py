@@ -8,7 +8,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.escape import code_block, code_span, markdown, yaml_text
-from ..core.held_out_metrics import HELD_OUT_METRICS
+from ..core.held_out_metrics import shown_metrics
 from ..core.references import is_id
 from .data import CardData, StudentFacts
 from .snippet import snippet_of
@@ -39,7 +39,7 @@ def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
         title=markdown(facts.repo.rpartition("/")[2]),
         summary=summary_of(facts),
         snippet=code_block(snippet, "python") if (snippet := snippet_of(facts)) else None,
-        held_out=held_out_table(facts.held_out),
+        held_out=held_out_table(facts.held_out, facts.target),
         retention=retention_table(facts.retention),
         figures=[Figure(quote(figure.path), markdown(figure.caption)) for figure in figures],
         diagnosis={code_span(name): markdown(text) for name, text in (facts.diagnosis or {}).items()},
@@ -58,6 +58,7 @@ def _metadata(facts: CardData) -> ModelCardData:
     return ModelCardData(
         model_name=facts.repo.rpartition("/")[2] if results else None,
         eval_results=results or None,
+        metrics=[m.hub_name for m in shown_metrics([facts.held_out.get("student", {})]) if m.hub_name] or None,
         library_name=_library(facts.student),
         pipeline_tag=facts.task,
         license=facts.license.id,
@@ -88,9 +89,8 @@ def _results(facts: CardData) -> list[EvalResult]:
     student = facts.held_out.get("student", {})
     held_out = (source or "held-out", title)
     values = [
-        (*held_out, metric.key, metric.title, student[metric.key])
-        for metric in HELD_OUT_METRICS
-        if metric.key in student
+        (*held_out, metric.hub_name or metric.key, metric.title, student[metric.key])
+        for metric in shown_metrics([student], facts.target)
     ]
     for task in facts.retention:
         if score := task["scores"].get("student"):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TypedDict
 
+from ..core.held_out_metrics import DEFAULT_TARGET
 from ..core.json_types import JSON, JSONObject
 from ..core.local_paths import reduced, typed_paths
 from ..core.results import Metrics, ModelFacts
@@ -128,6 +129,7 @@ class CardData:
     recipe:       as resolved; None for a script
     origin:       URI of the recipe on the Hub
     prompt:       of the code example and the widget
+    target:       noun for a target, in units such as nats/token
     """
 
     repo: str
@@ -146,6 +148,7 @@ class CardData:
     recipe: JSONObject | None = None
     origin: str | None = None
     prompt: str | Sequence[Mapping[str, str]] | None = None
+    target: str = DEFAULT_TARGET
     format: int = 1
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.escape import markdown
-from ..core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
+from ..core.held_out_metrics import formatted, has_any, metrics_of_teacher, shown_metrics, target_words
 from ..core.results import Metrics
 from .data import ScoreFacts, TaskFacts
 
@@ -25,13 +25,14 @@ class Table:
     table: str = ""
 
 
-def held_out_table(models: Mapping[str, Metrics]) -> Table:
+def held_out_table(models: Mapping[str, Metrics], target: str) -> Table:
     """Return the metrics of models on the held-out rows, the teacher first; only losses if there are no others.
 
     Args:
         models: name -> metrics.
+        target: noun for a target.
     """
-    shown = shown_metrics(models.values())
+    shown = shown_metrics(models.values(), target)
     if not shown:
         losses = {name: m["loss"] for name, m in models.items() if "loss" in m}
         rows = [[MODEL_TITLES.get(name, name), f"{loss:.4f}"] for name, loss in losses.items()]
@@ -44,9 +45,10 @@ def held_out_table(models: Mapping[str, Metrics]) -> Table:
     order = [name for name in models if name not in MODEL_TITLES] + [name for name in MODEL_TITLES if name in models]
     for name in order:
         cells = formatted(models[name], shown, percent=True)
-        if set(cells) != {"-"}:
+        if has_any(models[name], shown):
             rows.append([MODEL_TITLES.get(name, name.replace("-", " ")), *cells])
-    text = "Metrics over the target tokens of the held-out rows, at temperature 1."
+    targets = f"{target_words(target)} of the held-out rows" if target != "row" else "held-out rows"
+    text = f"Metrics over the {targets}, at temperature 1."
     return Table(text, _markdown(["", *(metric.title for metric in shown)], rows))
 
 

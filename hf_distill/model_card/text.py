@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ..core.escape import code_span, markdown
+from ..core.held_out_metrics import target_words
 from ..core.references import is_id
 from ..losses import LOSSES
 from .data import CardData, DatasetFacts, ObjectiveFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts
@@ -59,7 +60,7 @@ def training_lines(facts: CardData) -> list[str]:
     lines.append(f"Student: {_origin(facts.student)}.")
     return [
         *lines,
-        *_objective_lines(facts.objective),
+        *_objective_lines(facts.objective, facts.target),
         *_data_lines(facts.data),
         *_argument_lines(facts.training),
         *_machine_lines(facts.environment),
@@ -76,7 +77,7 @@ def license_lines(facts: CardData) -> list[str]:
     return [markdown(line) for line in lines]
 
 
-def _objective_lines(objective: ObjectiveFacts) -> list[str]:
+def _objective_lines(objective: ObjectiveFacts, target: str) -> list[str]:
     """The loss as a formula, and its papers."""
     if not objective:
         return []
@@ -90,7 +91,7 @@ def _objective_lines(objective: ObjectiveFacts) -> list[str]:
     scale, temperature = (" · T²", f", with T = {objective['temperature']:g}") if has_temperature else ("", "")
     lines = [
         f"Objective: {soft:g}{scale} · {soft_term} + {hard:g} · {hard_loss}{terms}{temperature}, averaged over the "
-        "target tokens of the global batch."
+        f"{target_words(target)} of the global batch."
     ]
     if is_of_chunks:
         lines.append(

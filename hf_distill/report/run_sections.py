@@ -9,7 +9,7 @@ import yaml
 from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
-from ..core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
+from ..core.held_out_metrics import formatted, has_any, metrics_of_teacher, shown_metrics
 from ..core.results import Metrics
 from ..runner.run_results import Run
 from . import plots
@@ -76,7 +76,7 @@ def results(run: Run) -> Section:
         rows.append(["teacher", *formatted(teacher, shown)])
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
     for name, title in (stages | MODEL_TITLES).items():
-        if "perplexity" in (metrics := models.get(name, {})):
+        if has_any(metrics := models.get(name, {}), shown):
             rows.append([title, *formatted(metrics, shown)])
     table = Table(["held-out rows", *(metric.title for metric in shown)], rows)
     return Section("results", "Results", [_summary(models)], [table])

@@ -79,6 +79,7 @@ def trainer_card_data(
         environment=environment(str(args.device)) | {"processes": args.world_size},
         license=decision,
         not_measured=unmeasured(held_out, (), None),
+        target=output_type.target,
         prompt=[{"role": "user", "content": "Hello! What can you do?"}] if chat_template else None,
     )
 

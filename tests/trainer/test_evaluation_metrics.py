@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import ModelCard
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 from tiny import build, rows
@@ -177,3 +178,17 @@ def test_training_logs_have_no_sums_of_predictions(make):
 def test_the_greatest_value_is_the_best(metric, tmp_path):
     assert greater_is_better(f"eval_{metric}") is True
     assert DistillConfig(str(tmp_path), metric_for_best_model=metric).greater_is_better is True
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("row", "nats/row"), ("number", None), ("span", "nats/position")])
+def test_cards_have_the_metrics_and_the_unit_of_the_type(make, kind, unit, tmp_path):
+    trainer = make(kind, max_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    ids = {"row": ["accuracy", "f1"], "number": ["pearsonr", "spearmanr"], "span": ["exact_match"]}[kind]
+    assert card.data.metrics == ids
+    assert set(ids) <= {result.metric_type for result in card.data.eval_results}
+    assert "token" not in card.text.partition("Arguments that differ")[0]
+    assert unit is None or unit in card.text
