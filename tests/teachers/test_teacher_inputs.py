@@ -10,6 +10,7 @@ from datasets import Array3D, Dataset, Features, Value
 from gpu_sync import reads_of_steps
 from PIL import Image
 from tiny import build, whisper
+from tiny_vision import IMAGE_ID, vision_examples, vision_processor, vlm
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
@@ -30,6 +31,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hf_distill import (
     DistillConfig,
@@ -781,3 +783,34 @@ def test_a_step_still_reads_once_for_each_micro_batch(tmp_path):
     options = {"per_device_train_batch_size": 1, "max_steps": 4, "gradient_accumulation_steps": 2, "logging_steps": 100}
     _, micro, _ = reads_of_steps(trainer_of(tmp_path, student, teacher, collator, rows, **options), 2)
     assert micro == {("tolist", "core/targets.py:_read"): 1}
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_a_vision_language_teacher_reads_other_images(tmp_path, larger):
+    """With other pixels only, the tokens are shared; a larger image has more tokens, at which the text is elsewhere."""
+    collate = DataCollatorForVisionLanguageModeling(vision_processor("qwen"))
+
+    def both(rows):
+        batch = dict(collate(copy.deepcopy(rows)))
+        if not larger:
+            images = {"pixel_values": 0.5 * batch["pixel_values"], "image_grid_thw": batch["image_grid_thw"]}
+            return batch | {f"teacher_{name}": value for name, value in images.items()}
+        sizes = [row | {"images": [image.resize((32, 16)) for image in row["images"]]} for row in rows]
+        return batch | {f"teacher_{name}": value for name, value in collate(copy.deepcopy(sizes)).items()}
+
+    student, teacher, rows = vlm("qwen", 0), vlm("qwen", 1, layers=3, width=24), vision_examples(8)
+    plain, batch = copy.deepcopy(student), both(rows)
+    assert (len(batch["teacher_pixel_values"]) > len(batch["pixel_values"])) == larger
+    options = dict(remove_unused_columns=False, processing_class=vision_processor("qwen"), learning_rate=1e-3)
+    trainer = trainer_of(tmp_path, student, teacher, both, rows, **options)
+    log, _ = step(trainer)
+    of_student = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
+    found = []
+    for model, inputs in ((plain, of_student), (teacher.eval(), of_student | teacher_kwargs(batch))):
+        labels = inputs["labels"][:, 1:].masked_fill(inputs["labels"][:, 1:] == IMAGE_ID, -100)
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1]
+        found.append((logits[labels != -100].detach(), labels[labels != -100]))
+    (z, labels), (y, labels_of_teacher) = found
+    assert torch.equal(labels, labels_of_teacher)
+    loss = 0.5 * kl(z, y, 2.0).mean() + 0.5 * F.cross_entropy(z, labels)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
