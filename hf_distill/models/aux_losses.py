@@ -256,10 +256,11 @@ def _probe_rows(model: nn.Module, rows: dict, forward: Forward, targets: Targets
             and torch.allclose(fused, added, rtol=_RELATIVE_TOLERANCE, equal_nan=True)
         ):
             return AuxPlan(needs_labels=True)
-    logger.warning_once(
-        f"{type(unwrap_model(model)).__name__} adds auxiliary losses to its cross entropy that need its logits: the "
-        "logits of all positions are materialized. The objective is the same; each step takes more memory."
-    )
+    if targets.grid is None:  # the logits of images are always materialized
+        logger.warning_once(
+            f"{type(unwrap_model(model)).__name__} adds auxiliary losses to its cross entropy that need its logits: "
+            "the logits of all positions are materialized. The objective is the same; each step takes more memory."
+        )
     return plan
 
 

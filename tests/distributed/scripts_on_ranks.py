@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers as tf
 from datasets import Dataset
-from example_scripts import DISTILLING, ENCODER, SCRIPTS, Situation, built, split
+from example_scripts import DISTILLING, ENCODER, SCRIPTS, Situation, built, speech_recognition_ctc, split
 from PIL import Image
 from torch import Tensor, nn
 
@@ -77,7 +77,8 @@ def two_image_sizes() -> Situation:
 
 def run(name: str) -> dict:
     """Train and evaluate; return the logs, the metrics and a sum over the weights."""
-    situation = (SCRIPTS | {"any_module": any_module, "two_image_sizes": two_image_sizes})[name]()
+    others = {each.__name__: each for each in (any_module, two_image_sizes, speech_recognition_ctc)}
+    situation = (SCRIPTS | others)[name]()
     cls, config = DISTILLING[situation.base]
     args = config(
         str(folder / name),

@@ -7,7 +7,16 @@ import pytest
 from launching import run_on_ranks
 
 SCRIPT = str(Path(__file__).with_name("scripts_on_ranks.py"))
-NAMES = ("glue", "multi_label", "qa", "image_classification", "summarization", "any_module", "two_image_sizes")
+NAMES = (
+    "glue",
+    "multi_label",
+    "qa",
+    "image_classification",
+    "summarization",
+    "any_module",
+    "two_image_sizes",
+    "speech_recognition_ctc",
+)
 
 
 @pytest.fixture(scope="module")

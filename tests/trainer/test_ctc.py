@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_distill import DistillError
 from hf_distill.models.model_types import model_type_of
-from hf_distill.teachers import EMATeacher
+from hf_distill.teachers import EMATeacher, PeerTeacher
 
 VOCAB, LENGTH = 12, 100
 SIZES = dict(num_attention_heads=2, intermediate_size=32, conv_dim=(8, 8), conv_kernel=(4, 3), conv_stride=(4, 2))
@@ -207,3 +207,16 @@ def test_the_frames_are_those_that_the_model_counts():
     mask = model._get_feature_vector_attention_mask(frames.shape[1], collate(data(6))["attention_mask"])
     assert torch.equal(frames == 0, mask)
     assert model(collate(data(6))["input_values"]).logits.shape[1] == frames.shape[1]
+
+
+def test_a_peer_and_an_adapter_are_trained(make):
+    from peft import LoraConfig, get_peft_model
+
+    peer = build(1, layers=2, width=24)
+    before = copy.deepcopy(peer)
+    make(teacher=PeerTeacher(peer), max_steps=2, learning_rate=0.01).train()
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), peer.parameters(), strict=True))
+    adapted = get_peft_model(build(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    log = make(model=adapted, max_steps=1, train_sampling_strategy="sequential").evaluate()
+    losses, _ = reference(adapted.eval(), build(1, layers=2, width=24), collate(data(7, 5)), alpha=0.5)
+    assert log["eval_loss"] == pytest.approx(losses["loss"].item(), rel=1e-5)
