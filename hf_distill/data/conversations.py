@@ -65,10 +65,11 @@ class Conversations:
             assistant_only: only the assistant's turns are targets; otherwise every token from message `first` on.
 
         Raises:
-            DistillError: the template refuses the conversation, or renders a prefix of it differently than inside the
-                full conversation.
+            DistillError: the template refuses the conversation, leaves out its tools or tool calls, or renders a prefix
+                of it differently than inside the full conversation.
         """
         messages = self.normalize(messages)
+        self._check_tools(messages, tools)
         if assistant_only and self.has_marks and not first:
             return self._encode_marked(messages, tools)
         text = self.render(messages, tools)
@@ -99,6 +100,17 @@ class Conversations:
             raise DistillError(
                 f"the chat template cannot render the conversation: {type(error).__name__}: {error}"
             ) from error
+
+    def _check_tools(self, messages: Sequence[dict], tools: Tools) -> None:
+        """Check that the template renders tools and tool calls; many templates ignore them."""
+        without_calls = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
+        calls = {"`tool_calls`": (without_calls, tools)} if without_calls != list(messages) else {}
+        for part, (others, other_tools) in (calls | ({"`tools`": (messages, None)} if tools else {})).items():
+            if self._render_or_none(others, other_tools) == self.render(messages, tools):
+                raise DistillError(
+                    f"the conversation has {part}, and the chat template leaves them out. Set `chat_template` to a "
+                    f"template that renders them, or remove {part} from the data"
+                )
 
     def _encode_marked(self, messages: Sequence[dict], tools: Tools) -> tuple[list[int], list[int]]:
         encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -175,9 +187,9 @@ class Conversations:
         parts, text = (self._render_or_none([{"role": "user", "content": content}]) for content in contents)
         return parts is not None and (parts == text or _PROBE not in (text or ""))
 
-    def _render_or_none(self, messages: Sequence[dict]) -> str | None:
+    def _render_or_none(self, messages: Sequence[dict], tools: Tools = None) -> str | None:
         try:
-            return self.render(messages)
+            return self.render(messages, tools)
         except DistillError:
             return None
 

@@ -7,7 +7,7 @@ from transformers import ByT5Tokenizer
 from hf_distill import DistillError
 from hf_distill.data import tokenize_dataset
 from hf_distill.data.conversations import Conversations
-from hf_distill.data.training_templates import training_template
+from hf_distill.data.training_templates import PROBES, training_template
 from hf_distill.recipe.smoke import byte_tokenizer
 
 CHAT = [
@@ -237,3 +237,15 @@ def test_exceptions_of_a_template_become_one_error(smollm2_tokenizer):
     for template in ("{{ raise_exception('no system') }}", "{{ 1 / 0 }}", "{{ messages[0].x.y }}"):
         with pytest.raises(DistillError, match=r"cannot render the conversation: .*Error"):
             Conversations(smollm2_tokenizer, template).encode(CHAT)
+
+
+def test_a_template_that_leaves_out_tools_or_tool_calls_is_refused(smollm2_tokenizer):
+    """The model would read an empty answer, and `<|im_end|>` would be the only target token of the turn."""
+    messages, tools, _ = PROBES[-1]
+    conversations = Conversations(smollm2_tokenizer)
+    with pytest.raises(DistillError, match="has `tool_calls`, and the chat template leaves them out"):
+        conversations.encode(messages, tools)
+    with pytest.raises(DistillError, match="has `tools`, and the chat template leaves them out"):
+        conversations.encode(CHAT, tools)
+    ids, mask = Conversations(smollm2_tokenizer, training_template("qwen3")).encode(messages, tools)
+    assert len(ids) == len(mask)

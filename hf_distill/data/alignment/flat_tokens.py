@@ -51,8 +51,8 @@ class FlatTokens:
         if ids is None or labels is None:
             raise DistillError(
                 f"The batch has the keys {sorted(batch)}: a teacher of another tokenizer needs "
-                f"`{prefix}input_ids{suffix}` and `{prefix}labels{suffix}`, ids and the target tokens among them. Use "
-                "a collator that makes them."
+                f"`{prefix}input_ids{suffix}` and `{prefix}labels{suffix}`, ids and the target tokens among them. Rows "
+                "of `input_ids` get labels from transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)."
             )
         is_token = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else mask.numpy() != 0
         flat = np.flatnonzero(is_token)
