@@ -16,6 +16,10 @@ def snippet_of(facts: CardData) -> str | None:
         call = 'generated = pipe(prompt, max_new_tokens=40)[0]["generated_text"]\nprint(generated{})'
         last_message = '[-1]["content"]' if not isinstance(facts.prompt, str) and facts.prompt else ""
         return _pipeline(facts, facts.prompt or "Once upon a time", call.format(last_message))
+    if facts.task == "image-text-to-text":
+        parts = [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What does the picture show?"}]
+        call = 'print(pipe(text=prompt, max_new_tokens=40)[0]["generated_text"][-1]["content"])'
+        return _pipeline(facts, [{"role": "user", "content": parts}], call)
     if facts.task == "fill-mask":
         return _pipeline(
             facts, None, 'print(pipe(f"The capital of France is {pipe.tokenizer.mask_token}.")[0]["token_str"])'

@@ -251,8 +251,9 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         """Tokenize the prompt of a row, with its images, as the trainer tokenizes those of the student."""
         if isinstance(row["prompt"], str):
             return self._text_ids(row["prompt"])
-        options = {"tools": self.tools or None, "chat_template": self.chat_template, "add_generation_prompt": True}
-        return self._message_ids(row, **options)
+        return self._message_ids(
+            row, tools=self.tools or None, chat_template=self.chat_template, add_generation_prompt=True
+        )
 
     def _text_ids(self, text: str, **options: Any) -> list[int]:
         """Tokenize a text; a processor returns a list of rows."""

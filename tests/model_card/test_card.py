@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from hub_server import Hub, pointed
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from tiny import build
+from tiny_vision import picture, vision_processor, vlm
 from transformers import PreTrainedTokenizerFast
 
 from hf_distill.core.references import public_name
@@ -172,3 +174,17 @@ def test_a_card_contains_no_folder_of_this_machine(tmp_path):
     for text in (build_card(facts).content, json.dumps(facts.as_json())):
         assert tmp_path.name not in text
         assert "rows.jsonl" in text
+
+
+def test_the_code_example_of_a_vision_language_model_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture(0).save("picture.png")
+    for part in (vlm("llava"), vision_processor("llava")):
+        part.save_pretrained("m")
+    with Hub() as hub:
+        pointed(hub, monkeypatch, tmp_path / "hf")
+        hub.put("models", "org/small", {path.name: path.read_bytes() for path in Path("m").iterdir()})
+        card = build_card(replace(FACTS, task="image-text-to-text", prompt=None))
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
+        exec(code, {})
+    assert capsys.readouterr().out.strip()

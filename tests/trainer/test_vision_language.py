@@ -7,12 +7,20 @@ import pytest
 import torch
 from tiny import build, one_step
 from tiny_vision import IMAGE_ID, VISION_KINDS, VOCAB, vision_examples, vision_processor, vlm
-from transformers import Trainer
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, Trainer, set_seed
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.cache import write_cache
-from hf_distill.teachers import AdapterBaseTeacher, CachedTeacher, EMATeacher, FrozenTeacher, RoutedTeacher
+from hf_distill.teachers import (
+    AdapterBaseTeacher,
+    CachedTeacher,
+    EMATeacher,
+    FrozenTeacher,
+    PeerTeacher,
+    RoutedTeacher,
+    SnapshotTeacher,
+)
 
 TEMPERATURE, ALPHA = 2.0, 0.7
 
@@ -176,6 +184,8 @@ TEACHERS = {
     "frozen": lambda kind: {"teacher": FrozenTeacher(vlm(kind, 1, width=24))},
     "EMA": lambda kind: {"teacher": EMATeacher(decay=0.5)},
     "adapter base": lambda kind: {"teacher": AdapterBaseTeacher(), "model": lora(vlm(kind, 0))},
+    "peer": lambda kind: {"teacher": PeerTeacher(vlm(kind, 1, width=24))},
+    "snapshot": lambda kind: {"teacher": SnapshotTeacher(2), "learning_rate": 0.1, "max_steps": 3},
     "two": lambda kind: {"teacher": {"one": vlm(kind, 1), "two": vlm(kind, 2, width=24)}},
     "a language model, for rows without images": lambda kind: {
         "teacher": build("llama", 1, vocab=VOCAB),
@@ -188,11 +198,59 @@ TEACHERS = {
 @pytest.mark.parametrize("name", TEACHERS)
 def test_teachers_of_these_kinds_read_images(make_vision, name):
     kind = list(VISION_KINDS)[list(TEACHERS).index(name) % 4]
-    trainer = make_vision(kind, max_steps=2, learning_rate=0.01, **TEACHERS[name](kind))
+    trainer = make_vision(kind, **{"max_steps": 2, "learning_rate": 0.01} | TEACHERS[name](kind))
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_kl"] > 0.001
     assert 0 <= metrics["eval_agreement"] <= 1
+
+
+def test_router_losses_of_a_model_that_reads_images_are_added(make_vision):
+    rows, kind = vision_examples(4), "qwen"
+    student = mixture_of_experts()
+    batch = collator_of(kind)(rows)
+    batch["labels"][batch["labels"] == IMAGE_ID] = -100
+    expected = student(**batch)
+    expected.loss.backward()
+    assert expected.aux_loss > 0
+    options = dict(model=mixture_of_experts(), teacher=vlm(kind, 1), losses=[{"name": "forward_kl", "weight": 1e-9}])
+    log, gradient = one_step(make_vision, kind, 4, 1, train_dataset=rows, alpha=0.0, **options)
+    assert log["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-3, atol=2e-6)
+
+
+def mixture_of_experts():
+    """A tiny Qwen3-VL with experts, which reads the batches of `vision_processor("qwen")`."""
+    set_seed(0)
+    text = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    text |= dict(head_dim=8, intermediate_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    text |= dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4})
+    vision = dict(depth=2, hidden_size=16, num_heads=2, intermediate_size=32, out_hidden_size=16, patch_size=4)
+    vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+    ids = dict(image_token_id=IMAGE_ID, vision_start_token_id=4, vision_end_token_id=5)
+    config = Qwen3VLMoeConfig(text_config=text | dict(output_router_logits=True), vision_config=vision, **ids)
+    config.text_config.router_aux_loss_coef = 0.5
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("architecture", ["of the class", "unknown"])
+def test_a_teacher_is_loaded_from_its_folder(make_vision, tmp_path, architecture):
+    kind, folder = "qwen", str(tmp_path / "teacher")
+    model = vlm(kind, 1)
+    model.save_pretrained(folder)
+    vision_processor(kind).tokenizer.save_pretrained(folder)
+    if architecture == "unknown":
+        file = tmp_path / "teacher" / "config.json"
+        file.write_text(file.read_text().replace(type(model).__name__, "Unknown"))
+    losses = []
+    for teacher in (folder, model):
+        trainer = make_vision(kind, teacher=teacher, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+    assert type(trainer.teacher.model) is type(model)
 
 
 CACHE = "a cache of a language model finds an example by its tokens"
@@ -233,3 +291,25 @@ def test_caches_and_teachers_of_single_rows_refuse_images(make_vision, tmp_path)
 def test_losses_on_features_of_the_vision_part_are_refused(make_vision):
     with pytest.raises(DistillError, match="not those of its encoder: remove `stack`"):
         make_vision(losses=[{"name": "hidden_mse", "stack": "encoder"}])
+
+
+def test_a_teacher_of_another_family_reads_the_images_of_its_own_processor(make_vision):
+    rows, collators = vision_examples(4), {}
+    for kind in ("llava", "qwen"):
+        collators[kind] = DataCollatorForVisionLanguageModeling(vision_processor(kind), completion_only_loss=True)
+
+    def collate(rows):
+        student, teacher = (collators[kind](copy.deepcopy(rows)) for kind in ("llava", "qwen"))
+        return {**student, **{f"teacher_{name}": values for name, values in teacher.items()}}
+
+    student, teacher = vlm("llava", 0), vlm("qwen", 1, width=24)
+    options = dict(teacher=teacher, train_dataset=rows, data_collator=collate, temperature=1.0, alpha=1.0)
+    log, _ = one_step(make_vision, "llava", 4, 1, **options)
+    logits = []
+    for kind, model in (("llava", student), ("qwen", teacher)):
+        batch = collators[kind](copy.deepcopy(rows))
+        is_target = batch.pop("labels")[:, 1:] != -100
+        with torch.no_grad():
+            logits.append(model(**batch).logits[:, :-1][is_target].log_softmax(-1))
+    q, p = logits
+    assert log["loss"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)

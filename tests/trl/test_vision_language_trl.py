@@ -206,3 +206,13 @@ def test_a_prompt_of_the_teacher_has_no_images(make_on_policy):
     rows = [row | {"teacher_prompt": row["prompt"]} for row in vision_examples(4)]
     with pytest.raises(DistillError, match="a prompt of the teacher has no images"):
         make_on_policy("llava", rows)
+
+
+def test_images_of_conversations_are_read_on_policy(make_on_policy):
+    rows, options = vision_examples(4), dict(on_policy_fraction=0.5, alpha=0.7)
+    losses = []
+    for data in (rows, conversations(4)):
+        trainer = make_on_policy("qwen", data, **options)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
