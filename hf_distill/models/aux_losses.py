@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.utils import ModelOutput, logging
 
@@ -78,6 +78,7 @@ class AuxLosses:
         self.labels = labels_of(inputs) if plan.needs_labels else None
         self._zero: Tensor | None = None  # replaces the cross entropy of the current forward
         self.replaced = ""  # the replaced function: "loss_function" or "cross_entropy"
+        self.is_modified = False  # whether a cross entropy of a class outside transformers has weights of classes
         self.cross_entropies = 0  # number of calls in the last forward
         self.added_by_model: Tensor | None = None  # without the losses that adapters add
 
@@ -162,15 +163,24 @@ class _ZeroCrossEntropy(TorchFunctionMode):
     def __init__(self, losses: AuxLosses):
         super().__init__()
         self.losses = losses
+        self._is_users_code = not type(unwrap_model(losses.model)).__module__.startswith("transformers.")
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
         if func is torch.nn.functional.cross_entropy:
             self.losses.cross_entropies += 1
-            if not self.losses.is_replaced:
+            if self._is_users_code and _is_modified(args, kwargs or {}):
+                self.losses.is_modified = True
+            elif not self.losses.is_replaced:
                 return self.losses.zero(args[0], "cross_entropy")
         return func(*args, **(kwargs or {}))
+
+
+def _is_modified(args: tuple, kwargs: dict) -> bool:
+    """Whether a call of `torch.nn.functional.cross_entropy` has weights of classes or smooths the labels."""
+    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    return weight is not None or bool(kwargs.get("label_smoothing", 0.0))
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[tuple, AuxPlan]] = WeakKeyDictionary()
@@ -316,7 +326,7 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
         return True if replaced else None
     if replaced and abs(value - plain - recorded) <= max(rounding, _RELATIVE_TOLERANCE * (abs(value) + abs(recorded))):
         return True
-    if abs(value - plain) <= rounding:
+    if abs(value - plain) <= rounding and not losses.is_modified:  # weights do not change a few rows of one class
         return False
     if replaced and count == 1:  # a cross entropy over other positions, such as masked ones
         return True
@@ -330,6 +340,11 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
 
 def _how_to_disable_model_loss(model: nn.Module) -> str:
     """Return how to train a model without the losses that its forward adds, for an error message."""
+    if not isinstance(model, PreTrainedModel):
+        return (
+            "To train with the loss of the model type, let its forward take no `labels`. To train with its own loss, "
+            "register this loss and a model type whose hard_loss it is (hf_distill.register_model_type)."
+        )
     config = getattr(model, "config", None)
     parts = (config, config.get_text_config()) if isinstance(config, PretrainedConfig) else ()
     settings = {name: value for part in parts for name, value in vars(part).items() if _LOSS_SETTING.search(name)}

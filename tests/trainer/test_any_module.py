@@ -685,3 +685,24 @@ def test_one_number_for_each_row_needs_no_second_dimension(modules):
     expected = 0.3 * mse_loss(z, y) + 0.7 * mse_loss(z, batch["labels"])
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     trainer.train()
+
+
+class Weighted(Net):
+    """Its own loss has weights of classes, which the hard loss of its type has not."""
+
+    def __init__(self, smoothing=0.0, weight=(1.0, 2.0, 3.0, 4.0)):
+        super().__init__()
+        self.weight, self.smoothing = torch.tensor(weight), smoothing
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)["logits"]
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, weight=self.weight, label_smoothing=self.smoothing)
+        return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": (1.0,) * CLASSES, "smoothing": 0.1}])
+def test_a_loss_of_a_module_that_is_another_one_than_that_of_its_type_is_refused(modules, options):
+    with pytest.raises(DistillError, match=r"own loss of Weighted is .* register this loss and a model type"):
+        modules(model=Weighted(**options).eval(), max_steps=1).train()
