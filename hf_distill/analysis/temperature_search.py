@@ -17,6 +17,7 @@ from ..core.locks import lock_folder
 from ..core.processes import run_on_main
 from ..errors import DistillError
 from ..recipe.schema import Recipe
+from ..recipe.tasks import require_text_generation
 from ..runner.cache_writer import write_smoke_cache
 from ..runner.model_factory import check_launch
 from ..runner.single_run import RunContext, held_out_metrics
@@ -217,6 +218,7 @@ def _check(recipe: Recipe, by: str) -> None:
     Raises:
         DistillError: names every reason why it cannot.
     """
+    require_text_generation(recipe, "The search of temperature and alpha")
     problems = []
     if by not in ("nll", "kl"):
         problems.append(f"by is {by!r}; possible values are nll and kl")

@@ -11,11 +11,13 @@ class ModelFacts(TypedDict, total=False):
     parameters: int
     blocks: int
     layers_kept: list[int]
+    decoder_layers_kept: list[int]
+    encoder_layers_kept: list[int]
     block_influence: list[float]
 
 
 class DataFacts(TypedDict, total=False):
-    """Numbers of rows, their SHA-256, and the names of the sources if there are several."""
+    """Numbers of rows, their SHA-256, the names of the sources if there are several, and those of the classes."""
 
     train_rows: int
     eval_rows: int
@@ -23,6 +25,7 @@ class DataFacts(TypedDict, total=False):
     train_fingerprint: str
     eval_fingerprint: str
     sources: list[str]
+    labels: list[str]
 
 
 class Provenance(TypedDict, total=False):

@@ -17,6 +17,7 @@ from ..errors import DistillError, did_you_mean
 from ..hub import fetch, line_of, parse_uri, reading
 from .formats import MESSAGES, TEXT, format_of
 from .local_files import read_file, readable
+from .smoke_data import SMOKE_BUILDERS
 
 Examples: TypeAlias = Dataset | IterableDataset
 
@@ -43,12 +44,7 @@ def load_examples(
     Raises:
         DistillError: there is no such data set, file, column or format, or the source has no examples.
     """
-    if reference_kind(path) == "package":
-        if path not in _PACKAGED:
-            raise DistillError(f"{path!r} is not a packaged text{did_you_mean(path, _PACKAGED)}")
-        data: Examples | None = _PACKAGED[path]()
-    else:
-        data = _load(path, split, name, streaming)
+    data = _load(path, split, name, streaming)
     if data is None or (isinstance(data, Dataset) and len(data) == 0):
         first = None
     else:
@@ -64,7 +60,29 @@ def load_examples(
     return data
 
 
+def load_columns(path: str, split: str = SPLIT, name: str | None = None) -> Dataset:
+    """Load the examples of a source with all of their columns, as they are stored.
+
+    Args:
+        path: as for `load_examples`; or a folder of images or audio files, as `datasets` reads it; or generated data,
+            `smoke:texts`, `smoke:images` or `smoke:tones`.
+        split: split of a data set that has splits.
+        name: configuration of a data set.
+
+    Raises:
+        DistillError: there is no such data set or file, or the source has no examples.
+    """
+    data = _load(path, split, name, streaming=False)
+    if data is None or len(cast(Dataset, data)) == 0:
+        raise DistillError(f"{path} (split {split!r}) has no examples.")
+    return cast(Dataset, data)
+
+
 def _load(path: str, split: str, name: str | None, streaming: bool) -> Examples | None:
+    if reference_kind(path) in ("package", "smoke"):
+        if path not in _GENERATED:
+            raise DistillError(f"{path!r} is not a packaged text{did_you_mean(path, _PACKAGED)}")
+        return _GENERATED[path]()
     revision = None
     if reference_kind(path) == "address":
         uri = parse_uri(path)
@@ -137,6 +155,7 @@ def _python_builtins() -> Dataset:
 
 
 _PACKAGED = dict(zip(PACKAGED_TEXTS, (_python_topics, _python_modules, _python_builtins), strict=True))
+_GENERATED = _PACKAGED | SMOKE_BUILDERS
 
 
 def split_held_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -11,6 +11,7 @@ from ..losses import get_loss
 from ..models.pruning import prune_config
 from ..recipe.models import FromTeacher, TeacherSpec
 from ..recipe.schema import Recipe
+from ..recipe.tasks import require_text_generation
 from .cache_size import CachePlan, estimate_caches
 from .cost import Cost, Model, cost_of, model_of
 from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewest_gpus
@@ -92,8 +93,9 @@ def plan(
 
     Raises:
         DistillError: the config of a model is not found, a number is out of range, or a model is sharded on one GPU;
-            the error lists all problems.
+            the error lists all problems; or the recipe has another task than text-generation.
     """
+    require_text_generation(recipe, "A plan of memory and FLOP")
     numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
     numbers |= {"pretraining_tokens": pretraining_tokens}
     recipe_strategy, student_config, teacher_config = _check_inputs(recipe, numbers)

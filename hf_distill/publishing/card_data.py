@@ -17,6 +17,7 @@ from ..recipe.data import Eval, Source
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
 from ..recipe.schema import Recipe
+from ..recipe.tasks import TEXT_GENERATION
 from ..runner.run_results import Run
 
 MIN_PROMPT_CHARACTERS, MAX_PROMPT_CHARACTERS = 20, 120  # of the line of a sample's prompt that a card shows
@@ -56,7 +57,7 @@ def run_card_data(
     objective = run.recipe.distill
     return CardData(
         repo=repo,
-        task="text-generation",
+        task=run.recipe.task,
         student=student,
         teachers=teachers,
         objective={
@@ -208,14 +209,15 @@ def _training(run: Run) -> TrainingFacts:
         seconds = sum(p["train_seconds"] for p in stages)
         return {"steps": sum(p["steps"] for p in stages), "seconds": seconds, "stages": "; ".join(sizes)}
     steps = max((int(line["step"]) for line in run.logs()), default=0)
-    tokens = trained_tokens(run, steps)
     training: TrainingFacts = {
         "steps": steps,
         "rows_per_step": (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1),
-        "tokens": tokens,
         "learning_rate": train.learning_rate,
         "seconds": results["models"]["student"].get("train_seconds"),
     }
+    if run.recipe.task != TEXT_GENERATION:
+        return training
+    training["tokens"] = tokens = trained_tokens(run, steps)
     try:
         cost = compute(run.recipe, tokens)
     except DistillError:  # the config of a model is not found

@@ -89,7 +89,23 @@ class Data(StrictModel):
 
     task: Source = Field(description="The main data source.")
     eval: Eval = Field(description="The held-out examples.")
-    max_length: int = Field(512, gt=1, description="Maximum number of tokens in a row, at least 2. Default: 512.")
+    columns: dict[str, Name] | None = Field(
+        None,
+        description="For other tasks than text-generation: the names of the columns that the task reads, if they "
+        "differ: {text: ..., text_pair: ..., label: ...}, {image: ..., label: ...} or {audio: ..., text: ...}. Default "
+        "(null): the columns have these names.",
+    )
+    language: Name | None = Field(
+        None,
+        description="Task automatic-speech-recognition: language of the speech, such as english, for a multilingual "
+        "Whisper. Default (null): that of the tokenizer.",
+    )
+    max_length: int = Field(
+        512,
+        gt=1,
+        description="Maximum number of tokens in a row, at least 2; in speech recognition, of a transcript. "
+        "Default: 512.",
+    )
     chat_template: Name | None = Field(
         None,
         description=f"Chat template that renders conversations: {', '.join(CHAT_TEMPLATES)}, or a .jinja file. "

@@ -27,11 +27,27 @@ class FromTeacher(StrictModel):
     layers: list[int] | None = Field(
         None, min_length=1, description="Indices of the layers to keep, from 0. Give either keep_layers or layers."
     )
+    decoder_layers: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="For a model with an encoder and a decoder: indices of the decoder layers to keep, from 0. Default "
+        "(null): all.",
+    )
+    encoder_layers: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="For a model with an encoder and a decoder: indices of the encoder layers to keep, from 0. Default "
+        "(null): all.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.keep_layers is None) == (self.layers is None):
-            raise ValueError("give either keep_layers or layers")
+        of_stacks = self.decoder_layers or self.encoder_layers
+        if sum(bool(each) for each in (self.keep_layers, self.layers, of_stacks)) != 1:
+            raise ValueError(
+                "give either keep_layers or layers; for a model with an encoder and a decoder, decoder_layers, "
+                "encoder_layers or both"
+            )
         return self
 
 
@@ -88,6 +104,11 @@ class Student(StrictModel):
         None,
         description="Prune the student from the teacher; from `model` if the teacher is derived from the student "
         "(kinds ema, snapshot, multi_view and mtp).",
+    )
+    freeze_encoder: bool = Field(
+        False,
+        description="For a model with an encoder and a decoder: train the decoder only, as distil-whisper does "
+        "(2311.00430). Default: false.",
     )
 
     @model_validator(mode="after")

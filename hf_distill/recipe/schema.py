@@ -19,6 +19,7 @@ from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
 from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, stage_problems
+from .tasks import TEXT_GENERATION, task_problems
 
 _JSON_TYPES: dict[str, type | UnionType] = {
     "integer": int,
@@ -113,6 +114,13 @@ else:
 class Recipe(StrictModel):
     """A recipe: the student, the teacher, the data, the objective and the training of one distillation run."""
 
+    task: Literal["text-generation", "text-classification", "image-classification", "automatic-speech-recognition"] = (
+        Field(
+            "text-generation",
+            description="What the models do, as in transformers.pipeline. It determines the columns of the data, the "
+            "collator, the trainer and the metrics. Default: text-generation.",
+        )
+    )
     student: Student = Field(description="The model to train.")
     stages: list[Stage] = Field(
         default_factory=list,
@@ -172,7 +180,8 @@ class Recipe(StrictModel):
     def tokenizer_model(self) -> str:
         """The model whose tokenizer the student has.
 
-        It is the primary teacher, or the student if the teacher has no model or another tokenizer.
+        It is the primary teacher, or the student if the teacher has no model or another tokenizer. In tasks other than
+        text-generation it is the student, unless that is pruned from the teacher.
         """
         return str((self._uses_tokenizer_of_teacher and self.primary_teacher.loaded_model) or self.student.model)
 
@@ -183,6 +192,8 @@ class Recipe(StrictModel):
 
     @property
     def _uses_tokenizer_of_teacher(self) -> bool:
+        if self.task != TEXT_GENERATION and self.student.from_teacher is None:
+            return False  # the tokenizer or processor is that of the student
         return bool(self.primary_teacher.loaded_model) and not self.is_cross_tokenizer
 
     @property
@@ -233,6 +244,7 @@ class Recipe(StrictModel):
             self._check_streaming,
             self._check_remote,
             self._check_cross_tokenizer,
+            self._check_task,
         )
         problems = []
         for check in (*checks, self._check_schedules):
@@ -252,6 +264,10 @@ class Recipe(StrictModel):
 
     def _check_cross_tokenizer(self) -> None:
         if problems := cross_tokenizer_problems(self):
+            raise Problems(problems)
+
+    def _check_task(self) -> None:
+        if problems := task_problems(self):
             raise Problems(problems)
 
     def _check_teachers(self) -> None:

@@ -9,6 +9,7 @@ from ..core.json_types import JSON, JSONObject
 from ..core.references import SMOKE_PREFIX, is_file
 from ..errors import DistillError
 from .schema import Recipe
+from .tasks import TASKS, TaskKeys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,6 +58,8 @@ def family_of(reference: str) -> str:
 def smoke_values(recipe: Recipe) -> JSONObject:
     """Return the values of a recipe reduced to a smoke run. Values that do not affect the size are kept."""
     values = recipe.model_dump(exclude_unset=True)
+    if recipe.task in TASKS:
+        return _task_smoke_values(values, TASKS[recipe.task])
     student, train = values["student"], values["train"]
     role = _OTHER_TOKENIZER if recipe.is_cross_tokenizer else "teacher"
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
@@ -67,11 +70,7 @@ def smoke_values(recipe: Recipe) -> JSONObject:
         stage["train"] = {key: value for key, value in stage.get("train", {}).items() if key == "learning_rate"}
     if values.get("stages"):
         values["student"] = values["stages"][-1]["student"]
-    for loss in values.get("losses", ()):
-        if isinstance(loss.get("layers"), list):
-            loss["layers"] = "stretch"
-        elif str(loss.get("layers")).startswith("last:"):
-            loss["layers"] = "last:1"
+    _shrink_losses(values)
     text, length = "package:pydoc_data.topics", 64
     teachers = [values["teacher"]] if values.get("teacher") else values["teachers"]
     prompted = [teacher for teacher in teachers if teacher.get("prompt")]
@@ -85,11 +84,45 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     values["data"] = {name: _shrink_data(name, part, text) for name, part in values["data"].items()} | {
         "max_length": length
     }
-    for key in ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim"):
+    _shrink_train(train)
+    return values
+
+
+def _task_smoke_values(values: JSONObject, task: TaskKeys) -> JSONObject:
+    """Return the values of a recipe of another task than text-generation reduced to a smoke run."""
+    student = values["student"]
+    if isinstance(cut := student.get("from_teacher"), dict):
+        student["from_teacher"] = {name: [0, _TEACHER_DEPTH - 1] if name != "keep_layers" else 2 for name in cut}
+    if student.get("model"):
+        student |= {"model": f"{SMOKE_PREFIX}{task.family}/{'teacher' if cut else 'student'}", "revision": None}
+    for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
+        _shrink_teacher(teacher, "", task.family, "teacher", task.family)
+    _shrink_losses(values)
+    values["data"] = {
+        name: _shrink_data(name, part, task.smoke_data)
+        for name, part in values["data"].items()
+        if name not in ("columns", "language", "max_length")
+    }
+    if task.reads_text:
+        values["data"]["max_length"] = 128
+    _shrink_train(values["train"])
+    return values
+
+
+def _shrink_losses(values: JSONObject) -> None:
+    for loss in values.get("losses", ()):
+        if isinstance(loss.get("layers"), list):
+            loss["layers"] = "stretch"
+        elif str(loss.get("layers")).startswith("last:"):
+            loss["layers"] = "last:1"
+
+
+def _shrink_train(train: JSONObject) -> None:
+    removed = ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim", "dataloader_num_workers")
+    for key in removed:
         train.pop(key, None)
     train |= {"output_dir": f"{train['output_dir']}-smoke", "max_steps": 4, "save_steps": 2, "logging_steps": 1}
     train |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "push_to_hub": False}
-    return values
 
 
 def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> None:
@@ -100,14 +133,23 @@ def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> Non
         student |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
 
 
-def _shrink_teacher(teacher: JSONObject, cache: str, family: str, role: str) -> None:
+def _shrink_teacher(teacher: JSONObject, cache: str, family: str, role: str, model_family: str | None = None) -> None:
+    """Reduce a teacher to a tiny random model.
+
+    Args:
+        teacher: Values of the teacher, which are changed.
+        cache: Folder of its cache.
+        family: Family of the student, which the teacher has if the recipe does not name its model.
+        role: Role of the tiny model.
+        model_family: Family of the tiny model. None: that of the model that the recipe names.
+    """
     teacher.pop("tokenizer", None)
     if teacher.get("kind") == "remote":  # a smoke run needs no server: the tiny teacher is a local model
         for name in [name for name in teacher if name not in ("name", "weight", "sources")]:
             del teacher[name]
         teacher |= {"kind": "frozen", "model": f"{SMOKE_PREFIX}{family}/{role}"}
     if isinstance(model := teacher.get("model"), str) and not model.startswith(SMOKE_PREFIX):
-        teacher |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
+        teacher |= {"model": f"{SMOKE_PREFIX}{model_family or family_of(model)}/{role}", "revision": None}
     if teacher.get("interval_steps"):
         teacher["interval_steps"] = 2
     if isinstance(source := teacher.get("source"), dict):
@@ -126,7 +168,7 @@ def _shrink_data(name: str, part: JSON, text: str) -> JSON:
 
 
 def build_tiny(reference: str, folder: Path) -> None:
-    """Write the tiny random model `smoke:family/role` and a byte-level tokenizer into a folder."""
+    """Write the tiny random language model `smoke:family/role` and a byte-level tokenizer into a folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     family, _, role = reference.removeprefix(SMOKE_PREFIX).partition("/")

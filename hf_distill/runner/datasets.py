@@ -1,9 +1,8 @@
 """Prepares the data of a recipe: loads, splits, tokenizes, mixes and packs the sources."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,6 +33,7 @@ from ..data.training_templates import renders_same, training_template
 from ..errors import DistillError
 from ..recipe.data import Data
 from ..recipe.schema import Recipe
+from .row_fingerprints import fingerprint_of
 
 logger = logging.get_logger(__name__)
 Key = TypeVar("Key")
@@ -47,21 +47,26 @@ class PreparedData:
         train: Training rows of the mixture, packed if the recipe sets `packing`; a stream if a source is streamed.
         held_out: Evaluation rows, which are never packed. They have a column `source` if they come from several
             sources.
-        collator: Collator for both.
+        collator: Collator for both, with the names of the sources as `sources`.
+        labels: Names of the classes; empty for models without classes.
     """
 
     train: Examples
     held_out: Dataset
-    collator: Collator
+    collator: Any
+    labels: Sequence[str] = ()
 
     def facts(self) -> DataFacts:
         """Return the numbers of rows and the fingerprints that results.json records."""
         facts: DataFacts = {"eval_rows": len(self.held_out), "eval_fingerprint": fingerprint_of(self.held_out)}
+        if self.labels:
+            facts["labels"] = list(self.labels)
         if len(self.collator.sources) > 1:
             facts["sources"] = list(self.collator.sources)
         if isinstance(self.train, Dataset):
             facts["train_rows"] = len(self.train)
-            facts["tokens_per_row"] = _mean_length(self.train)
+            if "input_ids" in self.train.column_names:
+                facts["tokens_per_row"] = _mean_length(self.train)
             facts["train_fingerprint"] = fingerprint_of(self.train)
         return facts
 
@@ -291,12 +296,3 @@ def _columns(rows: Dataset) -> Iterator[pa.ListArray]:
 
 def _mean_length(rows: Dataset) -> float:
     return round(sum(len(ids.flatten()) for ids in _columns(rows)) / len(rows), 1)
-
-
-def fingerprint_of(rows: Dataset) -> str:
-    """Return the SHA-256 of the token ids and lengths of all rows in order."""
-    digest = hashlib.sha256()
-    for ids in _columns(rows):
-        digest.update(ids.value_lengths().to_numpy().astype("<i8").tobytes())
-        digest.update(ids.flatten().to_numpy().astype("<i8").tobytes())
-    return digest.hexdigest()

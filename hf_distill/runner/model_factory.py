@@ -1,22 +1,21 @@
 """Builds the teacher and the students of a recipe."""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..core.json_types import JSONObject
+from ..core.results import ModelFacts
 from ..data import Examples, OtherTokenizer
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
-from ..models.pruning import block_influence, cut_student, top_layers
 from ..recipe.models import FIELDS, REMOTE_OPTIONS
 from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..teachers import (
@@ -44,9 +43,9 @@ from ..teachers.loading import (
 )
 from ..trainer.config import DistillConfig
 from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options
+from .tasks import Task
 
 logger = logging.get_logger(__name__)
-_CALIBRATION_ROWS = 8  # rows that measure block influence
 
 
 class ModelFactory:
@@ -54,16 +53,16 @@ class ModelFactory:
 
     Args:
         recipe: The recipe.
+        task: The task of the recipe, which has prepared its data.
         args: The training arguments.
-        path: Path or id of the tokenizer model, which is also the primary teacher if that has a model and the same
-            tokenizer.
-        tokenizer: The student's tokenizer.
+        path: Path or id of the tokenizer model.
+        tokenizer: The student's tokenizer or processor.
         other_tokenizers: The teachers that have another tokenizer.
 
     Attributes:
         teacher: The teacher for the trainers.
-        layers: Indices of the teacher's layers that a pruned student consists of; None for other students.
-        influence: Block influence of each of the teacher's layers, if the layers were selected by it, else None.
+        cut_facts: The layers of the teacher that a pruned student consists of, and their block influence if it
+            selected them; empty for other students.
         caches: Path of each teacher cache -> facts of its manifest.
         remote_teachers: Name of each teacher on a server -> the teacher.
 
@@ -74,22 +73,24 @@ class ModelFactory:
     def __init__(
         self,
         recipe: Recipe,
+        task: Task,
         args: DistillConfig,
         path: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         other_tokenizers: Sequence[OtherTokenizer] = (),
     ):
         self._student, self._spec, self._args, self._path = recipe.student, recipe.primary_teacher, args, path
-        if recipe.is_cross_tokenizer and self._spec.loaded_model:
+        self._task = task
+        if self._spec.loaded_model:
             self._path = resolve_model(self._spec.loaded_model)
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # FSDP on CPUs; see `train_arguments`
-        self.layers: list[int] | None = None
-        self.influence: list[float] | None = None
+        self.cut_facts: ModelFacts = {}
         self.caches: dict[str, JSONObject] = {}
         self.remote_teachers: dict[str, RemoteTeacher] = {}
         self._pruning_source: Student | TeacherSpec = self._spec if self._spec.loaded_model else self._student
         self._full_model: PreTrainedModel | None = None
         self._tokenizer, self._other_tokenizers = tokenizer, {each.name: each.tokenizer for each in other_tokenizers}
+        self._tokenizer_model = recipe.tokenizer_model
         specs = recipe.all_teachers
         if recipe.teacher:
             self.teacher = self._build_teacher(specs[0], None)
@@ -104,11 +105,12 @@ class ModelFactory:
         """Build one teacher of the recipe, which may have a name."""
         tokenizer = self._other_tokenizers.get(name)
         if tokenizer is None:
-            return self._build_one(spec, self._tokenizer)
+            is_shared = self._task.shares_processor or spec.loaded_model == self._tokenizer_model
+            return self._build_one(spec, self._tokenizer if is_shared else None)
         return CrossTokenizerTeacher(self._build_one(spec, tokenizer), processing_class=tokenizer, name=name)
 
-    def _build_one(self, spec: TeacherSpec, tokenizer: PreTrainedTokenizerBase) -> Teacher:
-        """Build one teacher of the recipe, which reads the tokens of a tokenizer."""
+    def _build_one(self, spec: TeacherSpec, tokenizer: Any) -> Teacher:
+        """Build one teacher of the recipe, which reads the tokens of a tokenizer; None: that in the model's folder."""
         if spec.kind == "cached":
             source = None
             if spec.on_miss == "query_teacher":
@@ -137,7 +139,7 @@ class ModelFactory:
     def _path_of(self, spec: TeacherSpec) -> str:
         return self._path if spec is self._spec else resolve_model(str(spec.model))
 
-    def _build_frozen_teacher(self, spec: TeacherSpec, tokenizer: PreTrainedTokenizerBase) -> FrozenTeacher:
+    def _build_frozen_teacher(self, spec: TeacherSpec, tokenizer: Any) -> FrozenTeacher:
         """Build a frozen teacher. The primary teacher is loaded now, unless it has a placement option."""
         if spec is self._spec and not _placement(spec):
             self._full_model = self._load_full_model(**direct_loading(self._args.device))
@@ -149,7 +151,7 @@ class ModelFactory:
     def _load_full_model(self, **placement: object) -> PreTrainedModel:
         with zero3_init_context(None):
             return load_pretrained(
-                AutoModelForCausalLM,
+                self._task.auto_class,
                 self._path,
                 dtype=self._pruning_source.dtype,
                 **_pretrained_kwargs(self._pruning_source),
@@ -158,7 +160,13 @@ class ModelFactory:
 
     def _load_peer(self, spec: TeacherSpec, path: str) -> PreTrainedModel:
         with zero3_init_context(None):
-            return load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32, **_pretrained_kwargs(spec))
+            return load_pretrained(
+                self._task.auto_class,
+                path,
+                dtype=torch.float32,
+                **_pretrained_kwargs(spec),
+                **self._task.model_options(),
+            )
 
     def student(self, rows: Examples) -> nn.Module:
         """Build a student that is ready to train.
@@ -167,7 +175,7 @@ class ModelFactory:
             rows: Training rows, which select the layers of a student that is pruned by block influence.
         """
         spec = self._student
-        model = self._base_student(rows, spec.quantization)
+        model = self._task.adapt_student(self._base_student(rows, spec.quantization))
         if spec.lora is None:
             return model
         require_package("peft", "peft", "A student with lora")
@@ -225,29 +233,21 @@ class ModelFactory:
             kwargs |= direct_loading(self._args.device)  # DeepSpeed and FSDP cast and shard it on the CPU first
         if self._shard and not unsharded:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
-        model = load_pretrained(AutoModelForCausalLM, path, dtype=spec.dtype, **kwargs)
+        model = load_pretrained(self._task.auto_class, path, dtype=spec.dtype, **kwargs, **self._task.model_options())
         return keep_layout(model) if quantization else model
 
     def _pruned_student(self, rows: Examples) -> nn.Module:
-        spec, cut = self._student, self._student.from_teacher
-        assert cut is not None
+        spec = self._student
         full_model = self._full_model or self._load_full_model()
-        if self.layers is None:
-            self.layers = cut.layers
-        if self.layers is None:
-            ids = ({"input_ids": torch.tensor([row["input_ids"]])} for row in islice(rows, _CALIBRATION_ROWS))
-            self.influence = block_influence(full_model, ids)
-            self.layers = top_layers(self.influence, int(cut.keep_layers or 0))
-        student = cut_student(full_model, self.layers)
+        student, facts = self._task.cut(full_model, rows, self.cut_facts.get("layers_kept"))
+        self.cut_facts |= facts
         cast(nn.Module, student).to(dtype_of(unwrap_model(full_model).config, {"dtype": spec.dtype}))
         if spec.attn_implementation:
-            student.set_attn_implementation(spec.attn_implementation)
+            cast(PreTrainedModel, student).set_attn_implementation(spec.attn_implementation)
         return student
 
 
-def build_frozen_teacher(
-    spec: TeacherSpec, path: str, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[FrozenTeacher, dict[str, Any]]:
+def build_frozen_teacher(spec: TeacherSpec, path: str, tokenizer: Any = None) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Build a frozen teacher, whose weights are loaded when it is prepared.
 
     Args:

@@ -7,21 +7,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, overload
+from typing import Any, cast, overload
 from uuid import uuid4
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
 from ..core.files import atomic_path
-from ..core.references import reference_kind
+from ..core.references import SMOKE_PREFIX, reference_kind
 from ..data import OtherTokenizer
 from ..errors import DistillError, require_package
 from ..hub import check_model, reading
@@ -29,6 +34,7 @@ from ..recipe import smoke
 from ..recipe.local_files import packaged_file
 from ..recipe.schema import Recipe
 from ..recipe.smoke import build_tiny
+from . import smoke_models
 
 logger = logging.get_logger(__name__)
 
@@ -60,18 +66,20 @@ def load_policy(policy: LoadPolicy) -> Iterator[None]:
 
 
 @overload
-def load_pretrained(kind: type[AutoModelForCausalLM], reference: str, **options: object) -> PreTrainedModel: ...
+def load_pretrained(kind: type[_BaseAutoModelClass], reference: str, **options: object) -> PreTrainedModel: ...
 @overload
 def load_pretrained(kind: type[AutoTokenizer], reference: str, **options: object) -> PreTrainedTokenizerBase: ...
 @overload
 def load_pretrained(kind: type[AutoConfig], reference: str, **options: object) -> PreTrainedConfig: ...
-def load_pretrained(
-    kind: type[AutoModelForCausalLM | AutoTokenizer | AutoConfig], reference: str, **options: object
-) -> PreTrainedModel | PreTrainedTokenizerBase | PreTrainedConfig:
+@overload
+def load_pretrained(kind: type[AutoImageProcessor], reference: str, **options: object) -> BaseImageProcessor: ...
+@overload
+def load_pretrained(kind: type[AutoProcessor], reference: str, **options: object) -> ProcessorMixin: ...
+def load_pretrained(kind: Any, reference: str, **options: object) -> Any:
     """Call `kind.from_pretrained` for a model that a recipe names.
 
     Args:
-        kind: AutoModelForCausalLM, AutoTokenizer or AutoConfig.
+        kind: AutoConfig, AutoTokenizer, AutoImageProcessor, AutoProcessor, or an auto class of models.
         reference: Reference of the model; see `resolve_model`.
         options: Arguments of from_pretrained.
 
@@ -79,9 +87,10 @@ def load_pretrained(
         DistillError: The model does not exist or cannot be loaded, or it has Python code or pickled weights that the
             policy does not allow.
     """
-    trust_kwargs = trust_options() if kind is AutoModelForCausalLM else {"trust_remote_code": _POLICY.get().remote_code}
+    is_model = issubclass(kind, _BaseAutoModelClass)
+    trust_kwargs = trust_options() if is_model else {"trust_remote_code": _POLICY.get().remote_code}
     path = resolve_model(reference)
-    options |= check_and_pin(path, cast(str | None, options.get("revision")), kind is AutoModelForCausalLM)
+    options |= check_and_pin(path, cast(str | None, options.get("revision")), is_model)
     try:
         with reading(reference):
             return kind.from_pretrained(path, **trust_kwargs, **options)
@@ -168,9 +177,12 @@ def resolve_model(reference: str) -> str:
     if reference_kind(reference) == "package":
         return str(_from_package(reference))
     if reference_kind(reference) == "smoke":
-        code_digest = hashlib.sha256(Path(str(smoke.__file__)).read_bytes()).hexdigest()[:16]
+        family, _, role = reference.removeprefix(SMOKE_PREFIX).partition("/")
+        module = smoke_models if family in smoke_models.FAMILIES else smoke
+        code_digest = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]
         name = f"{reference.replace(':', '-').replace('/', '-')}-{code_digest}"
-        return str(_build_in_cache(name, lambda to: build_tiny(reference, to)))
+        build = smoke_models.FAMILIES.get(family)
+        return str(_build_in_cache(name, lambda to: build_tiny(reference, to) if build is None else build(role, to)))
     return reference
 
 

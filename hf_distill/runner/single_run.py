@@ -13,14 +13,7 @@ from types import MappingProxyType
 import torch
 from datasets import IterableDataset
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..core import run_files
@@ -28,7 +21,6 @@ from ..core.io import MetricsFile, count_logs, environment, held_out_metrics, re
 from ..core.processes import run_on_main
 from ..core.results import Metrics, ModelFacts, Results
 from ..losses import get_loss
-from ..models.blocks import find_blocks
 from ..models.model_types import unwrap_model
 from ..recipe.schema import Recipe
 from ..teachers.loading import zero3_init_context
@@ -37,15 +29,16 @@ from ..trainer.packed_batches import PackedAttentionCheck
 from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_smoke_cache
 from .checkpoint_recipe import RecipeRecord, check_same_content, content_values, launch_values, result_values
-from .datasets import num_training_rows, prepare_data
+from .datasets import num_training_rows
 from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
 from .export import NullTeacher, export_teachers, teacher_metrics
 from .model_factory import ModelFactory, check_launch
-from .model_loading import load_pretrained, load_teacher_tokenizers, resolve_model
+from .model_loading import load_teacher_tokenizers, resolve_model
 from .on_policy import prepare_prompts
 from .provenance import provenance
 from .run_dir import run_folder
+from .tasks import task_of
 from .training_arguments import arguments
 from .watchdog import HangWatchdog
 
@@ -123,19 +116,20 @@ class RunContext:
         on_stage(f"Loading {recipe.tokenizer_model}")
         with args.main_process_first():
             path = resolve_model(recipe.tokenizer_model)
-        self.tokenizer = load_pretrained(AutoTokenizer, path, revision=recipe.tokenizer_revision)
+        self.task = task_of(recipe)
+        self.processor = self.task.load_processor()
         count = num_training_rows(args)
         with args.main_process_first():
             other_tokenizers = load_teacher_tokenizers(recipe)
-            self.data = prepare_data(recipe, self.tokenizer, args.seed, count, other_tokenizers)
-            self.prompts = prepare_prompts(recipe, self.tokenizer, args.seed, count) if recipe.on_policy else None
+            self.data = self.task.prepare_data(self.processor, args.seed, count, other_tokenizers)
+            self.prompts = prepare_prompts(recipe, self.processor, args.seed, count) if recipe.on_policy else None
         self.recipe = recipe
         self.steps: dict[str, int] = {}  # training -> step of the exported model
         self.record = RecipeRecord(result_values(recipe) | launch_values())
         run_environment = environment(str(args.device)) | {"processes": args.world_size}
         self.facts: Results = {"environment": run_environment, "data": self.data.facts()}
         check_same_on_all_ranks(recipe, self.facts)
-        self.models = ModelFactory(recipe, args, path, self.tokenizer, other_tokenizers)
+        self.models = ModelFactory(recipe, self.task, args, path, self.processor, other_tokenizers)
         if args.should_save:
             self.facts["provenance"] = provenance(recipe)
             if recipe.origin:
@@ -159,7 +153,7 @@ class RunContext:
         if isinstance(self.data.train, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # Dispatching would concatenate batches of different lengths.
             args.accelerator_config.dispatch_batches = False
-        kind: Callable[..., DistillTrainer] = DistillTrainer
+        kind: Callable[..., DistillTrainer] = self.task.trainer_class
         rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
         if on_policy:
             from ..trl import OnPolicyDistillTrainer as kind
@@ -171,7 +165,8 @@ class RunContext:
             teacher=None if name == "control" else self.models.teacher,
             eval_dataset=self.data.held_out,
             **rows,
-            processing_class=self.tokenizer,
+            processing_class=self.processor,
+            compute_metrics=self.task.compute_metrics,
             callbacks=[
                 MetricsFile(self.folder / run_files.METRICS, name),
                 *self._stopping(),
@@ -234,17 +229,25 @@ class RunContext:
 
     def _describe(self, trainer: DistillTrainer) -> None:
         assert trainer.model is not None
-        self.facts["student"] = _size(trainer.model)
+        self.facts["student"] = self._size(trainer.model)
         if trainer.teacher.model is not None:
-            self.facts["teacher"] = _size(trainer.teacher.model)
+            self.facts["teacher"] = self._size(trainer.teacher.model)
         if self.models.caches:
             self.facts["caches"] = self.models.caches
         if self.models.remote_teachers:
             self.facts["servers"] = {name: teacher.summary() for name, teacher in self.models.remote_teachers.items()}
-        if self.models.layers is not None:
-            self.facts["student"]["layers_kept"] = self.models.layers
-        if self.models.influence is not None:
-            self.facts.setdefault("teacher", {})["block_influence"] = self.models.influence
+        cut = self.models.cut_facts.copy()
+        if influence := cut.pop("block_influence", None):
+            self.facts.setdefault("teacher", {})["block_influence"] = influence
+        self.facts["student"] |= cut
+
+    def _size(self, model: nn.Module) -> ModelFacts:
+        """Return the size of the full model, without adapters, however it is quantized or sharded."""
+        config = unwrap_model(model).config
+        with zero3_init_context(None), torch.device("meta"):
+            full_model = self.task.auto_class.from_config(config)
+        parameters = sum(p.numel() for p in full_model.parameters())
+        return {"parameters": parameters, "blocks": self.task.num_blocks(full_model)}
 
     def control(self) -> Metrics:
         """Train the control on the hard labels only, and return its held-out metrics.
@@ -264,11 +267,3 @@ class RunContext:
         else:
             trainer.setup_distillation(NullTeacher(), self._objective(alpha=0.0, losses=None))
         return {**held_out_metrics(trainer.evaluate()), "train_seconds": seconds}
-
-
-def _size(model: nn.Module) -> ModelFacts:
-    """Return the size of the full model, without adapters, however it is quantized or sharded."""
-    config = unwrap_model(model).config
-    with zero3_init_context(None), torch.device("meta"):
-        full_model = AutoModelForCausalLM.from_config(config)
-    return {"parameters": sum(p.numel() for p in full_model.parameters()), "blocks": len(find_blocks(full_model)[1])}

@@ -3,18 +3,20 @@
 from collections.abc import Callable, Collection
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..core.json_types import JSONObject
 from ..errors import DistillError
 from ..recipe.load import validate
 from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
+from ..recipe.tasks import require_text_generation
 from ..teachers import Teacher
 from ..trainer.config import DistillConfig
-from .datasets import PreparedData, num_training_rows, prepare_data
+from .datasets import PreparedData, num_training_rows
 from .model_factory import ModelFactory, check_launch
 from .model_loading import load_pretrained, load_teacher_tokenizers, resolve_model
+from .tasks import task_of
 from .training_arguments import arguments
 
 
@@ -53,18 +55,24 @@ def with_teacher(recipe: Recipe, spec: TeacherSpec) -> JSONObject:
 def load_teacher_and_data(
     recipe: Recipe, spec: TeacherSpec, on_stage: Callable[[str], None]
 ) -> tuple[Teacher, PreparedData, PreTrainedTokenizerBase, DistillConfig]:
-    """Load teacher, data, tokenizer and arguments; the student has no weights (meta device)."""
+    """Load teacher, data, tokenizer and arguments; the student has no weights (meta device).
+
+    Raises:
+        DistillError: The recipe has another task than text-generation, or an input is invalid.
+    """
+    require_text_generation(recipe, "This command")
     check_launch(recipe)
     online = validate(with_teacher(recipe, spec))
     args = arguments(online)
     on_stage(f"Loading {online.tokenizer_model}")
     with args.main_process_first():
         path = resolve_model(online.tokenizer_model)
-    tokenizer = load_pretrained(AutoTokenizer, path, revision=online.tokenizer_revision)
+    task = task_of(online)
+    tokenizer = task.load_processor()
     with args.main_process_first():
         other_tokenizers = load_teacher_tokenizers(online)
-        data = prepare_data(online, tokenizer, args.seed, num_training_rows(args), other_tokenizers)
-    teacher = ModelFactory(online, args, path, tokenizer, other_tokenizers).teacher
+        data = task.prepare_data(tokenizer, args.seed, num_training_rows(args), other_tokenizers)
+    teacher = ModelFactory(online, task, args, path, tokenizer, other_tokenizers).teacher
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(
             load_pretrained(AutoConfig, path, revision=online.tokenizer_revision)

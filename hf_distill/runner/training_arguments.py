@@ -11,6 +11,7 @@ from ..recipe.schema import Recipe
 from ..trainer.config import DistillConfig
 from .early_stopping import stopping_arguments
 from .on_policy import on_policy_arguments
+from .tasks import task_of
 
 if TYPE_CHECKING:
     from ..trl import OnPolicyDistillConfig
@@ -30,7 +31,10 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> "DistillConfig | OnPol
         train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
     )
     try:
-        args = on_policy_arguments(recipe, recipe_arguments) if on_policy else DistillConfig(**recipe_arguments)
+        if on_policy:
+            args: DistillConfig | OnPolicyDistillConfig = on_policy_arguments(recipe, recipe_arguments)
+        else:
+            args = task_of(recipe).config_class(**recipe_arguments)
     except DistillError:
         raise
     except (ValueError, TypeError) as error:

@@ -10,6 +10,7 @@ from ..errors import DistillError
 from ..recipe.models import TeacherSpec
 from ..recipe.resolve import list_recipes, on_the_hub
 from ..recipe.schema import Recipe
+from ..recipe.tasks import require_text_generation
 
 
 def is_recipe(reference: str) -> bool:
@@ -41,6 +42,7 @@ def spec_of_recipe(recipe: Recipe, name: str | None, options: Mapping[str, Any])
     Raises:
         DistillError: there is no such teacher, it is not a frozen one, or an option is not valid.
     """
+    require_text_generation(recipe, "`hf-distill serve`")
     named = {getattr(spec, "name", None): spec for spec in recipe.all_teachers}
     if (name is None and len(named) > 1) or (name is not None and name not in named):
         names = ", ".join(key for key in named if key) or "one teacher without a name"

@@ -16,6 +16,7 @@ from hf_distill.core.targets import Targets
 from hf_distill.recipe import load_recipe
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.runner.model_factory import ModelFactory
+from hf_distill.runner.tasks import task_of
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_the_models_of_a_recipe_are_loaded_to_the_device_where_the_strategy_allo
         "quickstart", [f"teacher.model={saved}", f"student.model={saved}", "student.from_teacher=null", "control=null"]
     )
     args = SimpleNamespace(device=CUDA, seed=0, **({"fsdp": False, "deepspeed": None} | strategy))
-    factory = ModelFactory(recipe, args, saved, byte_tokenizer())
+    factory = ModelFactory(recipe, task_of(recipe), args, saved, byte_tokenizer())
     assert factory.teacher.model.hf_device_map == {"": CUDA}
     student = factory.student([])
     assert [call.get("device_map") for call in loads] == [{"": CUDA}, None if strategy else {"": CUDA}]

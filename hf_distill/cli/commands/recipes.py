@@ -122,10 +122,7 @@ def preview(
 
     disable_library_progress_bars()
     for document in preview_rows(loaded, rows):
-        counts = (
-            f"row {document.row} · {document.source} · {document.tokens} tokens · {document.num_targets} target tokens"
-        )
-        out.print(counts, style="bold", highlight=False)
+        out.print(f"row {document.row} · {document.source} · {document.counts}", style="bold", highlight=False)
         if out.is_terminal:
             out.print(Text.assemble(*((text, "green" if is_target else "dim") for text, is_target in document.spans)))
         else:

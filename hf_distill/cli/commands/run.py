@@ -134,7 +134,7 @@ def results_table(models: dict[str, Metrics], chain: list[StageFacts] | None = N
         models: name -> held-out metrics.
         chain: "chain" of the results of a progressive run.
     """
-    table, shown = Table(title="Metrics on held-out text"), shown_metrics(models.values())
+    table, shown = Table(title="Metrics on held-out rows"), shown_metrics(models.values())
     for heading in ("", *(metric.title for metric in shown)):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": "control (hard labels alone)"}
@@ -146,6 +146,6 @@ def results_table(models: dict[str, Metrics], chain: list[StageFacts] | None = N
         table.add_row("teacher", *formatted(teacher, shown))
     for key, name in names.items():
         metrics = models.get(key, {})
-        if "perplexity" in metrics:  # with alpha 0 there is no evaluation before training
+        if any(metric.key in metrics for metric in shown):  # with alpha 0 there is no evaluation before training
             table.add_row(name, *formatted(metrics, shown))
     return table

@@ -31,6 +31,7 @@ from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError
 from ...recipe.schema import Recipe
+from ...recipe.tasks import require_text_generation
 from ...teachers.remote.rows import token_rows
 from ..datasets import PreparedData, num_training_rows, prepare_data
 from ..model_loading import load_pretrained
@@ -236,6 +237,7 @@ class _RecordTeacher:
 
 def _check_recipe(recipe: Recipe, folder: str | None) -> str:
     """Check that a recipe can be trained from imported log-probabilities, and return the folder of the cache."""
+    require_text_generation(recipe, "The import of log-probabilities")
     spec = recipe.teacher
     if spec is None or spec.kind not in _KINDS or recipe.on_policy:
         raise DistillError(
