@@ -17,7 +17,7 @@ from ..recipe.data import Eval, Source
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
 from ..recipe.schema import Recipe
-from ..recipe.tasks import TEXT_GENERATION
+from ..recipe.tasks import TEXT_GENERATION, target_noun
 from ..runner.run_results import Run
 
 MIN_PROMPT_CHARACTERS, MAX_PROMPT_CHARACTERS = 20, 120  # of the line of a sample's prompt that a card shows
@@ -58,6 +58,7 @@ def run_card_data(
     return CardData(
         repo=repo,
         task=run.recipe.task,
+        target=target_noun(run.recipe),
         student=student,
         teachers=teachers,
         objective={

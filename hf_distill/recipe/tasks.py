@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ..core.held_out_metrics import DEFAULT_TARGET
 from ..errors import DistillError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class TaskKeys:
     refused:      dotted key, below `data` or `student` -> why it has no meaning for the task
     reads_text:   whether the models read token ids
     has_encoder:  whether the models have an encoder and a decoder
+    target:       noun for a target, in units such as nats/row
     """
 
     name: str
@@ -38,6 +40,7 @@ class TaskKeys:
     refused: Mapping[str, str] = field(default_factory=dict)
     reads_text: bool = False
     has_encoder: bool = False
+    target: str = "row"
 
     def problems(self, recipe: "Recipe") -> list[str]:
         """Describe what does not fit the task; empty if everything fits."""
@@ -164,7 +167,15 @@ IMAGE_CLASSIFICATION = TaskKeys(
     "smoke:images",
     {"max_length": "images have no tokens; the image processor of the student determines their size"},
 )
-SPEECH = TaskKeys("automatic-speech-recognition", ("audio", "text"), (), "whisper", "smoke:tones", has_encoder=True)
+SPEECH = TaskKeys(
+    "automatic-speech-recognition",
+    ("audio", "text"),
+    (),
+    "whisper",
+    "smoke:tones",
+    has_encoder=True,
+    target=DEFAULT_TARGET,
+)
 TASKS = {task.name: task for task in (TEXT_CLASSIFICATION, IMAGE_CLASSIFICATION, SPEECH)}
 
 
@@ -180,6 +191,11 @@ def task_problems(recipe: "Recipe") -> list[str]:
                 f"data.{key} is for the task {other}, and the task is {recipe.task}: set task, or remove data.{key}"
             )
     return problems
+
+
+def target_noun(recipe: "Recipe") -> str:
+    """Return the noun for a target of the models of a recipe, such as "token"."""
+    return TASKS[recipe.task].target if recipe.task in TASKS else DEFAULT_TARGET
 
 
 def require_text_generation(recipe: "Recipe", command: str) -> None:

@@ -11,6 +11,7 @@ from ..core import run_files
 from ..core.files import file_entry
 from ..core.held_out_metrics import formatted, has_any, metrics_of_teacher, shown_metrics
 from ..core.results import Metrics
+from ..recipe.tasks import target_noun
 from ..runner.run_results import Run
 from . import plots
 from .figures import svg
@@ -71,7 +72,7 @@ class Section:
 def results(run: Run) -> Section:
     """Held-out metrics of all models."""
     models = run.results["models"]
-    rows, shown = [], shown_metrics(models.values())
+    rows, shown = [], shown_metrics(models.values(), target_noun(run.recipe))
     if teacher := metrics_of_teacher(models["student"]):
         rows.append(["teacher", *formatted(teacher, shown)])
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}

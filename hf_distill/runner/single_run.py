@@ -166,7 +166,6 @@ class RunContext:
             eval_dataset=self.data.held_out,
             **rows,
             processing_class=self.processor,
-            compute_metrics=self.task.compute_metrics,
             callbacks=[
                 MetricsFile(self.folder / run_files.METRICS, name),
                 *self._stopping(),

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ...core import run_files
 from ...core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
-from ...core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
+from ...core.held_out_metrics import DEFAULT_TARGET, formatted, has_any, metrics_of_teacher, shown_metrics
 from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
@@ -58,6 +58,7 @@ def run(
         check_ready(loaded, repo, accept_license)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from ...core.io import read_results
+    from ...recipe.tasks import target_noun
     from ...runner.early_stopping import stopping_note
     from ...runner.model_loading import LoadPolicy, load_policy
     from ...runner.run import run_recipe
@@ -67,7 +68,7 @@ def run(
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.log_stage)
     results = read_results(result.folder / run_files.RESULTS)
-    out.print(results_table(result.models, results.get("chain")))
+    out.print(results_table(result.models, results.get("chain"), target_noun(loaded)))
     if note := stopping_note(results.get("steps", {})):
         out.print(note, soft_wrap=True, highlight=False)
     out.print(f"Run folder: {result.folder} (student: {result.folder / 'student'})", soft_wrap=True)
@@ -127,14 +128,17 @@ def _print_plan(plan: "Plan") -> None:
     out.print(*verdict(plan), sep="\n", highlight=False)
 
 
-def results_table(models: dict[str, Metrics], chain: list[StageFacts] | None = None) -> Table:
+def results_table(
+    models: dict[str, Metrics], chain: list[StageFacts] | None = None, target: str = DEFAULT_TARGET
+) -> Table:
     """Build the table of held-out metrics: teacher, student before and after training, control, or all stages.
 
     Args:
         models: name -> held-out metrics.
         chain: "chain" of the results of a progressive run.
+        target: noun for a target of the models.
     """
-    table, shown = Table(title="Metrics on held-out rows"), shown_metrics(models.values())
+    table, shown = Table(title="Metrics on held-out rows"), shown_metrics(models.values(), target)
     for heading in ("", *(metric.title for metric in shown)):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": "control (hard labels alone)"}
@@ -146,6 +150,6 @@ def results_table(models: dict[str, Metrics], chain: list[StageFacts] | None = N
         table.add_row("teacher", *formatted(teacher, shown))
     for key, name in names.items():
         metrics = models.get(key, {})
-        if any(metric.key in metrics for metric in shown):  # with alpha 0 there is no evaluation before training
+        if has_any(metrics, shown):  # with alpha 0 there is no evaluation before training
             table.add_row(name, *formatted(metrics, shown))
     return table

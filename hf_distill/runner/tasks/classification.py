@@ -1,12 +1,10 @@
-"""What the classifiers of recipes have in common: the classes and the accuracy."""
+"""What the classifiers of recipes have in common: the classes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 from datasets import Dataset
 from torch import nn
-from transformers import EvalPrediction
 
 from ...models.model_types import unwrap_model
 from .columns import ColumnTask
@@ -15,16 +13,9 @@ from .labels import Labels, find_labels, labels_of_models, with_label_ids
 LABEL = "label"  # column of the data
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of rows whose most probable class is their label."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
-
-
 class Classification(ColumnTask):
     """A task whose rows have one class each."""
 
-    compute_metrics = staticmethod(accuracy)
     labels: Labels | None = None
 
     def with_labels(self, sources: Mapping[str, Dataset]) -> dict[str, Dataset]:

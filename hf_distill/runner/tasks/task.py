@@ -1,13 +1,13 @@
 """`Task`, the base class of the tasks of recipes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ...core.results import ModelFacts
@@ -24,7 +24,7 @@ _CALIBRATION_ROWS = 8  # rows that measure block influence
 
 
 class Task(ABC):
-    """How the recipes of a task load their data and models, collate, train and are measured.
+    """How the recipes of a task load their data and models, collate and train.
 
     Args:
         recipe: The recipe.
@@ -35,7 +35,6 @@ class Task(ABC):
         trainer_class: Trainer.
         config_class: Training arguments of the trainer.
         shares_processor: Whether all models of a recipe have the tokenizer of `Recipe.tokenizer_model`.
-        compute_metrics: Metrics of an evaluation, in addition to those of the trainer; None: no others.
     """
 
     name: ClassVar[str]
@@ -43,7 +42,6 @@ class Task(ABC):
     trainer_class: ClassVar[type[Any]] = DistillTrainer
     config_class: ClassVar[type[Any]] = DistillConfig
     shares_processor: ClassVar[bool] = False
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
