@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.json_types import JSON, JSONObject
 from ..core.references import SMOKE_PREFIX, is_file
@@ -88,7 +88,7 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     return values
 
 
-def _task_smoke_values(values: JSONObject, task: TaskKeys) -> JSONObject:
+def _task_smoke_values(values: dict[str, Any], task: TaskKeys) -> JSONObject:
     """Return the values of a recipe of another task than text-generation reduced to a smoke run."""
     student = values["student"]
     if isinstance(cut := student.get("from_teacher"), dict):
@@ -109,7 +109,7 @@ def _task_smoke_values(values: JSONObject, task: TaskKeys) -> JSONObject:
     return values
 
 
-def _shrink_losses(values: JSONObject) -> None:
+def _shrink_losses(values: dict[str, Any]) -> None:
     for loss in values.get("losses", ()):
         if isinstance(loss.get("layers"), list):
             loss["layers"] = "stretch"
@@ -117,7 +117,7 @@ def _shrink_losses(values: JSONObject) -> None:
             loss["layers"] = "last:1"
 
 
-def _shrink_train(train: JSONObject) -> None:
+def _shrink_train(train: dict[str, Any]) -> None:
     removed = ("num_train_epochs", "warmup_steps", "eval_steps", "bf16", "fp16", "optim", "dataloader_num_workers")
     for key in removed:
         train.pop(key, None)

@@ -51,8 +51,8 @@ def _build_bert(role: str, folder: Path) -> None:
         num_hidden_layers=depth,
         num_attention_heads=4,
         max_position_embeddings=512,
-        num_labels=_NUM_CLASSES,
     )
+    config.num_labels = _NUM_CLASSES
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
@@ -66,8 +66,8 @@ def _build_vit(role: str, folder: Path) -> None:
         num_attention_heads=4,
         image_size=_IMAGE_PIXELS,
         patch_size=_PATCH_PIXELS,
-        num_labels=_NUM_CLASSES,
     )
+    config.num_labels = _NUM_CLASSES
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": _IMAGE_PIXELS, "width": _IMAGE_PIXELS}).save_pretrained(folder)
 

@@ -38,7 +38,8 @@ class Labels:
     @classmethod
     def of_config(cls, config: PretrainedConfig) -> "Labels":
         """Return the classes of a model."""
-        names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        names_by_id = {int(i): str(name) for i, name in (config.id2label or {}).items()}
+        names = tuple(names_by_id[i] for i in sorted(names_by_id))
         return cls(names, not all(name.startswith("LABEL_") for name in names))
 
     @classmethod
