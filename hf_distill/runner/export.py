@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from ..core.held_out_metrics import HELD_OUT_METRICS
 from ..core.processes import run_on_main
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
@@ -43,4 +44,7 @@ def teacher_metrics(recipe: Recipe, student: Mapping[str, float]) -> dict[str, d
     if kind not in ("online", "mutual", "ema"):
         return {}
     peer_metrics = {key.removeprefix("peer_"): value for key, value in student.items() if key.startswith("peer_")}
-    return {"ema" if kind == "ema" else "peer": {"perplexity": student["teacher_perplexity"], **peer_metrics}}
+    measured = {
+        metric.key: student[name] for metric in HELD_OUT_METRICS if (name := f"teacher_{metric.key}") in student
+    }
+    return {"ema" if kind == "ema" else "peer": {**measured, **peer_metrics}}

@@ -102,6 +102,23 @@ def test_classifiers_report_accuracy_and_have_the_names_of_the_classes(folder):
         assert "perplexity" not in result.models["student"]
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "teacher"),
+    [
+        ("text-classification", "bert", "teacher={kind: ema, decay: 0.5}"),
+        ("image-classification", "vit", "teacher={kind: mutual, model: 'smoke:vit/teacher'}"),
+        ("speech-recognition", "whisper", "teacher={kind: snapshot, interval_steps: 2}"),
+    ],
+)
+def test_teachers_that_change_during_training(name, family, teacher):
+    student = f"student={{model: 'smoke:{family}/student'}}"
+    models = run_recipe(smoke(name, "run", student, teacher, "control=null")).models
+    measured = "perplexity" if family == "whisper" else "accuracy"
+    for model in {"student", "ema", "peer"} & models.keys():
+        assert models[model][measured] > 0, model
+    assert len(models) == (2 if family == "whisper" else 3)
+
+
 def test_a_speech_student_has_some_decoder_layers_and_the_encoder_of_its_teacher(folder):
     run_recipe(smoke("speech-recognition", "run"))
     student = AutoModelForSpeechSeq2Seq.from_pretrained(folder / "run" / "student")
