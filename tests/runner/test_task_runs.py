@@ -28,6 +28,7 @@ from hf_distill.runner.model_loading import resolve_model
 from hf_distill.runner.row_fingerprints import fingerprint_of
 from hf_distill.runner.run_results import open_run
 from hf_distill.runner.tasks import task_of
+from hf_distill.runner.tasks.media import check_files
 
 CLASSES = {
     "text-classification": (AutoModelForSequenceClassification, AutoTokenizer),
@@ -173,6 +174,15 @@ def test_paths_of_images_in_a_csv_file_are_read_and_missing_files_are_named(fold
         DistillError, match=r"1 of 1 files of the column 'image' do not exist, such as 'images/none.png'"
     ):
         prepared("image-classification", *columns)
+
+
+def test_paths_in_a_data_set_of_the_hub_do_not_name_files_of_this_machine(folder):
+    write_images(folder / "images", "left")
+    rows = Dataset.from_dict({"image": ["images/left/0.png"]})
+    check_files(rows, "image", "data.task", "rows.csv")
+    for path in ("org/images", "hf://datasets/org/images"):
+        with pytest.raises(DistillError, match="only local data may name files of this machine"):
+            check_files(rows, "image", "data.task", path)
 
 
 def text_rows(folder, labels, **columns):

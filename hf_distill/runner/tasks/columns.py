@@ -56,10 +56,14 @@ class ColumnTask(Task):
         documents = documents.select_columns(list(dict.fromkeys(names.values())))
         return documents.rename_columns({old: role for role, old in names.items() if old != role})
 
+    def path(self, name: str) -> str:
+        """Return the path, id or address of a source."""
+        data = self.recipe.data
+        return str(data.eval.path if name == EVAL else data.sources[name].path)
+
     def where(self, name: str) -> str:
         """Return how messages name a source."""
-        data = self.recipe.data
-        return f"data.{name} ({data.eval.path if name == EVAL else data.sources[name].path})"
+        return f"data.{name} ({self.path(name)})"
 
     def label_names(self) -> Sequence[str]:
         """Return the names of the classes; empty for a task without classes."""

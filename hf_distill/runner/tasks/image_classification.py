@@ -32,14 +32,14 @@ class ImageClassification(Classification):
 
     def make_rows(self, sources: Mapping[str, Dataset], processor: Any) -> dict[str, Dataset]:
         """Read the images from their column when they are collated."""
-        return self.with_labels({name: self._with_images(rows, self.where(name)) for name, rows in sources.items()})
+        return self.with_labels({name: self._with_images(rows, name) for name, rows in sources.items()})
 
-    def _with_images(self, rows: Dataset, where: str) -> Dataset:
-        feature = rows.features["image"]
+    def _with_images(self, rows: Dataset, name: str) -> Dataset:
+        feature, where = rows.features["image"], self.where(name)
         if isinstance(feature, Image):
             return rows
         if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-            check_files(rows, "image", where)
+            check_files(rows, "image", where, self.path(name))
         elif not (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")) and not (
             isinstance(feature, dict) and {*feature} == {"bytes", "path"}
         ):

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...core.references import path_exists
+from ...core.references import path_exists, reference_kind
 from ...errors import DistillError
 from ...recipe.schema import Recipe
 from ..model_loading import load_pretrained
@@ -14,12 +14,23 @@ from ..model_loading import load_pretrained
 _NAMES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer", "_name_or_path")
 
 
-def check_files(rows: Dataset, column: str, where: str) -> None:
-    """Check that the files that a column names exist.
+def check_files(rows: Dataset, column: str, where: str, path: str) -> None:
+    """Check that the files that a column names exist, and that the data that names them is local.
+
+    Args:
+        rows: Rows of a data set.
+        column: The column.
+        where: The data set, for error messages.
+        path: Its path, id or address.
 
     Raises:
-        DistillError: Some do not exist.
+        DistillError: Some do not exist, or a data set of the Hub names files of this machine.
     """
+    if reference_kind(path) != "path":
+        raise DistillError(
+            f"{where}: the column {column!r} holds paths, and only local data may name files of this machine. Use a "
+            "data set that holds the files themselves."
+        )
     names = rows.unique(column)
     missing = [name for name in names if name is None or not ("://" in name or path_exists(name))]
     if missing:

@@ -58,11 +58,12 @@ class SpeechRecognition(ColumnTask):
 
     def make_rows(self, sources: Mapping[str, Dataset], processor: Any) -> dict[str, Dataset]:
         """Tokenize the transcripts, and leave out rows that are too long for the model."""
-        return {name: self._rows(rows, processor, self.where(name)) for name, rows in sources.items()}
+        return {name: self._rows(rows, processor, name) for name, rows in sources.items()}
 
-    def _rows(self, rows: Dataset, processor: Any, where: str) -> Dataset:
+    def _rows(self, rows: Dataset, processor: Any, name: str) -> Dataset:
+        where = self.where(name)
         check_texts(rows, ["text"], where)
-        rows = self._with_audio(rows, processor.feature_extractor.sampling_rate, where)
+        rows = self._with_audio(rows, processor.feature_extractor.sampling_rate, name)
         rows = rows.map(
             lambda texts: {"labels": processor.tokenizer(texts).input_ids},
             input_columns="text",
@@ -88,13 +89,13 @@ class SpeechRecognition(ColumnTask):
         """Return the length of audio that the feature extractor reads; None if it reads any length."""
         return getattr(processor.feature_extractor, "chunk_length", None)
 
-    def _with_audio(self, rows: Dataset, sampling_rate: int, where: str) -> Dataset:
+    def _with_audio(self, rows: Dataset, sampling_rate: int, name: str) -> Dataset:
         """Return rows whose audio is decoded at the sampling rate of the model."""
-        feature = rows.features["audio"]
+        feature, where = rows.features["audio"], self.where(name)
         if isinstance(feature, dict) and {"array", "sampling_rate"} <= {*feature}:
             return rows
         if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-            check_files(rows, "audio", where)
+            check_files(rows, "audio", where, self.path(name))
         elif not isinstance(feature, Audio):
             raise DistillError(
                 f"{where}: the column of the audio has the type {feature}; it must hold audio files, paths of audio "
