@@ -35,7 +35,7 @@ from ..errors import DistillError
 from ..losses.registry import get_loss
 from .image_inputs import without_images
 from .model_call import named_outputs
-from .model_types import model_type_of, unwrap_model, unwrap_parallel
+from .model_types import unmeasured_type_of, unwrap_model, unwrap_parallel
 from .module_state import restored_attributes
 
 logger = logging.get_logger(__name__)
@@ -232,7 +232,7 @@ def _takes_labels(cls: type[nn.Module]) -> bool:
 
 def _probe(model: nn.Module, inputs: dict, forward: Forward, targets: Targets) -> AuxPlan | None:
     """Return the plan; None if the batch has no target tokens, without which it cannot be measured."""
-    placeholders = model_type_of(model).placeholders
+    placeholders = unmeasured_type_of(model).placeholders
     first = first_rows(without_images(inputs, placeholders), PROBE_ROWS)
     for rows in [first] if first is inputs else [first, inputs]:  # some models read several rows as one example
         try:
@@ -317,7 +317,7 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
         return True if replaced else None
     logits, model_loss = first_targets.gather_logits(outputs["logits"]), losses.added_by_model
     assert model_loss is not None
-    hard_loss = get_loss(model_type_of(model).output_type.hard_loss)
+    hard_loss = get_loss(unmeasured_type_of(model).output_type.hard_loss)
     signals = Signals(DenseLogits(logits.double().to(first_targets.labels.device)))
     plain = float(hard_loss.function(signals, None, first_targets).mean())
     rounding = max(_ROUNDING, 8 * torch.finfo(model_loss.dtype).eps) * abs(plain)

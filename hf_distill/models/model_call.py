@@ -19,7 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX
 from ..core.teacher_inputs import is_teacher_key
 from ..errors import DistillError
-from .model_types import model_type_of, transformers_model_in, unwrap_model
+from .model_types import transformers_model_in, unmeasured_type_of, unwrap_model
 
 FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed documents
 
@@ -109,7 +109,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, object]) -> dict[str, 
     labels, not_inputs = cast(Tensor | None, inputs.get("labels")), _not_inputs(model)
     inputs = {k: v for k, v in inputs.items() if not (k in not_inputs or is_teacher_key(k))}
     has_decoder_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    if model_type_of(model).vocabulary and not has_decoder_inputs:
+    if unmeasured_type_of(model).vocabulary and not has_decoder_inputs:
         inner = transformers_model_in(model)
         if inner is not None and getattr(inner.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = decoder_input_ids(inner, labels)
@@ -137,7 +137,7 @@ def _check_required_inputs(model: nn.Module, inputs: Mapping[str, object]) -> No
 
 def _not_inputs(model: nn.Module) -> frozenset[str]:
     """Return the keys of a batch that are not passed to a model."""
-    return frozenset((*_NOT_INPUTS, *model_type_of(model).output_type.label_names))
+    return frozenset((*_NOT_INPUTS, *unmeasured_type_of(model).output_type.label_names))
 
 
 def decoder_input_ids(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
@@ -194,7 +194,7 @@ def named_outputs(outputs: object, model: nn.Module) -> ModelOutput:
     Raises:
         DistillError: the outputs have no logits.
     """
-    output_type = model_type_of(model).output_type
+    output_type = unmeasured_type_of(model).output_type
     named = _by_name(outputs)
     logits = output_type.logits_of(named)
     if isinstance(outputs, ModelOutput) and logits is not None and logits is named.get("logits"):
@@ -231,7 +231,7 @@ def _by_name(outputs: object) -> dict:
 
 def without_made_logits(outputs: ModelOutput, model: nn.Module) -> ModelOutput:
     """Return outputs without the `logits` that `named_outputs` made of outputs with other names."""
-    names = model_type_of(model).output_type.logit_names
+    names = unmeasured_type_of(model).output_type.logit_names
     if "logits" in names or not all(name in outputs for name in names):
         return outputs
     return ModelOutput({name: value for name, value in outputs.items() if name != "logits"})

@@ -334,11 +334,26 @@ def _model_type_of_loss(name: str, cls: type) -> ModelType | None:
 def model_type_of(model: nn.Module) -> ModelType:
     """Return the type of a model: the declared one, or that of its class, or of its `loss_type` outside transformers.
 
+    For a language model it is measured once whether its loss shifts labels, which can run a short forward.
+
     Args:
         model: a model, with or without wrappers.
 
     Raises:
         DistillError: neither its class nor the user says what its outputs are.
+    """
+    model = unwrap_model(model)
+    model_type = unmeasured_type_of(model)
+    if model_type.is_declared or not model_type.is_decoder:
+        return model_type
+    shift = loss_shifts_labels(cast(PreTrainedModel, model))
+    return model_type if shift is None else replace(model_type, shifts_labels=shift)
+
+
+def unmeasured_type_of(model: nn.Module) -> ModelType:
+    """Return the type of a model as `model_type_of` does, but with the default of `shifts_labels` for its type.
+
+    It runs no forward, so it may be called while one runs or while the loss of the model is replaced.
     """
     model = unwrap_model(model)
     if (declared := declared_type(model)) is not None:
@@ -359,9 +374,7 @@ def model_type_of(model: nn.Module) -> ModelType:
     if model_type in GENERATIVE_TYPES:
         if getattr(config, "is_encoder_decoder", False):
             return encoder_decoder_type(model_type)
-        shift = loss_shifts_labels(model)
-        shift = CAUSAL.shifts_labels if shift is None else shift
-        return replace(decoder_type(model_type), shifts_labels=shift, placeholders=placeholder_ids(config))
+        return replace(decoder_type(model_type), placeholders=placeholder_ids(config))
     return model_type
 
 

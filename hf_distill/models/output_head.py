@@ -33,7 +33,7 @@ from ..core.logits import RESHARDED_HEAD, LazyLogits, LogitScaling
 from ..errors import DistillError
 from .image_inputs import without_images
 from .model_call import FLASH_ATTENTION_INPUTS, named_outputs
-from .model_types import model_type_of, transformers_model_in, unwrap_model
+from .model_types import transformers_model_in, unmeasured_type_of, unwrap_model
 from .module_state import eval_mode
 from .sharding import is_sharded
 
@@ -100,7 +100,7 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     inner = unwrap_model(model)
     head = _heads.get(inner)
     module = _named_head(inner) if head is None or hasattr(inner, "get_output_embeddings") else head.module
-    if module is None and head is None and model_type_of(inner).vocabulary:
+    if module is None and head is None and unmeasured_type_of(inner).vocabulary:
         module = _find_head(model, inner, inputs)
     obstacle = _obstacle(inner, module)
     hooks = tuple(module._forward_hooks) if module is not None else ()
@@ -112,7 +112,7 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
         if not obstacle and not _on_all_ranks(inner, head.scaling is not None) and not head.reason:
             head = OutputHead(module, None, "on another process its logits differ from the lazy ones")
         _heads[inner] = head = replace(head, hooks=hooks)
-        if head.reason and model_type_of(inner).vocabulary:
+        if head.reason and unmeasured_type_of(inner).vocabulary:
             _log_cost(inner, head.reason, inputs)
     return head
 
@@ -220,7 +220,7 @@ def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
 
 
 def _measure(model: nn.Module, inner: nn.Module, head: nn.Linear, inputs: dict) -> OutputHead:
-    short = _shorten(without_images(inputs, model_type_of(inner).placeholders))
+    short = _shorten(without_images(inputs, unmeasured_type_of(inner).placeholders))
     try:
         return _compare(model, inner, head, inputs if short is None else short)
     except Exception:
@@ -431,7 +431,7 @@ def _on_all_ranks(model: nn.Module, possible: bool) -> bool:
 
 def _log_cost(model: nn.Module, reason: str, inputs: dict) -> None:
     ids = next((inputs[k] for k in ("decoder_input_ids", "input_ids") if isinstance(inputs.get(k), Tensor)), None)
-    vocab_size = model_type_of(model).num_outputs(model)
+    vocab_size = unmeasured_type_of(model).num_outputs(model)
     cost = ""
     if ids is not None and vocab_size is not None:
         mebibytes = ids.numel() * vocab_size * 4 / 2**20

@@ -315,7 +315,7 @@ def test_an_objective_from_setup_distillation_is_not_overwritten_by_unchanged_ar
     recorder.trainer = trainer
     trainer.setup_distillation(trainer.teacher, DistillArguments(temperature=7.0, alpha=0.1))
     trainer.train()
-    assert recorder.steps == [(7.0, 0.1, 2.0, 0.5)]
+    assert recorder.steps == [(7.0, 0.1, None, 0.5)]
 
 
 def test_a_trial_that_needs_a_missing_teacher_gives_an_error(make_trainer):

@@ -28,7 +28,7 @@ def config(tmp_path, **options):
         ("losses", ["hidden_mse", "", "[", "{}", 1.5, True, {}, [1], object()]),
         ("projectors", ["a", "", "{", 1.5, True, [], [1], {"a": 1}, object()]),
         ("teacher_init_kwargs", ["a", "", "[", "[]", 1.5, True, [], [1], object()]),
-        ("temperature", [*WRONG[:4], float("nan"), [1], -1, True]),
+        ("temperature", [*WRONG[1:4], float("nan"), [1], -1, True]),
         ("alpha", [*WRONG, -1, True]),
         ("learning_rate", ["a", float("nan")]),
         ("weight_decay", [float("nan")]),
