@@ -25,6 +25,12 @@ class LossSchema(TypedDict):
     options: dict[str, JSONObject]
 
 
+class _Discriminator(TypedDict):
+    """Reference to a definition for each value of the key `name`."""
+
+    mapping: dict[str, str]
+
+
 # The keys of JSON Schema that are read here.
 JSONSchema = TypedDict(
     "JSONSchema",
@@ -33,6 +39,7 @@ JSONSchema = TypedDict(
         "$ref": str,
         "additionalProperties": "bool | JSONSchema",
         "anyOf": list["JSONSchema"],
+        "discriminator": "_Discriminator",
         "enum": list[JSON],
         "items": "JSONSchema",
         "properties": dict[str, "JSONSchema"],

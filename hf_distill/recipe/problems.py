@@ -53,6 +53,13 @@ def error_lines(item: ErrorDetails) -> list[str]:
         return [f"{key}: required key is missing"]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return [f"{key}: must be a mapping (key: value); got {short(value)}"]
+    if kind == "union_tag_invalid":
+        name = item["ctx"]["tag"]
+        return [f"{key}.name: unknown name {short(name)}{did_you_mean(name, _names_at(location))}"]
+    if kind == "union_tag_not_found":
+        return [
+            f"{key}: must be one of {', '.join(_names_at(location))}, or {{name: ..., option: ...}}; got {short(value)}"
+        ]
     error = item.get("ctx", {}).get("error")
     if isinstance(error, Problems):
         return [f"{key}: {line}" for line in error.lines]
@@ -67,15 +74,39 @@ def is_unknown_source(location: Location) -> bool:
 
 def keys_at(location: Location) -> list[str]:
     """Return the known keys of the section at a location."""
+    return list(_schema_at(location).get("properties", {}))
+
+
+def _names_at(location: Location) -> list[str]:
+    """Return the names that select what may stand at a location, such as the names of filters."""
+    return list(_mapping_of(_schema_at(location)))
+
+
+def _schema_at(location: Location) -> JSONSchema:
     schema = packaged_schema()
     node = schema
     for part in location:
-        properties = node.get("properties", {})
-        node = node.get("items", {}) if isinstance(part, int) else properties.get(part) or _others(node)
+        if part in (mapping := _mapping_of(node)):
+            node = {"$ref": mapping[str(part)]}  # pydantic appends the name to the location of what it selects
+        else:
+            properties = node.get("properties", {})
+            node = node.get("items", {}) if isinstance(part, int) else properties.get(part) or _others(node)
         for option in [node, *node.get("anyOf", [])]:
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]
-    return list(node.get("properties", {}))
+    return node
+
+
+def _without_names(location: Location) -> Location:
+    """Return the location of a value in a recipe, without the names that pydantic inserts; see `_schema_at`."""
+    parts = enumerate(location)
+    return tuple(part for i, part in parts if part not in _mapping_of(_schema_at(location[:i])))
+
+
+def _mapping_of(node: JSONSchema) -> dict[str, str]:
+    """Return name -> reference to a definition, for values whose key `name` selects their keys."""
+    options = [node, *node.get("anyOf", [])]
+    return next((option["discriminator"]["mapping"] for option in options if "discriminator" in option), {})
 
 
 def _others(node: JSONSchema) -> JSONSchema:
@@ -89,7 +120,7 @@ def remove_wrong_values(values: JSONObject, errors: Sequence[ErrorDetails]) -> s
     for item in errors:
         owner, last = None, None
         node: object = values
-        for part in item["loc"]:  # after the location of the value, pydantic appends names of types
+        for part in _without_names(item["loc"]):  # after the location of the value, pydantic appends names of types
             if isinstance(node, dict) and part in node:
                 owner, last, node = node, part, node[part]
             elif isinstance(node, list) and isinstance(part, int) and part < len(node):
@@ -114,7 +145,7 @@ def remove_unknown_keys(values: JSONObject, errors: Sequence[ErrorDetails]) -> b
         if not is_unknown or not location:
             continue
         owner: object = values
-        for part in location[:-1]:
+        for part in _without_names(location)[:-1]:
             if isinstance(owner, list) and isinstance(part, int):
                 owner = owner[part]
             else:

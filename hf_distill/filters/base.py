@@ -1,0 +1,70 @@
+"""Base classes of filters and selections: their options are the keys of a recipe. Imports no torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from pydantic import ConfigDict
+
+from ..core.strict_model import StrictModel
+from ..errors import require_package
+from .rows import Row
+
+# What a filter returns for a row: False removes it, True keeps it, and a mapping keeps it and adds columns to it.
+Verdict: TypeAlias = bool | Mapping[str, object]
+# What a selection returns: numbers of the chosen samples, with the columns that are added to them.
+Choice: TypeAlias = dict[int, Mapping[str, object]]
+
+
+class Step(StrictModel):
+    """A filter or a selection with its options."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Modules of the optional packages that it needs."""
+        return ()
+
+    @property
+    def label(self) -> str:
+        """The name in counts and messages."""
+        return self.name
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        return ()
+
+    def check_packages(self) -> None:
+        """Raise a DistillError if an optional package that the step needs is not installed."""
+        for package in self.packages:
+            require_package(package, "generate", f"The filter {self.name}")
+
+
+class RowFilter(Step):
+    """A filter: removes rows. Subclasses define `keep`, or `start` if they need the rows before."""
+
+    def keep(self, row: Row) -> bool:
+        """Whether the row is kept."""
+        raise NotImplementedError
+
+    def start(self) -> Callable[[Row], Verdict]:
+        """Return the function that judges the rows of one data set, which are given to it in order."""
+        return self.keep
+
+
+class Selection(Step):
+    """A selection: chooses among the samples of each prompt."""
+
+    def start(self) -> Callable[[Row], object]:
+        """Return the function that measures one sample."""
+        raise NotImplementedError
+
+    def choose(self, measures: Sequence[object]) -> Choice:
+        """Return the samples of a prompt that are kept.
+
+        Args:
+            measures: the measure of each sample of one prompt.
+        """
+        raise NotImplementedError

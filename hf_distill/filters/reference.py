@@ -1,0 +1,44 @@
+"""The filter that compares completions with a reference answer. Imports no torch."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import Field
+
+from .answers import AnswerStep
+from .base import RowFilter
+from .rows import Row, column, completion_text
+
+
+class Reference(AnswerStep, RowFilter):
+    """Keeps completions whose answer equals the reference answer of their row.
+
+    Completions without an answer are removed. A row whose reference answer cannot be read, or for which the comparison
+    takes too long, is set aside.
+    """
+
+    name: Literal["reference"] = "reference"
+    column: str = Field(
+        "answer",
+        description="Column of the data source with the reference answer, or a list of possible answers. Default: "
+        "answer.",
+    )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        return (self.column,)
+
+    def start(self) -> Callable[[Row], bool]:
+        """Return the function that judges the rows of one data set in order."""
+        self.check_thread()
+        return self.keep
+
+    def keep(self, row: Row) -> bool:
+        """Whether the row is kept."""
+        value = column(row, self.column, self.name)
+        references = [self.read_reference(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        if not references:
+            raise ValueError("the list of reference answers is empty")
+        answer = self.read_answer(completion_text(row))
+        return answer is not None and any(self.is_same(reference, answer) for reference in references)

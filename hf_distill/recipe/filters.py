@@ -1,0 +1,50 @@
+"""The types of `generate.filters` and `generate.select` in a recipe. Imports no torch."""
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, GetJsonSchemaHandler, Tag
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from ..filters import FILTERS, SELECTIONS, RowFilter, Selection
+
+
+class _StepSchema:
+    """Writes into the JSON Schema which model a name selects, and that a name is short for {name: ...}."""
+
+    def __init__(self, steps: Mapping[str, type[RowFilter] | type[Selection]]):
+        self.steps = steps
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        models = handler(schema)
+        mapping = {name: model["$ref"] for name, model in zip(self.steps, models["oneOf"], strict=True)}
+        models["discriminator"] = {"propertyName": "name", "mapping": mapping}
+        names = [
+            name
+            for name, step in self.steps.items()
+            if not any(field.is_required() for field in step.model_fields.values())
+        ]
+        return {"anyOf": [{"enum": names}, models]}
+
+
+def _with_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _name_of(value: object) -> object:
+    return value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+
+
+def _one_of(steps: Mapping[str, type[RowFilter] | type[Selection]]) -> Any:
+    """Return the type whose values are one of some filters or selections, chosen by `name`."""
+    union = reduce(or_, (Annotated[step, Tag(name)] for name, step in steps.items()))
+    return Annotated[union, Discriminator(_name_of), BeforeValidator(_with_name), _StepSchema(steps)]
+
+
+if TYPE_CHECKING:
+    FilterSpec, SelectSpec = RowFilter, Selection
+else:
+    FilterSpec, SelectSpec = _one_of(FILTERS), _one_of(SELECTIONS)
