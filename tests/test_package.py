@@ -22,6 +22,7 @@ LAYERS = [
     {"models"},
     {"student", "model_types"},
     {"data", "cache"},
+    {"filters"},
     {"teachers"},
     {"model_card"},
     {"trainer"},

@@ -23,9 +23,9 @@ def split_code(text: str) -> tuple[str, list[tuple[str, str]]]:
     from markdown_it import MarkdownIt
 
     lines = text.splitlines(keepends=True)
-    tokens = [token for token in MarkdownIt().parse(text) if token.type == "fence" and token.map]
+    tokens = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
     blocks = [((token.info.split() or [""])[0].lower(), token.content) for token in tokens]
-    inside = {line for token in tokens for line in range(*token.map)}
+    inside = {line for token in tokens if token.map for line in range(token.map[0], token.map[1])}
     return "".join(line for i, line in enumerate(lines) if i not in inside), blocks
 
 

@@ -87,7 +87,7 @@ def evaluation_texts(data: EvaluationTexts) -> list[str]:
     """
     from ..data.load import load_columns
 
-    texts = []
+    texts: list[str] = []
     for row in load_columns(data.path, data.split, data.name):
         for name in data.columns or row:
             if name not in row:
