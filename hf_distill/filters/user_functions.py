@@ -5,8 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from numbers import Real
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -48,7 +48,7 @@ def load_function(name: str) -> Callable[[Row], Any]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        module = import_module(module_name)
+        module = resolve_name(module_name)
     except Exception as error:
         raise DistillError(
             f"The module of {name!r} cannot be imported ({type(error).__name__}: {error}). Give module:function, with "
