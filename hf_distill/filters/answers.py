@@ -6,6 +6,7 @@ Imports no torch. math-verify reads and compares all answers but exact ones: htt
 import re
 import threading
 import unicodedata
+from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
@@ -17,6 +18,7 @@ from .base import Step
 Answer: TypeAlias = str | list[Any]
 _MARKUP = re.compile(r"\\boxed|\\text|[(){}\[\]*_`$]")
 _FORMULA = re.compile(r"\$|\\boxed|\\\(|\\\[")
+_SCIENTIFIC = re.compile(r"\d+(?:\.\d+)?[eE][+-]?\d{1,2}\b")
 _TIMEOUT_SECONDS = 5
 
 
@@ -65,28 +67,30 @@ class AnswerStep(Step):
             case "exact":
                 return _plain(text) or None
             case "numeric":
-                return _parse(text, "expression") or None
+                return _parse(_SCIENTIFIC.sub(_as_decimal, text), "expression") or None
             case "choice":
                 return self._read_choice(text) or None
             case "math":
                 return _parse(text, "latex", "expression") or None
 
-    def read_reference(self, value: object) -> Answer:
+    def read_reference(self, value: object, after: str | None = None) -> Answer:
         """Return a reference answer.
 
         Args:
-            value: a text or a number. A text may contain the marker `after`. For multiple choice, an integer is the
-                index of a choice.
+            value: a text or a number. For multiple choice, an integer is the index of a choice.
+            after: the answer follows the last occurrence of this text; None: the whole text is the answer.
 
         Raises:
             ValueError: it cannot be read.
             TimeoutError: see `read_answer`.
         """
-        if self.compare == "choice" and isinstance(value, int) and not isinstance(value, bool):
-            value = self.choices[value] if 0 <= value < len(self.choices) else None
+        if self.compare == "choice":
+            value = self._choice_of(value)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"the reference answer {value!r} is not a text or a number")
-        text = str(value).rpartition(self.after)[2] if self.after else str(value)
+        if after is not None and after not in str(value):
+            raise ValueError(f"the reference answer {value!r} does not contain {after!r}")
+        text = str(value).rpartition(after)[2] if after else str(value)
         if self.compare == "math" and not _FORMULA.search(text):
             text = f"\\boxed{{{text.strip()}}}"
         answer = self.model_copy(update={"after": None}).read_answer(text)
@@ -105,10 +109,22 @@ class AnswerStep(Step):
         from math_verify import verify
         from math_verify.errors import TimeoutException
 
+        pairs = [(reference, answer)]
+        if self.compare == "numeric":  # verify does not compare an integer with a float to 6 decimals
+            pairs.append(([value.evalf() for value in reference], [value.evalf() for value in answer]))
         try:
-            return verify(reference, answer, timeout_seconds=_TIMEOUT_SECONDS, raise_on_error=True)
+            return any(verify(*pair, timeout_seconds=_TIMEOUT_SECONDS, raise_on_error=True) for pair in pairs)
         except TimeoutException:  # not an Exception
             raise TimeoutError(f"comparing two answers takes more than {_TIMEOUT_SECONDS} seconds") from None
+
+    def _choice_of(self, value: object) -> object:
+        """Return the letter that an index or a letter of any case stands for; other values as they are."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not 0 <= value < len(self.choices):
+                raise ValueError(f"the reference answer {value} is not the index of one of {len(self.choices)} choices")
+            return self.choices[value]
+        letters = {letter.casefold(): letter for letter in self.choices}
+        return letters.get(value.strip().casefold(), value) if isinstance(value, str) else value
 
     def _read_choice(self, text: str) -> list[Any]:
         """Return the letter after the word answer; without one, the letter in the last line."""
@@ -126,6 +142,11 @@ _KINDS = {"exact": "text", "numeric": "a number", "choice": "a choice", "math": 
 def _plain(text: str) -> str:
     """Return a text in lower case with single spaces, without a full stop at the end."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".").rstrip()
+
+
+def _as_decimal(match: re.Match[str]) -> str:
+    """Return a number such as 1.5e3 without an exponent, which math-verify does not read."""
+    return format(Decimal(match[0]), "f")
 
 
 def _parse(text: str, *kinds: str, letters: tuple[str, ...] = ()) -> list[Any]:

@@ -1,6 +1,7 @@
 """Code blocks of Markdown text, and the filter that checks that Python code parses. Imports no torch."""
 
 import ast
+import re
 import warnings
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field
 from .base import RowFilter
 from .rows import Row, completion_text
 
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")  # those of Markdown
 _PYTHON = ("python", "python3", "py")
 
 
@@ -22,18 +24,18 @@ def split_code(text: str) -> tuple[str, list[tuple[str, str]]]:
     """
     from markdown_it import MarkdownIt
 
-    lines = text.splitlines(keepends=True)
+    lines = _LINE_BREAK.split(text)
     tokens = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
     blocks = [((token.info.split() or [""])[0].lower(), token.content) for token in tokens]
     inside = {line for token in tokens if token.map for line in range(token.map[0], token.map[1])}
-    return "".join(line for i, line in enumerate(lines) if i not in inside), blocks
+    return "\n".join(line for i, line in enumerate(lines) if i not in inside), blocks
 
 
 def python_parses(code: str) -> bool:
     """Whether a text is Python code that parses with the running version of Python. Nothing is executed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore")
             ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: code that is nested too deeply
         return False

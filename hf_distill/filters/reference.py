@@ -23,6 +23,12 @@ class Reference(AnswerStep, RowFilter):
         description="Column of the data source with the reference answer, or a list of possible answers. Default: "
         "answer.",
     )
+    reference_after: str | None = Field(
+        None,
+        min_length=1,
+        description="The reference answer follows the last occurrence of this text in the column, such as '####' in "
+        "GSM8K. Default (null): the whole text is the answer.",
+    )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -37,7 +43,8 @@ class Reference(AnswerStep, RowFilter):
     def keep(self, row: Row) -> bool:
         """Whether the row is kept."""
         value = column(row, self.column, self.name)
-        references = [self.read_reference(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        values = value if isinstance(value, list | tuple) else [value]
+        references = [self.read_reference(item, self.reference_after) for item in values]
         if not references:
             raise ValueError("the list of reference answers is empty")
         answer = self.read_answer(completion_text(row))
