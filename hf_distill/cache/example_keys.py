@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.logits import to_host
+from ..core.row_values import ORIGIN, WEIGHT
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, Targets, token_documents
 from ..core.teacher_inputs import is_teacher_key
 from ..models.model_call import FLASH_ATTENTION_INPUTS
@@ -24,7 +25,7 @@ _MULTIPLIERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685
 _NOT_OTHER_INPUTS = {  # tensors that the key contains in another form, that follow from these, or that are no inputs
     *("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", "has_labels", "source"),
     *("decoder_input_ids", "decoder_attention_mask", "num_items_in_batch", *SECOND_VIEW_KEYS),
-    TEACHER_INDEX,
+    *(TEACHER_INDEX, WEIGHT, ORIGIN),
     *("seq_idx", *FLASH_ATTENTION_INPUTS),
 }
 

@@ -100,6 +100,8 @@ class Targets:
     transcripts:    the labels of the rows if the targets are frames, whose `labels` are 0
     grid:           (H, W) if the targets are the pixels of images, S = H * W
     allowed:        [T, S] the positions of its row that a start or end of a span may have; None for other targets
+    weights:        [T] factors of the losses, see `row_values`; None if all are 1
+    origins:        [T] indices in `ORIGINS` of the authors of the tokens; None if unknown
     row_counts:     number of target tokens of each batch row, B integers; None if unknown
     label_range:    smallest and largest label; None if unknown
     numbers:        further numbers of the batch that `from_batch` read from the device
@@ -115,6 +117,8 @@ class Targets:
     transcripts: TranscriptLabels | None = None
     grid: tuple[int, int] | None = None
     allowed: Tensor | None = None
+    weights: Tensor | None = None
+    origins: Tensor | None = None
     row_counts: Sequence[int] | None = None
     label_range: tuple[int, int] | None = None
     numbers: Mapping[str, Sequence[int]] = field(default_factory=lambda: MappingProxyType({}))
@@ -228,6 +232,10 @@ class Targets:
             raise DistillError(self._position_mismatch(values))
         return values.flatten(0, num_dims - 1)[self.positions.to(values.device)]
 
+    def gather_by_row(self, values: Tensor) -> Tensor:
+        """Select the target tokens of values of each row [B], or of each position [*shape]; returns [T]."""
+        return self.gather(values) if values.dim() == len(self.shape) else values[self.batch_rows]
+
     def gather_logits(self, logits: Tensor) -> Tensor:
         """Select the target tokens of a model's logits.
 
@@ -282,7 +290,10 @@ class Targets:
 
     def slice(self, rows: builtins.slice | Tensor) -> "Targets":
         """Return the targets of some of the target tokens."""
-        label_mask, allowed = (None if mask is None else mask[rows] for mask in (self.label_mask, self.allowed))
+        label_mask, allowed, weights, origins = (
+            None if values is None else values[rows]
+            for values in (self.label_mask, self.allowed, self.weights, self.origins)
+        )
         return Targets(
             self.labels[rows],
             self.positions[rows],
@@ -292,6 +303,8 @@ class Targets:
             transcripts=self.transcripts,
             grid=self.grid,
             allowed=allowed,
+            weights=weights,
+            origins=origins,
         )
 
     def first_rows(self, count: int) -> "Targets":

@@ -8,6 +8,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from transformers.utils import logging
 
 from ..core.defaults import STOPPING_STRATEGY
+from ..core.row_values import ORIGIN, WEIGHT
 from ..core.schedule import Points, value_at
 from ..errors import DistillError
 from .formats import PARAPHRASE, TEACHER_PROMPT
@@ -62,11 +63,11 @@ def mix(
         the rows, with a column `source`, the index of the source; a single source is returned unchanged.
 
     Raises:
-        DistillError: a weight is not above 0, or only some of the sources have a second prompt.
+        DistillError: a weight is not above 0, or only some of the sources have a second prompt, `weight` or `origin`.
     """
     if len(rows) == 1:
         return next(iter(rows.values()))
-    _check_second_prompts(rows)
+    _check_equal_columns(rows)
     parts: list[Any] = [add_source_column(part, index) for index, part in enumerate(rows.values())]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [part if isinstance(part, IterableDataset) else part.to_iterable_dataset() for part in parts]
@@ -87,9 +88,10 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
         the rows, with a column `source`, the index of the source.
 
     Raises:
-        DistillError: all weights are 0 at the same progress, or only some of the sources have a second prompt.
+        DistillError: all weights are 0 at the same progress, or only some of the sources have a second prompt, `weight`
+            or `origin`.
     """
-    _check_second_prompts(rows)
+    _check_equal_columns(rows)
     moments = sorted({0.0, 1.0, *(at for points in weights.values() for at, _ in points)})
     empty = [moment for moment in moments if sum(value_at(points, moment) for points in weights.values()) <= 0]
     if empty:
@@ -112,8 +114,15 @@ def mix_scheduled(rows: Mapping[str, Dataset], weights: Mapping[str, Points], se
     return concatenate_datasets(parts).select(chosen)
 
 
-def _check_second_prompts(rows: Mapping[str, Examples]) -> None:
+def _check_equal_columns(rows: Mapping[str, Examples]) -> None:
     columns = {name: part.column_names or list(next(iter(part), ())) for name, part in rows.items()}
+    for column in (WEIGHT, ORIGIN):
+        lacking = [name for name, names in columns.items() if column not in names]
+        if 0 < len(lacking) < len(rows):
+            raise DistillError(
+                f"The sources {', '.join(lacking)} have no column `{column}`, but the others do: give every row one, "
+                "or remove the column from all sources."
+            )
     for second in (PARAPHRASE, TEACHER_PROMPT):
         lacking = [name for name, names in columns.items() if second.columns[0] not in names]
         if 0 < len(lacking) < len(rows):

@@ -6,6 +6,7 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from ..core.row_values import ORIGIN, WEIGHT
 from ..errors import DistillError, require_package
 from ..models.model_call import accepted_inputs, accepts_any_input, input_names, prepare_inputs
 from ..models.model_types import unwrap_model
@@ -21,12 +22,14 @@ def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
     """Pack documents into rows by best-fit decreasing (2404.10830).
 
     Args:
-        rows: `input_ids` and `labels` of at most `max_length` tokens; with several sources also `source`.
+        rows: `input_ids` and `labels` of at most `max_length` tokens; with several sources also `source`; they may
+            have `weight` and `origin`.
         max_length: maximum tokens of a packed row.
         seed: seed of the order of a stream. Packing sorts by length; a trainer shuffles data sets, but not streams.
 
     Returns:
-        rows with `seq_lengths`, the lengths of their documents; `source` has one value per token.
+        rows with `seq_lengths`, the lengths of their documents; `source`, `weight` and `origin` have one value per
+            token.
 
     Raises:
         DistillError: the rows have a second prompt.
@@ -41,16 +44,18 @@ def pack(rows: Examples, max_length: int, seed: int = 0) -> Examples:
                 f"packing: rows and their {second.column} have different lengths and cannot be packed together. Turn "
                 "packing off, or use a view without paraphrase and a teacher without a prompt."
             )
-    if "source" in columns:
-        rows = rows.map(_spread_source, remove_columns=["source"]).rename_column("sources", "source")
+    for column in ("source", WEIGHT, ORIGIN):
+        if column in columns:
+            rows = rows.map(_spread, fn_kwargs={"column": column}, remove_columns=[column])
+            rows = rows.rename_column(f"{column}s", column)
     packed = pack_dataset(rows, max_length, strategy="bfd")
     return (
         packed.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER_ROWS) if isinstance(packed, IterableDataset) else packed
     )
 
 
-def _spread_source(row: dict) -> dict:
-    return {"sources": [row["source"]] * len(row["input_ids"])}
+def _spread(row: dict, column: str) -> dict:
+    return {f"{column}s": [row[column]] * len(row["input_ids"])}
 
 
 def check_packed_attention(model: nn.Module, who: str, collator: object = None) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..core.defaults import OVERFLOW
+from ..core.row_values import ORIGIN, WEIGHT, check_weight, origin_index
 from ..core.targets import IGNORE_INDEX
 from ..errors import DistillError
 from .checks import UNNAMED_SOURCE, by_row, check_text
@@ -18,6 +19,7 @@ from .load import Examples
 logger = logging.get_logger(__name__)
 
 ROW_FEATURES = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
+ROW_VALUES = {WEIGHT: Value("float32"), ORIGIN: Value("int64")}
 
 
 def tokenize_dataset(
@@ -50,6 +52,12 @@ def tokenize_dataset(
             where,
             chat_template,
             other_tokenizers,
+        )
+    if ignored := [column for column in ROW_VALUES if column in columns]:
+        raise DistillError(
+            f"{where} is text, whose documents are joined and cut into rows, and it has the column "
+            f"{', '.join(ignored)}, which belongs to a row: use rows of prompt and completion, or messages, or remove "
+            "the column."
         )
     if assistant_only:
         raise DistillError("assistant_only is true, but the source is text, which has no turns: remove assistant_only.")
@@ -112,7 +120,8 @@ def tokenize_examples(
     """Tokenize each example that has target tokens to a row of at most `max_length` tokens.
 
     Args:
-        documents: `messages`, `prompt` + `completion`, or `input_ids`.
+        documents: `messages`, `prompt` + `completion`, or `input_ids`; each with or without `weight`, a factor of the
+            losses of the row, and `origin`, the author of its target tokens.
         tokenizer: the student's tokenizer.
         max_length: maximum tokens of a row.
         assistant_only: see `make_encode_fn`.
@@ -127,10 +136,10 @@ def tokenize_examples(
 
     Returns:
         a data set with `input_ids` and `labels`, [S] each; with a second prompt, or another tokenizer, also its ids and
-        labels.
+        labels. `weight` stays, and `origin` becomes its index in `ORIGINS`.
 
     Raises:
-        DistillError: see `make_encode_fn`; or no example has a target token.
+        DistillError: see `make_encode_fn`; a weight or an origin is invalid; or no example has a target token.
     """
     columns = documents.column_names or list(next(iter(documents)))
     kind = format_of(columns, where=where, second_prompt=second_prompt)
@@ -140,8 +149,9 @@ def tokenize_examples(
     second = () if second_prompt is None or second_prompt.columns[0] in of_teachers else second_prompt.columns
     limited = [*ROW_FEATURES, *second]  # columns of at most `max_length` tokens
     features = Features({name: List(Value("int64")) for name in (*limited, *of_teachers)})
+    features.update({column: kind for column, kind in ROW_VALUES.items() if column in columns})
     read = make_encode_fn(kind, tokenizer, assistant_only, second_prompt, chat_template, other_tokenizers)
-    encode = by_row(read, documents, where)
+    encode = by_row(lambda example: {**_row_values(example), **read(example)}, documents, where)
     other = [column for column in columns if column not in features]
     rows = documents.with_format(None).map(encode, with_indices=True, remove_columns=other, features=features)
     total = len(rows) if isinstance(rows, Dataset) else None
@@ -170,6 +180,12 @@ def tokenize_examples(
     if before != len(rows):
         logger.warning(f"{int(before or 0) - len(rows)} of {before} examples have no target tokens and are left out.")
     return rows
+
+
+def _row_values(example: dict) -> dict[str, float]:
+    """Return the columns `weight` and `origin` of an example, if it has them; the origin as an index."""
+    checks = {WEIGHT: check_weight, ORIGIN: origin_index}
+    return {column: check(example[column]) for column, check in checks.items() if column in example}
 
 
 def _common_targets(row: dict, names: tuple[str, str]) -> dict[str, list[int]]:

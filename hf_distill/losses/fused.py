@@ -108,6 +108,10 @@ class ChunkedLoss:
         needs_gradient = torch.is_grad_enabled() and student_logits.values.requires_grad
         return self._inverse_divisor_after_forward * _LossFromLogits.apply(student_logits.values, needs_gradient, self)
 
+    def token_weights(self) -> Tensor | None:
+        """Return the factors of the losses of the target tokens in the order of the rows of `run_chunks`, [T]."""
+        return self.targets.weights
+
     def gradient_unit(self) -> float:
         """Return the number by which the gradient of the logits is divided before it is rounded to bf16.
 
@@ -133,7 +137,8 @@ class ChunkedLoss:
         Args:
             student_logits: the student's logits.
             on_gradient: called for each chunk with (rows, gradient [t, V] with respect to the output of the student's
-                output head). The next chunk overwrites the gradient. None computes no gradients.
+                output head), which must still be multiplied by `token_weights`. The next chunk overwrites the
+                gradient. None computes no gradients.
             gradient_dtype: dtype of the gradient; None for that of the logits.
             gradient_unit: number by which the gradient is divided before it is rounded to its dtype; see
                 `gradient_unit`.
@@ -184,6 +189,9 @@ class ChunkedLoss:
             for name, values in chunk_totals(first_teacher, self.per_token["student_ce"]).items():
                 self.per_token[name].copy_(values)
         total = torch.zeros((), dtype=dtype, device=device)
+        if self.targets.weights is not None:
+            for term in self.terms:
+                self.per_token[term.name].mul_(self.targets.weights)
         for term in self.terms:
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
@@ -400,15 +408,23 @@ class _LossFromHidden(torch.autograd.Function):
         ]
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         grad_hidden, grad_weight, grad_bias = ctx.gradients
+        token_weights = chunked_loss.token_weights()
+        # Hidden states are multiplied by the weights of their tokens, and not gradients [t, V], which are much larger.
+        weighted = student_logits.hidden
+        if token_weights is not None:
+            weighted = weighted * token_weights[:, None].to(weighted.dtype)
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
             is_later_chunk = rows.start > 0
             if grad_hidden is not None:
                 accumulate_matmul(gradient, student_logits.weight, grad_hidden[rows], keep=False)
+                if token_weights is not None:
+                    grad_hidden[rows].mul_(token_weights[rows, None])
             if grad_weight is not None:
-                accumulate_matmul(gradient.t(), student_logits.hidden[rows], grad_weight, keep=is_later_chunk)
+                accumulate_matmul(gradient.t(), weighted[rows], grad_weight, keep=is_later_chunk)
             if grad_bias is not None:
-                sums = gradient.sum(0, dtype=dtype)
+                of_tokens = gradient if token_weights is None else gradient.to(dtype) * token_weights[rows, None]
+                sums = of_tokens.sum(0, dtype=dtype)
                 grad_bias.copy_(grad_bias + sums if is_later_chunk else sums)
 
         needs = any(gradient is not None for gradient in ctx.gradients)
@@ -447,9 +463,10 @@ class _LossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_values: Tensor, needs_gradient: bool, chunked_loss: ChunkedLoss) -> Tensor:
         grad_logits: Any = torch.empty_like(student_values) if needs_gradient else None
+        token_weights = chunked_loss.token_weights()
 
         def on_gradient(rows: slice, gradient: Tensor) -> None:
-            grad_logits[rows] = gradient
+            grad_logits[rows] = gradient if token_weights is None else gradient * token_weights[rows, None]
 
         ctx.grad_logits = grad_logits
         with torch.autocast(student_values.device.type, enabled=False):

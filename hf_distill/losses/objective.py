@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
@@ -33,13 +33,15 @@ RESERVED_NAMES = (
 class Term:
     """One term of the objective: `weight * T^2 * loss(student, teacher, targets, **options)`.
 
-    name:    name of the term in logs
-    loss:    registered loss
-    weight:  factor of the term in the objective
-    options: keyword arguments of the loss function
-    layers:  of a loss on features: the layer mapping, see `layers.map_layers`
-    stack:   of a loss on features: "encoder" or "decoder" of a model that has both
-    teacher: name of the teacher that the term reads if there are several, else None
+    name:      name of the term in logs
+    loss:      registered loss
+    weight:    factor of the term in the objective
+    options:   keyword arguments of the loss function
+    layers:    of a loss on features: the layer mapping, see `layers.map_layers`
+    stack:     of a loss on features: "encoder" or "decoder" of a model that has both
+    teacher:   name of the teacher that the term reads if there are several, else None
+    origin:    author of the tokens that the term is for, one of `ORIGINS`; None: any
+    by_origin: origin -> the term of the tokens of this author, with the same name; tokens of others have this term
     """
 
     name: str
@@ -49,6 +51,17 @@ class Term:
     layers: Any = None
     stack: str | None = None
     teacher: str | None = None
+    origin: str | None = None
+    by_origin: Mapping[str, "Term"] = field(default_factory=dict)
+
+    def of_origin(self, origin: str) -> "Term":
+        """Return the term of the tokens of an author."""
+        return self.by_origin.get(origin, self)
+
+    def with_share(self, name: str, teacher: str | None, share: float) -> "Term":
+        """Return the term for one of several teachers, with a share of the weight; also those of the origins."""
+        by_origin = {origin: term.with_share(name, teacher, share) for origin, term in self.by_origin.items()}
+        return replace(self, name=name, teacher=teacher, weight=self.weight * share, by_origin=by_origin)
 
     @property
     def temperature_squared(self) -> float:

@@ -117,6 +117,8 @@ class FeatureLoss:
             tokens = tokens.resolved() if isinstance(tokens, RowPositions) else tokens
             token_losses = feature_term(student_features, self.teacher_features, tokens, sidecar)
             values = tokens.to_target_tokens(token_losses, self.targets)
+            if self.targets.weights is not None:
+                values = values * self.targets.weights
             self.per_token[term.name] = values.detach()
             total = total + term.weight * values.sum()
         return total / self.targets.divisor(self.num_items)

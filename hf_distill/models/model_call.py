@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..core.row_values import ORIGIN, WEIGHT
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX
 from ..core.teacher_inputs import is_teacher_key
 from ..errors import DistillError
@@ -26,7 +27,7 @@ FLASH_ATTENTION_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max
 _T = TypeVar("_T")
 _NOT_INPUTS = (  # and the labels of the type of the model
     *("labels", "shift_labels", "has_labels", "num_items_in_batch"),
-    *(*SECOND_VIEW_KEYS, TEACHER_INDEX),
+    *(*SECOND_VIEW_KEYS, TEACHER_INDEX, WEIGHT, ORIGIN),
 )
 _NAMES_OF: WeakKeyDictionary[nn.Module, tuple[frozenset[str], bool]] = WeakKeyDictionary()
 

@@ -188,8 +188,7 @@ def _index_of(inputs: Mapping[str, Any]) -> Tensor:
 
 def _index_of_targets(inputs: Mapping[str, Any], targets: Targets) -> Tensor:
     """Return the index of the teacher of each target token, [T]."""
-    index = _index_of(inputs)
-    return targets.gather(index) if index.dim() == len(targets.shape) else index[targets.batch_rows]
+    return targets.gather_by_row(_index_of(inputs))
 
 
 def _is_packed(inputs: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import get_annotations
 from math import isnan
 from typing import ClassVar, TypeVar, cast, get_args
@@ -18,6 +18,7 @@ from ..core.defaults import (
     MAX_CONSECUTIVE_NONFINITE_STEPS,
     TEMPERATURE,
 )
+from ..core.row_values import ORIGINS
 from ..errors import DistillError, collect_errors, did_you_mean, raise_if_any
 from ..losses.objective import Term, objective
 from ..losses.output_types import DISTRIBUTION_OUTPUTS, OUTPUT_NAMES, OutputType
@@ -38,7 +39,14 @@ class DistillArguments:
         DistillError: a value is out of range, or a loss or an option is unknown; the message names all of them.
     """
 
-    _DICT_FIELDS: ClassVar = ["divergence", "cross_tokenizer", "projectors", "teacher_init_kwargs", "teacher_deepspeed"]
+    _DICT_FIELDS: ClassVar = [
+        "divergence",
+        "cross_tokenizer",
+        "by_origin",
+        "projectors",
+        "teacher_init_kwargs",
+        "teacher_deepspeed",
+    ]
 
     temperature: float | None = field(
         default=None,
@@ -70,6 +78,15 @@ class DistillArguments:
             "help": "For a teacher with another tokenizer: the loss that takes the place of the divergence, alm, "
             'projected_kl or uld, or a dict {"name": ..., option: ...}, also as JSON. The default is None: teacher and '
             "student have one tokenizer."
+        },
+    )
+    by_origin: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Losses that depend on who wrote the target tokens, teacher, student or data: a dict such as "
+            '{"teacher": {"divergence": ..., "alpha": ...}}, also as JSON. Tokens of an author that it does not have, '
+            "and values that it leaves out, are those of `divergence` and `alpha`. The default is None: all tokens "
+            "have the same losses."
         },
     )
     losses: list | str | None = field(
@@ -152,11 +169,12 @@ class DistillArguments:
         if isinstance(self.teacher_deepspeed, str) and self.teacher_deepspeed.startswith("{"):
             self.teacher_deepspeed = _parse_json("teacher_deepspeed", self.teacher_deepspeed, dict)
         self.losses = _parse_json("losses", self.losses, list)
+        self.by_origin = _parse_json("by_origin", self.by_origin, dict)
         self.teacher_init_kwargs = _parse_json("teacher_init_kwargs", self.teacher_init_kwargs, dict)
         problems = self._wrong_types()
         with collect_errors(problems):
             self._set_greater_is_better()
-        if not any(problem.startswith("divergence") for problem in problems):
+        if not any(problem.startswith(("divergence", "by_origin")) for problem in problems):
             with collect_errors(problems):
                 self.terms()
         with collect_errors(problems):
@@ -184,6 +202,7 @@ class DistillArguments:
             problems.append(f"divergence is {self.divergence!r}; it must be a name or {{name, **options}}")
         if self.cross_tokenizer is not None:
             problems += self._cross_tokenizer_problems()
+        problems += self._by_origin_problems()
         distill_names = {item.name for item in fields(DistillArguments)}
         annotations = {k: v for base in reversed(type(self).__mro__) for k, v in get_annotations(base).items()}
         for item in fields(self):
@@ -207,6 +226,31 @@ class DistillArguments:
                 "place of the divergence: remove divergence"
             ]
         return []
+
+    def _by_origin_problems(self) -> list[str]:
+        """Describe what is wrong with `by_origin`, apart from the values of divergences and alphas."""
+        by_origin = cast("dict[str, object]", self.by_origin or {})
+        problems = [
+            f"by_origin has {origin!r}, which is no origin{did_you_mean(str(origin), ORIGINS)}"
+            for origin in by_origin
+            if origin not in ORIGINS
+        ]
+        for origin, values in by_origin.items():
+            if not (isinstance(values, dict) and values and {*values} <= {"alpha", "divergence"}):
+                problems.append(
+                    f"by_origin[{origin!r}] is {values!r}; it must be a dict with the keys divergence, alpha, or both"
+                )
+        if by_origin and self.cross_tokenizer is not None:
+            problems.append(
+                "by_origin chooses divergences on ids of one tokenizer, and cross_tokenizer is set: remove one of them"
+            )
+        return problems
+
+    @property
+    def uses_soft_labels(self) -> bool:
+        """Whether the divergence has a weight above 0 for any target tokens."""
+        by_origin = cast("dict[str, dict]", self.by_origin or {})
+        return max(self.alpha, *(values.get("alpha", 0) for values in by_origin.values()), 0) > 0
 
     @property
     def soft_loss(self) -> dict | str | None:
@@ -240,15 +284,19 @@ class DistillArguments:
         losses, defaults = cast("list[dict]", self.losses or []), output_type or DISTRIBUTION_OUTPUTS
         soft_loss = self.soft_loss or defaults.soft_loss
         terms = objective(self.alpha, self.loss_temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
+        terms = self._with_origins(terms, soft_loss, label_smoothing, defaults.hard_loss)
+        losses_of_all = [variant.loss for term in terms for variant in (term, *term.by_origin.values())]
         if output_type is not None:
-            problems = output_type.unfitting_losses([term.loss for term in terms])
+            problems = output_type.unfitting_losses(losses_of_all)
             if not output_type.has_temperature and self.temperature not in (None, TEMPERATURE):
                 problems.append(
                     f"temperature is {self.temperature}, and the outputs of the student are "
                     f"{OUTPUT_NAMES[output_type.outputs]}, which no temperature divides: leave temperature out"
                 )
             raise_if_any(problems)
-        if self.cross_tokenizer is None and (of_chunks := [t.loss.name for t in terms if t.loss.compares_chunks]):
+        if self.cross_tokenizer is None and (
+            of_chunks := [loss.name for loss in losses_of_all if loss.compares_chunks]
+        ):
             raise DistillError(
                 f"{', '.join(of_chunks)} compares spans of text with a teacher of another tokenizer, and "
                 f"cross_tokenizer is not set: set cross_tokenizer={of_chunks[0]!r}, or remove the loss"
@@ -260,6 +308,28 @@ class DistillArguments:
                 f"{', '.join(known)}"
             )
         return terms
+
+    def _with_origins(
+        self, terms: list[Term], soft_loss: dict | str, label_smoothing: float, hard_loss: str
+    ) -> list[Term]:
+        """Return the terms with those of the origins in the soft and the hard term."""
+        by_origin: dict[str, list[Term]] = {}
+        problems: list[str] = []
+        for origin, values in cast("dict[str, dict]", self.by_origin or {}).items():
+            alpha, divergence = values.get("alpha", self.alpha), values.get("divergence", soft_loss)
+            with collect_errors(problems):
+                try:
+                    pair = objective(alpha, self.loss_temperature, divergence, (), label_smoothing, hard_loss)
+                except DistillError as error:
+                    raise DistillError(f"by_origin[{origin!r}]: {error}") from None
+                by_origin[origin] = [replace(term, origin=origin) for term in pair]
+        raise_if_any(problems)
+        if not by_origin:
+            return terms
+        return [
+            replace(term, by_origin={origin: pair[index] for origin, pair in by_origin.items()}) if index < 2 else term
+            for index, term in enumerate(terms)
+        ]
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.logits import DenseLogits, LazyLogits
+from ..core.row_values import ORIGIN
 from ..core.signals import Signals
 from ..core.targets import Targets
 from ..core.teacher_logits import RoutedLogits, logits_by_teacher
@@ -53,7 +54,10 @@ class StepOutput:
 class Distiller:
     """Compute the distillation loss of a batch.
 
-    loss = sum over target tokens of (sum over terms of weight * T^2 * term) / num_items
+    loss = sum over target tokens of w * (sum over terms of weight * T^2 * term) / num_items
+
+    w is the weight of the token's row, if the batch has `weight` ([B], or [B, S] of each token), else 1. It does not
+    change num_items. With `by_origin` in the arguments, the batch has `origin`, the index of the author in `ORIGINS`.
 
     A call runs these steps:
 
@@ -131,7 +135,8 @@ class Distiller:
         model_type = model_type_of(model)
         num_outputs = model_type.num_outputs(model)
         output_type = model_type.output_type
-        step = StepInputs.read(inputs, teacher, self.features, model_type)
+        counts_origins = any(term.by_origin for term in self.terms)
+        step = StepInputs.read(inputs, teacher, self.features, model_type, counts_origins)
         if num_outputs is not None:
             output_type.check_labels(step.targets, num_outputs)
         if model_type.is_decoder:
@@ -156,6 +161,7 @@ class Distiller:
             if isinstance(each, MultiViewTeacher):
                 inputs, targets = each.transform_student_batch(inputs, targets, model.training)
         if targets is not step.targets:
+            targets = replace(targets, **_row_values(step.targets))
             feature_tokens = self.features.tokens(inputs, targets)
 
         chunked_loss = loss_on_logits(
@@ -223,6 +229,12 @@ class Distiller:
         if self.agree_on_failure is not None:
             self.agree_on_failure(failure)
         return joint_step, signals
+
+
+def _row_values(targets: Targets) -> dict[str, Any]:
+    """Return what does not depend on the positions of the target tokens, for the same tokens in another view."""
+    numbers = {name: counts for name, counts in targets.numbers.items() if name == ORIGIN}
+    return {"weights": targets.weights, "origins": targets.origins} | ({"numbers": numbers} if numbers else {})
 
 
 def _check_images(step: StepInputs, student: nn.Module, teacher: Teacher) -> None:

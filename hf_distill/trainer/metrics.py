@@ -14,7 +14,7 @@ from ..losses.token_metrics import greater_is_better
 from ..models.model_types import ModelType
 from .config import DistillArguments
 from .distiller import StepOutput
-from .source_metrics import average_by_source
+from .source_metrics import average_by_source, origin_label
 
 logger = logging.get_logger(__name__)
 _STATISTICS = ("kl", "agreement", "teacher_mse", "teacher_entropy", "student_entropy")  # computed at temperature 1
@@ -189,7 +189,7 @@ def evaluation_metrics(
         terms: the terms of the objective.
         model_type: type of the student; language models have perplexities.
     """
-    loss = sum(term.weight * means[f"{term.name}_loss"] for term in terms) + means.get("aux_loss", 0.0)
+    loss = sum(_weighted_mean(term, sums) for term in terms) + means.get("aux_loss", 0.0)
     metrics = {"loss": loss, **means}
     for name, cross_entropy in (("perplexity", "student_ce"), ("teacher_perplexity", "teacher_ce")):
         if model_type.vocabulary and cross_entropy in sums:
@@ -198,6 +198,14 @@ def evaluation_metrics(
     rows = {name: values.sum(0) if output_type.sums_rows else values for name, values in row_values.items()}
     of_type = output_type.evaluation_metrics(sums, rows)
     return metrics | {name: value for name, value in of_type.items() if value is not None}
+
+
+def _weighted_mean(term: Term, sums: Mapping[str, float]) -> float:
+    """Return what a term contributes to the loss, whose weight may depend on the author of the tokens."""
+    total = term.weight * sums[term.name]
+    for origin, of_origin in term.by_origin.items():
+        total += (of_origin.weight - term.weight) * sums[f"{term.name}@{origin_label(origin)}"]
+    return mean_of(total, sums["target_tokens"])
 
 
 def correct_greater_is_better(args: TrainingArguments) -> None:

@@ -7,6 +7,7 @@ the losses from lazy logits must equal those from the logits that the unmodified
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..errors import RunError
 from ..losses.fused import ChunkedLoss, LogitSource
 from ..losses.objective import Term
 from ..losses.output_types import OutputType
-from ..losses.routed import RoutedLoss
+from ..losses.routed import GroupedLoss
 from ..models.image_inputs import without_placeholder_labels
 from ..models.model_types import model_type_of
 from ..models.output_head import LogitSample, forget_output_head, known_output_head
@@ -96,7 +97,7 @@ class SelfCheck:
             RunError: they differ; the message says in what.
         """
         problems = [*self._check_target_count(targets), *_check_no_grad(teacher_signals)]
-        if isinstance(chunked_loss, RoutedLoss):
+        if isinstance(chunked_loss, GroupedLoss):
             for loss, logits in chunked_loss.parts_of(student_logits):
                 problems += self._check_fused_loss(*_sample_tokens(loss, logits)) if len(loss.targets) else []
         elif len(chunked_loss.targets):
@@ -218,7 +219,13 @@ class SelfCheck:
 
     def _weight(self, term: Term) -> float:
         """Return the weight of a term: that of the arguments for "soft" and "hard", else that of the term."""
-        return {"soft": self.distill_args.alpha, "hard": 1 - self.distill_args.alpha}.get(term.name, term.weight)
+        alpha = self._of_origin(term).get("alpha", self.distill_args.alpha)
+        return {"soft": alpha, "hard": 1 - alpha}.get(term.name, term.weight)
+
+    def _of_origin(self, term: Term) -> dict[str, Any]:
+        """Return the arguments of `by_origin` that the term has."""
+        by_origin = cast("dict[str, dict]", self.distill_args.by_origin or {})
+        return by_origin[term.origin] if term.origin else {}
 
     def _scale(self, term: Term) -> float:
         """Return T^2, with the temperature of the arguments for "soft"; 1 for a term without a temperature."""
@@ -226,7 +233,7 @@ class SelfCheck:
             return 1.0
         if term.name != "soft":
             return term.options["temperature"] ** 2
-        soft_loss = self.distill_args.soft_loss
+        soft_loss = self._of_origin(term).get("divergence", self.distill_args.soft_loss)
         temperature = soft_loss.get("temperature") if isinstance(soft_loss, dict) else None
         return (self.distill_args.loss_temperature if temperature is None else temperature) ** 2
 
@@ -257,9 +264,11 @@ class SelfCheck:
 
 
 def _term_values(term: Term, student: Signals, teachers: dict, targets: Targets) -> Tensor:
-    """Return the unscaled losses of a term by its definition, [n]; 0 for the labels of tokens that have none."""
+    """Return the unscaled losses of a term by its definition, [n]; 0 for tokens without a label, times the weights."""
     values = term.loss.function(student, teachers.get(term.teacher), targets, **term.options)
-    return values if term.loss.compares or targets.label_mask is None else values * targets.label_mask
+    for factor in (None if term.loss.compares else targets.label_mask, targets.weights):
+        values = values if factor is None else values * factor
+    return values
 
 
 def _sample_tokens(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..core.row_values import ORIGINS
 from .distiller import StepOutput
 
 
@@ -20,14 +21,21 @@ def split_by_source(step: StepOutput, source: Tensor | None, names: tuple[str, .
     """
     if source is None or len(names) < 2:
         return {}
-    targets = step.targets
-    token_source = targets.gather(source) if source.dim() == len(targets.shape) else source[targets.batch_rows]
+    token_source = step.targets.gather_by_row(source)
     per_source = {}
     for index, name in enumerate(names):
         mask = token_source == index
         per_source[f"target_tokens@{name}"] = mask.to(torch.float32)
         per_source |= {f"{term}@{name}": values * mask for term, values in step.per_token.items() if _is_split(term)}
     return per_source
+
+
+def origin_label(origin: str) -> str:
+    """Return the name of an author of target tokens in the logs, as in `soft_loss_origin_teacher`."""
+    return f"origin_{origin}"
+
+
+ORIGIN_LABELS = tuple(map(origin_label, ORIGINS))
 
 
 def average_by_source(sums: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:

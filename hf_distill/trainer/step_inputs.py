@@ -1,10 +1,14 @@
 """`StepInputs`: what student and teacher read of a batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
+from ..core.row_values import ORIGIN, ORIGINS, WEIGHT
 from ..core.signals import FeatureKey
-from ..core.targets import FeatureTokens, RowPositions, Targets
+from ..core.targets import IGNORE_INDEX, FeatureTokens, RowPositions, Targets, target_labels
 from ..core.teacher_inputs import (
     teacher_batch,
     teacher_inputs,
@@ -42,19 +46,29 @@ class StepInputs:
     feature_requests: Mapping[FeatureKey, FeatureTokens]
 
     @classmethod
-    def read(cls, inputs: dict, teacher: Teacher, features: Features, model_type: ModelType) -> "StepInputs":
+    def read(
+        cls,
+        inputs: dict,
+        teacher: Teacher,
+        features: Features,
+        model_type: ModelType,
+        counts_origins: bool = False,
+    ) -> "StepInputs":
         """Find the target tokens of a batch; all numbers that the host needs are read from the device at once.
 
         Args:
-            inputs: the collator's batch.
+            inputs: the collator's batch; `weight` and `origin`, [B] or [B, S], become those of the target tokens.
             teacher: a prepared teacher.
             features: the terms on features.
             model_type: type of the student, which decides what a target is and whether labels are shifted.
+            counts_origins: whether the target tokens of each origin are counted, if the batch has `origin`.
 
         Raises:
             DistillError: labels are missing or do not fit the type, the teacher cannot read its batch, or its rows have
                 other target tokens.
         """
+        weights, origins = inputs.get(WEIGHT), inputs.get(ORIGIN)
+        inputs = {name: value for name, value in inputs.items() if name not in (WEIGHT, ORIGIN)}
         inputs = without_placeholder_labels(teacher.add_inputs(inputs), model_type.placeholders)
         shift = model_type.shifts_labels
         readable = teacher.readable_inputs()
@@ -62,6 +76,8 @@ class StepInputs:
         check_teacher_inputs(teacher, inputs, of_teacher, model_type)
         numbers = token_numbers(features.numbers_to_read(inputs), features.numbers_to_read(of_teacher))
         numbers |= teacher.numbers_to_read(of_teacher, shift) | teacher_target_numbers(inputs, shift, readable)
+        if origins is not None and counts_origins:
+            numbers[ORIGIN] = _origin_counts(target_labels(inputs, shift), origins)
         targets = model_type.output_type.find_targets(inputs, shift, numbers)
         if "labels" in inputs:  # the shifted labels are in `targets`; a custom teacher may pass the batch to its model
             inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
@@ -70,8 +86,25 @@ class StepInputs:
         if teacher_targets is not targets:
             tokens_of_teacher = _tokens_of_teacher(feature_tokens, features.tokens(batch, teacher_targets))
         requests = features.teacher_requests(tokens_of_teacher)
+        of_tokens = {
+            name: None if values is None else targets.gather_by_row(values)
+            for name, values in (("weights", weights), ("origins", origins))
+        }
+        targets, teacher_targets = replace(targets, **of_tokens), replace(teacher_targets, **of_tokens)
         inputs = without_teacher_inputs(inputs, readable)
         return cls(inputs, targets, feature_tokens, batch, teacher_targets, requests)
+
+
+def _origin_counts(labels: Tensor, origins: Tensor) -> Tensor:
+    """Return the number of target tokens of each origin.
+
+    Args:
+        labels: of the positions, [B, S] or [B].
+        origins: index of each origin, of the same shape, or [B] of each row.
+    """
+    is_target = labels != IGNORE_INDEX
+    of_position = origins.reshape(origins.shape + (1,) * (labels.dim() - origins.dim())).expand_as(labels)
+    return torch.stack([(is_target & (of_position == index)).sum() for index in range(len(ORIGINS))])
 
 
 def _tokens_of_teacher(

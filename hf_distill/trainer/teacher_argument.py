@@ -50,7 +50,7 @@ def choose_teacher(
         raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
     each = teacher.values() if isinstance(teacher, Mapping) else [teacher]
     has_teacher_losses = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in each)
-    if not (distill_args.alpha > 0 or distill_args.losses or has_teacher_losses):
+    if not (distill_args.uses_soft_labels or distill_args.losses or has_teacher_losses):
         return None
     if teacher is None:
         logger.warning_once(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ..errors import did_you_mean, raise_if_any
 from ..losses.objective import Term, repeated_names
 from ..losses.output_types import DISTRIBUTION_OUTPUTS, OutputType
-from ..teachers import MultiTeacher, Teacher, TrainableTeacher
+from ..teachers import MultiTeacher, RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import teachers_by_name
 from .config import DistillArguments
 
@@ -51,18 +51,41 @@ def build_objective(
     if not shares and soft.weight:
         problems.append(f"alpha is {soft.weight:g}, but {_no_soft_labels(teacher)}: set alpha to 0")
     student = [
-        replace(soft, name=soft.name if name is None else f"soft_{name}", teacher=name, weight=soft.weight * share)
-        for name, share in shares.items()
+        soft.with_share(soft.name if name is None else f"soft_{name}", name, share) for name, share in shares.items()
     ]
     student += [hard, *further]
+    if soft.by_origin:
+        problems += _origin_problems(soft, teacher, output_type, shares)
     of_teacher: list[Term] = []
     members = teachers_by_name(teacher) if isinstance(teacher, MultiTeacher) else {None: teacher}
     for name, each in members.items():
         if isinstance(each, TrainableTeacher):
             of_teacher += each.derive_terms(replace(soft, weight=soft.weight * shares.get(name, 0.0)), hard)
-        problems += [f"{name}: {why}" if name else why for why in each.incompatible_terms(student, name)]
+        of_origins = [variant for term in student for variant in term.by_origin.values()]
+        refusals = each.incompatible_terms([*student, *of_origins], name)
+        problems += [f"{name}: {why}" if name else why for why in dict.fromkeys(refusals)]
     raise_if_any(problems + repeated_names([*student, *of_teacher]))
     return Objective(student, of_teacher)
+
+
+def _origin_problems(
+    soft: Term, teacher: Teacher, output_type: OutputType, shares: Mapping[str | None, float]
+) -> list[str]:
+    """Return why the losses cannot depend on the author of the target tokens."""
+    problems = []
+    if type(output_type) is not type(DISTRIBUTION_OUTPUTS):
+        problems.append("by_origin is set, and the student generates no text, whose author could matter: remove it")
+    if isinstance(teacher, RoutedTeacher):
+        problems.append(
+            "by_origin is set, and the rows have teachers of their own: use one teacher, or several for all rows, or "
+            "remove by_origin"
+        )
+    if any(isinstance(each, TrainableTeacher) for each in teachers_by_name(teacher).values()):
+        problems.append("by_origin is set, and the teacher is trained with the student by the same losses: remove it")
+    alphas = {origin: term.weight for origin, term in soft.by_origin.items() if term.weight}
+    if not shares and alphas:
+        problems.append(f"by_origin sets alpha {alphas}, but {_no_soft_labels(teacher)}: set each alpha to 0")
+    return problems
 
 
 def _reads_another(term: Term, shares: Mapping[str | None, float]) -> bool:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..core.aligned_inputs import aligned_names
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.logits import to_host
+from ..core.row_values import ORIGIN, ORIGINS, WEIGHT
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_PREFIX
 from ..core.teacher_inputs import TEACHER_LABELS, is_teacher_key, without_teacher_inputs
 from ..errors import DistillError, RunError, raise_if_any
@@ -58,7 +59,7 @@ from .prefetch import ANNOUNCED_INPUTS, BatchPrefetcher
 from .self_check import SelfCheck
 from .sidecar import SidecarManager, learned_layers, load_trained_sidecar, save_trained_sidecar
 from .signal_handling import stop_on_signal
-from .source_metrics import split_by_source
+from .source_metrics import ORIGIN_LABELS, split_by_source
 from .step_inputs import StepInputs
 from .teacher_argument import (
     OneTeacher,
@@ -153,13 +154,16 @@ class DistillMixin(_Base):
 
         Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
         """
-        source, inputs = inputs.get("source"), self._with_teacher_index(inputs)
+        source, inputs = inputs.get("source"), self._with_origin(inputs)
+        inputs = self._with_teacher_index(inputs)
         if not self.is_distilling:
             inputs = self._without_teacher_inputs(inputs)
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         is_training = model.training
+        if not is_training:  # evaluations are not weighted
+            inputs = {name: value for name, value in inputs.items() if name != WEIGHT}
         if self._is_self_check_pending:
             self.distiller.pre_loss_hook = SelfCheck.prepare(self._distill_args, inputs, model, self.teacher)
         try:
@@ -177,6 +181,7 @@ class DistillMixin(_Base):
         self._is_self_check_pending, self.distiller.pre_loss_hook = False, None
         step.per_token.update(split_by_source(step, source, self._source_names))
         step.per_token.update(split_by_source(step, inputs.get(TEACHER_INDEX), self._teacher_names))
+        step.per_token.update(split_by_source(step, inputs.get(ORIGIN), ORIGIN_LABELS))
         if is_training:
             self.metric_accumulator.add_micro_batch(step)
             self.nonfinite_guard.add_micro_batch(inputs, step, self._terms)
@@ -235,6 +240,22 @@ class DistillMixin(_Base):
         if not self.drops_teacher_inputs and (problem := foreign_key_problem(inputs, self.model)):
             raise DistillError(problem)
         return without_teacher_inputs(inputs, input_names(self.model))
+
+    def _with_origin(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the origin of each token, if the losses depend on it and the batch does not have it.
+
+        It comes from the names of the sources of a mixture. Rows of an evaluation without origins are the data's.
+        """
+        if ORIGIN in inputs or not self.is_distilling or not self._distill_args.by_origin:
+            return inputs
+        if (source := inputs.get("source")) is not None and {*self._source_names} <= {*ORIGINS}:
+            origins = torch.zeros_like(source)
+            for index, name in enumerate(self._source_names):
+                origins = origins.masked_fill(source == index, ORIGINS.index(name))
+            return {**inputs, ORIGIN: origins}
+        if not self.model.training and (labels := inputs.get("labels")) is not None:
+            return {**inputs, ORIGIN: torch.full_like(labels[:, 0], ORIGINS.index("data"))}
+        return inputs
 
     def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""
@@ -399,7 +420,9 @@ class DistillMixin(_Base):
         if self.is_distilling:
             of_teacher = self.teacher.input_names()
             model_inputs = of_teacher | input_names(self.model) | {f"{TEACHER_PREFIX}{name}" for name in of_teacher}
-            self._keep_columns(model_inputs | {TEACHER_LABELS})
+            self._keep_columns(
+                model_inputs | {TEACHER_LABELS, WEIGHT} | ({ORIGIN} if self._distill_args.by_origin else set())
+            )
         self._keep_columns(getattr(self.data_collator, "raw_columns", ()))
 
     def _keep_columns(self, names: Iterable[str]) -> None:
@@ -521,9 +544,10 @@ class DistillMixin(_Base):
     def _average_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the means for the logs, from sums over target tokens; subclasses add metrics."""
         output_type = model_type_of(self.model).output_type
-        names = (*output_type.student_metrics, *output_type.pair_metrics)
-        statistics = [name for name in names if name not in output_type.evaluation_statistics]
-        return average_metrics(sums, self._terms, (*self._source_names, *self._teacher_names), statistics)
+        possible = (*output_type.student_metrics, *output_type.pair_metrics)
+        statistics = [name for name in possible if name not in output_type.evaluation_statistics]
+        names = (*self._source_names, *self._teacher_names, *ORIGIN_LABELS)
+        return average_metrics(sums, self._terms, names, statistics)
 
     def prediction_step(
         self,

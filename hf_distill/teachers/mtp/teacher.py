@@ -190,9 +190,9 @@ class _MTPStep(JointStep):
         earlier = (targets.positions - d).clamp(min=0)
         is_inside = (targets.positions % width >= d) & (documents[earlier] == documents[targets.positions])
         indices = true_indices(is_inside, targets.numbers["mtp"][d - 1])
-        mask = None if targets.label_mask is None else targets.label_mask[indices]
+        mask, weights = (None if of is None else of[indices] for of in (targets.label_mask, targets.weights))
         rows = targets.batch_rows[indices]
-        return indices, Targets(targets.labels[indices], earlier[indices], rows, targets.shape, mask)
+        return indices, Targets(targets.labels[indices], earlier[indices], rows, targets.shape, mask, weights=weights)
 
     def _logits(self, student_logits: LazyLogits | DenseLogits, hidden: Tensor) -> LazyLogits:
         """Return the logits of hidden states of a head, [t, H], by the student's output head."""
