@@ -1,6 +1,6 @@
 """Data collator: pads rows to the longest of the batch, or concatenates packed documents without padding."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 
-from ..core.row_values import ORIGIN, WEIGHT, check_weight, origin_index
 from ..core.targets import IGNORE_INDEX
+from .row_values import collate_row_values
 
 Row: TypeAlias = Mapping[str, Sequence[int]]  # column -> values; `source` of a row that is not packed is one number
 
@@ -76,34 +76,6 @@ class Collator:
             f"{view}labels{suffix}": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             f"{view}attention_mask{suffix}": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-
-
-def collate_row_values(rows: Sequence[Mapping[str, Any]], is_packed: bool = False) -> dict[str, Tensor]:
-    """Return `weight` and `origin` of rows that have these columns, [B].
-
-    Args:
-        rows: rows whose columns `weight` and `origin` hold one value, or with `is_packed` a value for each token.
-        is_packed: whether the rows are joined to one, so that the values are [1, S].
-
-    Raises:
-        DistillError: a value is invalid, or only some rows have it.
-    """
-    batch = {}
-    for column, (check, dtype) in _ROW_VALUES.items():
-        if not any(column in row for row in rows):
-            continue
-        values = [row.get(column) for row in rows]
-        if is_packed:
-            values = [value for row in rows for value in row[column]]
-        tensor = torch.tensor([check(value) for value in values], dtype=dtype)
-        batch[column] = tensor[None] if is_packed else tensor
-    return batch
-
-
-_ROW_VALUES: dict[str, tuple[Callable[[object], float], torch.dtype]] = {
-    WEIGHT: (check_weight, torch.float32),
-    ORIGIN: (origin_index, torch.long),
-}
 
 
 def returns_document_lengths(collator: object) -> bool:

@@ -33,6 +33,11 @@ class Source(StrictModel):
         "...] with weights of at least 0 that are interpolated linearly over training progress from 0 to 1. "
         "Default: 1.",
     )
+    origin: Literal["teacher", "student", "data"] | None = Field(
+        None,
+        description="Who wrote the target tokens of this source, which distill.by_origin reads. Default (null): the "
+        "column origin of the data, if it has one.",
+    )
     assistant_only: bool | None = Field(
         None,
         description="For conversations: whether only the assistant's turns are target tokens (true), or all tokens "

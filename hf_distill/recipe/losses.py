@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Self, TypedDict, cast
+from typing import Literal, Self, TypedDict, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -132,6 +132,29 @@ class LossSpec(StrictModel):
         return self
 
 
+class OriginLosses(StrictModel):
+    """The losses of the target tokens of one author; a value that is not set is that of `distill`."""
+
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="Weight of the divergence, from 0 to 1. Default (null): distill.alpha."
+    )
+    divergence: str | dict[str, object] | None = Field(
+        None,
+        description="Divergence: the name of a loss, or {name: ..., option: ...}. Default (null): distill.divergence.",
+    )
+
+    @field_validator("divergence")
+    @classmethod
+    def _check_name(cls, value: str | dict[str, object] | None) -> str | dict[str, object] | None:
+        return None if value is None else _check_divergence(value)
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> Self:
+        if self.alpha is None and self.divergence is None:
+            raise ValueError("set divergence, alpha, or both")
+        return self
+
+
 class Distill(StrictModel):
     """The objective: alpha * T^2 * divergence + (1 - alpha) * cross-entropy, averaged over the target tokens."""
 
@@ -159,6 +182,14 @@ class Distill(StrictModel):
         "projected_kl or uld, or {name: ..., option: ...}. Default (null): teacher and student have one tokenizer.",
     )
 
+    by_origin: dict[Literal["teacher", "student", "data"], OriginLosses] | None = Field(
+        None,
+        description="Losses that depend on who wrote the target tokens: teacher, student or data -> {divergence: ..., "
+        "alpha: ...}. The author of a row is the key origin of its source, or the column origin of the data; in "
+        "on-policy training, student for what the student generates, else data. Default (null): all tokens have the "
+        "same losses.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _set_default_temperature(cls, values: object) -> object:
@@ -169,12 +200,7 @@ class Distill(StrictModel):
     @field_validator("divergence")
     @classmethod
     def _check_name(cls, value: str | dict[str, object]) -> str | dict[str, object]:
-        name, compares = _soft_loss(value)
-        if compares in CHUNKS:
-            raise ValueError(f"loss {name!r} is for a teacher with another tokenizer: set cross_tokenizer to it")
-        if compares != "logits":
-            raise ValueError(f"loss {name!r} does not use the teacher's logits, so it cannot be the divergence")
-        return value
+        return _check_divergence(value)
 
     @field_validator("cross_tokenizer")
     @classmethod
@@ -197,6 +223,10 @@ class Distill(StrictModel):
                 f"divergence is {short(self.divergence)} and cross_tokenizer is {short(self.cross_tokenizer)}, which "
                 "takes the place of the divergence: remove divergence"
             )
+        if self.cross_tokenizer is not None and self.by_origin:
+            raise ValueError(
+                "by_origin chooses divergences on ids of one tokenizer, and cross_tokenizer is set: remove one of them"
+            )
         return self
 
     @property
@@ -210,6 +240,16 @@ class Distill(StrictModel):
         loss = {"name": self.soft_loss} if isinstance(self.soft_loss, str) else self.soft_loss
         options = packaged_schema()["$defs"]["LossSpec"]["x-losses"][str(loss["name"])]["options"]
         return cast(float, loss.get("temperature", self.temperature)) if "temperature" in options else None
+
+
+def _check_divergence(value: str | dict[str, object]) -> str | dict[str, object]:
+    """Return the name of a divergence with its options, after checking them."""
+    name, compares = _soft_loss(value)
+    if compares in CHUNKS:
+        raise ValueError(f"loss {name!r} is for a teacher with another tokenizer: set cross_tokenizer to it")
+    if compares != "logits":
+        raise ValueError(f"loss {name!r} does not use the teacher's logits, so it cannot be the divergence")
+    return value
 
 
 def _soft_loss(value: str | dict[str, object]) -> tuple[object, str | None]:

@@ -244,6 +244,7 @@ class Recipe(StrictModel):
             self._check_streaming,
             self._check_remote,
             self._check_cross_tokenizer,
+            self._check_origins,
             self._check_task,
         )
         problems = []
@@ -265,6 +266,25 @@ class Recipe(StrictModel):
     def _check_cross_tokenizer(self) -> None:
         if problems := cross_tokenizer_problems(self):
             raise Problems(problems)
+
+    def _check_origins(self) -> None:
+        """Check that losses may depend on the author of the target tokens, and that all sources or none have one."""
+        lacking = [name for name, source in self.data.sources.items() if source.origin is None]
+        if 0 < len(lacking) < len(self.data.sources):
+            raise ValueError(
+                f"data.{lacking[0]} has no origin, and other sources do: set origin in every source, or in none"
+            )
+        if not self.distill.by_origin:
+            return
+        problems = []
+        if self.task != TEXT_GENERATION:
+            problems.append(f"the task {self.task} generates no text, whose author could matter")
+        if trained := sorted({*self.kinds} & {"online", "mutual", "mtp"}):
+            problems.append(f"teacher.kind {trained[0]} trains the teacher by the same losses")
+        if any(spec.sources for spec in self.teachers):
+            problems.append("the sources have teachers of their own")
+        if problems:
+            raise ValueError(f"distill.by_origin: {'; '.join(problems)}: remove by_origin")
 
     def _check_task(self) -> None:
         if problems := task_problems(self):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from ..core.results import DataFacts
+from ..core.row_values import ORIGIN, ORIGINS, WEIGHT
 from ..core.schedule import parse_schedule
 from ..core.targets import IGNORE_INDEX
 from ..data import (
@@ -28,6 +29,7 @@ from ..data import (
     with_teacher_prompts,
 )
 from ..data.formats import PARAPHRASE, TEACHER_PROMPT, TEXT, SecondPrompt
+from ..data.json_files import map_exactly
 from ..data.teacher_column import check_no_teacher_column
 from ..data.training_templates import renders_same, training_template
 from ..errors import DistillError
@@ -126,7 +128,12 @@ class _Tokenizers:
 
 
 def _with_equal_columns(rows: dict[Key, Examples]) -> dict[Key, Examples]:
-    """Add the columns of the teachers' rows to sources without them, as empty rows, which are made from the text."""
+    """Add the columns of the teachers' rows to sources without them, as empty rows, which are made from the text.
+
+    If some sources have the column `weight`, rows of the others have the weight 1.
+    """
+    if any(WEIGHT in _columns_of(part) for part in rows.values()):
+        rows = {key: part if WEIGHT in _columns_of(part) else _with_weight_1(part) for key, part in rows.items()}
     missing = {
         key: [name for other in rows.values() for name in _row_columns(other) if name not in _row_columns(part)]
         for key, part in rows.items()
@@ -149,8 +156,17 @@ def _check_teacher_prompts(rows: Mapping[str, Examples], other_tokenizers: Seque
         )
 
 
+def _columns_of(rows: Examples) -> list[str]:
+    return rows.column_names or list(next(iter(rows)))
+
+
+def _with_weight_1(rows: Examples) -> Examples:
+    features = Features({**cast(Features, rows.features), WEIGHT: Value("float32")})
+    return rows.map(lambda row: {WEIGHT: 1.0}, features=features)
+
+
 def _row_columns(rows: Examples) -> list[str]:
-    return [name for name in rows.column_names or list(next(iter(rows))) if name.startswith("teacher_")]
+    return [name for name in _columns_of(rows) if name.startswith("teacher_")]
 
 
 def _with_empty(rows: Examples, columns: Iterable[str]) -> Examples:
@@ -213,8 +229,25 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     return _with_prompts(documents, recipe, f"data.{name}")
 
 
+def with_origin(rows: Examples, recipe: Recipe, name: str) -> Examples:
+    """Return the rows of a source with its origin as a column, if it has one."""
+    source = recipe.data.sources.get(name)
+    if source is None or source.origin is None:
+        return rows
+    index = ORIGINS.index(source.origin)
+    features = None if rows.features is None else Features({**rows.features, ORIGIN: Value("int64")})
+    return map_exactly(rows, lambda row, number: {ORIGIN: index}, features)
+
+
+def _without_unread_origin(documents: Examples, recipe: Recipe) -> Examples:
+    """Return the examples without a column `origin` that the recipe does not read, which may be of another meaning."""
+    is_read = recipe.distill.by_origin and all(source.origin is None for source in recipe.data.sources.values())
+    return documents if is_read or ORIGIN not in _columns_of(documents) else documents.remove_columns(ORIGIN)
+
+
 def _with_prompts(documents: Examples, recipe: Recipe, where: str) -> Examples:
     """Return the examples as prompts and completions in an on-policy recipe, and with the prompts of the teacher."""
+    documents = _without_unread_origin(documents, recipe)
     template = next((spec.prompt for spec in recipe.all_teachers if spec.prompt), None)
     has_prompts = TEACHER_PROMPT.column in (documents.column_names or list(next(iter(documents))))
     documents = prompt_rows(documents, where) if recipe.on_policy or template or has_prompts else documents
@@ -241,7 +274,7 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizer
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
     columns = documents.column_names or list(next(iter(documents)))
-    return tokenize_dataset(
+    rows = tokenize_dataset(
         documents,
         tokenizers.student,
         data.max_length,
@@ -252,6 +285,7 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizer
         tokenizers.chat_template,
         tokenizers.others,
     )
+    return with_origin(rows, recipe, name)
 
 
 def _second_prompt(recipe: Recipe, columns: Sequence[str]) -> SecondPrompt | None:

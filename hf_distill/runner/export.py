@@ -6,22 +6,10 @@ from pathlib import Path
 
 from ..core.held_out_metrics import HELD_OUT_METRICS
 from ..core.processes import run_on_main
-from ..core.signals import FeatureKey, Signals
-from ..core.targets import FeatureTokens, Targets
 from ..recipe.schema import Recipe
-from ..teachers import EMATeacher, MTPTeacher, PeerTeacher, Teacher
+from ..teachers import EMATeacher, MTPTeacher, PeerTeacher
 from ..teachers.group import TeacherGroup
 from ..trainer.trainer import DistillTrainer
-
-
-class NullTeacher(Teacher):
-    """A teacher without outputs, to evaluate a student on the hard labels only."""
-
-    provides_soft_labels = False
-
-    def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
-        """Return no signals."""
-        return Signals(None)
 
 
 def export_teachers(trainer: DistillTrainer, export: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ from ..data.json_files import ExactJson, map_exactly
 from ..data.roles import check_roles
 from ..errors import DistillError, require_package
 from ..recipe.schema import Recipe
-from .datasets import load_source, mix_sources
+from .datasets import load_source, mix_sources, with_origin
 
 if TYPE_CHECKING:
     from ..trl import OnPolicyDistillConfig
@@ -63,7 +63,8 @@ def prepare_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: in
         if data.eval.holdout:
             assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
             documents, _ = split_held_out(documents, data.eval.holdout, seed)
-        rows[name] = _filter_by_prompt_length(documents, name, tokenizer, data.max_length - spec.max_completion_length)
+        part = _filter_by_prompt_length(documents, name, tokenizer, data.max_length - spec.max_completion_length)
+        rows[name] = with_origin(part, recipe, name)
     firsts = {name: next(iter(part)) for name, part in rows.items()}
     kinds = {name: "texts" if isinstance(row["prompt"], str) else "messages" for name, row in firsts.items()}
     if len({*kinds.values()}) > 1:

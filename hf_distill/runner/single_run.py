@@ -23,6 +23,7 @@ from ..core.results import Metrics, ModelFacts, Results
 from ..losses import get_loss
 from ..models.model_types import unwrap_model
 from ..recipe.schema import Recipe
+from ..teachers import NullTeacher
 from ..teachers.loading import zero3_init_context
 from ..trainer.config import DistillArguments, DistillConfig
 from ..trainer.packed_batches import PackedAttentionCheck
@@ -32,7 +33,7 @@ from .checkpoint_recipe import RecipeRecord, check_same_content, content_values,
 from .datasets import num_training_rows
 from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
-from .export import NullTeacher, export_teachers, teacher_metrics
+from .export import export_teachers, teacher_metrics
 from .model_factory import ModelFactory, check_launch
 from .model_loading import load_teacher_tokenizers, resolve_model
 from .on_policy import prepare_prompts
@@ -215,7 +216,9 @@ class RunContext:
         self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)
-        if not trainer.is_distilling:  # alpha is 0: the teacher was not needed for training
+        if not trainer.is_distilling or isinstance(
+            trainer.teacher, NullTeacher
+        ):  # alpha is 0: the teacher was not needed for training
             trainer.setup_distillation(self.models.teacher, self._objective())
         self._describe(trainer)
         after = held_out_metrics(trainer.evaluate())
@@ -254,7 +257,7 @@ class RunContext:
         They are computed with the objective of the recipe, without the losses on features. If the teacher changed
         during the training of the student, they are those of the hard labels only.
         """
-        changes: dict[str, object] = {"alpha": 0.0, "losses": None}
+        changes: dict[str, object] = {"alpha": 0.0, "losses": None, "by_origin": None}
         if self.args.load_best_model_at_end:  # without a teacher there is no KL to select the best checkpoint by
             changes |= {"metric_for_best_model": "loss", "greater_is_better": False}
         trainer = self.trainer("control", changes=changes)
@@ -264,5 +267,5 @@ class RunContext:
         if self.recipe.kinds <= {"frozen", "adapter_base", "cached", "remote"}:
             trainer.setup_distillation(self.models.teacher, self._objective(losses=losses or None))
         else:
-            trainer.setup_distillation(NullTeacher(), self._objective(alpha=0.0, losses=None))
+            trainer.setup_distillation(NullTeacher(), self._objective(alpha=0.0, losses=None, by_origin=None))
         return {**held_out_metrics(trainer.evaluate()), "train_seconds": seconds}

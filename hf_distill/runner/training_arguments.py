@@ -28,7 +28,9 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> "DistillConfig | OnPol
     losses = [loss.model_dump(exclude_none=True) for loss in recipe.losses]
     projectors = recipe.model_dump(include={"projectors"})["projectors"]
     recipe_arguments = (
-        train_arguments(recipe) | recipe.distill.model_dump() | {"losses": losses or None, "projectors": projectors}
+        train_arguments(recipe)
+        | recipe.distill.model_dump(exclude_none=True)
+        | {"losses": losses or None, "projectors": projectors}
     )
     try:
         if on_policy:

@@ -8,6 +8,7 @@ from .frozen import FrozenTeacher
 from .mtp.teacher import MTPTeacher
 from .multi_teacher import MultiTeacher
 from .multi_view.teacher import MultiViewTeacher
+from .null import NullTeacher
 from .peer import PeerTeacher
 from .remote import RemoteTeacher
 from .routed_teacher import RoutedTeacher
@@ -23,6 +24,7 @@ __all__ = [
     "MTPTeacher",
     "MultiTeacher",
     "MultiViewTeacher",
+    "NullTeacher",
     "PeerTeacher",
     "RemoteTeacher",
     "RoutedTeacher",

@@ -8,9 +8,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ..core.processes import any_process
+from ..core.row_values import ORIGIN, WEIGHT
 from ..data.alignment.collator import AlignedCollator
 from ..data.collator import Collator, returns_document_lengths
 from ..data.packing import missing_positions_problem, packed_attention_problem
+from ..data.row_values import RowValuesCollator, has_row_value
 from ..data.teacher_column import TeacherColumnCollator
 from ..errors import DistillError, raise_if_any
 from ..models.model_call import uses_flash_attention
@@ -33,7 +35,7 @@ def collator_for_models(trainer: Any) -> Any:
     if isinstance(trainer.data_collator, AlignedCollator):
         trainer.data_collator = trainer.data_collator.collator
     makers = [teacher.row_maker for teacher in cross_tokenizer_teachers(trainer.teacher)]
-    collator = _for_attention(trainer)
+    collator = _with_row_values(trainer, _for_attention(trainer))
     return AlignedCollator(collator, makers) if makers and trainer.collates_batches else collator
 
 
@@ -59,6 +61,15 @@ def _for_attention(trainer: Any) -> Any:
         )
         return collator
     return Collator(collator.pad_token_id, collator.sources, return_flash_attn_kwargs=True)
+
+
+def _with_row_values(trainer: Any, collator: Any) -> Any:
+    """Return a collator that also returns the weights and origins of rows that have them, if the trainer reads them."""
+    if not trainer.is_distilling or isinstance(collator, Collator | RowValuesCollator) or not trainer.collates_batches:
+        return collator
+    datasets = [trainer.train_dataset, trainer.eval_dataset]
+    columns = [WEIGHT, ORIGIN] if trainer.reads_origins else [WEIGHT]
+    return RowValuesCollator(collator) if any(has_row_value(name, *datasets) for name in columns) else collator
 
 
 def _with_teacher_column(trainer: Any) -> TeacherColumnCollator:

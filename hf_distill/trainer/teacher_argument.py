@@ -16,6 +16,7 @@ from ..teachers import (
     CrossTokenizerTeacher,
     FrozenTeacher,
     MultiTeacher,
+    NullTeacher,
     RoutedTeacher,
     Teacher,
 )
@@ -31,14 +32,18 @@ TeacherArgument = OneTeacher | Mapping[str, OneTeacher]
 
 
 def choose_teacher(
-    teacher: TeacherArgument | None, teachers: Mapping[str, OneTeacher] | None, distill_args: DistillArguments
+    teacher: TeacherArgument | None,
+    teachers: Mapping[str, OneTeacher] | None,
+    distill_args: DistillArguments,
+    has_weights: bool = False,
 ) -> Teacher | None:
-    """Return the teacher of a trainer; None if it trains on the labels alone.
+    """Return the teacher of a trainer; None if it trains on the labels alone with the loss of the Trainer.
 
     Args:
         teacher: the `teacher` argument of the trainer.
         teachers: the `teachers` argument of the trainer.
         distill_args: the arguments of the objective, and how to load a model.
+        has_weights: whether the training rows have weights, so that the labels alone need the loss of this package.
 
     Raises:
         DistillError: both are set, there are losses but no teacher, or the teacher cannot be built.
@@ -51,12 +56,12 @@ def choose_teacher(
     each = teacher.values() if isinstance(teacher, Mapping) else [teacher]
     has_teacher_losses = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in each)
     if not (distill_args.uses_soft_labels or distill_args.losses or has_teacher_losses):
-        return None
+        return NullTeacher() if has_weights else None
     if teacher is None:
         logger.warning_once(
             "There is no teacher, so this trains on the labels alone. Pass `teacher=` to the trainer to distill."
         )
-        return None
+        return NullTeacher() if has_weights else None
     built = build_teacher(teacher, distill_args)
     return built if distill_args.cross_tokenizer is None else with_other_tokenizer(built)
 

@@ -24,6 +24,7 @@ from ..core.logits import to_host
 from ..core.row_values import ORIGIN, ORIGINS, WEIGHT
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_PREFIX
 from ..core.teacher_inputs import TEACHER_LABELS, is_teacher_key, without_teacher_inputs
+from ..data.row_values import check_no_weights, has_row_value
 from ..errors import DistillError, RunError, raise_if_any
 from ..losses.objective import Term
 from ..models.checkpoint_weights import tied_once
@@ -122,8 +123,10 @@ class DistillMixin(_Base):
         if isinstance(model, nn.Module):
             declare_model_type(model, model_type)
         distill_args = args if isinstance(args, DistillArguments) else DistillArguments()
-        self.teacher = cast(Teacher, choose_teacher(teacher, teachers, distill_args))
+        has_weights = has_row_value(WEIGHT, *trainer_args, kwargs.get("train_dataset"))
+        self.teacher = cast(Teacher, choose_teacher(teacher, teachers, distill_args, has_weights))
         self.is_distilling, self._is_self_check_pending = self.teacher is not None, False
+        self._distill_args = distill_args
         self.drops_teacher_inputs = teacher is not None or teachers is not None  # with alpha=0 there is no teacher
         if self.is_distilling:
             enable_zero3_gather_on_save(args)
@@ -133,7 +136,7 @@ class DistillMixin(_Base):
         self.sidecar_manager, self._card_writer = SidecarManager(), ModelCardWriter()
         self.failure_guard, self._prefetcher = TeacherFailureGuard(), BatchPrefetcher()
         super().__init__(model, args, *trainer_args, **kwargs)
-        self._objective_args, self._distill_args = objective_arguments(self.args), distill_args
+        self._objective_args = objective_arguments(self.args)
         if self.is_distilling:
             correct_greater_is_better(self.args)
             self.setup_distillation(self.teacher, distill_args)
@@ -157,6 +160,7 @@ class DistillMixin(_Base):
         source, inputs = inputs.get("source"), self._with_origin(inputs)
         inputs = self._with_teacher_index(inputs)
         if not self.is_distilling:
+            check_no_weights(inputs, model.training)
             inputs = self._without_teacher_inputs(inputs)
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -241,12 +245,17 @@ class DistillMixin(_Base):
             raise DistillError(problem)
         return without_teacher_inputs(inputs, input_names(self.model))
 
+    @property
+    def reads_origins(self) -> bool:
+        """Whether the losses depend on the author of the target tokens."""
+        return self.is_distilling and bool(self._distill_args.by_origin)
+
     def _with_origin(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the origin of each token, if the losses depend on it and the batch does not have it.
 
         It comes from the names of the sources of a mixture. Rows of an evaluation without origins are the data's.
         """
-        if ORIGIN in inputs or not self.is_distilling or not self._distill_args.by_origin:
+        if ORIGIN in inputs or not self.reads_origins:
             return inputs
         if (source := inputs.get("source")) is not None and {*self._source_names} <= {*ORIGINS}:
             origins = torch.zeros_like(source)
@@ -420,9 +429,7 @@ class DistillMixin(_Base):
         if self.is_distilling:
             of_teacher = self.teacher.input_names()
             model_inputs = of_teacher | input_names(self.model) | {f"{TEACHER_PREFIX}{name}" for name in of_teacher}
-            self._keep_columns(
-                model_inputs | {TEACHER_LABELS, WEIGHT} | ({ORIGIN} if self._distill_args.by_origin else set())
-            )
+            self._keep_columns(model_inputs | {TEACHER_LABELS, WEIGHT} | ({ORIGIN} if self.reads_origins else set()))
         self._keep_columns(getattr(self.data_collator, "raw_columns", ()))
 
     def _keep_columns(self, names: Iterable[str]) -> None:

@@ -16,10 +16,12 @@ from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import flush_left
 
+from ..core.row_values import ORIGIN, WEIGHT
 from ..core.schedule import schedule_integral
 from ..core.targets import IGNORE_INDEX
 from ..data import Collator, prompt_rows
 from ..data.formats import TEACHER_PROMPT
+from ..data.row_values import collate_row_values
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..teachers import Teacher
 from ..trainer.config import DistillArguments
@@ -106,7 +108,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         problems = []
         if not isinstance(args, OnPolicyDistillConfig):
             problems.append(f"args is a {type(args).__name__}: use OnPolicyDistillConfig")
-        elif args.alpha == 0 and not args.losses:
+        elif not args.uses_soft_labels and not args.losses:
             problems.append(
                 "alpha is 0 and there are no `losses`, so the student learns nothing from the teacher: use SFTTrainer"
             )
@@ -217,9 +219,23 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             batch = keep_padded_images(super()._generate_and_score_completions(inputs))
         batch["has_labels"] = ~torch.tensor(is_generated, device=self.accelerator.device)
         batch |= self._teacher_prompts(inputs)
+        batch |= send_to_device(self._row_values(inputs, is_generated), self.accelerator.device)
         if "source" in inputs[0]:
             batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
         return batch
+
+    def _row_values(self, rows: list[dict], is_generated: list[bool]) -> dict[str, Tensor]:
+        """Return the weights of rows that have them, and the origins if the losses depend on them, [B].
+
+        The origin of a completion is the student if it was generated, else that of its row, or the data.
+        """
+        kept = [{WEIGHT: row[WEIGHT]} if WEIGHT in row else {} for row in rows]
+        if self.reads_origins:
+            origins = [
+                "student" if each else row.get(ORIGIN, "data") for each, row in zip(is_generated, rows, strict=True)
+            ]
+            kept = [{**row, ORIGIN: origin} for row, origin in zip(kept, origins, strict=True)]
+        return collate_row_values(kept)
 
     def _teacher_prompts(self, rows: list[dict]) -> dict[str, Tensor]:
         """Return the tokens of the column `teacher_prompt`, [B, P], and their mask; empty without that column.
@@ -369,7 +385,8 @@ def _check_teacher_prompts(rows: Dataset, name: str) -> None:
 
 def _join_completions(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join TRL's prompts [B, P] and completions [B, C] to right-padded ids, mask and labels, [B, S]."""
-    rows = _join(batch, "") | {"has_labels": batch["has_labels"]} | fields_of_images(batch)
+    of_rows = {name: batch[name] for name in ("has_labels", WEIGHT, ORIGIN) if name in batch}
+    rows = _join(batch, "") | of_rows | fields_of_images(batch)
     if "teacher_prompt_ids" in batch:
         rows |= {f"teacher_{name}": values for name, values in _join(batch, "teacher_").items()}
     ids = rows["input_ids"]

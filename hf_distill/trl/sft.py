@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
+from ..core.row_values import ORIGIN, WEIGHT
 from ..data.formats import TEACHER_PROMPT
 from ..errors import DistillError
 from ..models.model_types import unwrap_model
@@ -97,6 +98,13 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
                 f"train_dataset has {', '.join(unread)}, which SFTTrainer's tokenization and collator leave out: use "
                 "DistillTrainer with rows of `tokenize_dataset` and the `Collator`, or OnPolicyDistillTrainer; or "
                 "remove the columns."
+            )
+        read = {WEIGHT, ORIGIN} if isinstance(args, DistillArguments) and args.by_origin else {WEIGHT}
+        if getattr(args, "packing", False) and (lost := sorted(read & {*columns})):
+            raise DistillError(
+                f"train_dataset has {', '.join(lost)}, which SFTTrainer's packing leaves out: set packing=False "
+                "(padding_free=True also trains without padding), use DistillTrainer with rows of `tokenize_dataset` "
+                "and `pack`, or remove the column."
             )
         self._num_tokens: Tensor | int = 0
         teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))

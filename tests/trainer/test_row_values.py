@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from test_distiller import gradients, teacher_of
 from tiny import build, collate, one_step, rows
+from transformers import DataCollatorWithFlattening, default_data_collator
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer, FrozenTeacher
 from hf_distill.core.row_values import ORIGINS
-from hf_distill.data import Collator, mix, pack
+from hf_distill.data import Collator, mix, pack, tokenize_dataset
+from hf_distill.data.row_values import RowValuesCollator
 from hf_distill.losses.objective import objective
 from hf_distill.teachers import MTPTeacher, MultiTeacher, PeerTeacher, RoutedTeacher
 from hf_distill.trainer.distiller import Distiller
@@ -270,3 +272,59 @@ def test_rows_without_a_weight_and_unknown_origins_are_refused():
 
 def test_terms_without_origins_are_those_of_before():
     assert DistillConfig("unused").terms() == objective(0.5, 2.0)
+
+
+@pytest.mark.parametrize("teacher", [None, "llama"])
+def test_labels_alone_are_weighted_without_the_help_of_a_teacher(make_trainer, teacher):
+    data = [row | {"weight": torch.tensor(float(i))} for i, row in enumerate(rows("llama", 4))]
+    options = {"alpha": 0.0, "teacher": None if teacher is None else build(teacher, 1)}
+    log, gradient = one_step(make_trainer, "llama", 2, 2, train_dataset=data, **options)
+    student = build("llama", 0)
+    naive = naive_loss(student, build("llama", 1), collate(data), alpha=0.0)
+    assert log["loss"] == pytest.approx(naive.item(), rel=1e-4)
+    assert_equal_gradients(gradient, gradients(student, naive), rtol=1e-4, atol=1e-6)
+
+
+def test_a_trainer_without_a_teacher_refuses_weights_that_it_did_not_see(make_trainer):
+    def add_weight(batch):
+        return collate(batch) | {"weight": torch.ones(len(batch))}
+
+    trainer = make_trainer("llama", alpha=0.0, data_collator=add_weight)
+    with pytest.raises(DistillError, match="The batch has `weight`, and the trainer has no teacher"):
+        trainer.train()
+
+
+def test_a_collator_that_does_not_know_the_columns_gets_them_added(tmp_path):
+    data = data_rows(6)
+    batches = {}
+    for name, collator in {
+        "padded": default_data_collator,
+        "flat": DataCollatorWithFlattening(),
+    }.items():
+        equal = [{k: v[:4] if isinstance(v, list) else v for k, v in row.items()} for row in data]
+        batches[name] = RowValuesCollator(collator)(equal)
+    assert batches["padded"]["weight"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 0.0]
+    assert batches["flat"]["origin"].tolist() == [[i % 3 for i in range(6) for _ in range(4)]]
+    with pytest.raises(DistillError, match="The collator made labels of shape"):
+        RowValuesCollator(lambda rows: {"labels": torch.zeros(3, 5)})(list(data))
+
+
+def test_tokenized_rows_keep_weights_and_origins(smollm2_tokenizer):
+    examples = [
+        {"prompt": f"Question {i}?", "completion": f" Answer {i}.", "weight": i / 2, "origin": ORIGINS[i % 3]}
+        for i in range(4)
+    ]
+    made = tokenize_dataset(Dataset.from_list(examples), smollm2_tokenizer, 32)
+    assert made["weight"] == [0.0, 0.5, 1.0, 1.5]
+    assert made["origin"] == [0, 1, 2, 0]
+    for column, value, message in (
+        ("weight", -1.0, "row 1 .*column weight: .* found -1.0"),
+        ("weight", None, "row 1 .*column weight: .* found None"),
+        ("origin", "human", "row 1 .*column origin: .* found 'human', which is no origin; known: data, student"),
+    ):
+        wrong = [*examples]
+        wrong[1] = examples[1] | {column: value}
+        with pytest.raises(DistillError, match=message):
+            tokenize_dataset(Dataset.from_list(wrong), smollm2_tokenizer, 32)
+    with pytest.raises(DistillError, match=r"is text, .* has the column weight, which belongs to a row"):
+        tokenize_dataset(Dataset.from_list([{"text": "Some text.", "weight": 1.0}]), smollm2_tokenizer, 2)
