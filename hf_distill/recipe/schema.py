@@ -277,8 +277,6 @@ class Recipe(StrictModel):
         if not self.distill.by_origin:
             return
         problems = []
-        if self.task != TEXT_GENERATION:
-            problems.append(f"the task {self.task} generates no text, whose author could matter")
         if trained := sorted({*self.kinds} & {"online", "mutual", "mtp"}):
             problems.append(f"teacher.kind {trained[0]} trains the teacher by the same losses")
         if any(spec.sources for spec in self.teachers):

@@ -89,6 +89,8 @@ class TaskKeys:
             yield (
                 f"distill.cross_tokenizer has no meaning for the task {self.name}: it compares spans of generated text"
             )
+        if recipe.distill.by_origin:
+            yield f"distill.by_origin has no meaning for the task {self.name}: nobody wrote its labels token by token"
         if recipe.export in ("merged", "mtp"):
             yield f"export {recipe.export} is for students of the task {TEXT_GENERATION}: remove export"
 
@@ -149,6 +151,7 @@ _OF_TEXT = {
 _OF_SOURCES = {
     "column": "set data.columns, which names each of its columns",
     "assistant_only": "it reads no conversations",
+    "origin": "nobody wrote its labels token by token",
     "overflow": "it is for token sequences that are trained on as they are",
     "streaming": "its data sets are read as a whole, to check labels and lengths",
 }
