@@ -28,6 +28,7 @@ HELD_OUT_METRICS = (
     HeldOutMetric("perplexity", "perplexity", 2, hub_name="perplexity"),
     HeldOutMetric("accuracy", "accuracy", 3, is_share=True, hub_name="accuracy"),
     HeldOutMetric("f1", "F1", 3, hub_name="f1"),
+    HeldOutMetric("mean_iou", "mean IoU", 3, is_share=True, hub_name="mean_iou"),
     HeldOutMetric("exact_match", "exact match", 3, is_share=True, hub_name="exact_match"),
     HeldOutMetric("pearson", "Pearson correlation", 3, hub_name="pearsonr"),
     HeldOutMetric("spearman", "Spearman correlation", 3, hub_name="spearmanr"),

@@ -320,7 +320,8 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
     hard_loss = get_loss(unmeasured_type_of(model).output_type.hard_loss)
     signals = Signals(DenseLogits(logits.double().to(first_targets.labels.device)))
     plain = float(hard_loss.function(signals, None, first_targets).mean())
-    rounding = max(_ROUNDING, 8 * torch.finfo(model_loss.dtype).eps) * abs(plain)
+    precision = max(torch.finfo(dtype).eps for dtype in (model_loss.dtype, outputs["logits"].dtype))
+    rounding = max(_ROUNDING, 8 * precision) * abs(plain)  # a loss in float32 can be computed from logits in bfloat16
     value, recorded = float(model_loss), float(added)
     if not (math.isfinite(value) and math.isfinite(plain)):  # the step reports what is not finite
         return True if replaced else None

@@ -74,7 +74,7 @@ from .teacher_callback import TeacherCallback
 from .teacher_failure import TeacherFailureGuard
 from .terms import build_objective
 from .upstream import TRAINER, check_upstream
-from .validation import incompatible_arguments, nothing_to_train, wrong_arguments
+from .validation import incompatible_arguments, nothing_to_train, replaced_loss_problem, wrong_arguments
 
 check_upstream("transformers", Trainer, TRAINER)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -103,6 +103,7 @@ class DistillMixin(_Base):
     drops_teacher_inputs = False  # whether batches may have inputs of a teacher although there is none
     sources: tuple[str, ...] = ()  # names of the sources of a mixture, if the collator has none
     keep_logits = False  # whether the running evaluation returns logits
+    _has_computed_loss = False  # whether the current micro-batch reached `compute_loss`
     _signature_columns: Any  # transformers and TRL declare different types
     _total_loss_scalar: float  # the sum of the losses up to the last log
     _tr_loss: Tensor  # [] the sum of the losses since the last log
@@ -157,6 +158,7 @@ class DistillMixin(_Base):
 
         Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
         """
+        self._has_computed_loss = True
         source, inputs = inputs.get("source"), self._with_origin(inputs)
         inputs = self._with_teacher_index(inputs)
         if not self.is_distilling:
@@ -201,9 +203,16 @@ class DistillMixin(_Base):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run the Trainer's step on a micro-batch, record its loss, and count the steps with target tokens."""
+        """Run the Trainer's step on a micro-batch, record its loss, and count the steps with target tokens.
+
+        Raises:
+            DistillError: a subclass replaces `compute_loss`, so the teacher is ignored.
+        """
         self.nonfinite_guard.start_micro_batch(getattr(self, "_tr_loss", None))
+        self._has_computed_loss = False
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.is_distilling and not self._has_computed_loss:
+            raise DistillError(replaced_loss_problem(type(self)))
         self.nonfinite_guard.add_loss(loss)
         if self.is_distilling and self.accelerator.sync_gradients and num_items_in_batch is not None:
             self.metric_accumulator.count_step(num_items_in_batch, loss.device)

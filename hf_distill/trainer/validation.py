@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from ..core.references import path_exists, reference_kind
 from ..models.model_types import model_type_of, unwrap_model
@@ -50,6 +50,11 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
             "compute_loss_func replaces the whole loss, so the teacher would be ignored. Register the function with "
             "@hf_distill.loss and name it in `losses` instead"
         )
+    if getattr(args, "share_encoder", False) and not isinstance(trainer, Seq2SeqTrainer):
+        problems.append(
+            f"share_encoder=True is an option of DistillSeq2SeqTrainer, and {type(trainer).__name__} would run both "
+            "encoders. Use DistillSeq2SeqTrainer, or set share_encoder=False"
+        )
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
         problems.append(
             "use_liger_kernel fuses the output head with the cross entropy, so no logits can be compared. Turn it off, "
@@ -90,6 +95,15 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
         if data is not None and hasattr(data, "__len__") and len(data) == 0:
             problems.append(f"{name} is empty. Pass at least one row, or leave it out")
     return problems
+
+
+def replaced_loss_problem(trainer_class: type) -> str:
+    """Return the error message for a trainer whose `compute_loss` does not use the teacher."""
+    return (
+        f"compute_loss of {trainer_class.__name__} does not call super().compute_loss, so the teacher is ignored. "
+        "Register your loss with @hf_distill.loss and name it in `losses` (with alpha=1 it takes the place of the hard "
+        "loss), or add it to the result of super().compute_loss. To train without a teacher, leave `teacher` out."
+    )
 
 
 def nothing_to_train(student: nn.Module) -> list[str]:

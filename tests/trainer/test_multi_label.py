@@ -189,3 +189,9 @@ def test_a_row_whose_loss_is_not_finite_is_skipped_and_reported(multi_label, cap
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert "hard: not finite for 4 of 4 tokens; first for example" in caplog.text
+
+
+def test_a_student_in_bfloat16_trains_although_its_own_loss_is_rounded(multi_label):
+    trainer = multi_label(model=model(0).bfloat16(), max_steps=1, per_device_train_batch_size=8)
+    trainer.train()
+    assert 0 < trainer.evaluate()["eval_hard_loss"] < 2

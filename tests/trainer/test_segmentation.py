@@ -1,6 +1,7 @@
 """Semantic segmentation: a distribution over classes for each pixel of the labels that is not ignored."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +190,15 @@ def test_the_mean_iou_of_an_evaluation_equals_that_of_all_pixels(make):
     expected = jaccard_score(labels[counts], classes[counts], average="macro")
     assert metrics["eval_mean_iou"] == pytest.approx(expected, abs=1e-6)
     assert "eval_f1" not in metrics
+
+
+def test_the_model_card_has_the_mean_iou_of_both_models(make):
+    trainer = make(max_steps=1)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "mean IoU" in card
+    assert "type: mean_iou" in card
+    for name in ("eval_mean_iou", "eval_teacher_mean_iou"):
+        assert f"{metrics[name]:.1%}" in card, name

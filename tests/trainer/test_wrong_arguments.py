@@ -4,7 +4,7 @@ import pytest
 from tiny import build, collate, rows
 from transformers import TrainingArguments
 
-from hf_distill import DistillConfig, DistillError, DistillTrainer
+from hf_distill import DistillConfig, DistillError, DistillSeq2SeqConfig, DistillTrainer
 from hf_distill.teachers import EMATeacher
 
 WRONG = [None, "a", "", "[", 1.5, float("nan"), [], [1], {"a": 1}, object()]
@@ -114,3 +114,31 @@ def test_a_model_that_was_a_teacher_before_can_be_evaluated_and_says_that_it_is_
         second.train()
     model.requires_grad_(True)
     second.train()
+
+
+class OwnLoss(DistillTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class AddedLoss(DistillTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (loss[0] + 1, loss[1]) if return_outputs else loss + 1
+
+
+def test_a_subclass_whose_loss_ignores_the_teacher_is_refused(tmp_path):
+    options = {"args": config(tmp_path), "train_dataset": rows("llama", 4), "data_collator": collate}
+    with pytest.raises(
+        DistillError, match=r"compute_loss of OwnLoss does not call super\(\).compute_loss.*@hf_distill"
+    ):
+        OwnLoss(build("llama", 0), teacher=build("llama", 1), **options).train()
+    OwnLoss(build("llama", 0), **options).train()  # without a teacher it is a Trainer
+    AddedLoss(build("llama", 0), teacher=build("llama", 1), **options).train()
+
+
+def test_an_encoder_is_not_shared_by_a_trainer_that_ignores_the_option(tmp_path):
+    args = DistillSeq2SeqConfig(str(tmp_path), share_encoder=True)
+    with pytest.raises(DistillError, match="share_encoder=True is an option of DistillSeq2SeqTrainer, and DistillTrai"):
+        trainer(tmp_path, args=args)
