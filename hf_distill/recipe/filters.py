@@ -1,15 +1,31 @@
 """The types of `generate.filters` and `generate.select` in a recipe. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, GetJsonSchemaHandler, Tag
+from pydantic import BeforeValidator, Discriminator, GetJsonSchemaHandler, Tag, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from ..core.json_types import JSON, JSONObject
 from ..filters import FILTERS, SELECTIONS, RowFilter, Selection
+
+
+def evaluation_data(values: JSON) -> Iterator[tuple[str, JSONObject]]:
+    """Yield (location, mapping with a path) for the evaluation data that the filters of a recipe name.
+
+    Args:
+        values: Values of a recipe, which need not be valid. Values of a wrong type are ignored.
+    """
+    section = values.get("generate") if isinstance(values, dict) else None
+    filters = section.get("filters") if isinstance(section, dict) else None
+    for i, step in enumerate(filters if isinstance(filters, list) else ()):
+        data = step.get("data") if isinstance(step, dict) else None
+        for j, entry in enumerate(data if isinstance(data, list) else ()):
+            if isinstance(entry, dict):
+                yield f"generate.filters.{i}.data.{j}", entry
 
 
 class _StepSchema:
@@ -22,12 +38,15 @@ class _StepSchema:
         models = handler(schema)
         mapping = {name: model["$ref"] for name, model in zip(self.steps, models["oneOf"], strict=True)}
         models["discriminator"] = {"propertyName": "name", "mapping": mapping}
-        names = [
-            name
-            for name, step in self.steps.items()
-            if not any(field.is_required() for field in step.model_fields.values())
-        ]
-        return {"anyOf": [{"enum": names}, models]}
+        return {"anyOf": [{"enum": [name for name, step in self.steps.items() if _needs_no_options(step)]}, models]}
+
+
+def _needs_no_options(step: type[RowFilter] | type[Selection]) -> bool:
+    try:
+        step.model_validate({})
+    except ValidationError:
+        return False
+    return True
 
 
 def _with_name(value: object) -> object:

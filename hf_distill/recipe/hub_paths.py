@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from ..core.json_types import JSON, JSONObject
 from ..core.references import DATASET_BUILDERS, HUB_PREFIX, PACKAGE_PREFIX
 from ..errors import DistillError, collect_errors, raise_if_any
+from .filters import evaluation_data
 from .resolve import read_text
 from .safe_yaml import MAX_BYTES
 
@@ -38,6 +39,8 @@ def pin_relative_paths(values: JSONObject, origin: str) -> JSONObject:
     data = values.get("data")
     if isinstance(data, dict):
         values = values | {"data": {name: _with_path(part, origin, problems) for name, part in data.items()}}
+    for _, entry in evaluation_data(values):
+        entry.update(_with_path(entry, origin, problems))
     raise_if_any(problems)
     return values
 

@@ -6,7 +6,7 @@ user can set any value on the command line.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,6 +14,10 @@ from ..core.json_types import JSONObject
 from ..core.references import CHAT_TEMPLATES, reference_kind
 from ..core.server_urls import SERVER_KEYS
 from ..errors import DistillError
+from ..filters import RowFilter, Selection
+from ..filters.contamination import Decontaminate, EvaluationTexts
+from ..filters.selections import LOG_PROBABILITY, BestOfN
+from ..filters.user_functions import FunctionFilter
 from ..hub.model_files import ATTENTION
 from .data import Eval, Source
 from .models import Student, TeacherSpec
@@ -190,16 +194,43 @@ def _data(recipe: Recipe) -> Iterator[str]:
         )
     sources: dict[str, Source | Eval] = {**recipe.data.sources, "eval": recipe.data.eval}
     for name, source in sources.items():
-        location = f"data.{name}"
-        if source.path and (why := _why_not_public(source.path, _TEXT)):
-            yield (
-                f"{location}.path: {source.path!r} {why}; an untrusted recipe must give the id of a dataset, or a "
-                ".jsonl, .csv, .parquet, .arrow or .txt file in the repository of the recipe"
-            )
-        if source.name and not re.fullmatch(r"[\w.+-]+", source.name):
-            yield f"{location}.name: {source.name!r} is not the name of a dataset configuration"
-        if isinstance(source, Source) and not re.fullmatch(r"[\w\[\]:%+.-]+", source.split):
-            yield f"{location}.split: {source.split!r} is not the name of a split"
+        yield from _data_set(source, f"data.{name}")
+
+
+def _data_set(source: Source | Eval | EvaluationTexts, location: str) -> Iterator[str]:
+    if source.path and (why := _why_not_public(source.path, _TEXT)):
+        yield (
+            f"{location}.path: {source.path!r} {why}; an untrusted recipe must give the id of a dataset, or a "
+            ".jsonl, .csv, .parquet, .arrow or .txt file in the repository of the recipe"
+        )
+    if source.name and not re.fullmatch(r"[\w.+-]+", source.name):
+        yield f"{location}.name: {source.name!r} is not the name of a dataset configuration"
+    if not re.fullmatch(r"[\w\[\]:%+.-]+", source.split):
+        yield f"{location}.split: {source.split!r} is not the name of a split"
+
+
+def filter_violations(
+    filters: Sequence[RowFilter], select: Selection | None, location: str = "generate"
+) -> Iterator[str]:
+    """Yield the values of filters and of a selection that an untrusted recipe may not have.
+
+    Args:
+        filters: The filters.
+        select: The selection.
+        location: The section that they are in.
+    """
+    steps = {f"{location}.filters.{i}": step for i, step in enumerate(filters)} | {f"{location}.select": select}
+    for key, step in steps.items():
+        functions = {"function": step.function} if isinstance(step, FunctionFilter) else {}
+        if isinstance(step, BestOfN) and step.score != LOG_PROBABILITY:
+            functions["score"] = step.score
+        yield from (
+            f"{key}.{option}: {function!r} is code of this machine that would be run; an untrusted recipe may not name "
+            "functions. Remove it, or copy the recipe and read the function that it names"
+            for option, function in functions.items()
+        )
+        for i, data in enumerate(step.data if isinstance(step, Decontaminate) else ()):
+            yield from _data_set(data, f"{key}.data.{i}")
 
 
 def _train(train: dict[str, object], location: str) -> Iterator[str]:

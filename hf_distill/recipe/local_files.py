@@ -19,6 +19,7 @@ from ..core.references import (
     reference_kind,
 )
 from ..errors import DistillError, did_you_mean
+from .filters import evaluation_data
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
@@ -88,6 +89,9 @@ def _referenced_names(values: JSON) -> Iterator[tuple[str, str, _Kind]]:
     for name, source in data.items():
         if isinstance(path := _mapping(source).get("path"), str):
             yield f"data.{name}.path", path, "data"
+    for location, entry in evaluation_data(values):
+        if isinstance(path := entry.get("path"), str):
+            yield f"{location}.path", path, "data"
     template = data.get("chat_template")
     if isinstance(template, str) and template.endswith(TEMPLATE_SUFFIX):
         yield "data.chat_template", template, "data"
